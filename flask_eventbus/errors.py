@@ -1,0 +1,52 @@
+"""Every error that flask-eventbus raises on purpose, each tied to a different reaction.
+
+::
+
+    EventBusError
+    ├── ConfigError      a setting is wrong: correct it, the program does not start
+    ├── PayloadError     a payload cannot travel: correct the line that sent it
+    ├── PublishError     Redis did not take the event: fail the request, or send again
+    ├── HopLimitError    a chain of events runs in a circle: break the circle
+    ├── DecodeError      bytes from the wire are no event: skipped and counted
+    └── ReceiverError    a receiver does not accept a payload: correct the receiver
+"""
+
+from __future__ import annotations
+
+
+class EventBusError(Exception):
+    """The root: ``except EventBusError`` catches whatever flask-eventbus raises itself."""
+
+
+class ConfigError(EventBusError):
+    """A setting is missing or wrong; the message names the key, the value and the remedy."""
+
+
+class PayloadError(EventBusError):
+    """A payload holds what cannot travel; the message names its path and its type."""
+
+
+class PublishError(EventBusError):
+    """Redis did not take the event in time; the event's id is in :attr:`event_id`."""
+
+    def __init__(self, message: str, *, event_id: str | None = None) -> None:
+        super().__init__(message)
+        #: The id of the event that was not confirmed, if it had got one.
+        self.event_id = event_id
+
+
+class HopLimitError(EventBusError):
+    """An event caused by an event, caused by an event, past ``EVENTBUS_MAX_HOPS``."""
+
+
+class DecodeError(EventBusError):
+    """Bytes that are not an event; :attr:`reason` is one word for counters and logs."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        #: One of the words of ``docs/wire-format.md``: ``not_msgpack``, ``not_a_map``, ...
+        self.reason = reason
+
+
+class ReceiverError(EventBusError):
+    """A receiver does not accept the keys of a payload."""

@@ -1,0 +1,40 @@
+"""The bus's own lifecycle, as blinker signals: what a shop hangs its metrics and alarms on.
+
+The sender is always the service's name. Receivers run in the bus's own threads, so
+they should be short; one that raises is logged and stops nothing.
+"""
+
+from __future__ import annotations
+
+from blinker import Namespace
+
+_lifecycle = Namespace()
+
+#: The listener is connected and everything subscribed is confirmed. ``reconnected``: whether
+#: a connection was lost before, so that events may have been missed; ``seconds``: how long.
+listener_connected = _lifecycle.signal("listener_connected")
+
+#: The listener lost Redis. ``error``: the exception that told it.
+listener_lost = _lifecycle.signal("listener_lost")
+
+#: The publisher lost Redis. ``error``: the exception; ``buffered``: how many events wait.
+publisher_lost = _lifecycle.signal("publisher_lost")
+
+#: The publisher has Redis again. ``seconds``: how long it was away; ``buffered``: how many
+#: events are on their way now.
+publisher_restored = _lifecycle.signal("publisher_restored")
+
+#: Channel events of a publisher never arrived, told by their sequence. ``name``: the signal;
+#: ``source`` and ``node``: who published them; ``count``: exactly how many.
+events_missed = _lifecycle.signal("events_missed")
+
+#: Events were given up because a buffer was full or a process ended. ``where``: "buffer"
+#: (on the way out) or "inbox" (on the way in); ``count``: how many.
+events_dropped = _lifecycle.signal("events_dropped")
+
+#: Bytes on a channel were not an event of the bus. ``name``: the signal of the channel;
+#: ``reason``: the word of the error; ``error``: the error.
+event_rejected = _lifecycle.signal("event_rejected")
+
+#: A receiver raised. ``receiver``: the callable; ``event``: the event; ``error``: what it raised.
+receiver_failed = _lifecycle.signal("receiver_failed")
