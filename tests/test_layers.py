@@ -1,0 +1,131 @@
+"""Import downhill, never sideways; and the two halves know nothing of each other."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "flask_eventbus"
+
+#: A module imports only modules of lower layers. ``__init__`` stands for all of it.
+LAYERS = {
+    "errors": 0,
+    "signals": 0,
+    "coroutines": 0,
+    "backoff": 0,
+    "counters": 0,
+    "config": 1,
+    "event": 1,
+    "embedded": 1,
+    "namespace": 1,
+    "routes": 2,
+    "codec": 2,
+    "connections": 2,
+    "channels": 3,
+    "publisher": 4,
+    "dispatcher": 4,
+    "listener": 5,
+    "node": 6,
+    "declarations": 7,
+    "bus": 7,
+    "extension": 8,
+    "serving": 8,
+    "doctor": 8,
+    "testing": 8,
+    "pytest_plugin": 8,
+    "cli": 8,
+    "__init__": 9,
+    "__main__": 10,
+}
+
+#: Neighbours in a layer that may be imported all the same: (importer, imported).
+SIDEWAYS: set[tuple[str, str]] = set()
+
+OUTBOUND = {"publisher"}
+INBOUND = {"dispatcher", "listener"}
+
+
+def name_of(path: Path) -> str:
+    """The module in the table; a folder stands there as one."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """The dotted names that the file imports, wherever in it."""
+    package = ".".join(path.relative_to(PACKAGE.parent).parts[:-1])
+
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def first_party(names: Iterator[str]) -> Iterator[str]:
+    """The modules in the table among dotted names."""
+    for name in names:
+        package, module, *_ = f"{name}..".split(".")
+
+        if package == PACKAGE.name:
+            yield module if module in MODULES else "__init__"
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {name_of(path) for path in FILES}
+IMPORTS: dict[str, set[str]] = {module: set() for module in MODULES}
+
+for file in FILES:
+    IMPORTS[name_of(file)] |= set(first_party(imports_of(file))) - {name_of(file)}
+
+
+def reached_from(module: str) -> set[str]:
+    """All that is imported with ``module``, near and far."""
+    found: set[str] = set()
+    ahead = {module}
+
+    while ahead:
+        found |= ahead
+        ahead = {imported for name in ahead for imported in IMPORTS.get(name, ())} - found
+
+    return found
+
+
+def test_every_module_has_its_layer() -> None:
+    assert MODULES - LAYERS.keys() == set(), "Give them a layer in tests/test_layers.py."
+
+
+@pytest.mark.parametrize("module", sorted(MODULES & LAYERS.keys()))
+def test_imports_run_downhill(module: str) -> None:
+    uphill = {
+        imported
+        for imported in IMPORTS[module]
+        if LAYERS[imported] >= LAYERS[module] and (module, imported) not in SIDEWAYS
+    }
+
+    assert uphill == set()
+
+
+@pytest.mark.parametrize("module", sorted(OUTBOUND | INBOUND))
+def test_the_two_halves_know_nothing_of_each_other(module: str) -> None:
+    other_half = INBOUND if module in OUTBOUND else OUTBOUND
+
+    assert reached_from(module) & other_half == set()
+
+
+def test_the_bus_without_flask_loads_no_flask() -> None:
+    program = "import sys, flask_eventbus; flask_eventbus.Bus; print(*sorted(sys.modules))"
+
+    outcome = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+
+    loaded = {name.partition(".")[0] for name in outcome.stdout.split()}
+    assert "flask_eventbus" in loaded
+    assert loaded.isdisjoint({"flask", "werkzeug"})

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def declared() -> list[Requirement]:
+    """What pyproject.toml asks for, extras included."""
+    extras = PROJECT["optional-dependencies"].values()
+    return [Requirement(line) for line in sum(extras, PROJECT["dependencies"])]
+
+
+def pinned(name: str) -> dict[str, Version]:
+    """The one version of each package that a file of requirements/ names."""
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(item.name): exact(item) for item in requirements}
+
+
+def exact(requirement: Requirement) -> Version:
+    (specifier,) = requirement.specifier
+    assert specifier.operator == "==", f"{requirement} is not pinned: write it with '=='."
+
+    return Version(specifier.version)
+
+
+def lower_bound(requirement: Requirement) -> Version:
+    (bound,) = [item.version for item in requirement.specifier if item.operator == ">="]
+    return Version(bound)
+
+
+@pytest.mark.parametrize("requirement", declared(), ids=str)
+def test_the_lowest_versions_are_the_lower_bounds(requirement: Requirement) -> None:
+    lowest = pinned("lowest.txt")
+
+    assert lowest[canonicalize_name(requirement.name)] == lower_bound(requirement)
+
+
+@pytest.mark.parametrize("requirement", declared(), ids=str)
+def test_the_pinned_versions_are_allowed(requirement: Requirement) -> None:
+    version = pinned("dev.txt")[canonicalize_name(requirement.name)]
+
+    assert version in requirement.specifier
+
+
+def test_whatever_has_a_lowest_version_is_pinned_for_development_too() -> None:
+    assert pinned("lowest.txt").keys() <= pinned("dev.txt").keys()
