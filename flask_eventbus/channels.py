@@ -1,0 +1,198 @@
+"""Bytes over pub/sub: one connection that publishes, one that listens."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from redis.connection import Connection
+
+from .connections import Connections, is_passing
+
+#: Seconds one read waits for bytes: how often an idle reader looks around.
+TICK = 1.0
+
+#: Messages taken from the wire at once, so that one lock serves many of them.
+BATCH = 256
+
+
+class ChannelKeys:
+    """The names of channels: ``PREFIX:{NAME}:channel``."""
+
+    def __init__(self, prefix: str) -> None:
+        self._start = f"{prefix}:{{"
+        self._end = "}:channel"
+        self._cut = slice(len(self._start.encode()), -len(self._end))
+
+    def key(self, name: str) -> str:
+        """The channel of the signal ``name``, or the glob of a pattern of names."""
+        return f"{self._start}{name}{self._end}"
+
+    def name(self, key: bytes) -> str:
+        """The signal whose channel is ``key``."""
+        return key[self._cut].decode(errors="replace")
+
+
+class ChannelWriter:
+    """Publishes bytes in batches, one round trip each."""
+
+    def __init__(self, connections: Connections, *, timeout: float) -> None:
+        self._connections = connections
+        self._timeout = timeout
+        self._connection: Connection | None = None
+
+    def publish(self, batch: Sequence[tuple[str, bytes]]) -> list[Exception | None]:
+        """Publish ``(channel, body)`` pairs, in order, and tell of each whether Redis took it.
+
+        An empty batch asks whether Redis is there.
+
+        :raises redis.ConnectionError: Redis is away, or it answers "not now" to some; it may
+            have got any part of the batch.
+        """
+        if self._connection is None:
+            self._connection = self._connections.open(timeout=self._timeout)
+
+        try:
+            return self._exchange(self._connection, batch)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection; the next batch opens another."""
+        connection, self._connection = self._connection, None
+
+        if connection is not None:
+            connection.disconnect()
+
+    def _exchange(
+        self, connection: Connection, batch: Sequence[tuple[str, bytes]]
+    ) -> list[Exception | None]:
+        commands = [("PUBLISH", key, body) for key, body in batch] or [("PING",)]
+        connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+        replies = [_read_reply(connection) for _ in commands]
+        return replies[: len(batch)]
+
+
+def _read_reply(connection: Connection) -> Exception | None:
+    try:
+        connection.read_response()
+    except redis.ResponseError as error:
+        if is_passing(error):
+            raise redis.ConnectionError(str(error)) from error
+
+        return error
+
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a reader got: a body on a channel, or the server's answer to a command."""
+
+    #: ``message``, ``pmessage``, or ``subscribe``, ``pong``, ...; ``refused`` for an error.
+    kind: str
+    #: The channel or pattern that was subscribed.
+    subscribed: str | bytes
+    channel: bytes = b""
+    #: The event's bytes, or the error's text.
+    body: bytes = b""
+
+
+class ChannelReader:
+    """Reads one pub/sub connection; any thread may subscribe, one thread reads."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._connection: Connection | None = None
+        self._sending = threading.Lock()
+        #: What was asked and not answered yet: the server answers in order.
+        self._asked: deque[str] = deque()
+
+    def connect(self) -> None:
+        """Connect anew.
+
+        :raises redis.ConnectionError: Redis cannot be reached, or refuses.
+        """
+        self.close()
+        self._asked.clear()
+        self._connection = self._connections.open(timeout=TICK)
+
+    def subscribe(self, keys: Iterable[str], *, patterns: bool) -> None:
+        """Ask for channels, each by itself, so that one refusal does not refuse the others."""
+        command = "PSUBSCRIBE" if patterns else "SUBSCRIBE"
+        self._send([(command, key) for key in keys])
+
+    def ping(self) -> None:
+        """Ask for a sign of life, which also wakes the reading thread."""
+        self._send([("PING",)])
+
+    def read(self) -> list[Frame]:
+        """Wait up to :data:`TICK` seconds and return what came, in order; often nothing.
+
+        What arrived of a message when the wait ended stays, and the next call goes on
+        with it.
+
+        :raises redis.ConnectionError: the connection is lost.
+        """
+        connection = self._connection
+
+        if connection is None:
+            raise redis.ConnectionError("The reader is not connected.")
+
+        frames: list[Frame] = []
+
+        try:
+            frames.append(self._frame(connection))
+
+            while len(frames) < BATCH and connection.can_read(0):
+                frames.append(self._frame(connection))
+        except redis.TimeoutError:
+            # Nothing more within the tick; an unfinished message waits in the parser.
+            return frames
+
+        return frames
+
+    def close(self) -> None:
+        """Close the connection. Only the reading thread may."""
+        connection, self._connection = self._connection, None
+
+        if connection is not None:
+            connection.disconnect()
+
+    def _send(self, commands: list[tuple[str, ...]]) -> None:
+        connection = self._connection
+
+        if connection is None or not commands:
+            return
+
+        with self._sending:
+            self._asked.extend(command[-1] for command in commands)
+            packed = connection.pack_commands(commands)
+            connection.send_packed_command(packed, check_health=False)
+
+    def _frame(self, connection: Connection) -> Frame:
+        try:
+            reply: Any = connection.read_response(disconnect_on_error=False)
+        except redis.ResponseError as error:
+            return Frame("refused", self._answered(), body=str(error).encode())
+
+        if isinstance(reply, bytes):
+            return Frame("pong", self._answered())
+
+        kind = reply[0].decode()
+
+        if kind == "message":
+            return Frame(kind, reply[1], reply[1], reply[2])
+
+        if kind == "pmessage":
+            return Frame(kind, reply[1], reply[2], reply[3])
+
+        return Frame(kind, self._answered())
+
+    def _answered(self) -> str:
+        return self._asked.popleft() if self._asked else ""

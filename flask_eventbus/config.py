@@ -1,0 +1,279 @@
+"""What a program set, read once and checked: one frozen :class:`Config` per node."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from .errors import ConfigError
+from .names import SERVICE_NAME
+
+_PREFIX = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
+
+_SCHEMES = (
+    "redis",
+    "rediss",
+    "unix",
+    "redis+sentinel",
+    "redis+cluster",
+    "embedded",
+    "memory",
+)
+
+#: Settings that belong to parts this version does not have. Ignoring one would be a lie.
+_NOT_YET = {
+    "EVENTBUS_REPLICAS": "streams",
+    "EVENTBUS_RETRIES": "streams",
+    "EVENTBUS_CLAIM_AFTER": "streams",
+    "EVENTBUS_MAXLEN": "streams",
+    "EVENTBUS_SIGNING_KEY": "signed events",
+    "EVENTBUS_SIGNING_KEY_FALLBACKS": "signed events",
+}
+
+#: Settings whose text in the environment may be JSON.
+_STRUCTURED = frozenset({"publish", "subscribe", "receivers"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The settings of one node; section by section in ``docs/configuration.md``."""
+
+    service: str
+    url: str = "redis://localhost:6379/0"
+    prefix: str = "eventbus"
+    publish: Any = ()
+    subscribe: Any = ()
+    receivers: tuple[str, ...] = ()
+    enabled: bool = True
+    listen: bool = True
+    concurrency: int = 1
+    #: Seconds a caller of ``send()`` is held at most.
+    timeout: float = 0.5
+    on_outage: str = "buffer"
+    #: Events kept in memory while Redis is away.
+    buffer_size: int = 10_000
+    max_event_bytes: int = 1024 * 1024
+    max_hops: int = 16
+    #: Seconds that running receivers get to finish when the process ends.
+    grace: float = 25.0
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
+        """Read the keys of ``mapping`` that begin with ``EVENTBUS_``, a Flask config for example.
+
+        :raises ConfigError: a key is unknown or a value is wrong.
+        """
+        found = {
+            key: value
+            for key, value in mapping.items()
+            if isinstance(key, str) and key.startswith("EVENTBUS_")
+        }
+        return cls._read(found)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Config:
+        """Read environment variables; lists and mappings are written as JSON.
+
+        :raises ConfigError: a key is unknown or a value is wrong.
+        """
+        found = {
+            key: _from_text(key, value)
+            for key, value in environ.items()
+            if key.startswith("EVENTBUS_")
+        }
+        return cls._read(found)
+
+    @classmethod
+    def _read(cls, found: Mapping[str, Any]) -> Config:
+        values = {}
+
+        for key, value in found.items():
+            _check_known(key)
+
+            if value is not None:
+                name = key.removeprefix("EVENTBUS_").lower()
+                values[name] = _READERS[name](key, value)
+
+        if "service" not in values:
+            raise ConfigError(
+                "'EVENTBUS_SERVICE' is not set. Set it to this service's name, for example "
+                "'accounts'."
+            )
+
+        return cls(**values)
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """`` Did you mean 'x'?`` for the nearest known word, or the list of all of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+
+    if close:
+        return f"Did you mean {close[0]!r}?"
+
+    return f"Known are: {', '.join(sorted(known))}."
+
+
+def _check_known(key: str) -> None:
+    if key in _NOT_YET:
+        raise ConfigError(
+            f"{key!r} belongs to {_NOT_YET[key]}, which this version of flask-eventbus does not "
+            "have yet. Remove the setting."
+        )
+
+    if key.removeprefix("EVENTBUS_").lower() not in _READERS or key != key.upper():
+        known = [f"EVENTBUS_{name.upper()}" for name in _READERS]
+        raise ConfigError(f"{key!r} is not a setting. {did_you_mean(key, known)}")
+
+
+def _from_text(key: str, value: str) -> Any:
+    if key.removeprefix("EVENTBUS_").lower() not in _STRUCTURED:
+        return value
+
+    if not value.lstrip().startswith(("[", "{", '"')):
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"{key!r} is {value!r}, which is not JSON: {error}. Write a JSON list or object, or "
+            "names with commas between them."
+        ) from error
+
+
+def _wrong(key: str, value: object, wanted: str) -> ConfigError:
+    return ConfigError(f"{key!r} is {value!r}. {wanted}")
+
+
+def _service(key: str, value: Any) -> str:
+    if isinstance(value, str) and SERVICE_NAME.fullmatch(value):
+        return value
+
+    raise _wrong(
+        key,
+        value,
+        "A service's name is made of letters, digits, '_', '-' and '.', at most 64 of them, for "
+        "example 'accounts'.",
+    )
+
+
+def _url(key: str, value: Any) -> str:
+    scheme, separator, _ = str(value).partition("://")
+
+    if isinstance(value, str) and separator and scheme in _SCHEMES:
+        return value
+
+    # The value may hold a password: only its scheme is shown.
+    shown = scheme if separator else "a value without '://'"
+    raise ConfigError(
+        f"{key!r} begins with {shown!r}, which is not a way to reach Redis. Begin it with one of "
+        + ", ".join(f"'{known}://'" for known in _SCHEMES)
+        + ", for example 'redis://localhost:6379/0'."
+    )
+
+
+def _prefix(key: str, value: Any) -> str:
+    if isinstance(value, str) and _PREFIX.fullmatch(value):
+        return value
+
+    raise _wrong(
+        key,
+        value,
+        "A prefix is made of letters, digits, '_', '-', '.', ':' and '/', for example 'eventbus'.",
+    )
+
+
+def _boolean(key: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+
+    raise _wrong(key, value, "Set it to True or False.")
+
+
+def _whole(least: int, most: int) -> Callable[[str, Any], int]:
+    def read(key: str, value: Any) -> int:
+        number = int(value) if isinstance(value, str) and value.isdecimal() else value
+
+        if isinstance(number, int) and not isinstance(number, bool) and least <= number <= most:
+            return number
+
+        raise _wrong(key, value, f"Set it to a whole number from {least:,} to {most:,}.")
+
+    return read
+
+
+def _seconds(least: float, most: float) -> Callable[[str, Any], float]:
+    def read(key: str, value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = -1.0
+
+        if not isinstance(value, bool) and least <= number <= most:
+            return number
+
+        raise _wrong(key, value, f"Set it to a number of seconds from {least} to {most:,}.")
+
+    return read
+
+
+def _on_outage(key: str, value: Any) -> str:
+    if value in ("buffer", "raise"):
+        return cast(str, value)
+
+    raise _wrong(
+        key,
+        value,
+        "Set it to 'buffer' (keep events in memory until Redis is back) or 'raise' (send() raises "
+        "PublishError).",
+    )
+
+
+def _receivers(key: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [value]
+
+    if isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value):
+        return tuple(value)
+
+    raise _wrong(
+        key,
+        value,
+        "Set it to a list of module names, for example ['mailer.receivers'], or of folders, for "
+        "example ['plugins/'].",
+    )
+
+
+def _as_it_is(key: str, value: Any) -> Any:
+    return value
+
+
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "service": _service,
+    "url": _url,
+    "prefix": _prefix,
+    "publish": _as_it_is,
+    "subscribe": _as_it_is,
+    "receivers": _receivers,
+    "enabled": _boolean,
+    "listen": _boolean,
+    "concurrency": _whole(1, 1_000),
+    "timeout": _seconds(0.001, 60.0),
+    "on_outage": _on_outage,
+    "buffer_size": _whole(1, 10_000_000),
+    "max_event_bytes": _whole(256, 512 * 1024 * 1024),
+    "max_hops": _whole(1, 1_000),
+    "grace": _seconds(0.0, 3_600.0),
+}
+
+#: The names of all settings, in the order of :class:`Config`.
+SETTINGS = tuple(f"EVENTBUS_{field.name.upper()}" for field in fields(Config))

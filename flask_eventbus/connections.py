@@ -1,0 +1,221 @@
+"""The only module that makes Redis clients: one unpooled connection at a time.
+
+Each reader and each writer owns its connection: no retry, no reconnect and no timeout
+happens that its owner did not ask for.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import Connection
+from redis.retry import Retry
+
+from . import embedded
+from .errors import ConfigError
+
+#: What a connection raises when Redis is away, hung, or not to be used now.
+OUTAGE = (redis.ConnectionError, redis.TimeoutError, OSError)
+
+#: Error replies that pass: a server that starts, that is being replaced, or that is busy.
+_PASSING = (
+    redis.exceptions.BusyLoadingError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.TryAgainError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+)
+
+_memory_servers: dict[str, Any] = {}
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error reply means "not now" rather than "not ever"."""
+    return isinstance(error, _PASSING) or str(error).startswith(("LOADING", "BUSY ", "READONLY"))
+
+
+class Connections:
+    """Opens connections to the Redis that a URL names.
+
+    :param url: one of the forms of ``docs/configuration.md``.
+    :param name: what ``CLIENT LIST`` shows for the connections.
+    """
+
+    def __init__(self, url: str, *, name: str) -> None:
+        self._url = url
+        self._name = name
+        self._check()
+
+    def open(self, *, timeout: float) -> Connection:
+        """A connected connection; every wait on it ends after ``timeout`` seconds.
+
+        :raises redis.ConnectionError: Redis cannot be reached, or refuses.
+        """
+        error: Exception | None = None
+
+        for url in self._candidates(timeout):
+            connection = self._make(url, timeout)
+
+            try:
+                connection.connect()
+            except OUTAGE as failure:
+                error = failure
+            except redis.ResponseError as refusal:
+                # A user who may not so much as name its connection or choose its database.
+                error = redis.ConnectionError(str(refusal))
+            else:
+                return connection
+
+        raise error or redis.ConnectionError(f"{self.shown} names no host.")
+
+    @property
+    def shown(self) -> str:
+        """The URL without its password, for logs and reports."""
+        parts = urlsplit(self._url)
+
+        if parts.password is None:
+            return self._url
+
+        user, _, _ = parts.netloc.rpartition("@")
+        name = user.partition(":")[0]
+        return self._url.replace(f"{user}@", f"{name}:***@", 1)
+
+    def _check(self) -> None:
+        scheme = urlsplit(self._url).scheme
+
+        if scheme == "memory":
+            _fakeredis()
+        elif scheme == "redis+sentinel":
+            self._sentinel_parts()
+        elif scheme == "redis+cluster":
+            _hosts(urlsplit(self._url), 6379)
+        elif scheme != "embedded":
+            self._make(self._url, 1.0)
+
+    def _candidates(self, timeout: float) -> list[str]:
+        parts = urlsplit(self._url)
+
+        if parts.scheme == "embedded":
+            return [embedded.join(parts.netloc or "default")]
+
+        if parts.scheme == "redis+sentinel":
+            return [self._master(timeout)]
+
+        if parts.scheme == "redis+cluster":
+            return _cluster_nodes(parts)
+
+        return [self._url]
+
+    def _make(self, url: str, timeout: float) -> Connection:
+        options = _options(timeout, self._name)
+
+        if url.startswith("memory://"):
+            return _memory_connection(url, options)
+
+        try:
+            pool = redis.ConnectionPool.from_url(url)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"'EVENTBUS_URL' is {self.shown!r}: {error}. Write it as "
+                "'redis://user:password@host:6379/0'."
+            ) from error
+
+        pool.connection_kwargs.update(options)
+        return pool.make_connection()  # type: ignore[no-any-return]  # abstract in redis-py
+
+    def _master(self, timeout: float) -> str:
+        hosts, name, rest = self._sentinel_parts()
+        options = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+        sentinel = redis.sentinel.Sentinel(hosts, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
+        host, port = sentinel.discover_master(name)
+        return rest.format(host=f"[{host}]" if ":" in host else host, port=port)
+
+    def _sentinel_parts(self) -> tuple[list[tuple[str, int]], str, str]:
+        parts = urlsplit(self._url)
+        name, _, database = parts.path.lstrip("/").partition("/")
+
+        if not name:
+            raise ConfigError(
+                f"'EVENTBUS_URL' is {self.shown!r}, which names no master. Write it as "
+                "'redis+sentinel://host1:26379,host2:26379/mymaster/0'."
+            )
+
+        query = f"?{parts.query}" if parts.query else ""
+        rest = f"redis://{_credentials(parts)}{{host}}:{{port}}/{database or 0}{query}"
+        return _hosts(parts, 26379), unquote(name), rest
+
+
+def _options(timeout: float, name: str) -> dict[str, Any]:
+    """What every connection has, whatever the URL says."""
+    return {
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "socket_keepalive": True,
+        "retry": Retry(NoBackoff(), 0),
+        "retry_on_timeout": False,
+        "retry_on_error": [],
+        "health_check_interval": 0,
+        "client_name": name,
+        # RESP3 costs pub/sub readers two to four times more in redis-py 8.1.
+        "protocol": 2,
+        "decode_responses": False,
+    }
+
+
+def _credentials(parts: SplitResult) -> str:
+    user, at, _ = parts.netloc.rpartition("@")
+    return (user + at).replace("{", "{{").replace("}", "}}")
+
+
+def _hosts(parts: SplitResult, default_port: int) -> list[tuple[str, int]]:
+    hosts = []
+
+    for item in parts.netloc.rpartition("@")[2].split(","):
+        host, colon, port = item.rpartition(":")
+        host, port = (host, port) if colon and not item.endswith("]") else (item, "")
+
+        if not host or (port and not port.isdecimal()):
+            raise ConfigError(
+                f"'EVENTBUS_URL' names the host {item!r}. Write hosts as 'host:port' with commas "
+                "between them."
+            )
+
+        hosts.append((host.strip("[]"), int(port or default_port)))
+
+    return hosts
+
+
+def _cluster_nodes(parts: SplitResult) -> list[str]:
+    """Plain pub/sub reaches every node of a cluster through any of them."""
+    query = "&".join(f"{key}={value}" for key, value in parse_qsl(parts.query))
+    urls = [
+        f"redis://{_credentials(parts)}{f'[{host}]' if ':' in host else host}:{port}"
+        + (f"?{query}" if query else "")
+        for host, port in _hosts(parts, 6379)
+    ]
+    random.shuffle(urls)
+    return urls
+
+
+def _fakeredis() -> Any:
+    try:
+        import fakeredis
+    except ImportError as error:
+        raise ConfigError(
+            "'EVENTBUS_URL' begins with 'memory://', which needs fakeredis. Install it with: "
+            "pip install 'flask-eventbus[testing]'"
+        ) from error
+
+    return fakeredis
+
+
+def _memory_connection(url: str, options: dict[str, Any]) -> Connection:
+    fakeredis = _fakeredis()
+    server = _memory_servers.setdefault(url, fakeredis.FakeServer())
+    client = fakeredis.FakeRedis(server=server)
+    client.connection_pool.connection_kwargs.update(options)
+    return client.connection_pool.make_connection()  # type: ignore[no-any-return]

@@ -1,0 +1,74 @@
+"""What a node counts, and how it logs what may come by the thousand."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+#: Lines of one kind that are logged in one minute; the rest is only counted.
+LINES_PER_MINUTE = 10
+
+
+class Counters:
+    """Named numbers that only grow; one lock, taken once per batch where it matters."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Add ``count`` to the number called ``name``."""
+        with self._lock:
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def get(self, name: str) -> int:
+        """The number called ``name``; 0 if nothing was counted."""
+        return self._counts.get(name, 0)
+
+    def all(self) -> dict[str, int]:
+        """A copy of all numbers."""
+        with self._lock:
+            return dict(self._counts)
+
+
+class BoundedLog:
+    """Logs at most :data:`LINES_PER_MINUTE` of a kind, then says how many it left out."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._lock = threading.Lock()
+        self._windows: dict[str, tuple[float, int]] = {}
+
+    def warning(self, kind: str, text: str, *args: object) -> None:
+        """Log ``text`` as a warning, unless enough of its kind were logged this minute."""
+        self._write(logging.WARNING, kind, text, *args)
+
+    def error(self, kind: str, text: str, *args: object) -> None:
+        """Log ``text`` as an error, unless enough of its kind were logged this minute."""
+        self._write(logging.ERROR, kind, text, *args)
+
+    def _write(self, level: int, kind: str, text: str, *args: object) -> None:
+        left_out = self._admit(kind)
+
+        if left_out is None:
+            return
+
+        if left_out:
+            text += f" ({left_out} more like this were counted and not logged)"
+
+        self._logger.log(level, text, *args)
+
+    def _admit(self, kind: str) -> int | None:
+        """How many lines were left out before this one, or ``None`` to leave it out too."""
+        now = time.monotonic()
+
+        with self._lock:
+            start, lines = self._windows.get(kind, (now, 0))
+
+            if now - start >= 60:
+                self._windows[kind] = (now, 1)
+                return max(0, lines - LINES_PER_MINUTE)
+
+            self._windows[kind] = (start, lines + 1)
+            return 0 if lines < LINES_PER_MINUTE else None

@@ -1,0 +1,198 @@
+"""What a program declares: its signals, its receivers, and which of them cross processes."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from blinker import ANY, NamedSignal, Namespace, Signal
+
+from .codec import Codec
+from .namespace import BusNamespace, Receiver, check_signal_name
+from .routes import (
+    Extractor,
+    Route,
+    Subscription,
+    is_pattern,
+    matches,
+    read_route,
+    read_subscription,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+
+
+class Watcher(Protocol):
+    """What wants to know of declarations that come later: a node."""
+
+    def declared(self) -> None:
+        """Something was declared."""
+
+
+class Declarations:
+    """The face that a bus with Flask and one without have in common.
+
+    :param namespace: an existing blinker namespace to adopt, ``blinker.default_namespace``
+        for example; otherwise the bus has signals of its own.
+    """
+
+    def __init__(self, *, namespace: Namespace | None = None) -> None:
+        self.namespace: Namespace = BusNamespace() if namespace is None else namespace
+        #: Types that travel beyond those of the wire format.
+        self.codec = Codec()
+        self.routes: dict[str, Route] = {}
+        self.subscriptions: dict[str, Subscription] = {}
+        #: Receivers of patterns, with the services they hear.
+        self._patterns: list[tuple[str, Receiver, tuple[Any, ...]]] = []
+        #: The declared parameters of signals, by name.
+        self.parameters: dict[str, inspect.Signature] = {}
+        self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+
+        if isinstance(self.namespace, BusNamespace):
+            self.namespace.on_new = self._born
+
+    def signal(self, name: str, doc: str | None = None) -> NamedSignal:
+        """The bus's signal called ``name``: a blinker signal, made at the first call.
+
+        :raises ConfigError: the name cannot be part of a Redis key.
+        """
+        if name in self.namespace:
+            return self.namespace[name]
+
+        check_signal_name(name, "signal()")
+        signal = self.namespace.signal(name, doc)
+
+        if not isinstance(self.namespace, BusNamespace):
+            self._born(signal)
+
+        return signal
+
+    def on(
+        self,
+        signal: str | NamedSignal,
+        *,
+        from_: str | Iterable[str] | None = None,
+        echo: bool = False,
+    ) -> Callable[[F], F]:
+        """Subscribe the service to a signal and connect the decorated receiver, strongly.
+
+        :param signal: its name, a pattern such as ``"order_*"``, or the signal.
+        :param from_: the services to hear; all by default.
+        :param echo: whether events that this node emits come back to it.
+        :raises ConfigError: the name or the services are not well formed.
+        """
+        name = signal.name if isinstance(signal, NamedSignal) else signal
+        subscription = read_subscription(name, {"from": from_, "echo": echo}, f"on({name!r})")
+        senders = (ANY,) if subscription.sources is None else tuple(sorted(subscription.sources))
+
+        def decorate(receiver: F) -> F:
+            self._connect(name, receiver, senders)
+            self._subscribe(subscription)
+            return receiver
+
+        return decorate
+
+    def publishes(
+        self,
+        signal: str | Signal,
+        *,
+        as_: str | None = None,
+        via: str = "channel",
+        payload: Extractor | str | None = None,
+        confirm: bool = False,
+    ) -> Signal:
+        """Publish a signal, one of the bus's or any other, and return it.
+
+        :param as_: the name on the wire; the signal's own by default.
+        :param payload: called as a receiver is; returns the payload to publish.
+        :param confirm: whether ``send()`` waits until Redis has the event.
+        :raises ConfigError: something of it is not well formed.
+        """
+        options = {"via": via, "payload": payload, "confirm": confirm}
+        where = f"publishes({as_ or getattr(signal, 'name', signal)!r})"
+
+        if isinstance(signal, Signal) and not self._is_own(signal):
+            route = read_route(as_ or signal, {**options, "signal": signal}, where)
+        else:
+            route = read_route(getattr(signal, "name", signal), options, where)
+
+            if as_ is not None and as_ != route.name:
+                route = replace(route, name=as_, signal=self.signal(route.name))
+
+        self.routes[route.name] = route
+        self.tell()
+        return route.signal or self.signal(route.name)
+
+    def register_type(
+        self,
+        code: int,
+        type_: type[T],
+        *,
+        pack: Callable[[T], bytes],
+        unpack: Callable[[bytes], T],
+    ) -> None:
+        """Let values of ``type_`` travel, as msgpack ext type ``code`` (32 to 127).
+
+        Every service that reads them registers the type under the same code.
+
+        :raises ConfigError: the code or the type is taken.
+        """
+        self.codec.register_type(code, type_, pack=pack, unpack=unpack)
+
+    def receivers_of(self, name: str, source: str) -> list[Receiver]:
+        """The receivers that an event ``name`` from ``source`` is for, outbound ones included."""
+        signal = self.namespace.get(name)
+
+        if signal is not None:
+            return [] if signal.is_muted else list(signal.receivers_for(source))
+
+        return [
+            receiver
+            for pattern, receiver, senders in self._patterns
+            if matches(pattern, name) and (ANY in senders or source in senders)
+        ]
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell ``watcher`` of declarations from now on, as long as it lives."""
+        self._watchers.add(watcher)
+
+    def tell(self) -> None:
+        """Tell the watchers that something was declared."""
+        for watcher in list(self._watchers):
+            watcher.declared()
+
+    def _connect(self, name: str, receiver: Receiver, senders: tuple[Any, ...]) -> None:
+        if is_pattern(name):
+            self._patterns.append((name, receiver, senders))
+            signals = [found for found in self.namespace.values() if matches(name, found.name)]
+        else:
+            signals = [self.signal(name)]
+
+        for signal in signals:
+            _connect(signal, receiver, senders)
+
+    def _subscribe(self, subscription: Subscription) -> None:
+        known = self.subscriptions.get(subscription.name)
+        echo = subscription.echo or (known is not None and known.echo)
+        # Who is heard is a matter of each receiver here, not of the whole service.
+        self.subscriptions[subscription.name] = replace(subscription, sources=None, echo=echo)
+        self.tell()
+
+    def _is_own(self, signal: Signal) -> bool:
+        return isinstance(signal, NamedSignal) and self.namespace.get(signal.name) is signal
+
+    def _born(self, signal: NamedSignal) -> None:
+        for pattern, receiver, senders in self._patterns:
+            if matches(pattern, signal.name):
+                _connect(signal, receiver, senders)
+
+        self.tell()
+
+
+def _connect(signal: NamedSignal, receiver: Receiver, senders: tuple[Any, ...]) -> None:
+    for sender in senders:
+        signal.connect(receiver, sender=sender, weak=False)

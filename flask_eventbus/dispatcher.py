@@ -1,0 +1,156 @@
+"""The inbound half: runs a service's receivers for an event, each by itself."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from .coroutines import run_coroutine
+from .counters import BoundedLog, Counters
+from .errors import ReceiverError
+from .event import Event, handling
+from .lifecycle import tell
+from .namespace import Outbound, Receiver
+from .signals import receiver_failed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A receiver and what it raised."""
+
+    receiver: Receiver
+    error: BaseException
+
+
+class Dispatcher:
+    """Re-emits events as local signals, so that no receiver can stop another.
+
+    :param service: this service, for logs.
+    :param receivers: the receivers of an event here, those that publish included.
+    :param scope: what each event runs in: in Flask, a fresh app context.
+    """
+
+    def __init__(
+        self,
+        *,
+        service: str,
+        receivers: Callable[[Event], Iterable[Receiver]],
+        scope: Callable[[], AbstractContextManager[object]],
+        counters: Counters,
+    ) -> None:
+        self._service = service
+        self._receivers = receivers
+        self._scope = scope
+        self._counters = counters
+        self._log = BoundedLog(logger)
+
+    def dispatch(self, event: Event) -> list[Failure]:
+        """Run every receiver for ``event`` and return those that failed; never raises."""
+        receivers = [
+            receiver for receiver in self._receivers(event) if not isinstance(receiver, Outbound)
+        ]
+
+        if not receivers:
+            self._skip(event)
+            return []
+
+        failures: list[Failure] = []
+        token = handling.set(event)
+
+        try:
+            with self._scope():
+                for receiver in receivers:
+                    self._call(receiver, event, failures)
+        except BaseException as error:
+            # The scope's own end: a teardown function that raised, for example.
+            failures.append(self._failed(self._scope, event, error))
+        finally:
+            handling.reset(token)
+
+        self._counters.add("handled")
+        return failures
+
+    def _call(self, receiver: Receiver, event: Event, failures: list[Failure]) -> None:
+        try:
+            result = receiver(event.source, **event.payload)
+
+            if inspect.iscoroutine(result):
+                run_coroutine(result)
+        except BaseException as error:
+            # Even SystemExit: a receiver cannot end the process that others depend on.
+            failures.append(self._failed(receiver, event, error))
+
+    def _failed(self, receiver: Receiver, event: Event, error: BaseException) -> Failure:
+        error = explain(receiver, event, error)
+        self._counters.add("failed")
+        logger.error(
+            "The receiver %s failed at the event %s of %r from %r: %s: %s",
+            name_of(receiver),
+            event.id,
+            event.name,
+            event.source,
+            type(error).__name__,
+            error,
+            exc_info=error,
+        )
+        tell(receiver_failed, self._service, receiver=receiver, event=event, error=error)
+        return Failure(receiver, error)
+
+    def _skip(self, event: Event) -> None:
+        self._counters.add("unknown")
+        self._log.warning(
+            f"unknown {event.name}",
+            "Nothing here receives %r: the event %s from %r is skipped. Connect a receiver with "
+            "bus.on(%r), or take the name out of 'EVENTBUS_SUBSCRIBE'.",
+            event.name,
+            event.id,
+            event.source,
+            event.name,
+        )
+
+
+def name_of(receiver: object) -> str:
+    """The receiver as a reader of logs would look for it: ``module.qualname``."""
+    function = inspect.unwrap(receiver) if callable(receiver) else receiver
+    function = getattr(function, "__func__", function)
+    name = getattr(function, "__qualname__", None)
+    return f"{function.__module__}.{name}" if name else repr(receiver)
+
+
+def explain(receiver: Receiver, event: Event, error: BaseException) -> BaseException:
+    """A :class:`ReceiverError` in place of a ``TypeError`` when the payload does not fit."""
+    if not isinstance(error, TypeError):
+        return error
+
+    misfit = misfit_of(receiver, event.payload)
+
+    if misfit is None:
+        return error
+
+    explained = ReceiverError(
+        f"The receiver {name_of(receiver)} does not accept the event {event.id} of "
+        f"{event.name!r}: {misfit}. Its payload has the keys {sorted(event.payload)}. Let the "
+        "receiver take them, or let it end with **extra."
+    )
+    explained.__cause__ = error
+    return explained
+
+
+def misfit_of(receiver: Receiver, payload: Iterable[str]) -> str | None:
+    """What keeps ``receiver`` from being called with ``payload``'s keys; ``None`` if nothing."""
+    try:
+        signature = inspect.signature(receiver)
+    except (TypeError, ValueError):
+        return None
+
+    try:
+        signature.bind(None, **dict.fromkeys(payload))
+    except TypeError as error:
+        return str(error)
+
+    return None

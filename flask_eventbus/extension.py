@@ -1,0 +1,166 @@
+"""The Flask extension: one node per app, nothing started before the app serves."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from blinker import Namespace
+from flask import Flask, current_app, has_request_context, request
+
+from .application import AppSignals
+from .config import Config
+from .declarations import Declarations
+from .errors import ConfigError
+from .loading import load_receivers
+from .node import FLUSH_AT_EXIT, Health, Node
+from .serving import call_when_serving
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class EventBus(Declarations):
+    """Bridges an app's signals to other services, by the app's configuration.
+
+    One bus may serve several apps; each has its own node under
+    ``app.extensions["eventbus"]``.
+
+    :param app: an app to begin with, as for :meth:`init_app`.
+    :param namespace: an existing blinker namespace to adopt.
+    """
+
+    def __init__(self, app: Flask | None = None, *, namespace: Namespace | None = None) -> None:
+        super().__init__(namespace=namespace)
+        self._nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+        self._siblings: set[str] = set()
+
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Read the app's configuration and give it ``app.signal``; nothing connects yet.
+
+        :raises ConfigError: a setting is missing or wrong, or receivers cannot be loaded.
+        """
+        if "eventbus" in app.extensions:
+            raise ConfigError(
+                f"The app {app.name!r} has an event bus already. Call init_app() once per app."
+            )
+
+        node = self._node(app)
+        app.extensions["eventbus"] = node
+        app.signal = AppSignals(self)  # type: ignore[attr-defined]  # an app has no such face
+        self._nodes.add(node)
+        load_receivers(self, node.config.receivers, root=Path(app.root_path))
+
+        if node.config.listen:
+            call_when_serving(app, node.start)
+
+    def start(self, app: Flask | None = None) -> None:
+        """Listen from now on, in this process; for servers that do not tell when they serve."""
+        self.node(app).start()
+
+    def ready(self, timeout: float | None = None, *, app: Flask | None = None) -> bool:
+        """Wait until Redis has confirmed every subscription; whether it was in time."""
+        return self.node(app).ready(timeout)
+
+    def flush(self, timeout: float | None = None, *, app: Flask | None = None) -> bool:
+        """Wait until everything sent so far is with Redis; whether it was in time."""
+        return self.node(app).flush(timeout)
+
+    def stop(self, app: Flask | None = None, *, flush: float = FLUSH_AT_EXIT) -> None:
+        """Stop listening, let receivers finish, publish what waits."""
+        self.node(app).stop(flush=flush)
+
+    def health(self, app: Flask | None = None) -> Health:
+        """How the app's node does in this process."""
+        return self.node(app).health()
+
+    def node(self, app: Flask | None = None) -> Node:
+        """The node of ``app``, of the current app, or of the only one.
+
+        :raises RuntimeError: it cannot be told which, or the app has none.
+        """
+        app = app or (current_app if current_app else None)
+
+        if app is not None:
+            return self._node_of(app)
+
+        nodes = list(self._nodes)
+
+        if len(nodes) == 1:
+            return nodes[0]
+
+        raise RuntimeError(
+            f"This event bus serves {len(nodes)} apps and none of them is the current one. Pass "
+            "the app, or work inside 'with app.app_context():'."
+        )
+
+    def _node_of(self, app: Flask) -> Node:
+        node = app.extensions.get("eventbus")
+
+        if isinstance(node, Node) and node in self._nodes:
+            return node
+
+        raise RuntimeError(
+            f"The app {app.name!r} does not use this event bus. Call bus.init_app(app) first."
+        )
+
+    def _node(self, app: Flask) -> Node:
+        reference = weakref.ref(app)
+
+        def scope() -> AbstractContextManager[object]:
+            app = reference()
+
+            if app is None:
+                raise RuntimeError("The app of this event bus is gone.")
+
+            return app.app_context()
+
+        def owns(sender: Any) -> bool:
+            emitter = self._emitter(sender)
+            return self._is_alone() if emitter is None else emitter is reference()
+
+        return Node(
+            Config.from_mapping(app.config),
+            self,
+            scope=scope,
+            owns=owns,
+            trace=_traceparent,
+            siblings=self._siblings,
+        )
+
+    def _is_alone(self) -> bool:
+        if len(self._nodes) > 1:
+            raise RuntimeError(
+                f"This event bus serves {len(self._nodes)} apps, and a signal was sent where none "
+                "of them is the current one. Send it from the app, as in "
+                "'signal.send(app, ...)', or inside 'with app.app_context():'."
+            )
+
+        return True
+
+    def _emitter(self, sender: Any) -> Flask | None:
+        """The app that an emission is one of: the sender, or the current one."""
+        if isinstance(sender, Flask):
+            return _real(sender)
+
+        if current_app:
+            return _real(current_app)
+
+        return None
+
+
+def _real(app: Any) -> Flask:
+    return app._get_current_object() if hasattr(app, "_get_current_object") else app  # type: ignore[no-any-return]  # a proxy
+
+
+def _traceparent() -> str | None:
+    if not has_request_context():
+        return None
+
+    value = request.headers.get("traceparent", "")
+    return value if _TRACEPARENT.fullmatch(value) else None

@@ -1,0 +1,109 @@
+"""Finds receivers that a service names by configuration, and those of installed plug-ins."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .errors import ConfigError
+
+#: Where installed packages offer receivers: each entry point names a module with a function
+#: ``register(bus)``, or such a function.
+GROUP = "flask_eventbus.receivers"
+
+
+def load_receivers(bus: Any, names: Iterable[str], *, root: Path) -> list[str]:
+    """Load what ``EVENTBUS_RECEIVERS`` names and what plug-ins offer; return what was loaded.
+
+    A name is a module, ``module:function``, or a folder (a name with a ``/``, relative to
+    ``root``) of modules. ``-NAME`` leaves out the plug-in of that name, ``-*`` all of them.
+    A module may define ``register(bus)``, which is then called.
+
+    :raises ConfigError: one of them cannot be imported or registered; chained to the reason.
+    """
+    names = list(names)
+    left_out = {name[1:] for name in names if name.startswith("-")}
+    loaded = []
+
+    for point in _plug_ins(left_out):
+        _attempt(f"The plug-in {point.name!r} ({point.value})", bus, point.load)
+        loaded.append(f"{point.name} ({point.value})")
+
+    for name in names:
+        if not name.startswith("-"):
+            _load_named(name, bus, root)
+            loaded.append(name)
+
+    return loaded
+
+
+def _plug_ins(left_out: set[str]) -> list[EntryPoint]:
+    if "*" in left_out:
+        return []
+
+    return [point for point in entry_points(group=GROUP) if point.name not in left_out]
+
+
+def _load_named(name: str, bus: Any, root: Path) -> None:
+    if "/" not in name:
+        _attempt(f"{name!r}, named in 'EVENTBUS_RECEIVERS',", bus, lambda: _import(name))
+        return
+
+    folder = root / name
+
+    if not folder.is_dir():
+        raise ConfigError(
+            f"'EVENTBUS_RECEIVERS' names the folder {name!r}, but there is no {str(folder)!r}. "
+            "Make it, or correct the name."
+        )
+
+    for path in sorted(folder.glob("[!_]*.py")):
+        _attempt(f"{name}{path.name}, in a folder of 'EVENTBUS_RECEIVERS',", bus, _reader(path))
+
+
+def _reader(path: Path) -> Callable[[], ModuleType]:
+    return lambda: _import_file(path)
+
+
+def _attempt(what: str, bus: Any, load: Callable[[], Any]) -> None:
+    try:
+        _register(load(), bus)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{what} cannot be loaded: {type(error).__name__}: {error}. Correct it, or take it "
+            "out of 'EVENTBUS_RECEIVERS'; '-NAME' there leaves an installed plug-in out."
+        ) from error
+
+
+def _register(found: Any, bus: Any) -> None:
+    register = getattr(found, "register", None) if isinstance(found, ModuleType) else found
+
+    if callable(register):
+        register(bus)
+
+
+def _import(name: str) -> Any:
+    module_name, _, attribute = name.partition(":")
+    module = importlib.import_module(module_name)
+    return getattr(module, attribute) if attribute else module
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"{path.parent.name}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} is not a Python module")
+
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(name, module)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,148 @@
+"""The bus's own signals: real blinker signals that run the local receivers first.
+
+What bridges a signal is one more receiver of it, marked as :class:`Outbound`. blinker
+calls receivers in no order; a :class:`BusSignal` calls the outbound ones last, so the
+local receivers run whatever Redis does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any
+
+from blinker import NamedSignal, Namespace
+
+from .coroutines import run_coroutine
+from .errors import ConfigError, PayloadError
+from .names import SIGNAL_NAME
+
+Receiver = Callable[..., Any]
+
+
+class Outbound:
+    """Marks a receiver that publishes what it receives."""
+
+
+class BusSignal(NamedSignal):
+    """A :class:`blinker.NamedSignal` whose local receivers run before it is published."""
+
+    def receivers_for(self, sender: Any) -> Generator[Receiver, None, None]:
+        """Yield the receivers for ``sender``, those that publish last."""
+        outbound = []
+
+        for receiver in super().receivers_for(sender):
+            if isinstance(receiver, Outbound):
+                outbound.append(receiver)
+            else:
+                yield receiver
+
+        yield from outbound
+
+    def send(
+        self,
+        sender: Any | None = None,
+        /,
+        *,
+        _async_wrapper: Callable[[Receiver], Receiver] | None = None,
+        **kwargs: Any,
+    ) -> list[tuple[Receiver, Any]]:
+        """Call the receivers for ``sender``, ``async def`` ones included, and publish.
+
+        :raises PayloadError: a value cannot travel, or a key is ``sender``.
+        :raises PublishError: Redis did not take the event, and the route is to tell.
+        """
+        _refuse_sender(self.name, kwargs)
+        return super().send(sender, _async_wrapper=_async_wrapper or _to_sync, **kwargs)
+
+    async def send_async(
+        self,
+        sender: Any | None = None,
+        /,
+        *,
+        _sync_wrapper: Callable[[Receiver], Callable[..., Coroutine[Any, Any, Any]]] | None = None,
+        **kwargs: Any,
+    ) -> list[tuple[Receiver, Any]]:
+        """Await the receivers for ``sender`` and publish; what publishes needs no wrapper."""
+        _refuse_sender(self.name, kwargs)
+        wrapper = _wrap_outbound(_sync_wrapper)
+        return await super().send_async(sender, _sync_wrapper=wrapper, **kwargs)
+
+
+class BusNamespace(Namespace):
+    """Makes :class:`BusSignal` objects, and tells when a new one is born."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Called with each new signal, before anyone can connect to it.
+        self.on_new: Callable[[NamedSignal], None] | None = None
+
+    def signal(self, name: str, doc: str | None = None) -> NamedSignal:
+        """The signal called ``name``, made at the first call.
+
+        :raises ConfigError: the name cannot be part of a Redis key.
+        """
+        if name in self:
+            return self[name]
+
+        check_signal_name(name, "signal()")
+        signal = self[name] = BusSignal(name, doc)
+
+        if self.on_new is not None:
+            self.on_new(signal)
+
+        return signal
+
+
+def check_signal_name(name: object, where: str) -> str:
+    """Return ``name`` if a signal can be called so.
+
+    :raises ConfigError: it cannot; ``where`` says who asked.
+    """
+    if isinstance(name, str) and SIGNAL_NAME.fullmatch(name):
+        return name
+
+    raise ConfigError(
+        f"{where}: {name!r} cannot be a signal's name. Use letters, digits, '_', '-', '.' and "
+        "'/', at most 128 of them, beginning with a letter or digit, for example "
+        "'user_registered'."
+    )
+
+
+def _refuse_sender(name: str, payload: dict[str, Any]) -> None:
+    if "sender" in payload:
+        raise PayloadError(
+            f"The payload of {name!r} has a key 'sender', which every receiver already gets as "
+            "its first argument. Give the value another name."
+        )
+
+
+def _to_sync(receiver: Receiver) -> Receiver:
+    def call(sender: Any, **kwargs: Any) -> Any:
+        return run_coroutine(receiver(sender, **kwargs))
+
+    return call
+
+
+def _wrap_outbound(
+    wrapper: Callable[[Receiver], Callable[..., Coroutine[Any, Any, Any]]] | None,
+) -> Callable[[Receiver], Callable[..., Coroutine[Any, Any, Any]]]:
+    def wrap(receiver: Receiver) -> Callable[..., Coroutine[Any, Any, Any]]:
+        if isinstance(receiver, Outbound):
+            return _to_async(receiver)
+
+        if wrapper is None:
+            raise RuntimeError(
+                f"send_async() cannot call {receiver!r}, which is no coroutine function. "
+                "Pass _sync_wrapper, as blinker asks for."
+            )
+
+        return wrapper(receiver)
+
+    return wrap
+
+
+def _to_async(receiver: Receiver) -> Callable[..., Coroutine[Any, Any, Any]]:
+    async def call(sender: Any, **kwargs: Any) -> Any:
+        return receiver(sender, **kwargs)
+
+    return call

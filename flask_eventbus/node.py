@@ -1,0 +1,325 @@
+"""One process of a service: the bridge between its signals and Redis."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from blinker import Signal
+
+from .channels import ChannelKeys, ChannelReader, ChannelWriter
+from .codec import Codec
+from .config import Config
+from .connections import Connections
+from .counters import Counters
+from .declarations import Declarations
+from .dispatcher import Dispatcher
+from .event import Event
+from .listener import Listener
+from .namespace import Receiver
+from .publisher import WRITE_TIMEOUT, Bridge, Lane, Publisher
+from .routes import Route, Subscription, is_pattern, read_routes, read_subscriptions
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that the end of a process waits for Redis to take what is buffered.
+FLUSH_AT_EXIT = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """How a node does, at one moment."""
+
+    service: str
+    node: str
+    #: Whether this node is to listen at all.
+    listening: bool
+    #: Whether everything subscribed is confirmed on a live connection.
+    connected: bool
+    #: Whether nothing says that Redis does not take events.
+    publishing: bool
+    #: Seconds since bytes last came; ``None`` if none ever did.
+    last_heard: float | None
+    #: Events that arrived and wait for receivers.
+    lag: int
+    #: Events that wait to be published.
+    buffered: int
+    #: Channel events of others that never arrived.
+    missed: int
+    #: Subscriptions that Redis refuses, with its reasons.
+    refused: Mapping[str, str]
+    #: Everything else that is counted: published, received, handled, failed, rejected, ...
+    counts: Mapping[str, int]
+
+
+class Node:
+    """Publishes and hears for one service in one process.
+
+    Nothing connects and no thread starts before the first event or :meth:`start`. After a
+    fork the child's node has a new name, and threads and connections of its own.
+
+    :param scope: what each event is handled in.
+    :param owns: whether an emission by this sender is one of this node's.
+    :param trace: the W3C trace context of whatever is going on.
+    :param siblings: the names of all nodes of this process that share the declarations.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        declarations: Declarations,
+        *,
+        scope: Callable[[], AbstractContextManager[object]] = nullcontext,
+        owns: Callable[[Any], bool] = lambda sender: True,
+        trace: Callable[[], str | None] = lambda: None,
+        siblings: set[str] | None = None,
+    ) -> None:
+        self.config = config
+        self.declarations = declarations
+        self.counters = Counters()
+        self._scope = scope
+        self._owns = owns
+        self._trace = trace
+        self._siblings = set() if siblings is None else siblings
+        self._keys = ChannelKeys(config.prefix)
+        self._codec: Codec = declarations.codec.limited(config.max_event_bytes)
+        self._published = read_routes(config.publish)
+        self._subscribed = read_subscriptions(config.subscribe)
+        self._bridges: dict[tuple[int, str], Bridge] = {}
+        self.listening = False
+        self._renew()
+        self.declared()
+        declarations.watch(self)
+        _nodes.add(self)
+
+    # -- what is carried ------------------------------------------------------------------
+
+    @property
+    def routes(self) -> dict[str, Route]:
+        """What this service publishes; settings go before declarations in code."""
+        return {**self.declarations.routes, **self._published}
+
+    @property
+    def subscriptions(self) -> Mapping[str, Subscription]:
+        """What this service hears."""
+        return self._subscriptions
+
+    def declared(self) -> None:
+        """Take up what was declared since: connect the bridges, subscribe to new names."""
+        self._subscriptions = _merge(self.declarations.subscriptions, self._subscribed)
+
+        if self.config.enabled:
+            self._connect_routes()
+
+        if self.listening:
+            self._listen()
+
+    def receivers_of(self, event: Event) -> list[Receiver]:
+        """The receivers that ``event`` is for."""
+        return self.declarations.receivers_of(event.name, event.source)
+
+    # -- what a program does with it ------------------------------------------------------
+
+    def publish(self, name: str, payload: Mapping[str, Any], *, confirm: bool = True) -> str:
+        """Publish an event without a signal, and return its id.
+
+        :raises PayloadError: a value cannot travel.
+        :raises PublishError: Redis did not take it in time, with ``EVENTBUS_ON_OUTAGE="raise"``.
+        """
+        return self._publisher.publish(self._lane(name), payload, confirm=confirm)
+
+    def start(self) -> None:
+        """Listen from now on; returns at once, whether Redis is there or not."""
+        if not self.config.enabled:
+            return
+
+        self.listening = True
+        self._listen()
+
+    def ready(self, timeout: float | None = None) -> bool:
+        """Wait until Redis has confirmed every subscription; whether it was in time."""
+        return self._listener.ready(timeout)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything sent so far is with Redis; whether it was in time."""
+        return self._publisher.flush(self.config.grace if timeout is None else timeout)
+
+    def stop(self, *, flush: float = FLUSH_AT_EXIT) -> None:
+        """Stop listening, let receivers finish, publish what waits; then as if new.
+
+        :param flush: seconds to wait for Redis to take what is buffered.
+        """
+        self.listening = False
+        self._listener.stop(self.config.grace)
+        self._publisher.close(flush)
+        self._renew()
+
+    def health(self) -> Health:
+        """How this node does."""
+        heard = self._listener.last_heard
+        return Health(
+            service=self.config.service,
+            node=self.name,
+            listening=self.listening,
+            connected=self._listener.running and self._listener.connected,
+            publishing=self._publisher.connected,
+            last_heard=None if heard is None else _since(heard),
+            lag=self._listener.lag,
+            buffered=self._publisher.buffered,
+            missed=self.counters.get("missed"),
+            refused=self._listener.refused,
+            counts=self.counters.all(),
+        )
+
+    # -- one process's worth of it --------------------------------------------------------
+
+    def _renew(self) -> None:
+        """Make everything that belongs to one process and one start."""
+        self._starting = threading.Lock()
+        self.name = secrets.token_hex(6)
+        self._siblings.add(self.name)
+        self.connections = Connections(
+            self.config.url, name=f"eventbus:{self.config.service}:{self.name}"
+        )
+        self._lanes: dict[str, Lane] = {}
+        self._publisher = self._make_publisher()
+        self._listener = self._make_listener()
+        # A writing thread does not keep its node alive, nor outlive it.
+        weakref.finalize(self, self._publisher.abandon).atexit = False
+
+    def _make_publisher(self) -> Publisher:
+        return Publisher(
+            config=self.config,
+            codec=self._codec,
+            writer=ChannelWriter(self.connections, timeout=WRITE_TIMEOUT),
+            node=self.name,
+            counters=self.counters,
+            trace=self._trace,
+        )
+
+    def _make_listener(self) -> Listener:
+        dispatcher = Dispatcher(
+            service=self.config.service,
+            receivers=self.receivers_of,
+            scope=self._scope,
+            counters=self.counters,
+        )
+        publisher = self._publisher
+        return Listener(
+            config=self.config,
+            codec=self._codec,
+            reader=ChannelReader(self.connections),
+            keys=self._keys,
+            dispatcher=dispatcher,
+            counters=self.counters,
+            subscriptions=lambda: self._subscriptions,
+            node=self.name,
+            issued=lambda: publisher.issued,
+            siblings=self._siblings,
+        )
+
+    def _after_fork(self) -> None:
+        """In the child: nothing of the parent's is used, and nothing is started."""
+        self.listening = False
+        self._renew()
+
+    def _listen(self) -> None:
+        if not self._subscriptions:
+            return
+
+        with self._starting:
+            self._listener.start()
+
+        self._listener.refresh()
+
+    # -- bridges --------------------------------------------------------------------------
+
+    def _connect_routes(self) -> None:
+        routes = self.routes
+
+        for route in routes.values():
+            if route.signal is not None:
+                self._bridge(route.signal, route.name, route)
+            elif not is_pattern(route.name):
+                self._bridge(self.declarations.signal(route.name), route.name, route)
+
+        for name in list(self.declarations.namespace):
+            self._connect_pattern(name, routes)
+
+    def _connect_pattern(self, name: str, routes: Mapping[str, Route]) -> None:
+        if name in routes:
+            return
+
+        route = next((route for route in routes.values() if route.covers(name)), None)
+
+        if route is not None:
+            self._bridge(self.declarations.namespace[name], name, route)
+
+    def _bridge(self, signal: Signal, name: str, route: Route) -> None:
+        key = (id(signal), name)
+        bridge = self._bridges.get(key)
+
+        if bridge is not None:
+            bridge.route = route
+            return
+
+        bridge = self._bridges[key] = Bridge(name, route, self._publish, self._owns)
+        # Weakly: an app that is thrown away takes its bridges along.
+        signal.connect(bridge)
+
+    def _publish(self, name: str, payload: Mapping[str, Any], confirm: bool) -> str:
+        return self._publisher.publish(self._lane(name), payload, confirm=confirm)
+
+    def _lane(self, name: str) -> Lane:
+        lane = self._lanes.get(name)
+
+        if lane is None:
+            seal = self._codec.seal(self.config.service, name)
+            lane = self._lanes.setdefault(
+                name, Lane(name=name, key=self._keys.key(name), seal=seal)
+            )
+
+        return lane
+
+
+def _merge(
+    declared: Mapping[str, Subscription], configured: Mapping[str, Subscription]
+) -> dict[str, Subscription]:
+    merged = dict(declared)
+
+    for name, subscription in configured.items():
+        known = declared.get(name)
+        echo = subscription.echo or (known is not None and known.echo)
+        merged[name] = Subscription(name=name, sources=subscription.sources, echo=echo)
+
+    return merged
+
+
+def _since(moment: float) -> float:
+    return time.monotonic() - moment
+
+
+_nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+
+
+def _renew_all() -> None:
+    for node in list(_nodes):
+        node._after_fork()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for node in list(_nodes):
+        node.stop()
+
+
+os.register_at_fork(after_in_child=_renew_all)

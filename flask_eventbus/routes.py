@@ -1,0 +1,296 @@
+"""Which signal travels how: the routes out of a service and its subscriptions."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from blinker import NamedSignal, Signal
+
+from .config import did_you_mean
+from .errors import ConfigError
+from .names import SERVICE_NAME
+from .namespace import check_signal_name
+
+#: What makes plain values of a live emission: called as a receiver is. ``None`` from it
+#: means that this emission is not published.
+Extractor = Callable[..., Mapping[str, Any] | None]
+
+_PATTERN = re.compile(r"[\w./*?-]{1,128}")
+_IMPORT_PATH = re.compile(r"[\w.]+:[\w.]+")
+
+_ROUTE_OPTIONS = ("via", "signal", "payload", "confirm")
+_SUBSCRIPTION_OPTIONS = ("via", "from", "echo")
+
+#: Options of streams, which this version does not have.
+_STREAM_OPTIONS = frozenset(
+    {"key", "maxlen", "retries", "replicas", "group", "start", "timeout", "claim_after"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A signal bound to a way to travel."""
+
+    #: The name on the wire, or a pattern over the bus's own signals.
+    name: str
+    via: str = "channel"
+    #: The signal, where it is not the bus's own of that name.
+    signal: Signal | None = None
+    payload: Extractor | None = None
+    #: Whether ``send()`` waits until Redis has the event.
+    confirm: bool = False
+
+    def covers(self, name: str) -> bool:
+        """Whether this route carries the bus's own signal ``name``."""
+        return self.signal is None and matches(self.name, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subscription:
+    """A signal's name, or a pattern of names, that a service hears from others."""
+
+    name: str
+    #: The services it is heard from; ``None`` for all.
+    sources: frozenset[str] | None = None
+    #: Whether events of this very node come back to it.
+    echo: bool = False
+
+
+def is_pattern(name: str) -> bool:
+    """Whether ``name`` stands for several signals."""
+    return "*" in name or "?" in name
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern``, which may be a plain name, stands for ``name``."""
+    return pattern == name or (is_pattern(pattern) and fnmatchcase(name, pattern))
+
+
+def read_routes(value: Any, where: str = "EVENTBUS_PUBLISH") -> dict[str, Route]:
+    """Read what a service publishes: a name, a list of them, or a mapping to options.
+
+    :raises ConfigError: an entry is wrong; the message names it.
+    """
+    routes = {}
+
+    for entry, options in _entries(value, where):
+        route = read_route(entry, options, f"{where}[{_shown(entry)!r}]")
+
+        if route.name in routes:
+            raise ConfigError(f"{where} names {route.name!r} twice. Keep one of them.")
+
+        routes[route.name] = route
+
+    return routes
+
+
+def read_route(entry: Any, options: Any, where: str) -> Route:
+    """Read one route; ``entry`` is a name, a pattern, a signal or an import path.
+
+    :raises ConfigError: something of it is wrong.
+    """
+    options = _options(options, _ROUTE_OPTIONS, where)
+    signal = _read_signal(options.get("signal"), f"{where}['signal']")
+
+    if isinstance(entry, Signal):
+        signal, entry = entry, _name_of(entry, where)
+    elif isinstance(entry, str) and _IMPORT_PATH.fullmatch(entry):
+        signal = _read_signal(entry, where)
+        entry = _name_of(signal, where)
+
+    return Route(
+        name=_read_name(entry, where, pattern=signal is None),
+        via=_read_via(options.get("via"), where),
+        signal=signal,
+        payload=_read_payload(options.get("payload"), where),
+        confirm=_read_flag(options.get("confirm"), f"{where}['confirm']"),
+    )
+
+
+def read_subscriptions(value: Any, where: str = "EVENTBUS_SUBSCRIBE") -> dict[str, Subscription]:
+    """Read what a service hears: a name, a list of them, or a mapping to options.
+
+    :raises ConfigError: an entry is wrong; the message names it.
+    """
+    subscriptions = {}
+
+    for entry, options in _entries(value, where):
+        name = entry.name if isinstance(entry, NamedSignal) else entry
+        subscription = read_subscription(name, options, f"{where}[{_shown(entry)!r}]")
+        subscriptions[subscription.name] = subscription
+
+    return subscriptions
+
+
+def read_subscription(name: Any, options: Any, where: str) -> Subscription:
+    """Read one subscription.
+
+    :raises ConfigError: something of it is wrong.
+    """
+    options = _options(options, _SUBSCRIPTION_OPTIONS, where)
+    _read_via(options.get("via"), where)
+    return Subscription(
+        name=_read_name(name, where, pattern=True),
+        sources=_read_sources(options.get("from"), f"{where}['from']"),
+        echo=_read_flag(options.get("echo"), f"{where}['echo']"),
+    )
+
+
+def load(path: str, where: str) -> Any:
+    """The object at the import path ``package.module:name``.
+
+    :raises ConfigError: it cannot be imported; chained to the reason.
+    """
+    module_name, _, attribute = path.partition(":")
+
+    try:
+        found: Any = importlib.import_module(module_name)
+
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{where}: {path!r} cannot be imported: {error}. Write 'package.module:name' of "
+            "something that can."
+        ) from error
+
+    return found
+
+
+def _entries(value: Any, where: str) -> Iterable[tuple[Any, Any]]:
+    if value is None:
+        return []
+
+    if isinstance(value, str | Signal):
+        return [(value, None)]
+
+    if isinstance(value, Mapping):
+        return list(value.items())
+
+    if isinstance(value, Iterable):
+        return [(entry, None) for entry in value]
+
+    raise ConfigError(
+        f"{where} is {value!r}. Set it to a list of signal names, or to a mapping such as "
+        "{'user_registered': 'channel'}."
+    )
+
+
+def _options(options: Any, known: tuple[str, ...], where: str) -> Mapping[str, Any]:
+    if options is None:
+        return {}
+
+    if isinstance(options, str):
+        return {"via": options}
+
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f"{where} is {options!r}. Write 'channel', or a mapping such as {{'via': 'channel'}}."
+        )
+
+    for option in options:
+        _check_option(option, known, where)
+
+    return options
+
+
+def _check_option(option: Any, known: tuple[str, ...], where: str) -> None:
+    if option in known:
+        return
+
+    if option in _STREAM_OPTIONS:
+        raise ConfigError(
+            f"{where}[{option!r}] belongs to streams, which this version of flask-eventbus does "
+            "not have yet. Remove the option."
+        )
+
+    raise ConfigError(f"{where} has no option {option!r}. {did_you_mean(str(option), [*known])}")
+
+
+def _read_via(via: Any, where: str) -> str:
+    if via in (None, "channel"):
+        return "channel"
+
+    if via == "stream":
+        raise ConfigError(
+            f"{where} asks for via 'stream', which this version of flask-eventbus does not have "
+            "yet. Use 'channel': whoever listens now hears the event once."
+        )
+
+    raise ConfigError(f"{where} asks for via {via!r}. Use 'channel'.")
+
+
+def _read_name(name: Any, where: str, *, pattern: bool) -> str:
+    if pattern and isinstance(name, str) and is_pattern(name) and _PATTERN.fullmatch(name):
+        return name
+
+    return check_signal_name(name, where)
+
+
+def _read_signal(value: Any, where: str) -> Signal | None:
+    if isinstance(value, str):
+        value = load(value, where)
+
+    if value is None or isinstance(value, Signal):
+        return value
+
+    raise ConfigError(
+        f"{where} is {value!r}, which is not a blinker signal. Name one by its import path, for "
+        "example 'flask:request_finished'."
+    )
+
+
+def _name_of(signal: Signal | None, where: str) -> str:
+    if isinstance(signal, NamedSignal):
+        return signal.name
+
+    raise ConfigError(
+        f"{where}: {signal!r} has no name to travel under. Write "
+        "{'a_name': {'signal': ...}} instead."
+    )
+
+
+def _read_payload(value: Any, where: str) -> Extractor | None:
+    if isinstance(value, str):
+        value = load(value, f"{where}['payload']")
+
+    if value is None or callable(value):
+        return value  # type: ignore[no-any-return]  # whatever is callable may be one
+
+    raise ConfigError(
+        f"{where}['payload'] is {value!r}. Set it to a function, or to its import path, that "
+        "returns the payload as a mapping."
+    )
+
+
+def _read_flag(value: Any, where: str) -> bool:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+
+    raise ConfigError(f"{where} is {value!r}. Set it to True or False.")
+
+
+def _read_sources(value: Any, where: str) -> frozenset[str] | None:
+    if value is None:
+        return None
+
+    names = [value] if isinstance(value, str) else value
+
+    if isinstance(names, Iterable) and not isinstance(names, bytes | Mapping):
+        names = list(names)
+
+        if names and all(isinstance(name, str) and SERVICE_NAME.fullmatch(name) for name in names):
+            return frozenset(names)
+
+    raise ConfigError(
+        f"{where} is {value!r}. Set it to a list of services' names, for example ['accounts']."
+    )
+
+
+def _shown(entry: Any) -> Any:
+    return entry.name if isinstance(entry, NamedSignal) else entry

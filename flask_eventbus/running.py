@@ -1,0 +1,44 @@
+"""Runs a node in the foreground until it is told to end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from .node import Node
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def run_until_signal(node: Node) -> None:
+    """Listen until SIGTERM or Ctrl-C, then let receivers finish and flush.
+
+    A second signal ends the process at once, with the exit code 128 plus its number. Only
+    the main thread may call this, since only it gets signals.
+    """
+    told = threading.Event()
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def end(number: int, frame: FrameType | None) -> Any:
+        if told.is_set():
+            os._exit(128 + number)
+
+        told.set()
+
+    for number in _SIGNALS:
+        signal.signal(number, end)
+
+    try:
+        node.start()
+        told.wait()
+        logger.info("Finishing what runs, for %g s at most.", node.config.grace)
+        node.stop()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

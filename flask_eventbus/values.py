@@ -1,0 +1,378 @@
+"""What a payload may hold: every value as msgpack, and back as it was.
+
+Beyond msgpack's own types (text, bytes, numbers, ``None``, lists, maps) the bus carries
+those of :data:`EXTENSIONS`, and those a program registers. ``docs/wire-format.md``
+describes the bytes. Nothing here executes what it reads.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from functools import partial
+from types import NoneType
+from typing import Any, TypeVar
+from uuid import UUID
+
+from msgpack import ExtType, Packer, StackError, unpackb  # type: ignore[import-untyped]  # it ships no types
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+
+#: How deep lists, maps and sets may be nested; the payload itself is the first level.
+MAX_DEPTH = 32
+#: How many items one list, map or set may have.
+MAX_ITEMS = 100_000
+#: How long an integer may be, in bytes. Python writes none past 1,785 bytes as text, so a
+#: longer one would raise wherever it is logged.
+MAX_INTEGER_BYTES = 1024
+#: How many sets may lie in one another.
+MAX_SET_NESTING = 2
+#: How many members of a set may share one hash. Those are compared with one another, so a
+#: hostile set of thousands of them would take minutes to build.
+MAX_COLLISIONS = 16
+
+#: The types beyond msgpack's own and the ext code of each.
+EXTENSIONS: dict[type, int] = {
+    datetime: 1,
+    date: 2,
+    time: 3,
+    timedelta: 4,
+    Decimal: 5,
+    UUID: 6,
+    set: 7,
+    frozenset: 8,
+    int: 9,
+}
+#: The ext codes for :meth:`Values.register`.
+REGISTERED_CODES = range(32, 128)
+
+_MSGPACK_INTEGERS = range(-(2**63), 2**64)
+_DURATION = struct.Struct(">iII")
+_CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
+_SCALARS = frozenset(
+    {NoneType, bool, int, float, str, bytes, datetime, date, time, timedelta, Decimal, UUID}
+)
+_PLAIN = _CONTAINERS | _SCALARS | {bytearray, memoryview}
+_TEXT = frozenset({str})
+
+
+class UnfitError(Exception):
+    """A value that cannot travel, or came as it should not; the text says why."""
+
+
+class Values:
+    """Turns values into bytes and back: the rules of the wire, and the registered types."""
+
+    def __init__(self) -> None:
+        self._registered: dict[type, Callable[[Any], ExtType]] = {}
+        self._stand_ins = _STAND_INS | {
+            set: partial(self._pack_set, EXTENSIONS[set]),
+            frozenset: partial(self._pack_set, EXTENSIONS[frozenset]),
+        }
+        self._unpackers = dict(_UNPACKERS)
+        self._idle_packers: list[Packer] = []
+        self._unpackb = partial(unpackb, ext_hook=self._unpack_ext, **_LIMITS)
+
+    def register(
+        self, code: int, type_: type[T], pack: Callable[[T], bytes], unpack: Callable[[bytes], T]
+    ) -> None:
+        """Let values of a type travel, as ext type ``code`` (32 to 127).
+
+        :raises ConfigError: the code is out of range or taken, or the type travels already.
+        """
+        if code not in REGISTERED_CODES:
+            raise ConfigError(f"register_type({code!r}, ...): choose a code from 32 to 127.")
+        if code in self._unpackers:
+            raise ConfigError(f"register_type({code}, ...): the code is taken. Choose another.")
+        if type_ in self._registered or type_ in self._stand_ins:
+            raise ConfigError(
+                f"register_type({code}, {type_.__name__}, ...): {type_.__name__} travels "
+                "already. Register each type once, and none of the built-in ones."
+            )
+
+        self._registered[type_] = partial(_pack_registered, code, pack)
+        self._unpackers[code] = partial(_unpack_registered, type_, unpack)
+
+    def pack(self, value: Any) -> bytes:
+        """The bytes of a value.
+
+        :raises Exception: what msgpack or a registered ``pack=`` raised.
+        """
+        # A packer serves one caller at a time. Taking it from the list is safe with threads,
+        # and when the garbage collector sends an event in the middle of this one.
+        try:
+            packer = self._idle_packers.pop()
+        except IndexError:
+            packer = Packer(default=self._stand_in, strict_types=True)
+
+        data: bytes = packer.pack(value)
+        self._idle_packers.append(packer)
+        return data
+
+    def unpack(self, data: bytes) -> Any:
+        """The value of some bytes; :func:`survey` has yet to look at it.
+
+        :raises UnfitError: they are msgpack, and break a rule of the wire.
+        :raises Exception: what msgpack raised: they are not msgpack.
+        """
+        try:
+            return self._unpackb(data)
+        except (ValueError, OverflowError) as error:
+            if _breaks_a_rule(error):
+                raise UnfitError(str(error) or "it is nested too deep") from error
+            raise
+
+    def check(self, payload: dict[str, Any]) -> None:
+        """Look at a payload that was unpacked.
+
+        :raises UnfitError: it breaks a rule of the wire.
+        """
+        if ExtType in survey(payload):
+            raise UnfitError("it holds an ext type that is not known here")
+
+    def check_packed(self, payload: dict[str, Any], data: bytes) -> None:
+        """Look at a payload that is to leave: readers would refuse what raises here.
+
+        :raises UnfitError: it breaks a rule of the wire.
+        """
+        if not survey(payload) <= _PLAIN:
+            self.check(self.unpack(data))
+
+    def stand_in(self, value: Any) -> Any:
+        """What travels in the place of a value: a plain one as it is, a dataclass as a dict."""
+        return value if type(value) in _PLAIN else self._stand_in(value)
+
+    def _stand_in(self, value: Any) -> Any:
+        kind = type(value)
+        convert = self._registered.get(kind) or self._stand_ins.get(kind) or self._find(kind)
+
+        if convert is None:
+            raise UnfitError(
+                f"{kind.__name__} cannot travel. Give the route a payload= function that returns "
+                "plain values, or teach the bus the type with bus.register_type()."
+            )
+
+        return convert(value)
+
+    def _find(self, kind: type) -> Callable[[Any], Any] | None:
+        """How a class travels that is not listed itself: by the nearest rule that fits it."""
+        for base in kind.__mro__:
+            if base in self._registered:
+                return self._registered[base]
+
+        if issubclass(kind, Enum):
+            return self._enum_value
+        if is_dataclass(kind):
+            return _dataclass_fields
+
+        return next((self._stand_ins[b] for b in kind.__mro__ if b in self._stand_ins), None)
+
+    def _enum_value(self, member: Enum) -> Any:
+        return self._stand_in(member.value)
+
+    def _pack_set(self, code: int, members: set[Any] | frozenset[Any]) -> ExtType:
+        # Read back at once: a member travels as what it becomes, and that may be no member.
+        data = self.pack(list(members))
+        self._members(data, nesting=1)
+        return _ext(code, data)
+
+    def _unpack_ext(self, code: int, data: bytes, nesting: int = 0) -> Any:
+        if code == EXTENSIONS[set]:
+            return set(self._members(data, nesting + 1))
+        if code == EXTENSIONS[frozenset]:
+            return frozenset(self._members(data, nesting + 1))
+        if code not in self._unpackers:
+            return ExtType(code, data)
+
+        try:
+            return self._unpackers[code](data)
+        except Exception as error:
+            raise UnfitError(f"ext type {code} does not read: {error}") from error
+
+    def _members(self, data: bytes, nesting: int) -> tuple[Any, ...]:
+        if nesting > MAX_SET_NESTING:
+            raise UnfitError(f"more than {MAX_SET_NESTING} sets lie in one another")
+
+        hook = partial(self._unpack_ext, nesting=nesting)
+        members = unpackb(data, use_list=False, ext_hook=hook, **_LIMITS)
+        return _checked_members(members)
+
+
+def survey(payload: dict[str, Any]) -> frozenset[type] | set[type]:
+    """The types in a payload beyond the scalar ones; few instructions for a flat one.
+
+    :raises UnfitError: it is nested too deep, a map has a key that is no text, or too many items.
+    """
+    found: set[type] = set()
+    level = [payload]
+
+    for _ in range(MAX_DEPTH):
+        level = [inner for container in level for inner in _containers_in(container, found)]
+
+        if not level:
+            return found
+
+    raise UnfitError(f"it is nested deeper than {MAX_DEPTH} levels")
+
+
+def _containers_in(container: Any, found: set[type]) -> Any:
+    values = _map_values(container) if type(container) is dict else container
+
+    if len(container) > MAX_ITEMS:
+        raise UnfitError(f"{len(container)} items are more than {MAX_ITEMS}")
+    if _SCALARS.issuperset(map(type, values)):
+        return ()
+
+    found.update(map(type, values))
+    return (value for value in values if type(value) in _CONTAINERS)
+
+
+def _map_values(container: dict[Any, Any]) -> Any:
+    if not _TEXT.issuperset(map(type, container)):
+        raise UnfitError("a key is no text")
+
+    return container.values()
+
+
+def _checked_members(members: Any) -> tuple[Any, ...]:
+    if type(members) is not tuple:
+        raise UnfitError("a set is not made of an array")
+
+    if max(Counter(map(hash, members)).values(), default=0) > MAX_COLLISIONS:
+        raise UnfitError(f"more than {MAX_COLLISIONS} members of a set share one hash")
+
+    return members
+
+
+def _breaks_a_rule(error: Exception) -> bool:
+    """Whether msgpack read the bytes and refused what they say, which only its words tell."""
+    words = ("exceeds max_", "strict_map_key")
+    return isinstance(error, StackError | OverflowError) or any(w in str(error) for w in words)
+
+
+def _pack_registered(code: int, pack: Callable[[Any], bytes], value: Any) -> ExtType:
+    data = pack(value)
+
+    if type(data) is not bytes:
+        kind = type(value).__name__
+        raise UnfitError(
+            f"the pack= of {kind} returned {type(data).__name__}. Let it return bytes."
+        )
+
+    return _ext(code, data)
+
+
+def _unpack_registered(type_: type, unpack: Callable[[bytes], Any], data: bytes) -> Any:
+    value = unpack(data)
+
+    if not isinstance(value, type_):
+        raise TypeError(f"its unpack= returned {type(value).__name__}, not {type_.__name__}")
+
+    return value
+
+
+def _ext(code: int, data: bytes) -> ExtType:
+    # ExtType(...) checks its arguments in Python, for half a microsecond.
+    return tuple.__new__(ExtType, (code, data))
+
+
+def _pack_integer(value: int) -> int | ExtType:
+    plain = int.__int__(value)
+
+    if plain in _MSGPACK_INTEGERS:
+        return plain
+
+    size = plain.bit_length() // 8 + 1
+    if size > MAX_INTEGER_BYTES:
+        raise UnfitError(
+            f"an integer of {size} bytes is too long, {MAX_INTEGER_BYTES} can travel. "
+            "Send it as bytes."
+        )
+
+    return _ext(EXTENSIONS[int], plain.to_bytes(size, "big", signed=True))
+
+
+def _unpack_integer(data: bytes) -> int:
+    if not 0 < len(data) <= MAX_INTEGER_BYTES:
+        raise ValueError(f"{len(data)} bytes, not 1 to {MAX_INTEGER_BYTES}")
+
+    return int.from_bytes(data, "big", signed=True)
+
+
+def _pack_duration(value: timedelta) -> ExtType:
+    packed = _DURATION.pack(value.days, value.seconds, value.microseconds)
+    return _ext(EXTENSIONS[timedelta], packed)
+
+
+def _unpack_duration(data: bytes) -> timedelta:
+    days, seconds, microseconds = _DURATION.unpack(data)
+    return timedelta(days, seconds, microseconds)
+
+
+def _pack_text(code: int, to_text: Callable[[Any], str], value: Any) -> ExtType:
+    return _ext(code, to_text(value).encode())
+
+
+def _unpack_text(from_text: Callable[[str], Any], data: bytes) -> Any:
+    return from_text(data.decode())
+
+
+def _pack_uuid(value: UUID) -> ExtType:
+    return _ext(EXTENSIONS[UUID], value.bytes)
+
+
+def _unpack_uuid(data: bytes) -> UUID:
+    return UUID(bytes=bytes(data))
+
+
+def _dataclass_fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+_LIMITS: dict[str, Any] = {
+    "timestamp": 3,
+    "strict_map_key": True,
+    "max_array_len": MAX_ITEMS,
+    "max_map_len": MAX_ITEMS,
+}
+
+_STAND_INS: dict[type, Callable[[Any], Any]] = {
+    NoneType: _same,
+    bool: _same,
+    int: _pack_integer,
+    float: float.__float__,
+    str: str.__str__,
+    bytes: bytes,
+    bytearray: bytes,
+    memoryview: _same,
+    list: list,
+    tuple: list,
+    dict: dict,
+    datetime: partial(_pack_text, EXTENSIONS[datetime], datetime.isoformat),
+    date: partial(_pack_text, EXTENSIONS[date], date.isoformat),
+    time: partial(_pack_text, EXTENSIONS[time], time.isoformat),
+    timedelta: _pack_duration,
+    Decimal: partial(_pack_text, EXTENSIONS[Decimal], Decimal.__str__),
+    UUID: _pack_uuid,
+}
+
+_UNPACKERS: dict[int, Callable[[bytes], Any]] = {
+    EXTENSIONS[datetime]: partial(_unpack_text, datetime.fromisoformat),
+    EXTENSIONS[date]: partial(_unpack_text, date.fromisoformat),
+    EXTENSIONS[time]: partial(_unpack_text, time.fromisoformat),
+    EXTENSIONS[timedelta]: _unpack_duration,
+    EXTENSIONS[Decimal]: partial(_unpack_text, Decimal),
+    EXTENSIONS[UUID]: _unpack_uuid,
+    EXTENSIONS[int]: _unpack_integer,
+}
