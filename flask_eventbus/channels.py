@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
-from redis.connection import Connection
 
-from .connections import Connections, is_passing
+from .connections import Connection, Connections, is_passing
 
 #: Seconds one read waits for bytes: how often an idle reader looks around.
 TICK = 1.0
@@ -72,7 +71,8 @@ class ChannelWriter:
     def _exchange(
         self, connection: Connection, batch: Sequence[tuple[str, bytes]]
     ) -> list[Exception | None]:
-        commands = [("PUBLISH", key, body) for key, body in batch] or [("PING",)]
+        commands: list[tuple[str | bytes, ...]] = [("PUBLISH", key, body) for key, body in batch]
+        commands = commands or [("PING",)]
         connection.send_packed_command(connection.pack_commands(commands), check_health=False)
         replies = [_read_reply(connection) for _ in commands]
         return replies[: len(batch)]
@@ -164,7 +164,7 @@ class ChannelReader:
         if connection is not None:
             connection.disconnect()
 
-    def _send(self, commands: list[tuple[str, ...]]) -> None:
+    def _send(self, commands: Sequence[tuple[str, ...]]) -> None:
         connection = self._connection
 
         if connection is None or not commands:

@@ -7,12 +7,12 @@ happens that its owner did not ask for.
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import Connection
 from redis.retry import Retry
 
 from . import embedded
@@ -31,6 +31,31 @@ _PASSING = (
 )
 
 _memory_servers: dict[str, Any] = {}
+
+
+class Connection(Protocol):
+    """What the bus uses of a redis-py connection, which has no types of its own."""
+
+    def connect(self) -> None:
+        """Open the socket and shake hands."""
+
+    def disconnect(self) -> None:
+        """Close the socket."""
+
+    def pack_commands(self, commands: Sequence[tuple[str | bytes, ...]]) -> list[bytes]:
+        """Commands as bytes."""
+
+    def send_packed_command(self, command: list[bytes], check_health: bool = True) -> None:
+        """Send what was packed."""
+
+    def send_command(self, *args: str | bytes | int) -> None:
+        """Send one command."""
+
+    def read_response(self, *, disconnect_on_error: bool = True) -> Any:
+        """The next reply; an error reply is raised."""
+
+    def can_read(self, timeout: float = 0) -> bool:
+        """Whether bytes are there."""
 
 
 def is_passing(error: Exception) -> bool:
@@ -125,13 +150,13 @@ class Connections:
             ) from error
 
         pool.connection_kwargs.update(options)
-        return pool.make_connection()  # type: ignore[no-any-return]  # abstract in redis-py
+        return cast(Connection, pool.make_connection())
 
     def _master(self, timeout: float) -> str:
         hosts, name, rest = self._sentinel_parts()
         options = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
         sentinel = redis.sentinel.Sentinel(hosts, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
-        host, port = sentinel.discover_master(name)
+        host, port = sentinel.discover_master(name)  # type: ignore[no-untyped-call]
         return rest.format(host=f"[{host}]" if ":" in host else host, port=port)
 
     def _sentinel_parts(self) -> tuple[list[tuple[str, int]], str, str]:
@@ -218,4 +243,4 @@ def _memory_connection(url: str, options: dict[str, Any]) -> Connection:
     server = _memory_servers.setdefault(url, fakeredis.FakeServer())
     client = fakeredis.FakeRedis(server=server)
     client.connection_pool.connection_kwargs.update(options)
-    return client.connection_pool.make_connection()  # type: ignore[no-any-return]
+    return cast(Connection, client.connection_pool.make_connection())

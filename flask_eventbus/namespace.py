@@ -28,7 +28,7 @@ class BusSignal(NamedSignal):
 
     def receivers_for(self, sender: Any) -> Generator[Receiver, None, None]:
         """Yield the receivers for ``sender``, those that publish last."""
-        outbound = []
+        outbound: list[Receiver] = []
 
         for receiver in super().receivers_for(sender):
             if isinstance(receiver, Outbound):
