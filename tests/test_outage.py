@@ -1,0 +1,391 @@
+"""Redis away at boot, lost, hung and back, with a real server that is killed and stopped."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from blinker import NamedSignal
+from servers import RedisServer
+from waiting import wait_until
+
+from flask_eventbus import Bus, PublishError, channels, listener, signals
+
+Make = Callable[..., Bus]
+
+
+@pytest.fixture(autouse=True)
+def _quick_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hung server is noticed after half a second instead of ten."""
+    monkeypatch.setattr(channels, "TICK", 0.1)
+    monkeypatch.setattr(listener, "QUIET", 0.3)
+    monkeypatch.setattr(listener, "DEADLINE", 0.3)
+
+
+def hear(bus: Bus, name: str = "tick") -> list[Any]:
+    """Start listening to ``name`` and return the list that its numbers go to."""
+    heard: list[Any] = []
+
+    @bus.on(name)
+    def receive(sender: str, n: int) -> None:
+        heard.append(n)
+
+    bus.start()
+    assert bus.ready(10)
+    return heard
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """The names of the lifecycle signals that were sent, in order."""
+    names: list[str] = []
+    receivers = []
+
+    for signal in (
+        signals.listener_connected,
+        signals.listener_lost,
+        signals.publisher_lost,
+        signals.publisher_restored,
+        signals.events_dropped,
+        signals.events_missed,
+    ):
+
+        note = noting(signal, names)
+        signal.connect(note)
+        receivers.append(note)
+
+    yield names
+
+
+def noting(signal: NamedSignal, names: list[str]) -> Callable[..., None]:
+    """A receiver that appends the signal's name to ``names``, with its count if it has one."""
+
+    def note(sender: str, **values: object) -> None:
+        count = values.get("count")
+        names.append(f"{signal.name} {count}" if count else signal.name)
+
+    return note
+
+
+def test_a_bus_starts_with_redis_away_and_works_when_it_comes(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    redis_server.kill()
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
+    consumer = make_bus(redis_server.url, "consumer")
+    heard: list[int] = []
+
+    @consumer.on("tick")
+    def receive(sender: str, n: int) -> None:
+        heard.append(n)
+
+    consumer.start()
+    assert not consumer.ready(0.3)
+    redis_server.start()
+    assert consumer.ready(10)
+    publisher.signal("tick").send("test", n=1)
+
+    wait_until(lambda: heard == [1], what="the event arrives")
+
+
+def test_events_sent_while_redis_is_away_arrive_in_order_when_it_is_back(
+    redis_server: RedisServer, make_bus: Make, told: list[str]
+) -> None:
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
+    heard = hear(make_bus(redis_server.url, "consumer"))
+    publisher.signal("tick").send("test", n=0)
+    wait_until(lambda: heard == [0], what="the first event arrives")
+
+    redis_server.kill()
+    # The consumer is given the lead, since a channel waits for nobody.
+    for n in range(1, 6):
+        publisher.signal("tick").send("test", n=n)
+    wait_until(lambda: not publisher.health().publishing, what="the loss is known")
+    assert publisher.health().buffered == 5
+    late = make_bus(redis_server.url, "late")
+    redis_server.start()
+    late_heard = hear(late)
+
+    wait_until(lambda: publisher.health().publishing, what="the publisher is back")
+    assert publisher.flush(10)
+    assert publisher.health().buffered == 0
+    # Whoever was subscribed by then heard all of the rest, in order and once.
+    for heard_there in (heard[1:], late_heard):
+        assert heard_there == sorted(set(heard_there))
+    assert told.count("publisher_lost") == 1
+    assert told.count("publisher_restored") == 1
+
+
+def test_a_listener_hears_again_after_a_restart_and_tells_both_once(
+    redis_server: RedisServer,
+    make_bus: Make,
+    told: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "flask_eventbus")
+    consumer = make_bus(redis_server.url, "consumer")
+    heard = hear(consumer)
+
+    redis_server.kill()
+    wait_until(lambda: not consumer.health().connected, what="the loss is noticed")
+    redis_server.start()
+    assert consumer.ready(20)
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
+    publisher.signal("tick").send("test", n=1)
+
+    wait_until(lambda: heard == [1], what="the event arrives")
+    assert told == ["listener_connected", "listener_lost", "listener_connected"]
+    texts = [r.getMessage() for r in caplog.records if r.name == "flask_eventbus.listener"]
+    assert sum("lost Redis" in text for text in texts) == 1
+    assert sum("is back after" in text for text in texts) == 1
+
+
+def test_a_listener_notices_a_server_that_hangs_and_hears_when_it_goes_on(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    consumer = make_bus(redis_server.url, "consumer")
+    heard = hear(consumer)
+
+    redis_server.hang()
+    wait_until(lambda: not consumer.health().connected, what="the hanging server is noticed")
+    redis_server.resume()
+    assert consumer.ready(20)
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
+    publisher.signal("tick").send("test", n=1)
+
+    wait_until(lambda: heard == [1], what="the event arrives")
+
+
+def test_events_sent_to_a_server_that_hangs_arrive_once_when_it_goes_on(
+    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
+    consumer = make_bus(redis_server.url, "consumer")
+    # This listener waits: the subscription outlives the stop, as TCP does.
+    monkeypatch.setattr(listener, "QUIET", 60.0)
+    heard = hear(consumer)
+    publisher.signal("tick").send("test", n=0)
+    assert publisher.flush(10)
+
+    redis_server.hang()
+    for n in range(1, 4):
+        publisher.signal("tick").send("test", n=n)
+    # The writer sends, gets no answer in two seconds, and will send the same again.
+    wait_until(lambda: not publisher.health().publishing, what="the writer gives up")
+    redis_server.resume()
+    assert publisher.flush(20)
+    publisher.signal("tick").send("test", n=4)
+
+    wait_until(lambda: heard[-1:] == [4], what="the last event arrives")
+    assert heard == [0, 1, 2, 3, 4]
+    assert consumer.health().counts["duplicates"] >= 1
+
+
+def test_a_confirmed_send_waits_no_longer_than_the_timeout_and_then_not_at_all(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    route = {"tick": {"confirm": True}}
+    publisher = make_bus(redis_server.url, publish=route, timeout=0.3, on_outage="raise")
+    publisher.signal("tick").send("test", n=0)
+    redis_server.hang()
+
+    with pytest.raises(PublishError, match=r"no answer within 0\.3 s") as caught:
+        publisher.signal("tick").send("test", n=1)
+
+    assert caught.value.event_id is not None
+    assert not publisher.health().publishing
+    with pytest.raises(PublishError, match="Send it again when Redis is back"):
+        publisher.signal("tick").send("test", n=2)
+    redis_server.resume()
+    wait_until(lambda: publisher.health().publishing, what="Redis is asked for and found")
+    publisher.signal("tick").send("test", n=3)
+
+
+def test_a_full_buffer_gives_up_the_oldest_events_counts_them_and_tells(
+    redis_server: RedisServer, make_bus: Make, told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"], buffer_size=5)
+    redis_server.kill()
+    publisher.signal("tick").send("test", n=0)
+    wait_until(lambda: not publisher.health().publishing, what="the loss is known")
+
+    for n in range(1, 9):
+        publisher.signal("tick").send("test", n=n)
+
+    assert publisher.health().counts["dropped"] == 4
+    assert publisher.health().buffered == 5
+    assert told.count("events_dropped 1") == 4
+    full = [r for r in caplog.records if "is full" in r.getMessage()]
+    assert len(full) == 4  # bounded to ten a minute
+
+
+def test_raise_fails_the_send_while_redis_is_known_to_be_away(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    publisher = make_bus(redis_server.url, publish=["tick"], on_outage="raise")
+    locally: list[int] = []
+
+    @publisher.on("tick")
+    def receive(sender: str, n: int) -> None:
+        locally.append(n)
+
+    redis_server.kill()
+    publisher.signal("tick").send("test", n=0)
+    wait_until(lambda: not publisher.health().publishing, what="the loss is known")
+
+    with pytest.raises(PublishError, match="'tick' was not confirmed by Redis"):
+        publisher.signal("tick").send("test", n=1)
+
+    assert locally == [0, 1]  # the local receivers run whatever Redis does
+
+
+def test_the_count_of_missed_events_is_exact(
+    redis_server: RedisServer, make_bus: Make, told: list[str]
+) -> None:
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
+    consumer = make_bus(redis_server.url, "consumer")
+    heard = hear(consumer)
+    publisher.signal("tick").send("test", n=0)
+    wait_until(lambda: heard == [0], what="the first event arrives")
+
+    client = redis_server.client
+    client.execute_command("ACL", "SETUSER", "default", "-subscribe")
+    client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    wait_until(lambda: not consumer.health().connected, what="the connection is lost")
+    for n in range(1, 4):
+        publisher.signal("tick").send("test", n=n)
+    assert publisher.flush(10)
+    client.execute_command("ACL", "SETUSER", "default", "+subscribe")
+    assert consumer.ready(20)
+    publisher.signal("tick").send("test", n=4)
+
+    wait_until(lambda: heard == [0, 4], what="the event after the gap arrives")
+    assert consumer.health().missed == 3
+    assert "events_missed 3" in told
+
+
+def test_a_refused_subscription_is_told_and_taken_up_once_it_is_granted(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = redis_server.client
+    client.execute_command("ACL", "SETUSER", "default", "resetchannels", "&eventbus:{tick}:*")
+    consumer = make_bus(redis_server.url, "consumer")
+    heard: list[int] = []
+
+    @consumer.on("tick")
+    def receive(sender: str, n: int) -> None:
+        heard.append(n)
+
+    @consumer.on("tock")
+    def receive_tock(sender: str, n: int) -> None:
+        heard.append(n)
+
+    consumer.start()
+    wait_until(lambda: consumer.health().refused, what="the refusal is known")
+
+    assert list(consumer.health().refused) == ["tock"]
+    assert not consumer.health().connected
+    assert "does not hear it" in caplog.text
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick", "tock"])
+    publisher.signal("tick").send("test", n=1)
+    wait_until(lambda: heard == [1], what="the other subscription works")
+    client.execute_command("ACL", "SETUSER", "default", "allchannels")
+    assert consumer.ready(10)
+    assert consumer.health().refused == {}
+
+
+def test_events_that_redis_refuses_are_counted_and_the_next_ones_go_out(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard = hear(make_bus(redis_server.url, "consumer"))
+    client = redis_server.client
+    client.execute_command("ACL", "SETUSER", "default", "resetchannels", "&eventbus:{tick}:*")
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick", "tock"])
+    publisher.signal("tock").send("test", n=1)
+    publisher.signal("tick").send("test", n=2)
+
+    wait_until(lambda: heard == [2], what="the event of the granted channel arrives")
+    assert publisher.flush(10)
+    assert publisher.health().counts["refused"] == 1
+    assert "refused the event" in caplog.text
+
+
+def test_a_refused_event_fails_a_confirmed_send(redis_server: RedisServer, make_bus: Make) -> None:
+    client = redis_server.client
+    client.execute_command("ACL", "SETUSER", "default", "resetchannels")
+    publisher = make_bus(redis_server.url, publish={"tick": {"confirm": True}}, timeout=5)
+
+    with pytest.raises(PublishError, match="was not published: .*permission"):
+        publisher.signal("tick").send("test", n=1)
+
+
+def test_what_cannot_be_flushed_at_the_end_is_logged_by_id(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
+    redis_server.kill()
+    node = publisher.health().node
+    publisher.signal("tick").send("test", n=1)
+    publisher.signal("tick").send("test", n=2)
+
+    publisher.stop(flush=0.1)
+
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert any(f"tick {node}-1, tick {node}-2" in text for text in errors)
+
+
+def test_a_script_flushes_at_its_end_without_being_told(redis_server: RedisServer) -> None:
+    program = f"""
+from flask_eventbus import Bus
+bus = Bus({redis_server.url!r}, service="cron", publish=["tick"])
+for n in range(1000):
+    bus.signal("tick").send("cron", n=n)
+"""
+    counter = redis_server.client.pubsub()
+    counter.subscribe("eventbus:{tick}:channel")
+    assert counter.get_message(timeout=5) is not None
+
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+    for _ in range(1000):
+        assert counter.get_message(timeout=5) is not None
+    counter.close()
+
+
+def test_many_threads_send_while_redis_is_killed_and_restarted(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"], buffer_size=100_000)
+    consumer = make_bus(redis_server.url, "consumer")
+    heard = hear(consumer)
+    stop = threading.Event()
+    sent = []
+
+    def work(start: int) -> None:
+        n = start
+        while not stop.wait(0.001):
+            publisher.signal("tick").send("test", n=n)
+            sent.append(n)
+            n += 4
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(2):
+        wait_until(lambda seen=len(heard): len(heard) > seen + 50, what="traffic flows")
+        redis_server.restart()
+    wait_until(lambda seen=len(heard): len(heard) > seen + 50, timeout=20, what="traffic is back")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert publisher.flush(20)
+    wait_until(lambda: sent[-1] in heard, what="the last event arrives")
+
+    # Nothing twice, nothing invented; what is not there is what the sequence says is missing.
+    assert len(heard) == len(set(heard))
+    assert len(sent) - len(heard) == consumer.health().missed
