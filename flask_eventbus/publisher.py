@@ -167,6 +167,8 @@ class Publisher:
         self._error: Exception | None = None
         #: Whether a caller waited in vain since Redis last took something.
         self._stalled = False
+        #: Whether events were dropped since Redis last took something.
+        self._overflowed = False
 
     @property
     def connected(self) -> bool:
@@ -320,12 +322,16 @@ class Publisher:
 
     def _count_dropped(self, count: int) -> None:
         self._counters.add("dropped", count)
-        self._log.warning(
-            "dropped",
-            "The buffer of %d events is full: the oldest are dropped until Redis takes events "
-            "again. health() counts them.",
-            self._config.buffer_size,
-        )
+
+        if not self._overflowed:
+            self._overflowed = True
+            logger.error(
+                "The buffer is full with %d events of %d bytes: from now on the oldest are dropped "
+                "until Redis takes events again. health() counts them.",
+                len(self._buffer),
+                self._bytes,
+            )
+
         tell(events_dropped, self._config.service, where="buffer", count=count)
 
     def _await(self, outgoing: Outgoing, done: threading.Event) -> None:
@@ -468,7 +474,7 @@ class Publisher:
         tell(publisher_lost, self._config.service, error=error, buffered=self.buffered)
 
     def _restored(self) -> None:
-        self._stalled = False
+        self._stalled = self._overflowed = False
 
         if self._away_since is None:
             return

@@ -1,0 +1,226 @@
+"""Whatever comes over a channel is counted, logged with its reason, and the next event arrives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgpack
+import pytest
+from servers import RedisServer
+from waiting import wait_until
+
+from flask_eventbus import Bus, signals
+
+Make = Callable[..., Bus]
+
+
+def event(**changes: Any) -> dict[str, Any]:
+    """An event as a foreign program would make it; ``...`` takes an attribute out."""
+    attributes = {
+        "specversion": "1.0",
+        "id": "foreign-1",
+        "source": "elsewhere",
+        "type": "tick",
+        "time": msgpack.Timestamp.from_unix(time.time()),
+        "data": {"n": 1},
+        **changes,
+    }
+    return {key: value for key, value in attributes.items() if value is not ...}
+
+
+def packed(**changes: Any) -> bytes:
+    body: bytes = msgpack.packb(event(**changes))
+    return body
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+
+    for _ in range(depth):
+        value = [value]
+
+    return value
+
+
+BAD = {
+    "not_msgpack": [b"", b"\xc1", b"hello, world" * 9, packed() + b"\x00"],
+    "not_a_map": [msgpack.packb([1, 2]), msgpack.packb("text"), b"\x07", b"\xc0"],
+    "too_large": [packed(data={"n": "x" * 2_000_000})],
+    "version": [packed(specversion="2.0"), packed(specversion="9.9"), packed(specversion=1)],
+    "missing_attribute": [packed(id=...), packed(source=...), packed(data=...), packed(time=...)],
+    "bad_attribute": [
+        packed(id=7),
+        packed(id=""),
+        packed(id="x" * 5000 + "-1"),
+        packed(source=None),
+        packed(source="a service"),
+        packed(source="x" * 10_000),
+        packed(time="yesterday"),
+        packed(seq="first"),
+        packed(seq=-1),
+    ],
+    "bad_payload": [
+        b"\xdf\xff\xff\xff\xff",  # a map of four billion entries
+        packed(data=[1]),
+        packed(data={"n": nested(100)}),
+        packed(data={"sender": "me"}),
+        packed(data={7: 1}),
+        packed(data={"n": msgpack.ExtType(99, b"?")}),
+    ],
+    "wrong_channel": [packed(type="tock")],
+}
+
+
+@pytest.fixture
+def consumer(shared_redis: RedisServer, make_bus: Make) -> Bus:
+    """A bus that listens to ``tick`` under a prefix of its own."""
+    bus = make_bus(shared_redis.url, "consumer", prefix=f"bad-{time.time_ns()}")
+    bus.start()
+    return bus
+
+
+@pytest.fixture
+def heard(consumer: Bus) -> list[Any]:
+    """What the consumer hears."""
+    heard: list[Any] = []
+
+    @consumer.on("tick")
+    def receive(sender: str, n: Any) -> None:
+        heard.append((sender, n))
+
+    assert consumer.ready(10)
+    return heard
+
+
+@pytest.fixture
+def rejected() -> Iterator[list[str]]:
+    """The reasons of rejected events."""
+    reasons: list[str] = []
+
+    def note(sender: str, name: str, reason: str, error: Exception) -> None:
+        reasons.append(reason)
+
+    with signals.event_rejected.connected_to(note):
+        yield reasons
+
+
+def publish(server: RedisServer, bus: Bus, body: bytes, name: str = "tick") -> None:
+    server.client.publish(f"{bus.node.config.prefix}:{{{name}}}:channel", body)
+
+
+@pytest.mark.parametrize(
+    ("reason", "body"), [(reason, body) for reason, bodies in BAD.items() for body in bodies]
+)
+def test_bad_bytes_are_counted_told_and_followed_by_the_next_event(
+    shared_redis: RedisServer,
+    consumer: Bus,
+    heard: list[Any],
+    rejected: list[str],
+    caplog: pytest.LogCaptureFixture,
+    reason: str,
+    body: bytes,
+) -> None:
+    publish(shared_redis, consumer, body)
+    publish(shared_redis, consumer, packed(id="foreign-2"))
+
+    wait_until(lambda: heard, what="the good event arrives")
+    assert heard == [("elsewhere", 1)]
+    assert rejected == [reason]
+    counts = consumer.health().counts
+    assert counts["rejected"] == counts[f"rejected_{reason}"] == 1
+    assert f"({reason})" in caplog.text
+    assert len(caplog.text) < 2_000  # a sample, not the whole
+
+
+def test_a_flood_of_bad_bytes_is_logged_ten_times_a_minute(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(50):
+        publish(shared_redis, consumer, b"\xc1")
+    publish(shared_redis, consumer, packed())
+
+    wait_until(lambda: heard, what="the good event arrives")
+    assert consumer.health().counts["rejected"] == 50
+    assert caplog.text.count("are rejected") == 10
+
+
+def test_an_event_under_this_nodes_name_that_it_never_sent_is_a_forgery(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any], rejected: list[str]
+) -> None:
+    node = consumer.health().node
+    publish(shared_redis, consumer, packed(id=f"{node}-99", source="consumer"))
+    publish(shared_redis, consumer, packed(id=f"{node}-1", source="elsewhere"))
+    publish(shared_redis, consumer, packed())
+
+    wait_until(lambda: heard, what="the good event arrives")
+    assert rejected == ["forged_source", "forged_source"]
+
+
+def test_a_node_that_changes_its_service_is_a_forgery(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any], rejected: list[str]
+) -> None:
+    publish(shared_redis, consumer, packed(id="abc-1", source="accounts", seq=1))
+    publish(shared_redis, consumer, packed(id="abc-2", source="billing", seq=2))
+    publish(shared_redis, consumer, packed(id="abc-3", source="accounts", seq=2))
+
+    wait_until(lambda: len(heard) == 2, what="both good events arrive")
+    assert rejected == ["forged_source"]
+
+
+def test_a_forged_number_does_not_make_a_receiver_deaf(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any]
+) -> None:
+    publish(shared_redis, consumer, packed(id="abc-1", seq=1))
+    publish(shared_redis, consumer, packed(id="abc-2", seq=2**63))
+    publish(shared_redis, consumer, packed(id="abc-3", seq=2, data={"n": "still heard"}))
+
+    wait_until(lambda: ("elsewhere", "still heard") in heard, what="the next event arrives")
+
+
+def test_an_event_that_comes_twice_is_handled_once(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any]
+) -> None:
+    for seq in (1, 2, 1, 2, 3):
+        publish(shared_redis, consumer, packed(id=f"abc-{seq}", seq=seq, data={"n": seq}))
+
+    wait_until(lambda: len(heard) == 3, what="three events arrive")
+    assert [n for _, n in heard] == [1, 2, 3]
+    assert consumer.health().counts["duplicates"] == 2
+
+
+def test_a_signal_that_nobody_declared_is_skipped_and_counted(
+    shared_redis: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefix = f"bad-{time.time_ns()}"
+    bus = make_bus(shared_redis.url, "consumer", prefix=prefix, subscribe=["tock", "t*"])
+    bus.start()
+    assert bus.ready(10)
+    publish(shared_redis, bus, packed(type="tock"), "tock")
+    publish(shared_redis, bus, packed(type="tuck", id="foreign-2"), "tuck")
+
+    wait_until(lambda: bus.health().counts.get("unknown") == 2, what="both are counted")
+    assert "Nothing here receives 'tock'" in caplog.text
+    # Names from the wire do not pile up as signals.
+    assert "tuck" not in bus.namespace
+
+
+def test_unknown_attributes_and_a_later_minor_version_are_read(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any]
+) -> None:
+    publish(shared_redis, consumer, packed(novelty={"deep": [1]}, datacontenttype="x"))
+
+    wait_until(lambda: heard, what="the event arrives")
+
+
+def test_a_payload_that_a_receiver_does_not_take_is_that_receivers_failure_alone(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(shared_redis, consumer, packed(data={"n": 1, "m": 2}))
+    publish(shared_redis, consumer, packed(id="foreign-2"))
+
+    wait_until(lambda: heard, what="the good event arrives")
+    assert consumer.health().counts["failed"] == 1
+    assert "receive does not accept the event foreign-1 of 'tick'" in caplog.text
+    assert "got an unexpected keyword argument 'm'" in caplog.text
