@@ -1,18 +1,14 @@
 """A real server for development, shared by one user's processes on one machine.
 
-Every process that joins holds a shared lock on the file ``lease``; the kernel lets go of it
-when the process ends, however it ends. A supervisor (``python -m flask_eventbus.embedded``),
-parent of the server and child of nobody, waits for the exclusive lock on the same file: when
-it gets it, nobody is left, so it ends the server and removes the directory.
-
-The locks are ``flock`` locks, which belong to an open file and so to every copy of it that a
-fork makes. A forked child therefore closes its copies and joins for itself.
+A process that joins holds a shared lock on the server's lease, and starts a supervisor with a
+server where there is none: :mod:`flask_eventbus.supervisor` has the rest. The locks are ``flock``
+locks, which belong to an open file and so to every copy of it that a fork makes. A forked child
+therefore closes its copies and joins for itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import functools
 import hashlib
@@ -21,25 +17,22 @@ import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from . import supervisor
 from .errors import ConfigError
+from .supervisor import READY, answers, is_at, lock, remove_unless_used
 
 #: How long :func:`join` waits for a server that answers, in seconds.
 START_TIMEOUT = 10.0
-
-#: How long a server may take to answer a PING before it counts as one that hangs, in seconds.
-PING_TIMEOUT = 1.0
 
 #: The oldest server the bus works with.
 OLDEST_VERSION = (6, 2)
@@ -48,8 +41,6 @@ OLDEST_VERSION = (6, 2)
 SOCKET_PATH_BYTES = 103
 
 _POLL_SECONDS = 0.01
-_PR_SET_PDEATHSIG = 1
-_READY = b"ready"
 _SERVERS = ("redis-server", "valkey-server")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 _VERSION = re.compile(r"\bv=(\d+)\.(\d+)")
@@ -93,7 +84,7 @@ def leave(name: str = "default") -> None:
     lease = _leases.pop(directory, None)
 
     if lease is not None:
-        _remove_unless_used(directory, lease)
+        remove_unless_used(directory, lease)
         _unlock(lease)
 
 
@@ -221,7 +212,7 @@ def _holds_lease(directory: Path) -> bool:
     if held is None:
         return False
 
-    if _is_at(held, directory / "lease"):
+    if is_at(held, directory / "lease"):
         return True
 
     # Somebody removed the directory by hand: nobody else can find that server any more.
@@ -232,11 +223,11 @@ def _holds_lease(directory: Path) -> bool:
 
 
 def _ensure_server(directory: Path, deadline: float) -> None:
-    if _answers(directory):
+    if answers(directory):
         return
 
     with _alone(directory, deadline):
-        if not _answers(directory):
+        if not answers(directory):
             _start(directory, deadline)
 
 
@@ -277,7 +268,7 @@ def _take_lease(directory: Path) -> int | None:
     except FileNotFoundError:
         return None
 
-    if _lock(lease, fcntl.LOCK_SH) and _is_at(lease, directory / "lease"):
+    if lock(lease, fcntl.LOCK_SH) and is_at(lease, directory / "lease"):
         return lease
 
     os.close(lease)
@@ -290,7 +281,7 @@ def _alone(directory: Path, deadline: float) -> Iterator[None]:
     turn = os.open(directory / "turn", os.O_RDWR | os.O_CREAT, 0o600)
 
     try:
-        if not _poll(lambda: _lock(turn, fcntl.LOCK_EX) or None, deadline):
+        if not _poll(lambda: lock(turn, fcntl.LOCK_EX) or None, deadline):
             raise ConfigError(_too_late(directory))
 
         yield
@@ -298,28 +289,10 @@ def _alone(directory: Path, deadline: float) -> Iterator[None]:
         _unlock(turn)
 
 
-def _lock(file: int, kind: int) -> bool:
-    """Try to lock; never wait in the kernel, where a gevent hub would stand still."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-
-    return True
-
-
 def _unlock(file: int) -> None:
     """Unlock and close: closing alone would leave the lock to the copy of a forked child."""
     fcntl.flock(file, fcntl.LOCK_UN)
     os.close(file)
-
-
-def _is_at(file: int, path: Path) -> bool:
-    """Whether the open file is still the one at the path, not removed nor replaced."""
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _poll(attempt: Callable[[], T | None], deadline: float) -> T | None:
@@ -330,30 +303,14 @@ def _poll(attempt: Callable[[], T | None], deadline: float) -> T | None:
     return result
 
 
-def _answers(directory: Path) -> bool:
-    """Whether a server lives there. One that hangs does: its clients have their own deadlines."""
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(PING_TIMEOUT)
-
-        try:
-            client.connect(str(directory / "socket"))
-            client.sendall(b"PING\r\n")
-            return client.recv(64) != b""
-        except (TimeoutError, BlockingIOError):
-            return True
-        except (FileNotFoundError, ConnectionError):
-            return False
-
-
 def _start(directory: Path, deadline: float) -> None:
     """Start a supervisor with a server, and wait until the server answers."""
     executable = find_executable()
 
     with (directory / "log").open("wb") as log:
-        supervisor = subprocess.Popen(  # noqa: S603 - this module, in this Python
-            [sys.executable, "-P", "-m", "flask_eventbus.embedded", str(directory), executable],
+        process = subprocess.Popen(  # noqa: S603 - the program beside this file, in this Python
+            [sys.executable, "-I", "-S", supervisor.__file__, str(directory), executable],
             cwd="/",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -361,19 +318,19 @@ def _start(directory: Path, deadline: float) -> None:
             start_new_session=True,
         )
 
-    if not _is_ready(supervisor, deadline):
+    if not _is_ready(process, deadline):
         raise ConfigError(_did_not_start(directory, executable))
 
 
-def _is_ready(supervisor: subprocess.Popen[bytes], deadline: float) -> bool:
-    with supervisor:
+def _is_ready(process: subprocess.Popen[bytes], deadline: float) -> bool:
+    with process:
         try:
-            said, _ = supervisor.communicate(timeout=max(0.0, deadline - time.monotonic()))
+            said, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(supervisor.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
             return False
 
-    return said == _READY
+    return said == READY
 
 
 def _did_not_start(directory: Path, executable: str) -> str:
@@ -392,94 +349,3 @@ def _too_late(directory: Path) -> str:
         f"did not finish within {START_TIMEOUT:.0f} seconds. End that process, or "
         f"{_ELSEWHERE}."
     )
-
-
-def _remove_unless_used(directory: Path, lease: int) -> None:
-    """Remove the directory if this lease is its lease and nobody else holds it."""
-    if not _lock(lease, fcntl.LOCK_EX) or not _is_at(lease, directory / "lease"):
-        return
-
-    for file in directory.iterdir():
-        if file.name != "lease":
-            file.unlink()
-
-    # Last, for without it whoever joins now begins anew, perhaps before the next line.
-    (directory / "lease").unlink()
-
-    with contextlib.suppress(OSError):
-        directory.rmdir()
-
-
-def supervise(directory: Path, executable: str) -> None:
-    """Run the server until it ends or until nobody holds the lease any more.
-
-    Returns at once in the process that was called, and goes on in a child that belongs to
-    nobody: whoever started the server keeps no child process that it would have to reap.
-    """
-    if os.fork():
-        return
-
-    lease = os.open(directory / "lease", os.O_RDWR)
-    server = _run(directory, executable)
-
-    if not _poll(lambda: _came_up(server, directory), time.monotonic() + START_TIMEOUT):
-        server.kill()
-        server.wait()
-        return
-
-    threading.Thread(target=_end_unless_used, args=(lease, server), daemon=True).start()
-    _say_ready()
-    server.wait()
-    _remove_unless_used(directory, lease)
-
-
-def _run(directory: Path, executable: str) -> subprocess.Popen[bytes]:
-    options = {
-        "port": "0",
-        "unixsocket": str(directory / "socket"),
-        "unixsocketperm": "700",
-        "dir": str(directory),
-        "save": "",
-        "appendonly": "no",
-        "daemonize": "no",
-        "loglevel": "warning",
-    }
-    command = [executable, *(word for key in options for word in (f"--{key}", options[key]))]
-
-    return subprocess.Popen(  # noqa: S603 - what find_executable() found
-        command, stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=_die_with_parent()
-    )
-
-
-def _die_with_parent() -> Callable[[], object] | None:
-    """What makes a child die with this process, killed or not; Linux has it, others go without."""
-    if sys.platform != "linux":
-        return None
-
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _came_up(server: subprocess.Popen[bytes], directory: Path) -> bool | None:
-    if server.poll() is not None:
-        return False
-
-    return _answers(directory) or None
-
-
-def _end_unless_used(lease: int, server: subprocess.Popen[bytes]) -> None:
-    fcntl.flock(lease, fcntl.LOCK_EX)
-    # It keeps nothing, so there is nothing for it to finish.
-    server.kill()
-
-
-def _say_ready() -> None:
-    # Whoever started the server may be gone by now; others may have joined.
-    with contextlib.suppress(BrokenPipeError):
-        os.write(sys.stdout.fileno(), _READY)
-
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    supervise(Path(sys.argv[1]), sys.argv[2])
