@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -107,12 +107,17 @@ class Config:
         return cls(**values)
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
-    """`` Did you mean 'x'?`` for the nearest known word, or the list of all of them."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+def did_you_mean(word: str, known: Sequence[str], *, prefix: str = "") -> str:
+    """``Did you mean 'x'?`` for the nearest known word, else the list of all of them.
+
+    :param prefix: what all of them begin with, which makes none of them nearer.
+    """
+    rests = [name.removeprefix(prefix) for name in known]
+    close = difflib.get_close_matches(word.upper().removeprefix(prefix), rests, n=1)
+    close = close or difflib.get_close_matches(word.removeprefix(prefix), rests, n=1)
 
     if close:
-        return f"Did you mean {close[0]!r}?"
+        return f"Did you mean {prefix + close[0]!r}?"
 
     return f"Known are: {', '.join(sorted(known))}."
 
@@ -126,7 +131,8 @@ def _check_known(key: str) -> None:
 
     if key.removeprefix("EVENTBUS_").lower() not in _READERS or key != key.upper():
         known = [f"EVENTBUS_{name.upper()}" for name in _READERS]
-        raise ConfigError(f"{key!r} is not a setting. {did_you_mean(key, known)}")
+        hint = did_you_mean(key, known, prefix="EVENTBUS_")
+        raise ConfigError(f"{key!r} is not a setting. {hint}")
 
 
 def _from_text(key: str, value: str) -> Any:

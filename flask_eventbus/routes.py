@@ -209,7 +209,7 @@ def _check_option(option: Any, known: tuple[str, ...], where: str) -> None:
             "not have yet. Remove the option."
         )
 
-    raise ConfigError(f"{where} has no option {option!r}. {did_you_mean(str(option), [*known])}")
+    raise ConfigError(f"{where} has no option {option!r}. {did_you_mean(str(option), known)}")
 
 
 def _read_via(via: Any, where: str) -> str:

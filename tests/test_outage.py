@@ -44,7 +44,7 @@ def hear(bus: Bus, name: str = "tick") -> list[Any]:
 def told() -> Iterator[list[str]]:
     """The names of the lifecycle signals that were sent, in order."""
     names: list[str] = []
-    receivers = []
+    connected = []
 
     for signal in (
         signals.listener_connected,
@@ -56,9 +56,12 @@ def told() -> Iterator[list[str]]:
     ):
         note = noting(signal, names)
         signal.connect(note)
-        receivers.append(note)
+        connected.append((signal, note))
 
     yield names
+
+    for signal, note in connected:
+        signal.disconnect(note)
 
 
 def noting(signal: NamedSignal, names: list[str]) -> Callable[..., None]:
@@ -318,7 +321,7 @@ def test_a_refused_event_fails_a_confirmed_send(redis_server: RedisServer, make_
     client.execute_command("ACL", "SETUSER", "default", "resetchannels")
     publisher = make_bus(redis_server.url, publish={"tick": {"confirm": True}}, timeout=5)
 
-    with pytest.raises(PublishError, match="was not published: .*permission"):
+    with pytest.raises(PublishError, match=r"was not published: .*permission"):
         publisher.signal("tick").send("test", n=1)
 
 
@@ -355,6 +358,11 @@ for n in range(1000):
     counter.close()
 
 
+def wait_for_traffic(heard: list[Any]) -> None:
+    seen = len(heard)
+    wait_until(lambda: len(heard) > seen + 50, timeout=20, what="fifty more events arrive")
+
+
 def test_many_threads_send_while_redis_is_killed_and_restarted(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
@@ -375,9 +383,9 @@ def test_many_threads_send_while_redis_is_killed_and_restarted(
     for thread in threads:
         thread.start()
     for _ in range(2):
-        wait_until(lambda seen=len(heard): len(heard) > seen + 50, what="traffic flows")
+        wait_for_traffic(heard)
         redis_server.restart()
-    wait_until(lambda seen=len(heard): len(heard) > seen + 50, timeout=20, what="traffic is back")
+    wait_for_traffic(heard)
     stop.set()
     for thread in threads:
         thread.join()

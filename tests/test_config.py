@@ -1,0 +1,224 @@
+"""Settings: read once, checked, and wrong ones named with the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import blinker
+import flask
+import pytest
+
+from flask_eventbus import Bus, ConfigError, EventBus
+from flask_eventbus.config import SETTINGS, Config
+from flask_eventbus.routes import Route, Subscription, read_routes, read_subscriptions
+
+
+def config(**settings: Any) -> Config:
+    return Config.from_mapping({"EVENTBUS_SERVICE": "accounts", **settings})
+
+
+def summary(sender: Any, **extra: Any) -> dict[str, Any]:
+    return {}
+
+
+WRONG = [
+    ({"EVENTBUS_SERVICE": None}, "'EVENTBUS_SERVICE' is not set. Set it to this service's name"),
+    ({"EVENTBUS_SERVICE": "my service"}, "'EVENTBUS_SERVICE' is 'my service'. A service's name"),
+    ({"EVENTBUS_SERVICE": 7}, "'EVENTBUS_SERVICE' is 7."),
+    ({"EVENTBUS_URL": "localhost:6379"}, "a value without '://'.*Begin it with one of"),
+    ({"EVENTBUS_URL": "http://x"}, "begins with 'http', which is not a way to reach Redis"),
+    ({"EVENTBUS_PREFIX": "a{b}"}, r"'EVENTBUS_PREFIX' is 'a\{b\}'. A prefix is made of"),
+    ({"EVENTBUS_ENABLED": "perhaps"}, "'EVENTBUS_ENABLED' is 'perhaps'. Set it to True or False"),
+    ({"EVENTBUS_LISTEN": 1}, "'EVENTBUS_LISTEN' is 1. Set it to True or False"),
+    ({"EVENTBUS_CONCURRENCY": 0}, "'EVENTBUS_CONCURRENCY' is 0. Set it to a whole number from 1"),
+    ({"EVENTBUS_CONCURRENCY": True}, "'EVENTBUS_CONCURRENCY' is True"),
+    ({"EVENTBUS_TIMEOUT": "soon"}, "'EVENTBUS_TIMEOUT' is 'soon'. Set it to a number of seconds"),
+    ({"EVENTBUS_TIMEOUT": 0}, "'EVENTBUS_TIMEOUT' is 0"),
+    ({"EVENTBUS_TIMEOUT": float("nan")}, "'EVENTBUS_TIMEOUT' is nan"),
+    ({"EVENTBUS_ON_OUTAGE": "ignore"}, "'EVENTBUS_ON_OUTAGE' is 'ignore'. Set it to 'buffer'"),
+    ({"EVENTBUS_BUFFER_SIZE": "many"}, "'EVENTBUS_BUFFER_SIZE' is 'many'"),
+    ({"EVENTBUS_MAX_EVENT_BYTES": 1}, "'EVENTBUS_MAX_EVENT_BYTES' is 1"),
+    ({"EVENTBUS_MAX_HOPS": -1}, "'EVENTBUS_MAX_HOPS' is -1"),
+    ({"EVENTBUS_GRACE": -1}, "'EVENTBUS_GRACE' is -1"),
+    ({"EVENTBUS_RECEIVERS": [7]}, r"'EVENTBUS_RECEIVERS' is \[7\]. Set it to a list of module"),
+    (
+        {"EVENTBUS_SERVCE": "x"},
+        "'EVENTBUS_SERVCE' is not a setting. Did you mean 'EVENTBUS_SERVICE'",
+    ),
+    (
+        {"EVENTBUS_COLOUR": "x"},
+        "'EVENTBUS_COLOUR' is not a setting. Known are: EVENTBUS_BUFFER_SIZE",
+    ),
+    ({"EVENTBUS_service": "x"}, "'EVENTBUS_service' is not a setting"),
+    ({"EVENTBUS_RETRIES": 5}, "'EVENTBUS_RETRIES' belongs to streams.*does not have yet"),
+    ({"EVENTBUS_SIGNING_KEY": "k"}, "'EVENTBUS_SIGNING_KEY' belongs to signed events"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), WRONG)
+def test_a_wrong_setting_is_named_with_its_value_and_the_remedy(
+    settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config(**settings)
+
+
+def test_a_password_in_a_wrong_url_is_not_shown() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(EVENTBUS_URL="reddis://user:hunter2@host")
+
+    assert "hunter2" not in str(caught.value)
+
+
+def test_other_keys_of_the_mapping_are_left_alone() -> None:
+    assert config(DEBUG=True, eventbus_x=1).service == "accounts"
+
+
+def test_the_environment_is_read_with_json_for_what_has_structure() -> None:
+    read = Config.from_environ(
+        {
+            "EVENTBUS_SERVICE": "42",
+            "EVENTBUS_PUBLISH": '{"user_registered": {"confirm": true}}',
+            "EVENTBUS_SUBSCRIBE": "price_changed, order_*",
+            "EVENTBUS_CONCURRENCY": "4",
+            "EVENTBUS_ENABLED": "no",
+            "EVENTBUS_TIMEOUT": "1.5",
+            "HOME": "/",
+        }
+    )
+
+    assert read.service == "42"
+    assert read.publish == {"user_registered": {"confirm": True}}
+    assert read.subscribe == ["price_changed", "order_*"]
+    assert (read.concurrency, read.enabled, read.timeout) == (4, False, 1.5)
+
+
+def test_broken_json_in_the_environment_is_an_error_that_shows_it() -> None:
+    environ = {"EVENTBUS_SERVICE": "x", "EVENTBUS_PUBLISH": '{"a": '}
+
+    with pytest.raises(ConfigError, match=r"'EVENTBUS_PUBLISH' is '\{\"a\": ', which is not JSON"):
+        Config.from_environ(environ)
+
+
+def test_flasks_prefixed_environment_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASK_EVENTBUS_SERVICE", "accounts")
+    monkeypatch.setenv("FLASK_EVENTBUS_PUBLISH__user_registered", "channel")
+    app = flask.Flask(__name__)
+    app.config.from_prefixed_env()
+    bus = EventBus(app)
+
+    assert list(bus.node(app).routes) == ["user_registered"]
+
+
+def test_a_bus_takes_settings_in_lower_case_and_names_a_misspelt_one() -> None:
+    assert Bus("redis://h/0", service="x", concurrency=3).node.config.concurrency == 3
+
+    with pytest.raises(ConfigError, match="Did you mean 'EVENTBUS_CONCURRENCY'"):
+        Bus("redis://h/0", service="x", concurency=3)
+
+
+def test_every_setting_of_the_class_is_a_known_key() -> None:
+    assert len(SETTINGS) == 15
+    assert {"EVENTBUS_SERVICE", "EVENTBUS_GRACE"} <= set(SETTINGS)
+
+
+# -- routes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "user_registered",
+        ["user_registered"],
+        ("user_registered",),
+        {"user_registered": "channel"},
+        {"user_registered": {"via": "channel"}},
+        {"user_registered": None},
+    ],
+)
+def test_a_route_is_written_as_a_name_a_list_or_a_mapping(value: Any) -> None:
+    assert read_routes(value) == {"user_registered": Route(name="user_registered")}
+
+
+def test_a_route_is_a_signal_object_under_its_name_or_another() -> None:
+    by_object = read_routes([flask.request_finished])
+    by_path = read_routes(["flask:request_finished"])
+    renamed = read_routes({"api_call": {"signal": "flask:request_finished", "payload": summary}})
+
+    assert by_object == by_path
+    assert by_object["request-finished"].signal is flask.request_finished
+    assert renamed["api_call"].signal is flask.request_finished
+    assert renamed["api_call"].payload is summary
+
+
+def test_a_payload_function_is_named_by_its_import_path() -> None:
+    routes = read_routes({"a": {"payload": "json:loads"}})
+
+    import json
+
+    assert routes["a"].payload is json.loads
+
+
+WRONG_ROUTES = [
+    (7, "EVENTBUS_PUBLISH is 7. Set it to a list of signal names"),
+    (["a b"], r"EVENTBUS_PUBLISH\['a b'\]: 'a b' cannot be a signal's name"),
+    ({"a{b}": "channel"}, "cannot be a signal's name"),
+    ({7: "channel"}, "7 cannot be a signal's name"),
+    (["a", "a"], "EVENTBUS_PUBLISH names 'a' twice"),
+    ({"a": "stream"}, r"EVENTBUS_PUBLISH\['a'\] asks for via 'stream', which this version"),
+    ({"a": {"via": "stream"}}, "Use 'channel': whoever listens now"),
+    ({"a": "chanel"}, "asks for via 'chanel'. Use 'channel'"),
+    ({"a": 7}, r"EVENTBUS_PUBLISH\['a'\] is 7. Write 'channel', or a mapping"),
+    ({"a": {"viaa": "channel"}}, "has no option 'viaa'. Did you mean 'via'"),
+    ({"a": {"maxlen": 7}}, r"\['maxlen'\] belongs to streams"),
+    ({"a": {"key": "id"}}, r"\['key'\] belongs to streams"),
+    ({"a": {"confirm": "yes"}}, r"\['confirm'\] is 'yes'. Set it to True or False"),
+    ({"a": {"payload": 7}}, r"\['payload'\] is 7. Set it to a function"),
+    ({"a": {"payload": "no.such:thing"}}, "'no.such:thing' cannot be imported: No module named"),
+    ({"a": {"payload": "json:nothing"}}, "'json:nothing' cannot be imported"),
+    ({"a": {"signal": "json:loads"}}, "which is not a blinker signal"),
+    ({"a": {"signal": 7}}, r"\['signal'\] is 7, which is not a blinker signal"),
+    ([blinker.Signal()], "has no name to travel under"),
+    (["json:loads"], "which is not a blinker signal"),
+]
+
+
+@pytest.mark.parametrize(("value", "words"), WRONG_ROUTES)
+def test_a_wrong_route_is_named_with_the_remedy(value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_routes(value)
+
+
+def test_a_wrong_route_fails_at_init_app() -> None:
+    app = flask.Flask(__name__)
+    app.config.from_mapping(EVENTBUS_SERVICE="x", EVENTBUS_PUBLISH={"a": "stream"})
+
+    with pytest.raises(ConfigError, match="asks for via 'stream'"):
+        EventBus(app)
+
+
+def test_subscriptions_take_options() -> None:
+    read = read_subscriptions({"a": {"from": ["accounts"], "echo": True}, "b_*": "channel"})
+
+    assert read["a"] == Subscription(name="a", sources=frozenset({"accounts"}), echo=True)
+    assert read["b_*"] == Subscription(name="b_*")
+    assert list(read_subscriptions([blinker.signal("c")])) == ["c"]
+
+
+WRONG_SUBSCRIPTIONS = [
+    ({"a": {"group": None}}, r"EVENTBUS_SUBSCRIBE\['a'\]\['group'\] belongs to streams"),
+    ({"a": {"retries": 3}}, "belongs to streams"),
+    ({"a": {"from": []}}, r"\['from'\] is \[\]. Set it to a list of services' names"),
+    ({"a": {"from": 7}}, r"\['from'\] is 7"),
+    ({"a": {"from": ["a b"]}}, r"\['from'\] is \['a b'\]"),
+    ({"a": {"eco": True}}, "has no option 'eco'. Did you mean 'echo'"),
+    ({"a": "stream"}, "asks for via 'stream'"),
+    (["a b"], "cannot be a signal's name"),
+    (7, "EVENTBUS_SUBSCRIBE is 7"),
+]
+
+
+@pytest.mark.parametrize(("value", "words"), WRONG_SUBSCRIPTIONS)
+def test_a_wrong_subscription_is_named_with_the_remedy(value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_subscriptions(value)
