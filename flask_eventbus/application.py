@@ -86,8 +86,9 @@ class AppSignal:
 
         for parameter in parameters[1:]:
             if parameter.kind in _STARRED:
+                shown = str(parameter.replace(annotation=parameter.empty))
                 raise ConfigError(
-                    f"{name_of(receiver)} declares '{parameter}', which has no name that could "
+                    f"{name_of(receiver)} declares {shown!r}, which has no name that could "
                     "travel. Give each value a parameter of its own."
                 )
 

@@ -50,6 +50,8 @@ class Declarations:
         self._patterns: list[tuple[str, Receiver, tuple[Any, ...]]] = []
         #: The declared parameters of signals, by name.
         self.parameters: dict[str, inspect.Signature] = {}
+        #: What was loaded by configuration, so that two apps do not load it twice.
+        self.loaded: set[str] = set()
         self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
 
         if isinstance(self.namespace, BusNamespace):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .declarations import Declarations
 from .errors import ConfigError
 
 #: Where installed packages offer receivers: each entry point names a module with a function
@@ -18,8 +19,8 @@ from .errors import ConfigError
 GROUP = "flask_eventbus.receivers"
 
 
-def load_receivers(bus: Any, names: Iterable[str], *, root: Path) -> list[str]:
-    """Load what ``EVENTBUS_RECEIVERS`` names and what plug-ins offer; return what was loaded.
+def load_receivers(bus: Declarations, names: Iterable[str], *, root: Path) -> None:
+    """Load what ``EVENTBUS_RECEIVERS`` names and what plug-ins offer, each once per bus.
 
     A name is a module, ``module:function``, or a folder (a name with a ``/``, relative to
     ``root``) of modules. ``-NAME`` leaves out the plug-in of that name, ``-*`` all of them.
@@ -29,18 +30,14 @@ def load_receivers(bus: Any, names: Iterable[str], *, root: Path) -> list[str]:
     """
     names = list(names)
     left_out = {name[1:] for name in names if name.startswith("-")}
-    loaded = []
 
     for point in _plug_ins(left_out):
-        _attempt(f"The plug-in {point.name!r} ({point.value})", bus, point.load)
-        loaded.append(f"{point.name} ({point.value})")
+        what = f"The plug-in {point.name!r} ({point.value})"
+        _load_once(what, bus, point.load)
 
     for name in names:
         if not name.startswith("-"):
             _load_named(name, bus, root)
-            loaded.append(name)
-
-    return loaded
 
 
 def _plug_ins(left_out: set[str]) -> list[EntryPoint]:
@@ -50,9 +47,9 @@ def _plug_ins(left_out: set[str]) -> list[EntryPoint]:
     return [point for point in entry_points(group=GROUP) if point.name not in left_out]
 
 
-def _load_named(name: str, bus: Any, root: Path) -> None:
+def _load_named(name: str, bus: Declarations, root: Path) -> None:
     if "/" not in name:
-        _attempt(f"{name!r}, named in 'EVENTBUS_RECEIVERS',", bus, lambda: _import(name))
+        _load_once(f"{name!r}, named in 'EVENTBUS_RECEIVERS',", bus, lambda: _import(name))
         return
 
     folder = root / name
@@ -64,14 +61,17 @@ def _load_named(name: str, bus: Any, root: Path) -> None:
         )
 
     for path in sorted(folder.glob("[!_]*.py")):
-        _attempt(f"{name}{path.name}, in a folder of 'EVENTBUS_RECEIVERS',", bus, _reader(path))
+        _load_once(f"{path}, in a folder of 'EVENTBUS_RECEIVERS',", bus, _reader(path))
 
 
 def _reader(path: Path) -> Callable[[], ModuleType]:
     return lambda: _import_file(path)
 
 
-def _attempt(what: str, bus: Any, load: Callable[[], Any]) -> None:
+def _load_once(what: str, bus: Declarations, load: Callable[[], Any]) -> None:
+    if what in bus.loaded:
+        return
+
     try:
         _register(load(), bus)
     except ConfigError:
@@ -82,8 +82,10 @@ def _attempt(what: str, bus: Any, load: Callable[[], Any]) -> None:
             "out of 'EVENTBUS_RECEIVERS'; '-NAME' there leaves an installed plug-in out."
         ) from error
 
+    bus.loaded.add(what)
 
-def _register(found: Any, bus: Any) -> None:
+
+def _register(found: Any, bus: Declarations) -> None:
     register = getattr(found, "register", None) if isinstance(found, ModuleType) else found
 
     if callable(register):

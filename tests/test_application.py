@@ -1,0 +1,384 @@
+"""The application face: declaring, sending and connecting through ``app.signal``."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import flask
+import pytest
+from flask import Blueprint, Flask, current_app
+
+from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, current_event
+from flask_eventbus.codec import Codec
+from flask_eventbus.event import Event
+
+
+def make_app(bus: EventBus | None = None, **settings: Any) -> Any:
+    # ``Any``: app.signal is not among Flask's own attributes.
+    app = Flask(__name__)
+    app.config.from_mapping(
+        {"EVENTBUS_SERVICE": "accounts", "EVENTBUS_URL": "memory://application", **settings}
+    )
+    (bus or EventBus()).init_app(app)
+    return app
+
+
+def test_a_decorated_function_declares_the_signal_and_receives_it() -> None:
+    app = make_app()
+    received = []
+
+    @app.signal("user_registered")
+    def welcome(sender: Any, username: str) -> str:
+        received.append((sender, username))
+        return f"welcome, {username}"
+
+    results = app.signal("user_registered")(app, "ada")
+
+    assert received == [(app, "ada")]
+    assert results == [(welcome, "welcome, ada")]
+
+
+def test_a_bare_decorator_names_the_signal_after_the_function() -> None:
+    app = make_app()
+    received = []
+
+    @app.signal
+    def signal_user_registered(sender: Any, username: str) -> None:
+        received.append(username)
+
+    @app.signal
+    def order_paid(sender: Any, number: int) -> None:
+        received.append(number)
+
+    app.signal("user_registered")(app, username="ada")
+    app.signal("order_paid")(app, 7)
+
+    assert received == ["ada", 7]
+
+
+def test_a_closure_made_inside_a_view_stays_connected() -> None:
+    app = make_app()
+    received = []
+
+    @app.get("/")
+    def view() -> str:
+        def closure(sender: Any, **payload: Any) -> None:
+            received.append(payload)
+
+        current_app.signal("user_registered").connect(closure)  # type: ignore[attr-defined]
+        return ""
+
+    app.test_client().get("/")
+    gc.collect()
+    app.signal("user_registered")(app, username="ada")
+
+    assert received == [{"username": "ada"}]
+
+
+def test_a_blueprint_sends_and_receives_through_current_app() -> None:
+    app = make_app()
+    shop = Blueprint("shop", __name__)
+    received = []
+
+    @shop.record
+    def declare(state: Any) -> None:
+        @state.app.signal("order_paid")
+        def receive(sender: Any, number: int) -> None:
+            received.append((sender.name, number))
+
+    @shop.post("/pay")
+    def pay() -> str:
+        current_app.signal("order_paid")(current_app, 7)  # type: ignore[attr-defined]
+        return ""
+
+    app.register_blueprint(shop)
+    app.test_client().post("/pay")
+
+    assert received == [(app.name, 7)]
+
+
+@pytest.mark.parametrize(
+    ("args", "payload", "words"),
+    [
+        ((), {}, "missing a required argument: 'username'"),
+        (("ada", "en", "more"), {}, "too many positional arguments"),
+        (("ada",), {"username": "ada"}, "multiple values for argument 'username'"),
+        ((), {"user": "ada"}, "missing a required argument: 'username'"),
+        (("ada",), {"user": "ada"}, "got an unexpected keyword argument 'user'"),
+    ],
+)
+def test_a_call_that_does_not_fit_the_declared_parameters_is_a_type_error(
+    args: tuple[Any, ...], payload: dict[str, Any], words: str
+) -> None:
+    app = make_app()
+
+    @app.signal("user_registered")
+    def welcome(sender: Any, username: str, language: str = "en") -> None: ...
+
+    with pytest.raises(TypeError, match=rf"user_registered\(username.*{words}"):
+        app.signal("user_registered")(app, *args, **payload)
+
+
+def test_defaults_of_the_declaration_travel_along() -> None:
+    app = make_app()
+    received = []
+
+    @app.signal("user_registered")
+    def welcome(sender: Any, username: str, language: str = "en", **extra: Any) -> None:
+        received.append((username, language, extra))
+
+    app.signal("user_registered")(app, "ada", shoe_size=7)
+
+    assert received == [("ada", "en", {"shoe_size": 7})]
+
+
+def test_positional_values_of_an_undeclared_signal_are_a_type_error() -> None:
+    app = make_app()
+
+    with pytest.raises(TypeError, match="order_paid was sent 1 positional values, but its param"):
+        app.signal("order_paid")(app, 7)
+
+
+def test_another_receiver_has_to_accept_what_was_declared() -> None:
+    app = make_app()
+
+    @app.signal("user_registered")
+    def welcome(sender: Any, username: str) -> None: ...
+
+    @app.signal("user_registered")
+    def tolerant(sender: Any, **payload: Any) -> None: ...
+
+    with pytest.raises(ConfigError, match="other does not accept what 'user_registered' was"):
+
+        @app.signal("user_registered")
+        def other(sender: Any, name: str) -> None: ...
+
+
+def test_a_declaration_without_a_sender_or_with_starred_values_is_refused() -> None:
+    app = make_app()
+
+    with pytest.raises(ConfigError, match="nobody has no parameter for the sender"):
+
+        @app.signal("a")
+        def nobody() -> None: ...
+
+    with pytest.raises(ConfigError, match=r"many declares '\*values', which has no name"):
+
+        @app.signal("b")
+        def many(sender: Any, *values: Any) -> None: ...
+
+
+def test_the_flask_app_is_a_sender_although_it_is_callable() -> None:
+    app = make_app()
+    received = []
+    app.signal("ping").connect(lambda sender: received.append(sender))
+
+    app.signal("ping")(app)
+
+    assert received == [app]
+
+
+def test_app_signal_takes_a_name_or_a_function_and_nothing_else() -> None:
+    app = make_app()
+
+    with pytest.raises(TypeError, match=r"app\.signal\(\) got 7"):
+        app.signal(7)
+
+
+def test_async_receivers_run_when_a_signal_is_sent_locally() -> None:
+    app = make_app()
+    received = []
+
+    @app.signal("ping")
+    async def receive(sender: Any, n: int) -> None:
+        received.append(n)
+
+    app.signal("ping")(app, 1)
+
+    assert received == [1]
+
+
+@pytest.mark.parametrize("flask_async", [True])
+def test_async_receivers_run_where_a_loop_runs_already(flask_async: bool) -> None:
+    import asyncio
+
+    app = make_app()
+    received = []
+
+    @app.signal("ping")
+    async def receive(sender: Any, n: int) -> None:
+        await asyncio.sleep(0)
+        received.append(n)
+
+    async def view() -> None:
+        app.signal("ping")(app, 1)
+
+    asyncio.run(view())
+
+    assert received == [1]
+
+
+def test_send_async_awaits_receivers_and_publishes() -> None:
+    import asyncio
+
+    bus = Bus("memory://async", service="x", publish=["ping"])
+    received = []
+
+    @bus.on("ping")
+    async def receive(sender: Any, n: int) -> None:
+        received.append(n)
+
+    asyncio.run(bus.signal("ping").send_async("test", n=1))
+
+    assert received == [1]
+    assert bus.flush(5)
+    assert bus.health().counts["published"] == 1
+    bus.stop()
+
+
+def test_a_payload_key_called_sender_is_refused_at_send() -> None:
+    app = make_app()
+
+    with pytest.raises(PayloadError, match="'ping' has a key 'sender', which every receiver"):
+        app.signal("ping").signal.send(app, **{"sender": "me"})
+
+
+def test_local_receivers_run_before_the_event_is_published() -> None:
+    bus = Bus("memory://order", service="x", publish=["ping"])
+    seen = []
+    for number in range(10):
+        bus.on("ping")(_noting(seen, bus, number))
+
+    with pytest.raises(PayloadError):
+        bus.signal("ping").send("test", value=object())
+
+    assert sorted(seen) == list(range(10))
+    bus.stop()
+
+
+def _noting(seen: list[int], bus: Bus, number: int) -> Callable[..., None]:
+    def note(sender: Any, **payload: Any) -> None:
+        seen.append(number)
+
+    return note
+
+
+def test_several_apps_share_a_bus_and_each_publishes_its_own() -> None:
+    bus = EventBus()
+    ping = bus.signal("ping")
+    first = make_app(bus, EVENTBUS_SERVICE="first", EVENTBUS_PUBLISH=["ping"])
+    second = make_app(bus, EVENTBUS_SERVICE="second", EVENTBUS_PUBLISH=["ping"])
+
+    ping.send(first, n=1)
+    with second.app_context():
+        ping.send("anyone", n=2)
+        ping.send(None, n=3)
+        assert bus.flush(5)
+    assert bus.flush(5, app=first)
+
+    assert bus.health(first).counts["published"] == 1
+    assert bus.health(second).counts["published"] == 2
+    with pytest.raises(RuntimeError, match="serves 2 apps, and a signal was sent where none"):
+        ping.send("anyone", n=4)
+    with pytest.raises(RuntimeError, match="serves 2 apps and none of them is the current one"):
+        bus.health()
+    bus.stop(first)
+    bus.stop(second)
+
+
+def test_an_app_that_is_thrown_away_takes_its_bridges_along() -> None:
+    bus = EventBus()
+    ping = bus.signal("ping")
+    app = make_app(bus, EVENTBUS_PUBLISH=["ping"])
+    assert list(ping.receivers_for("x"))
+
+    del app
+    gc.collect()
+
+    assert not list(ping.receivers_for("x"))
+
+
+def test_init_app_twice_is_an_error() -> None:
+    bus = EventBus()
+    app = make_app(bus)
+
+    with pytest.raises(ConfigError, match="has an event bus already"):
+        bus.init_app(app)
+
+
+def test_an_app_of_another_bus_is_told_apart() -> None:
+    bus = EventBus()
+    app = make_app()
+
+    with pytest.raises(RuntimeError, match="does not use this event bus"):
+        bus.health(app)
+
+
+def test_each_event_gets_an_app_context_of_its_own_that_is_torn_down() -> None:
+    bus = EventBus()
+    app = make_app(bus)
+    seen: list[Any] = []
+
+    @app.teardown_appcontext
+    def teardown(error: BaseException | None) -> None:
+        seen.append("teardown")
+
+    @bus.on("ping")
+    def receive(sender: str, n: int) -> None:
+        assert not hasattr(flask.g, "n")
+        flask.g.n = n
+        seen.append((current_app.name, sender, current_event.source, current_event.id))
+
+    dispatch(bus, app, n=1)
+    dispatch(bus, app, n=2)
+
+    told = (app.name, "elsewhere", "elsewhere", "abc-1")
+    assert seen == [told, "teardown", told, "teardown"]
+    assert not current_event
+
+
+def dispatch(bus: EventBus, app: Flask, **payload: Any) -> list[Any]:
+    """Dispatch as the listener would, in this thread."""
+    codec = Codec()
+    body = codec.seal("elsewhere", "ping")(codec.pack_payload(payload), id="abc-1", time_ns=1)
+    event: Event = codec.decode(body)
+    return bus.node(app)._listener._dispatcher.dispatch(event)
+
+
+def test_a_failing_receiver_stops_no_other_and_a_failing_teardown_is_counted() -> None:
+    bus = EventBus()
+    app = make_app(bus)
+    seen = []
+
+    @bus.on("ping")
+    def failing(sender: str, n: int) -> None:
+        raise ValueError("no")
+
+    @bus.on("ping")
+    def leaving(sender: str, n: int) -> None:
+        raise SystemExit(3)
+
+    @bus.on("ping")
+    def good(sender: str, n: int) -> None:
+        seen.append(n)
+
+    @app.teardown_appcontext
+    def teardown(error: BaseException | None) -> None:
+        raise RuntimeError("teardown")
+
+    failures = dispatch(bus, app, n=1)
+
+    assert seen == [1]
+    assert sorted(type(failure.error).__name__ for failure in failures) == [
+        "RuntimeError",
+        "SystemExit",
+        "ValueError",
+    ]
+    assert bus.health(app).counts["failed"] == 3
+
+
+def test_current_event_outside_of_a_receiver_says_so() -> None:
+    with pytest.raises(RuntimeError, match=r"current_event\.id was read where no event is being"):
+        _ = current_event.id
