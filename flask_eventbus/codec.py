@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from reprlib import repr as short
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 from .errors import ConfigError, DecodeError, PayloadError
 from .event import Event
 from .faults import find_fault
+from .names import SERVICE_NAME, SIGNAL_NAME
 from .seal import (
     EVENT_ID,
     MAX_HOPS,
@@ -22,14 +22,9 @@ from .seal import (
 )
 from .values import UnfitError, Values
 
-__all__ = ["SERVICE_NAME", "SIGNAL_NAME", "Codec", "Seal"]
+__all__ = ["Codec", "Seal"]
 
 T = TypeVar("T")
-
-#: A service's name: what receivers get as ``sender``.
-SERVICE_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
-#: A signal's name.
-SIGNAL_NAME = re.compile(r"\w[\w./-]{0,127}", re.ASCII)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -143,8 +138,7 @@ class Codec:
             data = self._values.pack(payload)
             self._values.check_packed(payload, data)
         except Exception as error:
-            fault = find_fault(self._values, payload)
-            raise PayloadError(fault or f"payload: it does not pack: {error}") from error
+            raise PayloadError(find_fault(self._values, payload, error)) from error
 
         return data
 
@@ -159,7 +153,7 @@ class Codec:
         try:
             return self._values.unpack(body)
         except UnfitError as error:
-            raise DecodeError(f"It does not read: {error}.", reason="bad_payload") from error
+            raise DecodeError(f"It does not read: {error}", reason="bad_payload") from error
         except Exception as error:
             message = f"It is not msgpack: {type(error).__name__}: {error}"
             raise DecodeError(message, reason="not_msgpack") from error
@@ -174,7 +168,7 @@ class Codec:
             self._values.check(payload)
         except UnfitError as error:
             raise DecodeError(
-                f"The payload does not read: {error}.", reason="bad_payload"
+                f"The payload does not read: {error}", reason="bad_payload"
             ) from error
 
 

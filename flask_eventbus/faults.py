@@ -10,9 +10,13 @@ from .values import MAX_DEPTH, MAX_ITEMS, UnfitError, Values
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
-def find_fault(values: Values, payload: dict[Any, Any]) -> str | None:
-    """The first value that cannot travel: its path, what is wrong with it, what to do."""
-    return next(_faults(values, "payload", payload, ()), None)
+def find_fault(values: Values, payload: dict[Any, Any], error: Exception) -> str:
+    """The first value that cannot travel: its path, what is wrong with it, what to do.
+
+    :param error: what packing raised; told as it is where no single value is at fault.
+    """
+    faults = _faults(values, "payload", payload, ())
+    return next(faults, f"payload: {_in_words(payload, error)}")
 
 
 def _faults(values: Values, path: str, value: Any, above: tuple[int, ...]) -> Iterator[str]:
@@ -55,7 +59,7 @@ def _container_faults(
 
 def _key_faults(path: str, container: dict[Any, Any]) -> Iterator[str]:
     for key in container:
-        if type(key) is not str:
+        if not isinstance(key, str):
             yield (
                 f"{path}: the key {key!r} is of type {_kind(key)}, and keys are text. "
                 "Convert it with str()."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from typing import Final
+from typing import Final, cast
 
 from msgpack import packb  # type: ignore[import-untyped]  # it ships no types
 
@@ -32,9 +32,15 @@ _COUNT = struct.Struct(">5sQ").pack
 
 
 def _text(value: str) -> bytes:
-    """Text of up to 255 bytes as msgpack writes it, without the cost of a packer."""
+    """Text as msgpack writes it, without the cost of a packer where it is short."""
     raw = value.encode()
-    return (_FIXSTR[len(raw)] if len(raw) < 32 else b"\xd9%c" % len(raw)) + raw
+
+    if len(raw) < 32:
+        return _FIXSTR[len(raw)] + raw
+    if len(raw) < 256:
+        return b"\xd9%c%b" % (len(raw), raw)
+
+    return cast(bytes, packb(value))
 
 
 _ID = _text("id")
@@ -110,7 +116,7 @@ def _time(time_ns: int) -> bytes:
 
 def _key(key: str) -> bytes:
     try:
-        packed: bytes = packb(key)
+        packed = _text(key)
     except UnicodeEncodeError as error:
         raise PayloadError(
             f"The key {key!r} holds a lone surrogate, which no other program can read. "

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from functools import partial
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from uuid import UUID
 
 from msgpack import ExtType, Packer, StackError, unpackb  # type: ignore[import-untyped]  # it ships no types
@@ -29,6 +29,8 @@ T = TypeVar("T")
 MAX_DEPTH = 32
 #: How many items one list, map or set may have.
 MAX_ITEMS = 100_000
+#: How many lists, maps and sets, and values of registered types, one payload may hold.
+MAX_CONTAINERS = 100_000
 #: How long an integer may be, in bytes. Python writes none past 1,785 bytes as text, so a
 #: longer one would raise wherever it is logged.
 MAX_INTEGER_BYTES = 1024
@@ -36,7 +38,7 @@ MAX_INTEGER_BYTES = 1024
 MAX_SET_NESTING = 2
 #: How many members of a set may share one hash. Those are compared with one another, so a
 #: hostile set of thousands of them would take minutes to build.
-MAX_COLLISIONS = 16
+MAX_COLLISIONS = 8
 
 #: The types beyond msgpack's own and the ext code of each.
 EXTENSIONS: dict[type, int] = {
@@ -54,13 +56,14 @@ EXTENSIONS: dict[type, int] = {
 REGISTERED_CODES = range(32, 128)
 
 _MSGPACK_INTEGERS = range(-(2**63), 2**64)
+_KEPT_BUFFER = 256 * 1024
 _DURATION = struct.Struct(">iII")
+_SETS: dict[int, type] = {EXTENSIONS[set]: set, EXTENSIONS[frozenset]: frozenset}
 _CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
 _SCALARS = frozenset(
     {NoneType, bool, int, float, str, bytes, datetime, date, time, timedelta, Decimal, UUID}
 )
 _PLAIN = _CONTAINERS | _SCALARS | {bytearray, memoryview}
-_TEXT = frozenset({str})
 
 
 class UnfitError(Exception):
@@ -73,12 +76,13 @@ class Values:
     def __init__(self) -> None:
         self._registered: dict[type, Callable[[Any], ExtType]] = {}
         self._stand_ins = _STAND_INS | {
-            set: partial(self._pack_set, EXTENSIONS[set]),
-            frozenset: partial(self._pack_set, EXTENSIONS[frozenset]),
+            set: partial(self._pack_set, set),
+            frozenset: partial(self._pack_set, frozenset),
         }
         self._unpackers = dict(_UNPACKERS)
         self._idle_packers: list[Packer] = []
-        self._unpackb = partial(unpackb, ext_hook=self._unpack_ext, **_LIMITS)
+        # What unpacks an ext type, by the number of sets that it lies in.
+        self._hooks = [partial(self._unpack_ext, n) for n in range(MAX_SET_NESTING + 1)]
 
     def register(
         self, code: int, type_: type[T], pack: Callable[[T], bytes], unpack: Callable[[bytes], T]
@@ -113,7 +117,10 @@ class Values:
             packer = Packer(default=self._stand_in, strict_types=True)
 
         data: bytes = packer.pack(value)
-        self._idle_packers.append(packer)
+
+        if len(data) <= _KEPT_BUFFER:
+            self._idle_packers.append(packer)
+
         return data
 
     def unpack(self, data: bytes) -> Any:
@@ -122,11 +129,19 @@ class Values:
         :raises UnfitError: they are msgpack, and break a rule of the wire.
         :raises Exception: what msgpack raised: they are not msgpack.
         """
+        most = min(len(data), MAX_ITEMS)
+
         try:
-            return self._unpackb(data)
+            return unpackb(
+                data,
+                ext_hook=self._hooks[0],
+                timestamp=3,
+                max_array_len=most,
+                max_map_len=most,
+            )
         except (ValueError, OverflowError) as error:
-            if _breaks_a_rule(error):
-                raise UnfitError(str(error) or "it is nested too deep") from error
+            if _breaks_a_rule(error, most):
+                raise UnfitError(str(error) or "It is nested too deep.") from error
             raise
 
     def check(self, payload: dict[str, Any]) -> None:
@@ -135,7 +150,11 @@ class Values:
         :raises UnfitError: it breaks a rule of the wire.
         """
         if ExtType in survey(payload):
-            raise UnfitError("it holds an ext type that is not known here")
+            codes = sorted(set(_unknown_codes(payload)))
+            raise UnfitError(
+                f"It holds ext type {codes[0]}, unknown here. "
+                "Register the type with bus.register_type() in this service too."
+            )
 
     def check_packed(self, payload: dict[str, Any], data: bytes) -> None:
         """Look at a payload that is to leave: readers would refuse what raises here.
@@ -177,84 +196,129 @@ class Values:
     def _enum_value(self, member: Enum) -> Any:
         return self._stand_in(member.value)
 
-    def _pack_set(self, code: int, members: set[Any] | frozenset[Any]) -> ExtType:
+    def _pack_set(self, kind: type, members: set[Any] | frozenset[Any]) -> ExtType:
         # Read back at once: a member travels as what it becomes, and that may be no member.
         data = self.pack(list(members))
-        self._members(data, nesting=1)
-        return _ext(code, data)
+        self._unpack_set(kind, 0, data)
+        return _ext(EXTENSIONS[kind], data)
 
-    def _unpack_ext(self, code: int, data: bytes, nesting: int = 0) -> Any:
-        if code == EXTENSIONS[set]:
-            return set(self._members(data, nesting + 1))
-        if code == EXTENSIONS[frozenset]:
-            return frozenset(self._members(data, nesting + 1))
+    def _unpack_ext(self, nesting: int, code: int, data: bytes) -> Any:
+        if code in _SETS:
+            return self._unpack_set(_SETS[code], nesting, data)
         if code not in self._unpackers:
             return ExtType(code, data)
 
         try:
             return self._unpackers[code](data)
         except Exception as error:
-            raise UnfitError(f"ext type {code} does not read: {error}") from error
+            raise UnfitError(f"Ext type {code} does not read: {error}") from error
 
-    def _members(self, data: bytes, nesting: int) -> tuple[Any, ...]:
-        if nesting > MAX_SET_NESTING:
-            raise UnfitError(f"more than {MAX_SET_NESTING} sets lie in one another")
+    def _unpack_set(self, kind: type, nesting: int, data: bytes) -> Any:
+        if nesting == MAX_SET_NESTING:
+            raise UnfitError(f"More than {MAX_SET_NESTING} sets lie in one another. Send lists.")
 
-        hook = partial(self._unpack_ext, nesting=nesting)
-        members = unpackb(data, use_list=False, ext_hook=hook, **_LIMITS)
+        try:
+            members = self._unpack_members(nesting, data)
+            return kind(members)
+        except TypeError as error:
+            raise UnfitError(
+                f"A set has a member no set can hold: {error}. Send a list."
+            ) from error
+
+    def _unpack_members(self, nesting: int, data: bytes) -> tuple[Any, ...]:
+        most = min(len(data), MAX_ITEMS)
+
+        try:
+            members = unpackb(
+                data,
+                ext_hook=self._hooks[nesting + 1],
+                timestamp=3,
+                use_list=False,
+                max_array_len=most,
+                max_map_len=most,
+            )
+        except (ValueError, OverflowError) as error:
+            raise UnfitError(f"A set does not read: {error}") from error
+
         return _checked_members(members)
 
 
-def survey(payload: dict[str, Any]) -> frozenset[type] | set[type]:
-    """The types in a payload beyond the scalar ones; few instructions for a flat one.
+def survey(payload: dict[str, Any]) -> set[type]:
+    """The types in a payload beyond the scalar ones: none for a flat one.
 
-    :raises UnfitError: it is nested too deep, a map has a key that is no text, or too many items.
+    :raises UnfitError: it is nested too deep, a map has a key that is no text, or it holds
+        too much.
     """
-    found: set[type] = set()
-    level = [payload]
-
-    for _ in range(MAX_DEPTH):
-        level = [inner for container in level for inner in _containers_in(container, found)]
-
-        if not level:
-            return found
-
-    raise UnfitError(f"it is nested deeper than {MAX_DEPTH} levels")
+    found: list[type] = []
+    _survey(payload, MAX_DEPTH, found)
+    return set(found)
 
 
-def _containers_in(container: Any, found: set[type]) -> Any:
-    values = _map_values(container) if type(container) is dict else container
+def _survey(container: Any, levels: int, found: list[type]) -> None:
+    if not levels:
+        raise UnfitError(f"It is nested deeper than {MAX_DEPTH} levels.")
+    if len(found) > MAX_CONTAINERS:
+        raise UnfitError(f"It holds more than {MAX_CONTAINERS} lists, maps and sets.")
 
+    for value in _values_in(container, found):
+        kind = type(value)
+
+        if kind not in _SCALARS:
+            found.append(kind)
+
+            if kind in _CONTAINERS:
+                _survey(value, levels - 1, found)
+
+
+def _values_in(container: Any, found: list[type]) -> Iterable[Any]:
     if len(container) > MAX_ITEMS:
-        raise UnfitError(f"{len(container)} items are more than {MAX_ITEMS}")
-    if _SCALARS.issuperset(map(type, values)):
-        return ()
+        raise UnfitError(f"{len(container)} items are more than {MAX_ITEMS}.")
+    if type(container) is not dict:
+        return cast(Iterable[Any], container)
 
-    found.update(map(type, values))
-    return (value for value in values if type(value) in _CONTAINERS)
-
-
-def _map_values(container: dict[Any, Any]) -> Any:
-    if not _TEXT.issuperset(map(type, container)):
-        raise UnfitError("a key is no text")
+    for key in container:
+        if type(key) is not str:
+            _check_key(key)
+            found.append(type(key))
 
     return container.values()
 
 
+def _check_key(key: Any) -> None:
+    if not isinstance(key, str):
+        raise UnfitError(f"A key is of type {type(key).__name__}, not text.")
+
+
+def _unknown_codes(container: Any) -> Iterator[int]:
+    for value in container.values() if type(container) is dict else container:
+        if type(value) is ExtType:
+            yield value.code
+        elif type(value) in _CONTAINERS:
+            yield from _unknown_codes(value)
+
+
 def _checked_members(members: Any) -> tuple[Any, ...]:
     if type(members) is not tuple:
-        raise UnfitError("a set is not made of an array")
-
-    if max(Counter(map(hash, members)).values(), default=0) > MAX_COLLISIONS:
-        raise UnfitError(f"more than {MAX_COLLISIONS} members of a set share one hash")
+        raise UnfitError("A set is not made of an array.")
+    if len(members) > MAX_COLLISIONS:
+        _check_hashes(members)
 
     return members
 
 
-def _breaks_a_rule(error: Exception) -> bool:
-    """Whether msgpack read the bytes and refused what they say, which only its words tell."""
-    words = ("exceeds max_", "strict_map_key")
-    return isinstance(error, StackError | OverflowError) or any(w in str(error) for w in words)
+def _check_hashes(members: tuple[Any, ...]) -> None:
+    if max(Counter(map(hash, members)).values()) > MAX_COLLISIONS:
+        raise UnfitError(
+            f"More than {MAX_COLLISIONS} members of a set share one hash. Send a list."
+        )
+
+
+def _breaks_a_rule(error: Exception, most: int) -> bool:
+    """Whether msgpack read the bytes but refused what they say, which only its words tell."""
+    if "exceeds max_" in str(error):
+        return most == MAX_ITEMS
+
+    return isinstance(error, StackError | OverflowError) or "strict_map_key" in str(error)
 
 
 def _pack_registered(code: int, pack: Callable[[Any], bytes], value: Any) -> ExtType:
@@ -263,7 +327,7 @@ def _pack_registered(code: int, pack: Callable[[Any], bytes], value: Any) -> Ext
     if type(data) is not bytes:
         kind = type(value).__name__
         raise UnfitError(
-            f"the pack= of {kind} returned {type(data).__name__}. Let it return bytes."
+            f"The pack= of {kind} returned {type(data).__name__}. Let it return bytes."
         )
 
     return _ext(code, data)
@@ -292,7 +356,7 @@ def _pack_integer(value: int) -> int | ExtType:
     size = plain.bit_length() // 8 + 1
     if size > MAX_INTEGER_BYTES:
         raise UnfitError(
-            f"an integer of {size} bytes is too long, {MAX_INTEGER_BYTES} can travel. "
+            f"An integer of {size} bytes is too long, {MAX_INTEGER_BYTES} can travel. "
             "Send it as bytes."
         )
 
@@ -339,13 +403,6 @@ def _dataclass_fields(value: Any) -> dict[str, Any]:
 def _same(value: Any) -> Any:
     return value
 
-
-_LIMITS: dict[str, Any] = {
-    "timestamp": 3,
-    "strict_map_key": True,
-    "max_array_len": MAX_ITEMS,
-    "max_map_len": MAX_ITEMS,
-}
 
 _STAND_INS: dict[type, Callable[[Any], Any]] = {
     NoneType: _same,
