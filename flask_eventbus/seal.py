@@ -6,7 +6,7 @@ import re
 import struct
 from typing import Final, cast
 
-from msgpack import packb  # type: ignore[import-untyped]  # it ships no types
+from msgpack import packb
 
 from .errors import PayloadError
 

@@ -19,7 +19,7 @@ from types import NoneType
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
-from msgpack import ExtType, Packer, StackError, unpackb  # type: ignore[import-untyped]  # it ships no types
+from msgpack import ExtType, Packer, StackError, unpackb
 
 from .errors import ConfigError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from servers import RedisServer
@@ -34,7 +35,7 @@ def make_bus() -> Iterator[Callable[..., Bus]]:
     """Make buses that are stopped when the test ends."""
     buses: list[Bus] = []
 
-    def make(url: str, service: str = "tests", **settings: object) -> Bus:
+    def make(url: str, service: str = "tests", **settings: Any) -> Bus:
         bus = Bus(url, service=service, **settings)
         buses.append(bus)
         return bus
