@@ -7,6 +7,7 @@ happens that its owner did not ask for.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -29,6 +30,12 @@ _PASSING = (
     redis.exceptions.ClusterDownError,
     redis.exceptions.MasterDownError,
 )
+
+#: The two places of a password in a URL. One written unquoted may hold anything but ``@``.
+_USERINFO = re.compile(r"(://[^:/?@]*):.*@")
+_PASSWORD_OPTION = re.compile(r"([?&]password=)[^&]*")
+
+_TCP_OPTIONS = ("socket_connect_timeout", "socket_keepalive")
 
 _memory_servers: dict[str, Any] = {}
 
@@ -100,14 +107,7 @@ class Connections:
     @property
     def shown(self) -> str:
         """The URL without its password, for logs and reports."""
-        parts = urlsplit(self._url)
-
-        if parts.password is None:
-            return self._url
-
-        user, _, _ = parts.netloc.rpartition("@")
-        name = user.partition(":")[0]
-        return self._url.replace(f"{user}@", f"{name}:***@", 1)
+        return _USERINFO.sub(r"\1:***@", _PASSWORD_OPTION.sub(r"\1***", self._url))
 
     def _check(self) -> None:
         scheme = urlsplit(self._url).scheme
@@ -144,19 +144,29 @@ class Connections:
         try:
             pool = redis.ConnectionPool.from_url(url)
         except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"'EVENTBUS_URL' is {self.shown!r}: {error}. Write it as "
-                "'redis://user:password@host:6379/0'."
-            ) from error
+            raise self._unreadable(error) from error
+
+        if pool.connection_class is redis.UnixDomainSocketConnection:
+            # Options of TCP, which a socket of this machine does not take.
+            options = {key: options[key] for key in options if key not in _TCP_OPTIONS}
 
         pool.connection_kwargs.update(options)
         return cast(Connection, pool.make_connection())
 
+    def _unreadable(self, error: Exception) -> ConfigError:
+        # What the error says may quote a part of the password.
+        reason = str(error) if self.shown == self._url else "it does not read"
+        return ConfigError(
+            f"'EVENTBUS_URL' is {self.shown!r}: {reason}. Write it as "
+            "'redis://user:password@host:6379/0', and '#', '/', '?', '@' and '%' of a password "
+            "as '%23', '%2F', '%3F', '%40' and '%25'."
+        )
+
     def _master(self, timeout: float) -> str:
         hosts, name, rest = self._sentinel_parts()
         options = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
-        sentinel = redis.sentinel.Sentinel(hosts, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
-        host, port = sentinel.discover_master(name)  # type: ignore[no-untyped-call]
+        sentinel = redis.sentinel.Sentinel(hosts, sentinel_kwargs=options)
+        host, port = sentinel.discover_master(name)
         return rest.format(host=f"[{host}]" if ":" in host else host, port=port)
 
     def _sentinel_parts(self) -> tuple[list[tuple[str, int]], str, str]:
