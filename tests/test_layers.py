@@ -15,12 +15,21 @@ PACKAGE = Path(__file__).parent.parent / "flask_eventbus"
 
 #: A module imports only modules of lower layers. ``__init__`` stands for all it collects.
 LAYERS = {
-    0: ("errors", "signals", "names", "lifecycle", "backoff", "counters", "coroutines"),
-    1: ("config", "event", "embedded", "namespace", "loading", "seal", "values"),
+    0: (
+        "errors",
+        "signals",
+        "names",
+        "lifecycle",
+        "backoff",
+        "counters",
+        "coroutines",
+        "supervisor",
+    ),
+    1: ("config", "event", "embedded", "namespace", "seal", "values"),
     2: ("routes", "connections", "faults", "inbox", "sequences"),
     3: ("codec", "channels"),
     4: ("publisher", "dispatcher", "declarations"),
-    5: ("listener", "application"),
+    5: ("listener", "application", "loading"),
     6: ("node",),
     7: ("running", "serving"),
     8: ("bus", "extension"),
