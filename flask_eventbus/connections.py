@@ -6,6 +6,7 @@ happens that its owner did not ask for.
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Sequence
@@ -37,7 +38,11 @@ _PASSWORD_OPTION = re.compile(r"([?&]password=)[^&]*")
 
 _TCP_OPTIONS = ("socket_connect_timeout", "socket_keepalive")
 
-_memory_servers: dict[str, Any] = {}
+#: The fakeredis servers of this process, by their ``memory://`` URLs.
+memory_servers: dict[str, Any] = {}
+
+#: While a test is isolated: the URL that every connection goes to, whatever it was made for.
+diversion: str | None = None
 
 
 class Connection(Protocol):
@@ -122,6 +127,9 @@ class Connections:
             self._make(self._url, 1.0)
 
     def _candidates(self, timeout: float) -> list[str]:
+        if diversion is not None:
+            return [diversion]
+
         parts = urlsplit(self._url)
 
         if parts.scheme == "embedded":
@@ -248,9 +256,31 @@ def _fakeredis() -> Any:
     return fakeredis
 
 
+def memory_server(url: str) -> Any:
+    """The fakeredis server behind a ``memory://`` URL, made at the first call.
+
+    :raises ConfigError: fakeredis is not installed.
+    """
+    server = memory_servers.get(url)
+    return server or memory_servers.setdefault(url, _fakeredis().FakeServer())
+
+
 def _memory_connection(url: str, options: dict[str, Any]) -> Connection:
-    fakeredis = _fakeredis()
-    server = _memory_servers.setdefault(url, fakeredis.FakeServer())
-    client = fakeredis.FakeRedis(server=server)
-    client.connection_pool.connection_kwargs.update(options)
-    return cast(Connection, client.connection_pool.make_connection())
+    pool = _fakeredis().FakeRedis(server=memory_server(url)).connection_pool
+    pool.connection_kwargs.update(options)
+    pool.connection_class = _impatient(pool.connection_class)
+    return cast(Connection, pool.make_connection())
+
+
+@functools.cache
+def _impatient(connection_class: Any) -> Any:
+    """fakeredis waits without end where a socket has a timeout: so that it ends here, too."""
+
+    class MemoryConnection(connection_class):  # type: ignore[misc]  # fakeredis has no types
+        def read_response(self, *args: Any, **kwargs: Any) -> Any:
+            if self._sock is not None and not self.can_read(self.socket_timeout):
+                raise redis.TimeoutError("Nothing came in time.")
+
+            return super().read_response(*args, **kwargs)
+
+    return MemoryConnection

@@ -89,17 +89,22 @@ class Node:
         self._scope = scope
         self._owns = owns
         self._trace = trace
-        self._siblings = set() if siblings is None else siblings
+        #: The names this node has had, and those of the nodes it shares declarations with.
+        self.siblings = set() if siblings is None else siblings
         self._keys = ChannelKeys(config.prefix)
-        self._codec: Codec = declarations.codec.limited(config.max_event_bytes)
+        self.codec: Codec = declarations.codec.limited(config.max_event_bytes)
         self._published = read_routes(config.publish)
         self._subscribed = read_subscriptions(config.subscribe)
         self._bridges: dict[tuple[int, str], Bridge] = {}
         self.listening = False
+        self._abandon: weakref.finalize[[], Node] | None = None
         self._renew()
         self.declared()
         declarations.watch(self)
-        _nodes.add(self)
+        nodes.add(self)
+
+        for greet in list(born):
+            greet(self)
 
     # -- what is carried ------------------------------------------------------------------
 
@@ -149,6 +154,10 @@ class Node:
         """Wait until Redis has confirmed every subscription; whether it was in time."""
         return self._listener.ready(timeout)
 
+    def ask(self) -> None:
+        """Find out whether Redis takes events, in the writing thread; :meth:`health` then tells."""
+        self._publisher.ask()
+
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything sent so far is with Redis; whether it was in time."""
         return self._publisher.flush(self.config.grace if timeout is None else timeout)
@@ -186,45 +195,55 @@ class Node:
         """Make everything that belongs to one process and one start."""
         self._starting = threading.Lock()
         self.name = secrets.token_hex(6)
-        self._siblings.add(self.name)
+        self.siblings.add(self.name)
         self.connections = Connections(
             self.config.url, name=f"eventbus:{self.config.service}:{self.name}"
         )
         self._lanes: dict[str, Lane] = {}
         self._publisher = self._make_publisher()
+        self.dispatcher = self._make_dispatcher()
         self._listener = self._make_listener()
-        # A writing thread does not keep its node alive, nor outlive it.
-        weakref.finalize(self, self._publisher.abandon).atexit = False
+        self._abandon_with_node()
+
+    def _abandon_with_node(self) -> None:
+        """Let the writing thread neither keep this node alive nor outlive it."""
+        if self._abandon is not None:
+            self._abandon.detach()
+
+        self._abandon = weakref.finalize(self, self._publisher.abandon)
+        self._abandon.atexit = False
 
     def _make_publisher(self) -> Publisher:
         return Publisher(
             config=self.config,
-            codec=self._codec,
+            codec=self.codec,
             writer=ChannelWriter(self.connections, timeout=WRITE_TIMEOUT),
             node=self.name,
             counters=self.counters,
             trace=self._trace,
         )
 
-    def _make_listener(self) -> Listener:
-        dispatcher = Dispatcher(
+    def _make_dispatcher(self) -> Dispatcher:
+        return Dispatcher(
             service=self.config.service,
             receivers=self.receivers_of,
             scope=self._scope,
             counters=self.counters,
         )
+
+    def _make_listener(self) -> Listener:
         publisher = self._publisher
         return Listener(
             config=self.config,
-            codec=self._codec,
+            codec=self.codec,
             reader=ChannelReader(self.connections),
             keys=self._keys,
-            dispatcher=dispatcher,
+            dispatcher=self.dispatcher,
             counters=self.counters,
             subscriptions=lambda: self._subscriptions,
             node=self.name,
             issued=lambda: publisher.issued,
-            siblings=self._siblings,
+            siblings=self.siblings,
         )
 
     def _after_fork(self) -> None:
@@ -283,7 +302,7 @@ class Node:
         lane = self._lanes.get(name)
 
         if lane is None:
-            seal = self._codec.seal(self.config.service, name)
+            seal = self.codec.seal(self.config.service, name)
             lane = self._lanes.setdefault(
                 name, Lane(name=name, key=self._keys.key(name), seal=seal)
             )
@@ -308,17 +327,21 @@ def _since(moment: float) -> float:
     return time.monotonic() - moment
 
 
-_nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+#: The nodes of this process.
+nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+
+#: Called with each new node, for the testing kit.
+born: list[Callable[[Node], None]] = []
 
 
 def _renew_all() -> None:
-    for node in list(_nodes):
+    for node in list(nodes):
         node._after_fork()
 
 
 @atexit.register
 def _stop_all() -> None:
-    for node in list(_nodes):
+    for node in list(nodes):
         node.stop()
 
 

@@ -159,6 +159,8 @@ class Publisher:
         self._bytes = 0
         self._in_hand: Sequence[Outgoing] = ()
         self._idle = False
+        #: Whether the writing thread is to try Redis now, whatever it waits for.
+        self._asking = False
         self._waiting = 0
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -206,6 +208,13 @@ class Publisher:
             self._await(outgoing, outgoing.done)
 
         return outgoing.id
+
+    def ask(self) -> None:
+        """Let the writing thread find out at once whether Redis is there; does not wait for it."""
+        with self._changed:
+            self._asking = True
+            self._wake_writer()
+            self._changed.notify_all()
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything sent so far is written, at most ``timeout`` seconds.
@@ -374,11 +383,11 @@ class Publisher:
     def _take(self) -> bool:
         """Take a batch in hand, an empty one to ask after a lost Redis; ``False`` at the end."""
         with self._changed:
-            while not self._buffer and not self._closing and self.connected:
+            while not self._buffer and not self._closing and not self._asking and self.connected:
                 self._idle = True
                 self._changed.wait()
 
-            self._idle = False
+            self._idle = self._asking = False
 
             if self._closing:
                 return False
@@ -429,7 +438,8 @@ class Publisher:
 
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closing or time.monotonic() >= deadline, timeout=seconds
+                lambda: self._closing or self._asking or time.monotonic() >= deadline,
+                timeout=seconds,
             )
 
     def _settle(self, batch: Sequence[Outgoing], errors: Sequence[Exception | None]) -> None:
