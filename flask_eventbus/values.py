@@ -140,7 +140,7 @@ class Values:
                 max_map_len=most,
             )
         except (ValueError, OverflowError) as error:
-            if _breaks_a_rule(error, most):
+            if _breaks_a_rule(error):
                 raise UnfitError(str(error) or "It is nested too deep.") from error
             raise
 
@@ -313,12 +313,15 @@ def _check_hashes(members: tuple[Any, ...]) -> None:
         )
 
 
-def _breaks_a_rule(error: Exception, most: int) -> bool:
+def _breaks_a_rule(error: Exception) -> bool:
     """Whether msgpack read the bytes but refused what they say, which only its words tell."""
-    if "exceeds max_" in str(error):
-        return most == MAX_ITEMS
+    words = str(error)
 
-    return isinstance(error, StackError | OverflowError) or "strict_map_key" in str(error)
+    if "max_array_len" in words or "max_map_len" in words:
+        # "4294967295 exceeds max_map_len(5)"; what is within the limit was only cut short.
+        return int(words.split()[0]) > MAX_ITEMS
+
+    return isinstance(error, StackError | OverflowError) or "strict_map_key" in words
 
 
 def _pack_registered(code: int, pack: Callable[[Any], bytes], value: Any) -> ExtType:
@@ -353,7 +356,7 @@ def _pack_integer(value: int) -> int | ExtType:
     if plain in _MSGPACK_INTEGERS:
         return plain
 
-    size = plain.bit_length() // 8 + 1
+    size = (plain if plain >= 0 else ~plain).bit_length() // 8 + 1
     if size > MAX_INTEGER_BYTES:
         raise UnfitError(
             f"An integer of {size} bytes is too long, {MAX_INTEGER_BYTES} can travel. "
