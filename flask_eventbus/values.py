@@ -258,7 +258,10 @@ def _survey(container: Any, levels: int, found: list[type]) -> None:
     if not levels:
         raise UnfitError(f"It is nested deeper than {MAX_DEPTH} levels.")
     if len(found) > MAX_CONTAINERS:
-        raise UnfitError(f"It holds more than {MAX_CONTAINERS} lists, maps and sets.")
+        raise UnfitError(
+            f"It holds more than {MAX_CONTAINERS} lists, maps and sets. "
+            "Send them in several events."
+        )
 
     for value in _values_in(container, found):
         kind = type(value)

@@ -1,0 +1,267 @@
+"""A payload that cannot travel is refused where it is sent: with its path, why, and what to do."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from flask_eventbus.codec import Codec
+from flask_eventbus.errors import PayloadError
+from flask_eventbus.values import MAX_CONTAINERS
+
+ADVICE = (
+    "Give the route a payload= function that returns plain values, or teach the bus the type "
+    "with bus.register_type()."
+)
+
+
+class Address:
+    pass
+
+
+@dataclass(frozen=True)
+class Person:
+    name: str
+    home: Any = None
+
+
+@dataclass(eq=False)
+class Branch:
+    leaves: Any = None
+
+
+class Choice(Enum):
+    OBJECT = object()
+
+
+def nested(levels: int) -> Any:
+    value: Any = "inside"
+
+    for _ in range(levels):
+        value = [value]
+
+    return value
+
+
+def ring() -> list[Any]:
+    ring: list[Any] = [1]
+    ring.append(ring)
+    return ring
+
+
+def ring_of_sets() -> set[Branch]:
+    branch = Branch()
+    branch.leaves = {branch}
+    return {branch}
+
+
+def ring_of_dataclasses() -> Branch:
+    branch = Branch()
+    branch.leaves = {"first": branch}
+    return branch
+
+
+FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "an object": (
+        lambda: {"user": {"address": Address()}},
+        f"payload.user.address: Address cannot travel. {ADVICE}",
+    ),
+    "an object in a list": (
+        lambda: {"users": [{"name": "Ada"}, {"name": "Bob", "home address": Address()}]},
+        f"payload.users[1]['home address']: Address cannot travel. {ADVICE}",
+    ),
+    "an object in a tuple of a dataclass": (
+        lambda: {"person": Person("Ada", (1, Address()))},
+        f"payload.person.home[1]: Address cannot travel. {ADVICE}",
+    ),
+    "an object in a set": (
+        lambda: {"tags": {Address()}},
+        f"payload.tags[member]: Address cannot travel. {ADVICE}",
+    ),
+    "an object behind an enum": (
+        lambda: {"choice": Choice.OBJECT},
+        f"payload.choice: object cannot travel. {ADVICE}",
+    ),
+    "a class": (lambda: {"kind": Address}, f"payload.kind: type cannot travel. {ADVICE}"),
+    "a function": (lambda: {"call": nested}, f"payload.call: function cannot travel. {ADVICE}"),
+    "a deque": (lambda: {"last": deque([1])}, f"payload.last: deque cannot travel. {ADVICE}"),
+    "a complex number": (lambda: {"z": 1j}, f"payload.z: complex cannot travel. {ADVICE}"),
+    "sender": (
+        lambda: {"sender": "me"},
+        "payload.sender: it would clash with the sender every receiver gets. "
+        "Give the value another name.",
+    ),
+    "a name that is no text": (
+        lambda: {7: 1},
+        "payload: the key 7 is of type int, and keys are text. Convert it with str().",
+    ),
+    "a key that is no text": (
+        lambda: {"prices": [{"EUR": 1}, {None: 2}]},
+        "payload.prices[1]: the key None is of type NoneType, and keys are text. "
+        "Convert it with str().",
+    ),
+    "a key of bytes": (
+        lambda: {"prices": {b"EUR": 1}},
+        "payload.prices: the key b'EUR' is of type bytes, and keys are text. "
+        "Convert it with str().",
+    ),
+    "a ring": (
+        lambda: {"ring": ring()},
+        "payload.ring[1]: list contains itself. Send an id in the place of the reference.",
+    ),
+    "a ring of dataclasses": (
+        lambda: {"tree": ring_of_dataclasses()},
+        "payload.tree.leaves.first: Branch contains itself. "
+        "Send an id in the place of the reference.",
+    ),
+    "a ring of sets": (
+        lambda: {"tree": ring_of_sets()},
+        "payload.tree[member].leaves[member]: Branch contains itself. "
+        "Send an id in the place of the reference.",
+    ),
+    "33 levels": (
+        lambda: {"deep": nested(32)},
+        f"payload.deep{'[0]' * 31}: nested deeper than 32 levels. Send a flatter payload.",
+    ),
+    "1,000 levels": (
+        lambda: {"deep": nested(1_000)},
+        f"payload.deep{'[0]' * 31}: nested deeper than 32 levels. Send a flatter payload.",
+    ),
+    "33 levels of dataclasses": (
+        lambda: {"deep": [Person("Ada", Person("Bob", nested(30)))]},
+        f"payload.deep[0].home.home{'[0]' * 28}: nested deeper than 32 levels. "
+        "Send a flatter payload.",
+    ),
+    "a long list": (
+        lambda: {"rows": [None] * 100_001},
+        "payload.rows: 100001 items, and one list can carry 100000. "
+        "Send them in several events, or a reference to them.",
+    ),
+    "a long tuple": (
+        lambda: {"rows": (None,) * 100_001},
+        "payload.rows: 100001 items, and one tuple can carry 100000. "
+        "Send them in several events, or a reference to them.",
+    ),
+    "a long map": (
+        lambda: {"rows": OrderedDict.fromkeys(map(str, range(100_001)))},
+        "payload.rows: 100001 items, and one dict can carry 100000. "
+        "Send them in several events, or a reference to them.",
+    ),
+    "a long set": (
+        lambda: {"rows": set(range(100_001))},
+        "payload.rows: 100001 items, and one set can carry 100000. "
+        "Send them in several events, or a reference to them.",
+    ),
+    "many containers": (
+        lambda: {"rows": [[[]] for _ in range(MAX_CONTAINERS // 2 + 1)]},
+        "payload: It holds more than 100000 lists, maps and sets. Send them in several events.",
+    ),
+    "a set of members with one hash": (
+        lambda: {"tags": {k * (2**61 - 1) for k in range(9)}},
+        "payload.tags: More than 8 members of a set share one hash. Send a list.",
+    ),
+    "a set of what becomes a map": (
+        lambda: {"people": {Person("Ada")}},
+        "payload.people: A set has a member no set can hold: unhashable type: 'dict'. Send a list.",
+    ),
+    "sets in sets in sets": (
+        lambda: {"tags": {frozenset({frozenset({1})})}},
+        "payload.tags: More than 2 sets lie in one another. Send lists.",
+    ),
+    "a lone surrogate": (
+        lambda: {"file": ["caf\udce9"]},
+        r"payload.file[0]: the text 'caf\udce9' holds a lone surrogate, which no other program "
+        "can read. Decode the text without 'surrogateescape', or send bytes.",
+    ),
+    "a lone surrogate in a key": (
+        lambda: {"sizes": {"caf\udce9": 1}},
+        r"payload.sizes: the key 'caf\udce9' holds a lone surrogate, which no other program "
+        "can read. Decode the text without 'surrogateescape', or send bytes.",
+    ),
+    "a long integer": (
+        lambda: {"n": 1 << 8 * 1024},
+        "payload.n: An integer of 1025 bytes is too long, 1024 can travel. Send it as bytes.",
+    ),
+    "a memoryview with holes": (
+        lambda: {"pixels": memoryview(b"abcd")[::2]},
+        "payload.pixels: memoryview cannot travel: BufferError: memoryview: underlying buffer is "
+        "not C-contiguous",
+    ),
+    "no mapping": (
+        lambda: ["user_id", 7],
+        "payload: list is not a mapping. Let the route's payload= function return a dict of the "
+        "keyword arguments that receivers get.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_payload_that_cannot_travel_is_told_by_path_reason_and_remedy(
+    make: Callable[[], Any], message: str
+) -> None:
+    with pytest.raises(PayloadError) as caught:
+        Codec().pack_payload(make())
+
+    assert str(caught.value) == message
+
+
+def test_as_many_levels_as_are_allowed_travel() -> None:
+    Codec().pack_payload({"deep": nested(31)})
+
+
+def test_a_payload_over_the_limit_is_told_by_size_and_setting() -> None:
+    codec = Codec(max_bytes=1_000)
+
+    codec.pack_payload({"text": "x" * 700}, overhead=200)
+    with pytest.raises(PayloadError) as caught:
+        codec.pack_payload({"text": "x" * 900}, overhead=200)
+
+    assert str(caught.value) == (
+        "payload: 909 bytes, and up to 200 for the rest of the event, are more than the 1000 of "
+        "EVENTBUS_MAX_EVENT_BYTES. Send a reference to the data, or raise that setting in every "
+        "service."
+    )
+
+
+def test_a_registered_function_that_raises_is_told_by_path() -> None:
+    codec = Codec()
+    codec.register_type(40, Address, pack=lambda _: bytes(1 // 0), unpack=lambda _: Address())
+
+    message = re.escape("payload.homes[1]: Address cannot travel: ZeroDivisionError")
+    with pytest.raises(PayloadError, match=message) as caught:
+        codec.pack_payload({"homes": [None, Address()]})
+
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_type_that_would_not_be_read_here_is_not_sent_from_here() -> None:
+    codec = Codec()
+    codec.register_type(40, Address, pack=lambda _: b"", unpack=lambda _: None)  # type: ignore[arg-type,return-value]  # the mistake
+
+    message = re.escape("payload.home: Ext type 40 does not read: its unpack= returned NoneType")
+    with pytest.raises(PayloadError, match=message):
+        codec.pack_payload({"home": Address()})
+
+
+def test_any_mapping_is_a_payload() -> None:
+    codec = Codec()
+
+    assert codec.pack_payload(MappingProxyType({"a": 1})) == codec.pack_payload({"a": 1})
+
+
+def test_a_fault_spoils_no_later_payload() -> None:
+    codec = Codec()
+    good = codec.pack_payload({"a": [1]})
+
+    for make, _ in FAULTS.values():
+        with pytest.raises(PayloadError):
+            codec.pack_payload(make())
+
+    assert codec.pack_payload({"a": [1]}) == good
