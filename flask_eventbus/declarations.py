@@ -158,6 +158,10 @@ class Declarations:
             if matches(pattern, name) and (ANY in senders or source in senders)
         ]
 
+    def receivers_of_pattern(self, pattern: str) -> list[Receiver]:
+        """The receivers that hear whatever ``pattern`` stands for, from any service or some."""
+        return [receiver for known, receiver, _ in self._patterns if matches(known, pattern)]
+
     def watch(self, watcher: Watcher) -> None:
         """Tell ``watcher`` of declarations from now on, as long as it lives."""
         self._watchers.add(watcher)
