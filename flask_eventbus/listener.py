@@ -21,7 +21,7 @@ from .errors import DecodeError
 from .event import Event
 from .inbox import BATCH, Inbox
 from .lifecycle import tell
-from .routes import Subscription, is_pattern, matches
+from .routes import Subscription, is_pattern, subscription_for
 from .sequences import Sequences
 from .signals import (
     event_rejected,
@@ -347,10 +347,10 @@ class Listener:
     def _event(self, frame: Frame) -> Event | None:
         """The event of a frame, if it is one that this service is to handle."""
         name = self._keys.name(frame.channel)
-        subscriptions = self._subscriptions()
+        subscription = subscription_for(name, self._subscriptions())
         subscribed = self._keys.name(_as_bytes(frame.subscribed))
 
-        if subscribed != _first_match(name, subscriptions):
+        if subscription is None or subscribed != subscription.name:
             return None
 
         try:
@@ -368,7 +368,7 @@ class Listener:
         if missing:
             self._count_missed(event, missing)
 
-        return event if self._wanted(event, subscriptions[subscribed]) else None
+        return event if self._wanted(event, subscription) else None
 
     def _check(self, event: Event, name: str) -> None:
         if event.name != name:
@@ -396,7 +396,7 @@ class Listener:
 
             return subscription.echo
 
-        if subscription.sources is not None and event.source not in subscription.sources:
+        if not subscription.hears(event.source):
             self._counters.add("filtered")
             return False
 
@@ -456,17 +456,6 @@ class Listener:
                 self._dispatcher.dispatch(event)
             except Exception:
                 logger.exception("The event %s of %r was not dispatched.", event.id, event.name)
-
-
-def _first_match(name: str, subscriptions: Mapping[str, Subscription]) -> str | None:
-    """The subscription that handles ``name``: its own, else the first pattern for it.
-
-    Redis delivers once per subscription that fits; one of them is to count.
-    """
-    if name in subscriptions:
-        return name
-
-    return next((pattern for pattern in subscriptions if matches(pattern, name)), None)
 
 
 def _as_bytes(key: str | bytes) -> bytes:

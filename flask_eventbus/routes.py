@@ -60,6 +60,10 @@ class Subscription:
     #: Whether events of this very node come back to it.
     echo: bool = False
 
+    def hears(self, source: str) -> bool:
+        """Whether the service ``source`` is one it is heard from."""
+        return self.sources is None or source in self.sources
+
 
 def is_pattern(name: str) -> bool:
     """Whether ``name`` stands for several signals."""
@@ -69,6 +73,17 @@ def is_pattern(name: str) -> bool:
 def matches(pattern: str, name: str) -> bool:
     """Whether ``pattern``, which may be a plain name, stands for ``name``."""
     return pattern == name or (is_pattern(pattern) and fnmatchcase(name, pattern))
+
+
+def subscription_for(name: str, subscriptions: Mapping[str, Subscription]) -> Subscription | None:
+    """The subscription that handles ``name``: its own, else the first pattern for it.
+
+    Redis delivers once per subscription that fits; one of them is to count.
+    """
+    if name in subscriptions:
+        return subscriptions[name]
+
+    return next((found for found in subscriptions.values() if matches(found.name, name)), None)
 
 
 def read_routes(value: Any, where: str = "EVENTBUS_PUBLISH") -> dict[str, Route]:
