@@ -278,7 +278,10 @@ def _impatient(connection_class: Any) -> Any:
 
     class MemoryConnection(connection_class):  # type: ignore[misc]  # fakeredis has no types
         def read_response(self, *args: Any, **kwargs: Any) -> Any:
-            if self._sock is not None and not self.can_read(self.socket_timeout):
+            # The selector comes after the handshake, whose answers are there at once.
+            connected = getattr(self, "_selector", None) is not None
+
+            if connected and not self.can_read(self.socket_timeout):
                 raise redis.TimeoutError("Nothing came in time.")
 
             return super().read_response(*args, **kwargs)
