@@ -1,0 +1,115 @@
+"""The service as a fresh module, as an app, and as a real process beside a real Redis."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from flask_eventbus import ConfigError
+from flask_eventbus.embedded import find_executable
+from flask_eventbus.testing import Isolation
+
+FOLDER = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def accounts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """``app.py`` as nobody has used it before."""
+    spec = importlib.util.spec_from_file_location("app", FOLDER / "app.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "app", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/accounts.db"
+
+
+@pytest.fixture
+def client(accounts: ModuleType, database: str, eventbus: Isolation) -> Iterator[FlaskClient]:
+    """A client of the app, whose bus is the testing kit's."""
+    app: Flask = accounts.create_app({"SQLALCHEMY_DATABASE_URI": database})
+    yield app.test_client()
+
+    with app.app_context():
+        accounts.db.engine.dispose()
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    """A real server of this test's own, behind a socket."""
+    socket = tmp_path / "redis.sock"
+    command = [server_program(), "--port", "0", "--unixsocket", str(socket), "--save", ""]
+
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as server:
+        try:
+            wait_until(socket.exists)
+            yield f"unix://{socket}"
+        finally:
+            server.kill()
+
+
+def server_program() -> str:
+    try:
+        return find_executable()
+    except ConfigError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI needs redis-server: {error}")
+
+        pytest.skip(f"This test needs redis-server: {error}")
+
+
+@pytest.fixture
+def address(redis_url: str, database: str, tmp_path: Path) -> Iterator[str]:
+    """Where gunicorn serves the service."""
+    log = tmp_path / "gunicorn.log"
+    command = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--workers", "2"]
+    settings = {"FLASK_EVENTBUS_URL": redis_url, "FLASK_SQLALCHEMY_DATABASE_URI": database}
+
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [*command, "--no-control-socket", "app:create_app()"],
+            cwd=FOLDER,
+            env=os.environ | settings,
+            stderr=output,
+        ) as process,
+    ):
+        try:
+            yield wait_until(lambda: re.search(r"http://\S+", log.read_text())).group()
+        finally:
+            process.terminate()
+
+    assert process.returncode == 0
+
+
+@pytest.fixture(name="wait_until")
+def wait_until_fixture() -> Callable[..., Any]:
+    return wait_until
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+    """Return what the condition returns as soon as it is true."""
+    deadline = time.monotonic() + timeout
+
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"Not so after {timeout} s: {condition}"
+        time.sleep(0.02)
+
+    return result

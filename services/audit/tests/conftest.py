@@ -1,0 +1,134 @@
+"""The script as a fresh module, and as a real process beside a Redis that can be killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from flask_eventbus import ConfigError
+from flask_eventbus.embedded import find_executable
+
+FOLDER = Path(__file__).parent.parent
+
+
+class Trail:
+    """The file that audit writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lines(self, what: str | None = None) -> list[dict[str, Any]]:
+        """The lines, or those of one kind."""
+        text = self.path.read_text("utf-8") if self.path.exists() else ""
+        # The last part has no end yet; other ends of lines may stand in a payload.
+        whole = text.split("\n")[:-1]
+        lines = [json.loads(line, parse_constant=refuse) for line in whole]
+        return [line for line in lines if what in (None, line["what"])]
+
+
+def refuse(word: str) -> None:
+    raise AssertionError(f"{word} is no JSON.")
+
+
+@pytest.fixture
+def trail(tmp_path: Path) -> Trail:
+    return Trail(tmp_path / "audit.jsonl")
+
+
+@pytest.fixture
+def audit(monkeypatch: pytest.MonkeyPatch, trail: Trail) -> ModuleType:
+    """``audit.py`` as nobody has used it before."""
+    monkeypatch.setenv("AUDIT_FILE", str(trail.path))
+    spec = importlib.util.spec_from_file_location("audit", FOLDER / "audit.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class RedisServer:
+    """A real server behind a socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._socket = folder / "redis.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"unix://{self._socket}"
+
+    def start(self) -> None:
+        command = [server_program(), "--port", "0", "--unixsocket", str(self._socket)]
+        self._process = subprocess.Popen(
+            [*command, "--save", ""], cwd=self._folder, stdout=subprocess.DEVNULL
+        )
+        wait_until(self._socket.exists)
+
+    def kill(self) -> None:
+        if self._process is None:
+            return
+
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+        self._socket.unlink(missing_ok=True)
+
+
+def server_program() -> str:
+    try:
+        return find_executable()
+    except ConfigError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI needs redis-server: {error}")
+
+        pytest.skip(f"This test needs redis-server: {error}")
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path)
+
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def process(redis_server: RedisServer, trail: Trail) -> Iterator[subprocess.Popen[bytes]]:
+    """The script, listening."""
+    settings = {"EVENTBUS_URL": redis_server.url, "AUDIT_FILE": str(trail.path)}
+    command = [sys.executable, "audit.py"]
+
+    with subprocess.Popen(command, cwd=FOLDER, env=os.environ | settings) as process:
+        try:
+            wait_until(lambda: trail.lines("connected"))
+            yield process
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(name="wait_until")
+def wait_until_fixture() -> Callable[..., Any]:
+    return wait_until
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+    """Return what the condition returns as soon as it is true."""
+    deadline = time.monotonic() + timeout
+
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"Not so after {timeout} s: {condition}"
+        time.sleep(0.02)
+
+    return result
