@@ -123,7 +123,9 @@ class Connections:
             self._sentinel_parts()
         elif scheme == "redis+cluster":
             _hosts(urlsplit(self._url), 6379)
-        elif scheme != "embedded":
+        elif scheme == "embedded":
+            embedded.directory_of(urlsplit(self._url).netloc or "default")
+        else:
             self._make(self._url, 1.0)
 
     def _candidates(self, timeout: float) -> list[str]:
@@ -133,7 +135,7 @@ class Connections:
         parts = urlsplit(self._url)
 
         if parts.scheme == "embedded":
-            return [embedded.join(parts.netloc or "default")]
+            return [_join_embedded(parts)]
 
         if parts.scheme == "redis+sentinel":
             return [self._master(timeout)]
@@ -207,6 +209,14 @@ def _options(timeout: float, name: str) -> dict[str, Any]:
         "protocol": 2,
         "decode_responses": False,
     }
+
+
+def _join_embedded(parts: SplitResult) -> str:
+    """The socket of the embedded server; that it cannot start is an outage like another."""
+    try:
+        return embedded.join(parts.netloc or "default")
+    except ConfigError as error:
+        raise redis.ConnectionError(str(error)) from error
 
 
 def _credentials(parts: SplitResult) -> str:

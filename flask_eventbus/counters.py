@@ -9,6 +9,9 @@ import time
 #: Lines of one kind that are logged in one minute; the rest is only counted.
 LINES_PER_MINUTE = 10
 
+#: Kinds that are told apart; some have names from the wire, which must not pile up.
+KINDS = 1_000
+
 
 class Counters:
     """Named numbers that only grow; one lock, taken once per batch where it matters."""
@@ -64,6 +67,9 @@ class BoundedLog:
         now = time.monotonic()
 
         with self._lock:
+            if kind not in self._windows and len(self._windows) >= KINDS:
+                kind = "others"
+
             start, lines = self._windows.get(kind, (now, 0))
 
             if now - start >= 60:

@@ -147,6 +147,12 @@ class Listener:
         if not self._threads:
             return
 
+        if threading.current_thread() in self._threads:
+            raise RuntimeError(
+                "stop() was called by a receiver, for whose end it would wait. Call it in another "
+                "thread, or end the process by a signal."
+            )
+
         self._stopping.set()
         self._wake_reader()
         self._threads[0].join()

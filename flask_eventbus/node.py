@@ -200,6 +200,10 @@ class Node:
             self.config.url, name=f"eventbus:{self.config.service}:{self.name}"
         )
         self._lanes: dict[str, Lane] = {}
+
+        if self._finalizer is not None:
+            self._finalizer.detach()
+
         self._publisher = self._make_publisher()
         self.dispatcher = self._make_dispatcher()
         self._listener = self._make_listener()

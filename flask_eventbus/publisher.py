@@ -345,7 +345,7 @@ class Publisher:
 
     def _await(self, outgoing: Outgoing, done: threading.Event) -> None:
         if not done.wait(self._config.timeout if self.connected else 0):
-            self._stalled = True
+            self._stall()
 
             if self._config.on_outage == "raise":
                 outgoing.withdrawn = True
@@ -359,6 +359,12 @@ class Publisher:
                 f"{outgoing.error}",
                 event_id=outgoing.id,
             ) from outgoing.error
+
+    def _stall(self) -> None:
+        """Hold no further caller, and let an idle writer ask whether Redis is there."""
+        with self._changed:
+            self._stalled = True
+            self._changed.notify_all()
 
     def _refusal(self, lane: Lane, event_id: str | None = None) -> PublishError:
         reason = self._error or f"no answer within {self._config.timeout} s"
@@ -477,7 +483,7 @@ class Publisher:
 
         self._away_since = time.monotonic()
         logger.warning(
-            "Redis is away: %s. Events are kept in memory, up to %d.",
+            "Redis is away (%s); events are kept in memory, up to %d.",
             error,
             self._config.buffer_size,
         )
