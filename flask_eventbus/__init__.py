@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import signals
-from .bus import Bus
-from .errors import (
-    ConfigError,
-    DecodeError,
-    EventBusError,
-    HopLimitError,
-    PayloadError,
-    PublishError,
-    ReceiverError,
-)
-from .event import Event, current_event
-from .node import Health
-
 if TYPE_CHECKING:
+    from . import signals
+    from .bus import Bus
+    from .errors import (
+        ConfigError,
+        DecodeError,
+        EventBusError,
+        HopLimitError,
+        PayloadError,
+        PublishError,
+        ReceiverError,
+    )
+    from .event import Event, current_event
     from .extension import EventBus
+    from .node import Health
 
 __version__ = "0.1.0"
 
@@ -39,12 +39,26 @@ __all__ = [
     "signals",
 ]
 
+_HOMES = {
+    "Bus": "bus",
+    "Event": "event",
+    "EventBus": "extension",
+    "Health": "node",
+    "current_event": "event",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import the Flask extension only where it is asked for: scripts need no Flask."""
-    if name == "EventBus":
-        from .extension import EventBus
+    """Import what is asked for: a script loads no Flask, and pytest's plug-in nothing at all."""
+    if name == "signals":
+        return import_module(f"{__name__}.signals")
 
-        return EventBus
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
 
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, also those that were not asked for yet."""
+    return [*globals(), *__all__]
