@@ -201,9 +201,6 @@ class Node:
         )
         self._lanes: dict[str, Lane] = {}
 
-        if self._finalizer is not None:
-            self._finalizer.detach()
-
         self._publisher = self._make_publisher()
         self.dispatcher = self._make_dispatcher()
         self._listener = self._make_listener()
