@@ -31,7 +31,7 @@ LAYERS = {
     4: ("publisher", "dispatcher", "declarations"),
     5: ("listener", "application", "loading"),
     6: ("node",),
-    7: ("running", "serving"),
+    7: ("running", "serving", "recording", "expectation", "diversion"),
     8: ("bus", "extension"),
     9: ("__init__",),
     10: ("cli", "doctor", "testing"),
