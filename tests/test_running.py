@@ -1,0 +1,302 @@
+"""Scripts as real processes: they hear, finish what runs, and end with an honest exit code."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import RedisServer
+from waiting import wait_until
+
+from flask_eventbus import Bus, signals
+from flask_eventbus.inbox import Inbox
+
+Make = Callable[..., Bus]
+
+CONSUMER = """
+import logging, sys, time
+from flask_eventbus import Bus
+
+logging.basicConfig(level=logging.INFO)
+bus = Bus({url!r}, service="consumer", prefix={prefix!r}, grace={grace})
+
+@bus.on("work")
+def work(sender, seconds):
+    print("begun", flush=True)
+    time.sleep(seconds)
+    print("finished", flush=True)
+
+@bus.on("work")
+async def work_too(sender, seconds):
+    print("async", flush=True)
+
+if __name__ == "__main__":
+    assert "flask" not in sys.modules
+    bus.start()
+    bus.ready(10)
+    print("ready", flush=True)
+    bus.run()
+    print("ended", flush=True)
+"""
+
+
+class Program:
+    """A script in a process of its own, and the lines it has printed."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def wait_for(self, line: str) -> None:
+        wait_until(lambda: line in self.lines, timeout=20, what=f"{line!r} among {self.lines}")
+
+    def end(self) -> int:
+        """The exit code, once it has ended by itself."""
+        code = self.process.wait(timeout=30)
+        self._reader.join(timeout=10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+
+        for line in self.process.stdout:
+            self.lines.append(line.strip())
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """A prefix of this test's own on the shared server."""
+    return str(request.node.name)[:60].replace("[", "-").replace("]", "")
+
+
+@pytest.fixture
+def start(
+    shared_redis: RedisServer, tmp_path: Path, prefix: str
+) -> Iterator[Callable[..., Program]]:
+    """Start the consumer script."""
+    programs = []
+
+    def start_program(text: str = CONSUMER, grace: float = 20) -> Program:
+        filled = text.format(url=shared_redis.url, prefix=prefix, grace=grace)
+        programs.append(Program(tmp_path / f"program{len(programs)}.py", filled))
+        return programs[-1]
+
+    yield start_program
+
+    for program in programs:
+        program.process.kill()
+        program.end()
+
+
+@pytest.fixture
+def work(shared_redis: RedisServer, make_bus: Make, prefix: str) -> Callable[..., None]:
+    """Send the consumer work from this process."""
+    bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["work"])
+
+    def send(seconds: float) -> None:
+        bus.signal("work").send("test", seconds=seconds)
+
+    return send
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle_of_a_receiver_lets_it_finish_and_exits_0(
+    start: Callable[..., Program], work: Callable[..., None], number: signal.Signals
+) -> None:
+    program = start()
+    program.wait_for("ready")
+    work(1.0)
+    program.wait_for("begun")
+
+    program.process.send_signal(number)
+
+    assert program.end() == 0
+    assert program.lines[-1] == "ended"
+    assert {"finished", "async"} <= set(program.lines)
+
+
+def test_a_second_signal_forces_the_end(
+    start: Callable[..., Program], work: Callable[..., None]
+) -> None:
+    program = start()
+    program.wait_for("ready")
+    work(60)
+    program.wait_for("begun")
+
+    program.process.send_signal(signal.SIGTERM)
+    wait_until(
+        lambda: any("Finishing what runs" in line for line in program.lines),
+        what="the first signal is taken",
+    )
+    program.process.send_signal(signal.SIGTERM)
+
+    assert program.end() == 128 + signal.SIGTERM
+    assert "finished" not in program.lines
+
+
+def test_receivers_that_outlast_the_grace_are_left_and_told(
+    start: Callable[..., Program], work: Callable[..., None]
+) -> None:
+    program = start(grace=0.2)
+    program.wait_for("ready")
+    work(60)
+    program.wait_for("begun")
+
+    program.process.send_signal(signal.SIGTERM)
+
+    assert program.end() == 0
+    assert any("still running after the grace of 0.2 s" in line for line in program.lines)
+
+
+def test_a_script_that_subscribed_to_nothing_fails_at_once(start: Callable[..., Program]) -> None:
+    program = start(
+        "from flask_eventbus import Bus\nBus({url!r}, service='x', prefix={prefix!r}).run()"
+    )
+
+    assert program.end() == 1
+    assert any("There is nothing to listen to." in line for line in program.lines)
+
+
+def test_a_publisher_script_flushes_when_its_with_block_ends(
+    start: Callable[..., Program], make_bus: Make, shared_redis: RedisServer, prefix: str
+) -> None:
+    heard: list[int] = []
+    bus = make_bus(shared_redis.url, "consumer", prefix=prefix)
+
+    @bus.on("tick")
+    def receive(sender: str, n: int) -> None:
+        heard.append(n)
+
+    bus.start()
+    assert bus.ready(10)
+    program = start(
+        "import os\n"
+        "from flask_eventbus import Bus\n"
+        "with Bus({url!r}, service='cron', prefix={prefix!r}, publish=['tick']) as bus:\n"
+        "    for n in range(500): bus.signal('tick').send('cron', n=n)\n"
+        "os._exit(0)  # nothing is left for the end of the process\n"
+    )
+
+    assert program.end() == 0
+    wait_until(lambda: len(heard) == 500, what="all events arrive")
+    assert heard == list(range(500))
+
+
+def test_a_script_takes_its_settings_from_the_environment(
+    shared_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVENTBUS_SERVICE", "cron")
+    monkeypatch.setenv("EVENTBUS_URL", shared_redis.url)
+    monkeypatch.setenv("EVENTBUS_PUBLISH", "tick,tock")
+
+    bus = Bus.from_env()
+
+    assert bus.node.config.service == "cron"
+    assert sorted(bus.node.routes) == ["tick", "tock"]
+
+
+def test_stop_from_a_receiver_is_refused_instead_of_waiting_for_itself(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, "consumer", prefix=prefix)
+    errors: list[BaseException] = []
+
+    def note(sender: str, error: BaseException, **values: Any) -> None:
+        errors.append(error)
+
+    @bus.on("tick")
+    def receive(sender: str) -> None:
+        bus.stop()
+
+    bus.start()
+    assert bus.ready(10)
+    with signals.receiver_failed.connected_to(note):
+        make_bus(shared_redis.url, "publisher", prefix=prefix).node.publish("tick", {})
+        wait_until(lambda: errors, what="the receiver fails")
+
+    assert "stop() was called by a receiver" in str(errors[0])
+
+
+def test_slow_receivers_run_side_by_side_with_more_concurrency(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, "consumer", prefix=prefix, concurrency=4)
+    together = threading.Barrier(4, timeout=10)
+    passed: list[int] = []
+
+    @bus.on("tick")
+    def receive(sender: str, n: int) -> None:
+        together.wait()
+        passed.append(n)
+
+    bus.start()
+    assert bus.ready(10)
+    publisher = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
+    for n in range(4):
+        publisher.signal("tick").send("test", n=n)
+
+    wait_until(lambda: sorted(passed) == [0, 1, 2, 3], what="four receivers met")
+
+
+def test_a_slow_receiver_does_not_make_redis_cut_the_connection(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    client = redis_server.client
+    client.config_set("client-output-buffer-limit", "pubsub 1mb 1mb 1")
+    bus = make_bus(redis_server.url, "consumer")
+    release = threading.Event()
+    heard: list[int] = []
+    told: list[int] = []
+
+    @bus.on("tick")
+    def receive(sender: str, n: int, s: str) -> None:
+        release.wait(30)
+        heard.append(n)
+
+    def note(sender: str, where: str, count: int) -> None:
+        told.append(count)
+
+    bus.start()
+    assert bus.ready(10)
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"], buffer_size=100_000)
+    with signals.events_dropped.connected_to(note, sender="consumer"):
+        for n in range(12_000):
+            publisher.signal("tick").send("test", n=n, s="x" * 500)
+        assert publisher.flush(30)
+        wait_until(
+            lambda: bus.health().counts["received"] == 12_000, what="everything is read meanwhile"
+        )
+    release.set()
+
+    wait_until(lambda: heard[-1:] == [11_999], what="the last event is handled")
+    # What did not fit was dropped from the old end, counted and told; nothing was cut off.
+    assert len(heard) + sum(told) == 12_000
+    assert bus.health().counts["dropped"] == sum(told)
+    assert bus.health().missed == 0
+
+
+def test_an_inbox_is_bounded_in_bytes_too() -> None:
+    inbox = Inbox(most_events=100, most_bytes=1_000)
+    event: Any = object()
+
+    assert inbox.put([(event, 400), (event, 400)]) == 0
+    assert inbox.put([(event, 400)]) == 1
+    assert inbox.put([(event, 5_000)]) == 2  # one that is larger than all stays alone
+    assert len(inbox) == 1
