@@ -92,11 +92,19 @@ def address(redis_url: str, database: str, tmp_path: Path) -> Iterator[str]:
         ) as process,
     ):
         try:
-            yield wait_until(lambda: re.search(r"http://\S+", log.read_text())).group()
+            yield wait_until(lambda: address_in(log, process))
         finally:
             process.terminate()
 
     assert process.returncode == 0
+
+
+def address_in(log: Path, process: subprocess.Popen[bytes]) -> str | None:
+    """The address that a server says it serves at."""
+    text = log.read_text()
+    assert process.poll() is None, text
+    found = re.search(r"http://\S+", text)
+    return found and found.group()
 
 
 @pytest.fixture(name="wait_until")

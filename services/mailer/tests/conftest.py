@@ -126,17 +126,14 @@ def sink(tmp_path: Path) -> Iterator[Sink]:
 class Service:
     """The mailer, served by ``flask run``."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, address: str, log: Path) -> None:
         self.log = log
-
-    def address(self) -> str | None:
-        found = re.search(r"http://\S+", self.log.read_text())
-        return found and found.group()
+        self._address = address
 
     def get(self, path: str) -> tuple[int, dict[str, Any]]:
         """The status and the JSON of an answer."""
         try:
-            with urlopen(f"{self.address()}{path}", timeout=10) as answer:  # noqa: S310 - its own
+            with urlopen(f"{self._address}{path}", timeout=10) as answer:  # noqa: S310 - its own
                 return answer.status, json.load(answer)
         except HTTPError as error:
             with error:
@@ -155,8 +152,6 @@ def service(redis_url: str, sink: Sink, tmp_path: Path) -> Iterator[Service]:
         "FLASK_NEWSLETTER_FILE": str(tmp_path / "newsletter.db"),
     }
 
-    service = Service(log)
-
     with (
         log.open("w") as output,
         subprocess.Popen(
@@ -164,11 +159,19 @@ def service(redis_url: str, sink: Sink, tmp_path: Path) -> Iterator[Service]:
         ) as process,
     ):
         try:
-            wait_until(service.address)
+            service = Service(wait_until(lambda: address_in(log, process)), log)
             wait_until(lambda: service.get("/health")[0] == 200)
             yield service
         finally:
             process.terminate()
+
+
+def address_in(log: Path, process: subprocess.Popen[bytes]) -> str | None:
+    """The address that a server says it serves at."""
+    text = log.read_text()
+    assert process.poll() is None, text
+    found = re.search(r"http://\S+", text)
+    return found and found.group()
 
 
 @pytest.fixture(name="wait_until")
