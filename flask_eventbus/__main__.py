@@ -1,0 +1,123 @@
+"""``python -m flask_eventbus``: the commands without an app, and without Flask."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from .bus import Bus
+from .commands import check, publish, routes, run, tail
+from .config import Config
+from .declarations import Declarations
+from .node import Node
+from .program import Program
+
+#: Who publishes where no service is named.
+DEFAULT_SERVICE = "cli"
+
+
+class BareProgram(Program):
+    """Settings from options and the environment, and receivers only where they are named."""
+
+    def __init__(self, settings: dict[str, str]) -> None:
+        self._environ = {**os.environ, **settings}
+        self.declares = False
+
+    def add_receivers(self, names: tuple[str, ...]) -> None:
+        """Load receivers from modules, as ``EVENTBUS_RECEIVERS`` does."""
+        self.declares = True
+
+        if names:
+            self._environ["EVENTBUS_RECEIVERS"] = json.dumps(names)
+
+    def load(self) -> Node:
+        """A node of these settings.
+
+        :raises ConfigError: a setting is wrong, or receivers cannot be loaded.
+        """
+        if self.declares:
+            return Bus.from_env(self._environ).node
+
+        environ = {"EVENTBUS_SERVICE": DEFAULT_SERVICE, **self._environ}
+        # What a service publishes and hears may name modules, which nobody asked to load.
+        config = replace(Config.from_environ(environ), publish=(), subscribe=())
+        return Node(config, Declarations())
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""The other settings are read from the environment as well, for example
+    EVENTBUS_MAX_EVENT_BYTES. A password is better there than in --url, where other users of
+    this machine can see it.
+
+    Examples:
+
+    \b
+      python -m flask_eventbus --url redis://localhost:6379/0 tail
+      python -m flask_eventbus publish price_changed sku=A-1 price=9.5
+      python -m flask_eventbus --service audit run --receivers audit.receivers
+      python -m flask_eventbus check""",
+)
+@click.option("--url", envvar="EVENTBUS_URL", show_envvar=True, help="Where Redis is.")
+@click.option(
+    "--service",
+    metavar="NAME",
+    envvar="EVENTBUS_SERVICE",
+    show_envvar=True,
+    help=f"Whose events 'publish' sends, and who runs; {DEFAULT_SERVICE!r} unless given.",
+)
+@click.option(
+    "--prefix",
+    envvar="EVENTBUS_PREFIX",
+    show_envvar=True,
+    help="What the keys in Redis begin with; 'eventbus' unless given.",
+)
+@click.pass_context
+def main(context: click.Context, /, **options: str | None) -> None:
+    """See and check what the event bus carries, without an app."""
+    context.obj = BareProgram(
+        {f"EVENTBUS_{key.upper()}": value for key, value in options.items() if value is not None}
+    )
+
+
+def _add_receivers(
+    context: click.Context, parameter: click.Parameter, names: tuple[str, ...]
+) -> None:
+    program = context.find_object(BareProgram)
+
+    if program is not None and (names or context.command.name == "run"):
+        program.add_receivers(names)
+
+
+def _with_receivers(command: click.Command) -> click.Command:
+    """The command, with an option that loads receivers first."""
+    option: Any = click.Option(
+        ["--receivers"],
+        multiple=True,
+        metavar="MODULE",
+        expose_value=False,
+        callback=_add_receivers,
+        help="A module of receivers to load; its register(bus) is called.",
+    )
+    command = copy.copy(command)
+    command.params = [*command.params, option]
+    return command
+
+
+for command in (
+    _with_receivers(run),
+    tail,
+    publish,
+    _with_receivers(routes),
+    _with_receivers(check),
+):
+    main.add_command(command)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m flask_eventbus")

@@ -1,0 +1,150 @@
+"""What a program publishes, hears and keeps to itself: the facts behind `routes` and `check`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from blinker import NamedSignal, Signal
+
+from .dispatcher import name_of
+from .namespace import Outbound, Receiver
+from .node import Node
+from .routes import Route, Subscription, is_pattern, matches
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A receiver, and whether only a weak reference keeps it connected."""
+
+    receiver: Receiver
+    weak: bool = False
+
+    @property
+    def name(self) -> str:
+        """``module.qualname``, as logs have it."""
+        return name_of(self.receiver)
+
+
+class Overview:
+    """A node's routes, subscriptions and receivers, without starting anything."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._declarations = node.declarations
+
+    @property
+    def routes(self) -> list[Route]:
+        """What is published, by name."""
+        return [route for _, route in sorted(self._node.routes.items())]
+
+    @property
+    def subscriptions(self) -> list[Subscription]:
+        """What is heard, by name."""
+        return [found for _, found in sorted(self._node.subscriptions.items())]
+
+    @property
+    def signals(self) -> list[NamedSignal]:
+        """The bus's own signals, by name."""
+        namespace = self._declarations.namespace
+        return [namespace[name] for name in sorted(namespace)]
+
+    @property
+    def local(self) -> list[NamedSignal]:
+        """The bus's own signals that have receivers here and cross no process."""
+        return [
+            signal for signal in self.signals if connected_to(signal) and not self._crosses(signal)
+        ]
+
+    def covered_by(self, route: Route) -> list[str]:
+        """The bus's own signals that a route carries."""
+        return [signal.name for signal in self.signals if route.covers(signal.name)]
+
+    def published_names(self) -> list[str]:
+        """The names on the wire that this program publishes, patterns resolved."""
+        names: set[str] = set()
+
+        for route in self.routes:
+            names.update(self.covered_by(route) if is_pattern(route.name) else [route.name])
+
+        return sorted(names)
+
+    def receivers_of(self, subscription: Subscription) -> list[Connected]:
+        """The receivers that a subscription feeds."""
+        name = subscription.name
+        signals = [signal for signal in self.signals if matches(name, signal.name)]
+        found = [connected for signal in signals for connected in connected_to(signal)]
+
+        if is_pattern(name) or not signals:
+            found += map(Connected, self._declarations.receivers_of_pattern(name))
+
+        return list({id(connected.receiver): connected for connected in found}.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, of plain values."""
+        return {
+            "service": self._node.config.service,
+            "publishes": [self._route_as_json(route) for route in self.routes],
+            "subscribes": [self._subscription_as_json(found) for found in self.subscriptions],
+            "local": [
+                {"name": signal.name, "receivers": _names(connected_to(signal))}
+                for signal in self.local
+            ],
+        }
+
+    def _crosses(self, signal: NamedSignal) -> bool:
+        return any(
+            route.signal is signal or route.covers(signal.name) for route in self.routes
+        ) or any(matches(subscription.name, signal.name) for subscription in self.subscriptions)
+
+    def _route_as_json(self, route: Route) -> dict[str, Any]:
+        return {
+            "name": route.name,
+            "via": route.via,
+            "confirm": route.confirm,
+            "signal": None if route.signal is None else name_of_signal(route.signal),
+            "payload": None if route.payload is None else name_of(route.payload),
+            "covers": self.covered_by(route) if is_pattern(route.name) else [route.name],
+        }
+
+    def _subscription_as_json(self, subscription: Subscription) -> dict[str, Any]:
+        sources = subscription.sources
+        return {
+            "name": subscription.name,
+            "from": None if sources is None else sorted(sources),
+            "echo": subscription.echo,
+            "receivers": _names(self.receivers_of(subscription)),
+        }
+
+
+def connected_to(signal: Signal) -> list[Connected]:
+    """The receivers of a signal that do not publish it."""
+    return [
+        connected
+        for connected in _all_connected(signal)
+        if not isinstance(connected.receiver, Outbound)
+    ]
+
+
+def name_of_signal(signal: Signal) -> str:
+    """A signal's name, or what stands for it where it has none."""
+    return signal.name if isinstance(signal, NamedSignal) else repr(signal)
+
+
+def _all_connected(signal: Signal) -> Iterator[Connected]:
+    # blinker offers no other way to tell a weak receiver from a strong one.
+    for reference in list(signal.receivers.values()):
+        if not isinstance(reference, weakref.ref):
+            yield Connected(reference)
+        elif (receiver := _alive(reference)) is not None:
+            yield Connected(receiver, weak=True)
+
+
+def _alive(reference: weakref.ref[Callable[..., Any]]) -> Callable[..., Any] | None:
+    return reference()
+
+
+def _names(connected: list[Connected]) -> list[str]:
+    return sorted(each.name for each in connected)

@@ -1,0 +1,71 @@
+"""What every command has in common: a program to work on, and an end in order."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+import click
+
+from .errors import EventBusError
+from .node import Node
+
+
+class Program:
+    """What the commands work on; loaded when a command first asks, since ``--help`` need not."""
+
+    #: Whether there is a program with routes and receivers, and not only a server.
+    declares = True
+
+    @cached_property
+    def node(self) -> Node:
+        """The program's node, not started.
+
+        :raises ConfigError: the program cannot be loaded as it is set.
+        """
+        return self.load()
+
+    def load(self) -> Node:
+        """Load the program and return its node."""
+        raise NotImplementedError
+
+
+class Command(click.Command):
+    """A command that says in one line what went wrong, and ends quietly when told to."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error of the bus becomes its message and the exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except EventBusError as error:
+            raise click.ClickException(str(error)) from error
+        except BrokenPipeError:
+            _forget_output()
+            ctx.exit(0)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+
+
+pass_program = click.make_pass_decorator(Program)
+
+
+def reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as after ``| head``."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLERR)
+    except (AttributeError, OSError):
+        # A system without poll(), or a stdout that is no file.
+        return False
+
+    return bool(poll.poll(0))
+
+
+def _forget_output() -> None:
+    """Let what is still buffered for a closed pipe go nowhere."""
+    with open(os.devnull, "w") as nowhere, suppress(OSError):
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -1,0 +1,117 @@
+"""Asks a server about itself, for commands that look at it from outside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from .channels import ChannelKeys
+from .connections import Connections
+
+#: Seconds a server has to answer each question.
+TIMEOUT = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """A connection that listens, as ``CLIENT LIST`` shows it."""
+
+    service: str
+    #: How many channels and how many patterns it listens to.
+    channels: int
+    patterns: int
+
+
+class Server:
+    """One connection to a server, open while it is used in a ``with`` block.
+
+    :raises redis.ConnectionError: the server cannot be reached, or does not let this user in.
+    """
+
+    def __init__(self, connections: Connections, *, timeout: float = TIMEOUT) -> None:
+        self._connection = connections.open(timeout=timeout)
+
+    def ask(self, *command: str | bytes) -> Any:
+        """The answer to one command.
+
+        :raises redis.ResponseError: the server refuses it, to this user for example.
+        """
+        self._connection.send_command(*command)
+        return self._connection.read_response()
+
+    def info(self, section: str) -> Mapping[str, str]:
+        """The fields of one section of ``INFO``.
+
+        :raises redis.ResponseError: this user may not ask.
+        """
+        lines = _text(self.ask("INFO", section)).splitlines()
+        return dict(line.split(":", 1) for line in lines if ":" in line)
+
+    def setting(self, name: str) -> str | None:
+        """A setting of the server, if it has it.
+
+        :raises redis.ResponseError: this user may not ask.
+        """
+        answer = self.ask("CONFIG", "GET", name)
+        return _text(answer[1]) if answer else None
+
+    def listening(self) -> list[Listening]:
+        """The listeners of services that are connected now.
+
+        :raises redis.ResponseError: this user may not ask.
+        """
+        lines = _text(self.ask("CLIENT", "LIST")).splitlines()
+        clients = [dict(field.partition("=")[::2] for field in line.split()) for line in lines]
+        return [found for client in clients if (found := _listening(client))]
+
+    def channels(self, keys: ChannelKeys) -> dict[str, int]:
+        """How many listen to the channel of each signal; those that nobody hears are left out.
+
+        :raises redis.ResponseError: this user may not ask.
+        """
+        found: Sequence[bytes] = self.ask("PUBSUB", "CHANNELS", keys.key("*"))
+        counts = self.ask("PUBSUB", "NUMSUB", *sorted(found)) if found else []
+        return {
+            keys.name(key): int(count)
+            for key, count in zip(counts[::2], counts[1::2], strict=True)
+            if int(count)
+        }
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.disconnect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def processes_of(listening: Sequence[Listening]) -> Counter[str]:
+    """How many connections of each service listen."""
+    return Counter(found.service for found in listening)
+
+
+def reason_of(error: Exception) -> str:
+    """What a server or a socket says, as the end of a sentence of ours."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _listening(client: Mapping[str, str]) -> Listening | None:
+    owner, _, rest = client.get("name", "").partition(":")
+    service, _, node = rest.partition(":")
+    found = Listening(service, int(client.get("sub", 0)), int(client.get("psub", 0)))
+    return found if owner == "eventbus" and node and (found.channels or found.patterns) else None
+
+
+def _text(answer: bytes) -> str:
+    return answer.decode(errors="replace")
