@@ -11,6 +11,8 @@ from servers import RedisServer
 
 from flask_eventbus import Bus
 
+pytest_plugins = ["pytester"]
+
 
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[RedisServer]:

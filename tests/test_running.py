@@ -91,7 +91,7 @@ def start(
     shared_redis: RedisServer, tmp_path: Path, prefix: str
 ) -> Iterator[Callable[..., Program]]:
     """Start the consumer script."""
-    programs = []
+    programs: list[Program] = []
 
     def start_program(text: str = CONSUMER, grace: float = 20) -> Program:
         filled = text.format(url=shared_redis.url, prefix=prefix, grace=grace)
