@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
+import selectors
+import sys
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 _threads = threading.local()
@@ -20,6 +23,10 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     coroutine gets a thread of its own, since loops cannot nest.
     """
     context = contextvars.copy_context()
+    gevent = _gevent()
+
+    if gevent is not None:
+        return _run_in_real_thread(gevent, coroutine, context)
 
     try:
         asyncio.get_running_loop()
@@ -42,6 +49,50 @@ def _runner() -> asyncio.Runner:
     runner: asyncio.Runner | None = getattr(_threads, "runner", None)
 
     if runner is None:
-        runner = _threads.runner = asyncio.Runner()
+        runner = _threads.runner = asyncio.Runner(loop_factory=_make_loop)
 
     return runner
+
+
+def _make_loop() -> asyncio.AbstractEventLoop:
+    """A loop that a forked child can let go of; an ``epoll`` would be one with the parent's."""
+    return asyncio.SelectorEventLoop(selectors.PollSelector())
+
+
+def _gevent() -> Any:
+    """gevent, where it has made greenlets of all threads."""
+    monkey = sys.modules.get("gevent.monkey")
+
+    if monkey is not None and monkey.is_module_patched("threading"):
+        return sys.modules["gevent"]
+
+    return None
+
+
+def _run_in_real_thread(
+    gevent: Any, coroutine: Coroutine[Any, Any, Any], context: contextvars.Context
+) -> Any:
+    """Greenlets share one place for a running loop; a thread beside them has its own.
+
+    The loop ends with its coroutine: threads that it starts are greenlets, too, and nothing
+    runs those between two coroutines.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            with asyncio.Runner(loop_factory=_make_loop) as runner:
+                future.set_result(runner.run(coroutine, context=context))
+        except BaseException as error:
+            future.set_exception(error)
+
+    gevent.get_hub().threadpool.apply(run)
+    return future.result()
+
+
+def _forget_runner() -> None:
+    """In a forked child: the loop of the thread that forked is the parent's."""
+    _threads.__dict__.pop("runner", None)
+
+
+os.register_at_fork(after_in_child=_forget_runner)
