@@ -159,18 +159,20 @@ class ChannelReader:
 
     def close(self) -> None:
         """Close the connection. Only the reading thread may."""
-        connection, self._connection = self._connection, None
+        # Sending on a connection that was closed would open it again, and nobody would read it.
+        with self._sending:
+            connection, self._connection = self._connection, None
 
-        if connection is not None:
-            connection.disconnect()
+            if connection is not None:
+                connection.disconnect()
 
     def _send(self, commands: Sequence[tuple[str, ...]]) -> None:
-        connection = self._connection
-
-        if connection is None or not commands:
-            return
-
         with self._sending:
+            connection = self._connection
+
+            if connection is None or not commands:
+                return
+
             self._asked.extend(command[-1] for command in commands)
             packed = connection.pack_commands(commands)
             connection.send_packed_command(packed, check_health=False)
