@@ -32,6 +32,7 @@ from .tailing import Filter, Tail
 
 @click.command(
     cls=Command,
+    short_help="Listen, and do nothing else.",
     epilog="""Examples:
 
     \b
@@ -95,6 +96,7 @@ def _show_log() -> None:
 
 @click.command(
     cls=Command,
+    short_help="Show live events, one line each.",
     epilog="""Examples:
 
     \b
@@ -186,6 +188,7 @@ def _until_gone(batches: Iterator[list[Event]]) -> Iterator[Event]:
 
 @click.command(
     cls=Command,
+    short_help="Publish one event.",
     epilog="""A value is what JSON makes of it where it is a number, true, false, null, a
     list or an object, and text otherwise. For the text "7", use --json.
 
@@ -237,6 +240,7 @@ def _heard(listeners: int) -> str:
 
 @click.command(
     cls=Command,
+    short_help="Show what is published and heard.",
     epilog="""Examples:
 
     \b
@@ -266,6 +270,7 @@ def routes(program: Program, in_json: bool) -> None:
 
 @click.command(
     cls=Command,
+    short_help="Find what is wrong, and what to do.",
     epilog="""Examples:
 
     \b

@@ -16,6 +16,9 @@ from .rendering import table
 #: How findings are marked in a terminal.
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
+#: Characters before the text of a finding: the longest mark and a space.
+_MARGIN = len("warning ") + 1
+
 
 def routes_report(found: dict[str, Any]) -> Iterator[str]:
     """The lines of `routes` for a program: what it publishes, hears, and keeps to itself."""
@@ -99,11 +102,11 @@ def _counts(found: dict[str, int]) -> list[tuple[str, str]]:
 def findings_report(findings: Sequence[Finding]) -> Iterator[str]:
     """The lines of `check`: each finding, what to do about it, and the sum."""
     for finding in findings:
-        mark = click.style(f"{finding.level:<8}", fg=_COLOURS[finding.level])
-        yield mark + _wrapped(finding.text, 8)
+        mark = click.style(finding.level.ljust(_MARGIN), fg=_COLOURS[finding.level])
+        yield mark + _wrapped(finding.text, _MARGIN)
 
         if finding.remedy:
-            yield " " * 8 + _wrapped(f"-> {finding.remedy}", 11)
+            yield " " * _MARGIN + _wrapped(f"-> {finding.remedy}", _MARGIN + 3)
 
     errors = sum(finding.level == "error" for finding in findings)
     warnings = sum(finding.level == "warning" for finding in findings)
@@ -115,7 +118,7 @@ def _wrapped(text: str, indent: int) -> str:
     if not sys.stdout.isatty():
         return text
 
-    width = shutil.get_terminal_size().columns - 8
+    width = shutil.get_terminal_size().columns - indent
     lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
     margin = "\n" + " " * indent
     return margin.join(lines)

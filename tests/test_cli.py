@@ -1,0 +1,685 @@
+"""The commands, with an app and without: what they print, and exit codes that tell the truth."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import flask
+import pytest
+from click.testing import CliRunner, Result
+from flask import Flask
+from servers import RedisServer, free_port, require
+from waiting import wait_until
+
+from flask_eventbus import Bus, EventBus, current_event
+from flask_eventbus.__main__ import main
+from flask_eventbus.cli import flask_commands
+from flask_eventbus.commands import COMMANDS
+from flask_eventbus.rendering import read_value
+
+ROOT = Path(__file__).parent.parent
+
+_numbers = itertools.count()
+
+Run = Callable[..., Result]
+Make = Callable[..., Bus]
+
+
+@pytest.fixture
+def prefix() -> str:
+    """Channels of this test alone, on a server that others use."""
+    return f"cli-{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture
+def bare(shared_redis: RedisServer, prefix: str) -> Run:
+    """Run a command without an app, against the shared server."""
+
+    def run(*words: str, **options: Any) -> Result:
+        settings = ["--url", shared_redis.url, "--prefix", prefix]
+        return CliRunner().invoke(main, [*settings, *words], **options)
+
+    return run
+
+
+@pytest.fixture
+def make_app(shared_redis: RedisServer, prefix: str) -> Callable[..., Flask]:
+    """Make an app with a bus on the shared server."""
+
+    def make(bus: EventBus | None = None, **settings: Any) -> Flask:
+        app = Flask("shop")
+        app.config.update(
+            EVENTBUS_SERVICE="shop", EVENTBUS_URL=shared_redis.url, EVENTBUS_PREFIX=prefix
+        )
+        app.config.update(settings)
+        (bus or EventBus()).init_app(app)
+        return app
+
+    return make
+
+
+def run_in(app: Flask, *words: str, **options: Any) -> Result:
+    """Run ``flask eventbus WORDS`` on an app."""
+    return app.test_cli_runner().invoke(flask_commands, words, **options)
+
+
+def no_server() -> str:
+    """A URL, with a password, where nothing answers."""
+    return f"redis://ada:s3cret@127.0.0.1:{free_port()}/0"
+
+
+# -- publish ------------------------------------------------------------------------------
+
+
+def test_publish_prints_the_id_and_how_many_listeners_got_it(
+    make_app: Callable[..., Flask], make_bus: Make, shared_redis: RedisServer, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix)
+    heard: list[tuple[str, str, dict[str, Any]]] = []
+
+    @bus.on("user_registered")
+    def note(sender: str, **payload: Any) -> None:
+        heard.append((sender, current_event.id, payload))
+
+    bus.start()
+    assert bus.ready(10)
+
+    result = run_in(make_app(), "publish", "user_registered", "user_id=7", "email=ada@example.com")
+
+    assert result.exit_code == 0, result.output
+    wait_until(lambda: heard)
+    sender, event_id, payload = heard[0]
+    assert (sender, payload) == ("shop", {"user_id": 7, "email": "ada@example.com"})
+    assert result.output == f"Published {event_id}. 1 listener got it.\n"
+
+
+def test_publish_succeeds_and_says_so_when_nobody_listens(bare: Run) -> None:
+    result = bare("publish", "user_registered")
+
+    assert result.exit_code == 0
+    assert result.output.endswith(". Nobody listens to it now.\n")
+
+
+def test_what_is_published_without_an_app_comes_from_the_service_named_or_from_cli(
+    bare: Run, make_bus: Make, shared_redis: RedisServer, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix)
+    senders: list[str] = []
+    bus.on("noted")(lambda sender: senders.append(sender))
+    bus.start()
+    assert bus.ready(10)
+
+    bare("publish", "noted")
+    bare("--service", "billing", "publish", "noted")
+
+    wait_until(lambda: len(senders) == 2)
+    assert senders == ["cli", "billing"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("7", 7),
+        ("-1.5", -1.5),
+        ("true", True),
+        ("null", None),
+        ('["a", 1]', ["a", 1]),
+        ('{"a": {"b": 1}}', {"a": {"b": 1}}),
+        ("", ""),
+        ("ada@example.com", "ada@example.com"),
+        ("0049", "0049"),
+        ("NaN", "NaN"),
+        ("Infinity", "Infinity"),
+        ('"7"', '"7"'),
+        ("[draft] hello", "[draft] hello"),
+        ("a=b", "a=b"),
+    ],
+)
+def test_a_value_is_what_json_makes_of_it_and_text_otherwise(text: str, value: Any) -> None:
+    found = read_value(text)
+
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_payload_may_be_a_json_object_from_stdin_too(
+    bare: Run, make_bus: Make, shared_redis: RedisServer, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix)
+    payloads: list[dict[str, Any]] = []
+    bus.on("price_changed")(lambda sender, **payload: payloads.append(payload))
+    bus.start()
+    assert bus.ready(10)
+
+    bare("publish", "price_changed", "--json", '{"sku": "7", "price": 9.5}', "price=8", "eu=true")
+    bare("publish", "price_changed", "--json", "-", input='{"sku": "8"}')
+
+    wait_until(lambda: len(payloads) == 2)
+    assert payloads == [{"sku": "7", "price": 8, "eu": True}, {"sku": "8"}]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["user registered"], "'user registered' cannot be a signal's name"),
+        (["order_*"], "'order_*' cannot be a signal's name"),
+        (["paid", "amount"], "'amount' is no KEY=VALUE. Write for example 'user_id=7'."),
+        (["paid", "=7"], "'=7' is no KEY=VALUE"),
+        (["paid", "a=1", "a=2"], "'a' is given twice. Write one list: 'a=[1, 2]'."),
+        (["paid", "--json", "{a: 1}"], "'{a: 1}' is not JSON"),
+        (["paid", "--json", "[1]"], "'[1]' is no JSON object. Write for example '{\"a\": 1}'."),
+        ([], "Missing argument 'NAME'"),
+    ],
+)
+def test_a_mistake_in_the_words_of_publish_is_shown_and_exits_with_2(
+    bare: Run, words: list[str], text: str
+) -> None:
+    result = bare("publish", *words)
+
+    assert result.exit_code == 2
+    assert text in unwrapped(result.output)
+
+
+def test_publish_fails_in_one_line_without_a_password_when_redis_is_away() -> None:
+    result = CliRunner().invoke(main, ["--url", no_server(), "publish", "paid", "amount=1"])
+
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: 'paid' was not published: Redis at redis://ada:***@")
+    assert "Start it there, or correct 'EVENTBUS_URL'." in result.output
+    assert "s3cret" not in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_publish_fails_when_a_payload_cannot_travel(bare: Run) -> None:
+    result = bare("publish", "paid", "sender=ada")
+
+    assert result.exit_code == 1
+    assert "sender" in result.output
+
+
+def test_publish_fails_when_redis_refuses_the_channel(redis_server: RedisServer) -> None:
+    redis_server.client.execute_command("ACL", "SETUSER", "ada", "on", ">pw", "+@all", "&other")
+    url = redis_server.url.replace("127", "ada:pw@127", 1)
+
+    result = CliRunner().invoke(main, ["--url", url, "publish", "paid"])
+
+    assert result.exit_code == 1
+    assert "'&eventbus:{paid}:channel'" in result.output
+
+
+def test_publish_does_nothing_where_the_bus_is_switched_off(
+    make_app: Callable[..., Flask],
+) -> None:
+    result = run_in(make_app(EVENTBUS_ENABLED=False), "publish", "paid")
+
+    assert result.exit_code == 1
+    assert result.output == (
+        "Error: 'EVENTBUS_ENABLED' is False: nothing is published. Set it to True to publish.\n"
+    )
+
+
+# -- routes -------------------------------------------------------------------------------
+
+
+def send_welcome(sender: str, user_id: int, email: str, **extra: Any) -> None:
+    """A receiver."""
+
+
+def note_stock(sender: str, **payload: Any) -> None:
+    """Another one."""
+
+
+def summary(sender: Any, **payload: Any) -> dict[str, Any]:
+    """What makes payloads."""
+    return {}
+
+
+@pytest.fixture
+def shop(make_app: Callable[..., Flask]) -> Flask:
+    """An app with something in every table."""
+    bus = EventBus()
+    bus.signal("order_paid")
+    bus.publishes(flask.request_finished, as_="api_call", payload=summary)
+    bus.on("user_registered", from_="accounts")(send_welcome)
+    bus.on("user_registered")(note_stock)
+    bus.on("stock_*", echo=True)(note_stock)
+    bus.signal("cache_cleared").connect(note_stock)
+    routes = {"price_changed": {"confirm": True}, "order_*": "channel", "refund_*": "channel"}
+    return make_app(
+        bus, EVENTBUS_PUBLISH=routes, EVENTBUS_SUBSCRIBE={"tax_changed": {"from": ["tax", "law"]}}
+    )
+
+
+def test_routes_shows_what_an_app_publishes_hears_and_keeps_to_itself(shop: Flask) -> None:
+    result = run_in(shop, "routes")
+
+    assert result.exit_code == 0
+    assert (
+        result.output.replace(f"{__name__}.", "")
+        == """\
+Service shop
+
+Publishes      Via      Confirmed  Of signal         Payload by
+api_call       channel  no         request-finished  summary
+order_*        channel  no         order_paid        -
+price_changed  channel  yes        price_changed     -
+refund_*       channel  no         none yet          -
+
+Hears            From      Echo  Receivers
+stock_*          anyone    yes   note_stock
+tax_changed      law, tax  no    none
+user_registered  anyone    no    note_stock
+                                 send_welcome
+
+Local only     Receivers
+cache_cleared  note_stock
+"""
+    )
+
+
+def test_routes_shows_the_same_as_json(shop: Flask) -> None:
+    found = json.loads(run_in(shop, "routes", "--json").output)
+
+    assert found["service"] == "shop"
+    assert [route["name"] for route in found["publishes"]] == [
+        "api_call",
+        "order_*",
+        "price_changed",
+        "refund_*",
+    ]
+    assert found["publishes"][0] == {
+        "name": "api_call",
+        "via": "channel",
+        "confirm": False,
+        "signal": "request-finished",
+        "payload": f"{__name__}.summary",
+        "covers": ["api_call"],
+    }
+    assert found["subscribes"][1] == {
+        "name": "tax_changed",
+        "from": ["law", "tax"],
+        "echo": False,
+        "receivers": [],
+    }
+    assert found["local"] == [{"name": "cache_cleared", "receivers": [f"{__name__}.note_stock"]}]
+
+
+def test_routes_without_an_app_shows_which_channels_have_listeners_now(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    for service in ("mailer", "mailer", "catalog"):
+        bus = make_bus(redis_server.url, service)
+        bus.on("price_changed")(note_stock)
+        bus.start()
+        assert bus.ready(10)
+
+    audit = make_bus(redis_server.url, "audit")
+    audit.on("*")(note_stock)
+    audit.start()
+    assert audit.ready(10)
+
+    result = CliRunner().invoke(main, ["--url", redis_server.url, "routes"])
+    found = CliRunner().invoke(main, ["--url", redis_server.url, "routes", "--json"])
+
+    assert (
+        result.output
+        == """\
+
+Channel of     Listeners
+price_changed  3
+
+Service  Processes that listen
+audit    1
+catalog  1
+mailer   2
+"""
+    )
+    assert json.loads(found.output) == {
+        "channels": {"price_changed": 3},
+        "services": {"audit": 1, "catalog": 1, "mailer": 2},
+    }
+
+
+def test_routes_without_an_app_says_when_nobody_listens(redis_server: RedisServer) -> None:
+    result = CliRunner().invoke(main, ["--url", redis_server.url, "routes"])
+
+    assert (result.exit_code, result.output) == (0, "No channel has listeners now.\n")
+
+
+def test_routes_without_an_app_shows_what_it_may_ask(redis_server: RedisServer) -> None:
+    rights = ["on", "nopass", "&*", "+@all", "-client|list"]
+    redis_server.client.execute_command("ACL", "SETUSER", "default", *rights)
+
+    result = CliRunner().invoke(main, ["--url", redis_server.url, "routes"])
+
+    assert result.exit_code == 0
+    assert "this user may not ask for CLIENT LIST" in result.output
+
+
+def test_routes_without_an_app_fails_when_redis_cannot_be_asked(redis_server: RedisServer) -> None:
+    away = CliRunner().invoke(main, ["--url", no_server(), "routes"])
+    rights = ["on", "nopass", "+@all", "-pubsub"]
+    redis_server.client.execute_command("ACL", "SETUSER", "default", *rights)
+    refused = CliRunner().invoke(main, ["--url", redis_server.url, "routes"])
+
+    assert (away.exit_code, refused.exit_code) == (1, 1)
+    assert "s3cret" not in away.output
+    assert "cannot be used" in away.output
+    assert "Allow '+pubsub' in the ACL." in refused.output
+
+
+# -- run ----------------------------------------------------------------------------------
+
+LISTENING_APP = """
+import threading
+from flask import Flask, current_app
+from flask_eventbus import EventBus
+
+bus = EventBus()
+both = threading.Barrier(2)
+
+@bus.on("work")
+def work(sender, number, **extra):
+    if number == 2 or number == 3:
+        both.wait(20)
+    print(current_app.name, number, flush=True)
+
+def create_app():
+    app = Flask("worker")
+    app.config.from_prefixed_env()
+    bus.init_app(app)
+    return app
+"""
+
+RECEIVERS = """
+def register(bus):
+    @bus.on("work")
+    def work(sender, **payload):
+        print("got", payload, flush=True)
+"""
+
+
+class Process:
+    """A command in a process of its own, with what it writes in two files."""
+
+    def __init__(self, folder: Path, *words: str, **environ: str) -> None:
+        number = next(_numbers)
+        self._out = folder / f"{number}.out"
+        self._err = folder / f"{number}.err"
+        path = os.pathsep.join([str(ROOT), str(folder)])
+        known = {key: value for key, value in os.environ.items() if "EVENTBUS_" not in key}
+
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *words],
+                cwd=folder,
+                env={**known, "PYTHONPATH": path, **environ},
+                stdout=out,
+                stderr=err,
+            )
+
+    @property
+    def out(self) -> str:
+        """Its standard output so far."""
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        """Its standard error so far."""
+        return self._err.read_text()
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
+    def end(self) -> int:
+        """Wait for its end and return its exit code."""
+        return self._process.wait(timeout=30)
+
+    def kill(self) -> None:
+        """End it if it still runs."""
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Start ``python -m WORDS`` in a folder of this test's."""
+    processes: list[Process] = []
+
+    def begin(*words: str, **environ: str) -> Process:
+        processes.append(Process(tmp_path, *words, **environ))
+        return processes[-1]
+
+    yield begin
+
+    for process in processes:
+        process.kill()
+
+
+def require_installation() -> None:
+    """``flask`` finds the commands by the entry point of an installed package."""
+    found = {point.value for point in entry_points(group="flask.commands")}
+    require("flask-eventbus to be installed", "flask_eventbus.cli:flask_commands" in found)
+
+
+def start_app(start: Callable[..., Process], folder: Path, url: str, *words: str) -> Process:
+    """Start ``flask eventbus WORDS`` with the listening app."""
+    require_installation()
+    (folder / "worker.py").write_text(LISTENING_APP)
+    return start(
+        "flask",
+        *("--app", "worker", "eventbus", *words),
+        FLASK_EVENTBUS_SERVICE="worker",
+        FLASK_EVENTBUS_URL=url,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_listens_until_it_is_told_to_end_and_exits_with_0(
+    start: Callable[..., Process],
+    tmp_path: Path,
+    redis_server: RedisServer,
+    number: signal.Signals,
+) -> None:
+    process = start_app(start, tmp_path, redis_server.url, "run")
+    wait_until(lambda: "Listening to work." in process.err, what="it listens")
+
+    publish = CliRunner().invoke(main, ["--url", redis_server.url, "publish", "work", "number=1"])
+    wait_until(lambda: process.out == "worker 1\n", what="the receiver ran")
+    process.tell(number)
+
+    assert publish.output.endswith("1 listener got it.\n")
+    assert process.end() == 0
+    assert "Traceback" not in process.err
+
+
+def test_run_runs_as_many_receivers_at_once_as_it_is_told_to(
+    start: Callable[..., Process], tmp_path: Path, redis_server: RedisServer
+) -> None:
+    process = start_app(start, tmp_path, redis_server.url, "run", "--concurrency", "2")
+    wait_until(lambda: "Listening to work." in process.err, what="it listens")
+
+    for number in ("2", "3"):
+        CliRunner().invoke(main, ["--url", redis_server.url, "publish", "work", f"number={number}"])
+
+    wait_until(lambda: len(process.out.splitlines()) == 2, what="both receivers met")
+    process.tell(signal.SIGTERM)
+    assert process.end() == 0
+
+
+def test_run_starts_without_redis_and_hears_when_it_comes(
+    start: Callable[..., Process], tmp_path: Path, redis_server: RedisServer
+) -> None:
+    redis_server.kill()
+    process = start_app(start, tmp_path, redis_server.url, "run")
+    wait_until(lambda: "lost Redis" in process.err, what="it says that Redis is away")
+
+    redis_server.start()
+    wait_until(lambda: redis_server.client.pubsub_numsub("eventbus:{work}:channel")[0][1])
+    CliRunner().invoke(main, ["--url", redis_server.url, "publish", "work", "number=1"])
+
+    wait_until(lambda: process.out == "worker 1\n", what="the receiver ran")
+    process.tell(signal.SIGTERM)
+    assert process.end() == 0
+
+
+def test_run_without_an_app_loads_receivers_that_are_named(
+    start: Callable[..., Process], tmp_path: Path, redis_server: RedisServer
+) -> None:
+    (tmp_path / "reactions.py").write_text(RECEIVERS)
+    process = start(
+        "flask_eventbus",
+        *("--url", redis_server.url, "--service", "audit"),
+        *("run", "--receivers", "reactions"),
+    )
+    wait_until(lambda: "Listening to work." in process.err, what="it listens")
+
+    CliRunner().invoke(main, ["--url", redis_server.url, "publish", "work", "number=1"])
+
+    wait_until(lambda: process.out == "got {'number': 1}\n", what="the receiver ran")
+    process.tell(signal.SIGTERM)
+    assert process.end() == 0
+
+
+def test_run_fails_when_there_is_nothing_to_listen_to(
+    make_app: Callable[..., Flask], bare: Run
+) -> None:
+    in_app = run_in(make_app(), "run")
+    switched_off = run_in(make_app(EVENTBUS_ENABLED=False, EVENTBUS_SUBSCRIBE=["work"]), "run")
+    nameless = bare("run")
+    alone = bare("--service", "audit", "run")
+
+    assert [each.exit_code for each in (in_app, switched_off, nameless, alone)] == [1, 1, 1, 1]
+    assert in_app.output.startswith("Error: There is nothing to listen to. Connect a receiver")
+    assert "'EVENTBUS_ENABLED' is False: nothing would be heard." in switched_off.output
+    assert nameless.output.startswith("Error: 'EVENTBUS_SERVICE' is not set.")
+    assert alone.output == in_app.output
+
+
+# -- both faces ---------------------------------------------------------------------------
+
+
+def test_the_flask_command_finds_the_commands_and_shows_them(
+    start: Callable[..., Process],
+) -> None:
+    require_installation()
+
+    process = start("flask", "eventbus", "--help")
+
+    assert process.end() == 0, process.err
+    for command in COMMANDS:
+        assert command.name is not None
+        assert f"\n  {command.name} " in process.out
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_documents_its_options_its_exit_codes_and_has_examples(
+    bare: Run, command: Any
+) -> None:
+    help_text = bare(command.name, "--help").output
+
+    assert "Examples:\n\n    flask" in help_text
+    assert "Exit codes: 0" in help_text
+    assert all(option.help for option in command.params if option.param_type_name == "option")
+    assert max(map(len, help_text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "words", [["publish", "noted"], ["routes"], ["check"], ["tail", "--seconds", "0.1"], ["run"]]
+)
+def test_no_command_without_an_app_loads_flask(
+    shared_redis: RedisServer, words: list[str], tmp_path: Path
+) -> None:
+    program = f"""
+import runpy, sys
+sys.argv[1:] = {["--url", shared_redis.url, *words]!r}
+try:
+    runpy.run_module("flask_eventbus", run_name="__main__")
+except SystemExit:
+    print("loaded", *sorted(sys.modules))
+"""
+    outcome = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+    loaded = outcome.stdout.partition("loaded")[2].split()
+    assert "flask_eventbus.commands" in loaded
+    assert {name.partition(".")[0] for name in loaded}.isdisjoint({"flask", "werkzeug"})
+
+
+def test_settings_come_from_the_environment_too(shared_redis: RedisServer, prefix: str) -> None:
+    environ = {
+        "EVENTBUS_URL": shared_redis.url,
+        "EVENTBUS_PREFIX": prefix,
+        "EVENTBUS_MAX_EVENT_BYTES": "1024",
+    }
+
+    fits = CliRunner().invoke(main, ["publish", "noted"], env=environ)
+    too_large = CliRunner().invoke(main, ["publish", "noted", f"text={'x' * 1000}"], env=environ)
+
+    assert fits.exit_code == 0, fits.output
+    assert too_large.exit_code == 1
+    assert "EVENTBUS_MAX_EVENT_BYTES" in too_large.output
+
+
+@pytest.mark.parametrize("words", [["tail"], ["publish", "noted"], ["routes"], ["run"]])
+def test_a_wrong_setting_is_one_line_and_not_a_traceback(words: list[str]) -> None:
+    def create_app() -> Flask:
+        app = Flask("shop")
+        app.config["EVENTBUS_SERVICE"] = "a shop"
+        EventBus(app)
+        return app
+
+    info = flask.cli.ScriptInfo(create_app=create_app)
+
+    result = CliRunner().invoke(flask_commands, words, obj=info)
+
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: 'EVENTBUS_SERVICE' is 'a shop'.")
+
+
+def test_an_app_without_a_bus_is_told_what_it_lacks() -> None:
+    result = run_in(Flask("shop"), "routes")
+
+    assert result.exit_code == 1
+    assert result.output == (
+        "Error: The app 'shop' has no event bus. Call bus.init_app(app) where it is made.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["tail", "--seconds", "0.1"], ["publish", "work"], ["routes"], ["check"]]
+)
+def test_a_command_that_looks_does_not_listen_as_the_service(
+    make_app: Callable[..., Flask], words: list[str]
+) -> None:
+    bus = EventBus()
+    bus.on("work")(note_stock)
+    app = make_app(bus)
+
+    result = run_in(app, *words)
+
+    assert result.exit_code == 0, result.output
+    health = bus.health(app)
+    assert (health.listening, health.connected, health.last_heard) == (False, False, None)
+    assert health.counts == {}
+
+
+def unwrapped(text: str) -> str:
+    """Text that click has wrapped at 80 columns, without the wraps."""
+    return " ".join(text.split())
