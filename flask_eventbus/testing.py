@@ -77,7 +77,7 @@ class Isolation:
         self._recording = Recording(url)
         self._thread = threading.get_ident()
         self._delivered = 0
-        #: Nodes that were alive after the last look for apps that are gone.
+        #: Nodes that need no second look whether they are still there: one cannot be too many.
         self._alive = 1
 
         for node in list(nodes):
@@ -118,7 +118,7 @@ class Isolation:
         if len(found) == times or (times is None and found):
             return found
 
-        raise AssertionError(why_unpublished(wanted, times, events, self._under_test()))
+        raise AssertionError(why_unpublished(wanted, times, events, _living()))
 
     def assert_not_published(
         self,
@@ -218,11 +218,10 @@ class Isolation:
         return f"{source}-{self._delivered}"
 
     def _dispatch(self, event: Event) -> list[Failure]:
-        under_test = self._under_test()
-        hearing = [node for node in under_test if _hears(node, event)]
+        hearing = [node for node in self._under_test() if _hears(node, event)]
 
         if not hearing:
-            raise AssertionError(why_unheard(event, under_test))
+            raise AssertionError(why_unheard(event, _living()))
 
         try:
             return [failure for node in hearing for failure in _handle(node, event)]
@@ -231,12 +230,16 @@ class Isolation:
                 close_runner()
 
     def _under_test(self) -> list[Node]:
-        """The living nodes, without those of earlier tests that were only not collected yet."""
         if len(nodes) > self._alive:
-            gc.collect()
-            self._alive = len(nodes)
+            self._alive = len(_living())
 
         return list(nodes)
+
+
+def _living() -> list[Node]:
+    """The nodes that are in use, without those of earlier tests that wait to be collected."""
+    gc.collect()
+    return list(nodes)
 
 
 def _flush() -> None:
