@@ -264,7 +264,7 @@ class Listener:
             return
 
         self._lost_since = time.monotonic()
-        logger.warning("The listener lost Redis: %s. It connects again by itself.", error)
+        logger.warning("The listener lost Redis (%s); it connects again by itself.", error)
         tell(listener_lost, self._config.service, error=error)
 
     def _accept(self, frames: Sequence[Frame]) -> None:

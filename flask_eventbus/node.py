@@ -41,7 +41,7 @@ class Health:
 
     service: str
     node: str
-    #: Whether this node is to listen at all.
+    #: Whether this node is to listen now, and to something.
     listening: bool
     #: Whether everything subscribed is confirmed on a live connection.
     connected: bool
@@ -178,7 +178,7 @@ class Node:
         return Health(
             service=self.config.service,
             node=self.name,
-            listening=self.listening,
+            listening=self.listening and bool(self._subscriptions),
             connected=self._listener.running and self._listener.connected,
             publishing=self._publisher.connected,
             last_heard=None if heard is None else _since(heard),
@@ -247,9 +247,16 @@ class Node:
             siblings=self.siblings,
         )
 
+    def renew_unused(self) -> None:
+        """Make anew what did nothing yet, with locks of the kind that threads have by now."""
+        if not self.listening and not self._publisher.issued:
+            self._renew()
+
     def _after_fork(self) -> None:
         """In the child: nothing of the parent's is used, and nothing is started."""
         self.listening = False
+        self.connections.close_copies()
+        self.counters = Counters()
         self._renew()
 
     def _listen(self) -> None:
@@ -335,15 +342,20 @@ nodes: weakref.WeakSet[Node] = weakref.WeakSet()
 born: list[Callable[[Node], None]] = []
 
 
-def _renew_all() -> None:
-    for node in list(nodes):
-        node._after_fork()
-
-
 @atexit.register
-def _stop_all() -> None:
+def stop_all() -> None:
+    """Stop every node of this process."""
     for node in list(nodes):
         node.stop()
+
+
+def _renew_all() -> None:
+    for node in list(nodes):
+        # The parent's names are those of another process now: its events are to be heard.
+        node.siblings.clear()
+
+    for node in list(nodes):
+        node._after_fork()
 
 
 os.register_at_fork(after_in_child=_renew_all)
