@@ -286,11 +286,12 @@ NO_TEXT = [None, 7, b"accounts", ["accounts"], True]
 NO_NAME = ["", "a b", "caf\u00e9", "a\n", "\x00"]
 NO_ID = ["", "a", "-1", "a-", "a-x", "a-1 ", "a-\u0661", "a b-1", f"{'n' * 65}-1", f"a-{'1' * 21}"]
 NO_OPTIONAL_TEXT = [7, b"text", ["text"], {}, ""]
+DATETIMES = [b"2024-02-29T12:00:00", b"2024-02-29T12:00:00+02:00"]
 BAD_ATTRIBUTES = {
     "source": [*NO_TEXT, *NO_NAME, "x" * 65, "a/b"],
     "type": [*NO_TEXT, *NO_NAME, "x" * 129, ".a", "/a"],
     "id": [*NO_TEXT, *NO_ID],
-    "time": [None, 7, 1.5, "2024-02-29T12:00:00Z", ext(datetime, b"2024-02-29")],
+    "time": [None, 7, 1.5, "2024-02-29T12:00:00Z", *(ext(datetime, text) for text in DATETIMES)],
     "seq": [0, -1, 1.0, True, "1", [], ext(int, (2**64).to_bytes(9))],
     "correlationid": [*NO_OPTIONAL_TEXT, *NO_ID],
     "causationid": [*NO_OPTIONAL_TEXT, *NO_ID],
@@ -301,7 +302,9 @@ BAD_ATTRIBUTES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, bad in BAD_ATTRIBUTES.items() for value in bad]
+    ("name", "value"),
+    [(name, value) for name, bad in BAD_ATTRIBUTES.items() for value in bad],
+    ids=lambda value: repr(value)[:40],
 )
 def test_an_attribute_that_is_not_legal_is_named(name: str, value: Any) -> None:
     body = packed(**{name: value})
