@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import random
 import re
+import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -85,6 +86,7 @@ class Connections:
     def __init__(self, url: str, *, name: str) -> None:
         self._url = url
         self._name = name
+        self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._check()
 
     def open(self, *, timeout: float) -> Connection:
@@ -97,6 +99,9 @@ class Connections:
         for url in self._candidates(timeout):
             connection = self._make(url, timeout)
 
+            if not url.startswith("memory://"):
+                self._opened.add(connection)
+
             try:
                 connection.connect()
             except OUTAGE as failure:
@@ -108,6 +113,14 @@ class Connections:
                 return connection
 
         raise error or redis.ConnectionError(f"{self.shown} names no host.")
+
+    def close_copies(self) -> None:
+        """In a forked child: close its copies of what its parent opened, unseen by Redis.
+
+        Otherwise a parent that is killed would seem to live on, as long as the child does.
+        """
+        for connection in list(self._opened):
+            connection.disconnect()
 
     @property
     def shown(self) -> str:
@@ -174,7 +187,12 @@ class Connections:
 
     def _master(self, timeout: float) -> str:
         hosts, name, rest = self._sentinel_parts()
-        options = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+        options = {
+            "socket_timeout": timeout,
+            "socket_connect_timeout": timeout,
+            # Else redis-py asks a Sentinel that is gone ten times before it asks the next.
+            "retry": Retry(NoBackoff(), 0),
+        }
         sentinel = redis.sentinel.Sentinel(hosts, sentinel_kwargs=options)
         host, port = sentinel.discover_master(name)
         return rest.format(host=f"[{host}]" if ":" in host else host, port=port)
