@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import weakref
 from contextlib import AbstractContextManager
@@ -34,7 +35,7 @@ class EventBus(Declarations):
 
     def __init__(self, app: Flask | None = None, *, namespace: Namespace | None = None) -> None:
         super().__init__(namespace=namespace)
-        self._nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+        self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
         self._siblings: set[str] = set()
 
         if app is not None:
@@ -53,7 +54,7 @@ class EventBus(Declarations):
         node = self._node(app)
         app.extensions["eventbus"] = node
         app.signal = AppSignals(self)  # type: ignore[attr-defined]  # an app has no such face
-        self._nodes.add(node)
+        self._apps.add(app)
         load_receivers(self, node.config.receivers, root=Path(app.root_path))
 
         if node.config.listen:
@@ -89,20 +90,21 @@ class EventBus(Declarations):
         if app is not None:
             return self._node_of(app)
 
-        nodes = list(self._nodes)
+        apps = self._living()
 
-        if len(nodes) == 1:
-            return nodes[0]
+        if len(apps) == 1:
+            return self._node_of(apps[0])
 
         raise RuntimeError(
-            f"This event bus serves {len(nodes)} apps and none of them is the current one. Pass "
+            f"This event bus serves {len(apps)} apps and none of them is the current one. Pass "
             "the app, or work inside 'with app.app_context():'."
         )
 
     def _node_of(self, app: Flask) -> Node:
-        node = app.extensions.get("eventbus")
+        app = _real(app)
 
-        if isinstance(node, Node) and node in self._nodes:
+        if app in self._apps:
+            node: Node = app.extensions["eventbus"]
             return node
 
         raise RuntimeError(
@@ -122,7 +124,11 @@ class EventBus(Declarations):
 
         def owns(sender: Any) -> bool:
             emitter = self._emitter(sender)
-            return self._is_alone() if emitter is None else emitter is reference()
+
+            if emitter is None:
+                return self._is_alone() and reference() is not None
+
+            return emitter is reference()
 
         return Node(
             Config.from_mapping(app.config),
@@ -133,10 +139,19 @@ class EventBus(Declarations):
             siblings=self._siblings,
         )
 
+    def _living(self) -> list[Flask]:
+        """The apps in use; one that was thrown away may only wait to be collected."""
+        if len(self._apps) > 1:
+            gc.collect()
+
+        return list(self._apps)
+
     def _is_alone(self) -> bool:
-        if len(self._nodes) > 1:
+        count = len(self._living())
+
+        if count > 1:
             raise RuntimeError(
-                f"This event bus serves {len(self._nodes)} apps, and a signal was sent where none "
+                f"This event bus serves {count} apps, and a signal was sent where none "
                 "of them is the current one. Send it from the app, as in "
                 "'signal.send(app, ...)', or inside 'with app.app_context():'."
             )
