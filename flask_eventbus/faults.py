@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from reprlib import repr as short
 from typing import Any
 
 from .values import MAX_DEPTH, MAX_ITEMS, UnfitError, Values
@@ -61,11 +62,11 @@ def _key_faults(path: str, container: dict[Any, Any]) -> Iterator[str]:
     for key in container:
         if not isinstance(key, str):
             yield (
-                f"{path}: the key {key!r} is of type {_kind(key)}, and keys are text. "
+                f"{path}: the key {short(key)} is of type {_kind(key)}, and keys are text. "
                 "Convert it with str()."
             )
         elif not _is_unicode(key):
-            yield f"{path}: the key {key!r} {_SURROGATE}"
+            yield f"{path}: the key {short(key)} {_SURROGATE}"
 
 
 def _steps(container: Any) -> Iterator[tuple[str, Any]]:
@@ -78,7 +79,7 @@ def _steps(container: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _key_step(key: Any) -> str:
-    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{short(key)}]"
 
 
 def _packing_faults(values: Values, path: str, value: Any) -> Iterator[str]:
@@ -96,7 +97,7 @@ _SURROGATE = (
 
 def _in_words(value: Any, error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
-        return f"the text {value!r} {_SURROGATE}"
+        return f"the text {short(value)} {_SURROGATE}"
     if isinstance(error, UnfitError):
         return str(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from reprlib import repr as short
 from typing import Final, cast
 
 from msgpack import packb
@@ -119,13 +120,13 @@ def _key(key: str) -> bytes:
         packed = _text(key)
     except UnicodeEncodeError as error:
         raise PayloadError(
-            f"The key {key!r} holds a lone surrogate, which no other program can read. "
+            f"The key {short(key)} holds a lone surrogate, which no other program can read. "
             "Choose a key of plain text."
         ) from error
 
     if len(key.encode()) > MAX_KEY_BYTES:
         raise PayloadError(
-            f"The key {key[:40]!r}... has {len(key.encode())} bytes, and {MAX_KEY_BYTES} can "
+            f"The key {short(key)} has {len(key.encode())} bytes, and {MAX_KEY_BYTES} can "
             "travel. Choose a shorter one, for example an id."
         )
 

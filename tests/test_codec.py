@@ -197,7 +197,10 @@ def test_an_empty_key_is_no_key() -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("x" * 257, r"The key 'x{40}'... has 257 bytes, and 256 can travel. Choose a shorter one"),
+        (
+            "x" * 257,
+            r"The key 'x+\.\.\.x+' has 257 bytes, and 256 can travel. Choose a shorter one",
+        ),
         ("\N{GRINNING FACE}" * 65, "has 260 bytes, and 256 can travel"),
         ("caf\udce9", r"The key 'caf\\udce9' holds a lone surrogate"),
     ],

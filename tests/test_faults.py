@@ -250,6 +250,21 @@ def test_a_type_that_would_not_be_read_here_is_not_sent_from_here() -> None:
         codec.pack_payload({"home": Address()})
 
 
+class Silent:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(
+    "payload", [{"file": "\udce9" * 1_000_000}, {"keys": {Silent(): 1}}, {"x " * 9_999: Silent()}]
+)
+def test_a_refusal_is_short_whatever_it_is_about(payload: dict[str, Any]) -> None:
+    with pytest.raises(PayloadError) as caught:
+        Codec().pack_payload(payload)
+
+    assert len(str(caught.value)) < 300
+
+
 def test_any_mapping_is_a_payload() -> None:
     codec = Codec()
 
