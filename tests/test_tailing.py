@@ -1,0 +1,468 @@
+"""``tail``: a spectator of live events that outlives Redis and shows whatever is on the wire."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from click.testing import CliRunner
+from servers import RedisServer, free_port
+from waiting import wait_until
+
+from flask_eventbus import Bus, ConfigError, Event, tailing
+from flask_eventbus.__main__ import main
+from flask_eventbus.codec import Codec
+from flask_eventbus.rendering import as_json, as_line
+from flask_eventbus.tailing import Filter, Tail
+
+ROOT = Path(__file__).parent.parent
+
+_numbers = itertools.count()
+
+
+class Watching:
+    """``python -m flask_eventbus tail`` in a process of its own."""
+
+    def __init__(self, folder: Path, url: str, *words: str) -> None:
+        number = next(_numbers)
+        self._out = folder / f"{number}.out"
+        self._err = folder / f"{number}.err"
+        environ = {key: value for key, value in os.environ.items() if "EVENTBUS_" not in key}
+
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "flask_eventbus", "--url", url, "tail", *words],
+                cwd=folder,
+                env={**environ, "PYTHONPATH": str(ROOT)},
+                stdout=out,
+                stderr=err,
+            )
+
+    @property
+    def lines(self) -> list[str]:
+        """What it shows so far."""
+        return self._out.read_text().splitlines()
+
+    @property
+    def said(self) -> list[str]:
+        """What it says of itself so far."""
+        return self._err.read_text().splitlines()
+
+    def wait_until_it_hears(self) -> None:
+        """Wait until Redis has confirmed its subscriptions."""
+        wait_until(lambda: any(line.startswith("Hearing ") for line in self.said), what="it hears")
+
+    def end(self, number: signal.Signals | None = None) -> int:
+        """Send it a signal, wait for its end and return its exit code."""
+        if number is not None:
+            self.process.send_signal(number)
+
+        return self.process.wait(timeout=30)
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> Iterator[Callable[..., Watching]]:
+    """Start a tail, and end it with the test."""
+    started: list[Watching] = []
+
+    def begin(url: str, *words: str) -> Watching:
+        started.append(Watching(tmp_path, url, *words))
+        return started[-1]
+
+    yield begin
+
+    for watching in started:
+        watching.process.kill()
+        watching.process.wait()
+
+
+def publish(url: str, name: str, *pairs: str, service: str = "accounts") -> str:
+    """Publish an event and return its id."""
+    words = ["--url", url, "--service", service, "publish", name, *pairs]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    return result.output.split()[1].rstrip(".")
+
+
+def an_event(**changes: Any) -> Event:
+    """An event with some attributes of its own."""
+    attributes: dict[str, Any] = {
+        "name": "user_registered",
+        "source": "accounts",
+        "id": "3f2a-17",
+        "time": datetime(2026, 3, 1, 12, 30, 1, 123456, tzinfo=UTC),
+        "payload": {},
+    }
+    return Event(**{**attributes, **changes})
+
+
+# -- as a process -------------------------------------------------------------------------
+
+
+def test_tail_shows_each_event_of_the_prefix_in_one_line(
+    watch: Callable[..., Watching], redis_server: RedisServer
+) -> None:
+    watching = watch(redis_server.url)
+    watching.wait_until_it_hears()
+
+    first = publish(redis_server.url, "user_registered", "user_id=7", "email=ada@example.com")
+    second = publish(redis_server.url, "price_changed", service="catalog")
+
+    wait_until(lambda: len(watching.lines) == 2)
+    assert watching.lines[0].split()[1:] == [
+        *("user_registered", "accounts", first),
+        *("user_id=7", "email=ada@example.com"),
+    ]
+    assert watching.lines[1].split()[1:] == ["price_changed", "catalog", second]
+
+
+def test_tail_as_json_shows_the_whole_event(
+    watch: Callable[..., Watching], redis_server: RedisServer
+) -> None:
+    watching = watch(redis_server.url, "--json", "--count", "1")
+    watching.wait_until_it_hears()
+
+    event_id = publish(redis_server.url, "user_registered", "user_id=7")
+
+    assert watching.end() == 0
+    shown = json.loads(watching.lines[0])
+    assert datetime.fromisoformat(shown.pop("time")).tzinfo is not None
+    assert shown == {
+        "specversion": "1.0",
+        "id": event_id,
+        "source": "accounts",
+        "type": "user_registered",
+        "data": {"user_id": 7},
+        "seq": 1,
+    }
+
+
+def test_tail_shows_only_what_is_named_and_wanted_and_ends_after_a_count(
+    watch: Callable[..., Watching], redis_server: RedisServer
+) -> None:
+    words = ["order_*", "order_paid", "--source", "shop", "--match", "total=9.5", "--count", "2"]
+    watching = watch(redis_server.url, *words)
+    watching.wait_until_it_hears()
+
+    publish(redis_server.url, "refund_paid", "total=9.5", service="shop")
+    publish(redis_server.url, "order_paid", "total=9.5", service="till")
+    publish(redis_server.url, "order_paid", "total=9", service="shop")
+    first = publish(redis_server.url, "order_paid", "total=9.5", service="shop")
+    second = publish(redis_server.url, "order_sent", "total=9.5", service="shop")
+
+    assert watching.end() == 0
+    assert [line.split()[3] for line in watching.lines] == [first, second]
+
+
+def test_tail_outlives_a_restart_of_redis_and_says_so(
+    watch: Callable[..., Watching], redis_server: RedisServer
+) -> None:
+    watching = watch(redis_server.url, "user_registered")
+    watching.wait_until_it_hears()
+
+    redis_server.restart()
+    wait_until(lambda: "Redis is back after" in watching.said[-1], what="it is back")
+    publish(redis_server.url, "user_registered", "user_id=8")
+
+    wait_until(lambda: watching.lines)
+    assert watching.lines[0].endswith("user_id=8")
+    assert [" ".join(line.split()[:2]) for line in watching.said] == [
+        "Hearing user_registered",
+        "Redis at",
+        "Redis is",
+    ]
+
+
+def test_tail_waits_for_a_redis_that_is_not_there_yet(
+    watch: Callable[..., Watching], redis_server: RedisServer
+) -> None:
+    redis_server.kill()
+    watching = watch(redis_server.url)
+    wait_until(lambda: watching.said, what="it says that Redis is away")
+
+    redis_server.start()
+    watching.wait_until_it_hears()
+
+    assert "is away: " in watching.said[0]
+    assert watching.said[1] == f"Hearing * on {redis_server.url}. Ctrl-C ends."
+
+
+def test_tail_shows_bytes_that_are_no_event_as_one_line_on_stderr(
+    watch: Callable[..., Watching], redis_server: RedisServer
+) -> None:
+    watching = watch(redis_server.url)
+    watching.wait_until_it_hears()
+    stranger = Codec().encode(an_event(name="other"))
+
+    redis_server.client.publish("eventbus:{noted}:channel", b"\x1b[31mhello")
+    redis_server.client.publish("eventbus:{noted}:channel", stranger)
+    publish(redis_server.url, "noted")
+
+    wait_until(lambda: watching.lines)
+    assert len(watching.said) == 3
+    assert watching.said[1].startswith("Not an event on the channel of 'noted' (not_msgpack): ")
+    assert watching.said[1].endswith(r"It begins with b'\x1b[31mhello'.")
+    assert "(wrong_channel): It says it is 'other'." in watching.said[2]
+
+
+def test_tail_ends_quietly_on_ctrl_c(
+    watch: Callable[..., Watching], redis_server: RedisServer
+) -> None:
+    watching = watch(redis_server.url)
+    watching.wait_until_it_hears()
+
+    assert watching.end(signal.SIGINT) == 0
+    assert watching.said == [f"Hearing * on {redis_server.url}. Ctrl-C ends."]
+
+
+def test_tail_ends_quietly_and_soon_when_nobody_reads_it_any_more(
+    redis_server: RedisServer,
+) -> None:
+    command = [sys.executable, "-m", "flask_eventbus", "--url", redis_server.url, "tail"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("Hearing ")
+        process.stdout.close()
+
+        assert process.wait(timeout=30) == 0
+        assert process.stderr.read() == ""
+
+
+def test_tail_is_truthful_about_what_did_not_come(redis_server: RedisServer) -> None:
+    def tail(url: str, *words: str) -> int:
+        return CliRunner().invoke(main, ["--url", url, "tail", "--seconds", "1", *words]).exit_code
+
+    assert tail(redis_server.url) == 0
+    assert tail(redis_server.url, "--count", "1") == 1
+    assert tail(f"redis://127.0.0.1:{free_port()}/0") == 1
+
+
+def test_tail_is_no_listener_of_a_service(
+    watch: Callable[..., Watching], redis_server: RedisServer
+) -> None:
+    watch(redis_server.url).wait_until_it_hears()
+
+    result = CliRunner().invoke(main, ["--url", redis_server.url, "routes", "--json"])
+
+    names = {client["name"] for client in redis_server.client.client_list(_type="pubsub")}
+    assert names == {"eventbus-tail"}
+    assert json.loads(result.output)["services"] == {}
+
+
+def test_tail_ends_with_a_clear_error_where_redis_refuses(redis_server: RedisServer) -> None:
+    admin = redis_server.client
+    rights = ["on", ">pw", "+@all", "&eventbus:{noted}:channel"]
+    admin.execute_command("ACL", "SETUSER", "ada", *rights)
+
+    def tail(user: str, *words: str) -> Any:
+        url = redis_server.url.replace("127", f"{user}@127", 1)
+        return CliRunner().invoke(main, ["--url", url, "tail", "--seconds", "1", *words])
+
+    allowed = tail("ada:pw", "noted")
+    refused = tail("ada:pw")
+    unknown = tail("ada:wrong-s3cret")
+
+    assert (allowed.exit_code, refused.exit_code, unknown.exit_code) == (0, 1, 1)
+    assert "Error: Redis refuses to let this user listen to '*': " in refused.output
+    assert "'&eventbus:{*}:channel', or name only signals that it may hear." in refused.output
+    assert "does not let this user in" in unknown.output
+    assert "s3cret" not in unknown.output
+
+
+@pytest.mark.parametrize(
+    "words", [["a name"], ["--count", "0"], ["--seconds", "0"], ["--match", "user_id"], ["--jsn"]]
+)
+def test_a_mistake_in_the_words_of_tail_exits_with_2(words: list[str]) -> None:
+    result = CliRunner().invoke(main, ["tail", *words])
+
+    assert result.exit_code == 2
+    assert result.output.startswith("Usage: ")
+
+
+# -- in this process ----------------------------------------------------------------------
+
+
+def test_a_server_that_hangs_is_noticed(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tailing, "QUIET", 0.1)
+    monkeypatch.setattr(tailing, "DEADLINE", 0.1)
+    told: list[str] = []
+    tail = Tail(
+        url=redis_server.url, prefix="eventbus", codec=Codec(), names=["*"], tell=told.append
+    )
+    batches = tail.events(seconds=60)
+    wait_until(lambda: next(batches) == [] and tail.connected)
+
+    redis_server.hang()
+    wait_until(lambda: next(batches) == [] and "no answer to a PING" in told[-1])
+    redis_server.resume()
+    wait_until(lambda: next(batches) == [] and "Redis is back" in told[-1])
+
+    batches.close()  # type: ignore[attr-defined]  # a generator
+
+
+def test_events_of_a_registered_type_are_shown_where_the_type_is_known(
+    redis_server: RedisServer, make_bus: Callable[..., Bus]
+) -> None:
+    told: list[str] = []
+    bus = make_bus(redis_server.url)
+    bus.register_type(
+        40,
+        complex,
+        pack=lambda value: str(value).encode(),
+        unpack=lambda raw: complex(raw.decode()),
+    )
+
+    def tail(codec: Codec) -> Tail:
+        return Tail(
+            url=redis_server.url, prefix="eventbus", codec=codec, names=["*"], tell=told.append
+        )
+
+    knowing, strange = tail(bus.codec), tail(Codec())
+    heard, unheard = knowing.events(60), strange.events(60)
+    wait_until(lambda: not next(heard) and not next(unheard) and len(told) == 2)
+    bus.node.publish("measured", {"value": 1j})
+
+    events = wait_until(lambda: next(heard))
+    wait_until(lambda: not next(unheard) and len(told) == 3)
+
+    assert as_line(events[0]).endswith("value=1j")
+    assert "ext type" in told[2]
+
+
+@pytest.mark.parametrize(
+    ("sources", "values", "accepted"),
+    [
+        ((), (), True),
+        (("accounts",), (), True),
+        (("billing", "accounts"), (), True),
+        (("billing",), (), False),
+        ((), (("user_id", "7"),), True),
+        ((), (("user_id", "8"),), False),
+        ((), (("code", "7"),), True),
+        ((), (("code", "07"),), False),
+        ((), (("price", "9.50"),), True),
+        ((), (("price", "9.5"),), True),
+        ((), (("price", "9.4"),), False),
+        ((), (("tags", '["a", "b"]'),), True),
+        ((), (("note", "null"),), True),
+        ((), (("missing", "null"),), False),
+        ((), (("user_id", "7"), ("code", "8")), False),
+        (("accounts",), (("user_id", "7"),), True),
+    ],
+)
+def test_a_filter_takes_sources_and_all_values(
+    sources: tuple[str, ...], values: tuple[tuple[str, str], ...], accepted: bool
+) -> None:
+    payload = {
+        "user_id": 7,
+        "code": "7",
+        "price": Decimal("9.50"),
+        "tags": ["a", "b"],
+        "note": None,
+    }
+
+    assert Filter(sources=sources, values=values).accepts(an_event(payload=payload)) is accepted
+
+
+def test_a_line_shows_values_as_they_would_be_written_in_a_command() -> None:
+    payload = {
+        "id": 7,
+        "code": "7",
+        "email": "ada@example.com",
+        "name": "Ada Lovelace",
+        "city": "Zürich",
+        "vip": True,
+        "note": None,
+        "empty": "",
+        "tags": ["a", 1],
+        "day": date(2026, 3, 1),
+        "price": Decimal("9.50"),
+    }
+
+    line = as_line(an_event(payload=payload))
+
+    assert line.endswith(
+        'user_registered accounts 3f2a-17 id=7 code="7" email=ada@example.com '
+        'name="Ada Lovelace" city=Zürich vip=true note=null empty="" tags=["a", 1] '
+        'day=2026-03-01 price="9.50"'
+    )
+
+
+def test_a_line_shows_long_payloads_in_short() -> None:
+    payload = {f"key{number}": "x" * 1_000 for number in range(100)}
+
+    line = as_line(an_event(payload=payload))
+
+    assert len(line) < 300
+    assert line.endswith("...")
+    assert f"key0={'x' * 57}... key1=" in line
+
+
+def test_nothing_in_a_payload_can_move_the_cursor_of_a_terminal() -> None:
+    nasty = "\x1b[2J\r\n\x9b31m\u202egpj.exe\u2028\x00"
+    payload = {"text": nasty, nasty: [nasty, {nasty: nasty}], "bytes": nasty.encode()}
+    event = an_event(payload=payload)
+
+    assert as_line(event).isprintable()
+    assert as_json(event).isprintable()
+    assert json.loads(as_json(event))["data"]["text"] == nasty
+
+
+def test_a_time_that_this_place_cannot_tell_is_shown_as_it_is() -> None:
+    assert " user_registered " in as_line(an_event(time=datetime.max.replace(tzinfo=UTC)))
+    assert " user_registered " in as_line(an_event(time=datetime.min.replace(tzinfo=UTC)))
+
+
+def test_json_has_what_json_lacks_as_text_and_bytes_as_base64() -> None:
+    payload = {
+        "at": datetime(2026, 3, 1, tzinfo=UTC),
+        "for": timedelta(minutes=5),
+        "price": Decimal("9.50"),
+        "uuid": UUID(int=1),
+        "raw": b"\x00\xff",
+        "set": {2, 1},
+        "nan": float("nan"),
+        "huge": 2**80,
+    }
+    event = an_event(
+        payload=payload, correlation_id="aa-1", causation_id="bb-2", hops=2, traceparent="00-1"
+    )
+
+    shown = json.loads(as_json(event))
+
+    assert shown["data"] == {
+        "at": "2026-03-01T00:00:00+00:00",
+        "for": "0:05:00",
+        "price": "9.50",
+        "uuid": "00000000-0000-0000-0000-000000000001",
+        "raw": "AP8=",
+        "set": [1, 2],
+        "nan": "nan",
+        "huge": 2**80,
+    }
+    assert shown["time"] == "2026-03-01T12:30:01.123456Z"
+    assert (shown["correlationid"], shown["causationid"], shown["hops"]) == ("aa-1", "bb-2", 2)
+    assert "seq" not in shown
+
+
+def test_a_tail_refuses_a_url_that_reads_as_none() -> None:
+    with pytest.raises(ConfigError, match="EVENTBUS_URL"):
+        Tail(url="redis://x:port/", prefix="p", codec=Codec(), names=["*"], tell=print)
