@@ -199,7 +199,7 @@ def test_an_empty_key_is_no_key() -> None:
     [
         (
             "x" * 257,
-            r"The key 'x+\.\.\.x+' has 257 bytes, and 256 can travel. Choose a shorter one",
+            r"The key 'x+\.\.\.x+' has 257 bytes, and 256 can travel",
         ),
         ("\N{GRINNING FACE}" * 65, "has 260 bytes, and 256 can travel"),
         ("caf\udce9", r"The key 'caf\\udce9' holds a lone surrogate"),
