@@ -1,97 +1,161 @@
 """Finds out whether and when a process serves, so that exactly those listen.
 
-Three ways, each by what the server itself offers: gunicorn calls ``post_worker_init`` in
-each worker once the app is loaded; under ``flask run`` the click command tells which process
-serves; any other server is known by its first request.
+werkzeug's development server is served by ``flask run`` and ``app.run()`` alike, and begins in
+``serve_forever()``: in the process that serves, not in the one that watches files for it.
+gunicorn has hooks for the begin and the end of each worker. Any other server is known by the
+first request it brings.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-import threading
-import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-import click
 from flask import Flask, request
-from flask.cli import ScriptInfo
-from flask.helpers import get_debug_flag
-from werkzeug.serving import is_running_from_reloader
+from werkzeug.serving import BaseWSGIServer
 
-#: Seconds between looks at whether ``flask run`` has loaded the app.
-LOOK = 0.02
+from .node import nodes, stop_all
+
+#: Of these, every server's request has one, and a request context made by hand has none.
+_OF_SERVERS = ("SERVER_SOFTWARE", "REMOTE_ADDR", "HTTP_USER_AGENT")
 
 
 def call_when_serving(app: Flask, start: Callable[[], None]) -> None:
-    """Call ``start`` in each process that serves ``app``, once it is about to; perhaps again.
+    """Call ``start`` in each process that serves ``app``, when all of the app is loaded.
 
-    ``start`` has to bear being called more than once.
+    Not for an app under test, neither for ``TESTING`` nor for requests of a test client.
+    ``start`` has to bear being called twice, by two first requests at once.
     """
-    _at_first_request(app, start)
-
-    if not _in_gunicorn(start):
-        _in_flask_run(start)
-
-
-# -- any server ---------------------------------------------------------------------------
+    serving = _Serving(app, start)
+    app.before_request(serving.begin_at_request)
+    _servings.add(serving)
+    _hook_werkzeug()
+    _hook_gunicorn()
 
 
-def _at_first_request(app: Flask, start: Callable[[], None]) -> None:
-    served: set[int] = set()
+class _Serving:
+    """Whether this process serves an app; a forked child begins by itself."""
 
-    @app.before_request
-    def begin() -> None:
-        process = os.getpid()
+    def __init__(self, app: Flask, start: Callable[[], None]) -> None:
+        self._app = app
+        self._start = start
+        self._process: int | None = None
 
-        if process not in served and not _is_test_request(app):
-            served.add(process)
-            start()
+    def begin(self) -> None:
+        """Start, unless this process has or the app is under test."""
+        if self._process == os.getpid() or self._app.testing:
+            return
+
+        self._process = os.getpid()
+        self._start()
+
+    def begin_at_request(self) -> None:
+        """Start at a request, if it is one that a server brings."""
+        if self._process != os.getpid() and not _is_made_up():
+            self.begin()
 
 
-def _is_test_request(app: Flask) -> bool:
-    """Whether a test client made the request: servers name themselves, it names werkzeug."""
-    agent = request.environ.get("HTTP_USER_AGENT", "")
-    by_client = "SERVER_SOFTWARE" not in request.environ and agent.startswith("Werkzeug/")
-    return app.testing or by_client
+#: Those of the apps that live; each app holds its own.
+_servings: weakref.WeakSet[_Serving] = weakref.WeakSet()
+
+
+def _begin_all() -> None:
+    for serving in list(_servings):
+        serving.begin()
+
+
+def _is_made_up() -> bool:
+    """Whether a test client makes the request, or code that wanted a request context."""
+    if all(key not in request.environ for key in _OF_SERVERS):
+        return True
+
+    test = sys.modules.get("werkzeug.test")
+    return test is not None and any(
+        frame.f_code is test.run_wsgi_app.__code__ for frame in _frames()
+    )
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+# -- werkzeug -----------------------------------------------------------------------------
+
+
+@functools.cache
+def _hook_werkzeug() -> None:
+    serve = BaseWSGIServer.serve_forever
+
+    def serve_forever(self: BaseWSGIServer, poll_interval: float = 0.5) -> None:
+        if not _serves_an_error(self):
+            _begin_all()
+
+        serve(self, poll_interval)
+
+    BaseWSGIServer.serve_forever = serve_forever  # type: ignore[method-assign]  # has no hook
+
+
+def _serves_an_error(server: BaseWSGIServer) -> bool:
+    """Whether ``flask run`` shows why the app cannot be loaded, until somebody mends it."""
+    application = getattr(server.app, "app", server.app)
+    return getattr(application, "__module__", None) == "flask.cli"
 
 
 # -- gunicorn -----------------------------------------------------------------------------
 
-_gunicorn_starts: list[Callable[[], None]] = []
+
+class _WorkerBegins:
+    """gunicorn's ``post_worker_init``: the app is loaded, and threads are what they will be."""
+
+    def __init__(self, before: Callable[[Any], Any]) -> None:
+        self._before = before
+
+    def __call__(self, worker: Any) -> None:
+        self._before(worker)
+
+        for node in list(nodes):
+            node.renew_unused()
+
+        _begin_all()
 
 
-def _in_gunicorn(start: Callable[[], None]) -> bool:
-    """Arrange the start in gunicorn's workers; whether this is gunicorn."""
-    if _hook_gunicorn():
-        _gunicorn_starts.append(start)
-        return True
+class _WorkerEnds:
+    """gunicorn's ``worker_exit``: requests are done; the interpreter still has all its means."""
 
-    return False
+    def __init__(self, before: Callable[[Any, Any], Any]) -> None:
+        self._before = before
+
+    def __call__(self, arbiter: Any, worker: Any) -> None:
+        # The master calls it as well, for a worker that it finds gone.
+        if worker.pid == os.getpid():
+            stop_all()
+
+        self._before(arbiter, worker)
 
 
-def _hook_gunicorn() -> bool:
+def _hook_gunicorn() -> None:
+    """In gunicorn, begin and end with each worker, after what its configuration asks for."""
     config = _gunicorn_config()
 
-    if config is None:
-        return False
+    if config is not None:
+        _wrap(config, "post_worker_init", _WorkerBegins)
+        _wrap(config, "worker_exit", _WorkerEnds)
 
-    before = config.post_worker_init
 
-    if getattr(before, "of_eventbus", False):
-        return True
+def _wrap(config: Any, name: str, hook: type[_WorkerBegins] | type[_WorkerEnds]) -> None:
+    before = getattr(config, name)
 
-    def post_worker_init(worker: Any) -> None:
-        before(worker)
-
-        for start in list(_gunicorn_starts):
-            start()
-
-    post_worker_init.of_eventbus = True  # type: ignore[attr-defined]  # known by it above
-    config.set("post_worker_init", post_worker_init)
-    return True
+    if not isinstance(before, hook):
+        config.set(name, hook(before))
 
 
 def _gunicorn_config() -> Any:
@@ -102,66 +166,15 @@ def _gunicorn_config() -> Any:
     if base is None or arbiter is None:
         return None
 
-    owners = (base.BaseApplication, arbiter.Arbiter)
+    for frame in _frames():
+        owner: Any = frame.f_locals.get("self")
 
-    for frame in _frames(sys._getframe()):
-        owner = frame.f_locals.get("self")
-
-        if isinstance(owner, owners):
+        if issubclass(type(owner), base.BaseApplication | arbiter.Arbiter):
             return owner.cfg
 
     return None
 
 
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _after_fork() -> None:
-    """In a forked worker: with a preloaded app, gunicorn may have read its settings anew."""
-    if _gunicorn_starts:
-        _hook_gunicorn()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-# -- flask run ----------------------------------------------------------------------------
-
-
-def _in_flask_run(start: Callable[[], None]) -> None:
-    context = click.get_current_context(silent=True)
-
-    if context is None or context.command.name != "run" or "reload" not in context.params:
-        return
-
-    info = context.find_object(ScriptInfo)
-
-    if info is not None and _serves(context.params["reload"]):
-        _start_after_loading(start)
-
-
-def _serves(reload: bool | None) -> bool:
-    """Whether this process serves, and is not the one that only watches files."""
-    reloads = get_debug_flag() if reload is None else reload
-    return not reloads or is_running_from_reloader()
-
-
-def _start_after_loading(start: Callable[[], None]) -> None:
-    """Start once the app is loaded: receivers are still being connected now."""
-    loader = threading.get_ident()
-
-    def wait() -> None:
-        while _is_loading(loader):
-            time.sleep(LOOK)
-
-        start()
-
-    threading.Thread(target=wait, name="eventbus-start", daemon=True).start()
-
-
-def _is_loading(thread: int) -> bool:
-    frames = _frames(sys._current_frames().get(thread))
-    return any(frame.f_code is ScriptInfo.load_app.__code__ for frame in frames)
+# An app that was loaded before its worker was forked meets settings that may have been read
+# anew since; one that gunicorn did not load itself meets them here for the first time.
+os.register_at_fork(after_in_child=_hook_gunicorn)
