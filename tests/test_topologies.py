@@ -1,0 +1,334 @@
+"""More than one Redis: a master that Sentinel replaces, and a cluster that loses a node."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from servers import RedisServer, free_port, server_executable
+from waiting import wait_until
+
+from flask_eventbus import Bus
+
+MakeBus = Callable[..., Bus]
+
+MASTER = "mymaster"
+
+#: The slots of each node of a cluster of three.
+SLOTS = ((0, 5460), (5461, 10922), (10923, 16383))
+
+
+class Sentinel(RedisServer):
+    """Watches a master, and has a replica take its place when it is gone for a second."""
+
+    def __init__(self, folder: Path, master: RedisServer) -> None:
+        super().__init__(folder)
+        # A Sentinel writes what it learns into its own configuration file.
+        self._file = folder / "sentinel.conf"
+        self._file.write_text(
+            f"port {self.port}\nbind 127.0.0.1\ndir {folder}\n"
+            f"sentinel monitor {MASTER} 127.0.0.1 {master.port} 2\n"
+            f"sentinel down-after-milliseconds {MASTER} 1000\n"
+            f"sentinel failover-timeout {MASTER} 3000\n"
+        )
+
+    def start(self) -> None:
+        command = [str(server_executable()), str(self._file), "--sentinel"]
+
+        with (self._folder / "redis.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+
+        wait_until(self.answers, what="the Sentinel answers")
+
+    def knows_all(self) -> bool:
+        """Whether it has found the replica and the other Sentinels."""
+        with self.client as client:
+            found = client.sentinel_master(MASTER)
+
+        return bool(found["num-other-sentinels"] == 2 and found["num-slaves"] == 1)
+
+
+class Watched:
+    """A master, its replica, and three Sentinels."""
+
+    def __init__(self, folder: Path) -> None:
+        rooms = rooms_in(folder)
+        # Without the delay, in which a master waits for more replicas.
+        self.master = RedisServer(next(rooms), "--repl-diskless-sync-delay", "0")
+        replicates = f"127.0.0.1 {self.master.port}"
+        self.replica = RedisServer(next(rooms), "--replicaof", replicates)
+        self._sentinels = [Sentinel(next(rooms), self.master) for _ in range(3)]
+
+    @property
+    def url(self) -> str:
+        """As a service is told of it."""
+        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self._sentinels)
+        return f"redis+sentinel://{hosts}/{MASTER}/0"
+
+    def start(self) -> None:
+        """Start all, and wait until they know each other."""
+        for server in (self.master, self.replica, *self._sentinels):
+            server.start()
+
+        wait_until(lambda: is_linked(self.replica), timeout=20, what="the replica replicates")
+
+        for sentinel in self._sentinels:
+            wait_until(sentinel.knows_all, timeout=20, what="the Sentinels know each other")
+
+    def kill(self) -> None:
+        """End all."""
+        for server in (self.master, self.replica, *self._sentinels):
+            server.kill()
+
+    def kill_a_sentinel(self) -> None:
+        """End the one that is named first."""
+        self._sentinels[0].kill()
+
+    def fail_over(self) -> None:
+        """Have the replica take over while the master lives."""
+        with self._sentinels[0].client as client:
+            client.execute_command("SENTINEL", "FAILOVER", MASTER)
+
+
+class Cluster:
+    """Three masters, each with a third of the slots."""
+
+    def __init__(self, folder: Path) -> None:
+        self._bus_ports = [free_port() for _ in SLOTS]
+        self.nodes = [
+            RedisServer(
+                room,
+                *("--cluster-enabled", "yes", "--cluster-port", str(port)),
+                *("--cluster-node-timeout", "1000", "--cluster-require-full-coverage", "no"),
+            )
+            for room, port in zip(rooms_in(folder), self._bus_ports, strict=False)
+        ]
+
+    @property
+    def url(self) -> str:
+        """As a service is told of it."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    def start(self) -> None:
+        """Start all, and wait until they are one cluster."""
+        for number, node in enumerate(self.nodes):
+            node.start()
+            ask(node, "CLUSTER", "ADDSLOTSRANGE", *SLOTS[number])
+            ask(node, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+
+        for node, port in zip(self.nodes[1:], self._bus_ports[1:], strict=True):
+            ask(self.nodes[0], "CLUSTER", "MEET", "127.0.0.1", node.port, port)
+
+        wait_until(self._is_whole, timeout=30, what="the nodes are one cluster")
+
+    def kill(self) -> None:
+        """End all."""
+        for node in self.nodes:
+            node.kill()
+
+    def node_of(self, bus: Bus) -> RedisServer:
+        """The node that a connection of ``bus`` goes to."""
+        living = (node for node in self.nodes if node.answers())
+        return next(node for node in living if is_connected(bus, node))
+
+    def _is_whole(self) -> bool:
+        return all(knows_the_cluster(node) for node in self.nodes)
+
+
+def rooms_in(folder: Path) -> Iterator[Path]:
+    """New folders, one for each server."""
+    for number in itertools.count():
+        room = folder / str(number)
+        room.mkdir()
+        yield room
+
+
+def ask(server: RedisServer, *command: str | int) -> object:
+    with server.client as client:
+        answer: object = client.execute_command(*command)
+
+    return answer
+
+
+def is_linked(replica: RedisServer) -> bool:
+    with replica.client as client:
+        return bool(client.info("replication").get("master_link_status") == "up")
+
+
+def is_master(server: RedisServer) -> bool:
+    with server.client as client:
+        return bool(client.info("replication")["role"] == "master")
+
+
+def knows_the_cluster(node: RedisServer) -> bool:
+    info = str(ask(node, "CLUSTER", "INFO"))
+    return "cluster_state:ok" in info and "cluster_known_nodes:3" in info
+
+
+def is_connected(bus: Bus, server: RedisServer) -> bool:
+    """Whether a connection of ``bus`` goes to this server."""
+    health = bus.health()
+
+    with server.client as client:
+        names = [entry["name"] for entry in client.client_list()]
+
+    return f"eventbus:{health.service}:{health.node}" in names
+
+
+class Pair:
+    """A service that publishes numbers, and one that hears them."""
+
+    def __init__(self, make_bus: MakeBus, url: str) -> None:
+        self.publisher = make_bus(url, "shop", publish=["tick"])
+        self.listener = make_bus(url, "clock")
+        self.listener.on("tick")(self._hear)
+        self.heard: list[int] = []
+        self._numbers = itertools.count()
+        self.listener.start()
+        assert self.listener.ready(10)
+        self.send()
+        assert self.publisher.flush(10)
+
+    def send(self) -> int:
+        """Publish the next number."""
+        number = next(self._numbers)
+        self.publisher.signal("tick").send(number=number)
+        return number
+
+    def go_on(self) -> None:
+        """Publish until something arrives that is sent from now on; then nothing may be lost."""
+        first = self.send()
+        wait_until(lambda: self.send() and self._heard_since(first), timeout=40, what="it goes on")
+
+        numbers = [self.send() for _ in range(100)]
+
+        wait_until(lambda: self.heard[-100:] == numbers, what="everything sent arrives, in order")
+
+    def _hear(self, sender: str, number: int) -> None:
+        self.heard.append(number)
+
+    def _heard_since(self, first: int) -> bool:
+        return any(number >= first for number in self.heard)
+
+
+@contextmanager
+def running(servers: Watched | Cluster) -> Iterator[None]:
+    """Leave none of them behind, though some did not start."""
+    try:
+        servers.start()
+        yield
+    finally:
+        servers.kill()
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    servers = Watched(tmp_path)
+
+    with running(servers):
+        yield servers
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    servers = Cluster(tmp_path)
+
+    with running(servers):
+        yield servers
+
+
+def test_both_sides_go_on_with_the_new_master_when_the_old_one_dies(
+    watched: Watched, make_bus: MakeBus
+) -> None:
+    pair = Pair(make_bus, watched.url)
+
+    watched.master.kill()
+    pair.go_on()
+
+    assert is_master(watched.replica)
+    assert is_connected(pair.publisher, watched.replica)
+    assert is_connected(pair.listener, watched.replica)
+
+
+def test_both_sides_go_on_with_the_new_master_when_the_old_one_hangs(
+    watched: Watched, make_bus: MakeBus
+) -> None:
+    pair = Pair(make_bus, watched.url)
+
+    watched.master.hang()
+    pair.go_on()
+    watched.master.resume()
+
+    assert is_connected(pair.publisher, watched.replica)
+    assert is_connected(pair.listener, watched.replica)
+
+
+def test_both_sides_move_to_the_new_master_when_the_old_one_becomes_its_replica(
+    watched: Watched, make_bus: MakeBus
+) -> None:
+    pair = Pair(make_bus, watched.url)
+
+    watched.fail_over()
+    wait_until(lambda: is_connected(pair.publisher, watched.replica) or not pair.send(), timeout=40)
+    wait_until(lambda: is_connected(pair.listener, watched.replica), timeout=40)
+    pair.go_on()
+
+    assert not is_master(watched.master)
+
+
+def test_a_sentinel_that_is_gone_does_not_hold_up_the_start(
+    watched: Watched, make_bus: MakeBus
+) -> None:
+    watched.kill_a_sentinel()
+
+    begin = time.monotonic()
+    Pair(make_bus, watched.url).go_on()
+
+    assert time.monotonic() - begin < 3
+
+
+def test_an_event_reaches_listeners_at_every_node_of_a_cluster_once(
+    cluster: Cluster, make_bus: MakeBus
+) -> None:
+    heard: list[tuple[int, int]] = []
+
+    for number, node in enumerate(cluster.nodes):
+        bus = make_bus(f"redis+cluster://127.0.0.1:{node.port}", f"listener-{number}")
+        bus.on("tick")(lambda sender, value, number=number: heard.append((number, value)))
+        bus.start()
+        assert bus.ready(10)
+
+    publisher = make_bus(cluster.url, "shop", publish=["tick"])
+
+    for value in range(100):
+        publisher.signal("tick").send(value=value)
+
+    wait_until(lambda: len(heard) >= 300, what="every event arrives at every node")
+    assert sorted(heard) == [(number, value) for number in range(3) for value in range(100)]
+
+
+def test_a_listener_goes_on_at_another_node_when_its_own_dies(
+    cluster: Cluster, make_bus: MakeBus
+) -> None:
+    pair = Pair(make_bus, cluster.url)
+
+    cluster.node_of(pair.listener).kill()
+    pair.go_on()
+
+    assert cluster.node_of(pair.listener)
+
+
+def test_a_publisher_goes_on_at_another_node_when_its_own_dies(
+    cluster: Cluster, make_bus: MakeBus
+) -> None:
+    pair = Pair(make_bus, cluster.url)
+
+    cluster.node_of(pair.publisher).kill()
+    pair.go_on()
+
+    assert cluster.node_of(pair.publisher)
