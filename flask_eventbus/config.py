@@ -276,7 +276,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "timeout": _seconds(0.001, 60.0),
     "on_outage": _on_outage,
     "buffer_size": _whole(1, 10_000_000),
-    "max_event_bytes": _whole(256, 512 * 1024 * 1024),
+    "max_event_bytes": _whole(2_048, 512 * 1024 * 1024),
     "max_hops": _whole(1, 1_000),
     "grace": _seconds(0.0, 3_600.0),
 }

@@ -206,7 +206,7 @@ def test_a_signal_that_nobody_declared_is_skipped_and_counted(
     assert "tuck" not in bus.namespace
 
 
-def test_unknown_attributes_and_a_later_minor_version_are_read(
+def test_unknown_attributes_are_left_aside(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any]
 ) -> None:
     publish(shared_redis, consumer, packed(novelty={"deep": [1]}, datacontenttype="x"))
