@@ -353,7 +353,7 @@ class Listener:
     def _event(self, frame: Frame) -> Event | None:
         """The event of a frame, if it is one that this service is to handle."""
         name = self._keys.name(frame.channel)
-        subscription = subscription_for(name, self._subscriptions())
+        subscription = self._subscription_for(name)
         subscribed = self._keys.name(_as_bytes(frame.subscribed))
 
         if subscription is None or subscribed != subscription.name:
@@ -375,6 +375,17 @@ class Listener:
             self._count_missed(event, missing)
 
         return event if self._wanted(event, subscription) else None
+
+    def _subscription_for(self, name: str) -> Subscription | None:
+        """The one that handles ``name`` by now: what Redis has not confirmed brings nothing."""
+        subscriptions = self._subscriptions()
+        found = subscription_for(name, subscriptions)
+
+        if found is None or found.name in self._confirmed:
+            return found
+
+        confirmed = {key: subscriptions[key] for key in subscriptions if key in self._confirmed}
+        return subscription_for(name, confirmed)
 
     def _check(self, event: Event, name: str) -> None:
         if event.name != name:

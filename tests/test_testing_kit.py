@@ -809,6 +809,21 @@ def test_an_app_that_was_thrown_away_receives_nothing(
     assert calls == [app.name]
 
 
+def test_an_app_that_was_thrown_away_publishes_nothing(
+    make_app: MakeApp, eventbus: Isolation
+) -> None:
+    bus = EventBus()
+    old = make_app("old", bus=bus, publish=["tick"])
+    old.config["cycle"] = old
+    del old
+    app = make_app("new", bus=bus, publish=["tick"])
+
+    bus.signal("tick").send(None)
+
+    [event] = eventbus.published()
+    assert event.source == app.name
+
+
 # -- outages ------------------------------------------------------------------------------
 
 

@@ -1,0 +1,791 @@
+"""What holds over every server: the same behaviours in memory and over a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import blinker
+import pytest
+from flask import Flask, current_app
+from servers import RedisServer
+from waiting import wait_until
+
+from flask_eventbus import Bus, Event, EventBus, PayloadError, signals
+from flask_eventbus.channels import ChannelKeys, ChannelWriter
+from flask_eventbus.connections import Connections
+from flask_eventbus.event import handling
+
+Make = Callable[..., Bus]
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(params=["memory", "redis"])
+def url(request: pytest.FixtureRequest) -> str:
+    """A server: fakeredis, or a real one."""
+    if request.param == "memory":
+        return f"memory://contract-{next(_numbers)}"
+
+    server: RedisServer = request.getfixturevalue("shared_redis")
+    return server.url
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A prefix of this test's own, since the real server is shared."""
+    return f"contract-{next(_numbers)}"
+
+
+@pytest.fixture
+def make(url: str, prefix: str, make_bus: Make) -> Make:
+    """Make buses of the services of one test."""
+
+    def made(service: str = "tests", **settings: object) -> Bus:
+        return make_bus(url, service, **{"prefix": prefix, **settings})
+
+    return made
+
+
+class Heard:
+    """Connects a receiver and remembers what it got."""
+
+    def __init__(self, bus: Bus, name: str, **options: Any) -> None:
+        self.events: list[Event] = []
+        bus.on(name, **options)(self)
+
+    def __call__(self, sender: str, **payload: Any) -> None:
+        event = handling.get()
+        assert event is not None
+        assert event.source == sender
+        assert event.payload == payload
+        self.events.append(event)
+
+    @property
+    def values(self) -> list[Any]:
+        """The ``n`` of each event."""
+        return [event.payload["n"] for event in list(self.events)]
+
+    def wait(self, count: int = 1) -> list[Event]:
+        """The events, as soon as there are ``count``."""
+        wait_until(lambda: len(self.events) >= count, what=f"{count} events are heard")
+        return self.events
+
+
+def listen(*buses: Bus) -> None:
+    for bus in buses:
+        bus.start()
+
+    for bus in buses:
+        assert bus.ready(10)
+
+
+def send(bus: Bus, name: str, /, **payload: Any) -> None:
+    bus.signal(name).send(None, **payload)
+
+
+# -- one event ----------------------------------------------------------------------------
+
+
+def test_what_one_service_sends_another_hears(make: Make) -> None:
+    shop, audit = make("shop", publish=["order_paid"]), make("audit")
+    heard = Heard(audit, "order_paid")
+    listen(audit)
+    before = datetime.now(UTC)
+
+    send(shop, "order_paid", order_id=5, total=Decimal("9.90"))
+
+    [event] = heard.wait()
+    assert event.name == "order_paid"
+    assert event.source == "shop"
+    assert event.payload == {"order_id": 5, "total": Decimal("9.90")}
+    assert event.id == f"{shop.node.name}-1"
+    assert before <= event.time <= datetime.now(UTC)
+    assert (event.via, event.seq, event.hops, event.attempt) == ("channel", 1, 0, 1)
+    assert (event.correlation_id, event.causation_id) == (None, None)
+
+
+VALUES: dict[str, Any] = {
+    "nothing": None,
+    "zero": 0,
+    "false": False,
+    "no text": "",
+    "no bytes": b"",
+    "no list": [],
+    "no map": {},
+    "no float": 0.0,
+    "no set": set(),
+    "large": 2**200,
+    "negative": -(2**63),
+    "text": "Zürich \N{SNOWMAN} \0",
+    "bytes": bytes(range(256)),
+    "nested": {"a": [{"b": [None, [], {}]}]},
+    "aware": datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
+    "naive": datetime(2026, 1, 2, 3, 4, 5),
+    "date": date(2026, 1, 2),
+    "time": time(3, 4, 5),
+    "delta": timedelta(days=-1, microseconds=1),
+    "decimal": Decimal("-0.10"),
+    "uuid": UUID(int=7),
+    "set": {1, 2},
+    "frozen": frozenset({"x"}),
+}
+
+
+def test_values_arrive_as_they_were_sent(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    heard = Heard(audit, "tick")
+    listen(audit)
+
+    for value in VALUES.values():
+        send(shop, "tick", n=value)
+
+    heard.wait(len(VALUES))
+    arrived = dict(zip(VALUES, heard.values, strict=True))
+    assert arrived == VALUES
+    assert [type(value) for value in heard.values] == [type(value) for value in VALUES.values()]
+
+
+def test_an_empty_payload_arrives(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    heard = Heard(audit, "tick")
+    listen(audit)
+
+    send(shop, "tick")
+
+    assert [event.payload for event in heard.wait()] == [{}]
+
+
+def test_a_large_payload_arrives_and_a_larger_one_is_refused(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    heard = Heard(audit, "tick")
+    listen(audit)
+    large = "x" * 1_000_000
+
+    send(shop, "tick", n=large)
+
+    with pytest.raises(PayloadError, match="EVENTBUS_MAX_EVENT_BYTES"):
+        send(shop, "tick", n=large * 2)
+
+    assert [event.payload["n"] == large for event in heard.wait()] == [True]
+
+
+def test_the_order_of_one_sender_is_kept(make: Make) -> None:
+    shop, audit = make("shop", publish=["*"]), make("audit")
+    heard = Heard(audit, "*")
+    listen(audit)
+
+    for n in range(3000):
+        send(shop, f"tick_{n % 3}", n=n)
+
+    heard.wait(3000)
+    assert heard.values == list(range(3000))
+    assert audit.health().missed == 0
+
+
+def test_several_receiving_threads_run_every_event_once(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit", concurrency=4)
+    heard = Heard(audit, "tick")
+    listen(audit)
+
+    for n in range(1000):
+        send(shop, "tick", n=n)
+
+    heard.wait(1000)
+    assert sorted(heard.values) == list(range(1000))
+
+
+def test_registered_types_travel(make: Make) -> None:
+    def pack(value: complex) -> bytes:
+        return str(value).encode()
+
+    def unpack(raw: bytes) -> complex:
+        return complex(raw.decode())
+
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    heard = Heard(audit, "tick")
+
+    for bus in (shop, audit):
+        bus.register_type(50, complex, pack=pack, unpack=unpack)
+
+    listen(audit)
+    send(shop, "tick", n=[1 + 2j])
+
+    heard.wait()
+    assert heard.values == [[1 + 2j]]
+
+
+# -- who hears it -------------------------------------------------------------------------
+
+
+def test_every_process_of_every_service_hears_it(make: Make) -> None:
+    shop = make("shop", publish=["tick"])
+    others = [make("audit"), make("audit"), make("mailer"), make("shop")]
+    heard = [Heard(bus, "tick") for bus in others]
+    listen(*others)
+
+    send(shop, "tick", n=1)
+
+    for one in heard:
+        one.wait()
+
+    assert [one.values for one in heard] == [[1]] * 4
+
+
+def test_what_nobody_subscribed_to_does_not_arrive(make: Make) -> None:
+    shop, audit = make("shop", publish=["*"]), make("audit")
+    heard = Heard(audit, "tick")
+    listen(audit)
+
+    send(shop, "tock", n=1)
+    send(shop, "tick", n=2)
+
+    heard.wait()
+    assert heard.values == [2]
+    assert audit.health().counts["received"] == 1
+
+
+def test_services_under_another_prefix_are_apart(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"], prefix="apart:1"), make("audit")
+    near = make("near", publish=["tick"])
+    heard = Heard(audit, "tick")
+    listen(audit)
+
+    send(shop, "tick", n=1)
+    assert shop.flush(5)
+    send(near, "tick", n=2)
+
+    heard.wait()
+    assert heard.values == [2]
+
+
+def test_a_pattern_hears_every_name_it_stands_for(make: Make) -> None:
+    shop, audit = make("shop", publish=["*"]), make("audit")
+    orders, digits = Heard(audit, "order_*"), Heard(audit, "v?.tick/*")
+    listen(audit)
+
+    for name in ("order_paid", "order_", "orders", "v1.tick/a-b", "v22.tick/a", "border_x"):
+        send(shop, name)
+    send(shop, "order_last")
+
+    orders.wait(3)
+    assert [event.name for event in orders.events] == ["order_paid", "order_", "order_last"]
+    assert [event.name for event in digits.events] == ["v1.tick/a-b"]
+
+
+def test_receivers_of_a_name_and_of_patterns_hear_it_once_each(make: Make) -> None:
+    shop, audit = make("shop", publish=["order_paid", "order_sent"]), make("audit")
+    exact, some, every = (Heard(audit, name) for name in ("order_paid", "order_*", "*"))
+    listen(audit)
+
+    for n in range(100):
+        send(shop, "order_paid", n=n)
+    send(shop, "order_sent", n=100)
+
+    every.wait(101)
+    assert exact.values == list(range(100))
+    assert some.values == every.values == list(range(101))
+    assert audit.health().counts.get("duplicates", 0) == 0
+
+
+def test_only_the_named_services_are_heard(make: Make) -> None:
+    shops = [make(service, publish=["tick"]) for service in ("shop", "bank", "clock")]
+    audit = make("audit")
+    shop = Heard(audit, "tick", from_="shop")
+    both = Heard(audit, "tick", from_=["shop", "bank"])
+    every = Heard(audit, "tick")
+    listen(audit)
+
+    for bus in shops:
+        send(bus, "tick")
+
+    every.wait(3)
+    wait_until(lambda: not audit.health().lag)
+    assert {event.source for event in shop.events} == {"shop"}
+    assert {event.source for event in both.events} == {"shop", "bank"}
+    assert {event.source for event in every.events} == {"shop", "bank", "clock"}
+
+
+def test_services_are_named_by_configuration_too(make: Make) -> None:
+    shop, bank = make("shop", publish=["tick"]), make("bank", publish=["tick"])
+    audit = make("audit", subscribe={"tick": {"from": ["bank"]}})
+    sources = []
+    audit.signal("tick").connect(lambda sender: sources.append(sender), weak=False)
+    listen(audit)
+
+    send(shop, "tick")
+    assert shop.flush(5)
+    send(bank, "tick")
+
+    wait_until(lambda: sources, what="the event of the bank is heard")
+    assert sources == ["bank"]
+    assert audit.health().counts["filtered"] == 1
+
+
+def test_blinkers_own_filter_by_sender_works(make: Make) -> None:
+    shop, bank = make("shop", publish=["tick"]), make("bank", publish=["tick"])
+    audit = make("audit")
+    every = Heard(audit, "tick")
+    senders = []
+
+    @audit.signal("tick").connect_via("bank")
+    def receive(sender: str) -> None:
+        senders.append(sender)
+
+    listen(audit)
+    send(shop, "tick")
+    send(bank, "tick")
+
+    every.wait(2)
+    wait_until(lambda: senders, what="the filtered receiver has run")
+    assert senders == ["bank"]
+
+
+def test_an_echo_is_heard_only_where_it_is_asked_for(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick", "tock"]), make("audit")
+    ticks, tocks = [], []
+    shop.on("tick")(lambda sender, n: ticks.append((sender, n)))
+    shop.on("tock", echo=True)(lambda sender, n: tocks.append((sender, n)))
+    every = Heard(audit, "*")
+    listen(shop, audit)
+
+    send(shop, "tick", n=1)
+    send(shop, "tock", n=2)
+
+    every.wait(2)
+    wait_until(lambda: len(tocks) == 2, what="the echo is heard")
+    wait_until(lambda: shop.health().counts.get("echoes") == 1, what="the echo is skipped")
+    assert ticks == [(None, 1)]
+    assert tocks == [(None, 2), ("shop", 2)]
+
+
+def test_apps_that_share_receivers_do_not_hear_each_other(url: str, prefix: str) -> None:
+    bus, calls = EventBus(), []
+    apps = []
+
+    for name in ("one", "two"):
+        app = Flask(name)
+        app.config.from_mapping(
+            EVENTBUS_SERVICE="twins",
+            EVENTBUS_URL=url,
+            EVENTBUS_PREFIX=prefix,
+            EVENTBUS_PUBLISH=["tick", "done"],
+        )
+        bus.init_app(app)
+        apps.append(app)
+
+    @bus.on("tick")
+    def receive(sender: Any) -> None:
+        calls.append(getattr(sender, "name", sender))
+
+    for app in apps:
+        bus.start(app)
+        assert bus.ready(10, app=app)
+
+    bus.signal("tick").send(apps[0])
+    nodes = [bus.node(app) for app in apps]
+    wait_until(lambda: all(node.counters.get("echoes") for node in nodes), what="both skip it")
+
+    assert calls == ["one"]
+
+    for app in apps:
+        bus.stop(app)
+
+
+# -- what a receiver does -----------------------------------------------------------------
+
+
+def test_an_event_that_is_heard_is_not_published_again(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    relay = make("relay", publish=["tick", "fence"])
+    relayed, heard = Heard(relay, "tick"), Heard(audit, "*")
+    listen(relay, audit)
+
+    send(shop, "tick")
+    relayed.wait()
+    send(relay, "fence")
+
+    heard.wait(2)
+    assert [(event.source, event.name) for event in heard.events] == [
+        ("shop", "tick"),
+        ("relay", "fence"),
+    ]
+
+
+def test_a_chain_of_events_is_told_by_their_causes(make: Make) -> None:
+    shop = make("shop", publish=["order_placed"])
+    bank, post = make("bank", publish=["order_paid"]), make("post", publish=["order_sent"])
+    audit = make("audit")
+    bank.on("order_placed")(lambda sender, n: send(bank, "order_paid", n=n))
+    post.on("order_paid")(lambda sender, n: send(post, "order_sent", n=n))
+    heard = Heard(audit, "order_*")
+    listen(bank, post, audit)
+
+    send(shop, "order_placed", n=1)
+
+    heard.wait(3)
+    placed, paid, sent = sorted(heard.events, key=lambda event: event.hops)
+    assert [event.name for event in (placed, paid, sent)] == [
+        "order_placed",
+        "order_paid",
+        "order_sent",
+    ]
+    assert (placed.causation_id, paid.causation_id, sent.causation_id) == (
+        None,
+        placed.id,
+        paid.id,
+    )
+    assert (placed.correlation_id, paid.correlation_id, sent.correlation_id) == (
+        None,
+        placed.id,
+        placed.id,
+    )
+    assert (placed.hops, paid.hops, sent.hops) == (0, 1, 2)
+
+
+def test_a_circle_of_events_ends(make: Make) -> None:
+    ping = make("ping", publish=["ping"], max_hops=6)
+    pong = make("pong", publish=["pong"], max_hops=6)
+    failures: list[str] = []
+    pings, pongs = Heard(pong, "ping"), Heard(ping, "pong")
+    pong.on("ping")(lambda sender, n: send(pong, "pong", n=n + 1))
+    ping.on("pong")(lambda sender, n: send(ping, "ping", n=n + 1))
+
+    def note(service: str, error: Exception, **rest: object) -> None:
+        failures.append(f"{service}: {type(error).__name__}")
+
+    with signals.receiver_failed.connected_to(note):
+        listen(ping, pong)
+        send(ping, "ping", n=0)
+        wait_until(lambda: failures, what="the circle is broken")
+
+    assert failures == ["pong: HopLimitError"]
+    assert pings.values == [0, 2, 4, 6]
+    assert pongs.values == [1, 3, 5]
+
+
+def test_coroutines_are_receivers(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    seen = []
+
+    @audit.on("tick")
+    async def receive(sender: str, n: int) -> None:
+        await asyncio.sleep(0)
+        event = handling.get()
+        seen.append((sender, n, event is not None and event.seq))
+
+    listen(audit)
+    send(shop, "tick", n=7)
+    send(shop, "tick", n=8)
+
+    wait_until(lambda: len(seen) == 2, what="both are handled")
+    assert seen == [("shop", 7, 1), ("shop", 8, 2)]
+
+
+def test_a_receiver_that_raises_stops_nothing(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+
+    @audit.on("tick")
+    def fail(sender: str, n: int) -> None:
+        raise SystemExit if n == 1 else ValueError(n)
+
+    @audit.on("tick")
+    def misfit(sender: str, number: int) -> None:
+        pytest.fail("the payload does not fit")
+
+    heard = Heard(audit, "tick")
+    listen(audit)
+
+    for n in range(3):
+        send(shop, "tick", n=n)
+
+    heard.wait(3)
+    wait_until(lambda: audit.health().counts.get("failed") == 6, what="six failures")
+    assert heard.values == [0, 1, 2]
+    assert audit.health().connected
+
+
+def test_what_nothing_receives_is_skipped_and_counted(make: Make) -> None:
+    shop = make("shop", publish=["*"])
+    audit = make("audit", subscribe=["tick", "tock"])
+    calls = []
+    audit.signal("tock").connect(lambda sender: calls.append(sender), weak=False)
+    listen(audit)
+
+    send(shop, "tick")
+    send(shop, "tock")
+
+    wait_until(lambda: calls, what="the next event arrives")
+    assert audit.health().counts["unknown"] == 1
+
+
+def test_flask_receivers_run_in_an_app_context(url: str, prefix: str, make: Make) -> None:
+    shop = make("shop", publish=["tick"])
+    bus, app = EventBus(), Flask("mailer")
+    app.config.from_mapping(EVENTBUS_SERVICE="mailer", EVENTBUS_URL=url, EVENTBUS_PREFIX=prefix)
+    bus.init_app(app)
+    names, ends = [], []
+    app.teardown_appcontext(lambda error: ends.append(error))
+
+    @bus.on("tick")
+    def receive(sender: str) -> None:
+        names.append((sender, current_app.name))
+
+    bus.start()
+    assert bus.ready(10)
+    send(shop, "tick")
+    wait_until(lambda: ends, what="the context is torn down")
+
+    assert names == [("shop", "mailer")]
+    assert ends == [None]
+    bus.stop()
+
+
+# -- what is declared late ----------------------------------------------------------------
+
+
+def test_a_receiver_that_is_connected_late_hears_what_comes_then(make: Make) -> None:
+    shop, audit = make("shop", publish=["*"]), make("audit")
+    early = Heard(audit, "tick")
+    listen(audit)
+    send(shop, "tock", n=0)
+    assert shop.flush(5)
+
+    tock, patterned = Heard(audit, "tock"), Heard(audit, "o*")
+    assert audit.ready(10)
+    send(shop, "tock", n=1)
+    send(shop, "other", n=2)
+    send(shop, "tick", n=3)
+
+    early.wait()
+    assert tock.values == [1]
+    assert patterned.values == [2]
+
+
+def test_a_bus_without_subscriptions_listens_from_its_first_one(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    audit.start()
+
+    heard = Heard(audit, "tick")
+    assert audit.ready(10)
+    send(shop, "tick", n=1)
+
+    heard.wait()
+
+
+def test_nothing_is_lost_while_a_name_is_subscribed_beside_its_pattern(make: Make) -> None:
+    shop, audit = make("shop", publish=["*"]), make("audit")
+    every = Heard(audit, "*")
+    listen(audit)
+    count = 0
+
+    for n in range(30):
+        for _ in range(20):
+            send(shop, f"tick_{n}", n=count)
+            count += 1
+
+        Heard(audit, f"tick_{n}")
+
+    every.wait(count)
+    assert every.values == list(range(count))
+    assert audit.health().missed == 0
+
+
+def test_a_signal_is_published_from_when_its_route_is_declared(make: Make) -> None:
+    shop, audit = make("shop"), make("audit")
+    heard = Heard(audit, "tick")
+    listen(audit)
+
+    send(shop, "tick", n=1)
+    shop.publishes("tick")
+    send(shop, "tick", n=2)
+
+    heard.wait()
+    assert heard.values == [2]
+
+
+def test_any_signal_travels_under_another_name_with_another_payload(make: Make) -> None:
+    saved = blinker.Signal()
+    shop, audit = make("shop"), make("audit")
+
+    def summary(sender: Any, model: dict[str, Any]) -> dict[str, Any] | None:
+        return {"n": model["id"]} if model["public"] else None
+
+    shop.publishes(saved, as_="model_saved", payload=summary)
+    shop.publishes("tick", as_="tock")
+    heard = Heard(audit, "*")
+    listen(audit)
+
+    saved.send(object(), model={"id": 1, "public": False, "live": object()})
+    saved.send(object(), model={"id": 2, "public": True, "live": object()})
+    send(shop, "tick", n=3)
+
+    heard.wait(2)
+    assert [(event.name, event.payload["n"]) for event in heard.events] == [
+        ("model_saved", 2),
+        ("tock", 3),
+    ]
+
+
+# -- stopping and starting ----------------------------------------------------------------
+
+
+def test_a_bus_that_was_stopped_can_be_started_again(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    heard = Heard(audit, "tick")
+    listen(audit)
+    send(shop, "tick", n=1)
+    heard.wait(1)
+
+    audit.stop()
+    send(shop, "tick", n=2)
+    assert shop.flush(5)
+    listen(audit)
+    send(shop, "tick", n=3)
+
+    heard.wait(2)
+    assert heard.values == [1, 3]
+
+
+def test_what_was_sent_is_published_when_a_with_block_ends(make: Make) -> None:
+    audit = make("audit")
+    heard = Heard(audit, "tick")
+    listen(audit)
+
+    with make("script", publish=["tick"]) as script:
+        for n in range(500):
+            send(script, "tick", n=n)
+
+    heard.wait(500)
+    assert heard.values == list(range(500))
+
+
+def test_what_had_arrived_is_handled_before_a_stop_returns(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    heard = Heard(audit, "tick")
+    listen(audit)
+
+    for n in range(200):
+        send(shop, "tick", n=n)
+    wait_until(lambda: audit.health().counts.get("received") == 200, what="all have arrived")
+    audit.stop()
+
+    assert heard.values == list(range(200))
+
+
+def test_a_bus_that_is_switched_off_neither_publishes_nor_listens(make: Make) -> None:
+    off = make("off", publish=["tick"], enabled=False)
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    heard, local = Heard(audit, "tick"), []
+    off.on("tick")(lambda sender, n: local.append((sender, n)))
+    off.start()
+    listen(audit)
+
+    send(off, "tick", n=1)
+    assert off.flush(5)
+    send(shop, "tick", n=2)
+
+    heard.wait()
+    assert heard.values == [2]
+    assert local == [(None, 1)]
+    assert not off.health().listening
+
+
+def test_a_confirmed_event_is_with_the_server_when_send_returns(make: Make) -> None:
+    shop = make("shop")
+    shop.publishes("tick", confirm=True)
+
+    send(shop, "tick", n=1)
+
+    assert shop.health().counts["published"] == 1
+    assert shop.health().buffered == 0
+
+
+# -- what others publish ------------------------------------------------------------------
+
+
+class Foreign:
+    """A program that writes events by itself, byte by byte."""
+
+    def __init__(self, url: str, prefix: str, bus: Bus) -> None:
+        self._writer = ChannelWriter(Connections(url, name="foreign"), timeout=5.0)
+        self._keys = ChannelKeys(prefix)
+        self._codec = bus.node.codec
+
+    def publish(self, name: str, seq: int | None, **payload: Any) -> None:
+        event = Event(
+            name=name,
+            source="foreign",
+            id=f"foreign-{seq or 1}",
+            time=datetime.now(UTC),
+            seq=seq,
+            payload=payload,
+        )
+        [error] = self._writer.publish([(self._keys.key(name), self._codec.encode(event))])
+        assert error is None
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@pytest.fixture
+def foreign(url: str, prefix: str, make: Make) -> Iterator[Foreign]:
+    """A foreign program on the test's server."""
+    program = Foreign(url, prefix, make("codec"))
+    yield program
+    program.close()
+
+
+def test_a_repetition_is_dropped(make: Make, foreign: Foreign) -> None:
+    audit = make("audit")
+    heard = Heard(audit, "tick")
+    listen(audit)
+
+    for seq in (1, 2, 2, 1, 3):
+        foreign.publish("tick", seq, n=seq)
+
+    heard.wait(3)
+    assert heard.values == [1, 2, 3]
+    assert audit.health().counts["duplicates"] == 2
+    assert audit.health().missed == 0
+
+
+def test_missed_events_are_counted_exactly(
+    make: Make, foreign: Foreign, caplog: pytest.LogCaptureFixture
+) -> None:
+    audit = make("audit")
+    heard = Heard(audit, "tick")
+    told: list[tuple[str, int]] = []
+
+    def note(service: str, name: str, count: int, **rest: object) -> None:
+        told.append((name, count))
+
+    with signals.events_missed.connected_to(note), caplog.at_level(logging.WARNING):
+        listen(audit)
+
+        for seq in (5, 6, 9, 10, 20):
+            foreign.publish("tick", seq, n=seq)
+
+        heard.wait(5)
+
+    assert heard.values == [5, 6, 9, 10, 20]
+    assert told == [("tick", 2), ("tick", 9)]
+    assert audit.health().missed == 11
+
+
+def test_a_program_need_not_count_its_events(make: Make, foreign: Foreign) -> None:
+    audit = make("audit")
+    heard = Heard(audit, "tick")
+    listen(audit)
+
+    for n in range(3):
+        foreign.publish("tick", None, n=n)
+
+    heard.wait(3)
+    assert heard.values == [0, 1, 2]
