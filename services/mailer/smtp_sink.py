@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import signal
+from datetime import UTC, datetime
 from email import message_from_bytes, policy
 from pathlib import Path
 
@@ -33,10 +34,11 @@ class Sink:
 
 
 def as_json(envelope: Envelope) -> dict[str, object]:
-    """A mail as its reader sees it: headers and text decoded."""
+    """A mail as its reader sees it: when it came, headers and text decoded."""
     mail = message_from_bytes(envelope.original_content or b"", policy=policy.default)
     body = mail.get_body(("plain", "html"))
     return {
+        "received": datetime.now(UTC).isoformat(),
         "from": envelope.mail_from,
         "to": envelope.rcpt_tos,
         "subject": mail["Subject"],
