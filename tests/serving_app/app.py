@@ -10,7 +10,7 @@ from typing import Any
 import click
 from flask import Flask
 
-from flask_eventbus import EventBus
+from flask_eventbus import EventBus, current_event
 
 from .reports import report, until_released, wait_until_released
 
@@ -24,12 +24,18 @@ def hear(sender: str, number: int, **extra: Any) -> None:
     report("called", number=number, node=bus.node().name)
 
 
+@bus.on("shouted")
+def hear_shout(sender: Any, number: int, **extra: Any) -> None:
+    """Report a signal: where it was sent, and where it arrived as an event."""
+    report("shouted", number=number, arrived=bool(current_event))
+
+
 @bus.on("held")
 def hold(sender: str, **extra: Any) -> None:
     """Take until the test says so."""
     report("held")
     wait_until_released("RELEASE")
-    report("let go")
+    report("held to the end")
 
 
 @bus.on("awaited")
@@ -46,7 +52,7 @@ async def hold_awaiting(sender: str, **extra: Any) -> None:
 def create_app() -> Flask:
     """The app, configured by ``FLASK_EVENTBUS_...`` in the environment."""
     app = Flask(__name__)
-    app.config.from_mapping(EVENTBUS_SERVICE="sample", EVENTBUS_PUBLISH=["shouted"])
+    app.config.from_mapping(EVENTBUS_PUBLISH=["shouted"])
     app.config.from_prefixed_env()
     bus.init_app(app)
     _add_views(app)

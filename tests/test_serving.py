@@ -1,0 +1,636 @@
+"""Exactly one listener in each process that serves, and none elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import urllib.error
+from collections.abc import Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import Program
+from servers import RedisServer
+from waiting import wait_until
+
+from flask_eventbus import Bus
+
+APP = """
+from serving_app.app import bus, create_app
+
+app = create_app()
+"""
+
+FLASK = ["-m", "flask"]
+FLASK_RUN = [*FLASK, "run", "--port", "0"]
+GUNICORN = ["-m", "gunicorn", "--no-control-socket", "--bind", "127.0.0.1:0", "app:app"]
+
+#: Ways to serve the app with one process.
+ONE_PROCESS = [
+    pytest.param(FLASK_RUN, id="flask run"),
+    pytest.param([*GUNICORN, "-k", "sync"], id="gunicorn"),
+]
+
+
+class Service:
+    """One service with a name of its own: its processes, and what they report."""
+
+    def __init__(self, folder: Path, server: RedisServer) -> None:
+        self.name = f"sample-{secrets.token_hex(4)}"
+        self.server = server
+        self.folder = folder
+        self.release = folder / "release"
+        self._reports = folder / "reports"
+        self._programs: list[Program] = []
+        self._numbers = itertools.count()
+        self._other = Bus(server.url, service="tests", prefix=self.name)
+        self.write("app.py", APP)
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a file where the programs run."""
+        path = self.folder / name
+        path.write_text(text)
+        return path
+
+    def run(self, *command: str, **settings: str) -> Program:
+        """Start a program of the service."""
+        fixed = {
+            "FLASK_EVENTBUS_SERVICE": self.name,
+            "FLASK_EVENTBUS_PREFIX": self.name,
+            "FLASK_EVENTBUS_URL": self.server.url,
+            "REPORTS": str(self._reports),
+            "RELEASE": str(self.release),
+        }
+        program = Program(command, self.folder, {**fixed, **settings})
+        self._programs.append(program)
+        return program
+
+    def publish(self, name: str, **payload: Any) -> None:
+        """Publish an event from another service, and wait until Redis has it."""
+        self._other.node.publish(name, payload)
+        assert self._other.flush(5)
+
+    def reports(self, what: str, **facts: Any) -> list[dict[str, Any]]:
+        """What the processes of the service reported."""
+        lines = self._reports.read_text().splitlines() if self._reports.exists() else []
+        found = [json.loads(line) for line in lines]
+        return [line for line in found if {"what": what, **facts}.items() <= line.items()]
+
+    def wait_for(self, what: str, count: int = 1, **facts: Any) -> list[dict[str, Any]]:
+        """Wait for so many reports."""
+        wait_until(
+            lambda: len(self.reports(what, **facts)) >= count, what=f"{count} reports of {what!r}"
+        )
+        return self.reports(what, **facts)
+
+    def nodes(self, kind: str) -> set[str]:
+        """The nodes that have a connection: ``pubsub`` to listen, ``normal`` to publish."""
+        start = f"eventbus:{self.name}:"
+
+        with self.server.client as client:
+            names = [found["name"] for found in client.client_list(_type=kind)]
+
+        nodes = [name.removeprefix(start) for name in names if name.startswith(start)]
+        assert len(nodes) == len(set(nodes)), "A node has two connections of a kind."
+        return set(nodes)
+
+    def listeners(self, count: int, *, besides: Set[str] = frozenset()) -> set[str]:
+        """Wait until exactly so many nodes listen, none of them of those ``besides``."""
+        wait_until(
+            lambda: self._subscribed() == len(self.nodes("pubsub") - besides) == count,
+            what=f"exactly {count} nodes listen",
+        )
+        return self.nodes("pubsub")
+
+    def hearers(self, count: int) -> set[int]:
+        """Publish an event; the processes that hear it: so many, each once and by all receivers.
+
+        Another event goes after it: when that has arrived, the first cannot come again.
+        """
+        nodes = self.listeners(count)
+        number, after = next(self._numbers), next(self._numbers)
+
+        for each in (number, after):
+            self.publish("called", number=each)
+            self.wait_for("called", count, number=each)
+            self.wait_for("called late", count, number=each)
+
+        lines = self.reports("called", number=number)
+        late = self.reports("called late", number=number)
+        processes = {line["pid"] for line in lines}
+        assert len(lines) == len(late) == len(processes) == count
+        assert {line["pid"] for line in late} == processes
+        assert {line["node"] for line in lines} == nodes
+        return processes
+
+    def end(self) -> None:
+        """End all that was started."""
+        for program in self._programs:
+            program.kill()
+
+        self._other.stop(flush=0)
+
+    def _subscribed(self) -> int:
+        with self.server.client as client:
+            return int(client.pubsub_numsub(f"{self.name}:{{called}}:channel")[0][1])
+
+
+class Tripwire:
+    """An address where Redis could be, that tells whether anybody knocked."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket.setblocking(False)
+        self.url = f"redis://127.0.0.1:{self._socket.getsockname()[1]}/0"
+
+    @property
+    def touched(self) -> bool:
+        """Whether anybody has connected."""
+        try:
+            self._socket.accept()[0].close()
+        except BlockingIOError:
+            return False
+
+        return True
+
+    def close(self) -> None:
+        """Take the address away."""
+        self._socket.close()
+
+
+@pytest.fixture
+def service(tmp_path: Path, shared_redis: RedisServer) -> Iterator[Service]:
+    """A service on the server that tests share."""
+    service = Service(tmp_path, shared_redis)
+    yield service
+    service.end()
+
+
+@pytest.fixture
+def lonely_service(tmp_path: Path, redis_server: RedisServer) -> Iterator[Service]:
+    """A service with a server of its own, to be hung."""
+    service = Service(tmp_path, redis_server)
+    yield service
+    redis_server.resume()
+    service.end()
+
+
+@pytest.fixture
+def tripwire() -> Iterator[Tripwire]:
+    """An address that nobody is to connect to."""
+    tripwire = Tripwire()
+    yield tripwire
+    tripwire.close()
+
+
+def touch(path: Path) -> None:
+    """Change a file's time, so that a reloader sees it changed."""
+    later = path.stat().st_mtime + 2
+    os.utime(path, (later, later))
+
+
+def workers_leave(program: Program) -> None:
+    """Wait until a gunicorn worker has left its main loop."""
+    wait_until(lambda: "Worker exiting" in program.said, what="a worker leaves")
+
+
+# -- the development server ---------------------------------------------------------------
+
+
+def test_flask_run_listens_in_its_one_process(service: Service) -> None:
+    program = service.run(*FLASK_RUN)
+
+    assert service.hearers(1) == {program.pid}
+
+
+def test_flask_run_with_the_reloader_listens_in_the_child_and_anew_after_a_change(
+    service: Service,
+) -> None:
+    program = service.run(*FLASK_RUN, "--debug")
+    (first,) = service.hearers(1)
+    before = service.nodes("pubsub")
+
+    touch(service.folder / "app.py")
+    service.listeners(1, besides=before)
+
+    (second,) = service.hearers(1)
+    assert len({program.pid, first, second}) == 3
+    assert {line["parent"] for line in service.reports("called")} == {program.pid}
+
+
+def test_flask_run_does_not_listen_for_an_app_that_failed_to_load(service: Service) -> None:
+    program = service.run(*FLASK_RUN, "--debug")
+    service.listeners(1)
+
+    service.write("app.py", f"{APP}\nraise RuntimeError('half of it')")
+    wait_until(lambda: "half of it" in program.said, what="the change is noticed")
+
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        program.get()
+
+    assert not service.nodes("pubsub")
+
+    touch(service.write("app.py", APP))
+
+    assert service.hearers(1)
+
+
+@pytest.mark.parametrize("reloads", [False, True])
+def test_app_run_listens_before_the_first_request(service: Service, reloads: bool) -> None:
+    service.write("app.py", f"{APP}\napp.run(port=0, use_reloader={reloads})")
+
+    program = service.run("app.py")
+
+    (process,) = service.hearers(1)
+    assert (process != program.pid) == reloads
+
+
+# -- gunicorn -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
+@pytest.mark.parametrize("worker", ["sync", "gthread", "gevent"])
+def test_each_worker_of_gunicorn_listens_and_the_master_does_not(
+    service: Service, worker: str, preload: list[str]
+) -> None:
+    program = service.run(*GUNICORN, "-k", worker, "-w", "2", *preload)
+
+    workers = service.hearers(2)
+
+    assert program.pid not in workers
+    assert {line["parent"] for line in service.reports("called")} == {program.pid}
+    assert int(program.get()) in workers
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
+def test_after_a_reload_of_gunicorn_the_new_workers_listen_and_the_old_are_gone(
+    service: Service, preload: list[str]
+) -> None:
+    program = service.run(*GUNICORN, "-w", "2", *preload)
+    old = service.hearers(2)
+    before = service.nodes("pubsub")
+
+    program.tell(signal.SIGHUP)
+    service.listeners(2, besides=before)
+
+    assert not service.hearers(2) & old
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
+def test_the_replacement_of_a_killed_worker_listens(service: Service, preload: list[str]) -> None:
+    service.run(*GUNICORN, "-w", "2", *preload)
+    killed, spared = service.hearers(2)
+    before = service.nodes("pubsub")
+
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: service.nodes("pubsub") - before, what="the replacement listens")
+
+    after = service.hearers(2)
+    assert spared in after
+    assert killed not in after
+
+
+def test_the_replacement_of_a_worker_that_served_its_share_listens(service: Service) -> None:
+    program = service.run(*GUNICORN, "--max-requests", "2")
+    old = service.hearers(1)
+    before = service.nodes("pubsub")
+
+    program.get()
+    program.get()
+    service.listeners(1, besides=before)
+
+    assert not service.hearers(1) & old
+
+
+def test_an_app_that_is_older_than_the_gunicorn_around_it_listens_in_the_workers(
+    service: Service,
+) -> None:
+    service.write(
+        "serve.py",
+        f"""{APP}
+from gunicorn.app.base import BaseApplication
+
+
+class Served(BaseApplication):
+    def load_config(self):
+        self.cfg.set("bind", "127.0.0.1:0")
+        self.cfg.set("workers", 2)
+        self.cfg.set("control_socket_disable", True)
+
+    def load(self):
+        return app
+
+
+Served().run()
+""",
+    )
+
+    program = service.run("serve.py")
+
+    assert program.pid not in service.hearers(2)
+
+
+def test_the_hooks_of_a_gunicorn_configuration_still_run(service: Service) -> None:
+    service.write(
+        "gunicorn.conf.py",
+        """
+from app import app  # as somebody does who shares settings: earlier than gunicorn would
+from serving_app.reports import report
+
+def post_worker_init(worker):
+    report("begun")
+
+def worker_exit(server, worker):
+    report("ended")
+""",
+    )
+    program = service.run(*GUNICORN)
+
+    (worker,) = service.hearers(1)
+    program.tell(signal.SIGTERM)
+
+    assert program.end() == 0
+    assert [line["pid"] for line in service.reports("begun")] == [worker]
+    assert [line["pid"] for line in service.reports("ended")] == [worker]
+
+
+def test_checking_a_gunicorn_configuration_connects_nowhere(
+    service: Service, tripwire: Tripwire
+) -> None:
+    program = service.run(*GUNICORN, "--check-config", FLASK_EVENTBUS_URL=tripwire.url)
+
+    assert program.end() == 0
+    assert not tripwire.touched
+
+
+# -- the end of a worker ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["held", "awaited"])
+@pytest.mark.parametrize("worker", ["sync", "gthread", "gevent"])
+def test_a_receiver_in_the_middle_ends_before_its_worker_does(
+    service: Service, worker: str, what: str
+) -> None:
+    program = service.run(*GUNICORN, "-k", worker)
+    service.listeners(1)
+    service.publish(what)
+    service.wait_for(what)
+
+    program.tell(signal.SIGTERM)
+    workers_leave(program)
+    service.release.touch()
+
+    assert program.end() == 0
+    assert service.reports(f"{what} to the end")
+    assert "Traceback" not in program.said
+
+
+def test_a_receiver_that_does_not_end_is_left_after_the_grace(service: Service) -> None:
+    program = service.run(*GUNICORN, FLASK_EVENTBUS_GRACE="0.1")
+    service.listeners(1)
+    service.publish("held")
+    service.wait_for("held")
+
+    program.tell(signal.SIGTERM)
+
+    assert program.end() == 0
+    assert "Receivers were still running after the grace of 0.1 s" in program.said
+    assert not service.reports("held to the end")
+
+
+@pytest.mark.parametrize("worker", ["sync", "gevent"])
+def test_events_that_wait_for_redis_are_published_before_the_worker_ends(
+    lonely_service: Service, worker: str
+) -> None:
+    service, server = lonely_service, lonely_service.server
+    program = service.run(*GUNICORN, "-k", worker)
+    arrived: list[int] = []
+    other = Bus(server.url, service="other", prefix=service.name)
+    other.on("shouted")(lambda sender, number: arrived.append(number))
+    other.start()
+    assert other.ready(5)
+    service.listeners(1)
+
+    server.hang()
+    program.get("/shout/5", method="POST")
+    program.tell(signal.SIGTERM)
+    workers_leave(program)
+    server.resume()
+
+    assert program.end() == 0
+    wait_until(lambda: len(arrived) == 5, what="all five arrive")
+    other.stop(flush=0)
+    assert arrived == [0, 1, 2, 3, 4]
+
+
+# -- gevent -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
+def test_a_gevent_worker_answers_while_receivers_and_redis_keep_it_waiting(
+    lonely_service: Service, preload: list[str]
+) -> None:
+    service = lonely_service
+    program = service.run(*GUNICORN, "-k", "gevent", *preload, FLASK_EVENTBUS_CONCURRENCY="3")
+    service.listeners(1)
+
+    for what in ("held", "awaited", "awaited"):
+        service.publish(what)
+
+    service.wait_for("held")
+    service.wait_for("awaited", 2)
+    assert program.get()
+
+    service.server.hang()
+    assert program.get("/shout/5", method="POST")
+    assert program.get()
+
+    service.server.resume()
+    service.release.touch()
+    service.wait_for("held to the end")
+    service.wait_for("awaited to the end", 2)
+    assert service.hearers(1)
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
+def test_requests_of_a_gevent_worker_publish_side_by_side(
+    service: Service, preload: list[str]
+) -> None:
+    program = service.run(*GUNICORN, "-k", "gevent", "-w", "2", *preload)
+    service.listeners(2)
+
+    with ThreadPoolExecutor(10) as pool:
+        shouts = [pool.submit(program.get, "/shout/50", method="POST") for _ in range(10)]
+        senders = {int(shout.result()) for shout in shouts}
+
+    arrived = service.wait_for("shouted", 500, arrived=True)
+    assert len(arrived) == 500
+    assert len(service.reports("shouted", arrived=False)) == 500
+    assert len(senders | {line["pid"] for line in arrived}) == 2
+
+
+# -- other servers ------------------------------------------------------------------------
+
+
+def test_another_server_listens_from_its_first_request(service: Service) -> None:
+    service.write(
+        "serve.py",
+        f"""{APP}
+from wsgiref.simple_server import make_server
+
+server = make_server("127.0.0.1", 0, app)
+print(f"Serving at http://127.0.0.1:{{server.server_port}}", flush=True)
+server.serve_forever()
+""",
+    )
+    program = service.run("serve.py")
+
+    assert program.address
+    assert not service.nodes("pubsub")
+
+    program.get()
+    program.get()
+
+    assert service.hearers(1) == {program.pid}
+
+
+def test_another_server_listens_at_once_when_it_is_told_to(service: Service) -> None:
+    service.write("serve.py", f"{APP}\nbus.start(app)\nimport threading\nthreading.Event().wait()")
+
+    program = service.run("serve.py")
+
+    assert service.hearers(1) == {program.pid}
+
+
+# -- not serving --------------------------------------------------------------------------
+
+REQUESTS = """
+with app.test_client() as client:
+    assert client.get("/").status_code == 200
+    assert client.get("/", headers={"User-Agent": "curl/8"}).status_code == 200
+
+app.testing = True
+assert app.test_client().get("/").status_code == 200
+app.testing = False
+
+with app.test_request_context("/"):
+    app.preprocess_request()
+
+print("listening:", bus.health().listening)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        pytest.param([*FLASK, "shell"], "from app import bus\n" + REQUESTS, id="flask shell"),
+        pytest.param([*FLASK, "routes"], "", id="flask routes"),
+        pytest.param([*FLASK, "look"], "", id="command"),
+        pytest.param(["-c", f"from app import app, bus\n{REQUESTS}"], "", id="test client"),
+        pytest.param(["-c", "import app"], "", id="import"),
+    ],
+)
+def test_what_does_not_serve_connects_nowhere(
+    service: Service, tripwire: Tripwire, command: list[str], said: str
+) -> None:
+    program = service.run(*command, FLASK_EVENTBUS_URL=tripwire.url)
+
+    assert program.end(said=said) == 0
+    assert "Error" not in program.said
+    assert "listening: True" not in program.said
+    assert not tripwire.touched
+
+
+def test_an_app_under_test_does_not_listen_although_a_server_serves_it(
+    service: Service, tripwire: Tripwire
+) -> None:
+    settings = {"FLASK_TESTING": "true", "FLASK_EVENTBUS_URL": tripwire.url}
+    program = service.run(*FLASK_RUN, **settings)
+
+    assert program.get()
+    assert not tripwire.touched
+
+
+@pytest.mark.parametrize("command", ONE_PROCESS)
+def test_a_service_that_is_not_to_listen_still_publishes(
+    service: Service, command: list[str]
+) -> None:
+    program = service.run(*command, FLASK_EVENTBUS_LISTEN="false")
+
+    program.get("/shout/1", method="POST")
+
+    wait_until(lambda: service.nodes("normal"), what="the service publishes")
+    assert not service.nodes("pubsub")
+
+
+@pytest.mark.parametrize("command", ONE_PROCESS)
+def test_a_disabled_bus_connects_nowhere(
+    service: Service, tripwire: Tripwire, command: list[str]
+) -> None:
+    settings = {"FLASK_EVENTBUS_ENABLED": "false", "FLASK_EVENTBUS_URL": tripwire.url}
+    program = service.run(*command, **settings)
+
+    program.get("/shout/1", method="POST")
+
+    assert not tripwire.touched
+
+
+# -- the beginning ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ONE_PROCESS)
+def test_no_event_arrives_before_the_app_is_loaded(service: Service, command: list[str]) -> None:
+    gate = service.folder / "gate"
+    service.run(*command, GATE=str(gate))
+    service.wait_for("loading")
+
+    service.publish("called", number=-1)
+    assert not service.nodes("pubsub")
+
+    gate.touch()
+    assert service.hearers(1)
+    assert not service.reports("called", number=-1)
+
+
+@pytest.mark.parametrize("command", ONE_PROCESS)
+def test_a_service_begins_without_redis_and_hears_when_it_comes(
+    tmp_path: Path, command: list[str]
+) -> None:
+    server = RedisServer(tmp_path)
+    service = Service(tmp_path, server)
+
+    try:
+        program = service.run(*command)
+        assert program.get()
+
+        server.start()
+
+        assert service.hearers(1)
+    finally:
+        service.end()
+        server.kill()
+
+
+def test_workers_share_an_embedded_server_that_is_gone_after_them(service: Service) -> None:
+    home = Path(tempfile.mkdtemp(prefix="eb"))
+    settings = {"FLASK_EVENTBUS_URL": "embedded://", "TMPDIR": str(home)}
+    program = service.run(*GUNICORN, "-w", "2", **settings)
+
+    def heard_by_the_other() -> bool:
+        program.get("/shout/1", method="POST")
+        return bool(service.reports("shouted", arrived=True))
+
+    wait_until(heard_by_the_other, what="one worker hears the other")
+    program.tell(signal.SIGTERM)
+
+    assert program.end() == 0
+    wait_until(lambda: not list(home.glob("*/*")), what="the embedded server is gone")
+    shutil.rmtree(home)
