@@ -106,8 +106,9 @@ class Connections:
                 connection.connect()
             except OUTAGE as failure:
                 error = failure
-            except redis.ResponseError as refusal:
-                # A user who may not so much as name its connection or choose its database.
+            except (redis.ResponseError, UnicodeError) as refusal:
+                # A user who may not so much as name its connection or choose its database;
+                # a host that cannot be one.
                 error = redis.ConnectionError(str(refusal))
             else:
                 return connection
@@ -194,7 +195,13 @@ class Connections:
             "retry": Retry(NoBackoff(), 0),
         }
         sentinel = redis.sentinel.Sentinel(hosts, sentinel_kwargs=options)
-        host, port = sentinel.discover_master(name)
+
+        try:
+            host, port = sentinel.discover_master(name)
+        except redis.ResponseError as refusal:
+            # What answers is no Sentinel, or does not let this user ask.
+            raise redis.ConnectionError(str(refusal)) from refusal
+
         return rest.format(host=f"[{host}]" if ":" in host else host, port=port)
 
     def _sentinel_parts(self) -> tuple[list[tuple[str, int]], str, str]:
