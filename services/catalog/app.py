@@ -84,8 +84,8 @@ class PriceCache:
     def open(self) -> None:
         """Begin to keep prices: changes are heard from now on."""
         with self._lock:
+            # What is being read from the store now may have changed before.
             self._changes += 1
-            self._entries.clear()
             self._open = True
 
     def close(self) -> None:

@@ -1,0 +1,38 @@
+"""The service as a fresh module, and a client of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from flask_eventbus.testing import Isolation
+
+FOLDER = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def analytics(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """``app.py`` as nobody has used it before."""
+    spec = importlib.util.spec_from_file_location("app", FOLDER / "app.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "app", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def client(analytics: ModuleType, eventbus: Isolation) -> Iterator[FlaskClient]:
+    """A client of the service, whose bus is the testing kit's."""
+    app: Flask = analytics.create_app()
+
+    with app.test_client() as client:
+        yield client
