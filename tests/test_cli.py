@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,10 +15,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import click
 import flask
 import pytest
 from click.testing import CliRunner, Result
 from flask import Flask
+from flask.cli import ScriptInfo
 from servers import RedisServer, free_port, require
 from waiting import wait_until
 
@@ -626,11 +630,11 @@ def test_settings_come_from_the_environment_too(shared_redis: RedisServer, prefi
     environ = {
         "EVENTBUS_URL": shared_redis.url,
         "EVENTBUS_PREFIX": prefix,
-        "EVENTBUS_MAX_EVENT_BYTES": "1024",
+        "EVENTBUS_MAX_EVENT_BYTES": "4096",
     }
 
     fits = CliRunner().invoke(main, ["publish", "noted"], env=environ)
-    too_large = CliRunner().invoke(main, ["publish", "noted", f"text={'x' * 1000}"], env=environ)
+    too_large = CliRunner().invoke(main, ["publish", "noted", f"text={'x' * 4096}"], env=environ)
 
     assert fits.exit_code == 0, fits.output
     assert too_large.exit_code == 1
@@ -645,7 +649,7 @@ def test_a_wrong_setting_is_one_line_and_not_a_traceback(words: list[str]) -> No
         EventBus(app)
         return app
 
-    info = flask.cli.ScriptInfo(create_app=create_app)
+    info = ScriptInfo(create_app=create_app)
 
     result = CliRunner().invoke(flask_commands, words, obj=info)
 
@@ -683,3 +687,81 @@ def test_a_command_that_looks_does_not_listen_as_the_service(
 def unwrapped(text: str) -> str:
     """Text that click has wrapped at 80 columns, without the wraps."""
     return " ".join(text.split())
+
+
+# -- the page -----------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "commands.md").read_text()
+
+#: What differs from run to run: ids and versions.
+_VARIES = re.compile(r"\b[0-9a-f]{12}-1\b|(?<=It is )(Redis|Valkey) [\d.]+")
+
+
+def examples() -> Iterator[tuple[list[str], str]]:
+    """The commands of the page, as words, and what it says they print."""
+    for text in re.findall(r"^```console\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE):
+        for example in text.removeprefix("$ ").split("\n$ "):
+            line, _, output = example.partition("\n")
+            yield shlex.split(line.partition(" | ")[0]), output
+
+
+@pytest.fixture
+def page_app(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ScriptInfo]:
+    """The app of the page, with the test's server in the place of its own."""
+    text = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[0]
+    (tmp_path / "shop.py").write_text(text.replace("localhost:6379", url_host(redis_server)))
+    monkeypatch.chdir(tmp_path)
+    yield ScriptInfo(app_import_path="shop")
+    sys.modules.pop("shop", None)
+
+
+def url_host(server: RedisServer) -> str:
+    """``host:port`` of a server."""
+    return server.url.removeprefix("redis://").removesuffix("/0")
+
+
+@pytest.mark.parametrize(
+    ("words", "output"),
+    [(words, output) for words, output in examples() if not {"tail", "run"} & {*words}],
+    ids=lambda value: value if isinstance(value, str) else "_".join(value[-3:]),
+)
+def test_the_examples_of_the_page_print_what_it_says(
+    page_app: ScriptInfo, redis_server: RedisServer, words: list[str], output: str
+) -> None:
+    environ = {"EVENTBUS_URL": redis_server.url}
+    here = [word.replace("localhost:6379", url_host(redis_server)) for word in words]
+
+    if here[0] == "flask":
+        result = CliRunner().invoke(flask_commands, here[4:], obj=page_app)
+    else:
+        result = CliRunner().invoke(main, here[3:], env=environ)
+
+    found = result.output.replace(url_host(redis_server), "localhost:6379")
+    assert result.exit_code == 0, result.output
+    assert _VARIES.sub("", found).rstrip() == _VARIES.sub("", output).rstrip()
+
+
+@pytest.mark.parametrize(
+    "words", [words for words, _ in examples() if {"tail", "run"} & {*words}], ids=" ".join
+)
+def test_the_examples_of_the_page_that_go_on_are_well_formed(words: list[str]) -> None:
+    group: Any = flask_commands if words[0] == "flask" else main
+    place = next(place for place, word in enumerate(words) if word in ("tail", "run"))
+    name, *rest = words[place:]
+
+    with click.Context(group) as parent:
+        context = group.get_command(parent, name).make_context(name, rest, parent=parent)
+
+    assert context.params
+
+
+def test_the_page_has_every_command_and_every_option() -> None:
+    for command in COMMANDS:
+        page = PAGE.partition(f"\n## {command.name}\n")[2].partition("\n## ")[0]
+        assert "\n| Exit code | When |\n" in page
+
+        for option in command.params:
+            if option.param_type_name == "option":
+                assert f"`{option.opts[0]}" in page, option.opts
