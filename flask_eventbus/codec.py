@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from .errors import ConfigError, DecodeError, PayloadError
 from .event import Event
 from .faults import find_fault
+from .forms import UnfitError
 from .names import SERVICE_NAME, SIGNAL_NAME
 from .seal import (
     EVENT_ID,
@@ -20,7 +21,7 @@ from .seal import (
     SPECVERSION,
     Seal,
 )
-from .values import UnfitError, Values
+from .values import Values
 
 __all__ = ["Codec", "Seal"]
 

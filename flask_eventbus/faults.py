@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from reprlib import repr as short
 from typing import Any
 
-from .values import MAX_DEPTH, MAX_ITEMS, UnfitError, Values
+from .forms import UnfitError
+from .values import MAX_DEPTH, MAX_ITEMS, Values
 
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 

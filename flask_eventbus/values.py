@@ -7,10 +7,9 @@ describes the bytes. Nothing here executes what it reads.
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -22,6 +21,7 @@ from uuid import UUID
 from msgpack import ExtType, Packer, StackError, unpackb
 
 from .errors import ConfigError
+from .forms import EXTENSIONS, STAND_INS, UNPACKERS, UnfitError, dataclass_fields, ext
 
 T = TypeVar("T")
 
@@ -31,33 +31,16 @@ MAX_DEPTH = 32
 MAX_ITEMS = 100_000
 #: How many lists, maps and sets, and values of registered types, one payload may hold.
 MAX_CONTAINERS = 100_000
-#: How long an integer may be, in bytes. Python writes none past 1,785 bytes as text, so a
-#: longer one would raise wherever it is logged.
-MAX_INTEGER_BYTES = 1024
 #: How many sets may lie in one another.
 MAX_SET_NESTING = 2
 #: How many members of a set may share one hash. Those are compared with one another, so a
 #: hostile set of thousands of them would take minutes to build.
 MAX_COLLISIONS = 8
 
-#: The types beyond msgpack's own and the ext code of each.
-EXTENSIONS: dict[type, int] = {
-    datetime: 1,
-    date: 2,
-    time: 3,
-    timedelta: 4,
-    Decimal: 5,
-    UUID: 6,
-    set: 7,
-    frozenset: 8,
-    int: 9,
-}
 #: The ext codes for :meth:`Values.register`.
 REGISTERED_CODES = range(32, 128)
 
-_MSGPACK_INTEGERS = range(-(2**63), 2**64)
 _KEPT_BUFFER = 256 * 1024
-_DURATION = struct.Struct(">iII")
 _SETS: dict[int, type] = {EXTENSIONS[set]: set, EXTENSIONS[frozenset]: frozenset}
 _CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
 _SCALARS = frozenset(
@@ -66,20 +49,16 @@ _SCALARS = frozenset(
 _PLAIN = _CONTAINERS | _SCALARS | {bytearray, memoryview}
 
 
-class UnfitError(Exception):
-    """A value that cannot travel, or came as it should not; the text says why."""
-
-
 class Values:
     """Turns values into bytes and back: the rules of the wire, and the registered types."""
 
     def __init__(self) -> None:
         self._registered: dict[type, Callable[[Any], ExtType]] = {}
-        self._stand_ins = _STAND_INS | {
+        self._stand_ins = STAND_INS | {
             set: partial(self._pack_set, set),
             frozenset: partial(self._pack_set, frozenset),
         }
-        self._unpackers = dict(_UNPACKERS)
+        self._unpackers = dict(UNPACKERS)
         self._idle_packers: list[Packer] = []
         # What unpacks an ext type, by the number of sets that it lies in.
         self._hooks = [partial(self._unpack_ext, n) for n in range(MAX_SET_NESTING + 1)]
@@ -189,7 +168,7 @@ class Values:
         if issubclass(kind, Enum):
             return self._enum_value
         if is_dataclass(kind):
-            return _dataclass_fields
+            return dataclass_fields
 
         return next((self._stand_ins[b] for b in kind.__mro__ if b in self._stand_ins), None)
 
@@ -200,7 +179,7 @@ class Values:
         # Read back at once: a member travels as what it becomes, and that may be no member.
         data = self.pack(list(members))
         self._unpack_set(kind, 0, data)
-        return _ext(EXTENSIONS[kind], data)
+        return ext(EXTENSIONS[kind], data)
 
     def _unpack_ext(self, nesting: int, code: int, data: bytes) -> Any:
         if code in _SETS:
@@ -336,7 +315,7 @@ def _pack_registered(code: int, pack: Callable[[Any], bytes], value: Any) -> Ext
             f"The pack= of {kind} returned {type(data).__name__}. Let it return bytes."
         )
 
-    return _ext(code, data)
+    return ext(code, data)
 
 
 def _unpack_registered(type_: type, unpack: Callable[[bytes], Any], data: bytes) -> Any:
@@ -346,96 +325,3 @@ def _unpack_registered(type_: type, unpack: Callable[[bytes], Any], data: bytes)
         raise TypeError(f"its unpack= returned {type(value).__name__}, not {type_.__name__}")
 
     return value
-
-
-def _ext(code: int, data: bytes) -> ExtType:
-    # ExtType(...) checks its arguments in Python, for half a microsecond.
-    return tuple.__new__(ExtType, (code, data))
-
-
-def _pack_integer(value: int) -> int | ExtType:
-    plain = int.__int__(value)
-
-    if plain in _MSGPACK_INTEGERS:
-        return plain
-
-    size = (plain if plain >= 0 else ~plain).bit_length() // 8 + 1
-    if size > MAX_INTEGER_BYTES:
-        raise UnfitError(
-            f"An integer of {size} bytes is too long, {MAX_INTEGER_BYTES} can travel. "
-            "Send it as bytes."
-        )
-
-    return _ext(EXTENSIONS[int], plain.to_bytes(size, "big", signed=True))
-
-
-def _unpack_integer(data: bytes) -> int:
-    if not 0 < len(data) <= MAX_INTEGER_BYTES:
-        raise ValueError(f"{len(data)} bytes, not 1 to {MAX_INTEGER_BYTES}")
-
-    return int.from_bytes(data, "big", signed=True)
-
-
-def _pack_duration(value: timedelta) -> ExtType:
-    packed = _DURATION.pack(value.days, value.seconds, value.microseconds)
-    return _ext(EXTENSIONS[timedelta], packed)
-
-
-def _unpack_duration(data: bytes) -> timedelta:
-    days, seconds, microseconds = _DURATION.unpack(data)
-    return timedelta(days, seconds, microseconds)
-
-
-def _pack_text(code: int, to_text: Callable[[Any], str], value: Any) -> ExtType:
-    return _ext(code, to_text(value).encode())
-
-
-def _unpack_text(from_text: Callable[[str], Any], data: bytes) -> Any:
-    return from_text(data.decode())
-
-
-def _pack_uuid(value: UUID) -> ExtType:
-    return _ext(EXTENSIONS[UUID], value.bytes)
-
-
-def _unpack_uuid(data: bytes) -> UUID:
-    return UUID(bytes=bytes(data))
-
-
-def _dataclass_fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in fields(value)}
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-_STAND_INS: dict[type, Callable[[Any], Any]] = {
-    NoneType: _same,
-    bool: _same,
-    int: _pack_integer,
-    float: float.__float__,
-    str: str.__str__,
-    bytes: bytes,
-    bytearray: bytes,
-    memoryview: _same,
-    list: list,
-    tuple: list,
-    dict: dict,
-    datetime: partial(_pack_text, EXTENSIONS[datetime], datetime.isoformat),
-    date: partial(_pack_text, EXTENSIONS[date], date.isoformat),
-    time: partial(_pack_text, EXTENSIONS[time], time.isoformat),
-    timedelta: _pack_duration,
-    Decimal: partial(_pack_text, EXTENSIONS[Decimal], Decimal.__str__),
-    UUID: _pack_uuid,
-}
-
-_UNPACKERS: dict[int, Callable[[bytes], Any]] = {
-    EXTENSIONS[datetime]: partial(_unpack_text, datetime.fromisoformat),
-    EXTENSIONS[date]: partial(_unpack_text, date.fromisoformat),
-    EXTENSIONS[time]: partial(_unpack_text, time.fromisoformat),
-    EXTENSIONS[timedelta]: _unpack_duration,
-    EXTENSIONS[Decimal]: partial(_unpack_text, Decimal),
-    EXTENSIONS[UUID]: _unpack_uuid,
-    EXTENSIONS[int]: _unpack_integer,
-}

@@ -20,13 +20,11 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from flask_eventbus.errors import ConfigError
+from flask_eventbus.forms import EXTENSIONS, MAX_INTEGER_BYTES, UnfitError
 from flask_eventbus.values import (
-    EXTENSIONS,
     MAX_COLLISIONS,
     MAX_CONTAINERS,
-    MAX_INTEGER_BYTES,
     MAX_ITEMS,
-    UnfitError,
     Values,
     survey,
 )

@@ -16,7 +16,7 @@ import wire_vectors
 from servers import RedisServer, require
 from waiting import wait_until
 
-from flask_eventbus import Bus, values
+from flask_eventbus import Bus, forms, values
 from flask_eventbus.codec import Codec
 from flask_eventbus.errors import DecodeError
 
@@ -77,7 +77,7 @@ def test_every_attribute_on_the_page_is_in_a_vector() -> None:
 def test_the_page_has_the_codes_and_the_limits_of_the_code() -> None:
     codes = re.findall(r"^\| (\d) \| ", section("What is in `data`"), flags=re.MULTILINE)
 
-    assert [int(code) for code in codes] == sorted(values.EXTENSIONS.values())
+    assert [int(code) for code in codes] == sorted(forms.EXTENSIONS.values())
     numbers = re.findall(r"\| ([\d,]+)(?: bytes)? \|$", section("Limits"), flags=re.MULTILINE)
     assert [int(number.replace(",", "")) for number in numbers] == [
         values.MAX_DEPTH,
@@ -85,7 +85,7 @@ def test_the_page_has_the_codes_and_the_limits_of_the_code() -> None:
         values.MAX_CONTAINERS,
         values.MAX_SET_NESTING,
         values.MAX_COLLISIONS,
-        values.MAX_INTEGER_BYTES,
+        forms.MAX_INTEGER_BYTES,
     ]
 
 
