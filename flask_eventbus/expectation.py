@@ -13,7 +13,7 @@ from .config import did_you_mean
 from .event import Event
 from .namespace import Outbound, Receiver
 from .node import Node
-from .routes import matches, subscription_for
+from .routes import is_pattern, matches, subscription_for
 
 #: Events that a failure shows.
 SHOWN = 10
@@ -115,14 +115,21 @@ def _why_nothing(name: str, nodes: Sequence[Node]) -> list[str]:
         return ["There is no bus in this process: make the app or the bus first."]
 
     silent = sorted({node.config.service for node in nodes if not node.config.enabled})
-    known = {name for node in nodes if node.config.enabled for name in node.routes}
+    known = {name for node in nodes if node.config.enabled for name in _published_by(node)}
     sentences = [f"'EVENTBUS_ENABLED' is False for {service!r}." for service in silent]
 
-    if not any(matches(route, name) or matches(name, route) for route in known):
+    if not any(matches(name, found) for found in known):
         remedy = "Name it in 'EVENTBUS_PUBLISH'."
         sentences += [f"No bus here publishes {name!r}.", _suggest(name, known, remedy)]
 
     return sentences
+
+
+def _published_by(node: Node) -> set[str]:
+    """The names that a node's routes publish, those of its signals so far in place of patterns."""
+    routes = node.routes.values()
+    signals = {name for name in node.declarations.namespace if any(r.covers(name) for r in routes)}
+    return signals | {route.name for route in routes if not is_pattern(route.name)}
 
 
 def _why_deaf(node: Node, event: Event) -> str | None:

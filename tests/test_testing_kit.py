@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
@@ -365,6 +367,19 @@ def test_a_misspelt_name_gets_a_suggestion(accounts: Flask, eventbus: Isolation)
         "'user_registerd' was not published. No bus here publishes 'user_registerd'. "
         "Did you mean 'user_registered'? Nothing was published."
     )
+
+
+def test_a_pattern_of_routes_does_not_hide_a_misspelt_name(
+    make_app: MakeApp, eventbus: Isolation
+) -> None:
+    app = make_app("accounts", publish=["user_*"])
+    send(app, "user_registered", user_id=7)
+    eventbus.clear()
+
+    said = failure(eventbus.assert_published, "user_registerd")
+
+    assert "Did you mean 'user_registered'?" in said
+    assert "No bus" not in failure(eventbus.assert_published, "user_*", user_id=8)
 
 
 def test_a_signal_without_a_route_is_told_apart_from_one_that_was_not_sent(
@@ -756,6 +771,8 @@ def test_nothing_that_receives_it_is_a_failure(make_bus: Make, eventbus: Isolati
 
 
 def test_without_any_subscription_a_failure_says_how_to_make_one(eventbus: Isolation) -> None:
+    gc.collect()
+
     assert "Decorate a receiver with @bus.on('tick')." in failure(eventbus.deliver, "tick")
 
 
@@ -1172,3 +1189,55 @@ def test_a_failure_points_at_the_line_of_the_test(pytester: pytest.Pytester) -> 
         ]
     )
     outcome.stdout.no_fnmatch_line("*testing.py*")
+
+
+# -- the page about it --------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "testing.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of the page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def write_programs(folder: Path) -> str:
+    """Write the page's programs into the files that their first lines name; return it all."""
+    for block in blocks("python"):
+        name = block.splitlines()[0].removeprefix("# ")
+
+        with (folder / name).open("a") as file:
+            file.write(block)
+
+    return "".join(blocks("python"))
+
+
+def test_every_program_of_the_page_runs(pytester: pytest.Pytester) -> None:
+    text = write_programs(pytester.path)
+
+    outcome = run(pytester, "-W", "error")
+
+    outcome.assert_outcomes(passed=len(re.findall(r"^ *def test_", text, re.MULTILINE)))
+
+
+def test_the_failures_of_the_page_are_those_that_come(pytester: pytest.Pytester) -> None:
+    write_programs(pytester.path)
+    pytester.makepyfile(
+        test_failures="""
+        def test_value(eventbus, client):
+            client.post("/register", data={"email": "ada@example.com"})
+            eventbus.assert_published("user_registered", user_id=8)
+
+        def test_name(eventbus, client):
+            eventbus.assert_published("user_registerd")
+        """
+    )
+
+    outcome = run(pytester, "test_failures.py")
+
+    outcome.assert_outcomes(failed=2)
+    said = re.sub(r"^E +", "", outcome.stdout.str(), flags=re.MULTILINE)
+
+    for block in blocks("text"):
+        for line in block.splitlines():
+            assert line.strip() in said
