@@ -641,6 +641,19 @@ def test_settings_come_from_the_environment_too(shared_redis: RedisServer, prefi
     assert "EVENTBUS_MAX_EVENT_BYTES" in too_large.output
 
 
+def test_what_a_service_publishes_and_hears_is_not_loaded_to_look_at_its_server(
+    shared_redis: RedisServer, prefix: str
+) -> None:
+    environ = {
+        "EVENTBUS_URL": shared_redis.url,
+        "EVENTBUS_PREFIX": prefix,
+        "EVENTBUS_PUBLISH": '{"noted": {"signal": "no_such_module:signal"}}',
+    }
+
+    for words in (["publish", "noted"], ["routes"], ["check"]):
+        assert CliRunner().invoke(main, words, env=environ).exit_code == 0
+
+
 @pytest.mark.parametrize("words", [["tail"], ["publish", "noted"], ["routes"], ["run"]])
 def test_a_wrong_setting_is_one_line_and_not_a_traceback(words: list[str]) -> None:
     def create_app() -> Flask:

@@ -294,6 +294,18 @@ def test_a_server_that_does_not_let_the_user_in_is_an_error(
     assert "s3cret" not in repr(finding)
 
 
+@pytest.mark.parametrize("host", ["redis+sentinel://127.0.0.1:{port}/main/0", "redis://a..b/0"])
+def test_what_is_no_server_to_use_is_an_error(
+    shared_redis: RedisServer, make_bus: Make, host: str
+) -> None:
+    bus = make_bus(host.format(port=shared_redis.port), publish=["mail_sent"])
+
+    [(level, text)] = bad(check(bus.node))
+
+    assert level == "error"
+    assert "cannot be used" in text
+
+
 def test_a_server_that_hangs_is_an_error(redis_server: RedisServer, make_bus: Make) -> None:
     bus = make_bus(redis_server.url, publish=["mail_sent"])
     redis_server.hang()
@@ -420,6 +432,18 @@ def test_several_listeners_of_one_service_are_warned_of(
         )
     ]
     assert bad(of_audit) == []
+
+
+def test_processes_that_only_publish_are_no_listeners(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    buses = [make_bus(redis_server.url, "mailer", publish=["mail_sent"]) for _ in range(2)]
+
+    for bus in buses:
+        bus.node.publish("mail_sent", {})
+
+    assert len(redis_server.client.client_list()) >= 3
+    assert bad(check(buses[0].node)) == []
 
 
 def test_a_check_without_a_program_counts_the_listeners_of_all_services(
