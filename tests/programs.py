@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
+from servers import RedisServer
 from waiting import wait_until
+
+from flask_eventbus import Bus
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -87,3 +94,101 @@ class Program:
             os.killpg(self.pid, signal.SIGKILL)
 
         self.process.wait()
+
+
+class Service:
+    """One service with a name of its own: its processes, and what they report."""
+
+    def __init__(self, folder: Path, server: RedisServer) -> None:
+        self.name = f"sample-{secrets.token_hex(4)}"
+        self.server = server
+        self.folder = folder
+        self.release = folder / "release"
+        self._reports = folder / "reports"
+        self._programs: list[Program] = []
+        self._numbers = itertools.count()
+        self._other = Bus(server.url, service="tests", prefix=self.name)
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a file where the programs run."""
+        path = self.folder / name
+        path.write_text(text)
+        return path
+
+    def run(self, *command: str, **settings: str) -> Program:
+        """Start a program of the service."""
+        bus = {"SERVICE": self.name, "PREFIX": self.name, "URL": self.server.url}
+        fixed = {f"{start}EVENTBUS_{key}": bus[key] for start in ("", "FLASK_") for key in bus}
+        files = {"REPORTS": str(self._reports), "RELEASE": str(self.release)}
+        program = Program(command, self.folder, {**fixed, **files, **settings})
+        self._programs.append(program)
+        return program
+
+    def publish(self, name: str, **payload: Any) -> None:
+        """Publish an event from another service, and wait until Redis has it."""
+        self._other.node.publish(name, payload)
+        assert self._other.flush(5)
+
+    def reports(self, what: str, **facts: Any) -> list[dict[str, Any]]:
+        """What the processes of the service reported."""
+        lines = self._reports.read_text().splitlines() if self._reports.exists() else []
+        found = [json.loads(line) for line in lines]
+        return [line for line in found if {"what": what, **facts}.items() <= line.items()]
+
+    def wait_for(self, what: str, count: int = 1, **facts: Any) -> list[dict[str, Any]]:
+        """Wait for so many reports."""
+        wait_until(
+            lambda: len(self.reports(what, **facts)) >= count, what=f"{count} reports of {what!r}"
+        )
+        return self.reports(what, **facts)
+
+    def nodes(self, kind: str) -> set[str]:
+        """The nodes that have a connection: ``pubsub`` to listen, ``normal`` to publish."""
+        start = f"eventbus:{self.name}:"
+
+        with self.server.client as client:
+            names = [found["name"] for found in client.client_list(_type=kind)]
+
+        nodes = [name.removeprefix(start) for name in names if name.startswith(start)]
+        assert len(nodes) == len(set(nodes)), "A node has two connections of a kind."
+        return set(nodes)
+
+    def listeners(self, count: int, *, besides: Set[str] = frozenset()) -> set[str]:
+        """Wait until exactly so many nodes listen, none of them of those ``besides``."""
+        wait_until(
+            lambda: self._subscribed() == len(self.nodes("pubsub") - besides) == count,
+            what=f"exactly {count} nodes listen",
+        )
+        return self.nodes("pubsub")
+
+    def hearers(self, count: int) -> set[int]:
+        """Publish an event; the processes that hear it: so many, each once and by all receivers.
+
+        Another event goes after it: when that has arrived, the first cannot come again.
+        """
+        nodes = self.listeners(count)
+        number, after = next(self._numbers), next(self._numbers)
+
+        for each in (number, after):
+            self.publish("called", number=each)
+            self.wait_for("called", count, number=each)
+            self.wait_for("called late", count, number=each)
+
+        lines = self.reports("called", number=number)
+        late = self.reports("called late", number=number)
+        processes = {line["pid"] for line in lines}
+        assert len(lines) == len(late) == len(processes) == count
+        assert {line["pid"] for line in late} == processes
+        assert {line["node"] for line in lines} == nodes
+        return processes
+
+    def end(self) -> None:
+        """End all that was started."""
+        for program in self._programs:
+            program.kill()
+
+        self._other.stop(flush=0)
+
+    def _subscribed(self) -> int:
+        with self.server.client as client:
+            return int(client.pubsub_numsub(f"{self.name}:{{called}}:channel")[0][1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import threading
 from typing import Any
 
 import click
@@ -75,6 +76,18 @@ def _add_views(app: Flask) -> None:
     def shout(count: int) -> str:
         for number in range(count):
             shouted.send(app, number=number)
+
+        return str(os.getpid())
+
+    @app.post("/shout/<int:count>/threads/<int:threads>")
+    def shout_side_by_side(count: int, threads: int) -> str:
+        shouting = [threading.Thread(target=shout, args=(count,)) for _ in range(threads)]
+
+        for thread in shouting:
+            thread.start()
+
+        for thread in shouting:
+            thread.join()
 
         return str(os.getpid())
 
