@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from .findings import Finding
 from .findings import error as error_finding
 from .node import Node
 from .overview import Overview
-from .program import Command, Program, pass_program, reader_is_gone
+from .program import Command, Program, log_to_stderr, pass_program, reader_is_gone
 from .receipt import publish_one
 from .rendering import as_json, as_line
 from .reports import channels_report, findings_report, routes_report
@@ -74,21 +73,8 @@ def run(program: Program, concurrency: int | None) -> None:
         # A node that is stopped is as new, with its settings as they are now.
         node.stop()
 
-    _show_log()
+    log_to_stderr()
     run_until_signal(node)
-
-
-def _show_log() -> None:
-    """Log to stderr, unless the program has a log of its own."""
-    logger = logging.getLogger("flask_eventbus")
-
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
-
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.INFO)
 
 
 # -- tail ---------------------------------------------------------------------------------

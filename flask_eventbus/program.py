@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import sys
@@ -51,6 +52,19 @@ class Command(click.Command):
 
 
 pass_program = click.make_pass_decorator(Program)
+
+
+def log_to_stderr() -> None:
+    """Log what the bus does to stderr, unless the program has a log of its own."""
+    logger = logging.getLogger("flask_eventbus")
+
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
 
 
 def reader_is_gone() -> bool:
