@@ -162,6 +162,14 @@ class Listener:
         for thread in self._threads[1:]:
             thread.join(timeout=0.1 if self._forced else None)
 
+    def disown(self) -> None:
+        """In a forked child: end what came along of it, which for greenlets is everything."""
+        self._stopping = threading.Event()
+        self._stopping.set()
+        self._forced = True
+        # Nobody is to be told of the connection that is lost with this.
+        self._lost_since = time.monotonic()
+
     def _thread(self, role: str, target: Callable[[], None]) -> threading.Thread:
         return threading.Thread(target=target, name=f"eventbus-{role}-{self._node}", daemon=True)
 

@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import secrets
+import sys
 import threading
 import time
 import weakref
@@ -255,6 +256,8 @@ class Node:
     def _after_fork(self) -> None:
         """In the child: nothing of the parent's is used, and nothing is started."""
         self.listening = False
+        self._listener.disown()
+        self._publisher.disown()
         self.connections.close_copies()
         self.counters = Counters()
         self._renew()
@@ -356,6 +359,16 @@ def _renew_all() -> None:
 
     for node in list(nodes):
         node._after_fork()
+
+    _stop_with_multiprocessing()
+
+
+def _stop_with_multiprocessing() -> None:
+    """In a child of multiprocessing, which may end without what is registered with atexit."""
+    util = sys.modules.get("multiprocessing.util")
+
+    if util is not None:
+        util.register_after_fork(nodes, lambda _: util.Finalize(None, stop_all, exitpriority=0))
 
 
 os.register_at_fork(after_in_child=_renew_all)

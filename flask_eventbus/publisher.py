@@ -240,6 +240,14 @@ class Publisher:
             self._closing = True
             self._changed.notify_all()
 
+    def disown(self) -> None:
+        """In a forked child: end what came along of it, which for greenlets is everything."""
+        self._closing = True
+        self._buffer = deque()
+        self._in_hand = ()
+        # Nobody is to be told of the connection that is lost with this.
+        self._away_since = time.monotonic()
+
     # -- the thread of whoever sends ------------------------------------------------------
 
     def _causes(self, lane: Lane) -> dict[str, Any]:

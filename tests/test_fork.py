@@ -1,0 +1,389 @@
+"""A forked child is a node of its own, and its parent goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from programs import Service
+from servers import RedisServer
+from waiting import wait_until
+
+#: What every program begins with. From Python 3.12 on, a fork beside threads is warned of.
+PROGRAM = """
+import os
+import sys
+import threading
+import warnings
+
+warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+
+from flask_eventbus import Bus
+from serving_app.reports import report, wait_until_released
+from waiting import wait_until
+
+bus = Bus.from_env()
+called = bus.signal("called")
+
+@bus.on("called")
+def hear(sender, number):
+    report("called", number=number, node=bus.node.name)
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.fixture
+def service(tmp_path: Path, redis_server: RedisServer) -> Iterator[Service]:
+    """A service on a server of its own."""
+    service = Service(tmp_path, redis_server)
+    yield service
+    redis_server.resume()
+    service.end()
+
+
+class Wire:
+    """Everything that is published with a service's prefix, as it is."""
+
+    def __init__(self, service: Service) -> None:
+        self._pubsub = service.server.client.pubsub(ignore_subscribe_messages=True)
+        self._pubsub.psubscribe(f"{service.name}:*")
+        self._seen: list[dict[str, Any]] = []
+        wait_until(lambda: self._pubsub.subscribed, what="the test sees the wire")
+
+    def events(self, count: int) -> list[dict[str, Any]]:
+        """Wait until there are so many."""
+        wait_until(lambda: self._read() >= count, what=f"{count} events on the wire")
+        return self._seen
+
+    def _read(self) -> int:
+        while found := self._pubsub.get_message():
+            self._seen.append(msgpack.unpackb(found["data"], timestamp=3))
+
+        return len(self._seen)
+
+
+def node_of(event: dict[str, Any]) -> str:
+    """The node that made an event."""
+    return str(event["id"]).rpartition("-")[0]
+
+
+def test_a_child_publishes_as_a_node_of_its_own_and_listens_only_when_started(
+    service: Service,
+) -> None:
+    wire = Wire(service)
+    service.write(
+        "program.py",
+        f"""{PROGRAM}
+bus.publishes(called)
+bus.start()
+called.send(number=1)
+assert bus.ready(5) and bus.flush(5)
+before = bus.node.name
+child = os.fork()
+
+if child == 0:
+    assert bus.node.name != before
+    assert not bus.health().listening
+    assert not bus.health().counts
+    called.send(number=2)
+    report("forked")
+    wait_until_released("START")
+    bus.start()
+    wait_until_released("RELEASE")
+    sys.exit(0)
+
+wait_until_released("SEND")
+assert bus.node.name == before
+called.send(number=4)
+print("the child ended with", ended(child))
+""",
+    )
+    start, send = service.folder / "start", service.folder / "send"
+    program = service.run("program.py", START=str(start), SEND=str(send))
+    service.wait_for("forked")
+    child = service.reports("forked")[0]["pid"]
+
+    service.wait_for("called", pid=program.pid, number=2)
+    assert len(service.listeners(1)) == 1
+    service.publish("called", number=3)
+    service.wait_for("called", pid=program.pid, number=3)
+    start.touch()
+    service.listeners(2)
+    send.touch()
+    service.wait_for("called", pid=child, number=4)
+    service.release.touch()
+
+    assert program.end() == 0
+    assert "the child ended with 0" in program.said
+    heard = {
+        pid: [line["number"] for line in service.reports("called", pid=pid)]
+        for pid in (program.pid, child)
+    }
+    assert heard == {program.pid: [1, 2, 3, 4], child: [2, 4]}
+    nodes = [node_of(event) for event in wire.events(4) if event["source"] == service.name]
+    assert nodes[0] == nodes[2] != nodes[1]
+
+
+def test_a_child_does_not_publish_what_its_parent_has_in_memory(service: Service) -> None:
+    wire = Wire(service)
+    service.write(
+        "program.py",
+        f"""{PROGRAM}
+bus.publishes(called)
+called.send(number=0)
+assert bus.flush(5)
+wait_until_released("HUNG")
+
+for number in range(1, 6):
+    called.send(number=number)
+
+child = os.fork()
+
+if child == 0:
+    assert bus.health().buffered == 0
+    called.send(number=100)
+    report("forked", buffered=bus.health().buffered)
+    sys.exit(0)
+
+assert bus.health().buffered == 5
+print("the child ended with", ended(child))
+""",
+    )
+    hung = service.folder / "hung"
+    program = service.run("program.py", HUNG=str(hung))
+    wire.events(1)
+
+    service.server.hang()
+    hung.touch()
+    service.wait_for("forked", buffered=1)
+    service.server.resume()
+
+    assert program.end() == 0
+    assert "the child ended with 0" in program.said
+    events = wire.events(7)
+    own = [event["data"]["number"] for event in events if node_of(event) == node_of(events[0])]
+    assert own == [0, 1, 2, 3, 4, 5]
+    assert len(events) == 7
+
+
+def test_whatever_lock_a_thread_holds_at_a_fork_the_child_goes_on(service: Service) -> None:
+    service.write(
+        "program.py",
+        f"""{PROGRAM}
+bus.publishes(called)
+bus.start()
+called.send(number=1)
+assert bus.ready(5) and bus.flush(5)
+
+def locks_of(thing, seen):
+    if id(thing) in seen:
+        return
+
+    seen.add(id(thing))
+
+    for part in vars(thing).values():
+        if hasattr(part, "acquire"):
+            yield part
+        elif hasattr(part, "__dict__") and type(part).__module__.startswith("flask_eventbus"):
+            yield from locks_of(part, seen)
+
+def hold():
+    for lock in locks:
+        lock.acquire()
+
+    held.set()
+    released.wait()
+
+    for lock in locks:
+        lock.release()
+
+locks = list(locks_of(bus.node, set()))
+held, released = threading.Event(), threading.Event()
+holding = threading.Thread(target=hold)
+holding.start()
+held.wait()
+child = os.fork()
+
+if child == 0:
+    bus.start()
+    assert bus.ready(5)
+    called.send(number=2)
+    assert bus.flush(5)
+    bus.stop()
+    os._exit(0)
+
+print("the child ended with", ended(child), "in spite of", len(locks), "locks")
+released.set()
+holding.join()
+called.send(number=3)
+wait_until_released("RELEASE")
+""",
+    )
+    program = service.run("program.py")
+    for number in (1, 2, 3):
+        service.wait_for("called", pid=program.pid, number=number)
+
+    service.release.touch()
+    assert program.end() == 0
+    assert "the child ended with 0" in program.said
+    assert int(program.said.split()[-2]) >= 6
+
+
+def test_the_parent_handles_async_receivers_after_a_fork(service: Service) -> None:
+    service.write(
+        "program.py",
+        f"""{PROGRAM}
+import asyncio
+
+@bus.on("awaited")
+async def hear_awaiting(sender, number):
+    await asyncio.wait_for(asyncio.to_thread(report, "awaited", number=number), 5)
+
+bus.start()
+wait_until_released("FORK")
+child = os.fork()
+
+if child == 0:
+    sys.exit(0)
+
+report("forked", code=ended(child))
+wait_until_released("RELEASE")
+""",
+    )
+    fork = service.folder / "fork"
+    program = service.run("program.py", FORK=str(fork))
+    service.listeners(1)
+    service.publish("awaited", number=1)
+    service.wait_for("awaited", number=1)
+
+    fork.touch()
+    service.wait_for("forked", code=0)
+    service.publish("awaited", number=2)
+
+    service.wait_for("awaited", number=2)
+    service.release.touch()
+    assert program.end() == 0
+
+
+def test_a_child_that_outlives_its_parent_keeps_none_of_its_connections(service: Service) -> None:
+    service.write(
+        "program.py",
+        f"""{PROGRAM}
+bus.publishes(called)
+bus.start()
+called.send(number=1)
+assert bus.ready(5) and bus.flush(5)
+
+if os.fork() == 0:
+    report("forked")
+
+wait_until_released("RELEASE")
+""",
+    )
+    program = service.run("program.py")
+    service.wait_for("forked")
+    assert service.nodes("pubsub") == service.nodes("normal") != set()
+
+    program.process.kill()
+
+    wait_until(lambda: not service.nodes("pubsub"), what="the parent's listener is gone")
+    wait_until(lambda: not service.nodes("normal"), what="the parent's writer is gone")
+
+
+@pytest.mark.parametrize("ending", ["pass", "bus.flush()"])
+def test_a_child_of_multiprocessing_publishes_to_its_end(service: Service, ending: str) -> None:
+    wire = Wire(service)
+    service.write(
+        "program.py",
+        f"""{PROGRAM}
+import multiprocessing
+
+def work(number):
+    for number in range(10 * number, 10 * number + 10):
+        called.send(number=number)
+
+    {ending}
+
+bus.publishes(called)
+bus.start()
+called.send(number=-1)
+assert bus.ready(5) and bus.flush(5)
+fork = multiprocessing.get_context("fork")
+children = [fork.Process(target=work, args=(number,)) for number in range(3)]
+
+for child in children:
+    child.start()
+
+for child in children:
+    child.join()
+    assert child.exitcode == 0
+
+assert bus.health().node == bus.node.name
+wait_until_released("RELEASE")
+""",
+    )
+    program = service.run("program.py")
+
+    events = wire.events(31)
+    assert {event["data"]["number"] for event in events} == set(range(-1, 30))
+    assert len({node_of(event) for event in events}) == 4
+    heard = service.wait_for("called", 31, pid=program.pid)
+    assert sorted(line["number"] for line in heard) == list(range(-1, 30))
+
+    service.release.touch()
+    assert program.end() == 0
+
+
+def test_greenlets_that_a_child_inherits_neither_listen_nor_publish(service: Service) -> None:
+    wire = Wire(service)
+    service.write(
+        "program.py",
+        f"""
+from gevent import monkey
+
+monkey.patch_all()
+{PROGRAM}
+bus.publishes(called)
+bus.start()
+called.send(number=0)
+assert bus.ready(5) and bus.flush(5)
+report("ready")
+wait_until_released("HUNG")
+
+for number in range(1, 6):
+    called.send(number=number)
+
+wait_until(lambda: bus.node._publisher._in_hand)
+child = os.fork()
+
+if child == 0:
+    report("forked")
+    wait_until_released("RELEASE")
+    os._exit(0)
+
+print("the child ended with", ended(child))
+""",
+    )
+    hung = service.folder / "hung"
+    program = service.run("program.py", HUNG=str(hung))
+    service.wait_for("ready")
+    before = service.nodes("pubsub")
+
+    service.server.hang()
+    hung.touch()
+    service.wait_for("forked")
+    service.server.resume()
+    wire.events(6)
+    service.publish("called", number=6)
+    service.wait_for("called", number=6, pid=program.pid)
+    assert service.listeners(1) == before
+
+    service.release.touch()
+    assert program.end() == 0
+    assert len(wire.events(7)) == 7
+    assert len(service.reports("called", number=6)) == 1
