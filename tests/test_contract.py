@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
@@ -651,6 +652,30 @@ def test_a_bus_that_was_stopped_can_be_started_again(make: Make) -> None:
 
     heard.wait(2)
     assert heard.values == [1, 3]
+
+
+def test_a_bus_can_be_stopped_while_events_pour_in(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    heard = Heard(audit, "tick")
+    enough = threading.Event()
+
+    def pour() -> None:
+        for n in itertools.count():
+            send(shop, "tick", n=n)
+            if enough.is_set():
+                return
+
+    pouring = threading.Thread(target=pour)
+    pouring.start()
+
+    for _ in range(10):
+        listen(audit)
+        heard.wait(len(heard.events) + 1)
+        audit.stop()
+
+    enough.set()
+    pouring.join()
+    assert heard.values == sorted(set(heard.values))
 
 
 def test_what_was_sent_is_published_when_a_with_block_ends(make: Make) -> None:
