@@ -27,7 +27,7 @@ from .dispatcher import Dispatcher
 from .event import Event
 from .listener import Listener
 from .namespace import Receiver
-from .publisher import WRITE_TIMEOUT, Bridge, Lane, Publisher
+from .publisher import WRITE_TIMEOUT, Bridge, ClosedError, Lane, Publisher
 from .routes import Route, Subscription, is_pattern, read_routes, read_subscriptions
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class Node:
         :raises PayloadError: a value cannot travel.
         :raises PublishError: Redis did not take it in time, with ``EVENTBUS_ON_OUTAGE="raise"``.
         """
-        return self._publisher.publish(self._lane(name), payload, confirm=confirm)
+        return self._publish(name, payload, confirm)
 
     def start(self) -> None:
         """Listen from now on; returns at once, whether Redis is there or not."""
@@ -170,8 +170,10 @@ class Node:
         """
         self.listening = False
         self._listener.stop(self.config.grace)
-        self._publisher.close(flush)
+        publisher = self._publisher
+        # What is sent from now on goes to another: nothing is taken and then not written.
         self._renew()
+        publisher.close(flush)
 
     def health(self) -> Health:
         """How this node does."""
@@ -200,8 +202,6 @@ class Node:
         self.connections = Connections(
             self.config.url, name=f"eventbus:{self.config.service}:{self.name}"
         )
-        self._lanes: dict[str, Lane] = {}
-
         self._publisher = self._make_publisher()
         self.dispatcher = self._make_dispatcher()
         self._listener = self._make_listener()
@@ -307,14 +307,20 @@ class Node:
         signal.connect(bridge)
 
     def _publish(self, name: str, payload: Mapping[str, Any], confirm: bool) -> str:
-        return self._publisher.publish(self._lane(name), payload, confirm=confirm)
+        while True:
+            publisher = self._publisher
 
-    def _lane(self, name: str) -> Lane:
-        lane = self._lanes.get(name)
+            try:
+                return publisher.publish(self._lane(publisher, name), payload, confirm=confirm)
+            except ClosedError:
+                logger.debug("%r was sent during a stop; the next publisher takes it.", name)
+
+    def _lane(self, publisher: Publisher, name: str) -> Lane:
+        lane = publisher.lanes.get(name)
 
         if lane is None:
             seal = self.codec.seal(self.config.service, name)
-            lane = self._lanes.setdefault(
+            lane = publisher.lanes.setdefault(
                 name, Lane(name=name, key=self._keys.key(name), seal=seal)
             )
 

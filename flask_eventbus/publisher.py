@@ -86,6 +86,10 @@ class Bridge(Outbound):
         )
 
 
+class ClosedError(Exception):
+    """A publisher was closed before it took an emission; it may go to the next one."""
+
+
 class Lane:
     """The events of one name from one node: what is the same for each, and their count."""
 
@@ -112,6 +116,11 @@ class Outgoing:
         self.done: threading.Event | None = None
         self.error: Exception | None = None
         self.withdrawn = False
+
+    @property
+    def number(self) -> int:
+        """Its running number in the node."""
+        return int(self.id.rpartition("-")[2])
 
     @property
     def size(self) -> int:
@@ -151,6 +160,8 @@ class Publisher:
         self._node = node
         self._counters = counters
         self._log = BoundedLog(logger)
+        #: What is published by it, by the names of the signals.
+        self.lanes: dict[str, Lane] = {}
         self._numbers = itertools.count(1)
         self._issued = 0
         #: Guards what follows, and is notified whenever any of it changes.
@@ -194,6 +205,7 @@ class Publisher:
         :raises HopLimitError: the chain of causes is too long.
         :raises PublishError: Redis is known to be away and the policy is ``"raise"``, or a
             confirmation did not come in time.
+        :raises ClosedError: it was closed; the emission is not taken.
         """
         attributes = self._causes(lane)
         data = self._codec.pack_payload(payload)
@@ -222,7 +234,13 @@ class Publisher:
         :return: whether it was.
         """
         with self._changed:
-            return self._changed.wait_for(lambda: not self.buffered, timeout)
+            last = self._issued
+            self._waiting += 1
+
+            try:
+                return self._changed.wait_for(lambda: self._has_written(last), timeout)
+            finally:
+                self._waiting -= 1
 
     def close(self, timeout: float) -> None:
         """Flush and stop writing; what could not be written is logged by id."""
@@ -247,6 +265,10 @@ class Publisher:
         self._in_hand = ()
         # Nobody is to be told of the connection that is lost with this.
         self._away_since = time.monotonic()
+
+    def _has_written(self, number: int) -> bool:
+        first = next(iter(self._in_hand or self._buffer), None)
+        return first is None or first.number > number
 
     # -- the thread of whoever sends ------------------------------------------------------
 
@@ -283,6 +305,10 @@ class Publisher:
     ) -> Outgoing:
         with self._changed:
             self._make_room(len(data) + lane.seal.overhead)
+
+            if self._closing:
+                raise ClosedError
+
             number = self._issued = next(self._numbers)
             lane.seq += 1
             attributes["id"] = f"{self._node}-{number}"

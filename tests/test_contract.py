@@ -678,6 +678,50 @@ def test_a_bus_can_be_stopped_while_events_pour_in(make: Make) -> None:
     assert heard.values == sorted(set(heard.values))
 
 
+def test_nothing_is_lost_when_a_bus_is_stopped_while_others_send(make: Make) -> None:
+    shop, audit = make("shop", publish=["tick"]), make("audit")
+    heard = Heard(audit, "tick")
+    listen(audit)
+    enough = threading.Event()
+    sent: list[int] = []
+
+    def pour() -> None:
+        while not enough.is_set():
+            send(shop, "tick", n=len(sent))
+            sent.append(len(sent))
+
+    pouring = threading.Thread(target=pour)
+    pouring.start()
+
+    for _ in range(3):
+        shop.stop()
+
+    enough.set()
+    pouring.join()
+    assert shop.flush(5)
+    heard.wait(len(sent))
+    assert sorted(heard.values) == sent
+    assert shop.health().counts.get("dropped", 0) == 0
+
+
+def test_a_flush_waits_only_for_what_was_sent_before_it(make: Make) -> None:
+    shop = make("shop", publish=["tick"])
+    enough = threading.Event()
+
+    def pour() -> None:
+        while not enough.is_set():
+            send(shop, "tick")
+
+    pouring = threading.Thread(target=pour)
+    pouring.start()
+
+    try:
+        assert all(shop.flush(5) for _ in range(3))
+    finally:
+        enough.set()
+        pouring.join()
+
+
 def test_what_was_sent_is_published_when_a_with_block_ends(make: Make) -> None:
     audit = make("audit")
     heard = Heard(audit, "tick")
