@@ -344,10 +344,18 @@ def test_greenlets_that_a_child_inherits_neither_listen_nor_publish(service: Ser
     service.write(
         "program.py",
         f"""
-from gevent import monkey
+from gevent import Greenlet, monkey
 
 monkey.patch_all()
 {PROGRAM}
+import gc
+
+def inherited():
+    '''The living greenlets that listen or write under the parent's name.'''
+    greenlets = [thing for thing in gc.get_objects() if isinstance(thing, Greenlet)]
+    names = [greenlet._run.__self__.name for greenlet in greenlets if not greenlet.dead]
+    return [name for name in names if name.endswith(parent) and "receiver" not in name]
+
 bus.publishes(called)
 bus.start()
 called.send(number=0)
@@ -359,10 +367,14 @@ for number in range(1, 6):
     called.send(number=number)
 
 wait_until(lambda: bus.node._publisher._in_hand)
+parent = bus.node.name
+assert len(inherited()) == 2
 child = os.fork()
 
 if child == 0:
     report("forked")
+    wait_until(lambda: not inherited(), timeout=5)
+    report("freed")
     wait_until_released("RELEASE")
     os._exit(0)
 
@@ -378,6 +390,7 @@ print("the child ended with", ended(child))
     hung.touch()
     service.wait_for("forked")
     service.server.resume()
+    service.wait_for("freed")
     wire.events(6)
     service.publish("called", number=6)
     service.wait_for("called", number=6, pid=program.pid)
