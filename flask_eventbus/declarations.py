@@ -48,6 +48,8 @@ class Declarations:
         self.subscriptions: dict[str, Subscription] = {}
         #: Receivers of patterns, with the services they hear.
         self._patterns: list[tuple[str, Receiver, tuple[Any, ...]]] = []
+        #: The names of the signals that are connected to the receivers of patterns.
+        self._met: set[str] = set()
         #: The declared parameters of signals, by name.
         self.parameters: dict[str, inspect.Signature] = {}
         #: What was loaded by configuration, so that two apps do not load it twice.
@@ -149,14 +151,14 @@ class Declarations:
         """The receivers that an event ``name`` from ``source`` is for, outbound ones included."""
         signal = self.namespace.get(name)
 
-        if signal is not None:
-            return [] if signal.is_muted else list(signal.receivers_for(source))
+        if signal is None:
+            return self._pattern_receivers(name, source)
 
-        return [
-            receiver
-            for pattern, receiver, senders in self._patterns
-            if matches(pattern, name) and (ANY in senders or source in senders)
-        ]
+        if name not in self._met:
+            # An adopted namespace does not tell of the signals that others make in it.
+            self._born(signal)
+
+        return [] if signal.is_muted else list(signal.receivers_for(source))
 
     def receivers_of_pattern(self, pattern: str) -> list[Receiver]:
         """The receivers that hear whatever ``pattern`` stands for, from any service or some."""
@@ -181,6 +183,17 @@ class Declarations:
         for signal in signals:
             _connect(signal, receiver, senders)
 
+    def _pattern_receivers(self, name: str, source: str) -> list[Receiver]:
+        found: list[Receiver] = []
+
+        for pattern, receiver, senders in self._patterns:
+            heard = matches(pattern, name) and (ANY in senders or source in senders)
+
+            if heard and receiver not in found:
+                found.append(receiver)
+
+        return found
+
     def _subscribe(self, subscription: Subscription) -> None:
         known = self.subscriptions.get(subscription.name)
         echo = subscription.echo or (known is not None and known.echo)
@@ -192,6 +205,8 @@ class Declarations:
         return isinstance(signal, NamedSignal) and self.namespace.get(signal.name) is signal
 
     def _born(self, signal: NamedSignal) -> None:
+        self._met.add(signal.name)
+
         for pattern, receiver, senders in self._patterns:
             if matches(pattern, signal.name):
                 _connect(signal, receiver, senders)

@@ -295,6 +295,35 @@ def test_receivers_of_a_name_and_of_patterns_hear_it_once_each(make: Make) -> No
     assert audit.health().counts.get("duplicates", 0) == 0
 
 
+def test_a_receiver_of_several_patterns_hears_an_event_once(make: Make) -> None:
+    shop, audit = make("shop", publish=["*"]), make("audit")
+    heard = Heard(audit, "order_*")
+    audit.on("*")(heard)
+    listen(audit)
+
+    send(shop, "order_paid", n=1)
+    heard.wait()
+    audit.signal("order_paid")
+    send(shop, "order_paid", n=2)
+    send(shop, "last", n=3)
+
+    heard.wait(3)
+    assert heard.values == [1, 2, 3]
+
+
+def test_patterns_hear_signals_that_others_make_in_an_adopted_namespace(make: Make) -> None:
+    namespace = blinker.Namespace()
+    shop, audit = make("shop", publish=["*"]), make("audit", namespace=namespace)
+    heard = Heard(audit, "order_*")
+    namespace.signal("order_paid")
+    listen(audit)
+
+    send(shop, "order_paid", n=1)
+
+    heard.wait()
+    assert heard.values == [1]
+
+
 def test_only_the_named_services_are_heard(make: Make) -> None:
     shops = [make(service, publish=["tick"]) for service in ("shop", "bank", "clock")]
     audit = make("audit")
