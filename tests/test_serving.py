@@ -105,24 +105,11 @@ def test_flask_run_listens_in_its_one_process(service: Service) -> None:
     assert service.hearers(1) == {program.pid}
 
 
-def test_flask_run_with_the_reloader_listens_in_the_child_and_anew_after_a_change(
+def test_flask_run_with_the_reloader_listens_only_in_a_child_that_has_loaded_the_app(
     service: Service,
 ) -> None:
     program = service.run(*FLASK_RUN, "--debug")
     (first,) = service.hearers(1)
-    before = service.nodes("pubsub")
-
-    touch(service.folder / "app.py")
-    service.listeners(1, besides=before)
-
-    (second,) = service.hearers(1)
-    assert len({program.pid, first, second}) == 3
-    assert {line["parent"] for line in service.reports("called")} == {program.pid}
-
-
-def test_flask_run_does_not_listen_for_an_app_that_failed_to_load(service: Service) -> None:
-    program = service.run(*FLASK_RUN, "--debug")
-    service.listeners(1)
 
     service.write("app.py", f"{APP}\nraise RuntimeError('half of it')")
     wait_until(lambda: "half of it" in program.said, what="the change is noticed")
@@ -134,7 +121,9 @@ def test_flask_run_does_not_listen_for_an_app_that_failed_to_load(service: Servi
 
     touch(service.write("app.py", APP))
 
-    assert service.hearers(1)
+    (second,) = service.hearers(1)
+    assert len({program.pid, first, second}) == 3
+    assert {line["parent"] for line in service.reports("called")} == {program.pid}
 
 
 @pytest.mark.parametrize("reloads", [False, True])
