@@ -4,6 +4,14 @@ The number of workers is the environment's, ``WEB_CONCURRENCY``: on a channel ev
 every event, so it is the service that decides how many there may be.
 """
 
+import logging
+
+# What the bus tells, Redis lost and regained for example, stands beside gunicorn's own lines.
+logging.basicConfig(
+    level=logging.INFO,
+    format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s",
+)
+
 # The container's own network; Compose publishes it to this machine alone.
 bind = "0.0.0.0:8000"
 

@@ -1,0 +1,260 @@
+"""The stack of docker-compose.yml on a real engine: it works, heals, drains, and is locked up."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compose.stack import FILE, SERVICES, WEB, Stack, compose_program, docker
+from servers import require
+from waiting import wait_until
+
+# The first test builds the images.
+pytestmark = pytest.mark.timeout(1_200)
+
+_numbers = itertools.count(1)
+
+
+def register(stack: Stack) -> str:
+    """Register a user who was never seen before, and return the address."""
+    email = f"user{next(_numbers)}@example.com"
+    stack.send("accounts", "/register", email=email, name="Ada")
+    return email
+
+
+def mails(stack: Stack) -> Iterator[dict[str, Any]]:
+    for line in stack.logs("mail").splitlines():
+        if line.startswith("{"):
+            yield json.loads(line)
+
+
+def has_mail(stack: Stack, email: str) -> bool:
+    return any(mail["to"] == [email] for mail in mails(stack))
+
+
+def audited(stack: Stack) -> list[dict[str, Any]]:
+    lines = stack.execute("audit", "cat", "/data/audit.jsonl").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def is_audited(stack: Stack, email: str) -> bool:
+    payloads = [line["payload"] for line in audited(stack) if line["what"] == "event"]
+    return any(payload.get("email") == email for payload in payloads)
+
+
+def calls_counted(stack: Stack, service: str) -> int:
+    counts = stack.get("analytics", "/counts.json")
+    return next((found["total"] for found in counts["services"] if found["name"] == service), 0)
+
+
+def prices(stack: Stack, *, workers: int = 2) -> dict[int, dict[str, Any]]:
+    """What each worker of the catalog answers, once as many as that have answered."""
+    answers: dict[int, dict[str, Any]] = {}
+
+    def ask() -> bool:
+        answer = stack.get("catalog", "/products/A1")
+        answers[answer["worker"]] = answer
+        return len(answers) == workers
+
+    wait_until(ask, timeout=20, what=f"{workers} workers answer")
+    return answers
+
+
+def change_price(stack: Stack) -> str:
+    price = f"{next(_numbers)}.25"
+    stack.send("catalog", "/products/A1/price", method="PUT", price=price)
+    return price
+
+
+def serves(stack: Stack, price: str) -> bool:
+    return {answer["price"] for answer in prices(stack).values()} == {price}
+
+
+def test_a_registration_is_mailed_audited_and_counted(stack: Stack) -> None:
+    counted = calls_counted(stack, "accounts")
+
+    email = register(stack)
+
+    wait_until(lambda: has_mail(stack, email), what="the mail is at the mail server")
+    wait_until(lambda: is_audited(stack, email), what="audit has written the event")
+    wait_until(lambda: calls_counted(stack, "accounts") > counted, what="the call is counted")
+
+
+def test_after_a_change_no_worker_serves_the_old_price(stack: Stack) -> None:
+    wait_until(
+        lambda: all(answer["cached"] for answer in prices(stack).values()),
+        what="both workers have the price in their caches",
+    )
+
+    price = change_price(stack)
+
+    wait_until(lambda: serves(stack, price), what="both workers serve the new price")
+
+
+def test_a_restart_of_redis_needs_no_other_restart(stack: Stack) -> None:
+    others = [service for service in SERVICES if service != "redis"]
+    started = {service: stack.state(service)["StartedAt"] for service in others}
+
+    stack.compose("restart", "redis")
+
+    wait_until(lambda: registration_arrives(stack), timeout=60, what="a user gets a mail again")
+    wait_until(lambda: serves(stack, change_price(stack)), timeout=60, what="prices are told again")
+    wait_until(stack.is_healthy, timeout=60, what="every container is healthy again")
+    assert "reconnected" in [line["what"] for line in audited(stack)]
+    assert {service: stack.state(service)["StartedAt"] for service in others} == started
+    assert {stack.inspect(service)["RestartCount"] for service in SERVICES} == {0}
+
+
+def registration_arrives(stack: Stack) -> bool:
+    """Whether all who are to hear of a user do, within a moment."""
+    email = register(stack)
+    deadline = time.monotonic() + 3
+
+    while time.monotonic() < deadline:
+        if has_mail(stack, email) and is_audited(stack, email):
+            return True
+
+    return False
+
+
+def test_users_register_while_redis_is_away_and_their_events_wait(stack: Stack) -> None:
+    stack.compose("stop", "redis")
+    register(stack)
+    wait_until(lambda: not publishing(stack), what="accounts knows that Redis is away")
+    register(stack)
+    assert buffered(stack) >= 2
+
+    stack.up()
+
+    wait_until(lambda: publishing(stack) and not buffered(stack), timeout=30, what="they are sent")
+
+
+def publishing(stack: Stack) -> bool:
+    return bool(stack.get("accounts", "/health")["publishing"])
+
+
+def buffered(stack: Stack) -> int:
+    return int(stack.get("accounts", "/health")["buffered"])
+
+
+@pytest.mark.parametrize(
+    ("user", "command"),
+    [
+        ("accounts", ("PUBLISH", "eventbus:{price_changed}:channel", "")),
+        ("mailer", ("PUBLISH", "eventbus:{user_registered}:channel", "")),
+        ("analytics", ("PUBLISH", "eventbus:{api_call}:channel", "")),
+        ("catalog", ("SUBSCRIBE", "eventbus:{user_registered}:channel")),
+        ("audit", ("GET", "anything")),
+        ("ops", ("CONFIG", "SET", "maxmemory", "1")),
+    ],
+)
+def test_redis_refuses_a_service_what_it_does_not_need(
+    stack: Stack, user: str, command: tuple[str, ...]
+) -> None:
+    assert "NOPERM" in stack.redis(user, *command)
+
+
+def test_redis_refuses_the_services_nothing_that_they_do(stack: Stack) -> None:
+    stack.redis("ops", "ACL", "LOG", "RESET")
+
+    stack.compose("restart", "catalog")
+    wait_until(stack.is_healthy, timeout=60, what="every container is healthy again")
+    register(stack)
+    change_price(stack)
+
+    assert stack.redis("ops", "ACL", "LOG").strip() == ""
+
+
+def test_people_can_ask_redis_who_listens(stack: Stack) -> None:
+    said = stack.compose("run", "--rm", "ops", "routes", timeout=300)
+
+    assert "price_changed    2" in said
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_container_is_not_root_and_writes_nowhere_but_to_its_data(
+    stack: Stack, service: str
+) -> None:
+    host = stack.inspect(service)["HostConfig"]
+
+    assert stack.execute(service, "id", "-u").strip() == "10001"
+    assert "Read-only" in stack.execute(service, "touch", "/srv/x", "/etc/x", succeeds=False)
+    assert host["ReadonlyRootfs"]
+    assert host["CapDrop"] == ["ALL"]
+    assert "no-new-privileges:true" in host["SecurityOpt"]
+    assert host["RestartPolicy"]["Name"] == "unless-stopped"
+
+
+def test_nothing_but_the_web_services_is_published_and_that_to_this_machine(stack: Stack) -> None:
+    published = {
+        service: stack.inspect(service)["NetworkSettings"]["Ports"] for service in SERVICES
+    }
+    addresses = {
+        service: {binding["HostIp"] for bindings in ports.values() for binding in bindings or ()}
+        for service, ports in published.items()
+    }
+
+    assert addresses == {
+        service: {"127.0.0.1"} if service in WEB else set() for service in SERVICES
+    }
+
+
+def test_a_stop_lets_a_mail_that_is_on_its_way_arrive(stack: Stack) -> None:
+    mail, mailer = stack.container("mail"), stack.container("mailer")
+    docker("pause", mail)
+    email = register(stack)
+    wait_until(lambda: is_mailing(stack), what="the mailer speaks to the mail server")
+
+    begin = time.monotonic()
+    stop = stack.begin("stop")
+    wait_until(lambda: "Handling signal: term" in docker("logs", mailer), what="it is told to stop")
+    assert stack.state("mailer")["Status"] == "running"
+    docker("unpause", mail)
+
+    assert stop.wait(60) == 0
+    assert time.monotonic() - begin < 40
+    assert has_mail(stack, email)
+    assert {service: stack.state(service)["ExitCode"] for service in SERVICES} == dict.fromkeys(
+        SERVICES, 0
+    )
+
+    stack.up()
+
+
+def is_mailing(stack: Stack) -> bool:
+    """Whether a connection from the mailer to port 1025 is established."""
+    connections = stack.execute("mailer", "cat", "/proc/net/tcp").splitlines()
+    return any(":0401 01 " in line for line in connections)
+
+
+def test_what_was_stored_is_there_after_the_containers_were_made_anew(stack: Stack) -> None:
+    price = change_price(stack)
+    email = register(stack)
+    wait_until(lambda: is_audited(stack, email), what="audit has written the event")
+
+    stack.compose("up", "--detach", "--force-recreate", "--no-deps", "catalog", "audit")
+    wait_until(stack.is_healthy, timeout=60, what="every container is healthy again")
+
+    assert serves(stack, price)
+    assert is_audited(stack, email)
+
+
+def test_without_passwords_compose_says_which_command_makes_them(tmp_path: Path) -> None:
+    require("docker-compose, or the plug-in 'docker compose'", program := compose_program())
+    empty = tmp_path / "empty"
+    empty.touch()
+
+    done = subprocess.run(
+        [*(program or ()), f"--file={FILE}", f"--env-file={empty}", "config"],
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode != 0
+    assert "Run deploy/make-secrets first" in done.stderr

@@ -1,0 +1,99 @@
+"""What the Compose stack is made of, as far as it can be tried without an engine."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from programs import Program
+from servers import RedisServer
+from waiting import wait_until
+
+from flask_eventbus.config import Config
+from flask_eventbus.node import FLUSH_AT_EXIT
+from flask_eventbus.publisher import WRITE_TIMEOUT
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+COMPOSE = (ROOT / "docker-compose.yml").read_text()
+
+
+@pytest.fixture
+def health_file(tmp_path: Path) -> Path:
+    return tmp_path / "healthy"
+
+
+@pytest.fixture
+def audit(tmp_path: Path, redis_server: RedisServer, health_file: Path) -> Iterator[Program]:
+    """The script of the stack, with the plug-in that the stack gives it."""
+    settings = {
+        "EVENTBUS_URL": redis_server.url,
+        "EVENTBUS_RECEIVERS": f"{DEPLOY}/receivers/",
+        "HEALTH_FILE": str(health_file),
+    }
+    program = Program([str(ROOT / "services" / "audit" / "audit.py")], tmp_path, settings)
+    yield program
+    program.kill()
+
+
+def test_the_health_file_is_there_while_a_script_hears(
+    audit: Program, redis_server: RedisServer, health_file: Path
+) -> None:
+    wait_until(health_file.exists, what="the script hears")
+
+    redis_server.kill()
+    wait_until(lambda: not health_file.exists(), what="the script knows that it hears nothing")
+
+    redis_server.start()
+    wait_until(health_file.exists, timeout=20, what="the script hears again")
+
+    audit.tell(signal.SIGTERM)
+    assert audit.process.wait(10) == 0
+
+
+def test_a_health_file_that_an_earlier_process_left_says_nothing(
+    tmp_path: Path, health_file: Path
+) -> None:
+    health_file.touch()
+    settings = {
+        "EVENTBUS_URL": "redis://127.0.0.1:1/0",
+        "EVENTBUS_RECEIVERS": f"{DEPLOY}/receivers/",
+        "HEALTH_FILE": str(health_file),
+    }
+
+    program = Program([str(ROOT / "services" / "audit" / "audit.py")], tmp_path, settings)
+
+    wait_until(lambda: not health_file.exists(), what="the file is gone")
+    program.kill()
+
+
+def test_the_stack_waits_longer_for_the_end_than_the_end_may_take() -> None:
+    drain = Config(service="any").grace + FLUSH_AT_EXIT + WRITE_TIMEOUT + 1
+    gunicorn = runpy.run_path(str(DEPLOY / "gunicorn.conf.py"))
+    graces = [int(seconds) for seconds in re.findall(r"stop_grace_period: (\d+)s", COMPOSE)]
+
+    assert drain < gunicorn["graceful_timeout"] < max(graces)
+    assert gunicorn["timeout"] > drain
+
+
+def test_make_secrets_writes_a_password_for_each_user_and_keeps_those_there(tmp_path: Path) -> None:
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    users = (DEPLOY / "redis" / "users.acl").read_text()
+    file = tmp_path / ".env"
+    file.write_text("MINE=1\nOPS_PASSWORD=chosen\n")
+
+    for _ in range(2):
+        subprocess.run([tmp_path / "deploy" / "make-secrets"], check=True, capture_output=True)
+
+    lines = dict(line.split("=", 1) for line in file.read_text().splitlines())
+    assert set(lines) == {"MINE", *re.findall(r"#(\w+_PASSWORD)", users)}
+    assert (lines["MINE"], lines["OPS_PASSWORD"]) == ("1", "chosen")
+    assert len(lines["AUDIT_PASSWORD"]) == 48
+    assert lines["AUDIT_PASSWORD"] != lines["MAILER_PASSWORD"]
+    assert file.stat().st_mode & 0o777 == 0o600
