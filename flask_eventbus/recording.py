@@ -44,4 +44,4 @@ class Recording:
 
     def _codec_of(self, body: bytes) -> Codec:
         node = msgpack.unpackb(body, strict_map_key=False)["id"].rpartition("-")[0]
-        return next(codec for names, codec in self._codecs if node in names)
+        return next((codec for names, codec in self._codecs if node in names), Codec())

@@ -218,6 +218,7 @@ class Isolation:
         return f"{source}-{self._delivered}"
 
     def _dispatch(self, event: Event) -> list[Failure]:
+        __tracebackhide__ = True
         hearing = [node for node in self._under_test() if _hears(node, event)]
 
         if not hearing:
@@ -280,6 +281,8 @@ def _handle(node: Node, event: Event) -> list[Failure]:
 
 
 def _raise(event: Event, failures: list[Failure]) -> None:
+    __tracebackhide__ = True
+
     if len(failures) == 1:
         raise failures[0].error
 

@@ -1174,8 +1174,18 @@ def test_apps_of_earlier_tests_do_not_disturb_later_ones(
 def test_a_failure_points_at_the_line_of_the_test(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
-        def test_it(eventbus):
+        from flask_eventbus import Bus
+
+        def test_publishing(eventbus):
             eventbus.assert_published("user_registered", user_id=7)
+
+        def test_receiving(eventbus):
+            eventbus.deliver("user_registered", user_id=7)
+
+        def test_failing(eventbus):
+            bus = Bus(service="mailer")
+            bus.on("user_registered")(lambda sender, user_id: 1 / 0)
+            eventbus.deliver("user_registered", user_id=7)
         """
     )
 
@@ -1185,7 +1195,11 @@ def test_a_failure_points_at_the_line_of_the_test(pytester: pytest.Pytester) -> 
         [
             ">*eventbus.assert_published(*",
             "E*AssertionError: 'user_registered' with user_id=7 was not published.*",
-            "*test_a_failure_points_at_the_line_of_the_test.py:2: AssertionError",
+            "*test_a_failure_points_at_the_line_of_the_test.py:4: AssertionError",
+            ">*eventbus.deliver(*",
+            "E*AssertionError: Nothing here receives 'user_registered' from 'elsewhere'.*",
+            "*test_a_failure_points_at_the_line_of_the_test.py:7: AssertionError",
+            "*test_a_failure_points_at_the_line_of_the_test.py:11: ZeroDivisionError",
         ]
     )
     outcome.stdout.no_fnmatch_line("*testing.py*")
