@@ -9,6 +9,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from programs import Program
@@ -22,6 +23,7 @@ from flask_eventbus.publisher import WRITE_TIMEOUT
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
+PAGE = (ROOT / "docs" / "deploying.md").read_text()
 
 
 @pytest.fixture
@@ -97,3 +99,60 @@ def test_make_secrets_writes_a_password_for_each_user_and_keeps_those_there(tmp_
     assert len(lines["AUDIT_PASSWORD"]) == 48
     assert lines["AUDIT_PASSWORD"] != lines["MAILER_PASSWORD"]
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of the page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def test_redis_accepts_every_user_of_the_page(redis_server: RedisServer) -> None:
+    users = [line for block in blocks("acl") for line in block.splitlines()]
+
+    with redis_server.client as client:
+        for user in users:
+            client.execute_command("ACL", "SETUSER", *rules_of(user.removeprefix("user ")))
+
+        loaded = client.acl_users()
+
+    assert set(loaded) == {"default", "accounts", "mailer", "audit"}
+
+
+def rules_of(line: str) -> list[str]:
+    """The words of a line, a selector in parentheses being one."""
+    return re.findall(r"\([^)]*\)|\S+", line)
+
+
+def test_the_health_of_the_page_follows_redis(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASK_EVENTBUS_URL", redis_server.url)
+    names: dict[str, Any] = {"__name__": "mailer"}
+    exec(blocks("python")[0], names)  # noqa: S102 - our own page
+    app = names["create_app"]()
+    client = app.test_client()
+
+    assert client.get("/health").status_code == 503
+    names["bus"].start(app)
+    wait_until(lambda: client.get("/health").status_code == 200, what="it hears")
+    redis_server.kill()
+    wait_until(lambda: client.get("/health").status_code == 503, what="it hears nothing")
+    assert client.get("/live").status_code == 204
+    names["bus"].stop(app, flush=0)
+
+
+def test_the_log_lines_of_the_page_are_those_of_the_package() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \| (?:warning|error) \|", PAGE, re.MULTILINE)
+    sources = "".join(path.read_text() for path in (ROOT / "flask_eventbus").glob("*.py"))
+    said = re.sub(r'"\s+f?"', "", sources)
+
+    assert len(rows) > 10
+    assert [row for row in rows if row not in said] == []
+
+
+def test_the_ports_and_passwords_of_the_page_are_those_of_the_stack() -> None:
+    for name in re.findall(r"`([A-Z]+_(?:PORT|PASSWORD|IMAGE))`", PAGE):
+        assert f"${{{name}:" in COMPOSE
+
+    published = re.findall(r"127\.0\.0\.1:\$\{[A-Z]+_PORT:-(\d+)\}:8000", COMPOSE)
+    assert published == re.findall(r"`http://127\.0\.0\.1:(\d+)`", PAGE)

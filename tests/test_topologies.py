@@ -104,7 +104,7 @@ class Cluster:
             RedisServer(
                 room,
                 *("--cluster-enabled", "yes", "--cluster-port", str(port)),
-                *("--cluster-node-timeout", "1000", "--cluster-require-full-coverage", "no"),
+                *("--cluster-node-timeout", "1000"),
             )
             for room, port in zip(rooms_in(folder), self._bus_ports, strict=False)
         ]
@@ -135,6 +135,11 @@ class Cluster:
         """The node that a connection of ``bus`` goes to."""
         living = (node for node in self.nodes if node.answers())
         return next(node for node in living if is_connected(bus, node))
+
+    def is_broken(self) -> bool:
+        """Whether every living node refuses commands with keys."""
+        living = [node for node in self.nodes if node.answers()]
+        return all("cluster_state:fail" in str(ask(node, "CLUSTER", "INFO")) for node in living)
 
     def _is_whole(self) -> bool:
         return all(knows_the_cluster(node) for node in self.nodes)
@@ -321,6 +326,16 @@ def test_a_listener_goes_on_at_another_node_when_its_own_dies(
     pair.go_on()
 
     assert cluster.node_of(pair.listener)
+
+
+def test_a_cluster_that_has_lost_slots_still_carries_events(
+    cluster: Cluster, make_bus: MakeBus
+) -> None:
+    pair = Pair(make_bus, cluster.url)
+
+    cluster.nodes[0].kill()
+    wait_until(cluster.is_broken, what="the others know that slots are lost")
+    pair.go_on()
 
 
 def test_a_publisher_goes_on_at_another_node_when_its_own_dies(
