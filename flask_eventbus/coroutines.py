@@ -1,4 +1,4 @@
-"""Runs ``async def`` receivers from threads, on one event loop per thread."""
+"""Runs ``async def`` receivers from threads that have no event loop of their own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import os
 import selectors
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 _threads = threading.local()
@@ -18,8 +19,8 @@ _threads = threading.local()
 def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run ``coroutine`` to its end and return its result, in the caller's context.
 
-    The loop of a thread is kept for its next coroutine, so that a client made in one
-    event serves the next. Where a loop runs already, in an async view for example, the
+    Inside of :func:`kept_loop` one loop serves all coroutines of the thread; elsewhere
+    each has its own. Where a loop runs already, in an async view for example, the
     coroutine gets a thread of its own, since loops cannot nest.
     """
     context = contextvars.copy_context()
@@ -31,27 +32,33 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return _runner().run(coroutine, context=context)
+        return _run_here(coroutine, context)
 
     with ThreadPoolExecutor(1, thread_name_prefix="eventbus-async") as pool:
         return pool.submit(context.run, asyncio.run, coroutine).result()
 
 
-def close_runner() -> None:
-    """Close the calling thread's event loop, if it has one."""
-    runner = _threads.__dict__.pop("runner", None)
+@contextmanager
+def kept_loop() -> Iterator[None]:
+    """Keep one event loop for this thread, so that a client made in one event serves the next."""
+    # The runner makes its loop when it is first used.
+    runner = _threads.runner = asyncio.Runner(loop_factory=_make_loop)
 
-    if runner is not None:
+    try:
+        yield
+    finally:
+        _forget_runner()
         runner.close()
 
 
-def _runner() -> asyncio.Runner:
-    runner: asyncio.Runner | None = getattr(_threads, "runner", None)
+def _run_here(coroutine: Coroutine[Any, Any, Any], context: contextvars.Context) -> Any:
+    kept: asyncio.Runner | None = getattr(_threads, "runner", None)
 
-    if runner is None:
-        runner = _threads.runner = asyncio.Runner(loop_factory=_make_loop)
+    if kept is not None:
+        return kept.run(coroutine, context=context)
 
-    return runner
+    with asyncio.Runner(loop_factory=_make_loop) as runner:
+        return runner.run(coroutine, context=context)
 
 
 def _make_loop() -> asyncio.AbstractEventLoop:

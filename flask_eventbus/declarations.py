@@ -57,7 +57,7 @@ class Declarations:
         self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
 
         if isinstance(self.namespace, BusNamespace):
-            self.namespace.on_new = self._born
+            self.namespace.watch(self._born)
 
     def signal(self, name: str, doc: str | None = None) -> NamedSignal:
         """The bus's signal called ``name``: a blinker signal, made at the first call.

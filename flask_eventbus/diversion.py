@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from . import connections
-from .coroutines import close_runner
 from .node import Node, nodes
 
 #: Seconds that events sent before get to reach the server they were sent to.
@@ -28,7 +27,6 @@ def diverted(url: str) -> Iterator[None]:
     finally:
         _divert(before, listening)
         connections.memory_servers.pop(url, None)
-        close_runner()
 
 
 def _divert(url: str | None, listening: Iterable[Node]) -> None:

@@ -14,7 +14,7 @@ from .channels import ChannelKeys, ChannelReader, Frame
 from .codec import Codec
 from .config import Config
 from .connections import OUTAGE
-from .coroutines import close_runner
+from .coroutines import kept_loop
 from .counters import BoundedLog, Counters
 from .dispatcher import Dispatcher
 from .errors import DecodeError
@@ -465,12 +465,10 @@ class Listener:
     def _dispatch(self) -> None:
         most = BATCH if self._config.concurrency == 1 else 1
 
-        try:
+        with kept_loop():
             while events := self._inbox.take(most):
                 self._dispatch_all(events)
                 self._inbox.done(len(events))
-        finally:
-            close_runner()
 
     def _dispatch_all(self, events: Sequence[Event]) -> None:
         for event in events:

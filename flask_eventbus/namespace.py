@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
+from weakref import WeakMethod
 
 from blinker import NamedSignal, Namespace
 
@@ -73,8 +74,11 @@ class BusNamespace(Namespace):
 
     def __init__(self) -> None:
         super().__init__()
-        #: Called with each new signal, before anyone can connect to it.
-        self.on_new: Callable[[NamedSignal], None] | None = None
+        self._watchers: list[WeakMethod[Callable[[NamedSignal], None]]] = []
+
+    def watch(self, watcher: Callable[[NamedSignal], None]) -> None:
+        """Call ``watcher``, a method, with each new signal as long as its object lives."""
+        self._watchers.append(WeakMethod(watcher))
 
     def signal(self, name: str, doc: str | None = None) -> NamedSignal:
         """The signal called ``name``, made at the first call.
@@ -87,8 +91,11 @@ class BusNamespace(Namespace):
         check_signal_name(name, "signal()")
         signal = self[name] = BusSignal(name, doc)
 
-        if self.on_new is not None:
-            self.on_new(signal)
+        for reference in self._watchers:
+            watcher = reference()
+
+            if watcher is not None:
+                watcher(signal)
 
         return signal
 

@@ -550,9 +550,25 @@ class Publisher:
             "%d events were not published before the end (%s): %s",
             len(waiting),
             reason,
-            ", ".join(f"{out.lane.name} {out.id}" for out in waiting),
+            _shown(waiting),
         )
         tell(events_dropped, self._config.service, where="buffer", count=len(waiting))
+
+
+def _shown(lost: Sequence[Outgoing]) -> str:
+    """Their ids; runs of the same signal as their first and last."""
+    runs: list[list[Outgoing]] = []
+
+    for outgoing in lost:
+        if runs and runs[-1][-1].lane is outgoing.lane:
+            runs[-1].append(outgoing)
+        else:
+            runs.append([outgoing])
+
+    return ", ".join(
+        f"{run[0].lane.name} {run[0].id}" + (f" to {run[-1].id} ({len(run)})" if run[1:] else "")
+        for run in runs
+    )
 
 
 def _finish(outgoing: Outgoing, error: Exception | None) -> None:

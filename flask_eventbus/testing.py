@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import gc
 import secrets
-import threading
 import time as clock
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from blinker import NamedSignal
 
 from . import connections
 from .codec import Codec
-from .coroutines import close_runner
+from .coroutines import kept_loop
 from .dispatcher import Failure
 from .diversion import diverted
 from .errors import ConfigError, DecodeError
@@ -58,7 +57,7 @@ def isolated() -> Iterator[Isolation]:
     _require_fakeredis()
     url = f"memory://isolated-{secrets.token_hex(6)}"
 
-    with diverted(url):
+    with diverted(url), kept_loop():
         isolation = Isolation(url)
         born.append(isolation.meet)
 
@@ -75,7 +74,6 @@ class Isolation:
     def __init__(self, url: str) -> None:
         self._server = connections.memory_server(url)
         self._recording = Recording(url)
-        self._thread = threading.get_ident()
         self._delivered = 0
         #: Nodes that need no second look whether they are still there: one cannot be too many.
         self._alive = 1
@@ -224,11 +222,7 @@ class Isolation:
         if not hearing:
             raise AssertionError(why_unheard(event, _living()))
 
-        try:
-            return [failure for node in hearing for failure in _handle(node, event)]
-        finally:
-            if threading.get_ident() != self._thread:
-                close_runner()
+        return [failure for node in hearing for failure in _handle(node, event)]
 
     def _under_test(self) -> list[Node]:
         if len(nodes) > self._alive:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -210,8 +212,6 @@ def test_async_receivers_run_when_a_signal_is_sent_locally() -> None:
 
 @pytest.mark.parametrize("flask_async", [True])
 def test_async_receivers_run_where_a_loop_runs_already(flask_async: bool) -> None:
-    import asyncio
-
     app = make_app()
     received = []
 
@@ -229,8 +229,6 @@ def test_async_receivers_run_where_a_loop_runs_already(flask_async: bool) -> Non
 
 
 def test_send_async_awaits_receivers_and_publishes() -> None:
-    import asyncio
-
     bus = Bus("memory://async", service="x", publish=["ping"])
     received = []
 
@@ -390,3 +388,32 @@ def test_a_failing_receiver_stops_no_other_and_a_failing_teardown_is_counted() -
 def test_current_event_outside_of_a_receiver_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"current_event\.id was read where no event is being"):
         _ = current_event.id
+
+
+def test_two_buses_share_a_namespace_and_both_hear_of_new_signals() -> None:
+    first = Bus("memory://shared", service="first", publish=["order_*"])
+    second = Bus("memory://shared", service="second", publish=["*"], namespace=first.namespace)
+
+    second.signal("order_paid").send("test", n=1)
+
+    assert first.flush(5)
+    assert second.flush(5)
+    assert first.health().counts["published"] == 1
+    assert second.health().counts["published"] == 1
+    first.stop()
+    second.stop()
+
+
+def test_async_receivers_leave_no_loop_behind_in_short_lived_threads() -> None:
+    bus = Bus("memory://loops", service="x")
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    @bus.on("ping")
+    async def receive(sender: Any) -> None:
+        loops.append(asyncio.get_running_loop())
+
+    thread = threading.Thread(target=bus.signal("ping").send, args=("test",))
+    thread.start()
+    thread.join()
+
+    assert [loop.is_closed() for loop in loops] == [True]

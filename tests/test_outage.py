@@ -337,7 +337,7 @@ def test_what_cannot_be_flushed_at_the_end_is_logged_by_id(
     publisher.stop(flush=0.1)
 
     errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
-    assert any(f"tick {node}-1, tick {node}-2" in text for text in errors)
+    assert any(f"tick {node}-1 to {node}-2 (2)" in text for text in errors)
 
 
 def test_a_script_flushes_at_its_end_without_being_told(redis_server: RedisServer) -> None:
