@@ -90,8 +90,8 @@ def _open_files(process: Path) -> list[str]:
 
 def _command(process: Path) -> str:
     try:
-        words = (process / "cmdline").read_bytes().split(b"\0")
+        program, *words = (process / "cmdline").read_text(errors="replace").split("\0")
     except (FileNotFoundError, ProcessLookupError):
         return "a program that has just ended"
 
-    return b" ".join(words).decode(errors="replace").strip()[:60]
+    return " ".join([Path(program).name, *words]).strip()[:60]

@@ -138,6 +138,8 @@ class Runner(Manager):  # type: ignore[misc]  # honcho has no types
 
 
 def main() -> int:
+    # As long as there is nothing to end, Ctrl-C ends this program alone.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The programs are forked before there is a second thread.
     multiprocessing.set_start_method("fork")
     options = read_options(__doc__)
@@ -222,7 +224,4 @@ def _print(text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

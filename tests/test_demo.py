@@ -1,0 +1,232 @@
+"""The demo as its user runs it: one command, one screen, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from servers import free_port, require
+from waiting import wait_until
+
+ROOT = Path(__file__).parent.parent
+PROCESSES = Path("/proc")
+
+#: As many as the demo needs.
+PORTS = 5
+
+#: Long enough for a busy machine to start everything.
+STARTED = 60.0
+
+
+class Demo:
+    """``scripts/demo`` in a session of its own, as in a terminal, and the processes it makes."""
+
+    def __init__(self, folder: Path, *arguments: str, base: int = 0, **settings: str) -> None:
+        require("/proc", (PROCESSES / "self" / "environ").exists())
+        self.base = base or free_base()
+        self._mark = f"DEMO_OF_TEST={uuid.uuid4()}"
+        self._screen = folder / "screen"
+
+        with self._screen.open("wb") as screen:
+            self._process = subprocess.Popen(
+                [sys.executable, ROOT / "scripts" / "demo", f"--port-base={self.base}", *arguments],
+                cwd=folder,
+                env={**os.environ, **settings, **dict([self._mark.split("=")])},
+                stdin=subprocess.DEVNULL,
+                stdout=screen,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def screen(self) -> str:
+        return self._screen.read_text(encoding="utf-8")
+
+    @property
+    def processes(self) -> list[str]:
+        """What runs on its behalf, itself included."""
+        found = [process for process in PROCESSES.glob("[0-9]*") if self._is_of_it(process)]
+        return [_command(process) for process in found]
+
+    def await_words(self, words: str) -> None:
+        wait_until(lambda: self._has_said(words), timeout=STARTED, what=f"it says {words!r}")
+
+    def press_ctrl_c(self) -> None:
+        """A terminal tells the whole process group."""
+        os.killpg(self._process.pid, signal.SIGINT)
+
+    def tell(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def end(self) -> int:
+        """Wait for its end; its exit code."""
+        return self._process.wait(STARTED)
+
+    def clear_up(self) -> None:
+        """Leave nothing, whatever a test found out."""
+        if self._process.poll() is None:
+            self.tell(signal.SIGTERM)
+            self.end()
+
+        shutil.rmtree(ROOT / ".demo" / str(self.base), ignore_errors=True)
+
+    def _has_said(self, words: str) -> bool:
+        assert self._process.poll() is None, self.screen
+        return words in self.screen
+
+    def _is_of_it(self, process: Path) -> bool:
+        return self._mark.encode() in _read(process / "environ").split(b"\0")
+
+
+def free_base() -> int:
+    """A port that begins a row of free ones."""
+    return wait_until(lambda: next((base for base in [free_port()] if _is_free(base)), 0))
+
+
+def _is_free(base: int) -> bool:
+    try:
+        for port in range(base, base + PORTS):
+            socket.create_server(("127.0.0.1", port)).close()
+    except (OSError, OverflowError):
+        return False
+
+    return True
+
+
+def _command(process: Path) -> str:
+    return _read(process / "cmdline").replace(b"\0", b" ").decode(errors="replace")
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
+        # It has ended meanwhile, or belongs to somebody else.
+        return b""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
+    """Start demos, which are gone when the test ends."""
+    demos: list[Demo] = []
+
+    def start(*arguments: str, base: int = 0, **settings: str) -> Demo:
+        demos.append(Demo(tmp_path, *arguments, base=base, **settings))
+        return demos[-1]
+
+    yield start
+
+    for demo in demos:
+        demo.clear_up()
+
+
+def test_everything_reacts_without_a_home_or_a_redis_of_the_machine(
+    start: Callable[..., Demo], tmp_path: Path
+) -> None:
+    demo = start("--once", HOME=str(tmp_path), PATH=str(tmp_path))
+
+    assert demo.end() == 0, demo.screen
+    assert demo.processes == []
+    lines = [" ".join(line.split()) for line in demo.screen.splitlines()]
+    expected = [
+        f"✓ accounts :{demo.base} registers users",
+        f"✓ mailer :{demo.base + 1} welcomes them by SMTP to :{demo.base + 4}",
+        f"✓ catalog :{demo.base + 2} has 2 workers that cache prices",
+        f"✓ analytics :{demo.base + 3} counts all API calls",
+        "✓ audit a script without Flask, writes all events",
+        'POST /register {"email": "ada@example.com", "name": "Ada"} 201 after N ms',
+        "✓ mailer mail is at the SMTP server N ms",
+        "✓ mailer plug-in put her on its list N ms",
+        "✓ analytics counted the API call N ms",
+        "✓ audit wrote user_registered, N ms after send() N ms",
+        'PUT /products/A1/price {"price": "9.99"} 200 after N ms',
+        "✓ catalog workers P and P serve the new price N ms",
+        "✓ audit wrote price_changed, N ms after send() N ms",
+        "Everything reacted.",
+    ]
+    assert set(expected) <= {_without_measures(line) for line in lines}
+    assert max(len(line) for line in demo.screen.splitlines()) < 80
+
+
+def _without_measures(line: str) -> str:
+    return re.sub(r"\d+ and \d+ serve", "P and P serve", re.sub(r"[\d.]+ ms", "N ms", line))
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (Demo.press_ctrl_c, 0),
+        (lambda demo: demo.tell(signal.SIGTERM), 0),
+        (lambda demo: demo.tell(signal.SIGKILL), -signal.SIGKILL),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGKILL"],
+)
+def test_it_stays_up_until_told_and_leaves_no_process(
+    start: Callable[..., Demo], end: Callable[[Demo], None], code: int
+) -> None:
+    demo = start()
+    demo.await_words("Try it")
+    page = re.search(r"http://\S+", demo.screen)
+    assert page is not None
+
+    with urllib.request.urlopen(page[0], timeout=10) as answer:  # noqa: S310 - http
+        assert answer.status == 200
+
+    end(demo)
+
+    assert demo.end() == code, demo.screen
+    wait_until(lambda: not demo.processes, what="every process has ended")
+
+
+def test_ctrl_c_while_everything_starts_leaves_no_process(start: Callable[..., Demo]) -> None:
+    demo = start("--once")
+    wait_until(lambda: len(demo.processes) > 3, timeout=STARTED, what="some have started")
+
+    demo.press_ctrl_c()
+
+    assert demo.end() == 130, demo.screen
+    wait_until(lambda: not demo.processes, what="every process has ended")
+
+
+def test_a_port_in_use_is_named_before_anything_starts(start: Callable[..., Demo]) -> None:
+    base = free_base()
+
+    with socket.create_server(("127.0.0.1", base + 2)):
+        demo = start("--once", base=base)
+        code = demo.end()
+
+    assert code == 1
+    assert f"Port {base + 2}, which catalog needs, is in use by " in demo.screen
+    assert f"(process {os.getpid()})." in demo.screen
+    assert re.search(r"or take other ports: scripts/demo --port-base \d+$", demo.screen.strip())
+    assert not (ROOT / ".demo" / str(base)).exists()
+
+
+def test_a_service_that_cannot_start_is_named_with_the_end_of_its_log(
+    start: Callable[..., Demo],
+) -> None:
+    demo = start(EVENTBUS_TIMEOUT="soon")
+
+    assert demo.end() == 1
+    assert "✗ audit      ended with code 1. The end of " in demo.screen
+    assert "'EVENTBUS_TIMEOUT'" in demo.screen
+    assert demo.processes == []
+
+
+def test_a_reaction_that_does_not_come_is_named(start: Callable[..., Demo]) -> None:
+    demo = start("--once", "--patience=8", FLASK_EVENTBUS_RECEIVERS="[]")
+
+    assert demo.end() == 1
+    assert "✓ mailer     mail is at the SMTP server" in demo.screen
+    assert "✗ mailer     not within 8 s: plug-in put her on its list" in demo.screen
+    assert re.search(r"The end of \S+/mailer\.log:", demo.screen)
