@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 QUIET = 5.0
 DEADLINE = 5.0
 
-#: Seconds between tries to connect, at most.
-MOST_BACKOFF = 10.0
+#: Seconds between tries to connect, at most: whoever comes back late has missed events.
+MOST_BACKOFF = 1.0
 
 #: Bytes of a rejected body that are logged.
 SAMPLE = 64

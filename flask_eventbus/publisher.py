@@ -40,6 +40,10 @@ WRITE_TIMEOUT = 2.0
 #: Seconds between tries at most: what waits in memory should not wait long after Redis is back.
 MOST_BACKOFF = 2.0
 
+#: Seconds from Redis's return to the first event that waited: a little more than the
+#: longest wait of a listener before it connects again.
+LISTENERS_RETURN = 1.5
+
 
 class Bridge(Outbound):
     """The receiver that publishes a signal: one per signal, name on the wire, and node."""
@@ -432,7 +436,8 @@ class Publisher:
             if self._closing:
                 return False
 
-            self._in_hand = self._next_batch()
+            # While Redis is away it is asked first: no event is sent ahead of its listeners.
+            self._in_hand = () if self._away_since is not None else self._next_batch()
             return True
 
     def _next_batch(self) -> list[Outgoing]:
@@ -464,8 +469,14 @@ class Publisher:
             self._settle(batch, [error] * len(batch))
         else:
             backoff.reset()
+            self._give_way()
             self._restored()
             self._settle(batch, errors)
+
+    def _give_way(self) -> None:
+        """Let listeners return before what waited for Redis is sent: they hear no past."""
+        if self._away_since is not None and self._buffer:
+            self._pause(LISTENERS_RETURN)
 
     def _put_back(self) -> None:
         with self._changed:
