@@ -6,11 +6,15 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any
 
 import redis
 
 from .connections import Connection, Connections, is_passing
+from .logs import get_logger
+
+logger = get_logger(__name__)
 
 #: Seconds one read waits for bytes: how often an idle reader looks around.
 TICK = 1.0
@@ -47,16 +51,26 @@ class ChannelWriter:
     def publish(self, batch: Sequence[tuple[str, bytes]]) -> list[Exception | None]:
         """Publish ``(channel, body)`` pairs, in order, and tell of each whether Redis took it.
 
-        An empty batch asks whether Redis is there.
+        An empty batch asks whether Redis is there. A connection that was closed since the last
+        batch, as servers do with idle ones, says nothing about that: another one is tried.
 
         :raises redis.ConnectionError: Redis is away, or it answers "not now" to some; it may
             have got any part of the batch.
         """
-        if self._connection is None:
-            self._connection = self._connections.open(timeout=self._timeout)
+        if self._connection is not None:
+            try:
+                return self._publish(self._connection, batch)
+            except redis.ConnectionError as error:
+                logger.debug("The connection was closed: %s", error)
 
+        self._connection = self._connections.open(timeout=self._timeout)
+        return self._publish(self._connection, batch)
+
+    def _publish(
+        self, connection: Connection, batch: Sequence[tuple[str, bytes]]
+    ) -> list[Exception | None]:
         try:
-            return self._exchange(self._connection, batch)
+            return self._exchange(connection, batch)
         except BaseException:
             self.close()
             raise
@@ -183,6 +197,12 @@ class ChannelReader:
         except redis.ResponseError as error:
             return Frame("refused", self._answered(), body=str(error).encode())
 
+        try:
+            return self._frame_of(reply)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise redis.InvalidResponse(f"{short(reply)} is no answer to a listener.") from error
+
+    def _frame_of(self, reply: Any) -> Frame:
         if isinstance(reply, bytes):
             return Frame("pong", self._answered())
 

@@ -21,8 +21,9 @@ from redis.retry import Retry
 from . import embedded
 from .errors import ConfigError
 
-#: What a connection raises when Redis is away, hung, or not to be used now.
-OUTAGE = (redis.ConnectionError, redis.TimeoutError, OSError)
+#: What a connection raises when Redis is away, hung, or not to be used now; or when what
+#: answers in its place does not speak its language, as a proxy that has lost it.
+OUTAGE = (redis.ConnectionError, redis.TimeoutError, redis.InvalidResponse, OSError)
 
 #: Error replies that pass: a server that starts, that is being replaced, or that is busy.
 _PASSING = (
@@ -111,6 +112,7 @@ class Connections:
                 # a host that cannot be one.
                 error = redis.ConnectionError(str(refusal))
             else:
+                _end_with_socket(connection)
                 return connection
 
         raise error or redis.ConnectionError(f"{self.shown} names no host.")
@@ -217,6 +219,19 @@ class Connections:
         query = f"?{parts.query}" if parts.query else ""
         rest = f"redis://{_credentials(parts)}{{host}}:{{port}}/{database or 0}{query}"
         return _hosts(parts, 26379), unquote(name), rest
+
+
+def _end_with_socket(connection: Any) -> None:
+    """Let a connection end with its socket.
+
+    redis-py would open another one where it finds none, unseen, and a reader would listen for
+    ever on a connection that subscribed to nothing.
+    """
+    connection.connect = connection.connect_check_health = _refuse_to_reconnect
+
+
+def _refuse_to_reconnect(*args: Any, **kwargs: Any) -> None:
+    raise redis.ConnectionError("The connection was closed.")
 
 
 def _options(timeout: float, name: str) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
+
+from .logs import Logger
 
 #: Lines of one kind that are logged in one minute; the rest is only counted.
 LINES_PER_MINUTE = 10
@@ -17,13 +20,14 @@ class Counters:
     """Named numbers that only grow; one lock, taken once per batch where it matters."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: dict[str, int] = {}
+        # Reentrant, as all locks here: a signal handler may interrupt the thread that holds it.
+        self._lock = threading.RLock()
+        self._counts: defaultdict[str, int] = defaultdict(int)
 
     def add(self, name: str, count: int = 1) -> None:
         """Add ``count`` to the number called ``name``."""
         with self._lock:
-            self._counts[name] = self._counts.get(name, 0) + count
+            self._counts[name] += count
 
     def get(self, name: str) -> int:
         """The number called ``name``; 0 if nothing was counted."""
@@ -38,20 +42,29 @@ class Counters:
 class BoundedLog:
     """Logs at most :data:`LINES_PER_MINUTE` of a kind, then says how many it left out."""
 
-    def __init__(self, logger: logging.Logger) -> None:
+    def __init__(self, logger: Logger) -> None:
         self._logger = logger
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._windows: dict[str, tuple[float, int]] = {}
 
     def warning(self, kind: str, text: str, *args: object) -> None:
         """Log ``text`` as a warning, unless enough of its kind were logged this minute."""
         self._write(logging.WARNING, kind, text, *args)
 
-    def error(self, kind: str, text: str, *args: object) -> None:
+    def error(
+        self, kind: str, text: str, *args: object, exc_info: BaseException | None = None
+    ) -> None:
         """Log ``text`` as an error, unless enough of its kind were logged this minute."""
-        self._write(logging.ERROR, kind, text, *args)
+        self._write(logging.ERROR, kind, text, *args, exc_info=exc_info)
 
-    def _write(self, level: int, kind: str, text: str, *args: object) -> None:
+    def _write(
+        self,
+        level: int,
+        kind: str,
+        text: str,
+        *args: object,
+        exc_info: BaseException | None = None,
+    ) -> None:
         left_out = self._admit(kind)
 
         if left_out is None:
@@ -60,7 +73,7 @@ class BoundedLog:
         if left_out:
             text += f" ({left_out} more like this were counted and not logged)"
 
-        self._logger.log(level, text, *args)
+        self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=3)
 
     def _admit(self, kind: str) -> int | None:
         """How many lines were left out before this one, or ``None`` to leave it out too."""

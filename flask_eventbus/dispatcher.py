@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from .counters import BoundedLog, Counters
 from .errors import ReceiverError
 from .event import Event, handling
 from .lifecycle import tell
+from .logs import get_logger
 from .namespace import Outbound, Receiver
 from .signals import receiver_failed
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

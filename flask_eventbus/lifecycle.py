@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import logging
+import threading
 from typing import Any
 
 from blinker import NamedSignal
 
-logger = logging.getLogger(__name__)
+from .logs import get_logger
+
+logger = get_logger(__name__)
 
 
 def tell(signal: NamedSignal, service: str, **values: Any) -> None:
-    """Send ``signal`` from ``service``; a receiver that raises is logged."""
+    """Send ``signal`` from ``service``; a receiver that raises is logged, even ``SystemExit``."""
     try:
         signal.send(service, **values)
-    except Exception:
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
+
         logger.exception("A receiver of the lifecycle signal %r raised.", signal.name)
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it is somebody's Ctrl-C, which only the main thread gets."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and isinstance(error, KeyboardInterrupt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -21,6 +20,7 @@ from .errors import DecodeError
 from .event import Event
 from .inbox import BATCH, Inbox
 from .lifecycle import tell
+from .logs import get_logger
 from .routes import Subscription, is_pattern, subscription_for
 from .sequences import Sequences
 from .signals import (
@@ -31,7 +31,7 @@ from .signals import (
     listener_lost,
 )
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Seconds of silence after which the server is asked for a sign of life, and seconds it
 #: has to answer: a peer that hangs is noticed after both.
@@ -101,6 +101,11 @@ class Listener:
         return bool(self._threads) and self._threads[0].is_alive()
 
     @property
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is one of the listener's."""
+        return threading.current_thread() in self._threads
+
+    @property
     def connected(self) -> bool:
         """Whether everything subscribed is confirmed on a connection that answers."""
         return self._open and set(self._subscriptions()) <= self._confirmed
@@ -146,12 +151,6 @@ class Listener:
         """Stop reading, let what was read be handled for ``grace`` seconds, end the threads."""
         if not self._threads:
             return
-
-        if threading.current_thread() in self._threads:
-            raise RuntimeError(
-                "stop() was called by a receiver, for whose end it would wait. Call it in another "
-                "thread, or end the process by a signal."
-            )
 
         self._stopping.set()
         self._wake_reader()

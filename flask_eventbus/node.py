@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import secrets
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from blinker import Signal
 
+from .bridge import Bridge
 from .channels import ChannelKeys, ChannelReader, ChannelWriter
 from .codec import Codec
 from .config import Config
@@ -24,13 +24,16 @@ from .connections import Connections
 from .counters import Counters
 from .declarations import Declarations
 from .dispatcher import Dispatcher
+from .ending import process_ends
 from .event import Event
 from .listener import Listener
+from .logs import get_logger
 from .namespace import Receiver
-from .publisher import WRITE_TIMEOUT, Bridge, ClosedError, Lane, Publisher
+from .publisher import ClosedError, Publisher
 from .routes import Route, Subscription, is_pattern, read_routes, read_subscriptions
+from .writer import WRITE_TIMEOUT
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Seconds that the end of a process waits for Redis to take what is buffered.
 FLUSH_AT_EXIT = 5.0
@@ -98,7 +101,9 @@ class Node:
         self._subscribed = read_subscriptions(config.subscribe)
         self._bridges: dict[tuple[int, str], Bridge] = {}
         self.listening = False
-        self._abandon: weakref.finalize[[], Node] | None = None
+        #: Held by who starts or stops the node; a signal handler may be the second.
+        self._turning = threading.RLock()
+        self._abandon: weakref.finalize[..., Node] | None = None
         self._renew()
         self.declared()
         declarations.watch(self)
@@ -148,8 +153,9 @@ class Node:
         if not self.config.enabled:
             return
 
-        self.listening = True
-        self._listen()
+        with self._turning:
+            self.listening = True
+            self._listen()
 
     def ready(self, timeout: float | None = None) -> bool:
         """Wait until Redis has confirmed every subscription; whether it was in time."""
@@ -167,13 +173,24 @@ class Node:
         """Stop listening, let receivers finish, publish what waits; then as if new.
 
         :param flush: seconds to wait for Redis to take what is buffered.
+        :raises RuntimeError: one of the node's own threads calls it, a receiver for example.
         """
-        self.listening = False
-        self._listener.stop(self.config.grace)
-        publisher = self._publisher
-        # What is sent from now on goes to another: nothing is taken and then not written.
-        self._renew()
-        publisher.close(flush)
+        self._refuse_own_threads()
+
+        with self._turning:
+            self.listening = False
+            self._listener.stop(self.config.grace)
+            publisher = self._publisher
+            # What is sent from now on goes to another: nothing is taken and then not written.
+            self._renew()
+            publisher.close(flush)
+
+    def _refuse_own_threads(self) -> None:
+        if self._listener.is_own_thread or self._publisher.is_writing_thread:
+            raise RuntimeError(
+                "stop() was called by a receiver, for whose end it would wait. Call it in another "
+                "thread, or end the process by a signal."
+            )
 
     def health(self) -> Health:
         """How this node does."""
@@ -196,7 +213,7 @@ class Node:
 
     def _renew(self) -> None:
         """Make everything that belongs to one process and one start."""
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()
         self.name = secrets.token_hex(6)
         self.siblings.add(self.name)
         self.connections = Connections(
@@ -208,18 +225,19 @@ class Node:
         self._abandon_with_node()
 
     def _abandon_with_node(self) -> None:
-        """Let the writing thread neither keep this node alive nor outlive it."""
+        """Let the writing thread neither keep this node alive nor outlive it for long."""
         if self._abandon is not None:
             self._abandon.detach()
 
-        self._abandon = weakref.finalize(self, self._publisher.abandon)
+        self._abandon = weakref.finalize(self, _let_go, self._publisher)
         self._abandon.atexit = False
 
     def _make_publisher(self) -> Publisher:
         return Publisher(
             config=self.config,
             codec=self.codec,
-            writer=ChannelWriter(self.connections, timeout=WRITE_TIMEOUT),
+            keys=self._keys,
+            channel=ChannelWriter(self.connections, timeout=WRITE_TIMEOUT),
             node=self.name,
             counters=self.counters,
             trace=self._trace,
@@ -251,11 +269,13 @@ class Node:
     def renew_unused(self) -> None:
         """Make anew what did nothing yet, with locks of the kind that threads have by now."""
         if not self.listening and not self._publisher.issued:
+            self._turning = threading.RLock()
             self._renew()
 
     def _after_fork(self) -> None:
         """In the child: nothing of the parent's is used, and nothing is started."""
         self.listening = False
+        self._turning = threading.RLock()
         self._listener.disown()
         self._publisher.disown()
         self.connections.close_copies()
@@ -308,23 +328,10 @@ class Node:
 
     def _publish(self, name: str, payload: Mapping[str, Any], confirm: bool) -> str:
         while True:
-            publisher = self._publisher
-
             try:
-                return publisher.publish(self._lane(publisher, name), payload, confirm=confirm)
+                return self._publisher.publish(name, payload, confirm=confirm)
             except ClosedError:
                 logger.debug("%r was sent during a stop; the next publisher takes it.", name)
-
-    def _lane(self, publisher: Publisher, name: str) -> Lane:
-        lane = publisher.lanes.get(name)
-
-        if lane is None:
-            seal = self.codec.seal(self.config.service, name)
-            lane = publisher.lanes.setdefault(
-                name, Lane(name=name, key=self._keys.key(name), seal=seal)
-            )
-
-        return lane
 
 
 def _merge(
@@ -351,14 +358,44 @@ nodes: weakref.WeakSet[Node] = weakref.WeakSet()
 born: list[Callable[[Node], None]] = []
 
 
+#: Publishers whose nodes are gone, and that still have something to write.
+_left: set[Publisher] = set()
+
+
+def _let_go(publisher: Publisher) -> None:
+    """When a node is gone: let its publisher write what waits."""
+    publisher.leave()
+    _left.difference_update([other for other in list(_left) if not other.buffered])
+
+    if publisher.buffered:
+        _left.add(publisher)
+
+
 @atexit.register
 def stop_all() -> None:
-    """Stop every node of this process."""
+    """Stop every node of this process; all of them share the time to publish what waits."""
+    deadline = time.monotonic() + FLUSH_AT_EXIT
+
     for node in list(nodes):
-        node.stop()
+        _stop(node, max(0.0, deadline - time.monotonic()))
+
+    for publisher in list(_left):
+        publisher.close(max(0.0, deadline - time.monotonic()))
+
+    process_ends.set()
+
+
+def _stop(node: Node, flush: float) -> None:
+    try:
+        node.stop(flush=flush)
+    except Exception:
+        logger.exception("The node %s of %r was not stopped.", node.name, node.config.service)
 
 
 def _renew_all() -> None:
+    process_ends.clear()
+    _left.clear()
+
     for node in list(nodes):
         # The parent's names are those of another process now: its events are to be heard.
         node.siblings.clear()

@@ -20,18 +20,36 @@ LAYERS = {
         "errors",
         "signals",
         "names",
-        "lifecycle",
+        "logs",
+        "ending",
         "backoff",
-        "counters",
         "coroutines",
         "supervisor",
         "findings",
     ),
-    1: ("config", "event", "embedded", "namespace", "seal", "values"),
-    2: ("routes", "connections", "faults", "inbox", "sequences", "rendering"),
-    3: ("codec", "channels", "arguments", "reports"),
-    4: ("publisher", "dispatcher", "declarations", "server", "tailing"),
-    5: ("listener", "application", "loading"),
+    1: (
+        "config",
+        "event",
+        "embedded",
+        "namespace",
+        "seal",
+        "values",
+        "lifecycle",
+        "counters",
+    ),
+    2: (
+        "routes",
+        "connections",
+        "faults",
+        "buffer",
+        "outage",
+        "inbox",
+        "sequences",
+        "rendering",
+    ),
+    3: ("codec", "channels", "bridge", "arguments", "reports"),
+    4: ("writer", "dispatcher", "declarations", "server", "tailing"),
+    5: ("publisher", "listener", "application", "loading"),
     6: ("node",),
     7: (
         "running",
@@ -54,7 +72,7 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 #: Neighbours in a layer that may be imported all the same: (importer, imported).
 SIDEWAYS: set[tuple[str, str]] = set()
 
-OUTBOUND = {"publisher"}
+OUTBOUND = {"bridge", "buffer", "outage", "writer", "publisher"}
 INBOUND = {"dispatcher", "listener", "inbox", "sequences"}
 
 

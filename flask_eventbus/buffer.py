@@ -1,0 +1,225 @@
+"""The events of a node that wait to be written, bounded in number and in bytes."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from .seal import Seal
+
+#: Bytes that wait in memory at most, whatever ``EVENTBUS_BUFFER_SIZE`` counts.
+MOST_BYTES = 64 * 1024 * 1024
+
+
+class Lane:
+    """The events of one name from one node: what is the same for each, and their count."""
+
+    __slots__ = ("key", "name", "numbers", "seal")
+
+    def __init__(self, *, name: str, key: str, seal: Seal) -> None:
+        self.name = name
+        self.key = key
+        self.seal = seal
+        #: The running numbers, from 1.
+        self.numbers = itertools.count(1)
+
+
+class Outgoing:
+    """An event that waits to be written; its envelope is made by the thread that writes it."""
+
+    __slots__ = (
+        "attributes",
+        "body",
+        "data",
+        "done",
+        "error",
+        "id",
+        "lane",
+        "number",
+        "size",
+        "withdrawn",
+    )
+
+    def __init__(
+        self, lane: Lane, data: bytes, attributes: dict[str, Any], *, confirm: bool
+    ) -> None:
+        self.lane = lane
+        self.data = data
+        self.attributes = attributes
+        #: Bytes, a little more than the event will have.
+        self.size = len(data) + lane.seal.overhead
+        #: The running number of the node's events, from 1; none yet.
+        self.number = 0
+        self.id = ""
+        self.body: bytes | None = None
+        #: Set once it is settled; only for those that somebody waits for.
+        self.done = threading.Event() if confirm else None
+        self.error: Exception | None = None
+        #: Whether its sender was told that it is not published.
+        self.withdrawn = False
+
+    def identify(self, node: str, number: int, time_ns: int) -> None:
+        """Give it the id that it keeps however often it is sent."""
+        self.number = number
+        self.id = self.attributes["id"] = f"{node}-{number}"
+        self.attributes["time_ns"] = time_ns
+
+    def take_its_turn(self) -> None:
+        """Count it among the events of its lane, once."""
+        if "seq" not in self.attributes:
+            self.attributes["seq"] = next(self.lane.numbers)
+
+    def sealed(self) -> bytes:
+        """The event's bytes, made once: a second try sends the same."""
+        if self.body is None:
+            self.body = self.lane.seal(self.data, **self.attributes)
+
+        return self.body
+
+    def finish(self, error: Exception | None = None) -> None:
+        """Tell whoever waits for it how it ended."""
+        self.error = error
+
+        if self.done is not None:
+            self.done.set()
+
+
+class Buffer:
+    """A line of events in the order in which they were sent.
+
+    A signal handler, or a finalizer, may send in the very thread that is in here and holds
+    the lock: so it is reentrant, each statement leaves things whole, and an event is counted
+    among those of its lane only when it leaves the line.
+    """
+
+    def __init__(self, *, most_events: int, most_bytes: int = MOST_BYTES) -> None:
+        self._most_events = most_events
+        self._most_bytes = most_bytes
+        #: Guards the line; notified when there is room again or nothing waits.
+        self.changed = threading.Condition()
+        self._line: deque[Outgoing] = deque()
+        self._bytes = 0
+        #: What is being written.
+        self._in_hand: Sequence[Outgoing] = ()
+        #: Threads that wait for something of it to leave.
+        self._waiting = 0
+
+    def __len__(self) -> int:
+        return len(self._line) + len(self._in_hand)
+
+    def __iter__(self) -> Iterator[Outgoing]:
+        return iter([*self._in_hand, *self._line])
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of those that are not being written."""
+        return self._bytes
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is something to write that is not being written."""
+        return bool(self._line)
+
+    def has_room(self, size: int) -> bool:
+        """Whether an event of ``size`` bytes fits; one that is larger than all has it alone."""
+        count = len(self._line) + len(self._in_hand)
+        fits = count < self._most_events and self._bytes + size <= self._most_bytes
+        return fits or not self._line
+
+    def put(self, outgoing: Outgoing) -> None:
+        """Add an event at the end, whether there is room or not."""
+        size = outgoing.size
+        self._line.append(outgoing)
+        self._bytes += size
+
+    def drop_oldest(self) -> Outgoing | None:
+        """Give up the oldest event that is not being written; its number is missed by others."""
+        outgoing = self._pop()
+
+        if outgoing is not None:
+            outgoing.take_its_turn()
+
+        return outgoing
+
+    def take(self, *, most_events: int, most_bytes: int) -> Sequence[Outgoing]:
+        """Take the next events in hand, until :meth:`settle` or :meth:`put_back`."""
+        batch: list[Outgoing] = []
+        size = 0
+
+        while len(batch) < most_events and size < most_bytes:
+            outgoing = self._pop()
+
+            if outgoing is None:
+                break
+
+            if not outgoing.withdrawn:
+                outgoing.take_its_turn()
+                size += outgoing.size
+                batch.append(outgoing)
+
+        self._in_hand = batch
+        return batch
+
+    def put_back(self) -> None:
+        """Put what is in hand back to the head of the line."""
+        with self.changed:
+            size = sum(outgoing.size for outgoing in self._in_hand)
+            self._line.extendleft(reversed(self._in_hand))
+            self._bytes += size
+            self._in_hand = ()
+
+    def settle(self) -> None:
+        """Let go of what is in hand."""
+        with self.changed:
+            self._in_hand = ()
+
+            if self._waiting or not self._line:
+                self.changed.notify_all()
+
+    def clear(self) -> list[Outgoing]:
+        """Give up everything, and return it."""
+        with self.changed:
+            left = list(self)
+            self._line.clear()
+            self._bytes = 0
+            self.settle()
+
+        return left
+
+    def wait_for_room(self, size: int, timeout: float) -> bool:
+        """Whether an event of ``size`` bytes fits within ``timeout`` seconds."""
+        return self._wait_for(lambda: self.has_room(size), timeout)
+
+    def wait_until_left(self, number: int, timeout: float) -> bool:
+        """Whether all events up to ``number`` have left within ``timeout`` seconds."""
+        with self.changed:
+            return self._wait_for(lambda: self._oldest > number, timeout)
+
+    @property
+    def _oldest(self) -> float:
+        for line in (self._in_hand, self._line):
+            if line:
+                return line[0].number
+
+        return float("inf")
+
+    def _wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
+        self._waiting += 1
+
+        try:
+            return self.changed.wait_for(condition, timeout)
+        finally:
+            self._waiting -= 1
+
+    def _pop(self) -> Outgoing | None:
+        try:
+            outgoing = self._line.popleft()
+        except IndexError:
+            return None
+
+        size = outgoing.size
+        self._bytes -= size
+        return outgoing

@@ -1,0 +1,300 @@
+"""The thread that writes what waits in the buffer, a batch in one round trip."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from .backoff import Backoff
+from .buffer import Buffer, Outgoing
+from .channels import ChannelWriter
+from .connections import OUTAGE
+from .counters import BoundedLog, Counters
+from .ending import process_ends
+from .errors import PublishError
+from .lifecycle import tell
+from .logs import get_logger
+from .outage import Outage
+from .signals import events_dropped
+
+logger = get_logger(__name__)
+
+#: Events in one round trip.
+BATCH_EVENTS = 512
+
+#: Bytes in one round trip, so that a batch of large events fits into the timeout.
+BATCH_BYTES = 1024 * 1024
+
+#: By what a batch shrinks that did not get through, and grows again after one that did: a
+#: connection that breaks in the middle of a large one lets a small one pass.
+BATCH_STEP = 8
+
+#: Seconds a round trip may take before Redis counts as away.
+WRITE_TIMEOUT = 2.0
+
+#: Seconds between tries at most: what waits in memory should not wait long after Redis is back.
+MOST_BACKOFF = 2.0
+
+#: Seconds from Redis's return to the first event that waited: a little more than the
+#: longest wait of a listener before it connects again.
+LISTENERS_RETURN = 1.5
+
+#: Seconds that a writer has for what waits when the one it writes for is gone.
+LEAVE = 5.0
+
+
+class Writer:
+    """Writes what a buffer holds, in order; starts its thread with the first event.
+
+    Where no thread can be had, as at the end of a process, whoever sends writes.
+
+    :param channel: writes one batch.
+    :param buffer: what it writes; the buffer's lock guards the writer's state as well.
+    """
+
+    def __init__(
+        self,
+        *,
+        channel: ChannelWriter,
+        buffer: Buffer,
+        outage: Outage,
+        counters: Counters,
+        service: str,
+        node: str,
+    ) -> None:
+        self._channel = channel
+        self._buffer = buffer
+        self._outage = outage
+        self._counters = counters
+        self._service = service
+        self._node = node
+        self._log = BoundedLog(logger)
+        self._changed = buffer.changed
+        self._thread: threading.Thread | None = None
+        self._idle = False
+        #: Whether to try Redis now, whatever it waits for.
+        self._asking = False
+        #: Whether it is to end, whatever waits.
+        self.closed = False
+        #: When it ends, or before if nothing waits any more; ``None`` for never.
+        self._leave_by: float | None = None
+        #: Held by a thread that writes in place of the writing thread.
+        self._here = threading.Lock()
+        self._batch_events = BATCH_EVENTS
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the calling thread is the one that writes."""
+        return threading.current_thread() is self._thread
+
+    def wake(self) -> None:
+        """Tell that there is something to write."""
+        if self._thread is None:
+            self._start()
+        elif self._idle:
+            self._idle = False
+            self._changed.notify_all()
+
+    def ask(self) -> None:
+        """Find out at once whether Redis is there."""
+        self._asking = True
+        self.wake()
+        self._changed.notify_all()
+
+    def write_here(self, timeout: float) -> None:
+        """Where there is no thread: write in this one. One at a time does it for all."""
+        if self._thread is not None:
+            return
+
+        while self._buffer.is_waiting and self._here.acquire(blocking=False):
+            try:
+                self._leave_by = time.monotonic() + timeout
+                self._run()
+            finally:
+                self._here.release()
+
+    def leave(self) -> None:
+        """End once what waits is written, or after :data:`LEAVE` seconds."""
+        with self._changed:
+            self._leave_by = time.monotonic() + LEAVE
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """End now; what could not be written is logged by id."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+        if self._thread is not None:
+            self._thread.join(timeout=WRITE_TIMEOUT + 1)
+
+        self._report_lost()
+
+    def disown(self) -> None:
+        """In a forked child: end what came along of it, which for greenlets is everything."""
+        self.closed = True
+        self._buffer = Buffer(most_events=0)
+        self._outage.disown()
+
+    def _start(self) -> None:
+        if process_ends.is_set():
+            return
+
+        name = f"eventbus-writer-{self._node}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            # At the end of a process, or when it has all the threads that it may have.
+            logger.debug("There is no thread to write in: %s", error)
+            self._thread = None
+
+    # -- the writing thread ---------------------------------------------------------------
+
+    def _run(self) -> None:
+        backoff = Backoff(most=MOST_BACKOFF)
+
+        try:
+            while (batch := self._take()) is not None:
+                self._write(batch, backoff)
+        finally:
+            self._channel.close()
+
+        if self._leave_by is not None:
+            self._report_lost()
+
+    def _take(self) -> Sequence[Outgoing] | None:
+        """The next batch, an empty one to ask after a lost Redis; ``None`` at the end."""
+        with self._changed:
+            while not (self._is_to_end or self._is_to_write):
+                self._idle = True
+                self._changed.wait()
+
+            self._idle = self._asking = False
+
+            if self._is_to_end:
+                return None
+
+            # While Redis is away it is asked first: no event is sent ahead of its listeners.
+            if self._outage.away:
+                return ()
+
+            return self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
+
+    @property
+    def _is_to_end(self) -> bool:
+        if self._leave_by is None or self.closed:
+            return self.closed
+
+        return not self._buffer.is_waiting or time.monotonic() >= self._leave_by
+
+    @property
+    def _is_to_write(self) -> bool:
+        return self._buffer.is_waiting or self._asking or self._outage.known
+
+    def _write(self, batch: Sequence[Outgoing], backoff: Backoff) -> None:
+        try:
+            errors = self._channel.publish([(out.lane.key, out.sealed()) for out in batch])
+        except OUTAGE as error:
+            self._put_back(max(1, self._batch_events // BATCH_STEP))
+            self._outage.begin(error, len(self._buffer))
+            self._pause(backoff.next())
+        except Exception as error:
+            self._give_up(batch, error)
+        else:
+            self._batch_events = min(BATCH_EVENTS, self._batch_events * BATCH_STEP)
+            backoff.reset()
+            self._give_way()
+            self._outage.end(len(self._buffer))
+            self._settle(batch, errors)
+
+    def _give_way(self) -> None:
+        """Let listeners return before what waited for Redis is sent: they hear no past."""
+        if self._outage.away and self._buffer.is_waiting:
+            self._pause(LISTENERS_RETURN)
+
+    def _put_back(self, batch_events: int) -> None:
+        self._batch_events = batch_events
+        self._buffer.put_back()
+
+    def _give_up(self, batch: Sequence[Outgoing], error: Exception) -> None:
+        """After a defect, not an outage: of several events, find the one that is to blame."""
+        if len(batch) > 1:
+            self._put_back(1)
+            return
+
+        self._log.error("failed", "The writer failed.", exc_info=error)
+        self._settle(batch, [error] * len(batch))
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_to_end or self._asking or time.monotonic() >= deadline,
+                timeout=seconds,
+            )
+
+    def _settle(self, batch: Sequence[Outgoing], errors: Sequence[Exception | None]) -> None:
+        refused = 0
+
+        for outgoing, error in zip(batch, errors, strict=True):
+            outgoing.finish(error)
+
+            if error is not None:
+                refused += 1
+                self._log_refusal(outgoing, error)
+
+        self._counters.add("published", len(batch) - refused)
+
+        if refused:
+            self._counters.add("refused", refused)
+
+        self._buffer.settle()
+
+    def _log_refusal(self, outgoing: Outgoing, error: Exception) -> None:
+        self._log.error(
+            f"refused {outgoing.lane.name}",
+            "Redis refused the event %s of %r: %s. It is not published.",
+            outgoing.id,
+            outgoing.lane.name,
+            error,
+        )
+
+    def _report_lost(self) -> None:
+        lost = [outgoing for outgoing in self._buffer.clear() if not outgoing.withdrawn]
+
+        if not lost:
+            return
+
+        reason = self._outage.error or "the time to flush was over"
+        self._counters.add("dropped", len(lost))
+        logger.error(
+            "%d events were not published before the end (%s): %s",
+            len(lost),
+            reason,
+            _shown(lost),
+        )
+
+        for outgoing in lost:
+            outgoing.finish(PublishError(str(reason), event_id=outgoing.id))
+
+        tell(events_dropped, self._service, where="buffer", count=len(lost))
+
+
+def _shown(lost: Sequence[Outgoing]) -> str:
+    """Their ids; runs of the same signal as their first and last."""
+    runs: list[list[Outgoing]] = []
+
+    for outgoing in lost:
+        if runs and runs[-1][-1].lane is outgoing.lane:
+            runs[-1].append(outgoing)
+        else:
+            runs.append([outgoing])
+
+    return ", ".join(
+        f"{run[0].lane.name} {run[0].id}" + (f" to {run[-1].id} ({len(run)})" if run[1:] else "")
+        for run in runs
+    )
