@@ -18,7 +18,7 @@ from waiting import wait_until
 
 from flask_eventbus.config import Config
 from flask_eventbus.node import FLUSH_AT_EXIT
-from flask_eventbus.publisher import WRITE_TIMEOUT
+from flask_eventbus.writer import WRITE_TIMEOUT
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
