@@ -17,7 +17,7 @@ class Bridge(Outbound):
         self,
         name: str,
         route: Route,
-        publish: Callable[[str, Mapping[str, Any], bool], str],
+        publish: Callable[[str, Mapping[str, Any], Route], None],
         owns: Callable[[Any], bool],
     ) -> None:
         self.name = name
@@ -38,7 +38,7 @@ class Bridge(Outbound):
         found = self._extract(sender, payload)
 
         if found is not None:
-            self._publish(self.name, found, self.route.confirm)
+            self._publish(self.name, found, self.route)
 
     def _extract(self, sender: Any, payload: dict[str, Any]) -> Mapping[str, Any] | None:
         if self.route.payload is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -39,6 +40,7 @@ class Outgoing:
         "id",
         "lane",
         "number",
+        "promised",
         "size",
         "withdrawn",
     )
@@ -60,12 +62,19 @@ class Outgoing:
         self.error: Exception | None = None
         #: Whether its sender was told that it is not published.
         self.withdrawn = False
+        #: Whether its sender went on in the belief that it will be published.
+        self.promised = False
 
     def identify(self, node: str, number: int, time_ns: int) -> None:
         """Give it the id that it keeps however often it is sent."""
         self.number = number
         self.id = self.attributes["id"] = f"{node}-{number}"
+        self.attributes.setdefault("time_ns", time_ns)
+
+    def promise(self, time_ns: int) -> None:
+        """Keep the time at which it was sent: it leaves later, whatever Redis does then."""
         self.attributes["time_ns"] = time_ns
+        self.promised = True
 
     def take_its_turn(self) -> None:
         """Count it among the events of its lane, once."""
@@ -78,6 +87,10 @@ class Outgoing:
             self.body = self.lane.seal(self.data, **self.attributes)
 
         return self.body
+
+    def is_done_by(self, deadline: float) -> bool:
+        """Wait until it is settled, if somebody wants to know, or until ``deadline``."""
+        return self.done is None or self.done.wait(max(0.0, deadline - time.monotonic()))
 
     def finish(self, error: Exception | None = None) -> None:
         """Tell whoever waits for it how it ended."""

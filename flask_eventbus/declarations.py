@@ -54,6 +54,8 @@ class Declarations:
         self.parameters: dict[str, inspect.Signature] = {}
         #: What was loaded by configuration, so that two apps do not load it twice.
         self.loaded: set[str] = set()
+        #: What :meth:`register_session` was given.
+        self.session: Any = None
         self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
 
         if isinstance(self.namespace, BusNamespace):
@@ -108,15 +110,23 @@ class Declarations:
         via: str = "channel",
         payload: Extractor | str | None = None,
         confirm: bool = False,
+        after_commit: bool = False,
     ) -> Signal:
         """Publish a signal, one of the bus's or any other, and return it.
 
         :param as_: the name on the wire; the signal's own by default.
         :param payload: called as a receiver is; returns the payload to publish.
         :param confirm: whether ``send()`` waits until Redis has the event.
+        :param after_commit: whether an event sent inside a database transaction waits for its
+            commit; see :meth:`register_session`.
         :raises ConfigError: something of it is not well formed.
         """
-        options = {"via": via, "payload": payload, "confirm": confirm}
+        options = {
+            "via": via,
+            "payload": payload,
+            "confirm": confirm,
+            "after_commit": after_commit,
+        }
         where = f"publishes({as_ or getattr(signal, 'name', signal)!r})"
 
         if isinstance(signal, Signal) and not self._is_own(signal):
@@ -146,6 +156,20 @@ class Declarations:
         :raises ConfigError: the code or the type is taken.
         """
         self.codec.register_type(code, type_, pack=pack, unpack=unpack)
+
+    def register_session(self, session: Any) -> None:
+        """Name the database session whose commits events wait for, where a route asks for it.
+
+        In a Flask app, Flask-SQLAlchemy's is known without this.
+
+        :param session: SQLAlchemy's ``scoped_session``, ``sessionmaker`` or ``Session``, of the
+            asynchronous kind too, or a function that returns the session in use or ``None``.
+        :raises ConfigError: it is none of these, or SQLAlchemy is older than 2.0.
+        """
+        from .transactions import check  # it needs SQLAlchemy, which is optional
+
+        check(session)
+        self.session = session
 
     def receivers_of(self, name: str, source: str) -> list[Receiver]:
         """The receivers that an event ``name`` from ``source`` is for, outbound ones included."""

@@ -130,6 +130,10 @@ class EventBus(Declarations):
 
             return emitter is reference()
 
+        def session() -> Any:
+            app = reference()
+            return None if app is None else _session_of(app)
+
         return Node(
             Config.from_mapping(app.config),
             self,
@@ -137,6 +141,7 @@ class EventBus(Declarations):
             owns=owns,
             trace=_traceparent,
             siblings=self._siblings,
+            session=session,
         )
 
     def _living(self) -> list[Flask]:
@@ -171,6 +176,17 @@ class EventBus(Declarations):
 
 def _real(app: Any) -> Flask:
     return app._get_current_object() if hasattr(app, "_get_current_object") else app  # type: ignore[no-any-return]  # a proxy
+
+
+def _session_of(app: Flask) -> Any:
+    """Flask-SQLAlchemy's session, as far as the app has one by now."""
+    database = app.extensions.get("sqlalchemy")
+
+    if database is None or current_app:
+        return getattr(database, "session", None)
+
+    # It belongs to the app context: where that is missing, nothing goes on in it.
+    return lambda: None
 
 
 def _traceparent() -> str | None:

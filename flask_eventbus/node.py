@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from blinker import Signal
 
 from .bridge import Bridge
+from .buffer import Outgoing
 from .channels import ChannelKeys, ChannelReader, ChannelWriter
 from .codec import Codec
 from .config import Config
@@ -24,6 +25,7 @@ from .connections import Connections
 from .counters import Counters
 from .declarations import Declarations
 from .dispatcher import Dispatcher
+from .drafts import Drafts
 from .ending import process_ends
 from .event import Event
 from .listener import Listener
@@ -75,6 +77,7 @@ class Node:
     :param owns: whether an emission by this sender is one of this node's.
     :param trace: the W3C trace context of whatever is going on.
     :param siblings: the names of all nodes of this process that share the declarations.
+    :param session: the database session where none is registered; ``None`` if there is none.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Node:
         owns: Callable[[Any], bool] = lambda sender: True,
         trace: Callable[[], str | None] = lambda: None,
         siblings: set[str] | None = None,
+        session: Callable[[], Any] = lambda: None,
     ) -> None:
         self.config = config
         self.declarations = declarations
@@ -93,6 +97,7 @@ class Node:
         self._scope = scope
         self._owns = owns
         self._trace = trace
+        self._session = session
         #: The names this node has had, and those of the nodes it shares declarations with.
         self.siblings = set() if siblings is None else siblings
         self._keys = ChannelKeys(config.prefix)
@@ -220,6 +225,7 @@ class Node:
             self.config.url, name=f"eventbus:{self.config.service}:{self.name}"
         )
         self._publisher = self._make_publisher()
+        self._drafts = self._make_drafts()
         self.dispatcher = self._make_dispatcher()
         self._listener = self._make_listener()
         self._abandon_with_node()
@@ -242,6 +248,18 @@ class Node:
             counters=self.counters,
             trace=self._trace,
         )
+
+    def _make_drafts(self) -> Drafts:
+        return Drafts(
+            session=self._find_session,
+            draft=lambda *emission, confirm: self._publisher.draft(*emission, confirm=confirm),
+            publish=self._publish_drafts,
+            counters=self.counters,
+        )
+
+    def _find_session(self) -> Any:
+        registered = self.declarations.session
+        return self._session() if registered is None else registered
 
     def _make_dispatcher(self) -> Dispatcher:
         return Dispatcher(
@@ -322,9 +340,13 @@ class Node:
             bridge.route = route
             return
 
-        bridge = self._bridges[key] = Bridge(name, route, self._publish, self._owns)
+        bridge = self._bridges[key] = Bridge(name, route, self._emit, self._owns)
         # Weakly: an app that is thrown away takes its bridges along.
         signal.connect(bridge)
+
+    def _emit(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
+        if not route.after_commit or not self._drafts.take(name, payload, confirm=route.confirm):
+            self._publish(name, payload, route.confirm)
 
     def _publish(self, name: str, payload: Mapping[str, Any], confirm: bool) -> str:
         while True:
@@ -332,6 +354,20 @@ class Node:
                 return self._publisher.publish(name, payload, confirm=confirm)
             except ClosedError:
                 logger.debug("%r was sent during a stop; the next publisher takes it.", name)
+
+    def _publish_drafts(self, drafts: Sequence[Outgoing]) -> list[Outgoing]:
+        """Publish what waited for a commit, and return what Redis did not confirm in time."""
+        for draft in drafts:
+            self._publish_draft(draft)
+
+        return self._publisher.await_all(drafts)
+
+    def _publish_draft(self, draft: Outgoing) -> None:
+        while True:
+            try:
+                return self._publisher.take(draft)
+            except ClosedError:
+                logger.debug("%r left during a stop; the next publisher takes it.", draft.lane.name)
 
 
 def _merge(

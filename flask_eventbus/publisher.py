@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .buffer import Buffer, Lane, Outgoing
@@ -89,17 +89,46 @@ class Publisher:
             refused this one and a confirmation was asked for.
         :raises ClosedError: the publisher was closed meanwhile.
         """
-        lane = self._lane(name)
-        attributes = self._causes(lane)
-        data = self._codec.pack_payload(payload)
-        outgoing = Outgoing(lane, data, attributes, confirm=confirm)
-        self._check_size(outgoing)
+        outgoing = self._take_down(name, payload, confirm=confirm)
         self._accept(outgoing)
 
         if outgoing.done is not None:
             self._await(outgoing, outgoing.done)
 
         return outgoing.id
+
+    def draft(self, name: str, payload: Mapping[str, Any], *, confirm: bool = False) -> Outgoing:
+        """Take one emission down as it is now, for :meth:`take` to publish it later or never.
+
+        :raises PayloadError: a value cannot travel, or the event is too large.
+        :raises HopLimitError: the chain of causes is too long.
+        :raises PublishError: the policy is ``"raise"`` and Redis does not take events.
+        """
+        outgoing = self._take_down(name, payload, confirm=confirm)
+        self._refuse_in_outage(outgoing)
+        outgoing.promise(time.time_ns())
+        return outgoing
+
+    def take(self, draft: Outgoing) -> None:
+        """Publish what was drafted, here or by the publisher that the node had before.
+
+        :raises ClosedError: the publisher was closed meanwhile.
+        """
+        draft.lane = self._lane(draft.lane.name)
+        self._accept(draft)
+
+    def await_all(self, sent: Sequence[Outgoing]) -> list[Outgoing]:
+        """Wait for confirmations, once the timeout for all of them; return what lacks one."""
+        if self._writer.is_this_thread:
+            return []
+
+        deadline = time.monotonic() + self._patience
+        late = [outgoing for outgoing in sent if not outgoing.is_done_by(deadline)]
+
+        if late:
+            self._stall()
+
+        return [outgoing for outgoing in sent if outgoing in late or outgoing.error is not None]
 
     def ask(self) -> None:
         """Let the writing thread find out at once whether Redis is there; does not wait for it."""
@@ -142,6 +171,14 @@ class Publisher:
             lane = self._lanes.setdefault(name, lane)
 
         return lane
+
+    def _take_down(self, name: str, payload: Mapping[str, Any], *, confirm: bool) -> Outgoing:
+        lane = self._lane(name)
+        attributes = self._causes(lane)
+        data = self._codec.pack_payload(payload)
+        outgoing = Outgoing(lane, data, attributes, confirm=confirm)
+        self._check_size(outgoing)
+        return outgoing
 
     def _causes(self, lane: Lane) -> dict[str, Any]:
         cause = handling.get()
@@ -191,7 +228,7 @@ class Publisher:
         return 0.0 if self._outage.known else self._config.timeout
 
     def _refuse_in_outage(self, outgoing: Outgoing) -> None:
-        if self._config.on_outage == "raise" and self._outage.known:
+        if self._config.on_outage == "raise" and self._outage.known and not outgoing.promised:
             raise self._refusal(outgoing)
 
     def _identify(self, outgoing: Outgoing) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import Any
 
 from blinker import NamedSignal, Signal
@@ -23,7 +24,7 @@ Extractor = Callable[..., Mapping[str, Any] | None]
 _PATTERN = re.compile(r"[\w./*?-]{1,128}")
 _IMPORT_PATH = re.compile(r"[\w.]+:[\w.]+")
 
-_ROUTE_OPTIONS = ("via", "signal", "payload", "confirm")
+_ROUTE_OPTIONS = ("via", "signal", "payload", "confirm", "after_commit")
 _SUBSCRIPTION_OPTIONS = ("via", "from", "echo")
 
 #: Options of streams, which this version does not have.
@@ -44,6 +45,8 @@ class Route:
     payload: Extractor | None = None
     #: Whether ``send()`` waits until Redis has the event.
     confirm: bool = False
+    #: Whether an event sent inside a database transaction waits for its commit.
+    after_commit: bool = False
 
     def covers(self, name: str) -> bool:
         """Whether this route carries the bus's own signal ``name``."""
@@ -124,6 +127,7 @@ def read_route(entry: Any, options: Any, where: str) -> Route:
         signal=signal,
         payload=_read_payload(options.get("payload"), where),
         confirm=_read_flag(options.get("confirm"), f"{where}['confirm']"),
+        after_commit=_read_database_flag(options.get("after_commit"), f"{where}['after_commit']"),
     )
 
 
@@ -288,6 +292,18 @@ def _read_flag(value: Any, where: str) -> bool:
         return bool(value)
 
     raise ConfigError(f"{where} is {value!r}. Set it to True or False.")
+
+
+def _read_database_flag(value: Any, where: str) -> bool:
+    flag = _read_flag(value, where)
+
+    if flag and find_spec("sqlalchemy") is None:
+        raise ConfigError(
+            f"{where} needs SQLAlchemy, which is not installed. Install it with: "
+            "pip install 'sqlalchemy>=2.0'"
+        )
+
+    return flag
 
 
 def _read_sources(value: Any, where: str) -> frozenset[str] | None:

@@ -36,6 +36,7 @@ LAYERS = {
         "values",
         "lifecycle",
         "counters",
+        "transactions",
     ),
     2: (
         "routes",
@@ -48,7 +49,7 @@ LAYERS = {
         "rendering",
     ),
     3: ("codec", "channels", "bridge", "arguments", "reports"),
-    4: ("writer", "dispatcher", "declarations", "server", "tailing"),
+    4: ("writer", "drafts", "dispatcher", "declarations", "server", "tailing"),
     5: ("publisher", "listener", "application", "loading"),
     6: ("node",),
     7: (
@@ -72,7 +73,7 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 #: Neighbours in a layer that may be imported all the same: (importer, imported).
 SIDEWAYS: set[tuple[str, str]] = set()
 
-OUTBOUND = {"bridge", "buffer", "outage", "writer", "publisher"}
+OUTBOUND = {"bridge", "buffer", "drafts", "outage", "publisher", "transactions", "writer"}
 INBOUND = {"dispatcher", "listener", "inbox", "sequences"}
 
 

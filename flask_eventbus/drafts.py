@@ -1,0 +1,119 @@
+"""Events that wait for the commit of the database transaction they were sent in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from .buffer import Outgoing
+from .counters import BoundedLog, Counters
+from .errors import ConfigError
+from .logs import get_logger
+
+logger = get_logger(__name__)
+
+#: Ids that are logged of one transaction; a bulk job may send many events.
+SHOWN = 100
+
+
+class Drafting(Protocol):
+    """Takes one emission down: :meth:`.Publisher.draft`."""
+
+    def __call__(self, name: str, payload: Mapping[str, Any], /, *, confirm: bool) -> Outgoing:
+        """The event, which is not published yet."""
+
+
+class Drafts:
+    """What a node sends inside database transactions, and publishes after their commit.
+
+    :param session: finds the session, in any form that ``register_session()`` takes; ``None``
+        if there is none to be found.
+    :param draft: takes an emission down.
+    :param publish: publishes what was taken down, and returns what Redis did not confirm.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: Callable[[], Any],
+        draft: Drafting,
+        publish: Callable[[Sequence[Outgoing]], list[Outgoing]],
+        counters: Counters,
+    ) -> None:
+        self._session = session
+        self._draft = draft
+        self._publish = publish
+        self._counters = counters
+        self._log = BoundedLog(logger)
+
+    def take(self, name: str, payload: Mapping[str, Any], *, confirm: bool) -> bool:
+        """Hold an emission until the commit of what goes on; whether anything does.
+
+        :raises ConfigError: no session is to be found.
+        :raises PayloadError: a value cannot travel.
+        :raises PublishError: Redis is known to be away and the policy is ``"raise"``.
+        """
+        from .transactions import begun, hold  # they need SQLAlchemy, which is optional
+
+        session = begun(self._source(name))
+
+        if session is None:
+            return False
+
+        hold(session, self._draft(name, payload, confirm=confirm), self)
+        return True
+
+    def committed(self, items: list[Outgoing]) -> None:
+        """Publish them. Whatever happens is logged: the commit is done, and did not fail."""
+        try:
+            unconfirmed = self._publish(items)
+        except Exception:
+            logger.exception(
+                "A transaction is committed, and publishing what was sent in it failed; up to %d "
+                "events are lost: %s",
+                len(items),
+                _names(items),
+            )
+        else:
+            self._report(unconfirmed)
+
+    def discarded(self, items: list[Outgoing], *, forgotten: bool) -> None:
+        """Let them vanish with their transaction."""
+        self._counters.add("discarded", len(items))
+
+        if not forgotten:
+            logger.debug("%d events vanish with their transaction: %s", len(items), _names(items))
+            return
+
+        self._log.warning(
+            "forgotten",
+            "A session was closed without a commit: %d events that were sent in its transaction "
+            "are not published: %s. Commit it, or take 'after_commit' off the route.",
+            len(items),
+            _names(items),
+        )
+
+    def _source(self, name: str) -> Any:
+        source = self._session()
+
+        if source is not None:
+            return source
+
+        raise ConfigError(
+            f"Events of {name!r} are to wait for a commit, but there is no database session. Call "
+            "db.init_app(app) of Flask-SQLAlchemy, name the session with "
+            "bus.register_session(session), or take 'after_commit' off the route."
+        )
+
+    def _report(self, unconfirmed: Sequence[Outgoing]) -> None:
+        if unconfirmed:
+            logger.error(
+                "A transaction is committed, but Redis did not confirm %d of the events that were "
+                "sent in it: %s. What it did not refuse goes on waiting in the buffer.",
+                len(unconfirmed),
+                ", ".join(f"{out.lane.name} {out.id}" for out in unconfirmed[:SHOWN]),
+            )
+
+
+def _names(drafts: Sequence[Outgoing]) -> str:
+    return ", ".join(sorted({draft.lane.name for draft in drafts}))

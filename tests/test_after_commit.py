@@ -1,0 +1,893 @@
+"""Events leave after the commit of the transaction they were sent in, and vanish with it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from servers import RedisServer
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    mapped_column,
+    scoped_session,
+    sessionmaker,
+)
+from waiting import wait_until
+
+from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, PublishError, current_event
+from flask_eventbus.testing import Isolation
+
+Make = Callable[..., Bus]
+
+
+class Base(DeclarativeBase):
+    """The tables of these tests."""
+
+
+class User(Base):
+    """A row of the table ``users``."""
+
+    __tablename__ = "users"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    email: Mapped[str] = mapped_column(unique=True)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    """A real database in a file."""
+    engine = create_engine(f"sqlite:///{tmp_path}/users.db")
+    Base.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def session(engine: Engine) -> Iterator[Session]:
+    with Session(engine) as session:
+        yield session
+
+
+@pytest.fixture
+def bus(eventbus: Isolation, session: Session, make_bus: Make) -> Bus:
+    """A bus whose events wait for the commits of ``session``."""
+    bus = make_bus("memory://", publish={"user_*": {"after_commit": True}, "plain": None})
+    bus.register_session(session)
+    return bus
+
+
+def ids(eventbus: Isolation, name: str = "*") -> list[int]:
+    """The ids in the payloads of what was published, in order."""
+    return [event.payload["id"] for event in eventbus.published(name)]
+
+
+def test_an_event_leaves_after_the_commit(bus: Bus, session: Session, eventbus: Isolation) -> None:
+    session.add(User(id=1, email="ada"))
+    bus.signal("user_added").send(id=1)
+    before = ids(eventbus)
+    session.commit()
+
+    assert (before, ids(eventbus)) == ([], [1])
+
+
+def test_it_leaves_when_another_connection_can_read_the_row(
+    bus: Bus, session: Session, engine: Engine, shared_redis: RedisServer, make_bus: Make
+) -> None:
+    seen: list[Any] = []
+    hearer = make_bus("memory://", "hearer")
+
+    @hearer.on("user_added")
+    def look(sender: str, id: int) -> None:
+        with Session(engine) as another:
+            user = another.get(User, id)
+            seen.append(user and user.email)
+
+    hearer.start()
+    assert hearer.ready(10)
+
+    session.add(User(id=1, email="ada"))
+    session.flush()
+    bus.signal("user_added").send(id=1)
+    session.commit()
+
+    assert wait_until(lambda: seen) == ["ada"]
+
+
+def test_a_rollback_takes_events_along(bus: Bus, session: Session, eventbus: Isolation) -> None:
+    session.add(User(id=1, email="ada"))
+    bus.signal("user_added").send(id=1)
+    session.rollback()
+    session.add(User(id=2, email="bob"))
+    bus.signal("user_added").send(id=2)
+    session.commit()
+
+    assert ids(eventbus) == [2]
+    assert bus.health().counts["discarded"] == 1
+
+
+def test_without_a_transaction_an_event_leaves_at_once(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    bus.signal("user_added").send(id=1)
+
+    assert ids(eventbus) == [1]
+    assert not session.in_transaction()
+
+
+def test_a_route_that_does_not_ask_for_it_does_not_wait(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    session.add(User(id=1, email="ada"))
+    bus.signal("plain").send(id=1)
+    session.rollback()
+
+    assert ids(eventbus) == [1]
+
+
+def test_local_receivers_run_at_send(bus: Bus, session: Session) -> None:
+    received = []
+    bus.signal("user_added").connect(lambda sender, id: received.append(id), weak=False)
+
+    session.begin()
+    bus.signal("user_added").send(id=1)
+
+    assert received == [1]
+
+
+def test_a_payload_is_taken_down_at_send(bus: Bus, session: Session, eventbus: Isolation) -> None:
+    tags = ["new"]
+
+    session.begin()
+    bus.signal("user_added").send(id=1, tags=tags)
+    tags.append("changed")
+    session.commit()
+
+    eventbus.assert_published("user_added", tags=["new"])
+
+
+def test_what_cannot_travel_is_an_error_at_send(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    user = User(id=1, email="ada")
+    session.add(user)
+
+    with pytest.raises(PayloadError, match=r"payload\.user: User"):
+        bus.signal("user_added").send(user=user)
+
+    session.commit()
+    eventbus.assert_not_published()
+
+
+def test_events_leave_in_the_order_in_which_they_were_sent(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    session.begin()
+    bus.signal("user_added").send(id=1)
+
+    with session.begin_nested():
+        bus.signal("user_changed").send(id=2)
+
+    bus.signal("user_added").send(id=3)
+    session.commit()
+    bus.signal("user_changed").send(id=4)
+
+    assert ids(eventbus) == [1, 2, 3, 4]
+
+
+# -- savepoints ---------------------------------------------------------------------------
+
+
+def test_a_savepoint_that_is_rolled_back_takes_only_its_own_events(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    session.begin()
+    bus.signal("user_added").send(id=1)
+    savepoint = session.begin_nested()
+    bus.signal("user_added").send(id=2)
+    savepoint.rollback()
+    bus.signal("user_added").send(id=3)
+    session.commit()
+
+    assert ids(eventbus) == [1, 3]
+
+
+def test_what_was_sent_within_a_released_savepoint_waits_for_the_commit(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    session.begin()
+
+    with session.begin_nested():
+        bus.signal("user_added").send(id=1)
+
+    before = ids(eventbus)
+    session.commit()
+
+    assert (before, ids(eventbus)) == ([], [1])
+
+
+def test_a_released_savepoint_vanishes_with_the_one_around_it(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    session.begin()
+    outer = session.begin_nested()
+    bus.signal("user_added").send(id=1)
+
+    with session.begin_nested():
+        bus.signal("user_added").send(id=2)
+
+    outer.rollback()
+    bus.signal("user_added").send(id=3)
+    session.commit()
+
+    assert ids(eventbus) == [3]
+
+
+def test_a_rollback_of_everything_takes_released_savepoints_along(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    session.begin()
+
+    with session.begin_nested():
+        bus.signal("user_added").send(id=1)
+
+    session.begin_nested()
+    bus.signal("user_added").send(id=2)
+    session.rollback()
+    session.commit()
+
+    eventbus.assert_not_published()
+
+
+def test_a_row_that_the_database_refuses_takes_the_event_of_its_savepoint_along(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    for number, email in enumerate(["ada", "bob", "ada", "eve"]):
+        with suppress(IntegrityError), session.begin_nested():
+            bus.signal("user_added").send(id=number)
+            session.add(User(email=email))
+
+    session.commit()
+
+    assert ids(eventbus) == [0, 1, 3]
+
+
+def test_a_commit_with_open_savepoints_publishes_all(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    session.begin()
+    session.begin_nested()
+    bus.signal("user_added").send(id=1)
+    session.begin_nested()
+    bus.signal("user_added").send(id=2)
+    session.commit()
+
+    assert ids(eventbus) == [1, 2]
+
+
+# -- ends of other kinds --------------------------------------------------------------------
+
+
+def test_a_session_closed_without_a_commit_publishes_nothing_and_says_so(
+    bus: Bus, session: Session, eventbus: Isolation, caplog: pytest.LogCaptureFixture
+) -> None:
+    session.add(User(id=1, email="ada"))
+    bus.signal("user_added").send(id=1)
+    session.close()
+
+    eventbus.assert_not_published()
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("A session was closed without a commit: 1 events")
+    assert "user_added" in line
+
+
+def test_a_rollback_is_no_reason_to_warn(
+    bus: Bus, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    with suppress(ZeroDivisionError), session.begin(), session.begin_nested():
+        bus.signal("user_added").send(id=1 // 0)
+
+    with suppress(ZeroDivisionError), session.begin():
+        bus.signal("user_added").send(id=1)
+        raise ZeroDivisionError
+
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_commit_that_fails_publishes_nothing(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    session.add_all([User(email="ada"), User(email="ada")])
+    bus.signal("user_added").send(id=1)
+
+    with pytest.raises(IntegrityError):
+        session.commit()
+
+    session.rollback()
+    eventbus.assert_not_published()
+
+
+def test_a_session_goes_on_after_each_end(bus: Bus, session: Session, eventbus: Isolation) -> None:
+    for number in range(4):
+        session.begin()
+        bus.signal("user_added").send(id=number)
+        (session.rollback if number % 2 else session.commit)()
+
+    assert ids(eventbus) == [0, 2]
+
+
+def test_what_is_sent_while_rows_are_flushed_at_the_commit_leaves_with_it(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    def tell(mapper: object, connection: object, user: User) -> None:
+        bus.signal("user_added").send(id=user.id)
+
+    event.listen(User, "after_insert", tell)
+
+    try:
+        session.add(User(email="ada"))
+        session.commit()
+        session.add(User(email="ada"))
+
+        with pytest.raises(IntegrityError):
+            session.commit()
+    finally:
+        event.remove(User, "after_insert", tell)
+
+    assert ids(eventbus) == [1]
+
+
+def test_what_a_listener_of_the_session_sends_after_the_commit_leaves_with_it(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    event.listen(session, "after_commit", lambda session: bus.signal("user_added").send(id=1))
+
+    session.begin()
+    session.commit()
+
+    assert ids(eventbus) == [1]
+
+
+def test_a_listener_of_the_session_that_raises_after_the_commit_loses_no_event(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    event.listen(session, "after_commit", lambda session: 1 // 0)
+    session.add(User(id=1, email="ada"))
+    bus.signal("user_added").send(id=1)
+
+    with pytest.raises(ZeroDivisionError):
+        session.commit()
+
+    session.close()
+    assert session.get(User, 1) is not None
+    assert ids(eventbus) == [1]
+
+
+def test_bulk_operations_are_a_transaction_like_any(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    session.bulk_insert_mappings(User.__mapper__, [{"id": 1, "email": "ada"}])
+    bus.signal("user_added").send(id=1)
+    before = ids(eventbus)
+    session.commit()
+
+    assert (before, ids(eventbus)) == ([], [1])
+
+
+def test_a_session_within_a_connections_own_transaction_publishes_at_its_own_commit(
+    engine: Engine, bus: Bus, eventbus: Isolation
+) -> None:
+    with engine.connect() as connection:
+        outer = connection.begin()
+
+        with Session(connection, join_transaction_mode="create_savepoint") as session:
+            bus.register_session(session)
+            session.add(User(id=1, email="ada"))
+            bus.signal("user_added").send(id=1)
+            session.commit()
+
+        outer.rollback()
+
+    assert ids(eventbus) == [1]
+
+
+# -- causes, and the time -------------------------------------------------------------------
+
+
+def test_causes_and_time_are_those_of_the_moment_of_sending(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    sent_at = []
+
+    @bus.on("ordered")
+    def react(sender: str) -> None:
+        session.begin()
+        bus.signal("user_added").send(id=1)
+        sent_at.append(current_event.time)
+
+    cause = eventbus.deliver("ordered")
+    bus.signal("plain").send(id=2)
+    session.commit()
+
+    last, first = eventbus.published()
+    assert (first.causation_id, first.correlation_id, first.hops) == (cause.id, cause.id, 1)
+    assert first.time < last.time
+
+
+# -- which session --------------------------------------------------------------------------
+
+
+def test_a_scoped_session_is_that_of_the_thread(
+    engine: Engine, eventbus: Isolation, make_bus: Make
+) -> None:
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+    scoped = scoped_session(sessionmaker(engine))
+    bus.register_session(scoped)
+    scoped.add(User(id=1, email="ada"))
+
+    def elsewhere() -> None:
+        bus.signal("user_added").send(id=2)
+        assert not scoped.registry.has(), "A session was made only to ask for its transaction."
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    bus.signal("user_added").send(id=1)
+    before = ids(eventbus)
+    scoped.commit()
+    scoped.remove()
+
+    assert (before, ids(eventbus)) == ([2], [2, 1])
+
+
+def test_remove_without_a_commit_publishes_nothing(
+    engine: Engine, eventbus: Isolation, make_bus: Make
+) -> None:
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+    scoped = scoped_session(sessionmaker(engine))
+    bus.register_session(scoped)
+    scoped.add(User(id=1, email="ada"))
+    bus.signal("user_added").send(id=1)
+    scoped.remove()
+
+    eventbus.assert_not_published()
+
+
+def test_of_a_makers_sessions_it_is_the_one_that_began_last_here(
+    engine: Engine, eventbus: Isolation, make_bus: Make
+) -> None:
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+    maker, stranger = sessionmaker(engine), sessionmaker(engine)
+    bus.register_session(maker)
+
+    with maker() as outer, maker() as inner, stranger() as other:
+        outer.begin()
+        bus.signal("user_added").send(id=1)
+        inner.begin()
+        other.begin()
+        bus.signal("user_added").send(id=2)
+        inner.commit()
+        assert ids(eventbus) == [2]
+        bus.signal("user_added").send(id=3)
+        outer.commit()
+        bus.signal("user_added").send(id=4)
+
+    assert ids(eventbus) == [2, 1, 3, 4]
+
+
+def test_a_class_of_sessions_stands_for_all_of_it(
+    engine: Engine, eventbus: Isolation, make_bus: Make
+) -> None:
+    class Own(Session):
+        pass
+
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+    bus.register_session(Own)
+
+    with Own(engine) as own, own.begin():
+        bus.signal("user_added").send(id=1)
+        assert ids(eventbus) == []
+
+    with Session(engine) as session, session.begin():
+        bus.signal("user_added").send(id=2)
+        assert ids(eventbus) == [1, 2]
+
+
+def test_another_threads_session_is_none_of_this_ones(
+    engine: Engine, eventbus: Isolation, make_bus: Make
+) -> None:
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+    maker = sessionmaker(engine)
+    bus.register_session(maker)
+
+    with maker() as session, session.begin():
+        thread = threading.Thread(target=lambda: bus.signal("user_added").send(id=1))
+        thread.start()
+        thread.join()
+        assert ids(eventbus) == [1]
+
+
+def test_a_function_tells_which_session_is_in_use(
+    session: Session, eventbus: Isolation, make_bus: Make
+) -> None:
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+    in_use: list[Session] = []
+    bus.register_session(lambda: in_use[0] if in_use else None)
+
+    session.begin()
+    bus.signal("user_added").send(id=1)
+    in_use.append(session)
+    bus.signal("user_added").send(id=2)
+    session.rollback()
+
+    assert ids(eventbus) == [1]
+
+
+def test_two_sessions_do_not_get_mixed_up(
+    engine: Engine, eventbus: Isolation, make_bus: Make
+) -> None:
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+
+    with Session(engine) as one, Session(engine) as two:
+        for number, session in enumerate([one, two, one, two]):
+            bus.register_session(session)
+            session.connection()
+            bus.signal("user_added").send(id=number)
+
+        two.commit()
+        assert ids(eventbus) == [1, 3]
+        one.rollback()
+
+    assert ids(eventbus) == [1, 3]
+
+
+def test_threads_with_sessions_of_their_own_publish_what_they_commit(
+    engine: Engine, eventbus: Isolation, make_bus: Make
+) -> None:
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+    scoped = scoped_session(sessionmaker(engine))
+    bus.register_session(scoped)
+
+    def work(start: int) -> None:
+        for number in range(start, start + 50):
+            scoped.begin()
+            bus.signal("user_added").send(id=number)
+            (scoped.rollback if number % 2 else scoped.commit)()
+            scoped.remove()
+
+    threads = [threading.Thread(target=work, args=[start]) for start in range(0, 400, 50)]
+
+    for thread in threads:
+        thread.start()
+
+    for thread in threads:
+        thread.join()
+
+    assert sorted(ids(eventbus)) == list(range(0, 400, 2))
+
+
+def test_what_is_no_session_is_refused(make_bus: Make) -> None:
+    db = SQLAlchemy(model_class=Base)
+
+    for wrong in (db, "session", None, 7):
+        with pytest.raises(ConfigError, match=r"register_session\(\) got .* which is no session"):
+            make_bus("memory://").register_session(wrong)
+
+
+def test_a_bus_without_a_session_is_an_error_at_send(eventbus: Isolation, make_bus: Make) -> None:
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+
+    with pytest.raises(ConfigError, match=r"'user_added' .* bus\.register_session\(session\)"):
+        bus.signal("user_added").send(id=1)
+
+    eventbus.assert_not_published()
+
+
+def test_the_option_is_true_or_false(make_bus: Make) -> None:
+    with pytest.raises(ConfigError, match=r"\['after_commit'\] is 'yes'\. Set it to True or False"):
+        make_bus("memory://", publish={"user_added": {"after_commit": "yes"}})
+
+
+def test_a_route_in_code_has_the_option_too(
+    session: Session, eventbus: Isolation, make_bus: Make
+) -> None:
+    bus = make_bus("memory://")
+    bus.register_session(session)
+    user_added = bus.publishes("user_added", after_commit=True)
+
+    session.begin()
+    user_added.send(id=1)
+    session.rollback()
+
+    eventbus.assert_not_published()
+
+
+@pytest.mark.parametrize("prevented", ["sqlalchemy", "sqlalchemy.orm"])
+def test_without_sqlalchemy_the_option_is_refused_and_everything_else_works(prevented: str) -> None:
+    program = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Nothing(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == {prevented!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Nothing)
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == {prevented!r} else found(name)
+
+from flask_eventbus import Bus, ConfigError
+
+bus = Bus("memory://", service="tests", publish=["plain"])
+bus.signal("plain").send(id=1)
+assert bus.flush(5)
+
+try:
+    bus.publishes("user_added", after_commit=True).send(id=1)
+    bus.register_session(object())
+except ConfigError as error:
+    print(error)
+"""
+
+    outcome = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+
+    assert "pip install 'sqlalchemy>=2.0'" in outcome.stdout
+
+
+# -- Flask-SQLAlchemy -------------------------------------------------------------------------
+
+
+class Shop:
+    """A Flask app with a database and a bus, made in either order."""
+
+    def __init__(self, folder: Path, *, bus_first: bool = True, **options: Any) -> None:
+        self.db = SQLAlchemy(model_class=type("Base", (DeclarativeBase,), {}))
+        self.bus = EventBus()
+        self.app = Flask("shop")
+        self.app.config.from_mapping(
+            SQLALCHEMY_DATABASE_URI=f"sqlite:///{folder}/shop.db",
+            EVENTBUS_SERVICE="shop",
+            EVENTBUS_PUBLISH={"user_added": {"after_commit": True, **options}},
+        )
+
+        for extension in (self.bus, self.db) if bus_first else (self.db, self.bus):
+            extension.init_app(self.app)
+
+        self.app.add_url_rule("/<int:number>/<end>", view_func=self.view, methods=["POST"])
+
+    def view(self, number: int, end: str) -> str:
+        self.db.session.connection()
+        self.bus.signal("user_added").send(self.app, id=number)
+
+        if end == "commit":
+            self.db.session.commit()
+        elif end == "raise":
+            raise ZeroDivisionError
+
+        return ""
+
+    def close(self) -> None:
+        with self.app.app_context():
+            self.db.engine.dispose()
+
+
+@pytest.fixture
+def shop(tmp_path: Path, eventbus: Isolation) -> Iterator[Shop]:
+    shop = Shop(tmp_path)
+    yield shop
+    shop.close()
+
+
+@pytest.mark.parametrize("bus_first", [True, False])
+def test_flask_sqlalchemy_is_found_in_either_order(
+    tmp_path: Path, eventbus: Isolation, bus_first: bool
+) -> None:
+    shop = Shop(tmp_path, bus_first=bus_first)
+    client = shop.app.test_client()
+
+    for path in ("/1/commit", "/2/return", "/3/raise", "/4/commit"):
+        client.post(path)
+
+    shop.close()
+    assert ids(eventbus) == [1, 4]
+
+
+def test_a_view_that_forgets_to_commit_is_warned_of(
+    shop: Shop, eventbus: Isolation, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop.app.test_client().post("/1/return")
+
+    assert "A session was closed without a commit" in caplog.text
+    assert shop.bus.health().counts["discarded"] == 1
+
+
+def test_outside_an_app_context_nothing_is_waited_for(shop: Shop, eventbus: Isolation) -> None:
+    shop.bus.signal("user_added").send(shop.app, id=1)
+
+    assert ids(eventbus) == [1]
+
+
+def test_a_registered_session_goes_before_flask_sqlalchemys(
+    shop: Shop, session: Session, eventbus: Isolation
+) -> None:
+    shop.bus.register_session(session)
+    session.begin()
+
+    shop.app.test_client().post("/1/commit")
+    before = ids(eventbus)
+    session.commit()
+
+    assert (before, ids(eventbus)) == ([], [1])
+
+
+def test_an_app_without_a_session_is_an_error_at_send(eventbus: Isolation) -> None:
+    bus = EventBus()
+    app = Flask("shop")
+    app.config.from_mapping(
+        EVENTBUS_SERVICE="shop", EVENTBUS_PUBLISH={"user_added": {"after_commit": True}}
+    )
+    bus.init_app(app)
+
+    with pytest.raises(ConfigError, match=r"db\.init_app\(app\) of Flask-SQLAlchemy"):
+        bus.signal("user_added").send(app, id=1)
+
+
+# -- Redis ----------------------------------------------------------------------------------
+
+
+def test_a_commit_does_not_fail_when_redis_is_away(
+    shop: Shop, eventbus: Isolation, caplog: pytest.LogCaptureFixture
+) -> None:
+    with eventbus.redis_away():
+        assert shop.app.test_client().post("/1/commit").status_code == 200
+
+    assert ids(eventbus) == [1]
+
+
+@pytest.mark.parametrize("policy", ["buffer", "raise"])
+def test_a_confirmation_is_awaited_in_the_commit_which_does_not_fail_without_it(
+    redis_server: RedisServer,
+    session: Session,
+    make_bus: Make,
+    caplog: pytest.LogCaptureFixture,
+    policy: str,
+) -> None:
+    bus = make_bus(
+        redis_server.url,
+        publish={"user_added": {"after_commit": True, "confirm": True}},
+        on_outage=policy,
+        timeout=0.2,
+    )
+    bus.register_session(session)
+    bus.signal("user_added").send(id=0)
+
+    redis_server.hang()
+    session.add(User(id=1, email="ada"))
+    bus.signal("user_added").send(id=1)
+    bus.signal("user_added").send(id=2)
+    session.commit()
+    redis_server.resume()
+
+    assert bus.flush(10)
+    assert session.get(User, 1) is not None
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "Redis did not confirm 2 of the events" in line
+    assert f"user_added {bus.health().node}-2, user_added {bus.health().node}-3" in line
+    assert bus.health().counts["published"] == 3
+
+
+def test_a_confirmed_commit_waits_until_redis_has_the_events(
+    shared_redis: RedisServer, session: Session, make_bus: Make
+) -> None:
+    bus = make_bus(
+        shared_redis.url,
+        publish={"user_added": {"after_commit": True, "confirm": True}},
+        timeout=10,
+    )
+    bus.register_session(session)
+
+    session.begin()
+    bus.signal("user_added").send(id=1)
+    session.commit()
+
+    assert bus.health().counts["published"] == 1
+
+
+def test_with_raise_an_outage_that_is_known_fails_the_send_and_so_the_transaction(
+    redis_server: RedisServer, session: Session, make_bus: Make
+) -> None:
+    bus = make_bus(
+        redis_server.url, publish={"user_added": {"after_commit": True}}, on_outage="raise"
+    )
+    bus.register_session(session)
+    redis_server.kill()
+    bus.node.ask()
+    wait_until(lambda: not bus.health().publishing)
+
+    session.add(User(id=1, email="ada"))
+
+    with pytest.raises(PublishError), session:
+        bus.signal("user_added").send(id=1)
+
+    assert session.get(User, 1) is None
+
+
+def test_an_event_held_over_a_stop_of_the_bus_leaves_all_the_same(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    session.begin()
+    bus.signal("user_added").send(id=1)
+    bus.stop()
+    session.commit()
+
+    assert ids(eventbus) == [1]
+
+
+# -- asynchronous sessions ------------------------------------------------------------------
+
+
+def test_an_asynchronous_session_is_followed(
+    engine: Engine, eventbus: Isolation, make_bus: Make
+) -> None:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+
+    async def work(end: str, number: int) -> None:
+        # No statement runs, so no asynchronous driver is needed.
+        async with AsyncSession() as session:
+            bus.register_session(session)
+            session.sync_session.begin()
+            bus.signal("user_added").send(id=number)
+            await getattr(session, end)()
+
+    for number, end in enumerate(["commit", "rollback", "close", "commit"]):
+        asyncio.run(work(end, number))
+
+    assert ids(eventbus) == [0, 3]
+
+
+def test_tasks_with_asynchronous_sessions_do_not_get_mixed_up(
+    eventbus: Isolation, make_bus: Make
+) -> None:
+    from sqlalchemy.ext.asyncio import async_sessionmaker
+
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+    maker = async_sessionmaker(sync_session_class=sessionmaker())
+    stranger = async_sessionmaker()
+    bus.register_session(maker)
+
+    async def work(number: int) -> None:
+        async with maker() as session, stranger() as other:
+            for each in (session, other):
+                each.sync_session.begin()
+
+            await asyncio.sleep(0)
+            bus.signal("user_added").send(id=number)
+            await asyncio.sleep(0)
+            await (session.rollback if number % 2 else session.commit)()
+
+    async def main() -> None:
+        await asyncio.gather(*(work(number) for number in range(10)))
+
+    asyncio.run(main())
+
+    assert sorted(ids(eventbus)) == [0, 2, 4, 6, 8]
