@@ -7,6 +7,7 @@ happens that its owner did not ask for.
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import re
 import weakref
@@ -16,6 +17,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection
 from redis.retry import Retry
 
 from . import embedded
@@ -248,7 +250,16 @@ def _options(timeout: float, name: str) -> dict[str, Any]:
         # RESP3 costs pub/sub readers two to four times more in redis-py 8.1.
         "protocol": 2,
         "decode_responses": False,
+        **_no_library(),
     }
+
+
+@functools.cache
+def _no_library() -> dict[str, None]:
+    """What keeps redis-py from naming itself to the server, for which users need a right."""
+    known = inspect.signature(AbstractConnection.__init__).parameters
+    names = ("driver_info",) if "driver_info" in known else ("lib_name", "lib_version")
+    return dict.fromkeys(names)
 
 
 def _join_embedded(parts: SplitResult) -> str:

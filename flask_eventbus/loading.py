@@ -99,13 +99,36 @@ def _import(name: str) -> Any:
 
 
 def _import_file(path: Path) -> ModuleType:
-    name = f"{path.parent.name}.{path.stem}"
+    name = _name_of(path.resolve())
+
+    if name in sys.modules:
+        return sys.modules[name]
+
     spec = importlib.util.spec_from_file_location(name, path)
 
     if spec is None or spec.loader is None:
         raise ImportError(f"{path.name} is not a Python module")
 
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(name, module)
-    spec.loader.exec_module(module)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
     return module
+
+
+def _name_of(path: Path) -> str:
+    """``plugins.newsletter``; with as many folders before it as tell it from another file."""
+    name = path.stem
+
+    for folder in path.parents:
+        name = f"{folder.name}.{name}"
+        known = sys.modules.get(name)
+
+        if known is None or getattr(known, "__file__", None) == str(path):
+            break
+
+    return name

@@ -130,3 +130,29 @@ def test_two_apps_of_one_bus_register_a_module_once(folder: Path) -> None:
         bus.init_app(app)
 
     assert receivers(bus) == ["send"]
+
+
+def test_two_folders_may_hold_modules_of_the_same_name(folder: Path) -> None:
+    for shop in ("north", "south"):
+        (folder / shop / "plugins").mkdir(parents=True)
+        path = folder / shop / "plugins" / "same.py"
+        path.write_text(PLUGIN.format(name=shop))
+
+    bus = bus_with("north/plugins/", "south/plugins/")
+
+    assert receivers(bus) == ["north", "south"]
+    assert {"plugins.same", "south.plugins.same"} <= set(sys.modules)
+
+
+def test_a_folders_module_is_imported_once_and_registered_with_each_bus(folder: Path) -> None:
+    (folder / "addons").mkdir()
+    counting = (
+        "import builtins\nbuiltins.addon_imports = getattr(builtins, 'addon_imports', 0) + 1\n"
+    )
+    (folder / "addons" / "counted.py").write_text(counting + PLUGIN.format(name="react"))
+
+    assert receivers(bus_with("addons/")) == receivers(bus_with("addons/")) == ["react"]
+
+    import builtins
+
+    assert builtins.addon_imports == 1  # type: ignore[attr-defined]  # made by the module
