@@ -195,6 +195,9 @@ class ChannelReader:
         try:
             reply: Any = connection.read_response(disconnect_on_error=False)
         except redis.ResponseError as error:
+            if is_passing(error):
+                raise redis.ConnectionError(str(error)) from error
+
             return Frame("refused", self._answered(), body=str(error).encode())
 
         try:

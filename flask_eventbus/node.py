@@ -28,9 +28,12 @@ from .dispatcher import Dispatcher
 from .drafts import Drafts
 from .ending import process_ends
 from .event import Event
+from .hearing import Hearing
+from .intake import Intake
 from .listener import Listener
 from .logs import get_logger
 from .namespace import Receiver
+from .pool import Pool
 from .publisher import ClosedError, Publisher
 from .routes import Route, Subscription, is_pattern, read_routes, read_subscriptions
 from .writer import WRITE_TIMEOUT
@@ -163,7 +166,14 @@ class Node:
             self._listen()
 
     def ready(self, timeout: float | None = None) -> bool:
-        """Wait until Redis has confirmed every subscription; whether it was in time."""
+        """Wait until Redis has confirmed every subscription; whether it was in time.
+
+        Nothing is awaited where nothing can come: without a subscription it is ``True`` at
+        once, with ``EVENTBUS_ENABLED=False`` it is ``False``.
+        """
+        if not self.config.enabled or not self._subscriptions:
+            return self.config.enabled
+
         return self._listener.ready(timeout)
 
     def ask(self) -> None:
@@ -204,7 +214,7 @@ class Node:
             service=self.config.service,
             node=self.name,
             listening=self.listening and bool(self._subscriptions),
-            connected=self._listener.running and self._listener.connected,
+            connected=self._listener.connected,
             publishing=self._publisher.connected,
             last_heard=None if heard is None else _since(heard),
             lag=self._listener.lag,
@@ -270,15 +280,36 @@ class Node:
         )
 
     def _make_listener(self) -> Listener:
-        publisher = self._publisher
+        reader = ChannelReader(self.connections)
         return Listener(
             config=self.config,
-            codec=self.codec,
-            reader=ChannelReader(self.connections),
+            reader=reader,
             keys=self._keys,
-            dispatcher=self.dispatcher,
+            hearing=self._make_hearing(reader),
+            intake=self._make_intake(self._publisher),
+            pool=Pool(
+                config=self.config,
+                dispatcher=self.dispatcher,
+                counters=self.counters,
+                node=self.name,
+            ),
             counters=self.counters,
+            node=self.name,
+        )
+
+    def _make_hearing(self, reader: ChannelReader) -> Hearing:
+        return Hearing(
+            service=self.config.service,
+            keys=self._keys,
+            reader=reader,
             subscriptions=lambda: self._subscriptions,
+        )
+
+    def _make_intake(self, publisher: Publisher) -> Intake:
+        return Intake(
+            config=self.config,
+            codec=self.codec,
+            counters=self.counters,
             node=self.name,
             issued=lambda: publisher.issued,
             siblings=self.siblings,
@@ -296,7 +327,7 @@ class Node:
         self._turning = threading.RLock()
         self._listener.disown()
         self._publisher.disown()
-        self.connections.close_copies()
+        self.connections.disown()
         self.counters = Counters()
         self._renew()
 

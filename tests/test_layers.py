@@ -49,10 +49,20 @@ LAYERS = {
         "rendering",
     ),
     3: ("codec", "channels", "bridge", "arguments", "reports"),
-    4: ("writer", "drafts", "dispatcher", "declarations", "server", "tailing"),
-    5: ("publisher", "listener", "application", "loading"),
-    6: ("node",),
-    7: (
+    4: (
+        "writer",
+        "drafts",
+        "dispatcher",
+        "intake",
+        "hearing",
+        "declarations",
+        "server",
+        "tailing",
+    ),
+    5: ("publisher", "pool", "application", "loading"),
+    6: ("listener",),
+    7: ("node",),
+    8: (
         "running",
         "serving",
         "recording",
@@ -63,10 +73,10 @@ LAYERS = {
         "receipt",
         "census",
     ),
-    8: ("bus", "extension", "program_checks", "server_checks"),
-    9: ("__init__", "doctor"),
-    10: ("commands", "testing"),
-    11: ("cli", "__main__", "pytest_plugin"),
+    9: ("bus", "extension", "program_checks", "server_checks"),
+    10: ("__init__", "doctor"),
+    11: ("commands", "testing"),
+    12: ("cli", "__main__", "pytest_plugin"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
@@ -74,7 +84,7 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 SIDEWAYS: set[tuple[str, str]] = set()
 
 OUTBOUND = {"bridge", "buffer", "drafts", "outage", "publisher", "transactions", "writer"}
-INBOUND = {"dispatcher", "listener", "inbox", "sequences"}
+INBOUND = {"dispatcher", "listener", "hearing", "intake", "pool", "inbox", "sequences"}
 
 
 def name_of(path: Path) -> str:

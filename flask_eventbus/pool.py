@@ -1,0 +1,115 @@
+"""The threads in which receivers run, and the events that wait for them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from .config import Config
+from .coroutines import kept_loop
+from .counters import BoundedLog, Counters
+from .dispatcher import Dispatcher
+from .event import Event
+from .inbox import BATCH, Inbox
+from .lifecycle import tell
+from .logs import get_logger
+from .signals import events_dropped
+
+logger = get_logger(__name__)
+
+#: Seconds that threads get to end once nothing is left for them: an event loop closes.
+END = 2.0
+
+
+class Pool:
+    """As many threads as ``EVENTBUS_CONCURRENCY``; with one, events keep their order."""
+
+    def __init__(
+        self, *, config: Config, dispatcher: Dispatcher, counters: Counters, node: str
+    ) -> None:
+        self._config = config
+        self._dispatcher = dispatcher
+        self._counters = counters
+        self._node = node
+        self._log = BoundedLog(logger)
+        self._inbox = Inbox()
+        self._forced = False
+        self._threads: list[threading.Thread] = []
+
+    def __len__(self) -> int:
+        return len(self._inbox)
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is one of them."""
+        return threading.current_thread() in self._threads
+
+    def start(self) -> None:
+        """Start the threads."""
+        for number in range(self._config.concurrency):
+            name = f"eventbus-receiver-{number}-{self._node}"
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def put(self, batch: Sequence[tuple[Event, int]]) -> None:
+        """Let receivers run for events, given with their sizes in bytes."""
+        dropped = self._inbox.put(batch)
+
+        if not dropped:
+            return
+
+        self._counters.add("dropped", dropped)
+        self._log.warning(
+            "dropped",
+            "Receivers are slower than events come: the oldest that wait are dropped. Raise "
+            "'EVENTBUS_CONCURRENCY', or make the receivers shorter. health() counts them.",
+        )
+        tell(events_dropped, self._config.service, where="inbox", count=dropped)
+
+    def stop(self, grace: float) -> None:
+        """Let what waits be handled for ``grace`` seconds, and end the threads."""
+        if not self._inbox.wait_until_empty(grace):
+            self._force(grace)
+
+        self._inbox.close()
+        deadline = time.monotonic() + (0.1 if self._forced else END)
+
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+
+    def disown(self) -> None:
+        """In a forked child: let the thread that forked end, if it is one of these."""
+        self._forced = True
+        self._inbox = Inbox()
+        self._inbox.close()
+
+    def _force(self, grace: float) -> None:
+        self._forced = True
+        left = self._inbox.clear()
+        self._counters.add("dropped", left)
+        logger.error(
+            "Receivers were still running after the grace of %g s: %d events that had arrived are "
+            "not handled. Raise 'EVENTBUS_GRACE', or make the receivers shorter.",
+            grace,
+            left,
+        )
+
+    def _run(self) -> None:
+        most = BATCH if self._config.concurrency == 1 else 1
+
+        with kept_loop():
+            while events := self._inbox.take(most):
+                self._dispatch(events)
+                self._inbox.done(len(events))
+
+    def _dispatch(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if self._forced:
+                return
+
+            try:
+                self._dispatcher.dispatch(event)
+            except Exception:
+                logger.exception("The event %s of %r was not dispatched.", event.id, event.name)
