@@ -90,6 +90,7 @@ class Connections:
         self._url = url
         self._name = name
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._disowned = False
         self._check()
 
     def open(self, *, timeout: float) -> Connection:
@@ -98,6 +99,9 @@ class Connections:
         :raises redis.ConnectionError: Redis cannot be reached, or refuses.
         """
         error: Exception | None = None
+
+        if self._disowned:
+            raise redis.ConnectionError("What was inherited over a fork connects no more.")
 
         for url in self._candidates(timeout):
             connection = self._make(url, timeout)
@@ -119,11 +123,13 @@ class Connections:
 
         raise error or redis.ConnectionError(f"{self.shown} names no host.")
 
-    def close_copies(self) -> None:
+    def disown(self) -> None:
         """In a forked child: close its copies of what its parent opened, unseen by Redis.
 
         Otherwise a parent that is killed would seem to live on, as long as the child does.
         """
+        self._disowned = True
+
         for connection in list(self._opened):
             connection.disconnect()
 

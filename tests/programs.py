@@ -183,9 +183,10 @@ class Service:
         return processes
 
     def end(self) -> None:
-        """End all that was started."""
+        """End all that was started, and show what it said, in case that a test failed."""
         for program in self._programs:
             program.kill()
+            print(program.said)
 
         self._other.stop(flush=0)
 

@@ -358,7 +358,7 @@ def inherited():
     names = [greenlet._run.__self__.name for greenlet in greenlets if not greenlet.dead]
     return [name for name in names if name.endswith(parent) and "receiver" not in name]
 
-bus.publishes(called)
+bus.publishes(called, confirm=True)
 bus.start()
 called.send(number=0)
 assert bus.ready(5) and bus.flush(5)
@@ -368,7 +368,7 @@ wait_until_released("HUNG")
 for number in range(1, 6):
     called.send(number=number)
 
-wait_until(lambda: bus.node._publisher._in_hand)
+assert not bus.health().publishing
 parent = bus.node.name
 assert len(inherited()) == 2
 child = os.fork()
@@ -384,7 +384,7 @@ print("the child ended with", ended(child))
 """,
     )
     hung = service.folder / "hung"
-    program = service.run("program.py", HUNG=str(hung))
+    program = service.run("program.py", HUNG=str(hung), EVENTBUS_TIMEOUT="0.1")
     service.wait_for("ready")
     before = service.nodes("pubsub")
 
