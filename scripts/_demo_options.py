@@ -49,6 +49,11 @@ class Options:
         """Where everything is that the demo writes."""
         return ROOT / ".demo" / str(self.port_base)
 
+    @property
+    def running(self) -> Path:
+        """A folder with a file for each program that was started, named after its process."""
+        return self.folder / "running"
+
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
 

@@ -19,6 +19,13 @@ WORKERS = 2
 REPORT = "report"
 
 
+#: Threads, since a browser holds connections open that it does not use.
+_ONE_WORKER = ("--workers=1", "--threads=4")
+
+#: No threads: a worker takes one connection at a time, so that the report can reach each of them.
+_WORKERS = (f"--workers={WORKERS}",)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
     """One process, with those it forks."""
@@ -28,11 +35,11 @@ class Program:
     folder: Path | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def command(self) -> str:
-        """For a shell, which the program then takes the place of."""
-        change = f"cd {shlex.quote(str(self.folder))} && " if self.folder else ""
-        return f"{change}exec {shlex.join(self.words)}"
+    def command(self, running: Path) -> str:
+        """For a shell, which signs in to the folder and makes way for the program."""
+        sign_in = f": > {shlex.quote(str(running))}/$$"
+        change = f"cd {shlex.quote(str(self.folder))}" if self.folder else ":"
+        return f"{sign_in} && {change} && exec {shlex.join(self.words)}"
 
 
 def programs(options: Options, screen: Screen) -> Iterator[Program]:
@@ -61,11 +68,8 @@ def _services(options: Options) -> Iterator[Program]:
         FLASK_MAIL_PORT=str(options.port("smtp")),
         FLASK_NEWSLETTER_FILE=f"{folder}/newsletter.db",
     )
-    yield _flask(
-        options, "catalog", f"--workers={WORKERS}", FLASK_CATALOG_DATABASE=f"{folder}/catalog.db"
-    )
-    # Threads, since a browser keeps connections open.
-    yield _flask(options, "analytics", "--threads=4")
+    yield _flask(options, "analytics")
+    yield _flask(options, "catalog", _WORKERS, FLASK_CATALOG_DATABASE=f"{folder}/catalog.db")
 
 
 def _script(name: str, path: str, *words: str, **settings: str) -> Program:
@@ -78,7 +82,9 @@ def _script(name: str, path: str, *words: str, **settings: str) -> Program:
     )
 
 
-def _flask(options: Options, name: str, *words: str, **settings: str) -> Program:
+def _flask(
+    options: Options, name: str, words: tuple[str, ...] = _ONE_WORKER, **settings: str
+) -> Program:
     return Program(
         name=name,
         words=(

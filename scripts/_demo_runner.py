@@ -23,37 +23,33 @@ from honcho.printer import Message, Printer
 from flask_eventbus.embedded import directory_of
 
 #: How long the embedded server may take to end after its last user, in seconds.
-SERVER_END = 5.0
+SERVER_END = 3.0
 
 #: Honcho's exit codes after SIGINT and SIGTERM.
 _TOLD = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 #: What honcho says of its programs.
-_STARTED = re.compile(r"(\S+) started \(pid=(\d+)\)")
+_STARTED = re.compile(r"(\S+) started \(pid=")
 _STOPPED = re.compile(r"(\S+) stopped \(rc=(-?\d+)\)")
 
 
 class Leash:
     """A process that ends the programs when this one has ended, even by ``kill -9``."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: Path) -> None:
         leash = Path(__file__).with_name("_demo_leash.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", leash],
+            [sys.executable, "-I", "-S", leash, running],
             stdin=subprocess.PIPE,
-            text=True,
             start_new_session=True,
         )
         # What honcho forks would keep it open.
         os.register_at_fork(after_in_child=self._input.close)
 
     @property
-    def _input(self) -> IO[str]:
+    def _input(self) -> IO[bytes]:
         assert self._process.stdin is not None  # noqa: S101 - it is a pipe
         return self._process.stdin
-
-    def add(self, group: int) -> None:
-        print(group, file=self._input, flush=True)
 
     def end(self) -> None:
         """Let it end what is left, which is nothing if all went well."""
@@ -99,17 +95,20 @@ class Output:
 class Runner(Manager):  # type: ignore[misc]  # honcho has no types
     """Honcho: runs programs until one of them ends, or this one is told to, and ends the rest."""
 
-    def __init__(self, options: Options, leash: Leash) -> None:
+    def __init__(self, options: Options) -> None:
         super().__init__(printer=Output(options, self._note))
         #: The first that ended, and its exit code.
         self.ended: tuple[str, int] | None = None
-        self._leash = leash
+        #: Whether it ended because this program was told to.
+        self.told = False
+        self._options = options
         self._missing: set[str] = set()
         self._postponed = False
 
     def add(self, program: Program, settings: dict[str, str]) -> None:
         environment = {**os.environ, **settings, **program.settings}
-        self.add_process(program.name, program.command, env=environment)
+        command = program.command(self._options.running)
+        self.add_process(program.name, command, env=environment)
         self._missing.add(program.name)
 
     def terminate(self) -> None:
@@ -121,11 +120,11 @@ class Runner(Manager):  # type: ignore[misc]  # honcho has no types
 
     def _note(self, words: str) -> None:
         if started := _STARTED.match(words):
-            self._leash.add(int(started[2]))
             self._missing.discard(started[1])
 
         if (stopped := _STOPPED.match(words)) and self.ended is None:
             self.ended = stopped[1], int(stopped[2])
+            self.told = self.returncode in _TOLD
             self._say_if_told()
 
         if self._postponed:
@@ -133,7 +132,7 @@ class Runner(Manager):  # type: ignore[misc]  # honcho has no types
 
     def _say_if_told(self) -> None:
         """At the first end, since the last may take some seconds."""
-        if self.returncode in _TOLD:
+        if self.told:
             _print("\nEnding everything.\n")
 
 
@@ -143,7 +142,7 @@ def main() -> int:
     # The programs are forked before there is a second thread.
     multiprocessing.set_start_method("fork")
     options = read_options(__doc__)
-    clear(options.folder)
+    clear(options)
 
     try:
         return run(options)
@@ -153,21 +152,22 @@ def main() -> int:
         return 1
 
 
-def clear(folder: Path) -> None:
+def clear(options: Options) -> None:
     """A new folder for this run; what an earlier one left goes."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    if options.folder.exists():
+        shutil.rmtree(options.folder)
 
-    (folder / "logs").mkdir(parents=True)
+    options.running.mkdir(parents=True)
+    options.log(REPORT).parent.mkdir()
 
 
 def run(options: Options) -> int:
     """Run everything; the exit code."""
     screen = Screen.on(sys.stdout)
-    leash = Leash()
+    leash = Leash(options.running)
 
     try:
-        runner = Runner(options, leash)
+        runner = Runner(options)
 
         for program in programs(options, screen):
             runner.add(program, common_settings(options))
@@ -200,13 +200,13 @@ def await_server_end(options: Options) -> None:
 
 def outcome(runner: Runner, options: Options, screen: Screen) -> int:
     """The exit code, with a word about it."""
-    if runner.returncode in _TOLD:
-        return runner.returncode if options.once else 0
+    if runner.told:
+        return int(runner.returncode) if options.once else 0
 
     name, code = runner.ended or (REPORT, 1)
 
     if name == REPORT:
-        return code
+        return int(code != 0)
 
     screen.failed(name, f"ended with code {code}. The end of {shown(options.log(name))}:")
     screen.end_of(options.log(name))

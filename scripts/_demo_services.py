@@ -116,7 +116,7 @@ class Services:
         return Seen(max(self._served.values())) if all_do else None
 
     def _ask_each_worker(self) -> list[Answer]:
-        """Each takes one connection at a time, so that as many open ones reach them all."""
+        """A worker takes one connection at a time, so that as many open ones reach them all."""
         connections = [self._connected("catalog") for _ in range(WORKERS)]
 
         try:
