@@ -43,7 +43,7 @@ class Program:
             self.process = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=folder,
-                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **settings},
+                env={**_environment(), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **settings},
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -94,6 +94,12 @@ class Program:
             os.killpg(self.pid, signal.SIGKILL)
 
         self.process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """The environment without what would configure the programs in the tests' place."""
+    foreign = ("EVENTBUS_", "FLASK_", "GUNICORN_", "WERKZEUG_")
+    return {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
 
 
 class Service:
