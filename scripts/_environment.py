@@ -15,6 +15,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - the bootstrap is what checks it
         )
     )
 
+import fcntl
 import hashlib
 import importlib.util
 import subprocess
@@ -27,9 +28,16 @@ EXTRAS = "embedded,testing"
 def ready(folder: Path = ROOT / ".venv", *requirements: str) -> Path:
     """Return the Python of the environment in *folder*, with everything installed there.
 
-    Quick where nothing has changed since the last time.
+    Quick where nothing has changed since the last time; two at once take turns.
     """
-    requirements = requirements or ("requirements/dev.txt",)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+
+    with Path(f"{folder}.lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        return _ready(folder, requirements or ("requirements/dev.txt",))
+
+
+def _ready(folder: Path, requirements: tuple[str, ...]) -> Path:
     python = folder / "bin" / "python"
     stamp = folder / "installed"
 
@@ -79,7 +87,7 @@ def _make(folder: Path) -> None:
 
 
 def _install(python: Path, requirements: tuple[str, ...]) -> None:
-    _say(f"Installing {', '.join(requirements)} into {python.parent.parent}")
+    _say(f"Installing {', '.join(requirements)} into {python.parent.parent}: about a minute")
     pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     first, *others = requirements
 
