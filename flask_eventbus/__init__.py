@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from .event import Event, current_event
     from .extension import EventBus
-    from .node import Health
+    from .health import Health
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,7 @@ _HOMES = {
     "Bus": "bus",
     "Event": "event",
     "EventBus": "extension",
-    "Health": "node",
+    "Health": "health",
     "current_event": "event",
 }
 

@@ -13,8 +13,9 @@ from blinker import Namespace
 from .config import Config
 from .declarations import Declarations
 from .errors import ConfigError
+from .health import Health
 from .loading import load_receivers
-from .node import FLUSH_AT_EXIT, Health, Node
+from .node import FLUSH_AT_EXIT, Node
 from .running import run_until_signal
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from blinker import ANY, NamedSignal, Namespace, Signal
 
 from .codec import Codec
+from .errors import ConfigError
 from .namespace import BusNamespace, Receiver, check_signal_name
 from .routes import (
     Extractor,
@@ -29,8 +32,14 @@ T = TypeVar("T")
 class Watcher(Protocol):
     """What wants to know of declarations that come later: a node."""
 
-    def declared(self) -> None:
-        """Something was declared."""
+    def born(self, signal: NamedSignal) -> None:
+        """A signal of the bus's own is new."""
+
+    def routed(self, route: Route) -> None:
+        """A route was declared, or declared anew."""
+
+    def subscribed(self, subscription: Subscription) -> None:
+        """A subscription was declared, or declared anew."""
 
 
 class Declarations:
@@ -57,25 +66,39 @@ class Declarations:
         #: What :meth:`register_session` was given.
         self.session: Any = None
         self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+        self._lock = threading.RLock()
 
         if isinstance(self.namespace, BusNamespace):
             self.namespace.watch(self._born)
+
+    @property
+    def lock(self) -> AbstractContextManager[bool]:
+        """Held while something is declared, so that watchers miss nothing and see one order."""
+        return self.namespace.lock if isinstance(self.namespace, BusNamespace) else self._lock
+
+    def renew_lock(self) -> None:
+        """In a forked child: another thread of the parent may have held it."""
+        self._lock = threading.RLock()
+
+        if isinstance(self.namespace, BusNamespace):
+            self.namespace.lock = threading.RLock()
 
     def signal(self, name: str, doc: str | None = None) -> NamedSignal:
         """The bus's signal called ``name``: a blinker signal, made at the first call.
 
         :raises ConfigError: the name cannot be part of a Redis key.
         """
-        if name in self.namespace:
-            return self.namespace[name]
+        with self.lock:
+            if name in self.namespace:
+                return self.namespace[name]
 
-        check_signal_name(name, "signal()")
-        signal = self.namespace.signal(name, doc)
+            check_signal_name(name, "signal()")
+            signal = self.namespace.signal(name, doc)
 
-        if not isinstance(self.namespace, BusNamespace):
-            self._born(signal)
+            if not isinstance(self.namespace, BusNamespace):
+                self._born(signal)
 
-        return signal
+            return signal
 
     def on(
         self,
@@ -96,8 +119,10 @@ class Declarations:
         senders = (ANY,) if subscription.sources is None else tuple(sorted(subscription.sources))
 
         def decorate(receiver: F) -> F:
-            self._connect(name, receiver, senders)
-            self._subscribe(subscription)
+            with self.lock:
+                self._connect(name, receiver, senders)
+                self._subscribe(subscription)
+
             return receiver
 
         return decorate
@@ -137,9 +162,9 @@ class Declarations:
             if as_ is not None and as_ != route.name:
                 route = replace(route, name=as_, signal=self.signal(route.name))
 
-        self.routes[route.name] = route
-        self.tell()
-        return route.signal or self.signal(route.name)
+        with self.lock:
+            self._route(route, where)
+            return route.signal or self.signal(route.name)
 
     def register_type(
         self,
@@ -190,17 +215,35 @@ class Declarations:
 
     def watch(self, watcher: Watcher) -> None:
         """Tell ``watcher`` of declarations from now on, as long as it lives."""
-        self._watchers.add(watcher)
+        with self.lock:
+            self._watchers.add(watcher)
 
-    def tell(self) -> None:
-        """Tell the watchers that something was declared."""
+    def look_around(self) -> None:
+        """Take up signals that others made: an adopted namespace does not tell of them."""
+        with self.lock:
+            for signal in list(self.namespace.values()):
+                if signal.name not in self._met:
+                    self._born(signal)
+
+    def _route(self, route: Route, where: str) -> None:
+        known = self.routes.get(route.name)
+
+        if known is not None and known.signal is not route.signal:
+            raise ConfigError(
+                f"{where}: another signal is published as {route.name!r}. Publish this one under "
+                "a name of its own, with as_='...'."
+            )
+
+        self.routes[route.name] = route
+
         for watcher in list(self._watchers):
-            watcher.declared()
+            watcher.routed(route)
 
     def _connect(self, name: str, receiver: Receiver, senders: tuple[Any, ...]) -> None:
         if is_pattern(name):
             self._patterns.append((name, receiver, senders))
-            signals = [found for found in self.namespace.values() if matches(name, found.name)]
+            known = list(self.namespace.values())
+            signals = [signal for signal in known if matches(name, signal.name)]
         else:
             signals = [self.signal(name)]
 
@@ -222,20 +265,25 @@ class Declarations:
         known = self.subscriptions.get(subscription.name)
         echo = subscription.echo or (known is not None and known.echo)
         # Who is heard is a matter of each receiver here, not of the whole service.
-        self.subscriptions[subscription.name] = replace(subscription, sources=None, echo=echo)
-        self.tell()
+        subscription = replace(subscription, sources=None, echo=echo)
+        self.subscriptions[subscription.name] = subscription
+
+        for watcher in list(self._watchers):
+            watcher.subscribed(subscription)
 
     def _is_own(self, signal: Signal) -> bool:
         return isinstance(signal, NamedSignal) and self.namespace.get(signal.name) is signal
 
     def _born(self, signal: NamedSignal) -> None:
-        self._met.add(signal.name)
+        with self.lock:
+            self._met.add(signal.name)
 
-        for pattern, receiver, senders in self._patterns:
-            if matches(pattern, signal.name):
-                _connect(signal, receiver, senders)
+            for pattern, receiver, senders in self._patterns:
+                if matches(pattern, signal.name):
+                    _connect(signal, receiver, senders)
 
-        self.tell()
+            for watcher in list(self._watchers):
+                watcher.born(signal)
 
 
 def _connect(signal: NamedSignal, receiver: Receiver, senders: tuple[Any, ...]) -> None:

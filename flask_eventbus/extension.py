@@ -16,8 +16,9 @@ from .application import AppSignals
 from .config import Config
 from .declarations import Declarations
 from .errors import ConfigError
+from .health import Health
 from .loading import load_receivers
-from .node import FLUSH_AT_EXIT, Health, Node
+from .node import FLUSH_AT_EXIT, Node
 from .serving import call_when_serving
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")

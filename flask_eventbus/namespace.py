@@ -7,6 +7,7 @@ local receivers run whatever Redis does.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 from weakref import WeakMethod
@@ -74,6 +75,8 @@ class BusNamespace(Namespace):
 
     def __init__(self) -> None:
         super().__init__()
+        #: Held while a signal is made and told of, so that there is one of each name.
+        self.lock = threading.RLock()
         self._watchers: list[WeakMethod[Callable[[NamedSignal], None]]] = []
 
     def watch(self, watcher: Callable[[NamedSignal], None]) -> None:
@@ -85,19 +88,21 @@ class BusNamespace(Namespace):
 
         :raises ConfigError: the name cannot be part of a Redis key.
         """
-        if name in self:
-            return self[name]
+        with self.lock:
+            if name in self:
+                return self[name]
 
-        check_signal_name(name, "signal()")
-        signal = self[name] = BusSignal(name, doc)
+            check_signal_name(name, "signal()")
+            signal = self[name] = BusSignal(name, doc)
+            self._tell(signal)
+            return signal
 
+    def _tell(self, signal: NamedSignal) -> None:
         for reference in self._watchers:
             watcher = reference()
 
             if watcher is not None:
                 watcher(signal)
-
-        return signal
 
 
 def check_signal_name(name: object, where: str) -> str:

@@ -11,12 +11,12 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from blinker import Signal
+from blinker import NamedSignal
 
-from .bridge import Bridge
+from .bridges import Bridges
 from .buffer import Outgoing
 from .channels import ChannelKeys, ChannelReader, ChannelWriter
 from .codec import Codec
@@ -28,6 +28,7 @@ from .dispatcher import Dispatcher
 from .drafts import Drafts
 from .ending import process_ends
 from .event import Event
+from .health import Health
 from .hearing import Hearing
 from .intake import Intake
 from .listener import Listener
@@ -35,39 +36,13 @@ from .logs import get_logger
 from .namespace import Receiver
 from .pool import Pool
 from .publisher import ClosedError, Publisher
-from .routes import Route, Subscription, is_pattern, read_routes, read_subscriptions
+from .routes import Route, Subscription, read_routes, read_subscriptions
 from .writer import WRITE_TIMEOUT
 
 logger = get_logger(__name__)
 
 #: Seconds that the end of a process waits for Redis to take what is buffered.
 FLUSH_AT_EXIT = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Health:
-    """How a node does, at one moment."""
-
-    service: str
-    node: str
-    #: Whether this node is to listen now, and to something.
-    listening: bool
-    #: Whether everything subscribed is confirmed on a live connection.
-    connected: bool
-    #: Whether nothing says that Redis does not take events.
-    publishing: bool
-    #: Seconds since bytes last came; ``None`` if none ever did.
-    last_heard: float | None
-    #: Events that arrived and wait for receivers.
-    lag: int
-    #: Events that wait to be published.
-    buffered: int
-    #: Channel events of others that never arrived.
-    missed: int
-    #: Subscriptions that Redis refuses, with its reasons.
-    refused: Mapping[str, str]
-    #: Everything else that is counted: published, received, handled, failed, rejected, ...
-    counts: Mapping[str, int]
 
 
 class Node:
@@ -98,23 +73,21 @@ class Node:
         self.declarations = declarations
         self.counters = Counters()
         self._scope = scope
-        self._owns = owns
         self._trace = trace
         self._session = session
         #: The names this node has had, and those of the nodes it shares declarations with.
         self.siblings = set() if siblings is None else siblings
         self._keys = ChannelKeys(config.prefix)
         self.codec: Codec = declarations.codec.limited(config.max_event_bytes)
-        self._published = read_routes(config.publish)
-        self._subscribed = read_subscriptions(config.subscribe)
-        self._bridges: dict[tuple[int, str], Bridge] = {}
+        self._bridges = Bridges(declarations, read_routes(config.publish), self._emit, owns)
+        self._configured = read_subscriptions(config.subscribe)
         self.listening = False
         #: Held by who starts or stops the node; a signal handler may be the second.
         self._turning = threading.RLock()
         self._abandon: weakref.finalize[..., Node] | None = None
         self._renew()
-        self.declared()
-        declarations.watch(self)
+        self._subscriptions: Mapping[str, Subscription] = {}
+        self._take_up_declarations()
         nodes.add(self)
 
         for greet in list(born):
@@ -125,22 +98,41 @@ class Node:
     @property
     def routes(self) -> dict[str, Route]:
         """What this service publishes; settings go before declarations in code."""
-        return {**self.declarations.routes, **self._published}
+        return self._bridges.routes
 
     @property
     def subscriptions(self) -> Mapping[str, Subscription]:
         """What this service hears."""
         return self._subscriptions
 
-    def declared(self) -> None:
-        """Take up what was declared since: connect the bridges, subscribe to new names."""
-        self._subscriptions = _merge(self.declarations.subscriptions, self._subscribed)
-
+    def born(self, signal: NamedSignal) -> None:
+        """Take up a new signal of the bus's own."""
         if self.config.enabled:
-            self._connect_routes()
+            self._bridges.meet(signal)
+
+    def routed(self, route: Route) -> None:
+        """Take up a route that was declared."""
+        if self.config.enabled:
+            self._bridges.connect(route.name)
+
+    def subscribed(self, subscription: Subscription) -> None:
+        """Take up a subscription that was declared."""
+        merged = _merge(subscription, self._configured.get(subscription.name))
+        self._subscriptions = {**self._subscriptions, merged.name: merged}
 
         if self.listening:
             self._listen()
+
+    def _take_up_declarations(self) -> None:
+        with self.declarations.lock:
+            self.declarations.watch(self)
+            self._subscriptions = {**self._configured}
+
+            for subscription in self.declarations.subscriptions.values():
+                self.subscribed(subscription)
+
+            if self.config.enabled:
+                self._bridges.connect_all()
 
     def receivers_of(self, event: Event) -> list[Receiver]:
         """The receivers that ``event`` is for."""
@@ -160,6 +152,9 @@ class Node:
         """Listen from now on; returns at once, whether Redis is there or not."""
         if not self.config.enabled:
             return
+
+        # Others may have made signals in a namespace that was adopted.
+        self.declarations.look_around()
 
         with self._turning:
             self.listening = True
@@ -325,6 +320,7 @@ class Node:
         """In the child: nothing of the parent's is used, and nothing is started."""
         self.listening = False
         self._turning = threading.RLock()
+        self.declarations.renew_lock()
         self._listener.disown()
         self._publisher.disown()
         self.connections.disown()
@@ -340,40 +336,7 @@ class Node:
 
         self._listener.refresh()
 
-    # -- bridges --------------------------------------------------------------------------
-
-    def _connect_routes(self) -> None:
-        routes = self.routes
-
-        for route in routes.values():
-            if route.signal is not None:
-                self._bridge(route.signal, route.name, route)
-            elif not is_pattern(route.name):
-                self._bridge(self.declarations.signal(route.name), route.name, route)
-
-        for name in list(self.declarations.namespace):
-            self._connect_pattern(name, routes)
-
-    def _connect_pattern(self, name: str, routes: Mapping[str, Route]) -> None:
-        if name in routes:
-            return
-
-        route = next((route for route in routes.values() if route.covers(name)), None)
-
-        if route is not None:
-            self._bridge(self.declarations.namespace[name], name, route)
-
-    def _bridge(self, signal: Signal, name: str, route: Route) -> None:
-        key = (id(signal), name)
-        bridge = self._bridges.get(key)
-
-        if bridge is not None:
-            bridge.route = route
-            return
-
-        bridge = self._bridges[key] = Bridge(name, route, self._emit, self._owns)
-        # Weakly: an app that is thrown away takes its bridges along.
-        signal.connect(bridge)
+    # -- publishing -----------------------------------------------------------------------
 
     def _emit(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
         if not route.after_commit or not self._drafts.take(name, payload, confirm=route.confirm):
@@ -401,17 +364,11 @@ class Node:
                 logger.debug("%r left during a stop; the next publisher takes it.", draft.lane.name)
 
 
-def _merge(
-    declared: Mapping[str, Subscription], configured: Mapping[str, Subscription]
-) -> dict[str, Subscription]:
-    merged = dict(declared)
+def _merge(declared: Subscription, configured: Subscription | None) -> Subscription:
+    if configured is None:
+        return declared
 
-    for name, subscription in configured.items():
-        known = declared.get(name)
-        echo = subscription.echo or (known is not None and known.echo)
-        merged[name] = Subscription(name=name, sources=subscription.sources, echo=echo)
-
-    return merged
+    return replace(configured, echo=configured.echo or declared.echo)
 
 
 def _since(moment: float) -> float:

@@ -68,6 +68,7 @@ class Publisher:
             service=config.service,
             node=node,
         )
+        self._closed = False
         self._telling = threading.local()
 
     @property
@@ -143,7 +144,10 @@ class Publisher:
         return self._buffer.wait_until_left(self.issued, timeout)
 
     def close(self, timeout: float) -> None:
-        """Flush and stop writing; what could not be written is logged by id."""
+        """Take nothing more, flush, stop writing; what could not be written is logged by id."""
+        with self._buffer.changed:
+            self._closed = True
+
         try:
             self.flush(timeout)
         finally:
@@ -155,6 +159,7 @@ class Publisher:
 
     def disown(self) -> None:
         """In a forked child: end what came along of it, which for greenlets is everything."""
+        self._closed = True
         self._writer.disown()
 
     @property
@@ -243,7 +248,7 @@ class Publisher:
         """Wait for room while Redis takes events; drop the oldest while it does not."""
         has_room = self._buffer.has_room(outgoing.size) or self._room_comes(outgoing.size)
 
-        if self._writer.closed:
+        if self._closed:
             raise ClosedError
 
         if has_room:

@@ -76,7 +76,7 @@ class Writer:
         #: Whether to try Redis now, whatever it waits for.
         self._asking = False
         #: Whether it is to end, whatever waits.
-        self.closed = False
+        self._ended = False
         #: When it ends, or before if nothing waits any more; ``None`` for never.
         self._leave_by: float | None = None
         #: Held by a thread that writes in place of the writing thread.
@@ -123,7 +123,7 @@ class Writer:
     def end(self) -> None:
         """End now; what could not be written is logged by id."""
         with self._changed:
-            self.closed = True
+            self._ended = True
             self._changed.notify_all()
 
         if self._thread is not None:
@@ -133,7 +133,7 @@ class Writer:
 
     def disown(self) -> None:
         """In a forked child: end what came along of it, which for greenlets is everything."""
-        self.closed = True
+        self._ended = True
         self._buffer = Buffer(most_events=0)
         self._outage.disown()
 
@@ -185,8 +185,8 @@ class Writer:
 
     @property
     def _is_to_end(self) -> bool:
-        if self._leave_by is None or self.closed:
-            return self.closed
+        if self._leave_by is None or self._ended:
+            return self._ended
 
         return not self._buffer.is_waiting or time.monotonic() >= self._leave_by
 

@@ -37,6 +37,7 @@ LAYERS = {
         "lifecycle",
         "counters",
         "transactions",
+        "health",
     ),
     2: (
         "routes",
@@ -59,7 +60,7 @@ LAYERS = {
         "server",
         "tailing",
     ),
-    5: ("publisher", "pool", "application", "loading"),
+    5: ("bridges", "publisher", "pool", "application", "loading"),
     6: ("listener",),
     7: ("node",),
     8: (
@@ -83,7 +84,16 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 #: Neighbours in a layer that may be imported all the same: (importer, imported).
 SIDEWAYS: set[tuple[str, str]] = set()
 
-OUTBOUND = {"bridge", "buffer", "drafts", "outage", "publisher", "transactions", "writer"}
+OUTBOUND = {
+    "bridge",
+    "bridges",
+    "buffer",
+    "drafts",
+    "outage",
+    "publisher",
+    "transactions",
+    "writer",
+}
 INBOUND = {"dispatcher", "listener", "hearing", "intake", "pool", "inbox", "sequences"}
 
 

@@ -1,0 +1,32 @@
+"""How a node does, at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """How a node does, at one moment."""
+
+    service: str
+    node: str
+    #: Whether this node is to listen now, and to something.
+    listening: bool
+    #: Whether everything subscribed is confirmed on a live connection.
+    connected: bool
+    #: Whether nothing says that Redis does not take events.
+    publishing: bool
+    #: Seconds since bytes last came; ``None`` if none ever did.
+    last_heard: float | None
+    #: Events that arrived and wait for receivers.
+    lag: int
+    #: Events that wait to be published.
+    buffered: int
+    #: Channel events of others that never arrived.
+    missed: int
+    #: Subscriptions that Redis refuses, with its reasons.
+    refused: Mapping[str, str]
+    #: Everything else that is counted: published, received, handled, failed, rejected, ...
+    counts: Mapping[str, int]
