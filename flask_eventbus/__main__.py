@@ -16,6 +16,7 @@ from .config import Config
 from .declarations import Declarations
 from .node import Node
 from .program import Program
+from .relay_command import relay
 
 #: Who publishes where no service is named.
 DEFAULT_SERVICE = "cli"
@@ -115,6 +116,7 @@ for command in (
     publish,
     _with_receivers(routes),
     _with_receivers(check),
+    relay,
 ):
     main.add_command(command)
 

@@ -21,6 +21,7 @@ from .node import Node
 from .overview import Overview
 from .program import Command, Program, log_to_stderr, pass_program, reader_is_gone
 from .receipt import publish_one
+from .relay_command import relay
 from .rendering import as_json, as_line
 from .reports import channels_report, findings_report, routes_report
 from .running import run_until_signal
@@ -296,4 +297,4 @@ def _findings(program: Program) -> list[Finding]:
     return check_node(node, program=program.declares)
 
 
-COMMANDS = (run, tail, publish, routes, check)
+COMMANDS = (run, tail, publish, routes, check, relay)

@@ -136,6 +136,7 @@ class Declarations:
         payload: Extractor | str | None = None,
         confirm: bool = False,
         after_commit: bool = False,
+        outbox: bool = False,
     ) -> Signal:
         """Publish a signal, one of the bus's or any other, and return it.
 
@@ -144,6 +145,8 @@ class Declarations:
         :param confirm: whether ``send()`` waits until Redis has the event.
         :param after_commit: whether an event sent inside a database transaction waits for its
             commit; see :meth:`register_session`.
+        :param outbox: whether an event is written to the database with that transaction, and
+            published by ``flask eventbus relay``.
         :raises ConfigError: something of it is not well formed.
         """
         options = {
@@ -151,6 +154,7 @@ class Declarations:
             "payload": payload,
             "confirm": confirm,
             "after_commit": after_commit,
+            "outbox": outbox,
         }
         where = f"publishes({as_ or getattr(signal, 'name', signal)!r})"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any
 
 from .buffer import Outgoing
 from .counters import BoundedLog, Counters
@@ -16,19 +17,14 @@ logger = get_logger(__name__)
 SHOWN = 100
 
 
-class Drafting(Protocol):
-    """Takes one emission down: :meth:`.Publisher.draft`."""
-
-    def __call__(self, name: str, payload: Mapping[str, Any], /, *, confirm: bool) -> Outgoing:
-        """The event, which is not published yet."""
-
-
 class Drafts:
-    """What a node sends inside database transactions, and publishes after their commit.
+    """What a node sends inside database transactions, and what becomes of it at their end.
 
     :param session: finds the session, in any form that ``register_session()`` takes; ``None``
         if there is none to be found.
-    :param draft: takes an emission down.
+    :param scope: where a session is found that is not in use: an app context.
+    :param draft: takes an emission down: :meth:`.Publisher.draft`.
+    :param seal: makes an event of it that another process publishes: :meth:`.Publisher.seal`.
     :param publish: publishes what was taken down, and returns what Redis did not confirm.
     """
 
@@ -36,17 +32,21 @@ class Drafts:
         self,
         *,
         session: Callable[[], Any],
-        draft: Drafting,
+        scope: Callable[[], AbstractContextManager[object]],
+        draft: Callable[[str, Mapping[str, Any], bool], Outgoing],
+        seal: Callable[[str, Mapping[str, Any]], Outgoing],
         publish: Callable[[Sequence[Outgoing]], list[Outgoing]],
         counters: Counters,
     ) -> None:
         self._session = session
+        self._scope = scope
         self._draft = draft
+        self._seal = seal
         self._publish = publish
         self._counters = counters
         self._log = BoundedLog(logger)
 
-    def take(self, name: str, payload: Mapping[str, Any], *, confirm: bool) -> bool:
+    def take(self, name: str, payload: Mapping[str, Any], confirm: bool) -> bool:
         """Hold an emission until the commit of what goes on; whether anything does.
 
         :raises ConfigError: no session is to be found.
@@ -60,8 +60,31 @@ class Drafts:
         if session is None:
             return False
 
-        hold(session, self._draft(name, payload, confirm=confirm), self)
+        hold(session, self._draft(name, payload, confirm), self)
         return True
+
+    def store(self, name: str, payload: Mapping[str, Any], *, via: str) -> None:
+        """Write an emission into the outbox: in the transaction that goes on, or in its own.
+
+        :raises ConfigError: no session is to be found, or it is an asynchronous one that
+            cannot be used from here.
+        :raises PayloadError: a value cannot travel.
+        :raises sqlalchemy.exc.DBAPIError: the database does not take it.
+        """
+        from .outbox import Entry, store, store_alone  # they need SQLAlchemy, which is optional
+        from .transactions import begun
+
+        session = begun(self._source(name))
+        sealed = self._seal(name, payload)
+        entry = Entry(event_id=sealed.id, name=name, via=via, event=sealed.sealed())
+
+        if session is not None:
+            store(session, entry)
+        else:
+            with self._scope():
+                store_alone(self._source(name), entry)
+
+        self._counters.add("stored")
 
     def committed(self, items: list[Outgoing]) -> None:
         """Publish them. Whatever happens is logged: the commit is done, and did not fail."""
@@ -102,7 +125,7 @@ class Drafts:
         raise ConfigError(
             f"Events of {name!r} are to wait for a commit, but there is no database session. Call "
             "db.init_app(app) of Flask-SQLAlchemy, name the session with "
-            "bus.register_session(session), or take 'after_commit' off the route."
+            "bus.register_session(session), or take 'after_commit' and 'outbox' off the route."
         )
 
     def _report(self, unconfirmed: Sequence[Outgoing]) -> None:

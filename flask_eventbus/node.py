@@ -74,7 +74,7 @@ class Node:
         self.counters = Counters()
         self._scope = scope
         self._trace = trace
-        self._session = session
+        self._found_session = session
         #: The names this node has had, and those of the nodes it shares declarations with.
         self.siblings = set() if siblings is None else siblings
         self._keys = ChannelKeys(config.prefix)
@@ -99,6 +99,12 @@ class Node:
     def routes(self) -> dict[str, Route]:
         """What this service publishes; settings go before declarations in code."""
         return self._bridges.routes
+
+    @property
+    def session(self) -> Any:
+        """The database session whose commits events wait for, in any form; ``None`` for none."""
+        registered = self.declarations.session
+        return self._found_session() if registered is None else registered
 
     @property
     def subscriptions(self) -> Mapping[str, Subscription]:
@@ -256,15 +262,13 @@ class Node:
 
     def _make_drafts(self) -> Drafts:
         return Drafts(
-            session=self._find_session,
-            draft=lambda *emission, confirm: self._publisher.draft(*emission, confirm=confirm),
+            session=lambda: self.session,
+            scope=self._scope,
+            draft=lambda *emission: self._publisher.draft(*emission),
+            seal=lambda *emission: self._publisher.seal(*emission),
             publish=self._publish_drafts,
             counters=self.counters,
         )
-
-    def _find_session(self) -> Any:
-        registered = self.declarations.session
-        return self._session() if registered is None else registered
 
     def _make_dispatcher(self) -> Dispatcher:
         return Dispatcher(
@@ -339,7 +343,9 @@ class Node:
     # -- publishing -----------------------------------------------------------------------
 
     def _emit(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
-        if not route.after_commit or not self._drafts.take(name, payload, confirm=route.confirm):
+        if route.outbox:
+            self._drafts.store(name, payload, via=route.via)
+        elif not route.after_commit or not self._drafts.take(name, payload, route.confirm):
             self._publish(name, payload, route.confirm)
 
     def _publish(self, name: str, payload: Mapping[str, Any], confirm: bool) -> str:

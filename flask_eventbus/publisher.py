@@ -98,7 +98,7 @@ class Publisher:
 
         return outgoing.id
 
-    def draft(self, name: str, payload: Mapping[str, Any], *, confirm: bool = False) -> Outgoing:
+    def draft(self, name: str, payload: Mapping[str, Any], confirm: bool) -> Outgoing:
         """Take one emission down as it is now, for :meth:`take` to publish it later or never.
 
         :raises PayloadError: a value cannot travel, or the event is too large.
@@ -108,6 +108,22 @@ class Publisher:
         outgoing = self._take_down(name, payload, confirm=confirm)
         self._refuse_in_outage(outgoing)
         outgoing.promise(time.time_ns())
+        return outgoing
+
+    def seal(self, name: str, payload: Mapping[str, Any]) -> Outgoing:
+        """An event with its id and its bytes, for another process to publish.
+
+        It is not counted among the events of its name: who publishes it, and when, is not known.
+
+        :raises PayloadError: a value cannot travel, or the event is too large.
+        :raises HopLimitError: the chain of causes is too long.
+        """
+        outgoing = self._take_down(name, payload, confirm=False)
+
+        with self._buffer.changed:
+            self._identify(outgoing)
+
+        outgoing.sealed()
         return outgoing
 
     def take(self, draft: Outgoing) -> None:

@@ -24,7 +24,7 @@ Extractor = Callable[..., Mapping[str, Any] | None]
 _PATTERN = re.compile(r"[\w./*?-]{1,128}")
 _IMPORT_PATH = re.compile(r"[\w.]+:[\w.]+")
 
-_ROUTE_OPTIONS = ("via", "signal", "payload", "confirm", "after_commit")
+_ROUTE_OPTIONS = ("via", "signal", "payload", "confirm", "after_commit", "outbox")
 _SUBSCRIPTION_OPTIONS = ("via", "from", "echo")
 
 #: Options of streams, which this version does not have.
@@ -47,6 +47,8 @@ class Route:
     confirm: bool = False
     #: Whether an event sent inside a database transaction waits for its commit.
     after_commit: bool = False
+    #: Whether an event is written to the database, and published by a relay.
+    outbox: bool = False
 
     def covers(self, name: str) -> bool:
         """Whether this route carries the bus's own signal ``name``."""
@@ -128,6 +130,7 @@ def read_route(entry: Any, options: Any, where: str) -> Route:
         payload=_read_payload(options.get("payload"), where),
         confirm=_read_flag(options.get("confirm"), f"{where}['confirm']"),
         after_commit=_read_database_flag(options.get("after_commit"), f"{where}['after_commit']"),
+        outbox=_read_outbox(options, where),
     )
 
 
@@ -304,6 +307,18 @@ def _read_database_flag(value: Any, where: str) -> bool:
         )
 
     return flag
+
+
+def _read_outbox(options: Mapping[str, Any], where: str) -> bool:
+    outbox = _read_database_flag(options.get("outbox"), f"{where}['outbox']")
+
+    if outbox and options.get("confirm"):
+        raise ConfigError(
+            f"{where} has both 'outbox' and 'confirm'. Remove 'confirm': send() does not reach "
+            "Redis there, and the relay always waits for it."
+        )
+
+    return outbox
 
 
 def _read_sources(value: Any, where: str) -> frozenset[str] | None:

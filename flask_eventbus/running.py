@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -22,6 +24,16 @@ def run_until_signal(node: Node) -> None:
     A second signal ends the process at once, with the exit code 128 plus its number. Only
     the main thread may call this, since only it gets signals.
     """
+    with told_by_signal() as told:
+        node.start()
+        told.wait()
+        logger.info("Finishing what runs, for %g s at most.", node.config.grace)
+        node.stop()
+
+
+@contextmanager
+def told_by_signal() -> Iterator[threading.Event]:
+    """What is set by SIGTERM or Ctrl-C until the end of the block; a second one ends at once."""
     told = threading.Event()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
@@ -35,10 +47,7 @@ def run_until_signal(node: Node) -> None:
         signal.signal(number, end)
 
     try:
-        node.start()
-        told.wait()
-        logger.info("Finishing what runs, for %g s at most.", node.config.grace)
-        node.stop()
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .errors import DecodeError
 from .event import Event
 
-#: Nodes and signals remembered; the one heard of least recently is forgotten first.
+#: Nodes and signals remembered, and ids; the one heard of least recently is forgotten first.
 REMEMBERED = 10_000
 
 #: How far back a number still means a repetition. A batch that is sent again is far
@@ -27,6 +27,8 @@ class Sequences:
 
     def __init__(self) -> None:
         self._lanes: OrderedDict[tuple[str, str], _Lane] = OrderedDict()
+        #: The ids of events without a number, with their sources.
+        self._ids: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def observe(self, event: Event) -> int | None:
         """How many events are missing right before this one; ``None`` for a repetition.
@@ -37,7 +39,7 @@ class Sequences:
         :raises DecodeError: the node is known under another service's name.
         """
         if event.seq is None:
-            return 0
+            return self._observe_id(event)
 
         key = (event.node, event.name)
         lane = self._lanes.get(key)
@@ -55,6 +57,20 @@ class Sequences:
         lane.last = event.seq
         self._lanes.move_to_end(key)
         return max(0, missing)
+
+    def _observe_id(self, event: Event) -> int | None:
+        """An event of a relay has no number: a repetition of it is told by its id."""
+        key = (event.source, event.id)
+
+        if key in self._ids:
+            return None
+
+        self._ids[key] = None
+
+        if len(self._ids) > REMEMBERED:
+            self._ids.popitem(last=False)
+
+        return 0
 
     def _remember(self, key: tuple[str, str], event: Event) -> None:
         assert event.seq is not None  # noqa: S101 - observe() asked

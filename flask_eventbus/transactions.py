@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from .errors import ConfigError
 
 try:
-    from sqlalchemy import __version__, event
+    from sqlalchemy import Engine, Table, __version__, event
     from sqlalchemy.orm import Session, SessionTransaction
     from sqlalchemy.util import ScopedRegistry
 except ImportError as error:
@@ -108,6 +108,22 @@ def begun(source: Any) -> Session | None:
     return session if session is not None and session.in_transaction() else None
 
 
+def engine_of(source: Any, table: Table) -> Engine:
+    """Where the sessions of ``source`` have ``table``, whether one of them is in use or not.
+
+    :raises ConfigError: there is no session to tell it.
+    """
+    session = _any(source)
+
+    if session is None:
+        raise ConfigError(
+            "The function that was given to register_session() returns no session here, so the "
+            "database is not known. Give a scoped_session or a sessionmaker."
+        )
+
+    return session.get_bind(clause=table).engine
+
+
 def hold(session: Session, item: Any, owner: Owner) -> None:
     """Keep ``item`` until the outermost transaction of ``session`` is over.
 
@@ -152,6 +168,18 @@ def _current(source: Any) -> Session | None:
         return None
 
     return _sync(source())  # type: ignore[no-any-return]  # check() had a look
+
+
+def _any(source: Any) -> Session | None:
+    """A session of ``source``; to make one does not connect."""
+    registry = _registry(source)
+
+    if isinstance(_sync(source), Session):
+        return _sync(source)  # type: ignore[no-any-return]  # it is one
+
+    # A scope keeps what is made in it: this one is not to be kept.
+    make = source if registry is None or registry.has() else source.session_factory
+    return _sync(make())  # type: ignore[no-any-return]  # check() had a look
 
 
 def _sync(source: Any) -> Any:

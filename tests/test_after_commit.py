@@ -830,15 +830,39 @@ def test_with_raise_an_outage_that_is_known_fails_the_send_and_so_the_transactio
     assert session.get(User, 1) is None
 
 
+def test_with_raise_an_outage_that_begins_before_the_commit_does_not_fail_it(
+    redis_server: RedisServer, session: Session, make_bus: Make
+) -> None:
+    bus = make_bus(
+        redis_server.url, publish={"user_added": {"after_commit": True}}, on_outage="raise"
+    )
+    bus.register_session(session)
+    session.add(User(id=1, email="ada"))
+    bus.signal("user_added").send(id=1)
+    redis_server.kill()
+    bus.node.ask()
+    wait_until(lambda: not bus.health().publishing)
+
+    session.commit()
+    redis_server.start()
+
+    assert bus.flush(10)
+    assert bus.health().counts["published"] == 1
+
+
 def test_an_event_held_over_a_stop_of_the_bus_leaves_all_the_same(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
-    session.begin()
     bus.signal("user_added").send(id=1)
+    session.begin()
+    bus.signal("user_added").send(id=2)
     bus.stop()
     session.commit()
 
-    assert ids(eventbus) == [1]
+    first, second = eventbus.published()
+    assert (first.payload["id"], second.payload["id"]) == (1, 2)
+    assert (first.seq, second.seq) == (1, 1)
+    assert first.node != second.node
 
 
 # -- asynchronous sessions ------------------------------------------------------------------

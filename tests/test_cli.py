@@ -706,6 +706,9 @@ def unwrapped(text: str) -> str:
 
 PAGE = (ROOT / "docs" / "commands.md").read_text()
 
+#: The commands that go on, or need more than a Redis.
+ENDLESS = {"tail", "run", "relay"}
+
 #: What differs from run to run: ids and versions.
 _VARIES = re.compile(r"\b[0-9a-f]{12}-1\b|(?<=It is )(Redis|Valkey) [\d.]+")
 
@@ -737,7 +740,7 @@ def url_host(server: RedisServer) -> str:
 
 @pytest.mark.parametrize(
     ("words", "output"),
-    [(words, output) for words, output in examples() if not {"tail", "run"} & {*words}],
+    [(words, output) for words, output in examples() if not ENDLESS & {*words}],
     ids=lambda value: value if isinstance(value, str) else "_".join(value[-3:]),
 )
 def test_the_examples_of_the_page_print_what_it_says(
@@ -757,11 +760,11 @@ def test_the_examples_of_the_page_print_what_it_says(
 
 
 @pytest.mark.parametrize(
-    "words", [words for words, _ in examples() if {"tail", "run"} & {*words}], ids=" ".join
+    "words", [words for words, _ in examples() if ENDLESS & {*words}], ids=" ".join
 )
 def test_the_examples_of_the_page_that_go_on_are_well_formed(words: list[str]) -> None:
     group: Any = flask_commands if words[0] == "flask" else main
-    place = next(place for place, word in enumerate(words) if word in ("tail", "run"))
+    place = next(place for place, word in enumerate(words) if word in ENDLESS)
     name, *rest = words[place:]
 
     with click.Context(group) as parent:

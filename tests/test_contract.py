@@ -815,12 +815,13 @@ class Foreign:
         self._writer = ChannelWriter(Connections(url, name="foreign"), timeout=5.0)
         self._keys = ChannelKeys(prefix)
         self._codec = bus.node.codec
+        self._numbers = itertools.count(1)
 
     def publish(self, name: str, seq: int | None, **payload: Any) -> None:
         event = Event(
             name=name,
             source="foreign",
-            id=f"foreign-{seq or 1}",
+            id=f"foreign-{seq or next(self._numbers)}",
             time=datetime.now(UTC),
             seq=seq,
             payload=payload,

@@ -1,0 +1,1058 @@
+"""Events that are committed with their rows, and the relay that publishes them.
+
+The database is SQLite in a file, or what ``TEST_DATABASE_URL`` names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from click.testing import CliRunner
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from programs import Program
+from servers import RedisServer
+from sqlalchemy import Engine, MetaData, create_engine, event, inspect
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    mapped_column,
+    scoped_session,
+    sessionmaker,
+)
+from waiting import wait_until
+
+from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, outbox
+from flask_eventbus.__main__ import main
+from flask_eventbus.channels import ChannelKeys, ChannelWriter
+from flask_eventbus.cli import flask_commands
+from flask_eventbus.codec import Codec
+from flask_eventbus.connections import Connections
+from flask_eventbus.event import Event, handling
+from flask_eventbus.outbox import Entry, Outbox, store
+from flask_eventbus.relay import Relay, Turn
+from flask_eventbus.testing import Isolation
+
+Make = Callable[..., Bus]
+
+
+class Base(DeclarativeBase):
+    """The tables of these tests."""
+
+
+class User(Base):
+    """A row of the table ``users``."""
+
+    __tablename__ = "users"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    email: Mapped[str] = mapped_column(unique=True)
+
+
+outbox.table(Base.metadata)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> str:
+    """The URL of a real database."""
+    return os.environ.get("TEST_DATABASE_URL", f"sqlite:///{tmp_path}/shop.db")
+
+
+@pytest.fixture
+def engine(database: str) -> Iterator[Engine]:
+    """It, with the tables of these tests and nothing in them."""
+    engine = create_engine(database)
+    Base.metadata.drop_all(engine)
+    Base.metadata.create_all(engine)
+    yield engine
+    Base.metadata.drop_all(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def session(engine: Engine) -> Iterator[Session]:
+    with Session(engine) as session:
+        yield session
+
+
+@pytest.fixture
+def waiting(engine: Engine) -> Outbox:
+    """The outbox as another connection sees it."""
+    return Outbox(engine)
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """A prefix of this test's own, on a server that others use too."""
+    return f"outbox-{abs(hash(request.node.name))}"
+
+
+@pytest.fixture
+def bus(shared_redis: RedisServer, session: Session, prefix: str, make_bus: Make) -> Bus:
+    """A bus that writes into the outbox by ``session``."""
+    bus = make_bus(shared_redis.url, "shop", prefix=prefix, publish={"user_*": {"outbox": True}})
+    bus.register_session(session)
+    return bus
+
+
+class Ear:
+    """Hears what is published, byte by byte, without a bus."""
+
+    def __init__(self, server: RedisServer, prefix: str) -> None:
+        self._prefix = prefix
+        self._codec = Codec()
+        self._events: list[Event] = []
+        self._client = server.client
+        self._channel = self._client.pubsub()
+        self._channel.psubscribe(f"{prefix}:*")
+        self._channel.get_message(timeout=5)
+
+    @property
+    def events(self) -> list[Event]:
+        """All that was published so far."""
+        while (message := self._channel.get_message(timeout=0.02)) is not None:
+            self._events.append(self._codec.decode(message["data"]))
+
+        return list(self._events)
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids in their payloads, in order."""
+        return [found.payload["id"] for found in self.events]
+
+    def close(self) -> None:
+        self._channel.close()
+        self._client.close()
+
+
+@pytest.fixture
+def ear(shared_redis: RedisServer, prefix: str) -> Iterator[Ear]:
+    ear = Ear(shared_redis, prefix)
+    yield ear
+    ear.close()
+
+
+@contextmanager
+def relaying(server: RedisServer, engine: Engine, prefix: str, batch: int = 100) -> Iterator[Relay]:
+    """A relay in this process."""
+    channel = ChannelWriter(Connections(server.url, name="relay"), timeout=2)
+
+    try:
+        yield Relay(Outbox(engine), channel, ChannelKeys(prefix), batch=batch)
+    finally:
+        channel.close()
+
+
+@pytest.fixture
+def relay(shared_redis: RedisServer, engine: Engine, prefix: str) -> Iterator[Relay]:
+    with relaying(shared_redis, engine, prefix) as relay:
+        yield relay
+
+
+def empty(relay: Relay) -> None:
+    """Let a relay publish what waits."""
+    never = threading.Event()
+
+    while relay.turn(never) is not Turn.EMPTY:
+        pass
+
+
+def fill(engine: Engine, count: int, name: str = "user_added", size: int = 0) -> None:
+    """Write events into the outbox as a service would."""
+    codec = Codec()
+    seal = codec.seal("shop", name)
+
+    with Session(engine) as session, session.begin():
+        for number in range(count):
+            body = codec.pack_payload({"id": number, "filling": b"." * size})
+            made = {"id": f"origin-{number + 1}", "time_ns": 1}
+            entry = Entry(
+                event_id=made["id"],  # type: ignore[arg-type]  # of two types
+                name=name,
+                via="channel",
+                event=seal(body, **made),  # type: ignore[arg-type]  # the same
+            )
+            store(session, entry)
+
+
+# -- into the outbox --------------------------------------------------------------------------
+
+
+def test_an_event_is_committed_with_the_rows_it_is_about(
+    bus: Bus, session: Session, waiting: Outbox, ear: Ear
+) -> None:
+    session.add(User(id=1, email="ada"))
+    bus.signal("user_added").send(id=1)
+    session.commit()
+
+    assert waiting.count() == 1
+    assert bus.flush(5)
+    assert ear.events == []
+
+
+def test_a_rollback_takes_it_along(bus: Bus, session: Session, waiting: Outbox) -> None:
+    session.add(User(id=1, email="ada"))
+    bus.signal("user_added").send(id=1)
+    session.rollback()
+
+    assert waiting.count() == 0
+
+
+def test_a_savepoint_that_is_rolled_back_takes_only_its_own_events(
+    bus: Bus, session: Session, relay: Relay, ear: Ear
+) -> None:
+    for number, email in enumerate(["ada", "bob", "ada", "eve"]):
+        with suppress(IntegrityError), session.begin_nested():
+            bus.signal("user_added").send(id=number)
+            session.add(User(id=number + 1, email=email))
+
+    session.commit()
+    empty(relay)
+
+    assert ear.ids == [0, 1, 3]
+
+
+def test_without_a_transaction_it_is_stored_by_itself(
+    bus: Bus, session: Session, waiting: Outbox
+) -> None:
+    bus.signal("user_added").send(id=1)
+
+    assert waiting.count() == 1
+    assert not session.in_transaction()
+
+
+def test_what_is_stored_by_itself_leaves_no_session_behind(
+    engine: Engine, bus: Bus, waiting: Outbox
+) -> None:
+    scoped = scoped_session(sessionmaker(engine))
+    bus.register_session(scoped)
+    bus.signal("user_added").send(id=1)
+    bus.register_session(sessionmaker(engine))
+    bus.signal("user_added").send(id=2)
+
+    assert waiting.count() == 2
+    assert not scoped.registry.has()
+
+
+def test_a_function_that_returns_no_session_tells_no_database(bus: Bus) -> None:
+    bus.register_session(lambda: None)
+
+    with pytest.raises(ConfigError, match="returns no session here"):
+        bus.signal("user_added").send(id=1)
+
+
+def test_what_cannot_travel_is_an_error_at_send_and_disturbs_no_transaction(
+    bus: Bus, session: Session, waiting: Outbox
+) -> None:
+    session.add(User(id=1, email="ada"))
+
+    with pytest.raises(PayloadError, match=r"payload\.user: object"):
+        bus.signal("user_added").send(user=object())
+
+    session.commit()
+    assert waiting.count() == 0
+
+
+def test_rows_that_are_flushed_may_send(bus: Bus, session: Session, relay: Relay, ear: Ear) -> None:
+    def tell(mapper: object, connection: object, user: User) -> None:
+        bus.signal("user_added").send(id=user.id)
+
+    event.listen(User, "after_insert", tell)
+
+    try:
+        session.add(User(id=7, email="ada"))
+        session.commit()
+    finally:
+        event.remove(User, "after_insert", tell)
+
+    empty(relay)
+    assert ear.ids == [7]
+
+
+def test_local_receivers_run_at_send(bus: Bus, session: Session) -> None:
+    received = []
+    bus.signal("user_added").connect(lambda sender, id: received.append(id), weak=False)
+
+    session.begin()
+    bus.signal("user_added").send(id=1)
+
+    assert received == [1]
+
+
+def test_a_missing_table_is_an_error_at_send_that_says_what_to_do(
+    bus: Bus, session: Session, engine: Engine
+) -> None:
+    outbox.TABLE.drop(engine)
+
+    with pytest.raises(DBAPIError) as caught:
+        bus.signal("user_added").send(id=1)
+
+    [note] = caught.value.__notes__
+    assert "relay --create-table" in note
+
+
+def test_redis_may_be_away_whatever_the_policy(
+    session: Session, waiting: Outbox, make_bus: Make
+) -> None:
+    bus = make_bus(
+        "redis://127.0.0.1:1/0", publish={"user_added": {"outbox": True}}, on_outage="raise"
+    )
+    bus.register_session(session)
+    bus.node.ask()
+    wait_until(lambda: not bus.health().publishing)
+
+    session.begin()
+    bus.signal("user_added").send(id=1)
+    session.commit()
+
+    assert waiting.count() == 1
+    assert bus.health().counts == {"stored": 1}
+
+
+def test_the_relay_always_waits_for_redis_so_confirm_is_refused(make_bus: Make) -> None:
+    with pytest.raises(ConfigError, match=r"both 'outbox' and 'confirm'\. Remove 'confirm'"):
+        make_bus("memory://", publish={"user_added": {"outbox": True, "confirm": True}})
+
+
+def test_a_route_in_code_has_the_option_too(bus: Bus, session: Session, waiting: Outbox) -> None:
+    order_paid = bus.publishes("order_paid", outbox=True)
+
+    session.begin()
+    order_paid.send(number=7)
+    session.commit()
+
+    assert waiting.count() == 1
+
+
+def test_the_table_is_part_of_the_metadata_it_was_asked_for() -> None:
+    metadata = MetaData(schema="shop")
+
+    made = outbox.table(metadata)
+
+    assert made is outbox.table(metadata)
+    assert metadata.tables == {"eventbus_outbox": made}
+
+
+def test_the_table_is_created_once(engine: Engine) -> None:
+    outbox.TABLE.drop(engine)
+    outbox.create(engine)
+    outbox.create(engine)
+
+    assert inspect(engine).has_table("eventbus_outbox")
+
+
+# -- out of the outbox ------------------------------------------------------------------------
+
+
+def test_a_relay_publishes_in_order_and_deletes(
+    bus: Bus, session: Session, relay: Relay, waiting: Outbox, ear: Ear
+) -> None:
+    for number in range(250):
+        session.begin()
+        bus.signal("user_added" if number % 3 else "user_changed").send(id=number)
+        session.commit()
+
+    empty(relay)
+
+    assert ear.ids == list(range(250))
+    assert (relay.published, waiting.count()) == (250, 0)
+
+
+def test_a_relay_changes_nothing_of_an_event(
+    bus: Bus, session: Session, relay: Relay, ear: Ear
+) -> None:
+    node = bus.health().node
+    cause = Event(
+        name="ordered", source="mailer", id="mailer-7", time=datetime.now(UTC), payload={}
+    )
+    token = handling.set(cause)
+    session.begin()
+    bus.signal("user_added").send(id=1)
+    handling.reset(token)
+    sent_by = datetime.now(UTC)
+    session.commit()
+    empty(relay)
+
+    [found] = ear.events
+    assert (found.id, found.source, found.name) == (f"{node}-1", "shop", "user_added")
+    assert (found.causation_id, found.correlation_id, found.hops) == (cause.id, cause.id, 1)
+    assert cause.time < found.time < sent_by
+    assert found.seq is None
+
+
+def test_the_process_that_sent_it_skips_it_as_an_echo_and_others_hear_it(
+    shared_redis: RedisServer, bus: Bus, session: Session, relay: Relay, prefix: str, make_bus: Make
+) -> None:
+    received: list[str] = []
+    another = make_bus(shared_redis.url, "mailer", prefix=prefix)
+
+    for each, who in ((bus, "sender"), (another, "other")):
+        each.on("user_added")(lambda sender, id, who=who: received.append(f"{who} {id}"))
+        each.start()
+        assert each.ready(10)
+
+    session.begin()
+    bus.signal("user_added").send(id=1)
+    session.commit()
+    empty(relay)
+    wait_until(lambda: bus.health().counts.get("echoes") == 1)
+    wait_until(lambda: len(received) == 2)
+
+    assert received == ["sender 1", "other 1"]
+    assert bus.health().counts.get("rejected", 0) == 0
+
+
+def test_small_batches_are_in_order_too(
+    shared_redis: RedisServer, engine: Engine, prefix: str, waiting: Outbox, ear: Ear
+) -> None:
+    fill(engine, 25)
+
+    with relaying(shared_redis, engine, prefix, batch=4) as relay:
+        empty(relay)
+
+    assert ear.ids == list(range(25))
+    assert waiting.count() == 0
+
+
+def test_large_events_take_several_round_trips(
+    relay: Relay, engine: Engine, waiting: Outbox, ear: Ear
+) -> None:
+    fill(engine, 12, size=300_000)
+
+    empty(relay)
+
+    assert ear.ids == list(range(12))
+    assert waiting.count() == 0
+
+
+def test_an_empty_outbox_is_not_locked_and_asks_nothing_of_redis(engine: Engine) -> None:
+    relay = lonely(engine)
+    statements = executed(engine)
+
+    assert relay.turn(threading.Event()) is Turn.EMPTY
+    assert len(statements) == 1
+    assert "FOR UPDATE" not in statements[0]
+
+
+def test_nothing_is_locked_for_a_redis_that_is_away(engine: Engine) -> None:
+    relay = lonely(engine)
+    fill(engine, 1)
+    statements = executed(engine)
+
+    with pytest.raises(redis.ConnectionError):
+        relay.turn(threading.Event())
+
+    assert len(statements) == 1
+    assert "FOR UPDATE" not in statements[0]
+
+
+def lonely(engine: Engine) -> Relay:
+    """A relay without a Redis."""
+    channel = ChannelWriter(Connections("redis://127.0.0.1:1/0", name="relay"), timeout=2)
+    return Relay(Outbox(engine), channel, ChannelKeys("none"), batch=10)
+
+
+def executed(engine: Engine) -> list[str]:
+    """The statements that are executed from now on."""
+    statements: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    return statements
+
+
+def test_an_outage_in_the_middle_of_a_batch_leaves_what_was_confirmed_so(
+    shared_redis: RedisServer,
+    relay: Relay,
+    engine: Engine,
+    waiting: Outbox,
+    ear: Ear,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill(engine, 8, size=300_000)
+    publish, batches = ChannelWriter.publish, []
+
+    def break_down(self: ChannelWriter, batch: Any) -> Any:
+        batches.append(batch)
+
+        if len(batches) == 3:
+            raise redis.ConnectionError("It is gone.")
+
+        return publish(self, batch)
+
+    monkeypatch.setattr(ChannelWriter, "publish", break_down)
+
+    with pytest.raises(redis.ConnectionError):
+        relay.turn(threading.Event())
+
+    left = waiting.count()
+    empty(relay)
+
+    assert left == 4
+    assert ear.ids == list(range(8))
+
+
+def test_what_redis_refuses_waits_and_holds_up_no_other_signal(
+    shared_redis: RedisServer,
+    engine: Engine,
+    prefix: str,
+    waiting: Outbox,
+    ear: Ear,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with shared_redis.client as client:
+        client.execute_command(
+            "ACL", "SETUSER", "relay", "reset", "on", ">secret", "+@all", f"&{prefix}:*added*"
+        )
+
+    for _ in range(3):
+        fill(engine, 2, "user_added")
+        fill(engine, 2, "user_changed")
+
+    monkeypatch.setattr("flask_eventbus.relay.REFUSED_AGAIN", 0.3)
+    url = shared_redis.url.replace("redis://", "redis://relay:secret@")
+    channel = ChannelWriter(Connections(url, name="relay"), timeout=2)
+    relay = Relay(Outbox(engine), channel, ChannelKeys(prefix), batch=3)
+    never = threading.Event()
+
+    wait_until(lambda: relay.turn(never) and relay.published == 6)
+    assert waiting.count() == 6
+    assert {found.name for found in ear.events} == {"user_added"}
+    assert "'user_changed' is refused: this user has no permissions" in caplog.text
+
+    with shared_redis.client as client:
+        client.execute_command("ACL", "SETUSER", "relay", "allchannels")
+
+    wait_until(lambda: relay.turn(never) and not waiting.count())
+    channel.close()
+    assert ear.ids[6:] == [0, 1] * 3
+
+
+def test_what_a_newer_version_wrote_is_left_to_a_newer_relay(
+    relay: Relay, session: Session, waiting: Outbox, ear: Ear, caplog: pytest.LogCaptureFixture
+) -> None:
+    store(session, Entry(event_id="a-1", name="order_paid", via="stream", event=b""))
+    session.commit()
+
+    assert relay.turn(threading.Event()) is Turn.PUBLISHED
+    assert relay.turn(threading.Event()) is Turn.EMPTY
+    assert (waiting.count(), ear.events) == (1, [])
+    assert "too old to publish via 'stream'" in caplog.text
+
+
+def test_an_event_that_is_published_twice_is_heard_once(
+    shared_redis: RedisServer, relay: Relay, engine: Engine, prefix: str, make_bus: Make
+) -> None:
+    heard: list[int] = []
+    bus = make_bus(shared_redis.url, "mailer", prefix=prefix)
+    bus.on("user_added")(lambda sender, id, **extra: heard.append(id))
+    bus.start()
+    assert bus.ready(10)
+
+    for _ in range(2):
+        fill(engine, 3)
+        empty(relay)
+
+    wait_until(lambda: bus.health().counts.get("duplicates") == 3)
+    assert heard == [0, 1, 2]
+
+
+# -- several relays ---------------------------------------------------------------------------
+
+
+def test_several_relays_publish_each_event_once_and_in_order(
+    shared_redis: RedisServer, engine: Engine, prefix: str, waiting: Outbox, ear: Ear
+) -> None:
+    told = threading.Event()
+    published = []
+
+    def work() -> None:
+        with relaying(shared_redis, engine, prefix, batch=7) as relay:
+            relay.run(told, interval=0.01)
+            published.append(relay.published)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+
+    for thread in threads:
+        thread.start()
+
+    for start in range(0, 400, 100):
+        fill(engine, 100, f"user_added{start}")
+
+    wait_until(lambda: not waiting.count(), timeout=60)
+    told.set()
+
+    for thread in threads:
+        thread.join()
+
+    assert ear.ids == list(range(100)) * 4
+    assert sum(published) == 400
+
+
+def test_a_relay_takes_nothing_while_another_has_older_events_in_hand(
+    engine: Engine, database: str, waiting: Outbox
+) -> None:
+    if database.startswith("sqlite"):
+        engine = create_engine(database + "?timeout=0")
+
+    fill(engine, 5)
+    another = Outbox(engine)
+
+    with waiting.take(2) as batch:
+        assert [entry.event_id for entry in batch.entries] == ["origin-1", "origin-2"]
+
+        if database.startswith("sqlite"):
+            with pytest.raises(DBAPIError, match="locked"), another.take(2):
+                pass
+        else:
+            with another.take(2) as none:
+                assert none.entries == []
+
+    with another.take(2) as batch:
+        assert [entry.event_id for entry in batch.entries] == ["origin-1", "origin-2"]
+
+    engine.dispose()
+
+
+def test_who_writes_to_the_outbox_gets_through_beside_a_relay_at_work(
+    engine: Engine, waiting: Outbox
+) -> None:
+    fill(engine, 5)
+
+    with waiting.take(10) as batch:
+        # SQLite has one lock for all, so it is done when the relay is.
+        writer = threading.Thread(target=fill, args=[engine, 5])
+        writer.start()
+        batch.delete(batch.entries)
+
+    writer.join()
+    assert waiting.count() == 5
+
+
+# -- the command ------------------------------------------------------------------------------
+
+SHOP = """
+import os, signal
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import DeclarativeBase
+from flask_eventbus import EventBus, outbox
+
+class Base(DeclarativeBase):
+    pass
+
+db = SQLAlchemy(model_class=Base)
+bus = EventBus()
+app = Flask("shop")
+app.config.from_mapping(
+    EVENTBUS_SERVICE="shop", EVENTBUS_PUBLISH={"user_added": {"outbox": True}}
+)
+app.config.from_prefixed_env()
+bus.init_app(app)
+db.init_app(app)
+
+@event.listens_for(Engine, "before_cursor_execute")
+def die(connection, cursor, statement, *rest):
+    if "DIE" in os.environ and statement.startswith("DELETE FROM eventbus_outbox"):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+class Shop:
+    """A service in a folder of its own, whose relays are real processes."""
+
+    def __init__(self, folder: Path, url: str, prefix: str, database: str) -> None:
+        self._folder = folder / "programs"
+        self._folder.mkdir()
+        (self._folder / "shop.py").write_text(SHOP)
+        self._settings = {
+            "FLASK_APP": "shop",
+            "FLASK_EVENTBUS_URL": url,
+            "FLASK_EVENTBUS_PREFIX": prefix,
+            "FLASK_SQLALCHEMY_DATABASE_URI": database,
+        }
+        self._programs: list[Program] = []
+
+    def relay(self, *options: str, **settings: str) -> Program:
+        """Start a relay."""
+        command = ("-m", "flask", "eventbus", "relay", *options)
+        program = Program(command, self._folder, {**self._settings, **settings})
+        self._programs.append(program)
+        return program
+
+    def end(self) -> None:
+        for program in self._programs:
+            program.kill()
+
+
+@pytest.fixture
+def shop(tmp_path: Path, redis_server: RedisServer, prefix: str, database: str) -> Iterator[Shop]:
+    shop = Shop(tmp_path, redis_server.url, prefix, database)
+    yield shop
+    shop.end()
+
+
+def says(program: Program, word: str) -> bool:
+    return word in program.said
+
+
+def falls_to(waiting: Outbox, count: int) -> bool:
+    return waiting.count() <= count
+
+
+@pytest.fixture
+def near(redis_server: RedisServer, prefix: str) -> Iterator[Ear]:
+    """Hears what is published on this test's own server."""
+    ear = Ear(redis_server, prefix)
+    yield ear
+    ear.close()
+
+
+def test_a_relay_runs_until_it_is_told_to_end(
+    shop: Shop, engine: Engine, waiting: Outbox, near: Ear
+) -> None:
+    fill(engine, 3)
+    relay = shop.relay("--interval", "0.05")
+    wait_until(lambda: not waiting.count(), what="what was there is published")
+    fill(engine, 2)
+    wait_until(lambda: not waiting.count(), what="what comes is published")
+
+    relay.tell(signal.SIGTERM)
+
+    assert relay.end() == 0
+    assert near.ids == [0, 1, 2, 0, 1]
+    assert "Published 5 events." in relay.said
+
+
+def test_a_relay_killed_between_publishing_and_deleting_loses_nothing(
+    shop: Shop, engine: Engine, waiting: Outbox, near: Ear
+) -> None:
+    fill(engine, 3)
+
+    killed = shop.relay(DIE="1")
+    assert killed.end() == -signal.SIGKILL
+    assert waiting.count() == 3
+
+    assert shop.relay("--once").end() == 0
+    assert waiting.count() == 0
+    first, again = near.events[:3], near.events[3:]
+    assert first == again
+    assert [found.payload["id"] for found in first] == [0, 1, 2]
+
+
+def test_relays_that_are_killed_at_any_moment_lose_nothing_and_what_hears_hears_it_once(
+    shop: Shop,
+    redis_server: RedisServer,
+    engine: Engine,
+    waiting: Outbox,
+    prefix: str,
+    make_bus: Make,
+) -> None:
+    heard: list[int] = []
+    bus = make_bus(redis_server.url, "mailer", prefix=prefix)
+    bus.on("user_added")(lambda sender, id, **extra: heard.append(id))
+    bus.start()
+    assert bus.ready(10)
+    fill(engine, 3_000)
+
+    for goal in (2_900, 1_500, 500):
+        relay = shop.relay("--batch", "20")
+        wait_until(partial(falls_to, waiting, goal), timeout=60)
+        relay.kill()
+
+    assert shop.relay("--once").end() == 0
+    wait_until(lambda: len(heard) >= 3_000)
+
+    assert heard == list(range(3_000))
+
+
+def test_relays_beside_each_other_publish_each_event_once(
+    shop: Shop, engine: Engine, waiting: Outbox, near: Ear
+) -> None:
+    relays = [shop.relay("--batch", "10", "--interval", "0.01") for _ in range(3)]
+
+    for relay in relays:
+        wait_until(partial(says, relay, "Relaying"))
+
+    fill(engine, 500)
+    wait_until(lambda: not waiting.count(), timeout=60)
+
+    for relay in relays:
+        relay.tell(signal.SIGTERM)
+
+    assert [relay.end() for relay in relays] == [0, 0, 0]
+    assert near.ids == list(range(500))
+
+
+def test_while_redis_is_away_events_wait_in_the_outbox(
+    shop: Shop, redis_server: RedisServer, engine: Engine, waiting: Outbox, prefix: str
+) -> None:
+    redis_server.kill()
+    fill(engine, 3)
+    relay = shop.relay("--interval", "0.05")
+    wait_until(lambda: "Redis cannot be used" in relay.said)
+
+    assert waiting.count() == 3
+
+    redis_server.start()
+    ear = Ear(redis_server, prefix)
+    wait_until(lambda: not waiting.count())
+    assert ear.ids == [0, 1, 2]
+    ear.close()
+    assert "Redis can be used again" in relay.said
+    assert relay.said.count("cannot be used") == 1
+
+
+def test_a_server_that_hangs_locks_nothing_in_the_database(
+    shop: Shop, redis_server: RedisServer, engine: Engine, waiting: Outbox, near: Ear
+) -> None:
+    redis_server.hang()
+    fill(engine, 3)
+    relay = shop.relay("--interval", "0.05")
+    wait_until(lambda: "Redis cannot be used" in relay.said)
+
+    fill(engine, 3)
+
+    redis_server.resume()
+    wait_until(lambda: not waiting.count())
+    assert near.ids == [0, 1, 2] * 2
+
+
+def test_once_tells_by_its_exit_code_whether_everything_is_published(
+    shop: Shop, redis_server: RedisServer, engine: Engine
+) -> None:
+    done = shop.relay("--once")
+    assert (done.end(), done.said) == (0, "Published 0 events.\n")
+
+    fill(engine, 2)
+    redis_server.kill()
+    failed = shop.relay("--once")
+    assert failed.end() == 1
+    assert "Published 0 events. 2 wait: Redis cannot be used: " in failed.said
+
+    redis_server.start()
+    done = shop.relay("--once")
+    assert (done.end(), done.said) == (0, "Published 2 events.\n")
+
+
+def test_once_says_what_is_refused(shop: Shop, engine: Engine, session: Session) -> None:
+    store(session, Entry(event_id="a-1", name="order_paid", via="stream", event=b""))
+    session.commit()
+    fill(engine, 2)
+
+    relay = shop.relay("--once")
+
+    assert relay.end() == 1
+    assert "Published 2 events. 1 wait: 'order_paid' is refused: " in relay.said
+
+
+def test_the_table_is_created_where_it_is_missing(
+    shop: Shop, engine: Engine, waiting: Outbox
+) -> None:
+    outbox.TABLE.drop(engine)
+
+    missing = shop.relay("--once")
+    assert missing.end() == 1
+    assert "has no table 'eventbus_outbox'. Create it by a migration" in missing.said
+
+    assert shop.relay("--once", "--create-table").end() == 0
+    assert waiting.is_there()
+
+
+def test_a_relay_needs_no_app(
+    shop: Shop,
+    redis_server: RedisServer,
+    prefix: str,
+    engine: Engine,
+    database: str,
+    waiting: Outbox,
+    near: Ear,
+) -> None:
+    program = """
+import sys
+from flask_eventbus.__main__ import main
+main(standalone_mode=False)
+print("flask" in sys.modules)
+"""
+    url = engine.url.render_as_string(hide_password=False)
+    fill(engine, 2)
+
+    options = ["--url", redis_server.url, "--prefix", prefix]
+    outcome = subprocess.run(
+        [sys.executable, "-c", program, *options, "relay", "--once", "--database", url],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert outcome.stdout == "Published 2 events.\nFalse\n"
+    assert near.ids == [0, 1]
+    assert "secret" not in outcome.stderr
+
+
+def test_without_an_app_the_environment_may_name_the_database(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = engine.url.render_as_string(hide_password=False)
+    monkeypatch.setenv("DATABASE_URL", url)
+
+    done = CliRunner().invoke(main, ["--url", "memory://relay", "relay", "--once"])
+
+    assert (done.exit_code, done.output) == (0, "Published 0 events.\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "There is no database. Name it with --database URL"),
+        (["--database", "shop"], "--database cannot be used: Could not parse"),
+        (["--database", "nosuch://shop"], "install its driver"),
+        (["--database", "sqlite:////nowhere/shop.db"], "unable to open database file"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_told_in_one_line(
+    options: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+
+    failed = CliRunner().invoke(main, ["--url", "memory://relay", "relay", *options])
+
+    assert failed.exit_code == 1
+    assert failed.output.startswith("Error: ")
+    assert words in failed.output
+    assert "Traceback" not in failed.output
+
+
+def test_a_bus_that_is_switched_off_relays_nothing() -> None:
+    failed = CliRunner(env={"EVENTBUS_ENABLED": "no"}).invoke(main, ["relay", "--once"])
+
+    assert failed.exit_code == 1
+    assert "'EVENTBUS_ENABLED' is False" in failed.output
+
+
+# -- in Flask ---------------------------------------------------------------------------------
+
+
+def test_the_testing_kit_sees_what_a_relay_publishes(tmp_path: Path, eventbus: Isolation) -> None:
+    db = SQLAlchemy(model_class=type("Base", (DeclarativeBase,), {}))
+    bus = EventBus()
+    app = Flask("shop")
+    app.config.from_mapping(
+        SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path}/shop.db",
+        EVENTBUS_SERVICE="shop",
+        EVENTBUS_PUBLISH={"user_added": {"outbox": True}},
+    )
+    bus.init_app(app)
+    outbox.table(db.metadata)
+    db.init_app(app)
+
+    with app.app_context():
+        db.create_all()
+        db.session.connection()
+        bus.signal("user_added").send(app, id=1)
+        db.session.commit()
+
+    # No app context: there is no session in use, and the database is found all the same.
+    bus.signal("user_added").send(app, id=2)
+    eventbus.assert_not_published()
+
+    done = app.test_cli_runner().invoke(flask_commands, ["relay", "--once"])
+
+    assert (done.exit_code, done.output) == (0, "Published 2 events.\n")
+    assert [found.payload["id"] for found in eventbus.published()] == [1, 2]
+
+    with app.app_context():
+        db.engine.dispose()
+
+
+# -- the page ---------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "transactions.md").read_text()
+SERVICE, AFTER_COMMIT, OTHER_SESSION, OUTBOX, TEST = re.findall(
+    r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE
+)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Run blocks of the page after its service; returns the names that they define."""
+    names: dict[str, Any] = {"__name__": "accounts"}
+
+    def run(text: str) -> dict[str, Any]:
+        program = (SERVICE + text).replace("sqlite:///", f"sqlite:///{tmp_path}/")
+        # Without the future that this module imports.
+        exec(compile(program, "accounts.py", "exec", dont_inherit=True), names)  # noqa: S102
+
+        with names["app"].app_context():
+            names["db"].create_all()
+
+        return names
+
+    yield run
+
+    with names["app"].app_context():
+        names["db"].engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("app = create_app()", ["grace@example.org", "ada@example.com"]),
+        (AFTER_COMMIT, ["ada@example.com"]),
+        (OUTBOX, ["ada@example.com"]),
+    ],
+    ids=["by default", "after_commit", "outbox"],
+)
+def test_the_service_of_the_page_tells_of_the_users_that_the_page_says(
+    page: Callable[[str], dict[str, Any]], eventbus: Isolation, text: str, known: list[str]
+) -> None:
+    app = page(text)["app"]
+
+    for email in ("grace@example.org", "ada@example.com"):
+        app.test_client().post("/register", data={"email": email})
+
+    if text is OUTBOX:
+        eventbus.assert_not_published()
+        app.test_cli_runner().invoke(flask_commands, ["relay", "--once"])
+
+    assert [found.payload["email"] for found in eventbus.published()] == known
+
+
+def test_the_sessions_of_the_page_publish_at_the_end_of_the_block(
+    page: Callable[[str], dict[str, Any]], eventbus: Isolation
+) -> None:
+    names = page(AFTER_COMMIT + OTHER_SESSION)
+
+    eventbus.assert_published("order_paid", number=7)
+    names["orders"].stop()
+    names["Session"].kw["bind"].dispose()
+
+
+def test_the_test_of_the_page_passes(
+    page: Callable[[str], dict[str, Any]], eventbus: Isolation
+) -> None:
+    names = page(OUTBOX + TEST)
+
+    names["test_registering_tells_the_others"](eventbus, names["app"])
+
+
+def test_the_page_has_every_column_of_the_table() -> None:
+    columns = PAGE.partition("| Column | |\n")[2].partition("\n\n")[0]
+
+    assert re.findall(r"^\| `(\w+)` \|", columns, re.MULTILINE) == outbox.TABLE.columns.keys()
