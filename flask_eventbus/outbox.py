@@ -7,7 +7,7 @@ route and the relay load this module.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +41,12 @@ from sqlalchemy.schema import CreateTable
 
 from .errors import ConfigError
 from .transactions import engine_of
+
+try:
+    from sqlalchemy.util import await_
+except ImportError:
+    # Its name before SQLAlchemy 2.1.
+    from sqlalchemy.util import await_only as await_
 
 #: The name of the table.
 NAME = "eventbus_outbox"
@@ -112,13 +118,11 @@ def store(session: Session, entry: Entry) -> None:
         "event": entry.event,
     }
 
+    if session.get_bind(clause=TABLE).dialect.is_async:
+        _refuse_coroutine(entry.name)
+
     try:
         session.execute(insert(TABLE), values)
-    except MissingGreenlet as error:
-        raise ConfigError(
-            f"{entry.name!r} was sent where an asynchronous session cannot write it into the "
-            "outbox. Send it by 'await session.run_sync(lambda session: signal.send(...))'."
-        ) from error
     except DBAPIError as error:
         error.add_note(
             f"It is flask_eventbus that writes to {NAME!r}. If the table is missing, create it by "
@@ -211,6 +215,24 @@ class Batch:
         if entries:
             numbers = [entry.number for entry in entries]
             self._connection.execute(delete(TABLE).where(TABLE.c.number.in_(numbers)))
+
+
+class _Nothing:
+    """What is awaited without a wait."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
+
+
+def _refuse_coroutine(name: str) -> None:
+    """Refuse a place where SQLAlchemy cannot wait for its driver, before it begins to."""
+    try:
+        await_(_Nothing())
+    except MissingGreenlet as error:
+        raise ConfigError(
+            f"{name!r} was sent where an asynchronous session cannot write it into the outbox. "
+            "Send it by 'await session.run_sync(lambda session: signal.send(...))'."
+        ) from error
 
 
 def _lock(connection: Connection) -> None:

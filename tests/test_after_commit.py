@@ -18,6 +18,12 @@ from flask_sqlalchemy import SQLAlchemy
 from servers import RedisServer
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -868,50 +874,76 @@ def test_an_event_held_over_a_stop_of_the_bus_leaves_all_the_same(
 # -- asynchronous sessions ------------------------------------------------------------------
 
 
-def test_an_asynchronous_session_is_followed(
-    engine: Engine, eventbus: Isolation, make_bus: Make
-) -> None:
-    from sqlalchemy.ext.asyncio import AsyncSession
+@pytest.fixture
+def async_url(engine: Engine) -> str:
+    """The database by an asynchronous driver."""
+    return str(engine.url.set(drivername="sqlite+aiosqlite"))
 
+
+@pytest.mark.parametrize("scoped", [False, True])
+def test_tasks_with_asynchronous_sessions_publish_what_they_commit(
+    async_url: str, eventbus: Isolation, make_bus: Make, scoped: bool
+) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
 
-    async def work(end: str, number: int) -> None:
-        # No statement runs, so no asynchronous driver is needed.
-        async with AsyncSession() as session:
-            bus.register_session(session)
-            session.sync_session.begin()
+    async def work(source: Any, number: int) -> None:
+        async with source() as session:
+            # The transaction begins where SQLAlchemy waits for its driver.
+            assert await session.get(User, number) is None
             bus.signal("user_added").send(id=number)
-            await getattr(session, end)()
 
-    for number, end in enumerate(["commit", "rollback", "close", "commit"]):
-        asyncio.run(work(end, number))
+            with suppress(ZeroDivisionError):
+                async with session.begin_nested():
+                    bus.signal("user_added").send(id=number + 100)
+                    number % 3 or 1 // 0
 
-    assert ids(eventbus) == [0, 3]
+            await (session.rollback if number % 2 else session.commit)()
+
+    async def main() -> None:
+        engine = create_async_engine(async_url)
+        maker = async_sessionmaker(engine)
+        source = async_scoped_session(maker, asyncio.current_task) if scoped else maker
+        bus.register_session(source)
+        await asyncio.gather(*(work(source, number) for number in range(8)))
+        await engine.dispose()
+
+    asyncio.run(main())
+
+    assert sorted(ids(eventbus)) == [0, 2, 4, 6, 102, 104]
 
 
-def test_tasks_with_asynchronous_sessions_do_not_get_mixed_up(
+def test_asynchronous_sessions_of_two_makers_are_told_apart_by_their_classes(
     eventbus: Isolation, make_bus: Make
 ) -> None:
-    from sqlalchemy.ext.asyncio import async_sessionmaker
-
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
     maker = async_sessionmaker(sync_session_class=sessionmaker())
     stranger = async_sessionmaker()
     bus.register_session(maker)
 
-    async def work(number: int) -> None:
+    async def work(end: str) -> None:
         async with maker() as session, stranger() as other:
-            for each in (session, other):
-                each.sync_session.begin()
+            # No statement runs, so no driver is needed.
+            session.sync_session.begin()
+            other.sync_session.begin()
+            bus.signal("user_added").send(id=len(end))
+            await getattr(session, end)()
 
-            await asyncio.sleep(0)
-            bus.signal("user_added").send(id=number)
-            await asyncio.sleep(0)
-            await (session.rollback if number % 2 else session.commit)()
+    for end in ("commit", "rollback", "close"):
+        asyncio.run(work(end))
+
+    assert ids(eventbus) == [len("commit")]
+
+
+def test_one_asynchronous_session_may_be_registered(eventbus: Isolation, make_bus: Make) -> None:
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
 
     async def main() -> None:
-        await asyncio.gather(*(work(number) for number in range(10)))
+        async with AsyncSession() as session:
+            bus.register_session(session)
+            session.sync_session.begin()
+            bus.signal("user_added").send(id=1)
+            await session.commit()
 
     asyncio.run(main())
 
-    assert sorted(ids(eventbus)) == [0, 2, 4, 6, 8]
+    assert ids(eventbus) == [1]

@@ -5,6 +5,7 @@ The database is SQLite in a file, or what ``TEST_DATABASE_URL`` names.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from programs import Program
 from servers import RedisServer
 from sqlalchemy import Engine, MetaData, create_engine, event, inspect
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -322,6 +324,39 @@ def test_redis_may_be_away_whatever_the_policy(
 
     assert waiting.count() == 1
     assert bus.health().counts == {"stored": 1}
+
+
+def test_a_coroutine_writes_by_way_of_its_session(tmp_path: Path, make_bus: Make) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/async.db")
+    outbox.create(engine)
+    bus = make_bus("redis://127.0.0.1:1/0", publish={"user_added": {"outbox": True}})
+
+    async def main() -> None:
+        async_engine = create_async_engine(engine.url.set(drivername="sqlite+aiosqlite"))
+        maker = async_sessionmaker(async_engine)
+        bus.register_session(maker)
+
+        async with maker() as session:
+            await session.run_sync(lambda _: bus.signal("user_added").send(id=1))
+            await session.connection()
+            await session.run_sync(lambda _: bus.signal("user_added").send(id=2))
+            await session.commit()
+
+        async with maker() as session:
+            await session.connection()
+
+            with pytest.raises(ConfigError, match=r"await session\.run_sync\("):
+                bus.signal("user_added").send(id=3)
+
+        with pytest.raises(ConfigError, match=r"await session\.run_sync\("):
+            bus.signal("user_added").send(id=4)
+
+        await async_engine.dispose()
+
+    asyncio.run(main())
+
+    assert Outbox(engine).count() == 2
+    engine.dispose()
 
 
 def test_the_relay_always_waits_for_redis_so_confirm_is_refused(make_bus: Make) -> None:
@@ -923,6 +958,7 @@ def test_without_an_app_the_environment_may_name_the_database(
         ([], "There is no database. Name it with --database URL"),
         (["--database", "shop"], "--database cannot be used: Could not parse"),
         (["--database", "nosuch://shop"], "install its driver"),
+        (["--database", "sqlite+aiosqlite:///shop.db"], "is an asynchronous driver"),
         (["--database", "sqlite:////nowhere/shop.db"], "unable to open database file"),
     ],
 )
