@@ -67,7 +67,7 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
         EVENTBUS_SERVICE="accounts",
         EVENTBUS_URL="redis://localhost:6379/0",
         EVENTBUS_PUBLISH={
-            "user_registered": "channel",
+            "user_registered": {"after_commit": True},
             "api_call": {"signal": "flask:request_finished", "payload": api_call},
         },
     )
@@ -84,9 +84,10 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
     @app.post("/register")
     def register() -> ResponseReturnValue:
         user = User(**read_registration())
-        store(user)
-        # Only now: nobody should hear of a user whom the database then refused.
+        add(user)
+        # It leaves after the commit: nobody hears of a user whom the database then refuses.
         user_registered.send(app, **user.payload())
+        db.session.commit()
         return user.as_json(), 201
 
     @app.get("/users/<int:user_id>")
@@ -114,13 +115,13 @@ def create_table() -> None:
     db.session.commit()
 
 
-def store(user: User) -> None:
-    """Insert the user, or refuse the request if the address is taken."""
+def add(user: User) -> None:
+    """Insert the user, or refuse the request if the address is taken; not committed yet."""
     email = user.email
     db.session.add(user)
 
     try:
-        db.session.commit()
+        db.session.flush()
     except IntegrityError:
         db.session.rollback()
         abort(409, f"{email} is registered already.")

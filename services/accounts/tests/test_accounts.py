@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 from flask.testing import FlaskClient
+from sqlalchemy.event import listens_for
+from sqlalchemy.exc import OperationalError
 
 from flask_eventbus import Bus
 from flask_eventbus.testing import Isolation
@@ -54,18 +54,31 @@ def test_a_form_is_read_as_json_is(client: FlaskClient, eventbus: Isolation) -> 
 
 
 def test_the_event_leaves_after_the_commit(
-    client: FlaskClient, accounts: ModuleType, tmp_path: Path
+    client: FlaskClient, accounts: ModuleType, eventbus: Isolation
 ) -> None:
-    stored: list[Any] = []
+    before: list[Any] = []
 
-    def look(sender: object, **payload: object) -> None:
-        with closing(sqlite3.connect(tmp_path / "accounts.db")) as another_connection:
-            stored.extend(another_connection.execute("SELECT email FROM user"))
+    @listens_for(accounts.db.session, "before_commit")
+    def look(session: object) -> None:
+        before.extend(eventbus.published("user_registered"))
 
-    accounts.user_registered.connect(look)
     client.post("/register", json=ADA)
 
-    assert stored == [(ADA["email"],)]
+    assert before == []
+    eventbus.assert_published("user_registered", times=1)
+
+
+def test_nobody_hears_of_a_registration_that_is_not_committed(
+    client: FlaskClient, accounts: ModuleType, eventbus: Isolation
+) -> None:
+    @listens_for(accounts.db.session, "before_commit")
+    def refuse(session: object) -> None:
+        raise OperationalError("COMMIT", None, Exception("The disk is full."))
+
+    assert client.post("/register", json=ADA).status_code == 500
+
+    assert client.get("/users/1").status_code == 404
+    eventbus.assert_not_published("user_registered")
 
 
 def test_an_address_registers_once(client: FlaskClient, eventbus: Isolation) -> None:
