@@ -51,8 +51,8 @@ class ChannelWriter:
     def publish(self, batch: Sequence[tuple[str, bytes]]) -> list[Exception | None]:
         """Publish ``(channel, body)`` pairs, in order, and tell of each whether Redis took it.
 
-        An empty batch asks whether Redis is there. A connection that was closed since the last
-        batch, as servers do with idle ones, says nothing about that: another one is tried.
+        An empty batch asks whether Redis is there. That the connection was closed meanwhile, as
+        servers and firewalls do with idle ones, is no answer: then it asks on another.
 
         :raises redis.ConnectionError: Redis is away, or it answers "not now" to some; it may
             have got any part of the batch.
@@ -61,6 +61,9 @@ class ChannelWriter:
             try:
                 return self._publish(self._connection, batch)
             except redis.ConnectionError as error:
+                if batch:
+                    raise
+
                 logger.debug("The connection was closed: %s", error)
 
         self._connection = self._connections.open(timeout=self._timeout)

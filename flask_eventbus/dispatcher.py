@@ -95,7 +95,7 @@ class Dispatcher:
             event.name,
             event.source,
             type(error).__name__,
-            error,
+            _said_by(error),
             exc_info=error,
         )
         tell(receiver_failed, self._service, receiver=receiver, event=event, error=error)
@@ -116,10 +116,21 @@ class Dispatcher:
 
 def name_of(receiver: object) -> str:
     """The receiver as a reader of logs would look for it: ``module.qualname``."""
-    function = inspect.unwrap(receiver) if callable(receiver) else receiver
-    function = getattr(function, "__func__", function)
-    name = getattr(function, "__qualname__", None)
-    return f"{function.__module__}.{name}" if name else repr(receiver)
+    try:
+        function = inspect.unwrap(receiver) if callable(receiver) else receiver
+        function = getattr(function, "__func__", function)
+        name = getattr(function, "__qualname__", None)
+        return f"{function.__module__}.{name}" if name else repr(receiver)
+    except Exception:
+        # It may be any object, and do anything when it is asked for its name.
+        return object.__repr__(receiver)
+
+
+def _said_by(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as second:
+        return f"(its text cannot be had: {type(second).__name__})"
 
 
 def explain(receiver: Receiver, event: Event, error: BaseException) -> BaseException:
@@ -145,7 +156,8 @@ def misfit_of(receiver: Receiver, payload: Iterable[str]) -> str | None:
     """What keeps ``receiver`` from being called with ``payload``'s keys; ``None`` if nothing."""
     try:
         signature = inspect.signature(receiver)
-    except (TypeError, ValueError):
+    except Exception:
+        # It has none, or it is an object that does anything when it is asked for it.
         return None
 
     try:

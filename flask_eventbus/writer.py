@@ -40,6 +40,10 @@ MOST_BACKOFF = 2.0
 #: longest wait of a listener before it connects again.
 LISTENERS_RETURN = 1.5
 
+#: Seconds without events after which Redis is asked whether it is there: so that the next
+#: event does not have to find out, and no connection is cut for its silence.
+QUIET = 5.0
+
 #: Seconds that a writer has for what waits when the one it writes for is gone.
 LEAVE = 5.0
 
@@ -166,11 +170,11 @@ class Writer:
             self._report_lost()
 
     def _take(self) -> Sequence[Outgoing] | None:
-        """The next batch, an empty one to ask after a lost Redis; ``None`` at the end."""
+        """The next batch, an empty one to ask whether Redis is there; ``None`` at the end."""
         with self._changed:
-            while not (self._is_to_end or self._is_to_write):
+            if not (self._is_to_end or self._is_to_write):
                 self._idle = True
-                self._changed.wait()
+                self._changed.wait_for(lambda: self._is_to_end or self._is_to_write, QUIET)
 
             self._idle = self._asking = False
 
@@ -204,16 +208,21 @@ class Writer:
         except Exception as error:
             self._give_up(batch, error)
         else:
-            self._batch_events = min(BATCH_EVENTS, self._batch_events * BATCH_STEP)
             backoff.reset()
             self._give_way()
             self._outage.end(len(self._buffer))
             self._settle(batch, errors)
+            self._grow(batch)
 
     def _give_way(self) -> None:
         """Let listeners return before what waited for Redis is sent: they hear no past."""
         if self._outage.away and self._buffer.is_waiting:
             self._pause(LISTENERS_RETURN)
+
+    def _grow(self, batch: Sequence[Outgoing]) -> None:
+        # That an empty one got through says nothing.
+        if batch:
+            self._batch_events = min(BATCH_EVENTS, self._batch_events * BATCH_STEP)
 
     def _put_back(self, batch_events: int) -> None:
         self._batch_events = batch_events

@@ -1,0 +1,138 @@
+"""A bad connection: stands between a client and a server, and spoils what passes."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+
+#: What makes bytes of bytes on their way; ``None`` ends the connection.
+Spoil = Callable[[bytes], bytes | None]
+
+CHUNK = 16 * 1024
+
+
+class Proxy:
+    """Passes bytes between its port and the server's, through what a test does to them.
+
+    Each connection gets functions of its own.
+
+    :param request: makes what spoils the bytes to the server.
+    :param answer: makes what spoils those from it.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        *,
+        request: Callable[[], Spoil] = lambda: _same,
+        answer: Callable[[], Spoil] = lambda: _same,
+    ) -> None:
+        self._target = port
+        self.request = request
+        self.answer = answer
+        #: How many connections were made.
+        self.connections = 0
+        self._sockets: list[socket.socket] = []
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._start(self._accept)
+
+    @property
+    def url(self) -> str:
+        """Where clients go to."""
+        return f"redis://127.0.0.1:{self._listening.getsockname()[1]}/0"
+
+    def cut(self) -> None:
+        """End all connections, and go on with new ones."""
+        for each in self._sockets:
+            _close(each)
+
+    def close(self) -> None:
+        """End everything."""
+        _close(self._listening)
+        self.cut()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listening.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                return
+
+            self.connections += 1
+            self._sockets += [client, server]
+            self._start(self._pass, client, server, self.request())
+            self._start(self._pass, server, client, self.answer())
+
+    def _pass(self, source: socket.socket, target: socket.socket, spoil: Spoil) -> None:
+        try:
+            while (data := source.recv(CHUNK)) and (spoilt := spoil(data)) is not None:
+                target.sendall(spoilt)
+        except OSError:
+            pass  # one of them is gone, and so is the other
+        finally:
+            _close(source)
+            _close(target)
+
+    def _start(self, run: Callable[..., None], *args: object) -> None:
+        threading.Thread(target=run, args=args, daemon=True).start()
+
+
+def _same(data: bytes) -> bytes:
+    return data
+
+
+def _close(socket_: socket.socket) -> None:
+    try:
+        socket_.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it is closed already
+    finally:
+        socket_.close()
+
+
+class Impostor:
+    """Takes Redis's place on a port and answers whatever comes with the same bytes."""
+
+    def __init__(self, answer: bytes, *, port: int = 0) -> None:
+        self._answer = answer
+        self._listening = socket.create_server(("127.0.0.1", port))
+        self._sockets: list[socket.socket] = []
+        #: How many connections were made.
+        self.connections = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        port: int = self._listening.getsockname()[1]
+        return port
+
+    @property
+    def url(self) -> str:
+        """Where clients go to."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def close(self) -> None:
+        """Go away."""
+        for each in (self._listening, *self._sockets):
+            _close(each)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listening.accept()
+            except OSError:
+                return
+
+            self.connections += 1
+            self._sockets.append(client)
+            threading.Thread(target=self._reply, args=(client,), daemon=True).start()
+
+    def _reply(self, client: socket.socket) -> None:
+        try:
+            while client.recv(CHUNK):
+                client.sendall(self._answer)
+        except OSError:
+            pass  # the client is gone

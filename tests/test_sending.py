@@ -1,0 +1,507 @@
+"""Sending from anywhere: signal handlers, finalizers, many threads, the end of a process."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from servers import RedisServer
+from waiting import wait_until
+
+from flask_eventbus import Bus, PublishError, signals, writer
+from flask_eventbus.buffer import Buffer, Lane, Outgoing
+from flask_eventbus.seal import Seal
+
+Make = Callable[..., Bus]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait long for listeners that are not there."""
+    monkeypatch.setattr(writer, "LISTENERS_RETURN", 0.0)
+    monkeypatch.setattr(writer, "MOST_BACKOFF", 0.2)
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """A prefix of this test's own on the shared server."""
+    return str(request.node.name)[:60].replace("[", "-").replace("]", "")
+
+
+def hear(bus: Bus, name: str = "tick") -> list[Any]:
+    """Start listening to ``name`` and return the list that its numbers go to."""
+    heard: list[Any] = []
+
+    @bus.on(name)
+    def receive(sender: str, n: int, **extra: Any) -> None:
+        heard.append(n)
+
+    bus.start()
+    assert bus.ready(10)
+    return heard
+
+
+# -- in the middle of another send --------------------------------------------------------
+
+
+@pytest.fixture
+def interrupting() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Run a function in the main thread every half millisecond of its work."""
+    before = signal.getsignal(signal.SIGPROF)
+
+    def interrupt(run: Callable[[], None]) -> None:
+        signal.signal(signal.SIGPROF, lambda number, frame: run())
+        signal.setitimer(signal.ITIMER_PROF, 0.0005, 0.0005)
+
+    yield interrupt
+
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
+
+
+def test_a_signal_handler_that_sends_in_the_middle_of_a_send_loses_nothing(
+    shared_redis: RedisServer,
+    make_bus: Make,
+    prefix: str,
+    interrupting: Callable[[Callable[[], None]], None],
+) -> None:
+    consumer = make_bus(shared_redis.url, "consumer", prefix=prefix)
+    heard = hear(consumer)
+    publisher = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
+    handled: list[int] = []
+
+    def send_three() -> None:
+        for n in range(3):
+            handled.append(n)
+            publisher.signal("tick").send("handler", n=-1)
+
+    interrupting(send_three)
+    for n in range(20_000):
+        publisher.signal("tick").send("test", n=n)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+    assert publisher.flush(20)
+    assert len(handled) > 100
+    wait_until(lambda: len(heard) == 20_000 + len(handled), what="all events arrive")
+    assert [n for n in heard if n >= 0] == list(range(20_000))
+    assert consumer.health().missed == 0
+    assert publisher.node._publisher._buffer.bytes == 0
+
+
+def test_a_signal_handler_that_sends_while_events_are_dropped_waits_for_nobody(
+    make_bus: Make, interrupting: Callable[[Callable[[], None]], None]
+) -> None:
+    bus = make_bus("redis://127.0.0.1:1/0", "publisher", publish=["tick"], buffer_size=10)
+    bus.signal("tick").send("test", n=0)
+    wait_until(lambda: not bus.health().publishing, what="the outage is known")
+    sent = [1]
+
+    def send() -> None:
+        sent[0] += 1
+        bus.signal("tick").send("handler", n=-1)
+        bus.health()
+
+    interrupting(send)
+    for n in range(20_000):
+        bus.signal("tick").send("test", n=n)
+        bus.health()
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+    assert sent[0] > 100
+    assert bus.health().buffered == 10
+    assert bus.health().counts["dropped"] == 20_000 + sent[0] - 10
+    assert len(bus.node._publisher._buffer) == 10
+
+
+def test_a_finalizer_that_sends_wherever_it_runs_loses_nothing(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    publisher = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
+
+    class Ring:
+        def __init__(self, n: int) -> None:
+            self.n = n
+            self.itself = self
+
+        def __del__(self) -> None:
+            publisher.signal("tick").send("finalizer", n=self.n)
+
+    for n in range(5_000):
+        Ring(n)
+        publisher.signal("tick").send("test", n=-1)
+    gc.collect()
+
+    assert publisher.flush(20)
+    wait_until(lambda: len(heard) == 10_000, what="all events arrive")
+    assert sorted(n for n in heard if n >= 0) == list(range(5_000))
+
+
+# -- from those who are told --------------------------------------------------------------
+
+
+def test_whoever_is_told_of_dropped_events_may_send_and_holds_nobody_up(make_bus: Make) -> None:
+    bus = make_bus("redis://127.0.0.1:1/0", "publisher", publish=["tick"], buffer_size=5)
+    ended: list[bool] = []
+
+    def alarm(sender: str, where: str, count: int) -> None:
+        if not ended:
+            ended.append(False)
+            other = threading.Thread(target=send_one)
+            other.start()
+            other.join(10)
+            ended[0] = not other.is_alive()
+
+        send_one()
+
+    def send_one() -> None:
+        bus.signal("tick").send("test", n=0)
+
+    send_one()
+    wait_until(lambda: not bus.health().publishing, what="the outage is known")
+    with signals.events_dropped.connected_to(alarm, sender="publisher"):
+        for _ in range(6):
+            send_one()
+
+    assert ended == [True]
+    assert bus.health().buffered == 5
+    assert bus.health().counts["dropped"] >= 4
+
+
+def test_a_confirmed_send_in_the_writing_thread_does_not_wait_for_itself(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(
+        redis_server.url, publish={"tick": {"confirm": True}}, on_outage="raise", timeout=30
+    )
+    sent = threading.Event()
+
+    def announce(sender: str, **values: Any) -> None:
+        bus.signal("tick").send("announcement", n=2)
+        sent.set()
+
+    redis_server.kill()
+    bus.node.ask()
+    wait_until(lambda: not bus.health().publishing, what="the outage is known")
+    with signals.publisher_restored.connected_to(announce, sender="tests"):
+        redis_server.start()
+        assert sent.wait(10)
+
+    assert bus.flush(10)
+    assert bus.health().counts["published"] == 1
+
+
+def test_stop_in_the_writing_thread_is_refused_and_changes_nothing(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus(redis_server.url, "publisher", publish=["tick"])
+    heard = hear(bus, "tock")
+    called = threading.Event()
+
+    def stop(sender: str, **values: Any) -> None:
+        called.set()
+        bus.stop()
+
+    with signals.publisher_lost.connected_to(stop, sender="publisher"):
+        redis_server.kill()
+        bus.node.ask()
+        assert called.wait(10)
+        wait_until(lambda: "stop() was called by a receiver" in caplog.text, what="it is refused")
+
+    redis_server.start()
+    assert bus.ready(10)
+    assert bus.health().listening
+    make_bus(redis_server.url, "other", publish=["tock"]).signal("tock").send("test", n=1)
+    wait_until(lambda: heard == [1], what="it still listens")
+
+
+# -- while Redis is away ------------------------------------------------------------------
+
+
+def test_what_waits_is_bounded_in_events_and_in_bytes(make_bus: Make) -> None:
+    bus = make_bus("redis://127.0.0.1:1/0", publish=["tick"], buffer_size=1_000)
+    bus.signal("tick").send("test", n=0)
+    wait_until(lambda: not bus.health().publishing, what="the outage is known")
+
+    for n in range(50_000):
+        bus.signal("tick").send("test", n=n)
+    assert bus.health().buffered == 1_000
+    for n in range(200):
+        bus.signal("tick").send("test", n=n, data=bytes(900_000))
+
+    waiting = bus.node._publisher._buffer
+    assert waiting.bytes == sum(outgoing.size for outgoing in waiting)
+    assert waiting.bytes <= 64 * 1024 * 1024
+    assert bus.health().counts["dropped"] == 50_201 - len(waiting)
+
+
+def test_a_full_buffer_raises_where_the_policy_is_to_raise(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(
+        redis_server.url, publish=["tick"], on_outage="raise", buffer_size=5, timeout=0.05
+    )
+    assert bus.flush(1)
+    bus.signal("tick").send("test", n=0)
+    assert bus.flush(10)
+    redis_server.hang()
+    accepted = 0
+
+    def send_on() -> None:
+        nonlocal accepted
+        for n in range(1, 1_000):
+            bus.signal("tick").send("test", n=n)
+            accepted = n
+
+    with pytest.raises(PublishError, match=r"no answer within 0\.05 s"):
+        send_on()
+
+    assert accepted >= 5
+    assert "dropped" not in bus.health().counts
+    redis_server.resume()
+    assert bus.flush(10)
+    assert bus.health().counts["published"] == accepted + 1
+    bus.signal("tick").send("test", n=0)
+
+
+def test_a_long_outage_is_two_lines_in_the_log(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus(redis_server.url, "publisher", publish=["tick"])
+    redis_server.kill()
+    deadline = time.monotonic() + 1.5
+
+    while time.monotonic() < deadline:
+        bus.signal("tick").send("test", n=0)
+        time.sleep(0.001)
+    redis_server.start()
+    assert bus.flush(10)
+
+    texts = [r.getMessage() for r in caplog.records if r.name.startswith("flask_eventbus")]
+    assert len(texts) == 2
+    assert "Redis is away" in texts[0]
+    assert "Redis is back" in texts[1]
+
+
+def test_events_that_were_dropped_are_missed_by_those_who_listen(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    consumer = make_bus(redis_server.url, "consumer")
+    heard = hear(consumer)
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"], buffer_size=10)
+    publisher.signal("tick").send("test", n=0)
+    wait_until(lambda: heard == [0], what="the first event arrives")
+    redis_server.hang()
+
+    for n in range(1, 101):
+        publisher.signal("tick").send("test", n=n)
+    redis_server.resume()
+    assert publisher.flush(10)
+    publisher.signal("tick").send("test", n=101)
+
+    wait_until(lambda: heard[-1:] == [101], what="the last event arrives")
+    assert consumer.health().missed == publisher.health().counts["dropped"] > 0
+    assert len(heard) + consumer.health().missed == 102
+
+
+def test_a_withdrawn_event_leaves_the_line_without_a_trace() -> None:
+    buffer = Buffer(most_events=10)
+    lane = Lane(name="tick", key="tick", seal=Seal("tests", "tick"))
+    events = [Outgoing(lane, b"\x80", {}, confirm=True) for _ in range(4)]
+
+    for number, outgoing in enumerate(events, 1):
+        outgoing.identify("node", number, 0)
+        buffer.put(outgoing)
+    assert buffer.take(most_events=2, most_bytes=1_000) == events[:2]
+    buffer.put_back()
+    events[0].withdrawn = events[2].withdrawn = True
+
+    assert buffer.take(most_events=10, most_bytes=10_000) == [events[1], events[3]]
+    assert [events[n].attributes.get("seq") for n in range(4)] == [1, 2, None, 3]
+    assert buffer.bytes == 0
+
+
+# -- many threads, and the ends of things -------------------------------------------------
+
+
+def test_a_bus_is_started_and_stopped_by_many_threads_while_others_send(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    publisher = make_bus(
+        shared_redis.url, "publisher", prefix=prefix, publish=["tick"], buffer_size=1_000_000
+    )
+    consumer = make_bus(shared_redis.url, "consumer", prefix=prefix)
+    heard = hear(consumer)
+    hear(publisher, "tock")
+    enough = threading.Event()
+    sent: list[int] = []
+
+    def send(start: int) -> None:
+        n = start
+        while not enough.is_set():
+            publisher.signal("tick").send("test", n=n)
+            sent.append(n)
+            n += 4
+            time.sleep(0.0005)
+
+    def turn() -> None:
+        for _ in range(4):
+            publisher.stop()
+            publisher.start()
+
+    senders = [threading.Thread(target=send, args=(start,)) for start in range(4)]
+    turning = [threading.Thread(target=turn) for _ in range(2)]
+    for thread in senders + turning:
+        thread.start()
+    for thread in turning:
+        thread.join()
+    enough.set()
+    for thread in senders:
+        thread.join()
+
+    assert publisher.flush(10)
+    wait_until(lambda: len(heard) == len(sent), what="all events arrive")
+    assert sorted(heard) == sorted(sent)
+    assert publisher.ready(10)
+    assert consumer.health().missed == 0
+
+
+def test_what_a_bus_had_sent_arrives_although_nobody_has_it_any_more(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+
+    def send_and_forget(n: int) -> None:
+        bus = Bus(shared_redis.url, service="passing", prefix=prefix, publish=["tick"])
+        bus.signal("tick").send("test", n=n)
+
+    for n in range(20):
+        send_and_forget(n)
+        gc.collect()
+
+    wait_until(lambda: sorted(heard) == list(range(20)), what="all events arrive")
+    wait_until(lambda: not writers_of("passing"), what="their threads end")
+
+
+def writers_of(service: str) -> list[str]:
+    """The writing threads of buses that are gone."""
+    from flask_eventbus.node import nodes
+
+    living = {f"eventbus-writer-{node.name}" for node in list(nodes)}
+    names = {thread.name for thread in threading.enumerate()}
+    return sorted(name for name in names - living if name.startswith("eventbus-writer"))
+
+
+def test_buses_that_come_and_go_leave_nothing_behind(shared_redis: RedisServer) -> None:
+    from flask_eventbus.node import nodes
+
+    gc.collect()
+    before = len(nodes), threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    for n in range(300):
+        with Bus(shared_redis.url, service="passing", publish=["tick"]) as bus:
+            bus.on("tock")(lambda sender, **payload: None)
+            if n % 10 == 0:
+                bus.start()
+                assert bus.ready(10)
+                bus.signal("tick").send("test")
+        del bus
+
+    gc.collect()
+    assert (len(nodes), threading.active_count()) <= before[:2]
+    assert len(os.listdir("/proc/self/fd")) <= before[2]
+
+
+def test_an_event_is_written_by_its_sender_where_there_is_no_thread_for_it(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    route = {"tick": {"confirm": True}}
+    bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=route)
+    started = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("eventbus-writer"):
+            raise RuntimeError("can't start new thread")
+        started(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    for n in range(3):
+        bus.signal("tick").send("test", n=n)
+        assert bus.health().buffered == 0
+    monkeypatch.undo()
+    bus.signal("tick").send("test", n=3)
+
+    wait_until(lambda: heard == [0, 1, 2, 3], what="all events arrive")
+
+
+def test_events_of_the_very_end_are_lost_with_their_ids_in_the_log(
+    make_bus: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus("redis://127.0.0.1:1/0", publish=["tick"], timeout=0.1)
+    ended = threading.Event()
+    ended.set()
+    monkeypatch.setattr(writer, "process_ends", ended)
+
+    for n in range(100):
+        bus.signal("tick").send("test", n=n)
+
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert [text.rpartition(" ")[2] for text in errors] == [
+        f"{bus.health().node}-{n}" for n in range(1, 101)
+    ]
+    assert bus.health().counts["dropped"] == 100
+
+
+END = """
+import atexit, threading
+
+def at_the_end():
+    # This was registered before the bus was imported, so it runs after the bus has stopped.
+    for n in range(3):
+        bus.signal("tick").send("end", n=n)
+
+atexit.register(at_the_end)
+
+from flask_eventbus import Bus
+bus = Bus({url!r}, service="cron", prefix={prefix!r}, publish=["tick"])
+
+class Late:
+    def __del__(self):
+        bus.signal("tick").send("late", n=4)
+
+def go_on():
+    while True:
+        bus.signal("tock").send("daemon")
+
+{late}
+threading.Thread(target=go_on, daemon=True).start()
+atexit.register(lambda: bus.signal("tick").send("sooner", n=-1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("late", "numbers"),
+    [("", [-1, 0, 1, 2]), ("atexit.register(lambda late: None, Late())", [-1, 0, 1, 2, 4])],
+)
+def test_what_is_sent_at_the_very_end_of_a_process_arrives(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, late: str, numbers: list[int]
+) -> None:
+    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    program = END.format(url=shared_redis.url, prefix=prefix, late=late)
+
+    outcome = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30
+    )
+
+    assert outcome.stderr == ""
+    wait_until(lambda: sorted(heard) == numbers, what=f"all events arrive, of {heard}")
