@@ -117,12 +117,25 @@ def _why_nothing(name: str, nodes: Sequence[Node]) -> list[str]:
     silent = sorted({node.config.service for node in nodes if not node.config.enabled})
     known = {name for node in nodes if node.config.enabled for name in _published_by(node)}
     sentences = [f"'EVENTBUS_ENABLED' is False for {service!r}." for service in silent]
+    sentences += _why_waiting(name, nodes)
 
     if not any(matches(name, found) for found in known):
         remedy = "Name it in 'EVENTBUS_PUBLISH'."
         sentences += [f"No bus here publishes {name!r}.", _suggest(name, known, remedy)]
 
     return sentences
+
+
+def _why_waiting(name: str, nodes: Sequence[Node]) -> list[str]:
+    found = [route for node in nodes for route in node.routes.values() if matches(route.name, name)]
+
+    if any(route.outbox for route in found):
+        return [f"{name!r} goes into the outbox: run 'flask eventbus relay --once' before."]
+
+    if any(route.after_commit for route in found):
+        return [f"{name!r} leaves after the commit of its transaction: commit before."]
+
+    return []
 
 
 def _published_by(node: Node) -> set[str]:

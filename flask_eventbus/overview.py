@@ -104,6 +104,8 @@ class Overview:
             "name": route.name,
             "via": route.via,
             "confirm": route.confirm,
+            "after_commit": route.after_commit,
+            "outbox": route.outbox,
             "signal": None if route.signal is None else name_of_signal(route.signal),
             "payload": None if route.payload is None else name_of(route.payload),
             "covers": self.covered_by(route) if is_pattern(route.name) else [route.name],

@@ -24,11 +24,12 @@ def routes_report(found: dict[str, Any]) -> Iterator[str]:
     """The lines of `routes` for a program: what it publishes, hears, and keeps to itself."""
     yield f"Service {found['service']}"
     yield from _section(
-        ("Publishes", "Via", "Confirmed", "Of signal", "Payload by"),
+        ("Publishes", "Via", "Leaves", "Confirmed", "Of signal", "Payload by"),
         [
             (
                 route["name"],
                 route["via"],
+                _leaves(route),
                 _yes(route["confirm"]),
                 route["signal"] or ", ".join(route["covers"]) or "none yet",
                 route["payload"] or "-",
@@ -75,6 +76,13 @@ def _section(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
     yield ""
     yield click.style(head, bold=True)
     yield from lines
+
+
+def _leaves(route: dict[str, Any]) -> str:
+    if route["outbox"]:
+        return "by outbox"
+
+    return "after commit" if route["after_commit"] else "at send"
 
 
 def _yes(value: bool) -> str:

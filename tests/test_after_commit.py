@@ -113,6 +113,16 @@ def test_it_leaves_when_another_connection_can_read_the_row(
     assert wait_until(lambda: seen) == ["ada"]
 
 
+def test_the_testing_kit_says_why_it_sees_nothing_before_the_commit(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
+    session.begin()
+    bus.signal("user_added").send(id=1)
+
+    with pytest.raises(AssertionError, match="leaves after the commit of its transaction: commit"):
+        eventbus.assert_published("user_added")
+
+
 def test_a_rollback_takes_events_along(bus: Bus, session: Session, eventbus: Isolation) -> None:
     session.add(User(id=1, email="ada"))
     bus.signal("user_added").send(id=1)

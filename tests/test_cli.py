@@ -257,7 +257,11 @@ def shop(make_app: Callable[..., Flask]) -> Flask:
     bus.on("user_registered")(note_stock)
     bus.on("stock_*", echo=True)(note_stock)
     bus.signal("cache_cleared").connect(note_stock)
-    routes = {"price_changed": {"confirm": True}, "order_*": "channel", "refund_*": "channel"}
+    routes = {
+        "price_changed": {"confirm": True},
+        "order_*": {"after_commit": True},
+        "refund_*": {"outbox": True},
+    }
     return make_app(
         bus, EVENTBUS_PUBLISH=routes, EVENTBUS_SUBSCRIBE={"tax_changed": {"from": ["tax", "law"]}}
     )
@@ -272,11 +276,11 @@ def test_routes_shows_what_an_app_publishes_hears_and_keeps_to_itself(shop: Flas
         == """\
 Service shop
 
-Publishes      Via      Confirmed  Of signal         Payload by
-api_call       channel  no         request-finished  summary
-order_*        channel  no         order_paid        -
-price_changed  channel  yes        price_changed     -
-refund_*       channel  no         none yet          -
+Publishes      Via      Leaves        Confirmed  Of signal         Payload by
+api_call       channel  at send       no         request-finished  summary
+order_*        channel  after commit  no         order_paid        -
+price_changed  channel  at send       yes        price_changed     -
+refund_*       channel  by outbox     no         none yet          -
 
 Hears            From      Echo  Receivers
 stock_*          anyone    yes   note_stock
@@ -304,6 +308,8 @@ def test_routes_shows_the_same_as_json(shop: Flask) -> None:
         "name": "api_call",
         "via": "channel",
         "confirm": False,
+        "after_commit": False,
+        "outbox": False,
         "signal": "request-finished",
         "payload": f"{__name__}.summary",
         "covers": ["api_call"],

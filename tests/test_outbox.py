@@ -854,6 +854,38 @@ def test_while_redis_is_away_events_wait_in_the_outbox(
     assert relay.said.count("cannot be used") == 1
 
 
+def test_a_database_that_is_away_is_told_once_and_comes_back(
+    tmp_path: Path,
+    redis_server: RedisServer,
+    prefix: str,
+    near: Ear,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/locked.db?timeout=0.01")
+    outbox.create(engine)
+    fill(engine, 2)
+    told = threading.Event()
+
+    with relaying(redis_server, engine, prefix) as relay:
+        thread = threading.Thread(target=relay.run, args=[told], kwargs={"interval": 0.01})
+
+        with engine.connect() as another, another.begin():
+            another.exec_driver_sql("UPDATE eventbus_outbox SET name = name")
+            thread.start()
+            wait_until(lambda: "database is locked" in caplog.text)
+
+        wait_until(lambda: relay.published == 2)
+        told.set()
+        thread.join()
+
+    engine.dispose()
+    assert near.ids == [0, 1]
+    assert [record.getMessage().partition(" used")[0] for record in caplog.records] == [
+        "The database cannot be",
+        "The database can be",
+    ]
+
+
 def test_a_server_that_hangs_locks_nothing_in_the_database(
     shop: Shop, redis_server: RedisServer, engine: Engine, waiting: Outbox, near: Ear
 ) -> None:
@@ -1007,6 +1039,9 @@ def test_the_testing_kit_sees_what_a_relay_publishes(tmp_path: Path, eventbus: I
     # No app context: there is no session in use, and the database is found all the same.
     bus.signal("user_added").send(app, id=2)
     eventbus.assert_not_published()
+
+    with pytest.raises(AssertionError, match="'user_added' goes into the outbox: run"):
+        eventbus.assert_published("user_added")
 
     done = app.test_cli_runner().invoke(flask_commands, ["relay", "--once"])
 
