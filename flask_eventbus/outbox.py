@@ -11,6 +11,7 @@ from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Any
 
 from sqlalchemy import (
@@ -179,18 +180,14 @@ class Outbox:
     ) -> Iterator[Batch]:
         """Take the oldest events in hand until the end of the block.
 
-        Nothing is taken while another relay has older ones in hand: those go first.
+        Where another relay has one in hand, nothing behind it is taken: that one goes first.
         """
         wanted = _up_to(until) & ~TABLE.c.name.in_(without)
 
         with self._connect() as connection, connection.begin():
             _lock(connection)
             entries = _oldest(connection, wanted, most)
-
-            if entries and entries[0].number != _first(connection, wanted):
-                entries = []
-
-            yield Batch(connection, entries)
+            yield Batch(connection, _without_gaps(connection, wanted, entries))
 
     def _connect(self) -> Connection:
         connection = self._engine.connect()
@@ -246,6 +243,15 @@ def _oldest(connection: Connection, wanted: ColumnElement[bool], most: int) -> l
     oldest = select(*columns).where(wanted).order_by(TABLE.c.number).limit(most)
     rows = connection.execute(oldest.with_for_update(skip_locked=True))
     return [Entry(**row) for row in rows.mappings()]
+
+
+def _without_gaps(
+    connection: Connection, wanted: ColumnElement[bool], entries: list[Entry]
+) -> list[Entry]:
+    """The first of the entries, up to one that is missing: another relay has locked it."""
+    numbers = select(TABLE.c.number).where(wanted).order_by(TABLE.c.number).limit(len(entries))
+    pairs = zip(entries, connection.scalars(numbers), strict=False)
+    return [entry for entry, _ in takewhile(lambda pair: pair[0].number == pair[1], pairs)]
 
 
 def _first(connection: Connection, wanted: ColumnElement[bool]) -> int | None:

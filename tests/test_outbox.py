@@ -663,6 +663,21 @@ def test_a_relay_takes_nothing_while_another_has_older_events_in_hand(
     engine.dispose()
 
 
+def test_a_relay_takes_nothing_from_behind_what_another_has_in_hand(
+    engine: Engine, waiting: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oldest = outbox._oldest
+
+    def without_the_third(*args: Any) -> list[Entry]:
+        return [entry for entry in oldest(*args) if entry.event_id != "origin-3"]
+
+    fill(engine, 5)
+    monkeypatch.setattr(outbox, "_oldest", without_the_third)
+
+    with waiting.take(10) as batch:
+        assert [entry.event_id for entry in batch.entries] == ["origin-1", "origin-2"]
+
+
 def test_who_writes_to_the_outbox_gets_through_beside_a_relay_at_work(
     engine: Engine, waiting: Outbox
 ) -> None:
