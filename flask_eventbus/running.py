@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -11,9 +10,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from .logs import get_logger
 from .node import Node
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
+
+#: Seconds between looks: one that waits without end misses a signal that comes right before.
+LOOK = 0.5
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -26,7 +29,10 @@ def run_until_signal(node: Node) -> None:
     """
     with told_by_signal() as told:
         node.start()
-        told.wait()
+
+        while not told.wait(LOOK):
+            pass
+
         logger.info("Finishing what runs, for %g s at most.", node.config.grace)
         node.stop()
 
@@ -37,11 +43,15 @@ def told_by_signal() -> Iterator[threading.Event]:
     told = threading.Event()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
+    numbers: list[int] = []
+
     def end(number: int, frame: FrameType | None) -> Any:
-        if told.is_set():
+        if numbers:
             os._exit(128 + number)
 
-        told.set()
+        numbers.append(number)
+        # The main thread may be interrupted where it holds the very lock that set() takes.
+        threading.Thread(target=told.set, daemon=True).start()
 
     for number in _SIGNALS:
         signal.signal(number, end)

@@ -165,6 +165,36 @@ def test_receivers_that_outlast_the_grace_are_left_and_told(
     assert any("still running after the grace of 0.2 s" in line for line in program.lines)
 
 
+SIGNALLED = """
+import random, signal
+from flask_eventbus import running
+from flask_eventbus.config import Config
+
+running.LOOK = 0.01
+
+class Node:
+    config = Config(service="signalled")
+
+    def start(self):
+        # In a real process the signal comes from outside; this one comes at any instruction.
+        signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 5e-5))
+
+    def stop(self):
+        pass
+
+for _ in range(3_000):
+    running.run_until_signal(Node())
+"""
+
+
+def test_a_signal_is_heard_at_whatever_moment_it_comes(tmp_path: Path) -> None:
+    path = tmp_path / "signalled.py"
+    path.write_text(SIGNALLED)
+
+    assert subprocess.run([sys.executable, str(path)], timeout=30).returncode == 0
+
+
 def test_a_script_that_subscribed_to_nothing_fails_at_once(start: Callable[..., Program]) -> None:
     program = start(
         "from flask_eventbus import Bus\nBus({url!r}, service='x', prefix={prefix!r}).run()"
