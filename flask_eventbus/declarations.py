@@ -67,6 +67,9 @@ class Declarations:
         self.session: Any = None
         self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self._lock = threading.RLock()
+        #: The names of the nodes of this process whose signals these are, of other buses that
+        #: adopted the namespace as well: what one of them emits has run the receivers of all.
+        self.siblings: set[str] = vars(self.namespace).setdefault("_eventbus_siblings", set())
 
         if isinstance(self.namespace, BusNamespace):
             self.namespace.watch(self._born)

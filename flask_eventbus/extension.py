@@ -37,7 +37,6 @@ class EventBus(Declarations):
     def __init__(self, app: Flask | None = None, *, namespace: Namespace | None = None) -> None:
         super().__init__(namespace=namespace)
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
-        self._siblings: set[str] = set()
 
         if app is not None:
             self.init_app(app)
@@ -56,7 +55,14 @@ class EventBus(Declarations):
         app.extensions["eventbus"] = node
         app.signal = AppSignals(self)  # type: ignore[attr-defined]  # an app has no such face
         self._apps.add(app)
-        load_receivers(self, node.config.receivers, root=Path(app.root_path))
+
+        try:
+            load_receivers(self, node.config.receivers, root=Path(app.root_path))
+        except BaseException:
+            # Whoever corrects it may try again with this app.
+            del app.extensions["eventbus"]
+            self._apps.discard(app)
+            raise
 
         if node.config.listen:
             call_when_serving(app, node.start)
@@ -141,7 +147,6 @@ class EventBus(Declarations):
             scope=scope,
             owns=owns,
             trace=_traceparent,
-            siblings=self._siblings,
             session=session,
         )
 

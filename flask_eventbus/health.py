@@ -20,7 +20,7 @@ class Health:
     publishing: bool
     #: Seconds since bytes last came; ``None`` if none ever did.
     last_heard: float | None
-    #: Events that arrived and wait for receivers.
+    #: Events that arrived and are not handled yet.
     lag: int
     #: Events that wait to be published.
     buffered: int

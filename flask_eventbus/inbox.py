@@ -33,7 +33,7 @@ class Inbox:
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._events)
+        return len(self._events) + self._taken
 
     def put(self, batch: Sequence[tuple[Event, int]]) -> int:
         """Add events with their sizes in bytes; return how many older ones gave way."""

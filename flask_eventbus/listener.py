@@ -90,7 +90,7 @@ class Listener:
 
     @property
     def lag(self) -> int:
-        """Events that were read and wait for receivers."""
+        """Events that were read and are not handled yet."""
         return len(self._pool)
 
     def start(self) -> None:

@@ -54,7 +54,6 @@ class Node:
     :param scope: what each event is handled in.
     :param owns: whether an emission by this sender is one of this node's.
     :param trace: the W3C trace context of whatever is going on.
-    :param siblings: the names of all nodes of this process that share the declarations.
     :param session: the database session where none is registered; ``None`` if there is none.
     """
 
@@ -66,7 +65,6 @@ class Node:
         scope: Callable[[], AbstractContextManager[object]] = nullcontext,
         owns: Callable[[Any], bool] = lambda sender: True,
         trace: Callable[[], str | None] = lambda: None,
-        siblings: set[str] | None = None,
         session: Callable[[], Any] = lambda: None,
     ) -> None:
         self.config = config
@@ -75,8 +73,6 @@ class Node:
         self._scope = scope
         self._trace = trace
         self._found_session = session
-        #: The names this node has had, and those of the nodes it shares declarations with.
-        self.siblings = set() if siblings is None else siblings
         self._keys = ChannelKeys(config.prefix)
         self.codec: Codec = declarations.codec.limited(config.max_event_bytes)
         self._bridges = Bridges(declarations, read_routes(config.publish), self._emit, owns)
@@ -231,7 +227,7 @@ class Node:
         """Make everything that belongs to one process and one start."""
         self._starting = threading.RLock()
         self.name = secrets.token_hex(6)
-        self.siblings.add(self.name)
+        self.declarations.siblings.add(self.name)
         self.connections = Connections(
             self.config.url, name=f"eventbus:{self.config.service}:{self.name}"
         )
@@ -311,7 +307,7 @@ class Node:
             counters=self.counters,
             node=self.name,
             issued=lambda: publisher.issued,
-            siblings=self.siblings,
+            siblings=self.declarations.siblings,
         )
 
     def renew_unused(self) -> None:
@@ -428,7 +424,7 @@ def _renew_all() -> None:
 
     for node in list(nodes):
         # The parent's names are those of another process now: its events are to be heard.
-        node.siblings.clear()
+        node.declarations.siblings.clear()
 
     for node in list(nodes):
         node._after_fork()

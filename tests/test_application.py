@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
+import blinker
 import flask
 import pytest
 from flask import Blueprint, Flask, current_app
+from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, current_event
 from flask_eventbus.application import AppSignals
@@ -190,6 +194,39 @@ def test_the_flask_app_is_a_sender_although_it_is_callable() -> None:
     assert received == [app]
 
 
+class Caller:
+    """A sender that could be called."""
+
+    def __call__(self, sender: Any) -> None:
+        raise AssertionError("It is a sender.")
+
+    def method(self, sender: Any) -> None:
+        raise AssertionError("It is a sender.")
+
+
+@pytest.mark.parametrize("sender", [Caller(), Caller().method, Caller, functools.partial(print)])
+def test_whatever_is_no_plain_function_is_a_sender(sender: Any) -> None:
+    app = make_app()
+    received = []
+    app.signal("ping").connect(lambda sender: received.append(sender))
+
+    app.signal("ping")(sender)
+
+    assert received == [sender]
+
+
+def test_a_declared_receiver_hears_nothing_from_elsewhere_until_it_is_subscribed() -> None:
+    bus = EventBus()
+    app = make_app(bus, EVENTBUS_SUBSCRIBE=["order_paid"])
+
+    @app.signal("user_registered")
+    def welcome(sender: Any, username: str) -> None: ...
+
+    app.signal("order_paid").connect(lambda sender: None)
+
+    assert set(bus.node(app).subscriptions) == {"order_paid"}
+
+
 def test_app_signal_takes_a_name_or_a_function_and_nothing_else() -> None:
     app = make_app()
 
@@ -269,6 +306,163 @@ def _noting(seen: list[int], bus: Bus, number: int) -> Callable[..., None]:
         seen.append(number)
 
     return note
+
+
+def test_existing_code_on_blinkers_own_signals_is_bridged_by_configuration_alone() -> None:
+    name = f"user_registered_{time.time_ns()}"
+    # What the program had before: a signal, a sender and a receiver that know of no bus.
+    existing = blinker.signal(name)
+    received: list[Any] = []
+    existing.connect(lambda sender, **payload: received.append((str(sender), payload)), weak=False)
+    app = Flask(__name__)
+    app.config.from_mapping(
+        EVENTBUS_SERVICE="accounts",
+        EVENTBUS_URL=f"memory://{name}",
+        EVENTBUS_PUBLISH=["user_registered_*"],
+        EVENTBUS_SUBSCRIBE=[name],
+    )
+    other = Bus(f"memory://{name}", service="shop", publish=[name])
+
+    bus = EventBus(app, namespace=blinker.default_namespace)
+    bus.start()
+    assert bus.ready(10)
+    existing.send(app, user_id=7)
+    assert bus.flush(5)
+    other.signal(name).send("test", user_id=8)
+
+    wait_until(lambda: len(received) == 2, what="the other service is heard")
+    assert received == [(str(app), {"user_id": 7}), ("shop", {"user_id": 8})]
+    assert bus.health().counts["published"] == 1
+    bus.stop()
+    other.stop()
+    del blinker.default_namespace[name]
+
+
+def test_buses_that_share_a_namespace_run_its_receivers_once() -> None:
+    first = Bus("memory://once", service="first", publish=["ping"])
+    second = Bus("memory://once", service="second", namespace=first.namespace)
+    received: list[Any] = []
+    second.on("ping")(lambda sender: received.append(sender))
+    second.start()
+    assert second.ready(10)
+
+    first.signal("ping").send("test")
+    assert first.flush(5)
+
+    wait_until(lambda: second.health().counts.get("echoes") == 1, what="the event comes back")
+    assert received == ["test"]
+    first.stop()
+    second.stop()
+
+
+def test_a_receiver_stays_connected_although_nobody_else_holds_it() -> None:
+    bus = Bus("memory://strong", service="x")
+    received: list[int] = []
+
+    def connect() -> None:
+        @bus.on("ping")
+        def closure(sender: Any, n: int) -> None:
+            received.append(n)
+
+    connect()
+    gc.collect()
+    bus.signal("ping").send("test", n=1)
+
+    assert received == [1]
+
+
+class BrokenError(Exception):
+    """What a view raises."""
+
+
+FLASKS_OWN = {
+    "template_rendered": {"template": "None", "url": "/page"},
+    "before_render_template": {"template": "None", "url": "/page"},
+    "request_started": {"url": "/page"},
+    "request_finished": {"url": "/page", "status": 200},
+    "request_tearing_down": {"url": "/page"},
+    "got_request_exception": {"url": "/broken", "error": "BrokenError"},
+    "message_flashed": {"url": "/page", "text": "hello"},
+    "appcontext_pushed": {},
+    "appcontext_popped": {},
+}
+
+
+def plainly(sender: Flask, **extra: Any) -> dict[str, Any]:
+    """Plain values of the live objects that Flask's signals carry."""
+    found: dict[str, Any] = {"url": flask.request.path} if flask.has_request_context() else {}
+    plain: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "response": lambda response: {"status": response.status_code},
+        "exception": lambda error: {"error": type(error).__name__},
+        "template": lambda template: {"template": str(template.name)},
+        "message": lambda text: {"text": text},
+    }
+
+    for key, value in extra.items():
+        found.update(plain[key](value) if key in plain and value is not None else {})
+
+    return found
+
+
+@pytest.mark.parametrize("name", FLASKS_OWN)
+def test_flasks_own_signals_are_published(name: str) -> None:
+    url = f"memory://{name}"
+    route = {"signal": f"flask:{name}", "payload": plainly}
+    bus = EventBus()
+    app = make_app(bus, EVENTBUS_URL=url, EVENTBUS_PUBLISH={"api_call": route})
+    received: list[Any] = []
+    listener = Bus(url, service="analytics")
+    listener.on("api_call")(lambda sender, **payload: received.append(payload))
+    listener.start()
+    assert listener.ready(10)
+
+    @app.get("/page")
+    def page() -> str:
+        flask.flash("hello")
+        return flask.render_template_string("{{ 7 }}")
+
+    @app.get("/broken")
+    def broken() -> str:
+        raise BrokenError
+
+    app.secret_key = "of a test"  # noqa: S105 - flash() needs one
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    app.test_client().get("/page")
+    app.test_client().get("/broken")
+    assert bus.flush(5, app=app)
+
+    wait_until(lambda: FLASKS_OWN[name] in received, what=f"it arrives, among {received}")
+    bus.stop(app)
+    listener.stop()
+
+
+def test_settings_are_read_once() -> None:
+    bus = EventBus()
+    app = make_app(bus)
+
+    app.config["EVENTBUS_URL"] = "memory://elsewhere"
+    app.config["EVENTBUS_SUBSCRIBE"] = ["ping"]
+
+    assert bus.node(app).config.url == "memory://application"
+    assert not bus.node(app).subscriptions
+
+
+def test_an_app_whose_receivers_could_not_be_loaded_may_try_again() -> None:
+    bus = EventBus()
+
+    with pytest.raises(ConfigError, match="'no_such_module', named in 'EVENTBUS_RECEIVERS'"):
+        make_app(bus, EVENTBUS_RECEIVERS=["no_such_module"])
+
+    app = make_app(bus)
+    app_again = App(__name__)
+    app_again.config.from_mapping(EVENTBUS_SERVICE="x", EVENTBUS_RECEIVERS=["no_such_module"])
+    with pytest.raises(ConfigError, match="no_such_module"):
+        bus.init_app(app_again)
+    app_again.config["EVENTBUS_RECEIVERS"] = []
+    bus.init_app(app_again)
+
+    assert bus.health(app).service == "accounts"
+    assert bus.health(app_again).service == "x"
 
 
 def test_several_apps_share_a_bus_and_each_publishes_its_own() -> None:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import redis
 from proxies import Impostor, Proxy
 from servers import RedisServer, free_port
 from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError, channels, listener, node, signals, writer
+from flask_eventbus.connections import Connections
 
 Make = Callable[..., Bus]
 
@@ -218,6 +220,16 @@ def test_a_message_that_comes_in_two_halves_arrives_whole(
     assert halves.is_set()
     assert proxy.connections == 1
     assert consumer.health().missed == 0
+
+
+def test_no_connection_is_opened_again_behind_its_owners_back(redis_server: RedisServer) -> None:
+    connection = Connections(redis_server.url, name="tests").open(timeout=1)
+    connection.disconnect()
+
+    with pytest.raises(redis.ConnectionError, match="The connection was closed"):
+        connection.send_packed_command(connection.pack_commands([("PING",)]))
+    with pytest.raises(redis.ConnectionError, match="The connection was closed"):
+        connection.can_read()
 
 
 # -- servers that answer something else ---------------------------------------------------

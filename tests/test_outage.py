@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError, channels, listener, signals
+from flask_eventbus.backoff import Backoff
 
 Make = Callable[..., Bus]
 
@@ -239,6 +241,60 @@ def test_raise_fails_the_send_while_redis_is_known_to_be_away(
         publisher.signal("tick").send("test", n=1)
 
     assert locally == [0, 1]  # the local receivers run whatever Redis does
+
+
+def test_a_send_makes_no_round_trip(redis_server: RedisServer, make_bus: Make) -> None:
+    publisher = make_bus(redis_server.url, publish=["tick"])
+    publisher.signal("tick").send("test", n=0)
+    assert publisher.flush(10)
+    redis_server.hang()
+
+    began = time.monotonic()
+    for n in range(1, 1_000):
+        publisher.signal("tick").send("test", n=n)
+
+    # One round trip would not end before the server goes on.
+    assert time.monotonic() - began < 2
+    assert publisher.health().buffered == 999
+    redis_server.resume()
+    assert publisher.flush(10)
+
+
+def test_health_tells_how_a_node_does(redis_server: RedisServer, make_bus: Make) -> None:
+    bus = make_bus(redis_server.url, "consumer")
+    release = threading.Event()
+    bus.on("tick")(lambda sender, n: release.wait(30))
+    new = bus.health()
+    assert (new.listening, new.connected, new.publishing) == (False, False, True)
+    assert (new.last_heard, new.lag, new.buffered, new.missed) == (None, 0, 0, 0)
+
+    bus.start()
+    assert bus.ready(10)
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
+    for n in range(5):
+        publisher.signal("tick").send("test", n=n)
+    wait_until(lambda: bus.health().counts.get("received") == 5, what="all are read")
+    busy = bus.health()
+    release.set()
+
+    assert (busy.listening, busy.connected) == (True, True)
+    assert busy.last_heard is not None
+    assert 0 <= busy.last_heard < 10
+    assert 0 < busy.lag <= 5
+    wait_until(lambda: bus.health().counts.get("handled") == 5, what="all are handled")
+    assert bus.health().lag == 0
+    bus.stop()
+    assert (bus.health().listening, bus.health().connected) == (False, False)
+
+
+def test_waits_double_with_jitter_up_to_the_longest_and_begin_again_after_a_success() -> None:
+    backoff = Backoff(most=1.0)
+    longest = [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+
+    for _ in range(20):
+        for most in longest:
+            assert most / 2 <= backoff.next() <= most
+        backoff.reset()
 
 
 def test_the_count_of_missed_events_is_exact(

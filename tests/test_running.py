@@ -183,7 +183,7 @@ class Node:
     def stop(self):
         pass
 
-for _ in range(3_000):
+for _ in range(1_000):
     running.run_until_signal(Node())
 """
 
@@ -227,6 +227,31 @@ def test_a_publisher_script_flushes_when_its_with_block_ends(
     assert program.end() == 0
     wait_until(lambda: len(heard) == 500, what="all events arrive")
     assert heard == list(range(500))
+
+
+def test_a_bus_may_be_started_and_stopped_as_often_as_anyone_likes(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    heard: list[int] = []
+    bus = make_bus(shared_redis.url, "consumer", prefix=prefix)
+    bus.on("tick")(lambda sender, n: heard.append(n))
+    publisher = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
+
+    def use(n: int) -> None:
+        bus.stop()
+        with bus, publisher, publisher:
+            bus.start()
+            bus.start()
+            assert bus.ready(10)
+            publisher.signal("tick").send("test", n=n)
+            wait_until(lambda: heard[-1:] == [n], what="it is heard")
+        bus.stop()
+
+    for n in range(3):
+        use(n)
+        assert not bus.health().listening
+
+    assert heard == [0, 1, 2]
 
 
 def test_a_script_takes_its_settings_from_the_environment(
