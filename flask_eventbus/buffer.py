@@ -119,6 +119,8 @@ class Buffer:
         self._in_hand: Sequence[Outgoing] = ()
         #: Threads that wait for something of it to leave.
         self._waiting = 0
+        #: How often something has left: who waits in vain can tell a slow Redis from none.
+        self.departures = 0
 
     def __len__(self) -> int:
         return len(self._line) + len(self._in_hand)
@@ -188,6 +190,7 @@ class Buffer:
         """Let go of what is in hand."""
         with self.changed:
             self._in_hand = ()
+            self.departures += 1
 
             if self._waiting or not self._line:
                 self.changed.notify_all()

@@ -139,11 +139,12 @@ class Publisher:
         if self._writer.is_this_thread:
             return []
 
+        departures = self._buffer.departures
         deadline = time.monotonic() + self._patience
         late = [outgoing for outgoing in sent if not outgoing.is_done_by(deadline)]
 
         if late:
-            self._stall()
+            self._stall_since(departures)
 
         return [outgoing for outgoing in sent if outgoing in late or outgoing.error is not None]
 
@@ -277,8 +278,12 @@ class Publisher:
         if self._outage.known or self._writer.is_this_thread:
             return False
 
+        departures = self._buffer.departures
         in_time = self._buffer.wait_for_room(size, self._config.timeout)
-        self._outage.stalled = self._outage.stalled or not in_time
+
+        if not in_time:
+            self._stall_since(departures)
+
         return in_time
 
     def _drop_for(self, size: int) -> int:
@@ -319,8 +324,10 @@ class Publisher:
         if self._writer.is_this_thread:
             return
 
+        departures = self._buffer.departures
+
         if not done.wait(self._patience):
-            self._stall()
+            self._stall_since(departures)
 
             if self._config.on_outage == "raise":
                 outgoing.withdrawn = True
@@ -332,11 +339,15 @@ class Publisher:
                 event_id=outgoing.id,
             ) from outgoing.error
 
-    def _stall(self) -> None:
-        """Hold no further caller, and let an idle writer ask whether Redis is there."""
+    def _stall_since(self, departures: int) -> None:
+        """Hold no further caller, and let an idle writer ask whether Redis is there.
+
+        Unless something has left meanwhile: then Redis takes events, if slowly.
+        """
         with self._buffer.changed:
-            self._outage.stalled = True
-            self._buffer.changed.notify_all()
+            if self._buffer.departures == departures:
+                self._outage.stalled = True
+                self._buffer.changed.notify_all()
 
     def _refusal(self, outgoing: Outgoing) -> PublishError:
         reason = self._outage.error or f"no answer within {self._config.timeout} s"

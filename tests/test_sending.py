@@ -19,6 +19,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError, signals, writer
 from flask_eventbus.buffer import Buffer, Lane, Outgoing
+from flask_eventbus.channels import ChannelWriter
 from flask_eventbus.seal import Seal
 
 Make = Callable[..., Bus]
@@ -271,6 +272,40 @@ def test_a_full_buffer_raises_where_the_policy_is_to_raise(
     assert bus.flush(10)
     assert bus.health().counts["published"] == accepted + 1
     bus.signal("tick").send("test", n=0)
+
+
+def test_a_confirmation_that_comes_late_because_much_waits_drops_nothing(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = ChannelWriter.publish
+
+    def slowly(channel: ChannelWriter, batch: Any) -> Any:
+        time.sleep(0.1)
+        return publish(channel, batch)
+
+    monkeypatch.setattr(ChannelWriter, "publish", slowly)
+    bus = make_bus(
+        shared_redis.url,
+        prefix=prefix,
+        publish={"tick": None, "tock": {"confirm": True}},
+        buffer_size=2_000,
+        timeout=0.3,
+    )
+    enough = threading.Event()
+
+    def confirm() -> None:
+        while not enough.is_set():
+            bus.signal("tock").send("test")
+
+    confirming = threading.Thread(target=confirm)
+    confirming.start()
+    for n in range(10_000):
+        bus.signal("tick").send("test", n=n)
+    enough.set()
+    confirming.join()
+
+    assert bus.flush(10)
+    assert "dropped" not in bus.health().counts
 
 
 def test_a_long_outage_is_two_lines_in_the_log(
