@@ -10,6 +10,7 @@ import pytest
 from servers import RedisServer
 
 from flask_eventbus import Bus
+from flask_eventbus.node import nodes
 
 pytest_plugins = ["pytester"]
 
@@ -46,3 +47,13 @@ def make_bus() -> Iterator[Callable[..., Bus]]:
 
     for bus in buses:
         bus.stop(flush=0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_nodes() -> Iterator[None]:
+    """Let no bus of a test, which a blocked receiver may keep alive, take part in the next ones."""
+    before = set(nodes)
+    yield
+
+    for node in set(nodes) - before:
+        nodes.discard(node)
