@@ -147,6 +147,7 @@ class EventBus(Declarations):
             scope=scope,
             owns=owns,
             trace=_traceparent,
+            wanted=lambda: reference() is not None,
             session=session,
         )
 

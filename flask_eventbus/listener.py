@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import redis
 
@@ -41,6 +41,7 @@ class Listener:
     :param hearing: the subscriptions of the reader's connection.
     :param intake: makes events of what is read.
     :param pool: where their receivers run.
+    :param wanted: whether there still is what the events are for.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class Listener:
         pool: Pool,
         counters: Counters,
         node: str,
+        wanted: Callable[[], bool],
     ) -> None:
         self._config = config
+        self._wanted = wanted
         self._reader = reader
         self._keys = keys
         self._hearing = hearing
@@ -148,7 +151,7 @@ class Listener:
     def _run(self) -> None:
         backoff = Backoff(most=MOST_BACKOFF)
 
-        while not self._stopping.is_set():
+        while self._goes_on:
             try:
                 self._listen(backoff)
             except OUTAGE as error:
@@ -161,13 +164,19 @@ class Listener:
 
             self._stopping.wait(backoff.next())
 
+        self._pool.close()
+
+    @property
+    def _goes_on(self) -> bool:
+        return not self._stopping.is_set() and self._wanted()
+
     def _listen(self, backoff: Backoff) -> None:
         self._reader.connect()
         self._hearing.open()
         heard = asked_again = time.monotonic()
         asked: float | None = None
 
-        while not self._stopping.is_set():
+        while self._goes_on:
             frames = self._reader.read()
             now = time.monotonic()
 

@@ -54,6 +54,7 @@ class Node:
     :param scope: what each event is handled in.
     :param owns: whether an emission by this sender is one of this node's.
     :param trace: the W3C trace context of whatever is going on.
+    :param wanted: whether there still is what events are heard for; it ends to listen otherwise.
     :param session: the database session where none is registered; ``None`` if there is none.
     """
 
@@ -65,6 +66,7 @@ class Node:
         scope: Callable[[], AbstractContextManager[object]] = nullcontext,
         owns: Callable[[Any], bool] = lambda sender: True,
         trace: Callable[[], str | None] = lambda: None,
+        wanted: Callable[[], bool] = lambda: True,
         session: Callable[[], Any] = lambda: None,
     ) -> None:
         self.config = config
@@ -72,6 +74,7 @@ class Node:
         self.counters = Counters()
         self._scope = scope
         self._trace = trace
+        self._wanted = wanted
         self._found_session = session
         self._keys = ChannelKeys(config.prefix)
         self.codec: Codec = declarations.codec.limited(config.max_event_bytes)
@@ -290,6 +293,7 @@ class Node:
             ),
             counters=self.counters,
             node=self.name,
+            wanted=self._wanted,
         )
 
     def _make_hearing(self, reader: ChannelReader) -> Hearing:

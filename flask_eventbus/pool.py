@@ -68,12 +68,16 @@ class Pool:
         )
         tell(events_dropped, self._config.service, where="inbox", count=dropped)
 
+    def close(self) -> None:
+        """Let the threads end by themselves, once nothing waits for them."""
+        self._inbox.close()
+
     def stop(self, grace: float) -> None:
         """Let what waits be handled for ``grace`` seconds, and end the threads."""
         if not self._inbox.wait_until_empty(grace):
             self._force(grace)
 
-        self._inbox.close()
+        self.close()
         deadline = time.monotonic() + (0.1 if self._forced else END)
 
         for thread in self._threads:

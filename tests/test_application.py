@@ -500,6 +500,23 @@ def test_an_app_that_is_thrown_away_takes_its_bridges_along() -> None:
     assert not list(ping.receivers_for("x"))
 
 
+def test_an_app_that_is_thrown_away_listens_no_more() -> None:
+    bus = EventBus()
+    bus.on("ping")(lambda sender: None)
+    app = make_app(bus)
+    bus.start(app)
+    assert bus.ready(10, app=app)
+    node = bus.health(app).node
+
+    del app
+    gc.collect()
+
+    wait_until(
+        lambda: not [thread for thread in threading.enumerate() if node in thread.name],
+        what="its threads end",
+    )
+
+
 def test_init_app_twice_is_an_error() -> None:
     bus = EventBus()
     app = make_app(bus)
