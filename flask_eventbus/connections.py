@@ -139,18 +139,29 @@ class Connections:
         return _USERINFO.sub(r"\1:***@", _PASSWORD_OPTION.sub(r"\1***", self._url))
 
     def _check(self) -> None:
-        scheme = urlsplit(self._url).scheme
+        """Make what the URL asks for, without connecting: what is wrong with it shows now."""
+        try:
+            for url in self._examples(urlsplit(self._url)):
+                self._make(url, 1.0)
+        except (ValueError, TypeError, redis.RedisError) as error:
+            raise self._unreadable(error) from error
 
-        if scheme == "memory":
+    def _examples(self, parts: SplitResult) -> list[str]:
+        if parts.scheme == "memory":
             _fakeredis()
-        elif scheme == "redis+sentinel":
-            self._sentinel_parts()
-        elif scheme == "redis+cluster":
-            _hosts(urlsplit(self._url), 6379)
-        elif scheme == "embedded":
-            embedded.directory_of(urlsplit(self._url).netloc or "default")
-        else:
-            self._make(self._url, 1.0)
+            return []
+
+        if parts.scheme == "embedded":
+            embedded.directory_of(parts.netloc or "default")
+            return []
+
+        if parts.scheme == "redis+sentinel":
+            return [self._sentinel_parts()[2].format(host="host", port=6379)]
+
+        if parts.scheme == "redis+cluster":
+            return _cluster_nodes(parts)
+
+        return [self._url]
 
     def _candidates(self, timeout: float) -> list[str]:
         if diversion is not None:
@@ -175,10 +186,7 @@ class Connections:
         if url.startswith("memory://"):
             return _memory_connection(url, options)
 
-        try:
-            pool = redis.ConnectionPool.from_url(url)
-        except (ValueError, TypeError) as error:
-            raise self._unreadable(error) from error
+        pool = redis.ConnectionPool.from_url(url)
 
         if pool.connection_class is redis.UnixDomainSocketConnection:
             # Options of TCP, which a socket of this machine does not take.

@@ -175,10 +175,11 @@ def load(path: str, where: str) -> Any:
 
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
+        # The module's own errors as well: whatever it raises, this setting asked for it.
         raise ConfigError(
-            f"{where}: {path!r} cannot be imported: {error}. Write 'package.module:name' of "
-            "something that can."
+            f"{where}: {path!r} cannot be imported: {type(error).__name__}: {error}. Write "
+            "'package.module:name' of something that can."
         ) from error
 
     return found

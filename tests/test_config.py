@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import blinker
@@ -68,6 +69,29 @@ def test_a_password_in_a_wrong_url_is_not_shown() -> None:
         config(EVENTBUS_URL="reddis://user:hunter2@host")
 
     assert "hunter2" not in str(caught.value)
+
+
+UNREADABLE = [
+    "redis://[",
+    "redis://h:99999999/0",
+    "redis://h/0?db=first",
+    "redis://h/0?socket_timeout=soon",
+    "redis://h/0?no_such_option=1",
+    "rediss://h/0?ssl_cert_reqs=perhaps",
+    "unix:///run/redis.sock?db=first",
+    "redis+sentinel://h/mymaster/0?socket_timeout=soon",
+    "redis+sentinel://h:port/mymaster",
+    "redis+sentinel://h",
+    "redis+cluster://h,i:port",
+    "redis+cluster://h?socket_timeout=soon",
+    "embedded://../elsewhere",
+]
+
+
+@pytest.mark.parametrize("url", UNREADABLE)
+def test_a_url_that_cannot_be_used_is_an_error_at_once(url: str) -> None:
+    with pytest.raises(ConfigError, match="EVENTBUS_URL"):
+        Bus(url, service="x")
 
 
 def test_other_keys_of_the_mapping_are_left_alone() -> None:
@@ -174,7 +198,9 @@ WRONG_ROUTES = [
     ({"a": {"key": "id"}}, r"\['key'\] belongs to streams"),
     ({"a": {"confirm": "yes"}}, r"\['confirm'\] is 'yes'. Set it to True or False"),
     ({"a": {"payload": 7}}, r"\['payload'\] is 7. Set it to a function"),
-    ({"a": {"payload": "no.such:thing"}}, "'no.such:thing' cannot be imported: No module named"),
+    ({"a": {"payload": "no.such:thing"}}, "'no.such:thing' cannot be imported: ModuleNotFoundE"),
+    ({"a": {"payload": "..relative:thing"}}, "'..relative:thing' cannot be imported: TypeError"),
+    ({"a": {"payload": "raising_module:x"}}, "cannot be imported: ZeroDivisionError: division"),
     ({"a": {"payload": "json:nothing"}}, "'json:nothing' cannot be imported"),
     ({"a": {"signal": "json:loads"}}, "which is not a blinker signal"),
     ({"a": {"signal": 7}}, r"\['signal'\] is 7, which is not a blinker signal"),
@@ -184,7 +210,12 @@ WRONG_ROUTES = [
 
 
 @pytest.mark.parametrize(("value", "words"), WRONG_ROUTES)
-def test_a_wrong_route_is_named_with_the_remedy(value: Any, words: str) -> None:
+def test_a_wrong_route_is_named_with_the_remedy(
+    value: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "raising_module.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
     with pytest.raises(ConfigError, match=words):
         read_routes(value)
 

@@ -411,23 +411,26 @@ def test_a_bus_is_started_and_stopped_by_many_threads_while_others_send(
 
 
 def test_what_a_bus_had_sent_arrives_although_nobody_has_it_any_more(
-    shared_redis: RedisServer, make_bus: Make, prefix: str
+    redis_server: RedisServer, make_bus: Make
 ) -> None:
-    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    heard = hear(make_bus(redis_server.url, "consumer"))
 
     def send_and_forget(n: int) -> None:
-        bus = Bus(shared_redis.url, service="passing", prefix=prefix, publish=["tick"])
+        bus = Bus(redis_server.url, service="passing", publish=["tick"])
         bus.signal("tick").send("test", n=n)
 
+    redis_server.hang()
     for n in range(20):
         send_and_forget(n)
         gc.collect()
+    assert writers_without_bus()
+    redis_server.resume()
 
     wait_until(lambda: sorted(heard) == list(range(20)), what="all events arrive")
-    wait_until(lambda: not writers_of("passing"), what="their threads end")
+    wait_until(lambda: not writers_without_bus(), what="their threads end")
 
 
-def writers_of(service: str) -> list[str]:
+def writers_without_bus() -> list[str]:
     """The writing threads of buses that are gone."""
     from flask_eventbus.node import nodes
 
