@@ -36,6 +36,10 @@ _PASSING = (
     redis.exceptions.MasterDownError,
 )
 
+#: How those replies begin where redis-py leaves them as they came: which errors it knows
+#: depends on its release, and on the kind of client.
+_PASSING_CODES = ("LOADING", "BUSY", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
+
 #: The two places of a password in a URL. One written unquoted may hold anything but ``@``.
 _USERINFO = re.compile(r"(://[^:/?@]*):.*@")
 _PASSWORD_OPTION = re.compile(r"([?&]password=)[^&]*")
@@ -76,7 +80,7 @@ class Connection(Protocol):
 
 def is_passing(error: Exception) -> bool:
     """Whether an error reply means "not now" rather than "not ever"."""
-    return isinstance(error, _PASSING) or str(error).startswith(("LOADING", "BUSY ", "READONLY"))
+    return isinstance(error, _PASSING) or str(error).partition(" ")[0] in _PASSING_CODES
 
 
 class Connections:
