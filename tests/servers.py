@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -41,12 +44,42 @@ def require(what: str, found: object) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A TCP port that nothing listens on, and that no other run of tests is given meanwhile.
 
-    return port
+    Below those that the system gives to clients: one of these may take a port at any moment,
+    also between the end of a server and its next start.
+    """
+    for port in _ports:
+        if _is_free(port) and _reserve(port):
+            return port
+
+    raise RuntimeError("No port between 10,000 and 20,000 is free.")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+
+    return True
+
+
+def _reserve(port: int) -> bool:
+    """Take the port for as long as this process lives: a byte of a file that all runs share."""
+    try:
+        fcntl.lockf(_reservations, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+
+    return True
+
+
+_ports = iter(random.sample(range(10_000, 20_000), 10_000))
+_reservations = (Path(tempfile.gettempdir()) / "flask-eventbus-ports").open("a")
 
 
 class RedisServer:
