@@ -24,18 +24,30 @@ _SCHEMES = (
     "memory",
 )
 
+#: How often a receiver can be tried again; with the longest wait between, that is a month.
+MOST_RETRIES = 10_000
+
+#: How many replicas can be waited for.
+MOST_REPLICAS = 100
+
+_AGE = re.compile(r"(\d{1,6})([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
 #: Settings that belong to parts this version does not have. Ignoring one would be a lie.
 _NOT_YET = {
-    "EVENTBUS_REPLICAS": "streams",
-    "EVENTBUS_RETRIES": "streams",
-    "EVENTBUS_CLAIM_AFTER": "streams",
-    "EVENTBUS_MAXLEN": "streams",
     "EVENTBUS_SIGNING_KEY": "signed events",
     "EVENTBUS_SIGNING_KEY_FALLBACKS": "signed events",
 }
 
 #: Settings whose text in the environment may be JSON.
 _STRUCTURED = frozenset({"publish", "subscribe", "receivers"})
+
+
+@dataclass(frozen=True, slots=True)
+class Age:
+    """What a stream keeps, as the age of its oldest event."""
+
+    seconds: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +72,16 @@ class Config:
     max_hops: int = 16
     #: Seconds that running receivers get to finish when the process ends.
     grace: float = 25.0
+    #: How often a receiver that failed at a stream event is tried again.
+    retries: int = 5
+    #: Seconds after which the stream events of a worker that is silent go to another.
+    claim_after: float = 60.0
+    #: How much a stream keeps: about so many events, or those of so many seconds.
+    maxlen: int | Age = 100_000
+    #: Replicas that have a stream event before it counts as confirmed.
+    replicas: int = 0
+    #: Seconds in which an event that comes twice over a stream is recognized.
+    duplicate_window: float = 600.0
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
@@ -259,6 +281,38 @@ def _receivers(key: str, value: Any) -> tuple[str, ...]:
     )
 
 
+def read_maxlen(key: str, value: Any) -> int | Age:
+    """What a stream keeps: a number of events, or an age such as ``"7d"`` or ``"12h"``.
+
+    :param key: the setting, for the error.
+    :raises ConfigError: it is neither.
+    """
+    found = _AGE.fullmatch(value) if isinstance(value, str) else None
+
+    if found and int(found[1]):
+        return Age(int(found[1]) * _SECONDS[found[2]])
+
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+
+    if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= 10**12:
+        return number
+
+    raise _wrong(
+        key,
+        value,
+        "Set it to the number of events that a stream keeps, for example 100000, or to their age, "
+        "for example '7d', '12h' or '30m'.",
+    )
+
+
+def read_whole(key: str, value: Any, least: int, most: int) -> int:
+    """A whole number from ``least`` to ``most``.
+
+    :raises ConfigError: it is none.
+    """
+    return _whole(least, most)(key, value)
+
+
 def _as_it_is(key: str, value: Any) -> Any:
     return value
 
@@ -279,6 +333,11 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "max_event_bytes": _whole(2_048, 512 * 1024 * 1024),
     "max_hops": _whole(1, 1_000),
     "grace": _seconds(0.0, 3_600.0),
+    "retries": _whole(0, MOST_RETRIES),
+    "claim_after": _seconds(0.1, 86_400.0),
+    "maxlen": read_maxlen,
+    "replicas": _whole(0, MOST_REPLICAS),
+    "duplicate_window": _seconds(0.0, 86_400.0),
 }
 
 #: The names of all settings, in the order of :class:`Config`.

@@ -62,7 +62,9 @@ class Connection(Protocol):
     def disconnect(self) -> None:
         """Close the socket."""
 
-    def pack_commands(self, commands: Sequence[tuple[str | bytes, ...]]) -> list[bytes]:
+    def pack_commands(
+        self, commands: Sequence[tuple[str | bytes | int | float, ...]]
+    ) -> list[bytes]:
         """Commands as bytes."""
 
     def send_packed_command(self, command: list[bytes], check_health: bool = True) -> None:

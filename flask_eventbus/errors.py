@@ -8,7 +8,9 @@
     ├── PublishError     Redis did not take the event: fail the request, or send again
     ├── HopLimitError    a chain of events runs in a circle: break the circle
     ├── DecodeError      bytes from the wire are no event: skipped and counted
-    └── ReceiverError    a receiver does not accept a payload: correct the receiver
+    ├── ReceiverError    a receiver does not accept a payload: correct the receiver
+    ├── Reject           raised by a receiver: this event can never be handled, do not try again
+    └── Retry            raised by a receiver: try again, after a time of its choice
 """
 
 from __future__ import annotations
@@ -50,3 +52,21 @@ class DecodeError(EventBusError):
 
 class ReceiverError(EventBusError):
     """A receiver does not accept the keys of a payload."""
+
+
+class Reject(EventBusError):  # noqa: N818 - a receiver says it: raise Reject("no such user")
+    """Raised by a receiver of a stream event: it goes to the dead letters at once."""
+
+
+class Retry(EventBusError):  # noqa: N818 - a receiver says it: raise Retry(after=60)
+    """Raised by a receiver of a stream event: it is tried again after ``after`` seconds.
+
+    It counts as a failure like any other: after ``retries`` of them the event is a dead letter.
+
+    :param after: seconds; those of the backoff by default.
+    """
+
+    def __init__(self, message: str = "", *, after: float | None = None) -> None:
+        super().__init__(message)
+        #: Seconds until the next attempt.
+        self.after = after

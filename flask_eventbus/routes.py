@@ -6,13 +6,21 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 from blinker import NamedSignal, Signal
 
-from .config import did_you_mean
+from .config import (
+    MOST_REPLICAS,
+    MOST_RETRIES,
+    Age,
+    did_you_mean,
+    read_maxlen,
+    read_whole,
+)
 from .errors import ConfigError
 from .names import SERVICE_NAME
 from .namespace import check_signal_name
@@ -21,16 +29,22 @@ from .namespace import check_signal_name
 #: means that this emission is not published.
 Extractor = Callable[..., Mapping[str, Any] | None]
 
+T = TypeVar("T")
+
 _PATTERN = re.compile(r"[\w./*?-]{1,128}")
 _IMPORT_PATH = re.compile(r"[\w.]+:[\w.]+")
 
-_ROUTE_OPTIONS = ("via", "signal", "payload", "confirm", "after_commit", "outbox")
-_SUBSCRIPTION_OPTIONS = ("via", "from", "echo")
-
-#: Options of streams, which this version does not have.
-_STREAM_OPTIONS = frozenset(
-    {"key", "maxlen", "retries", "replicas", "group", "start", "timeout", "claim_after"}
+_ROUTE_OPTIONS = (
+    *("via", "signal", "payload", "confirm", "after_commit", "outbox"),
+    *("key", "maxlen", "replicas"),
 )
+_SUBSCRIPTION_OPTIONS = ("via", "from", "echo", "retries", "start", "group")
+
+#: Options that make no sense on a channel.
+_STREAM_ONLY = ("key", "maxlen", "replicas")
+
+_VIAS = ("channel", "stream")
+_ENTRY_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +57,18 @@ class Route:
     #: The signal, where it is not the bus's own of that name.
     signal: Signal | None = None
     payload: Extractor | None = None
-    #: Whether ``send()`` waits until Redis has the event.
+    #: Whether ``send()`` waits until Redis has the event; on a stream, unless told otherwise.
     confirm: bool = False
     #: Whether an event sent inside a database transaction waits for its commit.
     after_commit: bool = False
     #: Whether an event is written to the database, and published by a relay.
     outbox: bool = False
+    #: The key of the payload whose value keeps events in order among each other; streams only.
+    key: str | None = None
+    #: How much the stream keeps; ``None`` for ``EVENTBUS_MAXLEN``.
+    maxlen: int | Age | None = None
+    #: Replicas that are waited for; ``None`` for ``EVENTBUS_REPLICAS``.
+    replicas: int | None = None
 
     def covers(self, name: str) -> bool:
         """Whether this route carries the bus's own signal ``name``."""
@@ -62,8 +82,17 @@ class Subscription:
     name: str
     #: The services it is heard from; ``None`` for all.
     sources: frozenset[str] | None = None
-    #: Whether events of this very node come back to it.
+    #: Whether events come back to where they were emitted: on a channel to the node, on a
+    #: stream to the service.
     echo: bool = False
+    #: ``"channel"`` or ``"stream"``; ``None`` for both.
+    via: str | None = None
+    #: How often a receiver that failed is tried again; ``None`` for ``EVENTBUS_RETRIES``.
+    retries: int | None = None
+    #: Where a stream is read from the first time: ``"$"`` for what comes from then on, or an id.
+    start: str = "$"
+    #: Whether the workers of the service share the events of a stream; each hears all otherwise.
+    group: bool = True
 
     def hears(self, source: str) -> bool:
         """Whether the service ``source`` is one it is heard from."""
@@ -123,12 +152,18 @@ def read_route(entry: Any, options: Any, where: str) -> Route:
         signal = _read_signal(entry, where)
         entry = _name_of(signal, where)
 
+    via = _read_via(options.get("via"), where) or "channel"
+    _refuse_stream_options(options, via, where)
+
     return Route(
         name=_read_name(entry, where, pattern=signal is None),
-        via=_read_via(options.get("via"), where),
+        via=via,
         signal=signal,
         payload=_read_payload(options.get("payload"), where),
-        confirm=_read_flag(options.get("confirm"), f"{where}['confirm']"),
+        confirm=_read_confirm(options, via, where),
+        key=_read_key(options.get("key"), f"{where}['key']"),
+        maxlen=_read_optional(read_maxlen, options, "maxlen", where),
+        replicas=_read_optional(_read_replicas, options, "replicas", where),
         after_commit=_read_database_flag(options.get("after_commit"), f"{where}['after_commit']"),
         outbox=_read_outbox(options, where),
     )
@@ -155,11 +190,14 @@ def read_subscription(name: Any, options: Any, where: str) -> Subscription:
     :raises ConfigError: something of it is wrong.
     """
     options = _options(options, _SUBSCRIPTION_OPTIONS, where)
-    _read_via(options.get("via"), where)
     return Subscription(
         name=_read_name(name, where, pattern=True),
         sources=_read_sources(options.get("from"), f"{where}['from']"),
         echo=_read_flag(options.get("echo"), f"{where}['echo']"),
+        via=_read_via(options.get("via"), where),
+        retries=_read_optional(read_retries, options, "retries", where),
+        start=_read_start(options.get("start"), f"{where}['start']"),
+        group=_read_group(options, where),
     )
 
 
@@ -226,26 +264,103 @@ def _check_option(option: Any, known: tuple[str, ...], where: str) -> None:
     if option in known:
         return
 
-    if option in _STREAM_OPTIONS:
-        raise ConfigError(
-            f"{where}[{option!r}] belongs to streams, which this version of flask-eventbus does "
-            "not have yet. Remove the option."
-        )
-
     raise ConfigError(f"{where} has no option {option!r}. {did_you_mean(str(option), known)}")
 
 
-def _read_via(via: Any, where: str) -> str:
-    if via in (None, "channel"):
-        return "channel"
+def _read_via(via: Any, where: str) -> str | None:
+    if via is None or via in _VIAS:
+        return via  # type: ignore[no-any-return]  # one of the two words
 
-    if via == "stream":
+    raise ConfigError(
+        f"{where} asks for via {via!r}. Use 'channel' (whoever listens now hears the event) or "
+        "'stream' (each service hears it once, also when it is down now)."
+    )
+
+
+def _refuse_stream_options(options: Mapping[str, Any], via: str, where: str) -> None:
+    for option in _STREAM_ONLY:
+        if via == "channel" and options.get(option) is not None:
+            raise ConfigError(
+                f"{where}[{option!r}] belongs to streams, and this route goes via 'channel'. Add "
+                "'via': 'stream', or remove the option."
+            )
+
+
+def _read_confirm(options: Mapping[str, Any], via: str, where: str) -> bool:
+    value = options.get("confirm")
+
+    # What is confirmed is never lost: on a stream that is the point of it.
+    if value is None:
+        return via == "stream" and not options.get("outbox")
+
+    return _read_flag(value, f"{where}['confirm']")
+
+
+def _read_key(value: Any, where: str) -> str | None:
+    if value is None or (isinstance(value, str) and value):
+        return value
+
+    raise ConfigError(
+        f"{where} is {value!r}. Set it to the name of a payload key, for example 'user_id': events "
+        "with the same value of it keep their order."
+    )
+
+
+def _read_optional(
+    read: Callable[[str, Any], T], options: Mapping[str, Any], option: str, where: str
+) -> T | None:
+    value = options.get(option)
+    return None if value is None else read(f"{where}[{option!r}]", value)
+
+
+def _read_replicas(key: str, value: Any) -> int:
+    return read_whole(key, value, 0, MOST_REPLICAS)
+
+
+def read_retries(key: str, value: Any) -> int:
+    """How often a receiver that failed is tried again.
+
+    :raises ConfigError: it is no whole number from 0.
+    """
+    return read_whole(key, value, 0, MOST_RETRIES)
+
+
+def _read_start(value: Any, where: str) -> str:
+    words = {None: "$", "new": "$", "earliest": "0"}
+
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return f"{int(value.timestamp() * 1000)}-0"
+
+    if isinstance(value, str | None) and value in words:
+        return words[value]
+
+    if isinstance(value, str) and _ENTRY_ID.fullmatch(value):
+        return value
+
+    raise ConfigError(
+        f"{where} is {value!r}. Set it to 'new', 'earliest', the id of an entry such as "
+        "'1700000000000-0', or an aware datetime. It counts only when the service subscribes for "
+        "the first time."
+    )
+
+
+def _read_group(options: Mapping[str, Any], where: str) -> bool:
+    if "group" not in options or options["group"] is True:
+        return True
+
+    if options["group"] is not None:
         raise ConfigError(
-            f"{where} asks for via 'stream', which this version of flask-eventbus does not have "
-            "yet. Use 'channel': whoever listens now hears the event once."
+            f"{where}['group'] is {options['group']!r}. The group is the service, so leave it out; "
+            "or set it to None, so that every process of the service hears every event."
         )
 
-    raise ConfigError(f"{where} asks for via {via!r}. Use 'channel'.")
+    if options.get("retries") is not None:
+        raise ConfigError(
+            f"{where} has both 'group': None and 'retries'. Remove one: without a group nothing "
+            "is kept for a receiver that failed."
+        )
+
+    return False
 
 
 def _read_name(name: Any, where: str, *, pattern: bool) -> str:

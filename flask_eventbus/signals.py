@@ -38,3 +38,13 @@ event_rejected = _lifecycle.signal("event_rejected")
 
 #: A receiver raised. ``receiver``: the callable; ``event``: the event; ``error``: what it raised.
 receiver_failed = _lifecycle.signal("receiver_failed")
+
+#: A stream event is given up for a receiver. ``name``: the signal; ``receiver``: its name, empty
+#: if the event was not even read; ``reason``: ``"retries"``, ``"rejected"``, ``"killed"``,
+#: ``"gone"`` or ``"undecodable"``; ``event_id``: its id, if it has one; ``error``: the words of
+#: the last error.
+event_dead_lettered = _lifecycle.signal("event_dead_lettered")
+
+#: A stream was trimmed past events that this service had not handled. ``name``: the signal;
+#: ``count``: how many; ``None`` where the server cannot tell.
+events_trimmed = _lifecycle.signal("events_trimmed")

@@ -26,6 +26,8 @@ LAYERS = {
         "coroutines",
         "supervisor",
         "findings",
+        "records",
+        "streams",
     ),
     1: (
         "config",
@@ -50,7 +52,7 @@ LAYERS = {
         "outbox",
         "rendering",
     ),
-    3: ("codec", "channels", "bridge", "arguments", "reports"),
+    3: ("codec", "channels", "pipe", "bridge", "arguments", "reports"),
     4: (
         "writer",
         "drafts",

@@ -1,0 +1,89 @@
+"""Commands and their answers: a batch in one round trip, on a connection of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+
+from .connections import Connection, Connections, is_passing
+from .logs import get_logger
+
+logger = get_logger(__name__)
+
+#: A command as Redis takes it: ``("XACK", key, group, id)``.
+Command = tuple[str | bytes | int | float, ...]
+
+
+class Pipe:
+    """Writes commands in batches, one round trip each; one thread at a time.
+
+    :param timeout: seconds that each wait for Redis may take.
+    """
+
+    def __init__(self, connections: Connections, *, timeout: float) -> None:
+        self._connections = connections
+        self._timeout = timeout
+        self._connection: Connection | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection, as far as is known."""
+        return self._connection is not None
+
+    def ask(self, *command: str | bytes | int | float) -> Any:
+        """The answer to one command.
+
+        :raises redis.ConnectionError: Redis is away, or answers "not now".
+        :raises redis.ResponseError: Redis refuses it.
+        """
+        answer = self.run([command])[0]
+
+        if isinstance(answer, Exception):
+            raise answer
+
+        return answer
+
+    def run(self, commands: Sequence[Command]) -> list[Any]:
+        """The answers to commands, in order; a refusal is one of them, a :class:`redis.ResponseError`.
+
+        Nothing is sent a second time: after an error Redis may have done any part of it.
+
+        :raises redis.ConnectionError: Redis is away, or answers "not now" to some.
+        """
+        if self._connection is None:
+            self._connection = self._connections.open(timeout=self._timeout)
+
+        connection = self._connection
+
+        try:
+            connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            return [read_answer(connection) for _ in commands]
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection; the next batch opens another."""
+        connection, self._connection = self._connection, None
+
+        if connection is not None:
+            connection.disconnect()
+
+
+def read_answer(connection: Connection) -> Any:
+    """The next answer; a refusal as it is, one of "not now" raised.
+
+    :raises redis.ConnectionError: Redis is away, or answers "not now".
+    """
+    try:
+        answer = connection.read_response()
+    except redis.ResponseError as error:
+        if is_passing(error):
+            raise redis.ConnectionError(str(error)) from error
+
+        return error
+
+    # What fails inside a transaction comes as a value.
+    return answer

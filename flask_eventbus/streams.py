@@ -1,0 +1,41 @@
+"""The names of what streams are made of in Redis, and the form of what is kept beside them."""
+
+from __future__ import annotations
+
+
+class StreamKeys:
+    """The Redis keys of a prefix: all that belongs to a signal has its name as the hash tag."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._start = f"{prefix}:{{"
+        self._cut = slice(len(self._start), -len("}:stream"))
+
+    @property
+    def names(self) -> str:
+        """A set: the signals that have a stream."""
+        return f"{self._prefix}:streams"
+
+    def since(self, service: str) -> str:
+        """A hash: since when, in milliseconds, a service has subscribed to each of its patterns."""
+        return f"{self._prefix}:since:{service}"
+
+    def stream(self, name: str) -> str:
+        """A stream: the events of a signal, each an entry with one field, ``event``."""
+        return f"{self._start}{name}}}:stream"
+
+    def dead(self, name: str, service: str) -> str:
+        """A stream: what a service could not handle."""
+        return f"{self._start}{name}}}:dead:{service}"
+
+    def retry(self, name: str, service: str) -> str:
+        """A sorted set: what a service is to try again, by when it is due."""
+        return f"{self._start}{name}}}:retry:{service}"
+
+    def seen(self, name: str, service: str, window: int) -> str:
+        """A set: the ids of the events that a service got, of one window of time."""
+        return f"{self._start}{name}}}:seen:{service}:{window}"
+
+    def name(self, key: str) -> str:
+        """The signal whose stream is ``key``."""
+        return key[self._cut]
