@@ -46,7 +46,7 @@ class Pipe:
         return answer
 
     def run(self, commands: Sequence[Command]) -> list[Any]:
-        """The answers to commands, in order; a refusal is one of them, a :class:`redis.ResponseError`.
+        """The answers to commands, in order; a refusal is a value among them.
 
         Nothing is sent a second time: after an error Redis may have done any part of it.
 
