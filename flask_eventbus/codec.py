@@ -190,6 +190,7 @@ def _read(attributes: Any, via: str) -> Event:
     _read_optional(attributes, draft)
     draft.via = via
     draft.attempt = 1
+    draft.replayed = False
     draft.__class__ = Event
     event: Event = draft
     return event

@@ -39,6 +39,8 @@ class Event:
     key: str | None = None
     #: Which attempt at handling it this is, from 1.
     attempt: int = 1
+    #: Whether ``flask eventbus replay`` brought it again.
+    replayed: bool = False
 
     @property
     def node(self) -> str:
