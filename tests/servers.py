@@ -111,7 +111,11 @@ class RedisServer:
         with log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 
-        wait_until(self.answers, what="the Redis server answers")
+        try:
+            wait_until(self.answers, what="the Redis server answers")
+        except BaseException:
+            self.kill()
+            raise
 
     def answers(self) -> bool:
         """Whether a PING is answered."""

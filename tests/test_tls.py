@@ -22,6 +22,10 @@ MakeBus = Callable[..., Bus]
 KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
 NAMES = ["-addext", "subjectAltName=DNS:localhost"]
 
+# From Python 3.13 a certificate is refused that does not say what it may be used for, as RFC 5280
+# asks of authorities.
+USE = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+
 
 class Authority:
     """Signs certificates, all of them in one folder, with the openssl command."""
@@ -30,7 +34,7 @@ class Authority:
         require("openssl", shutil.which("openssl"))
         self._folder = folder
         self._name = name
-        self._request(name, "-x509", "-days", "2", "-out", f"{name}.crt")
+        self._request(name, "-x509", *USE, "-days", "2", "-out", f"{name}.crt")
 
     @property
     def certificate(self) -> Path:
