@@ -17,6 +17,7 @@ from .declarations import Declarations
 from .node import Node
 from .program import Program
 from .relay_command import relay
+from .status_command import status
 
 #: Who publishes where no service is named.
 DEFAULT_SERVICE = "cli"
@@ -28,6 +29,7 @@ class BareProgram(Program):
     def __init__(self, settings: dict[str, str]) -> None:
         self._environ = {**os.environ, **settings}
         self.declares = False
+        self.names_service = "EVENTBUS_SERVICE" in self._environ
 
     def add_receivers(self, names: tuple[str, ...]) -> None:
         """Load receivers from modules, as ``EVENTBUS_RECEIVERS`` does."""
@@ -117,6 +119,7 @@ for command in (
     _with_receivers(routes),
     _with_receivers(check),
     relay,
+    status,
 ):
     main.add_command(command)
 

@@ -25,6 +25,7 @@ from .relay_command import relay
 from .rendering import as_json, as_line
 from .reports import channels_report, findings_report, routes_report
 from .running import run_until_signal
+from .status_command import status
 from .tailing import Filter, Tail
 
 # -- run ----------------------------------------------------------------------------------
@@ -297,4 +298,4 @@ def _findings(program: Program) -> list[Finding]:
     return check_node(node, program=program.declares)
 
 
-COMMANDS = (run, tail, publish, routes, check, relay)
+COMMANDS = (run, tail, publish, routes, check, relay, status)

@@ -21,6 +21,8 @@ class Program:
 
     #: Whether there is a program with routes and receivers, and not only a server.
     declares = True
+    #: Whether it is said which service this is, and not only taken for one that publishes.
+    names_service = True
 
     @cached_property
     def node(self) -> Node:

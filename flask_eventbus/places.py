@@ -1,0 +1,147 @@
+"""Where in a stream something is, as a person writes it: an entry's id, a time, or an age."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from reprlib import repr as short
+from typing import Any
+
+import click
+
+#: An entry's id as its two numbers, which sort as Redis does.
+EntryId = tuple[int, int]
+
+#: Each of an id's numbers has 64 bits.
+MOST = 2**64 - 1
+
+#: Before the first entry.
+EARLIEST: EntryId = (0, 0)
+
+_ID = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII)
+_AGE = re.compile(r"(\d{1,6})([smhd])", re.ASCII)
+_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+#: Digits that milliseconds since 1970 have in our time; 20261122 is meant to be a date.
+_DIGITS = 12
+
+_EXAMPLES = (
+    "Write an entry's id such as '1700000000000-0', a time such as '2026-11-22T14:00', or an age "
+    "such as '2h'."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a stream: an entry, or a moment with all the entries of its millisecond."""
+
+    first: EntryId
+    last: EntryId
+    #: Whether it is a moment, and not an entry that somebody named.
+    is_moment: bool = False
+
+    @property
+    def position(self) -> EntryId:
+        """Where a group stands for which this is next: behind a named entry, before a moment."""
+        return _before(self.first) if self.is_moment else self.first
+
+
+def entry_id(text: str | bytes) -> EntryId:
+    """The id that Redis wrote, or a person.
+
+    :raises ValueError: it is none.
+    """
+    found = _ID.fullmatch(text if isinstance(text, str) else text.decode(errors="replace"))
+
+    if found is None or max(numbers := _numbers(found)) > MOST:
+        raise ValueError(f"{text!r} is no id of an entry")
+
+    return numbers
+
+
+def id_text(found: EntryId) -> str:
+    """An id as Redis writes it."""
+    return f"{found[0]}-{found[1]}"
+
+
+def clock(found: EntryId) -> str:
+    """When an entry was added, in this machine's time and to the second."""
+    try:
+        moment = datetime.fromtimestamp(found[0] / 1000, UTC).astimezone()
+    except (OverflowError, ValueError, OSError):
+        # An id may be any number: somebody may have chosen it.
+        return f"{found[0]} ms"
+
+    return f"{moment:%Y-%m-%d %H:%M:%S}"
+
+
+def read_place(ctx: click.Context, param: click.Parameter, text: str | None) -> Place | None:
+    """A place; ``earliest`` is before the first entry."""
+    if text is None:
+        return None
+
+    if text == "earliest":
+        return Place(EARLIEST, EARLIEST)
+
+    if found := _AGE.fullmatch(text):
+        return _moment(_now() - _milliseconds(found))
+
+    if (found := _ID.fullmatch(text)) and (found[2] or text == "0" or len(text) >= _DIGITS):
+        return _entry(found)
+
+    try:
+        moment = datetime.fromisoformat(text)
+        # Without an offset it is this machine's time, as clocks here show it.
+        return _moment(int(moment.timestamp() * 1000))
+    except (ValueError, OverflowError, OSError) as error:
+        raise click.BadParameter(f"{short(text)} is no place in a stream. {_EXAMPLES}") from error
+
+
+def read_age(ctx: click.Context, param: click.Parameter, text: str | None) -> EntryId | None:
+    """Where the entries of an age begin that is written as ``7d``."""
+    if text is None:
+        return None
+
+    found = _AGE.fullmatch(text)
+
+    if found is None:
+        raise click.BadParameter(
+            f"{short(text)} is no age. Write a number and a unit: '30s', '15m', '12h' or '7d'."
+        )
+
+    return max(0, _now() - _milliseconds(found)), 0
+
+
+def _entry(found: re.Match[str]) -> Place:
+    first = _numbers(found)
+
+    if max(first) > MOST:
+        raise click.BadParameter(f"{found[0]!r} is too large for an entry's id. {_EXAMPLES}")
+
+    return Place(first, first if found[2] else (first[0], MOST))
+
+
+def _moment(milliseconds: int) -> Place:
+    milliseconds = max(0, milliseconds)
+    return Place((milliseconds, 0), (milliseconds, MOST), is_moment=True)
+
+
+def _before(found: EntryId) -> EntryId:
+    if found[1]:
+        return found[0], found[1] - 1
+
+    return (found[0] - 1, MOST) if found[0] else EARLIEST
+
+
+def _numbers(found: re.Match[Any]) -> EntryId:
+    return int(found[1]), int(found[2] or 0)
+
+
+def _milliseconds(age: re.Match[str]) -> int:
+    return int(age[1]) * _SECONDS[age[2]] * 1000
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
