@@ -13,6 +13,7 @@ import click
 from .bus import Bus
 from .commands import check, publish, routes, run, tail
 from .config import Config
+from .dead_command import dead
 from .declarations import Declarations
 from .node import Node
 from .program import Program
@@ -120,6 +121,7 @@ for command in (
     _with_receivers(check),
     relay,
     status,
+    dead,
 ):
     main.add_command(command)
 

@@ -66,15 +66,16 @@ def id_text(found: EntryId) -> str:
     return f"{found[0]}-{found[1]}"
 
 
-def clock(found: EntryId) -> str:
-    """When an entry was added, in this machine's time and to the second."""
-    try:
-        moment = datetime.fromtimestamp(found[0] / 1000, UTC).astimezone()
-    except (OverflowError, ValueError, OSError):
-        # An id may be any number: somebody may have chosen it.
-        return f"{found[0]} ms"
+def clock(milliseconds: int) -> str:
+    """A time in milliseconds since 1970 as this machine's clock shows it, to the second."""
+    moment = _utc(milliseconds)
+    return f"{milliseconds} ms" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
 
-    return f"{moment:%Y-%m-%d %H:%M:%S}"
+
+def iso(milliseconds: int) -> str | None:
+    """A time in milliseconds since 1970 as programs read it; ``None`` if there is none."""
+    moment = _utc(milliseconds) if milliseconds else None
+    return None if moment is None else moment.isoformat(timespec="milliseconds")
 
 
 def read_place(ctx: click.Context, param: click.Parameter, text: str | None) -> Place | None:
@@ -141,6 +142,16 @@ def _numbers(found: re.Match[Any]) -> EntryId:
 
 def _milliseconds(age: re.Match[str]) -> int:
     return int(age[1]) * _SECONDS[age[2]] * 1000
+
+
+def _utc(milliseconds: int) -> datetime | None:
+    try:
+        moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+        # Whether this place's time can be told, too.
+        return moment.astimezone().astimezone(UTC)
+    except (OverflowError, ValueError, OSError):
+        # An id may be any number: somebody may have chosen it.
+        return None
 
 
 def _now() -> int:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import click
-
-from .rendering import printable, table
+from .rendering import printable
 from .stream_status import ConsumerStatus, GroupStatus, StreamStatus
-
-#: The fewest characters that a name is cut to, for a table to fit a terminal.
-LEAST_OF_A_NAME = 12
+from .tables import fitted_table, span
 
 _GROUPS = ("Stream", "Events", "Service", "Lag", "Pending", "Oldest", "Retries", "Dead")
 _CONSUMERS = ("Service", "Stream", "Host", "Pid", "Node", "Pending", "Idle")
@@ -22,7 +16,7 @@ _CONSUMERS = ("Service", "Stream", "Host", "Pid", "Node", "Pending", "Idle")
 def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
     """The lines of `status`: one for each service at a stream, then one for each consumer."""
     rows = [row for status in statuses for row in _group_rows(status)]
-    yield from _section(_GROUPS, rows, names=(0, 2))
+    yield from fitted_table(_GROUPS, rows, names=(0, 2))
     rows = [
         _consumer_row(status.name, group.service, consumer)
         for status in statuses
@@ -32,7 +26,7 @@ def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
 
     if rows:
         yield ""
-        yield from _section(_CONSUMERS, rows, names=(0, 1, 2, 4))
+        yield from fitted_table(_CONSUMERS, rows, names=(0, 1, 2, 4))
 
 
 def as_json(statuses: Sequence[StreamStatus], excess: Sequence[str]) -> dict[str, Any]:
@@ -90,7 +84,7 @@ def _group_rows(status: StreamStatus) -> Iterator[tuple[str, ...]]:
 
 def _numbers(group: GroupStatus) -> tuple[str, ...]:
     lag = "?" if group.lag is None else f"{group.lag}"
-    read = (lag, f"{group.pending}", _span(group.oldest)) if group.exists else ("-", "-", "-")
+    read = (lag, f"{group.pending}", span(group.oldest)) if group.exists else ("-", "-", "-")
     return *read, f"{group.retries}", f"{group.dead}"
 
 
@@ -102,7 +96,7 @@ def _consumer_row(name: str, service: str, consumer: ConsumerStatus) -> tuple[st
         "-" if consumer.pid is None else f"{consumer.pid}",
         printable(consumer.node) or "-",
         f"{consumer.pending}",
-        _span(consumer.idle),
+        span(consumer.idle),
     )
 
 
@@ -127,64 +121,3 @@ def _group_as_json(group: GroupStatus) -> dict[str, Any]:
             for consumer in group.consumers
         ],
     }
-
-
-def _section(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], *, names: Sequence[int]
-) -> Iterator[str]:
-    if sys.stdout.isatty():
-        rows = _fitted(heads, rows, names, shutil.get_terminal_size().columns)
-
-    heads, *rows = _aligned([heads, *rows], names)
-    head, *lines = table(heads, rows)
-    yield click.style(head, bold=True)
-    yield from lines
-
-
-def _aligned(lines: Sequence[Sequence[str]], names: Sequence[int]) -> list[list[str]]:
-    """Lines whose numbers stand with their last digits one under the other."""
-    widths = _widths(lines)
-    return [
-        [
-            cell if column in names else cell.rjust(widths[column])
-            for column, cell in enumerate(line)
-        ]
-        for line in lines
-    ]
-
-
-def _fitted(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], names: Sequence[int], most: int
-) -> list[list[str]]:
-    """Rows whose names are cut, the longest first, until the table fits a terminal."""
-    widths = _widths([heads, *rows])
-
-    while sum(widths) + 2 * (len(widths) - 1) > most:
-        longest = max(names, key=widths.__getitem__)
-
-        if widths[longest] <= LEAST_OF_A_NAME:
-            break
-
-        widths[longest] -= 1
-
-    return [[_cut(cell, width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-
-
-def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
-    return [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def _span(seconds: float | None) -> str:
-    """A time as it is said: in the largest unit of which there are two."""
-    if seconds is None:
-        return "-"
-
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-
-    return f"{seconds:.0f} s"

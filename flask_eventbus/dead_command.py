@@ -1,0 +1,377 @@
+"""The command ``dead``: what a service could not handle, and what is to become of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from .arguments import read_names
+from .dead_letters import Choice, DeadLetters, Letter
+from .dead_report import as_json, letter_report, list_report, nothing, retrial_report
+from .dead_retry import Retrials, why_not
+from .own_streams import service_of
+from .places import MOST, EntryId, read_age
+from .program import Command, Program, pass_program
+from .records import REASONS
+from .rendering import printable
+from .stream_access import StreamAccess
+from .tables import counted
+
+#: What ``CLIENT LIST`` shows.
+CLIENT_NAME = "eventbus-dead"
+
+
+@click.group(
+    short_help="List dead letters, and retry or drop them.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead list --receiver send_welcome
+      flask eventbus dead show 1763848800000-0
+      flask eventbus dead retry --signal user_registered
+      flask eventbus dead purge --older-than 30d
+      python -m flask_eventbus --service mailer dead list --json
+
+    Exit codes: 0 when it is done; 1 when it is not, in part or at all, which is said; 2 for
+    a mistake in the command. 'flask eventbus dead COMMAND --help' has more.""",
+)
+def dead() -> None:
+    """Look at the dead letters of this service, and decide what becomes of them.
+
+    A dead letter is an event that one receiver was not able to handle, after all its retries or
+    because it said so; or an entry of a stream that does not read. It stays until somebody
+    retries it, drops it or purges it.
+    """
+
+
+def _choosing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which dead letters are meant."""
+    for option in reversed(
+        (
+            click.option(
+                "--signal",
+                "signals",
+                multiple=True,
+                metavar="NAME",
+                callback=_read_signals,
+                help="Only of this signal, or of a pattern such as 'order_*'.",
+            ),
+            click.option(
+                "--receiver",
+                "receivers",
+                multiple=True,
+                metavar="NAME",
+                help="Only of this receiver: 'mailer.receivers.send_welcome' or 'send_welcome'.",
+            ),
+            click.option(
+                "--reason",
+                "reasons",
+                multiple=True,
+                type=click.Choice(REASONS),
+                help="Only those given up for this reason.",
+            ),
+            click.option(
+                "--older-than",
+                metavar="AGE",
+                callback=read_age,
+                help="Only those given up longer ago, for example '7d', '12h' or '30m'.",
+            ),
+            click.option(
+                "--newer-than",
+                metavar="AGE",
+                callback=read_age,
+                help="Only those given up since then.",
+            ),
+        )
+    ):
+        function = option(function)
+
+    return function
+
+
+def _choice(
+    *,
+    ids: Sequence[str] = (),
+    signals: Sequence[str],
+    receivers: Sequence[str],
+    reasons: Sequence[str],
+    older_than: EntryId | None,
+    newer_than: EntryId | None,
+) -> Choice:
+    return Choice(
+        ids=ids,
+        signals=signals,
+        receivers=receivers,
+        reasons=reasons,
+        first=newer_than or (0, 0),
+        last=older_than or (MOST, MOST),
+    )
+
+
+def _read_signals(
+    ctx: click.Context, param: click.Parameter, names: tuple[str, ...]
+) -> tuple[str, ...]:
+    return read_names(ctx, param, names) if names else ()
+
+
+class _Desk:
+    """The dead letters of a program's service, and those of them that are meant."""
+
+    def __init__(self, access: StreamAccess, service: str) -> None:
+        self.access = access
+        self.service = service
+        self.letters = DeadLetters(access, service)
+
+    def find(self, choice: Choice) -> list[Letter]:
+        """Those that are meant; what was named and is not there is told.
+
+        :raises click.ClickException: some were named, and none of them is there.
+        """
+        found = list(self.letters.find(choice))
+        known = {name for letter in found for name in (letter.id, letter.content.event_id)}
+        missing = [name for name in choice.ids if name not in known]
+
+        for name in missing:
+            click.echo(f"{self.service!r} has no such dead letter: {printable(name)!r}.", err=True)
+
+        if missing:
+            raise click.ClickException(
+                "Nothing was done. See what there is: flask eventbus dead list"
+            )
+
+        return found
+
+
+@contextmanager
+def _desk(program: Program) -> Iterator[_Desk]:
+    service = service_of(program)
+
+    with StreamAccess(program.node.config, name=CLIENT_NAME) as access:
+        yield _Desk(access, service)
+
+
+def _chosen(ids: Sequence[str], of_all: bool, **options: Any) -> Choice:
+    """What is meant, said in some way.
+
+    :raises click.UsageError: nothing is said, or both something and everything.
+    """
+    choice = _choice(ids=ids, **options)
+
+    if of_all and choice:
+        raise click.UsageError("--all goes with no id and no other choice. Leave one out.")
+
+    if not of_all and not choice:
+        raise click.UsageError(
+            "It is not said which. Name their ids, choose them by an option such as --signal, or "
+            "take --all."
+        )
+
+    return choice
+
+
+_all_option = click.option("--all", "of_all", is_flag=True, help="All of this service's.")
+_ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
+_yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+@dead.command(
+    "list",
+    cls=Command,
+    short_help="List them.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead list
+      flask eventbus dead list --reason rejected --newer-than 1d
+      flask eventbus dead list --json | jq -r .error | sort | uniq -c
+
+    Exit codes: 0, also when there is none; 1 if Redis cannot be asked; 2 for a mistake in
+    the command.""",
+)
+@_ids_argument
+@_choosing
+@click.option("--json", "in_json", is_flag=True, help="One JSON object per line, in full.")
+@pass_program
+def list_(program: Program, /, ids: tuple[str, ...], in_json: bool, **options: Any) -> None:
+    """List dead letters, the oldest of each signal first.
+
+    ID is that of a dead letter, or of an event.
+    """
+    with _desk(program) as desk:
+        letters = desk.letters.find(_choice(ids=ids, **options))
+        in_full = (as_json(letter, desk.service) for letter in letters)
+
+        for line in in_full if in_json else list_report(letters, desk.service):
+            click.echo(line)
+
+
+@dead.command(
+    cls=Command,
+    short_help="Show everything of some.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead show 1763848800000-0
+      flask eventbus dead show 3f2a9c1b2d3e-17
+      flask eventbus dead show --reason undecodable
+
+    Exit codes: 0; 1 if one that is named is not there, or Redis cannot be asked; 2 for a
+    mistake in the command.""",
+)
+@_ids_argument
+@_choosing
+@_all_option
+@pass_program
+def show(program: Program, /, ids: tuple[str, ...], of_all: bool, **options: Any) -> None:
+    """Show dead letters in full: the payload, the error, and the traceback.
+
+    ID is that of a dead letter, or of an event. Nothing in them can move the cursor of a
+    terminal.
+    """
+    choice = _chosen(ids, of_all, **options)
+
+    with _desk(program) as desk:
+        letters = desk.find(choice)
+
+    shown = "\n\n".join("\n".join(letter_report(letter)) for letter in letters)
+    click.echo(shown or nothing(desk.service))
+
+
+@dead.command(
+    cls=Command,
+    short_help="Let the receivers that failed run again.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead retry 1763848800000-0
+      flask eventbus dead retry --receiver send_welcome --newer-than 1d
+      flask eventbus dead retry --all --wait 60
+
+    Exit codes: 0 only if all of them were handled; 1 if not, or Redis cannot be asked; 2 for
+    a mistake in the command.""",
+)
+@_ids_argument
+@_choosing
+@_all_option
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0, max=86_400),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds to watch what becomes of them.",
+)
+@pass_program
+def retry(
+    program: Program, /, ids: tuple[str, ...], of_all: bool, wait: float, **options: Any
+) -> None:
+    """Put dead letters back to be run, each for only the receiver that failed.
+
+    A worker of the service runs it, with all its retries before it; this command runs no
+    receiver, watches, and says what became of each.
+    """
+    choice = _chosen(ids, of_all, **options)
+
+    with _desk(program) as desk:
+        letters = desk.find(choice)
+
+        if not letters:
+            click.echo(nothing(desk.service))
+            return
+
+        if _retry(desk, letters, wait) < len(letters):
+            raise click.exceptions.Exit(1)
+
+
+def _retry(desk: _Desk, letters: Sequence[Letter], wait: float) -> int:
+    """Put letters back, say what becomes of each, and return how many were handled."""
+    retrials = Retrials(desk.access, desk.service)
+    put_back = []
+
+    for letter in letters:
+        if reason := why_not(letter):
+            click.echo(f"{printable(letter.shown)}: cannot be retried, {reason}. Drop it.")
+        elif retrial := retrials.put_back(letter):
+            put_back.append(retrial)
+        else:
+            click.echo(f"{printable(letter.shown)}: is gone; somebody else has seen to it.")
+
+    for retrial in retrials.settled(put_back, wait):
+        click.echo(retrial_report(retrial, desk.service, wait))
+
+    for retrial in put_back:
+        if not retrial.is_settled:
+            click.echo(retrial_report(retrial, desk.service, wait))
+
+    return sum(retrial.state == "handled" for retrial in put_back)
+
+
+@dead.command(
+    cls=Command,
+    short_help="Delete some.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead drop 1763848800000-0
+      flask eventbus dead drop --receiver send_welcome --yes
+
+    Exit codes: 0 when they are deleted, or there was none; 1 if one that is named is not
+    there, the answer was no, or Redis cannot be asked; 2 for a mistake in the command.""",
+)
+@_ids_argument
+@_choosing
+@_all_option
+@_yes_option
+@pass_program
+def drop(
+    program: Program, /, ids: tuple[str, ...], of_all: bool, yes: bool, **options: Any
+) -> None:
+    """Delete dead letters, after asking. They cannot be brought back.
+
+    ID is that of a dead letter, or of an event.
+    """
+    choice = _chosen(ids, of_all, **options)
+
+    with _desk(program) as desk:
+        _drop(desk, desk.find(choice), yes)
+
+
+@dead.command(
+    cls=Command,
+    short_help="Delete old ones, or all.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead purge --older-than 30d
+      flask eventbus dead purge --reason undecodable --yes
+      flask eventbus dead purge
+
+    Exit codes: 0 when they are deleted, or there was none; 1 if the answer was no, or Redis
+    cannot be asked; 2 for a mistake in the command.""",
+)
+@_choosing
+@_yes_option
+@pass_program
+def purge(program: Program, /, yes: bool, **options: Any) -> None:
+    """Delete all dead letters of this service that fit, after asking.
+
+    Without an option those are all. They cannot be brought back.
+    """
+    with _desk(program) as desk:
+        _drop(desk, desk.find(_choice(**options)), yes)
+
+
+def _drop(desk: _Desk, letters: Sequence[Letter], yes: bool) -> None:
+    if not letters:
+        click.echo(nothing(desk.service))
+        return
+
+    what = counted(len(letters), "dead letter")
+
+    if not yes:
+        click.confirm(f"Delete {what} of {desk.service!r} for good?", abort=True)
+
+    click.echo(f"Deleted {counted(desk.letters.drop(letters), 'dead letter')}.")

@@ -1,0 +1,129 @@
+"""What a service could not handle, for a person who looks at it and decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from .places import EARLIEST, MOST, EntryId, id_text
+from .records import DeadLetter
+from .routes import is_pattern, matches
+from .stream_access import PAGE, StreamAccess
+
+#: Digits that are read of a number of attempts: somebody may have edited it.
+_DIGITS = 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Letter:
+    """A dead letter where it lies."""
+
+    #: The signal.
+    name: str
+    #: The id of its entry among the dead letters.
+    id: str
+    content: DeadLetter
+
+    @property
+    def shown(self) -> str:
+        """What it is called where there are several: its id, its signal, and its receiver."""
+        return " ".join(part for part in (self.id, self.name, self.content.receiver) if part)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which dead letters are meant: those that fit everything that is said."""
+
+    #: Of dead letters or of events; none means all.
+    ids: Sequence[str] = ()
+    #: Signals and patterns.
+    signals: Sequence[str] = ()
+    #: Names of receivers, ``module.qualname`` or an end of it.
+    receivers: Sequence[str] = ()
+    reasons: Sequence[str] = ()
+    #: Since when and until when they were given up, as ids.
+    first: EntryId = EARLIEST
+    last: EntryId = (MOST, MOST)
+
+    def __bool__(self) -> bool:
+        return self != Choice()
+
+    def fits(self, letter: Letter) -> bool:
+        """Whether a letter is one of those that are meant."""
+        content = letter.content
+        return (
+            (not self.ids or letter.id in self.ids or content.event_id in self.ids)
+            and (not self.reasons or content.reason in self.reasons)
+            and (not self.receivers or is_called(content.receiver, self.receivers))
+        )
+
+    def names(self, known: Iterable[str]) -> list[str]:
+        """The signals whose dead letters may fit: those of the known, and those that are named."""
+        named = {name for name in self.signals if not is_pattern(name)}
+        return sorted(
+            named
+            | {
+                name
+                for name in known
+                if not self.signals or any(matches(pattern, name) for pattern in self.signals)
+            }
+        )
+
+
+class DeadLetters:
+    """The dead letters of a service, of all signals."""
+
+    def __init__(self, access: StreamAccess, service: str) -> None:
+        self._access = access
+        self._service = service
+
+    def find(self, choice: Choice) -> Iterator[Letter]:
+        """Those that are meant, signal by signal, the oldest first.
+
+        :raises click.ClickException: Redis cannot be asked.
+        """
+        names = choice.names(self._access.names())
+        counts = self._access.run([("XLEN", self.key(name)) for name in names])
+
+        for name, count in zip(names, counts, strict=True):
+            if count:
+                yield from filter(choice.fits, self._all(name, choice.first, choice.last))
+
+    def drop(self, letters: Iterable[Letter]) -> int:
+        """Delete them, and return how many were still there.
+
+        :raises click.ClickException: Redis cannot be asked, or refuses.
+        """
+        deleted = 0
+
+        for name, of_name in groupby(letters, key=lambda letter: letter.name):
+            ids = [letter.id for letter in of_name]
+            deleted += sum(
+                self._access.run(
+                    [
+                        ("XDEL", self.key(name), *ids[start : start + PAGE])
+                        for start in range(0, len(ids), PAGE)
+                    ]
+                )
+            )
+
+        return deleted
+
+    def key(self, name: str) -> str:
+        """Where the dead letters of a signal are."""
+        return self._access.keys.dead(name, self._service)
+
+    def _all(self, name: str, first: EntryId, last: EntryId) -> Iterator[Letter]:
+        for found, fields in self._access.entries(self.key(name), first, last):
+            yield Letter(name=name, id=id_text(found), content=read_letter(fields))
+
+
+def read_letter(fields: Mapping[bytes, bytes]) -> DeadLetter:
+    """The dead letter that the fields of an entry are, whoever wrote them."""
+    return DeadLetter.from_fields({**fields, b"attempts": fields.get(b"attempts", b"")[:_DIGITS]})
+
+
+def is_called(receiver: str, names: Iterable[str]) -> bool:
+    """Whether a receiver has one of the names, in full or by their end: ``send_welcome``."""
+    return any(receiver == name or receiver.endswith(f".{name}") for name in names)
