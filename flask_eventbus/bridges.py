@@ -18,6 +18,7 @@ class Bridges:
     :param configured: the routes of the settings, which go before those declared in code.
     :param publish: publishes one emission by its name, its payload and its route.
     :param owns: whether an emission by this sender is one of this node's.
+    :param check: refuses a route that cannot be had.
     """
 
     def __init__(
@@ -26,11 +27,13 @@ class Bridges:
         configured: Mapping[str, Route],
         publish: Callable[[str, Mapping[str, Any], Route], None],
         owns: Callable[[Any], bool],
+        check: Callable[[Route], None] = lambda route: None,
     ) -> None:
         self._declarations = declarations
         self._configured = configured
         self._publish = publish
         self._owns = owns
+        self._check = check
         #: By signal and name; the signals live as long as their routes, and so do their ids.
         self._bridges: dict[tuple[int, str], tuple[Signal, Bridge]] = {}
         #: The routes that are patterns, those of the settings first.
@@ -53,6 +56,8 @@ class Bridges:
         if route is None:
             return
 
+        self._check(route)
+
         if route.signal is not None:
             self._bridge(route.signal, name, route)
         elif is_pattern(name):
@@ -60,9 +65,13 @@ class Bridges:
         else:
             self._bridge(self._declarations.signal(name), name, route)
 
+    def route_for(self, name: str) -> Route | None:
+        """The route called ``name``, else the first pattern for it."""
+        return self._route_called(name) or self._pattern_for(name)
+
     def meet(self, signal: NamedSignal) -> None:
         """Connect one of the bus's own signals, if a route carries it."""
-        route = self._route_called(signal.name) or self._pattern_for(signal.name)
+        route = self.route_for(signal.name)
 
         if route is not None and route.signal is None:
             self._bridge(signal, signal.name, route)

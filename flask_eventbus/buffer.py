@@ -2,102 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from itertools import islice
 
-from .seal import Seal
+from .outgoing import Outgoing
 
 #: Bytes that wait in memory at most, whatever ``EVENTBUS_BUFFER_SIZE`` counts.
 MOST_BYTES = 64 * 1024 * 1024
-
-
-class Lane:
-    """The events of one name from one node: what is the same for each, and their count."""
-
-    __slots__ = ("key", "name", "numbers", "seal")
-
-    def __init__(self, *, name: str, key: str, seal: Seal) -> None:
-        self.name = name
-        self.key = key
-        self.seal = seal
-        #: The running numbers, from 1.
-        self.numbers = itertools.count(1)
-
-
-class Outgoing:
-    """An event that waits to be written; its envelope is made by the thread that writes it."""
-
-    __slots__ = (
-        "attributes",
-        "body",
-        "data",
-        "done",
-        "error",
-        "id",
-        "lane",
-        "number",
-        "promised",
-        "size",
-        "withdrawn",
-    )
-
-    def __init__(
-        self, lane: Lane, data: bytes, attributes: dict[str, Any], *, confirm: bool
-    ) -> None:
-        self.lane = lane
-        self.data = data
-        self.attributes = attributes
-        #: Bytes, a little more than the event will have.
-        self.size = len(data) + lane.seal.overhead
-        #: The running number of the node's events, from 1; none yet.
-        self.number = 0
-        self.id = ""
-        self.body: bytes | None = None
-        #: Set once it is settled; only for those that somebody waits for.
-        self.done = threading.Event() if confirm else None
-        self.error: Exception | None = None
-        #: Whether its sender was told that it is not published.
-        self.withdrawn = False
-        #: Whether its sender went on in the belief that it will be published.
-        self.promised = False
-
-    def identify(self, node: str, number: int, time_ns: int) -> None:
-        """Give it the id that it keeps however often it is sent."""
-        self.number = number
-        self.id = self.attributes["id"] = f"{node}-{number}"
-        self.attributes.setdefault("time_ns", time_ns)
-
-    def promise(self, time_ns: int) -> None:
-        """Keep the time at which it was sent: it leaves later, whatever Redis does then."""
-        self.attributes["time_ns"] = time_ns
-        self.promised = True
-
-    def take_its_turn(self) -> None:
-        """Count it among the events of its lane, once."""
-        if "seq" not in self.attributes:
-            self.attributes["seq"] = next(self.lane.numbers)
-
-    def sealed(self) -> bytes:
-        """The event's bytes, made once: a second try sends the same."""
-        if self.body is None:
-            self.body = self.lane.seal(self.data, **self.attributes)
-
-        return self.body
-
-    def is_done_by(self, deadline: float) -> bool:
-        """Wait until it is settled, if somebody wants to know, or until ``deadline``."""
-        return self.done is None or self.done.wait(max(0.0, deadline - time.monotonic()))
-
-    def finish(self, error: Exception | None = None) -> None:
-        """Tell whoever waits for it how it ended."""
-        self.error = error
-
-        if self.done is not None:
-            self.done.set()
 
 
 class Buffer:
@@ -138,6 +51,11 @@ class Buffer:
         """Whether there is something to write that is not being written."""
         return bool(self._line)
 
+    @property
+    def has_channel_events(self) -> bool:
+        """Whether something waits for those who listen now."""
+        return any(not outgoing.lane.is_stream for outgoing in list(self._line))
+
     def has_room(self, size: int) -> bool:
         """Whether an event of ``size`` bytes fits; one that is larger than all has it alone."""
         count = len(self._line) + len(self._in_hand)
@@ -150,9 +68,19 @@ class Buffer:
         self._line.append(outgoing)
         self._bytes += size
 
+    def can_make_room(self, size: int) -> bool:
+        """Whether an event of ``size`` bytes fits once everything is dropped that may be."""
+        kept = [outgoing for outgoing in list(self._line) if outgoing.lane.is_stream]
+        count = len(kept) + len(self._in_hand)
+        fits = count < self._most_events and sum(o.size for o in kept) + size <= self._most_bytes
+        return fits or not kept
+
     def drop_oldest(self) -> Outgoing | None:
-        """Give up the oldest event that is not being written; its number is missed by others."""
-        outgoing = self._pop()
+        """Give up the oldest channel event that is not being written.
+
+        Its number is missed by others. What goes into a stream is never given up.
+        """
+        outgoing = self._pop_channel_event()
 
         if outgoing is not None:
             outgoing.take_its_turn()
@@ -229,6 +157,28 @@ class Buffer:
             return self.changed.wait_for(condition, timeout)
         finally:
             self._waiting -= 1
+
+    def _pop_channel_event(self) -> Outgoing | None:
+        # The first is mostly one; of the others a copy is made, in one step: whoever interrupts
+        # this may change the line.
+        first = self._first_channel_event(list(islice(self._line, 1)))
+        return first or self._first_channel_event(list(self._line))
+
+    def _first_channel_event(self, line: Sequence[Outgoing]) -> Outgoing | None:
+        for outgoing in line:
+            if not outgoing.lane.is_stream and self._remove(outgoing):
+                return outgoing
+
+        return None
+
+    def _remove(self, outgoing: Outgoing) -> bool:
+        try:
+            self._line.remove(outgoing)
+        except ValueError:
+            return False
+
+        self._bytes -= outgoing.size
+        return True
 
     def _pop(self) -> Outgoing | None:
         try:

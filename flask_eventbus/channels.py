@@ -1,4 +1,4 @@
-"""Bytes over pub/sub: one connection that publishes, one that listens."""
+"""Bytes over pub/sub: the names of channels, and a connection that listens."""
 
 from __future__ import annotations
 
@@ -38,73 +38,6 @@ class ChannelKeys:
     def name(self, key: bytes) -> str:
         """The signal whose channel is ``key``."""
         return key[self._cut].decode(errors="replace")
-
-
-class ChannelWriter:
-    """Publishes bytes in batches, one round trip each."""
-
-    def __init__(self, connections: Connections, *, timeout: float) -> None:
-        self._connections = connections
-        self._timeout = timeout
-        self._connection: Connection | None = None
-
-    def publish(self, batch: Sequence[tuple[str, bytes]]) -> list[Exception | None]:
-        """Publish ``(channel, body)`` pairs, in order, and tell of each whether Redis took it.
-
-        An empty batch asks whether Redis is there. That the connection was closed meanwhile, as
-        servers and firewalls do with idle ones, is no answer: then it asks on another.
-
-        :raises redis.ConnectionError: Redis is away, or it answers "not now" to some; it may
-            have got any part of the batch.
-        """
-        if self._connection is not None:
-            try:
-                return self._publish(self._connection, batch)
-            except redis.ConnectionError as error:
-                if batch:
-                    raise
-
-                logger.debug("The connection was closed: %s", error)
-
-        self._connection = self._connections.open(timeout=self._timeout)
-        return self._publish(self._connection, batch)
-
-    def _publish(
-        self, connection: Connection, batch: Sequence[tuple[str, bytes]]
-    ) -> list[Exception | None]:
-        try:
-            return self._exchange(connection, batch)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close the connection; the next batch opens another."""
-        connection, self._connection = self._connection, None
-
-        if connection is not None:
-            connection.disconnect()
-
-    def _exchange(
-        self, connection: Connection, batch: Sequence[tuple[str, bytes]]
-    ) -> list[Exception | None]:
-        commands: list[tuple[str | bytes, ...]] = [("PUBLISH", key, body) for key, body in batch]
-        commands = commands or [("PING",)]
-        connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-        replies = [_read_reply(connection) for _ in commands]
-        return replies[: len(batch)]
-
-
-def _read_reply(connection: Connection) -> Exception | None:
-    try:
-        connection.read_response()
-    except redis.ResponseError as error:
-        if is_passing(error):
-            raise redis.ConnectionError(str(error)) from error
-
-        return error
-
-    return None
 
 
 @dataclass(frozen=True, slots=True)

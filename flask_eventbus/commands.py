@@ -12,6 +12,7 @@ import click
 
 from .arguments import read_name, read_names, read_pairs, read_payload, values_of
 from .census import census
+from .dead_command import dead
 from .doctor import check as check_node
 from .errors import ConfigError
 from .event import Event
@@ -20,7 +21,7 @@ from .findings import error as error_finding
 from .node import Node
 from .overview import Overview
 from .program import Command, Program, log_to_stderr, pass_program, reader_is_gone
-from .receipt import publish_one
+from .receipt import Receipt, publish_one
 from .relay_command import relay
 from .rendering import as_json, as_line
 from .reports import channels_report, findings_report, routes_report
@@ -187,6 +188,7 @@ def _until_gone(batches: Iterator[list[Event]]) -> Iterator[Event]:
       flask eventbus publish price_changed sku=A-1 price=9.5 'tags=["new"]'
       flask eventbus publish price_changed --json '{"sku": "7", "price": 9.5}'
       cat event.json | flask eventbus publish price_changed --json -
+      python -m flask_eventbus publish --stream user_registered user_id=7
 
     Exit codes: 0 when Redis has it, whoever listens; 1 when it is not published; 2 for a
     mistake in the command.""",
@@ -200,11 +202,24 @@ def _until_gone(batches: Iterator[list[Event]]) -> Iterator[Event]:
     callback=read_payload,
     help="The payload as a JSON object; '-' reads it from stdin. KEY=VALUE adds to it.",
 )
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Into the stream, where the app has no route that says so, or there is no app.",
+)
 @pass_program
 def publish(
-    program: Program, name: str, pairs: tuple[tuple[str, str], ...], payload: dict[str, Any]
+    program: Program,
+    name: str,
+    pairs: tuple[tuple[str, str], ...],
+    payload: dict[str, Any],
+    stream: bool,
 ) -> None:
-    """Publish one event as this service, and tell its id and how many listeners got it."""
+    """Publish one event as this service, and tell its id.
+
+    It goes the way of the app's route for NAME, over a channel if there is none. Of a channel
+    it is told how many listeners got it, of a stream where in it the event is.
+    """
     node = program.node
 
     if not node.config.enabled:
@@ -212,8 +227,13 @@ def publish(
             "'EVENTBUS_ENABLED' is False: nothing is published. Set it to True to publish."
         )
 
-    receipt = publish_one(node, name, {**payload, **values_of(pairs)})
-    click.echo(f"Published {receipt.event_id}. {_heard(receipt.listeners)}")
+    receipt = publish_one(node, name, {**payload, **values_of(pairs)}, stream=stream)
+    heard = _heard(receipt.listeners) if receipt.entry is None else _kept(receipt)
+    click.echo(f"Published {receipt.event_id}. {heard}")
+
+
+def _kept(receipt: Receipt) -> str:
+    return f"It is {receipt.entry} in the stream {receipt.key!r}."
 
 
 def _heard(listeners: int) -> str:
@@ -298,4 +318,4 @@ def _findings(program: Program) -> list[Finding]:
     return check_node(node, program=program.declares)
 
 
-COMMANDS = (run, tail, publish, routes, check, relay, status)
+COMMANDS = (run, tail, publish, routes, check, relay, status, dead)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .buffer import Outgoing
 from .counters import BoundedLog, Counters
 from .errors import ConfigError
 from .logs import get_logger
+from .outgoing import Outgoing
+from .routes import Route
 
 logger = get_logger(__name__)
 
@@ -33,8 +34,8 @@ class Drafts:
         *,
         session: Callable[[], Any],
         scope: Callable[[], AbstractContextManager[object]],
-        draft: Callable[[str, Mapping[str, Any], bool], Outgoing],
-        seal: Callable[[str, Mapping[str, Any]], Outgoing],
+        draft: Callable[[str, Mapping[str, Any], Route], Outgoing],
+        seal: Callable[[str, Mapping[str, Any], Route], Outgoing],
         publish: Callable[[Sequence[Outgoing]], list[Outgoing]],
         counters: Counters,
     ) -> None:
@@ -46,7 +47,7 @@ class Drafts:
         self._counters = counters
         self._log = BoundedLog(logger)
 
-    def take(self, name: str, payload: Mapping[str, Any], confirm: bool) -> bool:
+    def take(self, name: str, payload: Mapping[str, Any], route: Route) -> bool:
         """Hold an emission until the commit of what goes on; whether anything does.
 
         :raises ConfigError: no session is to be found.
@@ -60,10 +61,10 @@ class Drafts:
         if session is None:
             return False
 
-        hold(session, self._draft(name, payload, confirm), self)
+        hold(session, self._draft(name, payload, route), self)
         return True
 
-    def store(self, name: str, payload: Mapping[str, Any], *, via: str) -> None:
+    def store(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
         """Write an emission into the outbox: in the transaction that goes on, or in its own.
 
         :raises ConfigError: no session is to be found, or it is an asynchronous one that
@@ -75,8 +76,8 @@ class Drafts:
         from .transactions import begun
 
         session = begun(self._source(name))
-        sealed = self._seal(name, payload)
-        entry = Entry(event_id=sealed.id, name=name, via=via, event=sealed.sealed())
+        sealed = self._seal(name, payload, route)
+        entry = Entry(event_id=sealed.id, name=name, via=route.via, event=sealed.sealed())
 
         if session is not None:
             store(session, entry)

@@ -17,8 +17,7 @@ from typing import Any
 from blinker import NamedSignal
 
 from .bridges import Bridges
-from .buffer import Outgoing
-from .channels import ChannelKeys, ChannelReader, ChannelWriter
+from .channels import ChannelKeys, ChannelReader
 from .codec import Codec
 from .config import Config
 from .connections import Connections
@@ -27,16 +26,21 @@ from .declarations import Declarations
 from .dispatcher import Dispatcher
 from .drafts import Drafts
 from .ending import process_ends
+from .errors import PublishError
 from .event import Event
+from .exchange import Exchange
 from .health import Health
 from .hearing import Hearing
 from .intake import Intake
+from .lanes import check_route
 from .listener import Listener
 from .logs import get_logger
 from .namespace import Receiver
+from .outgoing import Outgoing
 from .pool import Pool
 from .publisher import ClosedError, Publisher
 from .routes import Route, Subscription, read_routes, read_subscriptions
+from .streams import StreamKeys
 from .writer import WRITE_TIMEOUT
 
 logger = get_logger(__name__)
@@ -78,7 +82,13 @@ class Node:
         self._found_session = session
         self._keys = ChannelKeys(config.prefix)
         self.codec: Codec = declarations.codec.limited(config.max_event_bytes)
-        self._bridges = Bridges(declarations, read_routes(config.publish), self._emit, owns)
+        self._bridges = Bridges(
+            declarations,
+            read_routes(config.publish),
+            self._emit,
+            owns,
+            check=lambda route: check_route(config, route),
+        )
         self._configured = read_subscriptions(config.subscribe)
         self.listening = False
         #: Held by who starts or stops the node; a signal handler may be the second.
@@ -98,6 +108,10 @@ class Node:
     def routes(self) -> dict[str, Route]:
         """What this service publishes; settings go before declarations in code."""
         return self._bridges.routes
+
+    def route_for(self, name: str) -> Route:
+        """The way that events called ``name`` travel."""
+        return self._bridges.route_for(name) or Route(name=name)
 
     @property
     def session(self) -> Any:
@@ -148,10 +162,12 @@ class Node:
     def publish(self, name: str, payload: Mapping[str, Any], *, confirm: bool = True) -> str:
         """Publish an event without a signal, and return its id.
 
+        It goes the way of the route for ``name``, over a channel if there is none.
+
         :raises PayloadError: a value cannot travel.
         :raises PublishError: Redis did not take it in time, with ``EVENTBUS_ON_OUTAGE="raise"``.
         """
-        return self._publish(name, payload, confirm)
+        return self._publish(name, payload, self.route_for(name), confirm)
 
     def start(self) -> None:
         """Listen from now on; returns at once, whether Redis is there or not."""
@@ -252,8 +268,12 @@ class Node:
         return Publisher(
             config=self.config,
             codec=self.codec,
-            keys=self._keys,
-            channel=ChannelWriter(self.connections, timeout=WRITE_TIMEOUT),
+            exchange=Exchange(
+                self.connections,
+                timeout=WRITE_TIMEOUT,
+                names=StreamKeys(self.config.prefix).names,
+                patience=self.config.timeout,
+            ),
             node=self.name,
             counters=self.counters,
             trace=self._trace,
@@ -344,14 +364,14 @@ class Node:
 
     def _emit(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
         if route.outbox:
-            self._drafts.store(name, payload, via=route.via)
-        elif not route.after_commit or not self._drafts.take(name, payload, route.confirm):
-            self._publish(name, payload, route.confirm)
+            self._drafts.store(name, payload, route)
+        elif not route.after_commit or not self._drafts.take(name, payload, route):
+            self._publish(name, payload, route, route.confirm)
 
-    def _publish(self, name: str, payload: Mapping[str, Any], confirm: bool) -> str:
+    def _publish(self, name: str, payload: Mapping[str, Any], route: Route, confirm: bool) -> str:
         while True:
             try:
-                return self._publisher.publish(name, payload, confirm=confirm)
+                return self._publisher.publish(name, payload, route, confirm=confirm)
             except ClosedError:
                 logger.debug("%r was sent during a stop; the next publisher takes it.", name)
 
@@ -368,6 +388,9 @@ class Node:
                 return self._publisher.take(draft)
             except ClosedError:
                 logger.debug("%r left during a stop; the next publisher takes it.", draft.lane.name)
+            except PublishError as error:
+                # There is no room for it, and there may be for the next.
+                return draft.finish(error)
 
 
 def _merge(declared: Subscription, configured: Subscription | None) -> Subscription:

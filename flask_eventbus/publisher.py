@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .buffer import Buffer, Lane, Outgoing
-from .channels import ChannelKeys, ChannelWriter
+from .buffer import Buffer
 from .codec import Codec
 from .config import Config
 from .counters import Counters
-from .errors import HopLimitError, PayloadError, PublishError
-from .event import Event, handling
-from .lifecycle import tell
-from .logs import get_logger
+from .emissions import Emissions
+from .errors import PublishError
+from .exchange import Exchange
+from .lanes import Lanes
 from .outage import Outage
-from .signals import events_dropped
+from .outgoing import Outgoing
+from .overflow import Overflow
+from .routes import Route
+from .settlement import Settlement
+from .way import TooFewReplicasError
 from .writer import Writer
-
-logger = get_logger(__name__)
 
 
 class ClosedError(Exception):
@@ -33,7 +33,7 @@ class Publisher:
 
     Nothing here is inherited over a fork: the child makes a publisher of its own.
 
-    :param channel: writes batches, in a thread of the publisher.
+    :param exchange: writes batches, in a thread of the publisher.
     :param trace: the W3C trace context of whatever is going on, outside of receivers.
     """
 
@@ -42,34 +42,31 @@ class Publisher:
         *,
         config: Config,
         codec: Codec,
-        keys: ChannelKeys,
-        channel: ChannelWriter,
+        exchange: Exchange,
         node: str,
         counters: Counters,
         trace: Callable[[], str | None],
     ) -> None:
         self._config = config
-        self._trace = trace
-        self._codec = codec
-        self._keys = keys
         self._node = node
-        self._counters = counters
-        self._lanes: dict[str, Lane] = {}
+        self._lanes = Lanes(config, codec)
+        self._emissions = Emissions(config=config, codec=codec, lanes=self._lanes, trace=trace)
         self._numbers = itertools.count(1)
         #: How many events this node has made.
         self.issued = 0
         self._buffer = Buffer(most_events=config.buffer_size)
         self._outage = Outage(config.service)
+        self._overflow = Overflow(
+            buffer=self._buffer, outage=self._outage, counters=counters, service=config.service
+        )
         self._writer = Writer(
-            channel=channel,
+            exchange=exchange,
             buffer=self._buffer,
             outage=self._outage,
-            counters=counters,
-            service=config.service,
+            settlement=Settlement(counters=counters, service=config.service),
             node=node,
         )
         self._closed = False
-        self._telling = threading.local()
 
     @property
     def connected(self) -> bool:
@@ -81,36 +78,39 @@ class Publisher:
         """How many events wait, those on their way included."""
         return len(self._buffer)
 
-    def publish(self, name: str, payload: Mapping[str, Any], *, confirm: bool = False) -> str:
+    def publish(self, name: str, payload: Mapping[str, Any], route: Route, *, confirm: bool) -> str:
         """Take one emission and return its id; the writing thread does the rest.
 
+        :param confirm: whether to wait until Redis has it.
         :raises PayloadError: a value cannot travel, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
-        :raises PublishError: the policy is ``"raise"`` and Redis does not take events, or it
-            refused this one and a confirmation was asked for.
+        :raises PublishError: the policy is ``"raise"`` and Redis does not take events; or it
+            refused this one, or has it on too few replicas, and a confirmation was asked for;
+            or it is for a stream and the buffer is full.
         :raises ClosedError: the publisher was closed meanwhile.
         """
-        outgoing = self._take_down(name, payload, confirm=confirm)
+        outgoing = self._emissions.take_down(name, payload, route, confirm=confirm)
+        deadline = time.monotonic() + self._patience if confirm else 0.0
         self._accept(outgoing)
 
-        if outgoing.done is not None:
-            self._await(outgoing, outgoing.done)
+        if confirm:
+            self._await(outgoing, deadline)
 
         return outgoing.id
 
-    def draft(self, name: str, payload: Mapping[str, Any], confirm: bool) -> Outgoing:
+    def draft(self, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
         """Take one emission down as it is now, for :meth:`take` to publish it later or never.
 
         :raises PayloadError: a value cannot travel, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
         :raises PublishError: the policy is ``"raise"`` and Redis does not take events.
         """
-        outgoing = self._take_down(name, payload, confirm=confirm)
+        outgoing = self._emissions.take_down(name, payload, route, confirm=route.confirm)
         self._refuse_in_outage(outgoing)
         outgoing.promise(time.time_ns())
         return outgoing
 
-    def seal(self, name: str, payload: Mapping[str, Any]) -> Outgoing:
+    def seal(self, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
         """An event with its id and its bytes, for another process to publish.
 
         It is not counted among the events of its name: who publishes it, and when, is not known.
@@ -118,7 +118,7 @@ class Publisher:
         :raises PayloadError: a value cannot travel, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
         """
-        outgoing = self._take_down(name, payload, confirm=False)
+        outgoing = self._emissions.take_down(name, payload, route, confirm=False)
 
         with self._buffer.changed:
             self._identify(outgoing)
@@ -131,7 +131,7 @@ class Publisher:
 
         :raises ClosedError: the publisher was closed meanwhile.
         """
-        draft.lane = self._lane(draft.lane.name)
+        draft.lane = self._lanes.lane(draft.lane.name, draft.lane.route)
         self._accept(draft)
 
     def await_all(self, sent: Sequence[Outgoing]) -> list[Outgoing]:
@@ -184,63 +184,22 @@ class Publisher:
         """Whether the calling thread is the one that writes."""
         return self._writer.is_this_thread
 
-    def _lane(self, name: str) -> Lane:
-        lane = self._lanes.get(name)
-
-        if lane is None:
-            seal = self._codec.seal(self._config.service, name)
-            lane = Lane(name=name, key=self._keys.key(name), seal=seal)
-            lane = self._lanes.setdefault(name, lane)
-
-        return lane
-
-    def _take_down(self, name: str, payload: Mapping[str, Any], *, confirm: bool) -> Outgoing:
-        lane = self._lane(name)
-        attributes = self._causes(lane)
-        data = self._codec.pack_payload(payload)
-        outgoing = Outgoing(lane, data, attributes, confirm=confirm)
-        self._check_size(outgoing)
-        return outgoing
-
-    def _causes(self, lane: Lane) -> dict[str, Any]:
-        cause = handling.get()
-
-        if cause is None:
-            return {"traceparent": self._trace()}
-
-        hops = cause.hops + 1
-
-        if hops > self._config.max_hops:
-            raise HopLimitError(_chain(lane.name, cause, self._config.max_hops))
-
-        return {
-            "hops": hops,
-            "causation_id": cause.id,
-            "correlation_id": cause.correlation_id or cause.id,
-            "traceparent": cause.traceparent or self._trace(),
-        }
-
-    def _check_size(self, outgoing: Outgoing) -> None:
-        if outgoing.size > self._config.max_event_bytes:
-            raise PayloadError(
-                f"An event of {outgoing.lane.name!r} would have up to {outgoing.size:,} bytes, "
-                f"more than the {self._config.max_event_bytes:,} of 'EVENTBUS_MAX_EVENT_BYTES'. "
-                "Send less, for example a reference to where the data is, or raise the limit in "
-                "every service."
-            )
-
     # -- into the buffer ------------------------------------------------------------------
 
     def _accept(self, outgoing: Outgoing) -> None:
         with self._buffer.changed:
             self._refuse_in_outage(outgoing)
             dropped = self._make_room(outgoing)
-            self._identify(outgoing)
-            self._buffer.put(outgoing)
-            self._writer.wake()
+
+            if not outgoing.id:
+                self._identify(outgoing)
+
+            if not outgoing.is_settled:
+                self._buffer.put(outgoing)
+                self._writer.wake()
 
         if dropped:
-            self._tell_dropped(dropped)
+            self._overflow.tell(dropped)
 
         self._writer.write_here(self._patience)
 
@@ -272,7 +231,8 @@ class Publisher:
             return 0
 
         self._refuse_in_outage(outgoing)
-        return self._drop_for(outgoing.size)
+        self._identify(outgoing)
+        return self._overflow.drop_for(outgoing)
 
     def _room_comes(self, size: int) -> bool:
         if self._outage.known or self._writer.is_this_thread:
@@ -286,58 +246,26 @@ class Publisher:
 
         return in_time
 
-    def _drop_for(self, size: int) -> int:
-        dropped = 0
-
-        while not self._buffer.has_room(size) and (oldest := self._buffer.drop_oldest()):
-            oldest.finish(PublishError("The buffer was full.", event_id=oldest.id))
-            dropped += 1
-
-        return dropped
-
-    def _tell_dropped(self, count: int) -> None:
-        self._counters.add("dropped", count)
-
-        if not self._outage.overflowed:
-            self._outage.overflowed = True
-            logger.error(
-                "The buffer is full with %d events of %d bytes: from now on the oldest are dropped "
-                "until Redis takes events again. health() counts them.",
-                self.buffered,
-                self._buffer.bytes,
-            )
-
-        # Whoever is told may send, and so be the reason that another one is dropped.
-        if getattr(self._telling, "now", False):
-            return
-
-        self._telling.now = True
-
-        try:
-            tell(events_dropped, self._config.service, where="buffer", count=count)
-        finally:
-            self._telling.now = False
-
     # -- confirmation ---------------------------------------------------------------------
 
-    def _await(self, outgoing: Outgoing, done: threading.Event) -> None:
+    def _await(self, outgoing: Outgoing, deadline: float) -> None:
         if self._writer.is_this_thread:
             return
 
         departures = self._buffer.departures
 
-        if not done.wait(self._patience):
-            self._stall_since(departures)
-
-            if self._config.on_outage == "raise":
-                outgoing.withdrawn = True
-                raise self._refusal(outgoing)
+        if not outgoing.is_done_by(deadline):
+            self._give_up(outgoing, departures)
         elif outgoing.error is not None:
-            raise PublishError(
-                f"The event {outgoing.id} of {outgoing.lane.name!r} was not published: "
-                f"{outgoing.error}",
-                event_id=outgoing.id,
-            ) from outgoing.error
+            raise _failure(outgoing, outgoing.error) from outgoing.error
+
+    def _give_up(self, outgoing: Outgoing, departures: int) -> None:
+        """Hold its sender no longer; whether it is told depends on the policy."""
+        self._stall_since(departures)
+
+        if self._config.on_outage == "raise":
+            outgoing.withdrawn = True
+            raise self._refusal(outgoing)
 
     def _stall_since(self, departures: int) -> None:
         """Hold no further caller, and let an idle writer ask whether Redis is there.
@@ -360,10 +288,12 @@ class Publisher:
         )
 
 
-def _chain(name: str, cause: Event, limit: int) -> str:
-    return (
-        f"An event of {name!r} would be number {cause.hops + 2} of a chain: "
-        f"{cause.correlation_id or cause.id} began it, ... -> {cause.name!r} from "
-        f"{cause.source!r} ({cause.id}) -> {name!r}. 'EVENTBUS_MAX_HOPS' allows {limit} hops. "
-        "Find the receivers that answer each other's signals and break the circle."
-    )
+def _failure(outgoing: Outgoing, error: Exception) -> PublishError:
+    which = f"The event {outgoing.id} of {outgoing.lane.name!r}"
+
+    if isinstance(error, TooFewReplicasError):
+        text = f"{which} is stored, but {error}. Do not send it again: it would be there twice."
+    else:
+        text = f"{which} was not published: {error}"
+
+    return PublishError(text, event_id=outgoing.id)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import redis
 
-from .channels import ChannelKeys
 from .connections import OUTAGE, Connections
+from .emissions import Emissions
 from .errors import PublishError
-from .event import Event
+from .exchange import Exchange
+from .lanes import Lanes, check_route
 from .node import Node
-from .server import TIMEOUT, Server, reason_of
+from .outgoing import Outgoing
+from .routes import Route
+from .server import TIMEOUT, reason_of
+from .streams import StreamKeys
+from .way import TooFewReplicasError
 
 #: What ``CLIENT LIST`` shows.
 CLIENT_NAME = "eventbus-publish"
@@ -26,43 +31,97 @@ class Receipt:
     """What Redis answered to an event."""
 
     event_id: str
-    #: How many listeners got it; in a cluster, those of one of its nodes.
-    listeners: int
+    #: The channel or the stream.
+    key: str
+    #: How many listeners of a channel got it; in a cluster, those of one of its nodes.
+    listeners: int = 0
+    #: The id of its entry in a stream.
+    entry: str | None = None
 
 
-def publish_one(node: Node, name: str, payload: Mapping[str, Any]) -> Receipt:
+def publish_one(
+    node: Node, name: str, payload: Mapping[str, Any], *, stream: bool = False
+) -> Receipt:
     """Publish an event as the node's service, from a node of its own, and wait for the answer.
 
+    It goes the way of the node's route for the name.
+
+    :param stream: whether it goes into a stream, whatever the route says.
+    :raises ConfigError: there are no streams where it is to go.
     :raises PayloadError: a value cannot travel.
     :raises PublishError: Redis did not take it, or did not say so within 3 seconds.
     """
-    config = node.config
-    event = Event(
-        name=name,
-        source=config.service,
-        id=f"{secrets.token_hex(6)}-1",
-        time=datetime.now(UTC),
-        payload=payload,
-        seq=1,
+    outgoing = _take_down(node, name, payload, _route(node, name, stream=stream))
+    answer = _exchange(node, outgoing)
+    way = outgoing.lane.way
+
+    if way.is_stream:
+        return Receipt(event_id=outgoing.id, key=way.key, entry=answer.decode())
+
+    return Receipt(event_id=outgoing.id, key=way.key, listeners=answer)
+
+
+def _route(node: Node, name: str, *, stream: bool) -> Route:
+    route = node.route_for(name)
+
+    if stream and route.via != "stream":
+        route = Route(name=name, via="stream")
+        check_route(node.config, route)
+
+    return route
+
+
+def _take_down(node: Node, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
+    lanes = Lanes(node.config, node.codec)
+    emissions = Emissions(config=node.config, codec=node.codec, lanes=lanes, trace=lambda: None)
+    outgoing = emissions.take_down(name, payload, route, confirm=False)
+    outgoing.identify(secrets.token_hex(6), 1, time.time_ns())
+    outgoing.take_its_turn()
+    return outgoing
+
+
+def _exchange(node: Node, outgoing: Outgoing) -> Any:
+    connections = Connections(node.config.url, name=CLIENT_NAME)
+    exchange = Exchange(
+        connections,
+        timeout=TIMEOUT,
+        names=StreamKeys(node.config.prefix).names,
+        patience=node.config.timeout,
     )
-    body = node.declarations.codec.limited(config.max_event_bytes).encode(event)
-    connections = Connections(config.url, name=CLIENT_NAME)
 
     try:
-        with Server(connections, timeout=TIMEOUT) as server:
-            count: int = server.ask("PUBLISH", ChannelKeys(config.prefix).key(name), body)
-    except OUTAGE as error:
+        (error,) = exchange.publish([(outgoing.lane.way, outgoing.sealed())])
+    except OUTAGE as outage:
         raise PublishError(
-            f"{name!r} was not published: Redis at {connections.shown} cannot be used: "
-            f"{reason_of(error)}. Start it there, or correct 'EVENTBUS_URL'.",
-            event_id=event.id,
-        ) from error
-    except redis.ResponseError as error:
-        key = ChannelKeys(config.prefix).key(name)
-        raise PublishError(
-            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. Grant the user "
-            f"the channel in the ACL: '&{key}'.",
-            event_id=event.id,
-        ) from error
+            f"{outgoing.lane.name!r} was not published: Redis at {connections.shown} cannot be "
+            f"used: {reason_of(outage)}. Start it there, or correct 'EVENTBUS_URL'.",
+            event_id=outgoing.id,
+        ) from outage
+    finally:
+        exchange.close()
 
-    return Receipt(event_id=event.id, listeners=count)
+    if error is not None:
+        raise _refusal(outgoing, error) from error
+
+    return exchange.answers[0]
+
+
+def _refusal(outgoing: Outgoing, error: Exception) -> PublishError:
+    name, way = outgoing.lane.name, outgoing.lane.way
+
+    if isinstance(error, TooFewReplicasError):
+        text = f"{name!r} is stored as the event {outgoing.id}, but {error}."
+    elif not way.is_stream:
+        text = (
+            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. Grant the user "
+            f"the channel in the ACL: '&{way.key}'."
+        )
+    elif isinstance(error, redis.exceptions.NoPermissionError):
+        text = (
+            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. Grant the user "
+            f"the stream in the ACL: '~{way.key} +xadd'."
+        )
+    else:
+        text = f"{name!r} was not published: Redis refuses it: {reason_of(error)}."
+
+    return PublishError(text, event_id=outgoing.id)

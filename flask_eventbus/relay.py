@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum, auto
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .backoff import Backoff
-from .channels import ChannelKeys, ChannelWriter
 from .connections import OUTAGE
 from .counters import BoundedLog
+from .exchange import Exchange
 from .logs import get_logger
 from .outbox import Batch, Entry, Outbox
+from .way import TooFewReplicasError, Way
 from .writer import BATCH_BYTES, LISTENERS_RETURN
 
 logger = get_logger(__name__)
@@ -25,6 +27,9 @@ DATABASE_OUTAGE = (DBAPIError, PoolTimeoutError)
 
 #: Seconds between tries while Redis or the database is away, at most.
 MOST_BACKOFF = 2.0
+
+#: The ways that events are published by this version.
+VIAS = frozenset({"channel", "stream"})
 
 #: Seconds before another look where another relay is at work.
 AFTER_YOU = 0.1
@@ -75,16 +80,22 @@ class Relay:
     An event is deleted after Redis has confirmed it. What dies between the two, this
     process or a connection, lets the event be published again, with the same bytes.
 
-    :param channel: writes to Redis.
+    :param exchange: writes to Redis.
+    :param way: how an event travels, by its name and its ``via``.
     :param batch: how many events are taken in hand at once.
     """
 
     def __init__(
-        self, outbox: Outbox, channel: ChannelWriter, keys: ChannelKeys, *, batch: int
+        self,
+        outbox: Outbox,
+        exchange: Exchange,
+        way: Callable[[str, str], Way],
+        *,
+        batch: int,
     ) -> None:
         self.outbox = outbox
-        self._channel = channel
-        self._keys = keys
+        self._exchange = exchange
+        self._way = functools.cache(way)
         self._batch = batch
         self._log = BoundedLog(logger)
         #: How many events it has published.
@@ -157,7 +168,7 @@ class Relay:
 
     def _ask(self, told: threading.Event) -> None:
         """Find out whether Redis is there before the database locks anything for it."""
-        self._channel.publish([])
+        self._exchange.ask()
 
         if self._redis:
             # Listeners hear no past: they come back first.
@@ -168,8 +179,8 @@ class Relay:
         """Publish what is in hand; an outage in the middle leaves what was confirmed so."""
         for entries in _portions(self._publishable(batch.entries)):
             try:
-                errors = self._channel.publish(
-                    [(self._keys.key(entry.name), entry.event) for entry in entries]
+                errors = self._exchange.publish(
+                    [(self._way(entry.name, entry.via), entry.event) for entry in entries]
                 )
             except OUTAGE as error:
                 return error
@@ -180,7 +191,7 @@ class Relay:
 
     def _publishable(self, entries: Sequence[Entry]) -> Iterator[Entry]:
         for entry in entries:
-            if entry.via == "channel":
+            if entry.via in VIAS:
                 yield entry
             else:
                 # Written by a newer version of the program than this is.
@@ -190,13 +201,24 @@ class Relay:
         self, batch: Batch, entries: Sequence[Entry], errors: Sequence[Exception | None]
     ) -> None:
         outcomes = list(zip(entries, errors, strict=True))
-        published = [entry for entry, error in outcomes if error is None]
+        published = [entry for entry, error in outcomes if not _is_refusal(error)]
         batch.delete(published)
         self.published += len(published)
 
         for entry, error in outcomes:
-            if error is not None:
+            if error is not None and _is_refusal(error):
                 self._refuse(entry, str(error))
+            elif error is not None:
+                self._tell_of_replicas(entry, error)
+
+    def _tell_of_replicas(self, entry: Entry, error: Exception) -> None:
+        self._log.warning(
+            f"replicas {entry.name}",
+            "The event %s of %r is stored, but %s.",
+            entry.event_id,
+            entry.name,
+            error,
+        )
 
     def _refuse(self, entry: Entry, reason: str) -> None:
         self._refused_until = time.monotonic() + REFUSED_AGAIN
@@ -209,6 +231,11 @@ class Relay:
             entry.name,
             reason,
         )
+
+
+def _is_refusal(error: Exception | None) -> bool:
+    """Whether an event is not published; on too few replicas it is."""
+    return error is not None and not isinstance(error, TooFewReplicasError)
 
 
 def reason_of(error: Exception) -> object:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .channels import ChannelKeys, ChannelWriter
 from .connections import OUTAGE, Connections
 from .errors import ConfigError, PublishError
+from .exchange import Exchange
+from .lanes import Ways
 from .logs import get_logger
 from .node import Node
 from .program import Command, Program, log_to_stderr, pass_program
+from .routes import Route
 from .running import told_by_signal
+from .streams import StreamKeys
 from .writer import WRITE_TIMEOUT
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
     from .outbox import Outbox
     from .relay import Relay
+    from .way import Way
 
 logger = get_logger(__name__)
 
@@ -214,12 +218,28 @@ def _relay(node: Node, outbox: Outbox, batch: int) -> Iterator[Relay]:
 
     config = node.config
     connections = Connections(config.url, name=f"eventbus-relay:{config.service}")
-    channel = ChannelWriter(connections, timeout=WRITE_TIMEOUT)
+    exchange = Exchange(
+        connections,
+        timeout=WRITE_TIMEOUT,
+        names=StreamKeys(config.prefix).names,
+        patience=config.timeout,
+    )
 
     try:
-        yield Relay(outbox, channel, ChannelKeys(config.prefix), batch=batch)
+        yield Relay(outbox, exchange, _ways(node), batch=batch)
     finally:
-        channel.close()
+        exchange.close()
+
+
+def _ways(node: Node) -> Callable[[str, str], Way]:
+    """How events travel: as their route says, if it has not changed since they were stored."""
+    ways = Ways(node.config)
+
+    def way(name: str, via: str) -> Way:
+        route = node.route_for(name)
+        return ways.way(name, route if route.via == via else Route(name=name, via=via))
+
+    return way
 
 
 @contextmanager

@@ -7,16 +7,14 @@ import time
 from collections.abc import Sequence
 
 from .backoff import Backoff
-from .buffer import Buffer, Outgoing
-from .channels import ChannelWriter
+from .buffer import Buffer
 from .connections import OUTAGE
-from .counters import BoundedLog, Counters
 from .ending import process_ends
-from .errors import PublishError
-from .lifecycle import tell
+from .exchange import Exchange
 from .logs import get_logger
 from .outage import Outage
-from .signals import events_dropped
+from .outgoing import Outgoing
+from .settlement import Settlement
 
 logger = get_logger(__name__)
 
@@ -53,27 +51,24 @@ class Writer:
 
     Where no thread can be had, as at the end of a process, whoever sends writes.
 
-    :param channel: writes one batch.
+    :param exchange: writes one batch.
     :param buffer: what it writes; the buffer's lock guards the writer's state as well.
     """
 
     def __init__(
         self,
         *,
-        channel: ChannelWriter,
+        exchange: Exchange,
         buffer: Buffer,
         outage: Outage,
-        counters: Counters,
-        service: str,
+        settlement: Settlement,
         node: str,
     ) -> None:
-        self._channel = channel
+        self._exchange = exchange
         self._buffer = buffer
         self._outage = outage
-        self._counters = counters
-        self._service = service
+        self._settlement = settlement
         self._node = node
-        self._log = BoundedLog(logger)
         self._changed = buffer.changed
         self._thread: threading.Thread | None = None
         self._idle = False
@@ -164,7 +159,7 @@ class Writer:
             while (batch := self._take()) is not None:
                 self._write(batch, backoff)
         finally:
-            self._channel.close()
+            self._exchange.close()
 
         if self._leave_by is not None:
             self._report_lost()
@@ -200,7 +195,7 @@ class Writer:
 
     def _write(self, batch: Sequence[Outgoing], backoff: Backoff) -> None:
         try:
-            errors = self._channel.publish([(out.lane.key, out.sealed()) for out in batch])
+            outcomes = self._exchange_batch(batch)
         except OUTAGE as error:
             self._put_back(max(1, self._batch_events // BATCH_STEP))
             self._outage.begin(error, len(self._buffer))
@@ -211,12 +206,19 @@ class Writer:
             backoff.reset()
             self._give_way()
             self._outage.end(len(self._buffer))
-            self._settle(batch, errors)
+            self._settle(batch, outcomes)
             self._grow(batch)
+
+    def _exchange_batch(self, batch: Sequence[Outgoing]) -> Sequence[Exception | None]:
+        if batch:
+            return self._exchange.publish([(out.lane.way, out.sealed()) for out in batch])
+
+        self._exchange.ask()
+        return ()
 
     def _give_way(self) -> None:
         """Let listeners return before what waited for Redis is sent: they hear no past."""
-        if self._outage.away and self._buffer.is_waiting:
+        if self._outage.away and self._buffer.has_channel_events:
             self._pause(LISTENERS_RETURN)
 
     def _grow(self, batch: Sequence[Outgoing]) -> None:
@@ -234,7 +236,7 @@ class Writer:
             self._put_back(1)
             return
 
-        self._log.error("failed", "The writer failed.", exc_info=error)
+        self._settlement.report_defect(error)
         self._settle(batch, [error] * len(batch))
 
     def _pause(self, seconds: float) -> None:
@@ -246,64 +248,10 @@ class Writer:
                 timeout=seconds,
             )
 
-    def _settle(self, batch: Sequence[Outgoing], errors: Sequence[Exception | None]) -> None:
-        refused = 0
-
-        for outgoing, error in zip(batch, errors, strict=True):
-            outgoing.finish(error)
-
-            if error is not None:
-                refused += 1
-                self._log_refusal(outgoing, error)
-
-        self._counters.add("published", len(batch) - refused)
-
-        if refused:
-            self._counters.add("refused", refused)
-
+    def _settle(self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> None:
+        self._settlement.settle(batch, outcomes)
         self._buffer.settle()
 
-    def _log_refusal(self, outgoing: Outgoing, error: Exception) -> None:
-        self._log.error(
-            f"refused {outgoing.lane.name}",
-            "Redis refused the event %s of %r: %s. It is not published.",
-            outgoing.id,
-            outgoing.lane.name,
-            error,
-        )
-
     def _report_lost(self) -> None:
-        lost = [outgoing for outgoing in self._buffer.clear() if not outgoing.withdrawn]
-
-        if not lost:
-            return
-
         reason = self._outage.error or "the time to flush was over"
-        self._counters.add("dropped", len(lost))
-        logger.error(
-            "%d events were not published before the end (%s): %s",
-            len(lost),
-            reason,
-            _shown(lost),
-        )
-
-        for outgoing in lost:
-            outgoing.finish(PublishError(str(reason), event_id=outgoing.id))
-
-        tell(events_dropped, self._service, where="buffer", count=len(lost))
-
-
-def _shown(lost: Sequence[Outgoing]) -> str:
-    """Their ids; runs of the same signal as their first and last."""
-    runs: list[list[Outgoing]] = []
-
-    for outgoing in lost:
-        if runs and runs[-1][-1].lane is outgoing.lane:
-            runs[-1].append(outgoing)
-        else:
-            runs.append([outgoing])
-
-    return ", ".join(
-        f"{run[0].lane.name} {run[0].id}" + (f" to {run[-1].id} ({len(run)})" if run[1:] else "")
-        for run in runs
-    )
+        self._settlement.report_lost(self._buffer.clear(), reason)

@@ -10,7 +10,7 @@ import flask
 import pytest
 
 from flask_eventbus import Bus, ConfigError, EventBus
-from flask_eventbus.config import SETTINGS, Config
+from flask_eventbus.config import SETTINGS, Age, Config
 from flask_eventbus.routes import Route, Subscription, read_routes, read_subscriptions
 
 
@@ -51,7 +51,12 @@ WRONG = [
         "'EVENTBUS_COLOUR' is not a setting. Known are: EVENTBUS_BUFFER_SIZE",
     ),
     ({"EVENTBUS_service": "x"}, "'EVENTBUS_service' is not a setting"),
-    ({"EVENTBUS_RETRIES": 5}, "'EVENTBUS_RETRIES' belongs to streams.*does not have yet"),
+    ({"EVENTBUS_RETRIES": -1}, "'EVENTBUS_RETRIES' is -1. Set it to a whole number from 0"),
+    ({"EVENTBUS_CLAIM_AFTER": 0}, "'EVENTBUS_CLAIM_AFTER' is 0. Set it to a number of seconds"),
+    ({"EVENTBUS_MAXLEN": 0}, "'EVENTBUS_MAXLEN' is 0. Set it to the number of events"),
+    ({"EVENTBUS_MAXLEN": "7 days"}, "is '7 days'.* or to their age, for example '7d', '12h'"),
+    ({"EVENTBUS_REPLICAS": -1}, "'EVENTBUS_REPLICAS' is -1. Set it to a whole number from 0"),
+    ({"EVENTBUS_DUPLICATE_WINDOW": -1}, "'EVENTBUS_DUPLICATE_WINDOW' is -1"),
     ({"EVENTBUS_SIGNING_KEY": "k"}, "'EVENTBUS_SIGNING_KEY' belongs to signed events"),
 ]
 
@@ -142,7 +147,7 @@ def test_a_bus_takes_settings_in_lower_case_and_names_a_misspelt_one() -> None:
 
 
 def test_every_setting_of_the_class_is_a_known_key() -> None:
-    assert len(SETTINGS) == 15
+    assert len(SETTINGS) == 20
     assert {"EVENTBUS_SERVICE", "EVENTBUS_GRACE"} <= set(SETTINGS)
 
 
@@ -189,13 +194,16 @@ WRONG_ROUTES = [
     ({"a{b}": "channel"}, "cannot be a signal's name"),
     ({7: "channel"}, "7 cannot be a signal's name"),
     (["a", "a"], "EVENTBUS_PUBLISH names 'a' twice"),
-    ({"a": "stream"}, r"EVENTBUS_PUBLISH\['a'\] asks for via 'stream', which this version"),
-    ({"a": {"via": "stream"}}, "Use 'channel': whoever listens now"),
-    ({"a": "chanel"}, "asks for via 'chanel'. Use 'channel'"),
+    ({"a": "chanel"}, r"EVENTBUS_PUBLISH\['a'\] asks for via 'chanel'. Use 'channel' \(whoever"),
     ({"a": 7}, r"EVENTBUS_PUBLISH\['a'\] is 7. Write 'channel', or a mapping"),
     ({"a": {"viaa": "channel"}}, "has no option 'viaa'. Did you mean 'via'"),
     ({"a": {"maxlen": 7}}, r"\['maxlen'\] belongs to streams"),
-    ({"a": {"key": "id"}}, r"\['key'\] belongs to streams"),
+    ({"a": {"key": "id"}}, r"\['key'\] belongs to streams, .* Add 'via': 'stream', or remove"),
+    ({"a": {"replicas": 1}}, r"\['replicas'\] belongs to streams"),
+    ({"a": {"via": "stream", "key": 7}}, r"\['key'\] is 7. Set it to the name of a payload key"),
+    ({"a": {"via": "stream", "key": ""}}, r"\['key'\] is ''"),
+    ({"a": {"via": "stream", "maxlen": "x"}}, r"\['maxlen'\]. is 'x'. Set it to the number"),
+    ({"a": {"via": "stream", "replicas": -1}}, r"\['replicas'\]. is -1. Set it to a whole"),
     ({"a": {"confirm": "yes"}}, r"\['confirm'\] is 'yes'. Set it to True or False"),
     ({"a": {"payload": 7}}, r"\['payload'\] is 7. Set it to a function"),
     ({"a": {"payload": "no.such:thing"}}, "'no.such:thing' cannot be imported: ModuleNotFoundE"),
@@ -222,28 +230,52 @@ def test_a_wrong_route_is_named_with_the_remedy(
 
 def test_a_wrong_route_fails_at_init_app() -> None:
     app = flask.Flask(__name__)
-    app.config.from_mapping(EVENTBUS_SERVICE="x", EVENTBUS_PUBLISH={"a": "stream"})
+    app.config.from_mapping(EVENTBUS_SERVICE="x", EVENTBUS_PUBLISH={"a": "pigeon"})
 
-    with pytest.raises(ConfigError, match="asks for via 'stream'"):
+    with pytest.raises(ConfigError, match="asks for via 'pigeon'"):
         EventBus(app)
+
+
+def test_a_stream_takes_options_and_is_confirmed_unless_told_otherwise() -> None:
+    routes = read_routes(
+        {
+            "a": "stream",
+            "b": {"via": "stream", "confirm": False, "key": "id", "maxlen": 7, "replicas": 1},
+            "c": {"via": "stream", "maxlen": "12h"},
+        }
+    )
+
+    assert routes["a"] == Route(name="a", via="stream", confirm=True)
+    assert routes["b"] == Route(name="b", via="stream", key="id", maxlen=7, replicas=1)
+    assert routes["c"].maxlen == Age(12 * 3_600)
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_stream_in_a_cluster_is_refused(declared: bool) -> None:
+    publish = [] if declared else {"a": "stream"}
+
+    with pytest.raises(ConfigError, match="'a' asks for via 'stream', and 'EVENTBUS_URL' is a clu"):
+        Bus("redis+cluster://localhost", service="x", publish=publish).publishes("a", via="stream")
 
 
 def test_subscriptions_take_options() -> None:
     read = read_subscriptions({"a": {"from": ["accounts"], "echo": True}, "b_*": "channel"})
 
     assert read["a"] == Subscription(name="a", sources=frozenset({"accounts"}), echo=True)
-    assert read["b_*"] == Subscription(name="b_*")
+    assert read["b_*"] == Subscription(name="b_*", via="channel")
     assert list(read_subscriptions([blinker.signal("c")])) == ["c"]
 
 
 WRONG_SUBSCRIPTIONS = [
-    ({"a": {"group": None}}, r"EVENTBUS_SUBSCRIBE\['a'\]\['group'\] belongs to streams"),
-    ({"a": {"retries": 3}}, "belongs to streams"),
+    ({"a": {"group": "x"}}, r"EVENTBUS_SUBSCRIBE\['a'\]\['group'\] is 'x'. The group is the"),
+    ({"a": {"group": None, "retries": 3}}, "has both 'group': None and 'retries'"),
+    ({"a": {"retries": "no"}}, r"\['retries'\]. is 'no'. Set it to a whole number"),
+    ({"a": {"start": "now"}}, r"\['start'\] is 'now'. Set it to 'new', 'earliest', the id"),
     ({"a": {"from": []}}, r"\['from'\] is \[\]. Set it to a list of services' names"),
     ({"a": {"from": 7}}, r"\['from'\] is 7"),
     ({"a": {"from": ["a b"]}}, r"\['from'\] is \['a b'\]"),
     ({"a": {"eco": True}}, "has no option 'eco'. Did you mean 'echo'"),
-    ({"a": "stream"}, "asks for via 'stream'"),
+    ({"a": "pigeon"}, "asks for via 'pigeon'"),
     (["a b"], "cannot be a signal's name"),
     (7, "EVENTBUS_SUBSCRIBE is 7"),
 ]

@@ -19,9 +19,10 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, Event, EventBus, PayloadError, signals
-from flask_eventbus.channels import ChannelKeys, ChannelWriter
+from flask_eventbus.channels import ChannelKeys
 from flask_eventbus.connections import Connections
 from flask_eventbus.event import handling
+from flask_eventbus.pipe import Pipe
 
 Make = Callable[..., Bus]
 
@@ -812,7 +813,7 @@ class Foreign:
     """A program that writes events by itself, byte by byte."""
 
     def __init__(self, url: str, prefix: str, bus: Bus) -> None:
-        self._writer = ChannelWriter(Connections(url, name="foreign"), timeout=5.0)
+        self._pipe = Pipe(Connections(url, name="foreign"), timeout=5.0)
         self._keys = ChannelKeys(prefix)
         self._codec = bus.node.codec
         self._numbers = itertools.count(1)
@@ -826,11 +827,10 @@ class Foreign:
             seq=seq,
             payload=payload,
         )
-        [error] = self._writer.publish([(self._keys.key(name), self._codec.encode(event))])
-        assert error is None
+        self._pipe.ask("PUBLISH", self._keys.key(name), self._codec.encode(event))
 
     def close(self) -> None:
-        self._writer.close()
+        self._pipe.close()
 
 
 @pytest.fixture

@@ -41,14 +41,18 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, outbox
 from flask_eventbus.__main__ import main
-from flask_eventbus.channels import ChannelKeys, ChannelWriter
 from flask_eventbus.cli import flask_commands
 from flask_eventbus.codec import Codec
+from flask_eventbus.config import Config
 from flask_eventbus.connections import Connections
 from flask_eventbus.event import Event, handling
+from flask_eventbus.exchange import Exchange
+from flask_eventbus.lanes import Ways
 from flask_eventbus.outbox import Entry, Outbox, store
 from flask_eventbus.relay import Relay, Turn
+from flask_eventbus.routes import Route
 from flask_eventbus.testing import Isolation
+from flask_eventbus.way import Way
 
 Make = Callable[..., Bus]
 
@@ -152,12 +156,24 @@ def ear(shared_redis: RedisServer, prefix: str) -> Iterator[Ear]:
 @contextmanager
 def relaying(server: RedisServer, engine: Engine, prefix: str, batch: int = 100) -> Iterator[Relay]:
     """A relay in this process."""
-    channel = ChannelWriter(Connections(server.url, name="relay"), timeout=2)
+    exchange = exchange_with(server.url, prefix)
 
     try:
-        yield Relay(Outbox(engine), channel, ChannelKeys(prefix), batch=batch)
+        yield Relay(Outbox(engine), exchange, way(prefix), batch=batch)
     finally:
-        channel.close()
+        exchange.close()
+
+
+def exchange_with(url: str, prefix: str) -> Exchange:
+    """What a relay publishes with."""
+    connections = Connections(url, name="relay")
+    return Exchange(connections, timeout=2, names=f"{prefix}:streams", patience=0.5)
+
+
+def way(prefix: str) -> Callable[[str, str], Way]:
+    """How a relay without routes lets events travel."""
+    ways = Ways(Config(service="relay", prefix=prefix))
+    return lambda name, via: ways.way(name, Route(name=name, via=via))
 
 
 @pytest.fixture
@@ -498,8 +514,8 @@ def test_nothing_is_locked_for_a_redis_that_is_away(engine: Engine) -> None:
 
 def lonely(engine: Engine) -> Relay:
     """A relay without a Redis."""
-    channel = ChannelWriter(Connections("redis://127.0.0.1:1/0", name="relay"), timeout=2)
-    return Relay(Outbox(engine), channel, ChannelKeys("none"), batch=10)
+    exchange = exchange_with("redis://127.0.0.1:1/0", "none")
+    return Relay(Outbox(engine), exchange, way("none"), batch=10)
 
 
 def executed(engine: Engine) -> list[str]:
@@ -518,17 +534,17 @@ def test_an_outage_in_the_middle_of_a_batch_leaves_what_was_confirmed_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fill(engine, 8, size=300_000)
-    publish, batches = ChannelWriter.publish, []
+    publish, batches = Exchange.publish, []
 
-    def break_down(self: ChannelWriter, batch: Any) -> Any:
+    def break_down(self: Exchange, batch: Any) -> Any:
         batches.append(batch)
 
-        if len(batches) == 3:
+        if len(batches) == 2:
             raise redis.ConnectionError("It is gone.")
 
         return publish(self, batch)
 
-    monkeypatch.setattr(ChannelWriter, "publish", break_down)
+    monkeypatch.setattr(Exchange, "publish", break_down)
 
     with pytest.raises(redis.ConnectionError):
         relay.turn(threading.Event())
@@ -560,8 +576,8 @@ def test_what_redis_refuses_waits_and_holds_up_no_other_signal(
 
     monkeypatch.setattr("flask_eventbus.relay.REFUSED_AGAIN", 0.3)
     url = shared_redis.url.replace("redis://", "redis://relay:secret@")
-    channel = ChannelWriter(Connections(url, name="relay"), timeout=2)
-    relay = Relay(Outbox(engine), channel, ChannelKeys(prefix), batch=3)
+    exchange = exchange_with(url, prefix)
+    relay = Relay(Outbox(engine), exchange, way(prefix), batch=3)
     never = threading.Event()
 
     wait_until(lambda: relay.turn(never) and relay.published == 6)
@@ -573,20 +589,20 @@ def test_what_redis_refuses_waits_and_holds_up_no_other_signal(
         client.execute_command("ACL", "SETUSER", "relay", "allchannels")
 
     wait_until(lambda: relay.turn(never) and not waiting.count())
-    channel.close()
+    exchange.close()
     assert ear.ids[6:] == [0, 1] * 3
 
 
 def test_what_a_newer_version_wrote_is_left_to_a_newer_relay(
     relay: Relay, session: Session, waiting: Outbox, ear: Ear, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store(session, Entry(event_id="a-1", name="order_paid", via="stream", event=b""))
+    store(session, Entry(event_id="a-1", name="order_paid", via="pigeon", event=b""))
     session.commit()
 
     assert relay.turn(threading.Event()) is Turn.PUBLISHED
     assert relay.turn(threading.Event()) is Turn.EMPTY
     assert (waiting.count(), ear.events) == (1, [])
-    assert "too old to publish via 'stream'" in caplog.text
+    assert "too old to publish via 'pigeon'" in caplog.text
 
 
 def test_an_event_that_is_published_twice_is_heard_once(
@@ -934,7 +950,7 @@ def test_once_tells_by_its_exit_code_whether_everything_is_published(
 
 
 def test_once_says_what_is_refused(shop: Shop, engine: Engine, session: Session) -> None:
-    store(session, Entry(event_id="a-1", name="order_paid", via="stream", event=b""))
+    store(session, Entry(event_id="a-1", name="order_paid", via="pigeon", event=b""))
     session.commit()
     fill(engine, 2)
 

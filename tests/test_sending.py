@@ -18,9 +18,12 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError, signals, writer
-from flask_eventbus.buffer import Buffer, Lane, Outgoing
-from flask_eventbus.channels import ChannelWriter
+from flask_eventbus.buffer import Buffer
+from flask_eventbus.exchange import Exchange
+from flask_eventbus.outgoing import Lane, Outgoing
+from flask_eventbus.routes import Route
 from flask_eventbus.seal import Seal
+from flask_eventbus.way import ChannelWay
 
 Make = Callable[..., Bus]
 
@@ -277,14 +280,14 @@ def test_a_full_buffer_raises_where_the_policy_is_to_raise(
 def test_a_confirmation_that_comes_late_because_much_waits_drops_nothing(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = ChannelWriter.publish
+    publish = Exchange.publish
 
-    def slowly(channel: ChannelWriter, batch: Any) -> Any:
+    def slowly(exchange: Exchange, batch: Any) -> Any:
         time.sleep(0.02)
-        return publish(channel, batch)
+        return publish(exchange, batch)
 
     # What waits takes nearly a second, and there is room again after a fiftieth of one.
-    monkeypatch.setattr(ChannelWriter, "publish", slowly)
+    monkeypatch.setattr(Exchange, "publish", slowly)
     monkeypatch.setattr(writer, "BATCH_EVENTS", 50)
     bus = make_bus(
         shared_redis.url,
@@ -352,7 +355,8 @@ def test_events_that_were_dropped_are_missed_by_those_who_listen(
 
 def test_a_withdrawn_event_leaves_the_line_without_a_trace() -> None:
     buffer = Buffer(most_events=10)
-    lane = Lane(name="tick", key="tick", seal=Seal("tests", "tick"))
+    way = ChannelWay("tick", "tick")
+    lane = Lane(route=Route(name="tick"), way=way, seal=Seal("tests", "tick"))
     events = [Outgoing(lane, b"\x80", {}, confirm=True) for _ in range(4)]
 
     for number, outgoing in enumerate(events, 1):
