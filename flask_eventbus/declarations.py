@@ -8,10 +8,12 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
 from blinker import ANY, NamedSignal, Namespace, Signal
 
+from .allowances import Allowances, read_allowance
 from .codec import Codec
 from .errors import ConfigError
 from .namespace import BusNamespace, Receiver, check_signal_name
@@ -23,6 +25,7 @@ from .routes import (
     matches,
     read_route,
     read_subscription,
+    unite,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,6 +62,7 @@ class Declarations:
         self._patterns: list[tuple[str, Receiver, tuple[Any, ...]]] = []
         #: The names of the signals that are connected to the receivers of patterns.
         self._met: set[str] = set()
+        self._allowances = Allowances()
         #: The declared parameters of signals, by name.
         self.parameters: dict[str, inspect.Signature] = {}
         #: What was loaded by configuration, so that two apps do not load it twice.
@@ -109,20 +113,39 @@ class Declarations:
         *,
         from_: str | Iterable[str] | None = None,
         echo: bool = False,
+        via: str | None = None,
+        start: str | datetime | None = None,
+        group: bool | None = True,
+        retries: int | None = None,
+        timeout: float | None = None,
     ) -> Callable[[F], F]:
         """Subscribe the service to a signal and connect the decorated receiver, strongly.
 
         :param signal: its name, a pattern such as ``"order_*"``, or the signal.
         :param from_: the services to hear; all by default.
-        :param echo: whether events that this node emits come back to it.
-        :raises ConfigError: the name or the services are not well formed.
+        :param echo: whether events that this node emits come back to it; on a stream, those that
+            this service emits.
+        :param via: ``"channel"`` or ``"stream"`` to hear the signal only so; both by default.
+        :param start: where the service begins to read a stream when it subscribes for the first
+            time: ``"new"``, ``"earliest"``, an entry's id or an aware datetime.
+        :param group: ``None`` to hear every event of a stream in every process of the service.
+        :param retries: how often this receiver is tried again at a stream event that it failed
+            at; ``EVENTBUS_RETRIES`` by default.
+        :param timeout: seconds after which this receiver, a coroutine function, is cancelled and
+            has failed. Python cannot interrupt any other function.
+        :raises ConfigError: something of it is not well formed.
         """
         name = signal.name if isinstance(signal, NamedSignal) else signal
-        subscription = read_subscription(name, {"from": from_, "echo": echo}, f"on({name!r})")
+        options = {"from": from_, "echo": echo, "via": via, "start": start, "group": group}
+        subscription = read_subscription(name, options, f"on({name!r})")
+        allowance = read_allowance(retries, timeout, f"on({name!r})")
         senders = (ANY,) if subscription.sources is None else tuple(sorted(subscription.sources))
 
         def decorate(receiver: F) -> F:
+            allowance.check(receiver, f"on({name!r})")
+
             with self.lock:
+                self._allowances.note(name, receiver, allowance)
                 self._connect(name, receiver, senders)
                 self._subscribe(subscription)
 
@@ -137,19 +160,26 @@ class Declarations:
         as_: str | None = None,
         via: str = "channel",
         payload: Extractor | str | None = None,
-        confirm: bool = False,
+        confirm: bool | None = None,
         after_commit: bool = False,
         outbox: bool = False,
+        key: str | None = None,
+        maxlen: int | str | None = None,
+        replicas: int | None = None,
     ) -> Signal:
         """Publish a signal, one of the bus's or any other, and return it.
 
         :param as_: the name on the wire; the signal's own by default.
         :param payload: called as a receiver is; returns the payload to publish.
-        :param confirm: whether ``send()`` waits until Redis has the event.
+        :param via: ``"channel"`` or ``"stream"``.
+        :param confirm: whether ``send()`` waits until Redis has the event; by default on streams.
         :param after_commit: whether an event sent inside a database transaction waits for its
             commit; see :meth:`register_session`.
         :param outbox: whether an event is written to the database with that transaction, and
             published by ``flask eventbus relay``.
+        :param key: the key of the payload whose value keeps events of a stream in order.
+        :param maxlen: about how many events the stream keeps, or their age, as ``"7d"``.
+        :param replicas: how many replicas must have an event before it is confirmed.
         :raises ConfigError: something of it is not well formed.
         """
         options = {
@@ -158,6 +188,9 @@ class Declarations:
             "confirm": confirm,
             "after_commit": after_commit,
             "outbox": outbox,
+            "key": key,
+            "maxlen": maxlen,
+            "replicas": replicas,
         }
         where = f"publishes({as_ or getattr(signal, 'name', signal)!r})"
 
@@ -216,6 +249,14 @@ class Declarations:
 
         return [] if signal.is_muted else list(signal.receivers_for(source))
 
+    def retries_of(self, name: str, receiver: Receiver) -> int | None:
+        """How often ``receiver`` is tried again at an event ``name``, if it says so itself."""
+        return self._allowances.of(name, receiver).retries
+
+    def timeout_of(self, name: str, receiver: Receiver) -> float | None:
+        """The seconds that ``receiver`` has for an event ``name``, if it says so itself."""
+        return self._allowances.of(name, receiver).timeout
+
     def receivers_of_pattern(self, pattern: str) -> list[Receiver]:
         """The receivers that hear whatever ``pattern`` stands for, from any service or some."""
         return [receiver for known, receiver, _ in self._patterns if matches(known, pattern)]
@@ -270,9 +311,12 @@ class Declarations:
 
     def _subscribe(self, subscription: Subscription) -> None:
         known = self.subscriptions.get(subscription.name)
-        echo = subscription.echo or (known is not None and known.echo)
         # Who is heard is a matter of each receiver here, not of the whole service.
-        subscription = replace(subscription, sources=None, echo=echo)
+        subscription = replace(subscription, sources=None)
+
+        if known is not None:
+            subscription = unite(known, subscription, f"on({subscription.name!r})")
+
         self.subscriptions[subscription.name] = subscription
 
         for watcher in list(self._watchers):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .coroutines import run_coroutine
 from .counters import BoundedLog, Counters
@@ -25,6 +26,8 @@ class Failure:
 
     receiver: Receiver
     error: BaseException
+    #: The receiver's name; empty for what is none, as the end of the scope of an event.
+    name: str = ""
 
 
 class Dispatcher:
@@ -33,6 +36,7 @@ class Dispatcher:
     :param service: this service, for logs.
     :param receivers: the receivers of an event here, those that publish included.
     :param scope: what each event runs in: in Flask, a fresh app context.
+    :param timeout: the seconds that a receiver which is a coroutine function has; ``None`` for all.
     """
 
     def __init__(
@@ -42,18 +46,32 @@ class Dispatcher:
         receivers: Callable[[Event], Iterable[Receiver]],
         scope: Callable[[], AbstractContextManager[object]],
         counters: Counters,
+        timeout: Callable[[str, Receiver], float | None] = lambda name, receiver: None,
     ) -> None:
         self._service = service
         self._receivers = receivers
         self._scope = scope
+        self._timeout = timeout
         self._counters = counters
         self._log = BoundedLog(logger)
 
-    def dispatch(self, event: Event) -> list[Failure]:
-        """Run every receiver for ``event`` and return those that failed; never raises."""
-        receivers = [
-            receiver for receiver in self._receivers(event) if not isinstance(receiver, Outbound)
+    def receivers(self, event: Event, *, only: str | None = None) -> list[Receiver]:
+        """The receivers of ``event`` that are to run here.
+
+        :param only: the name of the one that is asked for.
+        """
+        return [
+            receiver
+            for receiver in self._receivers(event)
+            if not isinstance(receiver, Outbound) and only in (None, name_of(receiver))
         ]
+
+    def dispatch(self, event: Event, *, only: str | None = None) -> list[Failure]:
+        """Run every receiver for ``event`` and return those that failed; never raises.
+
+        :param only: the name of the receiver that is to run alone.
+        """
+        receivers = self.receivers(event, only=only)
 
         if not receivers:
             self._skip(event)
@@ -61,14 +79,17 @@ class Dispatcher:
 
         failures: list[Failure] = []
         token = handling.set(event)
+        begun = False
 
         try:
             with self._scope():
+                begun = True
+
                 for receiver in receivers:
                     self._call(receiver, event, failures)
         except BaseException as error:
             # The scope's own end: a teardown function that raised, for example.
-            failures.append(self._failed(self._scope, event, error))
+            failures += self._fallen(event, error, [] if begun else receivers)
         finally:
             handling.reset(token)
 
@@ -80,10 +101,19 @@ class Dispatcher:
             result = receiver(event.source, **event.payload)
 
             if inspect.iscoroutine(result):
-                run_coroutine(result)
+                timeout = self._timeout(event.name, receiver)
+                run_coroutine(result if timeout is None else asyncio.wait_for(result, timeout))
         except BaseException as error:
             # Even SystemExit: a receiver cannot end the process that others depend on.
             failures.append(self._failed(receiver, event, error))
+
+    def _fallen(
+        self, event: Event, error: BaseException, kept_from: Iterable[Receiver]
+    ) -> list[Failure]:
+        """What the scope's failure is: one of each receiver that did not get to run, or its own."""
+        failure = self._failed(self._scope, event, error)
+        kept = [Failure(found, error, name_of(found)) for found in kept_from]
+        return kept or [replace(failure, name="")]
 
     def _failed(self, receiver: Receiver, event: Event, error: BaseException) -> Failure:
         error = explain(receiver, event, error)
@@ -99,7 +129,7 @@ class Dispatcher:
             exc_info=error,
         )
         tell(receiver_failed, self._service, receiver=receiver, event=event, error=error)
-        return Failure(receiver, error)
+        return Failure(receiver, error, name_of(receiver))
 
     def _skip(self, event: Event) -> None:
         self._counters.add("unknown")

@@ -21,73 +21,76 @@ class Inbox:
     """A bounded line of events; when it is full, the oldest give way.
 
     On a channel the newest word counts: a cache that hears late hears the last price.
+
+    :param work: notified when there is something for the takers; its lock guards the line,
+        together with what else they wait for.
+    :param rest: a condition of the same lock, notified when nothing is left.
     """
 
-    def __init__(self, *, most_events: int = MOST_EVENTS, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(
+        self,
+        work: threading.Condition,
+        rest: threading.Condition,
+        *,
+        most_events: int = MOST_EVENTS,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
         self._most_events = most_events
         self._most_bytes = most_bytes
-        self._changed = threading.Condition()
+        self._work = work
+        self._rest = rest
         self._events: deque[tuple[Event, int]] = deque()
         self._bytes = 0
         self._taken = 0
-        self._closed = False
+        #: Whether its takers are to end once nothing is left.
+        self.closed = False
 
     def __len__(self) -> int:
         return len(self._events) + self._taken
 
     def put(self, batch: Sequence[tuple[Event, int]]) -> int:
         """Add events with their sizes in bytes; return how many older ones gave way."""
-        with self._changed:
+        with self._work:
             self._events.extend(batch)
             self._bytes += sum(size for _, size in batch)
             dropped = self._trim()
-            self._changed.notify(len(batch))
+            self._work.notify(len(batch))
 
         return dropped
 
-    def take(self, most: int = BATCH) -> list[Event]:
-        """Wait for events and return some, in order; none when the inbox is closed and empty.
+    def pick(self, most: int = BATCH) -> list[Event]:
+        """Some events, in order; each is to be given back to :meth:`done`.
 
-        Each that was taken is to be given back to :meth:`done`.
+        The caller holds the lock.
         """
-        with self._changed:
-            while not self._events and not self._closed:
-                self._changed.wait()
-
-            count = min(most, len(self._events))
-            taken = [self._events.popleft() for _ in range(count)]
-            self._bytes -= sum(size for _, size in taken)
-            self._taken += count
-
+        count = min(most, len(self._events))
+        taken = [self._events.popleft() for _ in range(count)]
+        self._bytes -= sum(size for _, size in taken)
+        self._taken += count
         return [event for event, _ in taken]
 
     def done(self, count: int) -> None:
         """Tell that ``count`` events which were taken are dispatched."""
-        with self._changed:
+        with self._work:
             self._taken -= count
 
             if not self._taken and not self._events:
-                self._changed.notify_all()
+                self._rest.notify_all()
 
     def close(self) -> None:
         """Let the takers end once nothing is left."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        with self._work:
+            self.closed = True
+            self._work.notify_all()
 
     def clear(self) -> int:
         """Drop what waits, and return how many events that was."""
-        with self._changed:
+        with self._work:
             count = len(self._events)
             self._events.clear()
             self._bytes = 0
 
         return count
-
-    def wait_until_empty(self, timeout: float) -> bool:
-        """Whether everything was dispatched within ``timeout`` seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._events and not self._taken, timeout)
 
     def _trim(self) -> int:
         dropped = 0

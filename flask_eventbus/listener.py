@@ -77,8 +77,8 @@ class Listener:
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the calling thread is one of the listener's."""
-        return threading.current_thread() is self._thread or self._pool.is_own_thread
+        """Whether the calling thread is the one that reads."""
+        return threading.current_thread() is self._thread
 
     @property
     def connected(self) -> bool:
@@ -91,17 +91,11 @@ class Listener:
         """Subscriptions that Redis refuses, with its reasons."""
         return self._hearing.refused
 
-    @property
-    def lag(self) -> int:
-        """Events that were read and are not handled yet."""
-        return len(self._pool)
-
     def start(self) -> None:
         """Start the threads, once."""
         if self._thread is not None:
             return
 
-        self._pool.start()
         name = f"eventbus-listener-{self._node}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -119,21 +113,19 @@ class Listener:
 
         return self.connected
 
-    def stop(self, grace: float) -> None:
-        """Stop reading, let what was read be handled for ``grace`` seconds, end the threads."""
+    def stop(self) -> None:
+        """Stop reading. What was read waits in the pool."""
         if self._thread is None:
             return
 
         self._stopping.set()
         self._wake()
         self._thread.join(timeout=END)
-        self._pool.stop(grace)
 
     def disown(self) -> None:
         """In a forked child: end what came along of it, which for greenlets is everything."""
         self._stopping = threading.Event()
         self._stopping.set()
-        self._pool.disown()
         # Nobody is to be told of the connection that is lost with this.
         self._lost_since = time.monotonic()
 

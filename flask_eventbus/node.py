@@ -17,7 +17,6 @@ from typing import Any
 from blinker import NamedSignal
 
 from .bridges import Bridges
-from .channels import ChannelKeys, ChannelReader
 from .codec import Codec
 from .config import Config
 from .connections import Connections
@@ -30,16 +29,13 @@ from .errors import PublishError
 from .event import Event
 from .exchange import Exchange
 from .health import Health
-from .hearing import Hearing
-from .intake import Intake
+from .inbound import Inbound
 from .lanes import check_route
-from .listener import Listener
 from .logs import get_logger
 from .namespace import Receiver
 from .outgoing import Outgoing
-from .pool import Pool
 from .publisher import ClosedError, Publisher
-from .routes import Route, Subscription, read_routes, read_subscriptions
+from .routes import NEW, Route, Subscription, read_routes, read_subscriptions
 from .streams import StreamKeys
 from .writer import WRITE_TIMEOUT
 
@@ -80,7 +76,6 @@ class Node:
         self._trace = trace
         self._wanted = wanted
         self._found_session = session
-        self._keys = ChannelKeys(config.prefix)
         self.codec: Codec = declarations.codec.limited(config.max_event_bytes)
         self._bridges = Bridges(
             declarations,
@@ -190,7 +185,7 @@ class Node:
         if not self.config.enabled or not self._subscriptions:
             return self.config.enabled
 
-        return self._listener.ready(timeout)
+        return self._inbound.ready(timeout)
 
     def ask(self) -> None:
         """Find out whether Redis takes events, in the writing thread; :meth:`health` then tells."""
@@ -210,14 +205,14 @@ class Node:
 
         with self._turning:
             self.listening = False
-            self._listener.stop(self.config.grace)
+            self._inbound.stop(self.config.grace)
             publisher = self._publisher
             # What is sent from now on goes to another: nothing is taken and then not written.
             self._renew()
             publisher.close(flush)
 
     def _refuse_own_threads(self) -> None:
-        if self._listener.is_own_thread or self._publisher.is_writing_thread:
+        if self._inbound.is_own_thread or self._publisher.is_writing_thread:
             raise RuntimeError(
                 "stop() was called by a receiver, for whose end it would wait. Call it in another "
                 "thread, or end the process by a signal."
@@ -225,18 +220,18 @@ class Node:
 
     def health(self) -> Health:
         """How this node does."""
-        heard = self._listener.last_heard
+        heard = self._inbound.last_heard
         return Health(
             service=self.config.service,
             node=self.name,
             listening=self.listening and bool(self._subscriptions),
-            connected=self._listener.connected,
+            connected=self._inbound.connected,
             publishing=self._publisher.connected,
             last_heard=None if heard is None else _since(heard),
-            lag=self._listener.lag,
+            lag=self._inbound.lag,
             buffered=self._publisher.buffered,
             missed=self.counters.get("missed"),
-            refused=self._listener.refused,
+            refused=self._inbound.refused,
             counts=self.counters.all(),
         )
 
@@ -253,7 +248,7 @@ class Node:
         self._publisher = self._make_publisher()
         self._drafts = self._make_drafts()
         self.dispatcher = self._make_dispatcher()
-        self._listener = self._make_listener()
+        self._inbound = self._make_inbound()
         self._abandon_with_node()
 
     def _abandon_with_node(self) -> None:
@@ -295,43 +290,23 @@ class Node:
             receivers=self.receivers_of,
             scope=self._scope,
             counters=self.counters,
+            timeout=self.declarations.timeout_of,
         )
 
-    def _make_listener(self) -> Listener:
-        reader = ChannelReader(self.connections)
-        return Listener(
+    def _make_inbound(self) -> Inbound:
+        publisher = self._publisher
+        return Inbound(
             config=self.config,
-            reader=reader,
-            keys=self._keys,
-            hearing=self._make_hearing(reader),
-            intake=self._make_intake(self._publisher),
-            pool=Pool(
-                config=self.config,
-                dispatcher=self.dispatcher,
-                counters=self.counters,
-                node=self.name,
-            ),
-            counters=self.counters,
-            node=self.name,
-            wanted=self._wanted,
-        )
-
-    def _make_hearing(self, reader: ChannelReader) -> Hearing:
-        return Hearing(
-            service=self.config.service,
-            keys=self._keys,
-            reader=reader,
-            subscriptions=lambda: self._subscriptions,
-        )
-
-    def _make_intake(self, publisher: Publisher) -> Intake:
-        return Intake(
-            config=self.config,
+            connections=self.connections,
             codec=self.codec,
+            dispatcher=self.dispatcher,
+            subscriptions=lambda: self._subscriptions,
             counters=self.counters,
             node=self.name,
             issued=lambda: publisher.issued,
             siblings=self.declarations.siblings,
+            wanted=self._wanted,
+            retries_of=self.declarations.retries_of,
         )
 
     def renew_unused(self) -> None:
@@ -345,7 +320,7 @@ class Node:
         self.listening = False
         self._turning = threading.RLock()
         self.declarations.renew_lock()
-        self._listener.disown()
+        self._inbound.disown()
         self._publisher.disown()
         self.connections.disown()
         self.counters = Counters()
@@ -356,9 +331,7 @@ class Node:
             return
 
         with self._starting:
-            self._listener.start()
-
-        self._listener.refresh()
+            self._inbound.start()
 
     # -- publishing -----------------------------------------------------------------------
 
@@ -397,7 +370,13 @@ def _merge(declared: Subscription, configured: Subscription | None) -> Subscript
     if configured is None:
         return declared
 
-    return replace(configured, echo=configured.echo or declared.echo)
+    return replace(
+        configured,
+        echo=configured.echo or declared.echo,
+        via=configured.via or declared.via,
+        start=declared.start if configured.start == NEW else configured.start,
+        group=configured.group and declared.group,
+    )
 
 
 def _since(moment: float) -> float:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .config import Config
 from .coroutines import kept_loop
 from .counters import BoundedLog, Counters
+from .deliveries import Delivery
 from .dispatcher import Dispatcher
 from .event import Event
 from .inbox import BATCH, Inbox
 from .lifecycle import tell
+from .lineup import Lineup
 from .logs import get_logger
 from .signals import events_dropped
 
@@ -23,22 +25,41 @@ END = 2.0
 
 
 class Pool:
-    """As many threads as ``EVENTBUS_CONCURRENCY``; with one, events keep their order."""
+    """As many threads as ``EVENTBUS_CONCURRENCY``; with one, events keep their order.
+
+    They serve two lines: events of channels, of which the oldest give way when it is full, and
+    deliveries of streams, which are handed back when the threads end before they began.
+
+    :param handle: handles deliveries of streams, and settles them.
+    """
 
     def __init__(
-        self, *, config: Config, dispatcher: Dispatcher, counters: Counters, node: str
+        self,
+        *,
+        config: Config,
+        dispatcher: Dispatcher,
+        counters: Counters,
+        node: str,
+        handle: Callable[[Sequence[Delivery]], None],
     ) -> None:
         self._config = config
         self._dispatcher = dispatcher
         self._counters = counters
         self._node = node
         self._log = BoundedLog(logger)
-        self._inbox = Inbox()
+        self._handle = handle
+        lock = threading.RLock()
+        self._work = threading.Condition(lock)
+        self._rest = threading.Condition(lock)
+        self._inbox = Inbox(self._work, self._rest)
+        #: What was read of streams.
+        self.lineup = Lineup(self._work, self._rest, width=config.concurrency)
+        self._stream_next = True
         self._forced = False
         self._threads: list[threading.Thread] = []
 
     def __len__(self) -> int:
-        return len(self._inbox)
+        return len(self._inbox) + len(self.lineup)
 
     @property
     def is_own_thread(self) -> bool:
@@ -46,10 +67,13 @@ class Pool:
         return threading.current_thread() in self._threads
 
     def start(self) -> None:
-        """Start the threads."""
+        """Start the threads, once."""
+        if self._threads:
+            return
+
         for number in range(self._config.concurrency):
             name = f"eventbus-receiver-{number}-{self._node}"
-            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            thread = threading.Thread(target=self._run, args=(number,), name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -73,8 +97,13 @@ class Pool:
         self._inbox.close()
 
     def stop(self, grace: float) -> None:
-        """Let what waits be handled for ``grace`` seconds, and end the threads."""
-        if not self._inbox.wait_until_empty(grace):
+        """Let what waits on channels, and what runs, have ``grace`` seconds; end the threads."""
+        self.lineup.clear()
+
+        with self._rest:
+            in_time = self._rest.wait_for(lambda: not len(self), grace)
+
+        if not in_time:
             self._force(grace)
 
         self.close()
@@ -86,8 +115,13 @@ class Pool:
     def disown(self) -> None:
         """In a forked child: let the thread that forked end, if it is one of these."""
         self._forced = True
-        self._inbox = Inbox()
+        self._inbox = Inbox(threading.Condition(), threading.Condition())
         self._inbox.close()
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the grace is over: nothing is begun any more."""
+        return self._forced
 
     def _force(self, grace: float) -> None:
         self._forced = True
@@ -100,13 +134,50 @@ class Pool:
             left,
         )
 
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         most = BATCH if self._config.concurrency == 1 else 1
 
         with kept_loop():
-            while events := self._inbox.take(most):
-                self._dispatch(events)
-                self._inbox.done(len(events))
+            while True:
+                events, deliveries = self._take(number, most)
+
+                if deliveries:
+                    self._handle_all(deliveries)
+                elif events:
+                    self._dispatch(events)
+                    self._inbox.done(len(events))
+                else:
+                    return
+
+    def _take(self, number: int, most: int) -> tuple[list[Event], list[Delivery]]:
+        """What is next, of one line or the other; nothing of both at the end."""
+        with self._work:
+            while True:
+                self._stream_next = not self._stream_next
+
+                if self._stream_next and (deliveries := self.lineup.pick(number, most)):
+                    return [], deliveries
+
+                if events := self._inbox.pick(most):
+                    return events, []
+
+                if deliveries := self.lineup.pick(number, most):
+                    return [], deliveries
+
+                if self._inbox.closed:
+                    return [], []
+
+                self._work.wait()
+
+    def _handle_all(self, deliveries: Sequence[Delivery]) -> None:
+        begin = time.monotonic()
+
+        try:
+            self._handle(deliveries)
+        except Exception:
+            logger.exception("%d events of streams were not handled.", len(deliveries))
+        finally:
+            self.lineup.done(len(deliveries), time.monotonic() - begin)
 
     def _dispatch(self, events: Sequence[Event]) -> None:
         for event in events:

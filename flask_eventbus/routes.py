@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -44,6 +44,9 @@ _SUBSCRIPTION_OPTIONS = ("via", "from", "echo", "retries", "start", "group")
 _STREAM_ONLY = ("key", "maxlen", "replicas")
 
 _VIAS = ("channel", "stream")
+
+#: Where a stream is read from by default: behind its last entry.
+NEW = "$"
 _ENTRY_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
 
 
@@ -90,7 +93,7 @@ class Subscription:
     #: How often a receiver that failed is tried again; ``None`` for ``EVENTBUS_RETRIES``.
     retries: int | None = None
     #: Where a stream is read from the first time: ``"$"`` for what comes from then on, or an id.
-    start: str = "$"
+    start: str = NEW
     #: Whether the workers of the service share the events of a stream; each hears all otherwise.
     group: bool = True
 
@@ -198,6 +201,26 @@ def read_subscription(name: Any, options: Any, where: str) -> Subscription:
         retries=_read_optional(read_retries, options, "retries", where),
         start=_read_start(options.get("start"), f"{where}['start']"),
         group=_read_group(options, where),
+    )
+
+
+def unite(first: Subscription, second: Subscription, where: str) -> Subscription:
+    """Two subscriptions of one service to one name, as the one that serves both.
+
+    :raises ConfigError: one is for the group, and the other for every process.
+    """
+    if first.group is not second.group:
+        raise ConfigError(
+            f"{where}: one receiver has 'group': None and another has not. A process reads a "
+            "stream in one of the two ways: give both of them the same."
+        )
+
+    return replace(
+        second,
+        echo=first.echo or second.echo,
+        via=first.via if first.via == second.via else None,
+        start=first.start if second.start == NEW else second.start,
+        retries=first.retries if second.retries is None else second.retries,
     )
 
 
@@ -326,7 +349,7 @@ def read_retries(key: str, value: Any) -> int:
 
 
 def _read_start(value: Any, where: str) -> str:
-    words = {None: "$", "new": "$", "earliest": "0"}
+    words = {None: NEW, "new": NEW, "earliest": "0"}
 
     if isinstance(value, datetime) and value.tzinfo is not None:
         return f"{int(value.timestamp() * 1000)}-0"

@@ -51,8 +51,11 @@ LAYERS = {
         "sequences",
         "outbox",
         "rendering",
+        "retries",
     ),
     3: (
+        "allowances",
+        "deliveries",
         "codec",
         "channels",
         "pipe",
@@ -64,6 +67,10 @@ LAYERS = {
         "tables",
     ),
     4: (
+        "catalogue",
+        "duplicates",
+        "group",
+        "lineup",
         "buffer",
         "drafts",
         "exchange",
@@ -72,26 +79,39 @@ LAYERS = {
         "dispatcher",
         "intake",
         "hearing",
-        "declarations",
         "server",
         "tailing",
         "stream_access",
     ),
     5: (
-        "bridges",
+        "declarations",
+        "stream_intake",
+        "trims",
         "emissions",
         "overflow",
         "writer",
         "pool",
-        "application",
-        "loading",
         "stream_status",
         "dead_letters",
         "seek",
     ),
-    6: ("listener", "publisher", "status_report", "dead_report", "dead_retry"),
-    7: ("node",),
-    8: (
+    6: (
+        "application",
+        "loading",
+        "bridges",
+        "settler",
+        "follower",
+        "listener",
+        "publisher",
+        "status_report",
+        "dead_retry",
+    ),
+    7: ("dead_report", "retry_line", "stream_reader"),
+    8: ("keeper",),
+    9: ("consumer",),
+    10: ("inbound",),
+    11: ("node",),
+    12: (
         "running",
         "serving",
         "recording",
@@ -103,7 +123,7 @@ LAYERS = {
         "relay",
         "census",
     ),
-    9: (
+    13: (
         "bus",
         "extension",
         "program_checks",
@@ -112,7 +132,7 @@ LAYERS = {
         "own_streams",
         "replay",
     ),
-    10: (
+    14: (
         "__init__",
         "doctor",
         "status_command",
@@ -120,8 +140,8 @@ LAYERS = {
         "replay_command",
         "seek_command",
     ),
-    11: ("commands", "testing"),
-    12: ("cli", "__main__", "pytest_plugin"),
+    15: ("commands", "testing"),
+    16: ("cli", "__main__", "pytest_plugin"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
@@ -147,7 +167,26 @@ OUTBOUND = {
     "way",
     "writer",
 }
-INBOUND = {"dispatcher", "listener", "hearing", "intake", "pool", "inbox", "sequences"}
+INBOUND = {
+    "consumer",
+    "dispatcher",
+    "duplicates",
+    "follower",
+    "group",
+    "hearing",
+    "inbound",
+    "inbox",
+    "intake",
+    "keeper",
+    "lineup",
+    "listener",
+    "pool",
+    "retry_line",
+    "sequences",
+    "settler",
+    "stream_intake",
+    "stream_reader",
+}
 
 
 def name_of(path: Path) -> str:

@@ -348,7 +348,8 @@ def test_a_slow_receiver_does_not_make_redis_cut_the_connection(
 
 
 def test_an_inbox_is_bounded_in_bytes_too() -> None:
-    inbox = Inbox(most_events=100, most_bytes=1_000)
+    changed = threading.Condition()
+    inbox = Inbox(changed, changed, most_events=100, most_bytes=1_000)
     event: Any = object()
 
     assert inbox.put([(event, 400), (event, 400)]) == 0

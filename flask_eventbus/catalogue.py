@@ -1,0 +1,97 @@
+"""Which streams a service reads: those of the names it subscribed to, and of its patterns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from .config import Config
+from .pipe import Pipe
+from .routes import NEW, Subscription, is_pattern, matches
+from .streams import StreamKeys
+
+#: Seconds between looks for streams that patterns stand for.
+LOOK = 2.0
+
+
+class Catalogue:
+    """Finds the streams of subscriptions, and where each begins.
+
+    :param subscriptions: what the service hears; asked for whenever it may have changed.
+    :param grouped: whether this is about what the workers share, or about what each hears.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        *,
+        config: Config,
+        keys: StreamKeys,
+        subscriptions: Callable[[], Mapping[str, Subscription]],
+        grouped: bool,
+    ) -> None:
+        self._pipe = pipe
+        self._config = config
+        self._keys = keys
+        self._subscriptions = subscriptions
+        self._grouped = grouped
+        self._found: set[str] = set()
+        self._looked = 0.0
+        #: Since when the service has subscribed to each pattern, in milliseconds since 1970.
+        self._since: dict[str, int] = {}
+
+    def wanted(self) -> dict[str, Subscription]:
+        """The subscriptions whose streams are read, by name or pattern."""
+        return {
+            name: found
+            for name, found in self._subscriptions().items()
+            if found.via != "channel" and found.group is self._grouped
+        }
+
+    def names(self) -> dict[str, Subscription]:
+        """The names of the streams to read, with the subscription that each is read for.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        wanted = self.wanted()
+        patterns = [name for name in wanted if is_pattern(name)]
+
+        if patterns:
+            self._look(patterns)
+
+        every = self._subscriptions()
+        names = {name: found for name, found in wanted.items() if not is_pattern(name)}
+
+        for name in sorted(self._found - every.keys()):
+            pattern = next((found for found in patterns if matches(found, name)), None)
+
+            if pattern is not None:
+                names[name] = wanted[pattern]
+
+        return names
+
+    def start_of(self, name: str, subscription: Subscription) -> str:
+        """Where the group of a stream begins that has none yet."""
+        if subscription.start == NEW and is_pattern(subscription.name):
+            # Its first events may be older than the look that found it.
+            return f"{self._since[subscription.name]}-0"
+
+        return subscription.start
+
+    def _look(self, patterns: list[str]) -> None:
+        if time.monotonic() - self._looked < LOOK and self._since.keys() >= set(patterns):
+            return
+
+        self._remember([name for name in patterns if name not in self._since])
+        self._looked = time.monotonic()
+        found = self._pipe.ask("SMEMBERS", self._keys.names)
+        self._found = {name.decode(errors="replace") for name in found}
+
+    def _remember(self, patterns: list[str]) -> None:
+        key = self._keys.since(self._config.service)
+
+        for pattern in patterns:
+            seconds, micro = self._pipe.ask("TIME")
+            now = int(seconds) * 1000 + int(micro) // 1000
+            self._pipe.ask("HSETNX", key, pattern, now)
+            self._since[pattern] = int(self._pipe.ask("HGET", key, pattern))

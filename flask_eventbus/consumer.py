@@ -1,0 +1,431 @@
+"""What a node does with streams: reads them, runs receivers, settles, looks after the rest."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from .catalogue import Catalogue
+from .codec import Codec
+from .config import Config
+from .connections import OUTAGE, Connections
+from .counters import BoundedLog, Counters
+from .deliveries import Delivery, Hand
+from .dispatcher import Dispatcher, Failure
+from .duplicates import Duplicates
+from .event import Event
+from .follower import Follower
+from .group import Group, GroupGoneError
+from .keeper import Keeper
+from .lifecycle import tell
+from .logs import get_logger
+from .namespace import Receiver
+from .pipe import Pipe
+from .pool import Pool
+from .retry_line import RetryLine
+from .routes import Subscription
+from .settler import Outcome, Settler
+from .signals import listener_connected, listener_lost
+from .stream_intake import StreamIntake
+from .stream_reader import StreamReader
+from .streams import StreamKeys
+from .trims import Trims
+
+logger = get_logger(__name__)
+
+#: Seconds that an answer of Redis may take, the longest wait for an entry included.
+ANSWER = 5.0
+
+#: Seconds that Redis has to take what became of events.
+SETTLE = 2.0
+
+#: Seconds between two settlements of a batch: short receivers share a round trip, and what a
+#: long one did is known to Redis before the next begins.
+SHARE = 0.005
+
+#: Seconds that the end of a process waits for Redis to take what became of events.
+LAST_WORDS = 5.0
+
+
+class Consumer:
+    """The stream half of a node that listens.
+
+    :param subscriptions: what the service hears; asked for whenever it may have changed.
+    :param pool: where receivers run.
+    :param retries_of: how often a receiver asks to be tried again at an event ``name``.
+    :param is_alone: whether nobody else tells of a Redis that is lost.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        connections: Connections,
+        codec: Codec,
+        dispatcher: Dispatcher,
+        pool: Pool,
+        subscriptions: Callable[[], Mapping[str, Subscription]],
+        counters: Counters,
+        node: str,
+        siblings: set[str],
+        wanted: Callable[[], bool],
+        retries_of: Callable[[str, Receiver], int | None],
+        is_alone: Callable[[], bool],
+    ) -> None:
+        self._config = config
+        self._dispatcher = dispatcher
+        self._counters = counters
+        self._subscriptions = subscriptions
+        self._retries_asked = retries_of
+        self._is_alone = is_alone
+        self._log = BoundedLog(logger)
+        self._hand = Hand()
+        self._lost_since: float | None = None
+        self._was_connected = False
+        self._stopping = threading.Event()
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{node}"
+        self._pool = pool
+        self._make(connections, codec, node, siblings, wanted)
+
+    def _make(
+        self,
+        connections: Connections,
+        codec: Codec,
+        node: str,
+        siblings: set[str],
+        wanted: Callable[[], bool],
+    ) -> None:
+        config, counters = self._config, self._counters
+        keys = StreamKeys(config.prefix)
+        reading = Pipe(connections, timeout=ANSWER)
+        settling = Pipe(connections, timeout=SETTLE)
+        self._group = self._group_on(reading, keys)
+        self._settling = self._group_on(settling, keys)
+        intake = StreamIntake(config=config, codec=codec, counters=counters, siblings=siblings)
+        self._settler = Settler(
+            config=config,
+            keys=keys,
+            group=self._settling,
+            hand=self._hand,
+            counters=counters,
+            retries_of=self._retries_at,
+            expect=lambda name, due: self._keeper.expect(name, due),
+        )
+        self._retries = RetryLine(
+            settling,
+            config=config,
+            keys=keys,
+            codec=codec,
+            settler=self._settler,
+            knows=lambda event, name: bool(self._dispatcher.receivers(event, only=name)),
+            retries_of=self._retries_of_named,
+        )
+        pool = self._pool
+        trims = Trims(self._group, service=config.service, counters=counters)
+        self._reader = StreamReader(
+            config=config,
+            catalogue=Catalogue(
+                reading,
+                config=config,
+                keys=keys,
+                subscriptions=self._subscriptions,
+                grouped=True,
+            ),
+            group=self._group,
+            duplicates=Duplicates(reading, config=config, keys=keys),
+            intake=intake,
+            hand=self._hand,
+            lineup=pool.lineup,
+            settler=self._settler,
+            trims=trims,
+            counters=counters,
+            node=node,
+            wanted=wanted,
+            lost=self._lost,
+            found=self._found,
+        )
+        self._keeper = Keeper(
+            config=config,
+            names=lambda: self._reader.joined,
+            group=self._settling,
+            intake=intake,
+            hand=self._hand,
+            lineup=pool.lineup,
+            settler=self._settler,
+            retries=self._retries,
+            trims=Trims(self._settling, service=config.service, counters=counters),
+            counters=counters,
+            node=node,
+            retries_of=self._retries_of_subscription,
+        )
+        following = Pipe(connections, timeout=ANSWER)
+        self._follower = Follower(
+            following,
+            config=config,
+            catalogue=Catalogue(
+                following,
+                config=config,
+                keys=keys,
+                subscriptions=self._subscriptions,
+                grouped=False,
+            ),
+            keys=keys,
+            intake=intake,
+            lineup=pool.lineup,
+            counters=counters,
+            node=node,
+            wanted=wanted,
+        )
+
+    def _group_on(self, pipe: Pipe, keys: StreamKeys) -> Group:
+        return Group(pipe, keys=keys, service=self._config.service, consumer=self.name)
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is one of those that read and look after."""
+        threads = (self._reader, self._keeper, self._follower)
+        return any(found.is_own_thread for found in threads)
+
+    @property
+    def hears(self) -> bool:
+        """Whether anything subscribed is heard over streams."""
+        return any(found.via != "channel" for found in self._subscriptions().values())
+
+    @property
+    def connected(self) -> bool:
+        """Whether every stream subscribed is being read."""
+        return self._reads_all and self._follows_all
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Streams that Redis refuses, and that no channel stands in for, with its reasons."""
+        subscriptions = self._subscriptions()
+        return {
+            name: reason
+            for name, reason in self._reader.refused.items()
+            if name in subscriptions and subscriptions[name].via == "stream"
+        }
+
+    @property
+    def last_heard(self) -> float | None:
+        """When Redis last answered a read, by the monotonic clock."""
+        return self._reader.last_heard
+
+    @property
+    def fatal(self) -> Exception | None:
+        """What this Redis will never do, however long it is waited for."""
+        return self._reader.fatal
+
+    @property
+    def _reads_all(self) -> bool:
+        return not self._is_grouped(True) or (self._reader.ready and not self.refused)
+
+    @property
+    def _follows_all(self) -> bool:
+        return not self._is_grouped(False) or self._follower.ready
+
+    @property
+    def _ends(self) -> bool:
+        return self._stopping.is_set()
+
+    def _is_grouped(self, grouped: bool) -> bool:
+        subscriptions = self._subscriptions().values()
+        return any(found.via != "channel" and found.group is grouped for found in subscriptions)
+
+    def start(self) -> None:
+        """Start the threads that are needed by now."""
+        if self._is_grouped(True):
+            self._reader.start()
+            self._keeper.start()
+
+        if self._is_grouped(False):
+            self._follower.start()
+
+    def ready(self, timeout: float | None) -> bool:
+        """Wait until every stream subscribed is being read; whether it was in time."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        _wait_for(self._reader.changed, lambda: self._reads_all or self._ends, deadline)
+        _wait_for(self._follower.changed, lambda: self._follows_all or self._ends, deadline)
+        return self.connected
+
+    def stop_reading(self) -> None:
+        """Read nothing more, and take over nothing more."""
+        self._stopping.set()
+        self._keeper.stop()
+        self._reader.stop()
+        self._follower.stop()
+
+    def hand_back(self) -> None:
+        """Settle what is done, and let other workers have the rest; called when the pool ended."""
+        self._keeper.end()
+
+        try:
+            self._hand_back()
+        except OUTAGE as error:
+            left = len(self._hand)
+
+            if left:
+                logger.error(
+                    "Redis is away (%s): %d events that were read stay pending. Another worker "
+                    "takes them over after %g s; those that were handled come again.",
+                    error,
+                    left,
+                    self._config.claim_after,
+                )
+        finally:
+            self._settler.close()
+
+    def disown(self) -> None:
+        """In a forked child: end what came along of it."""
+        self._stopping.set()
+        self._reader.disown()
+        self._keeper.disown()
+        self._follower.disown()
+
+    def _hand_back(self) -> None:
+        if not self._reader.was_joined:
+            return
+
+        deadline = time.monotonic() + LAST_WORDS
+
+        while len(self._settler) and time.monotonic() < deadline:
+            self._settler.flush()
+
+        with self._settler.turn:
+            for delivery in self._hand.retries():
+                if not delivery.started:
+                    self._settling.pipe.run(self._retries.put_back(delivery))
+
+            for name in self._reader.was_joined:
+                self._release(name)
+
+    def _release(self, name: str) -> None:
+        started = {found.entry for found in self._hand.first_attempts(name) if found.started}
+
+        try:
+            left = [found.id for found in self._settling.own(name) if found.id not in started]
+            self._settling.release(name, left)
+            self._settling.leave(name)
+        except GroupGoneError as error:
+            logger.debug("Nothing of %r is handed back: %s", name, error)
+
+    # -- in the threads of the pool -------------------------------------------------------
+
+    def handle(self, deliveries: Sequence[Delivery]) -> None:
+        """Run receivers for deliveries, in order, and settle them."""
+        outcomes: list[Outcome] = []
+        settled = time.monotonic()
+
+        try:
+            for delivery in deliveries:
+                if self._stopping.is_set() and not delivery.started:
+                    break
+
+                outcome = self._handle(delivery)
+
+                if outcome is not None:
+                    outcomes.append(outcome)
+
+                if outcomes and time.monotonic() - settled > SHARE:
+                    self._settler.settle(outcomes)
+                    outcomes = []
+                    settled = time.monotonic()
+        finally:
+            if outcomes:
+                self._settler.settle(outcomes)
+
+    def _handle(self, delivery: Delivery) -> Outcome | None:
+        if not delivery.in_group:
+            self._dispatcher.dispatch(delivery.event)
+            return None
+
+        if not self._may_begin(delivery):
+            self._hand.let_go([delivery])
+            self._counters.add("given_away")
+            return None
+
+        delivery.started = True
+        only = delivery.record.receiver if delivery.record else None
+        failures = self._dispatcher.dispatch(delivery.event, only=only)
+        return self._settler.outcome(delivery, failures)
+
+    def _may_begin(self, delivery: Delivery) -> bool:
+        """Whether it still is this process's, as far as can be known."""
+        if time.monotonic() > delivery.lease:
+            return False
+
+        if delivery.begun is None or delivery.record is not None:
+            return True
+
+        # It was a worker's that ended: if it ends this one as well, that is to be known.
+        try:
+            with self._settler.turn:
+                return self._settling.begin(delivery.name, delivery.entry, times=delivery.begun + 1)
+        except (GroupGoneError, *OUTAGE) as error:
+            logger.debug("The entry %s is not begun: %s", delivery.entry, error)
+            return False
+
+    # -- how often ------------------------------------------------------------------------
+
+    def _retries_at(self, delivery: Delivery, failure: Failure) -> int:
+        return self._retries_for(delivery.subscription, delivery.name, failure.receiver)
+
+    def _retries_of_named(self, subscription: Subscription, event: Event, name: str) -> int:
+        receivers = self._dispatcher.receivers(event, only=name)
+        return self._retries_for(subscription, event.name, receivers[0])
+
+    def _retries_of_subscription(self, subscription: Subscription) -> int:
+        return self._config.retries if subscription.retries is None else subscription.retries
+
+    def _retries_for(self, subscription: Subscription, name: str, receiver: Receiver) -> int:
+        if subscription.retries is not None:
+            return subscription.retries
+
+        asked = self._retries_asked(name, receiver)
+        return self._config.retries if asked is None else asked
+
+    # -- whether Redis is there -----------------------------------------------------------
+
+    def _lost(self, error: Exception) -> None:
+        if self._lost_since is not None:
+            return
+
+        self._lost_since = time.monotonic()
+
+        if self._is_alone():
+            self._log.warning(
+                "lost", "The stream reader lost Redis (%s); it connects again by itself.", error
+            )
+            tell(listener_lost, self._config.service, error=error)
+
+    def _found(self) -> None:
+        lost_since, self._lost_since = self._lost_since, None
+        reconnected, self._was_connected = self._was_connected, True
+        seconds = 0.0 if lost_since is None else time.monotonic() - lost_since
+        self._keeper.wake()
+
+        if not reconnected:
+            logger.info("Reading the streams of %s.", ", ".join(sorted(self._reader.joined)))
+
+        if not self._is_alone():
+            return
+
+        if lost_since is not None:
+            self._log.warning(
+                "connected", "The stream reader is back after %.1f s; nothing is missed.", seconds
+            )
+
+        if lost_since is not None or not reconnected:
+            tell(listener_connected, self._config.service, reconnected=reconnected, seconds=seconds)
+
+
+def _wait_for(
+    changed: threading.Condition, condition: Callable[[], bool], deadline: float | None
+) -> None:
+    with changed:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        changed.wait_for(condition, left)

@@ -1,0 +1,84 @@
+"""What a process has in hand of the streams: read, and neither acknowledged nor handed back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from .event import Event
+from .records import RetryRecord
+from .routes import Subscription
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Delivery:
+    """An event of a stream that this process is to handle."""
+
+    #: The signal whose stream it came from.
+    name: str
+    #: The id of its entry in the stream.
+    entry: str
+    event: Event
+    #: The event's bytes, as they came.
+    body: bytes
+    subscription: Subscription
+    #: Until when it is this process's, by the monotonic clock; renewed while it is in hand.
+    lease: float
+    #: How often it was begun by workers that did not end it; ``None`` where nobody began it.
+    begun: int | None = None
+    #: What is tried again of it, and the bytes of that in Redis; ``None`` for a first attempt.
+    record: RetryRecord | None = None
+    member: bytes = b""
+    #: Whether its receivers run, or have run.
+    started: bool = False
+
+    @property
+    def in_group(self) -> bool:
+        """Whether it is acknowledged; without a group there is nobody who would know."""
+        return self.subscription.group
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What is in hand once: an entry, or one receiver that failed at it."""
+        return self.name, self.entry, self.record.receiver if self.record else ""
+
+
+class Hand:
+    """The deliveries that this process has, for whoever renews them or hands them back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._deliveries: dict[tuple[str, str, str], Delivery] = {}
+
+    def __len__(self) -> int:
+        return len(self._deliveries)
+
+    def take(self, deliveries: Iterable[Delivery]) -> None:
+        """Note what was read."""
+        with self._lock:
+            self._deliveries.update((delivery.identity, delivery) for delivery in deliveries)
+
+    def let_go(self, deliveries: Iterable[Delivery]) -> None:
+        """Forget what is settled, or no more this process's."""
+        with self._lock:
+            for delivery in deliveries:
+                self._deliveries.pop(delivery.identity, None)
+
+    def first_attempts(self, name: str) -> list[Delivery]:
+        """What is in hand of a stream, retries left out."""
+        return [found for found in self.all() if found.name == name and found.record is None]
+
+    def retries(self) -> list[Delivery]:
+        """What is being tried again."""
+        return [found for found in self.all() if found.record is not None]
+
+    def without(self, name: str, entries: Collection[str]) -> list[str]:
+        """Those of ``entries`` that are not in hand."""
+        with self._lock:
+            return [entry for entry in entries if (name, entry, "") not in self._deliveries]
+
+    def all(self) -> list[Delivery]:
+        """Everything in hand."""
+        with self._lock:
+            return list(self._deliveries.values())

@@ -1,0 +1,95 @@
+"""Recognizes events that come twice: the ids of those that a service got, kept for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .config import Config
+from .deliveries import Delivery
+from .logs import get_logger
+from .pipe import Command, Pipe
+from .streams import StreamKeys
+
+logger = get_logger(__name__)
+
+
+class Duplicates:
+    """Notes ids in sets of Redis, one for each window of the events' own time.
+
+    Both copies of an event bear the same time, so they are looked for in the same set. A set
+    is kept for two windows after the last id that it got: about 70 bytes for each event.
+    """
+
+    def __init__(self, pipe: Pipe, *, config: Config, keys: StreamKeys) -> None:
+        self._pipe = pipe
+        self._config = config
+        self._keys = keys
+        self._refused = False
+
+    def find(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """Note the events of entries that are delivered for the first time; those known before.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        window = self._config.duplicate_window
+
+        if not window or self._refused or not deliveries:
+            return []
+
+        sets: dict[tuple[str, int], list[Delivery]] = {}
+
+        for delivery in deliveries:
+            number = int(delivery.event.time.timestamp() // window)
+            sets.setdefault((delivery.name, number), []).append(delivery)
+
+        commands: list[Command] = []
+
+        for (name, number), found in sets.items():
+            commands += self._note(name, number, found)
+
+        answers = self._pipe.run(commands)
+        return [
+            delivery
+            for place, found in enumerate(sets.values())
+            for delivery in self._known(found, answers[place * 5 : place * 5 + 5])
+        ]
+
+    def _note(self, name: str, number: int, deliveries: Sequence[Delivery]) -> list[Command]:
+        key = self._keys.seen(name, self._config.service, number)
+        ids = [delivery.event.id for delivery in deliveries]
+        # In one step: of two workers that got the two copies, one is the first.
+        return [
+            ("MULTI",),
+            ("SMISMEMBER", key, *ids),
+            ("SADD", key, *ids),
+            ("EXPIRE", key, max(1, int(self._config.duplicate_window * 2))),
+            ("EXEC",),
+        ]
+
+    def _known(self, deliveries: Sequence[Delivery], answers: Sequence[object]) -> list[Delivery]:
+        done = answers[-1]
+
+        if not isinstance(done, list) or isinstance(done[0], Exception):
+            self._give_up(next((a for a in answers if isinstance(a, Exception)), done))
+            return []
+
+        seen: set[str] = set()
+        known: list[Delivery] = []
+
+        for delivery, flag in zip(deliveries, done[0], strict=True):
+            # Both copies may come in one batch, too.
+            if flag or delivery.event.id in seen:
+                known.append(delivery)
+
+            seen.add(delivery.event.id)
+
+        return known
+
+    def _give_up(self, reason: object) -> None:
+        self._refused = True
+        logger.warning(
+            "Redis does not note which events came (%s): one that a publisher sends twice is "
+            "handled twice. Allow '+smismember', '+sadd' and '+expire', or set "
+            "'EVENTBUS_DUPLICATE_WINDOW' to 0.",
+            reason,
+        )

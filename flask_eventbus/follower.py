@@ -1,0 +1,218 @@
+"""The thread that reads streams for every process by itself: for what each worker must hear."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import redis
+
+from .backoff import Backoff
+from .catalogue import Catalogue
+from .config import Config
+from .connections import OUTAGE
+from .counters import BoundedLog, Counters
+from .group import Entry
+from .lineup import Lineup
+from .logs import get_logger
+from .pipe import Pipe
+from .routes import NEW, Subscription
+from .stream_intake import StreamIntake
+from .streams import StreamKeys
+
+logger = get_logger(__name__)
+
+#: Seconds that Redis holds a read back where there is nothing to read.
+BLOCK = 1.0
+BLOCK_IN_MEMORY = 0.02
+
+#: Entries of one stream that are read at once.
+COUNT = 200
+
+#: Seconds between tries to connect, at most.
+MOST_BACKOFF = 1.0
+
+#: Seconds that the thread gets to end.
+END = 6.0
+
+
+class Follower:
+    """Reads on from where it was, also after a lost connection; acknowledges nothing."""
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        *,
+        config: Config,
+        catalogue: Catalogue,
+        keys: StreamKeys,
+        intake: StreamIntake,
+        lineup: Lineup,
+        counters: Counters,
+        node: str,
+        wanted: Callable[[], bool],
+    ) -> None:
+        self._pipe = pipe
+        self._service = config.service
+        self._catalogue = catalogue
+        self._keys = keys
+        self._intake = intake
+        self._lineup = lineup
+        self._counters = counters
+        self._node = node
+        self._wanted = wanted
+        self._log = BoundedLog(logger)
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._block = BLOCK_IN_MEMORY if config.url.startswith("memory://") else BLOCK
+        #: The last entry that was read of each stream.
+        self._positions: dict[str, str] = {}
+        self._connected = False
+        #: Notified when it is known from where streams are read.
+        self.changed = threading.Condition()
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is the one that reads."""
+        return threading.current_thread() is self._thread
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known from where each stream is read, and Redis is there."""
+        lives = self._thread is not None and self._thread.is_alive()
+        wanted = self._catalogue.wanted()
+        return lives and self._connected and wanted.keys() <= self._answered
+
+    @property
+    def _answered(self) -> set[str]:
+        patterns = {name for name in self._catalogue.wanted() if "*" in name or "?" in name}
+        return self._positions.keys() | patterns
+
+    def start(self) -> None:
+        """Start the thread, once."""
+        if self._thread is None:
+            name = f"eventbus-follower-{self._node}"
+            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stop reading, now."""
+        self._stopping.set()
+        self._pipe.interrupt()
+
+        with self.changed:
+            self.changed.notify_all()
+
+        if self._thread is not None:
+            self._thread.join(timeout=END)
+
+    def disown(self) -> None:
+        """In a forked child: end what came along of it."""
+        self._stopping = threading.Event()
+        self._stopping.set()
+
+    # -- the reading thread ---------------------------------------------------------------
+
+    def _run(self) -> None:
+        backoff = Backoff(most=MOST_BACKOFF)
+
+        while self._goes_on:
+            try:
+                self._follow(backoff)
+            except OUTAGE as error:
+                logger.debug("Following waits for Redis: %s", error)
+            except Exception as error:
+                self._log.error("failed", "The follower failed; it connects anew.", exc_info=error)
+            finally:
+                self._connected = False
+                self._pipe.close()
+
+            self._stopping.wait(backoff.next())
+
+    @property
+    def _goes_on(self) -> bool:
+        return not self._stopping.is_set() and self._wanted()
+
+    def _follow(self, backoff: Backoff) -> None:
+        while self._goes_on:
+            names = self._catalogue.names()
+            self._find_positions(names)
+
+            if not names:
+                self._stopping.wait(self._block)
+            elif self._lineup.wait_for_room(self._block):
+                self._read(names)
+
+            backoff.reset()
+
+    def _find_positions(self, names: dict[str, Subscription]) -> None:
+        for name, subscription in names.items():
+            if name not in self._positions:
+                start = self._catalogue.start_of(name, subscription)
+                # An id, not "what comes from now on": that would be another now each time.
+                self._positions[name] = self._last(name) if start == NEW else start
+
+        with self.changed:
+            self._connected = True
+            self.changed.notify_all()
+
+    def _last(self, name: str) -> str:
+        found = self._pipe.ask("XREVRANGE", self._keys.stream(name), "+", "-", "COUNT", 1)
+        return str(found[0][0].decode()) if found else "0-0"
+
+    def _read(self, names: dict[str, Subscription]) -> None:
+        count = max(1, min(COUNT, self._lineup.room))
+        keys = [self._keys.stream(name) for name in names]
+        ids = [self._positions[name] for name in names]
+        wait = ("BLOCK", int(self._block * 1000))
+
+        try:
+            answer = self._pipe.ask("XREAD", "COUNT", count, *wait, "STREAMS", *keys, *ids)
+        except redis.ResponseError as error:
+            self._refuse(names, error)
+            return
+
+        entries = [entry for key, found in answer or () for entry in self._entries(key, found)]
+
+        if entries:
+            self._take(entries, names)
+        else:
+            self._look_for_flush(names)
+
+    def _take(self, entries: list[Entry], names: dict[str, Subscription]) -> None:
+        found = self._intake.sort(entries, names)
+        self._counters.add("received", len(found.deliveries))
+        self._lineup.put(found.deliveries)
+
+        for entry in entries:
+            self._positions[entry.name] = entry.id
+
+    def _entries(self, key: bytes, found: Any) -> list[Entry]:
+        name = self._keys.name(key.decode())
+        return [
+            Entry(name, id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)))
+            for id, fields in found
+        ]
+
+    def _look_for_flush(self, names: dict[str, Subscription]) -> None:
+        """Begin again where a stream is a new one, whose ids may be smaller."""
+        for name in names:
+            info = self._pipe.run([("EXISTS", self._keys.stream(name))])[0]
+
+            if info == 0:
+                self._positions[name] = "0-0"
+
+    def _refuse(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
+        if str(error).startswith("UNBLOCKED"):
+            self._positions = dict.fromkeys(names, "0-0")
+            return
+
+        self._log.error(
+            "refused",
+            "Redis refuses to let %r follow the streams of %s: %s.",
+            self._service,
+            ", ".join(sorted(names)),
+            error,
+        )
+        self._stopping.wait(MOST_BACKOFF)

@@ -1,0 +1,311 @@
+"""Bytes over streams: one service's consumer group, command by command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .pipe import Command, Pipe
+from .streams import StreamKeys
+
+#: The consumer that entries are handed back to by a process that ends: nobody's, for everybody.
+RELEASED = "released"
+
+#: Milliseconds that pass for "long idle" where entries are handed back: claimable at once.
+LONG_IDLE = 2**31 - 1
+
+#: Entries that are looked at in one command.
+PAGE = 100
+
+
+class GroupGoneError(Exception):
+    """A stream or its group was deleted: Redis was flushed, or restarted without its data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry of a stream as it came; ``fields`` is ``None`` if it was trimmed meanwhile."""
+
+    name: str
+    id: str
+    fields: Mapping[bytes, bytes] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An entry that was delivered and is not acknowledged."""
+
+    id: str
+    consumer: str
+    #: Milliseconds since it was delivered, or claimed, or its claim renewed.
+    idle: int
+    #: How often it was delivered.
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a group has come in its stream."""
+
+    #: The last entry that was delivered.
+    delivered: str
+    #: The first and the last entry that the stream has, or had.
+    first: str
+    last: str
+    #: Entries that were trimmed before they were delivered; ``None`` where it cannot be told.
+    trimmed: int | None
+
+
+class Group:
+    """The consumer group of a service on each of its streams, as one consumer sees it.
+
+    :param pipe: its connection; one thread at a time.
+    :param consumer: this process, as ``XINFO CONSUMERS`` shows it.
+    """
+
+    def __init__(self, pipe: Pipe, *, keys: StreamKeys, service: str, consumer: str) -> None:
+        self.pipe = pipe
+        self._keys = keys
+        self._service = service
+        self._consumer = consumer
+
+    def join(self, starts: Mapping[str, str]) -> dict[str, Exception | None]:
+        """Make the group on each stream where there is none; what refused it, by name.
+
+        :param starts: where a new group begins, by the stream's signal. A group that is there
+            is left where it is.
+        :return: ``None`` where the group was made or was there.
+        :raises redis.ConnectionError: Redis is away.
+        """
+        names = list(starts)
+        commands: list[Command] = []
+
+        for name in names:
+            key = self._keys.stream(name)
+            commands.append(("XGROUP", "CREATE", key, self._service, starts[name], "MKSTREAM"))
+            commands.append(("SADD", self._keys.names, name))
+
+        answers = self.pipe.run(commands) if commands else []
+        return {
+            name: answer if _is_refusal(answer) else None
+            for name, answer in zip(names, answers[::2], strict=True)
+        }
+
+    def read(self, names: Sequence[str], *, count: int, block: float) -> list[Entry]:
+        """New entries of streams, up to ``count`` of each; often none.
+
+        :param block: seconds to wait for one.
+        :raises GroupGoneError: a stream or its group is not there any more.
+        :raises redis.ResponseError: Redis refuses.
+        """
+        keys = [self._keys.stream(name) for name in names]
+        head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", count)
+        wait = ("BLOCK", int(block * 1000)) if block else ()
+        return self._entries(self._asked(*head, *wait, "STREAMS", *keys, *(">" for _ in keys)))
+
+    def pending(self, name: str, *, idle: float = 0.0, consumer: str = "") -> list[Pending]:
+        """What was delivered and is not acknowledged, oldest first, all of it.
+
+        :param idle: seconds that it is idle at least.
+        :param consumer: whose; everybody's by default.
+        :raises GroupGoneError: the stream or its group is not there any more.
+        """
+        found: list[Pending] = []
+        start = "-"
+
+        while True:
+            head: Command = ("XPENDING", self._keys.stream(name), self._service)
+            page = self._asked(
+                *(*head, "IDLE", int(idle * 1000), start, "+", PAGE),
+                *([consumer] if consumer else []),
+            )
+            found += [
+                Pending(id.decode(), owner.decode(errors="replace"), idle_ms, times)
+                for id, owner, idle_ms, times in page
+            ]
+
+            if len(page) < PAGE:
+                return found
+
+            start = f"({found[-1].id}"
+
+    def own(self, name: str) -> list[Pending]:
+        """What this consumer has not acknowledged."""
+        return self.pending(name, consumer=self._consumer)
+
+    def look_up(self, name: str, ids: Sequence[str]) -> list[Entry]:
+        """The entries with these ids, without fields where they are trimmed."""
+        key = self._keys.stream(name)
+        found = []
+
+        for id, answer in zip(ids, self._run([("XRANGE", key, i, i) for i in ids]), strict=True):
+            found.append(Entry(name, id, _fields(answer[0][1]) if answer else None))
+
+        return found
+
+    def claim(self, name: str, pending: Sequence[Pending], *, idle: float) -> set[str]:
+        """Take over what is still idle, and return the ids of what is this consumer's now.
+
+        It counts as delivered as often as before: nobody has begun with it yet.
+        """
+        return self._claim(name, pending, idle=idle, times=lambda found: found.times)
+
+    def begin(self, name: str, id: str, *, times: int) -> bool:
+        """Note in Redis that the receivers of an entry begin, if it is still this consumer's.
+
+        :param times: how often it was delivered then.
+        """
+        head: Command = ("XPENDING", self._keys.stream(name), self._service)
+
+        if not self._asked(*head, id, id, 1, self._consumer):
+            return False
+
+        mine = [Pending(id, self._consumer, 0, times)]
+        return bool(self._claim(name, mine, idle=0.0, times=lambda found: times))
+
+    def renew(self, name: str, ids: Sequence[str]) -> set[str]:
+        """Keep entries that are this consumer's, and return their ids."""
+        owned = {found.id: found for found in self.own(name)}
+        mine = [owned[id] for id in ids if id in owned]
+        self._claim(name, mine, idle=0.0, times=lambda found: found.times)
+        return {found.id for found in mine}
+
+    def release(self, name: str, ids: Sequence[str]) -> None:
+        """Hand back entries that this consumer has not begun with, for others to claim at once."""
+        for start in range(0, len(ids), PAGE):
+            head: Command = ("XCLAIM", self._keys.stream(name), self._service, RELEASED, 0)
+            tail: Command = ("IDLE", LONG_IDLE, "RETRYCOUNT", 0, "JUSTID")
+            self._asked(*head, *ids[start : start + PAGE], *tail)
+
+    def leave(self, name: str) -> None:
+        """Take this consumer out of the group, if nothing is pending for it."""
+        if not self.own(name):
+            self.remove(name, self._consumer)
+
+    def remove(self, name: str, consumer: str) -> None:
+        """Take a consumer out of the group. What is pending for it would be lost."""
+        self._asked("XGROUP", "DELCONSUMER", self._keys.stream(name), self._service, consumer)
+
+    def consumers(self, name: str) -> list[tuple[str, int, float]]:
+        """The consumers of the group, with how much they have pending and the seconds they idle."""
+        answer = self._asked("XINFO", "CONSUMERS", self._keys.stream(name), self._service)
+        found = [_as_dict(item) for item in answer]
+        return [
+            (item["name"].decode(errors="replace"), item["pending"], item["idle"] / 1000)
+            for item in found
+        ]
+
+    def position(self, name: str) -> Position | None:
+        """How far the group has come; ``None`` if there is no stream, or no group."""
+        key = self._keys.stream(name)
+        stream, groups = self.pipe.run([("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)])
+
+        if isinstance(stream, Exception) or isinstance(groups, Exception):
+            return None
+
+        for group in map(_as_dict, groups):
+            if group["name"].decode(errors="replace") == self._service:
+                return _position(_as_dict(stream), group)
+
+        return None
+
+    def acknowledge(self, name: str, ids: Iterable[str]) -> Command:
+        """The command that tells that entries are handled."""
+        return ("XACK", self._keys.stream(name), self._service, *ids)
+
+    def _claim(
+        self,
+        name: str,
+        pending: Sequence[Pending],
+        *,
+        idle: float,
+        times: Callable[[Pending], int],
+    ) -> set[str]:
+        """One command for all that are to have the same count."""
+        counts: dict[int, list[str]] = {}
+
+        for found in pending:
+            counts.setdefault(times(found), []).append(found.id)
+
+        head = ("XCLAIM", self._keys.stream(name), self._service, self._consumer)
+        commands: list[Command] = [
+            (*head, int(idle * 1000), *ids, "RETRYCOUNT", count, "JUSTID")
+            for count, ids in counts.items()
+        ]
+        return {id.decode() for answer in self._run(commands) for id in answer if id}
+
+    def _run(self, commands: Sequence[Command]) -> list[Any]:
+        answers = self.pipe.run(commands) if commands else []
+
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise _meaning(answer) from answer
+
+        return answers
+
+    def _asked(self, *command: str | bytes | int | float) -> Any:
+        return self._run([command])[0]
+
+    def _entries(self, answer: Any) -> list[Entry]:
+        return [
+            Entry(self._keys.name(key.decode()), id.decode(), _fields(fields))
+            for key, entries in answer or ()
+            for id, fields in entries
+        ]
+
+
+def _is_refusal(answer: Any) -> bool:
+    # A group that is there already is what was wanted.
+    return isinstance(answer, Exception) and not str(answer).startswith("BUSYGROUP")
+
+
+def _meaning(error: Exception) -> Exception:
+    gone = ("NOGROUP", "UNBLOCKED", "ERR no such key")
+    return GroupGoneError(str(error)) if str(error).startswith(gone) else error
+
+
+def _fields(flat: Any) -> dict[bytes, bytes] | None:
+    return None if flat is None else dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _as_dict(flat: Any) -> dict[str, Any]:
+    return {key.decode(): value for key, value in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def _position(stream: Mapping[str, Any], group: Mapping[str, Any]) -> Position:
+    entry = stream["first-entry"]
+    last = stream["last-generated-id"].decode()
+    first = entry[0].decode() if entry else last
+    delivered = group["last-delivered-id"].decode()
+    return Position(delivered, first, last, _trimmed(stream, group, behind(delivered, first)))
+
+
+def _trimmed(stream: Mapping[str, Any], group: Mapping[str, Any], is_behind: bool) -> int | None:
+    """Entries that were taken out of the stream before the group had them."""
+    if not is_behind:
+        return 0
+
+    added: int | None = stream.get("entries-added")
+    read: int | None = group.get("entries-read")
+
+    # Redis 6.2 counts neither; a group that was made at the very beginning has lost nothing yet.
+    if added is None or (read is None and group["last-delivered-id"] == b"0-0"):
+        return 0
+
+    gone = added - int(stream["length"])
+
+    if read is None:
+        return None if gone else 0
+
+    return max(0, gone - read)
+
+
+def behind(id: str, other: str) -> bool:
+    """Whether the entry ``id`` comes before the entry ``other``."""
+    return _numbers(id) < _numbers(other)
+
+
+def _numbers(id: str) -> tuple[int, int]:
+    milliseconds, _, number = id.partition("-")
+    return int(milliseconds), int(number or 0)

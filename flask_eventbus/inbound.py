@@ -1,0 +1,168 @@
+"""The inbound half of a node: what reads channels and streams, and the threads of receivers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from .channels import ChannelKeys, ChannelReader
+from .codec import Codec
+from .config import Config
+from .connections import Connections
+from .consumer import Consumer
+from .counters import Counters
+from .dispatcher import Dispatcher
+from .hearing import Hearing
+from .intake import Intake
+from .listener import Listener
+from .namespace import Receiver
+from .pool import Pool
+from .routes import Subscription
+
+
+class Inbound:
+    """Hears what a service subscribed to, over channels and streams, as one.
+
+    :param subscriptions: what the service hears; asked for whenever it may have changed.
+    :param issued: how many events this node has made.
+    :param siblings: nodes of this process whose local receivers ran at ``send()``.
+    :param wanted: whether there still is what the events are for.
+    :param retries_of: how often a receiver asks to be tried again at events of a name.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        connections: Connections,
+        codec: Codec,
+        dispatcher: Dispatcher,
+        subscriptions: Callable[[], Mapping[str, Subscription]],
+        counters: Counters,
+        node: str,
+        issued: Callable[[], int],
+        siblings: set[str],
+        wanted: Callable[[], bool],
+        retries_of: Callable[[str, Receiver], int | None],
+    ) -> None:
+        self._subscriptions = subscriptions
+        self._has_streams = not config.url.startswith("redis+cluster://")
+        self.pool = Pool(
+            config=config,
+            dispatcher=dispatcher,
+            counters=counters,
+            node=node,
+            handle=lambda deliveries: self.consumer.handle(deliveries),
+        )
+        reader = ChannelReader(connections)
+        keys = ChannelKeys(config.prefix)
+        self.listener = Listener(
+            config=config,
+            reader=reader,
+            keys=keys,
+            hearing=Hearing(
+                service=config.service,
+                keys=keys,
+                reader=reader,
+                subscriptions=self._on_channels,
+            ),
+            intake=Intake(
+                config=config,
+                codec=codec,
+                counters=counters,
+                node=node,
+                issued=issued,
+                siblings=siblings,
+            ),
+            pool=self.pool,
+            counters=counters,
+            node=node,
+            wanted=wanted,
+        )
+        self.consumer = Consumer(
+            config=config,
+            connections=connections,
+            codec=codec,
+            dispatcher=dispatcher,
+            pool=self.pool,
+            subscriptions=self._on_streams,
+            counters=counters,
+            node=node,
+            siblings=siblings,
+            wanted=wanted,
+            retries_of=retries_of,
+            is_alone=lambda: not self._on_channels(),
+        )
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is one of these."""
+        threads = (self.listener, self.consumer, self.pool)
+        return any(found.is_own_thread for found in threads)
+
+    @property
+    def connected(self) -> bool:
+        """Whether everything subscribed is being heard."""
+        hears = not self._on_channels() or self.listener.connected
+        return hears and (not self._on_streams() or self.consumer.connected)
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Subscriptions that Redis refuses, with its reasons."""
+        return {**self.consumer.refused, **self.listener.refused}
+
+    @property
+    def lag(self) -> int:
+        """Events that were read and are not handled yet."""
+        return len(self.pool)
+
+    @property
+    def last_heard(self) -> float | None:
+        """When bytes last came, by the monotonic clock."""
+        heard = (self.listener.last_heard, self.consumer.last_heard)
+        return max((moment for moment in heard if moment is not None), default=None)
+
+    def start(self) -> None:
+        """Start the threads that are needed by now."""
+        self.pool.start()
+
+        if self._on_channels():
+            self.listener.start()
+            self.listener.refresh()
+
+        if self._on_streams():
+            self.consumer.start()
+
+    def ready(self, timeout: float | None) -> bool:
+        """Wait until everything subscribed is being heard; whether it was in time."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        if self._on_channels() and not self.listener.ready(timeout):
+            return False
+
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return not self._on_streams() or self.consumer.ready(left)
+
+    def stop(self, grace: float) -> None:
+        """Stop reading, let receivers finish for ``grace`` seconds, hand back what is left."""
+        self.consumer.stop_reading()
+        self.listener.stop()
+        self.pool.stop(grace)
+        self.consumer.hand_back()
+
+    def disown(self) -> None:
+        """In a forked child: end what came along of it."""
+        self.listener.disown()
+        self.consumer.disown()
+        self.pool.disown()
+
+    def _on_channels(self) -> Mapping[str, Subscription]:
+        found = self._subscriptions()
+        return {name: each for name, each in found.items() if each.via != "stream" and each.group}
+
+    def _on_streams(self) -> Mapping[str, Subscription]:
+        if not self._has_streams:
+            return {}
+
+        found = self._subscriptions()
+        return {name: each for name, each in found.items() if each.via != "channel"}

@@ -1,0 +1,339 @@
+"""The thread that looks after a service's streams: claims, renewals, retries, idle consumers."""
+
+from __future__ import annotations
+
+import heapq
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from .backoff import Backoff
+from .config import Config
+from .connections import OUTAGE
+from .counters import BoundedLog, Counters
+from .deliveries import Delivery, Hand
+from .group import RELEASED, Group, GroupGoneError, Pending
+from .lineup import Lineup
+from .logs import get_logger
+from .retry_line import RetryLine
+from .routes import Subscription
+from .settler import Settler
+from .stream_intake import StreamIntake
+from .trims import Trims
+
+logger = get_logger(__name__)
+
+#: Seconds between looks for what a process that ended has handed back, for one stream.
+RELEASED_AGAIN = 5.0
+
+#: Seconds after which a consumer that has nothing pending is taken for one that is gone.
+IDLE_CONSUMER = 600.0
+
+#: Seconds between tries while Redis is away, at most.
+MOST_BACKOFF = 2.0
+
+#: Seconds that the thread gets to end; it may wait for a server that hangs.
+END = 6.0
+
+
+class Keeper:
+    """Keeps what this process has in hand, and takes over what others left.
+
+    :param names: the streams that are read, with their subscriptions.
+    :param retries_of: how often an entry that kills its worker is begun.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        names: Callable[[], Mapping[str, Subscription]],
+        group: Group,
+        intake: StreamIntake,
+        hand: Hand,
+        lineup: Lineup,
+        settler: Settler,
+        retries: RetryLine,
+        trims: Trims,
+        counters: Counters,
+        node: str,
+        retries_of: Callable[[Subscription], int],
+    ) -> None:
+        self._config = config
+        self._names = names
+        self._group = group
+        self._intake = intake
+        self._hand = hand
+        self._lineup = lineup
+        self._settler = settler
+        self._retries = retries
+        self._trims = trims
+        self._counters = counters
+        self._node = node
+        self._retries_of = retries_of
+        self._log = BoundedLog(logger)
+        self._changed = threading.Condition()
+        self._due: list[tuple[float, str]] = []
+        self._draining = False
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        #: When each duty is due, by the monotonic clock.
+        self._renew_at = self._claim_at = self._released_at = self._consumers_at = 0.0
+        #: Streams of which more is to be claimed as soon as there is room.
+        self._more = False
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is this one."""
+        return threading.current_thread() is self._thread
+
+    def start(self) -> None:
+        """Start the thread, once."""
+        if self._thread is None:
+            name = f"eventbus-keeper-{self._node}"
+            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Take nothing over any more; what runs is still kept."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+        if self._thread is not None:
+            self._thread.join(timeout=END)
+
+    def disown(self) -> None:
+        """In a forked child: end what came along of it."""
+        self._changed = threading.Condition()
+        self._stopping = True
+
+    def expect(self, name: str, due: float) -> None:
+        """Look for retries of ``name`` at the time ``due``, in seconds since 1970."""
+        with self._changed:
+            heapq.heappush(self._due, (due, name))
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Look around now: there are new streams."""
+        with self._changed:
+            self._claim_at = self._released_at = 0.0
+            self._changed.notify_all()
+
+    # -- the keeping thread ---------------------------------------------------------------
+
+    def _run(self) -> None:
+        backoff = Backoff(most=MOST_BACKOFF)
+
+        while not self._stopping:
+            try:
+                self._look_after(time.monotonic())
+                backoff.reset()
+                pause = self._pause()
+            except OUTAGE as error:
+                logger.debug("Keeping waits for Redis: %s", error)
+                pause = backoff.next()
+            except Exception as error:
+                self._log.error("failed", "The keeper failed; it goes on.", exc_info=error)
+                pause = backoff.next()
+
+            with self._changed:
+                if not self._stopping:
+                    self._changed.wait(pause)
+
+    def _pause(self) -> float:
+        now, clock = time.monotonic(), time.time()
+
+        if self._draining:
+            return max(0.001, min(self._renew_at - now, 0.05 if len(self._settler) else 60.0))
+
+        times = [self._renew_at, self._claim_at, self._released_at, self._consumers_at]
+        due = self._due[0][0] - clock if self._due else 60.0
+        soon = 0.05 if self._more or len(self._settler) else 60.0
+        return max(0.001, min(min(times) - now, due, soon))
+
+    def _look_after(self, now: float) -> None:
+        names = dict(self._names())
+
+        if len(self._settler):
+            self._settler.flush()
+
+        if now >= self._renew_at:
+            self._renew_at = now + self._config.claim_after / 3
+            self.renew()
+
+        if self._draining:
+            return
+
+        if now >= self._claim_at or self._more:
+            self._claim_at = now + self._config.claim_after / 2 * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
+            self._more = False
+            self._claim_all(names, idle=self._config.claim_after, consumer="")
+            self._run_retries(names)
+
+        if now >= self._released_at:
+            self._released_at = now + max(RELEASED_AGAIN, 2.0 * len(names))
+            self._claim_all(names, idle=0.0, consumer=RELEASED)
+
+        if now >= self._consumers_at:
+            self._consumers_at = now + IDLE_CONSUMER / 2
+            self._remove_idle(names)
+
+        self._run_due(names)
+
+    # -- what is in hand ------------------------------------------------------------------
+
+    def renew(self) -> None:
+        """Keep everything in hand from being claimed, and drop what is another's by now.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        lease = time.monotonic() + self._config.claim_after
+        by_name: dict[str, list[Delivery]] = {}
+
+        for delivery in self._hand.all():
+            if delivery.record is None:
+                by_name.setdefault(delivery.name, []).append(delivery)
+            elif self._retries.renew(delivery):
+                delivery.lease = lease
+
+        for name, deliveries in by_name.items():
+            self._renew(name, deliveries, lease)
+
+    def _renew(self, name: str, deliveries: Sequence[Delivery], lease: float) -> None:
+        try:
+            with self._settler.turn:
+                kept = self._group.renew(name, [delivery.entry for delivery in deliveries])
+        except GroupGoneError:
+            # They run, or will: nobody else has them, and they come again with the new group.
+            return
+
+        for delivery in deliveries:
+            if delivery.entry in kept:
+                delivery.lease = lease
+            elif not delivery.started:
+                delivery.lease = 0.0
+
+    # -- what others left -----------------------------------------------------------------
+
+    def _claim_all(self, names: Mapping[str, Subscription], *, idle: float, consumer: str) -> None:
+        for name, subscription in names.items():
+            try:
+                with self._settler.turn:
+                    self._claim(name, subscription, idle, consumer)
+            except GroupGoneError as error:
+                # The reader makes it again.
+                logger.debug("Nothing is claimed of %r: %s", name, error)
+
+    def _claim(self, name: str, subscription: Subscription, idle: float, consumer: str) -> None:
+        pending = self._group.pending(name, idle=idle, consumer=consumer)
+        foreign = set(self._hand.without(name, [found.id for found in pending]))
+        stale = [found for found in pending if found.id in foreign]
+        room = max(1, self._lineup.room)
+
+        if stale and self._lineup.room <= 0:
+            self._more = True
+            return
+
+        self._more = self._more or len(stale) > room
+        self._take_over(name, subscription, stale[:room], idle)
+
+    def _take_over(
+        self, name: str, subscription: Subscription, stale: Sequence[Pending], idle: float
+    ) -> None:
+        if not stale:
+            return
+
+        entries = {
+            entry.id: entry for entry in self._group.look_up(name, [found.id for found in stale])
+        }
+        present = [found for found in stale if entries[found.id].fields is not None]
+        gone = [entries[found.id] for found in stale if entries[found.id].fields is None]
+        mine = self._group.claim(name, present, idle=idle)
+        times = {found.id: found.times for found in present}
+        found = self._intake.sort([entries[id] for id in times if id in mine], {name: subscription})
+
+        if gone:
+            self._forget(name, [entry.id for entry in gone])
+
+        killers = []
+
+        for delivery in found.deliveries:
+            delivery.begun = times[delivery.entry]
+
+            if delivery.begun > max(1, self._retries_of(subscription)):
+                killers.append(delivery)
+            else:
+                delivery.event = replace(delivery.event, attempt=delivery.begun + 1)
+
+        taken = [delivery for delivery in found.deliveries if delivery not in killers]
+        self._counters.add("claimed", len(taken))
+
+        if taken:
+            logger.info(
+                "%d events of %r that another worker left are taken over.", len(taken), name
+            )
+
+        self._hand.take(taken)
+        self._lineup.put(taken)
+        self._settler.settle(
+            [self._settler.skipped(entry) for entry in found.skipped]
+            + [self._settler.rejected(entry, letter) for entry, letter in found.dead]
+            + [self._settler.give_up(killer, "killed", _killed(killer)) for killer in killers]
+        )
+
+    def _forget(self, name: str, ids: Sequence[str]) -> None:
+        """Acknowledge what was trimmed while it was pending; who gets to do it tells of it."""
+        answer = self._group.pipe.ask(*self._group.acknowledge(name, ids))
+        self._trims.count(name, int(answer))
+
+    def _remove_idle(self, names: Mapping[str, Subscription]) -> None:
+        for name in names:
+            try:
+                with self._settler.turn:
+                    for consumer, pending, idle in self._group.consumers(name):
+                        if not pending and idle > IDLE_CONSUMER and consumer != RELEASED:
+                            self._group.remove(name, consumer)
+            except GroupGoneError as error:
+                logger.debug("The consumers of %r are gone: %s", name, error)
+
+    # -- retries --------------------------------------------------------------------------
+
+    def _run_due(self, names: Mapping[str, Subscription]) -> None:
+        due: set[str] = set()
+
+        with self._changed:
+            while self._due and self._due[0][0] <= time.time():
+                due.add(heapq.heappop(self._due)[1])
+
+        self._run_retries({name: names[name] for name in due if name in names})
+
+    def _run_retries(self, names: Mapping[str, Subscription]) -> None:
+        for name, subscription in names.items():
+            room = self._lineup.room
+
+            if room <= 0:
+                self._more = True
+                return
+
+            with self._settler.turn:
+                deliveries, given_up = self._retries.take(name, subscription, most=room)
+
+            self._hand.take(deliveries)
+            self._lineup.put(deliveries)
+            self._settler.settle(given_up)
+
+
+def _killed(delivery: Delivery) -> str:
+    return (
+        f"It was begun {delivery.begun} times, and each time its worker ended before its receivers "
+        "did."
+    )

@@ -1,0 +1,130 @@
+"""Deliveries that wait for a thread: in order, or in order per key where there are several."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from zlib import crc32
+
+from .deliveries import Delivery
+
+#: Seconds of work that one process takes on ahead: what others could do meanwhile, if it is slow.
+AHEAD = 0.25
+
+#: Deliveries that wait at most, however fast they are handled.
+MOST_AHEAD = 1_000
+
+#: Seconds that handling is taken to last before the first was handled.
+GUESS = 0.02
+
+
+class Lineup:
+    """A line for each thread, and one for all: a key's events wait in the same line.
+
+    Nothing is dropped here: whoever reads looks at :attr:`room` first.
+
+    :param work: notified when there is something for the threads; its lock guards the lines,
+        together with what else the threads wait for.
+    :param rest: a condition of the same lock, notified when something is done.
+    :param width: how many threads there are.
+    """
+
+    def __init__(self, work: threading.Condition, rest: threading.Condition, *, width: int) -> None:
+        self._work = work
+        self._rest = rest
+        self._width = width
+        self._line: deque[Delivery] = deque()
+        self._own: list[deque[Delivery]] = [deque() for _ in range(width)]
+        self._own_next = [True] * width
+        self._waiting = 0
+        self._taken = 0
+        #: Seconds that one delivery lasts, about.
+        self._pace = GUESS
+        self._closed = False
+
+    def __len__(self) -> int:
+        return self._waiting + self._taken
+
+    @property
+    def room(self) -> int:
+        """How many more may be read: as much as is handled in :data:`AHEAD` seconds."""
+        ahead = int(self._width * AHEAD / max(self._pace, 1e-9))
+        return min(max(ahead, self._width), MOST_AHEAD) - self._waiting
+
+    def wait_for_room(self, timeout: float) -> bool:
+        """Whether more may be read within ``timeout`` seconds."""
+        with self._rest:
+            return self._rest.wait_for(lambda: self._is_inviting, timeout)
+
+    def put(self, deliveries: Sequence[Delivery]) -> None:
+        """Add deliveries, in order."""
+        if not deliveries:
+            return
+
+        with self._work:
+            for delivery in deliveries:
+                self._line_of(delivery).append(delivery)
+
+            self._waiting += len(deliveries)
+            # Which thread is to wake is a matter of keys.
+            self._work.notify_all()
+
+    def pick(self, number: int, most: int) -> list[Delivery]:
+        """Some that thread ``number`` is to handle; to be given back to :meth:`done`.
+
+        The caller holds the lock.
+        """
+        own, line = self._own[number], self._line
+
+        # Turn about, so that neither waits for an end of the other.
+        if own and (self._own_next[number] or not line):
+            line = own
+
+        self._own_next[number] = line is not own
+        picked = [line.popleft() for _ in range(min(most, len(line)))]
+        self._waiting -= len(picked)
+        self._taken += len(picked)
+        return picked
+
+    def done(self, count: int, seconds: float) -> None:
+        """Tell that ``count`` which were picked are handled, and how long that took."""
+        with self._rest:
+            self._taken -= count
+            # Slow at once, fast by and by: a single slow one is a reason to read less.
+            pace = seconds / count
+            self._pace = max(pace, 0.7 * self._pace + 0.3 * pace)
+
+            if self._is_inviting or not len(self):
+                self._rest.notify_all()
+
+    def clear(self) -> list[Delivery]:
+        """Give up what waits, and return it."""
+        with self._rest:
+            left = [delivery for line in (*self._own, self._line) for delivery in line]
+
+            for line in (*self._own, self._line):
+                line.clear()
+
+            self._waiting = 0
+            self._rest.notify_all()
+
+        return left
+
+    def close(self) -> None:
+        """Let nobody wait for room any more."""
+        with self._rest:
+            self._closed = True
+            self._rest.notify_all()
+
+    @property
+    def _is_inviting(self) -> bool:
+        # Half empty, so that each read is worth its round trip.
+        return self._closed or self.room > self._waiting
+
+    def _line_of(self, delivery: Delivery) -> deque[Delivery]:
+        if delivery.event.key is None or self._width == 1:
+            return self._line
+
+        name = f"{delivery.name}\0{delivery.event.key}"
+        return self._own[crc32(name.encode(errors="replace")) % self._width]

@@ -1,0 +1,215 @@
+"""What waits to be tried again: a sorted set of records, each leased while it is tried."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from .codec import Codec
+from .config import Config
+from .deliveries import Delivery
+from .errors import DecodeError
+from .event import Event
+from .group import Entry
+from .logs import get_logger
+from .pipe import Command, Pipe
+from .records import MOST_ERROR, BadRecordError, DeadLetter, RetryRecord
+from .routes import Subscription
+from .settler import Outcome, Settler
+from .streams import StreamKeys
+
+logger = get_logger(__name__)
+
+#: Seconds that a receiver may be unknown to every worker before its retries are given up: a
+#: deployment may take its time.
+GONE_AFTER = 3_600.0
+
+
+class RetryLine:
+    """Takes retries that are due, one worker each.
+
+    The caller holds the turn of the connection.
+
+    :param knows: whether a receiver of that name is connected for an event.
+    :param retries_of: how often the receiver called so is tried again at events of a subscription.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        *,
+        config: Config,
+        keys: StreamKeys,
+        codec: Codec,
+        settler: Settler,
+        knows: Callable[[Event, str], bool],
+        retries_of: Callable[[Subscription, Event, str], int],
+    ) -> None:
+        self._pipe = pipe
+        self._config = config
+        self._keys = keys
+        self._codec = codec
+        self._settler = settler
+        self._knows = knows
+        self._retries_of = retries_of
+
+    def take(
+        self, name: str, subscription: Subscription, *, most: int
+    ) -> tuple[list[Delivery], list[Outcome]]:
+        """Lease retries that are due; what is given up of them instead.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        key = self._keys.retry(name, self._config.service)
+        now = round(time.time() * 1000)
+        look: Command = ("ZRANGEBYSCORE", key, "-inf", now, "LIMIT", 0, most)
+
+        if not _members(self._pipe.ask(*look)):
+            return [], []
+
+        _, members = self._pipe.run([("WATCH", key), look])
+        deliveries: list[Delivery] = []
+        given_up: list[Outcome] = []
+        commands: list[Command] = [("MULTI",)]
+
+        for member in _members(members):
+            commands += self._lease(name, subscription, member, deliveries, given_up)
+
+        answers = self._pipe.run([*commands, ("EXEC",)])
+
+        # Another worker was at it: the next look finds what it left.
+        return (deliveries, given_up) if answers[-1] is not None else ([], [])
+
+    def renew(self, delivery: Delivery) -> bool:
+        """Keep a retry that is being tried; whether it still is there.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        key = self._keys.retry(delivery.name, self._config.service)
+
+        with self._settler.turn:
+            score = self._pipe.ask("ZSCORE", key, delivery.member)
+
+            if score is not None:
+                self._pipe.ask("ZADD", key, "XX", self._lease_until(), delivery.member)
+
+        return score is not None
+
+    def put_back(self, delivery: Delivery) -> list[Command]:
+        """The commands that undo a lease, for a retry that was not begun."""
+        key = self._keys.retry(delivery.name, self._config.service)
+        record = delivery.record
+
+        if record is None:
+            return []
+
+        before = replace(record, attempts=record.attempts - 1, running=False)
+        now = round(time.time() * 1000)
+        return [
+            ("MULTI",),
+            ("ZREM", key, delivery.member),
+            ("ZADD", key, now, before.packed()),
+            ("EXEC",),
+        ]
+
+    def _lease(
+        self,
+        name: str,
+        subscription: Subscription,
+        member: bytes,
+        deliveries: list[Delivery],
+        given_up: list[Outcome],
+    ) -> list[Command]:
+        key = self._keys.retry(name, self._config.service)
+
+        try:
+            record = RetryRecord.unpacked(member)
+            event = self._codec.decode(record.event, via="stream")
+        except (BadRecordError, DecodeError) as error:
+            given_up.append(self._bad(name, member, error))
+            return []
+
+        if not self._knows(event, record.receiver):
+            return self._postpone(name, subscription, record, member, event, given_up)
+
+        delivery = self._delivery(name, subscription, record, member, event)
+        allowed = self._retries_of(subscription, event, record.receiver)
+
+        if record.running and record.attempts > allowed:
+            words = f"It was tried {record.attempts} times; the last worker ended before it did."
+            given_up.append(self._settler.give_up(delivery, "killed", words))
+            return []
+
+        leased = replace(record, attempts=record.attempts + 1, running=True)
+        delivery.record = leased
+        delivery.member = leased.packed()
+        delivery.event = replace(event, attempt=leased.attempts)
+        deliveries.append(delivery)
+        return [("ZREM", key, member), ("ZADD", key, self._lease_until(), delivery.member)]
+
+    def _postpone(
+        self,
+        name: str,
+        subscription: Subscription,
+        record: RetryRecord,
+        member: bytes,
+        event: Event,
+        given_up: list[Outcome],
+    ) -> list[Command]:
+        """Leave it to a worker that has its receiver, as long as there may be one."""
+        if time.time() - record.last / 1000 > GONE_AFTER:
+            delivery = self._delivery(name, subscription, record, member, event)
+            words = (
+                f"No worker of {self._config.service!r} has the receiver {record.receiver!r} any "
+                f"more. Its last error: {record.error}"
+            )
+            given_up.append(self._settler.give_up(delivery, "gone", words))
+            return []
+
+        key = self._keys.retry(name, self._config.service)
+        return [("ZADD", key, "XX", self._lease_until(), member)]
+
+    def _bad(self, name: str, member: bytes, error: Exception) -> Outcome:
+        now = round(time.time() * 1000)
+        letter = DeadLetter(
+            reason="undecodable",
+            entry="",
+            fields={b"record": member},
+            error=f"A record of a retry does not read: {error}"[:MOST_ERROR],
+            first=now,
+            last=now,
+        )
+        outcome = self._settler.rejected(Entry(name, "0-0", None), letter)
+        key = self._keys.retry(name, self._config.service)
+        outcome.commands.append(("ZREM", key, member))
+        return outcome
+
+    def _delivery(
+        self,
+        name: str,
+        subscription: Subscription,
+        record: RetryRecord,
+        member: bytes,
+        event: Event,
+    ) -> Delivery:
+        return Delivery(
+            name=name,
+            entry=record.entry,
+            event=event,
+            body=record.event,
+            subscription=subscription,
+            lease=time.monotonic() + self._config.claim_after,
+            record=record,
+            member=member,
+        )
+
+    def _lease_until(self) -> int:
+        return round((time.time() + self._config.claim_after) * 1000)
+
+
+def _members(answer: object) -> list[bytes]:
+    if isinstance(answer, Exception):
+        raise answer
+
+    return list(answer) if isinstance(answer, list) else []

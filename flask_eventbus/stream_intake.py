@@ -1,0 +1,157 @@
+"""What becomes of one entry of a stream: a delivery, an acknowledgement, or a dead letter."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Container
+from dataclasses import dataclass, field
+
+from .codec import Codec
+from .config import Config
+from .counters import BoundedLog, Counters
+from .deliveries import Delivery
+from .errors import DecodeError
+from .event import Event
+from .group import Entry
+from .lifecycle import tell
+from .logs import get_logger
+from .records import MOST_ERROR, DeadLetter
+from .routes import Subscription
+from .signals import event_rejected
+
+logger = get_logger(__name__)
+
+#: Bytes of an entry that are logged where it is no event.
+SAMPLE = 64
+
+#: Characters of a payload that are kept in a dead letter for a person to read.
+MOST_PAYLOAD = 4_000
+
+
+@dataclass(slots=True)
+class Sorted:
+    """Entries that were read, by what is to be done with them."""
+
+    deliveries: list[Delivery] = field(default_factory=list)
+    #: What is acknowledged without a receiver: echoes, other sources, what is trimmed.
+    skipped: list[Entry] = field(default_factory=list)
+    #: What is no event.
+    dead: list[tuple[Entry, DeadLetter]] = field(default_factory=list)
+    #: What was trimmed before it could be read.
+    trimmed: int = 0
+
+
+class StreamIntake:
+    """Decodes and checks entries, and lets through what this service is to handle.
+
+    :param siblings: nodes of this process whose local receivers ran at ``send()``.
+    """
+
+    def __init__(
+        self, *, config: Config, codec: Codec, counters: Counters, siblings: Container[str]
+    ) -> None:
+        self._config = config
+        self._codec = codec
+        self._counters = counters
+        self._siblings = siblings
+        self._log = BoundedLog(logger)
+
+    def sort(self, entries: list[Entry], subscription_of: dict[str, Subscription]) -> Sorted:
+        """Sort entries of streams, each by the subscription of its name."""
+        found = Sorted()
+        lease = time.monotonic() + self._config.claim_after
+
+        for entry in entries:
+            self._sort(entry, subscription_of[entry.name], lease, found)
+
+        return found
+
+    def _sort(self, entry: Entry, subscription: Subscription, lease: float, found: Sorted) -> None:
+        if entry.fields is None:
+            found.trimmed += 1
+            found.skipped.append(entry)
+            return
+
+        body = entry.fields.get(b"event")
+
+        try:
+            event = self._event(entry, body)
+        except DecodeError as error:
+            found.dead.append((entry, self._reject(entry, error)))
+            return
+
+        if not self._wanted(event, subscription):
+            found.skipped.append(entry)
+            return
+
+        found.deliveries.append(
+            Delivery(
+                name=entry.name,
+                entry=entry.id,
+                event=event,
+                body=body or b"",
+                subscription=subscription,
+                lease=lease,
+            )
+        )
+
+    def _event(self, entry: Entry, body: bytes | None) -> Event:
+        if body is None:
+            raise DecodeError(
+                f"The entry {entry.id} has no field 'event'.", reason="missing_attribute"
+            )
+
+        event = self._codec.decode(body, via="stream")
+
+        if event.name != entry.name:
+            raise DecodeError(
+                f"The event {event.id} in the stream of {entry.name!r} says it is {event.name!r}.",
+                reason="wrong_channel",
+            )
+
+        return event
+
+    def _wanted(self, event: Event, subscription: Subscription) -> bool:
+        if event.source == self._config.service or event.node in self._siblings:
+            if not subscription.echo:
+                self._counters.add("echoes")
+
+            return subscription.echo
+
+        if not subscription.hears(event.source):
+            self._counters.add("filtered")
+            return False
+
+        return True
+
+    def _reject(self, entry: Entry, error: DecodeError) -> DeadLetter:
+        self._counters.add("rejected")
+        self._counters.add(f"rejected_{error.reason}")
+        sample = bytes((entry.fields or {}).get(b"event", b""))[:SAMPLE]
+        self._log.warning(
+            f"rejected {error.reason}",
+            "The entry %s in the stream of %r is rejected (%s): %s It begins with %r.",
+            entry.id,
+            entry.name,
+            error.reason,
+            error,
+            sample,
+        )
+        tell(
+            event_rejected, self._config.service, name=entry.name, reason=error.reason, error=error
+        )
+        now = round(time.time() * 1000)
+        return DeadLetter(
+            reason="undecodable",
+            entry=entry.id,
+            fields=dict(entry.fields or {}),
+            error=f"{error.reason}: {error}"[:MOST_ERROR],
+            first=now,
+            last=now,
+        )
+
+
+def readable(event: Event) -> str:
+    """A payload as JSON, as far as it has words for it, bounded."""
+    return json.dumps(dict(event.payload), default=str, ensure_ascii=False)[:MOST_PAYLOAD]

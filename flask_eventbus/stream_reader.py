@@ -1,0 +1,342 @@
+"""The thread that reads what the workers of a service share: their groups' streams."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import redis
+
+from .backoff import Backoff
+from .catalogue import Catalogue
+from .config import Config
+from .connections import OUTAGE
+from .counters import BoundedLog, Counters
+from .deliveries import Hand
+from .duplicates import Duplicates
+from .group import Entry, Group, GroupGoneError
+from .lineup import Lineup
+from .logs import get_logger
+from .routes import Subscription
+from .settler import Settler
+from .stream_intake import StreamIntake
+from .trims import Trims
+
+logger = get_logger(__name__)
+
+#: Seconds that Redis holds a read back where there is nothing to read; less than the five after
+#: which a server that hangs is given up.
+BLOCK = 1.0
+
+#: The same where the server is in this process, and a read cannot be interrupted.
+BLOCK_IN_MEMORY = 0.02
+
+#: Entries of one stream that are read at once.
+COUNT = 200
+
+#: Seconds between tries to connect, at most.
+MOST_BACKOFF = 1.0
+
+#: Seconds after which a stream that Redis refuses is asked for again.
+ASK_AGAIN = 5.0
+
+#: Seconds that the thread gets to end.
+END = 6.0
+
+
+class StreamReader:
+    """Reads streams in a thread of its own, and connects again whenever that ends.
+
+    :param wanted: whether there still is what the events are for.
+    :param lost: told when Redis is lost, with the error.
+    :param found: told when every stream can be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        catalogue: Catalogue,
+        group: Group,
+        duplicates: Duplicates,
+        intake: StreamIntake,
+        hand: Hand,
+        lineup: Lineup,
+        settler: Settler,
+        trims: Trims,
+        counters: Counters,
+        node: str,
+        wanted: Callable[[], bool],
+        lost: Callable[[Exception], None],
+        found: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._catalogue = catalogue
+        self._group = group
+        self._duplicates = duplicates
+        self._intake = intake
+        self._hand = hand
+        self._lineup = lineup
+        self._settler = settler
+        self._trims = trims
+        self._counters = counters
+        self._node = node
+        self._wanted = wanted
+        self._lost = lost
+        self._found = found
+        self._log = BoundedLog(logger)
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._block = BLOCK_IN_MEMORY if config.url.startswith("memory://") else BLOCK
+        #: Notified when it is known of more streams whether they can be read.
+        self.changed = threading.Condition()
+        #: The streams that are read, by name.
+        self.joined: dict[str, Subscription] = {}
+        #: Streams that Redis refuses, with its reasons; and those that only their channel serves.
+        self.refused: dict[str, str] = {}
+        self._ask_again = 0.0
+        #: The streams whose group was there once: if it is gone, it is made again at the start.
+        self._known: set[str] = set()
+        #: What no server of this kind will ever do.
+        self.fatal: Exception | None = None
+        self.last_heard: float | None = None
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is the one that reads."""
+        return threading.current_thread() is self._thread
+
+    @property
+    def was_joined(self) -> set[str]:
+        """The streams that were read at any time."""
+        return self._known
+
+    @property
+    def ready(self) -> bool:
+        """Whether every stream that is subscribed by name is being read, or cannot be."""
+        lives = self._thread is not None and self._thread.is_alive()
+        wanted = (name for name, found in self._catalogue.wanted().items() if found.name == name)
+        answered = self.joined.keys() | self.refused.keys()
+        return lives and all(name in answered or "*" in name or "?" in name for name in wanted)
+
+    def start(self) -> None:
+        """Start the thread, once."""
+        if self._thread is None:
+            name = f"eventbus-streams-{self._node}"
+            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stop reading, now."""
+        self._stopping.set()
+        self._lineup.close()
+        self._group.pipe.interrupt()
+
+        with self.changed:
+            self.changed.notify_all()
+
+        if self._thread is not None:
+            self._thread.join(timeout=END)
+
+    def disown(self) -> None:
+        """In a forked child: end what came along of it."""
+        self._stopping = threading.Event()
+        self._stopping.set()
+
+    # -- the reading thread ---------------------------------------------------------------
+
+    def _run(self) -> None:
+        backoff = Backoff(most=MOST_BACKOFF)
+
+        while self._goes_on:
+            try:
+                self._consume(backoff)
+            except OUTAGE as error:
+                self._lose(error)
+            except Exception as error:
+                self._log.error(
+                    "failed", "The stream reader failed; it connects anew.", exc_info=error
+                )
+                self._lose(error)
+            finally:
+                self._group.pipe.close()
+
+            self._stopping.wait(backoff.next())
+
+    @property
+    def _goes_on(self) -> bool:
+        return not self._stopping.is_set() and self._wanted() and self.fatal is None
+
+    def _lose(self, error: Exception) -> None:
+        with self.changed:
+            self.joined = {}
+            self.refused = {}
+
+        if not self._stopping.is_set():
+            self._lost(error)
+
+    def _consume(self, backoff: Backoff) -> None:
+        while self._goes_on:
+            names = self._join()
+
+            if not names:
+                self._stopping.wait(self._block)
+            elif self._lineup.wait_for_room(self._block):
+                self._read(names)
+
+            backoff.reset()
+
+    def _read(self, names: dict[str, Subscription]) -> None:
+        count = max(1, min(COUNT, self._lineup.room))
+
+        try:
+            self._trims.look(names)
+            entries = self._group.read(list(names), count=count, block=self._block)
+        except GroupGoneError as error:
+            self._rejoin(error)
+            return
+        except redis.ResponseError as error:
+            self._sort_out(names, error)
+            return
+
+        self.last_heard = time.monotonic()
+
+        if entries:
+            self._trims.busy = len(entries) >= count
+            self._take(entries, names)
+        else:
+            self._trims.busy = False
+
+    def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
+        found = self._intake.sort(list(entries), names)
+        known = set(self._duplicates.find(found.deliveries))
+        fresh = [delivery for delivery in found.deliveries if delivery not in known]
+        self._counters.add("received", len(fresh))
+        self._hand.take(fresh)
+        self._lineup.put(fresh)
+
+        if known:
+            self._counters.add("duplicates", len(known))
+
+        outcomes = [self._settler.skipped(entry) for entry in found.skipped]
+        outcomes += [
+            self._settler.skipped(Entry(delivery.name, delivery.entry, None)) for delivery in known
+        ]
+        outcomes += [self._settler.rejected(entry, letter) for entry, letter in found.dead]
+
+        if outcomes:
+            self._settler.settle(outcomes)
+
+    # -- its groups -----------------------------------------------------------------------
+
+    def _join(self) -> dict[str, Subscription]:
+        """Make the groups that are missing; the streams that can be read."""
+        wanted = self._catalogue.names()
+
+        if self.refused and time.monotonic() > self._ask_again:
+            self.refused = {}
+
+        new = [name for name in wanted if name not in self.joined and name not in self.refused]
+
+        if new:
+            self._join_new(wanted, new)
+
+        return {name: self.joined[name] for name in wanted if name in self.joined}
+
+    def _join_new(self, wanted: dict[str, Subscription], new: Sequence[str]) -> None:
+        starts = {name: self._start_of(name, wanted[name]) for name in new}
+        refusals = self._group.join(starts)
+        joined = dict(self.joined)
+
+        for name, refusal in refusals.items():
+            if refusal is None:
+                joined[name] = wanted[name]
+                self._known.add(name)
+                self._recover(name, wanted[name])
+            else:
+                self._refuse(name, wanted[name], refusal)
+
+        with self.changed:
+            self.joined = joined
+            self.changed.notify_all()
+
+        if self.ready:
+            self._found()
+
+    def _start_of(self, name: str, subscription: Subscription) -> str:
+        # Where a group was and is gone, so is the knowledge of how far it had come.
+        return "0" if name in self._known else self._catalogue.start_of(name, subscription)
+
+    def _recover(self, name: str, subscription: Subscription) -> None:
+        """Take up what Redis gave this consumer in an answer that never arrived."""
+        lost = self._hand.without(name, [found.id for found in self._group.own(name)])
+
+        for start in range(0, len(lost), COUNT):
+            entries = self._group.look_up(name, lost[start : start + COUNT])
+            found = self._intake.sort(entries, {name: subscription})
+            self._trims.count(name, found.trimmed)
+            self._hand.take(found.deliveries)
+            self._lineup.put(found.deliveries)
+            self._settler.settle(
+                [self._settler.skipped(entry) for entry in found.skipped]
+                + [self._settler.rejected(entry, letter) for entry, letter in found.dead]
+            )
+
+    def _rejoin(self, error: GroupGoneError) -> None:
+        logger.warning(
+            "A stream or the group of %r is gone (%s): it is made again at the beginning of what "
+            "the stream has. Redis was flushed, or restarted without its data, or somebody "
+            "deleted it.",
+            self._config.service,
+            error,
+        )
+        self._counters.add("groups_lost")
+        self._trims.reset()
+
+        with self.changed:
+            self.joined = {}
+
+    def _sort_out(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
+        """Find out which of the streams it is that Redis refuses to have read."""
+        if str(error).startswith(("ERR unknown command", "ERR unknown subcommand")):
+            self.fatal = error
+            logger.critical(
+                "This Redis has no streams (%s). Use Redis 6.2 or later, or Valkey.", error
+            )
+            raise redis.ConnectionError(str(error)) from error
+
+        for name, subscription in names.items():
+            try:
+                entries = self._group.read([name], count=1, block=0)
+            except GroupGoneError as gone:
+                self._rejoin(gone)
+                return
+            except redis.ResponseError as refusal:
+                self.joined = {known: sub for known, sub in self.joined.items() if known != name}
+                self._refuse(name, subscription, refusal)
+            else:
+                self._take(entries, names)
+
+    def _refuse(self, name: str, subscription: Subscription, reason: Exception) -> None:
+        self._ask_again = time.monotonic() + ASK_AGAIN
+        self.refused = {**self.refused, name: str(reason)}
+
+        if subscription.via == "stream":
+            self._log.error(
+                f"refused {name}",
+                "Redis refuses to let %r read the stream of %r: %s. This service does not hear it. "
+                "Let its user read that stream, and have a group on it.",
+                self._config.service,
+                name,
+                reason,
+            )
+        else:
+            self._log.warning(
+                f"refused {name}",
+                "Redis refuses to let %r read the stream of %r: %s. It hears the channel alone. "
+                "Let its user read that stream, or subscribe with 'via': 'channel'.",
+                self._config.service,
+                name,
+                reason,
+            )

@@ -1,0 +1,93 @@
+"""Notices that a stream was trimmed past events that its service had not handled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from .counters import BoundedLog, Counters
+from .group import Group
+from .lifecycle import tell
+from .logs import get_logger
+from .signals import events_trimmed
+
+logger = get_logger(__name__)
+
+#: Seconds between looks while there is more to read than is read at once.
+OFTEN = 1.0
+
+#: Seconds between looks otherwise.
+SELDOM = 30.0
+
+
+class Trims:
+    """Compares what a stream has lost with what its group has read.
+
+    Redis 7 counts both. What was pending when it was trimmed is noticed by whoever looks for it.
+
+    :param group: looks, on the connection of the thread that asks.
+    """
+
+    def __init__(self, group: Group, *, service: str, counters: Counters) -> None:
+        self._group = group
+        self._service = service
+        self._counters = counters
+        self._log = BoundedLog(logger)
+        #: Whether the last read left something to be read.
+        self.busy = False
+        self._looked = float("-inf")
+        #: What was told of each stream: a group does not catch up on what it lost.
+        self._told: dict[str, int] = {}
+
+    def look(self, names: Iterable[str]) -> None:
+        """Look at streams, if it is time.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        now = time.monotonic()
+
+        if now - self._looked < (OFTEN if self.busy else SELDOM):
+            return
+
+        self._looked = now
+
+        for name in names:
+            self._look_at(name)
+
+    def reset(self) -> None:
+        """Begin again: the streams are others now."""
+        self._told.clear()
+        self._looked = float("-inf")
+
+    def count(self, name: str, count: int | None) -> None:
+        """Tell of so many events that are lost; ``None`` where it is not known how many."""
+        if count == 0:
+            return
+
+        self._counters.add("trimmed", count or 1)
+        self._log.error(
+            f"trimmed {name}",
+            "The stream of %r was trimmed past %s events that %r had not handled: they are lost to "
+            "it. Raise 'maxlen' of the route, or handle them faster.",
+            name,
+            "an unknown number of" if count is None else count,
+            self._service,
+        )
+        tell(events_trimmed, self._service, name=name, count=count)
+
+    def _look_at(self, name: str) -> None:
+        position = self._group.position(name)
+
+        if position is None:
+            return
+
+        if position.trimmed is None:
+            # It is told once: nothing says whether more was lost by the next look.
+            if self._told.setdefault(name, -1) == -1:
+                self._told[name] = 0
+                self.count(name, None)
+            return
+
+        told = self._told.get(name, 0)
+        self._told[name] = max(told, position.trimmed)
+        self.count(name, max(0, position.trimmed - told))
