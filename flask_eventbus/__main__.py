@@ -18,6 +18,8 @@ from .declarations import Declarations
 from .node import Node
 from .program import Program
 from .relay_command import relay
+from .replay_command import replay
+from .seek_command import seek
 from .status_command import status
 
 #: Who publishes where no service is named.
@@ -122,6 +124,8 @@ for command in (
     relay,
     status,
     dead,
+    _with_receivers(replay),
+    seek,
 ):
     main.add_command(command)
 

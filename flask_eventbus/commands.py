@@ -24,8 +24,10 @@ from .program import Command, Program, log_to_stderr, pass_program, reader_is_go
 from .receipt import Receipt, publish_one
 from .relay_command import relay
 from .rendering import as_json, as_line
+from .replay_command import replay
 from .reports import channels_report, findings_report, routes_report
 from .running import run_until_signal
+from .seek_command import seek
 from .status_command import status
 from .tailing import Filter, Tail
 
@@ -318,4 +320,4 @@ def _findings(program: Program) -> list[Finding]:
     return check_node(node, program=program.declares)
 
 
-COMMANDS = (run, tail, publish, routes, check, relay, status, dead)
+COMMANDS = (run, tail, publish, routes, check, relay, status, dead, replay, seek)

@@ -112,15 +112,13 @@ class Retrials:
 
     def _moved(self, retrial: Retrial) -> bool:
         name, due = retrial.letter.name, int(self._clock() * 1000)
-        answers = self._access.run(
+        answers = self._access.together(
             [
-                ("MULTI",),
                 ("ZADD", self._retry(name), due, retrial.record.packed()),
                 ("XDEL", self._dead(name), retrial.letter.id),
-                ("EXEC",),
             ]
         )
-        return answers[-1] is not None
+        return answers is not None
 
     def _look(self, retrials: Sequence[Retrial]) -> None:
         """See what became of those that were put back.

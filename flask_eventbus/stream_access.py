@@ -26,6 +26,9 @@ TIMEOUT = 3.0
 #: Entries that are read in one round trip; each may be as large as an event.
 PAGE = 100
 
+#: An entry of a stream: its id and its fields.
+Entry = tuple[EntryId, dict[bytes, bytes]]
+
 #: Commands whose rights are given by their second word.
 _CONTAINERS = ("XINFO", "XGROUP")
 
@@ -72,6 +75,21 @@ class StreamAccess:
             for command, answer in zip(commands, answers, strict=True)
         ]
 
+    def together(self, commands: Sequence[Command]) -> list[Any] | None:
+        """The answers to commands that are done together; ``None`` if what was watched changed.
+
+        :raises click.ClickException: Redis is away, or refuses one of them.
+        """
+        answers = self.run([("MULTI",), *commands, ("EXEC",)])[-1]
+
+        if answers is None:
+            return None
+
+        return [
+            self._checked(command, answer)
+            for command, answer in zip(commands, answers, strict=True)
+        ]
+
     def names(self) -> list[str]:
         """The signals that have a stream.
 
@@ -89,10 +107,8 @@ class StreamAccess:
 
         return sorted(name for name in found if SIGNAL_NAME.fullmatch(name))
 
-    def entries(
-        self, key: str, first: EntryId, last: EntryId
-    ) -> Iterator[tuple[EntryId, dict[bytes, bytes]]]:
-        """The entries of a stream from one id to another, both included, page by page.
+    def pages(self, key: str, first: EntryId, last: EntryId) -> Iterator[list[Entry]]:
+        """The entries of a stream from one id to another, both included, some at a time.
 
         :raises click.ClickException: Redis cannot be asked.
         """
@@ -100,14 +116,20 @@ class StreamAccess:
 
         while True:
             found = self.ask("XRANGE", key, start, id_text(last), "COUNT", PAGE)
-
-            for name, fields in found:
-                yield entry_id(name), as_mapping(fields)
+            yield [(entry_id(name), as_mapping(fields)) for name, fields in found]
 
             if len(found) < PAGE:
                 return
 
             start = f"({found[-1][0].decode()}"
+
+    def entries(self, key: str, first: EntryId, last: EntryId) -> Iterator[Entry]:
+        """The same, one by one.
+
+        :raises click.ClickException: Redis cannot be asked.
+        """
+        for page in self.pages(key, first, last):
+            yield from page
 
     def stream_of(self, name: str) -> dict[str, Any]:
         """What ``XINFO STREAM`` says of a signal's stream; nothing if there is none.
@@ -149,6 +171,12 @@ class StreamAccess:
                 f"{_reason(error)}. Correct the user and the password in 'EVENTBUS_URL'."
             ) from error
         except OUTAGE as error:
+            if "no permissions" in str(error):
+                raise click.ClickException(
+                    f"Redis at {self._connections.shown} does not let this user connect: "
+                    f"{_reason(error)}. Grant it that in the ACL."
+                ) from error
+
             raise click.ClickException(
                 f"Redis at {self._connections.shown} cannot be used: {_reason(error)}. Start it "
                 "there, or correct 'EVENTBUS_URL'."

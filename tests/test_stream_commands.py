@@ -1,0 +1,510 @@
+"""`status`: what it shows of streams, and when its exit code says that something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from flask import Flask
+from servers import RedisServer, free_port
+from stream_store import NODE, StreamStore
+from waiting import wait_until
+
+from flask_eventbus import EventBus
+from flask_eventbus.__main__ import main
+from flask_eventbus.cli import flask_commands
+from flask_eventbus.stream_status import consumer_of, lag_of
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def store(shared_redis: RedisServer) -> StreamStore:
+    """Streams of this test alone."""
+    return StreamStore(shared_redis)
+
+
+@pytest.fixture
+def make_app(store: StreamStore) -> Callable[..., Flask]:
+    """Make an app with a bus on the shared server."""
+
+    def make(**settings: Any) -> Flask:
+        app = Flask("mailer")
+        app.config.update(
+            EVENTBUS_SERVICE="mailer", EVENTBUS_URL=store.url, EVENTBUS_PREFIX=store.prefix
+        )
+        app.config.update(settings)
+        EventBus().init_app(app)
+        return app
+
+    return make
+
+
+def run_in(app: Flask, *words: str) -> Result:
+    """Run ``flask eventbus WORDS`` on an app."""
+    return app.test_cli_runner().invoke(flask_commands, words)
+
+
+def fill(store: StreamStore) -> list[str]:
+    """A stream with a bit of everything for 'mailer'; the ids of its entries."""
+    ids = [store.add("user_registered", user_id=number)[0] for number in range(5)]
+    store.group("user_registered")
+    store.read("user_registered", 3)
+    store.client.xack(store.keys.stream("user_registered"), "mailer", ids[0])
+    store.give_up("user_registered")
+    store.client.zadd(store.keys.retry("user_registered", "mailer"), {b"one": 1, b"two": 2})
+    return ids
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """What a command printed as JSON."""
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+# -- what it shows ------------------------------------------------------------------------
+
+
+def test_status_shows_how_far_a_service_is_and_who_its_workers_are(store: StreamStore) -> None:
+    fill(store)
+
+    result = store.run("status")
+
+    assert result.exit_code == 0, result.output
+    assert (
+        re.sub(r" +\d+ s$", "  0 s", result.output, flags=re.MULTILINE).replace("0 s  ", "")
+        == f"""\
+Stream           Events  Service  Lag  Pending  Oldest  Retries  Dead
+user_registered       5  mailer     2        2     {"      2     1"}
+
+Service  Stream           Host    Pid  Node          Pending  Idle
+mailer   user_registered  web-1  4711  {NODE}        2  0 s
+"""
+    )
+
+
+def test_status_shows_the_same_as_json(store: StreamStore) -> None:
+    fill(store)
+
+    found = as_json(store.run("status", "--json"))
+
+    (stream,) = found["streams"]
+    (group,) = stream["groups"]
+    (consumer,) = group.pop("consumers")
+    assert found["exceeded"] == []
+    assert (stream["name"], stream["length"]) == ("user_registered", 5)
+    assert 0 <= group.pop("oldest_pending_seconds") < 60
+    assert group == {
+        "service": "mailer",
+        "exists": True,
+        "lag": 2,
+        "pending": 2,
+        "retries": 2,
+        "dead": 1,
+    }
+    assert 0 <= consumer.pop("idle_seconds") < 60
+    assert consumer == {
+        "name": f"web-1-4711-{NODE}",
+        "host": "web-1",
+        "pid": 4711,
+        "node": NODE,
+        "pending": 2,
+    }
+
+
+def test_status_without_a_service_or_with_all_shows_every_service(store: StreamStore) -> None:
+    fill(store)
+    store.group("user_registered", "audit")
+    store.add("price_changed")
+
+    alone = store.run("status", "--json")
+    everything = [
+        store.run("status", "--all", "--json"),
+        store.run("status", "--json", service=None),
+    ]
+
+    assert [stream["name"] for stream in as_json(alone)["streams"]] == ["user_registered"]
+    for result in everything:
+        price, user = as_json(result)["streams"]
+        assert (price["name"], price["length"], price["groups"]) == ("price_changed", 1, [])
+        assert [group["service"] for group in user["groups"]] == ["audit", "mailer"]
+
+
+def test_status_of_an_app_shows_what_it_hears_and_what_it_publishes(
+    store: StreamStore, make_app: Callable[..., Flask]
+) -> None:
+    for name in ("user_registered", "mail_sent", "price_changed", "order_paid", "order_sent"):
+        store.add(name)
+        store.group(name)
+        store.group(name, "audit")
+
+    app = make_app(
+        EVENTBUS_PUBLISH={"mail_*": "stream", "price_changed": "channel"},
+        EVENTBUS_SUBSCRIBE={"user_registered": {}, "order_*": {}, "price_*": "channel"},
+    )
+    found = as_json(run_in(app, "status", "--json"))
+
+    services = {
+        stream["name"]: [group["service"] for group in stream["groups"]]
+        for stream in found["streams"]
+    }
+    assert services == {
+        "mail_sent": [],
+        "order_paid": ["mailer"],
+        "order_sent": ["mailer"],
+        "user_registered": ["mailer"],
+    }
+    assert len(as_json(run_in(app, "status", "--all", "--json"))["streams"]) == 5
+
+
+def test_status_finds_a_stream_that_the_set_of_names_lost(
+    store: StreamStore, make_app: Callable[..., Flask]
+) -> None:
+    store.add("user_registered")
+    store.client.delete(store.keys.names)
+
+    found = as_json(run_in(make_app(EVENTBUS_SUBSCRIBE=["user_registered"]), "status", "--json"))
+
+    assert [stream["name"] for stream in found["streams"]] == ["user_registered"]
+
+
+def test_status_shows_dead_letters_of_a_service_whose_group_is_gone(store: StreamStore) -> None:
+    store.give_up("user_registered")
+
+    result = store.run("status")
+
+    assert re.search(r"user_registered +0  mailer +- +- +- +0 +1\n", result.output)
+
+
+def test_status_says_that_there_is_nothing(
+    store: StreamStore, make_app: Callable[..., Flask]
+) -> None:
+    every = store.run("status", service=None)
+    own = run_in(make_app(), "status")
+    store.group("paid", "audit")
+    store.client.sadd(store.keys.names, "paid")
+    others = store.run("status")
+
+    assert every.output == f"There is no stream under the prefix '{store.prefix}' yet.\n"
+    assert own.output == others.output
+    assert own.output == (
+        f"The service 'mailer' has no stream under the prefix '{store.prefix}' yet. Those of all "
+        "services: --all\n"
+    )
+    assert (every.exit_code, own.exit_code, others.exit_code) == (0, 0, 0)
+
+
+def test_names_that_others_chose_cannot_move_the_cursor(store: StreamStore) -> None:
+    store.add("user_registered")
+    store.group("user_registered", "a\x1b[2Jb\n")
+    store.read("user_registered", 1, "a\x1b[2Jb\n", "c\x1b[2J\u202ed")
+    store.client.sadd(store.keys.names, "e\x1b[2J", b"\xff" * 500)
+
+    result = store.run("status", "--all", "--max-lag", "0", "--max-dead", "0")
+
+    assert result.exit_code == 0, result.output
+    assert r"a\x1b[2Jb\n" in result.stdout
+    assert r"c\x1b[2J\u202ed" in result.stdout
+    assert r"that no signal can have; it is left out: 'e\x1b[2J'" in result.stderr
+    assert "\x1b" not in result.output
+    assert len(max(result.stderr.splitlines(), key=len)) < 300
+
+
+# -- lag ----------------------------------------------------------------------------------
+
+
+def test_lag_is_known_at_both_ends_of_a_stream_whatever_the_server_counts(
+    store: StreamStore,
+) -> None:
+    ids = [store.add("paid")[0] for _ in range(6)]
+    store.group("paid", "behind", "0")
+    store.group("paid", "ahead", ids[-1])
+    # What redis 7.0 counts of what was trimmed is wrong.
+    store.client.xtrim(store.keys.stream("paid"), maxlen=3, approximate=False)
+
+    (stream,) = as_json(store.run("status", "--all", "--json"))["streams"]
+
+    lags = {group["service"]: group["lag"] for group in stream["groups"]}
+    assert lags == {"behind": 3, "ahead": 0}
+
+
+def test_lag_is_unknown_where_the_server_cannot_tell(store: StreamStore) -> None:
+    ids = [store.add("paid")[0] for _ in range(6)]
+    store.group("paid")
+    store.read("paid", 2)
+    store.client.xdel(store.keys.stream("paid"), ids[3])
+
+    shown = store.run("status")
+    enough = store.run("status", "--max-lag", "4")
+    too_much = store.run("status", "--max-lag", "3")
+
+    assert re.search(r"paid +5  mailer +\? ", shown.output)
+    assert enough.exit_code == 0, enough.output
+    assert too_much.exit_code == 1
+    assert too_much.stderr == (
+        "The lag of 'mailer' at 'paid' is not known to this server, and may be up to 4, more than "
+        "3.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("position", "counted", "lag"),
+    [
+        ("0-0", None, 4),
+        ("9-0", 7, 0),
+        ("5-0", None, None),
+        ("5-0", 3, 3),
+        ("5-0", 4, None),
+        ("5-0", 9, None),
+        ("5-0", 0, None),
+        ("5-0", -1, None),
+    ],
+)
+def test_a_lag_that_cannot_be_is_not_believed(
+    position: str, counted: int | None, lag: int | None
+) -> None:
+    group = {"last-delivered-id": position.encode(), "lag": counted}
+
+    assert lag_of(group, 4, (4, 0), (8, 0)) == lag
+
+
+def test_redis_6_has_no_lag_and_that_is_no_error() -> None:
+    assert lag_of({"last-delivered-id": b"5-0"}, 4, (4, 0), (8, 0)) is None
+    assert lag_of({"last-delivered-id": b"5-0"}, 0, None, None) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        (f"web-1.eu-4711-{NODE}", ("web-1.eu", 4711, NODE)),
+        ("released", ("", None, "")),
+        ("a-b", ("", None, "")),
+        ("web-x-y", ("", None, "")),
+        (f"web-{'9' * 5000}-n", ("", None, "")),
+        (f"-1-{NODE}", ("", None, "")),
+        ("", ("", None, "")),
+    ],
+    ids=["own", "word", "two", "text", "huge", "hostless", "empty"],
+)
+def test_a_consumer_that_is_called_otherwise_has_no_host(
+    name: str, parts: tuple[str, int | None, str]
+) -> None:
+    found = consumer_of(name, {"idle": 1500, "pending": 2})
+
+    assert (found.host, found.pid, found.node) == parts
+    assert (found.name, found.idle, found.pending) == (name, 1.5, 2)
+
+
+# -- for monitoring -----------------------------------------------------------------------
+
+
+def test_status_exits_with_1_when_something_is_too_much_and_says_what(store: StreamStore) -> None:
+    fill(store)
+
+    fine = store.run("status", "--max-lag", "2", "--max-dead", "1")
+    bad = store.run("status", "--max-lag", "1", "--max-dead", "0")
+    in_json = store.run("status", "--max-lag", "1", "--json")
+
+    assert fine.exit_code == 0, fine.output
+    assert fine.stderr == ""
+    assert (bad.exit_code, in_json.exit_code) == (1, 1)
+    assert bad.stdout.startswith("Stream ")
+    assert bad.stderr == (
+        "The lag of 'mailer' at 'user_registered' is 2, more than 1.\n"
+        "The dead letters of 'mailer' at 'user_registered' are 1, more than 0.\n"
+    )
+    assert as_json(in_json)["exceeded"] == bad.stderr.splitlines()[:1]
+
+
+@pytest.mark.parametrize("words", [["--max-lag", "-1"], ["--max-dead", "x"], ["--interval", "0"]])
+def test_a_mistake_in_the_words_of_status_exits_with_2(
+    store: StreamStore, words: list[str]
+) -> None:
+    assert store.run("status", *words).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"],
+        ["dead", "list"],
+        ["dead", "purge", "--yes"],
+        ["seek", "paid", "--to", "new", "--yes"],
+    ],
+    ids=" ".join,
+)
+def test_a_redis_that_is_away_is_told_in_one_line_without_a_password(words: list[str]) -> None:
+    url = f"redis://ada:s3cret@127.0.0.1:{free_port()}/0"
+
+    result = CliRunner().invoke(main, ["--url", url, "--service", "mailer", *words])
+
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: Redis at redis://ada:***@127.0.0.1:")
+    assert result.output.endswith("Start it there, or correct 'EVENTBUS_URL'.\n")
+    assert "s3cret" not in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["status"], "+smembers"),
+        (["dead", "list"], "+smembers"),
+        (["dead", "show", "--signal", "paid"], "+smembers"),
+        (["seek", "paid", "--to", "new", "--yes"], "+xinfo|groups"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_a_right_that_is_missing_is_named(
+    redis_server: RedisServer, words: list[str], refused: str
+) -> None:
+    user = ["ACL", "SETUSER", "ada", "on", ">pw", "~eb:*"]
+    settings = ["--prefix", "eb", "--service", "mailer", *words]
+    url = redis_server.url.replace("127", "ada:pw@127", 1)
+
+    redis_server.client.execute_command(*user)
+    outside = CliRunner().invoke(main, ["--url", url, *settings])
+    redis_server.client.execute_command(*user, "+client|setname", "+select")
+    result = CliRunner().invoke(main, ["--url", url, *settings])
+
+    assert (outside.exit_code, result.exit_code) == (1, 1)
+    assert "does not let this user connect" in outside.output
+    assert "Grant it that in the ACL." in outside.output
+    assert "to this user" in result.output
+    assert f"Grant it '{refused}' and '~eb:*' in the ACL" in result.output
+
+
+def test_a_wrong_password_is_told(redis_server: RedisServer) -> None:
+    url = redis_server.url.replace("127", "ada:pw@127", 1)
+
+    result = CliRunner().invoke(main, ["--url", url, "status"])
+
+    assert result.exit_code == 1
+    assert "does not let this user in" in result.output
+    assert "Correct the user and the password in 'EVENTBUS_URL'." in result.output
+
+
+def test_a_key_of_another_program_is_told(store: StreamStore) -> None:
+    store.client.set(store.keys.names, "mine")
+
+    result = store.run("status")
+
+    assert result.exit_code == 1
+    assert "another program keeps something else under this key" in result.output
+    assert f"'{store.keys.names}'" in result.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["status"], ["dead", "list"], ["seek", "paid", "--to", "new"]],
+    ids=" ".join,
+)
+def test_a_cluster_has_no_streams_and_that_is_said(words: list[str]) -> None:
+    url = "redis+cluster://127.0.0.1:7000"
+
+    result = CliRunner().invoke(main, ["--url", url, "--service", "mailer", *words])
+
+    assert result.exit_code == 1
+    assert "'EVENTBUS_URL' names a Redis Cluster, where this version has no streams" in (
+        result.output
+    )
+
+
+# -- watching -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start `status --watch` with its output in a file."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(store: StreamStore, *words: str, out: int) -> subprocess.Popen[bytes]:
+        settings = ["--url", store.url, "--prefix", store.prefix, "status", "--watch", *words]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flask_eventbus", *settings, "--interval", "0.1"],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
+        )
+        processes.append(process)
+        return process
+
+    yield start
+
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_watch_shows_it_again_through_an_outage_until_ctrl_c_which_exits_with_0(
+    redis_server: RedisServer, tmp_path: Path, watch: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    store = StreamStore(redis_server)
+    store.add("paid")
+    log = tmp_path / "out"
+
+    with log.open("wb") as out:
+        process = watch(store, out=out.fileno())
+
+    wait_until(lambda: log.read_text().count("paid  ") > 1, what="it is shown twice")
+    redis_server.kill()
+    wait_until(lambda: "cannot be used" in log.read_text(), what="it says that Redis is away")
+    redis_server.start()
+    store.add("sold")
+    wait_until(lambda: "sold  " in log.read_text(), what="it is shown again")
+    process.send_signal(signal.SIGINT)
+
+    assert process.wait(20) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def test_watch_in_json_is_one_object_a_line(
+    store: StreamStore, tmp_path: Path, watch: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    store.add("paid")
+    log = tmp_path / "out"
+
+    with log.open("wb") as out:
+        process = watch(store, "--json", out=out.fileno())
+
+    wait_until(lambda: log.read_text().count("\n") > 1, what="two lines")
+    process.send_signal(signal.SIGINT)
+
+    assert process.wait(20) == 0
+    for line in log.read_text().splitlines():
+        assert json.loads(line)["streams"][0]["name"] == "paid"
+
+
+def test_in_a_terminal_the_tables_are_as_wide_as_it_is(
+    store: StreamStore, watch: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    name = "a_name_of_a_signal/that_goes_on_and_on/until_it_is_wider_than_half_a_terminal"
+    service = "a-service-with-a-name-that-is-as-long-as-one-may-be.eu-west-1"
+    ids = [store.add(name)[0] for _ in range(3)]
+    store.group(name, service)
+    store.read(name, len(ids), service, f"{'host' * 10}-4711-{NODE}")
+    ours, theirs = pty.openpty()
+
+    process = watch(store, "--max-lag", "0", out=theirs)
+    os.close(theirs)
+    shown = b""
+
+    while shown.count(b"Idle") < 2:
+        shown += os.read(ours, 65536)
+
+    process.send_signal(signal.SIGINT)
+    os.close(ours)
+    lines = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", shown.decode()).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("a_name") and "..." in line for line in lines)
