@@ -126,11 +126,12 @@ class _Desk:
         self.letters = DeadLetters(access, service)
 
     def find(self, choice: Choice) -> list[Letter]:
-        """Those that are meant; what was named and is not there is told.
+        """Those that are meant.
 
-        :raises click.ClickException: some were named, and none of them is there.
+        :raises click.ClickException: one that was named is not there, or may be another.
         """
         found = list(self.letters.find(choice))
+        self._refuse_namesakes(choice, found)
         known = {name for letter in found for name in (letter.id, letter.content.event_id)}
         missing = [name for name in choice.ids if name not in known]
 
@@ -143,6 +144,17 @@ class _Desk:
             )
 
         return found
+
+    def _refuse_namesakes(self, choice: Choice, found: Sequence[Letter]) -> None:
+        """Two signals may have a dead letter of the same id: one of them is meant."""
+        for name in choice.ids:
+            signals = sorted(letter.name for letter in found if letter.id == name)
+
+            if len(signals) > 1:
+                raise click.ClickException(
+                    f"{name} is the id of several dead letters: of {', '.join(signals)}. Say which "
+                    "with --signal."
+                )
 
 
 @contextmanager

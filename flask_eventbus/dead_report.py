@@ -171,7 +171,8 @@ def _entry(text: str) -> str:
 def _payload(text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
+        # Cut, or written by somebody else.
         return text or None
 
 
