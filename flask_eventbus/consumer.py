@@ -146,6 +146,7 @@ class Consumer:
             wanted=wanted,
             lost=self._lost,
             found=self._found,
+            ended=self._abandoned,
         )
         self._keeper = Keeper(
             config=config,
@@ -261,6 +262,21 @@ class Consumer:
 
     def hand_back(self) -> None:
         """Settle what is done, and let other workers have the rest; called when the pool ended."""
+        self._reader.end()
+        self._follower.end()
+        self._close()
+
+    def _abandoned(self) -> None:
+        """What the events are for is gone: end by and by, as if somebody had said so."""
+        self._stopping.set()
+        self._keeper.stop()
+        self._follower.stop()
+        self._pool.lineup.close()
+        self._pool.lineup.clear()
+        self._pool.close()
+        self._close()
+
+    def _close(self) -> None:
         self._keeper.end()
 
         try:

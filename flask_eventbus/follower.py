@@ -33,8 +33,8 @@ COUNT = 200
 #: Seconds between tries to connect, at most.
 MOST_BACKOFF = 1.0
 
-#: Seconds that the thread gets to end.
-END = 6.0
+#: Seconds that the thread gets to end; it may be looking for a host that is not there.
+END = 1.0
 
 
 class Follower:
@@ -104,6 +104,8 @@ class Follower:
         with self.changed:
             self.changed.notify_all()
 
+    def end(self) -> None:
+        """Wait for the thread's end."""
         if self._thread is not None:
             self._thread.join(timeout=END)
 

@@ -35,7 +35,7 @@ IDLE_CONSUMER = 600.0
 MOST_BACKOFF = 2.0
 
 #: Seconds that the thread gets to end; it may wait for a server that hangs.
-END = 6.0
+END = 2.0
 
 
 class Keeper:

@@ -58,11 +58,14 @@ class Lineup:
             return self._rest.wait_for(lambda: self._is_inviting, timeout)
 
     def put(self, deliveries: Sequence[Delivery]) -> None:
-        """Add deliveries, in order."""
+        """Add deliveries, in order; after the end nothing is added, and they are handed back."""
         if not deliveries:
             return
 
         with self._work:
+            if self._closed:
+                return
+
             for delivery in deliveries:
                 self._line_of(delivery).append(delivery)
 
@@ -112,7 +115,7 @@ class Lineup:
         return left
 
     def close(self) -> None:
-        """Let nobody wait for room any more."""
+        """Take nothing more, and let nobody wait for room."""
         with self._rest:
             self._closed = True
             self._rest.notify_all()

@@ -41,8 +41,8 @@ MOST_BACKOFF = 1.0
 #: Seconds after which a stream that Redis refuses is asked for again.
 ASK_AGAIN = 5.0
 
-#: Seconds that the thread gets to end.
-END = 6.0
+#: Seconds that the thread gets to end; it may be looking for a host that is not there.
+END = 1.0
 
 
 class StreamReader:
@@ -51,6 +51,7 @@ class StreamReader:
     :param wanted: whether there still is what the events are for.
     :param lost: told when Redis is lost, with the error.
     :param found: told when every stream can be read.
+    :param ended: told when nothing is read any more, though nobody said to stop.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class StreamReader:
         wanted: Callable[[], bool],
         lost: Callable[[Exception], None],
         found: Callable[[], None],
+        ended: Callable[[], None],
     ) -> None:
         self._config = config
         self._catalogue = catalogue
@@ -85,6 +87,7 @@ class StreamReader:
         self._wanted = wanted
         self._lost = lost
         self._found = found
+        self._ended = ended
         self._log = BoundedLog(logger)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -136,6 +139,8 @@ class StreamReader:
         with self.changed:
             self.changed.notify_all()
 
+    def end(self) -> None:
+        """Wait for the thread's end."""
         if self._thread is not None:
             self._thread.join(timeout=END)
 
@@ -163,6 +168,9 @@ class StreamReader:
                 self._group.pipe.close()
 
             self._stopping.wait(backoff.next())
+
+        if not self._stopping.is_set():
+            self._ended()
 
     @property
     def _goes_on(self) -> bool:

@@ -41,11 +41,11 @@ def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
     proxy.close()
 
 
-def hear(bus: Bus, name: str = "tick") -> list[Any]:
+def hear(bus: Bus, name: str = "tick", *, via: str | None = None) -> list[Any]:
     """Start listening to ``name`` and return the list that its numbers go to."""
     heard: list[Any] = []
 
-    @bus.on(name)
+    @bus.on(name, via=via)
     def receive(sender: str, n: int, **extra: Any) -> None:
         heard.append(n)
 
@@ -70,7 +70,7 @@ def test_a_connection_that_was_cut_while_idle_is_no_outage(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(writer, "QUIET", 0.05)
-    heard = hear(make_bus(redis_server.url, "consumer"))
+    heard = hear(make_bus(redis_server.url, "consumer"), via="channel")
     publisher = make_bus(
         redis_server.url, publish={"tick": {"confirm": True}}, on_outage="raise", timeout=5
     )
@@ -211,7 +211,7 @@ def test_a_message_that_comes_in_two_halves_arrives_whole(
 
     proxy.answer = lambda: stalling
     consumer = make_bus(proxy.url, "consumer")
-    heard = hear(consumer)
+    heard = hear(consumer, via="channel")
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     publisher.signal("tick").send("test", n=1, text="halve me")
     publisher.signal("tick").send("test", n=2)
