@@ -30,7 +30,8 @@ class StreamStore:
     def __init__(self, server: RedisServer, prefix: str = "") -> None:
         self.url = server.url
         self.prefix = prefix or f"streams-{os.getpid()}-{next(_prefixes)}"
-        self.client = server.client
+        #: What redis-py says of its answers helps no test.
+        self.client: Any = server.client
         self.keys = StreamKeys(self.prefix)
         self._numbers = itertools.count(1)
 
@@ -60,8 +61,7 @@ class StreamStore:
     def add_fields(self, name: str, fields: Mapping[bytes, bytes], *, id: str = "*") -> str:
         """Add an entry with any fields."""
         self.client.sadd(self.keys.names, name)
-        found: dict[Any, Any] = {**fields}
-        entry: Any = self.client.xadd(self.keys.stream(name), found, id=id)
+        entry = self.client.xadd(self.keys.stream(name), dict(fields), id=id)
         return str(entry.decode())
 
     def group(self, name: str, service: str = "mailer", start: str = "0") -> None:
@@ -72,7 +72,7 @@ class StreamStore:
         self, name: str, count: int, service: str = "mailer", consumer: str = f"web-1-4711-{NODE}"
     ) -> list[str]:
         """Let a consumer get some events, and return the ids of their entries."""
-        found: Any = self.client.xreadgroup(
+        found = self.client.xreadgroup(
             service, consumer, {self.keys.stream(name): ">"}, count=count
         )
         return [entry.decode() for _, entries in found for entry, _ in entries]
@@ -98,7 +98,7 @@ class StreamStore:
             "last": now,
         }
         letter = DeadLetter(**{**known, **facts})
-        found: Any = self.client.execute_command(
+        found = self.client.execute_command(
             "XADD", self.keys.dead(name, service), id, *letter.as_fields()
         )
         self.client.sadd(self.keys.names, name)
@@ -124,12 +124,12 @@ class StreamStore:
 
     def dead(self, name: str, service: str = "mailer") -> list[str]:
         """The ids of the dead letters of a signal."""
-        found: Any = self.client.xrange(self.keys.dead(name, service))
+        found = self.client.xrange(self.keys.dead(name, service))
         return [entry.decode() for entry, _ in found]
 
     def retries(self, name: str, service: str = "mailer") -> list[tuple[RetryRecord, float]]:
         """What is to be tried again, with when it is due."""
-        found: Any = self.client.zrange(self.keys.retry(name, service), 0, -1, withscores=True)
+        found = self.client.zrange(self.keys.retry(name, service), 0, -1, withscores=True)
         return [(RetryRecord.unpacked(member), due) for member, due in found]
 
     def wait_for_retry(self, record: RetryRecord, name: str, service: str = "mailer") -> None:
@@ -138,6 +138,6 @@ class StreamStore:
 
     def position(self, name: str, service: str = "mailer") -> str:
         """Where a group stands."""
-        groups: Any = self.client.xinfo_groups(self.keys.stream(name))
+        groups = self.client.xinfo_groups(self.keys.stream(name))
         found = {group["name"].decode(): group["last-delivered-id"].decode() for group in groups}
         return str(found[service])

@@ -449,13 +449,13 @@ def worker(
             pipeline.zadd(key, {outcome.packed(): (time.time() + 30) * 1000})
         elif outcome is not None:
             letter = {"receiver": record.receiver, "entry": record.entry, "error": outcome}
-            pipeline.xadd(store.keys.dead("paid", "mailer"), letter)  # type: ignore[arg-type]
+            pipeline.xadd(store.keys.dead("paid", "mailer"), letter)
 
         pipeline.execute()
 
     def run() -> None:
         while not ended.wait(0.01):
-            members: Any = store.client.zrange(key, 0, -1)
+            members = store.client.zrange(key, 0, -1)
 
             for member in members:
                 if not (record := RetryRecord.unpacked(member)).attempts:

@@ -1,0 +1,266 @@
+"""`seek`: the only thing that moves a group, and only after it was told what that means."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+import pytest
+from flask import Flask
+from servers import RedisServer
+from stream_store import StreamStore
+from waiting import wait_until
+
+from flask_eventbus import Bus, EventBus
+from flask_eventbus.cli import flask_commands
+
+
+@pytest.fixture
+def store(shared_redis: RedisServer) -> StreamStore:
+    """Streams of this test alone."""
+    return StreamStore(shared_redis)
+
+
+def fill(store: StreamStore, *, read: int = 4) -> list[str]:
+    """Ten events of an hour, some of which the group got; the ids of their entries."""
+    now = int(time.time() * 1000)
+    ids = [
+        store.add("paid", id=f"{now - (10 - number) * 360_000}-0", number=number)[0]
+        for number in range(10)
+    ]
+    store.group("paid")
+    store.read("paid", read)
+    store.client.xack(store.keys.stream("paid"), "mailer", *ids)
+    return ids
+
+
+def left(store: StreamStore) -> list[str]:
+    """The ids of the entries that the group gets from now on."""
+    return store.read("paid", 100)
+
+
+def test_seek_says_what_it_skips_and_moves_after_a_yes(store: StreamStore) -> None:
+    ids = fill(store)
+
+    result = store.run("seek", "paid", "--to", "new", input="y\n")
+
+    assert result.exit_code == 0, result.output
+    stamp = r"\(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\)"
+    assert re.fullmatch(
+        rf"""'mailer' in the stream of 'paid'
+  stands at  {ids[3]} {stamp}
+  goes to    {ids[9]} {stamp}
+6 events are skipped: no worker will get them\.
+Move 'mailer'\? \[y/N\]: y
+Moved 'mailer' to {ids[9]} {stamp}\.
+""",
+        result.output,
+    )
+    assert store.position("paid") == ids[9]
+    assert left(store) == []
+
+
+def test_seek_says_what_it_repeats_and_what_is_pending(store: StreamStore) -> None:
+    ids = fill(store, read=3)
+    pending = store.read("paid", 1)
+
+    result = store.run("seek", "paid", "--to", "earliest", "--yes")
+
+    assert result.exit_code == 0, result.output
+    assert "  goes to    the beginning\n" in result.output
+    assert "4 events are repeated: the receivers run for them again.\n" in result.output
+    assert "1 event is pending: workers keep them.\n" in result.output
+    assert pending == [ids[3]]
+    assert left(store) == ids
+
+
+@pytest.mark.parametrize("answer", ["n\n", "", "\n"])
+def test_without_a_yes_nothing_moves(store: StreamStore, answer: str) -> None:
+    ids = fill(store)
+    store.client.sadd(store.keys.seen("paid", "mailer", 1), "x")
+
+    result = store.run("seek", "paid", "--to", "earliest", input=answer)
+
+    assert result.exit_code == 1
+    assert store.position("paid") == ids[3]
+    assert store.client.exists(store.keys.seen("paid", "mailer", 1))
+
+
+def test_a_place_is_an_entry_a_time_or_an_age(store: StreamStore) -> None:
+    ids = fill(store)
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - 0.5 * 3600 - 60))
+
+    for place, count in [
+        (ids[2], 7),
+        ("33m", 5),
+        (moment, 5),
+        ("30d", 10),
+        ("0", 10),
+        ("1s", 0),
+        ("earliest", 10),
+        ("new", 0),
+    ]:
+        result = store.run("seek", "paid", "--to", place, "--yes")
+        assert result.exit_code == 0, result.output
+        assert len(left(store)) == count, place
+
+
+def test_an_entry_of_exactly_that_time_comes_again(store: StreamStore) -> None:
+    ids = [store.add("paid", id=f"1700000000000-{number}")[0] for number in range(3)]
+    store.group("paid", start="$")
+
+    result = store.run("seek", "paid", "--to", "2023-11-14T22:13:20+00:00", "--yes")
+
+    assert result.exit_code == 0, result.output
+    assert re.search(r"  goes to    2023-11-1\d \d\d:13:20\n", result.output)
+    assert left(store) == ids
+
+
+def test_what_is_repeated_is_not_taken_for_a_duplicate(store: StreamStore) -> None:
+    fill(store)
+    keys, others = (
+        [store.keys.seen("paid", "mailer", 1), store.keys.seen("paid", "mailer", 29_999)],
+        [store.keys.seen("paid", "mailer2", 1), store.keys.seen("sold", "mailer", 1)],
+    )
+
+    for key in (*keys, *others):
+        store.client.sadd(key, "x")
+
+    store.run("seek", "paid", "--to", "new", "--yes")
+    assert store.client.exists(*keys) == 2
+
+    store.run("seek", "paid", "--to", "earliest", "--yes")
+    assert store.client.exists(*keys) == 0
+    assert store.client.exists(*others) == 2
+
+
+def test_the_lag_is_right_after_a_move(store: StreamStore) -> None:
+    ids = fill(store)
+    store.client.xtrim(store.keys.stream("paid"), maxlen=8, approximate=False)
+
+    for place, lag in [(ids[4], 5), ("earliest", 8), ("new", 0), (ids[7], 2)]:
+        store.run("seek", "paid", "--to", place, "--yes")
+        groups = store.client.xinfo_groups(store.keys.stream("paid"))
+        assert groups[0]["lag"] == lag, place
+
+
+def test_a_group_that_is_there_already_is_not_asked_about(store: StreamStore) -> None:
+    ids = fill(store)
+
+    result = store.run("seek", "paid", "--to", ids[3])
+
+    assert result.exit_code == 0
+    assert result.output.startswith(f"'mailer' in the stream of 'paid' stands at {ids[3]} (")
+    assert result.output.endswith(") already.\n")
+
+
+def test_other_groups_stay_where_they_are(store: StreamStore) -> None:
+    fill(store)
+    store.group("paid", "audit", "0")
+
+    store.run("seek", "paid", "--to", "new", "--yes")
+
+    assert store.position("paid", "audit") == "0-0"
+
+
+def test_with_an_app_it_is_its_service_that_moves(store: StreamStore) -> None:
+    fill(store)
+    app = Flask("mailer")
+    app.config.update(
+        EVENTBUS_SERVICE="mailer", EVENTBUS_URL=store.url, EVENTBUS_PREFIX=store.prefix
+    )
+    EventBus().init_app(app)
+
+    words = ["seek", "paid", "--to", "earliest", "--yes"]
+    result = app.test_cli_runner().invoke(flask_commands, words)
+
+    assert result.exit_code == 0, result.output
+    assert store.position("paid") == "0-0"
+
+
+def test_a_worker_goes_on_from_there(store: StreamStore, make_bus: Callable[..., Bus]) -> None:
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    numbers: list[int] = []
+    bus.on("paid", start="earliest")(lambda sender, number: numbers.append(number))
+    store.add("paid", number=1)
+    store.add("paid", number=2)
+    bus.start()
+    wait_until(lambda: numbers == [1, 2], what="both are heard")
+    wait_until(
+        lambda: not store.client.xpending(store.keys.stream("paid"), "mailer")["pending"],
+        what="both are acknowledged",
+    )
+
+    result = store.run("seek", "paid", "--to", "earliest", "--yes")
+
+    assert result.exit_code == 0, result.output
+    wait_until(lambda: numbers == [1, 2, 1, 2], what="both are heard again")
+
+
+# -- mistakes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["{ahead}", "2999-01-01"])
+def test_a_place_after_the_last_event_is_refused(store: StreamStore, place: str) -> None:
+    ids = fill(store)
+    ahead = f"{int(ids[9][:-2]) + 10**9}-0"
+
+    result = store.run("seek", "paid", "--to", place.format(ahead=ahead), "--yes")
+
+    assert result.exit_code == 1
+    assert "lies after the last event" in result.output
+    assert "To skip all there is, write: --to new" in result.output
+    assert store.position("paid") == ids[3]
+
+
+def test_a_group_that_is_not_there_is_told(store: StreamStore) -> None:
+    store.add("paid")
+
+    for name in ("paid", "unknown"):
+        result = store.run("seek", name, "--to", "new", "--yes")
+        assert result.exit_code == 1
+        assert f"'mailer' has no group at the stream of '{name}'" in result.output
+
+    assert not store.client.exists(store.keys.stream("unknown"))
+
+
+def test_who_moves_has_to_be_said(store: StreamStore) -> None:
+    result = store.run("seek", "paid", "--to", "new", service=None)
+
+    assert result.exit_code == 1
+    assert "Name the service: '--service mailer' before the command" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["paid"], "Missing option '--to'"),
+        (["paid", "--to", "later"], "'later' is no place in a stream"),
+        (["paid", "--to", "12"], "'12' is no place in a stream"),
+        (["order_*", "--to", "new"], "'order_*' cannot be a signal's name"),
+    ],
+    ids=["none", "word", "short", "pattern"],
+)
+def test_a_mistake_in_the_words_of_seek_exits_with_2(
+    store: StreamStore, words: list[str], text: str
+) -> None:
+    result = store.run("seek", *words)
+
+    assert result.exit_code == 2
+    assert text in " ".join(result.output.split())
+
+
+def test_a_right_that_is_missing_leaves_the_group_where_it_is(redis_server: RedisServer) -> None:
+    store = StreamStore(redis_server)
+    ids = fill(store)
+    redis_server.client.execute_command(
+        *("ACL", "SETUSER", "ada", "on", ">pw", f"~{store.prefix}:*", "+@all", "-xgroup|setid")
+    )
+    store.url = redis_server.url.replace("127", "ada:pw@127", 1)
+
+    result = store.run("seek", "paid", "--to", "new", "--yes")
+
+    assert result.exit_code == 1
+    assert "Grant it '+xgroup|setid'" in result.output
+    assert store.position("paid") == ids[3]
