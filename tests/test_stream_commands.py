@@ -6,16 +6,20 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from flask import Flask
+from flask.cli import ScriptInfo
 from servers import RedisServer, free_port
 from stream_store import NODE, StreamStore
 from waiting import wait_until
@@ -508,3 +512,119 @@ def test_in_a_terminal_the_tables_are_as_wide_as_it_is(
     lines = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", shown.decode()).splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("a_name") and "..." in line for line in lines)
+
+
+# -- the page -----------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "commands.md").read_text()
+
+#: What differs from run to run: ids, times, ages, and how wide that makes a column.
+_VARIES = [
+    (re.compile(r"\b\d{13}-\d+"), "ID"),
+    (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"), "TIME"),
+    (re.compile(r"\b\d+ (s|min|h|d)\b"), "AGE"),
+    (re.compile(r" {2,}"), "  "),
+]
+
+
+def examples(heading: str) -> list[tuple[list[str], str]]:
+    """The commands that a section of the page shows with what they print; only as text."""
+    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return [
+        (shlex.split(example.partition("\n")[0].partition(" | ")[0]), example.partition("\n")[2])
+        for text in re.findall(r"^```text\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+        for example in text.removeprefix("$ ").split("\n$ ")
+    ]
+
+
+def settled(text: str) -> str:
+    """The text without what varies."""
+    for pattern, word in _VARIES:
+        text = pattern.sub(word, text)
+
+    return text.strip()
+
+
+def shop_store(server: RedisServer) -> StreamStore:
+    """The state that the page shows."""
+    store = StreamStore(server, "eventbus")
+    now = int(time.time() * 1000)
+
+    for number, letter in enumerate("xyabc"):
+        email = f"{letter}@example.com"
+        # The first two are too old for the replay of the page.
+        id = f"{now - (10 - 9 * (number > 1)) * 3_600_000 + number}-0"
+        store.add("user_registered", id=id, user_id=number % 3, email=email)
+
+    store.group("user_registered", "shop")
+    read = store.read("user_registered", 3, "shop")
+    store.client.xack(store.keys.stream("user_registered"), "shop", read[0])
+    store.give_up(
+        "user_registered",
+        service="shop",
+        id="1763848800000-0",
+        entry="1763848690000-0",
+        receiver="shop.greet",
+        error="ConnectionRefusedError: [Errno 111] Connection refused",
+        traceback='Traceback (most recent call last):\n  File "shop.py", line 10, in greet\n',
+        event_id=f"{NODE}-1",
+    )
+    store.client.zadd(store.keys.retry("user_registered", "shop"), {b"one": 1})
+    return store
+
+
+@pytest.fixture
+def shop(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ScriptInfo]:
+    """The app of the page, on a server with the state that the page shows."""
+    shop_store(redis_server)
+    text = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[0]
+    (tmp_path / "shop.py").write_text(text.replace("redis://localhost:6379/0", redis_server.url))
+    monkeypatch.chdir(tmp_path)
+    yield ScriptInfo(app_import_path="shop")
+    sys.modules.pop("shop", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "output"),
+    [
+        (words, output)
+        for heading in ("status", "dead", "replay", "seek")
+        for words, output in examples(heading)
+        if output and "retry" not in words
+    ],
+    ids=lambda value: "_".join(value[4:]) if isinstance(value, list) else "",
+)
+def test_the_page_shows_what_the_commands_print(
+    shop: ScriptInfo, words: list[str], output: str
+) -> None:
+    answer = "y\n" if "[y/N]" in output else ""
+
+    result = CliRunner().invoke(flask_commands, words[4:], obj=shop, input=answer)
+
+    assert result.exit_code == 0, result.output
+    assert settled(result.output) == settled(output)
+
+
+def test_the_other_examples_of_the_page_are_well_formed() -> None:
+    for words, _ in [*examples("status"), *examples("dead")]:
+        name, *rest = words[4:]
+        command: Any = flask_commands.commands[name]
+
+        with click.Context(flask_commands) as parent:
+            while isinstance(command, click.Group):
+                command, rest = command.commands[rest[0]], rest[1:]
+
+            assert command.make_context(name, [*rest], parent=parent).params
+
+
+@pytest.mark.parametrize("name", ["list", "show", "retry", "drop", "purge"])
+def test_the_page_has_every_option_of_dead(name: str) -> None:
+    section = PAGE.partition("\n## dead\n")[2].partition("\n## ")[0]
+    command: Any = flask_commands.commands["dead"]
+
+    assert f"| `dead {name}" in section
+    for option in command.commands[name].params:
+        if option.param_type_name == "option":
+            assert f"`{option.opts[0]}" in section, option.opts
