@@ -86,6 +86,7 @@ class Consumer:
         self._lost_since: float | None = None
         self._was_connected = False
         self._stopping = threading.Event()
+        self._disowned = False
         self.name = f"{socket.gethostname()}-{os.getpid()}-{node}"
         self._pool = pool
         self._make(connections, codec, node, siblings, wanted)
@@ -296,7 +297,10 @@ class Consumer:
             self._settler.close()
 
     def disown(self) -> None:
-        """In a forked child: end what came along of it."""
+        """In a forked child: end what came along of it; to settle is the parent's."""
+        self._disowned = True
+        # Another thread of the parent may hold the lock of the one that was inherited.
+        self._stopping = threading.Event()
         self._stopping.set()
         self._reader.disown()
         self._keeper.disown()
@@ -338,10 +342,13 @@ class Consumer:
 
         try:
             for delivery in deliveries:
-                if self._stopping.is_set() and not delivery.started:
+                if self._stopping.is_set():
                     break
 
                 outcome = self._handle(delivery)
+
+                if self._disowned:
+                    return
 
                 if outcome is not None:
                     outcomes.append(outcome)
@@ -351,7 +358,7 @@ class Consumer:
                     outcomes = []
                     settled = time.monotonic()
         finally:
-            if outcomes:
+            if outcomes and not self._disowned:
                 self._settler.settle(outcomes)
 
     def _handle(self, delivery: Delivery) -> Outcome | None:

@@ -48,12 +48,7 @@ class Pool:
         self._node = node
         self._log = BoundedLog(logger)
         self._handle = handle
-        lock = threading.RLock()
-        self._work = threading.Condition(lock)
-        self._rest = threading.Condition(lock)
-        self._inbox = Inbox(self._work, self._rest)
-        #: What was read of streams.
-        self.lineup = Lineup(self._work, self._rest, width=config.concurrency)
+        self._make_lines()
         self._stream_next = True
         self._forced = False
         self._threads: list[threading.Thread] = []
@@ -115,13 +110,23 @@ class Pool:
     def disown(self) -> None:
         """In a forked child: let the thread that forked end, if it is one of these."""
         self._forced = True
-        self._inbox = Inbox(threading.Condition(), threading.Condition())
+        # Another thread of the parent may hold the lock of those that were inherited.
+        self._make_lines()
         self._inbox.close()
+        self.lineup.close()
 
     @property
     def is_forced(self) -> bool:
         """Whether the grace is over: nothing is begun any more."""
         return self._forced
+
+    def _make_lines(self) -> None:
+        lock = threading.RLock()
+        self._work = threading.Condition(lock)
+        self._rest = threading.Condition(lock)
+        self._inbox = Inbox(self._work, self._rest)
+        #: What was read of streams.
+        self.lineup = Lineup(self._work, self._rest, width=self._config.concurrency)
 
     def _force(self, grace: float) -> None:
         self._forced = True
