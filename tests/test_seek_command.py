@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from flask import Flask
@@ -14,6 +15,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, EventBus
 from flask_eventbus.cli import flask_commands
+from flask_eventbus.stream_access import StreamAccess
 
 
 @pytest.fixture
@@ -143,6 +145,31 @@ def test_the_lag_is_right_after_a_move(store: StreamStore) -> None:
         store.run("seek", "paid", "--to", place, "--yes")
         groups = store.client.xinfo_groups(store.keys.stream("paid"))
         assert groups[0]["lag"] == lag, place
+
+
+def test_a_server_that_counts_nothing_is_not_told_a_count(
+    store: StreamStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = fill(store)
+    stream_of = StreamAccess.stream_of
+    asked: list[tuple[Any, ...]] = []
+    together = StreamAccess.together
+
+    def of_redis_6(self: StreamAccess, name: str) -> dict[str, Any]:
+        found = stream_of(self, name)
+        return {key: found[key] for key in found if key != "entries-added"}
+
+    def note(self: StreamAccess, commands: Any) -> list[Any] | None:
+        asked.extend(commands)
+        return together(self, commands)
+
+    monkeypatch.setattr(StreamAccess, "stream_of", of_redis_6)
+    monkeypatch.setattr(StreamAccess, "together", note)
+    result = store.run("seek", "paid", "--to", ids[5], "--yes")
+
+    assert result.exit_code == 0, result.output
+    assert asked == [("XGROUP", "SETID", store.keys.stream("paid"), "mailer", ids[5])]
+    assert left(store) == ids[6:]
 
 
 def test_a_group_that_is_there_already_is_not_asked_about(store: StreamStore) -> None:

@@ -424,6 +424,46 @@ def test_a_cluster_has_no_streams_and_that_is_said(words: list[str]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"],
+        ["dead", "list"],
+        ["seek", "paid", "--to", "new", "--yes"],
+        ["replay", "paid", "--from", "1h", "--receivers", "reactions"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_none_of_them_loads_flask_without_an_app(
+    store: StreamStore, tmp_path: Path, words: list[str]
+) -> None:
+    store.add("paid")
+    store.group("paid")
+    (tmp_path / "reactions.py").write_text("def register(bus):\n    bus.on('paid')(print)\n")
+    settings = ["--url", store.url, "--prefix", store.prefix, "--service", "mailer", *words]
+    program = f"""
+import runpy, sys
+sys.argv[1:] = {settings!r}
+try:
+    runpy.run_module("flask_eventbus", run_name="__main__")
+finally:
+    print("loaded", *sorted(sys.modules))
+"""
+    outcome = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+    )
+
+    loaded = outcome.stdout.partition("loaded")[2].split()
+    assert outcome.returncode == 0, outcome.stderr
+    assert "flask_eventbus.stream_access" in loaded
+    assert {name.partition(".")[0] for name in loaded}.isdisjoint({"flask", "werkzeug"})
+
+
 # -- watching -----------------------------------------------------------------------------
 
 
