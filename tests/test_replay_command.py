@@ -234,17 +234,21 @@ def test_what_does_not_read_is_counted_and_told_and_no_failure(
     assert "\x1b" not in result.output
 
 
+@pytest.mark.parametrize("where", ["in code", "in settings"])
 def test_events_of_services_that_are_not_heard_are_left_out(
-    store: StreamStore, make_app: Make
+    store: StreamStore, make_app: Make, where: str
 ) -> None:
     bus = EventBus()
     numbers: list[int] = []
-    bus.on("paid", from_="accounts")(lambda sender, number: numbers.append(number))
+    sources = ["accounts", "mailer"]
+    in_code, in_settings = (sources, None) if where == "in code" else (None, sources)
+    bus.on("paid", from_=in_code)(lambda sender, number: numbers.append(number))
     store.add("paid", number=1)
     store.add("paid", number=2, source="billing")
+    # Its own, which comes back to nobody who did not ask for that.
     store.add("paid", number=3, source="mailer")
 
-    result = replay(make_app(bus), *ALL)
+    result = replay(make_app(bus, EVENTBUS_SUBSCRIBE={"paid": {"from": in_settings}}), *ALL)
 
     assert result.exit_code == 0, result.output
     assert result.output == (
