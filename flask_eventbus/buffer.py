@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 
 from .outgoing import Outgoing
 
@@ -24,8 +23,10 @@ class Buffer:
     def __init__(self, *, most_events: int, most_bytes: int = MOST_BYTES) -> None:
         self._most_events = most_events
         self._most_bytes = most_bytes
-        #: Guards the line; notified when there is room again or nothing waits.
-        self.changed = threading.Condition()
+        #: Guards the line.
+        self.lock = threading.RLock()
+        #: The same lock, where something is awaited: notified when there is room again.
+        self.changed = threading.Condition(self.lock)
         self._line: deque[Outgoing] = deque()
         self._bytes = 0
         #: What is being written.
@@ -50,6 +51,15 @@ class Buffer:
     def is_waiting(self) -> bool:
         """Whether there is something to write that is not being written."""
         return bool(self._line)
+
+    @property
+    def in_hand(self) -> Sequence[Outgoing]:
+        """What is being written."""
+        return self._in_hand
+
+    def first_awaited(self) -> Outgoing | None:
+        """The first event that waits and whose sender waits for it."""
+        return next((outgoing for outgoing in list(self._line) if outgoing.is_awaited), None)
 
     @property
     def has_channel_events(self) -> bool:
@@ -116,11 +126,11 @@ class Buffer:
 
     def settle(self) -> None:
         """Let go of what is in hand."""
-        with self.changed:
+        with self.lock:
             self._in_hand = ()
             self.departures += 1
 
-            if self._waiting or not self._line:
+            if self._waiting:
                 self.changed.notify_all()
 
     def clear(self) -> list[Outgoing]:
@@ -159,10 +169,17 @@ class Buffer:
             self._waiting -= 1
 
     def _pop_channel_event(self) -> Outgoing | None:
-        # The first is mostly one; of the others a copy is made, in one step: whoever interrupts
-        # this may change the line.
-        first = self._first_channel_event(list(islice(self._line, 1)))
-        return first or self._first_channel_event(list(self._line))
+        # Mostly the first is one; all are looked through in a copy, which is made in one step:
+        # whoever interrupts this may change the line.
+        return self._first_channel_event(self._head()) or self._first_channel_event(
+            list(self._line)
+        )
+
+    def _head(self) -> Sequence[Outgoing]:
+        try:
+            return (self._line[0],)
+        except IndexError:
+            return ()
 
     def _first_channel_event(self, line: Sequence[Outgoing]) -> Outgoing | None:
         for outgoing in line:

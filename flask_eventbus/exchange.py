@@ -9,9 +9,8 @@ from typing import Any
 
 import redis
 
-from .connections import Connection, Connections
+from .connections import Connection, Connections, is_passing
 from .logs import get_logger
-from .pipe import read_answer
 from .way import TooFewReplicasError, Way, whole
 
 logger = get_logger(__name__)
@@ -24,6 +23,9 @@ MOST_WAIT = 1.0
 
 #: The part of a sender's patience that replicas have.
 REPLICAS_SHARE = 0.8
+
+#: The part of a sender's patience that is as good as all of it.
+NEARLY_ALL = 0.9
 
 _PING = whole("PING")
 
@@ -44,14 +46,17 @@ class Exchange:
         self._connections = connections
         self._timeout = timeout
         self._names = names
+        self._patience = min(patience, timeout)
         self._replicas_ms = math.ceil(min(patience * REPLICAS_SHARE, MOST_WAIT) * 1_000)
         self._connection: Connection | None = None
-        #: The signals whose stream was announced on this connection, and since when.
+        #: The seconds that a read on the connection waits now.
+        self._waits = timeout
+        #: The signals whose stream was announced on this connection, and until when that counts.
         self._announced: set[str] = set()
-        self._announced_since = 0.0
-        #: What is on its way: first these names, then the events, then the question for replicas.
+        self._announced_until = 0.0
+        #: What is on its way: these names, then the events, then the question for replicas.
         self._announcing: list[str] = []
-        self._ways: list[Way] = []
+        self._batch: Sequence[tuple[Way, bytes]] = ()
         self._replicas = 0
         self._answers: list[Any] = []
 
@@ -59,6 +64,12 @@ class Exchange:
     def is_open(self) -> bool:
         """Whether there is a connection, as far as is known."""
         return self._connection is not None
+
+    @property
+    def answers(self) -> list[Any]:
+        """What Redis answered to each event: its entry's id, or how many listeners got it."""
+        first = len(self._announcing)
+        return self._answers[first : first + len(self._batch)]
 
     def publish(self, batch: Sequence[tuple[Way, bytes]]) -> list[Exception | None]:
         """Publish events, in order, and tell of each whether Redis took it.
@@ -92,12 +103,17 @@ class Exchange:
         :raises redis.ConnectionError: Redis is away.
         """
         connection = self._connection or self._open()
+        self._batch = batch
         self._answers = []
-        self._ways = [way for way, _ in batch]
+        self._announcing = []
+        self._replicas = 0
         commands = [way.command(body) for way, body in batch]
-        self._add_announcements(commands)
-        self._add_question(commands)
-        self._send(connection, b"".join(commands))
+
+        for way, _ in batch:
+            if way.is_stream:
+                self._look_at(way)
+
+        self._send(connection, self._framed(commands))
 
     def read(self, deadline: float | None = None) -> bool:
         """Read the answers to what was sent; whether all came by ``deadline``.
@@ -106,28 +122,33 @@ class Exchange:
 
         :raises redis.ConnectionError: Redis is away, or answers "not now" to some.
         """
-        count = len(self._announcing) + len(self._ways) + bool(self._replicas)
+        connection = self._connection
+
+        if connection is None:
+            raise redis.ConnectionError("The connection was closed.")
+
+        self._wait_until(connection, deadline)
 
         try:
-            while len(self._answers) < count:
-                if not self._read_one(deadline):
-                    return False
+            self._read(connection)
+        except redis.TimeoutError:
+            if deadline is not None:
+                return False
+
+            self.close()
+            raise
         except BaseException:
             self.close()
             raise
 
         return True
 
-    @property
-    def answers(self) -> list[Any]:
-        """What Redis answered to each event: its entry's id, or how many listeners got it."""
-        first = len(self._announcing)
-        return self._answers[first : first + len(self._ways)]
-
     def outcomes(self) -> list[Exception | None]:
         """What became of each event, once all answers are there."""
         outcomes = [answer if isinstance(answer, Exception) else None for answer in self.answers]
-        self._note_announcements(self._answers[: len(self._announcing)])
+
+        if self._announcing:
+            self._note_announcements()
 
         if self._replicas:
             self._judge(outcomes, self._answers[-1])
@@ -143,9 +164,23 @@ class Exchange:
 
     def _open(self) -> Connection:
         connection = self._connections.open(timeout=self._timeout)
+        self._waits = self._timeout
         self._announced.clear()
         self._connection = connection
         return connection
+
+    def _ping(self, connection: Connection) -> None:
+        self._wait_until(connection, None)
+        self._send(connection, _PING)
+
+        try:
+            answer = _answer(connection)
+        except BaseException:
+            self.close()
+            raise
+
+        if isinstance(answer, Exception):
+            logger.debug("Redis is there, and refuses a PING: %s", answer)
 
     def _send(self, connection: Connection, data: bytes) -> None:
         try:
@@ -154,66 +189,80 @@ class Exchange:
             self.close()
             raise
 
-    def _ping(self, connection: Connection) -> None:
-        self._send(connection, _PING)
+    def _read(self, connection: Connection) -> None:
+        answers = self._answers
+        count = len(self._announcing) + len(self._batch) + bool(self._replicas)
 
-        try:
-            answer = read_answer(connection)
-        except BaseException:
-            self.close()
-            raise
+        while len(answers) < count:
+            answers.append(_answer(connection))
 
-        if isinstance(answer, Exception):
-            logger.debug("Redis is there, and refuses a PING: %s", answer)
+    def _wait_until(self, connection: Connection, deadline: float | None) -> None:
+        """Let reads wait until ``deadline``, or as long as Redis may take."""
+        seconds = self._timeout if deadline is None else self._seconds_until(deadline)
 
-    def _read_one(self, deadline: float | None) -> bool:
-        connection = self._connection
+        if seconds == self._waits:
+            return
 
-        if connection is None:
-            raise redis.ConnectionError("The connection was closed.")
+        # redis-py has no way to change it that all of its releases know. fakeredis has no socket.
+        set_timeout = getattr(getattr(connection, "_sock", None), "settimeout", None)
 
-        if deadline is not None and not connection.can_read(max(0.0, deadline - time.monotonic())):
-            return False
+        if set_timeout is not None:
+            set_timeout(seconds)
+            self._waits = seconds
 
-        self._answers.append(read_answer(connection))
-        return True
+    def _seconds_until(self, deadline: float) -> float:
+        left = deadline - time.monotonic()
 
-    # -- the names of streams -------------------------------------------------------------
+        # Mostly it is all of it: that need not be set again and again.
+        if left > self._patience * NEARLY_ALL:
+            return self._patience
 
-    def _add_announcements(self, commands: list[bytes]) -> None:
-        new = {way.name for way in self._ways if way.is_stream}
-        self._announcing = sorted(new - self._known()) if new else []
-        commands[:0] = [whole("SADD", self._names, name) for name in self._announcing]
+        return max(left, 0.001)
 
-    def _known(self) -> set[str]:
-        now = time.monotonic()
+    # -- the names of streams, and replicas -----------------------------------------------
 
-        if now - self._announced_since > ANNOUNCE:
-            self._announced_since = now
-            self._announced.clear()
+    def _look_at(self, way: Way) -> None:
+        if way.name not in self._announced:
+            self._announcing.append(way.name)
+            self._announced.add(way.name)
 
-        return self._announced
+        if way.replicas > self._replicas:
+            self._replicas = way.replicas
 
-    def _note_announcements(self, answers: Sequence[Any]) -> None:
-        for name, answer in zip(self._announcing, answers, strict=True):
-            self._announced.add(name)
-
-            if isinstance(answer, Exception):
-                # Who reads a stream names it as well.
-                logger.debug("Redis refuses to note the stream of %r: %s", name, answer)
-
-    # -- replicas -------------------------------------------------------------------------
-
-    def _add_question(self, commands: list[bytes]) -> None:
-        self._replicas = max((way.replicas for way in self._ways), default=0)
+    def _framed(self, commands: list[bytes]) -> bytes:
+        """Commands with what goes before and after them, as bytes."""
+        if self._announcing:
+            commands[:0] = [whole("SADD", self._names, name) for name in self._announcing]
 
         if self._replicas:
             commands.append(whole("WAIT", str(self._replicas), str(self._replicas_ms)))
 
+        return b"".join(commands)
+
+    def _note_announcements(self) -> None:
+        for name, answer in zip(self._announcing, self._answers, strict=False):
+            if isinstance(answer, Exception):
+                # Who reads a stream names it as well.
+                logger.debug("Redis refuses to note the stream of %r: %s", name, answer)
+
     def _judge(self, outcomes: list[Exception | None], count: Any) -> None:
-        for index, way in enumerate(self._ways):
+        for index, (way, _) in enumerate(self._batch):
             if outcomes[index] is None and way.replicas:
                 outcomes[index] = _verdict(way.replicas, count)
+
+
+def _answer(connection: Connection) -> Any:
+    """The next answer; a refusal as it is, one of "not now" raised.
+
+    What arrived of an answer when the time was over stays, for the next to go on with.
+    """
+    try:
+        return connection.read_response(disconnect_on_error=False)
+    except redis.ResponseError as error:
+        if is_passing(error):
+            raise redis.ConnectionError(str(error)) from error
+
+        return error
 
 
 def _verdict(wanted: int, count: Any) -> TooFewReplicasError | None:

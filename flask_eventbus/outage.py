@@ -36,7 +36,7 @@ class Outage:
     @property
     def known(self) -> bool:
         """Whether anything says that Redis does not take events now."""
-        return self.away or self.stalled
+        return self.stalled or self._since is not None
 
     def begin(self, error: Exception, buffered: int) -> None:
         """Note that Redis is away; ``buffered`` events wait."""

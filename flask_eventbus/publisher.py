@@ -90,11 +90,11 @@ class Publisher:
         :raises ClosedError: the publisher was closed meanwhile.
         """
         outgoing = self._emissions.take_down(name, payload, route, confirm=confirm)
-        deadline = time.monotonic() + self._patience if confirm else 0.0
-        self._accept(outgoing)
 
         if confirm:
-            self._await(outgoing, deadline)
+            self._publish_confirmed(outgoing)
+        else:
+            self._accept(outgoing)
 
         return outgoing.id
 
@@ -120,7 +120,7 @@ class Publisher:
         """
         outgoing = self._emissions.take_down(name, payload, route, confirm=False)
 
-        with self._buffer.changed:
+        with self._buffer.lock:
             self._identify(outgoing)
 
         outgoing.sealed()
@@ -150,7 +150,7 @@ class Publisher:
 
     def ask(self) -> None:
         """Let the writing thread find out at once whether Redis is there; does not wait for it."""
-        with self._buffer.changed:
+        with self._buffer.lock:
             self._writer.ask()
 
     def flush(self, timeout: float) -> bool:
@@ -162,7 +162,7 @@ class Publisher:
 
     def close(self, timeout: float) -> None:
         """Take nothing more, flush, stop writing; what could not be written is logged by id."""
-        with self._buffer.changed:
+        with self._buffer.lock:
             self._closed = True
 
         try:
@@ -187,21 +187,27 @@ class Publisher:
     # -- into the buffer ------------------------------------------------------------------
 
     def _accept(self, outgoing: Outgoing) -> None:
-        with self._buffer.changed:
-            self._refuse_in_outage(outgoing)
-            dropped = self._make_room(outgoing)
-
-            if not outgoing.id:
-                self._identify(outgoing)
-
-            if not outgoing.is_settled:
-                self._buffer.put(outgoing)
-                self._writer.wake()
+        with self._buffer.lock:
+            dropped = self._put(outgoing)
+            self._writer.wake()
 
         if dropped:
             self._overflow.tell(dropped)
 
         self._writer.write_here(self._patience)
+
+    def _put(self, outgoing: Outgoing) -> int:
+        """Add an event to the buffer, and return how many were dropped for it."""
+        self._refuse_in_outage(outgoing)
+        dropped = self._make_room(outgoing)
+
+        if not outgoing.id:
+            self._identify(outgoing)
+
+        if not outgoing.is_settled:
+            self._buffer.put(outgoing)
+
+        return dropped
 
     @property
     def _patience(self) -> float:
@@ -248,16 +254,50 @@ class Publisher:
 
     # -- confirmation ---------------------------------------------------------------------
 
-    def _await(self, outgoing: Outgoing, deadline: float) -> None:
-        if self._writer.is_this_thread:
-            return
-
+    def _publish_confirmed(self, outgoing: Outgoing) -> None:
+        deadline = time.monotonic() + self._patience
         departures = self._buffer.departures
 
-        if not outgoing.is_done_by(deadline):
+        try:
+            is_told = self._write_or_wait(outgoing, deadline)
+        except BaseException:
+            self._writer.abandon(outgoing)
+            raise
+
+        if not is_told:
             self._give_up(outgoing, departures)
         elif outgoing.error is not None:
             raise _failure(outgoing, outgoing.error) from outgoing.error
+
+    def _write_or_wait(self, outgoing: Outgoing, deadline: float) -> bool:
+        """Whether it is known by ``deadline`` what became of an event, or cannot be known."""
+        # A signal handler that sends in the middle of a send would wait for itself.
+        waits = not self._writer.is_this_thread
+
+        with self._buffer.lock:
+            dropped = self._put(outgoing)
+            batch = self._writer.enlist(outgoing)
+
+        if dropped:
+            self._overflow.tell(dropped)
+
+        if not batch:
+            self._writer.write_here(self._patience)
+
+        while batch or (waits and not outgoing.is_settled):
+            if batch:
+                self._writer.lead(batch, deadline)
+                batch = ()
+            elif not outgoing.is_called_by(deadline):
+                return outgoing.is_settled
+            elif not outgoing.is_settled:
+                batch = self._take_over(outgoing)
+
+        return True
+
+    def _take_over(self, outgoing: Outgoing) -> Sequence[Outgoing]:
+        with self._buffer.lock:
+            return self._writer.enlist(outgoing)
 
     def _give_up(self, outgoing: Outgoing, departures: int) -> None:
         """Hold its sender no longer; whether it is told depends on the policy."""
@@ -272,10 +312,13 @@ class Publisher:
 
         Unless something has left meanwhile: then Redis takes events, if slowly.
         """
-        with self._buffer.changed:
+        with self._buffer.lock:
             if self._buffer.departures == departures:
                 self._outage.stalled = True
                 self._buffer.changed.notify_all()
+            else:
+                # It may have been this sender's turn to write.
+                self._writer.wake()
 
     def _refusal(self, outgoing: Outgoing) -> PublishError:
         reason = self._outage.error or f"no answer within {self._config.timeout} s"

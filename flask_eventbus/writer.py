@@ -46,8 +46,18 @@ QUIET = 5.0
 LEAVE = 5.0
 
 
+#: Bytes that a sender writes itself: so few that a connection at rest takes them at once, and
+#: only the answer is waited for.
+LEAD_BYTES = 16 * 1024
+
+
 class Writer:
     """Writes what a buffer holds, in order; starts its thread with the first event.
+
+    Who sends and waits for a confirmation need not wait for the thread as well: where nobody
+    writes, such a sender writes what waits, its own event among it, and the others that come
+    meanwhile wait for the next batch. Only when that takes too long, or fails, the thread
+    goes on with it: reads the answers that are missing, or sends the batch again.
 
     Where no thread can be had, as at the end of a process, whoever sends writes.
 
@@ -70,8 +80,15 @@ class Writer:
         self._settlement = settlement
         self._node = node
         self._changed = buffer.changed
+        self._lock = buffer.lock
         self._thread: threading.Thread | None = None
         self._idle = False
+        #: Who writes now: the thread, or the event whose sender does; and in which thread.
+        self._turn: Outgoing | threading.Thread | None = None
+        self._turn_of = 0
+        #: Whether the thread is to go on with a batch that a sender began, and what went wrong.
+        self._begun = False
+        self._failure: Exception | None = None
         #: Whether to try Redis now, whatever it waits for.
         self._asking = False
         #: Whether it is to end, whatever waits.
@@ -85,13 +102,14 @@ class Writer:
     @property
     def is_this_thread(self) -> bool:
         """Whether the calling thread is the one that writes."""
-        return threading.current_thread() is self._thread
+        this, thread = threading.get_ident(), self._thread
+        return this == self._turn_of or (thread is not None and this == thread.ident)
 
     def wake(self) -> None:
         """Tell that there is something to write."""
         if self._thread is None:
             self._start()
-        elif self._idle:
+        elif self._idle and self._turn is None:
             self._idle = False
             self._changed.notify_all()
 
@@ -100,6 +118,44 @@ class Writer:
         self._asking = True
         self.wake()
         self._changed.notify_all()
+
+    def enlist(self, outgoing: Outgoing) -> Sequence[Outgoing]:
+        """The batch that the sender of an event in the buffer is to write, now.
+
+        Nothing where somebody writes already, or Redis may not be there: then the thread will.
+        The buffer's lock is held.
+        """
+        if not self._may_be_led:
+            self.wake()
+            return ()
+
+        self._turn_of = threading.get_ident()
+        self._turn = outgoing
+        return self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
+
+    def lead(self, batch: Sequence[Outgoing], deadline: float) -> None:
+        """Write a batch in the thread of one of its senders, and wait for the answers.
+
+        When there are none by ``deadline``, the thread goes on to wait for them.
+        """
+        try:
+            self._exchange.send([(out.lane.way, out.sealed()) for out in batch])
+            is_complete = self._exchange.read(deadline)
+        except Exception as error:
+            self._hand_over(error)
+        else:
+            if is_complete:
+                self._conclude(batch)
+            else:
+                self._hand_over(None)
+
+    def abandon(self, outgoing: Outgoing) -> None:
+        """When a sender was interrupted: let the thread send anew what it may have been writing."""
+        with self._lock:
+            if self._turn is outgoing:
+                self._exchange.close()
+                self._buffer.put_back()
+                self._pass_on()
 
     def write_here(self, timeout: float) -> None:
         """Where there is no thread: write in this one. One at a time does it for all."""
@@ -150,6 +206,54 @@ class Writer:
             logger.debug("There is no thread to write in: %s", error)
             self._thread = None
 
+    # -- a sender that writes -------------------------------------------------------------
+
+    @property
+    def _may_be_led(self) -> bool:
+        return (
+            self._turn is None
+            and not self._asking
+            and not self._ended
+            and self._leave_by is None
+            and self._thread is not None
+            and self._exchange.is_open
+            and self._buffer.bytes <= LEAD_BYTES
+            and not self._outage.known
+        )
+
+    def _conclude(self, batch: Sequence[Outgoing]) -> None:
+        outcomes = self._exchange.outcomes()
+        self._outage.end(len(self._buffer))
+        self._grow(batch)
+
+        self._settlement.settle(batch, outcomes)
+
+        with self._lock:
+            self._buffer.settle()
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Let the next one write: a sender that waits, else the thread if it has to."""
+        self._end_turn()
+
+        if self._is_to_end or self._is_to_write:
+            following = None if self._is_to_end else self._buffer.first_awaited()
+
+            if following is None:
+                self._idle = False
+                self._changed.notify_all()
+            else:
+                following.call()
+
+    def _hand_over(self, error: Exception | None) -> None:
+        with self._changed:
+            self._begun = True
+            self._failure = error
+            self._turn_of = 0
+            self._turn = self._thread
+            self._idle = False
+            self._changed.notify_all()
+
     # -- the writing thread ---------------------------------------------------------------
 
     def _run(self) -> None:
@@ -160,6 +264,7 @@ class Writer:
                 self._write(batch, backoff)
         finally:
             self._exchange.close()
+            self._rest_for_good()
 
         if self._leave_by is not None:
             self._report_lost()
@@ -167,11 +272,13 @@ class Writer:
     def _take(self) -> Sequence[Outgoing] | None:
         """The next batch, an empty one to ask whether Redis is there; ``None`` at the end."""
         with self._changed:
-            if not (self._is_to_end or self._is_to_write):
-                self._idle = True
-                self._changed.wait_for(lambda: self._is_to_end or self._is_to_write, QUIET)
-
+            self._rest()
+            self._turn = threading.current_thread()
+            self._turn_of = threading.get_ident()
             self._idle = self._asking = False
+
+            if self._begun:
+                return self._buffer.in_hand
 
             if self._is_to_end:
                 return None
@@ -181,6 +288,34 @@ class Writer:
                 return ()
 
             return self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
+
+    def _rest(self) -> None:
+        """Wait until there is something to do, for :data:`QUIET` seconds at most."""
+        if not self._begun:
+            self._end_turn()
+
+        while not self._is_to_act:
+            self._idle = True
+            in_time = self._changed.wait_for(lambda: self._is_to_act, QUIET)
+
+            if not in_time and self._turn is None:
+                return
+
+    def _rest_for_good(self) -> None:
+        with self._changed:
+            if self._turn_of == threading.get_ident():
+                self._end_turn()
+
+    def _end_turn(self) -> None:
+        self._turn = None
+        self._turn_of = 0
+
+    @property
+    def _is_to_act(self) -> bool:
+        if self._begun:
+            return True
+
+        return self._turn is None and (self._is_to_end or self._is_to_write)
 
     @property
     def _is_to_end(self) -> bool:
@@ -206,15 +341,29 @@ class Writer:
             backoff.reset()
             self._give_way()
             self._outage.end(len(self._buffer))
-            self._settle(batch, outcomes)
             self._grow(batch)
+            self._settle(batch, outcomes)
 
     def _exchange_batch(self, batch: Sequence[Outgoing]) -> Sequence[Exception | None]:
+        if self._begun:
+            return self._go_on()
+
         if batch:
             return self._exchange.publish([(out.lane.way, out.sealed()) for out in batch])
 
         self._exchange.ask()
         return ()
+
+    def _go_on(self) -> Sequence[Exception | None]:
+        """Read what is missing of the answers to what a sender wrote."""
+        error, self._failure, self._begun = self._failure, None, False
+
+        if error is not None:
+            self._exchange.close()
+            raise error
+
+        self._exchange.read()
+        return self._exchange.outcomes()
 
     def _give_way(self) -> None:
         """Let listeners return before what waited for Redis is sent: they hear no past."""
@@ -249,8 +398,12 @@ class Writer:
             )
 
     def _settle(self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> None:
+        """Let go of a batch, and of the turn, before its senders are woken: they may write next."""
+        with self._lock:
+            self._buffer.settle()
+            self._end_turn()
+
         self._settlement.settle(batch, outcomes)
-        self._buffer.settle()
 
     def _report_lost(self) -> None:
         reason = self._outage.error or "the time to flush was over"
