@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         PayloadError,
         PublishError,
         ReceiverError,
+        Reject,
+        Retry,
     )
     from .event import Event, current_event
     from .extension import EventBus
@@ -35,6 +37,8 @@ __all__ = [
     "PayloadError",
     "PublishError",
     "ReceiverError",
+    "Reject",
+    "Retry",
     "current_event",
     "signals",
 ]

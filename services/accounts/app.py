@@ -67,7 +67,8 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
         EVENTBUS_SERVICE="accounts",
         EVENTBUS_URL="redis://localhost:6379/0",
         EVENTBUS_PUBLISH={
-            "user_registered": {"after_commit": True},
+            # A stream: whoever is away hears of the user when it is back.
+            "user_registered": {"via": "stream", "after_commit": True},
             "api_call": {"signal": "flask:request_finished", "payload": api_call},
         },
     )

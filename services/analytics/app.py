@@ -121,7 +121,7 @@ def percentile(times: Sequence[float], percent: int) -> float | None:
 calls = Calls()
 
 
-@bus.on("api_call")
+@bus.on("api_call", via="channel")
 def count(
     sender: str, method: str, rule: str, status: int, milliseconds: float, **extra: object
 ) -> None:

@@ -20,6 +20,7 @@ from flask_eventbus.signals import (
     event_rejected,
     events_dropped,
     events_missed,
+    events_trimmed,
     listener_connected,
     listener_lost,
 )
@@ -38,6 +39,7 @@ def write_event(sender: str, **payload: Any) -> None:
         id=current_event.id,
         name=current_event.name,
         source=sender,
+        via=current_event.via,
         time=current_event.time,
         payload=payload,
     )
@@ -56,6 +58,11 @@ def write_lost(sender: str, error: Exception) -> None:
 @events_missed.connect
 def write_missed(sender: str, name: str, source: str, node: str, count: int) -> None:
     write("missed", name=name, source=source, node=node, count=count)
+
+
+@events_trimmed.connect
+def write_trimmed(sender: str, name: str, count: int | None) -> None:
+    write("trimmed", name=name, count=count)
 
 
 @events_dropped.connect

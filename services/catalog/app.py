@@ -104,7 +104,7 @@ class PriceCache:
 cache = PriceCache()
 
 
-@bus.on("price_changed")
+@bus.on("price_changed", via="channel")
 def forget_price(sender: object, sku: str, **extra: object) -> None:
     """Whoever changed it: this worker's own changes come by here as well."""
     cache.forget(sku)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import smtplib
+import socket
+import sqlite3
 import time
-from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
+from datetime import UTC, datetime
 from email.headerregistry import Address
 from email.message import EmailMessage
+from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, current_app, g, request
 from flask.typing import ResponseReturnValue
 
-from flask_eventbus import EventBus, current_event
+from flask_eventbus import EventBus, Reject, current_event
 
 WELCOME = """\
 Hello {name},
@@ -21,23 +26,44 @@ Hello {name},
 your account is ready. It is good to have you here.
 """
 
+#: The events whose mail the SMTP server has taken, and which worker gave it to the server.
+BOOK = """\
+CREATE TABLE IF NOT EXISTS mail
+(event_id TEXT PRIMARY KEY, worker TEXT NOT NULL, sent_at TEXT NOT NULL)
+"""
+
+#: How often a mail is tried again, over about an hour: mail servers are away that long at times.
+RETRIES = 20
+
 bus = EventBus()
-#: What this process did. The one thread that runs the receivers is the only one that counts.
-done: Counter[str] = Counter()
 
 
-@bus.on("user_registered")
+@bus.on("user_registered", retries=RETRIES)
 def send_welcome(sender: str, email: str, name: str, **extra: Any) -> None:
+    """Send one mail for each event, though an event may come more than once."""
+    if is_sent(current_event.id):
+        return
+
     post(welcome(email, name))
-    done["mails"] += 1
+    # A worker that is killed between the server's answer and this line has sent a mail that nobody
+    # knows of: the worker that takes over sends it again, with the same Message-ID.
+    note_sent(current_event.id)
 
 
 def welcome(email: str, name: str) -> EmailMessage:
-    """The mail for one user; an event that comes again makes the same Message-ID again."""
+    """The mail for one user; an event that comes again makes the same Message-ID again.
+
+    :raises Reject: it cannot be written to such an address, or such a name.
+    """
     mail = EmailMessage()
     mail["From"] = current_app.config["MAIL_SENDER"]
-    mail["To"] = Address(display_name=name, addr_spec=email)
-    mail["Subject"] = f"Welcome, {name}"
+
+    try:
+        mail["To"] = Address(display_name=name, addr_spec=email)
+        mail["Subject"] = f"Welcome, {name}"
+    except ValueError as error:
+        raise Reject(f"No mail can be written to {name!r} at {email!r}: {error}") from error
+
     mail["Date"] = current_event.time
     mail["Message-ID"] = f"<{current_event.id}@{current_event.source}>"
     mail.set_content(WELCOME.format(name=name))
@@ -45,11 +71,71 @@ def welcome(email: str, name: str) -> EmailMessage:
 
 
 def post(mail: EmailMessage) -> None:
-    """Hand the mail to the SMTP server; what that raises is logged and counted by the bus."""
+    """Hand the mail to the SMTP server.
+
+    :raises Reject: the server will never take it; anything else is tried again.
+    """
     config = current_app.config
 
-    with smtplib.SMTP(config["MAIL_HOST"], config["MAIL_PORT"], timeout=10) as server:
-        server.send_message(mail)
+    try:
+        with smtplib.SMTP(config["MAIL_HOST"], config["MAIL_PORT"], timeout=10) as server:
+            server.send_message(mail)
+    except smtplib.SMTPException as error:
+        if is_final(error):
+            raise Reject(f"The SMTP server refuses the mail: {error}") from error
+
+        raise
+
+
+def is_final(error: smtplib.SMTPException) -> bool:
+    """Whether the server says so for good: its codes from 500 on."""
+    match error:
+        case smtplib.SMTPRecipientsRefused():
+            return all(code >= 500 for code, _ in error.recipients.values())
+        case smtplib.SMTPResponseException():
+            return error.smtp_code >= 500
+        case _:
+            return isinstance(error, smtplib.SMTPNotSupportedError)
+
+
+def is_sent(event_id: str) -> bool:
+    with closing(open_book()) as book:
+        found = book.execute("SELECT 1 FROM mail WHERE event_id = ?", (event_id,)).fetchone()
+
+    return found is not None
+
+
+def note_sent(event_id: str) -> None:
+    try:
+        with closing(open_book()) as book, book:
+            line = (event_id, worker(), datetime.now(UTC).isoformat())
+            book.execute("INSERT OR IGNORE INTO mail VALUES (?, ?, ?)", line)
+    except sqlite3.Error:
+        # The mail is out: to fail here would be to send it again.
+        current_app.logger.exception("The mail of the event %s is sent, and not noted.", event_id)
+
+
+def mails_by_worker() -> dict[str, int]:
+    with closing(open_book()) as book:
+        return dict(book.execute("SELECT worker, count(*) FROM mail GROUP BY worker").fetchall())
+
+
+def open_book() -> sqlite3.Connection:
+    """What all processes of this service share, a file."""
+    return sqlite3.connect(current_app.config["BOOK_FILE"], timeout=10)
+
+
+def make_book() -> None:
+    """Make the table unless it is there; several processes may start at once."""
+    Path(current_app.config["BOOK_FILE"]).parent.mkdir(parents=True, exist_ok=True)
+
+    with closing(open_book()) as book, book:
+        book.execute(BOOK)
+
+
+def worker() -> str:
+    """This process, as the names of the bus's consumers begin."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
@@ -59,8 +145,13 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
         MAIL_HOST="localhost",
         MAIL_PORT=1025,
         MAIL_SENDER="Accounts <accounts@example.com>",
+        BOOK_FILE=str(Path(app.instance_path) / "book.db"),
         EVENTBUS_SERVICE="mailer",
         EVENTBUS_URL="redis://localhost:6379/0",
+        # What serves HTTP does not listen: the workers do, 'flask eventbus run'.
+        EVENTBUS_LISTEN=False,
+        # An event of a channel would reach every worker, and each would send a mail.
+        EVENTBUS_SUBSCRIBE={"user_registered": {"via": "stream"}},
         EVENTBUS_PUBLISH={"api_call": {"signal": "flask:request_finished", "payload": api_call}},
         EVENTBUS_RECEIVERS=["plugins/"],
     )
@@ -69,27 +160,34 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
     bus.init_app(app)
     app.before_request(start_clock)
 
+    with app.app_context():
+        make_book()
+
     @app.get("/")
     def count() -> ResponseReturnValue:
-        return {"mails_sent": done["mails"], "receivers_failed": failures()}
+        workers = mails_by_worker()
+        return {"mails_sent": sum(workers.values()), "workers": workers}
 
     @app.get("/health")
     def health() -> ResponseReturnValue:
-        # Hearing is this service's work: while it hears nothing, it does none.
-        node = bus.health()
+        # Healthy with Redis away, too: this process reads the book, and Redis is the workers'.
+        book = has_book()
         return {
-            "service": node.service,
-            "listening": node.listening,
-            "connected": node.connected,
-            "missed": node.missed,
-        }, 200 if node.connected or not node.listening else 503
+            "service": "mailer",
+            "book": book,
+            "publishing": bus.health().publishing,
+        }, 200 if book else 503
 
     return app
 
 
-def failures() -> int:
-    """How often a receiver raised, those of the plug-ins included."""
-    return bus.health().counts.get("failed", 0)
+def has_book() -> bool:
+    try:
+        mails_by_worker()
+    except sqlite3.Error:
+        return False
+
+    return True
 
 
 def start_clock() -> None:

@@ -17,10 +17,21 @@ from aiosmtpd.smtp import SMTP, Envelope, Session
 
 
 class Sink:
-    """Prints each mail as a line of JSON, and appends it to a file if one is given."""
+    """Prints each mail as a line of JSON, and appends it to a file if one is given.
 
-    def __init__(self, file: Path | None) -> None:
+    :param pause: seconds that it takes for a recipient, as servers do that look one up.
+    """
+
+    def __init__(self, file: Path | None, pause: float) -> None:
         self._file = file
+        self._pause = pause
+
+    async def handle_RCPT(  # noqa: N802 - aiosmtpd's name
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        await asyncio.sleep(self._pause)
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's name
         line = json.dumps(as_json(envelope), ensure_ascii=False)
@@ -47,7 +58,7 @@ def as_json(envelope: Envelope) -> dict[str, object]:
     }
 
 
-async def serve(host: str, port: int, file: Path | None) -> None:
+async def serve(host: str, port: int, sink: Sink) -> None:
     """Take mails until SIGTERM or Ctrl-C."""
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -55,7 +66,6 @@ async def serve(host: str, port: int, file: Path | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
 
-    sink = Sink(file)
     server = await loop.create_server(lambda: SMTP(sink, hostname="sink", loop=loop), host, port)
     print("Taking mails at {}:{}.".format(*server.sockets[0].getsockname()), flush=True)
     await told.wait()
@@ -67,9 +77,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=1025, help="0 takes a free one")
     parser.add_argument("--file", type=Path, help="append each mail to it, a line of JSON")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds for each recipient")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     given = arguments()
-    asyncio.run(serve(given.host, given.port, given.file))
+    asyncio.run(serve(given.host, given.port, Sink(given.file, given.pause)))

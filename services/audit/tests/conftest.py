@@ -105,17 +105,29 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def process(redis_server: RedisServer, trail: Trail) -> Iterator[subprocess.Popen[bytes]]:
-    """The script, listening."""
+def run(redis_server: RedisServer, trail: Trail) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Start the script, and wait until it listens."""
     settings = {"EVENTBUS_URL": redis_server.url, "AUDIT_FILE": str(trail.path)}
-    command = [sys.executable, "audit.py"]
+    processes: list[subprocess.Popen[bytes]] = []
 
-    with subprocess.Popen(command, cwd=FOLDER, env=os.environ | settings) as process:
-        try:
-            wait_until(lambda: trail.lines("connected"))
-            yield process
-        finally:
-            process.terminate()
+    def run() -> subprocess.Popen[bytes]:
+        known = len(trail.lines("connected"))
+        command = [sys.executable, "audit.py"]
+        processes.append(subprocess.Popen(command, cwd=FOLDER, env=os.environ | settings))
+        wait_until(lambda: len(trail.lines("connected")) > known)
+        return processes[-1]
+
+    yield run
+
+    for process in processes:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@pytest.fixture
+def process(run: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """The script, listening."""
+    return run()
 
 
 @pytest.fixture(name="wait_until")

@@ -17,9 +17,14 @@ import msgpack
 import redis
 
 from flask_eventbus import Bus
+from flask_eventbus.signals import events_trimmed
 from flask_eventbus.testing import Isolation
 
 FOLDER = Path(__file__).parent.parent
+
+
+#: Who is to hear of a user whatever happens; of a price, who listens.
+ROUTES = {"user_registered": "stream", "price_changed": "channel"}
 
 
 def test_each_event_of_any_name_is_a_line(
@@ -35,6 +40,7 @@ def test_each_event_of_any_name_is_a_line(
         "id": event.id,
         "name": "user_registered",
         "source": "accounts",
+        "via": "channel",
         "time": event.time.isoformat(),
         "payload": {"user_id": 7, "name": "Łukasz"},
     }
@@ -125,6 +131,47 @@ def test_bytes_that_are_no_event_are_written_as_rejected(
 
     [rejected] = wait_until(lambda: trail.lines("rejected"))
     assert (rejected["name"], rejected["reason"]) == ("user_left", "not_msgpack")
+
+
+def test_of_what_happened_while_it_was_away_it_writes_what_came_by_stream(
+    redis_server: Any,
+    run: Callable[[], subprocess.Popen[bytes]],
+    trail: Any,
+    wait_until: Callable[..., Any],
+) -> None:
+    first = run()
+
+    with Bus(redis_server.url, service="accounts", publish=ROUTES) as bus:
+        registered, changed = bus.signal("user_registered"), bus.signal("price_changed")
+        registered.send(user_id=1)
+        changed.send(sku="A1")
+        wait_until(lambda: len(trail.lines("event")) == 2)
+
+        first.terminate()
+        assert first.wait(timeout=10) == 0
+        registered.send(user_id=2)
+        changed.send(sku="B2")
+        assert bus.flush(5)
+
+        run()
+        changed.send(sku="C3")
+        wait_until(lambda: len(trail.lines("event")) == 4)
+
+    assert sorted((line["via"], *line["payload"].values()) for line in trail.lines("event")) == [
+        ("channel", "A1"),
+        ("channel", "C3"),
+        ("stream", 1),
+        ("stream", 2),
+    ]
+
+
+def test_what_a_stream_lost_before_it_was_read_is_written_as_trimmed(
+    audit: ModuleType, trail: Any
+) -> None:
+    events_trimmed.send("audit", name="user_registered", count=None)
+
+    [trimmed] = trail.lines("trimmed")
+    assert (trimmed["name"], trimmed["count"]) == ("user_registered", None)
 
 
 def test_sigterm_ends_it_with_code_0_and_a_last_line(

@@ -6,10 +6,12 @@ import importlib.util
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +19,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+import redis
 from flask import Flask
 
 from flask_eventbus import ConfigError
@@ -43,8 +46,7 @@ def make_app(mailer: ModuleType, tmp_path: Path) -> Iterator[Callable[..., Flask
     apps = []
 
     def make(**settings: Any) -> Flask:
-        settings = {"NEWSLETTER_FILE": str(tmp_path / "newsletter.db"), **settings}
-        app: Flask = mailer.create_app(settings)
+        app: Flask = mailer.create_app({**files(tmp_path), **settings})
         apps.append(app)
         return app
 
@@ -52,6 +54,12 @@ def make_app(mailer: ModuleType, tmp_path: Path) -> Iterator[Callable[..., Flask
 
     for app in apps:
         mailer.bus.stop(app, flush=0)
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Where the service writes, as settings."""
+    names = {"BOOK_FILE": "book.db", "NEWSLETTER_FILE": "newsletter.db"}
+    return {key: str(folder / name) for key, name in names.items()}
 
 
 @pytest.fixture
@@ -86,8 +94,9 @@ class Sink:
         self._process: subprocess.Popen[str] | None = None
         self.port = 0
 
-    def start(self) -> None:
-        command = [sys.executable, "smtp_sink.py", "--port", str(self.port)]
+    def start(self, *, pause: float = 0.0) -> None:
+        """Take mails, and as many seconds for each as ``pause``."""
+        command = [sys.executable, "smtp_sink.py", "--port", str(self.port), f"--pause={pause}"]
         self._process = subprocess.Popen(
             [*command, "--file", str(self._file)], cwd=FOLDER, stdout=subprocess.PIPE, text=True
         )
@@ -124,46 +133,95 @@ def sink(tmp_path: Path) -> Iterator[Sink]:
 
 
 class Service:
-    """The mailer, served by ``flask run``."""
+    """The mailer as its processes: what serves HTTP, and workers."""
 
-    def __init__(self, address: str, log: Path) -> None:
-        self.log = log
-        self._address = address
+    def __init__(self, folder: Path, redis_url: str, smtp_port: int) -> None:
+        self.log = folder / "mailer.log"
+        self._book = folder / "book.db"
+        self._redis_url = redis_url
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._settings = {
+            "FLASK_EVENTBUS_URL": redis_url,
+            # So that what a killed worker left is taken over within a second or two.
+            "FLASK_EVENTBUS_CLAIM_AFTER": "1",
+            "FLASK_MAIL_HOST": "127.0.0.1",
+            "FLASK_MAIL_PORT": str(smtp_port),
+            **{f"FLASK_{key}": path for key, path in files(folder).items()},
+        }
 
-    def get(self, path: str) -> tuple[int, dict[str, Any]]:
-        """The status and the JSON of an answer."""
-        try:
-            with urlopen(f"{self._address}{path}", timeout=10) as answer:  # noqa: S310 - its own
-                return answer.status, json.load(answer)
-        except HTTPError as error:
-            with error:
-                return error.code, json.load(error)
+    def serve(self) -> str:
+        """Start what serves HTTP; its address."""
+        process = self._start("run", "--port", "0")
+        return str(wait_until(lambda: address_in(self.log, process)))
+
+    def work(self, count: int) -> None:
+        """Start so many workers, and wait until they read the stream."""
+        for _ in range(count):
+            self._start("eventbus", "run")
+
+        said = "Reading the streams of user_registered"
+        wait_until(lambda: self.log.read_text().count(said) == count)
+
+    def consumers(self) -> set[int]:
+        """Who got something of the stream in the service's name, by the process id."""
+        with redis.Redis.from_url(self._redis_url) as client:
+            found = client.xinfo_consumers("eventbus:{user_registered}:stream", "mailer")
+
+        return {int(each["name"].split(b"-")[-2]) for each in found}
+
+    def sent_by(self) -> dict[int, int]:
+        """How many mails each worker has noted, by its process id."""
+        with closing(sqlite3.connect(self._book)) as book:
+            found = book.execute("SELECT worker, count(*) FROM mail GROUP BY worker").fetchall()
+
+        return {int(name.rpartition("-")[2]): count for name, count in found}
+
+    def kill(self, pid: int) -> None:
+        """Let a process end as by a crash."""
+        [process] = [process for process in self._processes if process.pid == pid]
+        process.kill()
+        process.wait()
+
+    def end(self) -> list[int]:
+        """End what still runs; the exit codes of all."""
+        for process in self._processes:
+            process.terminate()
+
+        return [process.wait(timeout=20) for process in self._processes]
+
+    def _start(self, *words: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "flask", "--app", "app", *words]
+
+        with self.log.open("a") as log:
+            process = subprocess.Popen(
+                command, cwd=FOLDER, env=os.environ | self._settings, stdout=log, stderr=log
+            )
+
+        self._processes.append(process)
+        return process
 
 
 @pytest.fixture
 def service(redis_url: str, sink: Sink, tmp_path: Path) -> Iterator[Service]:
-    """The mailer as a process, listening."""
-    log = tmp_path / "mailer.log"
-    command = [sys.executable, "-m", "flask", "--app", "app", "run", "--port", "0"]
-    settings = {
-        "FLASK_EVENTBUS_URL": redis_url,
-        "FLASK_MAIL_HOST": "127.0.0.1",
-        "FLASK_MAIL_PORT": str(sink.port),
-        "FLASK_NEWSLETTER_FILE": str(tmp_path / "newsletter.db"),
-    }
+    """The mailer as processes that a test starts."""
+    service = Service(tmp_path, redis_url, sink.port)
+    yield service
+    service.end()
 
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
-            command, cwd=FOLDER, env=os.environ | settings, stdout=output, stderr=output
-        ) as process,
-    ):
-        try:
-            service = Service(wait_until(lambda: address_in(log, process)), log)
-            wait_until(lambda: service.get("/health")[0] == 200)
-            yield service
-        finally:
-            process.terminate()
+
+def get(url: str) -> tuple[int, dict[str, Any]]:
+    """The status and the JSON of an answer."""
+    try:
+        with urlopen(url, timeout=10) as answer:  # noqa: S310 - the service's own
+            return answer.status, json.load(answer)
+    except HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+@pytest.fixture(name="get")
+def get_fixture() -> Callable[[str], tuple[int, dict[str, Any]]]:
+    return get
 
 
 def address_in(log: Path, process: subprocess.Popen[bytes]) -> str | None:

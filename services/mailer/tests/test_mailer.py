@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import signal
+import smtplib
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from flask import Flask
 
-from flask_eventbus import Bus
+from flask_eventbus import Bus, Reject
 from flask_eventbus.testing import Isolation
 
 ADA: dict[str, Any] = {"user_id": 7, "email": "ada@example.com", "name": "Ada Łovelace 李"}
@@ -76,7 +79,39 @@ def test_the_plug_in_of_the_readme_reacts_once_it_is_dropped_in(
     assert "accounts tells of Ada Łovelace 李." in caplog.messages
 
 
-def test_a_mail_that_fails_is_an_error_of_its_receiver(
+def test_an_event_that_comes_again_makes_no_second_mail(
+    make_app: Callable[..., Flask], eventbus: Isolation, sink: Any
+) -> None:
+    make_app(MAIL_PORT=sink.port)
+
+    eventbus.deliver("user_registered", source="accounts", id="0a1b2c3d4e5f-1", **ADA)
+    eventbus.deliver("user_registered", source="accounts", id="0a1b2c3d4e5f-1", **ADA)
+
+    assert len(sink.mails()) == 1
+
+
+def test_a_mail_that_could_not_be_noted_is_not_sent_again(
+    make_app: Callable[..., Flask],
+    mailer: Any,
+    eventbus: Isolation,
+    sink: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make_app(MAIL_PORT=sink.port)
+    monkeypatch.setattr(mailer, "worker", full_disk)
+
+    event = eventbus.deliver("user_registered", source="accounts", **ADA)
+
+    assert len(sink.mails()) == 1
+    assert f"The mail of the event {event.id} is sent, and not noted." in caplog.text
+
+
+def full_disk() -> str:
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+def test_a_mail_that_fails_is_to_be_tried_again(
     make_app: Callable[..., Flask], eventbus: Isolation, sink: Any
 ) -> None:
     sink.stop()
@@ -86,32 +121,127 @@ def test_a_mail_that_fails_is_an_error_of_its_receiver(
         eventbus.deliver("user_registered", source="accounts", **ADA)
 
 
-def test_it_is_not_healthy_while_it_hears_nothing(
-    make_app: Callable[..., Flask], mailer: Any, eventbus: Isolation
+@pytest.mark.parametrize(
+    "payload",
+    [{**ADA, "email": "zoë@example.com"}, {**ADA, "name": "Ada\nBcc: all@example.com"}],
+    ids=["address", "name"],
+)
+def test_a_mail_that_cannot_be_written_is_not_tried_again(
+    make_app: Callable[..., Flask], eventbus: Isolation, payload: dict[str, Any]
 ) -> None:
-    app = make_app()
+    make_app()
 
-    with eventbus.redis_away():
-        mailer.bus.start(app)
-        health = app.test_client().get("/health")
-
-    assert (health.status_code, health.get_json()["connected"]) == (503, False)
+    with pytest.raises(Reject, match="No mail can be written to 'Ada"):
+        eventbus.deliver("user_registered", source="accounts", **payload)
 
 
-def test_a_mail_that_fails_is_counted_and_the_next_one_goes_out(
-    service: Any, sink: Any, redis_url: str, tmp_path: Path, wait_until: Callable[..., Any]
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (smtplib.SMTPRecipientsRefused({"ada@example.com": (550, b"no such user")}), True),
+        (smtplib.SMTPRecipientsRefused({"ada@example.com": (451, b"try later")}), False),
+        (smtplib.SMTPDataError(554, b"no"), True),
+        (smtplib.SMTPDataError(452, b"the disk is full"), False),
+        (smtplib.SMTPNotSupportedError("SMTPUTF8"), True),
+        (smtplib.SMTPServerDisconnected("Connection unexpectedly closed"), False),
+    ],
+    ids=["550", "451", "554", "452", "SMTPUTF8", "disconnected"],
+)
+def test_what_the_smtp_server_refuses_for_good_is_told_from_what_it_may_take_later(
+    mailer: Any, error: smtplib.SMTPException, final: bool
+) -> None:
+    assert mailer.is_final(error) is final
+
+
+def test_without_its_book_it_is_not_healthy(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+    client = make_app().test_client()
+    assert client.get("/health").status_code == 200
+
+    (tmp_path / "book.db").unlink()
+
+    health = client.get("/health")
+    assert (health.status_code, health.get_json()["book"]) == (503, False)
+
+
+def test_a_mail_waits_for_its_server_and_holds_up_no_other(
+    service: Any, sink: Any, register: Callable[..., None], wait_until: Callable[..., Any]
 ) -> None:
     sink.stop()
+    service.work(1)
+    register(1)
+    wait_until(lambda: "app.send_welcome failed at the event" in service.log.read_text())
 
-    with Bus(redis_url, service="accounts", publish=["user_registered"]) as bus:
-        bus.signal("user_registered").send(**ADA)
-        wait_until(lambda: service.get("/")[1] == {"mails_sent": 0, "receivers_failed": 1})
+    sink.start()
+    register(2)
 
-        sink.start()
-        bus.signal("user_registered").send(user_id=8, email="zoë@example.com", name="Zoë")
-        bus.signal("user_registered").send(user_id=9, email="bob@example.com", name="Bob")
-        wait_until(lambda: service.get("/")[1]["mails_sent"] == 1)
+    wait_until(lambda: len(sink.mails()) == 2)
+    assert sorted(mail["to"] for mail in sink.mails()) == [
+        ["user1@example.com"],
+        ["user2@example.com"],
+    ]
 
-    assert [mail["subject"] for mail in sink.mails()] == ["Welcome, Bob"]
-    assert len(readers(tmp_path)) == 3
-    assert "The receiver app.send_welcome failed at the event" in service.log.read_text()
+
+def test_two_workers_send_one_mail_for_each_user_and_what_serves_sends_none(
+    service: Any,
+    sink: Any,
+    get: Callable[[str], tuple[int, dict[str, Any]]],
+    register: Callable[..., None],
+    wait_until: Callable[..., Any],
+) -> None:
+    sink.stop()
+    sink.start(pause=0.02)
+    address = service.serve()
+    service.work(2)
+
+    register(*range(50))
+
+    wait_until(lambda: sum(service.sent_by().values()) == 50)
+    assert len(service.sent_by()) == 2
+    assert service.sent_by().keys() == service.consumers()
+    assert get(f"{address}/")[1]["mails_sent"] == 50
+    assert service.end() == [-signal.SIGTERM, 0, 0]
+    assert len({mail["to"][0] for mail in sink.mails()}) == len(sink.mails()) == 50
+
+
+def test_a_worker_that_is_killed_at_a_mail_loses_none_and_doubles_none(
+    service: Any,
+    sink: Any,
+    register: Callable[..., None],
+    redis_url: str,
+    wait_until: Callable[..., Any],
+) -> None:
+    sink.stop()
+    # Right after a mail is noted a worker is at the next, which the server takes its time for.
+    sink.start(pause=0.2)
+    service.work(2)
+    register(*range(20))
+    victim = next(iter(wait_until(service.sent_by)))
+    service.kill(victim)
+    sent = service.sent_by()[victim]
+
+    wait_until(lambda: sum(service.sent_by().values()) == 20)
+
+    assert sent == service.sent_by()[victim] < 10
+    assert len({mail["to"][0] for mail in sink.mails()}) == len(sink.mails()) == 20
+    wait_until(lambda: not pending(redis_url))
+
+
+def pending(redis_url: str) -> int:
+    """How many events are not acknowledged."""
+    with redis.Redis.from_url(redis_url) as client:
+        found = client.xpending("eventbus:{user_registered}:stream", "mailer")
+
+    return int(found["pending"])
+
+
+@pytest.fixture
+def register(redis_url: str) -> Iterator[Callable[..., None]]:
+    """Register users with these numbers, as accounts does."""
+    with Bus(redis_url, service="accounts", publish={"user_registered": "stream"}) as bus:
+
+        def register(*numbers: int) -> None:
+            for number in numbers:
+                email, name = f"user{number}@example.com", f"User {number}"
+                bus.signal("user_registered").send(user_id=number, email=email, name=name)
+
+        yield register
