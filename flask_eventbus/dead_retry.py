@@ -197,7 +197,8 @@ def record_of(content: DeadLetter) -> RetryRecord:
         receiver=content.receiver,
         attempts=0,
         first=content.first,
-        last=content.last,
+        # Now: workers give a receiver up that none of them knows, an hour after this.
+        last=round(time.time() * 1000),
         error=content.error,
         traceback=content.traceback,
     )

@@ -12,12 +12,28 @@ from .connections import Connections
 from .consumer import Consumer
 from .counters import Counters
 from .dispatcher import Dispatcher
+from .errors import ConfigError
 from .hearing import Hearing
 from .intake import Intake
 from .listener import Listener
 from .namespace import Receiver
 from .pool import Pool
 from .routes import Subscription
+
+
+def check_subscription(config: Config, subscription: Subscription) -> None:
+    """Refuse what the server of the settings cannot do.
+
+    :raises ConfigError: the subscription insists on a stream in a cluster.
+    """
+    insists = subscription.via == "stream" or not subscription.group
+
+    if insists and config.url.startswith("redis+cluster://"):
+        raise ConfigError(
+            f"The subscription to {subscription.name!r} asks for its stream, and 'EVENTBUS_URL' is "
+            "a cluster, for which there are no streams yet. Hear it via 'channel' there, or use "
+            "one Redis: 'redis://' or 'redis+sentinel://'."
+        )
 
 
 class Inbound:

@@ -25,7 +25,7 @@ from .trims import Trims
 
 logger = get_logger(__name__)
 
-#: Seconds between looks for what a process that ended has handed back, for one stream.
+#: Seconds between looks for what others handed back, or left to be tried again.
 RELEASED_AGAIN = 5.0
 
 #: Seconds after which a consumer that has nothing pending is taken for one that is gone.
@@ -177,11 +177,12 @@ class Keeper:
             self._claim_at = now + self._config.claim_after / 2 * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
             self._more = False
             self._claim_all(names, idle=self._config.claim_after, consumer="")
-            self._run_retries(names)
 
         if now >= self._released_at:
             self._released_at = now + max(RELEASED_AGAIN, 2.0 * len(names))
             self._claim_all(names, idle=0.0, consumer=RELEASED)
+            # Another worker's, or what a person put back.
+            self._run_retries(names)
 
         if now >= self._consumers_at:
             self._consumers_at = now + IDLE_CONSUMER / 2

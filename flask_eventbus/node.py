@@ -29,7 +29,7 @@ from .errors import PublishError
 from .event import Event
 from .exchange import Exchange
 from .health import Health
-from .inbound import Inbound
+from .inbound import Inbound, check_subscription
 from .lanes import check_route
 from .logs import get_logger
 from .namespace import Receiver
@@ -132,6 +132,7 @@ class Node:
     def subscribed(self, subscription: Subscription) -> None:
         """Take up a subscription that was declared."""
         merged = _merge(subscription, self._configured.get(subscription.name))
+        check_subscription(self.config, merged)
         self._subscriptions = {**self._subscriptions, merged.name: merged}
 
         if self.listening:
@@ -141,6 +142,9 @@ class Node:
         with self.declarations.lock:
             self.declarations.watch(self)
             self._subscriptions = {**self._configured}
+
+            for configured in self._configured.values():
+                check_subscription(self.config, configured)
 
             for subscription in self.declarations.subscriptions.values():
                 self.subscribed(subscription)

@@ -138,7 +138,7 @@ class DeadLetter:
             reason=text("reason"),
             receiver=text("receiver"),
             error=text("error"),
-            attempts=int(text("attempts")) if text("attempts").isdecimal() else 0,
+            attempts=int(text("attempts")[:9]) if text("attempts").isdecimal() else 0,
             first=_milliseconds(text("first_failed")),
             last=_milliseconds(text("last_failed")),
             entry=text("entry"),
