@@ -1,0 +1,55 @@
+"""Who plays in a soak: signals, services and their workers, publishers."""
+
+from __future__ import annotations
+
+PLACED = "order_placed"
+PAID = "order_paid"
+
+#: Receivers, as lines and dead letters name them.
+FLAKY = "mailer.send"
+ORDERLY = "ledger.book"
+SCREEN = "screen.show"
+
+#: What each receiver is to have handled once per service.
+HEARS = {
+    FLAKY: (PLACED,),
+    "mailer.note": (PLACED,),
+    "audit.write": (PLACED, PAID),
+    ORDERLY: (PAID,),
+}
+
+#: The services and how many workers each has.
+SERVICES = {"mailer": 3, "audit": 2, "ledger": 2}
+
+#: Processes of which each hears every event, from its start to its end.
+SCREENS = ("screen-1", "screen-2")
+
+#: Publishers, with what each does in an outage.
+PUBLISHERS = {"web": "raise", "till": "buffer"}
+
+#: Seconds after which the entries of a silent worker are taken over.
+CLAIM_AFTER = 5
+
+#: Why the flaky receiver gives up.
+REJECTS = "nobody wants this one"
+
+_REJECTED = 97
+
+
+def is_rejected(n: int) -> bool:
+    """Whether the flaky receiver gives this event up: it is to be a dead letter."""
+    return n % _REJECTED == 0
+
+
+def settings(service: str, url: str) -> dict[str, str]:
+    """The environment of a process of a service."""
+    concurrency = 4 if service == "audit" else 1
+    return {
+        "EVENTBUS_SERVICE": service,
+        "EVENTBUS_URL": url,
+        "EVENTBUS_PREFIX": "soak",
+        "EVENTBUS_CLAIM_AFTER": str(CLAIM_AFTER),
+        "EVENTBUS_CONCURRENCY": str(concurrency),
+        "EVENTBUS_ON_OUTAGE": PUBLISHERS.get(service, "buffer"),
+        "EVENTBUS_MAXLEN": "10000000",
+    }

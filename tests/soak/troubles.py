@@ -1,0 +1,109 @@
+"""What happens to a soak: processes and Redis are killed, hung and cut off, by the dice."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from servers import RedisServer
+from soak.cast import CLAIM_AFTER
+from soak.crew import Crew, Member
+from soak.lines import Lines
+
+#: Seconds between two troubles.
+CALM = (0.5, 3.0)
+
+#: Seconds that Redis hangs, or is away.
+OUTAGE = (0.2, 3.0)
+
+
+class Troubles:
+    """Throws the dice, and notes what it did and when."""
+
+    def __init__(self, crew: Crew, server: RedisServer, lines: Lines, dice: random.Random) -> None:
+        self._crew = crew
+        self._server = server
+        self._lines = lines
+        self._dice = dice
+        self.counts: Counter[str] = Counter()
+        self._kinds: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
+            "worker killed": (6, self._kill_worker),
+            "worker ended": (2, self._end_worker),
+            "worker paused": (1, self._pause_worker),
+            "publisher killed": (1, self._kill_publisher),
+            "redis killed": (2, self._kill_redis),
+            "redis hung": (2, self._hang_redis),
+            "clients cut": (2, self._cut_clients),
+            "client cut": (4, self._cut_client),
+        }
+
+    def go_on(self, seconds: float) -> None:
+        """Make trouble for a while."""
+        deadline = time.monotonic() + seconds
+
+        while time.monotonic() < deadline:
+            time.sleep(self._dice.uniform(*CALM))
+            self._one()
+
+    def _one(self) -> None:
+        kinds = list(self._kinds)
+        weights = [self._kinds[kind][0] for kind in kinds]
+        kind = self._dice.choices(kinds, weights)[0]
+        began = time.time()
+        facts = self._kinds[kind][1]()
+        self.counts[kind] += 1
+        self._lines.note("trouble", kind=kind, began=began, **facts)
+
+    def _kill_worker(self) -> dict[str, Any]:
+        return self._replace(self._worker(), Member.kill)
+
+    def _kill_publisher(self) -> dict[str, Any]:
+        # The other one keeps in memory what Redis does not take: it may be ended, not killed.
+        return self._replace(self._crew.publishers[0], Member.kill)
+
+    def _end_worker(self) -> dict[str, Any]:
+        worker = self._worker()
+        pid, code = worker.pid, worker.end()
+        worker.start()
+        return {"who": worker.name, "victim": pid, "code": code}
+
+    def _pause_worker(self) -> dict[str, Any]:
+        worker = self._worker()
+        worker.tell(signal.SIGSTOP)
+        time.sleep(CLAIM_AFTER * 1.5)
+        worker.tell(signal.SIGCONT)
+        return {"who": worker.name, "victim": worker.pid}
+
+    def _kill_redis(self) -> dict[str, Any]:
+        self._server.kill()
+        time.sleep(self._dice.uniform(*OUTAGE))
+        self._server.start()
+        return {}
+
+    def _hang_redis(self) -> dict[str, Any]:
+        self._server.hang()
+        time.sleep(self._dice.uniform(*OUTAGE))
+        self._server.resume()
+        return {}
+
+    def _cut_clients(self) -> dict[str, Any]:
+        with self._server.client as client:
+            return {"cut": client.client_kill_filter(_type="normal")}
+
+    def _cut_client(self) -> dict[str, Any]:
+        with self._server.client as client:
+            victim = self._dice.choice(client.client_list(_type="normal"))
+            client.client_kill_filter(_id=victim["id"])
+            return {"cut": victim["name"]}
+
+    def _worker(self) -> Member:
+        return self._dice.choice(self._crew.workers)
+
+    def _replace(self, member: Member, end: Callable[[Member], int]) -> dict[str, Any]:
+        victim = end(member)
+        member.start()
+        return {"who": member.name, "victim": victim}
