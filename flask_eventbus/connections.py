@@ -21,6 +21,7 @@ from redis.connection import AbstractConnection
 from redis.retry import Retry
 
 from . import embedded
+from .config import MOST_REPLICAS
 from .errors import ConfigError
 
 #: What a connection raises when Redis is away, hung, or not to be used now; or when what
@@ -45,6 +46,9 @@ _USERINFO = re.compile(r"(://[^:/?@]*):.*@")
 _PASSWORD_OPTION = re.compile(r"([?&]password=)[^&]*")
 
 _TCP_OPTIONS = ("socket_connect_timeout", "socket_keepalive")
+
+#: How fakeredis refuses ``WAIT``.
+_NO_WAIT = "unknown command 'wait'"
 
 #: The fakeredis servers of this process, by their ``memory://`` URLs.
 memory_servers: dict[str, Any] = {}
@@ -138,6 +142,11 @@ class Connections:
 
         for connection in list(self._opened):
             connection.disconnect()
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the server is in this process now, where a wait cannot be interrupted."""
+        return (diversion or self._url).startswith("memory://")
 
     @property
     def shown(self) -> str:
@@ -349,13 +358,17 @@ def memory_server(url: str) -> Any:
 def _memory_connection(url: str, options: dict[str, Any]) -> Connection:
     pool = _fakeredis().FakeRedis(server=memory_server(url)).connection_pool
     pool.connection_kwargs.update(options)
-    pool.connection_class = _impatient(pool.connection_class)
+    pool.connection_class = _made_alike(pool.connection_class)
     return cast(Connection, pool.make_connection())
 
 
 @functools.cache
-def _impatient(connection_class: Any) -> Any:
-    """fakeredis waits without end where a socket has a timeout: so that it ends here, too."""
+def _made_alike(connection_class: Any) -> Any:
+    """What fakeredis lacks of what the bus uses: a timeout of its waits, and ``WAIT``.
+
+    A server in memory has no replicas. That none is missing is the answer that lets a service
+    be tested with the settings that it runs with.
+    """
 
     class MemoryConnection(connection_class):  # type: ignore[misc]  # fakeredis has no types
         def read_response(self, *args: Any, **kwargs: Any) -> Any:
@@ -365,6 +378,12 @@ def _impatient(connection_class: Any) -> Any:
             if connected and not self.can_read(self.socket_timeout):
                 raise redis.TimeoutError("Nothing came in time.")
 
-            return super().read_response(*args, **kwargs)
+            try:
+                return super().read_response(*args, **kwargs)
+            except redis.ResponseError as error:
+                if str(error).lower().startswith(_NO_WAIT):
+                    return MOST_REPLICAS
+
+                raise
 
     return MemoryConnection

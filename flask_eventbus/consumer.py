@@ -25,6 +25,7 @@ from .logs import get_logger
 from .namespace import Receiver
 from .pipe import Pipe
 from .pool import Pool
+from .retries import allowed
 from .retry_line import RetryLine
 from .routes import Subscription
 from .settler import Outcome, Settler
@@ -325,10 +326,13 @@ class Consumer:
 
     def _release(self, name: str) -> None:
         started = {found.entry for found in self._hand.first_attempts(name) if found.started}
+        begun = {found.entry: found.begun or 0 for found in self._hand.first_attempts(name)}
 
         try:
-            left = [found.id for found in self._settling.own(name) if found.id not in started]
-            self._settling.release(name, left)
+            own = [found for found in self._settling.own(name) if found.id not in started]
+            # What was read once and is not in hand did not arrive.
+            lost = {found.id: found.times if found.times > 1 else 0 for found in own}
+            self._settling.release(name, {id: begun.get(id, times) for id, times in lost.items()})
             self._settling.leave(name)
         except GroupGoneError as error:
             logger.debug("Nothing of %r is handed back: %s", name, error)
@@ -337,44 +341,47 @@ class Consumer:
 
     def handle(self, deliveries: Sequence[Delivery]) -> None:
         """Run receivers for deliveries, in order, and settle them."""
-        outcomes: list[Outcome] = []
         settled = time.monotonic()
 
-        try:
-            for delivery in deliveries:
-                if self._stopping.is_set():
-                    break
+        for delivery in deliveries:
+            if self._stopping.is_set():
+                break
 
-                outcome = self._handle(delivery)
+            outcome = self._handle(delivery)
 
-                if self._disowned:
-                    return
+            if self._disowned:
+                return
 
-                if outcome is not None:
-                    outcomes.append(outcome)
+            # Not kept here: the next receiver may take long, or end the process.
+            if outcome is not None:
+                self._settler.add(outcome)
 
-                if outcomes and time.monotonic() - settled > SHARE:
-                    self._settler.settle(outcomes)
-                    outcomes = []
-                    settled = time.monotonic()
-        finally:
-            if outcomes and not self._disowned:
-                self._settler.settle(outcomes)
+            if time.monotonic() - settled > SHARE:
+                self._settler.settle()
+                settled = time.monotonic()
+
+        self._settler.settle()
 
     def _handle(self, delivery: Delivery) -> Outcome | None:
         if not delivery.in_group:
             self._dispatcher.dispatch(delivery.event)
             return None
 
-        if not self._may_begin(delivery):
+        if not self._may_begin(delivery) or not self._hand.begin(delivery):
             self._hand.let_go([delivery])
             self._counters.add("given_away")
             return None
 
-        delivery.started = True
         only = delivery.record.receiver if delivery.record else None
         failures = self._dispatcher.dispatch(delivery.event, only=only)
-        return self._settler.outcome(delivery, failures)
+
+        try:
+            return self._settler.outcome(delivery, failures)
+        except Exception:
+            # It stays pending, and is taken over as from a worker that ended.
+            logger.exception("What became of the event %s cannot be told.", delivery.event.id)
+            self._hand.let_go([delivery])
+            return None
 
     def _may_begin(self, delivery: Delivery) -> bool:
         """Whether it still is this process's, as far as can be known."""
@@ -405,11 +412,8 @@ class Consumer:
         return self._config.retries if subscription.retries is None else subscription.retries
 
     def _retries_for(self, subscription: Subscription, name: str, receiver: Receiver) -> int:
-        if subscription.retries is not None:
-            return subscription.retries
-
         asked = self._retries_asked(name, receiver)
-        return self._config.retries if asked is None else asked
+        return allowed(subscription.retries, asked, self._config.retries)
 
     # -- whether Redis is there -----------------------------------------------------------
 

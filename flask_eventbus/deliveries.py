@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .event import Event
 from .records import RetryRecord
@@ -32,16 +33,16 @@ class Delivery:
     member: bytes = b""
     #: Whether its receivers run, or have run.
     started: bool = False
+    #: What is in hand once: an entry, or one receiver that failed at it.
+    identity: tuple[str, str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.identity = (self.name, self.entry, self.record.receiver if self.record else "")
 
     @property
     def in_group(self) -> bool:
         """Whether it is acknowledged; without a group there is nobody who would know."""
         return self.subscription.group
-
-    @property
-    def identity(self) -> tuple[str, str, str]:
-        """What is in hand once: an entry, or one receiver that failed at it."""
-        return self.name, self.entry, self.record.receiver if self.record else ""
 
 
 class Hand:
@@ -50,6 +51,8 @@ class Hand:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._deliveries: dict[tuple[str, str, str], Delivery] = {}
+        #: When something was begun, or was there to begin with, by the monotonic clock.
+        self.moved = 0.0
 
     def __len__(self) -> int:
         return len(self._deliveries)
@@ -57,7 +60,34 @@ class Hand:
     def take(self, deliveries: Iterable[Delivery]) -> None:
         """Note what was read."""
         with self._lock:
+            if not self._deliveries:
+                self.moved = time.monotonic()
+
             self._deliveries.update((delivery.identity, delivery) for delivery in deliveries)
+
+    def begin(self, delivery: Delivery) -> bool:
+        """Note that the receivers of a delivery begin; not if it is no more this process's."""
+        with self._lock:
+            now = time.monotonic()
+
+            if now > delivery.lease:
+                return False
+
+            delivery.started = True
+            self.moved = now
+            return True
+
+    def give_away(self) -> list[Delivery]:
+        """Let go of the entries that were not begun: :meth:`begin` refuses them from now on."""
+        with self._lock:
+            every = self._deliveries.values()
+            waiting = [found for found in every if not found.started and found.record is None]
+
+            for delivery in waiting:
+                delivery.lease = 0.0
+                del self._deliveries[delivery.identity]
+
+            return waiting
 
     def let_go(self, deliveries: Iterable[Delivery]) -> None:
         """Forget what is settled, or no more this process's."""

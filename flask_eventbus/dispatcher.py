@@ -63,7 +63,7 @@ class Dispatcher:
         return [
             receiver
             for receiver in self._receivers(event)
-            if not isinstance(receiver, Outbound) and only in (None, name_of(receiver))
+            if not isinstance(receiver, Outbound) and (only is None or name_of(receiver) == only)
         ]
 
     def dispatch(self, event: Event, *, only: str | None = None) -> list[Failure]:

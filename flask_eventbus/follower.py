@@ -25,7 +25,6 @@ logger = get_logger(__name__)
 
 #: Seconds that Redis holds a read back where there is nothing to read.
 BLOCK = 1.0
-BLOCK_IN_MEMORY = 0.02
 
 #: Entries of one stream that are read at once.
 COUNT = 200
@@ -65,7 +64,7 @@ class Follower:
         self._log = BoundedLog(logger)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._block = BLOCK_IN_MEMORY if config.url.startswith("memory://") else BLOCK
+        self._block = pipe.wait_at_most(BLOCK)
         #: The last entry that was read of each stream.
         self._positions: dict[str, str] = {}
         self._connected = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .pipe import Command, Pipe
 from .streams import StreamKeys
@@ -12,7 +12,8 @@ from .streams import StreamKeys
 #: The consumer that entries are handed back to by a process that ends: nobody's, for everybody.
 RELEASED = "released"
 
-#: Milliseconds that pass for "long idle" where entries are handed back: claimable at once.
+#: Milliseconds that entries which are handed back count as idle: claimable at once, and by one
+#: worker only, since no other entry was idle for so long.
 LONG_IDLE = 2**31 - 1
 
 #: Entries that are looked at in one command.
@@ -23,8 +24,7 @@ class GroupGoneError(Exception):
     """A stream or its group was deleted: Redis was flushed, or restarted without its data."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """An entry of a stream as it came; ``fields`` is ``None`` if it was trimmed meanwhile."""
 
     name: str
@@ -104,11 +104,14 @@ class Group:
         wait = ("BLOCK", int(block * 1000)) if block else ()
         return self._entries(self._asked(*head, *wait, "STREAMS", *keys, *(">" for _ in keys)))
 
-    def pending(self, name: str, *, idle: float = 0.0, consumer: str = "") -> list[Pending]:
+    def pending(
+        self, name: str, *, idle: float = 0.0, consumer: str = "", most: int | None = None
+    ) -> list[Pending]:
         """What was delivered and is not acknowledged, oldest first, all of it.
 
         :param idle: seconds that it is idle at least.
         :param consumer: whose; everybody's by default.
+        :param most: after how many there is no more looking.
         :raises GroupGoneError: the stream or its group is not there any more.
         """
         found: list[Pending] = []
@@ -125,7 +128,7 @@ class Group:
                 for id, owner, idle_ms, times in page
             ]
 
-            if len(page) < PAGE:
+            if len(page) < PAGE or (most is not None and len(found) >= most):
                 return found
 
             start = f"({found[-1].id}"
@@ -171,12 +174,19 @@ class Group:
         self._claim(name, mine, idle=0.0, times=lambda found: found.times)
         return {found.id for found in mine}
 
-    def release(self, name: str, ids: Sequence[str]) -> None:
-        """Hand back entries that this consumer has not begun with, for others to claim at once."""
-        for start in range(0, len(ids), PAGE):
-            head: Command = ("XCLAIM", self._keys.stream(name), self._service, RELEASED, 0)
-            tail: Command = ("IDLE", LONG_IDLE, "RETRYCOUNT", 0, "JUSTID")
-            self._asked(*head, *ids[start : start + PAGE], *tail)
+    def release(self, name: str, begun: Mapping[str, int]) -> None:
+        """Hand back entries of this consumer, for others to claim at once.
+
+        :param begun: how often each was begun by workers that did not end it, by its id.
+        """
+        head: Command = ("XCLAIM", self._keys.stream(name), self._service, RELEASED, 0)
+
+        for times in set(begun.values()):
+            ids = [id for id, count in begun.items() if count == times]
+            tail: Command = ("IDLE", LONG_IDLE, "RETRYCOUNT", times, "JUSTID")
+
+            for start in range(0, len(ids), PAGE):
+                self._asked(*head, *ids[start : start + PAGE], *tail)
 
     def leave(self, name: str) -> None:
         """Take this consumer out of the group, if nothing is pending for it."""
@@ -248,11 +258,13 @@ class Group:
         return self._run([command])[0]
 
     def _entries(self, answer: Any) -> list[Entry]:
-        return [
-            Entry(self._keys.name(key.decode()), id.decode(), _fields(fields))
-            for key, entries in answer or ()
-            for id, fields in entries
-        ]
+        found: list[Entry] = []
+
+        for key, entries in answer or ():
+            name = self._keys.name(key.decode())
+            found += [Entry(name, id.decode(), _fields(fields)) for id, fields in entries]
+
+        return found
 
 
 def _is_refusal(answer: Any) -> bool:
@@ -266,6 +278,9 @@ def _meaning(error: Exception) -> Exception:
 
 
 def _fields(flat: Any) -> dict[bytes, bytes] | None:
+    if flat and len(flat) == 2:
+        return {flat[0]: flat[1]}
+
     return None if flat is None else dict(zip(flat[::2], flat[1::2], strict=True))
 
 

@@ -174,7 +174,7 @@ class Inbound:
 
     def _on_channels(self) -> Mapping[str, Subscription]:
         found = self._subscriptions()
-        return {name: each for name, each in found.items() if each.via != "stream" and each.group}
+        return {name: each for name, each in found.items() if each.via != "stream"}
 
     def _on_streams(self) -> Mapping[str, Subscription]:
         if not self._has_streams:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import redis
+
 from .backoff import Backoff
 from .config import Config
 from .connections import OUTAGE
@@ -153,17 +155,18 @@ class Keeper:
         now, clock = time.monotonic(), time.time()
 
         if self._draining:
-            return max(0.001, min(self._renew_at - now, 0.05 if len(self._settler) else 60.0))
+            return max(0.001, min(self._renew_at - now, 0.05 if self._settler.is_due else 1.0))
 
         times = [self._renew_at, self._claim_at, self._released_at, self._consumers_at]
         due = self._due[0][0] - clock if self._due else 60.0
-        soon = 0.05 if self._more or len(self._settler) else 60.0
+        soon = 0.05 if self._more or self._settler.is_due else 60.0
+        soon = min(soon, 1.0) if len(self._settler) else soon
         return max(0.001, min(min(times) - now, due, soon))
 
     def _look_after(self, now: float) -> None:
         names = dict(self._names())
 
-        if len(self._settler):
+        if self._settler.is_due:
             self._settler.flush()
 
         if now >= self._renew_at:
@@ -233,6 +236,8 @@ class Keeper:
             except GroupGoneError as error:
                 # The reader makes it again.
                 logger.debug("Nothing is claimed of %r: %s", name, error)
+            except redis.ResponseError as error:
+                self._refused(name, error)
 
     def _claim(self, name: str, subscription: Subscription, idle: float, consumer: str) -> None:
         pending = self._group.pending(name, idle=idle, consumer=consumer)
@@ -305,6 +310,17 @@ class Keeper:
                             self._group.remove(name, consumer)
             except GroupGoneError as error:
                 logger.debug("The consumers of %r are gone: %s", name, error)
+            except redis.ResponseError as error:
+                self._refused(name, error)
+
+    def _refused(self, name: str, error: Exception) -> None:
+        self._log.error(
+            f"refused {name}",
+            "Redis refuses to let this worker look after the stream of %r: %s. What other workers "
+            "left of it, and what is to be tried again, waits. Correct what it complains of.",
+            name,
+            error,
+        )
 
     # -- retries --------------------------------------------------------------------------
 
@@ -325,8 +341,12 @@ class Keeper:
                 self._more = True
                 return
 
-            with self._settler.turn:
-                deliveries, given_up = self._retries.take(name, subscription, most=room)
+            try:
+                with self._settler.turn:
+                    deliveries, given_up = self._retries.take(name, subscription, most=room)
+            except redis.ResponseError as error:
+                self._refused(name, error)
+                continue
 
             self._hand.take(deliveries)
             self._lineup.put(deliveries)

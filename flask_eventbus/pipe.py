@@ -14,6 +14,9 @@ from .logs import get_logger
 
 logger = get_logger(__name__)
 
+#: Seconds that a server in this process is let wait at most: nothing can interrupt it.
+WAIT_IN_MEMORY = 0.02
+
 #: A command as Redis takes it: ``("XACK", key, group, id)``.
 Command = tuple[str | bytes | int | float, ...]
 
@@ -65,6 +68,10 @@ class Pipe:
         except BaseException:
             self.close()
             raise
+
+    def wait_at_most(self, seconds: float) -> float:
+        """How long Redis may hold back an answer, where ``seconds`` are wished for."""
+        return min(seconds, WAIT_IN_MEMORY) if self._connections.in_memory else seconds
 
     def interrupt(self) -> None:
         """Let a wait for Redis end at once, in whatever thread: as if Redis were lost."""

@@ -20,6 +20,9 @@ from .signals import events_dropped
 
 logger = get_logger(__name__)
 
+#: Deliveries of streams that a thread takes at once when it is alone: they are settled together.
+DELIVERIES = 512
+
 #: Seconds that threads get to end once nothing is left for them: an event loop closes.
 END = 2.0
 
@@ -140,11 +143,11 @@ class Pool:
         )
 
     def _run(self, number: int) -> None:
-        most = BATCH if self._config.concurrency == 1 else 1
+        alone = self._config.concurrency == 1
 
         with kept_loop():
             while True:
-                events, deliveries = self._take(number, most)
+                events, deliveries = self._take(number, alone)
 
                 if deliveries:
                     self._handle_all(deliveries)
@@ -154,19 +157,21 @@ class Pool:
                 else:
                     return
 
-    def _take(self, number: int, most: int) -> tuple[list[Event], list[Delivery]]:
+    def _take(self, number: int, alone: bool) -> tuple[list[Event], list[Delivery]]:
         """What is next, of one line or the other; nothing of both at the end."""
+        most, most_deliveries = (BATCH, DELIVERIES) if alone else (1, 1)
+
         with self._work:
             while True:
                 self._stream_next = not self._stream_next
 
-                if self._stream_next and (deliveries := self.lineup.pick(number, most)):
+                if self._stream_next and (deliveries := self.lineup.pick(number, most_deliveries)):
                     return [], deliveries
 
                 if events := self._inbox.pick(most):
                     return events, []
 
-                if deliveries := self.lineup.pick(number, most):
+                if deliveries := self.lineup.pick(number, most_deliveries):
                     return [], deliveries
 
                 if self._inbox.closed:

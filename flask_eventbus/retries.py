@@ -23,6 +23,12 @@ class Verdict:
     after: float = 0.0
 
 
+def allowed(subscription: int | None, receiver: int | None, default: int) -> int:
+    """How many retries a receiver has: what its subscription says goes before what it asked for."""
+    asked = receiver if subscription is None else subscription
+    return default if asked is None else asked
+
+
 def judge(error: BaseException, *, attempts: int, retries: int, jitter: float = JITTER) -> Verdict:
     """What follows from the failure of attempt number ``attempts``.
 

@@ -182,7 +182,7 @@ class RetryLine:
         )
         outcome = self._settler.rejected(Entry(name, "0-0", None), letter)
         key = self._keys.retry(name, self._config.service)
-        outcome.commands.append(("ZREM", key, member))
+        outcome.commands = [*outcome.commands, ("ZREM", key, member)]
         return outcome
 
     def _delivery(

@@ -27,6 +27,12 @@ from .streams import StreamKeys
 
 logger = get_logger(__name__)
 
+#: Outcomes that are told in one round trip.
+MOST_AT_ONCE = 500
+
+#: Seconds after which Redis is told again what it refused.
+TELL_AGAIN = 5.0
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -35,7 +41,7 @@ class Outcome:
     name: str
     entry: str
     #: All of them take effect, or none; empty where an acknowledgement is all.
-    commands: list[Command]
+    commands: Sequence[Command] = ()
     #: What it settles; ``None`` for an entry that became no delivery.
     delivery: Delivery | None = None
     #: What became of the receivers that failed.
@@ -73,14 +79,25 @@ class Settler:
         self._expect = expect
         self._log = BoundedLog(logger)
         self._waiting: deque[Outcome] = deque()
+        #: What Redis refused, and when it is told again, by the monotonic clock.
+        self._refusals: deque[tuple[float, Outcome]] = deque()
         #: Held by the thread that uses the connection.
         self.turn = threading.RLock()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._refusals)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to tell now."""
+        first = self._refusals[0][0] if self._refusals else float("inf")
+        return bool(self._waiting) or first <= time.monotonic()
 
     def outcome(self, delivery: Delivery, failures: Sequence[Failure]) -> Outcome:
         """What a delivery came to, for :meth:`settle`."""
+        if not failures:
+            return Outcome(delivery.name, delivery.entry, (), delivery)
+
         commands: list[Command] = []
         letters: list[DeadLetter] = []
         due: list[float] = []
@@ -116,9 +133,13 @@ class Settler:
 
     def skipped(self, entry: Entry) -> Outcome:
         """What an entry comes to that is not for this service."""
-        return Outcome(entry.name, entry.id, [])
+        return Outcome(entry.name, entry.id)
 
-    def settle(self, outcomes: Iterable[Outcome]) -> None:
+    def add(self, outcome: Outcome) -> None:
+        """Keep an outcome for :meth:`flush`, which the keeper calls before long."""
+        self._waiting.append(outcome)
+
+    def settle(self, outcomes: Iterable[Outcome] = ()) -> None:
         """Tell Redis, now if it is there; else :meth:`flush` does it later."""
         self._waiting.extend(outcomes)
 
@@ -133,7 +154,7 @@ class Settler:
 
         :raises redis.ConnectionError: Redis is away.
         """
-        while self._waiting:
+        while self.is_due:
             with self.turn:
                 batch = self._take()
 
@@ -150,8 +171,12 @@ class Settler:
 
     def _take(self) -> list[Outcome]:
         batch: list[Outcome] = []
+        now = time.monotonic()
 
-        while self._waiting and len(batch) < 500:
+        while self._refusals and self._refusals[0][0] <= now:
+            self._waiting.append(self._refusals.popleft()[1])
+
+        while self._waiting and len(batch) < MOST_AT_ONCE:
             batch.append(self._waiting.popleft())
 
         return batch
@@ -201,17 +226,19 @@ class Settler:
             self._tell(outcome)
 
     def _refused(self, outcomes: Sequence[Outcome], refusal: Exception) -> None:
-        """Leave them in hand: they stay pending, and come again when Redis takes them."""
+        """Keep them in hand, and tell Redis again: what succeeded is not to run twice."""
+        again = time.monotonic() + TELL_AGAIN
+        self._refusals.extend((again, outcome) for outcome in outcomes)
         self._counters.add("unsettled", len(outcomes))
         self._log.error(
             "refused",
-            "Redis refuses to take what became of %d events of %r: %s. They stay pending and come "
-            "again. Correct what it complains of.",
+            "Redis refuses to take what became of %d events of %r: %s. It is told again every %g "
+            "s. Correct what it complains of.",
             len(outcomes),
             outcomes[0].name,
             refusal,
+            TELL_AGAIN,
         )
-        self._hand.let_go([found.delivery for found in outcomes if found.delivery is not None])
 
     def _tell(self, outcome: Outcome) -> None:
         self._counters.add("retries", len(outcome.due))

@@ -113,7 +113,10 @@ class StreamIntake:
         return event
 
     def _wanted(self, event: Event, subscription: Subscription) -> bool:
-        if event.source == self._config.service or event.node in self._siblings:
+        # Without a group only the process that emitted it has run its receivers.
+        is_ours = subscription.group and event.source == self._config.service
+
+        if is_ours or event.node in self._siblings:
             if not subscription.echo:
                 self._counters.add("echoes")
 

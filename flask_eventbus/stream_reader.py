@@ -29,9 +29,6 @@ logger = get_logger(__name__)
 #: which a server that hangs is given up.
 BLOCK = 1.0
 
-#: The same where the server is in this process, and a read cannot be interrupted.
-BLOCK_IN_MEMORY = 0.02
-
 #: Entries of one stream that are read at once.
 COUNT = 200
 
@@ -40,6 +37,9 @@ MOST_BACKOFF = 1.0
 
 #: Seconds after which a stream that Redis refuses is asked for again.
 ASK_AGAIN = 5.0
+
+#: Events whose outcome Redis does not take, from which on no more are read.
+MOST_UNSETTLED = 1_000
 
 #: Seconds that the thread gets to end; it may be looking for a host that is not there.
 END = 1.0
@@ -91,7 +91,7 @@ class StreamReader:
         self._log = BoundedLog(logger)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._block = BLOCK_IN_MEMORY if config.url.startswith("memory://") else BLOCK
+        self._block = group.pipe.wait_at_most(BLOCK)
         #: Notified when it is known of more streams whether they can be read.
         self.changed = threading.Condition()
         #: The streams that are read, by name.
@@ -99,6 +99,8 @@ class StreamReader:
         #: Streams that Redis refuses, with its reasons; and those that only their channel serves.
         self.refused: dict[str, str] = {}
         self._ask_again = 0.0
+        #: What was told of streams that are refused: it is told once.
+        self._told: dict[str, str] = {}
         #: The streams whose group was there once: if it is gone, it is made again at the start.
         self._known: set[str] = set()
         #: What no server of this kind will ever do.
@@ -188,7 +190,7 @@ class StreamReader:
         while self._goes_on:
             names = self._join()
 
-            if not names:
+            if not names or len(self._settler) > MOST_UNSETTLED:
                 self._stopping.wait(self._block)
             elif self._lineup.wait_for_room(self._block):
                 self._read(names)
@@ -260,6 +262,7 @@ class StreamReader:
         for name, refusal in refusals.items():
             if refusal is None:
                 joined[name] = wanted[name]
+                self._told.pop(name, None)
                 self._known.add(name)
                 self._recover(name, wanted[name])
             else:
@@ -329,6 +332,11 @@ class StreamReader:
     def _refuse(self, name: str, subscription: Subscription, reason: Exception) -> None:
         self._ask_again = time.monotonic() + ASK_AGAIN
         self.refused = {**self.refused, name: str(reason)}
+
+        if self._told.get(name) == str(reason):
+            return
+
+        self._told[name] = str(reason)
 
         if subscription.via == "stream":
             self._log.error(

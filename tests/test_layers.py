@@ -124,6 +124,8 @@ LAYERS = {
         "census",
     ),
     13: (
+        "rehearsal",
+        "wishes",
         "bus",
         "extension",
         "program_checks",
