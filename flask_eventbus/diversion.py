@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from . import connections
@@ -10,6 +11,9 @@ from .node import Node, nodes
 
 #: Seconds that events sent before get to reach the server they were sent to.
 LEAVE = 1.0
+
+#: Seconds that nodes may take to find out what takes them a millisecond.
+PATIENCE = 5.0
 
 
 @contextmanager
@@ -43,3 +47,21 @@ def _divert(url: str | None, listening: Iterable[Node]) -> None:
 def _stop_all() -> None:
     for node in list(nodes):
         node.stop(flush=LEAVE)
+
+
+def find_out(found: Sequence[Node], *, there: bool) -> None:
+    """Let nodes find out whether Redis is there, and wait until they have."""
+    for node in found:
+        node.ask()
+
+    _wait_until(lambda: all(node.health().publishing is there for node in found))
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"The buses did not take note of Redis within {PATIENCE:g} s.")
+
+        time.sleep(0.001)

@@ -32,14 +32,17 @@ class Expectation:
     payload: Mapping[str, Any]
     #: Whether the payload has no keys but these.
     exact: bool = False
+    #: ``"channel"`` or ``"stream"``; ``None`` for either.
+    via: str | None = None
 
     def is_met_by(self, event: Event) -> bool:
         """Whether ``event`` is one."""
         return matches(self.name, event.name) and not self.misfits(event)
 
     def misfits(self, event: Event) -> list[str]:
-        """What of an event's payload is not as expected, in words."""
-        found = [
+        """What of an event is not as expected, in words."""
+        found = [] if self.via in (None, event.via) else [f"it went via {event.via!r}"]
+        found += [
             _misfit(key, value, event.payload)
             for key, value in self.payload.items()
             if key not in event.payload or not _fits(value, event.payload[key])
@@ -52,10 +55,12 @@ class Expectation:
         return found
 
     def __str__(self) -> str:
-        if not self.payload:
-            return repr(self.name) + (" with nothing in it" if self.exact else "")
+        shown = repr(self.name) + (f" via {self.via!r}" if self.via else "")
 
-        return f"{self.name!r} with {'exactly ' if self.exact else ''}{_shown(self.payload)}"
+        if not self.payload:
+            return shown + (" with nothing in it" if self.exact else "")
+
+        return f"{shown} with {'exactly ' if self.exact else ''}{_shown(self.payload)}"
 
 
 def why_unpublished(
@@ -88,6 +93,33 @@ def why_unheard(event: Event, nodes: Sequence[Node]) -> str:
 def local_receivers(node: Node, event: Event) -> list[Receiver]:
     """The receivers that an event from elsewhere runs in a node."""
     return [found for found in node.receivers_of(event) if not isinstance(found, Outbound)]
+
+
+def hears(node: Node, event: Event) -> bool:
+    """Whether an event from elsewhere runs receivers in a node, as far as settings say."""
+    subscription = subscription_for(event.name, node.subscriptions)
+    subscribed = subscription is not None and subscription.hears(event.source)
+    reached = node.config.enabled and subscribed and is_reached(node, event)
+    return reached and bool(local_receivers(node, event))
+
+
+def is_reached(node: Node, event: Event) -> bool:
+    """Whether a node listens where the event comes: on its channel, or to its stream."""
+    subscription = subscription_for(event.name, node.subscriptions)
+
+    if subscription is None:
+        return False
+
+    if event.via == "channel":
+        # Without a group it is the streams that every process reads.
+        return subscription.via != "stream" and subscription.group
+
+    return subscription.via != "channel" and not has_no_streams(node)
+
+
+def has_no_streams(node: Node) -> bool:
+    """Whether the node's own Redis is one where streams are not read."""
+    return node.config.url.startswith("redis+cluster://")
 
 
 def _fits(expected: Any, actual: Any) -> bool:
@@ -160,9 +192,22 @@ def _why_deaf(node: Node, event: Event) -> str | None:
         sources = ", ".join(sorted(subscription.sources or ()))
         return f"{service!r} hears it only from {sources}: deliver it with source=."
 
+    if not local_receivers(node, event):
+        return (
+            f"{service!r} subscribes to it, but has no receiver for it from there: connect one, "
+            "or deliver it with the source= that its receivers are for."
+        )
+
+    if has_no_streams(node) and event.via == "stream":
+        return f"{service!r} reads no streams: its 'EVENTBUS_URL' is that of a cluster."
+
+    if not is_reached(node, event):
+        other = "stream" if event.via == "channel" else "channel"
+        return f"{service!r} hears it via {other!r} alone: deliver it with via={other!r}."
+
     return (
-        f"{service!r} subscribes to it, but has no receiver for it from there: connect one, or "
-        "deliver it with the source= that its receivers are for."
+        f"{service!r} leaves out what comes back from itself: deliver it with the source= of "
+        "another service, or subscribe with 'echo': True."
     )
 
 

@@ -18,28 +18,28 @@ the server is fakeredis.
 from __future__ import annotations
 
 import gc
+import itertools
 import secrets
-import time as clock
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from blinker import NamedSignal
 
 from . import connections
-from .codec import Codec
 from .coroutines import kept_loop
 from .dispatcher import Failure
-from .diversion import diverted
-from .errors import ConfigError, DecodeError
+from .diversion import diverted, find_out
+from .errors import ConfigError
 from .event import Event
-from .expectation import Expectation, local_receivers, why_unheard, why_unpublished
+from .expectation import Expectation, hears, why_unheard, why_unpublished
 from .node import Node, born, nodes
-from .recording import Recording
-from .routes import matches, subscription_for
+from .recording import GivenUp, Recording
+from .rehearsal import FailedAttempt, Rehearsal, raise_all
+from .wishes import check_attributes, check_retry, check_via, merge, name_of
 
 #: Seconds that a writing thread may take for what takes it a millisecond.
 PATIENCE = 5.0
@@ -74,20 +74,26 @@ class Isolation:
     def __init__(self, url: str) -> None:
         self._server = connections.memory_server(url)
         self._recording = Recording(url)
+        self._rehearsal = Rehearsal(self._under_test)
         self._delivered = 0
+        #: The nodes that were met, in the order in which that was.
+        self._met: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
+        self._arrivals = itertools.count()
         #: Nodes that need no second look whether they are still there: one cannot be too many.
         self._alive = 1
 
         for node in list(nodes):
             self.meet(node)
 
-    def published(self, name: str | NamedSignal = "*") -> list[Event]:
+    def published(self, name: str | NamedSignal = "*", *, via: str | None = None) -> list[Event]:
         """The events published so far, in order, as other services would read them.
 
         :param name: the signal, its name, or a pattern such as ``"order_*"``.
+        :param via: ``"channel"`` or ``"stream"``; both by default.
         """
-        wanted = _name_of(name)
-        return [event for event in self._read() if matches(wanted, event.name)]
+        check_via(via, "published")
+        wanted = Expectation(name=name_of(name), payload={}, via=via)
+        return [event for event in self._read() if wanted.is_met_by(event)]
 
     def assert_published(
         self,
@@ -96,6 +102,7 @@ class Isolation:
         *,
         times: int | None = None,
         exact: bool = False,
+        via: str | None = None,
         payload: Mapping[str, Any] | None = None,
         **keys: Any,
     ) -> list[Event]:
@@ -106,10 +113,12 @@ class Isolation:
 
         :param times: exactly how often; at least once by default.
         :param exact: whether the payload has these keys and no others.
+        :param via: ``"channel"`` or ``"stream"``; either by default.
         :param payload: keys that are parameters here, ``times`` for example.
         """
         __tracebackhide__ = True
-        wanted = Expectation(name=_name_of(name), payload=_merge(payload, keys), exact=exact)
+        check_via(via, "assert_published")
+        wanted = Expectation(name=name_of(name), payload=merge(payload, keys), exact=exact, via=via)
         events = self._read()
         found = [event for event in events if wanted.is_met_by(event)]
 
@@ -123,23 +132,38 @@ class Isolation:
         name: str | NamedSignal = "*",
         /,
         *,
+        via: str | None = None,
         payload: Mapping[str, Any] | None = None,
         **keys: Any,
     ) -> None:
         """Assert that no such event was published; without a name, none at all."""
         __tracebackhide__ = True
-        self.assert_published(name, times=0, payload=_merge(payload, keys))
+        self.assert_published(name, times=0, via=via, payload=merge(payload, keys))
+
+    @property
+    def failures(self) -> list[FailedAttempt]:
+        """The receivers that failed at events of ``deliver(..., retry=True)``, in order."""
+        return list(self._rehearsal.failures)
+
+    @property
+    def dead_letters(self) -> list[GivenUp]:
+        """What services gave up, those that listen to the server in memory included."""
+        self._read()
+        return self._rehearsal.given_up + self._recording.given_up
 
     def clear(self) -> None:
-        """Forget what was published so far."""
+        """Forget what was published, what failed and what was given up so far."""
         self._read()
-        self._recording.events.clear()
+        self._recording.clear()
+        self._rehearsal.clear()
 
     def deliver(
         self,
         name: str | NamedSignal,
         /,
         *,
+        via: str = "channel",
+        retry: bool = False,
         source: str = "elsewhere",
         id: str | None = None,
         time: datetime | None = None,
@@ -155,6 +179,11 @@ class Isolation:
         The receivers of every bus under test run before this returns, each as it would for
         an event from Redis, and what one raises is raised here.
 
+        :param via: how it comes: over a ``"channel"``, to all, or over a ``"stream"``, to one
+            process of each service.
+        :param retry: leave receivers that fail to the bus: nothing is raised, :attr:`failures`
+            and :attr:`dead_letters` tell of them, and :meth:`advance` and :meth:`run_retries`
+            try them again. For streams.
         :param source: the service that emits it.
         :param payload: keys that are parameters here, ``source`` or ``time`` for example.
         :raises AssertionError: nothing receives it.
@@ -162,20 +191,50 @@ class Isolation:
         :raises ExceptionGroup: several receivers failed.
         """
         __tracebackhide__ = True
+        check_via(via, "deliver")
+        check_retry(retry, via)
         event = Event(
-            name=_name_of(name),
+            name=name_of(name),
             source=source,
             id=self._next_id(source) if id is None else id,
             time=datetime.now(UTC) if time is None else time,
-            payload=_merge(payload, keys),
+            payload=merge(payload, keys),
+            via=via,
             correlation_id=correlation_id,
             causation_id=causation_id,
             hops=hops,
             traceparent=traceparent,
         )
-        _check(event)
-        _raise(event, self._dispatch(event))
+        check_attributes(event)
+        raise_all(event, self._dispatch(event, retry=retry))
         return event
+
+    def advance(self, seconds: float) -> int:
+        """Let time pass for retries, and run those that become due; nothing is waited for.
+
+        The delays are those of a worker, without their random part: 1, 2, 4, ... seconds.
+
+        :return: how many attempts were made.
+        """
+        __tracebackhide__ = True
+
+        if seconds < 0:
+            raise ValueError(f"advance({seconds!r}) goes back in time. Give it seconds from 0.")
+
+        return self._rehearsal.advance(seconds)
+
+    def run_retries(self) -> int:
+        """Let time pass until no retry waits any more: all succeeded, or are dead letters.
+
+        :return: how many attempts were made.
+        """
+        __tracebackhide__ = True
+        attempts = 0
+
+        while (seconds := self._rehearsal.next_due) is not None:
+            attempts += self._rehearsal.advance(seconds)
+
+        return attempts
 
     @contextmanager
     def redis_away(self) -> Iterator[None]:
@@ -187,18 +246,19 @@ class Isolation:
         self._server.connected = False
 
         try:
-            _find_out(list(nodes), there=False)
+            find_out(list(nodes), there=False)
             yield
         finally:
             self._server.connected = True
-            _find_out(list(nodes), there=True)
+            find_out(list(nodes), there=True)
 
     def meet(self, node: Node) -> None:
         """Take a new node into account."""
+        self._met[node] = next(self._arrivals)
         self._recording.learn(node)
 
         if not self._server.connected:
-            _find_out([node], there=False)
+            find_out([node], there=False)
 
     def close(self) -> None:
         """Stop recording."""
@@ -215,20 +275,35 @@ class Isolation:
         self._delivered += 1
         return f"{source}-{self._delivered}"
 
-    def _dispatch(self, event: Event) -> list[Failure]:
+    def _dispatch(self, event: Event, *, retry: bool) -> list[Failure]:
+        """Run receivers, and return the failures that are the test's own."""
         __tracebackhide__ = True
-        hearing = [node for node in self._under_test() if _hears(node, event)]
 
-        if not hearing:
-            raise AssertionError(why_unheard(event, _living()))
+        if event.via == "stream":
+            return self._play(event, retry=retry)
 
+        hearing = [node for node in self._under_test() if hears(node, event)]
+        _require(hearing, event)
         return [failure for node in hearing for failure in _handle(node, event)]
+
+    def _play(self, event: Event, *, retry: bool) -> list[Failure]:
+        __tracebackhide__ = True
+        deliveries = self._rehearsal.deliveries(event)
+        _require(deliveries, event)
+        raised: list[Failure] = []
+
+        for node, delivery in deliveries:
+            failures = self._rehearsal.run(node, delivery)
+
+            raised += self._rehearsal.settle(node, delivery, failures) if retry else failures
+
+        return raised
 
     def _under_test(self) -> list[Node]:
         if len(nodes) > self._alive:
             self._alive = len(_living())
 
-        return list(nodes)
+        return sorted(nodes, key=lambda node: self._met.get(node, -1))
 
 
 def _living() -> list[Node]:
@@ -246,63 +321,15 @@ def _flush() -> None:
             )
 
 
-def _find_out(found: list[Node], *, there: bool) -> None:
-    """Let nodes find out whether Redis is there, and wait until they have."""
-    for node in found:
-        node.ask()
+def _require(receiving: Sized, event: Event) -> None:
+    __tracebackhide__ = True
 
-    _wait_until(lambda: all(node.health().publishing is there for node in found))
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = clock.monotonic() + PATIENCE
-
-    while not condition():
-        if clock.monotonic() > deadline:
-            raise RuntimeError(f"The buses did not take note of Redis within {PATIENCE:g} s.")
-
-        clock.sleep(0.001)
-
-
-def _hears(node: Node, event: Event) -> bool:
-    subscription = subscription_for(event.name, node.subscriptions)
-    subscribed = subscription is not None and subscription.hears(event.source)
-    return node.config.enabled and subscribed and bool(local_receivers(node, event))
+    if not receiving:
+        raise AssertionError(why_unheard(event, _living()))
 
 
 def _handle(node: Node, event: Event) -> list[Failure]:
     return node.dispatcher.dispatch(node.codec.decode(node.codec.encode(event)))
-
-
-def _raise(event: Event, failures: list[Failure]) -> None:
-    __tracebackhide__ = True
-
-    if len(failures) == 1:
-        raise failures[0].error
-
-    if failures:
-        errors = [failure.error for failure in failures]
-        raise BaseExceptionGroup(f"{len(errors)} receivers of {event.name!r} failed", errors)
-
-
-def _check(event: Event) -> None:
-    """Refuse attributes that cannot travel: most likely they are meant for the payload."""
-    try:
-        plain = Codec()
-        plain.decode(plain.encode(replace(event, payload={})))
-    except (AttributeError, TypeError, DecodeError) as error:
-        raise TypeError(
-            f"deliver() cannot make an event of this: {error} 'id', 'time', 'hops' and the like "
-            "are the event's own. Payload keys of these names go into payload={...}."
-        ) from error
-
-
-def _name_of(signal: str | NamedSignal) -> str:
-    return signal.name if isinstance(signal, NamedSignal) else signal
-
-
-def _merge(payload: Mapping[str, Any] | None, keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {**(payload or {}), **keys}
 
 
 def _require_fakeredis() -> None:
