@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from .config import Config
 from .deliveries import Delivery
@@ -11,6 +12,14 @@ from .pipe import Command, Pipe
 from .streams import StreamKeys
 
 logger = get_logger(__name__)
+
+
+def _end_of(number: int, window: float, moment: datetime) -> datetime:
+    """A moment up to which the window lasts; ``moment`` itself at the end of the calendar."""
+    try:
+        return datetime.fromtimestamp((number + 1) * window, UTC)
+    except (OverflowError, ValueError, OSError):
+        return moment
 
 
 class Duplicates:
@@ -36,12 +45,7 @@ class Duplicates:
         if not window or self._refused or not deliveries:
             return []
 
-        sets: dict[tuple[str, int], list[Delivery]] = {}
-
-        for delivery in deliveries:
-            number = int(delivery.event.time.timestamp() // window)
-            sets.setdefault((delivery.name, number), []).append(delivery)
-
+        sets = self._by_set(deliveries)
         commands: list[Command] = []
 
         for (name, number), found in sets.items():
@@ -53,6 +57,27 @@ class Duplicates:
             for place, found in enumerate(sets.values())
             for delivery in self._known(found, answers[place * 5 : place * 5 + 5])
         ]
+
+    def _by_set(self, deliveries: Sequence[Delivery]) -> dict[tuple[str, int], list[Delivery]]:
+        """Deliveries by the set that their events' ids are in: most have that of the one before."""
+        sets: dict[tuple[str, int], list[Delivery]] = {}
+        window = self._config.duplicate_window
+        name = ""
+        first = last = datetime.max.replace(tzinfo=UTC)
+        found: list[Delivery] = []
+
+        for delivery in deliveries:
+            moment = delivery.event.time
+
+            if delivery.name != name or not first <= moment < last:
+                name, number = delivery.name, int(moment.timestamp() // window)
+                first = last = moment
+                found = sets.setdefault((name, number), [])
+                last = _end_of(number, window, moment)
+
+            found.append(delivery)
+
+        return sets
 
     def _note(self, name: str, number: int, deliveries: Sequence[Delivery]) -> list[Command]:
         key = self._keys.seen(name, self._config.service, number)
@@ -75,6 +100,9 @@ class Duplicates:
 
         seen: set[str] = set()
         known: list[Delivery] = []
+
+        if not any(done[0]) and len({each.event.id for each in deliveries}) == len(deliveries):
+            return known
 
         for delivery, flag in zip(deliveries, done[0], strict=True):
             # Both copies may come in one batch, too.

@@ -223,7 +223,8 @@ class Settler:
         self._counters.add("acked", len(outcomes))
 
         for outcome in outcomes:
-            self._tell(outcome)
+            if outcome.due or outcome.letters:
+                self._tell(outcome)
 
     def _refused(self, outcomes: Sequence[Outcome], refusal: Exception) -> None:
         """Keep them in hand, and tell Redis again: what succeeded is not to run twice."""
