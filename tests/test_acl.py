@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis
+from click.testing import CliRunner
 from servers import RedisServer, server_executable
 from waiting import wait_until
 
-from flask_eventbus import Bus
+from flask_eventbus import Bus, Reject, Retry, current_event
+from flask_eventbus.__main__ import main
+from flask_eventbus.records import DeadLetter
 
 MakeBus = Callable[..., Bus]
 
@@ -21,15 +25,28 @@ REDIS = Path(__file__).parent.parent / "deploy" / "redis"
 
 SIGNALS = ("user_registered", "price_changed", "api_call", "order_paid")
 
-#: What each service publishes, and what it hears; ``*`` is the pattern of all signals.
-RIGHTS = {
-    "accounts": ({"user_registered", "api_call"}, set()),
-    "mailer": ({"api_call"}, {"user_registered"}),
+#: What each service publishes over channels, and what it hears; ``*`` is the pattern of all.
+RIGHTS: dict[str, tuple[set[str], set[str]]] = {
+    "accounts": ({"api_call"}, set()),
+    "mailer": ({"api_call"}, set()),
     "catalog": ({"price_changed", "api_call"}, {"price_changed"}),
     "analytics": (set(), {"api_call"}),
     "audit": (set(), {"*"}),
     "ops": (set(SIGNALS), {*SIGNALS, "*"}),
 }
+
+#: The streams that each service may write, and those that it may read as a group.
+STREAMS: dict[str, tuple[set[str], set[str]]] = {
+    "accounts": ({"user_registered"}, set()),
+    "mailer": (set(), {"user_registered"}),
+    "catalog": (set(), set()),
+    "analytics": (set(), set()),
+    "audit": (set(), set(SIGNALS)),
+    "ops": (set(SIGNALS), set()),
+}
+
+#: What keeps a service's place and its failures, which are no other's.
+BESIDE = ("SADD {}:seen:{}:1 a", "ZADD {}:retry:{} 1 a", "XADD {}:dead:{} * a b")
 
 #: Commands that read, change or end what is not an event.
 FOREIGN = (
@@ -38,6 +55,11 @@ FOREIGN = (
     "DEL a",
     "KEYS *",
     "XADD a * b c",
+    "XADD eventbus:{other}:channel * event b",
+    "DEL eventbus:{user_registered}:stream",
+    "XTRIM eventbus:{user_registered}:stream MAXLEN 0",
+    "XGROUP DESTROY eventbus:{user_registered}:stream mailer",
+    "SREM eventbus:streams user_registered",
     "FLUSHALL",
     "CONFIG SET maxmemory 1",
     "ACL LIST",
@@ -48,6 +70,14 @@ FOREIGN = (
 )
 
 
+#: The server, with one more user: the tests have to clean up behind the others.
+WITH_OWNER = """\
+#!/bin/sh
+[ "$1" = --version ] || echo 'user owner on nopass ~* &* +@all' >>users.acl
+exec '{program}' "$@"
+"""
+
+
 class GuardedServer(RedisServer):
     """The server of the Compose stack, started as its container starts it."""
 
@@ -55,7 +85,9 @@ class GuardedServer(RedisServer):
         super().__init__(folder)
         self._path = folder / "bin"
         self._path.mkdir()
-        (self._path / "redis-server").symlink_to(str(server_executable()))
+        program = self._path / "redis-server"
+        program.write_text(WITH_OWNER.format(program=server_executable()))
+        program.chmod(0o755)
         self.passwords = {f"{user.upper()}_PASSWORD": f"secret-of-{user}" for user in RIGHTS}
 
     @property
@@ -70,6 +102,10 @@ class GuardedServer(RedisServer):
     def client_of(self, user: str) -> redis.Redis:
         """A client that was let in as one of the services."""
         return self._client(user, self.passwords[f"{user.upper()}_PASSWORD"])
+
+    def owner(self) -> redis.Redis:
+        """A client that may do everything."""
+        return self._client("owner", "any")
 
     def url_of(self, user: str) -> str:
         """As a service is told of it."""
@@ -124,12 +160,19 @@ def may(server: GuardedServer, user: str, *command: str) -> bool:
             client.execute_command(*command)
         except redis.exceptions.NoPermissionError:
             return False
+        except redis.ResponseError as error:
+            # There is no such group, which only who is let in is told.
+            return "NOGROUP" in str(error)
 
     return True
 
 
 def channel(name: str) -> str:
     return f"eventbus:{{{name}}}:channel"
+
+
+def stream(name: str) -> str:
+    return f"eventbus:{{{name}}}:stream"
 
 
 @pytest.mark.parametrize("user", RIGHTS)
@@ -158,6 +201,47 @@ def test_a_service_may_hear_what_it_hears_and_nothing_else(
     assert not may(server, user, "SUBSCRIBE", "elsewhere")
 
 
+@pytest.mark.parametrize("user", STREAMS)
+def test_a_service_may_write_the_streams_that_it_publishes_and_no_other(
+    server: GuardedServer, user: str
+) -> None:
+    writes, _ = STREAMS[user]
+
+    assert {
+        name for name in SIGNALS if may(server, user, "XADD", stream(name), "*", "event", "")
+    } == writes
+
+
+@pytest.mark.parametrize("user", STREAMS)
+def test_a_service_may_read_the_streams_that_it_hears_and_no_other(
+    server: GuardedServer, user: str
+) -> None:
+    _, reads = STREAMS[user]
+    group = ("GROUP", "tests", "tests", "STREAMS")
+
+    assert {
+        name for name in SIGNALS if may(server, user, "XREADGROUP", *group, stream(name), ">")
+    } == reads
+
+
+@pytest.mark.parametrize("command", BESIDE)
+@pytest.mark.parametrize("user", STREAMS)
+def test_a_service_keeps_its_own_place_and_its_own_failures(
+    server: GuardedServer, user: str, command: str
+) -> None:
+    words = [command.format("eventbus:{user_registered}", owner).split() for owner in STREAMS]
+
+    written = [
+        owner for owner, each in zip(STREAMS, words, strict=True) if may(server, user, *each)
+    ]
+
+    if user == "ops":
+        # People put what is to be tried again where it belongs.
+        assert written == (list(STREAMS) if command.startswith("ZADD") else [])
+    else:
+        assert written == ([user] if "user_registered" in STREAMS[user][1] else [])
+
+
 @pytest.mark.parametrize("command", FOREIGN)
 @pytest.mark.parametrize("user", RIGHTS)
 def test_nobody_may_read_change_or_end_anything_else(
@@ -184,25 +268,142 @@ def test_the_health_check_may_ask_for_a_pong_alone(server: GuardedServer) -> Non
             client.info()
 
 
-def test_the_bus_needs_nothing_that_it_is_refused(server: GuardedServer, make_bus: MakeBus) -> None:
+@pytest.fixture
+def refusals(server: GuardedServer) -> Iterator[Callable[[], list[object]]]:
+    """What the server has refused since the test began; all that earlier ones stored is gone."""
+    with server.owner() as owner:
+        owner.flushall()
+        owner.acl_log_reset()
+        yield owner.acl_log
+
+
+def test_the_bus_needs_nothing_that_it_is_refused_on_channels(
+    server: GuardedServer, make_bus: MakeBus, refusals: Callable[[], list[object]]
+) -> None:
     heard: list[str] = []
     publish = {"price_changed": {"confirm": True}}
     changing = make_bus(server.url_of("catalog"), "catalog", publish=publish)
     caching = make_bus(server.url_of("catalog"), "catalog")
-    caching.on("price_changed")(lambda sender, sku: heard.append(sku))
+    caching.on("price_changed", via="channel")(lambda sender, sku: heard.append(sku))
     audit = make_bus(server.url_of("audit"), "audit")
     audit.on("*")(lambda sender, sku: heard.append(sku))
+    caching.start()
+    audit.start()
+    assert caching.ready(10)
+    assert audit.ready(10)
 
-    with server.client_of("ops") as ops:
-        ops.execute_command("ACL", "LOG", "RESET")
-        caching.start()
-        audit.start()
-        assert caching.ready(10)
-        assert audit.ready(10)
-        changing.signal("price_changed").send(sku="A1")
+    changing.signal("price_changed").send(sku="A1")
 
-        wait_until(lambda: heard == ["A1", "A1"], what="both hear it")
-        assert ops.acl_log() == []
+    wait_until(lambda: heard == ["A1", "A1"], what="both hear it")
+    assert refusals() == []
+
+
+def test_the_bus_needs_nothing_that_it_is_refused_on_streams(
+    server: GuardedServer, make_bus: MakeBus, refusals: Callable[[], list[object]]
+) -> None:
+    """One life of a stream: a retry, a dead letter, and a worker that takes over from another."""
+    written: list[int] = []
+    mailed: list[int] = []
+    at_work, go_on = threading.Event(), threading.Event()
+    publish = {"user_registered": "stream"}
+    subscribe = {"user_registered": {"via": "stream"}}
+    registered = make_bus(server.url_of("accounts"), "accounts", publish=publish).signal(
+        "user_registered"
+    )
+    first = make_bus(server.url_of("mailer"), "mailer", subscribe=subscribe)
+    second = make_bus(server.url_of("mailer"), "mailer", subscribe=subscribe)
+    audit = make_bus(server.url_of("audit"), "audit")
+
+    @first.on("user_registered")
+    def hesitate(sender: str, user_id: int) -> None:
+        at_work.set()
+        assert go_on.wait(10)
+
+    @second.on("user_registered")
+    def mail(sender: str, user_id: int) -> None:
+        if user_id == 7:
+            raise Reject("There is no such user.")
+
+        if user_id == 8 and current_event.attempt == 1:
+            raise Retry(after=0.01)
+
+        mailed.append(user_id)
+
+    @audit.on("*")
+    def write(sender: str, user_id: int) -> None:
+        written.append(user_id)
+
+    for bus in (audit, first):
+        bus.start()
+        assert bus.ready(10)
+
+    for user_id in range(1, 9):
+        registered.send(user_id=user_id)
+
+    assert at_work.wait(10)
+    ending = threading.Thread(target=first.stop)
+    ending.start()
+    wait_until(lambda: not first.health().listening, what="the first worker ends")
+    go_on.set()
+    ending.join()
+    second.start()
+
+    wait_until(lambda: sorted(mailed) == [2, 3, 4, 5, 6, 8], what="the other worker takes over")
+    wait_until(lambda: sorted(written) == [*range(1, 9)], what="audit hears all of it")
+    assert second.health().counts["dead_lettered"] == 1
+    second.stop()
+    assert refusals() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("status", 0),
+        ("status --all", 0),
+        ("dead list", 0),
+        ("dead retry --all --wait 0", 1),  # no worker takes it
+        ("dead purge --yes", 0),
+        ("seek user_registered --to earliest --yes", 0),
+        ("routes", 0),
+        ("check", 0),
+        ("publish user_registered user_id=1 --stream", 0),
+        ("publish price_changed sku=A1", 0),
+        ("tail --seconds 0.1", 0),
+    ],
+)
+def test_people_may_run_every_command(
+    server: GuardedServer, refusals: Callable[[], list[object]], words: str, code: int
+) -> None:
+    keep_a_stream_with_a_dead_letter(server)
+    options = ["--url", server.url_of("ops"), "--service", "mailer"]
+
+    result = CliRunner().invoke(main, [*options, *words.split()])
+
+    assert result.exit_code == code, result.output
+    assert refusals() == []
+
+
+def keep_a_stream_with_a_dead_letter(server: GuardedServer) -> None:
+    letter = DeadLetter(
+        reason="retries",
+        entry="1-1",
+        fields={b"event": b"\x80"},
+        event_id="0a1b2c3d4e5f-1",
+        receiver="app.send_welcome",
+        error="OSError: the mail server is away",
+        attempts=6,
+        first=1,
+        last=2,
+    )
+
+    with server.owner() as owner:
+        owner.sadd("eventbus:streams", "user_registered")
+        owner.xadd(stream("user_registered"), {"event": b"\x80"}, id="1-1")
+        owner.xgroup_create(stream("user_registered"), "mailer", id="$")
+        owner.sadd("eventbus:{user_registered}:seen:mailer:1", "0a1b2c3d4e5f-1")
+        owner.execute_command(
+            "XADD", "eventbus:{user_registered}:dead:mailer", "*", *letter.as_fields()
+        )
 
 
 def test_whoever_may_not_hear_a_signal_is_told_so(server: GuardedServer, make_bus: MakeBus) -> None:
