@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import secrets
+import shutil
+import sqlite3
 import subprocess
 import sys
 import tomllib
@@ -12,16 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import RedisServer, free_port
+from servers import RedisServer, free_port, require
 from waiting import wait_until
 
-from flask_eventbus import routes
+from flask_eventbus import Bus, routes
 from flask_eventbus.config import SETTINGS
+from flask_eventbus.records import REASONS
+from flask_eventbus.retries import delay
+from flask_eventbus.streams import StreamKeys
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 FAILURES = (ROOT / "docs" / "what-happens-when.md").read_text()
+STREAMS = (ROOT / "docs" / "streams.md").read_text()
+IDEMPOTENCY = (ROOT / "docs" / "idempotency.md").read_text()
+
+
+keys = StreamKeys("eventbus")
 
 
 def blocks(text: str, language: str = "python") -> list[str]:
@@ -76,12 +88,20 @@ def test_the_three_programs_of_the_readme_work_together(
     audit = run("audit.py")
     client = redis_server.client
     wait_until(lambda: len(client.client_list(_type="pubsub")) == 2, what="both listen")
+    wait_until(lambda: groups(client, "user_registered") >= {"mailer"}, what="it has its group")
     wait_until(
         lambda: _posts(f"http://127.0.0.1:{port}/register"), what="the registration is taken"
     )
 
     wait_until(lambda: "to ada@example.com: welcome! (accounts," in mailer.read_text(), what="mail")
     wait_until(lambda: "accounts {'user_id': 7" in audit.read_text(), what="the audit")
+
+
+def groups(client: Any, name: str) -> set[str]:
+    """The services that have a group at a stream."""
+    key = keys.stream(name)
+    found = client.xinfo_groups(key) if client.exists(key) else []
+    return {group["name"].decode() for group in found}
 
 
 def _posts(url: str) -> bool:
@@ -158,3 +178,147 @@ def test_the_readme_says_which_pythons_the_package_asks_for() -> None:
 
     assert project["requires-python"] == ">=3.11"
     assert "Python 3.11 or later" in README
+
+
+@pytest.fixture
+def streams_page(redis_server: RedisServer) -> Iterator[dict[str, Any]]:
+    """The programs of the page on streams, loaded against a real server, listening."""
+    names: dict[str, Any] = {"__name__": "shipping"}
+
+    for text in blocks(STREAMS):
+        exec(text.replace("redis://localhost:6379/0", redis_server.url), names)  # noqa: S102
+
+    names["bus"].start()
+    assert names["bus"].ready(10)
+    yield names
+    names["bus"].stop(flush=0)
+
+
+def test_the_receivers_of_the_page_on_streams_do_what_it_says(
+    streams_page: dict[str, Any],
+    redis_server: RedisServer,
+    make_bus: Callable[..., Bus],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    require("redis-cli", shutil.which("redis-cli"))
+    shop = make_bus(redis_server.url, "shop", publish={"order_paid": "stream"})
+    said = ""
+
+    shop.signal("order_paid").send(number=1, country="nowhere")
+    shop.signal("order_paid").send(number=2, country="Norway")
+
+    def heard() -> str:
+        nonlocal said
+        said += capsys.readouterr().out
+        return said
+
+    wait_until(lambda: "order 2: shipped at attempt 2" in heard(), what="the retry")
+    assert heard().count("thank you") == 2
+    dead = subprocess.run(
+        ["/bin/sh", "-c", blocks(STREAMS, "sh")[0]],
+        env={**os.environ, "REDIS_URL": redis_server.url},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+        errors="replace",
+    ).stdout.split("\n")
+    assert dead[dead.index("reason") + 1] == "rejected"
+    assert dead[dead.index("error") + 1] == "Reject: nobody delivers to nowhere"
+    assert dead[dead.index("payload") + 1] == '{"number": 1, "country": "nowhere"}'
+
+
+def test_the_page_on_streams_has_every_reason_for_a_dead_letter() -> None:
+    part = STREAMS.split("## Dead letters")[1].split("\n## ")[0]
+
+    assert tuple(re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE)) == REASONS
+
+
+def test_the_page_on_streams_says_how_long_retries_last() -> None:
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (.+) \|$", STREAMS, re.MULTILINE)
+    words = {"at once": 0, "an hour": 3_600, "eight hours": 8 * 3_600}
+
+    assert len(rows) == 6
+    for retries, attempts, told in rows:
+        lasts = sum(delay(attempt, jitter=0.0) for attempt in range(1, int(retries) + 1))
+        number, _, unit = told.partition(" ")
+        seconds = words[told] if told in words else int(number) * {"s": 1, "minutes": 60}[unit]
+        assert int(attempts) == int(retries) + 1
+        assert lasts == pytest.approx(seconds, rel=0.07)
+
+
+def test_an_id_that_is_kept_costs_what_the_page_on_streams_says(shared_redis: RedisServer) -> None:
+    client: Any = shared_redis.client
+    key, node = f"ids-{os.getpid()}", secrets.token_hex(6)
+    numbers = itertools.count(1)
+    costs = []
+
+    for count in (1_000, 9_000, 90_000):
+        client.sadd(key, *(f"{node}-{next(numbers)}" for _ in range(count)))
+        costs.append(client.memory_usage(key, samples=0) / client.scard(key))
+
+    client.delete(key)
+    assert all(55 < cost < 90 for cost in costs), costs
+
+
+@pytest.fixture
+def loyalty(
+    tmp_path: Path,
+    redis_server: RedisServer,
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The program of the page on idempotency, listening in two workers; its database."""
+    monkeypatch.setenv("FLASK_EVENTBUS_URL", redis_server.url)
+    database = tmp_path / "loyalty.db"
+    text = block(IDEMPOTENCY, "loyalty.py").replace("loyalty.db", str(database))
+    (tmp_path / "loyalty.py").write_text(text)
+
+    # One after the other: both would make the tables.
+    for count in (1, 2):
+        run("-m", "flask", "--app", "loyalty", "eventbus", "run")
+        wait_for_workers(redis_server.client, count)
+
+    return database
+
+
+def wait_for_workers(client: Any, count: int) -> None:
+    def nodes() -> set[str]:
+        names = (found["name"] for found in client.client_list())
+        return {name for name in names if name.startswith("eventbus:loyalty:")}
+
+    wait_until(lambda: "loyalty" in groups(client, "order_paid"), what="the group is there")
+    wait_until(lambda: len(nodes()) == count, what="the worker is there")
+
+
+def test_the_receiver_of_the_page_on_idempotency_works_once_however_often_an_event_comes(
+    loyalty: Path, redis_server: RedisServer, make_bus: Callable[..., Bus]
+) -> None:
+    shop = make_bus(redis_server.url, "shop", publish={"order_paid": "stream"})
+    client: Any = redis_server.client
+    key = keys.stream("order_paid")
+
+    for customer_id in (1, 2, 1):
+        shop.signal("order_paid").send(customer_id=customer_id, amount=10)
+
+    wait_until(lambda: points(loyalty) == [(1, 20), (2, 10)], what="the points")
+
+    # The window forgets, and what was handled comes again, in another worker perhaps.
+    for seen in client.scan_iter(match="*:seen:*"):
+        client.delete(seen)
+    for _, fields in client.xrange(key):
+        client.xadd(key, fields)
+
+    wait_until(lambda: all_handled(client, key, 6), what="everything is acknowledged")
+    assert points(loyalty) == [(1, 20), (2, 10)]
+    assert not client.exists(keys.retry("order_paid", "loyalty"))
+
+
+def all_handled(client: Any, key: str, count: int) -> bool:
+    [group] = client.xinfo_groups(key)
+    return bool(client.xlen(key) == count == group["entries-read"] and not group["pending"])
+
+
+def points(database: Path) -> list[tuple[int, int]]:
+    with sqlite3.connect(database) as connection:
+        return connection.execute("SELECT * FROM account ORDER BY customer_id").fetchall()
