@@ -57,9 +57,9 @@ class Buffer:
         """What is being written."""
         return self._in_hand
 
-    def first_awaited(self) -> Outgoing | None:
-        """The first event that waits and whose sender waits for it."""
-        return next((outgoing for outgoing in list(self._line) if outgoing.is_awaited), None)
+    def first_writer(self) -> Outgoing | None:
+        """The first event whose sender would write what waits."""
+        return next((outgoing for outgoing in list(self._line) if outgoing.would_write), None)
 
     @property
     def has_channel_events(self) -> bool:

@@ -15,9 +15,6 @@ from .way import TooFewReplicasError, Way, whole
 
 logger = get_logger(__name__)
 
-#: Seconds after which it is said again which signals have a stream: a server may forget.
-ANNOUNCE = 60.0
-
 #: Seconds that replicas are waited for at most: less than a connection waits for an answer.
 MOST_WAIT = 1.0
 
@@ -51,9 +48,8 @@ class Exchange:
         self._connection: Connection | None = None
         #: The seconds that a read on the connection waits now.
         self._waits = timeout
-        #: The signals whose stream was announced on this connection, and until when that counts.
+        #: The signals whose stream was announced on this connection.
         self._announced: set[str] = set()
-        self._announced_until = 0.0
         #: What is on its way: these names, then the events, then the question for replicas.
         self._announcing: list[str] = []
         self._batch: Sequence[tuple[Way, bytes]] = ()
@@ -241,9 +237,11 @@ class Exchange:
 
     def _note_announcements(self) -> None:
         for name, answer in zip(self._announcing, self._answers, strict=False):
-            if isinstance(answer, Exception):
+            if isinstance(answer, redis.exceptions.NoPermissionError):
                 # Who reads a stream names it as well.
-                logger.debug("Redis refuses to note the stream of %r: %s", name, answer)
+                logger.debug("Redis does not let this user note the stream of %r: %s", name, answer)
+            elif isinstance(answer, Exception):
+                self._announced.discard(name)
 
     def _judge(self, outcomes: list[Exception | None], count: Any) -> None:
         for index, (way, _) in enumerate(self._batch):

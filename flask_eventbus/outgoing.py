@@ -43,6 +43,7 @@ class Outgoing:
         "promised",
         "size",
         "withdrawn",
+        "would_write",
     )
 
     def __init__(
@@ -64,16 +65,13 @@ class Outgoing:
         self.withdrawn = False
         #: Whether its sender went on in the belief that it will be published.
         self.promised = False
+        #: Whether its sender waits, and writes what waits when it is called.
+        self.would_write = False
         #: Wakes its sender, if one is to wait: a lock costs a tenth of a :class:`threading.Event`.
         self._bell = threading.Lock() if confirm else None
 
         if self._bell is not None:
             self._bell.acquire()
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether somebody waits until it is settled, or will."""
-        return self._bell is not None
 
     def identify(self, node: str, number: int, time_ns: int) -> None:
         """Give it the id that it keeps however often it is sent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -67,6 +68,8 @@ class Publisher:
             node=node,
         )
         self._closed = False
+        #: The threads that are in the middle of a send that waits.
+        self._senders: set[int] = set()
 
     @property
     def connected(self) -> bool:
@@ -89,9 +92,11 @@ class Publisher:
             or it is for a stream and the buffer is full.
         :raises ClosedError: the publisher was closed meanwhile.
         """
-        outgoing = self._emissions.take_down(name, payload, route, confirm=confirm)
+        # A signal handler that sends in the middle of a send would wait for itself.
+        waits = confirm and not self._is_busy_here
+        outgoing = self._emissions.take_down(name, payload, route, confirm=waits)
 
-        if confirm:
+        if waits:
             self._publish_confirmed(outgoing)
         else:
             self._accept(outgoing)
@@ -254,15 +259,24 @@ class Publisher:
 
     # -- confirmation ---------------------------------------------------------------------
 
+    @property
+    def _is_busy_here(self) -> bool:
+        """Whether the calling thread is in the middle of a send that waits, or writes."""
+        return threading.get_ident() in self._senders or self._writer.is_this_thread
+
     def _publish_confirmed(self, outgoing: Outgoing) -> None:
         deadline = time.monotonic() + self._patience
         departures = self._buffer.departures
+        this = threading.get_ident()
+        self._senders.add(this)
 
         try:
             is_told = self._write_or_wait(outgoing, deadline)
         except BaseException:
             self._writer.abandon(outgoing)
             raise
+        finally:
+            self._senders.discard(this)
 
         if not is_told:
             self._give_up(outgoing, departures)
@@ -270,12 +284,10 @@ class Publisher:
             raise _failure(outgoing, outgoing.error) from outgoing.error
 
     def _write_or_wait(self, outgoing: Outgoing, deadline: float) -> bool:
-        """Whether it is known by ``deadline`` what became of an event, or cannot be known."""
-        # A signal handler that sends in the middle of a send would wait for itself.
-        waits = not self._writer.is_this_thread
-
+        """Whether it is known by ``deadline`` what became of an event."""
         with self._buffer.lock:
             dropped = self._put(outgoing)
+            outgoing.would_write = True
             batch = self._writer.enlist(outgoing)
 
         if dropped:
@@ -284,7 +296,7 @@ class Publisher:
         if not batch:
             self._writer.write_here(self._patience)
 
-        while batch or (waits and not outgoing.is_settled):
+        while batch or not outgoing.is_settled:
             if batch:
                 self._writer.lead(batch, deadline)
                 batch = ()
@@ -301,6 +313,7 @@ class Publisher:
 
     def _give_up(self, outgoing: Outgoing, departures: int) -> None:
         """Hold its sender no longer; whether it is told depends on the policy."""
+        outgoing.would_write = False
         self._stall_since(departures)
 
         if self._config.on_outage == "raise":

@@ -141,7 +141,7 @@ class Writer:
         try:
             self._exchange.send([(out.lane.way, out.sealed()) for out in batch])
             is_complete = self._exchange.read(deadline)
-        except Exception as error:
+        except OUTAGE as error:
             self._hand_over(error)
         else:
             if is_complete:
@@ -152,9 +152,14 @@ class Writer:
     def abandon(self, outgoing: Outgoing) -> None:
         """When a sender was interrupted: let the thread send anew what it may have been writing."""
         with self._lock:
+            outgoing.would_write = False
+
             if self._turn is outgoing:
+                self._begun = False
                 self._exchange.close()
                 self._buffer.put_back()
+
+            if self._turn is outgoing or self._turn is None:
                 self._pass_on()
 
     def write_here(self, timeout: float) -> None:
@@ -237,7 +242,7 @@ class Writer:
         self._end_turn()
 
         if self._is_to_end or self._is_to_write:
-            following = None if self._is_to_end else self._buffer.first_awaited()
+            following = None if self._is_to_end else self._buffer.first_writer()
 
             if following is None:
                 self._idle = False

@@ -1,0 +1,969 @@
+"""Sending into streams: what is confirmed is there, whatever happens to Redis meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from proxies import Proxy
+from servers import RedisServer
+from waiting import wait_until
+
+from flask_eventbus import Bus, PayloadError, PublishError, writer
+from flask_eventbus.exchange import Exchange
+from flask_eventbus.receipt import publish_one
+
+Make = Callable[..., Bus]
+
+#: Seconds that a slow machine may take beyond what a caller is held.
+SLACK = 1.0
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait long for a server that comes back."""
+    monkeypatch.setattr(writer, "LISTENERS_RETURN", 0.0)
+    monkeypatch.setattr(writer, "MOST_BACKOFF", 0.2)
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """A prefix of this test's own on the shared server."""
+    return str(request.node.name)[:60].replace("[", "-").replace("]", "")
+
+
+def entries(server: RedisServer, name: str = "tick", prefix: str = "eventbus") -> list[Any]:
+    """The events of a stream, each a map, in order."""
+    with server.client as client:
+        found = client.xrange(f"{prefix}:{{{name}}}:stream")
+
+    return [msgpack.unpackb(fields[b"event"], timestamp=3) for _, fields in found]
+
+
+def values(server: RedisServer, name: str = "tick", prefix: str = "eventbus") -> list[int]:
+    """The numbers that the events of a stream hold."""
+    return [event["data"]["n"] for event in entries(server, name, prefix)]
+
+
+# -- what is written ----------------------------------------------------------------------
+
+
+def test_an_event_is_an_entry_with_one_field_and_no_number_of_its_own(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, "accounts", prefix=prefix, publish={"tick": "stream"})
+
+    bus.signal("tick").send("test", n=1)
+
+    with shared_redis.client as client:
+        [(_, fields)] = client.xrange(f"{prefix}:{{tick}}:stream")
+    assert list(fields) == [b"event"]
+    event = msgpack.unpackb(fields[b"event"], timestamp=3)
+    assert (event["source"], event["type"], event["data"]) == ("accounts", "tick", {"n": 1})
+    assert "seq" not in event
+    assert bus.health().counts["published"] == 1
+
+
+def test_a_confirmed_send_returns_when_the_event_is_there(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"})
+
+    for n in range(20):
+        bus.signal("tick").send("test", n=n)
+        assert values(shared_redis, prefix=prefix)[-1] == n
+
+
+def test_an_event_that_need_not_be_confirmed_costs_no_round_trip(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    route = {"tick": {"via": "stream", "confirm": False}}
+    bus = make_bus(redis_server.url, publish=route)
+    bus.signal("tick").send("test", n=0)
+    assert bus.flush(10)
+    redis_server.hang()
+
+    began = time.monotonic()
+    for n in range(1, 500):
+        bus.signal("tick").send("test", n=n)
+    assert time.monotonic() - began < SLACK
+    redis_server.resume()
+
+    assert bus.flush(20)
+    assert set(values(redis_server)) == set(range(500))
+
+
+def test_channel_and_stream_events_leave_in_the_order_in_which_they_were_sent(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    publish = {
+        "tick": {"via": "stream", "confirm": False},
+        "tock": "channel",
+        "last": {"via": "stream"},
+    }
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=publish)
+
+    for n in range(100):
+        bus.signal("tick").send("test", n=n)
+        bus.signal("tock").send("test", n=n)
+    bus.signal("last").send("test", n=0)
+
+    # What was sent before is there before.
+    assert values(shared_redis, prefix=prefix) == list(range(100))
+    assert bus.health().counts["published"] == 201
+
+
+def test_the_names_of_streams_are_kept_in_a_set(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"t*": "stream", "c": "channel"})
+
+    for name in ("tick", "tock", "tick"):
+        bus.signal(name).send("test")
+    bus.node.publish("c", {})
+
+    with shared_redis.client as client:
+        assert client.smembers(f"{prefix}:streams") == {b"tick", b"tock"}
+
+
+def test_a_name_that_may_not_be_noted_in_the_set_is_published_all_the_same(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "flask_eventbus")
+    bus = make_bus(user(redis_server, "+@all", "-sadd", "~*"), publish={"tick": "stream"})
+
+    for n in range(3):
+        bus.signal("tick").send("test", n=n)
+
+    assert values(redis_server) == [0, 1, 2]
+    assert caplog.text.count("Redis does not let this user note the stream of 'tick'") == 1
+    assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
+
+
+@pytest.mark.parametrize("place", ["route", "setting"])
+def test_a_stream_keeps_about_as_many_events_as_it_is_told(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, place: str
+) -> None:
+    route: dict[str, Any] = {"via": "stream", "confirm": False}
+    settings: dict[str, Any] = {"maxlen": 200} if place == "setting" else {}
+    publish = {"tick": {**route, "maxlen": 200} if place == "route" else route}
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=publish, **settings)
+
+    for n in range(1_000):
+        bus.signal("tick").send("test", n=n)
+    assert bus.flush(10)
+
+    left = values(shared_redis, prefix=prefix)
+    # Redis lets go of whole nodes of a hundred entries.
+    assert 200 <= len(left) <= 400
+    assert left[-1] == 999
+
+
+def test_a_stream_keeps_events_up_to_an_age(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    publish = {"tick": {"via": "stream", "maxlen": "1h"}}
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=publish)
+    now = int(time.time() * 1_000)
+
+    with shared_redis.client as client:
+        for n in range(300):
+            fields = {"event": msgpack.packb({"data": {"n": -1}})}
+            client.xadd(f"{prefix}:{{tick}}:stream", fields, id=f"{now - 7_200_000 + n}-0")
+
+    for n in range(5):
+        bus.signal("tick").send("test", n=n)
+
+    left = values(shared_redis, prefix=prefix)
+    assert left[-5:] == list(range(5))
+    assert len(left) < 150
+
+
+# -- the key ------------------------------------------------------------------------------
+
+
+def test_the_key_of_a_route_travels_as_text(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    publish = {"tick": {"via": "stream", "key": "user_id"}}
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=publish)
+
+    for user_id in (7, "ada", 0, False):
+        bus.signal("tick").send("test", user_id=user_id)
+
+    keys = [event["partitionkey"] for event in entries(shared_redis, prefix=prefix)]
+    assert keys == ["7", "ada", "0", "False"]
+
+
+UNFIT_KEYS: dict[str, tuple[dict[str, Any], str]] = {
+    "missing": ({"n": 1}, r"payload\.user_id: the route of 'tick' .* and it is missing\. Send it"),
+    "None": ({"user_id": None}, r"payload\.user_id: .* None is no value to order by"),
+    "empty": ({"user_id": ""}, "'' is no value to order by. Send another"),
+    "too long": ({"user_id": "x" * 300}, "has 300 bytes, and 256 can travel. Choose a shorter"),
+    "surrogate": ({"user_id": b"\xff".decode(errors="surrogateescape")}, "lone surrogate"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT_KEYS)
+def test_a_key_that_cannot_be_one_is_an_error_where_it_is_sent(make_bus: Make, case: str) -> None:
+    payload, words = UNFIT_KEYS[case]
+    publish = {"tick": {"via": "stream", "key": "user_id", "confirm": False}}
+    bus = make_bus("redis://127.0.0.1:1/0", publish=publish)
+
+    with pytest.raises(PayloadError, match=words):
+        bus.signal("tick").send("test", **payload)
+
+    assert bus.health().buffered == 0
+
+
+# -- confirmation, many at once -----------------------------------------------------------
+
+
+def send_in_threads(bus: Bus, threads: int, each: int) -> list[tuple[int, BaseException | None]]:
+    """Send ``n`` from several threads; what became of each."""
+    outcomes: list[tuple[int, BaseException | None]] = []
+
+    def send(first: int) -> None:
+        for n in range(first, first + each):
+            outcomes.append((n, outcome_of(bus, n)))
+
+    running = [threading.Thread(target=send, args=(k * each,)) for k in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    return outcomes
+
+
+def outcome_of(bus: Bus, n: int) -> BaseException | None:
+    try:
+        bus.signal("tick").send("test", n=n)
+    except PublishError as error:
+        return error
+
+    return None
+
+
+def test_senders_at_the_same_time_share_round_trips_and_each_thread_keeps_its_order(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    send = Exchange.send
+
+    def note(exchange: Exchange, batch: Any) -> None:
+        sizes.append(len(batch))
+        send(exchange, batch)
+
+    monkeypatch.setattr(Exchange, "send", note)
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=20)
+
+    outcomes = send_in_threads(bus, threads=16, each=100)
+
+    assert [error for _, error in outcomes if error] == []
+    found = values(shared_redis, prefix=prefix)
+    assert sorted(found) == list(range(1_600))
+    for k in range(16):
+        mine = [n for n in found if n // 100 == k]
+        assert mine == sorted(mine)
+    assert sum(sizes) == 1_600
+    assert len(sizes) < 1_200
+
+
+def test_a_confirmed_send_in_one_thread_wakes_no_other(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"})
+    bus.signal("tick").send("test", n=0)
+    threads: Counter[bool] = Counter()
+    send = Exchange.send
+
+    def note(exchange: Exchange, batch: Any) -> None:
+        threads[threading.current_thread() is threading.main_thread()] += 1
+        send(exchange, batch)
+
+    monkeypatch.setattr(Exchange, "send", note)
+    for n in range(1, 200):
+        bus.signal("tick").send("test", n=n)
+
+    # The thread that writes may still have been at the end of the first.
+    assert threads[True] > 150
+    assert values(shared_redis, prefix=prefix) == list(range(200))
+
+
+def test_an_event_too_large_to_be_sent_at_once_goes_out_as_well(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=10)
+
+    for n in range(10):
+        bus.signal("tick").send("test", n=n, data=bytes(500_000 if n % 2 else 1))
+
+    assert values(shared_redis, prefix=prefix) == list(range(10))
+
+
+# -- refused ------------------------------------------------------------------------------
+
+
+def user(server: RedisServer, *rights: str) -> str:
+    """The URL of a user with some rights."""
+    with server.client as client:
+        client.execute_command("ACL", "SETUSER", "sender", "reset", "on", ">secret", *rights)
+
+    return server.url.replace("redis://", "redis://sender:secret@")
+
+
+def test_an_event_that_redis_refuses_fails_its_sender_and_no_other(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    url = user(redis_server, "+@all", "~eventbus:{tick}:*", "~eventbus:streams")
+    publish = {"tick": "stream", "tock": "stream"}
+    bus = make_bus(url, publish=publish, timeout=10)
+    failed: list[str] = []
+
+    def send_refused() -> None:
+        for _ in range(50):
+            with pytest.raises(PublishError) as caught:
+                bus.signal("tock").send("test")
+            failed.append(str(caught.value))
+
+    refused = threading.Thread(target=send_refused)
+    refused.start()
+    outcomes = send_in_threads(bus, threads=4, each=50)
+    refused.join()
+
+    assert [error for _, error in outcomes if error] == []
+    assert sorted(values(redis_server)) == list(range(200))
+    assert len(failed) == 50
+    assert "of 'tock' was not published: this user has no permissions to access" in failed[0]
+    assert bus.health().counts["refused"] == 50
+
+
+def test_a_key_that_is_no_stream_is_told(redis_server: RedisServer, make_bus: Make) -> None:
+    bus = make_bus(redis_server.url, publish={"tick": "stream"})
+    with redis_server.client as client:
+        client.set("eventbus:{tick}:stream", "text")
+
+    with pytest.raises(PublishError, match="was not published: WRONGTYPE") as caught:
+        bus.signal("tick").send("test", n=1)
+
+    assert caught.value.event_id
+    assert bus.health().buffered == 0
+
+
+def test_a_server_without_memory_fails_the_send_at_once_and_takes_the_next_when_it_has_some(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish = {"tick": "stream", "later": {"via": "stream", "confirm": False}}
+    bus = make_bus(redis_server.url, publish=publish)
+    bus.signal("tick").send("test", n=0)
+    with redis_server.client as client:
+        client.config_set("maxmemory", "1")
+
+    with pytest.raises(PublishError, match=r"not published: .*command not allowed"):
+        bus.signal("tick").send("test", n=1)
+    bus.signal("later").send("test", n=2)
+    assert bus.flush(10)
+
+    assert "Redis refused the event" in caplog.text
+    assert bus.health().publishing
+    with redis_server.client as client:
+        client.config_set("maxmemory", "0")
+    bus.signal("tick").send("test", n=3)
+    assert values(redis_server) == [0, 3]
+    with redis_server.client as client:
+        client.sadd("eventbus:streams", "tick")
+    bus.signal("later").send("test", n=4)
+    assert bus.flush(10)
+    with redis_server.client as client:
+        assert client.smembers("eventbus:streams") == {b"tick", b"later"}
+
+
+# -- replicas -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replica(redis_server: RedisServer, tmp_path: Path) -> Iterator[RedisServer]:
+    """A replica of the test's own server."""
+    folder = tmp_path / "replica"
+    folder.mkdir()
+    with redis_server.client as client:
+        client.config_set("repl-diskless-sync-delay", "0")
+    server = RedisServer(folder, "--replicaof", "127.0.0.1", str(redis_server.port))
+    server.start()
+    wait_until(lambda: link_of(server) == "up", what="the replica follows")
+    yield server
+    server.kill()
+
+
+def link_of(server: RedisServer) -> Any:
+    with server.client as client:
+        return client.info("replication").get("master_link_status")
+
+
+@pytest.mark.parametrize("place", ["route", "setting"])
+def test_an_event_counts_as_confirmed_once_a_replica_has_it(
+    redis_server: RedisServer, replica: RedisServer, make_bus: Make, place: str
+) -> None:
+    route = {"via": "stream", "replicas": 1} if place == "route" else "stream"
+    settings: dict[str, Any] = {} if place == "route" else {"replicas": 1}
+    bus = make_bus(redis_server.url, publish={"tick": route}, timeout=5, **settings)
+
+    for n in range(5):
+        bus.signal("tick").send("test", n=n)
+        assert values(replica)[-1] == n
+
+
+def test_too_few_replicas_fail_the_send_and_say_that_the_event_is_stored(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish = {"tick": {"via": "stream", "replicas": 2}, "tock": "stream"}
+    bus = make_bus(redis_server.url, publish=publish)
+
+    with pytest.raises(PublishError, match="is stored, but only 0 of 2 replicas have it") as caught:
+        bus.signal("tick").send("test", n=1)
+    bus.signal("tock").send("test", n=2)
+
+    [event] = entries(redis_server)
+    assert event["id"] == caught.value.event_id
+    assert "Do not send it again" in str(caught.value)
+    assert "is stored, but only 0 of 2 replicas have it" in caplog.text
+    assert bus.health().counts["published"] == 2
+    assert "refused" not in bus.health().counts
+
+
+# -- Redis away ---------------------------------------------------------------------------
+
+
+def away(bus: Bus, server: RedisServer) -> None:
+    """Take Redis away, and let the bus know."""
+    server.kill()
+    bus.node.ask()
+    wait_until(lambda: not bus.health().publishing, what="the outage is known")
+
+
+def test_events_wait_in_memory_while_redis_is_away_and_arrive_in_order(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(redis_server.url, publish={"tick": "stream"})
+    away(bus, redis_server)
+
+    began = time.monotonic()
+    for n in range(100):
+        bus.signal("tick").send("test", n=n)
+
+    assert time.monotonic() - began < SLACK
+    assert bus.health().buffered == 100
+    redis_server.start()
+    assert bus.flush(10)
+    assert values(redis_server) == list(range(100))
+
+
+def test_a_send_to_a_server_that_hangs_is_held_once_and_then_not_at_all(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=0.3)
+    for n in range(3):
+        bus.signal("tick").send("test", n=n)
+    redis_server.hang()
+
+    began = time.monotonic()
+    bus.signal("tick").send("test", n=3)
+    held = time.monotonic() - began
+    for n in range(4, 50):
+        bus.signal("tick").send("test", n=n)
+    all_held = time.monotonic() - began
+
+    assert 0.2 < held < 0.3 + SLACK
+    assert all_held - held < SLACK
+    redis_server.resume()
+    assert bus.flush(20)
+    # The answer to the first was late and is not asked for twice.
+    assert values(redis_server) == list(range(50))
+
+
+def test_a_send_fails_where_the_policy_is_to_raise(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    publish = {"tick": "stream"}
+    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=0.3)
+    bus.signal("tick").send("test", n=0)
+    redis_server.hang()
+
+    with pytest.raises(PublishError, match=r"no answer within 0\.3 s"):
+        bus.signal("tick").send("test", n=1)
+    began = time.monotonic()
+    with pytest.raises(PublishError, match="Send it again when Redis is back"):
+        bus.signal("tick").send("test", n=2)
+
+    assert time.monotonic() - began < 0.3
+    redis_server.resume()
+    wait_until(lambda: bus.health().publishing, what="Redis is found")
+    bus.signal("tick").send("test", n=3)
+    # What was on its way already may be there, what was only waiting is not.
+    assert values(redis_server) in ([0, 3], [0, 1, 3])
+
+
+def test_a_connection_that_was_closed_costs_no_event(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=5)
+
+    for n in range(50):
+        bus.signal("tick").send("test", n=n)
+        if n % 10 == 5:
+            kill_connections(shared_redis, bus)
+
+    assert bus.flush(10)
+    assert sorted(set(values(shared_redis, prefix=prefix))) == list(range(50))
+
+
+def kill_connections(server: RedisServer, bus: Bus) -> None:
+    with server.client as client:
+        for found in client.client_list():
+            if found["name"].endswith(bus.node.name):
+                client.client_kill_filter(_id=found["id"])
+
+
+def test_a_full_buffer_gives_up_channel_events_before_it_refuses_one_for_a_stream(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    publish = {"tick": "stream", "tock": "channel"}
+    bus = make_bus(redis_server.url, publish=publish, buffer_size=10)
+    bus.signal("tick").send("test", n=-1)
+    away(bus, redis_server)
+
+    for n in range(5):
+        bus.signal("tock").send("test", n=n)
+        bus.signal("tick").send("test", n=n)
+    for n in range(5, 10):
+        bus.signal("tick").send("test", n=n)
+    assert bus.health().counts["dropped"] == 5
+    with pytest.raises(PublishError, match=r"the buffer is full with 1\d events for streams, .* "):
+        bus.signal("tick").send("test", n=10)
+    bus.signal("tock").send("test", n=10)
+
+    assert bus.health().counts["dropped"] == 6
+    assert bus.health().buffered == 10
+    redis_server.start()
+    assert bus.flush(10)
+    assert values(redis_server) == list(range(10))
+
+
+def test_a_refusal_for_want_of_room_says_what_to_do(make_bus: Make) -> None:
+    bus = make_bus("redis://127.0.0.1:1/0", publish={"tick": "stream"}, buffer_size=1)
+    bus.signal("tick").send("test", n=0)
+    wait_until(lambda: not bus.health().publishing, what="the outage is known")
+
+    with pytest.raises(
+        PublishError, match=r"Send it again .* or raise 'EVENTBUS_BUFFER_SIZE'"
+    ) as caught:
+        bus.signal("tick").send("test", n=1)
+
+    assert caught.value.event_id
+    assert bus.health().buffered == 1
+
+
+def test_what_was_not_written_before_the_end_is_logged_by_id(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus(redis_server.url, publish={"tick": "stream"})
+    away(bus, redis_server)
+    for n in range(3):
+        bus.signal("tick").send("test", n=n)
+    node = bus.node.name
+
+    bus.stop(flush=0)
+
+    assert "3 events were not published before the end" in caplog.text
+    assert f"tick {node}-1 to {node}-3 (3)" in caplog.text
+
+
+# -- in the middle of traffic -------------------------------------------------------------
+
+
+class Traffic:
+    """Threads that send and note what was confirmed, and how long each was held."""
+
+    def __init__(self, bus: Bus, threads: int = 6) -> None:
+        self._bus = bus
+        self._enough = threading.Event()
+        self.confirmed: list[int] = []
+        self.failed: list[int] = []
+        self.longest = 0.0
+        self._threads = [threading.Thread(target=self._send, args=(k,)) for k in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def wait_for(self, count: int) -> None:
+        """Wait until so many more are confirmed."""
+        enough = len(self.confirmed) + count
+        wait_until(lambda: len(self.confirmed) > enough, what="events are confirmed")
+
+    def end(self) -> None:
+        self._enough.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _send(self, k: int) -> None:
+        n = k
+
+        while not self._enough.is_set():
+            began = time.monotonic()
+            error = outcome_of(self._bus, n)
+            self.longest = max(self.longest, time.monotonic() - began)
+            (self.failed if error else self.confirmed).append(n)
+            n += 1_000
+            # While it fails at once, it is not to fill the memory.
+            if error:
+                self._enough.wait(0.01)
+
+
+def assert_all_there(server: RedisServer, traffic: Traffic) -> None:
+    """Everything confirmed is in the stream, and whatever is there twice has one id."""
+    ids: dict[int, set[str]] = {}
+    for event in entries(server):
+        ids.setdefault(event["data"]["n"], set()).add(event["id"])
+
+    assert set(traffic.confirmed) - ids.keys() == set()
+    assert {n for n, found in ids.items() if len(found) > 1} == set()
+
+
+def test_a_server_that_hangs_in_the_middle_of_traffic_holds_nobody_long_and_loses_nothing(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
+    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=0.5)
+    traffic = Traffic(bus)
+    traffic.wait_for(200)
+
+    redis_server.hang()
+    time.sleep(3)  # the time for which it hangs
+    redis_server.resume()
+    traffic.wait_for(200)
+    traffic.end()
+
+    assert traffic.longest < 0.5 + SLACK
+    assert traffic.failed
+    assert_all_there(redis_server, traffic)
+
+
+def test_a_server_that_is_killed_in_the_middle_of_traffic_keeps_what_it_confirmed(
+    tmp_path: Path, make_bus: Make
+) -> None:
+    server = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
+    server.start()
+    publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
+    bus = make_bus(server.url, publish=publish, on_outage="raise", timeout=0.5)
+    traffic = Traffic(bus)
+
+    for _ in range(3):
+        traffic.wait_for(100)
+        server.kill()
+        server.start()
+
+    traffic.wait_for(100)
+    traffic.end()
+
+    assert traffic.longest < 0.5 + SLACK
+    assert_all_there(server, traffic)
+    server.kill()
+
+
+def test_an_event_whose_answer_is_lost_is_there_with_one_id(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    losing = threading.Event()
+
+    def lose() -> Callable[[bytes], bytes | None]:
+        return lambda data: None if losing.is_set() and b"-" in data else data
+
+    proxy = Proxy(shared_redis.port, answer=lose)
+    bus = make_bus(proxy.url, prefix=prefix, publish={"tick": "stream"}, timeout=10)
+    bus.signal("tick").send("test", n=0)
+
+    losing.set()
+    sending = threading.Thread(target=lambda: bus.signal("tick").send("test", n=1))
+    sending.start()
+    wait_until(lambda: values(shared_redis, prefix=prefix).count(1) >= 1, what="it is written")
+    wait_until(lambda: not bus.health().publishing, what="the answer is missed")
+    losing.clear()
+    sending.join()
+    bus.signal("tick").send("test", n=2)
+    proxy.close()
+
+    with shared_redis.client as client:
+        found = [fields[b"event"] for _, fields in client.xrange(f"{prefix}:{{tick}}:stream")]
+    assert len(found) >= 4
+    assert len(set(found)) == 3
+    assert values(shared_redis, prefix=prefix)[-1] == 2
+
+
+# -- wherever it is sent ------------------------------------------------------------------
+
+
+def test_a_signal_handler_that_sends_in_the_middle_of_a_confirmed_send_waits_for_nobody(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=publish, on_outage="raise", timeout=20)
+    handled: list[int] = []
+
+    def send(number: int, frame: Any) -> None:
+        handled.append(-1 - len(handled))
+        bus.signal("tick").send("handler", n=handled[-1])
+
+    before = signal.signal(signal.SIGALRM, send)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    began = time.monotonic()
+    try:
+        for n in range(3_000):
+            bus.signal("tick").send("test", n=n)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    assert time.monotonic() - began < 15
+    assert bus.flush(10)
+    assert len(handled) > 20
+    found = values(shared_redis, prefix=prefix)
+    assert [n for n in found if n >= 0] == list(range(3_000))
+    assert sorted(n for n in found if n < 0) == sorted(handled)
+
+
+class InterruptionError(BaseException):
+    """What a signal handler raises."""
+
+
+def test_a_send_that_is_interrupted_leaves_the_bus_whole(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=publish, timeout=20)
+    bus.signal("tick").send("test", n=-1)
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise InterruptionError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for n in range(300):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.00002 + n % 20 * 0.00001)
+                bus.signal("tick").send("test", n=n)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except InterruptionError:
+                interrupted.append(n)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    began = time.monotonic()
+    bus.signal("tick").send("test", n=300)
+    assert time.monotonic() - began < 10
+    assert interrupted
+    assert set(range(300)) - set(interrupted) <= set(values(shared_redis, prefix=prefix))
+
+
+def test_a_child_sends_as_a_node_of_its_own(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"})
+    bus.signal("tick").send("test", n=0)
+
+    child = os.fork()
+    if not child:
+        try:
+            bus.signal("tick").send("child", n=1)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    bus.signal("tick").send("test", n=2)
+
+    found = entries(shared_redis, prefix=prefix)
+    assert [event["data"]["n"] for event in found] == [0, 1, 2]
+    nodes = [event["id"].rpartition("-")[0] for event in found]
+    assert nodes[0] == nodes[2] != nodes[1]
+
+
+def test_what_a_script_sends_at_its_end_arrives(shared_redis: RedisServer, prefix: str) -> None:
+    program = f"""
+from flask_eventbus import Bus
+bus = Bus({shared_redis.url!r}, service="script", prefix={prefix!r},
+          publish={{"tick": {{"via": "stream", "confirm": False}}}})
+for n in range(100):
+    bus.signal("tick").send("script", n=n)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+
+    assert values(shared_redis, prefix=prefix) == list(range(100))
+
+
+# -- with a database ----------------------------------------------------------------------
+
+
+def test_what_waits_for_a_commit_goes_into_the_stream_after_it(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    orm = pytest.importorskip("sqlalchemy.orm")
+    publish = {"tick": {"via": "stream", "after_commit": True}}
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=publish)
+    session = orm.Session(sqlalchemy.create_engine("sqlite://"))
+    bus.register_session(session)
+
+    session.begin()
+    bus.signal("tick").send("test", n=1)
+    bus.signal("tick").send("test", n=2)
+    before = values(shared_redis, prefix=prefix)
+    session.commit()
+
+    assert before == []
+    assert values(shared_redis, prefix=prefix) == [1, 2]
+    session.begin()
+    bus.signal("tick").send("test", n=3)
+    session.rollback()
+    assert values(shared_redis, prefix=prefix) == [1, 2]
+
+
+def test_a_committed_event_that_finds_no_room_is_logged_and_the_others_wait(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    orm = pytest.importorskip("sqlalchemy.orm")
+    publish = {"tick": {"via": "stream", "after_commit": True}}
+    bus = make_bus(redis_server.url, publish=publish, buffer_size=2)
+    session = orm.Session(sqlalchemy.create_engine("sqlite://"))
+    bus.register_session(session)
+    away(bus, redis_server)
+
+    session.begin()
+    for n in range(3):
+        bus.signal("tick").send("test", n=n)
+    session.commit()
+
+    assert "Redis did not confirm 3 of the events" in caplog.text
+    assert f"tick {bus.node.name}-3" in caplog.text
+    assert bus.health().buffered == 2
+    redis_server.start()
+    assert bus.flush(10)
+    assert values(redis_server) == [0, 1]
+
+
+@pytest.fixture
+def shop(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> Iterator[tuple[Bus, Any, Callable[[], Any]]]:
+    """A bus with an outbox, its session, and what relays the outbox once."""
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    orm = pytest.importorskip("sqlalchemy.orm")
+    from flask_eventbus import outbox
+    from flask_eventbus.relay_command import _relay
+
+    publish = {"tick": {"via": "stream", "outbox": True, "key": "n", "maxlen": 100}}
+    bus = make_bus(shared_redis.url, "shop", prefix=prefix, publish=publish)
+    engine = sqlalchemy.create_engine("sqlite://", poolclass=sqlalchemy.StaticPool)
+    outbox.create(engine)
+    session = orm.Session(engine)
+    bus.register_session(session)
+
+    def relay() -> Any:
+        waiting = outbox.Outbox(engine)
+        with _relay(bus.node, waiting, 50) as relay:
+            relay.run_once(threading.Event(), until=waiting.last(), patience=1)
+            return relay
+
+    yield bus, session, relay
+    session.close()
+    engine.dispose()
+
+
+def test_an_outbox_is_relayed_into_the_stream_as_its_route_says(
+    shared_redis: RedisServer, prefix: str, shop: tuple[Bus, Any, Callable[[], Any]]
+) -> None:
+    bus, session, relay = shop
+
+    session.begin()
+    for n in range(500):
+        bus.signal("tick").send("test", n=n)
+    before = values(shared_redis, prefix=prefix)
+    session.commit()
+    relayed = relay()
+
+    assert before == []
+    assert relayed.published == 500
+    left = entries(shared_redis, prefix=prefix)
+    # The route's maxlen: Redis lets go of whole nodes of a hundred entries.
+    assert 100 <= len(left) <= 200
+    assert [event["data"]["n"] for event in left] == list(range(500 - len(left), 500))
+    assert left[-1]["partitionkey"] == "499"
+    assert "seq" not in left[-1]
+
+
+# -- by hand ------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What ``python -m flask_eventbus`` says."""
+    return subprocess.run(
+        [sys.executable, "-m", "flask_eventbus", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_the_publish_command_puts_an_event_into_a_stream(redis_server: RedisServer) -> None:
+    done = command("--url", redis_server.url, "publish", "--stream", "tick", "n=7")
+
+    [event] = entries(redis_server)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Published {event['id']}. It is ")
+    assert done.stdout.endswith(" in the stream 'eventbus:{tick}:stream'.\n")
+    assert event["data"] == {"n": 7}
+    assert "seq" not in event
+    with redis_server.client as client:
+        assert client.smembers("eventbus:streams") == {b"tick"}
+
+
+def test_the_publish_command_goes_the_way_of_the_route(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    publish = {"t*": {"via": "stream", "key": "n"}, "price": "channel"}
+    bus = make_bus(redis_server.url, "shop", publish=publish)
+
+    into_stream = publish_one(bus.node, "tick", {"n": 7})
+    over_channel = publish_one(bus.node, "price", {"n": 7})
+    told_to = publish_one(bus.node, "price", {"n": 7}, stream=True)
+
+    [event] = entries(redis_server)
+    assert (into_stream.event_id, event["partitionkey"]) == (event["id"], "7")
+    assert (over_channel.entry, over_channel.listeners) == (None, 0)
+    assert (told_to.entry is None, len(entries(redis_server, "price"))) == (False, 1)
+    with pytest.raises(PayloadError, match="it is missing"):
+        publish_one(bus.node, "tick", {})
+
+
+def test_the_publish_command_says_what_redis_refuses(redis_server: RedisServer) -> None:
+    with redis_server.client as client:
+        client.set("eventbus:{tick}:stream", "text")
+    url = user(redis_server, "+@all", "~eventbus:{tick}:*")
+
+    wrong = command("--url", url, "publish", "--stream", "tick")
+    denied = command("--url", url, "publish", "--stream", "tock")
+
+    assert (wrong.returncode, denied.returncode) == (1, 1)
+    assert "'tick' was not published: Redis refuses it: WRONGTYPE" in wrong.stderr
+    assert "Grant the user the stream in the ACL: '~eventbus:{tock}:stream +xadd'" in denied.stderr
