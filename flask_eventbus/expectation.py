@@ -111,8 +111,7 @@ def is_reached(node: Node, event: Event) -> bool:
         return False
 
     if event.via == "channel":
-        # Without a group it is the streams that every process reads.
-        return subscription.via != "stream" and subscription.group
+        return subscription.via != "stream"
 
     return subscription.via != "channel" and not has_no_streams(node)
 

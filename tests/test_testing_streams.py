@@ -1,0 +1,955 @@
+"""The testing kit and streams: what went over them, what comes, and what becomes of failures."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from flask import Flask, current_app, g
+from waiting import wait_until
+
+from flask_eventbus import (
+    Bus,
+    EventBus,
+    PublishError,
+    Reject,
+    Retry,
+    current_event,
+    retries,
+    signals,
+)
+from flask_eventbus.testing import Isolation, isolated
+
+Make = Callable[..., Bus]
+
+#: A Redis that nobody should ever try to reach.
+NOWHERE = "redis://127.0.0.1:1/0"
+
+
+@pytest.fixture
+def eventbus() -> Iterator[Isolation]:
+    """The fixture of the plug-in, wherever the project is not installed."""
+    with isolated() as isolation:
+        yield isolation
+
+
+def failure(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(AssertionError) as caught:
+        call(*args, **kwargs)
+
+    return str(caught.value)
+
+
+# -- what was published -------------------------------------------------------------------
+
+
+def test_events_of_streams_are_published_like_those_of_channels(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(NOWHERE, "accounts", publish={"user_registered": "stream"})
+
+    bus.signal("user_registered").send(None, user_id=7, tags=("new",))
+
+    [event] = eventbus.assert_published("user_registered", user_id=7)
+    assert event.payload == {"user_id": 7, "tags": ["new"]}
+    assert (event.source, event.via, event.attempt) == ("accounts", "stream", 1)
+
+
+def test_the_way_of_an_event_can_be_asked_for(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, publish={"order_paid": "stream", "price_changed": "channel"})
+    bus.signal("order_paid").send(None, n=1)
+    bus.signal("price_changed").send(None, n=2)
+
+    eventbus.assert_published("order_paid", via="stream", n=1)
+    eventbus.assert_published("price_changed", via="channel")
+    eventbus.assert_not_published("price_changed", via="stream")
+    eventbus.assert_not_published(via="channel", n=1)
+    assert [event.name for event in eventbus.published(via="stream")] == ["order_paid"]
+    assert [event.name for event in eventbus.published(via="channel")] == ["price_changed"]
+
+
+def test_a_failure_tells_that_an_event_went_the_other_way(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(NOWHERE, "shop", publish={"order_paid": "channel"})
+    bus.signal("order_paid").send(None, n=1)
+
+    assert failure(eventbus.assert_published, "order_paid", via="stream", n=1).splitlines() == [
+        "'order_paid' via 'stream' with n=1 was not published. Published were, nearest first:",
+        "  order_paid(n=1) from 'shop': it went via 'channel'",
+    ]
+
+
+def test_channels_and_streams_come_in_the_order_of_sending(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(NOWHERE, publish={"a_*": "stream", "b": "stream", "c": "channel"})
+
+    for n in range(100):
+        for name in ("a_1", "c", "b", "a_2"):
+            bus.signal(name).send(None, n=n)
+
+    sent = [(event.payload["n"], event.name) for event in eventbus.published()]
+    assert sent == [(n, name) for n in range(100) for name in ("a_1", "c", "b", "a_2")]
+
+
+def test_every_prefix_and_every_service_is_under_test(make_bus: Make, eventbus: Isolation) -> None:
+    one = make_bus(NOWHERE, "one", prefix="p:q", publish={"tick": "stream"})
+    two = make_bus(NOWHERE, "two", publish={"tick": "stream"})
+
+    one.signal("tick").send(None)
+    two.signal("tick").send(None)
+
+    assert [event.source for event in eventbus.published("tick")] == ["one", "two"]
+
+
+def test_events_are_told_once(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, publish={"tick": "stream"})
+
+    for n in range(3):
+        bus.signal("tick").send(None, n=n)
+        assert [event.payload["n"] for event in eventbus.published()] == list(range(n + 1))
+
+    eventbus.clear()
+    assert eventbus.published() == []
+
+
+def test_replicas_that_are_asked_for_are_there(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, replicas=2, on_outage="raise", publish={"tick": "stream"})
+
+    bus.signal("tick").send(None)
+
+    eventbus.assert_published("tick", via="stream")
+
+
+def test_a_stream_that_is_to_raise_raises_while_redis_is_away(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(NOWHERE, on_outage="raise", publish={"tick": "stream"})
+
+    with eventbus.redis_away(), pytest.raises(PublishError):
+        bus.signal("tick").send(None, n=1)
+
+    bus.signal("tick").send(None, n=2)
+    assert [event.payload["n"] for event in eventbus.published()] == [2]
+
+
+def test_a_stream_that_is_buffered_is_published_when_redis_is_back(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(NOWHERE, publish={"tick": "stream"})
+
+    with eventbus.redis_away():
+        bus.signal("tick").send(None, n=1)
+        eventbus.assert_not_published()
+
+    eventbus.assert_published("tick", times=1, via="stream", n=1)
+
+
+# -- what is delivered --------------------------------------------------------------------
+
+
+def test_a_receiver_sees_an_event_of_a_stream(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, "mailer")
+    seen: list[Any] = []
+    moment = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+
+    @bus.on("user_registered")
+    def welcome(sender: str, **payload: Any) -> None:
+        event = current_event
+        seen.append((sender, event.via, event.attempt, event.id, event.time, payload))
+
+    event = eventbus.deliver(
+        "user_registered", via="stream", source="accounts", id="x-7", time=moment, pair=(1, 2)
+    )
+
+    assert seen == [("accounts", "stream", 1, "x-7", moment, {"pair": [1, 2]})]
+    assert event.via == "stream"
+    eventbus.assert_not_published()
+
+
+def test_what_a_receiver_raises_is_raised_in_the_test(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE)
+    calls = []
+    failing = ValueError("no such user")
+
+    @bus.on("tick")
+    def fail(sender: str) -> None:
+        raise failing
+
+    bus.on("tick")(lambda sender: calls.append(current_event.attempt))
+
+    with pytest.raises(ValueError, match="no such user") as caught:
+        eventbus.deliver("tick", via="stream")
+
+    assert caught.value is failing
+    assert calls == [1]
+    assert eventbus.run_retries() == 0
+    assert (eventbus.failures, eventbus.dead_letters) == ([], [])
+
+
+@pytest.mark.parametrize("error", [Reject("no"), Retry(after=60)], ids=["Reject", "Retry"])
+def test_a_receivers_wish_is_raised_like_an_error(
+    make_bus: Make, eventbus: Isolation, error: Exception
+) -> None:
+    bus = make_bus(NOWHERE)
+
+    @bus.on("tick")
+    def wish(sender: str) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        eventbus.deliver("tick", via="stream")
+
+
+def test_of_the_processes_of_a_service_one_gets_it(make_bus: Make, eventbus: Isolation) -> None:
+    heard = []
+
+    for service in ("mailer", "mailer", "audit"):
+        bus = make_bus(NOWHERE, service)
+        bus.on("tick")(lambda sender, service=service: heard.append(service))
+
+    eventbus.deliver("tick", via="stream")
+    assert sorted(heard) == ["audit", "mailer"]
+
+    heard.clear()
+    eventbus.deliver("tick", via="channel")
+    assert sorted(heard) == ["audit", "mailer", "mailer"]
+
+
+def test_of_two_apps_of_a_service_the_one_made_last_gets_it(eventbus: Isolation) -> None:
+    heard = []
+    bus = EventBus()
+    bus.on("tick")(lambda sender: heard.append(current_app.name))
+    apps = [Flask(f"app{n}") for n in range(5)]
+
+    for app in apps:
+        app.config.from_mapping(EVENTBUS_SERVICE="mailer", EVENTBUS_URL=NOWHERE)
+        bus.init_app(app)
+
+    eventbus.deliver("tick", via="stream")
+
+    assert heard == ["app4"]
+
+
+def test_without_a_group_every_process_gets_it(make_bus: Make, eventbus: Isolation) -> None:
+    heard = []
+
+    for number in range(3):
+        bus = make_bus(NOWHERE, "cache", subscribe={"tick": {"group": None}})
+        bus.on("tick")(lambda sender, number=number: heard.append(number))
+
+    eventbus.deliver("tick", via="stream")
+
+    assert sorted(heard) == [0, 1, 2]
+
+
+def test_a_pattern_hears_streams_too(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE)
+    heard = []
+    bus.on("order_*")(lambda sender: heard.append(current_event.name))
+
+    eventbus.deliver("order_paid", via="stream")
+
+    assert heard == ["order_paid"]
+
+
+@pytest.mark.parametrize(("asked", "other"), [("stream", "channel"), ("channel", "stream")])
+def test_a_subscription_to_one_way_hears_nothing_of_the_other(
+    make_bus: Make, eventbus: Isolation, asked: str, other: str
+) -> None:
+    bus = make_bus(NOWHERE, "mailer", subscribe={"tick": {"via": asked}})
+    heard = []
+    bus.on("tick")(lambda sender: heard.append(current_event.via))
+
+    assert failure(eventbus.deliver, "tick", via=other) == (
+        "Nothing here receives 'tick' from 'elsewhere'. 'mailer' hears it via "
+        f"'{asked}' alone: deliver it with via='{asked}'."
+    )
+    eventbus.deliver("tick", via=asked)
+    assert heard == [asked]
+
+
+def test_a_service_does_not_get_its_own_events_from_a_stream(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(NOWHERE, "mailer", subscribe={"tock": {"echo": True}})
+    heard = []
+    bus.on("tick")(lambda sender: heard.append("tick"))
+    bus.on("tock")(lambda sender: heard.append("tock"))
+
+    said = failure(eventbus.deliver, "tick", via="stream", source="mailer")
+    eventbus.deliver("tock", via="stream", source="mailer")
+
+    assert "'mailer' leaves out what comes back from itself" in said
+    assert heard == ["tock"]
+
+
+def test_a_service_in_a_cluster_gets_nothing_from_streams(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus("redis+cluster://127.0.0.1:1", "mailer")
+    bus.on("tick")(lambda sender: None)
+
+    assert "'mailer' reads no streams" in failure(eventbus.deliver, "tick", via="stream")
+
+
+def test_an_id_that_comes_twice_is_delivered_twice(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE)
+    seen = []
+    bus.on("tick")(lambda sender: seen.append((current_event.id, current_event.attempt)))
+
+    for _ in range(2):
+        eventbus.deliver("tick", via="stream", id="clock-1")
+
+    assert seen == [("clock-1", 1), ("clock-1", 1)]
+
+
+def test_streams_can_be_delivered_while_redis_is_away(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE)
+    attempts = []
+
+    @bus.on("tick", retries=1)
+    def fail(sender: str) -> None:
+        attempts.append(current_event.attempt)
+        raise ValueError
+
+    with eventbus.redis_away():
+        eventbus.deliver("tick", via="stream", retry=True)
+        eventbus.run_retries()
+        assert [letter.reason for letter in eventbus.dead_letters] == ["retries"]
+
+    assert attempts == [1, 2]
+
+
+# -- what is tried again ------------------------------------------------------------------
+
+
+def test_a_receiver_that_failed_is_tried_again_and_no_other(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(NOWHERE, "mailer")
+    calls: list[tuple[str, int]] = []
+
+    @bus.on("user_registered")
+    def welcome(sender: str, user_id: int) -> None:
+        calls.append(("welcome", current_event.attempt))
+
+        if current_event.attempt < 3:
+            raise ConnectionError("the mail server is away")
+
+    @bus.on("user_registered")
+    def count(sender: str, user_id: int) -> None:
+        calls.append(("count", current_event.attempt))
+
+    eventbus.deliver("user_registered", via="stream", retry=True, user_id=7)
+    assert sorted(calls) == [("count", 1), ("welcome", 1)]
+
+    assert eventbus.run_retries() == 2
+    assert sorted(calls) == [("count", 1), ("welcome", 1), ("welcome", 2), ("welcome", 3)]
+    assert eventbus.dead_letters == []
+
+
+def test_failures_tell_what_happened_and_what_follows(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, "mailer")
+    failing = ConnectionError("the mail server is away")
+
+    @bus.on("user_registered", retries=1)
+    def welcome(sender: str, user_id: int) -> None:
+        raise failing
+
+    event = eventbus.deliver("user_registered", via="stream", retry=True, user_id=7)
+
+    [failed] = eventbus.failures
+    assert (failed.service, failed.attempt, failed.after) == ("mailer", 1, 1.0)
+    assert failed.receiver.endswith(".welcome")
+    assert failed.error is failing
+    assert failed.event == event
+
+    eventbus.run_retries()
+    assert [(found.attempt, found.after) for found in eventbus.failures] == [(1, 1.0), (2, None)]
+
+
+def test_dead_letters_tell_what_was_given_up(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, "mailer", retries=2)
+
+    @bus.on("user_registered")
+    def welcome(sender: str, user_id: int) -> None:
+        raise ValueError("no such user")
+
+    event = eventbus.deliver("user_registered", via="stream", retry=True, user_id=7)
+    assert eventbus.dead_letters == []
+    assert eventbus.run_retries() == 2
+
+    [letter] = eventbus.dead_letters
+    assert (letter.service, letter.reason, letter.attempts) == ("mailer", "retries", 3)
+    assert letter.receiver.endswith(".welcome")
+    assert letter.error == "ValueError: no such user"
+    assert letter.event is not None
+    assert (letter.event.id, letter.event.payload, letter.event.attempt) == (
+        event.id,
+        {"user_id": 7},
+        3,
+    )
+
+
+def test_time_passes_only_where_a_test_says_so(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE)
+    attempts = []
+
+    @bus.on("tick")
+    def fail(sender: str) -> None:
+        attempts.append(current_event.attempt)
+        raise ValueError
+
+    began = time.monotonic()
+    eventbus.deliver("tick", via="stream", retry=True)
+    assert eventbus.advance(0) == 0
+    assert eventbus.advance(0.999) == 0
+    assert eventbus.advance(0.001) == 1
+    assert eventbus.advance(1.9) == 0
+    assert eventbus.advance(0.1) == 1
+    # After 4 and 8 seconds, at once.
+    assert eventbus.advance(12) == 2
+    assert eventbus.advance(16) == 1
+    assert eventbus.advance(1_000_000) == 0
+
+    assert attempts == [1, 2, 3, 4, 5, 6]
+    assert [found.after for found in eventbus.failures] == [1, 2, 4, 8, 16, None]
+    assert time.monotonic() - began < 1
+
+
+def test_the_wait_between_attempts_is_bounded(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, retries=20)
+
+    @bus.on("tick")
+    def fail(sender: str) -> None:
+        raise ValueError
+
+    eventbus.deliver("tick", via="stream", retry=True)
+    assert eventbus.run_retries() == 20
+
+    waits = [found.after for found in eventbus.failures][:-1]
+    assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256] + [300] * 11
+
+
+def test_what_is_due_first_runs_first(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE)
+    order = []
+
+    @bus.on("tick")
+    def late(sender: str, n: int, after: float) -> None:
+        order.append(n)
+
+        if current_event.attempt == 1:
+            raise Retry(after=after)
+
+    for n, after in enumerate((30, 10, 20, 10)):
+        eventbus.deliver("tick", via="stream", retry=True, n=n, after=after)
+
+    eventbus.advance(60)
+
+    assert order == [0, 1, 2, 3, 1, 3, 2, 0]
+
+
+def test_a_retry_says_when(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE)
+    attempts = []
+
+    @bus.on("tick")
+    def busy(sender: str) -> None:
+        attempts.append(current_event.attempt)
+
+        if current_event.attempt == 1:
+            raise Retry("not before tomorrow", after=86_400)
+
+    eventbus.deliver("tick", via="stream", retry=True)
+
+    assert eventbus.advance(86_399) == 0
+    assert eventbus.advance(1) == 1
+    assert attempts == [1, 2]
+    assert [found.after for found in eventbus.failures] == [86_400]
+
+
+def test_a_reject_is_a_dead_letter_at_once(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE)
+
+    @bus.on("tick")
+    def refuse(sender: str) -> None:
+        raise Reject("no such user")
+
+    eventbus.deliver("tick", via="stream", retry=True)
+
+    [letter] = eventbus.dead_letters
+    assert (letter.reason, letter.attempts) == ("rejected", 1)
+    assert letter.error == "Reject: no such user"
+    assert [found.after for found in eventbus.failures] == [None]
+    assert eventbus.run_retries() == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "subscription", "receiver", "expected"),
+    [
+        (3, None, None, 3),
+        (3, None, 1, 1),
+        (3, 2, 1, 2),
+        (3, 0, 1, 0),
+        (3, None, 0, 0),
+    ],
+    ids=["setting", "receiver", "subscription", "subscription-zero", "receiver-zero"],
+)
+def test_retries_are_those_that_a_worker_would_make(
+    make_bus: Make,
+    eventbus: Isolation,
+    setting: int,
+    subscription: int | None,
+    receiver: int | None,
+    expected: int,
+) -> None:
+    options = {} if subscription is None else {"retries": subscription}
+    bus = make_bus(NOWHERE, retries=setting, subscribe={"tick": options})
+
+    @bus.on("tick", retries=receiver)
+    def fail(sender: str) -> None:
+        raise ValueError
+
+    eventbus.deliver("tick", via="stream", retry=True)
+
+    assert eventbus.run_retries() == expected
+    assert [letter.attempts for letter in eventbus.dead_letters] == [expected + 1]
+
+
+def test_receivers_of_a_pattern_have_the_retries_that_they_ask_for(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(NOWHERE)
+
+    @bus.on("order_*", retries=1)
+    def fail(sender: str) -> None:
+        raise ValueError
+
+    eventbus.deliver("order_paid", via="stream", retry=True)
+
+    assert eventbus.run_retries() == 1
+
+
+def test_each_attempt_gets_the_payload_as_it_came(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE)
+    seen = []
+
+    @bus.on("tick", retries=2)
+    def spoil(sender: str, tags: list[str]) -> None:
+        seen.append(list(tags))
+        tags.append("spoilt")
+        raise ValueError
+
+    eventbus.deliver("tick", via="stream", retry=True, tags=("new",))
+    eventbus.run_retries()
+
+    assert seen == [["new"]] * 3
+
+
+def test_each_attempt_runs_in_an_app_context_of_its_own(eventbus: Isolation) -> None:
+    bus = EventBus()
+    app = Flask("mailer")
+    app.config.from_mapping(EVENTBUS_SERVICE="mailer", EVENTBUS_URL=NOWHERE)
+    bus.init_app(app)
+    seen: list[Any] = []
+
+    @bus.on("tick")
+    async def receive(sender: str) -> None:
+        await asyncio.sleep(0)
+        seen.append((current_app.name, g.get("attempt"), current_event.attempt))
+        g.attempt = current_event.attempt
+
+        if current_event.attempt < 3:
+            raise ValueError
+
+    eventbus.deliver("tick", via="stream", retry=True)
+    eventbus.run_retries()
+
+    assert seen == [("mailer", None, 1), ("mailer", None, 2), ("mailer", None, 3)]
+
+
+def test_each_service_tries_its_own_receivers_again(make_bus: Make, eventbus: Isolation) -> None:
+    calls = []
+
+    def fail(sender: str) -> None:
+        calls.append(current_event.attempt)
+        raise ValueError
+
+    for service, retries_of in (("one", 1), ("two", 2)):
+        bus = make_bus(NOWHERE, service, retries=retries_of)
+        bus.on("tick")(fail)
+
+    eventbus.deliver("tick", via="stream", retry=True)
+    eventbus.run_retries()
+
+    assert sorted(calls) == [1, 1, 2, 2, 3]
+    given_up = {letter.service: letter.attempts for letter in eventbus.dead_letters}
+    assert given_up == {"one": 2, "two": 3}
+
+
+def test_without_a_group_nothing_is_tried_again(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, subscribe={"tick": {"group": None}})
+
+    @bus.on("tick")
+    def fail(sender: str) -> None:
+        raise ValueError
+
+    eventbus.deliver("tick", via="stream", retry=True)
+
+    assert [found.after for found in eventbus.failures] == [None]
+    assert eventbus.run_retries() == 0
+    assert eventbus.dead_letters == []
+
+
+def test_a_dead_letter_is_signalled(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, "mailer")
+    told: list[Any] = []
+
+    @bus.on("tick")
+    def refuse(sender: str) -> None:
+        raise Reject("no")
+
+    def alert(sender: str, **facts: Any) -> None:
+        told.append((sender, facts))
+
+    with signals.event_dead_lettered.connected_to(alert):
+        event = eventbus.deliver("tick", via="stream", retry=True)
+
+    [(sender, facts)] = told
+    assert sender == "mailer"
+    assert facts["name"] == "tick"
+    assert facts["reason"] == "rejected"
+    assert facts["event_id"] == event.id
+    assert facts["error"] == "Reject: no"
+
+
+def test_what_an_attempt_sends_is_published(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, "shop", publish={"order_shipped": "stream"})
+
+    @bus.on("order_paid")
+    def ship(sender: str) -> None:
+        if current_event.attempt == 1:
+            raise ValueError
+
+        bus.signal("order_shipped").send(None, attempt=current_event.attempt)
+
+    paid = eventbus.deliver("order_paid", via="stream", retry=True)
+    eventbus.assert_not_published()
+    eventbus.advance(1)
+
+    [shipped] = eventbus.assert_published("order_shipped", via="stream", attempt=2)
+    assert shipped.causation_id == paid.id
+
+
+def test_a_receiver_that_is_gone_is_given_up_after_a_while(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(NOWHERE)
+    signal = bus.signal("tick")
+
+    @bus.on("tick")
+    def fail(sender: str) -> None:
+        raise ValueError
+
+    eventbus.deliver("tick", via="stream", retry=True)
+    signal.disconnect(fail)
+
+    assert eventbus.advance(3_600) == 0
+    assert eventbus.dead_letters == []
+    assert eventbus.run_retries() == 0
+    [letter] = eventbus.dead_letters
+    assert (letter.reason, letter.attempts) == ("gone", 1)
+
+
+def test_a_retry_waits_for_a_process_that_has_its_receiver(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    calls = []
+
+    def fail(sender: str) -> None:
+        calls.append(current_event.attempt)
+
+        if current_event.attempt == 1:
+            raise ValueError
+
+    before = make_bus(NOWHERE, "mailer")
+    before.on("tick")(fail)
+    eventbus.deliver("tick", via="stream", retry=True)
+    before.signal("tick").disconnect(fail)
+
+    assert eventbus.advance(1) == 0
+    after = make_bus(NOWHERE, "mailer")
+    after.on("tick")(fail)
+    assert eventbus.run_retries() == 1
+    assert calls == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt("Ctrl-C"), pytest.fail.Exception("here")], ids=["ctrl-c", "fail"]
+)
+def test_what_is_meant_for_the_test_reaches_it(
+    make_bus: Make, eventbus: Isolation, error: BaseException
+) -> None:
+    bus = make_bus(NOWHERE)
+
+    @bus.on("tick")
+    def interrupt(sender: str) -> None:
+        raise ValueError if current_event.attempt == 1 else error
+
+    eventbus.deliver("tick", via="stream", retry=True)
+
+    with pytest.raises(type(error)):
+        eventbus.advance(1)
+
+    assert len(eventbus.failures) == 1
+
+
+def test_an_exit_in_a_receiver_is_a_failure_like_any_other(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(NOWHERE)
+
+    @bus.on("tick", retries=0)
+    def leave(sender: str) -> None:
+        raise SystemExit(3)
+
+    eventbus.deliver("tick", via="stream", retry=True)
+
+    assert [letter.error for letter in eventbus.dead_letters] == ["SystemExit: 3"]
+
+
+def test_an_error_that_ends_the_context_is_raised(eventbus: Isolation) -> None:
+    bus = EventBus()
+    app = Flask("mailer")
+    app.config.from_mapping(EVENTBUS_SERVICE="mailer", EVENTBUS_URL=NOWHERE)
+    bus.init_app(app)
+    bus.on("tick")(lambda sender: None)
+
+    @app.teardown_appcontext
+    def tear_down(error: BaseException | None) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        eventbus.deliver("tick", via="stream", retry=True)
+
+    assert eventbus.run_retries() == 0
+
+
+def test_clear_forgets_failures_but_not_what_waits(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, retries=1)
+
+    @bus.on("tick")
+    def fail(sender: str, n: int) -> None:
+        raise ValueError(n)
+
+    eventbus.deliver("tick", via="stream", retry=True, n=1)
+    eventbus.run_retries()
+    eventbus.deliver("tick", via="stream", retry=True, n=2)
+    eventbus.clear()
+
+    assert (eventbus.failures, eventbus.dead_letters) == ([], [])
+    assert eventbus.run_retries() == 1
+    assert [letter.error for letter in eventbus.dead_letters] == ["ValueError: 2"]
+
+
+# -- what is asked for wrongly ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"via": "email"}, r"deliver\(\) cannot tell an event via 'email'"),
+        ({"via": "email"}, r"goes into payload=\{\.\.\.\}"),
+        ({"retry": True}, "Add via='stream'"),
+        ({"via": "channel", "retry": True}, "Add via='stream'"),
+        ({"via": "stream", "retry": 3}, r"retry=3\) is neither True nor False"),
+    ],
+    ids=["via", "via-payload", "retry", "retry-channel", "retry-number"],
+)
+def test_a_delivery_that_cannot_be_is_refused(
+    make_bus: Make, eventbus: Isolation, wrong: dict[str, Any], words: str
+) -> None:
+    bus = make_bus(NOWHERE)
+    bus.on("tick")(lambda sender, **payload: None)
+
+    with pytest.raises(TypeError, match=words):
+        eventbus.deliver("tick", **wrong)
+
+
+def test_ways_that_there_are_not_are_refused_in_questions(eventbus: Isolation) -> None:
+    with pytest.raises(TypeError, match=r"assert_published\(\) cannot tell an event via 'email'"):
+        eventbus.assert_published("tick", via="email")
+
+    with pytest.raises(TypeError, match=r"published\(\) cannot tell an event via 'streams'"):
+        eventbus.published(via="streams")
+
+
+def test_keys_of_these_names_travel_by_payload(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE, publish={"tock": "stream"})
+    payloads = []
+    bus.on("tick")(lambda sender, **payload: payloads.append(payload))
+
+    eventbus.deliver("tick", via="stream", payload={"via": "email", "retry": 3})
+    bus.signal("tock").send(None, via="email")
+
+    assert payloads == [{"via": "email", "retry": 3}]
+    eventbus.assert_published("tock", via="stream", payload={"via": "email"})
+
+
+def test_time_does_not_go_back(eventbus: Isolation) -> None:
+    with pytest.raises(ValueError, match="goes back in time"):
+        eventbus.advance(-1)
+
+
+# -- buses that listen --------------------------------------------------------------------
+
+
+def test_buses_talk_over_a_stream_in_memory(make_bus: Make, eventbus: Isolation) -> None:
+    heard: list[Any] = []
+    mailer = make_bus(NOWHERE, "mailer")
+    mailer.on("tick")(lambda sender, n: heard.append((sender, n, current_event.via)))
+    mailer.start()
+    assert mailer.ready(5)
+    clock = make_bus(NOWHERE, "clock", publish={"tick": "stream"})
+
+    clock.signal("tick").send(None, n=1)
+
+    wait_until(lambda: heard, what="it is heard")
+    assert heard == [("clock", 1, "stream")]
+    eventbus.assert_published("tick", via="stream", times=1, n=1)
+
+
+def test_a_service_that_was_down_gets_what_it_missed(make_bus: Make, eventbus: Isolation) -> None:
+    heard: list[int] = []
+    mailer = make_bus(NOWHERE, "mailer")
+    mailer.on("tick")(lambda sender, n: heard.append(n))
+    mailer.start()
+    assert mailer.ready(5)
+    mailer.stop()
+    clock = make_bus(NOWHERE, "clock", publish={"tick": "stream"})
+    clock.signal("tick").send(None, n=1)
+
+    mailer.start()
+
+    wait_until(lambda: heard == [1], what="it is heard after all")
+
+
+@pytest.mark.parametrize(
+    "subscription", [{}, {"via": "stream"}, {"group": None}], ids=["both", "stream", "no-group"]
+)
+def test_a_bus_that_reads_streams_stops_at_once(
+    make_bus: Make, subscription: dict[str, Any]
+) -> None:
+    with isolated():
+        bus = make_bus(NOWHERE, subscribe={"tick": subscription})
+        bus.on("tick")(lambda sender: None)
+
+        for _ in range(3):
+            bus.start()
+            assert bus.ready(5)
+            began = time.monotonic()
+            bus.stop()
+            assert time.monotonic() - began < 0.3
+
+
+def test_streams_leave_nothing_behind(make_bus: Make) -> None:
+    threads = set(threading.enumerate())
+
+    with isolated() as eventbus:
+        mailer = make_bus(NOWHERE, "mailer", subscribe={"tock": {"group": None}})
+        mailer.on("tick")(lambda sender: None)
+        mailer.on("tock")(lambda sender: None)
+        mailer.start()
+        assert mailer.ready(5)
+        clock = make_bus(NOWHERE, "clock", publish={"t*": "stream"})
+        clock.signal("tick").send(None)
+        clock.signal("tock").send(None)
+        eventbus.assert_published("t*", times=2)
+
+    assert set(threading.enumerate()) <= threads
+
+
+def test_what_a_listening_bus_gives_up_is_told_too(make_bus: Make, eventbus: Isolation) -> None:
+    mailer = make_bus(NOWHERE, "mailer")
+
+    @mailer.on("tick", retries=0)
+    def fail(sender: str, n: int) -> None:
+        raise ValueError(n)
+
+    mailer.start()
+    assert mailer.ready(5)
+    clock = make_bus(NOWHERE, "clock", publish={"tick": "stream"})
+    clock.signal("tick").send(None, n=7)
+
+    [letter] = wait_until(lambda: eventbus.dead_letters, what="it is given up")
+    assert (letter.service, letter.reason, letter.attempts) == ("mailer", "retries", 1)
+    assert letter.error == "ValueError: 7"
+    assert letter.event is not None
+    assert letter.event.payload == {"n": 7}
+    assert len(eventbus.dead_letters) == 1
+
+    eventbus.clear()
+    assert eventbus.dead_letters == []
+
+
+def test_the_kit_and_a_worker_make_the_same_of_failures(
+    make_bus: Make, eventbus: Isolation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "FIRST", 0.01)
+    bus = make_bus(NOWHERE, "mailer", retries=3, subscribe={"tock": {"retries": 1}})
+    seen: list[Any] = []
+
+    def note(receiver: str) -> None:
+        seen.append((receiver, current_event.name, current_event.attempt))
+
+    @bus.on("t?ck")
+    def fail(sender: str, why: str) -> None:
+        note("fail")
+        raise ValueError(why)
+
+    @bus.on("tick", retries=2)
+    def wait(sender: str, why: str) -> None:
+        note("wait")
+        raise Retry(why, after=0.01)
+
+    @bus.on("tick")
+    def refuse(sender: str, why: str) -> None:
+        note("refuse")
+        raise Reject(why)
+
+    @bus.on("tick")
+    def recover(sender: str, why: str) -> None:
+        note("recover")
+
+        if current_event.attempt == 1:
+            raise KeyError(why)
+
+    def outcome() -> tuple[list[Any], list[Any]]:
+        letters = [
+            (found.service, found.receiver, found.reason, found.attempts, found.error)
+            for found in eventbus.dead_letters
+        ]
+        return sorted(letters), sorted(seen)
+
+    eventbus.deliver("tick", via="stream", retry=True, why="tick")
+    eventbus.deliver("tock", via="stream", retry=True, why="tock")
+    eventbus.run_retries()
+    of_the_kit = outcome()
+    eventbus.clear()
+    seen.clear()
+    bus.start()
+    assert bus.ready(5)
+    clock = make_bus(NOWHERE, "clock", publish={"t*": "stream"})
+    clock.signal("tick").send(None, why="tick")
+    clock.signal("tock").send(None, why="tock")
+
+    wait_until(lambda: outcome() == of_the_kit, what="the worker did the same")
+    assert len(of_the_kit[0]) == 4
