@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ import wire_vectors
 from servers import RedisServer, require
 from waiting import wait_until
 
-from flask_eventbus import Bus, forms, values
+from flask_eventbus import Bus, Reject, current_event, forms, values
 from flask_eventbus.codec import Codec
 from flask_eventbus.errors import DecodeError
+from flask_eventbus.records import DeadLetter, RetryRecord
 
 PAGE = (Path(__file__).parents[1] / "docs" / "wire-format.md").read_text()
 VECTORS = wire_vectors.read()
 EVENTS = [vector for vector in VECTORS if "event" in vector]
 REFUSED = [vector for vector in VECTORS if "reason" in vector]
+RETRIES = [vector for vector in VECTORS if "retry" in vector]
+DEAD = [vector for vector in VECTORS if "dead" in vector]
 
 codec = Codec()
 
@@ -45,7 +49,7 @@ def test_an_event_of_the_vectors_is_read_as_described(vector: dict[str, Any]) ->
 def test_an_event_of_the_vectors_is_written_as_it_stands_there(vector: dict[str, Any]) -> None:
     attributes = wire_vectors.meaning(vector["event"])
 
-    assert wire_vectors.encode(attributes).hex() == vector["hex"]
+    assert wire_vectors.encode(attributes) == wire_vectors.body_of(vector)
 
 
 @pytest.mark.parametrize("vector", REFUSED, ids=what)
@@ -58,6 +62,84 @@ def test_what_the_vectors_refuse_is_refused_with_the_same_word(vector: dict[str,
 
 def test_the_vectors_are_those_that_their_program_writes() -> None:
     assert wire_vectors.FILE.read_text() == wire_vectors.text_of(wire_vectors.made())
+
+
+@pytest.mark.parametrize("vector", RETRIES, ids=what)
+def test_a_retry_of_the_vectors_is_read_and_written_as_it_stands_there(
+    vector: dict[str, Any],
+) -> None:
+    body = wire_vectors.body_of(vector)
+
+    record = RetryRecord.unpacked(body)
+
+    assert asdict(record) == wire_vectors.meaning(vector["retry"])
+    assert record.packed() == body
+
+
+@pytest.mark.parametrize("vector", DEAD, ids=what)
+def test_a_dead_letter_of_the_vectors_is_read_and_written_as_it_stands_there(
+    vector: dict[str, Any],
+) -> None:
+    fields = wire_vectors.meaning(vector["fields"])
+    raw = {
+        name.encode(): content if isinstance(content, bytes) else content.encode()
+        for name, content in fields.items()
+    }
+
+    letter = DeadLetter.from_fields(raw)
+
+    assert wire_vectors.fields_of(letter) == fields
+
+
+def test_a_worker_tries_the_retry_of_the_vectors(
+    redis_server: RedisServer, make_bus: Callable[..., Bus]
+) -> None:
+    vector = RETRIES[0]
+    tried: list[tuple[str, int]] = []
+    bus = make_bus(redis_server.url, "mailer")
+
+    def send_welcome(sender: str, user_id: int, email: str) -> None:
+        tried.append((email, current_event.attempt))
+
+    send_welcome.__module__, send_welcome.__qualname__ = "mailer.receivers", "send_welcome"
+    bus.on("user_registered")(send_welcome)
+    redis_server.client.zadd(vector["key"], {wire_vectors.body_of(vector): 0})
+
+    bus.start()
+
+    wait_until(lambda: tried, what="the receiver runs")
+    assert tried == [("ada@example.com", 2)]
+    wait_until(lambda: not redis_server.client.exists(vector["key"]), what="it is taken out")
+
+
+def test_what_a_service_gives_up_has_the_fields_of_the_vectors_and_of_the_page(
+    redis_server: RedisServer, make_bus: Callable[..., Bus]
+) -> None:
+    entry = next(vector for vector in VECTORS if vector["what"] == "an entry of a stream")
+    letter = DEAD[0]
+    client: Any = redis_server.client
+    bus = make_bus(redis_server.url, "mailer")
+
+    @bus.on("user_registered")
+    def send_welcome(sender: str, **payload: Any) -> None:
+        raise Reject("no mail today")
+
+    bus.start()
+    assert bus.ready(10)
+    client.xadd(entry["key"], wire_vectors.meaning(entry["fields"]))
+
+    wait_until(lambda: client.exists(letter["key"]), what="it is given up")
+    [[_, fields]] = client.xrange(letter["key"])
+    names = [name.decode() for name in fields]
+    assert names == list(letter["fields"])
+    assert names == re.findall(r"^\| `(\w+)` \|", section("Dead letters"), flags=re.MULTILINE)
+    assert fields[b"event"] == wire_vectors.body_of(entry)
+
+
+def test_the_page_has_every_key_of_a_retry() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", section("Retries"), flags=re.MULTILINE)
+
+    assert listed == list(RETRIES[0]["retry"])
 
 
 def test_every_reason_has_a_vector_and_a_line_on_the_page() -> None:
@@ -106,9 +188,10 @@ def section(title: str) -> str:
     return found[1]
 
 
-def code(language: str) -> str:
-    """The one block of code in a language."""
-    [block] = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+def code(language: str, word: str = "") -> str:
+    """The one block of code in a language that has a word in it."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    [block] = [block for block in blocks if word in block]
     return str(block)
 
 
@@ -137,7 +220,7 @@ def run(server: RedisServer, *command: str) -> str:
 def test_the_example_in_python_reaches_a_service(
     shared_redis: RedisServer, heard: list[Any]
 ) -> None:
-    run(shared_redis, sys.executable, "-c", code("python"))
+    run(shared_redis, sys.executable, "-c", code("python", "client.publish"))
 
     wait_until(lambda: heard, what="the event arrives")
     assert heard == [("billing", 7, "ada@example.com")]
@@ -153,3 +236,53 @@ def test_the_example_with_redis_cli_reaches_a_service(
     wait_until(lambda: heard, what="the event arrives")
     assert heard == [("shell", 7, "ada@example.com")]
     assert answer == "1\n"
+
+
+def test_the_example_in_python_for_a_stream_reaches_a_service(
+    shared_redis: RedisServer, heard: list[Any]
+) -> None:
+    run(shared_redis, sys.executable, "-c", code("python", "client.xadd"))
+
+    wait_until(lambda: heard, what="the event arrives")
+    assert heard == [("billing", 8, "grace@example.com")]
+    assert b"user_registered" in shared_redis.client.smembers("eventbus:streams")
+
+
+def test_an_event_that_redis_cli_adds_to_a_stream_reaches_a_service(
+    shared_redis: RedisServer, heard: list[Any]
+) -> None:
+    require("redis-cli", shutil.which("redis-cli"))
+    made, _, _ = code("sh").partition("|")
+    [command] = re.findall(r"^    (redis-cli .* XADD .*) < EVENT$", PAGE, re.MULTILINE)
+
+    run(shared_redis, "sh", "-c", f"{made} | {command}")
+
+    wait_until(lambda: heard, what="the event arrives")
+    assert heard == [("shell", 7, "ada@example.com")]
+
+
+def test_the_example_of_a_consumer_gets_what_a_service_sends_while_it_is_away(
+    redis_server: RedisServer, make_bus: Callable[..., Bus], tmp_path: Path
+) -> None:
+    client: Any = redis_server.client
+    bus = make_bus(redis_server.url, "accounts", publish={"user_registered": "stream"})
+    key, log = "eventbus:{user_registered}:stream", tmp_path / "log"
+    client.xgroup_create(key, "crm", "$", mkstream=True)
+    bus.signal("user_registered").send(user_id=7)
+
+    with log.open("wb") as out:
+        consumer = subprocess.Popen(
+            [sys.executable, "-c", code("python", "xreadgroup")],
+            env={**os.environ, "REDIS_URL": redis_server.url},
+            stdout=out,
+            stderr=out,
+        )
+
+    try:
+        wait_until(lambda: "{'user_id': 7}" in log.read_text(), what="the event of before")
+        bus.signal("user_registered").send(user_id=8)
+        wait_until(lambda: "{'user_id': 8}" in log.read_text(), what="the next event")
+        wait_until(lambda: not client.xpending(key, "crm")["pending"], what="both acknowledged")
+    finally:
+        consumer.kill()
+        consumer.wait()

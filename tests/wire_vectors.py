@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -18,6 +19,9 @@ import msgpack
 
 from flask_eventbus.codec import Codec
 from flask_eventbus.event import Event
+from flask_eventbus.records import DeadLetter, RetryRecord
+from flask_eventbus.stream_intake import readable
+from flask_eventbus.streams import StreamKeys
 
 FILE = Path(__file__).with_name("wire_vectors.json")
 NOW = datetime(2024, 2, 29, 12, 30, 15, 123456, UTC)
@@ -101,7 +105,12 @@ def meaning(description: Any) -> Any:
 
 
 def body_of(vector: dict[str, Any]) -> bytes:
-    """The bytes of a vector: ``hex``, or ``parts`` of hex and how often each comes."""
+    """The bytes of a vector: ``hex``, or ``parts`` of hex and how often each comes; of an entry,
+    those of its field ``event``.
+    """
+    if "fields" in vector:
+        return bytes(meaning(vector["fields"])["event"])
+
     parts = vector.get("parts") or [[vector["hex"], 1]]
     return b"".join(bytes.fromhex(part) * times for part, times in parts)
 
@@ -326,6 +335,107 @@ def colliding() -> dict[str, msgpack.ExtType]:
     return {"tags": msgpack.ExtType(7, packed(members))}
 
 
+#: The keys of the vectors of streams.
+KEYS = StreamKeys("eventbus")
+
+#: When the first attempt of these vectors failed: 31 seconds before the last.
+FAILED = 1_709_209_816_000
+
+
+def retries() -> Iterator[tuple[str, RetryRecord]]:
+    """Receivers that failed, to be tried again."""
+    record = RetryRecord(
+        entry="1709209815124-0",
+        event=encode(event()),
+        receiver="mailer.receivers.send_welcome",
+        attempts=1,
+        first=FAILED,
+        last=FAILED,
+        error="ConnectionRefusedError: [Errno 111] Connection refused",
+        traceback="Traceback (most recent call last):\n",
+    )
+    yield "a receiver that failed once", record
+    yield (
+        "a receiver that is being tried for the third time",
+        replace(record, attempts=3, last=FAILED + 1_000, running=True),
+    )
+
+
+def dead_letters() -> Iterator[tuple[str, DeadLetter]]:
+    """What a service gave up."""
+    attributes = event()
+    yield (
+        "an event that a receiver failed at six times",
+        DeadLetter(
+            reason="retries",
+            entry="1709209815124-0",
+            fields={b"event": encode(attributes)},
+            event_id=attributes["id"],
+            source=attributes["source"],
+            payload=readable(event_of(attributes)),
+            receiver="mailer.receivers.send_welcome",
+            error="ConnectionRefusedError: [Errno 111] Connection refused",
+            traceback="Traceback (most recent call last):\n",
+            attempts=6,
+            first=FAILED,
+            last=FAILED + 31_000,
+        ),
+    )
+    yield (
+        "an entry that is no event",
+        DeadLetter(
+            reason="undecodable",
+            entry="1709209815124-1",
+            fields={b"event": b"\xc1", b"reason": b"none"},
+            error="not_msgpack: ...",
+            first=FAILED,
+            last=FAILED,
+        ),
+    )
+
+
+def streams() -> Iterator[dict[str, Any]]:
+    """Vectors of what is kept in streams and beside them."""
+    attributes = event(partitionkey="7")
+    yield {
+        "what": "an entry of a stream",
+        "key": KEYS.stream(attributes["type"]),
+        "fields": described({"event": encode(attributes)}),
+        "event": described(attributes),
+        "exact": True,
+    }
+
+    for what, record in retries():
+        yield {
+            "what": what,
+            "key": KEYS.retry(attributes["type"], "mailer"),
+            "hex": record.packed().hex(),
+            "retry": described(asdict(record)),
+            "exact": True,
+        }
+    for what, letter in dead_letters():
+        yield {
+            "what": what,
+            "key": KEYS.dead(attributes["type"], "mailer"),
+            "fields": described(fields_of(letter)),
+            "dead": True,
+        }
+
+
+def fields_of(letter: DeadLetter) -> dict[str, Any]:
+    """The fields of a dead letter: text, and the bytes of what came."""
+    flat = [part if isinstance(part, bytes) else part.encode() for part in letter.as_fields()]
+    pairs = zip(flat[::2], flat[1::2], strict=True)
+    return {
+        name.decode(): content if is_original(name) else content.decode() for name, content in pairs
+    }
+
+
+def is_original(name: bytes) -> bool:
+    """Whether a field of a dead letter holds what came, byte by byte."""
+    return name == b"event" or name.startswith(b"entry.")
+
+
 def made() -> list[dict[str, Any]]:
     """All vectors anew."""
     vectors: list[dict[str, Any]] = []
@@ -338,7 +448,7 @@ def made() -> list[dict[str, Any]]:
     for reason, what, body_ in refused():
         vectors.append({"what": what, **in_hex(body_), "reason": reason})
 
-    return vectors
+    return [*vectors, *streams()]
 
 
 def in_hex(body: bytes | list[tuple[bytes, int]]) -> dict[str, Any]:
