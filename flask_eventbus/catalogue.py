@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from .config import Config
+from .names import SIGNAL_NAME
 from .pipe import Pipe
 from .routes import NEW, Subscription, is_pattern, matches
 from .streams import StreamKeys
@@ -84,8 +85,10 @@ class Catalogue:
 
         self._remember([name for name in patterns if name not in self._since])
         self._looked = time.monotonic()
-        found = self._pipe.ask("SMEMBERS", self._keys.names)
-        self._found = {name.decode(errors="replace") for name in found}
+        key = self._keys.names
+        found = {name.decode(errors="replace") for name in self._pipe.ask("SMEMBERS", key)}
+        # What was there is still looked for: Redis may have been flushed.
+        self._found |= {name for name in found if SIGNAL_NAME.fullmatch(name)}
 
     def _remember(self, patterns: list[str]) -> None:
         key = self._keys.since(self._config.service)
@@ -94,4 +97,6 @@ class Catalogue:
             seconds, micro = self._pipe.ask("TIME")
             now = int(seconds) * 1000 + int(micro) // 1000
             self._pipe.ask("HSETNX", key, pattern, now)
-            self._since[pattern] = int(self._pipe.ask("HGET", key, pattern))
+            since = self._pipe.ask("HGET", key, pattern)
+            # Redis may have been flushed this moment, or somebody wrote something else there.
+            self._since[pattern] = int(since) if since and since.isdigit() else now

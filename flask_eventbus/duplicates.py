@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from .config import Config
+from .counters import BoundedLog
 from .deliveries import Delivery
 from .logs import get_logger
 from .pipe import Command, Pipe
 from .streams import StreamKeys
 
 logger = get_logger(__name__)
+
+#: Seconds after which Redis is asked again to note ids: it may have been full.
+ASK_AGAIN = 60.0
 
 
 def _end_of(number: int, window: float, moment: datetime) -> datetime:
@@ -33,7 +38,9 @@ class Duplicates:
         self._pipe = pipe
         self._config = config
         self._keys = keys
-        self._refused = False
+        self._log = BoundedLog(logger)
+        #: Until when Redis is not asked, by the monotonic clock: it refused.
+        self._refused_until = 0.0
 
     def find(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Note the events of entries that are delivered for the first time; those known before.
@@ -42,7 +49,7 @@ class Duplicates:
         """
         window = self._config.duplicate_window
 
-        if not window or self._refused or not deliveries:
+        if not window or not deliveries or time.monotonic() < self._refused_until:
             return []
 
         sets = self._by_set(deliveries)
@@ -114,8 +121,9 @@ class Duplicates:
         return known
 
     def _give_up(self, reason: object) -> None:
-        self._refused = True
-        logger.warning(
+        self._refused_until = time.monotonic() + ASK_AGAIN
+        self._log.warning(
+            "refused",
             "Redis does not note which events came (%s): one that a publisher sends twice is "
             "handled twice. Allow '+smismember', '+sadd' and '+expire', or set "
             "'EVENTBUS_DUPLICATE_WINDOW' to 0.",

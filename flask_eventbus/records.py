@@ -64,6 +64,10 @@ class RetryRecord:
             if type(getattr(record, name)) is not kind:
                 raise BadRecordError(f"{name!r} is no {kind.__name__}")
 
+        for name, most in _MOST.items():
+            if not 0 <= getattr(record, name) <= most:
+                raise BadRecordError(f"{name!r} is not from 0 to {most}")
+
         return record
 
 
@@ -78,6 +82,9 @@ _KINDS: dict[str, type] = {
     "traceback": str,
     "running": bool,
 }
+
+#: What numbers are at most: attempts to come, and the last second of the calendar.
+_MOST = {"attempts": 1_000_000, "first": 253_402_300_799_000, "last": 253_402_300_799_000}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

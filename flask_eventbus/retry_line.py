@@ -56,8 +56,8 @@ class RetryLine:
 
     def take(
         self, name: str, subscription: Subscription, *, most: int
-    ) -> tuple[list[Delivery], list[Outcome]]:
-        """Lease retries that are due; what is given up of them instead.
+    ) -> tuple[list[Delivery], list[Outcome], bool]:
+        """Lease retries that are due; what is given up of them instead; whether there are more.
 
         :raises redis.ConnectionError: Redis is away.
         """
@@ -66,20 +66,32 @@ class RetryLine:
         look: Command = ("ZRANGEBYSCORE", key, "-inf", now, "LIMIT", 0, most)
 
         if not _members(self._pipe.ask(*look)):
-            return [], []
+            return [], [], False
 
-        _, members = self._pipe.run([("WATCH", key), look])
+        _, answer = self._pipe.run([("WATCH", key), look])
+        members = _members(answer)
         deliveries: list[Delivery] = []
         given_up: list[Outcome] = []
         commands: list[Command] = [("MULTI",)]
 
-        for member in _members(members):
-            commands += self._lease(name, subscription, member, deliveries, given_up)
+        try:
+            for member in members:
+                commands += self._lease(name, subscription, member, deliveries, given_up)
+        except BaseException:
+            # What is watched would make another's transaction void.
+            self._pipe.close()
+            raise
 
-        answers = self._pipe.run([*commands, ("EXEC",)])
+        done = self._pipe.run([*commands, ("EXEC",)])[-1]
 
-        # Another worker was at it: the next look finds what it left.
-        return (deliveries, given_up) if answers[-1] is not None else ([], [])
+        if isinstance(done, Exception):
+            raise done
+
+        if done is None:
+            # Another worker was at it: the next look finds what it left.
+            return [], [], True
+
+        return deliveries, given_up, len(members) >= most
 
     def renew(self, delivery: Delivery) -> bool:
         """Keep a retry that is being tried; whether it still is there.
@@ -125,7 +137,7 @@ class RetryLine:
 
         try:
             record = RetryRecord.unpacked(member)
-            event = self._codec.decode(record.event, via="stream")
+            event = self._event(name, record)
         except (BadRecordError, DecodeError) as error:
             given_up.append(self._bad(name, member, error))
             return []
@@ -148,6 +160,14 @@ class RetryLine:
         deliveries.append(delivery)
         return [("ZREM", key, member), ("ZADD", key, self._lease_until(), delivery.member)]
 
+    def _event(self, name: str, record: RetryRecord) -> Event:
+        event = self._codec.decode(record.event, via="stream")
+
+        if event.name != name:
+            raise BadRecordError(f"its event is one of {event.name!r}")
+
+        return event
+
     def _postpone(
         self,
         name: str,
@@ -158,7 +178,7 @@ class RetryLine:
         given_up: list[Outcome],
     ) -> list[Command]:
         """Leave it to a worker that has its receiver, as long as there may be one."""
-        if time.time() - record.last / 1000 > GONE_AFTER:
+        if abs(time.time() - record.last / 1000) > GONE_AFTER:
             delivery = self._delivery(name, subscription, record, member, event)
             words = (
                 f"No worker of {self._config.service!r} has the receiver {record.receiver!r} any "

@@ -1,0 +1,484 @@
+"""Whatever stands in a stream, or beside it, ends in the dead letters or in a clear error."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import msgpack
+import pytest
+from servers import RedisServer
+from stream_store import StreamStore
+from test_bad_input import BAD, packed
+from waiting import wait_until
+
+from flask_eventbus import Bus, current_event, duplicates, keeper, retries, settler
+from flask_eventbus.codec import Codec
+from flask_eventbus.records import DeadLetter, RetryRecord
+
+Make = Callable[..., Bus]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A receiver that failed is tried again after a tenth of a second."""
+    monkeypatch.setattr(retries, "FIRST", 0.1)
+    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(settler, "TELL_AGAIN", 0.2)
+
+
+@pytest.fixture
+def store(shared_redis: RedisServer) -> StreamStore:
+    """Streams under a prefix of this test's own."""
+    return StreamStore(shared_redis)
+
+
+@pytest.fixture
+def service(store: StreamStore, make_bus: Make) -> Bus:
+    """A service that is about to listen."""
+    return make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1)
+
+
+@pytest.fixture
+def heard(service: Bus) -> list[Any]:
+    """What it hears of ``tick``."""
+    return hear(service)
+
+
+def hear(bus: Bus, name: str = "tick") -> list[Any]:
+    """Listen to a stream, and return the list that its numbers go to."""
+    heard: list[Any] = []
+
+    @bus.on(name, via="stream", start="earliest")
+    def receive(sender: str, n: Any) -> None:
+        heard.append(n)
+
+    bus.start()
+    assert bus.ready(10)
+    return heard
+
+
+def letters(store: StreamStore, name: str = "tick") -> list[DeadLetter]:
+    """The dead letters of a signal, as they read."""
+    key = store.keys.dead(name, "mailer")
+    return [DeadLetter.from_fields(fields) for _, fields in store.client.xrange(key)]
+
+
+def is_settled(store: StreamStore, name: str = "tick") -> bool:
+    """Whether nothing is unread or pending."""
+    [group] = store.client.xinfo_groups(store.keys.stream(name))
+    last = store.client.xinfo_stream(store.keys.stream(name))["last-generated-id"]
+    return group["pending"] == 0 and group["last-delivered-id"] == last
+
+
+def goes_on(store: StreamStore, heard: list[Any], number: int = 42) -> None:
+    """The next event arrives, and nothing is left behind."""
+    store.add("tick", n=number)
+    wait_until(lambda: number in heard, what="the next event arrives")
+    wait_until(lambda: is_settled(store), what="everything is acknowledged")
+
+
+# -- entries ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", sorted(BAD))
+def test_bytes_that_are_no_event_are_dead_letters_as_they_came(
+    store: StreamStore, service: Bus, heard: list[Any], reason: str
+) -> None:
+    entries = [store.add_fields("tick", {b"event": body}) for body in BAD[reason]]
+
+    goes_on(store, heard)
+    assert heard == [42]
+    found = letters(store)
+    assert [letter.entry for letter in found] == entries
+    assert [letter.fields for letter in found] == [{b"event": body} for body in BAD[reason]]
+    assert {letter.reason for letter in found} == {"undecodable"}
+    assert all(letter.error.startswith(f"{reason}: ") for letter in found)
+    assert service.health().counts["rejected"] == len(entries)
+
+
+FOREIGN = {
+    "no field of ours": {b"temperature": b"21.5", b"unit": b"C"},
+    "our field in capitals": {b"EVENT": b"x"},
+    "an empty name": {b"": b""},
+    "our own names": {b"reason": b"hi", b"error": b"no", b"id": b"7", b"traceback": b"x" * 9_000},
+    "our mark": {b"entry.event": b"a", b"entry.": b"b", b"entry.reason": b"c"},
+    "bytes that are no text": {b"\xff\xfe\x00": b"\xff\x00", b"a\r\nb": b"$-1\r\n"},
+    "a terminal's language": {b"\x1b[2J\x1b]0;x\x07": b"\x1b[31m"},
+    "ours and others": {b"event": b"junk", b"entry": b"1-1", b"payload": b"{"},
+    "very many": {b"f%d" % number: b"x" for number in range(5_000)},
+    "very long": {b"f" * 100_000: b"x" * 3_000_000},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_entries_are_dead_letters_with_all_their_fields(
+    store: StreamStore, heard: list[Any], kind: str
+) -> None:
+    entry = store.add_fields("tick", FOREIGN[kind])
+
+    goes_on(store, heard)
+    [letter] = letters(store)
+    assert (letter.reason, letter.entry) == ("undecodable", entry)
+    assert letter.fields == FOREIGN[kind]
+
+
+def test_an_event_of_the_future_is_kept_and_what_it_says_stays_readable(
+    store: StreamStore, heard: list[Any]
+) -> None:
+    body = packed(specversion="2.0", data={"n": 1}, novelty=True)
+    store.add_fields("tick", {b"event": body, b"hint": b"signed"})
+
+    goes_on(store, heard)
+    [letter] = letters(store)
+    assert letter.error.startswith("version: ")
+    assert "2.0" in letter.error
+    assert letter.fields == {b"event": body, b"hint": b"signed"}
+
+
+def test_unknown_attributes_and_fields_beside_the_event_are_left_aside(
+    store: StreamStore, heard: list[Any]
+) -> None:
+    store.add_fields("tick", {b"event": packed(novelty=[1], data={"n": 7}), b"signature": b"x"})
+
+    goes_on(store, heard)
+    assert heard == [7, 42]
+    assert letters(store) == []
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [0, -1_000_000_000, 253_402_300_799],
+    ids=["1970", "before 1970", "the last second of 9999"],
+)
+def test_an_event_of_any_time_is_handled(store: StreamStore, heard: list[Any], moment: int) -> None:
+    body = packed(time=msgpack.Timestamp(moment, 0), data={"n": 7})
+    store.add_fields("tick", {b"event": body})
+
+    goes_on(store, heard)
+    assert heard == [7, 42]
+
+
+def test_a_flood_of_foreign_entries_is_logged_ten_times_a_minute(
+    store: StreamStore, heard: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(50):
+        store.add_fields("tick", {b"a": b"b"})
+
+    goes_on(store, heard)
+    assert len(letters(store)) == 50
+    assert caplog.text.count("is rejected (missing_attribute)") == 10
+
+
+def test_entries_with_ids_of_the_far_future_are_handled_and_so_is_what_follows(
+    store: StreamStore, heard: list[Any]
+) -> None:
+    store.add("tick", n=1)
+    late = packed(id="foreign-9", data={"n": 2})
+    store.add_fields("tick", {b"event": late}, id="18446744073709551615-18446744073709551000")
+
+    # Redis counts on from there: its clock does not matter any more.
+    goes_on(store, heard)
+    assert heard == [1, 2, 42]
+    assert letters(store) == []
+
+
+# -- what a person sees -------------------------------------------------------------------
+
+
+def test_a_dead_letter_is_readable_with_redis_cli(
+    store: StreamStore, service: Bus, shared_redis: RedisServer
+) -> None:
+    @service.on("tick", via="stream", start="earliest", retries=0)
+    def send_welcome(sender: str, email: str) -> None:
+        raise ConnectionError("the mail server is away")
+
+    service.start()
+    assert service.ready(10)
+    entry, event = store.add("tick", email="ada@example.com")
+    wait_until(lambda: letters(store), what="it is given up")
+
+    said = redis_cli(shared_redis, "XRANGE", store.keys.dead("tick", "mailer"), "-", "+")
+
+    lines = said.splitlines()
+    assert lines[lines.index("reason") + 1] == "retries"
+    assert lines[lines.index("receiver") + 1].endswith("send_welcome")
+    assert lines[lines.index("error") + 1] == "ConnectionError: the mail server is away"
+    assert lines[lines.index("attempts") + 1] == "1"
+    assert lines[lines.index("entry") + 1] == entry
+    assert lines[lines.index("id") + 1] == event.id
+    assert lines[lines.index("source") + 1] == "accounts"
+    assert lines[lines.index("payload") + 1] == '{"email": "ada@example.com"}'
+    assert "raise ConnectionError" in said
+    assert lines[lines.index("first_failed") + 1].startswith(time.strftime("%Y-"))
+
+
+def redis_cli(server: RedisServer, *command: str) -> str:
+    """What ``redis-cli`` shows where its output is no terminal."""
+    done = subprocess.run(
+        ["redis-cli", "-p", str(server.port), *command], capture_output=True, check=True
+    )
+    return done.stdout.decode(errors="replace")
+
+
+# -- what is tried again ------------------------------------------------------------------
+
+
+def record_of(store: StreamStore, receiver: str, **payload: Any) -> RetryRecord:
+    """A record of a receiver that failed once, a moment ago."""
+    now = int(time.time() * 1000)
+    return RetryRecord(
+        entry="1700000000000-0",
+        event=Codec().encode(store.event("tick", **payload)),
+        receiver=receiver,
+        attempts=1,
+        first=now,
+        last=now,
+        error="ConnectionError: away",
+    )
+
+
+EDITS: dict[str, Callable[[RetryRecord], bytes]] = {
+    "no msgpack": lambda record: b"\xc1 edited by hand",
+    "nothing": lambda record: b"",
+    "a list": lambda record: msgpack.packb([1, 2]),
+    "text attempts": lambda record: edited(record, attempts="three"),
+    "too many attempts": lambda record: edited(record, attempts=2**64 - 1),
+    "negative attempts": lambda record: edited(record, attempts=-(2**40)),
+    "a time past all calendars": lambda record: edited(record, first=10**18, last=10**18),
+    "a negative time": lambda record: edited(record, first=-(10**18), last=-(10**18)),
+    "no event": lambda record: edited(record, event=b"junk"),
+    "another signal's event": lambda record: edited(record, event=packed(type="tock")),
+    "a missing key": lambda record: edited(record, receiver=...),
+    "a list for a name": lambda record: edited(record, receiver=["a"]),
+    "no text": lambda record: record.packed().replace(b"away", b"\xff\xff\xff\xff"),
+}
+
+
+def edited(record: RetryRecord, **changes: Any) -> bytes:
+    values = {name: getattr(record, name) for name in record.__slots__}
+    changed = {name: found for name, found in {**values, **changes}.items() if found is not ...}
+    body: bytes = msgpack.packb(changed)
+    return body
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_record_of_a_retry_that_somebody_edited_is_a_dead_letter_and_the_others_go_on(
+    store: StreamStore, service: Bus, heard: list[Any], edit: str
+) -> None:
+    receiver = receiver_name(heard, service, store)
+    member = EDITS[edit](record_of(store, receiver, n="edited"))
+    key = store.keys.retry("tick", "mailer")
+    store.client.zadd(key, {member: 0})
+    store.client.zadd(key, {record_of(store, receiver, n="good").packed(): 1})
+
+    wait_until(lambda: "good" in heard, what="the good one is tried again")
+    wait_until(lambda: not store.client.zcard(key), what="nothing is left to be tried again")
+    [letter] = letters(store)
+    assert "edited" not in heard
+    assert letter.reason == "undecodable"
+    assert letter.fields == {b"record": member}
+    assert letter.error.startswith("A record of a retry does not read: ")
+    goes_on(store, heard)
+
+
+def receiver_name(heard: list[Any], service: Bus, store: StreamStore) -> str:
+    """What the receiver of ``tick`` is known by."""
+    return f"{__name__}.hear.<locals>.receive"
+
+
+@pytest.mark.parametrize("score", ["-inf", "1e300", "+inf"])
+def test_a_time_that_somebody_edited_harms_no_other_retry(
+    store: StreamStore, service: Bus, heard: list[Any], score: str
+) -> None:
+    receiver = receiver_name(heard, service, store)
+    key = store.keys.retry("tick", "mailer")
+    store.client.zadd(key, {record_of(store, receiver, n="edited").packed(): score})
+    store.client.zadd(key, {record_of(store, receiver, n="good").packed(): 1})
+
+    wait_until(lambda: "good" in heard, what="the good one is tried again")
+    goes_on(store, heard)
+    assert ("edited" in heard) == (score == "-inf")
+
+
+# -- keys that hold something else --------------------------------------------------------
+
+
+def test_a_key_that_is_no_stream_is_told_and_the_other_streams_are_read(
+    store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.client.set(store.keys.stream("tock"), "a string")
+    service.on("tock", via="stream")(lambda sender, **payload: None)
+    heard: list[int] = []
+    service.on("tick", via="stream", start="earliest")(lambda sender, n: heard.append(n))
+    service.start()
+    assert not service.ready(10)
+
+    goes_on(store, heard)
+    refused = service.health().refused
+    assert set(refused) == {"tock"}
+    assert "WRONGTYPE" in refused["tock"]
+    assert "Redis refuses to let 'mailer' read the stream of 'tock'" in caplog.text
+    assert not service.health().connected
+
+
+def test_a_line_of_retries_that_is_none_stops_no_other_signal(
+    store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.client.set(store.keys.retry("tack", "mailer"), "a string")
+    service.on("tack", via="stream")(lambda sender, **payload: None)
+    tries: list[int] = []
+
+    @service.on("tick", via="stream", start="earliest")
+    def fail_once(sender: str, n: int) -> None:
+        tries.append(current_event.attempt)
+
+        if current_event.attempt == 1:
+            raise ValueError
+
+    service.start()
+    assert service.ready(10)
+    store.add("tick", n=1)
+
+    wait_until(lambda: tries == [1, 2], what="the receiver of the other signal is tried again")
+    assert "'tack'" in caplog.text
+    assert "WRONGTYPE" in caplog.text
+
+
+@pytest.mark.parametrize("outcome", ["retry", "dead"])
+def test_what_became_of_an_event_is_told_again_until_it_can_be_kept(
+    store: StreamStore, service: Bus, outcome: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = {
+        "retry": store.keys.retry("tick", "mailer"),
+        "dead": store.keys.dead("tick", "mailer"),
+    }[outcome]
+    tries: list[int] = []
+
+    @service.on("tick", via="stream", start="earliest", retries=0 if outcome == "dead" else 5)
+    def fail(sender: str, n: int) -> None:
+        tries.append(n)
+
+        if store.client.type(wrong) == b"string":
+            raise ValueError
+
+    store.client.set(wrong, "a string")
+    service.start()
+    assert service.ready(10)
+    store.add("tick", n=1)
+    wait_until(lambda: "Redis refuses to take what became of" in caplog.text)
+    assert "WRONGTYPE" in caplog.text
+
+    store.client.delete(wrong)
+    wait_until(
+        lambda: len(tries) == 2 if outcome == "retry" else letters(store), what="it is told again"
+    )
+    assert is_settled(store)
+
+
+def test_a_retry_whose_outcome_cannot_be_kept_is_not_lost(store: StreamStore, service: Bus) -> None:
+    dead = store.keys.dead("tick", "mailer")
+    tries: list[int] = []
+
+    @service.on("tick", via="stream", start="earliest", retries=1)
+    def fail(sender: str, n: int) -> None:
+        tries.append(current_event.attempt)
+        raise ValueError
+
+    store.client.set(dead, "a string")
+    service.start()
+    assert service.ready(10)
+    store.add("tick", n=1)
+    wait_until(lambda: len(tries) == 2, what="the last attempt fails")
+    wait_until(lambda: service.health().counts.get("unsettled"), what="Redis refused it")
+
+    store.client.delete(dead)
+    wait_until(lambda: letters(store), what="it is a dead letter in the end")
+    assert not store.client.zcard(store.keys.retry("tick", "mailer"))
+
+
+def test_ids_that_cannot_be_noted_do_not_stop_events(
+    store: StreamStore, heard: list[Any], service: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    window = int(time.time() // 600)
+
+    for number in (window, window + 1):
+        store.client.set(store.keys.seen("tick", "mailer", number), "a string")
+
+    goes_on(store, heard)
+    assert "Redis does not note which events came" in caplog.text
+
+
+def test_ids_that_could_not_be_noted_once_are_noted_again_later(
+    store: StreamStore, heard: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "ASK_AGAIN", 0.0)
+    window = int(time.time() // 600)
+    keys = [store.keys.seen("tick", "mailer", number) for number in (window, window + 1)]
+
+    for key in keys:
+        store.client.set(key, "a string")
+
+    goes_on(store, heard, 1)
+    store.client.delete(*keys)
+    body = Codec().encode(store.event("tick", n=2))
+    store.add_fields("tick", {b"event": body})
+    store.add_fields("tick", {b"event": body})
+
+    goes_on(store, heard, 3)
+    assert heard == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"\xff\xfe", b"a b", b"x}:y", b"", b"n" * 5_000, b"\x1b[2J", b"ti\nck"],
+    ids=["no text", "a space", "a brace", "empty", "too long", "an escape", "a new line"],
+)
+def test_a_name_that_no_signal_can_have_is_no_stream_for_a_pattern(
+    store: StreamStore, service: Bus, name: bytes
+) -> None:
+    store.client.sadd(store.keys.names, name)
+    heard = hear(service, "*")
+
+    goes_on(store, heard)
+    keys = list(store.client.scan_iter(match=f"{store.prefix}:*:stream"))
+    assert keys == [store.keys.stream("tick").encode()]
+
+
+def test_a_set_of_names_that_is_none_is_told(
+    store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.client.set(store.keys.names, "a string")
+    named = hear(service)
+    patterns: list[Any] = []
+    service.on("ta*", via="stream")(lambda sender, n: patterns.append(n))
+
+    wait_until(lambda: "WRONGTYPE" in caplog.text, what="it is told")
+    body = Codec().encode(store.event("tick", n=1))
+    store.client.xadd(store.keys.stream("tick"), {b"event": body})
+    wait_until(lambda: named == [1], what="what is subscribed by name is heard")
+
+
+def test_a_pattern_whose_beginning_somebody_edited_is_heard_from_now_on(
+    store: StreamStore, service: Bus
+) -> None:
+    store.client.hset(store.keys.since("mailer"), "t*", "yesterday")
+    heard = hear(service, "t*")
+
+    store.add("tick", n=1)
+    wait_until(lambda: heard == [1], what="the event arrives")
+
+
+def test_two_records_of_one_retry_are_both_tried(
+    store: StreamStore, service: Bus, heard: list[Any]
+) -> None:
+    receiver = receiver_name(heard, service, store)
+    record = record_of(store, receiver, n="once")
+    key = store.keys.retry("tick", "mailer")
+    store.client.zadd(key, {record.packed(): 1, replace(record, attempts=2).packed(): 1})
+
+    wait_until(lambda: heard == ["once", "once"], what="both are tried")
+    wait_until(lambda: not store.client.zcard(key), what="nothing is left")
