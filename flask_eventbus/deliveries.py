@@ -51,8 +51,10 @@ class Hand:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._deliveries: dict[tuple[str, str, str], Delivery] = {}
+        #: How many were not begun yet.
+        self._waiting = 0
         #: When something was begun, or was there to begin with, by the monotonic clock.
-        self.moved = 0.0
+        self._moved = 0.0
 
     def __len__(self) -> int:
         return len(self._deliveries)
@@ -60,10 +62,18 @@ class Hand:
     def take(self, deliveries: Iterable[Delivery]) -> None:
         """Note what was read."""
         with self._lock:
-            if not self._deliveries:
-                self.moved = time.monotonic()
+            if not self._waiting:
+                self._moved = time.monotonic()
 
-            self._deliveries.update((delivery.identity, delivery) for delivery in deliveries)
+            for delivery in deliveries:
+                before = self._deliveries.get(delivery.identity)
+                self._waiting += before is None or before.started
+                self._deliveries[delivery.identity] = delivery
+
+    @property
+    def still(self) -> float:
+        """For how many seconds something waits to be begun, and nothing was; 0 if nothing waits."""
+        return time.monotonic() - self._moved if self._waiting else 0.0
 
     def begin(self, delivery: Delivery) -> bool:
         """Note that the receivers of a delivery begin; not if it is no more this process's."""
@@ -74,7 +84,8 @@ class Hand:
                 return False
 
             delivery.started = True
-            self.moved = now
+            self._waiting -= 1
+            self._moved = now
             return True
 
     def give_away(self) -> list[Delivery]:
@@ -85,7 +96,7 @@ class Hand:
 
             for delivery in waiting:
                 delivery.lease = 0.0
-                del self._deliveries[delivery.identity]
+                self._forget(delivery)
 
             return waiting
 
@@ -93,7 +104,13 @@ class Hand:
         """Forget what is settled, or no more this process's."""
         with self._lock:
             for delivery in deliveries:
-                self._deliveries.pop(delivery.identity, None)
+                self._forget(delivery)
+
+    def _forget(self, delivery: Delivery) -> None:
+        # Another of the same entry may have come since.
+        if self._deliveries.get(delivery.identity) is delivery:
+            del self._deliveries[delivery.identity]
+            self._waiting -= not delivery.started
 
     def first_attempts(self, name: str) -> list[Delivery]:
         """What is in hand of a stream, retries left out."""

@@ -16,7 +16,7 @@ from .config import Config
 from .connections import OUTAGE
 from .counters import BoundedLog, Counters
 from .deliveries import Delivery, Hand
-from .group import RELEASED, Group, GroupGoneError, Pending
+from .group import LONG_IDLE, RELEASED, Group, GroupGoneError, Pending
 from .lineup import Lineup
 from .logs import get_logger
 from .retry_line import RetryLine
@@ -27,8 +27,19 @@ from .trims import Trims
 
 logger = get_logger(__name__)
 
+#: Entries that were handed back and are taken at once, before what is newer is read.
+MOST_BACK = 100_000
+
 #: Seconds between looks for what others handed back, or left to be tried again.
 RELEASED_AGAIN = 5.0
+
+#: Seconds between looks at what this process has in hand, while it has something.
+ATTEND = 0.05
+
+#: Seconds without a receiver that begins, though events wait, after which nothing more is read;
+#: and those after which other workers get what waits: by then a read under way has ended.
+LONG = 1.0
+TOO_LONG = 2.5
 
 #: Seconds after which a consumer that has nothing pending is taken for one that is gone.
 IDLE_CONSUMER = 600.0
@@ -83,8 +94,12 @@ class Keeper:
         self._thread: threading.Thread | None = None
         #: When each duty is due, by the monotonic clock.
         self._renew_at = self._claim_at = self._released_at = self._consumers_at = 0.0
-        #: Streams of which more is to be claimed as soon as there is room.
+        #: Whether more is to be claimed as soon as there is room; the streams with more retries.
         self._more = False
+        self._more_retries: set[str] = set()
+        self._attending = False
+        #: The streams of which something was given away; whoever reads takes it back first.
+        self._given_away: set[str] = set()
 
     @property
     def is_own_thread(self) -> bool:
@@ -130,6 +145,29 @@ class Keeper:
             self._claim_at = self._released_at = 0.0
             self._changed.notify_all()
 
+    def attend(self) -> None:
+        """Look often at what is in hand, until there is nothing any more."""
+        if self._attending:
+            return
+
+        with self._changed:
+            self._attending = True
+            self._changed.notify_all()
+
+    def take_back(self, names: Mapping[str, Subscription]) -> None:
+        """Take what others, or this process itself, handed back of streams, all of it.
+
+        What is read afterwards is newer: so it is for the thread that reads, which may call this.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MOST_BACK)
+
+    def given_away(self) -> set[str]:
+        """The streams of which something was given away since this was last asked for."""
+        found, self._given_away = self._given_away, set()
+        return found
+
     # -- the keeping thread ---------------------------------------------------------------
 
     def _run(self) -> None:
@@ -159,9 +197,18 @@ class Keeper:
 
         times = [self._renew_at, self._claim_at, self._released_at, self._consumers_at]
         due = self._due[0][0] - clock if self._due else 60.0
-        soon = 0.05 if self._more or self._settler.is_due else 60.0
-        soon = min(soon, 1.0) if len(self._settler) else soon
-        return max(0.001, min(min(times) - now, due, soon))
+        return max(0.001, min(min(times) - now, due, self._soon))
+
+    @property
+    def _soon(self) -> float:
+        """Seconds until the next look, for the sake of what is under way."""
+        if self._attending or self._settler.is_due:
+            return ATTEND
+
+        if (self._more or self._more_retries) and self._lineup.room > 0:
+            return ATTEND
+
+        return 1.0 if self._more or self._more_retries or len(self._settler) else 60.0
 
     def _look_after(self, now: float) -> None:
         names = dict(self._names())
@@ -176,14 +223,19 @@ class Keeper:
         if self._draining:
             return
 
-        if now >= self._claim_at or self._more:
+        # First, so that what is taken in hand meanwhile is not overlooked.
+        self._attending = False
+        self._attending = bool(len(self._hand))
+        self._share()
+
+        if now >= self._claim_at or (self._more and self._lineup.room > 0):
             self._claim_at = now + self._config.claim_after / 2 * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
             self._more = False
             self._claim_all(names, idle=self._config.claim_after, consumer="")
 
         if now >= self._released_at:
             self._released_at = now + max(RELEASED_AGAIN, 2.0 * len(names))
-            self._claim_all(names, idle=0.0, consumer=RELEASED)
+            self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED)
             # Another worker's, or what a person put back.
             self._run_retries(names)
 
@@ -226,29 +278,57 @@ class Keeper:
             elif not delivery.started:
                 delivery.lease = 0.0
 
+    def _share(self) -> None:
+        """Let other workers have what waits here behind receivers that take long."""
+        still = self._hand.still
+
+        if still >= LONG and self._lineup.hold() and still >= TOO_LONG:
+            self._give_away(self._hand.give_away())
+
+    def _give_away(self, deliveries: Sequence[Delivery]) -> None:
+        by_name: dict[str, dict[str, int]] = {}
+
+        for delivery in deliveries:
+            by_name.setdefault(delivery.name, {})[delivery.entry] = delivery.begun or 0
+
+        for name, begun in by_name.items():
+            try:
+                with self._settler.turn:
+                    own = {found.id for found in self._group.own(name)}
+                    self._given_away.add(name)
+                    self._group.release(name, {id: begun[id] for id in begun if id in own})
+            except GroupGoneError as error:
+                logger.debug("Nothing of %r is given away: %s", name, error)
+
     # -- what others left -----------------------------------------------------------------
 
-    def _claim_all(self, names: Mapping[str, Subscription], *, idle: float, consumer: str) -> None:
+    def _claim_all(
+        self,
+        names: Mapping[str, Subscription],
+        *,
+        idle: float,
+        consumer: str,
+        room: int | None = None,
+    ) -> None:
         for name, subscription in names.items():
             try:
                 with self._settler.turn:
-                    self._claim(name, subscription, idle, consumer)
+                    most = max(0, self._lineup.room) if room is None else room
+                    self._claim(name, subscription, idle, consumer, most)
             except GroupGoneError as error:
                 # The reader makes it again.
                 logger.debug("Nothing is claimed of %r: %s", name, error)
             except redis.ResponseError as error:
                 self._refused(name, error)
 
-    def _claim(self, name: str, subscription: Subscription, idle: float, consumer: str) -> None:
-        pending = self._group.pending(name, idle=idle, consumer=consumer)
+    def _claim(
+        self, name: str, subscription: Subscription, idle: float, consumer: str, room: int
+    ) -> None:
+        # What is in hand is idle, too, where it could not be renewed in time.
+        most = room + len(self._hand) + 1
+        pending = self._group.pending(name, idle=idle, consumer=consumer, most=most)
         foreign = set(self._hand.without(name, [found.id for found in pending]))
         stale = [found for found in pending if found.id in foreign]
-        room = max(1, self._lineup.room)
-
-        if stale and self._lineup.room <= 0:
-            self._more = True
-            return
-
         self._more = self._more or len(stale) > room
         self._take_over(name, subscription, stale[:room], idle)
 
@@ -325,7 +405,7 @@ class Keeper:
     # -- retries --------------------------------------------------------------------------
 
     def _run_due(self, names: Mapping[str, Subscription]) -> None:
-        due: set[str] = set()
+        due, self._more_retries = self._more_retries, set()
 
         with self._changed:
             while self._due and self._due[0][0] <= time.time():
@@ -338,15 +418,18 @@ class Keeper:
             room = self._lineup.room
 
             if room <= 0:
-                self._more = True
-                return
+                self._more_retries.add(name)
+                continue
 
             try:
                 with self._settler.turn:
-                    deliveries, given_up = self._retries.take(name, subscription, most=room)
+                    deliveries, given_up, more = self._retries.take(name, subscription, most=room)
             except redis.ResponseError as error:
                 self._refused(name, error)
                 continue
+
+            if more:
+                self._more_retries.add(name)
 
             self._hand.take(deliveries)
             self._lineup.put(deliveries)

@@ -42,6 +42,9 @@ class Lineup:
         #: Seconds that one delivery lasts, about.
         self._pace = GUESS
         self._closed = False
+        #: How many threads are at it, and whether all of them have been for long.
+        self._busy = 0
+        self._held = False
 
     def __len__(self) -> int:
         return self._waiting + self._taken
@@ -49,6 +52,9 @@ class Lineup:
     @property
     def room(self) -> int:
         """How many more may be read: as much as is handled in :data:`AHEAD` seconds."""
+        if self._held:
+            return 0
+
         ahead = int(self._width * AHEAD / max(self._pace, 1e-9))
         return min(max(ahead, self._width), MOST_AHEAD) - self._waiting
 
@@ -88,18 +94,27 @@ class Lineup:
         picked = [line.popleft() for _ in range(min(most, len(line)))]
         self._waiting -= len(picked)
         self._taken += len(picked)
+        self._busy += bool(picked)
         return picked
 
     def done(self, count: int, seconds: float) -> None:
         """Tell that ``count`` which were picked are handled, and how long that took."""
         with self._rest:
             self._taken -= count
+            self._busy -= 1
             # Slow at once, fast by and by: a single slow one is a reason to read less.
             pace = seconds / count
             self._pace = max(pace, 0.7 * self._pace + 0.3 * pace)
+            self._held = False
 
             if self._is_inviting or not len(self):
                 self._rest.notify_all()
+
+    def hold(self) -> bool:
+        """If all threads are busy, let nothing be read until one is done; whether they are."""
+        with self._rest:
+            self._held = self._busy >= self._width
+            return self._held
 
     def clear(self) -> list[Delivery]:
         """Give up what waits, and return it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import redis
 
@@ -49,6 +49,9 @@ class StreamReader:
     """Reads streams in a thread of its own, and connects again whenever that ends.
 
     :param wanted: whether there still is what the events are for.
+    :param attend: told that there is something in hand.
+    :param take_back: takes what was handed back of streams, before what is newer is read.
+    :param given_away: the streams of which this process handed something back by itself.
     :param lost: told when Redis is lost, with the error.
     :param found: told when every stream can be read.
     :param ended: told when nothing is read any more, though nobody said to stop.
@@ -69,6 +72,9 @@ class StreamReader:
         counters: Counters,
         node: str,
         wanted: Callable[[], bool],
+        attend: Callable[[], None],
+        take_back: Callable[[Mapping[str, Subscription]], None],
+        given_away: Callable[[], set[str]],
         lost: Callable[[Exception], None],
         found: Callable[[], None],
         ended: Callable[[], None],
@@ -85,6 +91,9 @@ class StreamReader:
         self._counters = counters
         self._node = node
         self._wanted = wanted
+        self._attend = attend
+        self._take_back = take_back
+        self._given_away = given_away
         self._lost = lost
         self._found = found
         self._ended = ended
@@ -202,6 +211,7 @@ class StreamReader:
 
         try:
             self._trims.look(names)
+            self._take_back_given_away(names)
             entries = self._group.read(list(names), count=count, block=self._block)
         except GroupGoneError as error:
             self._rejoin(error)
@@ -218,12 +228,19 @@ class StreamReader:
         else:
             self._trims.busy = False
 
+    def _take_back_given_away(self, names: Mapping[str, Subscription]) -> None:
+        given_away = self._given_away()
+
+        if given_away:
+            self._take_back({name: names[name] for name in given_away if name in names})
+
     def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
         found = self._intake.sort(list(entries), names)
         known = set(self._duplicates.find(found.deliveries))
         fresh = [delivery for delivery in found.deliveries if delivery not in known]
         self._counters.add("received", len(fresh))
         self._hand.take(fresh)
+        self._attend()
         self._lineup.put(fresh)
 
         if known:
@@ -264,7 +281,9 @@ class StreamReader:
                 joined[name] = wanted[name]
                 self._told.pop(name, None)
                 self._known.add(name)
+                # All of this is older than what is read then.
                 self._recover(name, wanted[name])
+                self._take_back({name: wanted[name]})
             else:
                 self._refuse(name, wanted[name], refusal)
 
@@ -281,6 +300,11 @@ class StreamReader:
 
     def _recover(self, name: str, subscription: Subscription) -> None:
         """Take up what Redis gave this consumer in an answer that never arrived."""
+        # With the turn, so that nothing is settled or taken over between two looks.
+        with self._settler.turn:
+            self._recover_lost(name, subscription)
+
+    def _recover_lost(self, name: str, subscription: Subscription) -> None:
         lost = self._hand.without(name, [found.id for found in self._group.own(name)])
 
         for start in range(0, len(lost), COUNT):

@@ -1,0 +1,392 @@
+"""Workers of a service share its streams: real processes that start, end, and are killed."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers import RedisServer
+from waiting import wait_until
+from workers import COUNTING, Workers
+
+
+@pytest.fixture
+def workers(tmp_path: Path, shared_redis: RedisServer) -> Iterator[Workers]:
+    """A service without a process yet."""
+    service = Workers(tmp_path, shared_redis)
+    service.set_up()
+    yield service
+    service.finish()
+
+
+def once(count: int) -> Counter[int]:
+    """What was done, if everything was done once."""
+    return Counter(range(count))
+
+
+# -- where a group begins -----------------------------------------------------------------
+
+
+def test_a_restart_does_not_skip_the_backlog(workers: Workers) -> None:
+    program = workers.worker()
+    workers.send(0, 1, 2)
+    workers.wait_until_settled()
+    program.tell(signal.SIGTERM)
+    assert program.end() == 0
+
+    workers.send(3, 4, 5)
+    workers.worker()
+
+    workers.wait_until_settled()
+    assert workers.done() == once(6)
+
+
+def test_a_second_worker_that_starts_does_not_move_the_group(workers: Workers) -> None:
+    workers.worker("""
+@bus.on("work")
+def hold(sender, n):
+    wait_until_released("RELEASE")
+    report("done", n=n)
+""")
+    workers.send(*range(50))
+    workers.worker()
+    workers.release.touch()
+
+    workers.wait_until_settled()
+    assert workers.done() == once(50)
+
+
+@pytest.mark.parametrize(
+    ("start", "heard"), [("'new'", [2]), ("'earliest'", [0, 1, 2]), ("MIDDLE", [1, 2])]
+)
+def test_a_new_group_starts_where_start_says(
+    workers: Workers, start: str, heard: list[int]
+) -> None:
+    workers.send(0)
+    middle = workers.redis.xinfo_stream(workers.stream)["last-generated-id"].decode()
+    workers.send(1)
+
+    workers.worker(COUNTING.replace("echo=True", f"start={start.replace('MIDDLE', repr(middle))}"))
+    workers.send(2)
+
+    workers.wait_until_settled()
+    assert sorted(workers.done()) == heard
+
+
+def test_start_is_ignored_where_the_group_is_there(workers: Workers) -> None:
+    program = workers.worker()
+    workers.send(0)
+    workers.wait_until_settled()
+    program.tell(signal.SIGTERM)
+    program.end()
+
+    workers.worker(COUNTING.replace("echo=True", "start='earliest'"))
+    workers.send(1)
+
+    workers.wait_until_settled()
+    assert workers.done() == once(2)
+
+
+def test_several_that_start_at_once_all_run(workers: Workers) -> None:
+    programs = [workers.work() for _ in range(4)]
+
+    for program in programs:
+        workers.wait_for("ready", pid=program.pid)
+
+    workers.send(*range(20))
+    workers.wait_until_settled()
+    assert workers.done() == once(20)
+
+
+# -- each service once --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_workers_of_a_service_handle_every_event_once(workers: Workers, count: int) -> None:
+    programs = [workers.work() for _ in range(count)]
+
+    for program in programs:
+        workers.wait_for("ready", pid=program.pid)
+
+    workers.send(*range(2_000))
+
+    workers.wait_until_settled()
+    assert workers.done() == once(2_000)
+    assert len({line["pid"] for line in workers.reports("done")}) > 1
+
+
+def test_two_services_hear_every_event_once_each(workers: Workers) -> None:
+    workers.worker()
+    workers.worker()
+    other = COUNTING.replace('"done"', '"other"')
+    workers.worker(other, EVENTBUS_SERVICE="other")
+    workers.worker(other, EVENTBUS_SERVICE="other")
+
+    workers.send(*range(500))
+
+    workers.wait_until_settled()
+    workers.wait_until_settled("other")
+    assert workers.done() == workers.done("other") == once(500)
+
+
+def test_a_worker_that_is_free_gets_what_one_that_is_busy_would_have_to_wait_for(
+    workers: Workers,
+) -> None:
+    busy = """
+@bus.on("work")
+def hold(sender, n):
+    report("begun", n=n)
+    wait_until_released("RELEASE")
+    report("done", n=n)
+"""
+    workers.worker(busy)
+    workers.send(0)
+    workers.wait_for("begun", 1)
+    workers.worker(busy)
+
+    workers.send(1)
+
+    workers.wait_for("begun", 2)
+    workers.release.touch()
+    workers.wait_until_settled()
+    assert len({line["pid"] for line in workers.reports("done")}) == 2
+
+
+def test_two_slow_events_at_once_are_shared_by_two_workers(workers: Workers) -> None:
+    busy = """
+@bus.on("work")
+def hold(sender, n):
+    report("begun", n=n)
+    wait_until_released("RELEASE")
+"""
+    workers.worker(busy)
+    workers.worker(busy)
+
+    workers.send(0, 1)
+
+    workers.wait_for("begun", 2)
+    assert len({line["pid"] for line in workers.reports("begun")}) == 2
+    workers.release.touch()
+
+
+# -- workers that are killed --------------------------------------------------------------
+
+HOLDING = """
+@bus.on("work")
+def hold(sender, n):
+    report("begun", n=n, attempt=current_event.attempt)
+    wait_until_released("RELEASE")
+    report("done", n=n, attempt=current_event.attempt)
+"""
+
+
+def test_what_a_killed_worker_had_in_hand_is_taken_over_within_the_claim_time(
+    workers: Workers,
+) -> None:
+    victim = workers.worker(HOLDING)
+    workers.send(*range(10))
+    workers.wait_for("begun")
+    workers.worker(COUNTING)
+
+    victim.kill()
+    killed = time.monotonic()
+    workers.wait_until_settled()
+
+    # A claim time, and half of one until a look; the rest is this machine's.
+    assert time.monotonic() - killed < 5
+    assert workers.done() == once(10)
+    assert [line["attempt"] for line in workers.reports("done", n=0)] == [2]
+
+
+def test_workers_that_are_killed_one_after_the_other_lose_nothing(workers: Workers) -> None:
+    slow = """
+@bus.on("work")
+def count(sender, n):
+    report("begun", n=n)
+    time.sleep(0.005)
+    report("done", n=n)
+"""
+    victims = [workers.worker(slow) for _ in range(3)]
+    workers.send(*range(600))
+
+    for number, victim in enumerate(victims):
+        workers.wait_for("begun", 60 * (number + 1))
+        victim.kill()
+        workers.work(slow)
+
+    workers.wait_until_settled(timeout=40)
+    done = workers.done()
+    assert sorted(done) == list(range(600))
+    # What was settled was not done again: of each victim what it did in its last moments.
+    assert sum(done.values()) - 600 <= 3 * 10
+
+
+def test_what_was_done_before_a_long_receiver_began_is_not_done_again(workers: Workers) -> None:
+    mixed = """
+@bus.on("work")
+def count(sender, n):
+    report("begun", n=n, attempt=current_event.attempt)
+
+    if n == 5 and current_event.attempt == 1:
+        wait_until_released("RELEASE")
+
+    report("done", n=n)
+"""
+    victim = workers.worker(mixed)
+    workers.send(*range(10))
+    workers.wait_for("begun", n=5)
+
+    wait_until(lambda: workers.group()["pending"] <= 5, what="what is done is acknowledged")
+    victim.kill()
+    workers.worker(mixed)
+
+    workers.wait_until_settled()
+    assert workers.done() == once(10)
+
+
+def test_an_event_that_kills_its_worker_each_time_becomes_a_dead_letter(
+    workers: Workers,
+) -> None:
+    deadly = """
+@bus.on("work")
+def count(sender, n):
+    report("begun", n=n, attempt=current_event.attempt)
+
+    if n == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    report("done", n=n)
+"""
+    settings = {"EVENTBUS_RETRIES": "2", "EVENTBUS_CLAIM_AFTER": "0.5"}
+    workers.send(*range(8))
+    program = workers.work(deadly.replace('"work"', '"work", start="earliest"'), **settings)
+    starts = 1
+
+    while not workers.letters():
+        wait_until(
+            lambda p=program: p.process.poll() is not None or workers.letters(),  # type: ignore[misc]
+            timeout=20,
+            what="the worker dies, or the event is a dead letter",
+        )
+
+        if not workers.letters():
+            program.kill()
+            program = workers.work(deadly, **settings)
+            starts += 1
+
+    workers.wait_until_settled()
+    letter, attempts = workers.letters()[0], [e["attempt"] for e in workers.reports("begun", n=3)]
+    assert attempts == [1, 2, 3]
+    assert (letter["reason"], letter["attempts"], letter["receiver"]) == (b"killed", b"3", b"")
+    assert sorted(workers.done()) == [0, 1, 2, 4, 5, 6, 7]
+    assert starts == 4
+    assert program.process.poll() is None
+
+
+def test_a_retry_that_kills_its_worker_each_time_becomes_a_dead_letter(workers: Workers) -> None:
+    deadly = """
+@bus.on("work", retries=2)
+def count(sender, n):
+    report("begun", n=n, attempt=current_event.attempt)
+
+    if current_event.attempt > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    raise Retry(after=0)
+
+@bus.on("work")
+def other(sender, n):
+    report("done", n=n)
+"""
+    program = workers.worker(deadly, EVENTBUS_CLAIM_AFTER="0.5")
+    workers.send(0)
+
+    for _ in range(2):
+        wait_until(lambda p=program: p.process.poll() is not None, timeout=20, what="it dies")  # type: ignore[misc]
+        program.kill()
+        program = workers.work(deadly, EVENTBUS_CLAIM_AFTER="0.5")
+
+    wait_until(workers.letters, timeout=20, what="it is a dead letter")
+    workers.wait_until_settled()
+    assert [line["attempt"] for line in workers.reports("begun")] == [1, 2, 3]
+    assert workers.done() == once(1)
+    letter = workers.letters()[0]
+    assert (letter["reason"], letter["attempts"]) == (b"killed", b"3")
+    assert letter["receiver"] == b"__main__.count"
+
+
+# -- slow receivers, many entries ---------------------------------------------------------
+
+
+def test_a_receiver_slower_than_the_claim_time_runs_once(workers: Workers) -> None:
+    slow = """
+@bus.on("work")
+def count(sender, n):
+    report("begun", n=n)
+    time.sleep(2.0)
+    report("done", n=n)
+"""
+    workers.worker(slow, EVENTBUS_CLAIM_AFTER="0.5")
+    workers.worker(COUNTING.replace('"done"', '"stolen"'), EVENTBUS_CLAIM_AFTER="0.5")
+    workers.send(*range(4))
+
+    workers.wait_until_settled()
+    done = workers.done() + workers.done("stolen")
+    assert done == once(4)
+    assert workers.done("begun") == workers.done()
+
+
+def test_a_retry_slower_than_the_claim_time_runs_once(workers: Workers) -> None:
+    slow = """
+@bus.on("work")
+def count(sender, n):
+    report("begun", n=n)
+
+    if current_event.attempt == 1:
+        raise Retry(after=0)
+
+    time.sleep(2.0)
+    report("done", n=n)
+"""
+    workers.worker(slow, EVENTBUS_CLAIM_AFTER="0.5")
+    workers.worker(slow, EVENTBUS_CLAIM_AFTER="0.5")
+    workers.send(0)
+
+    workers.wait_until_settled()
+    assert workers.done() == once(1)
+    assert workers.done("begun") == Counter({0: 2})
+
+
+def test_two_hundred_stale_entries_behind_a_hundred_fresh_ones_are_all_claimed(
+    workers: Workers,
+) -> None:
+    fresh = workers.worker(HOLDING, EVENTBUS_CLAIM_AFTER="60", EVENTBUS_CONCURRENCY="100")
+    workers.send(*range(100))
+    workers.wait_for("begun", 100)
+    stale = workers.worker(HOLDING, EVENTBUS_CONCURRENCY="200")
+    workers.send(*range(100, 300))
+    workers.wait_for("begun", 300)
+
+    stale.kill()
+    workers.worker(COUNTING)
+
+    wait_until(lambda: len(workers.done()) >= 200, timeout=20, what="what is stale is done")
+    workers.release.touch()
+    workers.wait_until_settled()
+    assert sorted(workers.done()) == list(range(300))
+    assert fresh.process.poll() is None
+
+
+def test_thousands_of_stale_entries_do_not_take_long(workers: Workers) -> None:
+    workers.send(*range(5_000))
+    workers.redis.xgroup_create(workers.stream, workers.name, "0")
+    workers.redis.xreadgroup(workers.name, "gone-1-2", {workers.stream: ">"}, count=5_000)
+
+    workers.worker(COUNTING)
+
+    workers.wait_until_settled(timeout=20)
+    assert workers.done() == once(5_000)
