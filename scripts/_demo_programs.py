@@ -15,6 +15,15 @@ from _environment import ROOT
 #: How many of them catalog has.
 WORKERS = 2
 
+#: Those of mailer, which hear of users; what serves its HTTP does not.
+MAILERS = ("mailer-1", "mailer-2")
+
+#: Seconds that the SMTP server takes for a recipient: long enough for a mail to be under way.
+SMTP_PAUSE = 0.1
+
+#: Seconds after which what a killed worker had in hand is taken over; a minute where nobody waits.
+CLAIM_AFTER = 2.0
+
 #: The last of the programs, which tries out the others. When it ends, so do they.
 REPORT = "report"
 
@@ -54,20 +63,25 @@ def programs(options: Options, screen: Screen) -> Iterator[Program]:
 
 def _services(options: Options) -> Iterator[Program]:
     folder = options.folder
-    mails = ("--port", str(options.port("smtp")), "--file", str(folder / "mails.jsonl"))
+    mails = ("--file", str(folder / "mails.jsonl"), f"--pause={SMTP_PAUSE}")
+    mailing = {
+        "FLASK_MAIL_HOST": "127.0.0.1",
+        "FLASK_MAIL_PORT": str(options.port("smtp")),
+        "FLASK_BOOK_FILE": f"{folder}/book.db",
+        "FLASK_NEWSLETTER_FILE": f"{folder}/newsletter.db",
+        "FLASK_EVENTBUS_CLAIM_AFTER": str(CLAIM_AFTER),
+    }
 
-    yield _script("smtp", "mailer/smtp_sink.py", *mails)
+    yield _script("smtp", "mailer/smtp_sink.py", "--port", str(options.port("smtp")), *mails)
     yield _script("audit", "audit/audit.py", AUDIT_FILE=f"{folder}/audit.jsonl")
     yield _flask(
         options, "accounts", FLASK_SQLALCHEMY_DATABASE_URI=f"sqlite:///{folder}/accounts.db"
     )
-    yield _flask(
-        options,
-        "mailer",
-        FLASK_MAIL_HOST="127.0.0.1",
-        FLASK_MAIL_PORT=str(options.port("smtp")),
-        FLASK_NEWSLETTER_FILE=f"{folder}/newsletter.db",
-    )
+    yield _flask(options, "mailer", _ONE_WORKER, **mailing)
+
+    for name in MAILERS:
+        yield _listening(name, "mailer", mailing)
+
     yield _flask(options, "analytics")
     yield _flask(options, "catalog", _WORKERS, FLASK_CATALOG_DATABASE=f"{folder}/catalog.db")
 
@@ -78,6 +92,17 @@ def _script(name: str, path: str, *words: str, **settings: str) -> Program:
         name=name,
         words=(sys.executable, file.name, *words),
         folder=file.parent,
+        settings=settings,
+    )
+
+
+def _listening(name: str, service: str, settings: Mapping[str, str]) -> Program:
+    """A process that hears events and serves nothing; killed, it is started anew."""
+    again = str(ROOT / "scripts" / "_demo_worker.py")
+    return Program(
+        name=name,
+        words=(sys.executable, again, *("-m", "flask", "--app", "app", "eventbus", "run")),
+        folder=ROOT / "services" / service,
         settings=settings,
     )
 

@@ -8,18 +8,29 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 from _demo_options import Options, read_options, shown
-from _demo_programs import WORKERS
+from _demo_programs import MAILERS, WORKERS
 from _demo_screen import Screen, in_milliseconds
 from _demo_services import NOT_YET, SKU, Seen, Services
 from _environment import ROOT
 
 EMAIL = "ada@example.com"
 PRICE = "9.99"
+
+#: Who registers while a worker of mailer is killed.
+MANY = tuple(f"user{number}@example.com" for number in range(1, 31))
+
+#: How many of their mails a worker sends before it is killed.
+SOME = 3
+
+#: Where a service's processes log, if there is more than one.
+LOGS = {"mailer": ("mailer", *MAILERS)}
 
 #: How often to look whether a service is ready, and whether it has reacted, in seconds.
 LOOK_READY = 0.05
@@ -36,7 +47,7 @@ class Step:
 
 
 class Report:
-    """One screen: the services, a user who registers, a price that changes, what to try."""
+    """One screen: the services, a user, a price, a worker that is killed, what to try."""
 
     def __init__(self, options: Options, screen: Screen) -> None:
         self._options = options
@@ -55,6 +66,9 @@ class Report:
         if not self._missing:
             self._register()
             self._change_price()
+
+        if not self._missing:
+            self._kill_a_worker()
 
         if self._missing:
             self._show_logs()
@@ -75,6 +89,7 @@ class Report:
         return [
             self._serving("accounts", "registers users", accounts),
             self._serving("mailer", f"welcomes them by SMTP to :{smtp}", services.mailer_ready),
+            Step("mailer", f"has {len(MAILERS)} workers that do it", services.mailers_ready),
             self._serving("catalog", f"has {WORKERS} workers that cache prices", self._cached),
             self._serving("analytics", "counts all API calls", analytics),
             Step("audit", "a script without Flask, writes all events", services.audit_hears),
@@ -96,7 +111,7 @@ class Report:
             Step("mailer", "mail is at the SMTP server", partial(services.mail_came, EMAIL)),
             Step("mailer", "plug-in put her on its list", partial(services.is_reader, EMAIL)),
             Step("analytics", "counted the API call", partial(services.counted, "accounts")),
-            Step("audit", "wrote user_registered", partial(services.audited, "user_registered")),
+            self._audited("user_registered", "stream"),
         )
 
     def _change_price(self) -> None:
@@ -108,8 +123,52 @@ class Report:
             f"PUT /products/{SKU}/price",
             {"price": PRICE},
             Step("catalog", f"workers {workers} serve the new price", serve),
-            Step("audit", "wrote price_changed", partial(services.audited, "price_changed")),
+            self._audited("price_changed", "channel"),
         )
+
+    def _audited(self, name: str, via: str) -> Step:
+        words = f"wrote {name}, by {via}"
+        return Step("audit", words, partial(self._services.audited, name, via))
+
+    def _kill_a_worker(self) -> None:
+        """Let users register, kill a worker at their mails, and wait for those."""
+        self._screen.line()
+        self._screen.title(f"{len(MANY)} users register; at their mails, kill -9 ends a worker")
+        begin, deadline = time.time(), time.monotonic() + self._options.patience
+        before = self._services.mails_by_worker()
+
+        with ThreadPoolExecutor(1) as pool:
+            registering = pool.submit(self._register_all)
+            killed = self._kill_at_work(before, deadline)
+            registering.result()
+
+        if killed is None:
+            self._miss("mailer", f"no worker sent {SOME} mails within {self._options.patience:g} s")
+            return
+
+        self._screen.done("mailer", f"worker {killed} is gone, in the middle of a mail")
+        once = partial(self._services.mailed_once, MANY)
+        step = Step("mailer", f"{len(MANY)} users have one mail each, and no event is left", once)
+        self._await([step], deadline, LOOK_READY, sent=begin)
+        sent = (self._services.mails_by_worker() - before).most_common()
+        shares = " and ".join(f"{worker} sent {count}" for worker, count in sent)
+        self._screen.line(f"               {shares} of them")
+
+    def _kill_at_work(self, before: Counter[int], deadline: float) -> int | None:
+        """Kill a worker that has just noted a mail: it is at the next by now; its process id."""
+        while time.monotonic() < deadline:
+            for worker, count in (self._services.mails_by_worker() - before).items():
+                if count >= SOME:
+                    os.kill(worker, signal.SIGKILL)
+                    return worker
+
+            time.sleep(LOOK_REACTED)
+
+        return None
+
+    def _register_all(self) -> None:
+        for email in MANY:
+            self._services.request("accounts", "POST /register", {"email": email, "name": "User"})
 
     def _request(self, service: str, what: str, body: object, *reactions: Step) -> None:
         """Send a request, and wait for what comes of it."""
@@ -154,9 +213,10 @@ class Report:
 
     def _show_logs(self) -> None:
         for service in dict.fromkeys(self._missing):
-            log = self._options.log(service)
-            self._screen.line(f"The end of {shown(log)}:")
-            self._screen.end_of(log)
+            for name in LOGS.get(service, [service]):
+                log = self._options.log(name)
+                self._screen.line(f"The end of {shown(log)}:")
+                self._screen.end_of(log)
 
     def _end_or_stay(self) -> None:
         self._screen.line()
@@ -177,6 +237,7 @@ class Report:
         self._screen.line(f"  curl {accounts}/register -d email=bob@example.com -d name=Bob")
         self._screen.line(f"  curl -X PUT {catalog}/products/B2/price --json '{price}'")
         self._screen.line(f"  {python} -m flask_eventbus --url {options.url} tail")
+        self._screen.line(f"  {python} -m flask_eventbus --url {options.url} status")
         self._screen.line(f"  http://{options.address('analytics')}/ shows the calls, live")
         self._screen.line(f"Logs, mails and databases are in {shown(options.folder)}")
 

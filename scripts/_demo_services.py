@@ -6,8 +6,11 @@ import http.client
 import json
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from _demo_options import Options
-from _demo_programs import WORKERS
+from _demo_programs import MAILERS, WORKERS
 from _demo_screen import in_milliseconds
 
 #: How long one request may take, in seconds.
 TIMEOUT = 10.0
+
+#: What a worker says once it hears.
+READS = "Reading the streams of"
 
 #: The product whose price changes.
 SKU = "A1"
@@ -63,8 +69,13 @@ class Services:
             return _answer(connection, line, body, sent=sent)
 
     def mailer_ready(self) -> Seen | None:
-        """It hears of users, and the SMTP server takes mails."""
+        """It has its book, and the SMTP server takes mails."""
         return self.healthy("mailer") and self._takes_mails()
+
+    def mailers_ready(self) -> Seen | None:
+        """Its workers hear of users."""
+        logs = [self._options.log(name).read_text(encoding="utf-8") for name in MAILERS]
+        return Seen(time.time()) if all(READS in log for log in logs) else None
 
     def healthy(self, service: str) -> Seen | None:
         """Connected to Redis; accounts, which hears nothing, is ready to publish."""
@@ -74,26 +85,42 @@ class Services:
 
     def mail_came(self, email: str) -> Seen | None:
         """The SMTP server has a mail for the address."""
-        mails = _lines(self._options.folder / "mails.jsonl")
-        found = (mail for mail in mails if email in mail["to"])
+        found = (mail for mail in _lines(self._mails) if email in mail["to"])
         return next((Seen(_seconds(mail["received"])) for mail in found), None)
+
+    def mailed_once(self, emails: Collection[str]) -> Seen | None:
+        """The SMTP server has one mail for each address, and mailer has no event left to handle."""
+        wanted = set(emails)
+        mails = [mail for mail in _lines(self._mails) if wanted.intersection(mail["to"])]
+        counts = Counter(address for mail in mails for address in mail["to"])
+
+        if counts != Counter(wanted) or not self._is_settled("mailer"):
+            return None
+
+        return Seen(max(_seconds(mail["received"]) for mail in mails))
+
+    def mails_by_worker(self) -> Counter[int]:
+        """How many mails each process of mailer has noted in its book, by its id."""
+        query = "SELECT worker, count(*) FROM mail GROUP BY worker"
+        rows = _rows(self._options.folder / "book.db", query)
+        return Counter({int(name.rpartition("-")[2]): count for name, count in rows})
 
     def is_reader(self, email: str) -> Seen | None:
         """The plug-in has put the address on its list."""
-        file = self._options.folder / "newsletter.db"
-
-        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as readers:
-            found = readers.execute("SELECT 1 FROM reader WHERE email = ?", (email,)).fetchone()
-
+        query = "SELECT 1 FROM reader WHERE email = ?"
+        found = _rows(self._options.folder / "newsletter.db", query, email)
         return Seen(time.time()) if found else None
 
     def audit_hears(self) -> Seen | None:
-        return next((_written(line) for line in self._audit() if line["what"] == "connected"), None)
+        """The script is on the channels, and has found the stream."""
+        seen = next((_written(line) for line in self._audit() if line["what"] == "connected"), None)
+        return seen if seen and self._is_settled("audit") else None
 
-    def audited(self, name: str) -> Seen | None:
-        """The script has written the event of that name."""
+    def audited(self, name: str, via: str) -> Seen | None:
+        """The script has written the event of that name, which came that way."""
         events = (line for line in self._audit() if line["what"] == "event")
-        return next((_written(line) for line in events if line["name"] == name), None)
+        found = (line for line in events if (line["name"], line["via"]) == (name, via))
+        return next((_written(line) for line in found), None)
 
     def counted(self, service: str) -> Seen | None:
         """Analytics has counted a call of the service."""
@@ -124,6 +151,20 @@ class Services:
         finally:
             for connection in connections:
                 connection.close()
+
+    def _is_settled(self, service: str) -> bool:
+        """Whether a service has no event of a stream before it, in hand or to be tried again."""
+        command = [sys.executable, "-m", "flask_eventbus", "--url", self._options.url]
+        words = ["--service", service, "status", "--json"]
+        done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=TIMEOUT)
+        streams = json.loads(done.stdout)["streams"] if done.returncode == 0 else []
+        groups = [group for stream in streams for group in stream["groups"] if group["exists"]]
+        counts = ("lag", "pending", "retries", "dead")
+        return bool(groups) and not any(group[count] for group in groups for count in counts)
+
+    @property
+    def _mails(self) -> Path:
+        return self._options.folder / "mails.jsonl"
 
     def _takes_mails(self) -> Seen | None:
         address = ("127.0.0.1", self._options.port("smtp"))
@@ -168,6 +209,11 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             yield json.loads(line)
+
+
+def _rows(file: Path, query: str, *values: str) -> list[Any]:
+    with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
+        return database.execute(query, values).fetchall()
 
 
 def _written(line: dict[str, Any]) -> Seen:

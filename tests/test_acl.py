@@ -440,9 +440,9 @@ def test_every_setting_of_the_server_is_in_force(server: GuardedServer) -> None:
     with server.client_of("ops") as ops:
         found = {name: ops.config_get(name)[name] for name in settings}
 
-    assert found["save"] == ""
+    assert (found["appendonly"], found["appendfsync"], found["save"]) == ("yes", "everysec", "")
     assert found["maxmemory"] == str(256 * 1024 * 1024)
     assert found["maxmemory-policy"] == "noeviction"
     assert "pubsub 67108864 16777216 60" in found["client-output-buffer-limit"]
     assert found["tcp-keepalive"] == "60"
-    assert len(found) == 5
+    assert len(found) == 7

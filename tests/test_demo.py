@@ -145,6 +145,7 @@ def test_everything_reacts_without_a_home_or_a_redis_of_the_machine(
     expected = [
         f"✓ accounts :{demo.base} registers users",
         f"✓ mailer :{demo.base + 1} welcomes them by SMTP to :{demo.base + 4}",
+        "✓ mailer has 2 workers that do it",
         f"✓ catalog :{demo.base + 2} has 2 workers that cache prices",
         f"✓ analytics :{demo.base + 3} counts all API calls",
         "✓ audit a script without Flask, writes all events",
@@ -152,18 +153,27 @@ def test_everything_reacts_without_a_home_or_a_redis_of_the_machine(
         "✓ mailer mail is at the SMTP server N ms",
         "✓ mailer plug-in put her on its list N ms",
         "✓ analytics counted the API call N ms",
-        "✓ audit wrote user_registered, N ms after send() N ms",
+        "✓ audit wrote user_registered, by stream, N ms after send() N ms",
         'PUT /products/A1/price {"price": "9.99"} 200 after N ms',
         "✓ catalog workers P and P serve the new price N ms",
-        "✓ audit wrote price_changed, N ms after send() N ms",
+        "✓ audit wrote price_changed, by channel, N ms after send() N ms",
+        "30 users register; at their mails, kill -9 ends a worker",
+        "✓ mailer worker P is gone, in the middle of a mail",
+        "✓ mailer 30 users have one mail each, and no event is left N ms",
         "Everything reacted.",
     ]
     assert set(expected) <= {_without_measures(line) for line in lines}
     assert max(len(line) for line in demo.screen.splitlines()) < 80
+    shares = re.findall(r"\d+ sent (\d+)", demo.screen)
+    assert len(shares) >= 2
+    assert sum(map(int, shares)) == 30
 
 
 def _without_measures(line: str) -> str:
-    return re.sub(r"\d+ and \d+ serve", "P and P serve", re.sub(r"[\d.]+ ms", "N ms", line))
+    line = re.sub(r"[\d.]+ ms", "N ms", line)
+    return re.sub(
+        r"worker \d+ is", "worker P is", re.sub(r"\d+ and \d+ serve", "P and P serve", line)
+    )
 
 
 @pytest.mark.parametrize(

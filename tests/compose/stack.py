@@ -18,8 +18,11 @@ from waiting import wait_until
 ROOT = Path(__file__).parent.parent.parent
 FILE = ROOT / "docker-compose.yml"
 
-WEB = ("accounts", "mailer", "catalog", "analytics")
-SERVICES = (*WEB, "audit", "mail", "redis")
+WEB = ("accounts", "mailer-web", "catalog", "analytics")
+SERVICES = (*WEB, "mailer", "audit", "mail", "redis")
+
+#: Services with more than one container.
+WORKERS = {"mailer": 2}
 
 #: Seconds a build may take, that of base images included where an engine has to fetch them.
 BUILD = 900
@@ -80,40 +83,46 @@ class Stack:
 
     # -- what the engine knows ------------------------------------------------------------
 
-    def container(self, service: str) -> str:
-        """The container of a service, though it may have stopped."""
+    def containers(self, service: str) -> list[str]:
+        """The containers of a service, though they may have stopped."""
         labels = {"service": service, "project": self.project}
         filters = [f"--filter=label=com.docker.compose.{key}={labels[key]}" for key in labels]
         found = docker("ps", "--all", "--quiet", *filters).split()
-        assert len(found) == 1, f"{service} has {len(found)} containers."
-        return found[0]
-
-    def inspect(self, service: str) -> dict[str, Any]:
-        """All that the engine knows of a container."""
-        found: dict[str, Any] = json.loads(docker("inspect", self.container(service)))[0]
+        assert len(found) == WORKERS.get(service, 1), f"{service} has {len(found)} containers."
         return found
 
-    def state(self, service: str) -> dict[str, Any]:
-        """Whether a container runs, since when, and how its last end was."""
-        state: dict[str, Any] = self.inspect(service)["State"]
-        return state
+    def container(self, service: str) -> str:
+        """The container of a service, or one of several."""
+        return self.containers(service)[0]
+
+    def inspect(self, service: str) -> list[dict[str, Any]]:
+        """All that the engine knows of each container."""
+        found: list[dict[str, Any]] = json.loads(docker("inspect", *self.containers(service)))
+        return found
+
+    def states(self, service: str) -> list[dict[str, Any]]:
+        """Of each container whether it runs, since when, and how its last end was."""
+        return [found["State"] for found in self.inspect(service)]
 
     def is_healthy(self) -> bool:
         """Whether every health check passes."""
-        states = {service: self.state(service) for service in SERVICES}
-        ended = [service for service in SERVICES if states[service]["Status"] != "running"]
+        states = {service: self.states(service) for service in SERVICES}
+        ended = [name for name in SERVICES if any(map(_has_ended, states[name]))]
         assert not ended, f"{ended} do not run.\n{self.report()}"
-        return all(state["Health"]["Status"] == "healthy" for state in states.values())
+        return all(
+            state["Health"]["Status"] == "healthy" for each in states.values() for state in each
+        )
 
     def logs(self, service: str) -> str:
-        """What a container said."""
-        return docker("logs", self.container(service))
+        """What the containers said, one after the other."""
+        return "".join(docker("logs", container) for container in self.containers(service))
 
     def report(self) -> str:
         """The last lines of every container, for a test that fails."""
         return "\n".join(
-            f"-- {service}\n{docker('logs', '--tail=40', self.container(service))}"
+            f"-- {service}\n{docker('logs', '--tail=40', container)}"
             for service in SERVICES
+            for container in self.containers(service)
         )
 
     # -- what the services answer ---------------------------------------------------------
@@ -136,12 +145,21 @@ class Stack:
 
     @property
     def _environment(self) -> dict[str, str]:
-        ports = {f"{service.upper()}_PORT": str(port) for service, port in self._ports.items()}
+        ports = {_port_of(service): str(port) for service, port in self._ports.items()}
         return self._passwords | ports
 
     def _compose(self, arguments: tuple[str, ...]) -> list[str]:
         program = compose_program() or []
         return [*program, f"--project-name={self.project}", f"--file={FILE}", *arguments]
+
+
+def _has_ended(state: Mapping[str, Any]) -> bool:
+    return bool(state["Status"] != "running")
+
+
+def _port_of(service: str) -> str:
+    """The variable that names the port of a service on this machine."""
+    return f"{service.removesuffix('-web').upper()}_PORT"
 
 
 def has_engine() -> bool:
