@@ -10,6 +10,12 @@
     def test_a_new_user_gets_a_mail(eventbus, app):
         eventbus.deliver("user_registered", user_id=7, email="ada@example.com", source="accounts")
 
+    def test_a_mail_that_cannot_be_sent_is_a_dead_letter(eventbus, app, no_mail_server):
+        eventbus.deliver("user_registered", email="ada@example.com", via="stream", retry=True)
+        eventbus.run_retries()
+
+        [letter] = eventbus.dead_letters
+
 The ``eventbus`` fixture comes with the package; elsewhere ``with isolated() as eventbus:`` does
 the same. Events go through everything they go through in earnest, down to their bytes; only
 the server is fakeredis.
@@ -91,8 +97,7 @@ class Isolation:
         :param name: the signal, its name, or a pattern such as ``"order_*"``.
         :param via: ``"channel"`` or ``"stream"``; both by default.
         """
-        check_via(via, "published")
-        wanted = Expectation(name=name_of(name), payload={}, via=via)
+        wanted = _expectation("published", name_of(name), {}, via=via)
         return [event for event in self._read() if wanted.is_met_by(event)]
 
     def assert_published(
@@ -117,8 +122,9 @@ class Isolation:
         :param payload: keys that are parameters here, ``times`` for example.
         """
         __tracebackhide__ = True
-        check_via(via, "assert_published")
-        wanted = Expectation(name=name_of(name), payload=merge(payload, keys), exact=exact, via=via)
+        wanted = _expectation(
+            "assert_published", name_of(name), merge(payload, keys), exact=exact, via=via
+        )
         events = self._read()
         found = [event for event in events if wanted.is_met_by(event)]
 
@@ -319,6 +325,22 @@ def _flush() -> None:
                 f"Events of {node.config.service!r} still wait after {PATIENCE:g} s: its writing "
                 "thread is stuck."
             )
+
+
+def _expectation(
+    method: str,
+    name: str,
+    payload: Mapping[str, Any],
+    *,
+    exact: bool = False,
+    via: str | None,
+) -> Expectation:
+    __tracebackhide__ = True
+
+    if via is not None:
+        check_via(via, method)
+
+    return Expectation(name=name, payload=payload, exact=exact, via=via)
 
 
 def _require(receiving: Sized, event: Event) -> None:

@@ -25,11 +25,11 @@ def check_attributes(event: Event) -> None:
         ) from error
 
 
-def check_via(via: str | None, method: str) -> None:
+def check_via(via: str, method: str) -> None:
     """Refuse a way that there is not."""
     __tracebackhide__ = True
 
-    if via not in ("channel", "stream", None):
+    if via not in ("channel", "stream"):
         raise TypeError(
             f"{method}() cannot tell an event via {via!r}: give 'channel' or 'stream'. A payload "
             "key of this name goes into payload={...}."
