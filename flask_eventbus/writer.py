@@ -269,7 +269,9 @@ class Writer:
                 self._write(batch, backoff)
         finally:
             self._exchange.close()
-            self._rest_for_good()
+
+            with self._lock:
+                self._end_turn_if_own()
 
         if self._leave_by is not None:
             self._report_lost()
@@ -296,8 +298,7 @@ class Writer:
 
     def _rest(self) -> None:
         """Wait until there is something to do, for :data:`QUIET` seconds at most."""
-        if not self._begun:
-            self._end_turn()
+        self._end_turn_if_own()
 
         while not self._is_to_act:
             self._idle = True
@@ -306,10 +307,9 @@ class Writer:
             if not in_time and self._turn is None:
                 return
 
-    def _rest_for_good(self) -> None:
-        with self._changed:
-            if self._turn_of == threading.get_ident():
-                self._end_turn()
+    def _end_turn_if_own(self) -> None:
+        if self._turn_of == threading.get_ident():
+            self._end_turn()
 
     def _end_turn(self) -> None:
         self._turn = None
