@@ -11,7 +11,7 @@
         eventbus.deliver("user_registered", user_id=7, email="ada@example.com", source="accounts")
 
     def test_a_mail_that_cannot_be_sent_is_a_dead_letter(eventbus, app, no_mail_server):
-        eventbus.deliver("user_registered", email="ada@example.com", via="stream", retry=True)
+        eventbus.deliver("user_registered", email="ada@example.com", retry=True)
         eventbus.run_retries()
 
         [letter] = eventbus.dead_letters
@@ -28,6 +28,7 @@ import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from typing import Any
@@ -168,7 +169,7 @@ class Isolation:
         name: str | NamedSignal,
         /,
         *,
-        via: str = "channel",
+        via: str | None = None,
         retry: bool = False,
         source: str = "elsewhere",
         id: str | None = None,
@@ -186,10 +187,10 @@ class Isolation:
         an event from Redis, and what one raises is raised here.
 
         :param via: how it comes: over a ``"channel"``, to all, or over a ``"stream"``, to one
-            process of each service.
-        :param retry: leave receivers that fail to the bus: nothing is raised, :attr:`failures`
-            and :attr:`dead_letters` tell of them, and :meth:`advance` and :meth:`run_retries`
-            try them again. For streams.
+            process of each service. By default over a channel, unless only streams are heard.
+        :param retry: leave receivers that fail to the bus, as an event of a stream does: nothing
+            is raised, :attr:`failures` and :attr:`dead_letters` tell of them, and
+            :meth:`advance` and :meth:`run_retries` try them again.
         :param source: the service that emits it.
         :param payload: keys that are parameters here, ``source`` or ``time`` for example.
         :raises AssertionError: nothing receives it.
@@ -197,7 +198,6 @@ class Isolation:
         :raises ExceptionGroup: several receivers failed.
         """
         __tracebackhide__ = True
-        check_via(via, "deliver")
         check_retry(retry, via)
         event = Event(
             name=name_of(name),
@@ -205,13 +205,13 @@ class Isolation:
             id=self._next_id(source) if id is None else id,
             time=datetime.now(UTC) if time is None else time,
             payload=merge(payload, keys),
-            via=via,
             correlation_id=correlation_id,
             causation_id=causation_id,
             hops=hops,
             traceparent=traceparent,
         )
         check_attributes(event)
+        event = self._on_its_way(event, "stream" if retry else via)
         raise_all(event, self._dispatch(event, retry=retry))
         return event
 
@@ -280,6 +280,18 @@ class Isolation:
     def _next_id(self, source: str) -> str:
         self._delivered += 1
         return f"{source}-{self._delivered}"
+
+    def _on_its_way(self, event: Event, via: str | None) -> Event:
+        """The event as it comes: as asked for, or in the way that is heard."""
+        __tracebackhide__ = True
+
+        if via is not None:
+            check_via(via, "deliver")
+            return replace(event, via=via)
+
+        ways = [replace(event, via=way) for way in ("channel", "stream")]
+        heard = [found for found in ways if any(hears(node, found) for node in nodes)]
+        return (heard or ways)[0]
 
     def _dispatch(self, event: Event, *, retry: bool) -> list[Failure]:
         """Run receivers, and return the failures that are the test's own."""

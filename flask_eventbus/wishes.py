@@ -36,7 +36,7 @@ def check_via(via: str, method: str) -> None:
         )
 
 
-def check_retry(retry: bool, via: str) -> None:
+def check_retry(retry: bool, via: str | None) -> None:
     """Refuse what is no wish to try again, or one that cannot be met."""
     __tracebackhide__ = True
 
@@ -46,10 +46,10 @@ def check_retry(retry: bool, via: str) -> None:
             "into payload={...}."
         )
 
-    if retry and via != "stream":
+    if retry and via not in (None, "stream"):
         raise TypeError(
-            "deliver(retry=True) leaves failures to the bus, which tries again what came over a "
-            "stream. Add via='stream'."
+            f"deliver(via={via!r}, retry=True) cannot be: only what came over a stream is tried "
+            "again. Take one of them away."
         )
 
 

@@ -275,6 +275,34 @@ def test_a_subscription_to_one_way_hears_nothing_of_the_other(
     assert heard == [asked]
 
 
+@pytest.mark.parametrize(
+    ("subscription", "expected"),
+    [({}, "channel"), ({"via": "channel"}, "channel"), ({"via": "stream"}, "stream")],
+    ids=["both", "channel", "stream"],
+)
+def test_by_default_an_event_comes_in_the_way_that_is_heard(
+    make_bus: Make, eventbus: Isolation, subscription: dict[str, Any], expected: str
+) -> None:
+    bus = make_bus(NOWHERE, subscribe={"tick": subscription})
+    heard = []
+    bus.on("tick")(lambda sender: heard.append(current_event.via))
+
+    event = eventbus.deliver("tick")
+
+    assert heard == [expected]
+    assert event.via == expected
+
+
+def test_what_is_left_to_the_bus_comes_over_a_stream(make_bus: Make, eventbus: Isolation) -> None:
+    bus = make_bus(NOWHERE)
+    seen = []
+    bus.on("tick")(lambda sender: seen.append(current_event.via))
+
+    eventbus.deliver("tick", retry=True)
+
+    assert seen == ["stream"]
+
+
 def test_a_service_does_not_get_its_own_events_from_a_stream(
     make_bus: Make, eventbus: Isolation
 ) -> None:
@@ -766,14 +794,12 @@ def test_clear_forgets_failures_but_not_what_waits(make_bus: Make, eventbus: Iso
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"via": None}, r"cannot tell an event via None"),
         ({"via": "email"}, r"deliver\(\) cannot tell an event via 'email'"),
         ({"via": "email"}, r"goes into payload=\{\.\.\.\}"),
-        ({"retry": True}, "Add via='stream'"),
-        ({"via": "channel", "retry": True}, "Add via='stream'"),
+        ({"via": "channel", "retry": True}, "only what came over a stream is tried again"),
         ({"via": "stream", "retry": 3}, r"retry=3\) is neither True nor False"),
     ],
-    ids=["no-via", "via", "via-payload", "retry", "retry-channel", "retry-number"],
+    ids=["via", "via-payload", "retry-channel", "retry-number"],
 )
 def test_a_delivery_that_cannot_be_is_refused(
     make_bus: Make, eventbus: Isolation, wrong: dict[str, Any], words: str
