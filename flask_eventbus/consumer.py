@@ -209,9 +209,14 @@ class Consumer:
     def refused(self) -> dict[str, str]:
         """Streams that Redis refuses, and that no channel stands in for, with its reasons."""
         subscriptions = self._subscriptions()
+        refused = self._reader.refused
+
+        if self.fatal is not None:
+            refused = dict.fromkeys(subscriptions, str(self.fatal))
+
         return {
             name: reason
-            for name, reason in self._reader.refused.items()
+            for name, reason in refused.items()
             if name in subscriptions and subscriptions[name].via == "stream"
         }
 
@@ -231,11 +236,11 @@ class Consumer:
 
     @property
     def _follows_all(self) -> bool:
-        return not self._is_grouped(False) or self._follower.ready
+        return not self._is_grouped(False) or (self._follower.ready and not self.refused)
 
     @property
     def _ends(self) -> bool:
-        return self._stopping.is_set()
+        return self._stopping.is_set() or self.fatal is not None
 
     def _is_grouped(self, grouped: bool) -> bool:
         subscriptions = self._subscriptions().values()

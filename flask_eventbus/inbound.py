@@ -128,6 +128,11 @@ class Inbound:
         return {**self.consumer.refused, **self.listener.refused}
 
     @property
+    def fatal(self) -> Exception | None:
+        """What this Redis will never do."""
+        return self.consumer.fatal
+
+    @property
     def lag(self) -> int:
         """Events that were read and are not handled yet."""
         return len(self.pool)

@@ -222,6 +222,11 @@ class Node:
                 "thread, or end the process by a signal."
             )
 
+    @property
+    def fatal(self) -> Exception | None:
+        """Why nothing will ever be heard of streams, however long Redis is waited for."""
+        return self._inbound.fatal
+
     def health(self) -> Health:
         """How this node does."""
         heard = self._inbound.last_heard

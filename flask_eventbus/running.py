@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from .errors import ConfigError
 from .logs import get_logger
 from .node import Node
 
@@ -26,15 +27,24 @@ def run_until_signal(node: Node) -> None:
 
     A second signal ends the process at once, with the exit code 128 plus its number. Only
     the main thread may call this, since only it gets signals.
+
+    :raises ConfigError: this Redis will never do what is needed to listen.
     """
     with told_by_signal() as told:
         node.start()
 
-        while not told.wait(LOOK):
+        while not told.wait(LOOK) and node.fatal is None:
             pass
 
+        fatal = node.fatal
         logger.info("Finishing what runs, for %g s at most.", node.config.grace)
         node.stop()
+
+    if fatal is not None:
+        raise ConfigError(
+            f"{node.config.service!r} cannot listen: this Redis has no streams ({fatal}). Use "
+            "Redis 6.2 or later, or Valkey, or subscribe with 'via': 'channel'."
+        ) from fatal
 
 
 @contextmanager

@@ -180,7 +180,11 @@ class StreamReader:
 
             self._stopping.wait(backoff.next())
 
-        if not self._stopping.is_set():
+        if self.fatal is not None:
+            # Channels are heard all the same.
+            with self.changed:
+                self.changed.notify_all()
+        elif not self._stopping.is_set():
             self._ended()
 
     @property
@@ -280,11 +284,9 @@ class StreamReader:
             if refusal is None:
                 joined[name] = wanted[name]
                 self._told.pop(name, None)
-                self._known.add(name)
-                # All of this is older than what is read then.
-                self._recover(name, wanted[name])
-                self._take_back({name: wanted[name]})
-            else:
+            refusal = refusal or self._take_up(name, wanted[name])
+
+            elif not isinstance(refusal, GroupGoneError):
                 self._refuse(name, wanted[name], refusal)
 
         with self.changed:
@@ -297,6 +299,19 @@ class StreamReader:
     def _start_of(self, name: str, subscription: Subscription) -> str:
         # Where a group was and is gone, so is the knowledge of how far it had come.
         return "0" if name in self._known else self._catalogue.start_of(name, subscription)
+    def _take_up(self, name: str, subscription: Subscription) -> Exception | None:
+        """Take up what this consumer has of a stream; what refused it."""
+        self._known.add(name)
+
+        try:
+            # All of this is older than what is read then.
+            self._recover(name, subscription)
+            self._take_back({name: subscription})
+        except (GroupGoneError, redis.ResponseError) as refusal:
+            return refusal
+
+        return None
+
 
     def _recover(self, name: str, subscription: Subscription) -> None:
         """Take up what Redis gave this consumer in an answer that never arrived."""
@@ -334,12 +349,7 @@ class StreamReader:
 
     def _sort_out(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
         """Find out which of the streams it is that Redis refuses to have read."""
-        if str(error).startswith(("ERR unknown command", "ERR unknown subcommand")):
-            self.fatal = error
-            logger.critical(
-                "This Redis has no streams (%s). Use Redis 6.2 or later, or Valkey.", error
-            )
-            raise redis.ConnectionError(str(error)) from error
+        self._end_without_streams(error)
 
         for name, subscription in names.items():
             try:
@@ -362,11 +372,25 @@ class StreamReader:
 
         self._told[name] = str(reason)
 
+    def _end_without_streams(self, error: Exception) -> None:
+        # redis-py takes "ERR" off.
+        if not str(error).startswith(("unknown command", "unknown subcommand")):
+            return
+
+        self.fatal = error
+        logger.critical(
+            "This Redis has no streams (%s): %r hears none. Use Redis 6.2 or later, or Valkey.",
+            error,
+            self._config.service,
+        )
+        raise redis.ConnectionError(str(error)) from error
+
         if subscription.via == "stream":
+        self._end_without_streams(reason)
             self._log.error(
                 f"refused {name}",
                 "Redis refuses to let %r read the stream of %r: %s. This service does not hear it. "
-                "Let its user read that stream, and have a group on it.",
+                "%s",
                 self._config.service,
                 name,
                 reason,
@@ -375,8 +399,10 @@ class StreamReader:
             self._log.warning(
                 f"refused {name}",
                 "Redis refuses to let %r read the stream of %r: %s. It hears the channel alone. "
-                "Let its user read that stream, or subscribe with 'via': 'channel'.",
+                "%s Or subscribe with 'via': 'channel'.",
                 self._config.service,
                 name,
                 reason,
+                self._group.remedy(name, reason),
             )
+                self._group.remedy(name, reason),

@@ -174,6 +174,7 @@ running.LOOK = 0.01
 
 class Node:
     config = Config(service="signalled")
+    fatal = None
 
     def start(self):
         # In a real process the signal comes from outside; this one comes at any instruction.

@@ -14,10 +14,11 @@ from flask_eventbus.streams import StreamKeys
 
 #: What every worker begins with; receivers follow, and :data:`RUN` comes last.
 HEAD = """
-import os, signal, sys, time
+import logging, os, signal, sys, time
 from flask_eventbus import Bus, Reject, Retry, current_event
 from serving_app.reports import report, wait_until_released
 
+logging.basicConfig(level=logging.INFO)
 bus = Bus.from_env()
 """
 RUN = """

@@ -1,0 +1,271 @@
+"""Workers that read streams come to their end: in order, by force, or because they must."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import RedisServer
+from waiting import wait_until
+from workers import COUNTING, Workers
+
+from flask_eventbus import Bus
+
+HOLDING = """
+@bus.on("work")
+def hold(sender, n):
+    report("begun", n=n)
+    wait_until_released("RELEASE")
+    report("done", n=n)
+"""
+
+
+@pytest.fixture
+def workers(tmp_path: Path, shared_redis: RedisServer) -> Iterator[Workers]:
+    """A service without a process yet."""
+    service = Workers(tmp_path, shared_redis)
+    service.set_up()
+    yield service
+    service.finish()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_a_receiver_finish_and_leaves_the_rest_pending(
+    workers: Workers, number: signal.Signals
+) -> None:
+    program = workers.worker(HOLDING)
+    workers.send(*range(10))
+    workers.wait_for("begun")
+
+    program.tell(number)
+    wait_until(lambda: "Finishing what runs" in program.said, what="the signal is taken")
+    workers.release.touch()
+
+    assert program.end() == 0
+    assert workers.done() == Counter({0: 1})
+    assert workers.done("begun") == Counter({0: 1})
+    group = workers.group()
+    assert group["pending"] + group["lag"] == 9
+    assert len(workers.reports("ended")) == 1
+
+
+def test_what_was_handed_back_is_handled_by_another_at_once_and_in_order(
+    workers: Workers,
+) -> None:
+    program = workers.worker(HOLDING)
+    workers.send(*range(10))
+    workers.wait_for("begun")
+    program.tell(signal.SIGTERM)
+    wait_until(lambda: "Finishing what runs" in program.said, what="the signal is taken")
+    workers.release.touch()
+    program.end()
+    workers.send(*range(10, 500))
+
+    workers.worker(COUNTING, EVENTBUS_CLAIM_AFTER="60")
+
+    workers.wait_until_settled(timeout=8)
+    assert [line["n"] for line in workers.reports("done")] == list(range(500))
+    assert {line["attempt"] for line in workers.reports("done")[1:]} == {1}
+
+
+def test_a_second_signal_forces_the_end_and_the_event_comes_again(workers: Workers) -> None:
+    program = workers.worker(HOLDING)
+    workers.send(0, 1)
+    workers.wait_for("begun")
+
+    program.tell(signal.SIGTERM)
+    wait_until(lambda: "Finishing what runs" in program.said, what="the signal is taken")
+    program.tell(signal.SIGTERM)
+
+    assert program.end() == 128 + signal.SIGTERM
+    assert not workers.done()
+    workers.worker(COUNTING)
+    workers.wait_until_settled()
+    assert workers.done() == Counter([0, 1])
+
+
+def test_what_outlasts_the_grace_stays_pending_and_what_was_done_does_not(
+    workers: Workers,
+) -> None:
+    long = """
+@bus.on("work")
+def hold(sender, n):
+    if n == 3:
+        report("begun", n=n)
+        wait_until_released("RELEASE")
+
+    report("done", n=n)
+"""
+    program = workers.worker(long, EVENTBUS_GRACE="0.2")
+    workers.send(*range(6))
+    workers.wait_for("begun")
+
+    program.tell(signal.SIGTERM)
+
+    assert program.end() == 0
+    assert "still running after the grace of 0.2 s" in program.said
+    assert workers.group()["pending"] + workers.group()["lag"] == 3
+    workers.worker(COUNTING)
+    workers.wait_until_settled()
+    assert workers.done() == Counter(range(6))
+
+
+def test_workers_that_are_replaced_in_the_middle_of_traffic_lose_and_double_nothing(
+    workers: Workers,
+) -> None:
+    short = """
+@bus.on("work")
+def count(sender, n):
+    time.sleep(0.001)
+    report("done", n=n)
+"""
+    settings = {"EVENTBUS_CLAIM_AFTER": "60"}
+    running = [workers.worker(short, **settings) for _ in range(2)]
+    total = 0
+
+    for _ in range(6):
+        workers.send(*range(total, total + 300))
+        total += 300
+        wait_until(lambda: len(workers.reports("done")) > total - 250, what="it goes on")  # noqa: B023 - it is called at once
+        running.append(workers.work(short, **settings))
+        ended = running.pop(0)
+        ended.tell(signal.SIGTERM)
+        assert ended.end() == 0
+
+    workers.wait_until_settled(timeout=20)
+    assert workers.done() == Counter(range(total))
+
+
+def test_a_retry_that_was_not_begun_is_left_for_the_next_worker_at_once(
+    workers: Workers,
+) -> None:
+    failing = """
+@bus.on("work")
+def hold(sender, n):
+    report("begun", n=n, attempt=current_event.attempt)
+
+    if current_event.attempt == 1 and n < 5:
+        raise Retry(after=0)
+
+    wait_until_released("RELEASE")
+    report("done", n=n, attempt=current_event.attempt)
+"""
+    program = workers.worker(failing, EVENTBUS_CLAIM_AFTER="60")
+    workers.send(*range(5))
+    workers.wait_for("begun", attempt=2)
+    program.tell(signal.SIGTERM)
+    wait_until(lambda: "Finishing what runs" in program.said, what="the signal is taken")
+    workers.release.touch()
+    program.end()
+
+    workers.worker(failing, EVENTBUS_CLAIM_AFTER="60")
+
+    workers.wait_until_settled(timeout=10)
+    assert workers.done() == Counter(range(5))
+    assert {line["attempt"] for line in workers.reports("done")} == {2}
+
+
+def test_a_worker_that_ends_leaves_no_consumer_behind(workers: Workers) -> None:
+    program = workers.worker()
+    workers.send(*range(20))
+    workers.wait_until_settled()
+
+    program.tell(signal.SIGTERM)
+    program.end()
+
+    assert workers.group()["consumers"] == 0
+
+
+def test_a_worker_that_ends_while_redis_hangs_does_not_wait_for_it_for_long(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    workers = Workers(tmp_path, redis_server)
+    workers.set_up()
+    program = workers.worker(HOLDING)
+    workers.send(*range(5))
+    workers.wait_for("begun")
+
+    redis_server.hang()
+    workers.release.touch()
+    workers.wait_for("done")
+    program.tell(signal.SIGTERM)
+
+    assert program.end(timeout=25) == 0
+    assert "stay pending" in program.said
+    redis_server.resume()
+    workers.worker(COUNTING)
+    workers.wait_until_settled()
+    assert sorted(workers.done()) == list(range(5))
+    workers.finish()
+
+
+# -- a Redis that has no streams ----------------------------------------------------------
+
+
+@pytest.fixture(params=["XREADGROUP", "XGROUP"])
+def old(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]:
+    """A service whose Redis is too old for streams."""
+    server = RedisServer(tmp_path, "--rename-command", request.param, "")
+    server.start()
+    service = Workers(tmp_path, server)
+    service.set_up()
+    yield service
+    service.finish()
+    server.kill()
+
+
+def test_a_redis_without_streams_ends_a_worker_that_says_why(old: Workers) -> None:
+    program = old.work()
+
+    assert program.end() == 1
+    assert "cannot listen: this Redis has no streams" in program.said
+    assert "Use Redis 6.2 or later, or Valkey" in program.said
+
+
+def test_a_redis_without_streams_ends_the_command_that_listens(old: Workers) -> None:
+    old.write(
+        "app.py",
+        "from flask import Flask\n"
+        "from flask_eventbus import EventBus\n"
+        "bus = EventBus()\n"
+        "@bus.on('work')\n"
+        "def work(sender, n): ...\n"
+        "app = Flask(__name__)\n"
+        "app.config.from_prefixed_env()\n"
+        "bus.init_app(app)\n",
+    )
+
+    program = old.run("-m", "flask", "eventbus", "run")
+
+    assert program.end() == 1
+    assert "Error: " in program.said
+    assert "cannot listen: this Redis has no streams" in program.said
+
+
+def test_a_redis_without_streams_lets_a_process_that_serves_hear_its_channels(
+    old: Workers, make_bus: Callable[..., Bus]
+) -> None:
+    heard: list[int] = []
+    bus = make_bus(
+        old.server.url, "web", prefix=old.name, subscribe={"work": {"via": "stream"}, "tick": {}}
+    )
+
+    @bus.on("tick")
+    def tick(sender: str, n: int) -> None:
+        heard.append(n)
+
+    @bus.on("work")
+    def work(sender: str, **payload: Any) -> None: ...
+
+    bus.start()
+    assert not bus.ready(10)
+    make_bus(old.server.url, "other", prefix=old.name).node.publish("tick", {"n": 1})
+
+    wait_until(lambda: heard == [1], what="the channel is heard")
+    health = bus.health()
+    assert not health.connected
+    assert "unknown command" in health.refused["work"]
