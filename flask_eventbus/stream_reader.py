@@ -284,9 +284,11 @@ class StreamReader:
             if refusal is None:
                 joined[name] = wanted[name]
                 self._told.pop(name, None)
-            refusal = refusal or self._take_up(name, wanted[name])
-
-            elif not isinstance(refusal, GroupGoneError):
+                self._known.add(name)
+                # All of this is older than what is read then.
+                self._recover(name, wanted[name])
+                self._take_back({name: wanted[name]})
+            else:
                 self._refuse(name, wanted[name], refusal)
 
         with self.changed:
@@ -299,19 +301,6 @@ class StreamReader:
     def _start_of(self, name: str, subscription: Subscription) -> str:
         # Where a group was and is gone, so is the knowledge of how far it had come.
         return "0" if name in self._known else self._catalogue.start_of(name, subscription)
-    def _take_up(self, name: str, subscription: Subscription) -> Exception | None:
-        """Take up what this consumer has of a stream; what refused it."""
-        self._known.add(name)
-
-        try:
-            # All of this is older than what is read then.
-            self._recover(name, subscription)
-            self._take_back({name: subscription})
-        except (GroupGoneError, redis.ResponseError) as refusal:
-            return refusal
-
-        return None
-
 
     def _recover(self, name: str, subscription: Subscription) -> None:
         """Take up what Redis gave this consumer in an answer that never arrived."""
@@ -363,15 +352,6 @@ class StreamReader:
             else:
                 self._take(entries, names)
 
-    def _refuse(self, name: str, subscription: Subscription, reason: Exception) -> None:
-        self._ask_again = time.monotonic() + ASK_AGAIN
-        self.refused = {**self.refused, name: str(reason)}
-
-        if self._told.get(name) == str(reason):
-            return
-
-        self._told[name] = str(reason)
-
     def _end_without_streams(self, error: Exception) -> None:
         # redis-py takes "ERR" off.
         if not str(error).startswith(("unknown command", "unknown subcommand")):
@@ -385,12 +365,21 @@ class StreamReader:
         )
         raise redis.ConnectionError(str(error)) from error
 
-        if subscription.via == "stream":
+    def _refuse(self, name: str, subscription: Subscription, reason: Exception) -> None:
         self._end_without_streams(reason)
+        self._ask_again = time.monotonic() + ASK_AGAIN
+        self.refused = {**self.refused, name: str(reason)}
+
+        if self._told.get(name) == str(reason):
+            return
+
+        self._told[name] = str(reason)
+
+        if subscription.via == "stream":
             self._log.error(
                 f"refused {name}",
                 "Redis refuses to let %r read the stream of %r: %s. This service does not hear it. "
-                "%s",
+                "Let its user read that stream, and have a group on it.",
                 self._config.service,
                 name,
                 reason,
@@ -399,10 +388,8 @@ class StreamReader:
             self._log.warning(
                 f"refused {name}",
                 "Redis refuses to let %r read the stream of %r: %s. It hears the channel alone. "
-                "%s Or subscribe with 'via': 'channel'.",
+                "Let its user read that stream, or subscribe with 'via': 'channel'.",
                 self._config.service,
                 name,
                 reason,
-                self._group.remedy(name, reason),
             )
-                self._group.remedy(name, reason),
