@@ -301,7 +301,7 @@ def test_the_bus_needs_nothing_that_it_is_refused_on_channels(
 def test_the_bus_needs_nothing_that_it_is_refused_on_streams(
     server: GuardedServer, make_bus: MakeBus, refusals: Callable[[], list[object]]
 ) -> None:
-    """One life of a stream: a retry, a dead letter, and a worker that takes over from another."""
+    """The life of a stream: a retry, a dead letter, a worker that takes over, a group that goes."""
     written: list[int] = []
     mailed: list[int] = []
     at_work, go_on = threading.Event(), threading.Event()
@@ -351,6 +351,10 @@ def test_the_bus_needs_nothing_that_it_is_refused_on_streams(
     wait_until(lambda: sorted(mailed) == [2, 3, 4, 5, 6, 8], what="the other worker takes over")
     wait_until(lambda: sorted(written) == [*range(1, 9)], what="audit hears all of it")
     assert second.health().counts["dead_lettered"] == 1
+    with server.owner() as owner:
+        owner.xgroup_destroy(stream("user_registered"), "mailer")
+
+    wait_until(lambda: mailed.count(6) == 2, what="a new group begins at the beginning")
     second.stop()
     assert refusals() == []
 
