@@ -209,7 +209,7 @@ class Consumer:
     def refused(self) -> dict[str, str]:
         """Streams that Redis refuses, and that no channel stands in for, with its reasons."""
         subscriptions = self._subscriptions()
-        refused = self._reader.refused
+        refused = {**self._reader.refused, **self._follower.refused}
 
         if self.fatal is not None:
             refused = dict.fromkeys(subscriptions, str(self.fatal))

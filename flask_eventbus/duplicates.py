@@ -65,6 +65,31 @@ class Duplicates:
             for delivery in self._known(found, answers[place * 5 : place * 5 + 5])
         ]
 
+    def forget(self, name: str) -> None:
+        """Let every event of a signal come again: the group that they were noted for is gone.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        window = self._config.duplicate_window
+
+        if not window:
+            return
+
+        now = int(time.time() // window)
+        # A set is kept for two windows; the clocks of publishers may differ by one.
+        keys = [self._keys.seen(name, self._config.service, now + n) for n in range(-3, 2)]
+        answers = self._pipe.run([("EXPIRE", key, 0) for key in keys])
+
+        for refusal in (answer for answer in answers if isinstance(answer, Exception)):
+            self._log.warning(
+                "kept",
+                "Redis does not let go of which events of %r came (%s): those of the last %g s do "
+                "not come again. Allow '+expire'.",
+                name,
+                refusal,
+                window,
+            )
+
     def _by_set(self, deliveries: Sequence[Delivery]) -> dict[tuple[str, int], list[Delivery]]:
         """Deliveries by the set that their events' ids are in: most have that of the one before."""
         sets: dict[tuple[str, int], list[Delivery]] = {}

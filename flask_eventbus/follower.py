@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Collection, Iterable
 
 import redis
 
@@ -13,7 +13,7 @@ from .catalogue import Catalogue
 from .config import Config
 from .connections import OUTAGE
 from .counters import BoundedLog, Counters
-from .group import Entry
+from .group import Entry, behind, fields_of, last_id, remedy
 from .lineup import Lineup
 from .logs import get_logger
 from .pipe import Pipe
@@ -31,6 +31,15 @@ COUNT = 200
 
 #: Seconds between tries to connect, at most.
 MOST_BACKOFF = 1.0
+
+#: What a user needs to be allowed of a stream.
+RIGHTS = "+xread +xrevrange +xinfo|stream"
+
+#: Seconds after which a stream that Redis refuses is asked for again.
+ASK_AGAIN = 5.0
+
+#: Seconds between looks whether a stream is another one by now.
+LOOK = 5.0
 
 #: Seconds that the thread gets to end; it may be looking for a host that is not there.
 END = 1.0
@@ -68,6 +77,10 @@ class Follower:
         #: The last entry that was read of each stream.
         self._positions: dict[str, str] = {}
         self._connected = False
+        self._looked = 0.0
+        #: Streams that Redis refuses, with its reasons.
+        self.refused: dict[str, str] = {}
+        self._ask_again = 0.0
         #: Notified when it is known from where streams are read.
         self.changed = threading.Condition()
 
@@ -86,7 +99,7 @@ class Follower:
     @property
     def _answered(self) -> set[str]:
         patterns = {name for name in self._catalogue.wanted() if "*" in name or "?" in name}
-        return self._positions.keys() | patterns
+        return self._positions.keys() | self.refused.keys() | patterns
 
     def start(self) -> None:
         """Start the thread, once."""
@@ -137,8 +150,9 @@ class Follower:
 
     def _follow(self, backoff: Backoff) -> None:
         while self._goes_on:
-            names = self._catalogue.names()
+            names = self._allowed()
             self._find_positions(names)
+            names = {name: names[name] for name in names if name in self._positions}
 
             if not names:
                 self._stopping.wait(self._block)
@@ -147,39 +161,62 @@ class Follower:
 
             backoff.reset()
 
+    def _allowed(self) -> dict[str, Subscription]:
+        if self.refused and time.monotonic() > self._ask_again:
+            self.refused = {}
+
+        names = self._catalogue.names()
+        return {name: names[name] for name in names if name not in self.refused}
+
     def _find_positions(self, names: dict[str, Subscription]) -> None:
         for name, subscription in names.items():
             if name not in self._positions:
-                start = self._catalogue.start_of(name, subscription)
-                # An id, not "what comes from now on": that would be another now each time.
-                self._positions[name] = self._last(name) if start == NEW else start
+                try:
+                    self._positions[name] = self._start_of(name, subscription)
+                except redis.ResponseError as error:
+                    self._refuse(name, error)
 
         with self.changed:
             self._connected = True
             self.changed.notify_all()
+
+    def _start_of(self, name: str, subscription: Subscription) -> str:
+        start = self._catalogue.start_of(name, subscription)
+        # An id, not "what comes from now on": that would be another now each time.
+        return self._last(name) if start == NEW else start
 
     def _last(self, name: str) -> str:
         found = self._pipe.ask("XREVRANGE", self._keys.stream(name), "+", "-", "COUNT", 1)
         return str(found[0][0].decode()) if found else "0-0"
 
     def _read(self, names: dict[str, Subscription]) -> None:
+        self._look_for_flush(names)
+
+        try:
+            self._take(self._entries(names, self._block), names)
+        except redis.ResponseError as error:
+            logger.debug("One of the streams is refused: %s", error)
+            self._sort_out(names)
+
+    def _sort_out(self, names: dict[str, Subscription]) -> None:
+        """Find out which of the streams it is that Redis refuses to have read."""
+        for name, subscription in names.items():
+            try:
+                self._take(self._entries([name], 0), {name: subscription})
+            except redis.ResponseError as error:
+                self._refuse(name, error)
+
+    def _entries(self, names: Collection[str], block: float) -> list[Entry]:
         count = max(1, min(COUNT, self._lineup.room))
         keys = [self._keys.stream(name) for name in names]
         ids = [self._positions[name] for name in names]
-        wait = ("BLOCK", int(self._block * 1000))
-
-        try:
-            answer = self._pipe.ask("XREAD", "COUNT", count, *wait, "STREAMS", *keys, *ids)
-        except redis.ResponseError as error:
-            self._refuse(names, error)
-            return
-
-        entries = [entry for key, found in answer or () for entry in self._entries(key, found)]
-
-        if entries:
-            self._take(entries, names)
-        else:
-            self._look_for_flush(names)
+        wait = ("BLOCK", int(block * 1000)) if block else ()
+        answer = self._pipe.ask("XREAD", "COUNT", count, *wait, "STREAMS", *keys, *ids)
+        return [
+            Entry(self._keys.name(key.decode()), id.decode(), fields_of(fields))
+            for key, found in answer or ()
+            for id, fields in found
+        ]
 
     def _take(self, entries: list[Entry], names: dict[str, Subscription]) -> None:
         found = self._intake.sort(entries, names)
@@ -189,31 +226,28 @@ class Follower:
         for entry in entries:
             self._positions[entry.name] = entry.id
 
-    def _entries(self, key: bytes, found: Any) -> list[Entry]:
-        name = self._keys.name(key.decode())
-        return [
-            Entry(name, id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)))
-            for id, fields in found
-        ]
-
-    def _look_for_flush(self, names: dict[str, Subscription]) -> None:
-        """Begin again where a stream is a new one, whose ids may be smaller."""
-        for name in names:
-            info = self._pipe.run([("EXISTS", self._keys.stream(name))])[0]
-
-            if info == 0:
-                self._positions[name] = "0-0"
-
-    def _refuse(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
-        if str(error).startswith("UNBLOCKED"):
-            self._positions = dict.fromkeys(names, "0-0")
+    def _look_for_flush(self, names: Iterable[str]) -> None:
+        """Begin again where a stream is a new one, whose ids are smaller."""
+        if time.monotonic() - self._looked < LOOK:
             return
 
+        self._looked = time.monotonic()
+
+        for name in names:
+            last = last_id(self._pipe.run([("XINFO", "STREAM", self._keys.stream(name))])[0])
+
+            if last is not None and behind(last, self._positions[name]):
+                self._positions[name] = "0-0"
+
+    def _refuse(self, name: str, reason: Exception) -> None:
+        self._ask_again = time.monotonic() + ASK_AGAIN
+        self.refused = {**self.refused, name: str(reason)}
+        self._positions.pop(name, None)
         self._log.error(
-            "refused",
-            "Redis refuses to let %r follow the streams of %s: %s.",
+            f"refused {name}",
+            "Redis refuses to let %r follow the stream of %r: %s. %s",
             self._service,
-            ", ".join(sorted(names)),
-            error,
+            name,
+            reason,
+            remedy(reason, self._keys.stream(name), RIGHTS),
         )
-        self._stopping.wait(MOST_BACKOFF)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import redis
+
 from .pipe import Command, Pipe
 from .streams import StreamKeys
 
@@ -15,6 +17,12 @@ RELEASED = "released"
 #: Milliseconds that entries which are handed back count as idle: claimable at once, and by one
 #: worker only, since no other entry was idle for so long.
 LONG_IDLE = 2**31 - 1
+
+#: What a user needs to be allowed of the stream of a group.
+RIGHTS = (
+    "+xgroup|create +xgroup|delconsumer +xreadgroup +xack +xclaim +xpending +xrange "
+    "+xinfo|stream +xinfo|groups +xinfo|consumers"
+)
 
 #: Entries that are looked at in one command.
 PAGE = 100
@@ -137,6 +145,10 @@ class Group:
         """What this consumer has not acknowledged."""
         return self.pending(name, consumer=self._consumer)
 
+    def remedy(self, name: str, reason: Exception) -> str:
+        """What to do about a refusal of its stream: a sentence."""
+        return remedy(reason, self._keys.stream(name), RIGHTS)
+
     def look_up(self, name: str, ids: Sequence[str]) -> list[Entry]:
         """The entries with these ids, without fields where they are trimmed."""
         key = self._keys.stream(name)
@@ -220,6 +232,10 @@ class Group:
 
         return None
 
+    def look_for(self, name: str, id: str) -> Command:
+        """The command whose answer is empty if an entry is pending for nobody."""
+        return ("XPENDING", self._keys.stream(name), self._service, id, id, 1)
+
     def acknowledge(self, name: str, ids: Iterable[str]) -> Command:
         """The command that tells that entries are handled."""
         return ("XACK", self._keys.stream(name), self._service, *ids)
@@ -267,6 +283,33 @@ class Group:
         return found
 
 
+def last_id(info: Any) -> str | None:
+    """The id that a stream gave last, of an answer of ``XINFO STREAM``; ``None`` if none tells."""
+    if isinstance(info, Exception):
+        return "0-0" if "no such key" in str(info) else None
+
+    return str(_as_dict(info)["last-generated-id"].decode())
+
+
+def remedy(reason: Exception, key: str, rights: str) -> str:
+    """What to do about a refusal: a sentence."""
+    if isinstance(reason, redis.exceptions.NoPermissionError):
+        return f"Grant its user ({rights} ~{key}) in the ACL."
+
+    if "WRONGTYPE" in str(reason):
+        return (
+            f"Another program keeps something else under {key!r}: remove it there, or choose "
+            "another 'EVENTBUS_PREFIX'."
+        )
+
+    return "Correct what it complains of."
+
+
+def fields_of(flat: Any) -> dict[bytes, bytes]:
+    """The fields of an entry as Redis answers them: names and values, one after the other."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
 def _is_refusal(answer: Any) -> bool:
     # A group that is there already is what was wanted.
     return isinstance(answer, Exception) and not str(answer).startswith("BUSYGROUP")
@@ -282,7 +325,7 @@ def _fields(flat: Any) -> dict[bytes, bytes] | None:
     if flat and len(flat) == 2:
         return {flat[0]: flat[1]}
 
-    return None if flat is None else dict(zip(flat[::2], flat[1::2], strict=True))
+    return None if flat is None else fields_of(flat)
 
 
 def _as_dict(flat: Any) -> dict[str, Any]:

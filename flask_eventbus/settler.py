@@ -48,6 +48,8 @@ class Outcome:
     letters: Sequence[DeadLetter] = ()
     #: When the retries are due, in seconds since 1970.
     due: Sequence[float] = ()
+    #: Whether Redis may have got it: the answer was lost.
+    doubtful: bool = False
 
 
 class Settler:
@@ -159,9 +161,10 @@ class Settler:
                 batch = self._take()
 
                 try:
+                    batch = self._without_kept(batch)
                     self._write(batch)
                 except BaseException:
-                    self._waiting.extendleft(reversed(batch))
+                    self._put_back(batch)
                     raise
 
     def close(self) -> None:
@@ -180,6 +183,36 @@ class Settler:
             batch.append(self._waiting.popleft())
 
         return batch
+
+    def _put_back(self, batch: Sequence[Outcome]) -> None:
+        for outcome in batch:
+            outcome.doubtful = bool(outcome.commands)
+
+        self._waiting.extendleft(reversed(batch))
+
+    def _without_kept(self, batch: list[Outcome]) -> list[Outcome]:
+        """Settle what Redis got, though the answer was lost; what is left."""
+        doubtful = [outcome for outcome in batch if outcome.doubtful]
+
+        if not doubtful:
+            return batch
+
+        answers = self._group.pipe.run([self._question(outcome) for outcome in doubtful])
+
+        for outcome, answer in zip(doubtful, answers, strict=True):
+            if answer is None or answer == []:
+                batch.remove(outcome)
+                self._settled([outcome], answer)
+
+        return batch
+
+    def _question(self, outcome: Outcome) -> Command:
+        """The command whose answer is empty if what :meth:`_end` ends has ended."""
+        if outcome.delivery is None or outcome.delivery.record is None:
+            return self._group.look_for(outcome.name, outcome.entry)
+
+        key = self._keys.retry(outcome.name, self._config.service)
+        return ("ZSCORE", key, outcome.delivery.member)
 
     def _write(self, batch: Sequence[Outcome]) -> None:
         plain: dict[str, list[Outcome]] = {}
@@ -213,6 +246,9 @@ class Settler:
 
         if isinstance(answer, list):
             refusal = next((part for part in answer if isinstance(part, Exception)), None)
+
+            if refusal is not None:
+                _keep_refused(outcomes[0], answer)
 
         if refusal is not None:
             self._refused(outcomes, refusal)
@@ -352,6 +388,15 @@ def _limit(maxlen: int | Age) -> Command:
         return ("MINID", "~", round((time.time() - maxlen.seconds) * 1000))
 
     return ("MAXLEN", "~", maxlen)
+
+
+def _keep_refused(outcome: Outcome, answers: Sequence[Any]) -> None:
+    """Leave of a transaction what has failed: the rest of it took effect."""
+    outcome.commands = [
+        command
+        for command, answer in zip(outcome.commands, answers, strict=False)
+        if isinstance(answer, Exception)
+    ]
 
 
 def _is_retry(outcome: Outcome) -> bool:

@@ -207,6 +207,9 @@ class StreamReader:
                 self._stopping.wait(self._block)
             elif self._lineup.wait_for_room(self._block):
                 self._read(names)
+            else:
+                # What comes meanwhile may be trimmed before it is read.
+                self._trims.busy = True
 
             backoff.reset()
 
@@ -281,14 +284,12 @@ class StreamReader:
         joined = dict(self.joined)
 
         for name, refusal in refusals.items():
+            refusal = refusal or self._take_up(name, wanted[name])
+
             if refusal is None:
                 joined[name] = wanted[name]
                 self._told.pop(name, None)
-                self._known.add(name)
-                # All of this is older than what is read then.
-                self._recover(name, wanted[name])
-                self._take_back({name: wanted[name]})
-            else:
+            elif not isinstance(refusal, GroupGoneError):
                 self._refuse(name, wanted[name], refusal)
 
         with self.changed:
@@ -297,6 +298,19 @@ class StreamReader:
 
         if self.ready:
             self._found()
+
+    def _take_up(self, name: str, subscription: Subscription) -> Exception | None:
+        """Take up what this consumer has of a stream; what refused it."""
+        self._known.add(name)
+
+        try:
+            # All of this is older than what is read then.
+            self._recover(name, subscription)
+            self._take_back({name: subscription})
+        except (GroupGoneError, redis.ResponseError) as refusal:
+            return refusal
+
+        return None
 
     def _start_of(self, name: str, subscription: Subscription) -> str:
         # Where a group was and is gone, so is the knowledge of how far it had come.
@@ -315,6 +329,8 @@ class StreamReader:
             entries = self._group.look_up(name, lost[start : start + COUNT])
             found = self._intake.sort(entries, {name: subscription})
             self._trims.count(name, found.trimmed)
+            # They are handled in any case; what is sent a second time is to be known.
+            self._duplicates.find(found.deliveries)
             self._hand.take(found.deliveries)
             self._lineup.put(found.deliveries)
             self._settler.settle(
@@ -332,6 +348,10 @@ class StreamReader:
         )
         self._counters.add("groups_lost")
         self._trims.reset()
+
+        for name in self.joined:
+            if self._group.position(name) is None:
+                self._duplicates.forget(name)
 
         with self.changed:
             self.joined = {}
@@ -379,17 +399,19 @@ class StreamReader:
             self._log.error(
                 f"refused {name}",
                 "Redis refuses to let %r read the stream of %r: %s. This service does not hear it. "
-                "Let its user read that stream, and have a group on it.",
+                "%s",
                 self._config.service,
                 name,
                 reason,
+                self._group.remedy(name, reason),
             )
         else:
             self._log.warning(
                 f"refused {name}",
                 "Redis refuses to let %r read the stream of %r: %s. It hears the channel alone. "
-                "Let its user read that stream, or subscribe with 'via': 'channel'.",
+                "%s Or subscribe with 'via': 'channel'.",
                 self._config.service,
                 name,
                 reason,
+                self._group.remedy(name, reason),
             )

