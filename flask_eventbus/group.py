@@ -24,6 +24,9 @@ RIGHTS = (
     "+xinfo|stream +xinfo|groups +xinfo|consumers"
 )
 
+#: The last id that an entry can have.
+LAST_ID = f"{2**64 - 1}-{2**64 - 1}"
+
 #: Entries that are looked at in one command.
 PAGE = 100
 
@@ -111,6 +114,16 @@ class Group:
         head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", count)
         wait = ("BLOCK", int(block * 1000)) if block else ()
         return self._entries(self._asked(*head, *wait, "STREAMS", *keys, *(">" for _ in keys)))
+
+    def try_to_read(self, name: str) -> None:
+        """Find out whether a stream may be read, and read nothing.
+
+        :raises GroupGoneError: the stream or its group is not there.
+        :raises redis.ResponseError: Redis refuses.
+        """
+        # What this consumer has pending behind the last of all ids.
+        head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", 1)
+        self._asked(*head, "STREAMS", self._keys.stream(name), LAST_ID)
 
     def pending(
         self, name: str, *, idle: float = 0.0, consumer: str = "", most: int | None = None

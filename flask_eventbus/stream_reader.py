@@ -304,6 +304,7 @@ class StreamReader:
         self._known.add(name)
 
         try:
+            self._group.try_to_read(name)
             # All of this is older than what is read then.
             self._recover(name, subscription)
             self._take_back({name: subscription})
