@@ -73,6 +73,9 @@ class Exchange:
         :raises redis.ConnectionError: Redis is away, or it answers "not now" to some; it may
             have got any part of the batch.
         """
+        if self._connection is not None:
+            self._wait_until(self._connection, None)
+
         self.send(batch)
         self.read()
         return self.outcomes()

@@ -131,7 +131,12 @@ class Writer:
 
         self._turn_of = threading.get_ident()
         self._turn = outgoing
-        return self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
+        batch = self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
+
+        if not batch:
+            self._end_turn()
+
+        return batch
 
     def lead(self, batch: Sequence[Outgoing], deadline: float) -> None:
         """Write a batch in the thread of one of its senders, and wait for the answers.
@@ -230,7 +235,6 @@ class Writer:
         outcomes = self._exchange.outcomes()
         self._outage.end(len(self._buffer))
         self._grow(batch)
-
         self._settlement.settle(batch, outcomes)
 
         with self._lock:

@@ -1,0 +1,188 @@
+"""How fast confirmed events go into a stream, on this machine.
+
+Run it on demand, on a machine with nothing else to do::
+
+    .venv/bin/python benchmarks/stream_send.py
+
+It starts a Redis of its own, repeats each measurement, and prints medians: a confirmed
+``send()`` beside an ``XADD`` on a connection of redis-py and one by its client, and
+sixteen threads beside one, near Redis and a millisecond away from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+from channel import PAYLOAD, median, microseconds, redis_server
+
+from flask_eventbus import Bus
+
+KEY = "eventbus:{tick}:stream"
+
+#: As many bytes as an event of the payload has.
+BODY = b"x" * 150
+
+#: Seconds from one end to the other, of a Redis that is elsewhere.
+DISTANCE = 0.0005
+
+THREADS = 16
+
+
+# -- measurements ---------------------------------------------------------------------------
+
+
+def on_a_connection(url: str, count: int) -> float:
+    """Microseconds of an ``XADD``, with nothing around it."""
+    connection: Any = redis.ConnectionPool.from_url(url, protocol=2).make_connection()
+    connection.connect()
+
+    def add() -> None:
+        connection.send_command("XADD", KEY, "MAXLEN", "~", 100_000, "*", "event", BODY)
+        connection.read_response()
+
+    taken: float = microseconds(add, count)
+    connection.disconnect()
+    return taken
+
+
+def by_the_client(url: str, count: int) -> float:
+    """Microseconds of ``Redis.xadd()``."""
+    client = redis.Redis.from_url(url)
+    fields: Any = {"event": BODY}
+    taken: float = microseconds(lambda: client.xadd(KEY, fields, maxlen=100_000), count)
+    client.close()
+    return taken
+
+
+def confirmed(url: str, count: int, threads: int = 1) -> float:
+    """Microseconds from one confirmed event to the next, all threads together."""
+    bus = Bus(url, service="publisher", publish={"tick": "stream"}, timeout=10)
+    signal = bus.signal("tick")
+    signal.send("publisher", **PAYLOAD)
+
+    def send() -> None:
+        for _ in range(count // threads):
+            signal.send("publisher", **PAYLOAD)
+
+    start = time.perf_counter()
+    together(send, threads)
+    taken = (time.perf_counter() - start) / count * 1e6
+    bus.stop()
+    return taken
+
+
+def together(run: Callable[[], None], threads: int) -> None:
+    if threads == 1:
+        return run()
+
+    running = [threading.Thread(target=run) for _ in range(threads)]
+
+    for thread in running:
+        thread.start()
+
+    for thread in running:
+        thread.join()
+
+
+# -- a Redis that is elsewhere --------------------------------------------------------------
+
+
+@contextmanager
+def elsewhere(url: str) -> Iterator[str]:
+    """The same server, :data:`DISTANCE` away: bytes pass through a process that keeps them."""
+    port = int(url.rpartition(":")[2].partition("/")[0])
+    listening = socket.create_server(("127.0.0.1", 0))
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=relay, args=(listening, port), daemon=True)
+    process.start()
+    yield f"redis://127.0.0.1:{listening.getsockname()[1]}/0"
+    process.kill()
+    process.join()
+    listening.close()
+
+
+def relay(listening: socket.socket, port: int) -> None:
+    while True:
+        client, _ = listening.accept()
+        server = socket.create_connection(("127.0.0.1", port))
+
+        for pair in ((client, server), (server, client)):
+            for end in pair:
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+            threading.Thread(target=carry, args=pair, daemon=True).start()
+
+
+def carry(source: socket.socket, target: socket.socket) -> None:
+    """Pass on what comes, each piece as late as it has to be."""
+    pieces: deque[tuple[float, bytes]] = deque()
+    there = threading.Semaphore(0)
+
+    def deliver() -> None:
+        while True:
+            there.acquire()
+            due, data = pieces.popleft()
+            time.sleep(max(0.0, due - time.perf_counter()))
+            target.sendall(data)
+
+    threading.Thread(target=deliver, daemon=True).start()
+
+    while data := source.recv(65_536):
+        pieces.append((time.perf_counter() + DISTANCE, data))
+        there.release()
+
+
+# -- the report -----------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5, help="repetitions of each (default 5)")
+    parser.add_argument("--count", type=int, default=16_000, help="events per run")
+    arguments = parser.parse_args()
+    runs, count = arguments.runs, arguments.count
+
+    with redis_server() as (url, version), elsewhere(url) as far:
+        rows = []
+        bare = median(lambda: on_a_connection(url, count), runs)
+        client = median(lambda: by_the_client(url, count), runs)
+        one = median(lambda: confirmed(url, count), runs)
+        rows.append(("`XADD` on a connection of redis-py", bare, ""))
+        rows.append(("`Redis.xadd()` of redis-py", client, f"{client / bare:.2f} of the first"))
+        rows.append(
+            ("`send()`, confirmed", one, f"{one / bare:.2f} of the first, {one / client:.2f} of it")
+        )
+        many = median(lambda: confirmed(url, count, THREADS), runs)
+        rows.append((f"`send()`, confirmed, {THREADS} threads", many, f"{one / many:.1f} times"))
+
+        few = max(THREADS, count // 16)
+        bare = median(lambda: on_a_connection(far, few), runs)
+        one = median(lambda: confirmed(far, few), runs)
+        many = median(lambda: confirmed(far, count, THREADS), runs)
+        rows.append(("a millisecond away: `XADD` on a connection", bare, ""))
+        rows.append(("a millisecond away: `send()`, confirmed", one, f"{one / bare:.2f} of it"))
+        rows.append((f"a millisecond away: {THREADS} threads", many, f"{one / many:.1f} times"))
+
+    print(
+        f"Python {platform.python_version()}, redis-py {redis.__version__}, server {version}, "
+        f"{os.cpu_count()} cores, medians of {runs} runs\n"
+    )
+    print("| | microseconds an event | |\n|---|---:|---:|")
+
+    for name, taken, compared in rows:
+        print(f"| {name} | {taken:.1f} | {compared} |")
+
+
+if __name__ == "__main__":
+    main()
