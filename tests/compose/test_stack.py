@@ -296,6 +296,17 @@ def test_what_was_stored_is_there_after_the_containers_were_made_anew(stack: Sta
     assert is_audited(stack, email)
 
 
+def test_an_event_outlives_the_container_of_redis(stack: Stack) -> None:
+    stack.compose("stop", "mailer")
+    email = register(stack)
+    wait_until(lambda: not buffered(stack), what="Redis has the event")
+
+    stack.compose("up", "--detach", "--force-recreate", "--no-deps", "redis")
+    stack.up()
+
+    wait_until(lambda: has_mail(stack, email), timeout=60, what="the mail is at the mail server")
+
+
 def test_without_passwords_compose_says_which_command_makes_them(tmp_path: Path) -> None:
     require("docker-compose, or the plug-in 'docker compose'", program := compose_program())
     empty = tmp_path / "empty"
