@@ -249,6 +249,19 @@ class Declarations:
 
         return [] if signal.is_muted else list(signal.receivers_for(source))
 
+    def connected_to(self, name: str) -> list[Receiver]:
+        """All receivers of ``name``, whoever they hear, in the order of their connection."""
+        signal = self.namespace.get(name)
+
+        if signal is None:
+            return self.receivers_of_pattern(name)
+
+        found = [
+            receiver() if isinstance(receiver, weakref.ref) else receiver
+            for receiver in list(signal.receivers.values())
+        ]
+        return [receiver for receiver in found if receiver is not None]
+
     def retries_of(self, name: str, receiver: Receiver) -> int | None:
         """How often ``receiver`` is tried again at an event ``name``, if it says so itself."""
         return self._allowances.of(name, receiver).retries

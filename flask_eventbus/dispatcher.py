@@ -36,6 +36,7 @@ class Dispatcher:
     :param service: this service, for logs.
     :param receivers: the receivers of an event here, those that publish included.
     :param scope: what each event runs in: in Flask, a fresh app context.
+    :param connected: the receivers of a name, in the order in which they were connected.
     :param timeout: the seconds that a receiver which is a coroutine function has; ``None`` for all.
     """
 
@@ -47,11 +48,13 @@ class Dispatcher:
         scope: Callable[[], AbstractContextManager[object]],
         counters: Counters,
         timeout: Callable[[str, Receiver], float | None] = lambda name, receiver: None,
+        connected: Callable[[str], Iterable[Receiver]] = lambda name: (),
     ) -> None:
         self._service = service
         self._receivers = receivers
         self._scope = scope
         self._timeout = timeout
+        self._connected = connected
         self._counters = counters
         self._log = BoundedLog(logger)
 
@@ -63,7 +66,8 @@ class Dispatcher:
         return [
             receiver
             for receiver in self._receivers(event)
-            if not isinstance(receiver, Outbound) and (only is None or name_of(receiver) == only)
+            if not isinstance(receiver, Outbound)
+            and (only is None or self._name(event.name, receiver) == only)
         ]
 
     def dispatch(self, event: Event, *, only: str | None = None) -> list[Failure]:
@@ -112,7 +116,7 @@ class Dispatcher:
     ) -> list[Failure]:
         """What the scope's failure is: one of each receiver that did not get to run, or its own."""
         failure = self._failed(self._scope, event, error)
-        kept = [Failure(found, error, name_of(found)) for found in kept_from]
+        kept = [Failure(found, error, self._name(event.name, found)) for found in kept_from]
         return kept or [replace(failure, name="")]
 
     def _failed(self, receiver: Receiver, event: Event, error: BaseException) -> Failure:
@@ -129,7 +133,18 @@ class Dispatcher:
             exc_info=error,
         )
         tell(receiver_failed, self._service, receiver=receiver, event=event, error=error)
-        return Failure(receiver, error, name_of(receiver))
+        return Failure(receiver, error, self._name(event.name, receiver))
+
+    def _name(self, event_name: str, receiver: Receiver) -> str:
+        """What tells a receiver from the others of an event, in every process of the service.
+
+        Where several have one name, as functions that a decorator made may, those after the first
+        get a number.
+        """
+        name = name_of(receiver)
+        same = [found for found in self._connected(event_name) if name_of(found) == name]
+        number = next((n for n, found in enumerate(same) if found == receiver), 0)
+        return f"{name}#{number + 1}" if number else name
 
     def _skip(self, event: Event) -> None:
         self._counters.add("unknown")

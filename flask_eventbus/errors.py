@@ -15,6 +15,9 @@
 
 from __future__ import annotations
 
+#: Seconds that a receiver may ask to wait at most: a year.
+MOST_AFTER = 31_536_000
+
 
 class EventBusError(Exception):
     """The root: ``except EventBusError`` catches whatever flask-eventbus raises itself."""
@@ -63,10 +66,19 @@ class Retry(EventBusError):  # noqa: N818 - a receiver says it: raise Retry(afte
 
     It counts as a failure like any other: after ``retries`` of them the event is a dead letter.
 
-    :param after: seconds; those of the backoff by default.
+    :param after: seconds, up to a year; those of the backoff by default.
+    :raises ValueError: it is no such number.
     """
 
     def __init__(self, message: str = "", *, after: float | None = None) -> None:
+        is_number = isinstance(after, int | float) and not isinstance(after, bool)
+
+        if after is not None and not (is_number and 0 <= after <= MOST_AFTER):
+            raise ValueError(
+                f"Retry has 'after' {after!r}. Set it to a number of seconds from 0 to "
+                f"{MOST_AFTER:,}, or leave it out."
+            )
+
         super().__init__(message)
         #: Seconds until the next attempt.
         self.after = after

@@ -234,7 +234,8 @@ class Keeper:
             self._claim_all(names, idle=self._config.claim_after, consumer="")
 
         if now >= self._released_at:
-            self._released_at = now + max(RELEASED_AGAIN, 2.0 * len(names))
+            again = max(RELEASED_AGAIN, 2.0 * len(names))
+            self._released_at = now + again * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
             self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED)
             # Another worker's, or what a person put back.
             self._run_retries(names)

@@ -300,6 +300,7 @@ class Node:
             scope=self._scope,
             counters=self.counters,
             timeout=self.declarations.timeout_of,
+            connected=self.declarations.connected_to,
         )
 
     def _make_inbound(self) -> Inbound:

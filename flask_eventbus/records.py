@@ -164,7 +164,12 @@ def words_of(error: BaseException) -> str:
     except Exception as second:
         text = f"{type(error).__name__} (its text cannot be had: {type(second).__name__})"
 
-    return text[:MOST_ERROR]
+    return travelling(text)[:MOST_ERROR]
+
+
+def travelling(text: str) -> str:
+    """A text without what is no Unicode: the rest of a file's name in another encoding."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _original(fields: Mapping[bytes, bytes]) -> dict[bytes, bytes]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from .codec import Codec
@@ -24,6 +25,9 @@ logger = get_logger(__name__)
 #: Seconds that a receiver may be unknown to every worker before its retries are given up: a
 #: deployment may take its time.
 GONE_AFTER = 3_600.0
+
+#: Seconds for which a worker that lacks a receiver leaves its retries to the others, at most.
+POSTPONED = 10.0
 
 
 class RetryLine:
@@ -68,7 +72,8 @@ class RetryLine:
         if not _members(self._pipe.ask(*look)):
             return [], [], False
 
-        _, answer = self._pipe.run([("WATCH", key), look])
+        watched, answer = self._pipe.run([("WATCH", key), look])
+        _check([watched])
         members = _members(answer)
         deliveries: list[Delivery] = []
         given_up: list[Outcome] = []
@@ -82,12 +87,10 @@ class RetryLine:
             self._pipe.close()
             raise
 
-        done = self._pipe.run([*commands, ("EXEC",)])[-1]
+        answers = self._pipe.run([*commands, ("EXEC",)])
+        _check(answers)
 
-        if isinstance(done, Exception):
-            raise done
-
-        if done is None:
+        if answers[-1] is None:
             # Another worker was at it: the next look finds what it left.
             return [], [], True
 
@@ -188,7 +191,9 @@ class RetryLine:
             return []
 
         key = self._keys.retry(name, self._config.service)
-        return [("ZADD", key, "XX", self._lease_until(), member)]
+        # Not for as long each time, so that it is due when another looks.
+        pause = random.uniform(0.2, 1.0) * min(self._config.claim_after, POSTPONED)  # noqa: S311 - spreads load
+        return [("ZADD", key, "XX", round((time.time() + pause) * 1000), member)]
 
     def _bad(self, name: str, member: bytes, error: Exception) -> Outcome:
         now = round(time.time() * 1000)
@@ -226,6 +231,13 @@ class RetryLine:
 
     def _lease_until(self) -> int:
         return round((time.time() + self._config.claim_after) * 1000)
+
+
+def _check(answers: Iterable[object]) -> None:
+    """Raise the first refusal: of a transaction, the one that tells why."""
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
 
 
 def _members(answer: object) -> list[bytes]:

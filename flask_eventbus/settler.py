@@ -19,7 +19,7 @@ from .group import Entry, Group
 from .lifecycle import tell
 from .logs import get_logger
 from .pipe import Command
-from .records import MOST_TRACEBACK, DeadLetter, RetryRecord, words_of
+from .records import MOST_TRACEBACK, DeadLetter, RetryRecord, travelling, words_of
 from .retries import judge
 from .signals import event_dead_lettered
 from .stream_intake import readable
@@ -238,8 +238,10 @@ class Settler:
         answers = self._group.pipe.run(commands) if commands else []
 
         for count, outcomes in told:
-            last, answers = answers[count - 1], answers[count:]
-            self._settled(outcomes, last)
+            own, answers = answers[:count], answers[count:]
+            # A transaction that is refused says why where it is, and not at its end.
+            refusal = next((answer for answer in own if isinstance(answer, Exception)), None)
+            self._settled(outcomes, refusal or own[-1])
 
     def _settled(self, outcomes: Sequence[Outcome], answer: Any) -> None:
         refusal = answer if isinstance(answer, Exception) else None
@@ -404,4 +406,4 @@ def _is_retry(outcome: Outcome) -> bool:
 
 
 def _traceback_of(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))[-MOST_TRACEBACK:]
+    return travelling("".join(traceback.format_exception(error)))[-MOST_TRACEBACK:]

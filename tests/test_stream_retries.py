@@ -1,0 +1,616 @@
+"""Receivers of stream events that fail: each is tried again by itself, then given up."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from flask import Flask, g
+from servers import RedisServer
+from waiting import wait_until
+from workers import Workers
+
+from flask_eventbus import (
+    Bus,
+    ConfigError,
+    EventBus,
+    Reject,
+    Retry,
+    current_event,
+    keeper,
+    retries,
+    retry_line,
+    signals,
+)
+from flask_eventbus.streams import StreamKeys
+
+Make = Callable[..., Bus]
+
+_numbers = itertools.count()
+
+
+class Line:
+    """The stream of ``work`` on a real server: a service that hears it, another that sends."""
+
+    def __init__(self, server: RedisServer, make_bus: Make, prefix: str) -> None:
+        self.keys = StreamKeys(prefix)
+        self.redis: redis.Redis = server.client
+        self.bus = make_bus(server.url, "consumer", prefix=prefix)
+        self.publisher = make_bus(server.url, "publisher", prefix=prefix, publish={"*": "stream"})
+
+    def listen(self) -> None:
+        """Read, from what is sent next."""
+        self.bus.start()
+        assert self.bus.ready(10)
+
+    def send(self, *numbers: Any) -> None:
+        """Publish an event for each number."""
+        for number in numbers:
+            self.publisher.node.publish("work", {"n": number}, confirm=False)
+
+        assert self.publisher.flush(10)
+
+    def settled(self) -> bool:
+        """Whether nothing is left to do."""
+        (group,) = self.redis.xinfo_groups(self.keys.stream("work"))
+        return not (group["pending"] or group["lag"] or self.waiting())
+
+    def wait_until_settled(self, timeout: float = 15) -> None:
+        """Wait until nothing is left to do."""
+        wait_until(self.settled, timeout=timeout, what="everything is settled")
+
+    def waiting(self) -> list[tuple[bytes, float]]:
+        """What is to be tried again, with the time when it is due, in milliseconds."""
+        found: Any = self.redis.zrange(self.keys.retry("work", "consumer"), 0, -1, withscores=True)
+        return list(found)
+
+    def letters(self) -> list[dict[str, str]]:
+        """The dead letters, as ``redis-cli`` shows them."""
+        found: Any = self.redis.xrange(self.keys.dead("work", "consumer"))
+        return [
+            {key.decode(): value.decode(errors="replace") for key, value in fields.items()}
+            for _, fields in found
+        ]
+
+
+@pytest.fixture
+def line(shared_redis: RedisServer, make_bus: Make) -> Iterator[Line]:
+    """A stream of this test's own."""
+    found = Line(shared_redis, make_bus, f"retries-{os.getpid()}-{next(_numbers)}")
+    yield found
+    found.redis.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin the backoff with a hundredth of a second."""
+    monkeypatch.setattr(retries, "FIRST", 0.01)
+
+
+# -- only what failed, and when -----------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_only_the_receivers_that_failed_are_tried_again(line: Line) -> None:
+    ran: list[tuple[str, int]] = []
+
+    @line.bus.on("work")
+    def first(sender: str, n: int) -> None:
+        ran.append(("first", current_event.attempt))
+
+    @line.bus.on("work")
+    def second(sender: str, n: int) -> None:
+        ran.append(("second", current_event.attempt))
+        if current_event.attempt < 3:
+            raise RuntimeError("not yet")
+
+    @line.bus.on("work")
+    async def third(sender: str, n: int) -> None:
+        ran.append(("third", current_event.attempt))
+        await asyncio.sleep(0)
+        if current_event.attempt < 2:
+            raise RuntimeError("not yet")
+
+    line.listen()
+    line.send(1)
+
+    wait_until(lambda: len(ran) == 6, what="all have succeeded")
+    line.wait_until_settled()
+    assert sorted(ran) == [
+        ("first", 1),
+        ("second", 1),
+        ("second", 2),
+        ("second", 3),
+        ("third", 1),
+        ("third", 2),
+    ]
+    assert not line.letters()
+
+
+def wrapped(function: Callable[..., None]) -> Callable[..., None]:
+    """A decorator that does not hand on the name of what it decorates."""
+
+    def wrapper(sender: str, **payload: Any) -> None:
+        function(sender, **payload)
+
+    return wrapper
+
+
+@pytest.mark.usefixtures("quick")
+def test_receivers_of_the_same_name_are_told_from_each_other(line: Line) -> None:
+    ran: list[tuple[str, int]] = []
+
+    @line.bus.on("work")
+    @wrapped
+    def first(sender: str, n: int) -> None:
+        ran.append(("first", current_event.attempt))
+
+    @line.bus.on("work", retries=3)
+    @wrapped
+    def second(sender: str, n: int) -> None:
+        ran.append(("second", current_event.attempt))
+        raise RuntimeError("never")
+
+    @line.bus.on("work", retries=3)
+    @wrapped
+    def third(sender: str, n: int) -> None:
+        ran.append(("third", current_event.attempt))
+        raise RuntimeError("never")
+
+    line.listen()
+    line.send(1)
+
+    wait_until(lambda: len(line.letters()) == 2, what="both are given up")
+    line.wait_until_settled()
+    expected = [("first", 1)]
+    expected += [(name, attempt) for name in ("second", "third") for attempt in (1, 2, 3, 4)]
+    assert sorted(ran) == expected
+    assert len({letter["receiver"] for letter in line.letters()}) == 2
+
+
+def test_the_delay_doubles_and_is_bounded() -> None:
+    delays = [retries.delay(attempts, jitter=0.0) for attempts in range(1, 12)]
+
+    assert delays == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+    assert all(1 <= retries.delay(1) <= 1.25 for _ in range(100))
+    assert retries.delay(10_000) == 300
+
+
+def test_a_retry_waits_in_redis_until_it_is_due(line: Line) -> None:
+    @line.bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        raise RuntimeError("not yet")
+
+    line.listen()
+    before = time.time()
+    line.send(1)
+
+    wait_until(line.waiting, what="the retry waits")
+    ((_, due),) = line.waiting()
+    assert before + 1.0 <= due / 1000 <= time.time() + 1.25
+    wait_until(lambda: line.bus.health().counts.get("retries") == 1, what="it is counted")
+
+
+@pytest.mark.parametrize("after", [0, 0.2, 3_600], ids=str)
+def test_a_receiver_says_itself_when_it_is_to_be_tried_again(line: Line, after: float) -> None:
+    begun: list[float] = []
+
+    @line.bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        begun.append(time.time())
+        if current_event.attempt == 1:
+            raise Retry("the shop is closed", after=after)
+
+    line.listen()
+    line.send(1)
+
+    if after < 60:
+        wait_until(lambda: len(begun) == 2, what="it is tried again")
+        assert after <= begun[1] - begun[0] < after + 1
+        line.wait_until_settled()
+    else:
+        wait_until(line.waiting, what="the retry waits")
+        assert abs(line.waiting()[0][1] / 1000 - begun[0] - after) < 1
+
+
+@pytest.mark.parametrize("after", [float("inf"), float("nan"), -1, "soon", 1e300], ids=str)
+def test_a_delay_that_is_none_is_a_failure_like_any_other(line: Line, after: Any) -> None:
+    heard: list[int] = []
+
+    @line.bus.on("work", retries=0)
+    def receive(sender: str, n: int) -> None:
+        heard.append(n)
+        if n == 1:
+            raise Retry(after=after)
+
+    line.listen()
+    line.send(1, 2)
+
+    wait_until(line.letters, what="it is given up")
+    line.wait_until_settled()
+    assert heard == [1, 2]
+    assert "'after'" in line.letters()[0]["error"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_hundreds_of_retries_that_are_due_at_once_are_not_kept_waiting(line: Line) -> None:
+    done: list[int] = []
+
+    @line.bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        if current_event.attempt == 1:
+            raise Retry(after=0.5)
+        done.append(n)
+
+    line.listen()
+    line.send(*range(400))
+
+    wait_until(lambda: len(done) == 400, timeout=8, what="all are tried again")
+    assert sorted(done) == list(range(400))
+
+
+def test_two_workers_share_many_retries_and_run_each_once(
+    line: Line, shared_redis: RedisServer, make_bus: Make
+) -> None:
+    done: list[int] = []
+    other = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
+
+    def receive(sender: str, n: int) -> None:
+        if current_event.attempt <= 2:
+            raise Retry(after=0.1)
+        done.append(n)
+
+    for bus in (line.bus, other):
+        bus.on("work")(receive)
+        bus.start()
+        assert bus.ready(10)
+
+    line.send(*range(500))
+
+    wait_until(lambda: len(done) >= 500, timeout=15, what="all are tried again")
+    line.wait_until_settled()
+    assert sorted(done) == list(range(500))
+
+
+# -- given up -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_after_its_retries_an_event_is_a_dead_letter_with_everything(line: Line) -> None:
+    told: list[dict[str, Any]] = []
+    attempts: list[int] = []
+
+    def note(sender: str, **facts: Any) -> None:
+        told.append({"service": sender, **facts})
+
+    @line.bus.on("work", retries=2)
+    def receive(sender: str, n: int) -> None:
+        attempts.append(current_event.attempt)
+        raise RuntimeError(f"attempt {current_event.attempt}: the mail server is away")
+
+    line.listen()
+    with signals.event_dead_lettered.connected_to(note):
+        line.send(7)
+        wait_until(lambda: told, what="it is told")
+
+    (letter,) = line.letters()
+    name = f"{__name__}.{receive.__qualname__}"
+    found: Any = line.redis.xrange(line.keys.stream("work"))
+    ((entry, fields),) = found
+    assert attempts == [1, 2, 3]
+    assert letter["reason"] == "retries"
+    assert letter["receiver"] == name
+    assert letter["attempts"] == "3"
+    assert letter["error"] == "RuntimeError: attempt 3: the mail server is away"
+    assert "in receive" in letter["traceback"]
+    assert len(letter["traceback"]) <= 4_000
+    assert letter["entry"] == entry.decode()
+    assert letter["source"] == "publisher"
+    assert json.loads(letter["payload"]) == {"n": 7}
+    assert letter["first_failed"] < letter["last_failed"]
+    dead: Any = line.redis.xrange(line.keys.dead("work", "consumer"))
+    ((_, raw),) = dead
+    assert raw[b"event"] == fields[b"event"]
+    assert told == [
+        {
+            "service": "consumer",
+            "name": "work",
+            "receiver": name,
+            "reason": "retries",
+            "event_id": letter["id"],
+            "error": letter["error"],
+        }
+    ]
+    line.wait_until_settled()
+    assert line.bus.health().counts["dead_lettered"] == 1
+
+
+def test_an_event_that_is_rejected_is_a_dead_letter_at_once(line: Line) -> None:
+    heard: list[int] = []
+
+    @line.bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        raise Reject("no such user")
+
+    @line.bus.on("work")
+    def other(sender: str, n: int) -> None:
+        heard.append(n)
+
+    line.listen()
+    line.send(1)
+
+    wait_until(line.letters, what="it is a dead letter")
+    line.wait_until_settled()
+    (letter,) = line.letters()
+    assert (letter["reason"], letter["attempts"]) == ("rejected", "1")
+    assert letter["error"] == "Reject: no such user"
+    assert heard == [1]
+
+
+class UntellableError(Exception):
+    """An error whose text cannot be had."""
+
+    def __str__(self) -> str:
+        raise ValueError("there are no words for it")
+
+
+BAD: dict[str, Callable[[], BaseException]] = {
+    "a file name of another encoding": lambda: FileNotFoundError(os.fsdecode(b"caf\xe9")),
+    "no text": UntellableError,
+    "the end of the process": lambda: SystemExit(1),
+    "a group": lambda: BaseExceptionGroup("both", [KeyboardInterrupt(), ValueError()]),
+    "very long": lambda: ValueError("x" * 1_000_000),
+    "zeros": lambda: ValueError("\0" * 10),
+}
+
+
+@pytest.fixture
+def _silence() -> Iterator[None]:
+    """Log nothing: what cannot be written does not fit into the report of a test either."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("quick", "_silence")
+@pytest.mark.parametrize("bad", BAD)
+def test_whatever_a_receiver_raises_it_is_tried_again_and_then_a_dead_letter(
+    line: Line, bad: str
+) -> None:
+    heard: list[int] = []
+
+    @line.bus.on("work", retries=1)
+    def receive(sender: str, n: int) -> None:
+        heard.append(n)
+        if n == 1:
+            raise BAD[bad]()
+
+    line.listen()
+    line.send(1, 2)
+
+    wait_until(line.letters, what="it is a dead letter")
+    line.wait_until_settled()
+    assert sorted(heard) == [1, 1, 2]
+    assert len(line.letters()[0]["error"]) <= 500
+
+
+# -- how often ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("setting", "subscription", "receiver", "attempts"),
+    [(1, None, None, 2), (1, None, 3, 4), (1, 2, 3, 3), (5, 0, None, 1), (5, None, 0, 1)],
+)
+def test_how_often_is_said_by_the_subscription_else_the_receiver_else_the_setting(
+    line: Line,
+    shared_redis: RedisServer,
+    make_bus: Make,
+    setting: int,
+    subscription: int | None,
+    receiver: int | None,
+    attempts: int,
+) -> None:
+    named = {} if subscription is None else {"retries": subscription}
+    line.bus = make_bus(
+        shared_redis.url,
+        "consumer",
+        prefix=line.bus.node.config.prefix,
+        retries=setting,
+        subscribe={"work": named},
+    )
+    ran: list[int] = []
+
+    @line.bus.on("work", retries=receiver)
+    def receive(sender: str, n: int) -> None:
+        ran.append(current_event.attempt)
+        raise RuntimeError("never")
+
+    line.listen()
+    line.send(1)
+
+    wait_until(line.letters, what="it is given up")
+    assert ran == list(range(1, attempts + 1))
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "often", True, 10**9], ids=str)
+def test_retries_of_a_receiver_that_are_no_number_are_refused(line: Line, wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="Set it to a whole number from 0 to 10,000"):
+        line.bus.on("work", retries=wrong)(lambda sender, n: None)
+
+
+# -- how long -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_async_receiver_that_takes_too_long_is_ended_and_has_failed(line: Line) -> None:
+    ended: list[int] = []
+
+    @line.bus.on("work", timeout=0.05, retries=1)
+    async def receive(sender: str, n: int) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(current_event.attempt)
+
+    line.listen()
+    line.send(1)
+
+    wait_until(line.letters, what="it is given up")
+    assert ended == [1, 2]
+    assert "TimeoutError" in line.letters()[0]["error"]
+
+
+def test_a_timeout_that_python_could_not_keep_is_refused(line: Line) -> None:
+    def receive(sender: str, n: int) -> None: ...
+
+    with pytest.raises(ConfigError, match="Python cannot interrupt a function that is no 'async"):
+        line.bus.on("work", timeout=5)(receive)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "5", True, float("inf")], ids=str)
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(line: Line, wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="Set it to a number of seconds, more than 0"):
+        line.bus.on("work", timeout=wrong)
+
+
+# -- in an app ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def app(line: Line, shared_redis: RedisServer) -> Iterator[tuple[Flask, EventBus]]:
+    """An app that hears the stream."""
+    app = Flask(__name__)
+    app.config.from_mapping(
+        EVENTBUS_SERVICE="consumer",
+        EVENTBUS_URL=shared_redis.url,
+        EVENTBUS_PREFIX=line.bus.node.config.prefix,
+    )
+    bus = EventBus()
+    bus.init_app(app)
+    yield app, bus
+    bus.node(app).stop(flush=0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_each_attempt_has_an_app_context_of_its_own(
+    line: Line, app: tuple[Flask, EventBus]
+) -> None:
+    flask_app, bus = app
+    seen: list[tuple[int, list[int]]] = []
+    torn: list[int] = []
+
+    @flask_app.teardown_appcontext
+    def tear_down(error: BaseException | None) -> None:
+        torn.append(g.get("attempts", [0])[0])
+
+    @bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        g.setdefault("attempts", []).append(current_event.attempt)
+        seen.append((current_event.attempt, list(g.attempts)))
+        if current_event.attempt < 3:
+            raise RuntimeError("not yet")
+
+    node = bus.node(flask_app)
+    node.start()
+    assert node.ready(10)
+    line.send(1)
+
+    wait_until(lambda: len(torn) == 3, what="all contexts are torn down")
+    assert seen == [(1, [1]), (2, [2]), (3, [3])]
+    assert torn == [1, 2, 3]
+
+
+def test_a_teardown_that_raises_is_no_failure_of_a_receiver(
+    line: Line, app: tuple[Flask, EventBus], caplog: pytest.LogCaptureFixture
+) -> None:
+    flask_app, bus = app
+    heard: list[int] = []
+
+    @flask_app.teardown_appcontext
+    def tear_down(error: BaseException | None) -> None:
+        raise RuntimeError("the session is gone")
+
+    @bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        heard.append(n)
+
+    node = bus.node(flask_app)
+    node.start()
+    assert node.ready(10)
+    line.send(1, 2, 3)
+
+    line.wait_until_settled()
+    assert heard == [1, 2, 3]
+    assert not line.letters()
+    assert "the session is gone" in caplog.text
+
+
+# -- past the process ---------------------------------------------------------------------
+
+
+def test_a_retry_outlives_the_process_that_failed(
+    tmp_path: Path, shared_redis: RedisServer
+) -> None:
+    workers = Workers(tmp_path, shared_redis)
+    workers.set_up()
+    failing = """
+@bus.on("work")
+def fail(sender, n):
+    report("begun", n=n, attempt=current_event.attempt, at=time.time())
+
+    if current_event.attempt == 1:
+        raise Retry(after=2)
+"""
+    program = workers.worker(failing)
+    workers.send(0)
+    wait_until(lambda: workers.redis.zcard(workers.keys.retry("work", workers.name)), what="it is")
+    program.kill()
+
+    workers.worker(failing)
+
+    wait_until(workers.settled, timeout=15, what="it is tried again")
+    first, second = workers.reports("begun")
+    assert (first["attempt"], second["attempt"]) == (1, 2)
+    assert 2 <= second["at"] - first["at"] < 9
+    workers.finish()
+
+
+def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
+    line: Line, shared_redis: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.05)
+    monkeypatch.setattr(retry_line, "POSTPONED", 0.2)
+    other = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
+    lacking = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
+    done = threading.Event()
+
+    @line.bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        if current_event.attempt > 1:
+            done.set()
+        raise Retry(after=0 if current_event.attempt > 1 else 0.5)
+
+    line.listen()
+    line.send(1)
+    wait_until(line.waiting, what="the retry waits")
+    line.bus.stop()
+    lacking.on("work")(lambda sender, n: None)
+    lacking.start()
+    assert lacking.ready(10)
+    other.on("work", retries=1)(receive)
+    other.start()
+
+    wait_until(line.letters, timeout=20, what="it was tried again")
+    assert done.is_set()
+    assert line.letters()[0]["attempts"] == "2"
