@@ -15,7 +15,6 @@ from .census import census
 from .dead_command import dead
 from .doctor import check as check_node
 from .errors import ConfigError
-from .event import Event
 from .findings import Finding
 from .findings import error as error_finding
 from .node import Node
@@ -28,6 +27,7 @@ from .replay_command import replay
 from .reports import channels_report, findings_report, routes_report
 from .running import run_until_signal
 from .seek_command import seek
+from .spectating import Heard
 from .status_command import status
 from .tailing import Filter, Tail
 
@@ -130,21 +130,23 @@ def tail(
     count: int | None,
     seconds: float | None,
 ) -> None:
-    """Show events as they come, one line each: time, name, source, id, payload.
+    """Show events as they come, one line each: time, way, name, source, id, payload.
 
-    NAME is a signal or a pattern such as 'order_*'; all signals unless given. This is a
-    spectator: it hears what this service itself publishes as well, runs no receiver,
-    and outlives a Redis that goes and comes back. What it has to say of itself, such as
-    bytes that are no event, goes to stderr.
+    NAME is a signal or a pattern such as 'order_*'; all signals unless given. The way is
+    'channel' or 'stream': both are heard. This is a spectator: it hears what this service
+    itself publishes as well, runs no receiver, takes nothing from a stream that others
+    are to get, and outlives a Redis that goes and comes back. What it has to say of
+    itself, such as bytes that are no event, goes to stderr.
     """
     spectator = _spectator(program.node, names)
     wanted = Filter(sources=sources, values=pairs)
     shown = 0
 
     with suppress(KeyboardInterrupt):
-        for event in _until_gone(spectator.events(seconds)):
-            if wanted.accepts(event):
-                click.echo(as_json(event) if in_json else as_line(event))
+        for heard in _until_gone(spectator.events(seconds)):
+            if wanted.accepts(heard.event):
+                line = as_line(heard.event)
+                click.echo(as_json(heard.event, heard.entry) if in_json else line)
                 shown += 1
 
             if shown == count:
@@ -165,10 +167,10 @@ def _spectator(node: Node, names: tuple[str, ...]) -> Tail:
     )
 
 
-def _until_gone(batches: Iterator[list[Event]]) -> Iterator[Event]:
-    """The events of the batches, until nobody reads stdout any more."""
-    for events in batches:
-        yield from events
+def _until_gone(batches: Iterator[list[Heard]]) -> Iterator[Heard]:
+    """What is heard, until nobody reads stdout any more."""
+    for heard in batches:
+        yield from heard
 
         if reader_is_gone():
             raise BrokenPipeError("Nobody reads what is shown.")

@@ -20,17 +20,20 @@ _PLAIN_WORD = re.compile(r"[\w@.,+:/-]+")
 
 
 def as_line(event: Event) -> str:
-    """The event in one line: local time, name, source, id, and the payload in short.
+    """The event in one line: local time, way, name, source, id, and the payload in short.
 
     Nothing of it can move a terminal's cursor, whatever the payload holds.
     """
     payload = " ".join(f"{_word(key)}={_short(value)}" for key, value in event.payload.items())
-    line = f"{_clock(event.time)} {event.name} {event.source} {event.id}"
+    line = f"{_clock(event.time)} {event.via:7} {event.name} {event.source} {event.id}"
     return f"{line} {_cut(payload, MOST_OF_A_PAYLOAD)}" if payload else line
 
 
-def as_json(event: Event) -> str:
-    """The whole event as a JSON object in one line, with the names of CloudEvents."""
+def as_json(event: Event, entry: str | None = None) -> str:
+    """The whole event as a JSON object in one line, with the names of CloudEvents.
+
+    :param entry: the id of its entry, where it came over a stream.
+    """
     attributes = {
         "specversion": "1.0",
         "id": event.id,
@@ -44,6 +47,8 @@ def as_json(event: Event) -> str:
         "hops": event.hops or None,
         "traceparent": event.traceparent,
         "partitionkey": event.key,
+        "via": event.via,
+        "entry": entry,
     }
     return json.dumps(
         {name: plain(value) for name, value in attributes.items() if value is not None}

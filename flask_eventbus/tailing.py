@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import redis
 
 from .backoff import Backoff
-from .channels import ChannelKeys, ChannelReader, Frame
+from .channel_tail import ChannelTail
 from .codec import Codec
-from .connections import OUTAGE, Connections, is_passing
-from .errors import ConfigError, DecodeError
+from .connections import OUTAGE, Connections
+from .errors import ConfigError
 from .event import Event
 from .rendering import plain, read_value
-from .routes import is_pattern, matches
-
-logger = logging.getLogger(__name__)
+from .spectating import Heard
+from .stream_tail import StreamTail
 
 #: What ``CLIENT LIST`` shows: never one of a service's listeners.
 CLIENT_NAME = "eventbus-tail"
 
-#: Seconds of silence after which the server is asked for a sign of life, and seconds it has.
-QUIET = 5.0
-DEADLINE = 5.0
-
 #: Seconds between tries to connect, at most.
 MOST_BACKOFF = 2.0
 
-#: Bytes that are shown of what is no event.
-SAMPLE = 64
+#: Seconds after which whoever waits for events gets nothing, to look around.
+TICK = 1.0
+
+#: Batches of events that wait to be shown. Behind these nothing more is read.
+MOST_WAITING = 16
+
+#: Seconds that the threads get to end.
+END = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +54,25 @@ class Filter:
         return all(_holds(event, key, text) for key, text in self.values)
 
 
+class Way(Protocol):
+    """Hears events one way: over channels, or over streams."""
+
+    way: str
+
+    def listen(self, stopping: threading.Event, backoff: Backoff) -> None:
+        """Connect and hear until it is told to stop."""
+
+    def wake(self) -> None:
+        """Let a wait for Redis end soon, in whatever thread."""
+
+    def close(self) -> None:
+        """Close the connection. Only the thread that listens may."""
+
+
 class Tail:
-    """Listens to channels, whatever happens to Redis, in the thread that asks for events.
+    """Hears channels and streams, whatever happens to Redis, each in a thread of its own.
+
+    What they have to say is said in the thread that asks for events.
 
     :param names: signals and patterns.
     :param tell: takes sentences about what happens: connected, lost, bytes that are no event.
@@ -69,153 +88,173 @@ class Tail:
         tell: Callable[[str], None],
     ) -> None:
         self._connections = Connections(url, name=CLIENT_NAME)
-        self._reader = ChannelReader(self._connections)
-        self._keys = ChannelKeys(prefix)
-        self._codec = codec
         self._names = names
         self._tell = tell
-        self._confirmed = 0
+        kinds = (ChannelTail,) if url.startswith("redis+cluster://") else (ChannelTail, StreamTail)
+        self._ways: list[Way] = [
+            kind(self._connections, prefix=prefix, codec=codec, names=names, spectator=self)
+            for kind in kinds
+        ]
+        self._waiting: queue.Queue[Sequence[Heard] | str | Exception] = queue.Queue(MOST_WAITING)
+        self._stopping = threading.Event()
+        self._lock = threading.RLock()
+        self._found: set[str] = set()
         self._lost_since: float | None = None
-        #: Whether everything was subscribed at least once.
+        #: Why something is refused, by name and way; and what of it was said.
+        self._refusals: dict[tuple[str, str], str] = {}
+        self._said: set[str] = set()
+        #: Whether everything was heard at least once.
         self.connected = False
 
-    def events(self, seconds: float | None = None) -> Iterator[list[Event]]:
-        """Yield what came, at least every other second, often nothing.
+    def events(self, seconds: float | None = None) -> Iterator[list[Heard]]:
+        """Yield what came, at least every other second, often nothing. It is called once.
 
         :param seconds: after how many to end; for ever by default.
-        :raises ConfigError: Redis refuses this user, or a channel to it.
+        :raises ConfigError: Redis refuses this user, or a signal to it in every way.
         """
         ends = None if seconds is None else time.monotonic() + seconds
-        alarm = threading.Timer(seconds or 0, self._wake)
-        alarm.daemon = True
+        threads = [
+            threading.Thread(target=self._run, args=[way], daemon=True) for way in self._ways
+        ]
 
-        if seconds is not None:
-            alarm.start()
+        for thread in threads:
+            thread.start()
 
         try:
-            yield from self._supervised(ends)
+            while (left := _left(ends)) > 0:
+                yield self._next(min(TICK, left))
         finally:
-            alarm.cancel()
-            self._reader.close()
+            self._stop(threads)
 
-    def _supervised(self, ends: float | None) -> Iterator[list[Event]]:
+    def _next(self, seconds: float) -> list[Heard]:
+        try:
+            found = self._waiting.get(timeout=seconds)
+        except queue.Empty:
+            return []
+
+        if isinstance(found, Exception):
+            raise found
+
+        if isinstance(found, str):
+            self._tell(found)
+            return []
+
+        return list(found)
+
+    def _stop(self, threads: Sequence[threading.Thread]) -> None:
+        self._stopping.set()
+
+        for way in self._ways:
+            way.wake()
+
+        for thread in threads:
+            thread.join(timeout=END)
+
+    # -- the threads that hear ------------------------------------------------------------
+
+    def _run(self, way: Way) -> None:
         backoff = Backoff(most=MOST_BACKOFF)
 
-        while (left := _left(ends)) > 0:
+        while not self._stopping.is_set():
             try:
-                yield from self._listen(ends, backoff)
+                way.listen(self._stopping, backoff)
             except redis.AuthenticationError as error:
-                raise ConfigError(
-                    f"Redis at {self._connections.shown} does not let this user in: {error}. "
-                    "Correct the user and the password in 'EVENTBUS_URL'."
-                ) from error
+                self._put(self._not_let_in(error))
+                return
             except OUTAGE as error:
-                self._lost(error)
-                yield []
-                time.sleep(min(backoff.next(), left))
+                self._lose(way, error)
+            except Exception as error:
+                # Raised again where events are asked for.
+                self._put(error)
+                return
+            finally:
+                way.close()
 
-    def _listen(self, ends: float | None, backoff: Backoff) -> Iterator[list[Event]]:
-        self._connect()
-        heard = time.monotonic()
-        asked: float | None = None
+            self._stopping.wait(backoff.next())
 
-        while _left(ends) > 0:
-            frames = self._reader.read()
-            now = time.monotonic()
+    def show(self, heard: Sequence[Heard]) -> None:
+        """Let events be shown; waits while too many others are waiting for that."""
+        self._put(heard)
 
-            if frames:
-                heard, asked = now, None
-                backoff.reset()
-            elif asked is None and now - heard >= QUIET:
-                asked = now
-                self._reader.ping()
-            elif asked is not None and now - asked >= DEADLINE:
-                raise redis.TimeoutError(f"no answer to a PING within {DEADLINE:g} s")
+    def tell(self, sentence: str) -> None:
+        """Let a sentence be said, between the events that came before and after."""
+        self._put(sentence)
 
-            yield [event for frame in frames if (event := self._event(frame))]
+    def found(self, way: str) -> None:
+        """Note that one way is heard, and say so when all are."""
+        with self._lock:
+            self._found.add(way)
 
-    def _connect(self) -> None:
-        self._confirmed = 0
-        self._reader.connect()
+            if len(self._found) == len(self._ways):
+                self._tell_refusals()
+                self._tell_found()
 
+    def refuse(self, way: str, name: str, sentence: str) -> None:
+        """Note what Redis refuses: it is said, or ends all if no way to the signal is left."""
+        with self._lock:
+            self._refusals[name, way] = sentence
+
+            if len(self._found) == len(self._ways):
+                self._tell_refusals()
+
+    def _tell_refusals(self) -> None:
         for name in self._names:
-            self._reader.subscribe([self._keys.key(name)], patterns=is_pattern(name))
+            refused = [self._refusals.get((name, way.way)) for way in self._ways]
 
-    def _wake(self) -> None:
-        try:
-            self._reader.ping()
-        except OUTAGE as error:
-            logger.debug("The reader wakes by itself: %s", error)
+            if all(refused):
+                raise ConfigError(" ".join(filter(None, refused)))
 
-    def _event(self, frame: Frame) -> Event | None:
-        if frame.kind not in ("message", "pmessage"):
-            self._note(frame)
-            return None
+        for sentence in self._refusals.values():
+            if sentence not in self._said:
+                self._said.add(sentence)
+                self._put(sentence)
 
-        name = self._keys.name(frame.channel)
-
-        if self._keys.name(_as_bytes(frame.subscribed)) != self._first_match(name):
-            return None
-
-        try:
-            return self._decode(name, frame.body)
-        except DecodeError as error:
-            self._tell(
-                f"Not an event on the channel of {name!r} ({error.reason}): {error} "
-                f"It begins with {frame.body[:SAMPLE]!r}."
-            )
-            return None
-
-    def _first_match(self, name: str) -> str | None:
-        """The one of the names that counts: Redis delivers once for each that fits."""
-        return next((pattern for pattern in self._names if matches(pattern, name)), None)
-
-    def _decode(self, name: str, body: bytes) -> Event:
-        event = self._codec.decode(body)
-
-        if event.name != name:
-            raise DecodeError(f"It says it is {event.name!r}.", reason="wrong_channel")
-
-        return event
-
-    def _note(self, frame: Frame) -> None:
-        if frame.kind == "refused":
-            self._refused(self._keys.name(_as_bytes(frame.subscribed)), frame.body.decode())
-        elif frame.kind in ("subscribe", "psubscribe"):
-            self._confirmed += 1
-
-            if self._confirmed == len(self._names):
-                self._connected()
-
-    def _refused(self, name: str, reason: str) -> None:
-        if is_passing(redis.ResponseError(reason)):
-            raise redis.ConnectionError(reason)
-
-        raise ConfigError(
-            f"Redis refuses to let this user listen to {name!r}: {reason}. Grant it the channel "
-            f"in the ACL, '&{self._keys.key(name)}', or name only signals that it may hear."
-        )
-
-    def _connected(self) -> None:
+    def _tell_found(self) -> None:
         if not self.connected:
             names = ", ".join(self._names)
-            self._tell(f"Hearing {names} on {self._connections.shown}. Ctrl-C ends.")
+            self._put(f"Hearing {names} on {self._connections.shown}. Ctrl-C ends.")
         elif self._lost_since is not None:
             seconds = time.monotonic() - self._lost_since
-            self._tell(f"Redis is back after {seconds:.1f} s; events of that time were not heard.")
+            self._put(f"Redis is back after {seconds:.1f} s; {self._missed}")
 
         self.connected = True
         self._lost_since = None
 
-    def _lost(self, error: Exception) -> None:
-        if self._lost_since is not None:
-            return
+    @property
+    def _missed(self) -> str:
+        if len(self._ways) == 1:
+            return "events of that time were not heard."
 
-        self._lost_since = time.monotonic()
-        self._tell(
-            f"Redis at {self._connections.shown} is away: {str(error).rstrip('.')}. Trying again "
-            "until it is back."
+        return "channels were not heard in that time, and streams go on where they were."
+
+    def _lose(self, way: Way, error: Exception) -> None:
+        with self._lock:
+            self._found.discard(way.way)
+            self._refusals = {
+                key: sentence for key, sentence in self._refusals.items() if key[1] != way.way
+            }
+
+            if self._lost_since is None and not self._stopping.is_set():
+                self._lost_since = time.monotonic()
+                self._put(
+                    f"Redis at {self._connections.shown} is away: {str(error).rstrip('.')}. "
+                    "Trying again until it is back."
+                )
+
+    def _not_let_in(self, error: Exception) -> ConfigError:
+        refusal = ConfigError(
+            f"Redis at {self._connections.shown} does not let this user in: {error}. "
+            "Correct the user and the password in 'EVENTBUS_URL'."
         )
+        refusal.__cause__ = error
+        return refusal
+
+    def _put(self, item: Sequence[Heard] | str | Exception) -> None:
+        while not self._stopping.is_set():
+            try:
+                return self._waiting.put(item, timeout=TICK)
+            except queue.Full:
+                continue
 
 
 def _holds(event: Event, key: str, text: str) -> bool:
@@ -228,7 +267,3 @@ def _holds(event: Event, key: str, text: str) -> bool:
 
 def _left(ends: float | None) -> float:
     return float("inf") if ends is None else ends - time.monotonic()
-
-
-def _as_bytes(key: str | bytes) -> bytes:
-    return key.encode() if isinstance(key, str) else key

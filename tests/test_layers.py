@@ -80,10 +80,12 @@ LAYERS = {
         "intake",
         "hearing",
         "server",
-        "tailing",
+        "spectating",
         "stream_access",
     ),
     5: (
+        "channel_tail",
+        "stream_tail",
         "declarations",
         "stream_intake",
         "trims",
@@ -96,6 +98,7 @@ LAYERS = {
         "seek",
     ),
     6: (
+        "tailing",
         "application",
         "loading",
         "bridges",

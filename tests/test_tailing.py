@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from servers import RedisServer, free_port
 from waiting import wait_until
 
-from flask_eventbus import Bus, ConfigError, Event, tailing
+from flask_eventbus import Bus, ConfigError, Event, channel_tail
 from flask_eventbus.__main__ import main
 from flask_eventbus.codec import Codec
 from flask_eventbus.rendering import as_json, as_line
@@ -121,10 +121,10 @@ def test_tail_shows_each_event_of_the_prefix_in_one_line(
 
     wait_until(lambda: len(watching.lines) == 2)
     assert watching.lines[0].split()[1:] == [
-        *("user_registered", "accounts", first),
+        *("channel", "user_registered", "accounts", first),
         *("user_id=7", "email=ada@example.com"),
     ]
-    assert watching.lines[1].split()[1:] == ["price_changed", "catalog", second]
+    assert watching.lines[1].split()[1:] == ["channel", "price_changed", "catalog", second]
 
 
 def test_tail_as_json_shows_the_whole_event(
@@ -145,6 +145,7 @@ def test_tail_as_json_shows_the_whole_event(
         "type": "user_registered",
         "data": {"user_id": 7},
         "seq": 1,
+        "via": "channel",
     }
 
 
@@ -162,7 +163,7 @@ def test_tail_shows_only_what_is_named_and_wanted_and_ends_after_a_count(
     second = publish(redis_server.url, "order_sent", "total=9.5", service="shop")
 
     assert watching.end() == 0
-    assert [line.split()[3] for line in watching.lines] == [first, second]
+    assert [line.split()[4] for line in watching.lines] == [first, second]
 
 
 def test_tail_outlives_a_restart_of_redis_and_says_so(
@@ -301,8 +302,8 @@ def test_a_mistake_in_the_words_of_tail_exits_with_2(words: list[str]) -> None:
 def test_a_server_that_hangs_is_noticed(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tailing, "QUIET", 0.1)
-    monkeypatch.setattr(tailing, "DEADLINE", 0.1)
+    monkeypatch.setattr(channel_tail, "QUIET", 0.1)
+    monkeypatch.setattr(channel_tail, "DEADLINE", 0.1)
     told: list[str] = []
     tail = Tail(
         url=redis_server.url, prefix="eventbus", codec=Codec(), names=["*"], tell=told.append
@@ -343,7 +344,7 @@ def test_events_of_a_registered_type_are_shown_where_the_type_is_known(
     events = wait_until(lambda: next(heard))
     wait_until(lambda: not next(unheard) and len(told) == 3)
 
-    assert as_line(events[0]).endswith("value=1j")
+    assert as_line(events[0].event).endswith("value=1j")
     assert "ext type" in told[2]
 
 
