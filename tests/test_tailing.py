@@ -17,13 +17,16 @@ from uuid import UUID
 
 import pytest
 from click.testing import CliRunner
+from proxies import Proxy
 from servers import RedisServer, free_port
+from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, ConfigError, Event, channel_tail
+from flask_eventbus import Bus, ConfigError, Event, channel_tail, stream_tail
 from flask_eventbus.__main__ import main
 from flask_eventbus.codec import Codec
 from flask_eventbus.rendering import as_json, as_line
+from flask_eventbus.spectating import Heard
 from flask_eventbus.tailing import Filter, Tail
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +88,12 @@ def watch(tmp_path: Path) -> Iterator[Callable[..., Watching]]:
     for watching in started:
         watching.process.kill()
         watching.process.wait()
+
+
+@pytest.fixture
+def store(redis_server: RedisServer) -> StreamStore:
+    """Streams of a prefix of their own."""
+    return StreamStore(redis_server)
 
 
 def publish(url: str, name: str, *pairs: str, service: str = "accounts") -> str:
@@ -467,3 +476,267 @@ def test_json_has_what_json_lacks_as_text_and_bytes_as_base64() -> None:
 def test_a_tail_refuses_a_url_that_reads_as_none() -> None:
     with pytest.raises(ConfigError, match="EVENTBUS_URL"):
         Tail(url="redis://x:port/", prefix="p", codec=Codec(), names=["*"], tell=print)
+
+
+# -- streams ------------------------------------------------------------------------------
+
+
+class Seen:
+    """A tail in a thread of its own: what it showed, and what it said."""
+
+    def __init__(self, url: str, *names: str, prefix: str = "eventbus") -> None:
+        self.told: list[str] = []
+        self.heard: list[Heard] = []
+        self.tail = Tail(
+            url=url,
+            prefix=prefix,
+            codec=Codec(),
+            names=names or ["*"],
+            tell=self.told.append,
+        )
+        self._batches = self.tail.events(60)
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        """Listen until something is so."""
+
+        def listen() -> Any:
+            self.heard += next(self._batches)
+            return condition()
+
+        return wait_until(listen, timeout=20)
+
+    def until_it_hears(self) -> Seen:
+        """Listen until it says that it hears."""
+        self.until(lambda: self.told and self.told[-1].startswith("Hearing "))
+        return self
+
+    @property
+    def entries(self) -> list[str | None]:
+        """The entries of what it showed."""
+        return [heard.entry for heard in self.heard]
+
+    def close(self) -> None:
+        """End it."""
+        self._batches.close()  # type: ignore[attr-defined]  # a generator
+
+
+@pytest.fixture
+def see() -> Iterator[Callable[..., Seen]]:
+    """Make tails that end with the test."""
+    made: list[Seen] = []
+
+    def begin(url: str, *names: str, **options: Any) -> Seen:
+        made.append(Seen(url, *names, **options))
+        return made[-1]
+
+    yield begin
+
+    for seen in made:
+        seen.close()
+
+
+def test_tail_shows_events_of_streams_and_of_channels_and_which_way_each_came(
+    watch: Callable[..., Watching], redis_server: RedisServer
+) -> None:
+    lines = watch(redis_server.url, "--match", "user_id=7", "--source", "accounts")
+    objects = watch(redis_server.url, "--json", "--count", "2", "--match", "user_id=7")
+    lines.wait_until_it_hears()
+    objects.wait_until_it_hears()
+
+    publish(redis_server.url, "user_registered", "user_id=8", "--stream")
+    publish(redis_server.url, "user_registered", "user_id=7", "--stream")
+    wait_until(lambda: lines.lines and objects.lines)
+    publish(redis_server.url, "user_registered", "user_id=7")
+
+    assert objects.end() == 0
+    wait_until(lambda: len(lines.lines) == 2)
+    assert [line.split()[1] for line in lines.lines] == ["stream", "channel"]
+    by_stream, by_channel = (json.loads(line) for line in objects.lines)
+    client: Any = redis_server.client
+    [_, (entry, _)] = client.xrange("eventbus:{user_registered}:stream")
+    assert (by_stream["via"], by_stream["entry"]) == ("stream", entry.decode())
+    assert by_channel["via"] == "channel"
+    assert "entry" not in by_channel
+
+
+def test_tail_shows_what_comes_and_not_what_a_stream_has_already(
+    see: Callable[..., Seen], store: StreamStore
+) -> None:
+    store.add("user_registered", user_id=1)
+    seen = see(store.url, prefix=store.prefix).until_it_hears()
+
+    entry, _ = store.add("user_registered", user_id=2)
+
+    seen.until(lambda: seen.heard)
+    assert seen.entries == [entry]
+
+
+@pytest.mark.parametrize("name", ["*", "order_?aid", "order_paid"])
+def test_tail_shows_the_first_event_of_a_stream_that_appears_later(
+    see: Callable[..., Seen], store: StreamStore, name: str
+) -> None:
+    seen = see(store.url, name, prefix=store.prefix).until_it_hears()
+
+    store.add("refund_sent" if name != "*" else "order_paid")
+    entries = [store.add("order_paid")[0] for _ in range(2)]
+
+    seen.until(lambda: len(seen.heard) >= 2)
+    assert [heard.entry for heard in seen.heard if heard.event.name == "order_paid"][-2:] == entries
+    assert {heard.event.name for heard in seen.heard} == {"order_paid"}
+
+
+def test_a_stream_whose_name_is_noted_late_is_not_shown_from_its_beginning(
+    see: Callable[..., Seen], store: StreamStore
+) -> None:
+    store.add("order_paid")
+    store.client.delete(store.keys.names)
+    seen = see(store.url, prefix=store.prefix).until_it_hears()
+    seen.until(lambda: True)
+
+    entry, _ = store.add("order_paid")
+
+    seen.until(lambda: seen.heard)
+    assert seen.entries == [entry]
+
+
+def test_after_a_lost_connection_streams_go_on_without_a_gap(
+    see: Callable[..., Seen], store: StreamStore, redis_server: RedisServer
+) -> None:
+    proxy = Proxy(redis_server.port)
+    seen = see(proxy.url, prefix=store.prefix).until_it_hears()
+    first, _ = store.add("user_registered")
+    seen.until(lambda: seen.heard)
+
+    proxy.request = lambda: lambda data: None
+    proxy.cut()
+    seen.until(lambda: "is away" in seen.told[-1])
+    missed = [store.add("user_registered")[0], store.add("order_paid")[0]]
+    proxy.request = lambda: lambda data: data
+    seen.until(lambda: "Redis is back" in seen.told[-1])
+    last, _ = store.add("user_registered")
+    seen.until(lambda: len(seen.heard) == 4)
+    proxy.close()
+
+    assert sorted(filter(None, seen.entries)) == [first, *missed, last]
+    assert len(seen.told) == 3
+    assert seen.told[-1].endswith(
+        " s; channels were not heard in that time, and streams go on where they were."
+    )
+
+
+def test_a_redis_that_comes_back_empty_is_read_from_its_beginning(
+    see: Callable[..., Seen], store: StreamStore, redis_server: RedisServer
+) -> None:
+    store.add("user_registered", id="9999999999999-0")
+    seen = see(store.url, prefix=store.prefix).until_it_hears()
+
+    redis_server.restart()
+    seen.until(lambda: "Redis is back" in seen.told[-1])
+    entry, _ = store.add("user_registered")
+
+    seen.until(lambda: seen.heard)
+    assert seen.entries == [entry]
+
+
+def test_entries_that_are_no_event_are_told_and_the_rest_is_shown(
+    see: Callable[..., Seen], store: StreamStore
+) -> None:
+    seen = see(store.url, prefix=store.prefix).until_it_hears()
+
+    first = store.add_fields("noted", {b"event": b"\x1b[31mhello"})
+    second = store.add_fields("noted", {b"colour": b"red"})
+    third = store.add_fields("noted", {b"event": Codec().encode(store.event("other"))})
+    entry, _ = store.add("noted")
+    seen.until(lambda: seen.heard)
+
+    assert seen.entries == [entry]
+    where = "Not an event in the stream of 'noted', entry"
+    assert seen.told[1].startswith(f"{where} {first} (not_msgpack): ")
+    assert seen.told[1].endswith(r"It begins with b'\x1b[31mhello'.")
+    assert seen.told[2].startswith(f"{where} {second} (missing_attribute): It has no field 'event'")
+    assert seen.told[3].startswith(f"{where} {third} (wrong_channel): It says it is 'other'.")
+
+
+def test_a_spectator_leaves_nothing_behind_in_redis(
+    see: Callable[..., Seen], store: StreamStore
+) -> None:
+    store.add("user_registered")
+    before = sorted(store.client.keys())
+    seen = see(store.url, prefix=store.prefix).until_it_hears()
+    store.add("user_registered")
+    seen.until(lambda: seen.heard)
+
+    assert sorted(store.client.keys()) == before
+    assert store.client.xinfo_groups(store.keys.stream("user_registered")) == []
+
+
+def test_a_signal_that_may_be_heard_one_way_is_heard_that_way_and_the_other_is_told(
+    see: Callable[..., Seen], redis_server: RedisServer
+) -> None:
+    def url(*rights: str) -> str:
+        rules = ["reset", "on", ">pw", *rights]
+        redis_server.client.execute_command("ACL", "SETUSER", "ada", *rules)
+        return redis_server.url.replace("127", "ada:pw@127", 1)
+
+    by_stream = see(url("+@all", "~eventbus:{noted}:stream"), "noted").until_it_hears()
+    publish(redis_server.url, "noted", "--stream")
+    by_stream.until(lambda: by_stream.heard)
+    by_stream.close()
+    by_channel = see(url("+@all", "&eventbus:{noted}:channel"), "noted").until_it_hears()
+    publish(redis_server.url, "noted")
+    by_channel.until(lambda: by_channel.heard)
+
+    assert "refuses to let this user listen to 'noted': " in by_stream.told[0]
+    assert "'&eventbus:{noted}:channel'" in by_stream.told[0]
+    assert "refuses to let this user read the stream of 'noted': " in by_channel.told[0]
+    assert by_channel.told[0].endswith(
+        "Grant it '+xread +xrevrange ~eventbus:{noted}:stream' in the ACL."
+    )
+
+
+def test_whoever_may_not_ask_which_streams_there_are_is_told_so(
+    see: Callable[..., Seen], redis_server: RedisServer
+) -> None:
+    rules = ["on", ">pw", "+@all", "-smembers", "allkeys", "allchannels"]
+    redis_server.client.execute_command("ACL", "SETUSER", "ada", *rules)
+
+    seen = see(redis_server.url.replace("127", "ada:pw@127", 1)).until_it_hears()
+
+    assert seen.told[0].startswith("Redis refuses to tell this user which streams '*' stands for: ")
+    assert "'+smembers ~eventbus:streams'" in seen.told[0]
+
+
+def test_a_stream_that_is_refused_is_told_once_and_asked_for_again(
+    see: Callable[..., Seen], store: StreamStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_tail, "ASK_AGAIN", 0.0)
+    key = store.keys.stream("noted")
+    store.client.sadd(store.keys.names, "noted", "bad name\x1b", "fine")
+    store.client.set(key, "something else")
+    seen = see(store.url, prefix=store.prefix).until_it_hears()
+    first, _ = store.add("fine")
+    seen.until(lambda: seen.heard)
+
+    store.client.delete(key)
+    seen.until(lambda: store.add("noted") and len(seen.heard) > 1)
+
+    assert sorted(seen.told) == [
+        f"'{store.keys.names}' has a name that no signal can have; it is left out: "
+        "'bad name\\x1b'.",
+        f"Hearing * on {store.url}. Ctrl-C ends.",
+        "Redis refuses to let this user read the stream of 'noted': WRONGTYPE Operation against a "
+        f"key holding the wrong kind of value. See what {key!r} is: no stream of the bus, it "
+        "seems.",
+    ]
+    assert seen.entries[0] == first
+
+
+def test_in_a_cluster_channels_alone_are_heard(
+    see: Callable[..., Seen], redis_server: RedisServer
+) -> None:
+    seen = see(redis_server.url.replace("redis://", "redis+cluster://")).until_it_hears()
+    publish(redis_server.url, "noted", "--stream")
+    publish(redis_server.url, "noted")
+
+    seen.until(lambda: seen.heard)
+    assert [heard.event.via for heard in seen.heard] == ["channel"]
