@@ -162,10 +162,12 @@ class Follower:
             backoff.reset()
 
     def _allowed(self) -> dict[str, Subscription]:
-        if self.refused and time.monotonic() > self._ask_again:
-            self.refused = {}
-
         names = self._catalogue.names()
+
+        if self.refused and time.monotonic() > self._ask_again:
+            self._ask_again = time.monotonic() + ASK_AGAIN
+            return names
+
         return {name: names[name] for name in names if name not in self.refused}
 
     def _find_positions(self, names: dict[str, Subscription]) -> None:
@@ -219,6 +221,9 @@ class Follower:
         ]
 
     def _take(self, entries: list[Entry], names: dict[str, Subscription]) -> None:
+        if self.refused:
+            self.refused = {name: self.refused[name] for name in self.refused.keys() - names}
+
         found = self._intake.sort(entries, names)
         self._counters.add("received", len(found.deliveries))
         self._lineup.put(found.deliveries)
@@ -241,8 +246,12 @@ class Follower:
 
     def _refuse(self, name: str, reason: Exception) -> None:
         self._ask_again = time.monotonic() + ASK_AGAIN
-        self.refused = {**self.refused, name: str(reason)}
         self._positions.pop(name, None)
+
+        if self.refused.get(name) == str(reason):
+            return
+
+        self.refused = {**self.refused, name: str(reason)}
         self._log.error(
             f"refused {name}",
             "Redis refuses to let %r follow the stream of %r: %s. %s",

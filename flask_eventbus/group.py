@@ -24,8 +24,8 @@ RIGHTS = (
     "+xinfo|stream +xinfo|groups +xinfo|consumers"
 )
 
-#: The last id that an entry can have.
-LAST_ID = f"{2**64 - 1}-{2**64 - 1}"
+#: The last id that an entry can have but one: the last of all means ``>`` to Redis.
+LAST_ID = f"{2**64 - 1}-{2**64 - 2}"
 
 #: Entries that are looked at in one command.
 PAGE = 100
@@ -121,7 +121,7 @@ class Group:
         :raises GroupGoneError: the stream or its group is not there.
         :raises redis.ResponseError: Redis refuses.
         """
-        # What this consumer has pending behind the last of all ids.
+        # What this consumer has pending behind all of it.
         head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", 1)
         self._asked(*head, "STREAMS", self._keys.stream(name), LAST_ID)
 
@@ -232,12 +232,19 @@ class Group:
         ]
 
     def position(self, name: str) -> Position | None:
-        """How far the group has come; ``None`` if there is no stream, or no group."""
+        """How far the group has come; ``None`` if there is no stream, or no group.
+
+        :raises redis.NoPermissionError: its user may not ask.
+        """
         key = self._keys.stream(name)
         stream, groups = self.pipe.run([("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)])
 
-        if isinstance(stream, Exception) or isinstance(groups, Exception):
-            return None
+        for answer in (stream, groups):
+            if isinstance(answer, redis.exceptions.NoPermissionError):
+                raise answer
+
+            if isinstance(answer, Exception):
+                return None
 
         for group in map(_as_dict, groups):
             if group["name"].decode(errors="replace") == self._service:

@@ -352,12 +352,12 @@ def _read_start(value: Any, where: str) -> str:
     words = {None: NEW, "new": NEW, "earliest": "0"}
 
     if isinstance(value, datetime) and value.tzinfo is not None:
-        return f"{int(value.timestamp() * 1000)}-0"
+        return f"{max(0, int(value.timestamp() * 1000))}-0"
 
     if isinstance(value, str | None) and value in words:
         return words[value]
 
-    if isinstance(value, str) and _ENTRY_ID.fullmatch(value):
+    if isinstance(value, str) and _is_entry_id(value):
         return value
 
     raise ConfigError(
@@ -365,6 +365,11 @@ def _read_start(value: Any, where: str) -> str:
         "'1700000000000-0', or an aware datetime. It counts only when the service subscribes for "
         "the first time."
     )
+
+
+def _is_entry_id(value: str) -> bool:
+    is_one = _ENTRY_ID.fullmatch(value) is not None
+    return is_one and all(int(part) < 2**64 for part in value.split("-"))
 
 
 def _read_group(options: Mapping[str, Any], where: str) -> bool:

@@ -268,10 +268,8 @@ class StreamReader:
         """Make the groups that are missing; the streams that can be read."""
         wanted = self._catalogue.names()
 
-        if self.refused and time.monotonic() > self._ask_again:
-            self.refused = {}
-
-        new = [name for name in wanted if name not in self.joined and name not in self.refused]
+        left = () if time.monotonic() > self._ask_again else self.refused
+        new = [name for name in wanted if name not in self.joined and name not in left]
 
         if new:
             self._join_new(wanted, new)
@@ -289,6 +287,7 @@ class StreamReader:
             if refusal is None:
                 joined[name] = wanted[name]
                 self._told.pop(name, None)
+                self.refused = {one: self.refused[one] for one in self.refused if one != name}
             elif not isinstance(refusal, GroupGoneError):
                 self._refuse(name, wanted[name], refusal)
 
@@ -351,11 +350,18 @@ class StreamReader:
         self._trims.reset()
 
         for name in self.joined:
-            if self._group.position(name) is None:
+            if self._is_gone(name):
                 self._duplicates.forget(name)
 
         with self.changed:
             self.joined = {}
+
+    def _is_gone(self, name: str) -> bool:
+        try:
+            return self._group.position(name) is None
+        except redis.ResponseError as error:
+            logger.debug("Redis does not tell whether %r is gone: %s", name, error)
+            return True
 
     def _sort_out(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
         """Find out which of the streams it is that Redis refuses to have read."""

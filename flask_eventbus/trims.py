@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+import redis
+
 from .counters import BoundedLog, Counters
 from .group import Group
 from .lifecycle import tell
@@ -76,7 +78,19 @@ class Trims:
         tell(events_trimmed, self._service, name=name, count=count)
 
     def _look_at(self, name: str) -> None:
-        position = self._group.position(name)
+        try:
+            position = self._group.position(name)
+        except redis.ResponseError as refusal:
+            self._log.warning(
+                f"refused {name}",
+                "Redis does not tell %r how far it has come in the stream of %r: %s. What is "
+                "trimmed before it is read goes unnoticed. %s",
+                self._service,
+                name,
+                refusal,
+                self._group.remedy(name, refusal),
+            )
+            return
 
         if position is None:
             return

@@ -1,0 +1,543 @@
+"""What each setting of a stream's hearers does and says when it is wrong; what users may not."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from servers import RedisServer
+from stream_store import StreamStore
+from waiting import wait_until
+
+from flask_eventbus import (
+    Bus,
+    ConfigError,
+    Retry,
+    current_event,
+    follower,
+    keeper,
+    retries,
+    settler,
+    stream_reader,
+)
+from flask_eventbus.codec import Codec
+from flask_eventbus.records import DeadLetter
+
+Make = Callable[..., Bus]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for seconds in a service waits for tenths here."""
+    monkeypatch.setattr(retries, "FIRST", 0.02)
+    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(stream_reader, "ASK_AGAIN", 0.2)
+    monkeypatch.setattr(follower, "ASK_AGAIN", 0.2)
+    monkeypatch.setattr(settler, "TELL_AGAIN", 0.2)
+
+
+@pytest.fixture
+def store(shared_redis: RedisServer) -> StreamStore:
+    """Streams under a prefix of this test's own."""
+    return StreamStore(shared_redis)
+
+
+def listen(bus: Bus, name: str = "tick", **options: Any) -> list[Any]:
+    """Hear a signal, and return the list that its numbers go to."""
+    heard: list[Any] = []
+
+    @bus.on(name, **options)
+    def receive(sender: str, n: Any) -> None:
+        heard.append(n)
+
+    bus.start()
+    assert bus.ready(10)
+    return heard
+
+
+def failing(bus: Bus, **options: Any) -> list[int]:
+    """Connect a receiver that always fails, and return the attempts that it makes."""
+    attempts: list[int] = []
+
+    @bus.on("tick", via="stream", **options)
+    def fail(sender: str, n: int) -> None:
+        attempts.append(current_event.attempt)
+        raise ValueError("not now")
+
+    bus.start()
+    assert bus.ready(10)
+    return attempts
+
+
+def letters(store: StreamStore) -> list[DeadLetter]:
+    """The dead letters of ``tick``, as they read."""
+    key = store.keys.dead("tick", "mailer")
+    return [DeadLetter.from_fields(fields) for _, fields in store.client.xrange(key)]
+
+
+# -- retries ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "attempts"),
+    [
+        ({"retries": 2}, {}, 3),
+        ({"retries": 0}, {}, 1),
+        ({"retries": 4}, {"retries": 1}, 2),
+        ({"retries": 4, "subscribe": {"tick": {"via": "stream", "retries": 2}}}, {"retries": 1}, 3),
+        ({"retries": 4, "subscribe": {"tick": {"via": "stream", "retries": 0}}}, {"retries": 1}, 1),
+    ],
+    ids=["the setting", "none", "the receiver", "the subscription", "none by subscription"],
+)
+def test_a_receiver_is_tried_again_as_often_as_it_may(
+    store: StreamStore,
+    make_bus: Make,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    attempts: int,
+) -> None:
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, **settings)
+    made = failing(bus, **options)
+    store.add("tick", n=1)
+
+    wait_until(lambda: letters(store), what="it is given up")
+    [letter] = letters(store)
+    assert made == list(range(1, attempts + 1))
+    assert (letter.attempts, letter.reason) == (attempts, "retries")
+
+
+@pytest.mark.parametrize("value", [-1, 10_001, 1.5, "many", True, None])
+def test_retries_that_are_no_number_are_refused(value: Any) -> None:
+    wrong = "Set it to a whole number from 0 to 10,000."
+
+    if value is not None:
+        with pytest.raises(ConfigError, match=f"'EVENTBUS_RETRIES' is {value!r}. {wrong}"):
+            Bus("memory://", service="mailer", retries=value)
+
+        with pytest.raises(ConfigError, match=wrong):
+            Bus("memory://", service="mailer").on("tick", retries=value)
+
+    # None means: as the setting says.
+    Bus("memory://", service="mailer", subscribe={"tick": {"retries": None}})
+
+
+@pytest.mark.parametrize("after", [float("inf"), float("nan"), -1, "soon", timedelta(minutes=5)])
+def test_a_retry_after_no_time_at_all_is_an_error_of_the_receiver(
+    store: StreamStore, make_bus: Make, after: Any
+) -> None:
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, retries=1)
+
+    @bus.on("tick", via="stream")
+    def receive(sender: str, n: int) -> None:
+        raise Retry("later", after=after)
+
+    bus.start()
+    assert bus.ready(10)
+    store.add("tick", n=1)
+
+    wait_until(lambda: letters(store), what="it is given up")
+    [letter] = letters(store)
+    assert letter.attempts == 2
+    assert f"Retry has 'after' {after!r}" in letter.error
+    assert "Set it to a number of seconds from 0" in letter.error
+
+
+# -- from ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["in code", "in settings"])
+def test_a_stream_is_heard_from_the_services_that_are_named(
+    store: StreamStore, make_bus: Make, how: str
+) -> None:
+    subscribe = {"tick": {"from": ["accounts", "billing"], "via": "stream"}}
+    settings = {"subscribe": subscribe} if how == "in settings" else {}
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, **settings)
+    heard = listen(bus, from_=["accounts", "billing"] if how == "in code" else None, via="stream")
+    for number, source in enumerate(["accounts", "intruder", "billing", "accounts2"]):
+        store.add("tick", source=source, n=number)
+    store.add("tick", n=9)
+
+    wait_until(lambda: 9 in heard, what="the last event arrives")
+    assert heard == [0, 2, 9]
+    wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
+
+
+# -- echo ---------------------------------------------------------------------------------
+
+
+def test_a_service_does_not_hear_its_own_stream_events(store: StreamStore, make_bus: Make) -> None:
+    settings = {"prefix": store.prefix, "publish": {"tick": "stream"}}
+    first = make_bus(store.url, "mailer", **settings)
+    second = make_bus(store.url, "mailer", **settings)
+    heard = [listen(bus, via="stream") for bus in (first, second)]
+    first.signal("tick").send("test", n=1)
+    store.add("tick", n=2)
+
+    wait_until(lambda: sum(map(len, heard)) == 2, what="both are handled")
+    # At send(), the local receiver had it.
+    assert heard[0][0] == 1
+    assert sorted(heard[0] + heard[1]) == [1, 2]
+    counts = [bus.health().counts.get("echoes", 0) for bus in (first, second)]
+    assert sum(counts) == 1
+
+
+def test_with_echo_one_worker_hears_what_its_service_emitted(
+    store: StreamStore, make_bus: Make
+) -> None:
+    settings = {"prefix": store.prefix, "publish": {"tick": "stream"}}
+    buses = [make_bus(store.url, "mailer", **settings) for _ in range(2)]
+    heard = [listen(bus, via="stream", echo=True) for bus in buses]
+    buses[0].signal("tick").send("test", n=1)
+
+    # Once at send(), and once over the stream.
+    wait_until(lambda: sum(map(len, heard)) == 2, what="it comes back")
+    wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
+    assert [len(found) for found in heard] in ([2, 0], [1, 1])
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0, []])
+def test_an_echo_that_is_neither_true_nor_false_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"\['echo'\] is .*Set it to True or False."):
+        Bus("memory://", service="mailer", subscribe={"tick": {"echo": value}})
+
+
+# -- start --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ("new", []),
+        (None, []),
+        ("earliest", [1, 2, 3]),
+        ("2000-0", [3]),
+        ("2000", [3]),
+        ("1999-5", [2, 3]),
+        (datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC), [2, 3]),
+        (datetime(1960, 1, 1, tzinfo=UTC), [1, 2, 3]),
+    ],
+    ids=["new", "nothing", "earliest", "an id", "half an id", "between", "a time", "before 1970"],
+)
+def test_a_new_group_begins_where_start_says(
+    store: StreamStore, make_bus: Make, start: Any, expected: list[int]
+) -> None:
+    for number in (1, 2, 3):
+        store.add("tick", id=f"{number * 1000}-0", n=number)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    heard = listen(bus, via="stream", start=start)
+    store.add("tick", n=4)
+
+    wait_until(lambda: 4 in heard, what="the next event arrives")
+    assert heard == [*expected, 4]
+
+
+def test_start_counts_for_every_process_where_there_is_no_group(
+    store: StreamStore, make_bus: Make
+) -> None:
+    store.add("tick", n=1)
+
+    for _ in range(2):
+        bus = make_bus(store.url, "mailer", prefix=store.prefix)
+        heard = listen(bus, via="stream", group=None, start="earliest")
+        wait_until(lambda found=heard: found == [1], what="the past is heard")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["now", "", "0-", "-1", "1-2-3", 7, datetime(2026, 1, 1), "99999999999999999999-0", b"0"],
+)
+def test_a_start_that_is_no_place_is_refused(start: Any) -> None:
+    with pytest.raises(ConfigError, match="Set it to 'new', 'earliest', the id of an entry"):
+        Bus("memory://", service="mailer").on("tick", start=start)
+
+
+# -- group --------------------------------------------------------------------------------
+
+
+def test_without_a_group_every_process_hears_every_event_and_nothing_is_kept(
+    store: StreamStore, make_bus: Make
+) -> None:
+    buses = [make_bus(store.url, "mailer", prefix=store.prefix) for _ in range(3)]
+    heard = [listen(bus, via="stream", group=None) for bus in buses]
+    for number in range(20):
+        store.add("tick", n=number)
+
+    wait_until(lambda: heard == [list(range(20))] * 3, what="all hear all")
+    assert store.client.xinfo_groups(store.keys.stream("tick")) == []
+
+
+def test_a_receiver_without_a_group_that_fails_is_told_of_and_not_tried_again(
+    store: StreamStore, make_bus: Make
+) -> None:
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    attempts = failing(bus, group=None)
+    store.add("tick", n=1)
+    store.add("tick", n=2)
+
+    wait_until(lambda: attempts == [1, 1], what="both are tried")
+    assert bus.health().counts["failed"] == 2
+    assert store.retries("tick") == []
+    assert letters(store) == []
+
+
+def test_entries_that_are_no_events_stop_no_process_without_a_group(
+    store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    heard = listen(bus, via="stream", group=None)
+    store.add_fields("tick", {b"event": b"\xc1"})
+    store.add_fields("tick", {b"\xff": b"\xff"})
+    store.add("tick", n=1)
+
+    wait_until(lambda: heard == [1], what="the event arrives")
+    assert bus.health().counts["rejected"] == 2
+    assert "is rejected (missing_attribute)" in caplog.text
+
+
+def test_the_two_ways_of_hearing_a_stream_do_not_mix() -> None:
+    bus = Bus("memory://", service="mailer")
+    bus.on("tick", group=None)(lambda sender: None)
+
+    with pytest.raises(ConfigError, match="one receiver has 'group': None and another has not"):
+        bus.on("tick")(lambda sender: None)
+
+
+@pytest.mark.parametrize("group", ["others", False, 0, ""])
+def test_a_group_of_another_name_is_refused(group: Any) -> None:
+    with pytest.raises(ConfigError, match=r"\['group'\] is .*The group is the service, so leave"):
+        Bus("memory://", service="mailer").on("tick", group=group)
+
+
+# -- via ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("via", "expected"), [(None, {1, 2}), ("channel", {1}), ("stream", {2})], ids=str
+)
+def test_a_signal_is_heard_the_ways_that_are_asked_for(
+    store: StreamStore, make_bus: Make, via: str | None, expected: set[int]
+) -> None:
+    heard = listen(make_bus(store.url, "mailer", prefix=store.prefix), via=via)
+    others = [
+        make_bus(store.url, "clock", prefix=store.prefix, publish={"tick": way})
+        for way in ("channel", "stream")
+    ]
+    marks = listen(make_bus(store.url, "witness", prefix=store.prefix))
+    for number, other in enumerate(others, start=1):
+        other.signal("tick").send("test", n=number)
+        assert other.flush(5)
+
+    wait_until(lambda: set(marks) == {1, 2}, what="who hears both hears both")
+    wait_until(lambda: set(heard) == expected, what="what was asked for is heard")
+    exists = store.client.exists(store.keys.stream("tick"))
+    groups = store.client.xinfo_groups(store.keys.stream("tick")) if exists else []
+    names = {group["name"] for group in groups}
+    assert (b"mailer" in names) == (via != "channel")
+
+
+# -- claim_after --------------------------------------------------------------------------
+
+
+def test_what_a_silent_worker_has_is_taken_over_after_the_claim_time_and_not_before(
+    store: StreamStore, make_bus: Make
+) -> None:
+    store.group("tick")
+    store.add("tick", n=1)
+    store.read("tick", 1, consumer="dead")
+    began = time.monotonic()
+    heard = listen(make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1.5))
+
+    wait_until(lambda: heard == [1], what="it is taken over")
+    assert 1.3 < time.monotonic() - began < 1.5 * 1.5 + 0.5
+
+
+@pytest.mark.parametrize("value", [0, -1, "soon", 90_000, True, float("nan")])
+def test_a_claim_time_that_is_none_is_refused(value: Any) -> None:
+    words = f"'EVENTBUS_CLAIM_AFTER' is {value!r}. Set it to a number of seconds from 0.1 to 86,400"
+
+    with pytest.raises(ConfigError, match=words):
+        Bus("memory://", service="mailer", claim_after=value)
+
+
+# -- duplicate_window ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("window", "expected"), [(600, [1, 2]), (0, [1, 1, 2])])
+def test_an_event_that_comes_twice_is_recognized_within_the_window(
+    store: StreamStore, make_bus: Make, window: float, expected: list[int]
+) -> None:
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, duplicate_window=window)
+    heard = listen(bus, via="stream")
+    body = Codec().encode(store.event("tick", n=1))
+    store.add_fields("tick", {b"event": body})
+    store.add_fields("tick", {b"event": body})
+    store.add("tick", n=2)
+
+    wait_until(lambda: 2 in heard, what="the last event arrives")
+    assert heard == expected
+    seen = list(store.client.scan_iter(match=f"{store.prefix}:*:seen:*"))
+    assert len(seen) == bool(window)
+    assert all(0 < store.client.ttl(key) <= 2 * window for key in seen)
+
+
+def test_copies_that_two_workers_get_are_handled_once(store: StreamStore, make_bus: Make) -> None:
+    buses = [make_bus(store.url, "mailer", prefix=store.prefix) for _ in range(2)]
+    heard = [listen(bus, via="stream") for bus in buses]
+
+    for number in range(100):
+        body = Codec().encode(store.event("tick", n=number))
+        store.add_fields("tick", {b"event": body})
+        store.add_fields("tick", {b"event": body})
+
+    wait_until(lambda: sum(map(len, heard)) >= 100, what="all are handled")
+    wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
+    assert sorted(heard[0] + heard[1]) == list(range(100))
+
+
+def test_services_recognize_copies_each_for_itself(store: StreamStore, make_bus: Make) -> None:
+    heard = [listen(make_bus(store.url, name, prefix=store.prefix)) for name in ("one", "two")]
+    store.add("tick", n=1)
+
+    wait_until(lambda: heard == [[1], [1]], what="both services handle it")
+
+
+# -- what a user may not ------------------------------------------------------------------
+
+
+class Guard:
+    """A user of the server, with rights that can be changed."""
+
+    def __init__(self, store: StreamStore) -> None:
+        self._store = store
+        self.name = f"user-{store.prefix}"
+        self.url = store.url.replace("://", f"://{self.name}:secret@")
+        self.allow("reset", "on", ">secret", "allkeys", "allchannels", "+@all")
+
+    def allow(self, *rules: str) -> None:
+        """Change what it may."""
+        self._store.client.execute_command("ACL", "SETUSER", self.name, *rules)
+
+    def end(self) -> None:
+        """Take it away."""
+        self._store.client.execute_command("ACL", "DELUSER", self.name)
+
+
+@pytest.fixture
+def guard(store: StreamStore) -> Iterator[Guard]:
+    """A user who may everything, to begin with."""
+    guard = Guard(store)
+    yield guard
+    guard.end()
+
+
+@pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
+def test_a_stream_that_a_user_may_not_read_is_told_with_the_remedy_and_read_once_it_may(
+    store: StreamStore,
+    guard: Guard,
+    make_bus: Make,
+    caplog: pytest.LogCaptureFixture,
+    group: bool | None,
+) -> None:
+    open_key, closed_key = store.keys.stream("tick"), store.keys.stream("tock")
+    guard.allow("resetkeys", f"~{open_key}", f"~{store.prefix}:streams")
+    guard.allow(*(f"~{store.prefix}:{{{name}}}:[srd]e[ea][ntd]*" for name in ("tick", "tock")))
+    bus = make_bus(guard.url, "mailer", prefix=store.prefix)
+    heard: list[str] = []
+    for name in ("tick", "tock"):
+        bus.on(name, via="stream", group=group)(lambda sender, n: heard.append(n))
+    bus.start()
+
+    assert not bus.ready(10)
+    store.add("tick", n="open")
+    wait_until(lambda: heard == ["open"], what="the other stream is read")
+    health = bus.health()
+    assert set(health.refused) == {"tock"}
+    assert "no permissions" in health.refused["tock"]
+    assert not health.connected
+    assert f"~{closed_key}) in the ACL." in caplog.text
+    assert "Grant its user (+x" in caplog.text
+
+    guard.allow(f"~{closed_key}")
+    wait_until(lambda: bus.health().connected, what="it is read")
+    store.add("tock", n="granted")
+    wait_until(lambda: heard == ["open", "granted"], what="it is heard")
+    assert bus.health().refused == {}
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("command", ["xreadgroup", "xgroup|create", "xpending"])
+def test_a_command_without_which_no_stream_is_read_is_told(
+    store: StreamStore,
+    guard: Guard,
+    make_bus: Make,
+    caplog: pytest.LogCaptureFixture,
+    command: str,
+) -> None:
+    guard.allow(f"-{command}")
+    bus = make_bus(guard.url, "mailer", prefix=store.prefix)
+    heard: list[int] = []
+    bus.on("tick", via="stream", start="earliest")(lambda sender, n: heard.append(n))
+    store.add("tick", n=1)
+    bus.start()
+    assert not bus.ready(10)
+
+    assert command.partition("|")[0] in bus.health().refused["tick"]
+    assert f"+{command}" in caplog.text
+    assert "Traceback" not in caplog.text
+    guard.allow(f"+{command}")
+    wait_until(lambda: heard == [1], what="it is read once it may be")
+
+
+@pytest.mark.parametrize("command", ["xack", "xclaim", "xrange", "xinfo", "zadd", "watch"])
+def test_a_command_that_is_missing_for_the_rest_is_told_and_nothing_is_lost(
+    store: StreamStore,
+    guard: Guard,
+    make_bus: Make,
+    caplog: pytest.LogCaptureFixture,
+    command: str,
+) -> None:
+    store.group("tick")
+    store.add("tick", n=1)
+    store.read("tick", 1, consumer="dead")
+    guard.allow(f"-{command}")
+    bus = make_bus(guard.url, "mailer", prefix=store.prefix, claim_after=0.5)
+    heard: list[int] = []
+
+    @bus.on("tick", via="stream")
+    def receive(sender: str, n: int) -> None:
+        if current_event.attempt == 1 and n == 2:
+            raise ValueError
+
+        heard.append(n)
+
+    bus.start()
+    assert bus.ready(10)
+    store.add("tick", n=2)
+
+    wait_until(lambda: f"'{command}" in caplog.text, what="the command is named")
+    assert "Traceback" not in caplog.text.replace("Traceback (most recent call last):\n  File", "")
+    guard.allow(f"+{command}")
+    wait_until(lambda: {1, 2} <= set(heard), what="both are handled")
+    wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
+    wait_until(lambda: not store.retries("tick"), what="nothing is left to be tried")
+
+
+def test_a_worker_whose_rights_are_taken_away_goes_on_once_it_has_them_again(
+    store: StreamStore, guard: Guard, make_bus: Make
+) -> None:
+    bus = make_bus(guard.url, "mailer", prefix=store.prefix)
+    heard = listen(bus, via="stream")
+    store.add("tick", n=1)
+    wait_until(lambda: heard == [1], what="the first event arrives")
+
+    guard.allow("resetkeys")
+    store.add("tick", n=2)
+    wait_until(lambda: bus.health().refused, what="it is refused")
+    guard.allow("allkeys")
+
+    wait_until(lambda: heard == [1, 2], what="the second event arrives")
+    assert threading.active_count() > 1
