@@ -1,0 +1,429 @@
+"""What a service hears over streams: the ways, the order, the threads that carry it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from servers import RedisServer
+from waiting import wait_until
+
+from flask_eventbus import Bus, current_event, keeper
+from flask_eventbus.connections import Connections
+from flask_eventbus.group import LONG_IDLE, RELEASED, Group
+from flask_eventbus.pipe import Pipe
+from flask_eventbus.streams import StreamKeys
+
+Make = Callable[..., Bus]
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A prefix of this test's own on the shared server."""
+    return f"streams-of-{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture
+def client(shared_redis: RedisServer) -> Iterator[redis.Redis]:
+    """For the test's own questions."""
+    with shared_redis.client as found:
+        yield found
+
+
+@pytest.fixture
+def make(shared_redis: RedisServer, make_bus: Make, prefix: str) -> Make:
+    """Make buses on the shared server with the test's prefix."""
+
+    def make(service: str, **settings: Any) -> Bus:
+        return make_bus(shared_redis.url, service, prefix=prefix, **settings)
+
+    return make
+
+
+@pytest.fixture
+def send(make: Make) -> Callable[..., None]:
+    """Publish numbered events into the stream of ``work``, in order."""
+    bus = make("publisher", publish={"work": "stream", "keyed": {"via": "stream", "key": "key"}})
+
+    def send(*numbers: int, name: str = "work", **payload: Any) -> None:
+        for number in numbers:
+            bus.node.publish(name, {"n": number, **payload}, confirm=False)
+
+        assert bus.flush(20)
+
+    return send
+
+
+def listening(bus: Bus) -> Bus:
+    """The bus, once it hears everything."""
+    bus.start()
+    assert bus.ready(10)
+    return bus
+
+
+def settled(client: redis.Redis, prefix: str, name: str = "work", group: str = "consumer") -> bool:
+    """Whether a group has handled everything."""
+    for found in client.xinfo_groups(StreamKeys(prefix).stream(name)):
+        if found["name"].decode() == group:
+            return not found["pending"] and not found["lag"]
+
+    return False
+
+
+# -- whichever way ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ways", [("channel", "stream"), ("stream", "channel")], ids="-".join)
+def test_a_subscriber_hears_a_signal_whichever_way_its_publisher_sends_it(
+    make: Make, ways: tuple[str, str]
+) -> None:
+    heard: list[tuple[int, str, int]] = []
+    bus = make("consumer")
+
+    @bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        heard.append((n, current_event.via, current_event.attempt))
+
+    listening(bus)
+
+    for number, way in enumerate(ways):
+        make("publisher", publish={"work": way}).signal("work").send("test", n=number)
+        wait_until(lambda n=number: len(heard) > n, what="it is heard")  # type: ignore[misc]
+
+    assert heard == [(number, way, 1) for number, way in enumerate(ways)]
+
+
+@pytest.mark.parametrize("via", ["channel", "stream"])
+def test_a_subscription_can_be_narrowed_to_one_way(make: Make, via: str) -> None:
+    heard: list[str] = []
+    bus = make("consumer", subscribe={"work": {"via": via}, "end": {}})
+    bus.on("work")(lambda sender, n: heard.append(current_event.via))
+    bus.on("end")(lambda sender: heard.append("end"))
+    listening(bus)
+
+    for way in ("channel", "stream"):
+        publisher = make("publisher", publish={"work": way, "end": way})
+        publisher.signal("work").send("test", n=1)
+        publisher.signal("end").send("test")
+        assert publisher.flush(10)
+
+    wait_until(lambda: heard.count("end") == 2, what="both ways are heard to their ends")
+    assert [way for way in heard if way != "end"] == [via]
+
+
+def test_what_a_service_sends_itself_it_hears_over_its_stream_if_it_asks(make: Make) -> None:
+    heard: list[tuple[str, Any]] = []
+    asking = make("consumer", publish={"*": "stream"}, subscribe={"a": {"echo": True}, "b": {}})
+    sibling = make("consumer", publish={"*": "stream"})
+
+    for name in ("a", "b"):
+        asking.on(name)(lambda sender, n, name=name: heard.append((name, n)))
+
+    listening(asking)
+
+    for name in ("b", "a"):
+        sibling.signal(name).send("test", n=1)
+
+    wait_until(lambda: heard, what="the echo is heard")
+    assert heard == [("a", 1)]
+    wait_until(lambda: asking.health().counts.get("echoes") == 1, what="the other is counted")
+
+
+def test_receivers_of_every_kind_run_for_an_event(make: Make, send: Callable[..., None]) -> None:
+    heard: list[str] = []
+    bus = make("consumer")
+
+    class Receivers:
+        def method(self, sender: str, n: int) -> None:
+            heard.append("method")
+
+        def __call__(self, sender: str, n: int) -> None:
+            heard.append("object")
+
+    async def coroutine(sender: str, n: int) -> None:
+        heard.append("coroutine")
+
+    receivers = Receivers()
+
+    for receiver in (receivers, receivers.method, coroutine):
+        bus.on("work")(receiver)
+
+    bus.on("w*")(lambda sender, **payload: heard.append("pattern"))
+    listening(bus)
+    send(1)
+
+    wait_until(lambda: len(heard) == 4, what="all have run")
+    assert sorted(heard) == ["coroutine", "method", "object", "pattern"]
+
+
+# -- order --------------------------------------------------------------------------------
+
+
+def test_one_thread_keeps_the_order_of_a_stream_through_lost_connections(
+    make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
+) -> None:
+    heard: list[int] = []
+    bus = listening_to(make("consumer"), heard)
+
+    for start in range(0, 3_000, 300):
+        send(*range(start, start + 300))
+        cut(client, bus)
+
+    wait_until(lambda: len(heard) >= 3_000 and settled(client, prefix), what="all are handled")
+    assert heard == list(range(3_000))
+
+
+def listening_to(bus: Bus, heard: list[int]) -> Bus:
+    """The bus with a receiver that notes numbers."""
+
+    @bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        heard.append(n)
+
+    return listening(bus)
+
+
+def cut(client: redis.Redis, bus: Bus) -> None:
+    """Cut every connection of the bus."""
+    found: Any = client.client_list()
+
+    for each in found:
+        if bus.node.name in each["name"]:
+            client.client_kill_filter(_id=each["id"])
+
+
+@pytest.mark.parametrize("cutting", [False, True], ids=["in peace", "with lost connections"])
+def test_eight_threads_keep_the_order_of_each_key(
+    make: Make, send: Callable[..., None], client: redis.Redis, prefix: str, cutting: bool
+) -> None:
+    heard: dict[int, list[int]] = defaultdict(list)
+    bus = make("consumer", concurrency=8)
+
+    @bus.on("keyed")
+    def receive(sender: str, key: int, n: int) -> None:
+        time.sleep(0.0005 * (n % 3))
+        heard[key].append(n)
+
+    listening(bus)
+
+    for number in range(600):
+        send(number, name="keyed", key=number % 13)
+
+        if cutting and number % 100 == 50:
+            cut(client, bus)
+
+    wait_until(
+        lambda: sum(map(len, heard.values())) >= 600 and settled(client, prefix, "keyed"),
+        timeout=20,
+        what="all are handled",
+    )
+    assert heard == {key: list(range(key, 600, 13)) for key in range(13)}
+
+
+def test_events_of_other_keys_do_not_wait_for_a_receiver_that_takes_long(
+    make: Make, send: Callable[..., None]
+) -> None:
+    heard: list[int] = []
+    release = threading.Event()
+    bus = make("consumer", concurrency=8)
+
+    @bus.on("keyed")
+    def receive(sender: str, key: str, n: int) -> None:
+        if key == "slow":
+            release.wait(30)
+
+        heard.append(n)
+
+    listening(bus)
+    send(0, 1, 2, name="keyed", key="slow")
+    keys = [key for key in map(str, range(100)) if lane(key) != lane("slow")]
+
+    # Past the time after which other workers would get what waits.
+    for number in range(100, 100 + round(keeper.TOO_LONG / 0.1) + 10):
+        send(number, name="keyed", key=keys[number % len(keys)])
+        wait_until(lambda n=number: heard[-1:] == [n], what="it is handled at once")  # type: ignore[misc]
+        release.wait(0.1)
+
+    release.set()
+    wait_until(lambda: heard[-3:] == [0, 1, 2], what="the others come, in order")
+
+
+def lane(key: str) -> int:
+    """The thread of eight in which the events of a key are handled."""
+    from zlib import crc32
+
+    return crc32(f"keyed\0{key}".encode()) % 8
+
+
+def test_an_event_that_fails_does_not_hold_up_those_after_it(
+    make: Make, send: Callable[..., None]
+) -> None:
+    heard: list[tuple[int, int]] = []
+    bus = make("consumer")
+
+    @bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        heard.append((n, current_event.attempt))
+        if n == 0 and current_event.attempt == 1:
+            raise RuntimeError("not yet")
+
+    listening(bus)
+    send(*range(50))
+
+    wait_until(lambda: len(heard) == 51, what="all are handled")
+    assert heard == [*((n, 1) for n in range(50)), (0, 2)]
+
+
+# -- what waits behind a long receiver ----------------------------------------------------
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for what was handed back several times a second."""
+    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_another_worker_gets_what_waits_behind_a_receiver_that_takes_long(
+    make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
+) -> None:
+    release = threading.Event()
+    heard: list[int] = []
+    slow, free = make("consumer"), make("consumer")
+
+    @slow.on("work")
+    def hold(sender: str, n: int) -> None:
+        release.wait(30)
+        heard.append(n)
+
+    listening(slow)
+    send(*range(10))
+    wait_until(lambda: slow.node.health().lag >= 9, what="it has read ahead")
+    listening_to(free, heard)
+
+    wait_until(lambda: len(heard) == 9, what="the other has handled what waited")
+    send(*range(10, 20))
+    wait_until(lambda: len(heard) == 19, what="the other handles what follows")
+    release.set()
+    wait_until(lambda: settled(client, prefix), what="all are handled")
+    assert Counter(heard) == Counter(range(20))
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_worker_that_is_alone_keeps_the_order_behind_a_receiver_that_takes_long(
+    make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
+) -> None:
+    release = threading.Event()
+    heard: list[int] = []
+    bus = make("consumer")
+
+    @bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        if n == 0:
+            release.wait(30)
+
+        heard.append(n)
+
+    listening(bus)
+    send(*range(10))
+    wait_until(lambda: pending_of(client, prefix, RELEASED) == 9, what="what waits is given away")
+    send(*range(10, 300))
+    release.set()
+
+    wait_until(lambda: settled(client, prefix), what="all are handled")
+    assert heard == list(range(300))
+
+
+def pending_of(client: redis.Redis, prefix: str, consumer: str) -> int:
+    """How many entries a consumer has that are not acknowledged."""
+    found: Any = client.xpending(StreamKeys(prefix).stream("work"), "consumer")
+    shares = {each["name"].decode(): each["pending"] for each in found["consumers"]}
+    return int(shares.get(consumer, 0))
+
+
+def test_of_two_workers_that_find_what_was_handed_back_one_gets_it(
+    shared_redis: RedisServer, send: Callable[..., None], client: redis.Redis, prefix: str
+) -> None:
+    keys = StreamKeys(prefix)
+    send(*range(10))
+    client.xgroup_create(keys.stream("work"), "consumer", "0")
+    first, second, third = (
+        Group(
+            Pipe(Connections(shared_redis.url, name="test"), timeout=5),
+            keys=keys,
+            service="consumer",
+            consumer=name,
+        )
+        for name in ("first", "second", "third")
+    )
+    ids = [entry.id for entry in first.read(["work"], count=10, block=0)]
+    first.release("work", dict.fromkeys(ids, 0))
+
+    found = [group.pending("work", consumer=RELEASED) for group in (second, third)]
+    got = [
+        group.claim("work", each, idle=LONG_IDLE / 1000)
+        for group, each in zip((second, third), found, strict=True)
+    ]
+
+    assert got == [set(ids), set()]
+
+    for group in (first, second, third):
+        group.pipe.close()
+
+
+# -- threads ------------------------------------------------------------------------------
+
+
+def test_no_thread_is_left_when_a_bus_has_stopped(make: Make, send: Callable[..., None]) -> None:
+    heard: list[int] = []
+    bus = make("consumer", concurrency=4)
+    bus.on("follow*")(lambda sender, n: None)
+    listening_to(bus, heard)
+    send(1)
+    wait_until(lambda: heard == [1], what="it is heard")
+    name = bus.node.name
+
+    bus.stop()
+
+    left = [thread.name for thread in threading.enumerate() if name in thread.name]
+    assert left == []
+
+
+def test_a_bus_that_stops_and_starts_goes_on_where_it_was(
+    make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
+) -> None:
+    heard: list[int] = []
+    bus = listening_to(make("consumer"), heard)
+
+    for start in range(0, 500, 100):
+        send(*range(start, start + 100))
+        bus.stop()
+        listening(bus)
+
+    wait_until(lambda: settled(client, prefix), what="all are handled")
+    assert heard == list(range(500))
+
+
+def test_a_receiver_that_connects_while_the_bus_listens_hears_what_comes_then(
+    make: Make, send: Callable[..., None]
+) -> None:
+    first: list[int] = []
+    second: list[int] = []
+    bus = listening(make("consumer"))
+    listening_to(bus, first)
+    send(1)
+    wait_until(lambda: first == [1], what="it is heard")
+
+    bus.on("work")(lambda sender, n: second.append(n))
+    send(2)
+
+    wait_until(lambda: first == [1, 2] and second == [2], what="both hear it")
