@@ -248,6 +248,26 @@ def count(sender, n):
     assert workers.done() == once(10)
 
 
+def test_a_worker_that_stood_still_for_long_begins_nothing_that_others_took_over(
+    workers: Workers,
+) -> None:
+    still = workers.worker(HOLDING)
+    workers.send(*range(10))
+    workers.wait_for("begun")
+    workers.worker(COUNTING)
+
+    still.tell(signal.SIGSTOP)
+    workers.wait_until_settled()
+    workers.release.touch()
+    still.tell(signal.SIGCONT)
+    workers.wait_for("done", pid=still.pid)
+    workers.send(10)
+    workers.wait_until_settled()
+
+    # What it was at when it stood still cannot be taken back from it; it is told from the rest.
+    assert workers.done() == once(11) + Counter({0: 1})
+
+
 def test_an_event_that_kills_its_worker_each_time_becomes_a_dead_letter(
     workers: Workers,
 ) -> None:
