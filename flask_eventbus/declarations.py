@@ -137,6 +137,8 @@ class Declarations:
         """
         name = signal.name if isinstance(signal, NamedSignal) else signal
         options = {"from": from_, "echo": echo, "via": via, "start": start, "group": group}
+        read_subscription(name, {**options, "retries": retries}, f"on({name!r})")
+        # How often is a matter of this receiver, not of the whole service.
         subscription = read_subscription(name, options, f"on({name!r})")
         allowance = read_allowance(retries, timeout, f"on({name!r})")
         senders = (ANY,) if subscription.sources is None else tuple(sorted(subscription.sources))

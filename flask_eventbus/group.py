@@ -20,7 +20,7 @@ LONG_IDLE = 2**31 - 1
 
 #: What a user needs to be allowed of the stream of a group.
 RIGHTS = (
-    "+xgroup|create +xgroup|delconsumer +xreadgroup +xack +xclaim +xpending +xrange "
+    "+xgroup|create +xgroup|createconsumer +xgroup|delconsumer +xreadgroup +xack +xclaim +xpending +xrange "
     "+xinfo|stream +xinfo|groups +xinfo|consumers"
 )
 
@@ -96,11 +96,13 @@ class Group:
             key = self._keys.stream(name)
             commands.append(("XGROUP", "CREATE", key, self._service, starts[name], "MKSTREAM"))
             commands.append(("SADD", self._keys.names, name))
+            # For those who look: before Redis 7.2 its first entry would make it.
+            commands.append(("XGROUP", "CREATECONSUMER", key, self._service, self._consumer))
 
         answers = self.pipe.run(commands) if commands else []
         return {
             name: answer if _is_refusal(answer) else None
-            for name, answer in zip(names, answers[::2], strict=True)
+            for name, answer in zip(names, answers[::3], strict=True)
         }
 
     def read(self, names: Sequence[str], *, count: int, block: float) -> list[Entry]:

@@ -193,11 +193,14 @@ def read_subscription(name: Any, options: Any, where: str) -> Subscription:
     :raises ConfigError: something of it is wrong.
     """
     options = _options(options, _SUBSCRIPTION_OPTIONS, where)
+    via = _read_via(options.get("via"), where)
+    _refuse_stream_subscription(options, via, where)
+
     return Subscription(
         name=_read_name(name, where, pattern=True),
         sources=_read_sources(options.get("from"), f"{where}['from']"),
         echo=_read_flag(options.get("echo"), f"{where}['echo']"),
-        via=_read_via(options.get("via"), where),
+        via=via,
         retries=_read_optional(read_retries, options, "retries", where),
         start=_read_start(options.get("start"), f"{where}['start']"),
         group=_read_group(options, where),
@@ -307,6 +310,17 @@ def _refuse_stream_options(options: Mapping[str, Any], via: str, where: str) -> 
                 f"{where}[{option!r}] belongs to streams, and this route goes via 'channel'. Add "
                 "'via': 'stream', or remove the option."
             )
+
+
+def _refuse_stream_subscription(options: Mapping[str, Any], via: str | None, where: str) -> None:
+    given = [option for option in ("retries", "start") if options.get(option) is not None]
+    given += ["group"] if options.get("group", True) is None else []
+
+    if via == "channel" and given:
+        raise ConfigError(
+            f"{where}[{given[0]!r}] belongs to streams, and this subscription hears the channel "
+            "alone. Take 'via' off, or remove the option."
+        )
 
 
 def _read_confirm(options: Mapping[str, Any], via: str, where: str) -> bool:

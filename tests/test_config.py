@@ -285,3 +285,20 @@ WRONG_SUBSCRIPTIONS = [
 def test_a_wrong_subscription_is_named_with_the_remedy(value: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read_subscriptions(value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"retries": 3}, {"start": "earliest"}, {"group": None}],
+    ids=lambda found: [*found][0],
+)
+def test_an_option_of_streams_for_the_channel_alone_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="belongs to streams, and this subscription hears the ch"):
+        Bus("memory://", service="x", subscribe={"tick": {"via": "channel", **options}})
+    with pytest.raises(ConfigError, match="Take 'via' off, or remove the option"):
+        Bus("memory://", service="x").on("tick", via="channel", **options)
+
+
+def test_retries_without_a_group_are_refused_in_code_as_in_settings() -> None:
+    with pytest.raises(ConfigError, match="has both 'group': None and 'retries'"):
+        Bus("memory://", service="x").on("tick", group=None, retries=3)
