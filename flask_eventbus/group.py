@@ -20,8 +20,8 @@ LONG_IDLE = 2**31 - 1
 
 #: What a user needs to be allowed of the stream of a group.
 RIGHTS = (
-    "+xgroup|create +xgroup|createconsumer +xgroup|delconsumer +xreadgroup +xack +xclaim +xpending +xrange "
-    "+xinfo|stream +xinfo|groups +xinfo|consumers"
+    "+xgroup|create +xgroup|createconsumer +xgroup|delconsumer +xreadgroup +xack +xclaim +xpending "
+    "+xrange +xinfo|stream +xinfo|groups +xinfo|consumers"
 )
 
 #: The last id that an entry can have but one: the last of all means ``>`` to Redis.
