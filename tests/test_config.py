@@ -290,7 +290,7 @@ def test_a_wrong_subscription_is_named_with_the_remedy(value: Any, words: str) -
 @pytest.mark.parametrize(
     "options",
     [{"retries": 3}, {"start": "earliest"}, {"group": None}],
-    ids=lambda found: [*found][0],
+    ids=str,
 )
 def test_an_option_of_streams_for_the_channel_alone_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="belongs to streams, and this subscription hears the ch"):
