@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
 import redis
 
 from .channels import ChannelKeys
+from .config import Config
 from .connections import OUTAGE, Connections
 from .node import Node
 from .server import Server, processes_of, reason_of
+from .streams import StreamKeys
 
 #: What ``CLIENT LIST`` shows.
 CLIENT_NAME = "eventbus-routes"
 
 
 def census(node: Node) -> dict[str, Any]:
-    """How many listen to each channel of the node's prefix, and how many processes of each service.
+    """Who listens to the channels of the node's prefix and reads its streams, by name and service.
 
     :raises click.ClickException: Redis cannot be asked.
     """
@@ -27,6 +30,7 @@ def census(node: Node) -> dict[str, Any]:
         with Server(connections) as server:
             return {
                 "channels": server.channels(ChannelKeys(node.config.prefix)),
+                "streams": _streams(server, node.config),
                 "services": _services(server),
             }
     except OUTAGE as error:
@@ -38,6 +42,19 @@ def census(node: Node) -> dict[str, Any]:
         raise click.ClickException(
             f"This user may not ask for channels: {reason_of(error)}. Allow '+pubsub' in the ACL."
         ) from error
+
+
+def _streams(server: Server, config: Config) -> dict[str, Any] | None:
+    """The streams and their groups; ``None`` where this user may not ask."""
+    if config.url.startswith("redis+cluster://"):
+        return {}
+
+    try:
+        found = server.streams(StreamKeys(config.prefix))
+    except redis.ResponseError:
+        return None
+
+    return {name: asdict(facts) for name, facts in found.items()}
 
 
 def _services(server: Server) -> dict[str, int] | None:

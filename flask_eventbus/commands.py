@@ -24,7 +24,7 @@ from .receipt import Receipt, publish_one
 from .relay_command import relay
 from .rendering import as_json, as_line
 from .replay_command import replay
-from .reports import channels_report, findings_report, routes_report
+from .reports import findings_report, live_report, routes_report
 from .running import run_until_signal
 from .seek_command import seek
 from .spectating import Heard
@@ -269,11 +269,11 @@ def routes(program: Program, in_json: bool) -> None:
     """Show what this app publishes, what it hears, and its receivers.
 
     Nothing is asked of Redis. Without an app, it shows which channels have listeners
-    now, and which services listen.
+    now, which streams there are and whose groups read them, and which services listen.
     """
     node = program.node
     found = Overview(node).as_json() if program.declares else census(node)
-    report = routes_report if program.declares else channels_report
+    report = routes_report if program.declares else live_report
     click.echo(json.dumps(found, indent=2) if in_json else "\n".join(report(found)))
 
 

@@ -9,10 +9,15 @@ from typing import Any
 
 from blinker import NamedSignal, Signal
 
+from .config import Age
 from .dispatcher import name_of
 from .namespace import Outbound, Receiver
 from .node import Node
-from .routes import Route, Subscription, is_pattern, matches
+from .retries import allowed
+from .routes import NEW, Route, Subscription, is_pattern, matches
+
+#: Where a stream is read from, as settings name it.
+_START = {NEW: "new", "0": "earliest"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,15 @@ class Overview:
     def subscriptions(self) -> list[Subscription]:
         """What is heard, by name."""
         return [found for _, found in sorted(self._node.subscriptions.items())]
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether there are streams where the node's events go."""
+        return not self._node.config.url.startswith("redis+cluster://")
+
+    def reads_stream(self, subscription: Subscription) -> bool:
+        """Whether a subscription is heard over streams, too or only."""
+        return self.has_streams and subscription.via != "channel"
 
     @property
     def signals(self) -> list[NamedSignal]:
@@ -99,6 +113,18 @@ class Overview:
             route.signal is signal or route.covers(signal.name) for route in self.routes
         ) or any(matches(subscription.name, signal.name) for subscription in self.subscriptions)
 
+    def retries_of(self, subscription: Subscription, receiver: Receiver) -> int | None:
+        """How often a receiver is tried again; ``None`` where nothing is kept for that."""
+        if not self.reads_stream(subscription) or not subscription.group:
+            return None
+
+        asked = self._declarations.retries_of(subscription.name, receiver)
+        return allowed(subscription.retries, asked, self._node.config.retries)
+
+    def timeout_of(self, subscription: Subscription, receiver: Receiver) -> float | None:
+        """The seconds that a receiver has; ``None`` for as many as it takes."""
+        return self._declarations.timeout_of(subscription.name, receiver)
+
     def _route_as_json(self, route: Route) -> dict[str, Any]:
         return {
             "name": route.name,
@@ -109,15 +135,43 @@ class Overview:
             "signal": None if route.signal is None else name_of_signal(route.signal),
             "payload": None if route.payload is None else name_of(route.payload),
             "covers": self.covered_by(route) if is_pattern(route.name) else [route.name],
+            "stream": self._stream_as_json(route) if route.via == "stream" else None,
+        }
+
+    def _stream_as_json(self, route: Route) -> dict[str, Any]:
+        config = self._node.config
+        kept = config.maxlen if route.maxlen is None else route.maxlen
+        return {
+            "maxlen": None if isinstance(kept, Age) else kept,
+            "max_age_seconds": kept.seconds if isinstance(kept, Age) else None,
+            "key": route.key,
+            "replicas": config.replicas if route.replicas is None else route.replicas,
         }
 
     def _subscription_as_json(self, subscription: Subscription) -> dict[str, Any]:
-        sources = subscription.sources
+        sources, reads = subscription.sources, self.reads_stream(subscription)
         return {
             "name": subscription.name,
+            "via": self._ways_of(subscription),
             "from": None if sources is None else sorted(sources),
             "echo": subscription.echo,
-            "receivers": _names(self.receivers_of(subscription)),
+            "start": _START.get(subscription.start, subscription.start) if reads else None,
+            "group": self._node.config.service if reads and subscription.group else None,
+            "receivers": [
+                self._receiver_as_json(subscription, each)
+                for each in sorted(self.receivers_of(subscription), key=lambda each: each.name)
+            ],
+        }
+
+    def _ways_of(self, subscription: Subscription) -> list[str]:
+        channel = ["channel"] if subscription.via != "stream" else []
+        return [*channel, *(["stream"] if self.reads_stream(subscription) else [])]
+
+    def _receiver_as_json(self, subscription: Subscription, found: Connected) -> dict[str, Any]:
+        return {
+            "name": found.name,
+            "retries": self.retries_of(subscription, found.receiver),
+            "timeout": self.timeout_of(subscription, found.receiver),
         }
 
 

@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import redis
+
 from .channels import ChannelKeys
 from .connections import Connections
+from .names import SIGNAL_NAME
+from .streams import StreamKeys
 
 #: Seconds a server has to answer each question.
 TIMEOUT = 3.0
+
+
+#: The last command of a connection that reads streams, as ``CLIENT LIST`` shows it; of those that
+#: write none has one of these.
+_READS = ("xreadgroup", "xread", "smembers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +29,23 @@ class Listening:
     """A connection that listens, as ``CLIENT LIST`` shows it."""
 
     service: str
+    #: The process.
+    node: str
     #: How many channels and how many patterns it listens to.
     channels: int
     patterns: int
+    #: Whether it reads streams.
+    streams: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StreamFacts:
+    """What a server has of a signal's stream."""
+
+    #: Events that it holds.
+    events: int
+    #: The services that have a group there.
+    groups: Sequence[str]
 
 
 class Server:
@@ -80,6 +103,33 @@ class Server:
             if int(count)
         }
 
+    def streams(self, keys: StreamKeys) -> dict[str, StreamFacts]:
+        """The streams of the signals that have one, by the signal's name.
+
+        :raises redis.ResponseError: this user may not ask.
+        """
+        names = sorted(name.decode(errors="replace") for name in self.ask("SMEMBERS", keys.names))
+        return {
+            name: StreamFacts(
+                events=self.ask("XLEN", keys.stream(name)),
+                groups=self._groups(keys.stream(name)),
+            )
+            for name in names
+            if SIGNAL_NAME.fullmatch(name)
+        }
+
+    def _groups(self, key: str) -> list[str]:
+        try:
+            groups = self.ask("XINFO", "GROUPS", key)
+        except redis.ResponseError as error:
+            # The stream was deleted, and its name is still there.
+            if "no such key" in str(error):
+                return []
+
+            raise
+
+        return sorted(_text(group[group.index(b"name") + 1]) for group in groups)
+
     def close(self) -> None:
         """Close the connection."""
         self._connection.disconnect()
@@ -97,8 +147,8 @@ class Server:
 
 
 def processes_of(listening: Sequence[Listening]) -> Counter[str]:
-    """How many connections of each service listen."""
-    return Counter(found.service for found in listening)
+    """How many processes of each service listen."""
+    return Counter(service for service, _ in {(found.service, found.node) for found in listening})
 
 
 def reason_of(error: Exception) -> str:
@@ -109,8 +159,15 @@ def reason_of(error: Exception) -> str:
 def _listening(client: Mapping[str, str]) -> Listening | None:
     owner, _, rest = client.get("name", "").partition(":")
     service, _, node = rest.partition(":")
-    found = Listening(service, int(client.get("sub", 0)), int(client.get("psub", 0)))
-    return found if owner == "eventbus" and node and (found.channels or found.patterns) else None
+    found = Listening(
+        service=service,
+        node=node,
+        channels=int(client.get("sub", 0)),
+        patterns=int(client.get("psub", 0)),
+        streams=client.get("cmd") in _READS,
+    )
+    listens = found.channels or found.patterns or found.streams
+    return found if owner == "eventbus" and node and listens else None
 
 
 def _text(answer: bytes) -> str:

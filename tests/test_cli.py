@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -28,6 +29,7 @@ from flask_eventbus import Bus, EventBus, current_event
 from flask_eventbus.__main__ import main
 from flask_eventbus.cli import flask_commands
 from flask_eventbus.commands import COMMANDS
+from flask_eventbus.declarations import Declarations
 from flask_eventbus.rendering import read_value
 
 ROOT = Path(__file__).parent.parent
@@ -267,13 +269,17 @@ def shop(make_app: Callable[..., Flask]) -> Flask:
     )
 
 
+def tidy(table: str) -> str:
+    """A table without what depends on the name of this module."""
+    return re.sub(" {2,}", "  ", table.replace(f"{__name__}.", ""))
+
+
 def test_routes_shows_what_an_app_publishes_hears_and_keeps_to_itself(shop: Flask) -> None:
     result = run_in(shop, "routes")
 
     assert result.exit_code == 0
-    assert (
-        result.output.replace(f"{__name__}.", "")
-        == """\
+    assert tidy(result.output) == tidy(
+        """\
 Service shop
 
 Publishes      Via      Leaves        Confirmed  Of signal         Payload by
@@ -282,11 +288,16 @@ order_*        channel  after commit  no         order_paid        -
 price_changed  channel  at send       yes        price_changed     -
 refund_*       channel  by outbox     no         none yet          -
 
-Hears            From      Echo  Receivers
-stock_*          anyone    yes   note_stock
-tax_changed      law, tax  no    none
-user_registered  anyone    no    note_stock
-                                 send_welcome
+Hears            Via   From      Echo  Group  Start
+stock_*          both  anyone    yes   shop   new
+tax_changed      both  law, tax  no    shop   new
+user_registered  both  anyone    no    shop   new
+
+Signal           Receivers     Retries  Timeout
+stock_*          note_stock          5        -
+tax_changed      none                -        -
+user_registered  note_stock          5        -
+                 send_welcome        5        -
 
 Local only     Receivers
 cache_cleared  note_stock
@@ -313,14 +324,125 @@ def test_routes_shows_the_same_as_json(shop: Flask) -> None:
         "signal": "request-finished",
         "payload": f"{__name__}.summary",
         "covers": ["api_call"],
+        "stream": None,
     }
     assert found["subscribes"][1] == {
         "name": "tax_changed",
+        "via": ["channel", "stream"],
         "from": ["law", "tax"],
         "echo": False,
+        "start": "new",
+        "group": "shop",
         "receivers": [],
     }
+    assert found["subscribes"][2]["receivers"][0] == {
+        "name": f"{__name__}.note_stock",
+        "retries": 5,
+        "timeout": None,
+    }
     assert found["local"] == [{"name": "cache_cleared", "receivers": [f"{__name__}.note_stock"]}]
+
+
+async def ship(sender: str, **payload: Any) -> None:
+    """A receiver that can be interrupted."""
+
+
+@pytest.fixture
+def till(make_app: Callable[..., Flask]) -> Flask:
+    """An app with everything that can be said of streams."""
+    bus = EventBus()
+    bus.signal("order_paid")
+    bus.on("user_registered", retries=2, timeout=2.5)(ship)
+    bus.on("user_registered")(note_stock)
+    bus.on("price_changed", via="channel")(note_stock)
+    bus.on("stock_changed", group=None, via="stream")(note_stock)
+    routes = {
+        "order_*": {"via": "stream", "confirm": False},
+        "invoice_paid": {"via": "stream", "key": "id", "maxlen": 1_000_000, "replicas": 1},
+        "invoice_sent": {"via": "stream", "maxlen": "36h"},
+    }
+    heard = {"user_registered": {"start": "earliest", "via": "stream"}}
+    return make_app(bus, EVENTBUS_PUBLISH=routes, EVENTBUS_SUBSCRIBE=heard, EVENTBUS_REPLICAS=2)
+
+
+def test_routes_shows_what_streams_keep_and_who_is_tried_again(till: Flask) -> None:
+    result = run_in(till, "routes")
+
+    assert tidy(result.output) == tidy(
+        """\
+Service shop
+
+Publishes     Via     Leaves   Confirmed  Of signal     Payload by
+invoice_paid  stream  at send  yes        invoice_paid  -
+invoice_sent  stream  at send  yes        invoice_sent  -
+order_*       stream  at send  no         order_paid    -
+
+Into stream       Keeps  Replicas  In order by
+invoice_paid  1,000,000         1  id
+invoice_sent        36h         2  -
+order_*         100,000         2  -
+
+Hears            Via      From    Echo  Group  Start
+price_changed    channel  anyone  no    -      -
+stock_changed    stream   anyone  no    none   new
+user_registered  stream   anyone  no    shop   earliest
+
+Signal           Receivers   Retries  Timeout
+price_changed    note_stock        -        -
+stock_changed    note_stock        -        -
+user_registered  note_stock        5        -
+                 ship              2    2.5 s
+"""
+    )
+
+
+def test_routes_shows_of_streams_the_same_as_json(till: Flask) -> None:
+    found = json.loads(run_in(till, "routes", "--json").output)
+
+    assert [route["stream"] for route in found["publishes"]] == [
+        {"maxlen": 1_000_000, "max_age_seconds": None, "key": "id", "replicas": 1},
+        {"maxlen": None, "max_age_seconds": 129_600, "key": None, "replicas": 2},
+        {"maxlen": 100_000, "max_age_seconds": None, "key": None, "replicas": 2},
+    ]
+    assert found["subscribes"][1]["group"] is None
+    assert found["subscribes"][2] == {
+        "name": "user_registered",
+        "via": ["stream"],
+        "from": None,
+        "echo": False,
+        "start": "earliest",
+        "group": "shop",
+        "receivers": [
+            {"name": f"{__name__}.note_stock", "retries": 5, "timeout": None},
+            {"name": f"{__name__}.ship", "retries": 2, "timeout": 2.5},
+        ],
+    }
+
+
+def test_in_a_cluster_routes_shows_channels_alone(make_app: Callable[..., Flask]) -> None:
+    bus = EventBus()
+    bus.on("user_registered")(note_stock)
+    app = make_app(bus, EVENTBUS_URL="redis+cluster://127.0.0.1:1")
+
+    result = run_in(app, "routes")
+
+    assert "\nuser_registered  channel  anyone  no    -      -\n" in result.output
+
+
+def test_routes_fits_a_terminal_of_80_columns(till: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("flask_eventbus.tables.sys", terminal)
+    bus: Declarations = till.extensions["eventbus"].declarations
+    bus.publishes(flask.request_finished, as_="a_name/that_is_as_long_as_a_line", payload=summary)
+
+    @bus.on("a_name/that_is_as_long_as_a_line", from_=["accounts-in-the-north", "accounts-south"])
+    def a_receiver_with_a_name_that_is_long(sender: str, **payload: Any) -> None:
+        """A receiver."""
+
+    result = run_in(till, "routes")
+
+    assert max(map(len, result.output.splitlines())) <= 80
 
 
 def test_routes_without_an_app_shows_which_channels_have_listeners_now(
@@ -336,6 +458,8 @@ def test_routes_without_an_app_shows_which_channels_have_listeners_now(
     audit.on("*")(note_stock)
     audit.start()
     assert audit.ready(10)
+    client: Any = redis_server.client
+    wait_until(lambda: len(client.xinfo_groups("eventbus:{price_changed}:stream")) == 3)
 
     result = CliRunner().invoke(main, ["--url", redis_server.url, "routes"])
     found = CliRunner().invoke(main, ["--url", redis_server.url, "routes", "--json"])
@@ -345,16 +469,20 @@ def test_routes_without_an_app_shows_which_channels_have_listeners_now(
         == """\
 
 Channel of     Listeners
-price_changed  3
+price_changed          3
+
+Stream of      Events  Groups
+price_changed       0  audit, catalog, mailer
 
 Service  Processes that listen
-audit    1
-catalog  1
-mailer   2
+audit                        1
+catalog                      1
+mailer                       2
 """
     )
     assert json.loads(found.output) == {
         "channels": {"price_changed": 3},
+        "streams": {"price_changed": {"events": 0, "groups": ["audit", "catalog", "mailer"]}},
         "services": {"audit": 1, "catalog": 1, "mailer": 2},
     }
 
@@ -362,16 +490,40 @@ mailer   2
 def test_routes_without_an_app_says_when_nobody_listens(redis_server: RedisServer) -> None:
     result = CliRunner().invoke(main, ["--url", redis_server.url, "routes"])
 
-    assert (result.exit_code, result.output) == (0, "No channel has listeners now.\n")
+    assert (result.exit_code, result.output) == (
+        0,
+        "No channel has listeners now, and there is no stream.\n",
+    )
+
+
+def test_routes_without_an_app_counts_who_reads_streams_alone(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(redis_server.url, "mailer")
+    bus.on("user_registered", via="stream")(note_stock)
+    bus.start()
+    assert bus.ready(10)
+    redis_server.client.sadd("eventbus:streams", "deleted")
+
+    def shown() -> Any:
+        words = ["--url", redis_server.url, "routes", "--json"]
+        return json.loads(CliRunner().invoke(main, words).output)
+
+    wait_until(lambda: shown()["services"] == {"mailer": 1})
+    assert shown()["streams"] == {
+        "deleted": {"events": 0, "groups": []},
+        "user_registered": {"events": 0, "groups": ["mailer"]},
+    }
 
 
 def test_routes_without_an_app_shows_what_it_may_ask(redis_server: RedisServer) -> None:
-    rights = ["on", "nopass", "&*", "+@all", "-client|list"]
+    rights = ["on", "nopass", "&*", "+@all", "-client|list", "-smembers"]
     redis_server.client.execute_command("ACL", "SETUSER", "default", *rights)
 
     result = CliRunner().invoke(main, ["--url", redis_server.url, "routes"])
 
     assert result.exit_code == 0
+    assert "Which streams there are cannot be told: this user may not ask." in result.output
     assert "this user may not ask for CLIENT LIST" in result.output
 
 
