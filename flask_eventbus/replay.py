@@ -138,4 +138,4 @@ class Replay:
 
         for failure in failures:
             failed = Failed(event.id, entry, words_of(failure.error))
-            self.failed.setdefault(name_of(failure.receiver), []).append(failed)
+            self.failed.setdefault(failure.name or name_of(failure.receiver), []).append(failed)
