@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 from .config import Config
 from .names import SIGNAL_NAME
@@ -40,6 +40,11 @@ class Catalogue:
         self._looked = 0.0
         #: Since when the service has subscribed to each pattern, in milliseconds since 1970.
         self._since: dict[str, int] = {}
+
+    @property
+    def patterns(self) -> Set[str]:
+        """The patterns of which it is known since when they are subscribed."""
+        return self._since.keys()
 
     def wanted(self) -> dict[str, Subscription]:
         """The subscriptions whose streams are read, by name or pattern."""

@@ -98,8 +98,7 @@ class Follower:
 
     @property
     def _answered(self) -> set[str]:
-        patterns = {name for name in self._catalogue.wanted() if "*" in name or "?" in name}
-        return self._positions.keys() | self.refused.keys() | patterns
+        return self._positions.keys() | self.refused.keys() | self._catalogue.patterns
 
     def start(self) -> None:
         """Start the thread, once."""

@@ -108,6 +108,8 @@ class StreamReader:
         #: Streams that Redis refuses, with its reasons; and those that only their channel serves.
         self.refused: dict[str, str] = {}
         self._ask_again = 0.0
+        #: Whether Redis is there, and was asked for what there is to be read.
+        self._is_there = False
         #: What was told of streams that are refused: it is told once.
         self._told: dict[str, str] = {}
         #: The streams whose group was there once: if it is gone, it is made again at the start.
@@ -128,11 +130,10 @@ class StreamReader:
 
     @property
     def ready(self) -> bool:
-        """Whether every stream that is subscribed by name is being read, or cannot be."""
+        """Whether Redis is there, and each stream subscribed is read or refused."""
         lives = self._thread is not None and self._thread.is_alive()
-        wanted = (name for name, found in self._catalogue.wanted().items() if found.name == name)
-        answered = self.joined.keys() | self.refused.keys()
-        return lives and all(name in answered or "*" in name or "?" in name for name in wanted)
+        answered = self.joined.keys() | self.refused.keys() | self._catalogue.patterns
+        return lives and self._is_there and self._catalogue.wanted().keys() <= answered
 
     def start(self) -> None:
         """Start the thread, once."""
@@ -193,6 +194,7 @@ class StreamReader:
 
     def _lose(self, error: Exception) -> None:
         with self.changed:
+            self._is_there = False
             self.joined = {}
             self.refused = {}
 
@@ -274,6 +276,9 @@ class StreamReader:
         if new:
             self._join_new(wanted, new)
 
+        if new or not self._is_there:
+            self._arrive()
+
         return {name: self.joined[name] for name in wanted if name in self.joined}
 
     def _join_new(self, wanted: dict[str, Subscription], new: Sequence[str]) -> None:
@@ -291,8 +296,11 @@ class StreamReader:
             elif not isinstance(refusal, GroupGoneError):
                 self._refuse(name, wanted[name], refusal)
 
+        self.joined = joined
+
+    def _arrive(self) -> None:
         with self.changed:
-            self.joined = joined
+            self._is_there = True
             self.changed.notify_all()
 
         if self.ready:

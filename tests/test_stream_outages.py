@@ -205,6 +205,35 @@ def test_events_of_a_pattern_are_heard_at_once_after_a_flush(
     wait_until(lambda: heard == [1, 2], what="the event after the flush arrives")
 
 
+@pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
+def test_what_is_sent_once_a_pattern_is_ready_is_heard(
+    shared_redis: RedisServer, make_bus: Make, group: bool | None
+) -> None:
+    for _ in range(10):
+        store = StreamStore(shared_redis)
+        heard = hear(make_bus(store.url, "mailer", prefix=store.prefix), "ti*", group=group)
+        store.add("tick", n=1)
+        wait_until(lambda found=heard: found == [1], what="it is heard")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
+def test_who_hears_a_pattern_knows_that_redis_is_away(
+    redis_server: RedisServer, make_bus: Make, group: bool | None
+) -> None:
+    redis_server.kill()
+    bus = make_bus(redis_server.url, "mailer")
+    bus.on("ti*", via="stream", group=group)(lambda sender, n: None)
+    bus.start()
+    assert not bus.ready(0.3)
+
+    redis_server.start()
+    assert bus.ready(10)
+    assert bus.health().connected
+
+    redis_server.kill()
+    wait_until(lambda: not bus.health().connected, what="the loss is known")
+
+
 def test_what_a_dead_worker_had_is_not_taken_for_handled_when_its_group_is_destroyed(
     workers: Service, redis_server: RedisServer, make_bus: Make
 ) -> None:

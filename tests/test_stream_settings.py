@@ -451,7 +451,8 @@ def test_a_stream_that_a_user_may_not_read_is_told_with_the_remedy_and_read_once
         bus.on(name, via="stream", group=group)(lambda sender, n: heard.append(n))
     bus.start()
 
-    assert not bus.ready(10)
+    wait_until(lambda: bus.health().refused, what="it is refused")
+    assert not bus.ready(0)
     store.add("tick", n="open")
     wait_until(lambda: heard == ["open"], what="the other stream is read")
     health = bus.health()
@@ -483,7 +484,8 @@ def test_a_command_without_which_no_stream_is_read_is_told(
     bus.on("tick", via="stream", start="earliest")(lambda sender, n: heard.append(n))
     store.add("tick", n=1)
     bus.start()
-    assert not bus.ready(10)
+    wait_until(lambda: bus.health().refused, what="it is refused")
+    assert not bus.ready(0)
 
     assert command.partition("|")[0] in bus.health().refused["tick"]
     assert f"+{command}" in caplog.text
