@@ -38,8 +38,8 @@ RATE = 60
 #: Seconds that the services get for what is left when the troubles are over.
 REST = 120.0
 
-#: Orders whose history is printed.
-SHOWN = 20
+#: Orders whose history is printed; all lines stay in the folder.
+SHOWN = 5
 
 _AOF = ("--appendonly", "yes", "--appendfsync", "always")
 

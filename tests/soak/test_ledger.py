@@ -1,0 +1,91 @@
+"""The ledger of the soak finds what it is there to find."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from soak.cast import FLAKY
+from soak.ledger import Column, Ledger
+
+NOTE = "mailer.note"
+
+
+def confirmed(n: int, *, what: str = "confirmed", at: float = 100.0) -> dict[str, Any]:
+    """What a publisher noted of an order."""
+    order = {"publisher": "web-7", "n": n, "signal": "order_placed"}
+    return {"what": what, "who": "web", "pid": 7, "at": at, "began": at, **order}
+
+
+def handled(n: int, *, receiver: str = NOTE, at: float = 101.0, pid: int = 1) -> dict[str, Any]:
+    """What a worker noted of it."""
+    order = {"publisher": "web-7", "n": n, "receiver": receiver, "begun": at - 0.01}
+    return {"what": "handled", "who": "mailer-1", "pid": pid, "at": at, **order}
+
+
+def trouble(kind: str, *, at: float, victim: int = 0) -> dict[str, Any]:
+    """What was done to the services."""
+    return {
+        "what": "trouble",
+        "who": "x",
+        "pid": 9,
+        "at": at,
+        "began": at - 0.1,
+        "kind": kind,
+        "victim": victim,
+    }
+
+
+def column(
+    *lines: dict[str, Any], receiver: str = NOTE, dead: list[tuple[str, int]] | None = None
+) -> Column:
+    """What the ledger says of one receiver."""
+    given_up = [(name, ("web-7", n)) for name, n in dead or []]
+    columns = Ledger(sorted(lines, key=lambda line: line["at"]), given_up).columns()
+    return next(found for found in columns if found.receiver == receiver)
+
+
+def test_an_order_that_was_confirmed_and_that_nobody_handled_is_missing() -> None:
+    lines = [confirmed(1), confirmed(2), handled(1)]
+
+    assert column(*lines).missing == [("web-7", 2)]
+    history = Ledger(lines, []).history(("web-7", 2))
+    assert len(history) == 1
+    assert "web confirmed" in history[0]
+
+
+def test_an_order_that_was_not_confirmed_is_not_missing() -> None:
+    assert column(confirmed(1, what="unconfirmed"), confirmed(2, what="taken")).missing == []
+
+
+def test_what_a_publisher_took_counts_once_its_buffer_was_flushed() -> None:
+    flushed = {"what": "flushed", "who": "web", "pid": 7, "at": 110.0, "publisher": "web-7"}
+
+    assert column(confirmed(2, what="taken"), flushed).missing == [("web-7", 2)]
+
+
+def test_a_dead_letter_counts_as_handled_only_where_it_is_to_be_one() -> None:
+    lines = [confirmed(97), confirmed(98)]
+
+    found = column(*lines, receiver=FLAKY, dead=[(FLAKY, 97), (FLAKY, 98)])
+
+    assert found.missing == [("web-7", 98)]
+    assert found.dead == 2
+
+
+def test_what_was_handled_again_is_explained_by_the_end_of_its_worker_right_after() -> None:
+    lines = [confirmed(1), handled(1, at=101.0), handled(1, at=107.0, pid=2)]
+
+    assert column(*lines).unexplained == [("web-7", 1)]
+    killed = trouble("worker killed", at=101.2, victim=1)
+    assert column(*lines, killed).again == [(("web-7", 1), "worker killed")]
+    another = trouble("worker killed", at=101.2, victim=3)
+    assert column(*lines, another).unexplained == [("web-7", 1)]
+    later = trouble("worker killed", at=105.0, victim=1)
+    assert column(*lines, later).unexplained == [("web-7", 1)]
+
+
+def test_what_was_handled_again_is_explained_by_a_redis_that_was_away_then() -> None:
+    lines = [confirmed(1), handled(1, at=101.0), handled(1, at=107.0, pid=2)]
+
+    assert column(*lines, trouble("redis killed", at=101.0)).unexplained == []
+    assert column(*lines, trouble("redis killed", at=60.0)).unexplained == [("web-7", 1)]
