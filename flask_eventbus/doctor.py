@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from .database_checks import check_database
 from .findings import Finding
 from .node import Node
 from .program_checks import check_program
+from .retry_checks import check_retries
 from .server_checks import check_server
 
 __all__ = ["Finding", "check"]
@@ -19,5 +21,9 @@ def check(node: Node, *, program: bool = True) -> list[Finding]:
         without one only the server is looked at, and the listeners of all services.
     """
     service = node.config.service if program else None
-    about_program = check_program(node) if program else []
+    about_program = _check_program(node) if program else []
     return [*about_program, *check_server(node, service=service)]
+
+
+def _check_program(node: Node) -> list[Finding]:
+    return [*check_program(node), *check_retries(node), *check_database(node)]

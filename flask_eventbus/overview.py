@@ -76,11 +76,11 @@ class Overview:
         """The bus's own signals that a route carries."""
         return [signal.name for signal in self.signals if route.covers(signal.name)]
 
-    def published_names(self) -> list[str]:
-        """The names on the wire that this program publishes, patterns resolved."""
+    def published_names(self, *, via: str) -> list[str]:
+        """The names on the wire that this program publishes one way, patterns resolved."""
         names: set[str] = set()
 
-        for route in self.routes:
+        for route in (route for route in self.routes if route.via == via):
             names.update(self.covered_by(route) if is_pattern(route.name) else [route.name])
 
         return sorted(names)
@@ -95,6 +95,17 @@ class Overview:
             found += map(Connected, self._declarations.receivers_of_pattern(name))
 
         return list({id(connected.receiver): connected for connected in found}.values())
+
+    def audiences_of(self, subscription: Subscription) -> Iterator[tuple[str, list[Connected]]]:
+        """The signals that a subscription feeds, each with its receivers."""
+        name, own = subscription.name, self._node.subscriptions
+
+        for signal in self.signals:
+            if signal.name == name or (matches(name, signal.name) and signal.name not in own):
+                yield signal.name, connected_to(signal)
+
+        if is_pattern(name):
+            yield name, list(map(Connected, self._declarations.receivers_of_pattern(name)))
 
     def as_json(self) -> dict[str, Any]:
         """All of it, of plain values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import redis
@@ -15,8 +15,13 @@ from .errors import ConfigError
 from .findings import Finding, error, note, ok, warning
 from .node import Node
 from .overview import Overview
+from .own_streams import heard
 from .routes import is_pattern
 from .server import Server, processes_of, reason_of
+from .stream_access import StreamAccess
+from .stream_checks import check_backlog, check_cluster, check_eviction, check_persistence
+from .stream_rights import check_stream_rights
+from .streams import StreamKeys
 
 #: What ``CLIENT LIST`` shows: never one of a service's listeners.
 CLIENT_NAME = "eventbus-check"
@@ -52,10 +57,12 @@ def check_server(node: Node, *, service: str | None) -> Iterator[Finding]:
     try:
         with Server(connections) as server:
             yield ok(f"The server at {connections.shown} answers.")
-            yield from _check_facts(server, config, service)
-            yield from _check_publishing(server, node)
+            streams = _streams(server, node, service)
+            yield from _check_facts(server, config, service, streams)
 
+        yield from _check_publishing(connections, node)
         yield from _check_subscribing(connections, node)
+        yield from _check_streams(connections, node, service, streams)
     except OUTAGE as failure:
         yield _unreachable(connections, failure)
     except ConfigError as failure:
@@ -74,14 +81,41 @@ def _unreachable(connections: Connections, failure: Exception) -> Finding:
     return error(text, "Start it there, or correct 'EVENTBUS_URL'.")
 
 
-def _check_facts(server: Server, config: Config, service: str | None) -> Iterator[Finding]:
+def _streams(server: Server, node: Node, service: str | None) -> set[str]:
+    """The signals whose streams are used: by the service, or by anybody."""
+    overview = Overview(node)
+
+    if not overview.has_streams:
+        return set()
+
+    if service is not None:
+        read = {found.name for found in overview.subscriptions if overview.reads_stream(found)}
+        return read | set(overview.published_names(via="stream"))
+
+    try:
+        return set(server.streams(StreamKeys(node.config.prefix)))
+    except redis.ResponseError:
+        # What is found then is no more than a warning.
+        return set()
+
+
+def _check_facts(
+    server: Server, config: Config, service: str | None, streams: set[str]
+) -> Iterator[Finding]:
     checks: list[tuple[str, str, Callable[[], Iterator[Finding]]]] = [
         ("its version", "+info", lambda: check_version(server)),
-        ("whether it evicts keys", "+info", lambda: check_eviction(server)),
+        ("whether it evicts keys", "+info", lambda: check_eviction(server, streams)),
         ("its clock", "+time", lambda: check_clock(server)),
         ("how far behind a listener may be", "+config|get", lambda: check_buffer(server, config)),
         ("who listens", "+client|list", lambda: check_listeners(server, service)),
     ]
+
+    if streams and not config.url.startswith("embedded://"):
+        kept = ("what it keeps on disk", "+info +config|get")
+        checks.append((*kept, lambda: check_persistence(server, streams)))
+
+    if streams:
+        checks.append(("whether it is a cluster", "+info", lambda: check_cluster(server, streams)))
 
     for what, grant, look in checks:
         try:
@@ -113,24 +147,6 @@ def check_version(server: Server) -> Iterator[Finding]:
         )
     else:
         yield ok(f"It is Redis {version}.")
-
-
-def check_eviction(server: Server) -> Iterator[Finding]:
-    """Whether the server may throw keys away, which streams could not bear.
-
-    :raises redis.ResponseError: this user may not ask.
-    """
-    policy = server.info("memory").get("maxmemory_policy", "noeviction")
-
-    if policy == "noeviction":
-        yield ok("It evicts no keys.")
-        return
-
-    yield warning(
-        f"It evicts keys when its memory is full ('maxmemory-policy {policy}'). Channels hold no "
-        "keys and are safe; streams are keys, and events in them would be lost.",
-        "Set 'maxmemory-policy noeviction' before any route uses a stream.",
-    )
 
 
 def check_clock(server: Server, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
@@ -172,11 +188,13 @@ def check_buffer(server: Server, config: Config) -> Iterator[Finding]:
 
 
 def check_listeners(server: Server, service: str | None) -> Iterator[Finding]:
-    """How many processes of one service listen.
+    """How many processes of one service listen to channels.
 
     :raises redis.ResponseError: this user may not ask.
     """
-    for name, count in sorted(processes_of(server.listening()).items()):
+    on_channels = [found for found in server.listening() if found.channels or found.patterns]
+
+    for name, count in sorted(processes_of(on_channels).items()):
         if count > 1 and service in (None, name):
             yield warning(
                 f"{count} processes of {name!r} listen: each of them runs its receivers for "
@@ -186,25 +204,26 @@ def check_listeners(server: Server, service: str | None) -> Iterator[Finding]:
             )
 
 
-def _check_publishing(server: Server, node: Node) -> Iterator[Finding]:
-    """Ask for each channel inside a transaction that is then discarded: nothing is published."""
-    names = Overview(node).published_names()
+def _check_publishing(connections: Connections, node: Node) -> Iterator[Finding]:
+    """Ask for each channel inside a transaction that never ends: nothing is published."""
+    names = Overview(node).published_names(via="channel")
 
     if not names:
         return
 
-    try:
-        server.ask("MULTI")
-    except redis.ResponseError as refusal:
-        yield note(
-            "Whether this user may publish cannot be known without publishing: "
-            f"{reason_of(refusal)}.",
-            "To have it checked, allow '+multi +discard' in the ACL.",
-        )
-        return
+    with Server(connections) as server:
+        try:
+            server.ask("MULTI")
+        except redis.ResponseError as refusal:
+            yield note(
+                "Whether this user may publish cannot be known without publishing: "
+                f"{reason_of(refusal)}.",
+                "To have it checked, allow '+multi' in the ACL.",
+            )
+            return
 
-    refusals = list(_try_channels(server, node, names))
-    server.ask("DISCARD")
+        refusals = list(_try_channels(server, node, names))
+
     yield from refusals or [ok(f"It lets this user publish {_listed(names)}.")]
 
 
@@ -221,7 +240,11 @@ def _try_channels(server: Server, node: Node, names: list[str]) -> Iterator[Find
 def _check_subscribing(connections: Connections, node: Node) -> Iterator[Finding]:
     """Subscribe to all of it for a moment, on a connection that no service owns."""
     keys = ChannelKeys(node.config.prefix)
-    names = sorted(node.subscriptions)
+    names = sorted(name for name, found in node.subscriptions.items() if found.via != "stream")
+
+    if not names:
+        return
+
     reader = ChannelReader(connections)
     reader.connect()
 
@@ -234,8 +257,44 @@ def _check_subscribing(connections: Connections, node: Node) -> Iterator[Finding
     finally:
         reader.close()
 
+    yield from refusals or [ok(f"It lets this user hear {_listed(names)}.")]
+
+
+def _check_streams(
+    connections: Connections, node: Node, service: str | None, streams: set[str]
+) -> Iterator[Finding]:
+    """Look at what this user may do with streams, and at what waits in them."""
+    overview = Overview(node)
+
+    if not overview.has_streams:
+        yield from _note_cluster(overview)
+        return
+
+    yield from check_stream_rights(lambda: Server(connections), node)
+
+    if streams:
+        yield from check_backlog(node.config, lambda access: _services(access, node, service))
+
+
+def _note_cluster(overview: Overview) -> Iterator[Finding]:
+    names = [found.name for found in overview.subscriptions if found.via is None]
+
     if names:
-        yield from refusals or [ok(f"It lets this user hear {_listed(names)}.")]
+        yield note(
+            f"In a Redis Cluster there are no streams yet: {_listed(names)} "
+            f"{'is' if len(names) == 1 else 'are'} heard over channels alone."
+        )
+
+
+def _services(
+    access: StreamAccess, node: Node, service: str | None
+) -> dict[str, Sequence[str] | None]:
+    """The streams to look at, each with the services to look at: this one, or all."""
+    if service is None:
+        return dict.fromkeys(access.names())
+
+    needs_names = any(is_pattern(name) for name in node.subscriptions)
+    return dict.fromkeys(sorted(heard(node, access.names() if needs_names else ())), (service,))
 
 
 def _refusal(reader: ChannelReader, key: str, is_pattern: bool) -> str | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,17 +15,24 @@ from click.testing import CliRunner, Result
 from flask import Flask
 from flask.cli import ScriptInfo
 from servers import RedisServer, free_port, require
+from sqlalchemy import create_engine
+from sqlalchemy.orm import sessionmaker
+from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, EventBus
+from flask_eventbus import Bus, EventBus, current_event, outbox
 from flask_eventbus.__main__ import main
 from flask_eventbus.application import AppSignals
 from flask_eventbus.cli import flask_commands
 from flask_eventbus.connections import Connections
+from flask_eventbus.database_checks import check_database
 from flask_eventbus.doctor import Finding, check
 from flask_eventbus.program_checks import check_program
+from flask_eventbus.records import RetryRecord
+from flask_eventbus.retry_checks import check_retries
 from flask_eventbus.server import Server
-from flask_eventbus.server_checks import check_clock, check_eviction, check_version
+from flask_eventbus.server_checks import check_clock, check_version
+from flask_eventbus.stream_checks import check_eviction
 
 Make = Callable[..., Bus]
 
@@ -250,25 +259,229 @@ def test_unusual_receivers_are_looked_at_without_complaint(receiver: Any) -> Non
     assert bad(check_program(bus.node)) == []
 
 
+# -- retries ------------------------------------------------------------------------------
+
+
+def made(number: int) -> Callable[..., None]:
+    """One of several receivers that have one name."""
+
+    def receive_one(sender: str, **payload: Any) -> None:
+        """A receiver."""
+
+    return receive_one
+
+
+class Reporter:
+    """A receiver without a name."""
+
+    def __call__(self, sender: str, **payload: Any) -> None:
+        """Receive."""
+
+
+@pytest.mark.parametrize("subscribed", ["user_registered", "user_*"])
+def test_receivers_of_one_name_are_warned_of(subscribed: str) -> None:
+    bus = program_of()
+    bus.signal("user_registered")
+    bus.on(subscribed)(made(1))
+    bus.on(subscribed)(made(2))
+
+    findings = list(check_retries(bus.node))
+
+    assert {finding.level for finding in findings} == {"warning"}
+    assert findings[0].text.startswith("2 receivers of 'user_registered' are called ")
+    assert "made.<locals>.receive_one#2')" in findings[0].text
+    assert findings[0].remedy == "Give each a name of its own."
+
+
+def test_receivers_of_one_name_at_different_signals_are_told_apart() -> None:
+    bus = program_of()
+    bus.on("user_registered")(made(1))
+    bus.on("user_deleted")(made(2))
+
+    assert list(check_retries(bus.node)) == []
+
+
+@pytest.mark.parametrize(
+    "receiver", [Reporter(), partial(receive, code=7)], ids=["call", "partial"]
+)
+def test_a_receiver_that_no_other_process_knows_by_its_name_is_warned_of(receiver: Any) -> None:
+    bus = program_of()
+    bus.on("user_registered")(receiver)
+
+    [(level, text)] = bad(check_retries(bus.node))
+
+    assert level == "warning"
+    assert text.endswith(
+        ", which receives 'user_registered', has no name that another process knows it by: its "
+        "retries become dead letters there ('gone')."
+    )
+
+
+def test_a_lambda_that_is_tried_again_is_noted() -> None:
+    bus = program_of()
+    bus.on("user_registered")(lambda sender, **payload: None)
+
+    [finding] = check_retries(bus.node)
+
+    assert finding.level == "note"
+    assert "<lambda>, which receives 'user_registered', is a lambda: " in finding.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"via": "channel"}, {"group": None}, {"retries": 0}],
+    ids=["channel", "no_group", "no_retries"],
+)
+def test_names_do_not_matter_where_nothing_is_tried_again(options: dict[str, Any]) -> None:
+    bus = program_of()
+    bus.on("user_registered", **options)(made(1))
+    bus.on("user_registered", **options)(Reporter())
+    bus.on("user_registered", **options)(made(2))
+
+    assert list(check_retries(bus.node)) == []
+
+
+async def receive_slowly(sender: str, **payload: Any) -> None:
+    """A receiver that can be interrupted."""
+
+
+def test_a_receiver_that_may_take_longer_than_a_claim_lasts_is_warned_of() -> None:
+    bus = program_of(claim_after=30)
+    bus.on("user_registered", timeout=45)(receive_slowly)
+    bus.on("user_deleted", timeout=30)(receive_slowly)
+
+    [finding] = check_retries(bus.node)
+
+    assert finding.level == "warning"
+    assert (
+        "receive_slowly may take 45 s, longer than 'EVENTBUS_CLAIM_AFTER' (30 s). " in finding.text
+    )
+    assert finding.text.endswith("worker takes the event over, and the receiver runs twice.")
+    assert finding.remedy == "Set 'EVENTBUS_CLAIM_AFTER' to more than 45, or give it less time."
+
+
+@pytest.mark.parametrize(("via", "count"), [(None, 1), ("channel", 0)])
+def test_a_claim_that_lasts_less_than_the_grace_is_warned_of(via: str | None, count: int) -> None:
+    bus = program_of(claim_after=10, grace=20)
+    bus.on("user_registered", via=via)(receive)
+
+    findings = list(check_retries(bus.node))
+
+    assert len(findings) == count
+    assert all("(10 s) is shorter than 'EVENTBUS_GRACE' (20 s)" in each.text for each in findings)
+
+
+# -- the database -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["after_commit", "outbox"])
+def test_a_route_that_waits_for_a_commit_without_a_session_is_an_error(option: str) -> None:
+    bus = program_of(publish={"order_paid": {option: True}, "mail_sent": {}})
+
+    [finding] = check_database(bus.node)
+
+    assert finding.level == "error"
+    assert finding.text == (
+        "'order_paid' wait for a commit, and there is no database session: sending them fails."
+    )
+    assert "bus.register_session(session)" in finding.remedy
+
+
+def test_an_outbox_without_its_table_is_an_error_and_what_waits_in_it_is_noted(
+    tmp_path: Path,
+) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path / 'shop.db'}")
+    bus = program_of(publish={"order_paid": {"outbox": True}})
+    bus.register_session(sessionmaker(engine))
+    bus.signal("order_paid")
+
+    [missing] = check_database(bus.node)
+    outbox.create(engine)
+    [there] = check_database(bus.node)
+    bus.signal("order_paid").send("shop", total=1)
+    _, waiting = check_database(bus.node)
+    engine.dispose()
+
+    assert missing.level == "error"
+    assert missing.text.endswith(
+        "shop.db has no table 'eventbus_outbox': sending what goes by the outbox fails."
+    )
+    assert "'flask eventbus relay --create-table'" in missing.remedy
+    assert there.level == "ok"
+    assert (waiting.level, waiting.text) == ("note", "1 event waits in the outbox.")
+
+
+def test_a_database_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path / 'nowhere' / 'shop.db'}")
+    bus = program_of(publish={"order_paid": {"outbox": True}})
+    bus.register_session(sessionmaker(engine))
+
+    [finding] = check_database(bus.node)
+
+    assert finding.level == "error"
+    assert "cannot be used: unable to open database file." in finding.text
+
+
+def test_a_session_that_is_not_known_here_is_noted() -> None:
+    bus = program_of(publish={"order_paid": {"outbox": True}})
+    bus.register_session(lambda: None)
+
+    [finding] = check_database(bus.node)
+
+    assert finding.level == "note"
+    assert finding.text.startswith("The outbox was not looked at. ")
+
+
+def test_what_waits_for_a_commit_alone_needs_no_table(tmp_path: Path) -> None:
+    bus = program_of(publish={"order_paid": {"after_commit": True}})
+    bus.register_session(sessionmaker(create_engine("sqlite://")))
+
+    assert list(check_database(bus.node)) == []
+
+
 # -- the server ---------------------------------------------------------------------------
 
 
-def test_a_server_in_order_has_nothing_but_ok(shared_redis: RedisServer, make_bus: Make) -> None:
-    bus = make_bus(shared_redis.url, "healthy", publish=["mail_sent"])
+@pytest.fixture
+def lasting_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server as streams need it: with a log on disk."""
+    server = RedisServer(tmp_path, "--appendonly", "yes")
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_a_server_in_order_has_nothing_but_ok(lasting_redis: RedisServer, make_bus: Make) -> None:
+    routes = {"mail_sent": "channel", "mail_bounced": "stream"}
+    bus = make_bus(lasting_redis.url, "healthy", publish=routes)
     bus.on("user_registered")(receive)
-    bus.on("order_*")(receive)
+    bus.on("order_*", via="stream")(receive)
+    bus.on("price_changed", via="channel")(receive)
 
     findings = check(bus.node)
 
     assert bad(findings) == []
     assert [finding.text for finding in findings][1:] == [
-        f"The server at {shared_redis.url} answers.",
-        f"It is Redis {shared_redis.client.info('server')['redis_version']}.",
+        f"The server at {lasting_redis.url} answers.",
+        f"It is Redis {lasting_redis.client.info('server')['redis_version']}.",
         "It evicts no keys.",
         "Its clock agrees with this machine's.",
+        "It keeps streams in a log on disk.",
         "It lets this user publish 'mail_sent'.",
-        "It lets this user hear 'order_*', 'user_registered'.",
+        "It lets this user hear 'price_changed', 'user_registered'.",
+        "It lets this user add to the streams of 'mail_bounced'.",
+        "It lets this user read the streams of 'order_*', 'user_registered'.",
     ]
+
+
+def test_channels_alone_need_nothing_of_streams(redis_server: RedisServer, make_bus: Make) -> None:
+    bus = make_bus(redis_server.url, publish=["mail_sent"])
+    bus.on("user_registered", via="channel")(receive)
+
+    findings = check(bus.node)
+
+    assert bad(findings) == []
+    assert "stream" not in " ".join(finding.text for finding in findings)
 
 
 def test_a_server_that_is_away_is_an_error_without_the_password(make_bus: Make) -> None:
@@ -419,7 +632,7 @@ def test_several_listeners_of_one_service_are_warned_of(
     buses = [make_bus(redis_server.url, service) for service in ("mailer", "mailer", "audit")]
 
     for bus in buses:
-        bus.on("user_registered")(receive)
+        bus.on("user_registered", via="channel")(receive)
         listen(bus)
 
     of_mailer, of_audit = check(buses[0].node), check(buses[2].node)
@@ -471,9 +684,9 @@ def test_channels_that_redis_refuses_are_errors_with_the_grant_to_make(
 ) -> None:
     url = user(redis_server, "+@all", "&eventbus:{user_registered}:channel")
     bus = make_bus(url, publish=["user_registered", "mail_sent"])
-    bus.on("user_registered")(receive)
-    bus.on("price_changed")(receive)
-    bus.on("order_*")(receive)
+    bus.on("user_registered", via="channel")(receive)
+    bus.on("price_changed", via="channel")(receive)
+    bus.on("order_*", via="channel")(receive)
 
     found = {each.text.split(": ")[0]: each.remedy for each in check(bus.node) if each.remedy}
 
@@ -492,14 +705,19 @@ def test_channels_that_redis_refuses_are_errors_with_the_grant_to_make(
 def test_a_check_publishes_nothing_and_stores_nothing(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
-    bus = make_bus(redis_server.url, publish=["mail_sent"])
+    routes = {"mail_sent": "channel", "mail_bounced": "stream"}
+    bus = make_bus(redis_server.url, publish=routes)
     bus.on("user_registered")(receive)
 
     check(bus.node)
 
-    commands = redis_server.client.info("commandstats")
+    commands: Any = redis_server.client.info("commandstats")
     assert "cmdstat_publish" not in commands
-    assert "cmdstat_exec" not in commands
+
+    for name in ("exec", "xadd"):
+        tried = commands[f"cmdstat_{name}"]
+        assert tried["failed_calls"] == tried["calls"] == 1
+
     assert redis_server.client.dbsize() == 0
     wait_until(lambda: redis_server.client.pubsub_channels() == [])
 
@@ -509,7 +727,7 @@ def test_what_a_user_may_not_ask_is_noted_and_fails_nothing(
 ) -> None:
     rights = ["-@all", "+client|setname", "+publish", "+subscribe", "+ping"]
     bus = make_bus(user(redis_server, *rights, "+select", "allchannels"), publish=["mail_sent"])
-    bus.on("user_registered")(receive)
+    bus.on("user_registered", via="channel")(receive)
 
     findings = check(bus.node)
 
@@ -524,6 +742,309 @@ def test_what_a_user_may_not_ask_is_noted_and_fails_nothing(
     ]
     assert {level for level, _ in bad(findings)} == {"note"}
     assert "cmdstat_publish" not in redis_server.client.info("commandstats")
+
+
+# -- streams ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evicting_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that throws keys away when its memory is full."""
+    options = ["--maxmemory", "50mb", "--maxmemory-policy", "allkeys-lru", "--appendonly", "yes"]
+    server = RedisServer(tmp_path, *options)
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_streams_on_a_server_that_evicts_keys_are_an_error(
+    evicting_redis: RedisServer, make_bus: Make
+) -> None:
+    publisher = make_bus(evicting_redis.url, publish={"mail_sent": "stream"})
+    reader = make_bus(evicting_redis.url)
+    reader.on("user_registered")(receive)
+
+    for bus, name in ((publisher, "mail_sent"), (reader, "user_registered")):
+        [finding] = [each for each in check(bus.node) if each.level != "ok"]
+        assert finding.level == "error"
+        assert "('maxmemory-policy allkeys-lru'), and streams are keys: events" in finding.text
+        assert repr(name) in finding.text
+        assert finding.remedy.startswith("Set 'maxmemory-policy noeviction', ")
+
+
+def test_a_check_without_a_program_looks_at_the_streams_that_there_are(
+    evicting_redis: RedisServer,
+) -> None:
+    def level() -> set[str]:
+        output = CliRunner().invoke(main, ["--url", evicting_redis.url, "check", "--json"]).output
+        return {each["level"] for each in json.loads(output)} - {"ok", "note"}
+
+    before = level()
+    StreamStore(evicting_redis, "eventbus").add("user_registered")
+
+    assert (before, level()) == ({"warning"}, {"error"})
+
+
+@pytest.mark.parametrize(
+    ("save", "level", "words"),
+    [
+        ("", "warning", "It keeps nothing on disk: when it ends, events of 'mail_sent' that wait"),
+        ("3600 1", "note", "It keeps streams in snapshots: what came after the last of them is"),
+    ],
+    ids=["nothing", "snapshots"],
+)
+def test_streams_on_a_server_that_forgets_them_are_told_of(
+    tmp_path: Path, make_bus: Make, save: str, level: str, words: str
+) -> None:
+    server = RedisServer(tmp_path, "--save", save)
+    server.start()
+
+    findings = check(make_bus(server.url, publish={"mail_sent": "stream"}).node)
+    server.kill()
+
+    [finding] = [each for each in findings if each.level != "ok"]
+    assert finding.level == level
+    assert finding.text.startswith(words)
+    assert finding.remedy.startswith("Set 'appendonly yes'")
+
+
+def test_streams_on_a_node_of_a_cluster_are_an_error(tmp_path: Path, make_bus: Make) -> None:
+    server = RedisServer(tmp_path, "--cluster-enabled", "yes", "--appendonly", "yes")
+    server.start()
+    bus = make_bus(server.url, publish={"mail_sent": "stream"})
+
+    texts = [text for level, text in bad(check(bus.node)) if level == "error"]
+    server.kill()
+
+    assert texts[0].startswith("It is a node of a Redis Cluster: the streams of other nodes cannot")
+
+
+def test_in_a_cluster_it_is_noted_that_channels_alone_are_heard(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(redis_server.url.replace("redis://", "redis+cluster://"))
+    bus.on("user_registered")(receive)
+    bus.on("price_changed", via="channel")(receive)
+
+    assert bad(check(bus.node)) == [
+        (
+            "note",
+            "In a Redis Cluster there are no streams yet: 'user_registered' is heard over channels "
+            "alone.",
+        )
+    ]
+
+
+def test_a_stream_that_nobody_publishes_to_is_nothing_to_complain_of(
+    lasting_redis: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(lasting_redis.url)
+    bus.on("nobody_sends_this", via="stream")(receive)
+
+    assert bad(check(bus.node)) == []
+
+
+def test_what_waits_in_streams_is_noted_with_the_command_to_look(
+    lasting_redis: RedisServer, make_bus: Make
+) -> None:
+    store = StreamStore(lasting_redis, "eventbus")
+    entries = [store.add("user_registered")[0] for _ in range(3)]
+    store.group("user_registered")
+    store.group("user_registered", "audit")
+    store.read("user_registered", 1)
+    store.give_up("user_registered", entry=entries[0])
+    store.wait_for_retry(a_retry(store, entries[0]), "user_registered")
+    bus = make_bus(lasting_redis.url, "mailer")
+    bus.on("user_*", via="stream")(receive)
+
+    found = [(each.text, each.remedy) for each in check(bus.node) if each.level == "note"]
+    words = ["--url", lasting_redis.url, "check"]
+    of_all = CliRunner().invoke(main, words).output
+
+    assert found == [
+        (
+            "'mailer' has 1 dead letter of 'user_registered'.",
+            "Look at them: flask eventbus dead list --signal user_registered",
+        ),
+        (
+            "'mailer' is to try 1 failed receiver of 'user_registered' again.",
+            "See how that goes: flask eventbus status",
+        ),
+        (
+            "'mailer' has yet to read 2 events of 'user_registered'.",
+            "See whether that becomes less: flask eventbus status --watch",
+        ),
+    ]
+    assert "note     'audit' has yet to read 3 events of 'user_registered'.\n" in of_all
+
+
+def a_retry(store: StreamStore, entry: str) -> RetryRecord:
+    """A receiver that is to be tried again."""
+    return RetryRecord(
+        entry=entry,
+        event=b"",
+        receiver="mailer.send_welcome",
+        attempts=1,
+        first=0,
+        last=0,
+        error="",
+        traceback="",
+    )
+
+
+def test_rights_on_streams_that_are_missing_are_errors_with_the_grant_to_make(
+    lasting_redis: RedisServer, make_bus: Make
+) -> None:
+    rights = ["+@all", "-xack", "-xclaim", "-zadd", "~*", "allchannels"]
+    bus = make_bus(user(lasting_redis, *rights), publish={"mail_sent": "stream"})
+    bus.on("user_registered")(receive)
+
+    found = [(each.text, each.remedy) for each in check(bus.node) if each.level == "error"]
+
+    assert found == [
+        (
+            "It does not let this user read the stream of 'user_registered' as the group 'tests': "
+            "no right to XACK, XCLAIM, ZADD.",
+            "Grant the user in the ACL: '+xack +xclaim ~eventbus:{user_registered}:stream', "
+            "'+zadd ~eventbus:{user_registered}:retry:tests'.",
+        )
+    ]
+
+
+def test_a_stream_that_may_not_be_written_is_an_error(
+    lasting_redis: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(
+        user(lasting_redis, "+@all", "-sadd", "-wait", "~eventbus:{mail_sent}:stream"),
+        publish={"mail_sent": {"via": "stream", "replicas": 1}, "mail_bounced": "stream"},
+    )
+
+    found = [(each.level, each.text, each.remedy) for each in check(bus.node) if each.remedy]
+
+    assert found[:3] == [
+        (
+            "error",
+            "It does not let this user add to the stream of 'mail_bounced': no right to XADD.",
+            "Grant the user in the ACL: '+xadd ~eventbus:{mail_bounced}:stream'.",
+        ),
+        (
+            "error",
+            "It does not let this user add to the stream of 'mail_sent': no right to WAIT.",
+            "Grant the user in the ACL: '+wait'.",
+        ),
+        (
+            "warning",
+            "It does not let this user note the names of its streams: no right to SADD. Patterns, "
+            "'tail' and 'status' find them once somebody else has.",
+            "Grant the user in the ACL: '+sadd ~eventbus:streams'.",
+        ),
+    ]
+
+
+def test_a_signal_that_goes_on_over_its_channel_is_warned_of(
+    lasting_redis: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(user(lasting_redis, "+@all", "-@stream", "~*", "allchannels"))
+    bus.on("user_registered")(receive)
+    bus.on("user_deleted", via="stream")(receive)
+
+    found = {each.text.split(" as the ")[0]: each for each in check(bus.node) if each.level != "ok"}
+
+    text = "It does not let this user read the stream of"
+    assert found[f"{text} 'user_registered'"].level == "warning"
+    assert found[f"{text} 'user_registered'"].text.endswith(
+        "'user_registered' is heard over its channel alone."
+    )
+    assert found[f"{text} 'user_deleted'"].level == "error"
+
+
+def test_a_server_without_streams_is_an_error(tmp_path: Path, make_bus: Make) -> None:
+    server = RedisServer(tmp_path, "--rename-command", "XREADGROUP", "", "--appendonly", "yes")
+    server.start()
+    bus = make_bus(server.url)
+    bus.on("user_registered", via="stream")(receive)
+
+    [finding] = [each for each in check(bus.node) if each.level == "error"]
+    server.kill()
+
+    assert "XREADGROUP: unknown command 'XREADGROUP'" in finding.text
+    assert finding.remedy.startswith("Use Redis 6.2 or later, or Valkey")
+
+
+def test_a_server_that_takes_no_writes_is_an_error(tmp_path: Path, make_bus: Make) -> None:
+    server = RedisServer(tmp_path, "--min-replicas-to-write", "1", "--appendonly", "yes")
+    server.start()
+    bus = make_bus(server.url, publish={"mail_sent": "stream"})
+
+    [finding] = [each for each in check(bus.node) if each.level == "error"]
+    server.kill()
+
+    assert "'mail_sent': XADD: NOREPLICAS Not enough good replicas to write" in finding.text
+    assert finding.remedy == "Correct what it complains of."
+
+
+def test_a_user_without_transactions_cannot_settle_events(
+    lasting_redis: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(user(lasting_redis, "+@all", "-multi", "-exec", "~*", "allchannels"))
+    bus.on("user_registered")(receive)
+
+    found = [each for each in check(bus.node) if each.level in ("error", "note")]
+
+    assert [each.level for each in found] == ["error", "note"]
+    assert found[0].remedy == "Grant the user in the ACL: '+exec +multi'."
+
+
+def grants_in(findings: list[Finding]) -> list[str]:
+    """What findings say to grant, as an ACL reads it."""
+    grants = [
+        grant
+        for finding in findings
+        if finding.level != "note"
+        for grant in re.findall(r"'(\+[^']+)'", finding.remedy)
+    ]
+    return [f"({grant})" if "~" in grant else grant for grant in grants]
+
+
+@pytest.mark.parametrize("group", [True, None], ids=["group", "each_process"])
+@pytest.mark.parametrize("name", ["user_registered", "user_*"])
+def test_the_grants_that_a_check_asks_for_are_enough_to_work_with(
+    lasting_redis: RedisServer,
+    make_bus: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    group: bool | None,
+    name: str,
+) -> None:
+    monkeypatch.setattr("flask_eventbus.retries.FIRST", 0.01)
+    rights = ["-@all", "+client|setname", "+ping", "+multi"]
+    handled: list[str] = []
+
+    def checked() -> tuple[Bus, list[Finding]]:
+        url = user(lasting_redis, *rights)
+        bus = make_bus(url, "mailer", publish={"mail_sent": "stream"}, retries=1)
+
+        @bus.on(name, via="stream", group=group)
+        def fail(sender: str, **payload: Any) -> None:
+            handled.append(current_event.id)
+            raise OSError("no paper")
+
+        return bus, check(bus.node)
+
+    rights += grants_in(checked()[1])
+    rights += grants_in(checked()[1])
+    bus, findings = checked()
+    assert [each for each in findings if each.level in ("error", "warning")] == []
+    lasting_redis.client.execute_command("ACL", "LOG", "RESET")
+
+    listen(bus)
+    accounts = make_bus(lasting_redis.url, "accounts", publish={"user_registered": "stream"})
+    wait_until(lambda: accounts.node.publish("user_registered", {}) and handled)
+    dead = "eventbus:{user_registered}:dead:mailer"
+    wait_until(lambda: group is None or lasting_redis.client.xlen(dead))
+    bus.node.publish("mail_sent", {})
+    bus.stop()
+
+    assert lasting_redis.client.execute_command("ACL", "LOG") == []
 
 
 # -- the command --------------------------------------------------------------------------

@@ -1,0 +1,305 @@
+"""Asks a server whether a user may do with streams what a service does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import redis
+
+from .config import Config
+from .findings import Finding, error, note, ok, warning
+from .node import Node
+from .overview import Overview
+from .pipe import Command
+from .routes import Subscription, is_pattern
+from .server import Server, reason_of
+from .streams import StreamKeys
+
+#: Commands whose rights are given by their second word.
+_CONTAINERS = ("XINFO", "XGROUP")
+
+#: How a server answers what it would do if it were meant: a number that is none, a transaction
+#: that has not begun, and what cannot be said inside of one.
+_HARMLESS = ("not an integer", "without MULTI", "inside MULTI")
+
+#: What is in the place of an id, or of a number, in a command that is never done.
+_ID = "0-1"
+_NO_NUMBER = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A command that a service uses, and what has to be granted for it in the ACL."""
+
+    command: Command
+    #: The keys, as a pattern; empty for a command that has none.
+    keys: str = ""
+
+    @property
+    def right(self) -> str:
+        """``+xadd``, ``+xinfo|stream``."""
+        words = self.command[: 1 + (self.command[0] in _CONTAINERS)]
+        return "+" + "|".join(map(str, words)).lower()
+
+    @property
+    def shown(self) -> str:
+        """``XADD``, ``XINFO STREAM``."""
+        return self.right[1:].replace("|", " ").upper()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why something that a service needs is not to be had."""
+
+    need: Need
+    reason: redis.ResponseError
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the server does not know the command."""
+        return "unknown command" in str(self.reason)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether a right in the ACL is all that is missing."""
+        # Of EXEC it is only said that the transaction is discarded because of it.
+        return (
+            isinstance(self.reason, redis.exceptions.NoPermissionError)
+            or "NOPERM" in f"{self.reason}"
+        )
+
+
+def check_stream_rights(open_server: Callable[[], Server], node: Node) -> Iterator[Finding]:
+    """Try what the routes and subscriptions of a node need; nothing of it is done.
+
+    :param open_server: connects; each connection is closed in the middle of a transaction.
+    """
+    overview = Overview(node)
+    published = overview.published_names(via="stream")
+    read = [found for found in overview.subscriptions if overview.reads_stream(found)]
+
+    if published:
+        with open_server() as server:
+            yield from _check_published(server, node, published)
+
+    if read:
+        with open_server() as server:
+            yield from _check_read(server, node.config, read)
+
+
+# -- what is published --------------------------------------------------------------------
+
+
+def _check_published(server: Server, node: Node, names: Iterable[str]) -> Iterator[Finding]:
+    keys = StreamKeys(node.config.prefix)
+    refused = [
+        _finding(f"It does not let this user add to the stream of {name!r}", found)
+        for name in names
+        if (found := _refusals(server, _needs_of_publisher(node, keys, name)))
+    ]
+    yield from refused or [ok(f"It lets this user add to the streams of {_listed(names)}.")]
+    announced = [Need(("SADD", keys.names, name), keys.names) for name in names]
+
+    if _begins(server) and (found := _refusals(server, announced)):
+        yield _unannounced(found)
+
+
+def _needs_of_publisher(node: Node, keys: StreamKeys, name: str) -> Iterator[Need]:
+    key = keys.stream(name)
+    replicas = node.route_for(name).replicas
+    # A limit that is no number is refused by the command itself, after the ACL has let it pass.
+    yield Need(("XADD", key, "MAXLEN", "~", _NO_NUMBER, "*", "event", ""), key)
+
+    if node.config.replicas if replicas is None else replicas:
+        yield Need(("WAIT", _NO_NUMBER, 1))
+
+
+def _unannounced(found: list[Refusal]) -> Finding:
+    return warning(
+        f"It does not let this user note the names of its streams: {_why(found)}. Patterns, 'tail' "
+        "and 'status' find them once somebody else has.",
+        _remedy(found),
+    )
+
+
+# -- what is read -------------------------------------------------------------------------
+
+
+def _check_read(
+    server: Server, config: Config, subscriptions: list[Subscription]
+) -> Iterator[Finding]:
+    keys = StreamKeys(config.prefix)
+    refused: list[Finding] = []
+    # Before the transaction: inside of it, it would be meant.
+    found = _refusals(server, [Need(("EXEC",))])
+    begins = _refusals(server, [Need(("MULTI",))])
+
+    if any(each.group for each in subscriptions) and (found or begins):
+        yield _finding("It does not let this user settle events of streams", found + begins)
+
+    if begins:
+        yield note(
+            "Which streams this user may read cannot be known without a transaction.",
+            "To have it checked, allow '+multi' in the ACL.",
+        )
+        return
+
+    for subscription in subscriptions:
+        found = _refusals(server, _needs_of(subscription, keys, config))
+
+        if found:
+            refused.append(_unread(subscription, config, found))
+
+    names = [found.name for found in subscriptions]
+    yield from refused or [ok(f"It lets this user read the streams of {_listed(names)}.")]
+
+
+def _needs_of(subscription: Subscription, keys: StreamKeys, config: Config) -> Iterator[Need]:
+    name, service = subscription.name, config.service
+
+    if is_pattern(name):
+        yield from _needs_of_pattern(keys, service, name)
+
+    if not subscription.group:
+        yield from _needs_of_follower(keys.stream(name))
+        return
+
+    yield from _needs_of_group(keys.stream(name), service)
+    yield Need(("SADD", keys.names, name), keys.names)
+
+    if config.duplicate_window:
+        yield from _needs_of_duplicates(keys.seen(name, service, 0)[:-1])
+
+    yield from _needs_of_retries(keys.retry(name, service))
+    dead = keys.dead(name, service)
+    yield Need(("XADD", dead, "*", "reason", ""), dead)
+
+
+def _needs_of_pattern(keys: StreamKeys, service: str, pattern: str) -> Iterator[Need]:
+    since = keys.since(service)
+    yield Need(("SMEMBERS", keys.names), keys.names)
+    yield Need(("TIME",))
+    yield Need(("HSETNX", since, pattern, 0), since)
+    yield Need(("HGET", since, pattern), since)
+
+
+def _needs_of_follower(key: str) -> Iterator[Need]:
+    yield Need(("XREAD", "STREAMS", key, "$"), key)
+    yield Need(("XREVRANGE", key, "+", "-", "COUNT", 1), key)
+    yield Need(("XINFO", "STREAM", key), key)
+
+
+def _needs_of_group(key: str, service: str) -> Iterator[Need]:
+    commands: list[Command] = [
+        ("XGROUP", "CREATE", key, service, "$", "MKSTREAM"),
+        ("XGROUP", "CREATECONSUMER", key, service, "nobody"),
+        ("XGROUP", "DELCONSUMER", key, service, "nobody"),
+        ("XREADGROUP", "GROUP", service, "nobody", "COUNT", 1, "STREAMS", key, ">"),
+        ("XACK", key, service, _ID),
+        ("XCLAIM", key, service, "nobody", 0, _ID, "JUSTID"),
+        ("XPENDING", key, service, "-", "+", 1),
+        ("XRANGE", key, _ID, _ID),
+        ("XINFO", "STREAM", key),
+        ("XINFO", "GROUPS", key),
+        ("XINFO", "CONSUMERS", key, service),
+    ]
+    return (Need(command, key) for command in commands)
+
+
+def _needs_of_duplicates(start: str) -> Iterator[Need]:
+    key = f"{start}0"
+    commands: list[Command] = [("SMISMEMBER", key, ""), ("SADD", key, ""), ("EXPIRE", key, 1)]
+    return (Need(command, f"{start}*") for command in commands)
+
+
+def _needs_of_retries(key: str) -> Iterator[Need]:
+    commands: list[Command] = [
+        ("WATCH", key),
+        ("ZRANGEBYSCORE", key, 0, 0),
+        ("ZSCORE", key, ""),
+        ("ZADD", key, 0, ""),
+        ("ZREM", key, ""),
+    ]
+    return (Need(command, key) for command in commands)
+
+
+def _unread(subscription: Subscription, config: Config, found: list[Refusal]) -> Finding:
+    name = subscription.name
+    reader = f"as the group {config.service!r}" if subscription.group else "in each process"
+    text = f"It does not let this user read the stream of {name!r} {reader}"
+    refused = {refusal.need.right for refusal in found if refusal.is_right}
+
+    if subscription.via is None and subscription.group and "+xgroup|create" in refused:
+        return warning(
+            f"{text}: {_why(found)}. {name!r} is heard over its channel alone.",
+            f"Hear it via 'channel', or grant the user in the ACL: {_grants(found)}.",
+        )
+
+    return _finding(text, found)
+
+
+# -- how it is asked ----------------------------------------------------------------------
+
+
+def _begins(server: Server) -> bool:
+    """Begin a transaction, in which everything is only looked at; whether it was allowed to."""
+    return not _refusals(server, [Need(("MULTI",))])
+
+
+def _refusals(server: Server, needs: Iterable[Need]) -> list[Refusal]:
+    return [refusal for need in needs if (refusal := _refusal(server, need))]
+
+
+def _refusal(server: Server, need: Need) -> Refusal | None:
+    try:
+        server.ask(*map(str, need.command))
+    except redis.ResponseError as reason:
+        harmless = any(words in str(reason) for words in _HARMLESS)
+        return None if harmless else Refusal(need, reason)
+
+    return None
+
+
+def _finding(text: str, found: list[Refusal]) -> Finding:
+    return error(f"{text}: {_why(found)}.", _remedy(found))
+
+
+def _remedy(found: list[Refusal]) -> str:
+    if any(refusal.is_unknown for refusal in found):
+        return "Use Redis 6.2 or later, or Valkey: this server has no such streams."
+
+    if grants := _grants(found):
+        return f"Grant the user in the ACL: {grants}."
+
+    return "Correct what it complains of."
+
+
+def _why(found: list[Refusal]) -> str:
+    """What the server says of the first, and the commands of all."""
+    first = next((refusal for refusal in found if not refusal.is_right), None)
+
+    if first is not None:
+        return f"{first.need.shown}: {reason_of(first.reason)}"
+
+    return "no right to " + ", ".join(
+        dict.fromkeys(refusal.need.right[1:].replace("|", " ").upper() for refusal in found)
+    )
+
+
+def _grants(found: list[Refusal]) -> str:
+    """The rights that are missing, for each pattern of keys: what an ACL takes as a selector."""
+    by_keys: dict[str, dict[str, None]] = {}
+
+    for refusal in found:
+        if refusal.is_right:
+            by_keys.setdefault(refusal.need.keys, {})[refusal.need.right] = None
+
+    return ", ".join(
+        repr(" ".join([*rights, *([f"~{keys}"] if keys else [])]))
+        for keys, rights in by_keys.items()
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
