@@ -48,7 +48,7 @@ _PASSWORD_OPTION = re.compile(r"([?&]password=)[^&]*")
 _TCP_OPTIONS = ("socket_connect_timeout", "socket_keepalive")
 
 #: How fakeredis refuses ``WAIT``.
-_NO_WAIT = "unknown command 'wait'"
+_NO_WAIT = ("unknown command 'wait'", "unknown command `wait`")
 
 #: The fakeredis servers of this process, by their ``memory://`` URLs.
 memory_servers: dict[str, Any] = {}
