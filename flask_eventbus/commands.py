@@ -194,8 +194,8 @@ def _until_gone(batches: Iterator[list[Heard]]) -> Iterator[Heard]:
       cat event.json | flask eventbus publish price_changed --json -
       python -m flask_eventbus publish --stream user_registered user_id=7
 
-    Exit codes: 0 when Redis has it, whoever listens; 1 when it is not published; 2 for a
-    mistake in the command.""",
+    Exit codes: 0 when Redis has it, whoever listens; 1 when it is not published, or that is
+    not known, or too few replicas have it; 2 for a mistake in the command.""",
 )
 @click.argument("name", metavar="NAME", callback=read_name)
 @click.argument("pairs", nargs=-1, metavar="[KEY=VALUE]...", callback=read_pairs)

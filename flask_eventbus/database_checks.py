@@ -30,7 +30,8 @@ def check_database(node: Node) -> Iterator[Finding]:
 def _no_session(routes: Sequence[Route]) -> Finding:
     names = ", ".join(sorted(repr(route.name) for route in routes))
     return error(
-        f"{names} wait for a commit, and there is no database session: sending them fails.",
+        f"There is no database session, for whose commit {names} "
+        f"{'waits' if len(routes) == 1 else 'wait'}: sending fails.",
         "Call db.init_app(app) of Flask-SQLAlchemy, name the session with "
         "bus.register_session(session), or take 'after_commit' and 'outbox' off the route.",
     )
@@ -77,8 +78,6 @@ def _check_waiting(outbox: Any) -> Iterator[Finding]:
 
     if count := outbox.count():
         yield note(
-            f"{counted(count, 'event')} waits in the outbox."
-            if count == 1
-            else f"{counted(count, 'event')} wait in the outbox.",
+            f"There {'is' if count == 1 else 'are'} {counted(count, 'event')} in the outbox.",
             "A relay publishes them: flask eventbus relay",
         )

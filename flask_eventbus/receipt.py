@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +91,11 @@ def _exchange(node: Node, outgoing: Outgoing) -> Any:
     )
 
     try:
-        (error,) = exchange.publish([(outgoing.lane.way, outgoing.sealed())])
-    except OUTAGE as outage:
-        raise PublishError(
-            f"{outgoing.lane.name!r} was not published: Redis at {connections.shown} cannot be "
-            f"used: {reason_of(outage)}. Start it there, or correct 'EVENTBUS_URL'.",
-            event_id=outgoing.id,
-        ) from outage
+        with _told(f"{outgoing.lane.name!r} was not published", outgoing, connections):
+            exchange.ask()
+
+        with _told(f"It is not known whether {outgoing.id} was published", outgoing, connections):
+            (error,) = exchange.publish([(outgoing.lane.way, outgoing.sealed())])
     finally:
         exchange.close()
 
@@ -104,6 +103,18 @@ def _exchange(node: Node, outgoing: Outgoing) -> Any:
         raise _refusal(outgoing, error) from error
 
     return exchange.answers[0]
+
+
+@contextmanager
+def _told(what: str, outgoing: Outgoing, connections: Connections) -> Iterator[None]:
+    try:
+        yield
+    except OUTAGE as outage:
+        raise PublishError(
+            f"{what}: Redis at {connections.shown} cannot be used: {reason_of(outage)}. Start it "
+            "there, or correct 'EVENTBUS_URL'.",
+            event_id=outgoing.id,
+        ) from outage
 
 
 def _refusal(outgoing: Outgoing, error: Exception) -> PublishError:
@@ -122,6 +133,9 @@ def _refusal(outgoing: Outgoing, error: Exception) -> PublishError:
             f"the stream in the ACL: '~{way.key} +xadd'."
         )
     else:
-        text = f"{name!r} was not published: Redis refuses it: {reason_of(error)}."
+        text = (
+            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. Correct what it "
+            "complains of."
+        )
 
     return PublishError(text, event_id=outgoing.id)

@@ -117,14 +117,20 @@ def _check_facts(
     if streams:
         checks.append(("whether it is a cluster", "+info", lambda: check_cluster(server, streams)))
 
+    refused: dict[str, list[tuple[str, str]]] = {}
+
     for what, grant, look in checks:
         try:
             yield from look()
         except redis.ResponseError as refusal:
-            yield note(
-                f"This user may not ask {what}: {reason_of(refusal)}.",
-                f"To have it checked, allow '{grant}' in the ACL, or check as another user.",
-            )
+            refused.setdefault(reason_of(refusal), []).append((what, grant))
+
+    for reason, asked in refused.items():
+        grants = dict.fromkeys(" ".join(grant for _, grant in asked).split())
+        yield note(
+            f"This user may not ask {', '.join(what for what, _ in asked)}: {reason}.",
+            f"To have it checked, allow '{' '.join(grants)}' in the ACL, or check as another user.",
+        )
 
 
 def check_version(server: Server) -> Iterator[Finding]:

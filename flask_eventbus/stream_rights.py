@@ -21,7 +21,10 @@ _CONTAINERS = ("XINFO", "XGROUP")
 
 #: How a server answers what it would do if it were meant: a number that is none, a transaction
 #: that has not begun, and what cannot be said inside of one.
-_HARMLESS = ("not an integer", "without MULTI", "inside MULTI")
+_HARMLESS = (
+    *("not an integer", "Invalid stream ID", "requires the key to exist"),
+    *("without MULTI", "inside MULTI"),
+)
 
 #: What is in the place of an id, or of a number, in a command that is never done.
 _ID = "0-1"
@@ -130,7 +133,43 @@ def _check_read(
     server: Server, config: Config, subscriptions: list[Subscription]
 ) -> Iterator[Finding]:
     keys = StreamKeys(config.prefix)
-    refused: list[Finding] = []
+    left = [found for found in subscriptions if not _is_kept_out(server, found, keys, config)]
+
+    for subscription in subscriptions:
+        if subscription not in left:
+            yield _kept_out(subscription, keys, config)
+
+    if left:
+        yield from _check_inside(server, config, left)
+
+
+def _is_kept_out(
+    server: Server, subscription: Subscription, keys: StreamKeys, config: Config
+) -> bool:
+    """Whether a signal is heard over its channel alone, since this user may make no group."""
+    if subscription.via is not None or not subscription.group:
+        return False
+
+    key = keys.stream(subscription.name)
+    # Made for nobody: the place that it is to begin at is none.
+    made = _refusal(server, Need(("XGROUP", "CREATE", key, config.service, _NO_NUMBER), key))
+    return made is not None and made.is_right
+
+
+def _kept_out(subscription: Subscription, keys: StreamKeys, config: Config) -> Finding:
+    name = subscription.name
+    needs = [*_needs_of(subscription, keys, config), Need(("MULTI",)), Need(("EXEC",))]
+    return warning(
+        f"It does not let this user read the stream of {name!r}, which is heard over its channel "
+        "alone.",
+        f"Hear it via 'channel', or grant the user in the ACL: {_listed_grants(needs)}.",
+    )
+
+
+def _check_inside(
+    server: Server, config: Config, subscriptions: list[Subscription]
+) -> Iterator[Finding]:
+    """Try the commands inside of a transaction, where they are only looked at."""
     # Before the transaction: inside of it, it would be meant.
     found = _refusals(server, [Need(("EXEC",))])
     begins = _refusals(server, [Need(("MULTI",))])
@@ -145,14 +184,23 @@ def _check_read(
         )
         return
 
+    names = [found.name for found in subscriptions]
+    refused = list(_check_each(server, config, subscriptions))
+    yield from refused or [ok(f"It lets this user read the streams of {_listed(names)}.")]
+
+
+def _check_each(
+    server: Server, config: Config, subscriptions: list[Subscription]
+) -> Iterator[Finding]:
+    keys = StreamKeys(config.prefix)
+
     for subscription in subscriptions:
         found = _refusals(server, _needs_of(subscription, keys, config))
+        reader = f"as the group {config.service!r}" if subscription.group else "in each process"
 
         if found:
-            refused.append(_unread(subscription, config, found))
-
-    names = [found.name for found in subscriptions]
-    yield from refused or [ok(f"It lets this user read the streams of {_listed(names)}.")]
+            text = f"It does not let this user read the stream of {subscription.name!r} {reader}"
+            yield _finding(text, found)
 
 
 def _needs_of(subscription: Subscription, keys: StreamKeys, config: Config) -> Iterator[Need]:
@@ -224,21 +272,6 @@ def _needs_of_retries(key: str) -> Iterator[Need]:
     return (Need(command, key) for command in commands)
 
 
-def _unread(subscription: Subscription, config: Config, found: list[Refusal]) -> Finding:
-    name = subscription.name
-    reader = f"as the group {config.service!r}" if subscription.group else "in each process"
-    text = f"It does not let this user read the stream of {name!r} {reader}"
-    refused = {refusal.need.right for refusal in found if refusal.is_right}
-
-    if subscription.via is None and subscription.group and "+xgroup|create" in refused:
-        return warning(
-            f"{text}: {_why(found)}. {name!r} is heard over its channel alone.",
-            f"Hear it via 'channel', or grant the user in the ACL: {_grants(found)}.",
-        )
-
-    return _finding(text, found)
-
-
 # -- how it is asked ----------------------------------------------------------------------
 
 
@@ -288,12 +321,15 @@ def _why(found: list[Refusal]) -> str:
 
 
 def _grants(found: list[Refusal]) -> str:
-    """The rights that are missing, for each pattern of keys: what an ACL takes as a selector."""
+    return _listed_grants(refusal.need for refusal in found if refusal.is_right)
+
+
+def _listed_grants(needs: Iterable[Need]) -> str:
+    """The rights for each pattern of keys: what an ACL takes as a selector."""
     by_keys: dict[str, dict[str, None]] = {}
 
-    for refusal in found:
-        if refusal.is_right:
-            by_keys.setdefault(refusal.need.keys, {})[refusal.need.right] = None
+    for need in needs:
+        by_keys.setdefault(need.keys, {})[need.right] = None
 
     return ", ".join(
         repr(" ".join([*rights, *([f"~{keys}"] if keys else [])]))

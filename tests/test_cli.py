@@ -22,6 +22,7 @@ import pytest
 from click.testing import CliRunner, Result
 from flask import Flask
 from flask.cli import ScriptInfo
+from proxies import Proxy
 from servers import RedisServer, free_port, require
 from waiting import wait_until
 
@@ -220,6 +221,90 @@ def test_publish_fails_when_redis_refuses_the_channel(redis_server: RedisServer)
 
     assert result.exit_code == 1
     assert "'&eventbus:{paid}:channel'" in result.output
+
+
+def test_publish_into_a_stream_prints_where_the_event_is(
+    bare: Run, make_app: Callable[..., Flask], shared_redis: RedisServer, prefix: str
+) -> None:
+    app = make_app(EVENTBUS_PUBLISH={"paid": "stream"})
+
+    results = [bare("publish", "paid", "--stream", "amount=1"), run_in(app, "publish", "paid")]
+
+    client: Any = shared_redis.client
+    found = client.xrange(f"{prefix}:{{paid}}:stream")
+    assert [result.exit_code for result in results] == [0, 0]
+    assert [result.output.partition(". ")[2] for result in results] == [
+        f"It is {entry.decode()} in the stream '{prefix}:{{paid}}:stream'.\n" for entry, _ in found
+    ]
+
+
+def test_publish_says_that_an_event_is_stored_which_too_few_replicas_have(
+    make_app: Callable[..., Flask], shared_redis: RedisServer, prefix: str
+) -> None:
+    app = make_app(EVENTBUS_PUBLISH={"paid": {"via": "stream", "replicas": 1}})
+
+    result = run_in(app, "publish", "paid")
+
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: 'paid' is stored as the event ")
+    assert result.output.endswith(", but only 0 of 1 replicas have it.\n")
+    assert shared_redis.client.xlen(f"{prefix}:{{paid}}:stream") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--stream"]], ids=["channel", "stream"])
+def test_publish_does_not_say_that_an_event_is_lost_whose_answer_is(
+    redis_server: RedisServer, words: list[str]
+) -> None:
+    def swallow(data: bytes) -> bytes | None:
+        return None if data[:1] == b":" or b"-0" in data else data
+
+    proxy = Proxy(redis_server.port, answer=lambda: swallow)
+
+    result = CliRunner().invoke(main, ["--url", proxy.url, "publish", "paid", *words])
+    proxy.close()
+
+    assert result.exit_code == 1
+    assert re.match(r"Error: It is not known whether \w+-1 was published: Redis", result.output)
+
+
+@pytest.mark.parametrize(
+    ("rights", "words"),
+    [
+        (["+@all", "-xadd", "~*"], "'~eventbus:{paid}:stream +xadd'"),
+        (["+@all", "~other"], "'~eventbus:{paid}:stream +xadd'"),
+    ],
+    ids=["command", "key"],
+)
+def test_publish_fails_when_redis_refuses_the_stream(
+    redis_server: RedisServer, rights: list[str], words: str
+) -> None:
+    redis_server.client.execute_command("ACL", "SETUSER", "ada", "on", ">pw", *rights)
+    url = redis_server.url.replace("127", "ada:pw@127", 1)
+
+    result = CliRunner().invoke(main, ["--url", url, "publish", "--stream", "paid"])
+
+    assert result.exit_code == 1
+    assert words in result.output
+
+
+def test_publish_fails_when_something_else_is_in_the_place_of_the_stream(
+    redis_server: RedisServer,
+) -> None:
+    redis_server.client.set("eventbus:{paid}:stream", "a text")
+
+    result = CliRunner().invoke(main, ["--url", redis_server.url, "publish", "--stream", "paid"])
+
+    assert result.exit_code == 1
+    assert "WRONGTYPE Operation against a key" in result.output
+
+
+def test_publish_into_a_stream_of_a_cluster_fails() -> None:
+    words = ["--url", "redis+cluster://127.0.0.1:1", "publish", "--stream", "paid"]
+
+    result = CliRunner().invoke(main, words)
+
+    assert result.exit_code == 1
+    assert "there are no streams yet" in result.output
 
 
 def test_publish_does_nothing_where_the_bus_is_switched_off(
