@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import redis
@@ -23,7 +23,7 @@ _CONTAINERS = ("XINFO", "XGROUP")
 #: that has not begun, and what cannot be said inside of one.
 _HARMLESS = (
     *("not an integer", "Invalid stream ID", "requires the key to exist"),
-    *("without MULTI", "inside MULTI"),
+    *("without MULTI", "inside MULTI", "inside a transaction"),
 )
 
 #: What is in the place of an id, or of a number, in a command that is never done.
@@ -158,7 +158,11 @@ def _is_kept_out(
 
 def _kept_out(subscription: Subscription, keys: StreamKeys, config: Config) -> Finding:
     name = subscription.name
-    needs = [*_needs_of(subscription, keys, config), Need(("MULTI",)), Need(("EXEC",))]
+    needs = [
+        *_needs_of(subscription, keys, config),
+        _watch(keys.retry(name, config.service)),
+        *(Need(("MULTI",)), Need(("EXEC",))),
+    ]
     return warning(
         f"It does not let this user read the stream of {name!r}, which is heard over its channel "
         "alone.",
@@ -170,8 +174,14 @@ def _check_inside(
     server: Server, config: Config, subscriptions: list[Subscription]
 ) -> Iterator[Finding]:
     """Try the commands inside of a transaction, where they are only looked at."""
-    # Before the transaction: inside of it, it would be meant.
+    keys = StreamKeys(config.prefix)
+    # Before the transaction: inside of it one would be meant, and the other is not looked at.
     found = _refusals(server, [Need(("EXEC",))])
+    unwatched = {
+        each.name: _refusals(server, [_watch(keys.retry(each.name, config.service))])
+        for each in subscriptions
+        if each.group
+    }
     begins = _refusals(server, [Need(("MULTI",))])
 
     if any(each.group for each in subscriptions) and (found or begins):
@@ -185,17 +195,21 @@ def _check_inside(
         return
 
     names = [found.name for found in subscriptions]
-    refused = list(_check_each(server, config, subscriptions))
+    refused = list(_check_each(server, config, subscriptions, unwatched))
     yield from refused or [ok(f"It lets this user read the streams of {_listed(names)}.")]
 
 
 def _check_each(
-    server: Server, config: Config, subscriptions: list[Subscription]
+    server: Server,
+    config: Config,
+    subscriptions: list[Subscription],
+    unwatched: Mapping[str, list[Refusal]],
 ) -> Iterator[Finding]:
     keys = StreamKeys(config.prefix)
 
     for subscription in subscriptions:
         found = _refusals(server, _needs_of(subscription, keys, config))
+        found += unwatched.get(subscription.name, [])
         reader = f"as the group {config.service!r}" if subscription.group else "in each process"
 
         if found:
@@ -261,9 +275,12 @@ def _needs_of_duplicates(start: str) -> Iterator[Need]:
     return (Need(command, f"{start}*") for command in commands)
 
 
+def _watch(key: str) -> Need:
+    return Need(("WATCH", key), key)
+
+
 def _needs_of_retries(key: str) -> Iterator[Need]:
     commands: list[Command] = [
-        ("WATCH", key),
         ("ZRANGEBYSCORE", key, 0, 0),
         ("ZSCORE", key, ""),
         ("ZADD", key, 0, ""),

@@ -451,6 +451,13 @@ def lasting_redis(tmp_path: Path) -> Iterator[RedisServer]:
     server.kill()
 
 
+def version_of(server: RedisServer) -> str:
+    """What a server says it is."""
+    facts: Any = server.client.info("server")
+    valkey = facts.get("valkey_version")
+    return f"Valkey {valkey}" if valkey else f"Redis {facts['redis_version']}"
+
+
 def test_a_server_in_order_has_nothing_but_ok(lasting_redis: RedisServer, make_bus: Make) -> None:
     routes = {"mail_sent": "channel", "mail_bounced": "stream"}
     bus = make_bus(lasting_redis.url, "healthy", publish=routes)
@@ -463,7 +470,7 @@ def test_a_server_in_order_has_nothing_but_ok(lasting_redis: RedisServer, make_b
     assert bad(findings) == []
     assert [finding.text for finding in findings][1:] == [
         f"The server at {lasting_redis.url} answers.",
-        f"It is Redis {lasting_redis.client.info('server')['redis_version']}.",
+        f"It is {version_of(lasting_redis)}.",
         "It evicts no keys.",
         "Its clock agrees with this machine's.",
         "It keeps streams in a log on disk.",
@@ -894,7 +901,7 @@ def a_retry(store: StreamStore, entry: str) -> RetryRecord:
 def test_rights_on_streams_that_are_missing_are_errors_with_the_grant_to_make(
     lasting_redis: RedisServer, make_bus: Make
 ) -> None:
-    rights = ["+@all", "-xack", "-xclaim", "-zadd", "~*", "allchannels"]
+    rights = ["+@all", "-xack", "-xclaim", "-zadd", "-watch", "~*", "allchannels"]
     bus = make_bus(user(lasting_redis, *rights), publish={"mail_sent": "stream"})
     bus.on("user_registered")(receive)
 
@@ -903,9 +910,9 @@ def test_rights_on_streams_that_are_missing_are_errors_with_the_grant_to_make(
     assert found == [
         (
             "It does not let this user read the stream of 'user_registered' as the group 'tests': "
-            "no right to XACK, XCLAIM, ZADD.",
+            "no right to XACK, XCLAIM, ZADD, WATCH.",
             "Grant the user in the ACL: '+xack +xclaim ~eventbus:{user_registered}:stream', "
-            "'+zadd ~eventbus:{user_registered}:retry:tests'.",
+            "'+zadd +watch ~eventbus:{user_registered}:retry:tests'.",
         )
     ]
 
