@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from reprlib import repr as short
 from typing import Any
 
 import redis
@@ -205,17 +206,20 @@ class StreamTail:
                 self._spectator.show(heard)
 
     def _heard(self, name: str, id: str, fields: dict[bytes, bytes]) -> Iterator[Heard]:
-        body = fields.get(b"event")
         where = f"in the stream of {name!r}, entry {id}"
+        body = fields.get(b"event")
+
+        if body is None:
+            self._spectator.tell(
+                f"Not an event {where} (missing_attribute): It has no field 'event', but "
+                f"{short(list(fields))}."
+            )
+            return
 
         try:
-            if body is None:
-                raise DecodeError("It has no field 'event'.", reason="missing_attribute")
-
             yield Heard(read_event(self._codec, name, body, via=self.way), id)
         except DecodeError as error:
-            sample = b" ".join(fields) if body is None else body
-            self._spectator.tell(no_event(where, sample, error))
+            self._spectator.tell(no_event(where, body, error))
 
     # -- what Redis refuses ---------------------------------------------------------------
 

@@ -653,7 +653,9 @@ def test_entries_that_are_no_event_are_told_and_the_rest_is_shown(
     where = "Not an event in the stream of 'noted', entry"
     assert seen.told[1].startswith(f"{where} {first} (not_msgpack): ")
     assert seen.told[1].endswith(r"It begins with b'\x1b[31mhello'.")
-    assert seen.told[2].startswith(f"{where} {second} (missing_attribute): It has no field 'event'")
+    assert seen.told[2] == (
+        f"{where} {second} (missing_attribute): It has no field 'event', but [b'colour']."
+    )
     assert seen.told[3].startswith(f"{where} {third} (wrong_channel): It says it is 'other'.")
 
 
