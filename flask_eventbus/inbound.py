@@ -62,6 +62,8 @@ class Inbound:
         retries_of: Callable[[str, Receiver], int | None],
     ) -> None:
         self._subscriptions = subscriptions
+        self._channels = Part("stream")
+        self._streams = Part("channel")
         self._has_streams = not config.url.startswith("redis+cluster://")
         self.pool = Pool(
             config=config,
@@ -178,12 +180,28 @@ class Inbound:
         self.pool.disown()
 
     def _on_channels(self) -> Mapping[str, Subscription]:
-        found = self._subscriptions()
-        return {name: each for name, each in found.items() if each.via != "stream"}
+        return self._channels(self._subscriptions())
 
     def _on_streams(self) -> Mapping[str, Subscription]:
-        if not self._has_streams:
-            return {}
+        return self._streams(self._subscriptions()) if self._has_streams else {}
 
-        found = self._subscriptions()
-        return {name: each for name, each in found.items() if each.via != "channel"}
+
+class Part:
+    """Those of the subscriptions that are heard in one way; asked for with every event.
+
+    :param other: the way of those that are left out.
+    """
+
+    def __init__(self, other: str) -> None:
+        self._other = other
+        self._all: Mapping[str, Subscription] = {}
+        self._found: Mapping[str, Subscription] = {}
+
+    def __call__(self, subscriptions: Mapping[str, Subscription]) -> Mapping[str, Subscription]:
+        """What is left of all ``subscriptions``, which are another mapping when they change."""
+        if subscriptions is not self._all:
+            found = {name: each for name, each in subscriptions.items() if each.via != self._other}
+            self._found = found
+            self._all = subscriptions
+
+        return self._found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -54,6 +55,8 @@ class Program:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, str(path)],
+            # Unbuffered, a line and its end are two writes, and the log may come between them.
+            env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -315,7 +318,7 @@ def test_a_slow_receiver_does_not_make_redis_cut_the_connection(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     client = redis_server.client
-    client.config_set("client-output-buffer-limit", "pubsub 1mb 1mb 1")
+    client.config_set("client-output-buffer-limit", "pubsub 4mb 4mb 1")
     bus = make_bus(redis_server.url, "consumer")
     release = threading.Event()
     heard: list[int] = []
