@@ -120,7 +120,7 @@ class Connections:
                 self._opened.add(connection)
 
             try:
-                connection.connect()
+                _connect(connection)
             except OUTAGE as failure:
                 error = failure
             except (redis.ResponseError, UnicodeError) as refusal:
@@ -250,6 +250,15 @@ class Connections:
         query = f"?{parts.query}" if parts.query else ""
         rest = f"redis://{_credentials(parts)}{{host}}:{{port}}/{database or 0}{query}"
         return _hosts(parts, 26379), unquote(name), rest
+
+
+def _connect(connection: Connection) -> None:
+    try:
+        connection.connect()
+    except BaseException:
+        # redis-py leaves a socket open where a handshake ends in an unusual way.
+        connection.disconnect()
+        raise
 
 
 def _end_with_socket(connection: Any) -> None:

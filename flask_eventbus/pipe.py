@@ -80,7 +80,8 @@ class Pipe:
         if isinstance(wire, socket.socket):
             # The other side may have closed it by now.
             with suppress(OSError):
-                wire.shutdown(socket.SHUT_RDWR)
+                # Not what TLS makes of it, which would pull the rug from under the other thread.
+                socket.socket.shutdown(wire, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next batch opens another."""
