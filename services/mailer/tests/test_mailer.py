@@ -31,7 +31,7 @@ def test_a_new_user_gets_a_welcome_mail(
 ) -> None:
     client = make_app(MAIL_PORT=sink.port).test_client()
 
-    eventbus.deliver("user_registered", source="accounts", **ADA)
+    eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
 
     [mail] = sink.mails()
     assert mail["from"] == "accounts@example.com"
@@ -46,7 +46,7 @@ def test_the_mail_bears_the_id_of_the_event(
 ) -> None:
     make_app(MAIL_PORT=sink.port)
 
-    event = eventbus.deliver("user_registered", source="accounts", **ADA)
+    event = eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
 
     assert sink.mails()[0]["message_id"] == f"<{event.id}@accounts>"
 
@@ -56,8 +56,8 @@ def test_the_plug_in_puts_a_new_user_on_its_list_once(
 ) -> None:
     make_app(MAIL_PORT=sink.port)
 
-    eventbus.deliver("user_registered", source="accounts", **ADA)
-    eventbus.deliver("user_registered", source="accounts", **ADA)
+    eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
+    eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
 
     assert readers(tmp_path) == [(ADA["email"], ADA["name"])]
 
@@ -74,7 +74,7 @@ def test_the_plug_in_of_the_readme_reacts_once_it_is_dropped_in(
     (tmp_path / "greet.py").write_text(code)
     make_app(EVENTBUS_RECEIVERS=[f"{tmp_path}/"], MAIL_PORT=sink.port)
 
-    eventbus.deliver("user_registered", source="accounts", **ADA)
+    eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
 
     assert "accounts tells of Ada Łovelace 李." in caplog.messages
 
@@ -84,8 +84,8 @@ def test_an_event_that_comes_again_makes_no_second_mail(
 ) -> None:
     make_app(MAIL_PORT=sink.port)
 
-    eventbus.deliver("user_registered", source="accounts", id="0a1b2c3d4e5f-1", **ADA)
-    eventbus.deliver("user_registered", source="accounts", id="0a1b2c3d4e5f-1", **ADA)
+    eventbus.deliver("user_registered", via="stream", source="accounts", id="0a1b2c3d4e5f-1", **ADA)
+    eventbus.deliver("user_registered", via="stream", source="accounts", id="0a1b2c3d4e5f-1", **ADA)
 
     assert len(sink.mails()) == 1
 
@@ -101,7 +101,7 @@ def test_a_mail_that_could_not_be_noted_is_not_sent_again(
     make_app(MAIL_PORT=sink.port)
     monkeypatch.setattr(mailer, "worker", full_disk)
 
-    event = eventbus.deliver("user_registered", source="accounts", **ADA)
+    event = eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
 
     assert len(sink.mails()) == 1
     assert f"The mail of the event {event.id} is sent, and not noted." in caplog.text
@@ -118,7 +118,7 @@ def test_a_mail_that_fails_is_to_be_tried_again(
     make_app(MAIL_PORT=sink.port)
 
     with pytest.raises(ConnectionRefusedError):
-        eventbus.deliver("user_registered", source="accounts", **ADA)
+        eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_mail_that_cannot_be_written_is_not_tried_again(
     make_app()
 
     with pytest.raises(Reject, match="No mail can be written to 'Ada"):
-        eventbus.deliver("user_registered", source="accounts", **payload)
+        eventbus.deliver("user_registered", via="stream", source="accounts", **payload)
 
 
 @pytest.mark.parametrize(
