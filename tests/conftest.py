@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from servers import RedisServer
+from workers import Workers
 
 from flask_eventbus import Bus
 from flask_eventbus.node import nodes
@@ -31,6 +32,15 @@ def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture
+def workers(tmp_path: Path, shared_redis: RedisServer) -> Iterator[Workers]:
+    """A service that reads streams, without a process yet."""
+    service = Workers(tmp_path, shared_redis)
+    service.set_up()
+    yield service
+    service.finish()
 
 
 @pytest.fixture

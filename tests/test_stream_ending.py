@@ -24,15 +24,6 @@ def hold(sender, n):
 """
 
 
-@pytest.fixture
-def workers(tmp_path: Path, shared_redis: RedisServer) -> Iterator[Workers]:
-    """A service without a process yet."""
-    service = Workers(tmp_path, shared_redis)
-    service.set_up()
-    yield service
-    service.finish()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_a_receiver_finish_and_leaves_the_rest_pending(
     workers: Workers, number: signal.Signals

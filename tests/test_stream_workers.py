@@ -5,22 +5,10 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from servers import RedisServer
 from waiting import wait_until
 from workers import COUNTING, Workers
-
-
-@pytest.fixture
-def workers(tmp_path: Path, shared_redis: RedisServer) -> Iterator[Workers]:
-    """A service without a process yet."""
-    service = Workers(tmp_path, shared_redis)
-    service.set_up()
-    yield service
-    service.finish()
 
 
 def once(count: int) -> Counter[int]:
