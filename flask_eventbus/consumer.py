@@ -387,6 +387,7 @@ class Consumer:
             return self._settler.outcome(delivery, failures)
         except Exception:
             # It stays pending, and is taken over as from a worker that ended.
+            self._counters.add("handling_failed")
             logger.exception("What became of the event %s cannot be told.", delivery.event.id)
             self._hand.let_go([delivery])
             return None

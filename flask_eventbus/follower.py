@@ -11,12 +11,12 @@ import redis
 from .backoff import Backoff
 from .catalogue import Catalogue
 from .config import Config
-from .connections import OUTAGE
 from .counters import BoundedLog, Counters
 from .group import Entry, behind, fields_of, last_id, remedy
 from .lineup import Lineup
 from .logs import get_logger
 from .pipe import Pipe
+from .reading import Reading
 from .routes import NEW, Subscription
 from .stream_intake import StreamIntake
 from .streams import StreamKeys
@@ -29,9 +29,6 @@ BLOCK = 1.0
 #: Entries of one stream that are read at once.
 COUNT = 200
 
-#: Seconds between tries to connect, at most.
-MOST_BACKOFF = 1.0
-
 #: What a user needs to be allowed of a stream.
 RIGHTS = "+xread +xrevrange +xinfo|stream"
 
@@ -40,9 +37,6 @@ ASK_AGAIN = 5.0
 
 #: Seconds between looks whether a stream is another one by now.
 LOOK = 5.0
-
-#: Seconds that the thread gets to end; it may be looking for a host that is not there.
-END = 1.0
 
 
 class Follower:
@@ -68,11 +62,16 @@ class Follower:
         self._intake = intake
         self._lineup = lineup
         self._counters = counters
-        self._node = node
-        self._wanted = wanted
         self._log = BoundedLog(logger)
-        self._thread: threading.Thread | None = None
-        self._stopping = threading.Event()
+        self._reading = Reading(
+            "The follower",
+            thread=f"eventbus-follower-{node}",
+            read=self._follow,
+            lost=self._lose,
+            close=self._disconnect,
+            wanted=wanted,
+            counters=counters,
+        )
         self._block = pipe.wait_at_most(BLOCK)
         #: The last entry that was read of each stream.
         self._positions: dict[str, str] = {}
@@ -87,14 +86,13 @@ class Follower:
     @property
     def is_own_thread(self) -> bool:
         """Whether the calling thread is the one that reads."""
-        return threading.current_thread() is self._thread
+        return self._reading.is_own_thread
 
     @property
     def ready(self) -> bool:
         """Whether it is known from where each stream is read, and Redis is there."""
-        lives = self._thread is not None and self._thread.is_alive()
         wanted = self._catalogue.wanted()
-        return lives and self._connected and wanted.keys() <= self._answered
+        return self._reading.lives and self._connected and wanted.keys() <= self._answered
 
     @property
     def _answered(self) -> set[str]:
@@ -102,14 +100,11 @@ class Follower:
 
     def start(self) -> None:
         """Start the thread, once."""
-        if self._thread is None:
-            name = f"eventbus-follower-{self._node}"
-            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-            self._thread.start()
+        self._reading.start()
 
     def stop(self) -> None:
         """Stop reading, now."""
-        self._stopping.set()
+        self._reading.stop()
         self._pipe.interrupt()
 
         with self.changed:
@@ -117,44 +112,29 @@ class Follower:
 
     def end(self) -> None:
         """Wait for the thread's end."""
-        if self._thread is not None:
-            self._thread.join(timeout=END)
+        self._reading.end()
 
     def disown(self) -> None:
         """In a forked child: end what came along of it."""
-        self._stopping = threading.Event()
-        self._stopping.set()
+        self._reading.disown()
 
     # -- the reading thread ---------------------------------------------------------------
 
-    def _run(self) -> None:
-        backoff = Backoff(most=MOST_BACKOFF)
+    def _lose(self, error: Exception) -> None:
+        logger.debug("Following waits for Redis: %s", error)
 
-        while self._goes_on:
-            try:
-                self._follow(backoff)
-            except OUTAGE as error:
-                logger.debug("Following waits for Redis: %s", error)
-            except Exception as error:
-                self._log.error("failed", "The follower failed; it connects anew.", exc_info=error)
-            finally:
-                self._connected = False
-                self._pipe.close()
-
-            self._stopping.wait(backoff.next())
-
-    @property
-    def _goes_on(self) -> bool:
-        return not self._stopping.is_set() and self._wanted()
+    def _disconnect(self) -> None:
+        self._connected = False
+        self._pipe.close()
 
     def _follow(self, backoff: Backoff) -> None:
-        while self._goes_on:
+        while self._reading.goes_on:
             names = self._allowed()
             self._find_positions(names)
             names = {name: names[name] for name in names if name in self._positions}
 
             if not names:
-                self._stopping.wait(self._block)
+                self._reading.pause(self._block)
             elif self._lineup.wait_for_room(self._block):
                 self._read(names)
 

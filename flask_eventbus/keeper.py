@@ -182,6 +182,8 @@ class Keeper:
                 logger.debug("Keeping waits for Redis: %s", error)
                 pause = backoff.next()
             except Exception as error:
+                # A defect: what is in hand would be another's if nobody renewed it.
+                self._counters.add("keeping_failed")
                 self._log.error("failed", "The keeper failed; it goes on.", exc_info=error)
                 pause = backoff.next()
 

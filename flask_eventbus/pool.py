@@ -185,6 +185,8 @@ class Pool:
         try:
             self._handle(deliveries)
         except Exception:
+            # A defect: the thread is needed for the next. What was not settled stays pending.
+            self._counters.add("handling_failed")
             logger.exception("%d events of streams were not handled.", len(deliveries))
         finally:
             self.lineup.done(len(deliveries), time.monotonic() - begin)

@@ -11,13 +11,13 @@ import redis
 from .backoff import Backoff
 from .catalogue import Catalogue
 from .config import Config
-from .connections import OUTAGE
 from .counters import BoundedLog, Counters
 from .deliveries import Hand
 from .duplicates import Duplicates
 from .group import Entry, Group, GroupGoneError
 from .lineup import Lineup
 from .logs import get_logger
+from .reading import Reading
 from .routes import Subscription
 from .settler import Settler
 from .stream_intake import StreamIntake
@@ -32,17 +32,11 @@ BLOCK = 1.0
 #: Entries of one stream that are read at once.
 COUNT = 200
 
-#: Seconds between tries to connect, at most.
-MOST_BACKOFF = 1.0
-
 #: Seconds after which a stream that Redis refuses is asked for again.
 ASK_AGAIN = 5.0
 
 #: Events whose outcome Redis does not take, from which on no more are read.
 MOST_UNSETTLED = 1_000
-
-#: Seconds that the thread gets to end; it may be looking for a host that is not there.
-END = 1.0
 
 
 class StreamReader:
@@ -89,8 +83,6 @@ class StreamReader:
         self._settler = settler
         self._trims = trims
         self._counters = counters
-        self._node = node
-        self._wanted = wanted
         self._attend = attend
         self._take_back = take_back
         self._given_away = given_away
@@ -98,8 +90,16 @@ class StreamReader:
         self._found = found
         self._ended = ended
         self._log = BoundedLog(logger)
-        self._thread: threading.Thread | None = None
-        self._stopping = threading.Event()
+        self._reading = Reading(
+            "The stream reader",
+            thread=f"eventbus-streams-{node}",
+            read=self._consume,
+            lost=self._lose,
+            close=group.pipe.close,
+            wanted=lambda: wanted() and self.fatal is None,
+            counters=counters,
+            ended=self._conclude,
+        )
         self._block = group.pipe.wait_at_most(BLOCK)
         #: Notified when it is known of more streams whether they can be read.
         self.changed = threading.Condition()
@@ -121,7 +121,7 @@ class StreamReader:
     @property
     def is_own_thread(self) -> bool:
         """Whether the calling thread is the one that reads."""
-        return threading.current_thread() is self._thread
+        return self._reading.is_own_thread
 
     @property
     def was_joined(self) -> set[str]:
@@ -131,20 +131,18 @@ class StreamReader:
     @property
     def ready(self) -> bool:
         """Whether Redis is there, and each stream subscribed is read or refused."""
-        lives = self._thread is not None and self._thread.is_alive()
         answered = self.joined.keys() | self.refused.keys() | self._catalogue.patterns
-        return lives and self._is_there and self._catalogue.wanted().keys() <= answered
+        return (
+            self._reading.lives and self._is_there and self._catalogue.wanted().keys() <= answered
+        )
 
     def start(self) -> None:
         """Start the thread, once."""
-        if self._thread is None:
-            name = f"eventbus-streams-{self._node}"
-            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-            self._thread.start()
+        self._reading.start()
 
     def stop(self) -> None:
         """Stop reading, now."""
-        self._stopping.set()
+        self._reading.stop()
         self._lineup.close()
         self._group.pipe.interrupt()
 
@@ -153,44 +151,22 @@ class StreamReader:
 
     def end(self) -> None:
         """Wait for the thread's end."""
-        if self._thread is not None:
-            self._thread.join(timeout=END)
+        self._reading.end()
 
     def disown(self) -> None:
         """In a forked child: end what came along of it."""
-        self._stopping = threading.Event()
-        self._stopping.set()
+        self._reading.disown()
 
     # -- the reading thread ---------------------------------------------------------------
 
-    def _run(self) -> None:
-        backoff = Backoff(most=MOST_BACKOFF)
-
-        while self._goes_on:
-            try:
-                self._consume(backoff)
-            except OUTAGE as error:
-                self._lose(error)
-            except Exception as error:
-                self._log.error(
-                    "failed", "The stream reader failed; it connects anew.", exc_info=error
-                )
-                self._lose(error)
-            finally:
-                self._group.pipe.close()
-
-            self._stopping.wait(backoff.next())
-
-        if self.fatal is not None:
-            # Channels are heard all the same.
-            with self.changed:
-                self.changed.notify_all()
-        elif not self._stopping.is_set():
+    def _conclude(self) -> None:
+        if self.fatal is None:
             self._ended()
+            return
 
-    @property
-    def _goes_on(self) -> bool:
-        return not self._stopping.is_set() and self._wanted() and self.fatal is None
+        # Channels are heard all the same.
+        with self.changed:
+            self.changed.notify_all()
 
     def _lose(self, error: Exception) -> None:
         with self.changed:
@@ -198,15 +174,15 @@ class StreamReader:
             self.joined = {}
             self.refused = {}
 
-        if not self._stopping.is_set():
+        if not self._reading.is_stopping:
             self._lost(error)
 
     def _consume(self, backoff: Backoff) -> None:
-        while self._goes_on:
+        while self._reading.goes_on:
             names = self._join()
 
             if not names or len(self._settler) > MOST_UNSETTLED:
-                self._stopping.wait(self._block)
+                self._reading.pause(self._block)
             elif self._lineup.wait_for_room(self._block):
                 self._read(names)
             else:

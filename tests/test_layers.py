@@ -58,6 +58,7 @@ LAYERS = {
         "deliveries",
         "codec",
         "channels",
+        "reading",
         "pipe",
         "bridge",
         "arguments",

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -559,11 +558,7 @@ def test_a_teardown_that_raises_is_no_failure_of_a_receiver(
 # -- past the process ---------------------------------------------------------------------
 
 
-def test_a_retry_outlives_the_process_that_failed(
-    tmp_path: Path, shared_redis: RedisServer
-) -> None:
-    workers = Workers(tmp_path, shared_redis)
-    workers.set_up()
+def test_a_retry_outlives_the_process_that_failed(workers: Workers) -> None:
     failing = """
 @bus.on("work")
 def fail(sender, n):
@@ -583,7 +578,6 @@ def fail(sender, n):
     first, second = workers.reports("begun")
     assert (first["attempt"], second["attempt"]) == (1, 2)
     assert 2 <= second["at"] - first["at"] < 9
-    workers.finish()
 
 
 def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
