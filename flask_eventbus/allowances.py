@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 from .namespace import Receiver
-from .routes import matches, read_retries
+from .options import matches
+from .subscriptions import read_retries
 
 
 @dataclass(frozen=True, slots=True)

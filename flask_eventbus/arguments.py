@@ -12,7 +12,7 @@ import click
 from .errors import ConfigError
 from .namespace import check_signal_name
 from .rendering import read_value
-from .routes import read_subscription
+from .subscriptions import read_subscription
 
 
 def read_name(ctx: click.Context, param: click.Parameter, name: str) -> str:

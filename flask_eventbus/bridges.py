@@ -9,7 +9,8 @@ from blinker import NamedSignal, Signal
 
 from .bridge import Bridge
 from .declarations import Declarations
-from .routes import Route, is_pattern
+from .options import is_pattern
+from .routes import Route
 
 
 class Bridges:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Set
 
 from .config import Config
 from .names import SIGNAL_NAME
+from .options import is_pattern, matches
 from .pipe import Pipe
-from .routes import NEW, Subscription, is_pattern, matches
 from .streams import StreamKeys
+from .subscriptions import NEW, Subscription
 
 #: Seconds between looks for streams that patterns stand for.
 LOOK = 2.0

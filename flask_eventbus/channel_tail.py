@@ -14,7 +14,7 @@ from .codec import Codec
 from .connections import OUTAGE, Connections, is_passing
 from .errors import DecodeError
 from .logs import get_logger
-from .routes import is_pattern, matches
+from .options import is_pattern, matches
 from .spectating import Heard, Spectator, no_event, read_event
 
 logger = get_logger(__name__)

@@ -27,12 +27,12 @@ from .pipe import Pipe
 from .pool import Pool
 from .retries import allowed
 from .retry_line import RetryLine
-from .routes import Subscription
 from .settler import Outcome, Settler
 from .signals import listener_connected, listener_lost
 from .stream_intake import StreamIntake
 from .stream_reader import StreamReader
 from .streams import StreamKeys
+from .subscriptions import Subscription
 from .trims import Trims
 
 logger = get_logger(__name__)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from .options import is_pattern, matches
 from .places import EARLIEST, MOST, EntryId, id_text
 from .records import DeadLetter
-from .routes import is_pattern, matches
 from .stream_access import PAGE, StreamAccess
 
 #: Digits that are read of a number of attempts: somebody may have edited it.

@@ -17,16 +17,9 @@ from .allowances import Allowances, read_allowance
 from .codec import Codec
 from .errors import ConfigError
 from .namespace import BusNamespace, Receiver, check_signal_name
-from .routes import (
-    Extractor,
-    Route,
-    Subscription,
-    is_pattern,
-    matches,
-    read_route,
-    read_subscription,
-    unite,
-)
+from .options import is_pattern, matches
+from .routes import Extractor, Route, read_route
+from .subscriptions import Subscription, read_subscription, unite
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from .event import Event
 from .records import RetryRecord
-from .routes import Subscription
+from .subscriptions import Subscription
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

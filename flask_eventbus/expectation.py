@@ -13,7 +13,8 @@ from .config import did_you_mean
 from .event import Event
 from .namespace import Outbound, Receiver
 from .node import Node
-from .routes import is_pattern, matches, subscription_for
+from .options import is_pattern, matches
+from .subscriptions import subscription_for
 
 #: Events that a failure shows.
 SHOWN = 10

@@ -17,9 +17,9 @@ from .lineup import Lineup
 from .logs import get_logger
 from .pipe import Pipe
 from .reading import Reading
-from .routes import NEW, Subscription
 from .stream_intake import StreamIntake
 from .streams import StreamKeys
+from .subscriptions import NEW, Subscription
 
 logger = get_logger(__name__)
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from .channels import ChannelKeys, ChannelReader, Frame
 from .connections import OUTAGE
 from .logs import get_logger
-from .routes import Subscription, is_pattern, matches
+from .options import is_pattern, matches
+from .subscriptions import Subscription
 
 logger = get_logger(__name__)
 

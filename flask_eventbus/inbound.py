@@ -18,7 +18,7 @@ from .intake import Intake
 from .listener import Listener
 from .namespace import Receiver
 from .pool import Pool
-from .routes import Subscription
+from .subscriptions import Subscription
 
 
 def check_subscription(config: Config, subscription: Subscription) -> None:

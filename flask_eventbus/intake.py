@@ -11,9 +11,9 @@ from .errors import DecodeError
 from .event import Event
 from .lifecycle import tell
 from .logs import get_logger
-from .routes import Subscription
 from .sequences import Sequences
 from .signals import event_rejected, events_missed
+from .subscriptions import Subscription
 
 logger = get_logger(__name__)
 

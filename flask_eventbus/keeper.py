@@ -20,9 +20,9 @@ from .group import LONG_IDLE, RELEASED, Group, GroupGoneError, Pending
 from .lineup import Lineup
 from .logs import get_logger
 from .retry_line import RetryLine
-from .routes import Subscription
 from .settler import Settler
 from .stream_intake import StreamIntake
+from .subscriptions import Subscription
 from .trims import Trims
 
 logger = get_logger(__name__)

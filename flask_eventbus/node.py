@@ -35,8 +35,9 @@ from .logs import get_logger
 from .namespace import Receiver
 from .outgoing import Outgoing
 from .publisher import ClosedError, Publisher
-from .routes import NEW, Route, Subscription, read_routes, read_subscriptions
+from .routes import Route, read_routes
 from .streams import StreamKeys
+from .subscriptions import NEW, Subscription, read_subscriptions
 from .writer import WRITE_TIMEOUT
 
 logger = get_logger(__name__)

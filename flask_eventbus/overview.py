@@ -13,8 +13,10 @@ from .config import Age
 from .dispatcher import name_of
 from .namespace import Outbound, Receiver
 from .node import Node
+from .options import is_pattern, matches
 from .retries import allowed
-from .routes import NEW, Route, Subscription, is_pattern, matches
+from .routes import Route
+from .subscriptions import NEW, Subscription
 
 #: Where a stream is read from, as settings name it.
 _START = {NEW: "new", "0": "earliest"}

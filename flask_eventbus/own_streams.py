@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from .errors import ConfigError
 from .node import Node
+from .options import is_pattern, matches
 from .program import Program
-from .routes import is_pattern, matches, subscription_for
+from .subscriptions import subscription_for
 
 
 def heard(node: Node, names: Iterable[str]) -> set[str]:

@@ -15,8 +15,9 @@ from .dispatcher import name_of
 from .findings import Finding, error, note, ok, warning
 from .namespace import Receiver
 from .node import Node
+from .options import is_pattern
 from .overview import Connected, Overview, connected_to
-from .routes import Subscription, is_pattern
+from .subscriptions import Subscription
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

@@ -18,9 +18,9 @@ from .recording import GivenUp, given_up
 from .records import DeadLetter, RetryRecord, words_of
 from .retries import allowed, judge
 from .retry_line import GONE_AFTER
-from .routes import Subscription, subscription_for
 from .signals import event_dead_lettered
 from .stream_intake import StreamIntake, readable
+from .subscriptions import Subscription, subscription_for
 
 #: What the processes of a service have in common: where their group is, and its name.
 Home = tuple[str, str, str]

@@ -14,8 +14,8 @@ from .errors import DecodeError
 from .event import Event
 from .places import EntryId, id_text
 from .records import words_of
-from .routes import Subscription
 from .stream_access import Entry, StreamAccess
+from .subscriptions import Subscription
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from .places import MOST, EntryId, Place, clock, entry_id, id_text, read_place
 from .program import Command, Program, pass_program
 from .rendering import printable
 from .replay import Replay
-from .routes import Subscription, subscription_for
 from .running import told_by_signal
 from .stream_access import StreamAccess
+from .subscriptions import Subscription, subscription_for
 from .tables import counted
 
 #: What ``CLIENT LIST`` shows.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from .findings import Finding, note, warning
 from .node import Node
 from .overview import Connected, Overview
-from .routes import Subscription
+from .subscriptions import Subscription
 
 
 def check_retries(node: Node) -> Iterator[Finding]:

@@ -16,9 +16,9 @@ from .group import Entry
 from .logs import get_logger
 from .pipe import Command, Pipe
 from .records import MOST_ERROR, BadRecordError, DeadLetter, RetryRecord
-from .routes import Subscription
 from .settler import Outcome, Settler
 from .streams import StreamKeys
+from .subscriptions import Subscription
 
 logger = get_logger(__name__)
 

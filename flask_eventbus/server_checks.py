@@ -14,9 +14,9 @@ from .connections import OUTAGE, Connections
 from .errors import ConfigError
 from .findings import Finding, error, note, ok, warning
 from .node import Node
+from .options import is_pattern
 from .overview import Overview
 from .own_streams import heard
-from .routes import is_pattern
 from .server import Server, processes_of, reason_of
 from .stream_access import StreamAccess
 from .stream_checks import check_backlog, check_cluster, check_eviction, check_persistence

@@ -17,8 +17,8 @@ from .group import Entry
 from .lifecycle import tell
 from .logs import get_logger
 from .records import MOST_ERROR, DeadLetter
-from .routes import Subscription
 from .signals import event_rejected
+from .subscriptions import Subscription
 
 logger = get_logger(__name__)
 

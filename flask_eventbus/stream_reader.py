@@ -18,9 +18,9 @@ from .group import Entry, Group, GroupGoneError
 from .lineup import Lineup
 from .logs import get_logger
 from .reading import Reading
-from .routes import Subscription
 from .settler import Settler
 from .stream_intake import StreamIntake
+from .subscriptions import Subscription
 from .trims import Trims
 
 logger = get_logger(__name__)

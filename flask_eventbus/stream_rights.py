@@ -10,11 +10,12 @@ import redis
 from .config import Config
 from .findings import Finding, error, note, ok, warning
 from .node import Node
+from .options import is_pattern
 from .overview import Overview
 from .pipe import Command
-from .routes import Subscription, is_pattern
 from .server import Server, reason_of
 from .streams import StreamKeys
+from .subscriptions import Subscription
 
 #: Commands whose rights are given by their second word.
 _CONTAINERS = ("XINFO", "XGROUP")

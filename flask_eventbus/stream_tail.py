@@ -15,10 +15,10 @@ from .codec import Codec
 from .connections import Connections
 from .errors import DecodeError
 from .names import SIGNAL_NAME
+from .options import is_pattern, matches
 from .pipe import Command, Pipe
 from .places import EARLIEST, EntryId, entry_id, id_text
 from .rendering import printable
-from .routes import is_pattern, matches
 from .spectating import Heard, Spectator, no_event, read_event
 from .streams import StreamKeys
 

@@ -11,7 +11,8 @@ import pytest
 
 from flask_eventbus import Bus, ConfigError, EventBus
 from flask_eventbus.config import SETTINGS, Age, Config
-from flask_eventbus.routes import Route, Subscription, read_routes, read_subscriptions
+from flask_eventbus.routes import Route, read_routes
+from flask_eventbus.subscriptions import Subscription, read_subscriptions
 
 
 def config(**settings: Any) -> Config:

@@ -19,7 +19,7 @@ import pytest
 from servers import RedisServer, free_port, require
 from waiting import wait_until
 
-from flask_eventbus import Bus, routes
+from flask_eventbus import Bus, routes, subscriptions
 from flask_eventbus.config import SETTINGS
 from flask_eventbus.records import REASONS
 from flask_eventbus.retries import delay
@@ -139,7 +139,7 @@ def test_the_examples_of_the_configuration_page_are_read(text: str) -> None:
     if "EVENTBUS_PUBLISH" in names:
         assert routes.read_routes(names["EVENTBUS_PUBLISH"])
     else:
-        assert routes.read_subscriptions(names["EVENTBUS_SUBSCRIBE"])
+        assert subscriptions.read_subscriptions(names["EVENTBUS_SUBSCRIBE"])
 
 
 def test_every_line_of_what_happens_when_names_a_test_that_exists() -> None:

@@ -42,7 +42,7 @@ LAYERS = {
         "health",
     ),
     2: (
-        "routes",
+        "options",
         "connections",
         "faults",
         "outage",
@@ -53,7 +53,8 @@ LAYERS = {
         "rendering",
         "retries",
     ),
-    3: (
+    3: ("routes", "subscriptions"),
+    4: (
         "allowances",
         "deliveries",
         "codec",
@@ -66,7 +67,7 @@ LAYERS = {
         "places",
         "tables",
     ),
-    4: (
+    5: (
         "catalogue",
         "duplicates",
         "group",
@@ -84,7 +85,7 @@ LAYERS = {
         "spectating",
         "stream_access",
     ),
-    5: (
+    6: (
         "channel_tail",
         "stream_tail",
         "declarations",
@@ -98,7 +99,7 @@ LAYERS = {
         "dead_letters",
         "seek",
     ),
-    6: (
+    7: (
         "tailing",
         "application",
         "loading",
@@ -111,12 +112,12 @@ LAYERS = {
         "dead_retry",
         "stream_checks",
     ),
-    7: ("dead_report", "retry_line", "stream_reader"),
-    8: ("keeper",),
-    9: ("consumer",),
-    10: ("inbound",),
-    11: ("node",),
-    12: (
+    8: ("dead_report", "retry_line", "stream_reader"),
+    9: ("keeper",),
+    10: ("consumer",),
+    11: ("inbound",),
+    12: ("node",),
+    13: (
         "running",
         "serving",
         "recording",
@@ -128,7 +129,7 @@ LAYERS = {
         "relay",
         "census",
     ),
-    13: (
+    14: (
         "rehearsal",
         "wishes",
         "bus",
@@ -141,7 +142,7 @@ LAYERS = {
         "own_streams",
         "replay",
     ),
-    14: (
+    15: (
         "__init__",
         "server_checks",
         "status_command",
@@ -149,9 +150,9 @@ LAYERS = {
         "replay_command",
         "seek_command",
     ),
-    15: ("doctor", "testing"),
-    16: ("commands",),
-    17: ("cli", "__main__", "pytest_plugin"),
+    16: ("doctor", "testing"),
+    17: ("commands",),
+    18: ("cli", "__main__", "pytest_plugin"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
