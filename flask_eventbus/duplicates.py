@@ -31,7 +31,7 @@ class Duplicates:
     """Notes ids in sets of Redis, one for each window of the events' own time.
 
     Both copies of an event bear the same time, so they are looked for in the same set. A set
-    is kept for two windows after the last id that it got: about 70 bytes for each event.
+    is kept for two windows after the last id that it got: about 80 bytes for each event.
     """
 
     def __init__(self, pipe: Pipe, *, config: Config, keys: StreamKeys) -> None:
