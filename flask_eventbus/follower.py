@@ -64,7 +64,7 @@ class Follower:
         self._counters = counters
         self._log = BoundedLog(logger)
         self._reading = Reading(
-            "The follower",
+            failed="The follower failed; it connects anew.",
             thread=f"eventbus-follower-{node}",
             read=self._follow,
             lost=self._lose,

@@ -22,7 +22,7 @@ END = 1.0
 class Reading:
     """Runs ``read`` in a thread, again and again.
 
-    :param what: what reads, for the log: "The stream reader".
+    :param failed: what the log says of a defect.
     :param read: connects and reads until :attr:`goes_on` is false, or raises; resets the backoff
         it is given when it gets through.
     :param lost: told why reading ended; called with an outage, or a defect.
@@ -33,8 +33,8 @@ class Reading:
 
     def __init__(
         self,
-        what: str,
         *,
+        failed: str,
         thread: str,
         read: Callable[[Backoff], None],
         lost: Callable[[Exception], None],
@@ -43,7 +43,7 @@ class Reading:
         counters: Counters,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
-        self._what = what
+        self._failed = failed
         self._name = thread
         self._read = read
         self._lost = lost
@@ -111,9 +111,7 @@ class Reading:
             except Exception as error:
                 # A defect of ours, or of what answers: to read no more would be worse.
                 self._counters.add("reading_failed")
-                self._log.error(
-                    "failed", "%s failed; it connects anew.", self._what, exc_info=error
-                )
+                self._log.error("failed", self._failed, exc_info=error)
                 self._lost(error)
             finally:
                 self._close()

@@ -91,7 +91,7 @@ class StreamReader:
         self._ended = ended
         self._log = BoundedLog(logger)
         self._reading = Reading(
-            "The stream reader",
+            failed="The stream reader failed; it connects anew.",
             thread=f"eventbus-streams-{node}",
             read=self._consume,
             lost=self._lose,
