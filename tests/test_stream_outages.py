@@ -16,7 +16,17 @@ from servers import RedisServer, require
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, PublishError, Reject, consumer, follower, keeper, retries, signals
+from flask_eventbus import (
+    Bus,
+    PublishError,
+    Reject,
+    catalogue,
+    consumer,
+    follower,
+    keeper,
+    retries,
+    signals,
+)
 from flask_eventbus.codec import Codec
 
 Make = Callable[..., Bus]
@@ -207,8 +217,13 @@ def test_events_of_a_pattern_are_heard_at_once_after_a_flush(
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
 def test_what_is_sent_once_a_pattern_is_ready_is_heard(
-    shared_redis: RedisServer, make_bus: Make, group: bool | None
+    shared_redis: RedisServer,
+    make_bus: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    group: bool | None,
 ) -> None:
+    monkeypatch.setattr(catalogue, "LOOK", 0.05)
+
     for _ in range(10):
         store = StreamStore(shared_redis)
         heard = hear(make_bus(store.url, "mailer", prefix=store.prefix), "ti*", group=group)
