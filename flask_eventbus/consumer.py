@@ -23,11 +23,12 @@ from .keeper import Keeper
 from .lifecycle import tell
 from .logs import get_logger
 from .namespace import Receiver
+from .outcomes import Outcomes
 from .pipe import Pipe
 from .pool import Pool
 from .retries import allowed
 from .retry_line import RetryLine
-from .settler import Outcome, Settler
+from .settler import Settler
 from .signals import listener_connected, listener_lost
 from .stream_intake import StreamIntake
 from .stream_reader import StreamReader
@@ -107,13 +108,13 @@ class Consumer:
         self._group = self._group_on(reading, keys)
         self._settling = self._group_on(settling, keys)
         intake = StreamIntake(config=config, codec=codec, counters=counters, siblings=siblings)
+        self._outcomes = Outcomes(config=config, keys=keys, retries_of=self._retries_at)
         self._settler = Settler(
             config=config,
             keys=keys,
             group=self._settling,
             hand=self._hand,
             counters=counters,
-            retries_of=self._retries_at,
             expect=lambda name, due: self._keeper.expect(name, due),
         )
         self._retries = RetryLine(
@@ -121,7 +122,8 @@ class Consumer:
             config=config,
             keys=keys,
             codec=codec,
-            settler=self._settler,
+            outcomes=self._outcomes,
+            turn=self._settler.turn,
             knows=lambda event, name: bool(self._dispatcher.receivers(event, only=name)),
             retries_of=self._retries_of_named,
         )
@@ -141,6 +143,7 @@ class Consumer:
             intake=intake,
             hand=self._hand,
             lineup=pool.lineup,
+            outcomes=self._outcomes,
             settler=self._settler,
             trims=trims,
             counters=counters,
@@ -160,6 +163,7 @@ class Consumer:
             intake=intake,
             hand=self._hand,
             lineup=pool.lineup,
+            outcomes=self._outcomes,
             settler=self._settler,
             retries=self._retries,
             trims=Trims(self._settling, service=config.service, counters=counters),
@@ -349,58 +353,69 @@ class Consumer:
 
     def handle(self, deliveries: Sequence[Delivery]) -> None:
         """Run receivers for deliveries, in order, and settle them."""
-        settled = time.monotonic()
+        due = time.monotonic() + SHARE
 
         for delivery in deliveries:
             if self._stopping.is_set():
                 break
 
-            outcome = self._handle(delivery)
+            self._handle(delivery)
 
             if self._disowned:
                 return
 
-            # Not kept here: the next receiver may take long, or end the process.
-            if outcome is not None:
-                self._settler.add(outcome)
-
-            if time.monotonic() - settled > SHARE:
+            if time.monotonic() > due:
                 self._settler.settle()
-                settled = time.monotonic()
+                due = time.monotonic() + SHARE
 
         self._settler.settle()
 
-    def _handle(self, delivery: Delivery) -> Outcome | None:
+    def _handle(self, delivery: Delivery) -> None:
         if not delivery.in_group:
             self._dispatcher.dispatch(delivery.event)
-            return None
+            return
 
-        if not self._may_begin(delivery) or not self._hand.begin(delivery):
+        if not self._may_begin(delivery):
             self._hand.let_go([delivery])
             self._counters.add("given_away")
-            return None
+            return
 
-        only = delivery.record.receiver if delivery.record else None
+        record = delivery.record
+        only = None if record is None else record.receiver
         failures = self._dispatcher.dispatch(delivery.event, only=only)
 
+        # What it came to is not kept here: the next receiver may take long, or end the process.
+        if self._disowned:
+            return
+        elif failures or record is not None:
+            self._judge(delivery, failures)
+        else:
+            self._settler.handled(delivery)
+
+    def _judge(self, delivery: Delivery, failures: Sequence[Failure]) -> None:
         try:
-            return self._settler.outcome(delivery, failures)
+            self._settler.add(self._outcomes.of(delivery, failures))
         except Exception:
             # It stays pending, and is taken over as from a worker that ended.
             self._counters.add("handling_failed")
             logger.exception("What became of the event %s cannot be told.", delivery.event.id)
             self._hand.let_go([delivery])
-            return None
 
     def _may_begin(self, delivery: Delivery) -> bool:
-        """Whether it still is this process's, as far as can be known."""
-        if time.monotonic() > delivery.lease:
+        """Whether it still is this process's, as far as can be known; if so, it is begun."""
+        if delivery.begun is not None and delivery.record is None and not self._noted(delivery):
             return False
 
-        if delivery.begun is None or delivery.record is not None:
-            return True
+        return self._hand.begin(delivery)
 
-        # It was a worker's that ended: if it ends this one as well, that is to be known.
+    def _noted(self, delivery: Delivery) -> bool:
+        """Note in Redis that it is begun, where a worker that ended had begun it.
+
+        If it ends this one as well, that is to be known.
+        """
+        if delivery.begun is None or time.monotonic() > delivery.lease:
+            return False
+
         try:
             with self._settler.turn:
                 return self._settling.begin(delivery.name, delivery.entry, times=delivery.begun + 1)

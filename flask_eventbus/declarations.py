@@ -16,7 +16,7 @@ from blinker import ANY, NamedSignal, Namespace, Signal
 from .allowances import Allowances, read_allowance
 from .codec import Codec
 from .errors import ConfigError
-from .namespace import BusNamespace, Receiver, check_signal_name
+from .namespace import BusNamespace, BusSignal, Receiver, check_signal_name, local
 from .options import is_pattern, matches
 from .routes import Extractor, Route, read_route
 from .subscriptions import Subscription, read_subscription, unite
@@ -232,7 +232,7 @@ class Declarations:
         self.session = session
 
     def receivers_of(self, name: str, source: str) -> list[Receiver]:
-        """The receivers that an event ``name`` from ``source`` is for, outbound ones included."""
+        """The receivers that an event ``name`` from ``source`` is for."""
         signal = self.namespace.get(name)
 
         if signal is None:
@@ -242,7 +242,13 @@ class Declarations:
             # An adopted namespace does not tell of the signals that others make in it.
             self._born(signal)
 
-        return [] if signal.is_muted else list(signal.receivers_for(source))
+        if signal.is_muted:
+            return []
+
+        if isinstance(signal, BusSignal):
+            return signal.local_receivers(source)
+
+        return local(signal.receivers_for(source))
 
     def connected_to(self, name: str) -> list[Receiver]:
         """All receivers of ``name``, whoever they hear, in the order of their connection."""

@@ -96,21 +96,23 @@ class Hand:
 
             for delivery in waiting:
                 delivery.lease = 0.0
-                self._forget(delivery)
 
+            self._forget(waiting)
             return waiting
 
     def let_go(self, deliveries: Iterable[Delivery]) -> None:
         """Forget what is settled, or no more this process's."""
         with self._lock:
-            for delivery in deliveries:
-                self._forget(delivery)
+            self._forget(deliveries)
 
-    def _forget(self, delivery: Delivery) -> None:
-        # Another of the same entry may have come since.
-        if self._deliveries.get(delivery.identity) is delivery:
-            del self._deliveries[delivery.identity]
-            self._waiting -= not delivery.started
+    def _forget(self, deliveries: Iterable[Delivery]) -> None:
+        known = self._deliveries
+
+        for delivery in deliveries:
+            # Another of the same entry may have come since.
+            if known.get(delivery.identity) is delivery:
+                del known[delivery.identity]
+                self._waiting -= not delivery.started
 
     def first_attempts(self, name: str) -> list[Delivery]:
         """What is in hand of a stream, retries left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ from .errors import ReceiverError
 from .event import Event, handling
 from .lifecycle import tell
 from .logs import get_logger
-from .namespace import Outbound, Receiver
+from .namespace import Receiver
 from .signals import receiver_failed
 
 logger = get_logger(__name__)
@@ -34,7 +34,7 @@ class Dispatcher:
     """Re-emits events as local signals, so that no receiver can stop another.
 
     :param service: this service, for logs.
-    :param receivers: the receivers of an event here, those that publish included.
+    :param receivers: the receivers here of an event, by its name and its source.
     :param scope: what each event runs in: in Flask, a fresh app context.
     :param connected: the receivers of a name, in the order in which they were connected.
     :param timeout: the seconds that a receiver which is a coroutine function has; ``None`` for all.
@@ -44,7 +44,7 @@ class Dispatcher:
         self,
         *,
         service: str,
-        receivers: Callable[[Event], Iterable[Receiver]],
+        receivers: Callable[[str, str], Sequence[Receiver]],
         scope: Callable[[], AbstractContextManager[object]],
         counters: Counters,
         timeout: Callable[[str, Receiver], float | None] = lambda name, receiver: None,
@@ -58,17 +58,17 @@ class Dispatcher:
         self._counters = counters
         self._log = BoundedLog(logger)
 
-    def receivers(self, event: Event, *, only: str | None = None) -> list[Receiver]:
+    def receivers(self, event: Event, *, only: str | None = None) -> Sequence[Receiver]:
         """The receivers of ``event`` that are to run here.
 
         :param only: the name of the one that is asked for.
         """
-        return [
-            receiver
-            for receiver in self._receivers(event)
-            if not isinstance(receiver, Outbound)
-            and (only is None or self._name(event.name, receiver) == only)
-        ]
+        found = self._receivers(event.name, event.source)
+
+        if only is None:
+            return found
+
+        return [receiver for receiver in found if self._name(event.name, receiver) == only]
 
     def dispatch(self, event: Event, *, only: str | None = None) -> list[Failure]:
         """Run every receiver for ``event`` and return those that failed; never raises.
@@ -104,7 +104,7 @@ class Dispatcher:
         try:
             result = receiver(event.source, **event.payload)
 
-            if inspect.iscoroutine(result):
+            if result is not None and inspect.iscoroutine(result):
                 timeout = self._timeout(event.name, receiver)
                 run_coroutine(result if timeout is None else asyncio.wait_for(result, timeout))
         except BaseException as error:

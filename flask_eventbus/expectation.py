@@ -11,7 +11,6 @@ from typing import Any
 
 from .config import did_you_mean
 from .event import Event
-from .namespace import Outbound, Receiver
 from .node import Node
 from .options import is_pattern, matches
 from .subscriptions import subscription_for
@@ -91,17 +90,12 @@ def why_unheard(event: Event, nodes: Sequence[Node]) -> str:
     return " ".join([f"Nothing here receives {event.name!r} from {event.source!r}.", *reasons])
 
 
-def local_receivers(node: Node, event: Event) -> list[Receiver]:
-    """The receivers that an event from elsewhere runs in a node."""
-    return [found for found in node.receivers_of(event) if not isinstance(found, Outbound)]
-
-
 def hears(node: Node, event: Event) -> bool:
     """Whether an event from elsewhere runs receivers in a node, as far as settings say."""
     subscription = subscription_for(event.name, node.subscriptions)
     subscribed = subscription is not None and subscription.hears(event.source)
     reached = node.config.enabled and subscribed and is_reached(node, event)
-    return reached and bool(local_receivers(node, event))
+    return reached and bool(node.receivers_of(event))
 
 
 def is_reached(node: Node, event: Event) -> bool:
@@ -192,7 +186,7 @@ def _why_deaf(node: Node, event: Event) -> str | None:
         sources = ", ".join(sorted(subscription.sources or ()))
         return f"{service!r} hears it only from {sources}: deliver it with source=."
 
-    if not local_receivers(node, event):
+    if not node.receivers_of(event):
         return (
             f"{service!r} subscribes to it, but has no receiver for it from there: connect one, "
             "or deliver it with the source= that its receivers are for."
@@ -212,7 +206,7 @@ def _why_deaf(node: Node, event: Event) -> str | None:
 
 
 def _why_unsubscribed(node: Node, event: Event) -> str | None:
-    if not local_receivers(node, event):
+    if not node.receivers_of(event):
         return None
 
     return (

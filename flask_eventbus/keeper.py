@@ -19,6 +19,7 @@ from .deliveries import Delivery, Hand
 from .group import LONG_IDLE, RELEASED, Group, GroupGoneError, Pending
 from .lineup import Lineup
 from .logs import get_logger
+from .outcomes import Outcomes
 from .retry_line import RetryLine
 from .settler import Settler
 from .stream_intake import StreamIntake
@@ -67,6 +68,7 @@ class Keeper:
         intake: StreamIntake,
         hand: Hand,
         lineup: Lineup,
+        outcomes: Outcomes,
         settler: Settler,
         retries: RetryLine,
         trims: Trims,
@@ -80,6 +82,7 @@ class Keeper:
         self._intake = intake
         self._hand = hand
         self._lineup = lineup
+        self._outcomes = outcomes
         self._settler = settler
         self._retries = retries
         self._trims = trims
@@ -374,9 +377,9 @@ class Keeper:
         self._hand.take(taken)
         self._lineup.put(taken)
         self._settler.settle(
-            [self._settler.skipped(entry) for entry in found.skipped]
-            + [self._settler.rejected(entry, letter) for entry, letter in found.dead]
-            + [self._settler.give_up(killer, "killed", _killed(killer)) for killer in killers]
+            [self._outcomes.skipped(entry) for entry in found.skipped]
+            + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
+            + [self._outcomes.give_up(killer, "killed", _killed(killer)) for killer in killers]
         )
 
     def _forget(self, name: str, ids: Sequence[str]) -> None:

@@ -8,17 +8,21 @@ local receivers run whatever Redis does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Coroutine, Generator
-from typing import Any
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from typing import Any, TypeVar
 from weakref import WeakMethod
 
-from blinker import NamedSignal, Namespace
+from blinker import ANY, NamedSignal, Namespace
 
 from .coroutines import run_coroutine
 from .errors import ConfigError, PayloadError
 from .names import SIGNAL_NAME
 
 Receiver = Callable[..., Any]
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Senders whose receivers a signal keeps in mind; their names come from the wire.
+MOST_SENDERS = 100
 
 
 class Outbound:
@@ -27,6 +31,47 @@ class Outbound:
 
 class BusSignal(NamedSignal):
     """A :class:`blinker.NamedSignal` whose local receivers run before it is published."""
+
+    def __init__(self, name: str, doc: str | None = None) -> None:
+        super().__init__(name, doc)
+        #: The local receivers for a sender, as long as nobody connects or disconnects.
+        self._found: dict[str, list[Receiver]] = {}
+        #: Whether a receiver may vanish without a word.
+        self._has_weak = False
+
+    def connect(self, receiver: F, sender: Any = ANY, weak: bool = True) -> F:
+        """Connect ``receiver``, as blinker does."""
+        self._has_weak = self._has_weak or weak
+
+        try:
+            return super().connect(receiver, sender, weak)
+        finally:
+            self._found = {}
+
+    def disconnect(self, receiver: Receiver, sender: Any = ANY) -> None:
+        """Disconnect ``receiver``, as blinker does."""
+        try:
+            super().disconnect(receiver, sender)
+        finally:
+            self._found = {}
+
+    def _clear_state(self) -> None:
+        super()._clear_state()
+        self._found = {}
+
+    def local_receivers(self, sender: str) -> list[Receiver]:
+        """The receivers for a service, those left out that publish."""
+        # Whoever connects meanwhile leaves this one behind.
+        known = self._found
+        found = known.get(sender)
+
+        if found is None:
+            found = local(self.receivers_for(sender))
+
+            if not self._has_weak and len(known) < MOST_SENDERS:
+                known[sender] = found
+
+        return found
 
     def receivers_for(self, sender: Any) -> Generator[Receiver, None, None]:
         """Yield the receivers for ``sender``, those that publish last."""
@@ -103,6 +148,11 @@ class BusNamespace(Namespace):
 
             if watcher is not None:
                 watcher(signal)
+
+
+def local(receivers: Iterable[Receiver]) -> list[Receiver]:
+    """Those of ``receivers`` that do not publish."""
+    return [receiver for receiver in receivers if not isinstance(receiver, Outbound)]
 
 
 def check_signal_name(name: object, where: str) -> str:

@@ -297,7 +297,7 @@ class Node:
     def _make_dispatcher(self) -> Dispatcher:
         return Dispatcher(
             service=self.config.service,
-            receivers=self.receivers_of,
+            receivers=self.declarations.receivers_of,
             scope=self._scope,
             counters=self.counters,
             timeout=self.declarations.timeout_of,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import redis
+from hiredis import pack_command
 
 from .connections import Connection, Connections, is_passing
 from .logs import get_logger
@@ -19,6 +20,9 @@ WAIT_IN_MEMORY = 0.02
 
 #: A command as Redis takes it: ``("XACK", key, group, id)``.
 Command = tuple[str | bytes | int | float, ...]
+
+#: A command as bytes. Not redis-py's own packing, which looks at each argument a second time.
+_packed = cast(Callable[[Command], bytes], pack_command)
 
 
 class Pipe:
@@ -63,7 +67,8 @@ class Pipe:
         connection = self._connection
 
         try:
-            connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+            packed = b"".join(map(_packed, commands))
+            connection.send_packed_command([packed], check_health=False)
             return [read_answer(connection) for _ in commands]
         except BaseException:
             self.close()

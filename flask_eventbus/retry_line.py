@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from .codec import Codec
@@ -14,9 +15,9 @@ from .errors import DecodeError
 from .event import Event
 from .group import Entry
 from .logs import get_logger
+from .outcomes import Outcome, Outcomes
 from .pipe import Command, Pipe
 from .records import MOST_ERROR, BadRecordError, DeadLetter, RetryRecord
-from .settler import Outcome, Settler
 from .streams import StreamKeys
 from .subscriptions import Subscription
 
@@ -33,8 +34,7 @@ POSTPONED = 10.0
 class RetryLine:
     """Takes retries that are due, one worker each.
 
-    The caller holds the turn of the connection.
-
+    :param turn: what whoever uses the connection holds, callers of its methods included.
     :param knows: whether a receiver of that name is connected for an event.
     :param retries_of: how often the receiver called so is tried again at events of a subscription.
     """
@@ -46,7 +46,8 @@ class RetryLine:
         config: Config,
         keys: StreamKeys,
         codec: Codec,
-        settler: Settler,
+        outcomes: Outcomes,
+        turn: AbstractContextManager[object],
         knows: Callable[[Event, str], bool],
         retries_of: Callable[[Subscription, Event, str], int],
     ) -> None:
@@ -54,7 +55,8 @@ class RetryLine:
         self._config = config
         self._keys = keys
         self._codec = codec
-        self._settler = settler
+        self._outcomes = outcomes
+        self._turn = turn
         self._knows = knows
         self._retries_of = retries_of
 
@@ -103,7 +105,7 @@ class RetryLine:
         """
         key = self._keys.retry(delivery.name, self._config.service)
 
-        with self._settler.turn:
+        with self._turn:
             score = self._pipe.ask("ZSCORE", key, delivery.member)
 
             if score is not None:
@@ -153,7 +155,7 @@ class RetryLine:
 
         if record.running and record.attempts > allowed:
             words = f"It was tried {record.attempts} times; the last worker ended before it did."
-            given_up.append(self._settler.give_up(delivery, "killed", words))
+            given_up.append(self._outcomes.give_up(delivery, "killed", words))
             return []
 
         leased = replace(record, attempts=record.attempts + 1, running=True)
@@ -187,7 +189,7 @@ class RetryLine:
                 f"No worker of {self._config.service!r} has the receiver {record.receiver!r} any "
                 f"more. Its last error: {record.error}"
             )
-            given_up.append(self._settler.give_up(delivery, "gone", words))
+            given_up.append(self._outcomes.give_up(delivery, "gone", words))
             return []
 
         key = self._keys.retry(name, self._config.service)
@@ -205,7 +207,7 @@ class RetryLine:
             first=now,
             last=now,
         )
-        outcome = self._settler.rejected(Entry(name, "0-0", None), letter)
+        outcome = self._outcomes.rejected(Entry(name, "0-0", None), letter)
         key = self._keys.retry(name, self._config.service)
         outcome.commands = [*outcome.commands, ("ZREM", key, member)]
         return outcome

@@ -17,6 +17,7 @@ from .duplicates import Duplicates
 from .group import Entry, Group, GroupGoneError
 from .lineup import Lineup
 from .logs import get_logger
+from .outcomes import Outcomes
 from .reading import Reading
 from .settler import Settler
 from .stream_intake import StreamIntake
@@ -61,6 +62,7 @@ class StreamReader:
         intake: StreamIntake,
         hand: Hand,
         lineup: Lineup,
+        outcomes: Outcomes,
         settler: Settler,
         trims: Trims,
         counters: Counters,
@@ -80,6 +82,7 @@ class StreamReader:
         self._intake = intake
         self._hand = hand
         self._lineup = lineup
+        self._outcomes = outcomes
         self._settler = settler
         self._trims = trims
         self._counters = counters
@@ -221,21 +224,23 @@ class StreamReader:
 
     def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
         found = self._intake.sort(list(entries), names)
-        known = set(self._duplicates.find(found.deliveries))
-        fresh = [delivery for delivery in found.deliveries if delivery not in known]
+        fresh = found.deliveries
+        known = set(self._duplicates.find(fresh))
+
+        if known:
+            self._counters.add("duplicates", len(known))
+            fresh = [delivery for delivery in fresh if delivery not in known]
+
         self._counters.add("received", len(fresh))
         self._hand.take(fresh)
         self._attend()
         self._lineup.put(fresh)
 
-        if known:
-            self._counters.add("duplicates", len(known))
-
-        outcomes = [self._settler.skipped(entry) for entry in found.skipped]
+        outcomes = [self._outcomes.skipped(entry) for entry in found.skipped]
         outcomes += [
-            self._settler.skipped(Entry(delivery.name, delivery.entry, None)) for delivery in known
+            self._outcomes.skipped(Entry(delivery.name, delivery.entry, None)) for delivery in known
         ]
-        outcomes += [self._settler.rejected(entry, letter) for entry, letter in found.dead]
+        outcomes += [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
 
         if outcomes:
             self._settler.settle(outcomes)
@@ -318,8 +323,8 @@ class StreamReader:
             self._hand.take(found.deliveries)
             self._lineup.put(found.deliveries)
             self._settler.settle(
-                [self._settler.skipped(entry) for entry in found.skipped]
-                + [self._settler.rejected(entry, letter) for entry, letter in found.dead]
+                [self._outcomes.skipped(entry) for entry in found.skipped]
+                + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
             )
 
     def _rejoin(self, error: GroupGoneError) -> None:

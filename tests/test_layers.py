@@ -104,7 +104,7 @@ LAYERS = {
         "application",
         "loading",
         "bridges",
-        "settler",
+        "outcomes",
         "follower",
         "listener",
         "publisher",
@@ -112,12 +112,13 @@ LAYERS = {
         "dead_retry",
         "stream_checks",
     ),
-    8: ("dead_report", "retry_line", "stream_reader"),
-    9: ("keeper",),
-    10: ("consumer",),
-    11: ("inbound",),
-    12: ("node",),
-    13: (
+    8: ("dead_report", "retry_line", "settler"),
+    9: ("stream_reader",),
+    10: ("keeper",),
+    11: ("consumer",),
+    12: ("inbound",),
+    13: ("node",),
+    14: (
         "running",
         "serving",
         "recording",
@@ -129,7 +130,7 @@ LAYERS = {
         "relay",
         "census",
     ),
-    14: (
+    15: (
         "rehearsal",
         "wishes",
         "bus",
@@ -142,7 +143,7 @@ LAYERS = {
         "own_streams",
         "replay",
     ),
-    15: (
+    16: (
         "__init__",
         "server_checks",
         "status_command",
@@ -150,9 +151,9 @@ LAYERS = {
         "replay_command",
         "seek_command",
     ),
-    16: ("doctor", "testing"),
-    17: ("commands",),
-    18: ("cli", "__main__", "pytest_plugin"),
+    17: ("doctor", "testing"),
+    18: ("commands",),
+    19: ("cli", "__main__", "pytest_plugin"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
@@ -194,6 +195,7 @@ INBOUND = {
     "pool",
     "retry_line",
     "sequences",
+    "outcomes",
     "settler",
     "stream_intake",
     "stream_reader",
