@@ -101,19 +101,19 @@ class Buffer:
         """Take the next events in hand, until :meth:`settle` or :meth:`put_back`."""
         batch: list[Outgoing] = []
         size = 0
-
-        while len(batch) < most_events and size < most_bytes:
-            outgoing = self._pop()
-
-            if outgoing is None:
-                break
-
-            if not outgoing.withdrawn:
-                outgoing.take_its_turn()
-                size += outgoing.size
-                batch.append(outgoing)
-
+        # Now, and each before it leaves the line: who is interrupted here loses none.
         self._in_hand = batch
+
+        while len(batch) < most_events and size < most_bytes and (head := self._head()):
+            batch += head
+
+            # Whoever interrupts this may have dropped it.
+            if not self._remove(head[0]) or head[0].withdrawn:
+                batch.pop()
+            else:
+                head[0].take_its_turn()
+                size += head[0].size
+
         return batch
 
     def put_back(self) -> None:
@@ -196,13 +196,3 @@ class Buffer:
 
         self._bytes -= outgoing.size
         return True
-
-    def _pop(self) -> Outgoing | None:
-        try:
-            outgoing = self._line.popleft()
-        except IndexError:
-            return None
-
-        size = outgoing.size
-        self._bytes -= size
-        return outgoing

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Coroutine, Generator, Iterable
+from inspect import iscoroutinefunction
 from typing import Any, TypeVar
 from weakref import WeakMethod
 
@@ -99,7 +100,23 @@ class BusSignal(NamedSignal):
         :raises PublishError: Redis did not take the event, and the route is to tell.
         """
         _refuse_sender(self.name, kwargs)
-        return super().send(sender, _async_wrapper=_async_wrapper or _to_sync, **kwargs)
+
+        if self.is_muted:
+            return []
+
+        wrapper = _async_wrapper or _to_sync
+        results = []
+
+        # As blinker does it, which looks at what publishes for as long as that takes.
+        for receiver in self.receivers_for(sender):
+            call = receiver
+
+            if not isinstance(receiver, Outbound) and iscoroutinefunction(receiver):
+                call = wrapper(receiver)
+
+            results.append((receiver, call(sender, **kwargs)))
+
+        return results
 
     async def send_async(
         self,

@@ -121,5 +121,7 @@ class Outgoing:
     def finish(self, error: Exception | None = None) -> None:
         """Tell whoever waits for it how it ended."""
         self.error = error
+        # Its sender goes on.
+        self.would_write = False
         self.is_settled = True
         self.call()

@@ -268,9 +268,10 @@ class Publisher:
         deadline = time.monotonic() + self._patience
         departures = self._buffer.departures
         this = threading.get_ident()
-        self._senders.add(this)
 
         try:
+            # In here: who is interrupted is not to be taken for busy ever after.
+            self._senders.add(this)
             is_told = self._write_or_wait(outgoing, deadline)
         except BaseException:
             self._writer.abandon(outgoing)
@@ -313,7 +314,7 @@ class Publisher:
 
     def _give_up(self, outgoing: Outgoing, departures: int) -> None:
         """Hold its sender no longer; whether it is told depends on the policy."""
-        outgoing.would_write = False
+        self._writer.step_back(outgoing)
         self._stall_since(departures)
 
         if self._config.on_outage == "raise":

@@ -55,9 +55,10 @@ class Writer:
     """Writes what a buffer holds, in order; starts its thread with the first event.
 
     Who sends and waits for a confirmation need not wait for the thread as well: where nobody
-    writes, such a sender writes what waits, its own event among it, and the others that come
-    meanwhile wait for the next batch. Only when that takes too long, or fails, the thread
-    goes on with it: reads the answers that are missing, or sends the batch again.
+    writes, such a sender writes what waits, its own event among it. When it has the answers, it
+    sends what came meanwhile as well, before it wakes anybody; one of those senders waits for the
+    answers to that, and so on. Only when that takes too long, or fails, the thread goes on with
+    it: reads the answers that are missing, or sends the batch again.
 
     Where no thread can be had, as at the end of a process, whoever sends writes.
 
@@ -86,6 +87,10 @@ class Writer:
         #: Who writes now: the thread, or the event whose sender does; and in which thread.
         self._turn: Outgoing | threading.Thread | None = None
         self._turn_of = 0
+        #: Whether something is being sent for the event whose turn it is, by another's sender;
+        #: and what was.
+        self._sending = False
+        self._sent: Sequence[Outgoing] = ()
         #: Whether the thread is to go on with a batch that a sender began, and what went wrong.
         self._begun = False
         self._failure: Exception | None = None
@@ -120,31 +125,30 @@ class Writer:
         self._changed.notify_all()
 
     def enlist(self, outgoing: Outgoing) -> Sequence[Outgoing]:
-        """The batch that the sender of an event in the buffer is to write, now.
+        """The batch that the sender of an event in the buffer is to :meth:`lead`, now.
 
         Nothing where somebody writes already, or Redis may not be there: then the thread will.
         The buffer's lock is held.
         """
+        if self._turn is outgoing and not self._sending:
+            self._turn_of = threading.get_ident()
+            return self._buffer.in_hand
+
         if not self._may_be_led:
             self.wake()
             return ()
 
-        self._turn_of = threading.get_ident()
-        self._turn = outgoing
-        batch = self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
-
-        if not batch:
-            self._end_turn()
-
-        return batch
+        return self._begin_turn(outgoing)
 
     def lead(self, batch: Sequence[Outgoing], deadline: float) -> None:
-        """Write a batch in the thread of one of its senders, and wait for the answers.
+        """Write a batch, if it is not sent yet, in a sender's thread, and wait for the answers.
 
         When there are none by ``deadline``, the thread goes on to wait for them.
         """
         try:
-            self._exchange.send([(out.lane.way, out.sealed()) for out in batch])
+            if batch is not self._sent:
+                self._send(batch)
+
             is_complete = self._exchange.read(deadline)
         except OUTAGE as error:
             self._hand_over(error)
@@ -154,18 +158,28 @@ class Writer:
             else:
                 self._hand_over(None)
 
+    def step_back(self, outgoing: Outgoing) -> None:
+        """When a sender waits no longer: let the thread do what it was to do."""
+        with self._lock:
+            outgoing.would_write = False
+
+            # While something is being sent for it, whoever sends looks at this afterwards.
+            if self._turn is outgoing and not self._sending:
+                self._hand_over(None)
+
     def abandon(self, outgoing: Outgoing) -> None:
         """When a sender was interrupted: let the thread send anew what it may have been writing."""
         with self._lock:
             outgoing.would_write = False
 
-            if self._turn is outgoing:
-                self._begun = False
-                self._exchange.close()
-                self._buffer.put_back()
-
-            if self._turn is outgoing or self._turn is None:
-                self._pass_on()
+            if self._turn is None:
+                self._call_thread()
+            elif self._turn_of == threading.get_ident():
+                # It may be another's turn, for which this thread was to send.
+                self._sending = False
+                self._send_anew()
+            elif self._turn is outgoing and not self._sending:
+                self._hand_over(None)
 
     def write_here(self, timeout: float) -> None:
         """Where there is no thread: write in this one. One at a time does it for all."""
@@ -231,28 +245,107 @@ class Writer:
             and not self._outage.known
         )
 
+    def _send(self, batch: Sequence[Outgoing]) -> None:
+        self._exchange.send([(out.lane.way, out.sealed()) for out in batch])
+
+    def _begin_turn(self, outgoing: Outgoing) -> Sequence[Outgoing]:
+        """Take what waits in hand, for the sender of an event to write."""
+        # First: who is interrupted with something in hand is known by this.
+        self._turn_of = threading.get_ident()
+        self._turn = outgoing
+        batch = self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
+
+        if not batch:
+            self._end_turn()
+
+        return batch
+
     def _conclude(self, batch: Sequence[Outgoing]) -> None:
+        """Send what came meanwhile, and tell the senders of a batch what became of it.
+
+        In this order: who is woken needs the interpreter, and Redis does not.
+        """
         outcomes = self._exchange.outcomes()
-        self._outage.end(len(self._buffer))
-        self._grow(batch)
-        self._settlement.settle(batch, outcomes)
 
-        with self._lock:
-            self._buffer.settle()
-            self._pass_on()
+        try:
+            self._outage.end(len(self._buffer))
+            self._grow(batch)
 
-    def _pass_on(self) -> None:
-        """Let the next one write: a sender that waits, else the thread if it has to."""
-        self._end_turn()
+            with self._lock:
+                self._buffer.settle()
+                self._end_turn()
+                following = self._pass_on()
+
+            if following is not None:
+                self._send_for(following)
+        finally:
+            try:
+                self._settlement.settle(batch, outcomes)
+            except BaseException:
+                # This sender was interrupted, which does it for all of them.
+                for outgoing, error in zip(batch, outcomes, strict=True):
+                    outgoing.finish(error)
+
+                raise
+
+    def _pass_on(self) -> Outgoing | None:
+        """Give the turn to a sender that waits, or else to the thread if it has to write."""
+        following = self._buffer.first_writer() if self._may_be_led else None
+
+        if following is not None:
+            self._sending = True
+
+            if self._begin_turn(following):
+                return following
+
+            self._sending = False
 
         if self._is_to_end or self._is_to_write:
-            following = None if self._is_to_end else self._buffer.first_writer()
+            self._call_thread()
 
-            if following is None:
-                self._idle = False
-                self._changed.notify_all()
-            else:
+        return None
+
+    def _send_for(self, following: Outgoing) -> None:
+        """Send what is in hand, and let the sender whose turn it is wait for the answers."""
+        batch, failure = self._buffer.in_hand, None
+
+        try:
+            self._send(batch)
+        except OUTAGE as error:
+            failure = error
+        except BaseException as error:
+            with self._lock:
+                self._sending = False
+                self._send_anew()
+
+            if not isinstance(error, Exception):
+                raise
+
+            # The thread meets it again, and finds out which event it is.
+            logger.debug("%d events were not sent: %s", len(batch), error)
+            return
+
+        with self._lock:
+            self._sending = False
+            self._sent = batch
+
+            if failure is None and following.would_write:
                 following.call()
+                self._turn_of = 0
+            else:
+                self._hand_over(failure)
+
+    def _send_anew(self) -> None:
+        """Let the thread send what is in hand once more, on another connection."""
+        self._begun = False
+        self._exchange.close()
+        self._buffer.put_back()
+        self._call_thread()
+
+    def _call_thread(self) -> None:
+        self._end_turn()
+        self._idle = False
+        self._changed.notify_all()
 
     def _hand_over(self, error: Exception | None) -> None:
         with self._changed:
@@ -318,6 +411,7 @@ class Writer:
     def _end_turn(self) -> None:
         self._turn = None
         self._turn_of = 0
+        self._sent = ()
 
     @property
     def _is_to_act(self) -> bool:

@@ -592,6 +592,79 @@ def test_what_was_not_written_before_the_end_is_logged_by_id(
     assert f"tick {node}-1 to {node}-3 (3)" in caplog.text
 
 
+# -- senders that write for each other ----------------------------------------------------
+
+
+class Turns:
+    """Holds senders where they read the answers to a batch, or send the next for another."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_read = threading.Event()
+        self.may_send = threading.Event()
+        self.sent: list[int] = []
+        send, read = Exchange.send, Exchange.read
+
+        def hold_send(exchange: Exchange, batch: Any) -> None:
+            assert not self.sent or self.may_send.wait(10)
+            self.sent.append(len(batch))
+            send(exchange, batch)
+
+        def hold_read(exchange: Exchange, deadline: float | None = None) -> bool:
+            assert self.may_read.wait(10)
+            return read(exchange, deadline)
+
+        monkeypatch.setattr(Exchange, "send", hold_send)
+        monkeypatch.setattr(Exchange, "read", hold_read)
+
+
+def begin_to_send(bus: Bus, n: int) -> threading.Thread:
+    """Send ``n`` in a thread, and return when it is on its way."""
+    buffered = bus.health().buffered
+    sending = threading.Thread(target=outcome_of, args=(bus, n))
+    sending.start()
+    wait_until(lambda: bus.health().buffered > buffered, what="it is on its way")
+    return sending
+
+
+def test_what_came_meanwhile_is_sent_before_its_senders_are_called(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=20)
+    bus.signal("tick").send("test", n=0)
+    wait_until(lambda: not bus.health().buffered, what="it has left")
+    turns = Turns(monkeypatch)
+    turns.may_send.set()
+    senders = [begin_to_send(bus, n) for n in range(1, 5)]
+
+    turns.may_read.set()
+    for sender in senders:
+        sender.join()
+
+    assert turns.sent == [1, 3]
+    assert sorted(values(shared_redis, prefix=prefix)) == [0, 1, 2, 3, 4]
+
+
+def test_a_sender_that_gives_up_while_another_sends_for_it_leaves_the_answer_to_the_thread(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=1)
+    bus.signal("tick").send("test", n=0)
+    wait_until(lambda: not bus.health().buffered, what="it has left")
+    turns = Turns(monkeypatch)
+    first, second = begin_to_send(bus, 1), begin_to_send(bus, 2)
+
+    turns.may_read.set()
+    second.join()
+    turns.may_send.set()
+    first.join()
+
+    assert bus.flush(5)
+    assert turns.sent == [1, 1]
+    bus.signal("tick").send("test", n=3)
+    assert values(shared_redis, prefix=prefix) == [0, 1, 2, 3]
+    assert bus.health().publishing
+
+
 # -- in the middle of traffic -------------------------------------------------------------
 
 
@@ -750,6 +823,8 @@ class InterruptionError(BaseException):
     """What a signal handler raises."""
 
 
+# What interrupts a finalizer is lost in it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_send_that_is_interrupted_leaves_the_bus_whole(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
@@ -779,6 +854,40 @@ def test_a_send_that_is_interrupted_leaves_the_bus_whole(
     assert time.monotonic() - began < 10
     assert interrupted
     assert set(range(300)) - set(interrupted) <= set(values(shared_redis, prefix=prefix))
+
+
+# What interrupts a finalizer is lost in it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_send_that_is_interrupted_while_others_send_holds_none_of_them(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=publish, on_outage="raise", timeout=20)
+    traffic = Traffic(bus, threads=3)
+    interrupted = 0
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise InterruptionError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for n in range(600):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.00002 + n % 40 * 0.00002)
+                bus.signal("tick").send("test", n=100_000 + n)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except InterruptionError:
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    traffic.wait_for(10)
+    traffic.end()
+    assert interrupted
+    assert traffic.longest < 10
+    assert traffic.failed == []
+    assert set(traffic.confirmed) <= set(values(shared_redis, prefix=prefix))
 
 
 def test_a_child_sends_as_a_node_of_its_own(
