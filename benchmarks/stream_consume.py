@@ -162,8 +162,8 @@ def _nothing(sender: str, **payload: Any) -> None: ...
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=40_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", type=int, metavar="EVENTS")
     options = parser.parse_args()
 

@@ -6,7 +6,7 @@ Run it on demand, on a machine with nothing else to do::
 
 It starts a Redis of its own, repeats each measurement, and prints medians: a confirmed
 ``send()`` beside an ``XADD`` on a connection of redis-py and one by its client, and
-sixteen threads beside one, near Redis and a millisecond away from it.
+sixteen threads beside one, near Redis and at two distances from it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ KEY = "eventbus:{tick}:stream"
 #: As many bytes as an event of the payload has.
 BODY = b"x" * 150
 
-#: Seconds from one end to the other, of a Redis that is elsewhere.
-DISTANCE = 0.0005
+#: Seconds there and back, to a Redis that is elsewhere.
+DISTANCES = (0.0003, 0.001)
 
 THREADS = 16
 
@@ -99,12 +99,12 @@ def together(run: Callable[[], None], threads: int) -> None:
 
 
 @contextmanager
-def elsewhere(url: str) -> Iterator[str]:
-    """The same server, :data:`DISTANCE` away: bytes pass through a process that keeps them."""
+def elsewhere(url: str, seconds: float) -> Iterator[str]:
+    """The same server, so many seconds there and back: bytes pass through a process that waits."""
     port = int(url.rpartition(":")[2].partition("/")[0])
     listening = socket.create_server(("127.0.0.1", 0))
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=relay, args=(listening, port), daemon=True)
+    process = context.Process(target=relay, args=(listening, port, seconds / 2), daemon=True)
     process.start()
     yield f"redis://127.0.0.1:{listening.getsockname()[1]}/0"
     process.kill()
@@ -112,7 +112,7 @@ def elsewhere(url: str) -> Iterator[str]:
     listening.close()
 
 
-def relay(listening: socket.socket, port: int) -> None:
+def relay(listening: socket.socket, port: int, late: float) -> None:
     while True:
         client, _ = listening.accept()
         server = socket.create_connection(("127.0.0.1", port))
@@ -121,11 +121,11 @@ def relay(listening: socket.socket, port: int) -> None:
             for end in pair:
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-            threading.Thread(target=carry, args=pair, daemon=True).start()
+            threading.Thread(target=carry, args=(*pair, late), daemon=True).start()
 
 
-def carry(source: socket.socket, target: socket.socket) -> None:
-    """Pass on what comes, each piece as late as it has to be."""
+def carry(source: socket.socket, target: socket.socket, late: float) -> None:
+    """Pass on what comes, each piece ``late`` seconds later."""
     pieces: deque[tuple[float, bytes]] = deque()
     there = threading.Semaphore(0)
 
@@ -139,11 +139,23 @@ def carry(source: socket.socket, target: socket.socket) -> None:
     threading.Thread(target=deliver, daemon=True).start()
 
     while data := source.recv(65_536):
-        pieces.append((time.perf_counter() + DISTANCE, data))
+        pieces.append((time.perf_counter() + late, data))
         there.release()
 
 
 # -- the report -----------------------------------------------------------------------------
+
+
+def from_afar(url: str, where: str, count: int, runs: int) -> list[tuple[str, float, str]]:
+    few = max(THREADS, count // 16)
+    bare = median(lambda: on_a_connection(url, few), runs)
+    one = median(lambda: confirmed(url, few), runs)
+    many = median(lambda: confirmed(url, count, THREADS), runs)
+    return [
+        (f"{where}: `XADD` on a connection", bare, ""),
+        (f"{where}: `send()`, confirmed", one, f"{one / bare:.2f} of it"),
+        (f"{where}: {THREADS} threads", many, f"{one / many:.1f} times"),
+    ]
 
 
 def main() -> None:
@@ -153,7 +165,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs, count = arguments.runs, arguments.count
 
-    with redis_server() as (url, version), elsewhere(url) as far:
+    with redis_server() as (url, version):
         rows = []
         bare = median(lambda: on_a_connection(url, count), runs)
         client = median(lambda: by_the_client(url, count), runs)
@@ -166,13 +178,9 @@ def main() -> None:
         many = median(lambda: confirmed(url, count, THREADS), runs)
         rows.append((f"`send()`, confirmed, {THREADS} threads", many, f"{one / many:.1f} times"))
 
-        few = max(THREADS, count // 16)
-        bare = median(lambda: on_a_connection(far, few), runs)
-        one = median(lambda: confirmed(far, few), runs)
-        many = median(lambda: confirmed(far, count, THREADS), runs)
-        rows.append(("a millisecond away: `XADD` on a connection", bare, ""))
-        rows.append(("a millisecond away: `send()`, confirmed", one, f"{one / bare:.2f} of it"))
-        rows.append((f"a millisecond away: {THREADS} threads", many, f"{one / many:.1f} times"))
+        for seconds in DISTANCES:
+            with elsewhere(url, seconds) as far:
+                rows += from_afar(far, f"{seconds * 1000:g} ms away", count, runs)
 
     print(
         f"Python {platform.python_version()}, redis-py {redis.__version__}, server {version}, "

@@ -290,7 +290,8 @@ class Writer:
 
     def _pass_on(self) -> Outgoing | None:
         """Give the turn to a sender that waits, or else to the thread if it has to write."""
-        following = self._buffer.first_writer() if self._may_be_led else None
+        waits = self._buffer.is_waiting
+        following = self._buffer.first_writer() if waits and self._may_be_led else None
 
         if following is not None:
             self._sending = True

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from gc import collect
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, current_event, signals
+from flask_eventbus.namespace import MOST_SENDERS, BusSignal
 
 Make = Callable[..., Bus]
 
@@ -259,6 +261,63 @@ def test_receivers_are_disconnected_while_events_flow(
 
     wait_until(lambda: heard == list(range(500)), what="all events arrive")
     assert "failed" not in consumer.health().counts
+
+
+def test_who_hears_an_event_is_a_matter_of_that_moment(
+    consumer: Bus, send: Callable[..., None]
+) -> None:
+    heard = hear(consumer)
+    tick = consumer.signal("tick")
+    once: list[int] = []
+    later: list[int] = []
+
+    def hear_once(sender: str, n: int) -> None:
+        once.append(n)
+        tick.disconnect(hear_once)
+        tick.connect(hear_later, weak=False)
+
+    def hear_later(sender: str, n: int) -> None:
+        later.append(n)
+
+    tick.connect(hear_once, sender="publisher", weak=False)
+    for n in range(50):
+        send(n=n)
+
+    wait_until(lambda: len(heard) == 50, what="all are heard")
+    wait_until(lambda: later[-1:] == [49], what="the last is heard by the one that came later")
+    assert once == [0]
+    assert later[0] in (0, 1)
+    assert later[1:] == list(range(later[0] + 1, 50))
+
+
+def test_a_receiver_that_is_held_weakly_hears_as_long_as_it_lives(
+    consumer: Bus, send: Callable[..., None]
+) -> None:
+    heard = hear(consumer)
+    weakly: list[int] = []
+
+    def receive(sender: str, n: int) -> None:
+        weakly.append(n)
+
+    consumer.signal("tick").connect(receive)
+    send(n=0)
+    wait_until(lambda: heard == [0] and weakly == [0], what="both hear it")
+    del receive
+    collect()
+    send(n=1)
+    wait_until(lambda: heard == [0, 1], what="the other hears it")
+    assert weakly == [0]
+
+
+def test_who_may_hear_whom_is_kept_in_mind_for_a_bounded_number_of_senders() -> None:
+    signal = BusSignal("tick")
+    signal.connect(print, sender="shop", weak=False)
+
+    found = [signal.local_receivers(f"service-{n}") for n in range(2 * MOST_SENDERS)]
+
+    assert found == [[]] * 2 * MOST_SENDERS
+    assert signal.local_receivers("shop") == [print]
+    assert len(signal._found) == MOST_SENDERS
 
 
 def test_a_muted_signal_is_neither_heard_nor_published(
