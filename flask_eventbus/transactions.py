@@ -38,6 +38,10 @@ _begun: ContextVar[tuple[weakref.ref[Session], ...]] = ContextVar(
     "flask_eventbus.begun", default=()
 )
 
+#: The classes of sessions whose transactions are noted. SQLAlchemy knows a class by its id, which
+#: another has when it is gone.
+_watched: weakref.WeakSet[type[Session]] = weakref.WeakSet()
+
 
 class Owner(Protocol):
     """Whose items wait for a commit, and what becomes of them; neither method may raise."""
@@ -216,7 +220,8 @@ def _class_of(maker: Any) -> type[Session]:
 def _watch(maker: Any) -> None:
     made = _class_of(maker)
 
-    if not event.contains(made, "after_transaction_create", _note_begin):
+    if made not in _watched:
+        _watched.add(made)
         event.listen(made, "after_transaction_create", _note_begin)
 
 

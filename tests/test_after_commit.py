@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import subprocess
 import sys
@@ -520,6 +521,27 @@ def test_a_class_of_sessions_stands_for_all_of_it(
     with Session(engine) as session, session.begin():
         bus.signal("user_added").send(id=2)
         assert ids(eventbus) == [1, 2]
+
+
+def test_a_class_of_sessions_is_not_taken_for_one_that_is_gone(
+    engine: Engine, eventbus: Isolation, make_bus: Make
+) -> None:
+    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
+
+    for n in range(20):
+        own = type("Own", (Session,), {})
+        bus.register_session(own)
+
+        with own(engine) as session, session.begin():
+            bus.signal("user_added").send(id=n)
+            assert ids(eventbus) == list(range(n))
+
+        del own, session
+        # Its id is free for the next one then.
+        bus.register_session(lambda: None)
+        gc.collect()
+
+    assert ids(eventbus) == list(range(20))
 
 
 def test_another_threads_session_is_none_of_this_ones(
