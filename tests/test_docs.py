@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -320,5 +321,5 @@ def all_handled(client: Any, key: str, count: int) -> bool:
 
 
 def points(database: Path) -> list[tuple[int, int]]:
-    with sqlite3.connect(database) as connection:
+    with closing(sqlite3.connect(database)) as connection:
         return connection.execute("SELECT * FROM account ORDER BY customer_id").fetchall()
