@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -823,6 +823,29 @@ class InterruptionError(BaseException):
     """What a signal handler raises."""
 
 
+def send_interrupted(bus: Bus, numbers: Sequence[int], *, step: float) -> list[int]:
+    """Send each number, interrupted later and later after its begin; those that were."""
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise InterruptionError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for n in numbers:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.00002 + n % 40 * step)
+                bus.signal("tick").send("test", n=n)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except InterruptionError:
+                interrupted.append(n)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    return interrupted
+
+
 # What interrupts a finalizer is lost in it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_send_that_is_interrupted_leaves_the_bus_whole(
@@ -831,23 +854,8 @@ def test_a_send_that_is_interrupted_leaves_the_bus_whole(
     publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
     bus = make_bus(shared_redis.url, prefix=prefix, publish=publish, timeout=20)
     bus.signal("tick").send("test", n=-1)
-    interrupted: list[int] = []
 
-    def interrupt(number: int, frame: Any) -> None:
-        raise InterruptionError
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        for n in range(300):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0.00002 + n % 20 * 0.00001)
-                bus.signal("tick").send("test", n=n)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except InterruptionError:
-                interrupted.append(n)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    interrupted = send_interrupted(bus, range(300), step=0.000_005)
 
     began = time.monotonic()
     bus.signal("tick").send("test", n=300)
@@ -864,30 +872,16 @@ def test_a_send_that_is_interrupted_while_others_send_holds_none_of_them(
     publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
     bus = make_bus(shared_redis.url, prefix=prefix, publish=publish, on_outage="raise", timeout=20)
     traffic = Traffic(bus, threads=3)
-    interrupted = 0
 
-    def interrupt(number: int, frame: Any) -> None:
-        raise InterruptionError
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        for n in range(600):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0.00002 + n % 40 * 0.00002)
-                bus.signal("tick").send("test", n=100_000 + n)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except InterruptionError:
-                interrupted += 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    interrupted = send_interrupted(bus, range(-600, 0), step=0.000_02)
 
     traffic.wait_for(10)
     traffic.end()
     assert interrupted
     assert traffic.longest < 10
     assert traffic.failed == []
-    assert set(traffic.confirmed) <= set(values(shared_redis, prefix=prefix))
+    confirmed = {*traffic.confirmed, *range(-600, 0)} - set(interrupted)
+    assert confirmed <= set(values(shared_redis, prefix=prefix))
 
 
 def test_a_child_sends_as_a_node_of_its_own(
