@@ -602,11 +602,13 @@ class Turns:
         self.may_read = threading.Event()
         self.may_send = threading.Event()
         self.sent: list[int] = []
+        self.senders: set[threading.Thread] = set()
         send, read = Exchange.send, Exchange.read
 
         def hold_send(exchange: Exchange, batch: Any) -> None:
             assert not self.sent or self.may_send.wait(10)
             self.sent.append(len(batch))
+            self.senders.add(threading.current_thread())
             send(exchange, batch)
 
         def hold_read(exchange: Exchange, deadline: float | None = None) -> bool:
@@ -641,6 +643,7 @@ def test_what_came_meanwhile_is_sent_before_its_senders_are_called(
         sender.join()
 
     assert turns.sent == [1, 3]
+    assert turns.senders == {senders[0]}
     assert sorted(values(shared_redis, prefix=prefix)) == [0, 1, 2, 3, 4]
 
 
