@@ -37,12 +37,12 @@ class BusSignal(NamedSignal):
         super().__init__(name, doc)
         #: The local receivers for a sender, as long as nobody connects or disconnects.
         self._found: dict[str, list[Receiver]] = {}
-        #: Whether a receiver may vanish without a word.
+        #: Whether a local receiver may vanish without a word.
         self._has_weak = False
 
     def connect(self, receiver: F, sender: Any = ANY, weak: bool = True) -> F:
         """Connect ``receiver``, as blinker does."""
-        self._has_weak = self._has_weak or weak
+        self._has_weak = self._has_weak or (weak and not isinstance(receiver, Outbound))
 
         try:
             return super().connect(receiver, sender, weak)
