@@ -67,6 +67,7 @@ class Publisher:
             settlement=Settlement(counters=counters, service=config.service),
             node=node,
         )
+        self._leader = self._writer.leader
         self._closed = False
         #: The threads that are in the middle of a send that waits.
         self._senders: set[int] = set()
@@ -274,7 +275,7 @@ class Publisher:
             self._senders.add(this)
             is_told = self._write_or_wait(outgoing, deadline)
         except BaseException:
-            self._writer.abandon(outgoing)
+            self._leader.abandon(outgoing)
             raise
         finally:
             self._senders.discard(this)
@@ -289,7 +290,7 @@ class Publisher:
         with self._buffer.lock:
             dropped = self._put(outgoing)
             outgoing.would_write = True
-            batch = self._writer.enlist(outgoing)
+            batch = self._leader.enlist(outgoing)
 
         if dropped:
             self._overflow.tell(dropped)
@@ -299,7 +300,7 @@ class Publisher:
 
         while batch or not outgoing.is_settled:
             if batch:
-                self._writer.lead(batch, deadline)
+                self._leader.lead(batch, deadline)
                 batch = ()
             elif not outgoing.is_called_by(deadline):
                 return outgoing.is_settled
@@ -310,11 +311,11 @@ class Publisher:
 
     def _take_over(self, outgoing: Outgoing) -> Sequence[Outgoing]:
         with self._buffer.lock:
-            return self._writer.enlist(outgoing)
+            return self._leader.enlist(outgoing)
 
     def _give_up(self, outgoing: Outgoing, departures: int) -> None:
         """Hold its sender no longer; whether it is told depends on the policy."""
-        self._writer.step_back(outgoing)
+        self._leader.step_back(outgoing)
         self._stall_since(departures)
 
         if self._config.on_outage == "raise":

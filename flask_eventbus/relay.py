@@ -17,8 +17,9 @@ from .counters import BoundedLog
 from .exchange import Exchange
 from .logs import get_logger
 from .outbox import Batch, Entry, Outbox
+from .turn import BATCH_BYTES
 from .way import TooFewReplicasError, Way
-from .writer import BATCH_BYTES, LISTENERS_RETURN
+from .writer import LISTENERS_RETURN
 
 logger = get_logger(__name__)
 

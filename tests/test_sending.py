@@ -17,7 +17,7 @@ import pytest
 from servers import RedisServer
 from waiting import wait_until
 
-from flask_eventbus import Bus, PublishError, signals, writer
+from flask_eventbus import Bus, PublishError, signals, turn, writer
 from flask_eventbus.buffer import Buffer
 from flask_eventbus.exchange import Exchange
 from flask_eventbus.outgoing import Lane, Outgoing
@@ -292,7 +292,7 @@ def test_a_confirmation_that_comes_late_because_much_waits_drops_nothing(
 
     # What waits takes nearly a second, and there is room again after a fiftieth of one.
     monkeypatch.setattr(Exchange, "publish", slowly)
-    monkeypatch.setattr(writer, "BATCH_EVENTS", 50)
+    monkeypatch.setattr(turn, "BATCH_EVENTS", 50)
     bus = make_bus(
         shared_redis.url,
         prefix=prefix,
