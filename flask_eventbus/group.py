@@ -262,6 +262,14 @@ class Group:
         """The command that tells that entries are handled."""
         return ("XACK", self._keys.stream(name), self._service, *ids)
 
+    def take_back(self, name: str, id: str, *, times: int) -> Command:
+        """The command that makes an entry pending for this consumer that was acknowledged.
+
+        :param times: how often it was delivered.
+        """
+        head: Command = ("XCLAIM", self._keys.stream(name), self._service, self._consumer)
+        return (*head, 0, id, "RETRYCOUNT", times, "FORCE", "JUSTID")
+
     def _claim(
         self,
         name: str,

@@ -34,6 +34,8 @@ class Outcome:
     due: Sequence[float] = ()
     #: Whether Redis may have got it: the answer was lost.
     doubtful: bool = False
+    #: Whether Redis took the end of it, and not the rest.
+    is_torn: bool = False
 
     @property
     def is_retry(self) -> bool:

@@ -10,6 +10,8 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any, TypeVar
 
+import redis
+
 from .config import Config
 from .connections import OUTAGE
 from .counters import BoundedLog, Counters
@@ -127,7 +129,7 @@ class Settler:
 
     def _put_back(self, batch: Sequence[Outcome]) -> None:
         for outcome in batch:
-            outcome.doubtful = bool(outcome.commands)
+            outcome.doubtful = bool(outcome.commands) and not outcome.is_torn
 
         self._waiting.extendleft(reversed(batch))
 
@@ -209,7 +211,7 @@ class Settler:
             refusal = next((part for part in answer if isinstance(part, Exception)), None)
 
             if refusal is not None:
-                _keep_refused(outcomes[0], answer)
+                self._keep_refused(outcomes[0], answer)
 
         if refusal is not None:
             self._refused(outcomes, refusal)
@@ -222,6 +224,28 @@ class Settler:
         for outcome in outcomes:
             if outcome.due or outcome.letters:
                 self._tell(outcome)
+
+    def _keep_refused(self, outcome: Outcome, answers: Sequence[Any]) -> None:
+        """Leave of a transaction what has failed: the rest of it took effect, its end as well."""
+        outcome.commands = [
+            command
+            for command, answer in zip(outcome.commands, answers, strict=False)
+            if isinstance(answer, Exception)
+        ]
+
+        outcome.is_torn = not isinstance(answers[-1], Exception)
+
+        if outcome.is_torn and outcome.delivery is not None:
+            self._take_back(outcome, outcome.delivery)
+
+    def _take_back(self, outcome: Outcome, delivery: Delivery) -> None:
+        """Let Redis have it as what is in this process's hands: it is not to end with it."""
+        try:
+            self._group.pipe.ask(*self._beginning(outcome, delivery))
+        except (redis.ResponseError, *OUTAGE) as error:
+            logger.debug("What is left of %s is in memory only: %s", outcome.entry, error)
+        else:
+            outcome.is_torn = False
 
     def _refused(self, outcomes: Sequence[Outcome], refusal: Exception) -> None:
         """Keep them in hand, and tell Redis again: what succeeded is not to run twice."""
@@ -269,6 +293,16 @@ class Settler:
     def _transaction(self, outcome: Outcome) -> list[Command]:
         return [("MULTI",), *outcome.commands, self._end(outcome), ("EXEC",)]
 
+    def _beginning(self, outcome: Outcome, delivery: Delivery) -> Command:
+        """What undoes :meth:`_end`."""
+        if not outcome.is_retry:
+            times = (delivery.begun or 0) + 1
+            return self._group.take_back(outcome.name, outcome.entry, times=times)
+
+        key = self._keys.retry(outcome.name, self._config.service)
+        until = round((time.time() + self._config.claim_after) * 1000)
+        return ("ZADD", key, until, delivery.member)
+
     def _end(self, outcome: Outcome) -> Command:
         """What takes it out of this process's hands."""
         if outcome.delivery is None or not outcome.is_retry:
@@ -281,12 +315,3 @@ class Settler:
 def _taken(waiting: deque[T]) -> list[T]:
     """As many as are told at once, oldest first; other threads may add meanwhile."""
     return [waiting.popleft() for _ in range(min(len(waiting), MOST_AT_ONCE))]
-
-
-def _keep_refused(outcome: Outcome, answers: Sequence[Any]) -> None:
-    """Leave of a transaction what has failed: the rest of it took effect."""
-    outcome.commands = [
-        command
-        for command, answer in zip(outcome.commands, answers, strict=False)
-        if isinstance(answer, Exception)
-    ]
