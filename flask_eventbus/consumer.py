@@ -1,4 +1,4 @@
-"""What a node does with streams: reads them, runs receivers, settles, looks after the rest."""
+"""What a node does with streams: who reads them, runs receivers, settles, looks after the rest."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
+from .attempts import Attempts
 from .catalogue import Catalogue
 from .codec import Codec
 from .config import Config
 from .connections import OUTAGE, Connections
 from .counters import BoundedLog, Counters
-from .deliveries import Delivery, Hand
-from .dispatcher import Dispatcher, Failure
+from .deliveries import Hand
+from .dispatcher import Dispatcher
 from .duplicates import Duplicates
-from .event import Event
 from .follower import Follower
 from .group import Group, GroupGoneError
 from .keeper import Keeper
@@ -26,7 +26,7 @@ from .namespace import Receiver
 from .outcomes import Outcomes
 from .pipe import Pipe
 from .pool import Pool
-from .retries import allowed
+from .retry_counts import RetryCounts
 from .retry_line import RetryLine
 from .settler import Settler
 from .signals import listener_connected, listener_lost
@@ -43,10 +43,6 @@ ANSWER = 5.0
 
 #: Seconds that Redis has to take what became of events.
 SETTLE = 2.0
-
-#: Seconds between two settlements of a batch: short receivers share a round trip, and what a
-#: long one did is known to Redis before the next begins.
-SHARE = 0.005
 
 #: Seconds that the end of a process waits for Redis to take what became of events.
 LAST_WORDS = 5.0
@@ -78,37 +74,23 @@ class Consumer:
         is_alone: Callable[[], bool],
     ) -> None:
         self._config = config
-        self._dispatcher = dispatcher
-        self._counters = counters
         self._subscriptions = subscriptions
-        self._retries_asked = retries_of
         self._is_alone = is_alone
         self._log = BoundedLog(logger)
         self._hand = Hand()
         self._lost_since: float | None = None
         self._was_connected = False
-        self._stopping = threading.Event()
-        self._disowned = False
+        self._is_stopping = False
         self.name = f"{socket.gethostname()}-{os.getpid()}-{node}"
         self._pool = pool
-        self._make(connections, codec, node, siblings, wanted)
-
-    def _make(
-        self,
-        connections: Connections,
-        codec: Codec,
-        node: str,
-        siblings: set[str],
-        wanted: Callable[[], bool],
-    ) -> None:
-        config, counters = self._config, self._counters
+        counts = RetryCounts(config=config, dispatcher=dispatcher, asked=retries_of)
         keys = StreamKeys(config.prefix)
         reading = Pipe(connections, timeout=ANSWER)
         settling = Pipe(connections, timeout=SETTLE)
-        self._group = self._group_on(reading, keys)
+        group = self._group_on(reading, keys)
         self._settling = self._group_on(settling, keys)
         intake = StreamIntake(config=config, codec=codec, counters=counters, siblings=siblings)
-        self._outcomes = Outcomes(config=config, keys=keys, retries_of=self._retries_at)
+        outcomes = Outcomes(config=config, keys=keys, retries_of=counts.after)
         self._settler = Settler(
             config=config,
             keys=keys,
@@ -122,28 +104,35 @@ class Consumer:
             config=config,
             keys=keys,
             codec=codec,
-            outcomes=self._outcomes,
+            outcomes=outcomes,
             turn=self._settler.turn,
-            knows=lambda event, name: bool(self._dispatcher.receivers(event, only=name)),
-            retries_of=self._retries_of_named,
+            knows=lambda event, name: bool(dispatcher.receivers(event, only=name)),
+            retries_of=counts.of_receiver,
         )
-        pool = self._pool
-        trims = Trims(self._group, service=config.service, counters=counters)
+        self.attempts = Attempts(
+            dispatcher=dispatcher,
+            group=self._settling,
+            hand=self._hand,
+            outcomes=outcomes,
+            settler=self._settler,
+            counters=counters,
+        )
+        trims = Trims(group, service=config.service, counters=counters)
         self._reader = StreamReader(
             config=config,
             catalogue=Catalogue(
                 reading,
                 config=config,
                 keys=keys,
-                subscriptions=self._subscriptions,
+                subscriptions=subscriptions,
                 grouped=True,
             ),
-            group=self._group,
+            group=group,
             duplicates=Duplicates(reading, config=config, keys=keys),
             intake=intake,
             hand=self._hand,
             lineup=pool.lineup,
-            outcomes=self._outcomes,
+            outcomes=outcomes,
             settler=self._settler,
             trims=trims,
             counters=counters,
@@ -163,13 +152,13 @@ class Consumer:
             intake=intake,
             hand=self._hand,
             lineup=pool.lineup,
-            outcomes=self._outcomes,
+            outcomes=outcomes,
             settler=self._settler,
             retries=self._retries,
             trims=Trims(self._settling, service=config.service, counters=counters),
             counters=counters,
             node=node,
-            retries_of=self._retries_of_subscription,
+            retries_of=counts.of_entry,
         )
         following = Pipe(connections, timeout=ANSWER)
         self._follower = Follower(
@@ -179,7 +168,7 @@ class Consumer:
                 following,
                 config=config,
                 keys=keys,
-                subscriptions=self._subscriptions,
+                subscriptions=subscriptions,
                 grouped=False,
             ),
             keys=keys,
@@ -244,7 +233,7 @@ class Consumer:
 
     @property
     def _ends(self) -> bool:
-        return self._stopping.is_set() or self.fatal is not None
+        return self._is_stopping or self.fatal is not None
 
     def _is_grouped(self, grouped: bool) -> bool:
         subscriptions = self._subscriptions().values()
@@ -268,8 +257,8 @@ class Consumer:
         return self.connected
 
     def stop_reading(self) -> None:
-        """Read nothing more, and take over nothing more."""
-        self._stopping.set()
+        """Read nothing more, take over nothing more, begin nothing more."""
+        self._end()
         self._keeper.stop()
         self._reader.stop()
         self._follower.stop()
@@ -282,13 +271,17 @@ class Consumer:
 
     def _abandoned(self) -> None:
         """What the events are for is gone: end by and by, as if somebody had said so."""
-        self._stopping.set()
+        self._end()
         self._keeper.stop()
         self._follower.stop()
         self._pool.lineup.close()
         self._pool.lineup.clear()
         self._pool.close()
         self._close()
+
+    def _end(self) -> None:
+        self._is_stopping = True
+        self.attempts.stop()
 
     def _close(self) -> None:
         self._keeper.end()
@@ -311,10 +304,8 @@ class Consumer:
 
     def disown(self) -> None:
         """In a forked child: end what came along of it; to settle is the parent's."""
-        self._disowned = True
-        # Another thread of the parent may hold the lock of the one that was inherited.
-        self._stopping = threading.Event()
-        self._stopping.set()
+        self._is_stopping = True
+        self.attempts.disown()
         self._reader.disown()
         self._keeper.disown()
         self._follower.disown()
@@ -348,96 +339,6 @@ class Consumer:
             self._settling.leave(name)
         except GroupGoneError as error:
             logger.debug("Nothing of %r is handed back: %s", name, error)
-
-    # -- in the threads of the pool -------------------------------------------------------
-
-    def handle(self, deliveries: Sequence[Delivery]) -> None:
-        """Run receivers for deliveries, in order, and settle them."""
-        due = time.monotonic() + SHARE
-
-        for delivery in deliveries:
-            if self._stopping.is_set():
-                break
-
-            self._handle(delivery)
-
-            if self._disowned:
-                return
-
-            if time.monotonic() > due:
-                self._settler.settle()
-                due = time.monotonic() + SHARE
-
-        self._settler.settle()
-
-    def _handle(self, delivery: Delivery) -> None:
-        if not delivery.in_group:
-            self._dispatcher.dispatch(delivery.event)
-            return
-
-        if not self._may_begin(delivery):
-            self._hand.let_go([delivery])
-            self._counters.add("given_away")
-            return
-
-        record = delivery.record
-        only = None if record is None else record.receiver
-        failures = self._dispatcher.dispatch(delivery.event, only=only)
-
-        # What it came to is not kept here: the next receiver may take long, or end the process.
-        if self._disowned:
-            return
-        elif failures or record is not None:
-            self._judge(delivery, failures)
-        else:
-            self._settler.handled(delivery)
-
-    def _judge(self, delivery: Delivery, failures: Sequence[Failure]) -> None:
-        try:
-            self._settler.add(self._outcomes.of(delivery, failures))
-        except Exception:
-            # It stays pending, and is taken over as from a worker that ended.
-            self._counters.add("handling_failed")
-            logger.exception("What became of the event %s cannot be told.", delivery.event.id)
-            self._hand.let_go([delivery])
-
-    def _may_begin(self, delivery: Delivery) -> bool:
-        """Whether it still is this process's, as far as can be known; if so, it is begun."""
-        if delivery.begun is not None and delivery.record is None and not self._noted(delivery):
-            return False
-
-        return self._hand.begin(delivery)
-
-    def _noted(self, delivery: Delivery) -> bool:
-        """Note in Redis that it is begun, where a worker that ended had begun it.
-
-        If it ends this one as well, that is to be known.
-        """
-        if delivery.begun is None or time.monotonic() > delivery.lease:
-            return False
-
-        try:
-            with self._settler.turn:
-                return self._settling.begin(delivery.name, delivery.entry, times=delivery.begun + 1)
-        except (GroupGoneError, *OUTAGE) as error:
-            logger.debug("The entry %s is not begun: %s", delivery.entry, error)
-            return False
-
-    # -- how often ------------------------------------------------------------------------
-
-    def _retries_at(self, delivery: Delivery, failure: Failure) -> int:
-        return self._retries_for(delivery.subscription, delivery.name, failure.receiver)
-
-    def _retries_of_named(self, subscription: Subscription, event: Event, name: str) -> int:
-        receivers = self._dispatcher.receivers(event, only=name)
-        return self._retries_for(subscription, event.name, receivers[0])
-
-    def _retries_of_subscription(self, subscription: Subscription) -> int:
-        return self._config.retries if subscription.retries is None else subscription.retries
-
-    def _retries_for(self, subscription: Subscription, name: str, receiver: Receiver) -> int:
-        asked = self._retries_asked(name, receiver)
-        return allowed(subscription.retries, asked, self._config.retries)
 
     # -- whether Redis is there -----------------------------------------------------------
 

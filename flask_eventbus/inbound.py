@@ -70,7 +70,7 @@ class Inbound:
             dispatcher=dispatcher,
             counters=counters,
             node=node,
-            handle=lambda deliveries: self.consumer.handle(deliveries),
+            handle=lambda deliveries: self.consumer.attempts.run(deliveries),
         )
         reader = ChannelReader(connections)
         keys = ChannelKeys(config.prefix)

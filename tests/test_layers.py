@@ -105,6 +105,7 @@ LAYERS = {
         "loading",
         "bridges",
         "outcomes",
+        "retry_counts",
         "follower",
         "listener",
         "leader",
@@ -113,7 +114,7 @@ LAYERS = {
         "stream_checks",
     ),
     8: ("dead_report", "retry_line", "settler", "writer"),
-    9: ("publisher", "stream_reader"),
+    9: ("attempts", "publisher", "stream_reader"),
     10: ("keeper",),
     11: ("consumer",),
     12: ("inbound",),
@@ -182,6 +183,7 @@ OUTBOUND = {
     "writer",
 }
 INBOUND = {
+    "attempts",
     "consumer",
     "dispatcher",
     "duplicates",
@@ -195,6 +197,7 @@ INBOUND = {
     "lineup",
     "listener",
     "pool",
+    "retry_counts",
     "retry_line",
     "sequences",
     "outcomes",

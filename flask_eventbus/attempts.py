@@ -1,0 +1,127 @@
+"""Runs the receivers of what was read of streams, in the threads of the pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from .connections import OUTAGE
+from .counters import Counters
+from .deliveries import Delivery, Hand
+from .dispatcher import Dispatcher, Failure
+from .group import Group, GroupGoneError
+from .logs import get_logger
+from .outcomes import Outcomes
+from .settler import Settler
+
+logger = get_logger(__name__)
+
+#: Seconds between two settlements of a batch: short receivers share a round trip, and what a
+#: long one did is known to Redis before the next begins.
+SHARE = 0.005
+
+
+class Attempts:
+    """Begins deliveries, one after the other, and passes on how their receivers ended.
+
+    :param group: on the settler's connection.
+    """
+
+    def __init__(
+        self,
+        *,
+        dispatcher: Dispatcher,
+        group: Group,
+        hand: Hand,
+        outcomes: Outcomes,
+        settler: Settler,
+        counters: Counters,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._group = group
+        self._hand = hand
+        self._outcomes = outcomes
+        self._settler = settler
+        self._counters = counters
+        self._is_stopping = False
+        self._is_disowned = False
+
+    def run(self, deliveries: Sequence[Delivery]) -> None:
+        """Run receivers for deliveries, in order, and settle them."""
+        due = time.monotonic() + SHARE
+
+        for delivery in deliveries:
+            if self._is_stopping:
+                break
+
+            self._attempt(delivery)
+
+            if self._is_disowned:
+                return
+
+            if time.monotonic() > due:
+                self._settler.settle()
+                due = time.monotonic() + SHARE
+
+        self._settler.settle()
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._is_stopping = True
+
+    def disown(self) -> None:
+        """In a forked child: begin nothing more, and settle nothing, which is the parent's."""
+        self._is_stopping = self._is_disowned = True
+
+    def _attempt(self, delivery: Delivery) -> None:
+        if not delivery.in_group:
+            self._dispatcher.dispatch(delivery.event)
+            return
+
+        if not self._may_begin(delivery):
+            self._hand.let_go([delivery])
+            self._counters.add("given_away")
+            return
+
+        record = delivery.record
+        only = None if record is None else record.receiver
+        failures = self._dispatcher.dispatch(delivery.event, only=only)
+
+        # What it came to is not kept here: the next receiver may take long, or end the process.
+        if self._is_disowned:
+            return
+        elif failures or record is not None:
+            self._judge(delivery, failures)
+        else:
+            self._settler.handled(delivery)
+
+    def _judge(self, delivery: Delivery, failures: Sequence[Failure]) -> None:
+        try:
+            self._settler.add(self._outcomes.of(delivery, failures))
+        except Exception:
+            # It stays pending, and is taken over as from a worker that ended.
+            self._counters.add("handling_failed")
+            logger.exception("What became of the event %s cannot be told.", delivery.event.id)
+            self._hand.let_go([delivery])
+
+    def _may_begin(self, delivery: Delivery) -> bool:
+        """Whether it still is this process's, as far as can be known; if so, it is begun."""
+        if delivery.begun is not None and delivery.record is None and not self._noted(delivery):
+            return False
+
+        return self._hand.begin(delivery)
+
+    def _noted(self, delivery: Delivery) -> bool:
+        """Note in Redis that it is begun, where a worker that ended had begun it.
+
+        If it ends this one as well, that is to be known.
+        """
+        if delivery.begun is None or time.monotonic() > delivery.lease:
+            return False
+
+        try:
+            with self._settler.turn:
+                return self._group.begin(delivery.name, delivery.entry, times=delivery.begun + 1)
+        except (GroupGoneError, *OUTAGE) as error:
+            logger.debug("The entry %s is not begun: %s", delivery.entry, error)
+            return False
