@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from .attempts import Attempts
 from .catalogue import Catalogue
+from .claims import Claims
 from .codec import Codec
 from .config import Config
 from .connections import OUTAGE, Connections
@@ -117,7 +118,18 @@ class Consumer:
             settler=self._settler,
             counters=counters,
         )
-        trims = Trims(group, service=config.service, counters=counters)
+        claims = Claims(
+            config=config,
+            group=self._settling,
+            intake=intake,
+            hand=self._hand,
+            lineup=pool.lineup,
+            outcomes=outcomes,
+            settler=self._settler,
+            trims=Trims(self._settling, service=config.service, counters=counters),
+            counters=counters,
+            retries_of=counts.of_entry,
+        )
         self._reader = StreamReader(
             config=config,
             catalogue=Catalogue(
@@ -134,12 +146,12 @@ class Consumer:
             lineup=pool.lineup,
             outcomes=outcomes,
             settler=self._settler,
-            trims=trims,
+            claims=claims,
+            trims=Trims(group, service=config.service, counters=counters),
             counters=counters,
             node=node,
             wanted=wanted,
             attend=lambda: self._keeper.attend(),
-            take_back=lambda names: self._keeper.take_back(names),
             given_away=lambda: self._keeper.given_away(),
             lost=self._lost,
             found=self._found,
@@ -149,16 +161,13 @@ class Consumer:
             config=config,
             names=lambda: self._reader.joined,
             group=self._settling,
-            intake=intake,
             hand=self._hand,
             lineup=pool.lineup,
-            outcomes=outcomes,
             settler=self._settler,
             retries=self._retries,
-            trims=Trims(self._settling, service=config.service, counters=counters),
+            claims=claims,
             counters=counters,
             node=node,
-            retries_of=counts.of_entry,
         )
         following = Pipe(connections, timeout=ANSWER)
         self._follower = Follower(

@@ -7,29 +7,23 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import redis
 
 from .backoff import Backoff
+from .claims import Claims
 from .config import Config
 from .connections import OUTAGE
 from .counters import BoundedLog, Counters
 from .deliveries import Delivery, Hand
-from .group import LONG_IDLE, RELEASED, Group, GroupGoneError, Pending
+from .group import RELEASED, Group, GroupGoneError
 from .lineup import Lineup
 from .logs import get_logger
-from .outcomes import Outcomes
 from .retry_line import RetryLine
 from .settler import Settler
-from .stream_intake import StreamIntake
 from .subscriptions import Subscription
-from .trims import Trims
 
 logger = get_logger(__name__)
-
-#: Entries that were handed back and are taken at once, before what is newer is read.
-MOST_BACK = 100_000
 
 #: Seconds between looks for what others handed back, or left to be tried again.
 RELEASED_AGAIN = 5.0
@@ -56,7 +50,6 @@ class Keeper:
     """Keeps what this process has in hand, and takes over what others left.
 
     :param names: the streams that are read, with their subscriptions.
-    :param retries_of: how often an entry that kills its worker is begun.
     """
 
     def __init__(
@@ -65,30 +58,24 @@ class Keeper:
         config: Config,
         names: Callable[[], Mapping[str, Subscription]],
         group: Group,
-        intake: StreamIntake,
         hand: Hand,
         lineup: Lineup,
-        outcomes: Outcomes,
         settler: Settler,
         retries: RetryLine,
-        trims: Trims,
+        claims: Claims,
         counters: Counters,
         node: str,
-        retries_of: Callable[[Subscription], int],
     ) -> None:
         self._config = config
         self._names = names
         self._group = group
-        self._intake = intake
         self._hand = hand
         self._lineup = lineup
-        self._outcomes = outcomes
         self._settler = settler
         self._retries = retries
-        self._trims = trims
+        self._claims = claims
         self._counters = counters
         self._node = node
-        self._retries_of = retries_of
         self._log = BoundedLog(logger)
         self._changed = threading.Condition()
         self._due: list[tuple[float, str]] = []
@@ -97,8 +84,7 @@ class Keeper:
         self._thread: threading.Thread | None = None
         #: When each duty is due, by the monotonic clock.
         self._renew_at = self._claim_at = self._released_at = self._consumers_at = 0.0
-        #: Whether more is to be claimed as soon as there is room; the streams with more retries.
-        self._more = False
+        #: The streams with more retries than there was room for.
         self._more_retries: set[str] = set()
         self._attending = False
         #: The streams of which something was given away; whoever reads takes it back first.
@@ -157,15 +143,6 @@ class Keeper:
             self._attending = True
             self._changed.notify_all()
 
-    def take_back(self, names: Mapping[str, Subscription]) -> None:
-        """Take what others, or this process itself, handed back of streams, all of it.
-
-        What is read afterwards is newer: so it is for the thread that reads, which may call this.
-
-        :raises redis.ConnectionError: Redis is away.
-        """
-        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MOST_BACK)
-
     def given_away(self) -> set[str]:
         """The streams of which something was given away since this was last asked for."""
         found, self._given_away = self._given_away, set()
@@ -210,10 +187,10 @@ class Keeper:
         if self._attending or self._settler.is_due:
             return ATTEND
 
-        if (self._more or self._more_retries) and self._lineup.room > 0:
+        if (self._claims.has_more or self._more_retries) and self._lineup.room > 0:
             return ATTEND
 
-        return 1.0 if self._more or self._more_retries or len(self._settler) else 60.0
+        return 1.0 if self._claims.has_more or self._more_retries or len(self._settler) else 60.0
 
     def _look_after(self, now: float) -> None:
         names = dict(self._names())
@@ -233,15 +210,14 @@ class Keeper:
         self._attending = bool(len(self._hand))
         self._share()
 
-        if now >= self._claim_at or (self._more and self._lineup.room > 0):
+        if now >= self._claim_at or (self._claims.has_more and self._lineup.room > 0):
             self._claim_at = now + self._config.claim_after / 2 * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
-            self._more = False
-            self._claim_all(names, idle=self._config.claim_after, consumer="")
+            self._claims.take_over(names)
 
         if now >= self._released_at:
             again = max(RELEASED_AGAIN, 2.0 * len(names))
             self._released_at = now + again * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
-            self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED)
+            self._claims.take_released(names)
             # Another worker's, or what a person put back.
             self._run_retries(names)
 
@@ -306,87 +282,6 @@ class Keeper:
             except GroupGoneError as error:
                 logger.debug("Nothing of %r is given away: %s", name, error)
 
-    # -- what others left -----------------------------------------------------------------
-
-    def _claim_all(
-        self,
-        names: Mapping[str, Subscription],
-        *,
-        idle: float,
-        consumer: str,
-        room: int | None = None,
-    ) -> None:
-        for name, subscription in names.items():
-            try:
-                with self._settler.turn:
-                    most = max(0, self._lineup.room) if room is None else room
-                    self._claim(name, subscription, idle, consumer, most)
-            except GroupGoneError as error:
-                # The reader makes it again.
-                logger.debug("Nothing is claimed of %r: %s", name, error)
-            except redis.ResponseError as error:
-                self._refused(name, error)
-
-    def _claim(
-        self, name: str, subscription: Subscription, idle: float, consumer: str, room: int
-    ) -> None:
-        # What is in hand is idle, too, where it could not be renewed in time.
-        most = room + len(self._hand) + 1
-        pending = self._group.pending(name, idle=idle, consumer=consumer, most=most)
-        foreign = set(self._hand.without(name, [found.id for found in pending]))
-        stale = [found for found in pending if found.id in foreign]
-        self._more = self._more or len(stale) > room
-        self._take_over(name, subscription, stale[:room], idle)
-
-    def _take_over(
-        self, name: str, subscription: Subscription, stale: Sequence[Pending], idle: float
-    ) -> None:
-        if not stale:
-            return
-
-        entries = {
-            entry.id: entry for entry in self._group.look_up(name, [found.id for found in stale])
-        }
-        present = [found for found in stale if entries[found.id].fields is not None]
-        gone = [entries[found.id] for found in stale if entries[found.id].fields is None]
-        mine = self._group.claim(name, present, idle=idle)
-        times = {found.id: found.times for found in present}
-        found = self._intake.sort([entries[id] for id in times if id in mine], {name: subscription})
-
-        if gone:
-            self._forget(name, [entry.id for entry in gone])
-
-        killers = []
-
-        for delivery in found.deliveries:
-            delivery.begun = times[delivery.entry]
-
-            if delivery.begun > max(1, self._retries_of(subscription)):
-                killers.append(delivery)
-            else:
-                delivery.event = replace(delivery.event, attempt=delivery.begun + 1)
-
-        taken = [delivery for delivery in found.deliveries if delivery not in killers]
-        self._counters.add("claimed", len(taken))
-
-        if taken:
-            logger.info(
-                "%d events of %r that another worker left are taken over.", len(taken), name
-            )
-
-        self._hand.take(taken)
-        self._lineup.put(taken)
-        self._settler.settle(
-            [self._outcomes.skipped(entry) for entry in found.skipped]
-            + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
-            + [self._outcomes.give_up(killer, "killed", _killed(killer)) for killer in killers]
-        )
-
-    def _forget(self, name: str, ids: Sequence[str]) -> None:
-        """Acknowledge what was trimmed while it was pending; who gets to do it tells of it."""
-        answer = self._group.pipe.ask(*self._group.acknowledge(name, ids))
-        self._trims.count(name, int(answer))
-
     def _remove_idle(self, names: Mapping[str, Subscription]) -> None:
         for name in names:
             try:
@@ -397,16 +292,7 @@ class Keeper:
             except GroupGoneError as error:
                 logger.debug("The consumers of %r are gone: %s", name, error)
             except redis.ResponseError as error:
-                self._refused(name, error)
-
-    def _refused(self, name: str, error: Exception) -> None:
-        self._log.error(
-            f"refused {name}",
-            "Redis refuses to let this worker look after the stream of %r: %s. What other workers "
-            "left of it, and what is to be tried again, waits. Correct what it complains of.",
-            name,
-            error,
-        )
+                self._claims.report_refusal(name, error)
 
     # -- retries --------------------------------------------------------------------------
 
@@ -431,7 +317,7 @@ class Keeper:
                 with self._settler.turn:
                     deliveries, given_up, more = self._retries.take(name, subscription, most=room)
             except redis.ResponseError as error:
-                self._refused(name, error)
+                self._claims.report_refusal(name, error)
                 continue
 
             if more:
@@ -440,10 +326,3 @@ class Keeper:
             self._hand.take(deliveries)
             self._lineup.put(deliveries)
             self._settler.settle(given_up)
-
-
-def _killed(delivery: Delivery) -> str:
-    return (
-        f"It was begun {delivery.begun} times, and each time its worker ended before its receivers "
-        "did."
-    )

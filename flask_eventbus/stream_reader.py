@@ -10,6 +10,7 @@ import redis
 
 from .backoff import Backoff
 from .catalogue import Catalogue
+from .claims import Claims
 from .config import Config
 from .counters import BoundedLog, Counters
 from .deliveries import Hand
@@ -45,7 +46,6 @@ class StreamReader:
 
     :param wanted: whether there still is what the events are for.
     :param attend: told that there is something in hand.
-    :param take_back: takes what was handed back of streams, before what is newer is read.
     :param given_away: the streams of which this process handed something back by itself.
     :param lost: told when Redis is lost, with the error.
     :param found: told when every stream can be read.
@@ -64,12 +64,12 @@ class StreamReader:
         lineup: Lineup,
         outcomes: Outcomes,
         settler: Settler,
+        claims: Claims,
         trims: Trims,
         counters: Counters,
         node: str,
         wanted: Callable[[], bool],
         attend: Callable[[], None],
-        take_back: Callable[[Mapping[str, Subscription]], None],
         given_away: Callable[[], set[str]],
         lost: Callable[[Exception], None],
         found: Callable[[], None],
@@ -84,10 +84,10 @@ class StreamReader:
         self._lineup = lineup
         self._outcomes = outcomes
         self._settler = settler
+        self._claims = claims
         self._trims = trims
         self._counters = counters
         self._attend = attend
-        self._take_back = take_back
         self._given_away = given_away
         self._lost = lost
         self._found = found
@@ -220,7 +220,7 @@ class StreamReader:
         given_away = self._given_away()
 
         if given_away:
-            self._take_back({name: names[name] for name in given_away if name in names})
+            self._claims.take_back({name: names[name] for name in given_away if name in names})
 
     def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
         found = self._intake.sort(list(entries), names)
@@ -295,7 +295,7 @@ class StreamReader:
             self._group.try_to_read(name)
             # All of this is older than what is read then.
             self._recover(name, subscription)
-            self._take_back({name: subscription})
+            self._claims.take_back({name: subscription})
         except (GroupGoneError, redis.ResponseError) as refusal:
             return refusal
 

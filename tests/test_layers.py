@@ -114,8 +114,8 @@ LAYERS = {
         "stream_checks",
     ),
     8: ("dead_report", "retry_line", "settler", "writer"),
-    9: ("attempts", "publisher", "stream_reader"),
-    10: ("keeper",),
+    9: ("attempts", "claims", "publisher"),
+    10: ("keeper", "stream_reader"),
     11: ("consumer",),
     12: ("inbound",),
     13: ("node",),
@@ -184,6 +184,7 @@ OUTBOUND = {
 }
 INBOUND = {
     "attempts",
+    "claims",
     "consumer",
     "dispatcher",
     "duplicates",

@@ -1,0 +1,186 @@
+"""Takes over what other workers of a service left of its streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import redis
+
+from .config import Config
+from .counters import BoundedLog, Counters
+from .deliveries import Delivery, Hand
+from .group import LONG_IDLE, RELEASED, Group, GroupGoneError, Pending
+from .lineup import Lineup
+from .logs import get_logger
+from .outcomes import Outcomes
+from .settler import Settler
+from .stream_intake import StreamIntake
+from .subscriptions import Subscription
+from .trims import Trims
+
+logger = get_logger(__name__)
+
+#: Entries that were handed back and are taken at once, before what is newer is read.
+MOST_BACK = 100_000
+
+
+class Claims:
+    """Claims entries that were handed back, or whose worker is silent for too long.
+
+    :param group: on the settler's connection.
+    :param retries_of: how often an entry that kills its worker is begun.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        group: Group,
+        intake: StreamIntake,
+        hand: Hand,
+        lineup: Lineup,
+        outcomes: Outcomes,
+        settler: Settler,
+        trims: Trims,
+        counters: Counters,
+        retries_of: Callable[[Subscription], int],
+    ) -> None:
+        self._config = config
+        self._group = group
+        self._intake = intake
+        self._hand = hand
+        self._lineup = lineup
+        self._outcomes = outcomes
+        self._settler = settler
+        self._trims = trims
+        self._counters = counters
+        self._retries_of = retries_of
+        self._log = BoundedLog(logger)
+        #: Whether more was left than there was room for.
+        self.has_more = False
+
+    def take_over(self, names: Mapping[str, Subscription]) -> None:
+        """Take over what is idle for longer than ``EVENTBUS_CLAIM_AFTER``, as much as has room.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        self.has_more = False
+        self._claim_all(names, idle=self._config.claim_after, consumer="")
+
+    def take_released(self, names: Mapping[str, Subscription]) -> None:
+        """Take over what was handed back, as much as has room.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED)
+
+    def take_back(self, names: Mapping[str, Subscription]) -> None:
+        """Take what others, or this process itself, handed back of streams, all of it.
+
+        What is read afterwards is newer: so it is for the thread that reads, which may call this.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MOST_BACK)
+
+    def report_refusal(self, name: str, error: Exception) -> None:
+        """Log that Redis refuses to let this worker look after a stream."""
+        self._log.error(
+            f"refused {name}",
+            "Redis refuses to let this worker look after the stream of %r: %s. What other workers "
+            "left of it, and what is to be tried again, waits. Correct what it complains of.",
+            name,
+            error,
+        )
+
+    def _claim_all(
+        self,
+        names: Mapping[str, Subscription],
+        *,
+        idle: float,
+        consumer: str,
+        room: int | None = None,
+    ) -> None:
+        for name, subscription in names.items():
+            try:
+                with self._settler.turn:
+                    most = max(0, self._lineup.room) if room is None else room
+                    self._claim(name, subscription, idle, consumer, most)
+            except GroupGoneError as error:
+                # The reader makes it again.
+                logger.debug("Nothing is claimed of %r: %s", name, error)
+            except redis.ResponseError as error:
+                self.report_refusal(name, error)
+
+    def _claim(
+        self, name: str, subscription: Subscription, idle: float, consumer: str, room: int
+    ) -> None:
+        # What is in hand is idle, too, where it could not be renewed in time.
+        most = room + len(self._hand) + 1
+        pending = self._group.pending(name, idle=idle, consumer=consumer, most=most)
+        foreign = set(self._hand.without(name, [found.id for found in pending]))
+        stale = [found for found in pending if found.id in foreign]
+        self.has_more = self.has_more or len(stale) > room
+        self._take_over(name, subscription, stale[:room], idle)
+
+    def _take_over(
+        self, name: str, subscription: Subscription, stale: Sequence[Pending], idle: float
+    ) -> None:
+        if not stale:
+            return
+
+        entries = {
+            entry.id: entry for entry in self._group.look_up(name, [found.id for found in stale])
+        }
+        present = [found for found in stale if entries[found.id].fields is not None]
+        gone = [entries[found.id] for found in stale if entries[found.id].fields is None]
+        mine = self._group.claim(name, present, idle=idle)
+        times = {found.id: found.times for found in present}
+        found = self._intake.sort([entries[id] for id in times if id in mine], {name: subscription})
+
+        if gone:
+            self._forget(name, [entry.id for entry in gone])
+
+        killers = self._mark(found.deliveries, times, subscription)
+        self._take([delivery for delivery in found.deliveries if delivery not in killers], name)
+        self._settler.settle(
+            [self._outcomes.skipped(entry) for entry in found.skipped]
+            + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
+            + [self._outcomes.give_up(killer, "killed", _killed(killer)) for killer in killers]
+        )
+
+    def _mark(
+        self, deliveries: Sequence[Delivery], times: Mapping[str, int], subscription: Subscription
+    ) -> list[Delivery]:
+        """Note on deliveries how often they were begun; those that were begun too often."""
+        most = max(1, self._retries_of(subscription))
+
+        for delivery in deliveries:
+            delivery.begun = times[delivery.entry]
+            delivery.event = replace(delivery.event, attempt=delivery.begun + 1)
+
+        return [delivery for delivery in deliveries if times[delivery.entry] > most]
+
+    def _take(self, taken: Sequence[Delivery], name: str) -> None:
+        self._counters.add("claimed", len(taken))
+
+        if taken:
+            logger.info(
+                "%d events of %r that another worker left are taken over.", len(taken), name
+            )
+
+        self._hand.take(taken)
+        self._lineup.put(taken)
+
+    def _forget(self, name: str, ids: Sequence[str]) -> None:
+        """Acknowledge what was trimmed while it was pending; who gets to do it tells of it."""
+        answer = self._group.pipe.ask(*self._group.acknowledge(name, ids))
+        self._trims.count(name, int(answer))
+
+
+def _killed(delivery: Delivery) -> str:
+    return (
+        f"It was begun {delivery.begun} times, and each time its worker ended before its receivers "
+        "did."
+    )
