@@ -23,6 +23,7 @@ from .group import Group, GroupGoneError
 from .keeper import Keeper
 from .lifecycle import tell
 from .logs import get_logger
+from .memberships import Memberships
 from .namespace import Receiver
 from .outcomes import Outcomes
 from .pipe import Pipe
@@ -130,7 +131,9 @@ class Consumer:
             counters=counters,
             retries_of=counts.of_entry,
         )
-        self._reader = StreamReader(
+        duplicates = Duplicates(reading, config=config, keys=keys)
+        trims = Trims(group, service=config.service, counters=counters)
+        self._memberships = Memberships(
             config=config,
             catalogue=Catalogue(
                 reading,
@@ -140,14 +143,27 @@ class Consumer:
                 grouped=True,
             ),
             group=group,
-            duplicates=Duplicates(reading, config=config, keys=keys),
+            duplicates=duplicates,
             intake=intake,
             hand=self._hand,
             lineup=pool.lineup,
             outcomes=outcomes,
             settler=self._settler,
             claims=claims,
-            trims=Trims(group, service=config.service, counters=counters),
+            trims=trims,
+            counters=counters,
+        )
+        self._reader = StreamReader(
+            memberships=self._memberships,
+            group=group,
+            duplicates=duplicates,
+            intake=intake,
+            hand=self._hand,
+            lineup=pool.lineup,
+            outcomes=outcomes,
+            settler=self._settler,
+            claims=claims,
+            trims=trims,
             counters=counters,
             node=node,
             wanted=wanted,
@@ -159,7 +175,7 @@ class Consumer:
         )
         self._keeper = Keeper(
             config=config,
-            names=lambda: self._reader.joined,
+            names=lambda: self._memberships.joined,
             group=self._settling,
             hand=self._hand,
             lineup=pool.lineup,
@@ -211,7 +227,7 @@ class Consumer:
     def refused(self) -> dict[str, str]:
         """Streams that Redis refuses, and that no channel stands in for, with its reasons."""
         subscriptions = self._subscriptions()
-        refused = {**self._reader.refused, **self._follower.refused}
+        refused = {**self._memberships.refused, **self._follower.refused}
 
         if self.fatal is not None:
             refused = dict.fromkeys(subscriptions, str(self.fatal))
@@ -230,7 +246,7 @@ class Consumer:
     @property
     def fatal(self) -> Exception | None:
         """What this Redis will never do, however long it is waited for."""
-        return self._reader.fatal
+        return self._memberships.fatal
 
     @property
     def _reads_all(self) -> bool:
@@ -320,7 +336,7 @@ class Consumer:
         self._follower.disown()
 
     def _hand_back(self) -> None:
-        if not self._reader.was_joined:
+        if not self._memberships.known:
             return
 
         deadline = time.monotonic() + LAST_WORDS
@@ -333,7 +349,7 @@ class Consumer:
                 if not delivery.started:
                     self._settling.pipe.run(self._retries.put_back(delivery))
 
-            for name in self._reader.was_joined:
+            for name in self._memberships.known:
                 self._release(name)
 
     def _release(self, name: str) -> None:
@@ -370,7 +386,7 @@ class Consumer:
         self._keeper.wake()
 
         if not reconnected:
-            logger.info("Reading the streams of %s.", ", ".join(sorted(self._reader.joined)))
+            logger.info("Reading the streams of %s.", ", ".join(sorted(self._memberships.joined)))
 
         if not self._is_alone():
             return

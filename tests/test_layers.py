@@ -115,11 +115,12 @@ LAYERS = {
     ),
     8: ("dead_report", "retry_line", "settler", "writer"),
     9: ("attempts", "claims", "publisher"),
-    10: ("keeper", "stream_reader"),
-    11: ("consumer",),
-    12: ("inbound",),
-    13: ("node",),
-    14: (
+    10: ("keeper", "memberships"),
+    11: ("stream_reader",),
+    12: ("consumer",),
+    13: ("inbound",),
+    14: ("node",),
+    15: (
         "running",
         "serving",
         "recording",
@@ -131,7 +132,7 @@ LAYERS = {
         "relay",
         "census",
     ),
-    15: (
+    16: (
         "rehearsal",
         "wishes",
         "bus",
@@ -144,7 +145,7 @@ LAYERS = {
         "own_streams",
         "replay",
     ),
-    16: (
+    17: (
         "__init__",
         "server_checks",
         "status_command",
@@ -152,9 +153,9 @@ LAYERS = {
         "replay_command",
         "seek_command",
     ),
-    17: ("doctor", "testing"),
-    18: ("commands",),
-    19: ("cli", "__main__", "pytest_plugin"),
+    18: ("doctor", "testing"),
+    19: ("commands",),
+    20: ("cli", "__main__", "pytest_plugin"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
@@ -197,6 +198,7 @@ INBOUND = {
     "keeper",
     "lineup",
     "listener",
+    "memberships",
     "pool",
     "retry_counts",
     "retry_line",

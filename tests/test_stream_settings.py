@@ -20,9 +20,9 @@ from flask_eventbus import (
     current_event,
     follower,
     keeper,
+    memberships,
     retries,
     settler,
-    stream_reader,
 )
 from flask_eventbus.codec import Codec
 from flask_eventbus.records import DeadLetter
@@ -35,7 +35,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for seconds in a service waits for tenths here."""
     monkeypatch.setattr(retries, "FIRST", 0.02)
     monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
-    monkeypatch.setattr(stream_reader, "ASK_AGAIN", 0.2)
+    monkeypatch.setattr(memberships, "ASK_AGAIN", 0.2)
     monkeypatch.setattr(follower, "ASK_AGAIN", 0.2)
     monkeypatch.setattr(settler, "TELL_AGAIN", 0.2)
 
