@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import msgpack
 import pytest
+import redis
 from servers import RedisServer
 from stream_store import StreamStore
 from test_bad_input import BAD, packed
@@ -17,6 +18,8 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, current_event, duplicates, keeper, retries, settler
 from flask_eventbus.codec import Codec
+from flask_eventbus.group import Group
+from flask_eventbus.pipe import Command, Pipe
 from flask_eventbus.records import DeadLetter, RetryRecord
 
 Make = Callable[..., Bus]
@@ -380,6 +383,43 @@ def test_what_became_of_an_event_is_told_again_until_it_can_be_kept(
         lambda: len(tries) == 2 if outcome == "retry" else letters(store), what="it is told again"
     )
     assert is_settled(store)
+
+
+def test_an_outcome_of_which_redis_took_a_part_is_told_again_after_a_lost_connection(
+    store: StreamStore, service: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+    retries = store.keys.retry("tick", "mailer")
+    lost: list[object] = []
+    run = Pipe.run
+
+    def lose_once(pipe: Pipe, commands: Sequence[Command]) -> list[Any]:
+        if ("MULTI",) in commands and not store.client.exists(retries) and not lost:
+            lost.append(commands)
+            raise redis.ConnectionError
+
+        return run(pipe, commands)
+
+    monkeypatch.setattr(Pipe, "run", lose_once)
+    # It is acknowledged, and nobody can make it pending again.
+    monkeypatch.setattr(Group, "take_back", lambda *_, **__: ("NOSUCHCOMMAND",))
+
+    @service.on("tick", via="stream", start="earliest")
+    def fail_once(sender: str, n: int) -> None:
+        tries.append(current_event.attempt)
+
+        if current_event.attempt == 1:
+            raise ValueError
+
+    store.client.set(retries, "a string")
+    service.start()
+    assert service.ready(10)
+    store.add("tick", n=1)
+    wait_until(lambda: service.health().counts.get("unsettled"), what="Redis refused a part of it")
+
+    store.client.delete(retries)
+    wait_until(lambda: tries == [1, 2], what="it is tried again")
+    assert lost
 
 
 def test_a_retry_whose_outcome_cannot_be_kept_is_not_lost(store: StreamStore, service: Bus) -> None:
