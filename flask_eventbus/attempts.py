@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import redis
+
 from .connections import OUTAGE
 from .counters import Counters
 from .deliveries import Delivery, Hand
@@ -12,6 +14,7 @@ from .dispatcher import Dispatcher, Failure
 from .group import Group, GroupGoneError
 from .logs import get_logger
 from .outcomes import Outcomes
+from .retry_line import RetryLine
 from .settler import Settler
 
 logger = get_logger(__name__)
@@ -35,6 +38,7 @@ class Attempts:
         hand: Hand,
         outcomes: Outcomes,
         settler: Settler,
+        retries: RetryLine,
         counters: Counters,
     ) -> None:
         self._dispatcher = dispatcher
@@ -42,6 +46,7 @@ class Attempts:
         self._hand = hand
         self._outcomes = outcomes
         self._settler = settler
+        self._retries = retries
         self._counters = counters
         self._is_stopping = False
         self._is_disowned = False
@@ -106,22 +111,25 @@ class Attempts:
 
     def _may_begin(self, delivery: Delivery) -> bool:
         """Whether it still is this process's, as far as can be known; if so, it is begun."""
-        if delivery.begun is not None and delivery.record is None and not self._noted(delivery):
-            return False
+        is_first = delivery.record is None and delivery.begun is None
+        return self._hand.begin(delivery) and (is_first or self._is_noted(delivery))
 
-        return self._hand.begin(delivery)
+    def _is_noted(self, delivery: Delivery) -> bool:
+        """Note in Redis that it is begun, where it is a retry, or a worker that ended began it.
 
-    def _noted(self, delivery: Delivery) -> bool:
-        """Note in Redis that it is begun, where a worker that ended had begun it.
-
-        If it ends this one as well, that is to be known.
+        If it ends this process as well, that is to be known.
         """
-        if delivery.begun is None or time.monotonic() > delivery.lease:
-            return False
-
         try:
-            with self._settler.turn:
-                return self._group.begin(delivery.name, delivery.entry, times=delivery.begun + 1)
-        except (GroupGoneError, *OUTAGE) as error:
+            return self._note(delivery)
+        except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
             logger.debug("The entry %s is not begun: %s", delivery.entry, error)
             return False
+
+    def _note(self, delivery: Delivery) -> bool:
+        if delivery.record is not None:
+            return self._retries.begin(delivery, delivery.record)
+
+        times = (delivery.begun or 0) + 1
+
+        with self._settler.turn:
+            return self._group.begin(delivery.name, delivery.entry, times=times)

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+import redis
+
 from .attempts import Attempts
 from .catalogue import Catalogue
 from .claims import Claims
@@ -45,9 +47,6 @@ ANSWER = 5.0
 
 #: Seconds that Redis has to take what became of events.
 SETTLE = 2.0
-
-#: Seconds that the end of a process waits for Redis to take what became of events.
-LAST_WORDS = 5.0
 
 
 class Consumer:
@@ -117,6 +116,7 @@ class Consumer:
             hand=self._hand,
             outcomes=outcomes,
             settler=self._settler,
+            retries=self._retries,
             counters=counters,
         )
         claims = Claims(
@@ -339,15 +339,12 @@ class Consumer:
         if not self._memberships.known:
             return
 
-        deadline = time.monotonic() + LAST_WORDS
-
-        while len(self._settler) and time.monotonic() < deadline:
-            self._settler.flush()
+        self._settler.tell_all()
 
         with self._settler.turn:
             for delivery in self._hand.retries():
                 if not delivery.started:
-                    self._settling.pipe.run(self._retries.put_back(delivery))
+                    self._retries.put_back(delivery)
 
             for name in self._memberships.known:
                 self._release(name)
@@ -364,6 +361,14 @@ class Consumer:
             self._settling.leave(name)
         except GroupGoneError as error:
             logger.debug("Nothing of %r is handed back: %s", name, error)
+        except redis.ResponseError as error:
+            logger.error(
+                "Redis refuses to take back what was read of %r: %s. Another worker takes it over "
+                "after %g s. Correct what it complains of.",
+                name,
+                error,
+                self._config.claim_after,
+            )
 
     # -- whether Redis is there -----------------------------------------------------------
 

@@ -95,11 +95,13 @@ class Retrials:
     def _watched(self, letter: Letter) -> str | None:
         """The last dead letter of the signal, and a watch over all of them."""
         key = self._dead(letter.name)
-        _, found, last = self._access.run(
+        _, found, last, _ = self._access.run(
             [
                 ("WATCH", key),
                 ("XRANGE", key, letter.id, letter.id),
                 ("XREVRANGE", key, "+", "-", "COUNT", 1),
+                # Redis undoes nothing: what it would refuse then is to be known now.
+                ("ZSCORE", self._retry(letter.name), letter.id),
             ]
         )
 

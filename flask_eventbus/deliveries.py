@@ -33,11 +33,11 @@ class Delivery:
     member: bytes = b""
     #: Whether its receivers run, or have run.
     started: bool = False
-    #: What is in hand once: an entry, or one receiver that failed at it.
-    identity: tuple[str, str, str] = field(init=False)
+    #: What is in hand once: an entry, or a retry of one receiver that failed at it.
+    identity: tuple[str, str, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.identity = (self.name, self.entry, self.record.receiver if self.record else "")
+        self.identity = (self.name, self.entry, self.member)
 
     @property
     def in_group(self) -> bool:
@@ -50,7 +50,7 @@ class Hand:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._deliveries: dict[tuple[str, str, str], Delivery] = {}
+        self._deliveries: dict[tuple[str, str, bytes], Delivery] = {}
         #: How many were not begun yet.
         self._waiting = 0
         #: When something was begun, or was there to begin with, by the monotonic clock.
@@ -89,10 +89,9 @@ class Hand:
             return True
 
     def give_away(self) -> list[Delivery]:
-        """Let go of the entries that were not begun: :meth:`begin` refuses them from now on."""
+        """Let go of what was not begun: :meth:`begin` refuses it from now on."""
         with self._lock:
-            every = self._deliveries.values()
-            waiting = [found for found in every if not found.started and found.record is None]
+            waiting = [found for found in self._deliveries.values() if not found.started]
 
             for delivery in waiting:
                 delivery.lease = 0.0
@@ -125,7 +124,7 @@ class Hand:
     def without(self, name: str, entries: Collection[str]) -> list[str]:
         """Those of ``entries`` that are not in hand."""
         with self._lock:
-            return [entry for entry in entries if (name, entry, "") not in self._deliveries]
+            return [entry for entry in entries if (name, entry, b"") not in self._deliveries]
 
     def all(self) -> list[Delivery]:
         """Everything in hand."""

@@ -225,7 +225,6 @@ class Follower:
 
     def _refuse(self, name: str, reason: Exception) -> None:
         self._ask_again = time.monotonic() + ASK_AGAIN
-        self._positions.pop(name, None)
 
         if self.refused.get(name) == str(reason):
             return

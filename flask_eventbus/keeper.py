@@ -240,11 +240,18 @@ class Keeper:
         for delivery in self._hand.all():
             if delivery.record is None:
                 by_name.setdefault(delivery.name, []).append(delivery)
-            elif self._retries.renew(delivery):
-                delivery.lease = lease
+            else:
+                self._renew_retry(delivery, lease)
 
         for name, deliveries in by_name.items():
             self._renew(name, deliveries, lease)
+
+    def _renew_retry(self, delivery: Delivery, lease: float) -> None:
+        try:
+            if self._retries.renew(delivery):
+                delivery.lease = lease
+        except redis.ResponseError as error:
+            self._claims.report_refusal(delivery.name, error)
 
     def _renew(self, name: str, deliveries: Sequence[Delivery], lease: float) -> None:
         try:
@@ -252,6 +259,9 @@ class Keeper:
                 kept = self._group.renew(name, [delivery.entry for delivery in deliveries])
         except GroupGoneError:
             # They run, or will: nobody else has them, and they come again with the new group.
+            return
+        except redis.ResponseError as error:
+            self._claims.report_refusal(name, error)
             return
 
         for delivery in deliveries:
@@ -271,7 +281,11 @@ class Keeper:
         by_name: dict[str, dict[str, int]] = {}
 
         for delivery in deliveries:
-            by_name.setdefault(delivery.name, {})[delivery.entry] = delivery.begun or 0
+            if delivery.record is None:
+                by_name.setdefault(delivery.name, {})[delivery.entry] = delivery.begun or 0
+            else:
+                self._retries.put_back(delivery)
+                self._more_retries.add(delivery.name)
 
         for name, begun in by_name.items():
             try:
@@ -281,6 +295,8 @@ class Keeper:
                     self._group.release(name, {id: begun[id] for id in begun if id in own})
             except GroupGoneError as error:
                 logger.debug("Nothing of %r is given away: %s", name, error)
+            except redis.ResponseError as error:
+                self._claims.report_refusal(name, error)
 
     def _remove_idle(self, names: Mapping[str, Subscription]) -> None:
         for name in names:

@@ -36,6 +36,8 @@ class Outcome:
     doubtful: bool = False
     #: Whether Redis took the end of it, and not the rest.
     is_torn: bool = False
+    #: What undoes the end of one without a delivery, if it is no entry of the stream.
+    undo: Command = ()
 
     @property
     def is_retry(self) -> bool:

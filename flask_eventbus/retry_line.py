@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 from .codec import Codec
 from .config import Config
@@ -113,22 +114,50 @@ class RetryLine:
 
         return score is not None
 
-    def put_back(self, delivery: Delivery) -> list[Command]:
-        """The commands that undo a lease, for a retry that was not begun."""
+    def begin(self, delivery: Delivery, record: RetryRecord) -> bool:
+        """Note in Redis that a retry is being tried; not if another worker has begun it.
+
+        If it ends this process, that is to be known.
+
+        :raises redis.ConnectionError: Redis is away.
+        :raises redis.ResponseError: Redis refuses.
+        """
         key = self._keys.retry(delivery.name, self._config.service)
-        record = delivery.record
+        running = replace(record, attempts=record.attempts + 1, running=True)
+        member = running.packed()
 
-        if record is None:
-            return []
+        with self._turn:
+            answers = self._pipe.run(
+                [
+                    ("MULTI",),
+                    ("ZREM", key, delivery.member),
+                    ("ZADD", key, self._lease_until(), member),
+                    ("EXEC",),
+                ]
+            )
+            _check(answers)
+            removed, added = _members(answers[-1])
 
-        before = replace(record, attempts=record.attempts - 1, running=False)
-        now = round(time.time() * 1000)
-        return [
-            ("MULTI",),
-            ("ZREM", key, delivery.member),
-            ("ZADD", key, now, before.packed()),
-            ("EXEC",),
-        ]
+            if not removed:
+                # Whoever has removed it may have added the very same.
+                if added:
+                    self._pipe.ask("ZREM", key, member)
+
+                return False
+
+            delivery.record, delivery.member = running, member
+            return True
+
+    def put_back(self, delivery: Delivery) -> None:
+        """Undo the lease of a retry that was not begun.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        key = self._keys.retry(delivery.name, self._config.service)
+
+        with self._turn:
+            # Not where another worker has begun it meanwhile, or ended it.
+            self._pipe.run([("ZADD", key, "XX", round(time.time() * 1000), delivery.member)])
 
     def _lease(
         self,
@@ -151,6 +180,7 @@ class RetryLine:
             return self._postpone(name, subscription, record, member, event, given_up)
 
         delivery = self._delivery(name, subscription, record, member, event)
+        delivery.event = replace(event, attempt=record.attempts + 1)
         allowed = self._retries_of(subscription, event, record.receiver)
 
         if record.running and record.attempts > allowed:
@@ -158,12 +188,8 @@ class RetryLine:
             given_up.append(self._outcomes.give_up(delivery, "killed", words))
             return []
 
-        leased = replace(record, attempts=record.attempts + 1, running=True)
-        delivery.record = leased
-        delivery.member = leased.packed()
-        delivery.event = replace(event, attempt=leased.attempts)
         deliveries.append(delivery)
-        return [("ZREM", key, member), ("ZADD", key, self._lease_until(), delivery.member)]
+        return [("ZADD", key, "XX", self._lease_until(), member)]
 
     def _event(self, name: str, record: RetryRecord) -> Event:
         event = self._codec.decode(record.event, via="stream")
@@ -210,6 +236,7 @@ class RetryLine:
         outcome = self._outcomes.rejected(Entry(name, "0-0", None), letter)
         key = self._keys.retry(name, self._config.service)
         outcome.commands = [*outcome.commands, ("ZREM", key, member)]
+        outcome.undo = ("ZADD", key, self._lease_until(), member)
         return outcome
 
     def _delivery(
@@ -242,8 +269,10 @@ def _check(answers: Iterable[object]) -> None:
             raise answer
 
 
-def _members(answer: object) -> list[bytes]:
+def _members(answer: object) -> list[Any]:
     if isinstance(answer, Exception):
         raise answer
 
-    return list(answer) if isinstance(answer, list) else []
+    found = list(answer) if isinstance(answer, list) else []
+    _check(found)
+    return found

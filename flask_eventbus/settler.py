@@ -116,6 +116,15 @@ class Settler:
                     self._put_back(batch)
                     raise
 
+    def tell_all(self) -> None:
+        """Tell Redis what waits, and what it refused, once more.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        self._waiting.extend(outcome for _, outcome in self._refusals)
+        self._refusals.clear()
+        self.flush()
+
     def close(self) -> None:
         """Close the connection."""
         with self.turn:
@@ -235,31 +244,34 @@ class Settler:
 
         outcome.is_torn = not isinstance(answers[-1], Exception)
 
-        if outcome.is_torn and outcome.delivery is not None:
-            self._take_back(outcome, outcome.delivery)
+        if outcome.is_torn:
+            self._take_back(outcome)
 
-    def _take_back(self, outcome: Outcome, delivery: Delivery) -> None:
+    def _take_back(self, outcome: Outcome) -> None:
         """Let Redis have it as what is in this process's hands: it is not to end with it."""
         try:
-            self._group.pipe.ask(*self._beginning(outcome, delivery))
+            self._group.pipe.ask(*self._beginning(outcome))
         except (redis.ResponseError, *OUTAGE) as error:
             logger.debug("What is left of %s is in memory only: %s", outcome.entry, error)
         else:
             outcome.is_torn = False
 
     def _refused(self, outcomes: Sequence[Outcome], refusal: Exception) -> None:
-        """Keep them in hand, and tell Redis again: what succeeded is not to run twice."""
+        """Keep them in hand, and tell Redis again: what succeeded is not to run twice.
+
+        What became no delivery is found once more when it has been pending for long enough.
+        """
         again = time.monotonic() + TELL_AGAIN
-        self._refusals.extend((again, outcome) for outcome in outcomes)
+        kept = [found for found in outcomes if found.delivery is not None or found.is_torn]
+        self._refusals.extend((again, outcome) for outcome in kept)
         self._counters.add("unsettled", len(outcomes))
         self._log.error(
             "refused",
-            "Redis refuses to take what became of %d events of %r: %s. It is told again every %g "
-            "s. Correct what it complains of.",
+            "Redis refuses to take what became of %d events of %r: %s. It is told again until it "
+            "does. Correct what it complains of.",
             len(outcomes),
             outcomes[0].name,
             refusal,
-            TELL_AGAIN,
         )
 
     def _tell(self, outcome: Outcome) -> None:
@@ -293,11 +305,16 @@ class Settler:
     def _transaction(self, outcome: Outcome) -> list[Command]:
         return [("MULTI",), *outcome.commands, self._end(outcome), ("EXEC",)]
 
-    def _beginning(self, outcome: Outcome, delivery: Delivery) -> Command:
+    def _beginning(self, outcome: Outcome) -> Command:
         """What undoes :meth:`_end`."""
-        if not outcome.is_retry:
-            times = (delivery.begun or 0) + 1
-            return self._group.take_back(outcome.name, outcome.entry, times=times)
+        delivery = outcome.delivery
+
+        if outcome.undo:
+            return outcome.undo
+
+        if delivery is None or not outcome.is_retry:
+            begun = 0 if delivery is None else delivery.begun or 0
+            return self._group.take_back(outcome.name, outcome.entry, times=begun + 1)
 
         key = self._keys.retry(outcome.name, self._config.service)
         until = round((time.time() + self._config.claim_after) * 1000)

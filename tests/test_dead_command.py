@@ -560,6 +560,17 @@ def test_an_older_dead_letter_of_the_same_receiver_is_not_taken_for_a_new_failur
     assert store.dead("paid") == [second]
 
 
+def test_a_letter_that_cannot_be_put_back_stays_where_it_is(store: StreamStore) -> None:
+    id, _ = store.give_up("user_registered")
+    store.client.set(store.keys.retry("user_registered", "mailer"), "a string")
+
+    result = store.run("dead", "retry", "--all", "--wait", "0")
+
+    assert result.exit_code == 1
+    assert "another program keeps something else under this key" in result.output
+    assert store.dead("user_registered") == [id]
+
+
 def test_two_who_retry_the_same_letters_put_each_back_once(store: StreamStore) -> None:
     for number in range(20):
         store.give_up("paid", receiver=f"mailer.number_{number}")

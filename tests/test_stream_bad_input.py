@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -515,6 +516,40 @@ def test_a_pattern_whose_beginning_somebody_edited_is_heard_from_now_on(
 
     store.add("tick", n=1)
     wait_until(lambda: heard == [1], what="the event arrives")
+
+
+def test_two_records_of_one_retry_are_both_renewed_while_they_are_tried(
+    store: StreamStore, make_bus: Make
+) -> None:
+    tries: list[int] = []
+    release = threading.Event()
+
+    for _ in range(2):
+        service = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1, concurrency=2)
+
+        @service.on("tick", via="stream", start="earliest")
+        def hold(sender: str, n: int) -> None:
+            tries.append(n)
+            assert release.wait(20)
+
+        service.start()
+        assert service.ready(10)
+
+    receiver = f"{__name__}.{hold.__qualname__}"
+    record = record_of(store, receiver, n=1)
+    key = store.keys.retry("tick", "mailer")
+    store.client.zadd(key, {record.packed(): 1, replace(record, attempts=2).packed(): 1})
+    wait_until(lambda: len(tries) == 2, what="both are tried")
+    leases = [store.client.zrange(key, 0, 0, withscores=True)[0][1]]
+
+    def is_renewed_again() -> bool:
+        leases.append(store.client.zrange(key, 0, 0, withscores=True)[0][1])
+        return len(set(leases)) >= 6
+
+    wait_until(is_renewed_again, what="the one whose lease ends first is renewed again and again")
+    release.set()
+    wait_until(lambda: not store.client.zcard(key), what="nothing is left")
+    assert len(tries) == 2
 
 
 def test_two_records_of_one_retry_are_both_tried(

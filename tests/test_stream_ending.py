@@ -160,6 +160,55 @@ def hold(sender, n):
     assert {line["attempt"] for line in workers.reports("done")} == {2}
 
 
+def test_a_stream_that_redis_refuses_keeps_no_other_from_being_handed_back(
+    workers: Workers,
+) -> None:
+    holding = (
+        HOLDING
+        + """
+@bus.on("another")
+def hear(sender, n):
+    pass
+"""
+    )
+    program = workers.worker(holding, EVENTBUS_CLAIM_AFTER="60")
+    workers.send(*range(5))
+    workers.wait_for("begun")
+    workers.redis.delete(workers.keys.stream("another"))
+    workers.redis.set(workers.keys.stream("another"), "a string")
+    program.tell(signal.SIGTERM)
+    wait_until(lambda: "Finishing what runs" in program.said, what="the signal is taken")
+    workers.release.touch()
+
+    assert program.end() == 0
+    assert "Redis refuses to take back what was read of 'another': WRONGTYPE" in program.said
+    assert "Traceback" not in program.said
+    workers.redis.delete(workers.keys.stream("another"))
+    workers.worker(COUNTING, EVENTBUS_CLAIM_AFTER="60")
+    workers.wait_until_settled()
+    assert workers.done() == Counter(range(5))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_is_no_event_is_no_dead_letter_too_few_where_a_worker_could_not_add_it(
+    workers: Workers, number: signal.Signals
+) -> None:
+    dead = workers.keys.dead("work", workers.name)
+    workers.redis.set(dead, "a string")
+    program = workers.worker()
+    workers.redis.xadd(workers.stream, {"event": b"\xc1 no event"})
+    wait_until(lambda: "Redis refuses to take what became" in program.said, what="it is told")
+    program.tell(number)
+    program.end()
+
+    workers.redis.delete(dead)
+    workers.worker()
+
+    wait_until(lambda: workers.letters(), what="it is a dead letter")
+    workers.wait_until_settled()
+    assert [letter["reason"] for letter in workers.letters()] == [b"undecodable"]
+
+
 def test_a_worker_that_ends_leaves_no_consumer_behind(workers: Workers) -> None:
     program = workers.worker()
     workers.send(*range(20))

@@ -284,6 +284,28 @@ def test_a_receiver_without_a_group_that_fails_is_told_of_and_not_tried_again(
     assert letters(store) == []
 
 
+def test_a_process_that_follows_a_stream_misses_nothing_while_redis_refuses_it(
+    store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = store.keys.stream("tick")
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    heard = listen(bus, via="stream", group=None)
+    store.add("tick", n=1)
+    wait_until(lambda: heard == [1], what="the first is heard")
+
+    store.client.rename(stream, "elsewhere")
+    store.client.set(stream, "a string")
+    wait_until(lambda: "Redis refuses to let 'mailer' follow" in caplog.text, what="it is told")
+    store.client.xadd("elsewhere", {b"event": Codec().encode(store.event("tick", n=2))})
+
+    with store.client.pipeline(transaction=True) as both:
+        both.delete(stream)
+        both.rename("elsewhere", stream)
+        both.execute()
+
+    wait_until(lambda: heard == [1, 2], what="what was sent meanwhile is heard")
+
+
 def test_entries_that_are_no_events_stop_no_process_without_a_group(
     store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from waiting import wait_until
@@ -346,6 +347,112 @@ def count(sender, n):
     done = workers.done() + workers.done("stolen")
     assert done == once(4)
     assert workers.done("begun") == workers.done()
+
+
+#: Fails at its first attempt, and is held at its second.
+FAILING = """
+@bus.on("work", retries=1)
+def hold(sender, n):
+    report("begun", n=n, attempt=current_event.attempt)
+
+    if current_event.attempt == 1:
+        raise Retry(after=1)
+
+    wait_until_released("RELEASE")
+    report("done", n=n)
+
+@bus.on("long")
+def take_long(sender, n):
+    report("holding")
+    wait_until_released("RELEASE")
+"""
+
+
+def all_leased(workers: Workers, count: int) -> bool:
+    """Whether a worker has so many retries, and none is left to be taken."""
+    retries = workers.keys.retry("work", workers.name)
+    due = workers.redis.zcount(retries, "-inf", int(time.time() * 1000))
+    return bool(workers.redis.zcard(retries) == count and due == 0)
+
+
+def test_retries_that_a_killed_worker_had_not_begun_are_tried_by_another(workers: Workers) -> None:
+    killed = workers.worker(FAILING)
+    workers.send(*range(10))
+    [begun] = workers.wait_for("begun", attempt=2)
+    wait_until(lambda: all_leased(workers, 10), what="the worker has all of the retries")
+    killed.kill()
+    workers.release.touch()
+    workers.worker(FAILING)
+
+    workers.wait_until_settled()
+    assert workers.done() == once(10) - Counter([begun["n"]])
+    assert [letter["reason"] for letter in workers.letters()] == [b"killed"]
+
+
+def test_a_retry_waits_behind_no_long_receiver_where_another_worker_is_free(
+    workers: Workers,
+) -> None:
+    busy = workers.worker(FAILING, EVENTBUS_CONCURRENCY="1")
+    workers.send(0)
+    workers.wait_for("begun", attempt=1)
+    workers.send(0, name="long")
+    workers.wait_for("holding", pid=busy.pid)
+    wait_until(lambda: all_leased(workers, 1), what="the busy worker has the retry")
+    free = workers.worker(FAILING, EVENTBUS_CONCURRENCY="1")
+
+    workers.wait_for("begun", attempt=2, pid=free.pid)
+    workers.release.touch()
+    workers.wait_until_settled()
+    assert workers.done() == once(1)
+
+
+def test_a_worker_that_was_stopped_for_long_puts_back_nothing_that_another_has_handled(
+    workers: Workers,
+) -> None:
+    stopped = workers.worker(FAILING)
+    workers.send(*range(5))
+    [begun] = workers.wait_for("begun", attempt=2)
+    wait_until(lambda: all_leased(workers, 5), what="the worker has all of the retries")
+    stopped.tell(signal.SIGSTOP)
+    # Only there: what runs in the first worker goes on to run.
+    workers.worker(FAILING.replace('wait_until_released("RELEASE")', "pass"))
+    workers.wait_until_settled()
+    stopped.tell(signal.SIGTERM)
+    stopped.tell(signal.SIGCONT)
+    wait_until(lambda: "Finishing what runs" in stopped.said, what="the signal is taken")
+    workers.release.touch()
+
+    assert stopped.end() == 0
+    workers.wait_until_settled()
+    assert workers.done() - Counter([begun["n"]]) == once(5) - Counter([begun["n"]])
+
+
+def test_what_redis_refuses_to_renew_keeps_nothing_else_from_it(workers: Workers) -> None:
+    for _ in range(2):
+        workers.worker(FAILING, EVENTBUS_CONCURRENCY="2")
+
+    workers.send(0, name="long")
+    workers.wait_for("holding")
+    stream = workers.keys.stream("long")
+
+    def idle() -> int:
+        found = workers.redis.xpending_range(stream, workers.name, "-", "+", 1)
+        return int(found[0]["time_since_delivered"])
+
+    workers.send(0)
+    workers.wait_for("begun", attempt=2)
+    workers.redis.set(workers.keys.retry("work", workers.name), "a string")
+    looks = [idle()]
+
+    def is_renewed_again() -> bool:
+        looks.append(idle())
+        return sum(new < old for old, new in pairwise(looks)) >= 6
+
+    wait_until(is_renewed_again, what="what runs is renewed again and again")
+    workers.redis.delete(workers.keys.retry("work", workers.name))
+    workers.release.touch()
+    workers.wait_until_settled()
+    assert len(workers.reports("holding")) == 1
 
 
 def test_a_retry_slower_than_the_claim_time_runs_once(workers: Workers) -> None:
