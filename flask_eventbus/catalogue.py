@@ -5,12 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Set
 
+import redis
+
 from .config import Config
+from .counters import BoundedLog
+from .logs import get_logger
 from .names import SIGNAL_NAME
 from .options import is_pattern, matches
 from .pipe import Pipe
 from .streams import StreamKeys
 from .subscriptions import NEW, Subscription
+
+logger = get_logger(__name__)
 
 #: Seconds between looks for streams that patterns stand for.
 LOOK = 2.0
@@ -39,6 +45,9 @@ class Catalogue:
         self._grouped = grouped
         self._found: set[str] = set()
         self._looked = 0.0
+        #: The patterns that it was looked for.
+        self._asked: set[str] = set()
+        self._log = BoundedLog(logger)
         #: Since when the service has subscribed to each pattern, in milliseconds since 1970.
         self._since: dict[str, int] = {}
 
@@ -64,7 +73,7 @@ class Catalogue:
         patterns = [name for name in wanted if is_pattern(name)]
 
         if patterns:
-            self._look(patterns)
+            self._try_to_look(patterns)
 
         every = self._subscriptions()
         names = {name: found for name, found in wanted.items() if not is_pattern(name)}
@@ -85,9 +94,29 @@ class Catalogue:
 
         return subscription.start
 
+    def _try_to_look(self, patterns: list[str]) -> None:
+        try:
+            self._look(patterns)
+        except redis.ResponseError as error:
+            # What is subscribed by name does not depend on it.
+            self._looked = time.monotonic()
+            self._log.error(
+                "refused",
+                "Redis refuses to tell which streams there are for %s: %s. Patterns hear no stream "
+                "that is not known yet. Grant the user of %r (+smembers +hsetnx +hget +time ~%s "
+                "~%s) in the ACL, or remove what another program keeps there.",
+                ", ".join(patterns),
+                error,
+                self._config.service,
+                self._keys.names,
+                self._keys.since(self._config.service),
+            )
+
     def _look(self, patterns: list[str]) -> None:
-        if time.monotonic() - self._looked < LOOK and self._since.keys() >= set(patterns):
+        if time.monotonic() - self._looked < LOOK and self._asked >= set(patterns):
             return
+
+        self._asked = set(patterns)
 
         self._remember([name for name in patterns if name not in self._since])
         self._looked = time.monotonic()

@@ -10,6 +10,7 @@ import redis
 from .config import Config
 from .counters import BoundedLog, Counters
 from .deliveries import Delivery, Hand
+from .event import Event
 from .group import LONG_IDLE, RELEASED, Group, GroupGoneError, Pending
 from .lineup import Lineup
 from .logs import get_logger
@@ -29,7 +30,7 @@ class Claims:
     """Claims entries that were handed back, or whose worker is silent for too long.
 
     :param group: on the settler's connection.
-    :param retries_of: how often an entry that kills its worker is begun.
+    :param retries_of: how often an event that kills its worker is begun once more.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Claims:
         settler: Settler,
         trims: Trims,
         counters: Counters,
-        retries_of: Callable[[Subscription], int],
+        retries_of: Callable[[Subscription, Event], int],
     ) -> None:
         self._config = config
         self._group = group
@@ -154,13 +155,15 @@ class Claims:
         self, deliveries: Sequence[Delivery], times: Mapping[str, int], subscription: Subscription
     ) -> list[Delivery]:
         """Note on deliveries how often they were begun; those that were begun too often."""
-        most = max(1, self._retries_of(subscription))
-
         for delivery in deliveries:
             delivery.begun = times[delivery.entry]
             delivery.event = replace(delivery.event, attempt=delivery.begun + 1)
 
-        return [delivery for delivery in deliveries if times[delivery.entry] > most]
+        return [
+            delivery
+            for delivery in deliveries
+            if times[delivery.entry] > max(1, self._retries_of(subscription, delivery.event))
+        ]
 
     def _take(self, taken: Sequence[Delivery], name: str) -> None:
         self._counters.add("claimed", len(taken))

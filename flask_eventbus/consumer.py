@@ -129,7 +129,7 @@ class Consumer:
             settler=self._settler,
             trims=Trims(self._settling, service=config.service, counters=counters),
             counters=counters,
-            retries_of=counts.of_entry,
+            retries_of=counts.of_event,
         )
         duplicates = Duplicates(reading, config=config, keys=keys)
         trims = Trims(group, service=config.service, counters=counters)

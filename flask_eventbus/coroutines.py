@@ -29,9 +29,7 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     if gevent is not None:
         return _run_in_real_thread(gevent, coroutine, context)
 
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _is_in_loop():
         return _run_here(coroutine, context)
 
     with ThreadPoolExecutor(1, thread_name_prefix="eventbus-async") as pool:
@@ -49,6 +47,16 @@ def kept_loop() -> Iterator[None]:
     finally:
         _forget_runner()
         runner.close()
+
+
+def _is_in_loop() -> bool:
+    # By itself, so that its error is not the context of what a coroutine raises.
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+
+    return True
 
 
 def _run_here(coroutine: Coroutine[Any, Any, Any], context: contextvars.Context) -> Any:

@@ -305,7 +305,7 @@ def _retry(desk: _Desk, letters: Sequence[Letter], wait: float) -> int:
 
     for letter in letters:
         if reason := why_not(letter):
-            click.echo(f"{printable(letter.shown)}: cannot be retried, {reason}. Drop it.")
+            click.echo(f"{printable(letter.shown)}: cannot be retried, {reason}")
         elif retrial := retrials.put_back(letter):
             put_back.append(retrial)
         else:

@@ -181,12 +181,21 @@ class Retrials:
 
 
 def why_not(letter: Letter) -> str:
-    """Why a dead letter cannot be put back; empty if it can."""
-    if b"event" not in letter.content.fields:
-        return "it has no event"
+    """Why a dead letter cannot be put back, and what to do instead; empty if it can."""
+    content = letter.content
 
-    if not letter.content.receiver or not letter.content.entry:
-        return "it was never read as an event, and no receiver failed at it"
+    if b"event" not in content.fields:
+        return "it has no event. Drop it."
+
+    if content.event_id and not content.receiver and content.entry:
+        return (
+            "its worker died before it was known which receiver was to blame. Bring it to all of "
+            f"them again: flask eventbus replay {letter.name} --from {content.entry} --to "
+            f"{content.entry}"
+        )
+
+    if not content.receiver or not content.entry:
+        return "it was never read as an event, and no receiver failed at it. Drop it."
 
     return ""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .coroutines import run_coroutine
 from .counters import BoundedLog, Counters
@@ -106,7 +107,7 @@ class Dispatcher:
 
             if result is not None and inspect.iscoroutine(result):
                 timeout = self._timeout(event.name, receiver)
-                run_coroutine(result if timeout is None else asyncio.wait_for(result, timeout))
+                run_coroutine(result if timeout is None else _in_time(result, timeout))
         except BaseException as error:
             # Even SystemExit: a receiver cannot end the process that others depend on.
             failures.append(self._failed(receiver, event, error))
@@ -171,6 +172,24 @@ def name_of(receiver: object) -> str:
         return object.__repr__(receiver)
 
 
+async def _in_time(coroutine: Coroutine[Any, Any, Any], seconds: float) -> None:
+    """Await a receiver, and cancel it when its time is over.
+
+    :raises TimeoutError: it is.
+    """
+    limit = asyncio.timeout(seconds)
+
+    try:
+        async with limit:
+            await coroutine
+    except TimeoutError:
+        # It may be one of its own.
+        if limit.expired():
+            raise TimeoutError(f"It took longer than its timeout of {seconds:g} s.") from None
+
+        raise
+
+
 def _said_by(error: BaseException) -> str:
     try:
         return str(error)
@@ -188,10 +207,14 @@ def explain(receiver: Receiver, event: Event, error: BaseException) -> BaseExcep
     if misfit is None:
         return error
 
+    advice = (
+        "Send what is missing, or give the parameter a default"
+        if misfit.startswith("missing")
+        else "Let the receiver take them, or let it end with **extra"
+    )
     explained = ReceiverError(
         f"The receiver {name_of(receiver)} does not accept the event {event.id} of "
-        f"{event.name!r}: {misfit}. Its payload has the keys {sorted(event.payload)}. Let the "
-        "receiver take them, or let it end with **extra."
+        f"{event.name!r}: {misfit}. Its payload has the keys {sorted(event.payload)}. {advice}."
     )
     explained.__cause__ = error
     return explained

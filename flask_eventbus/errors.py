@@ -68,9 +68,13 @@ class Retry(EventBusError):  # noqa: N818 - a receiver says it: raise Retry(afte
 
     :param after: seconds, up to a year; those of the backoff by default.
     :raises ValueError: it is no such number.
+    :raises TypeError: the message is no text.
     """
 
     def __init__(self, message: str = "", *, after: float | None = None) -> None:
+        if not isinstance(message, str):
+            raise TypeError(f"Retry({message!r}) has no text. Write Retry(after={message!r}).")
+
         is_number = isinstance(after, int | float) and not isinstance(after, bool)
 
         if after is not None and not (is_number and 0 <= after <= MOST_AFTER):

@@ -180,7 +180,9 @@ class Memberships:
         joined = dict(self.joined)
 
         for name, refusal in refusals.items():
-            refusal = refusal or self._take_up(name, wanted[name])
+            obstacle = self._take_up(name, wanted[name])
+            # Where the group is there, it does not matter that another may not be made.
+            refusal = obstacle and (refusal or obstacle)
 
             if refusal is None:
                 joined[name] = wanted[name]
@@ -193,10 +195,9 @@ class Memberships:
 
     def _take_up(self, name: str, subscription: Subscription) -> Exception | None:
         """Take up what this consumer has of a stream; what refused it."""
-        self.known.add(name)
-
         try:
             self._group.try_to_read(name)
+            self.known.add(name)
             # All of this is older than what is read then.
             self._recover(name, subscription)
             self._claims.take_back({name: subscription})

@@ -136,8 +136,9 @@ class Pool:
         left = self._inbox.clear()
         self._counters.add("dropped", left)
         logger.error(
-            "Receivers were still running after the grace of %g s: %d events that had arrived are "
-            "not handled. Raise 'EVENTBUS_GRACE', or make the receivers shorter.",
+            "Receivers were still running after the grace of %g s. Events of streams come again, "
+            "and %d of channels that had arrived are not handled. Raise 'EVENTBUS_GRACE', or make "
+            "the receivers shorter.",
             grace,
             left,
         )

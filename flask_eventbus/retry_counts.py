@@ -39,9 +39,11 @@ class RetryCounts:
         receivers = self._dispatcher.receivers(event, only=name)
         return self._of(subscription, event.name, receivers[0])
 
-    def of_entry(self, subscription: Subscription) -> int:
-        """The count of an entry, whatever receivers it has: how often it may end its worker."""
-        return self._config.retries if subscription.retries is None else subscription.retries
+    def of_event(self, subscription: Subscription, event: Event) -> int:
+        """The highest count of an event's receivers: how often it may end its worker."""
+        receivers = self._dispatcher.receivers(event)
+        counts = [self._of(subscription, event.name, receiver) for receiver in receivers]
+        return max(counts, default=self._config.retries)
 
     def _of(self, subscription: Subscription, name: str, receiver: Receiver) -> int:
         asked = self._asked(name, receiver)

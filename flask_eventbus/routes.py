@@ -128,6 +128,12 @@ def _refuse_stream_options(options: Mapping[str, Any], via: str, where: str) -> 
 def _read_confirm(options: Mapping[str, Any], via: str, where: str) -> bool:
     value = options.get("confirm")
 
+    if value is False and options.get("replicas"):
+        raise ConfigError(
+            f"{where} has 'confirm' False and 'replicas' {options['replicas']!r}: nobody would "
+            "wait for the replicas. Take one of the two off."
+        )
+
     # What is confirmed is never lost: on a stream that is the point of it.
     if value is None:
         return via == "stream" and not options.get("outbox")

@@ -75,12 +75,18 @@ class Seek:
     def make(self, move: Move) -> None:
         """Move the group; what comes again is not taken for a duplicate.
 
+        Where it has passed the place meanwhile, and was to go forward, it stays.
+
         :raises click.ClickException: the group is gone, or Redis cannot be asked.
         """
+        if move.target >= move.here and self._position(move.name) >= move.target:
+            return
+
         key = self._access.keys.stream(move.name)
         target: Command = ("XGROUP", "SETID", key, self._service, id_text(move.target))
         count = () if move.entries_read is None else ("ENTRIESREAD", move.entries_read)
-        seen = list(self._seen(move.name)) if move.repeated else []
+        # Workers go on to read: something may come again though nothing was to.
+        seen = list(self._seen(move.name))
         forget: list[Command] = [("DEL", *seen)] if seen else []
         answers = self._access.together([(*target, *count), *forget])
 
@@ -89,6 +95,10 @@ class Seek:
                 f"The group of {self._service!r} at the stream of {move.name!r} is gone: nothing "
                 "was moved."
             )
+
+    def _position(self, name: str) -> EntryId:
+        group = self._access.groups_of(name).get(self._service)
+        return (0, 0) if group is None else entry_id(group["last-delivered-id"])
 
     def _count(self, name: str, here: EntryId, target: EntryId, last: EntryId) -> tuple[int, int]:
         """How many entries are behind one place, and behind the other."""

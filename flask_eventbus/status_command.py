@@ -161,7 +161,13 @@ class _Look:
             # Of a service that only has a name, nothing tells which streams are its own.
             statuses = [status for status in statuses if status.groups]
 
-        return statuses, list(excess_of(statuses, lag=self._max_lag, dead=self._max_dead))
+        excess = list(excess_of(statuses, lag=self._max_lag, dead=self._max_dead))
+
+        if not statuses and (self._max_lag is not None or self._max_dead is not None):
+            # A name that is misspelt is not to look like a service that does well.
+            excess.append(f"{self._nothing()} So there is nothing to judge.")
+
+        return statuses, excess
 
     def _wanted(self, names: Sequence[str]) -> Mapping[str, Sequence[str] | None]:
         """The services to look at, for each signal; ``None`` for all."""

@@ -17,6 +17,13 @@ def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
     """The lines of `status`: one for each service at a stream, then one for each consumer."""
     rows = [row for status in statuses for row in _group_rows(status)]
     yield from fitted_table(_GROUPS, rows, names=(0, 2))
+
+    for status in statuses:
+        for group in status.groups:
+            if group.lost:
+                yield ""
+                yield _loss_of(status.name, group)
+
     rows = [
         _consumer_row(status.name, group.service, consumer)
         for status in statuses
@@ -52,11 +59,25 @@ def excess_of(
         for group in status.groups:
             place = f"of '{printable(group.service)}' at {status.name!r}"
 
+            if lag is not None and group.lost:
+                yield _loss_of(status.name, group)
+
+            if lag is not None and not group.exists:
+                yield (
+                    f"'{printable(group.service)}' has no group at {status.name!r}, so its lag is "
+                    "not known: start it, or see what happened to Redis."
+                )
+
             if lag is not None and group.exists:
                 yield from _excess_of_lag(group.lag, status.length, place, lag)
 
             if dead is not None and group.dead > dead:
                 yield f"The dead letters {place} are {group.dead}, more than {dead}."
+
+
+def _loss_of(name: str, group: GroupStatus) -> str:
+    service = printable(group.service)
+    return f"{group.lost} events of {name!r} were trimmed before '{service}' got them."
 
 
 def _excess_of_lag(lag: int | None, length: int, place: str, most: int) -> Iterator[str]:
@@ -105,6 +126,7 @@ def _group_as_json(group: GroupStatus) -> dict[str, Any]:
         "service": group.service,
         "exists": group.exists,
         "lag": group.lag,
+        "lost": group.lost,
         "pending": group.pending,
         "oldest_pending_seconds": group.oldest,
         "retries": group.retries,

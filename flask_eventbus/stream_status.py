@@ -35,6 +35,8 @@ class GroupStatus:
     exists: bool
     #: Events that no worker has got yet; ``None`` where the server cannot tell.
     lag: int | None
+    #: Events that were trimmed before any worker got them, as far as the server can tell.
+    lost: int
     #: Events that a worker has got and not finished, and how many seconds ago the oldest of
     #: them was published.
     pending: int
@@ -131,6 +133,7 @@ def _groups(
             service=service,
             exists=group is not None,
             lag=None,
+            lost=0,
             pending=0,
             oldest=None,
             retries=next(answers),
@@ -141,6 +144,7 @@ def _groups(
             status = replace(
                 status,
                 lag=lag_of(group, stream.length, stream.first, stream.last),
+                lost=lost_of(group, stream.length, stream.first),
                 pending=group["pending"],
                 oldest=_age(next(answers)),
                 consumers=[
@@ -187,6 +191,19 @@ def lag_of(
     counted: int | None = group.get("lag")
     # It has got the first entry and not the last: no other number can be true.
     return counted if counted is not None and 0 < counted < length else None
+
+
+def lost_of(group: Mapping[str, Any], length: int, first: EntryId | None) -> int:
+    """How many entries were trimmed before a group got them, as far as Redis tells.
+
+    :param group: what ``XINFO GROUPS`` says.
+    :param first: the id of the first entry of the stream, if it has one.
+    """
+    if first is not None and entry_id(group["last-delivered-id"]) >= first:
+        return 0
+
+    counted: int | None = group.get("lag")
+    return max(0, (counted or 0) - length)
 
 
 def consumer_of(name: str, facts: Mapping[str, Any]) -> ConsumerStatus:

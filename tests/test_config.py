@@ -204,6 +204,10 @@ WRONG_ROUTES = [
     ({"a": {"via": "stream", "key": 7}}, r"\['key'\] is 7. Set it to the name of a payload key"),
     ({"a": {"via": "stream", "key": ""}}, r"\['key'\] is ''"),
     ({"a": {"via": "stream", "maxlen": "x"}}, r"\['maxlen'\]. is 'x'. Set it to the number"),
+    (
+        {"a": {"via": "stream", "replicas": 1, "confirm": False}},
+        "nobody would wait for the replicas. Take one of the two off",
+    ),
     ({"a": {"via": "stream", "replicas": -1}}, r"\['replicas'\]. is -1. Set it to a whole"),
     ({"a": {"confirm": "yes"}}, r"\['confirm'\] is 'yes'. Set it to True or False"),
     ({"a": {"payload": 7}}, r"\['payload'\] is 7. Set it to a function"),
@@ -241,13 +245,13 @@ def test_a_stream_takes_options_and_is_confirmed_unless_told_otherwise() -> None
     routes = read_routes(
         {
             "a": "stream",
-            "b": {"via": "stream", "confirm": False, "key": "id", "maxlen": 7, "replicas": 1},
+            "b": {"via": "stream", "confirm": False, "key": "id", "maxlen": 7},
             "c": {"via": "stream", "maxlen": "12h"},
         }
     )
 
     assert routes["a"] == Route(name="a", via="stream", confirm=True)
-    assert routes["b"] == Route(name="b", via="stream", key="id", maxlen=7, replicas=1)
+    assert routes["b"] == Route(name="b", via="stream", key="id", maxlen=7)
     assert routes["c"].maxlen == Age(12 * 3_600)
 
 

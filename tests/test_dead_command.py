@@ -560,6 +560,16 @@ def test_an_older_dead_letter_of_the_same_receiver_is_not_taken_for_a_new_failur
     assert store.dead("paid") == [second]
 
 
+def test_what_killed_its_workers_is_to_be_replayed(store: StreamStore) -> None:
+    id, _ = store.give_up("paid", reason="killed", receiver="", entry="1763848800000-7")
+
+    result = store.run("dead", "retry", "--all")
+
+    assert result.exit_code == 1
+    assert "flask eventbus replay paid --from 1763848800000-7 --to 1763848800000-7" in result.output
+    assert store.dead("paid") == [id]
+
+
 def test_a_letter_that_cannot_be_put_back_stays_where_it_is(store: StreamStore) -> None:
     id, _ = store.give_up("user_registered")
     store.client.set(store.keys.retry("user_registered", "mailer"), "a string")

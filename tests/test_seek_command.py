@@ -15,6 +15,8 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, EventBus
 from flask_eventbus.cli import flask_commands
+from flask_eventbus.config import Config
+from flask_eventbus.seek import Seek
 from flask_eventbus.stream_access import StreamAccess
 
 
@@ -129,12 +131,24 @@ def test_what_is_repeated_is_not_taken_for_a_duplicate(store: StreamStore) -> No
     for key in (*keys, *others):
         store.client.sadd(key, "x")
 
-    store.run("seek", "paid", "--to", "new", "--yes")
-    assert store.client.exists(*keys) == 2
-
     store.run("seek", "paid", "--to", "earliest", "--yes")
     assert store.client.exists(*keys) == 0
     assert store.client.exists(*others) == 2
+
+
+def test_a_group_that_has_passed_the_place_meanwhile_is_not_moved_back(store: StreamStore) -> None:
+    store.add("paid", n=1)
+    store.group("paid")
+    config = Config(service="mailer", url=store.url, prefix=store.prefix)
+
+    with StreamAccess(config, name="tests") as access:
+        seek = Seek(access, "mailer")
+        move = seek.plan("paid", None)
+        later, _ = store.add("paid", n=2)
+        store.read("paid", 2)
+        seek.make(move)
+
+    assert store.position("paid") == later
 
 
 def test_the_lag_is_right_after_a_move(store: StreamStore) -> None:

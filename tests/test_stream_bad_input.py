@@ -494,6 +494,25 @@ def test_a_name_that_no_signal_can_have_is_no_stream_for_a_pattern(
     assert keys == [store.keys.stream("tick").encode()]
 
 
+def test_a_pattern_that_cannot_be_noted_keeps_no_name_from_being_heard(
+    store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.client.set(store.keys.since("mailer"), "a string")
+    heard: list[Any] = []
+    patterns: list[Any] = []
+    service.on("ta*", via="stream")(lambda sender, n: patterns.append(n))
+    service.on("tick", via="stream", start="earliest")(lambda sender, n: heard.append(n))
+    service.start()
+    store.add("tick", n=1)
+
+    wait_until(lambda: heard == [1], what="what is subscribed by name is heard")
+    assert "Redis refuses to tell which streams there are for ta*: WRONGTYPE" in caplog.text
+    store.client.delete(store.keys.since("mailer"))
+    assert service.ready(10)
+    store.add("tack", n=2)
+    wait_until(lambda: patterns == [2], what="the pattern is heard once it can be noted")
+
+
 def test_a_set_of_names_that_is_none_is_told(
     store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:

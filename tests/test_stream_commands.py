@@ -112,6 +112,7 @@ def test_status_shows_the_same_as_json(store: StreamStore) -> None:
         "service": "mailer",
         "exists": True,
         "lag": 2,
+        "lost": 0,
         "pending": 2,
         "retries": 2,
         "dead": 1,
@@ -124,6 +125,45 @@ def test_status_shows_the_same_as_json(store: StreamStore) -> None:
         "node": NODE,
         "pending": 2,
     }
+
+
+def test_status_tells_what_was_trimmed_before_it_was_read(store: StreamStore) -> None:
+    store.add("paid", n=0)
+    store.group("paid")
+    store.read("paid", 1)
+
+    for number in range(1, 10):
+        store.add("paid", n=number)
+
+    store.client.xtrim(store.keys.stream("paid"), maxlen=4, approximate=False)
+
+    result = store.run("status", "--max-lag", "100")
+
+    assert result.exit_code == 1
+    assert result.output.count("5 events of 'paid' were trimmed before 'mailer' got them.") == 2
+    (stream,) = as_json(store.run("status", "--json"))["streams"]
+    assert (stream["groups"][0]["lag"], stream["groups"][0]["lost"]) == (4, 5)
+
+
+@pytest.mark.parametrize("option", ["--max-lag", "--max-dead"])
+def test_where_there_is_nothing_to_judge_a_monitor_is_told(store: StreamStore, option: str) -> None:
+    fill(store)
+
+    result = store.run("status", option, "1000", service="mailr")
+
+    assert result.exit_code == 1
+    assert "has no stream under the prefix" in result.stderr
+    assert "there is nothing to judge" in result.stderr
+
+
+def test_a_group_that_is_gone_is_more_lag_than_any(store: StreamStore) -> None:
+    fill(store)
+    store.client.xgroup_destroy(store.keys.stream("user_registered"), "mailer")
+
+    result = store.run("status", "--max-lag", "1000")
+
+    assert result.exit_code == 1
+    assert "'mailer' has no group at 'user_registered', so its lag is not known" in result.stderr
 
 
 def test_status_without_a_service_or_with_all_shows_every_service(store: StreamStore) -> None:

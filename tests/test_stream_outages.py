@@ -346,6 +346,20 @@ def lose(shared_redis: RedisServer) -> Iterator[Callable[..., tuple[Loss, str]]]
 Lose = Callable[..., tuple[Loss, str]]
 
 
+def test_a_worker_that_starts_while_redis_is_full_reads_what_is_there(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    store = StreamStore(redis_server)
+    store.add("tick", n=1)
+    store.group("tick")
+    store.client.config_set("maxmemory-policy", "noeviction")
+    store.client.config_set("maxmemory", "1mb")
+
+    heard = hear(make_bus(redis_server.url, "mailer", prefix=store.prefix))
+
+    wait_until(lambda: heard == [1], what="the event arrives")
+
+
 @pytest.mark.parametrize("silent", [False, True], ids=["cut", "silent"])
 def test_an_event_whose_xadd_was_not_answered_reaches_receivers_once(
     shared_redis: RedisServer, make_bus: Make, lose: Lose, silent: bool

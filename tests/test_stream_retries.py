@@ -467,7 +467,27 @@ def test_an_async_receiver_that_takes_too_long_is_ended_and_has_failed(line: Lin
 
     wait_until(line.letters, what="it is given up")
     assert ended == [1, 2]
-    assert "TimeoutError" in line.letters()[0]["error"]
+    letter = line.letters()[0]
+    assert letter["error"] == "TimeoutError: It took longer than its timeout of 0.05 s."
+    assert "During handling of the above" not in letter["traceback"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_timeout_that_an_async_receiver_raises_itself_is_as_it_says(line: Line) -> None:
+    @line.bus.on("work", timeout=60, retries=0)
+    async def receive(sender: str, n: int) -> None:
+        raise TimeoutError("the other side is silent")
+
+    line.listen()
+    line.send(1)
+
+    wait_until(line.letters, what="it is given up")
+    assert line.letters()[0]["error"] == "TimeoutError: the other side is silent"
+
+
+def test_retry_with_a_number_that_is_not_called_after_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Write Retry\(after=60\)"):
+        Retry(60)  # type: ignore[arg-type]  # that is the point
 
 
 def test_a_timeout_that_python_could_not_keep_is_refused(line: Line) -> None:

@@ -270,7 +270,9 @@ def count(sender, n):
 
     report("done", n=n)
 """
-    settings = {"EVENTBUS_RETRIES": "2", "EVENTBUS_CLAIM_AFTER": "0.5"}
+    # What the receiver asks for counts, and not the setting.
+    deadly = deadly.replace('"work"', '"work", retries=2')
+    settings = {"EVENTBUS_RETRIES": "9", "EVENTBUS_CLAIM_AFTER": "0.5"}
     workers.send(*range(8))
     program = workers.work(deadly.replace('"work"', '"work", start="earliest"'), **settings)
     starts = 1

@@ -610,8 +610,10 @@ def test_a_payload_that_does_not_fit_a_receiver_is_raised(
     bus = make_bus(NOWHERE)
     bus.on("tick")(lambda sender, number: None)
 
-    with pytest.raises(ReceiverError, match=r"missing a required argument: 'number'"):
-        eventbus.deliver("tick", count=1)
+    with pytest.raises(ReceiverError, match=r"missing a required argument: 'number'.*a default\."):
+        eventbus.deliver("tick", payload={})
+    with pytest.raises(ReceiverError, match=r"unexpected keyword argument 'count'.*\*\*extra\."):
+        eventbus.deliver("tick", number=1, count=1)
 
 
 def test_each_event_gets_an_app_context_of_its_own(make_app: MakeApp, eventbus: Isolation) -> None:
