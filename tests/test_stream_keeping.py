@@ -1,0 +1,265 @@
+"""What goes on behind receivers of streams: where a mistake would be a quiet loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import redis
+from servers import RedisServer
+from stream_store import StreamStore
+from waiting import wait_until
+
+from flask_eventbus import Bus, Reject, attempts, current_event, keeper, outcomes, retries
+from flask_eventbus.codec import Codec
+from flask_eventbus.pipe import Command, Pipe
+from flask_eventbus.records import DeadLetter, RetryRecord
+
+Make = Callable[..., Bus]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for seconds in a service waits for tenths here."""
+    monkeypatch.setattr(retries, "FIRST", 0.05)
+    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
+
+
+@pytest.fixture
+def store(shared_redis: RedisServer) -> StreamStore:
+    """Streams under a prefix of this test's own."""
+    return StreamStore(shared_redis)
+
+
+def listen(bus: Bus, receive: Callable[..., object], **options: Any) -> None:
+    """Hear ``tick`` from its beginning."""
+    bus.on("tick", via="stream", start="earliest", **options)(receive)
+    bus.start()
+    assert bus.ready(10)
+
+
+def letters(store: StreamStore) -> list[DeadLetter]:
+    """The dead letters of ``tick``, as they read."""
+    key = store.keys.dead("tick", "mailer")
+    return [DeadLetter.from_fields(fields) for _, fields in store.client.xrange(key)]
+
+
+def pending(store: StreamStore) -> int:
+    """How many entries are pending."""
+    found: Any = store.client.xpending(store.keys.stream("tick"), "mailer")
+    return int(found["pending"])
+
+
+# -- what became of an event --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("retries", "kept"), [(5, "ZADD"), (0, "XADD")], ids=["retry", "dead"])
+def test_what_is_kept_of_a_failure_and_the_acknowledgement_are_one_transaction(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, retries: int, kept: str
+) -> None:
+    told: list[list[object]] = []
+    run = Pipe.run
+
+    def note(pipe: Pipe, commands: Sequence[Command]) -> list[Any]:
+        told.append([command[0] for command in commands])
+        return run(pipe, commands)
+
+    def fail(sender: str, n: int) -> None:
+        if current_event.attempt == 1:
+            raise ValueError
+
+    monkeypatch.setattr(Pipe, "run", note)
+    listen(make_bus(store.url, "mailer", prefix=store.prefix), fail, retries=retries)
+    store.add("tick", n=1)
+
+    wait_until(lambda: any("XACK" in words for words in told), what="it is acknowledged")
+    assert next(words for words in told if "XACK" in words) == ["MULTI", kept, "XACK", "EXEC"]
+
+
+def test_what_became_of_a_retry_is_told_again_if_redis_did_not_get_it(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+    lost: list[object] = []
+    run = Pipe.run
+
+    def lose_once(pipe: Pipe, commands: Sequence[Command]) -> list[Any]:
+        words = [command[0] for command in commands]
+
+        if words == ["MULTI", "ZADD", "ZREM", "EXEC"] and not lost:
+            lost.append(commands)
+            raise redis.ConnectionError
+
+        return run(pipe, commands)
+
+    def fail_twice(sender: str, n: int) -> None:
+        tries.append(current_event.attempt)
+
+        if len(tries) < 3:
+            raise ValueError
+
+    monkeypatch.setattr(Pipe, "run", lose_once)
+    listen(make_bus(store.url, "mailer", prefix=store.prefix), fail_twice)
+    store.add("tick", n=1)
+
+    wait_until(lambda: tries == [1, 2, 3], what="it is tried a third time")
+    assert lost
+
+
+def test_an_outcome_that_cannot_be_told_of_lets_the_event_come_again(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+    judge = outcomes.Outcomes.of
+
+    def stumble_once(*arguments: Any) -> Any:
+        if len(tries) == 1:
+            raise RuntimeError("a defect")
+
+        return judge(*arguments)
+
+    def fail_once(sender: str, n: int) -> None:
+        tries.append(n)
+
+        if len(tries) == 1:
+            raise ValueError
+
+    monkeypatch.setattr(outcomes.Outcomes, "of", stumble_once)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=0.5)
+    listen(bus, fail_once)
+    store.add("tick", n=1)
+
+    wait_until(lambda: tries == [1, 1], what="it comes again")
+    wait_until(lambda: not pending(store), what="it is settled")
+    assert bus.health().counts["handling_failed"] == 1
+
+
+def test_a_defect_ends_no_thread_that_runs_receivers(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int] = []
+    runs: list[object] = []
+    run = attempts.Attempts.run
+
+    def stumble_once(self: attempts.Attempts, deliveries: Any) -> None:
+        runs.append(deliveries)
+
+        if len(runs) == 1:
+            raise RuntimeError("a defect")
+
+        run(self, deliveries)
+
+    monkeypatch.setattr(attempts.Attempts, "run", stumble_once)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    listen(bus, lambda sender, n: heard.append(n))
+    store.add("tick", n=1)
+    wait_until(lambda: runs, what="the defect is met")
+    store.add("tick", n=2)
+
+    wait_until(lambda: heard == [2], what="the next event is handled")
+    assert bus.health().counts["handling_failed"] == 1
+
+
+def test_a_dead_letter_is_kept_where_streams_keep_what_is_younger_than_an_age(
+    store: StreamStore, make_bus: Make
+) -> None:
+    def refuse(sender: str, n: int) -> None:
+        raise Reject("no")
+
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, maxlen="1h")
+    listen(bus, refuse)
+    store.add("tick", n=1)
+    store.add("tick", n=2)
+
+    wait_until(lambda: bus.health().counts.get("dead_lettered") == 2, what="both are given up")
+    assert len(letters(store)) == 2
+
+
+def test_a_retry_whose_receiver_is_gone_for_an_hour_is_a_dead_letter(
+    store: StreamStore, make_bus: Make
+) -> None:
+    long_ago = int(time.time() * 1000) - 2 * 3_600_000
+    record = RetryRecord(
+        entry="1700000000000-0",
+        event=Codec().encode(store.event("tick", n=1)),
+        receiver="mailer.renamed",
+        attempts=1,
+        first=long_ago,
+        last=long_ago,
+        error="ConnectionError: away",
+    )
+    key = store.keys.retry("tick", "mailer")
+    store.client.zadd(key, {record.packed(): 1})
+    listen(make_bus(store.url, "mailer", prefix=store.prefix), lambda sender, n: None)
+
+    wait_until(lambda: letters(store), what="it is given up")
+    assert [letter.reason for letter in letters(store)] == ["gone"]
+    assert not store.client.zcard(key)
+
+
+# -- what is in hand ----------------------------------------------------------------------
+
+
+def test_what_waits_for_longer_than_the_claim_time_is_handled_by_whoever_has_it(
+    store: StreamStore, make_bus: Make
+) -> None:
+    tried: list[int] = []
+
+    def take_time(sender: str, n: int) -> None:
+        time.sleep(0.4)
+        tried.append(current_event.attempt)
+
+    for n in range(5):
+        store.add("tick", n=n)
+
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=0.5, concurrency=1)
+    listen(bus, take_time)
+
+    wait_until(lambda: len(tried) == 5, what="all are handled")
+    assert tried == [1, 1, 1, 1, 1]
+    assert "given_away" not in bus.health().counts
+
+
+def test_only_consumers_that_have_nothing_are_removed(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "IDLE_CONSUMER", 0.2)
+    stream = store.keys.stream("tick")
+    store.group("tick")
+    store.client.xgroup_createconsumer(stream, "mailer", "host-1-empty")
+
+    for n in range(3):
+        store.add("tick", n=n)
+
+    store.client.xreadgroup("mailer", "host-2-dead", {stream: ">"}, count=3)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=60)
+    listen(bus, lambda sender, n: None)
+
+    def consumers() -> dict[bytes, int]:
+        found: Any = store.client.xinfo_consumers(stream, "mailer")
+        return {each["name"]: each["pending"] for each in found}
+
+    wait_until(lambda: b"host-1-empty" not in consumers(), what="the empty one is removed")
+    assert consumers()[b"host-2-dead"] == 3
+
+
+def test_what_is_published_in_the_moment_in_which_a_stream_is_deleted_is_heard(
+    store: StreamStore, make_bus: Make
+) -> None:
+    stream = store.keys.stream("tick")
+    heard: list[int] = []
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    bus.on("tick", via="stream", start="new")(lambda sender, n: heard.append(n))
+    bus.start()
+    assert bus.ready(10)
+    store.add("tick", n=1)
+    wait_until(lambda: heard == [1], what="the first is heard")
+
+    with store.client.pipeline(transaction=True) as both:
+        both.delete(stream)
+        both.xadd(stream, {b"event": Codec().encode(store.event("tick", n=2))})
+        both.execute()
+
+    wait_until(lambda: heard == [1, 2], what="what came right after the end is heard")
