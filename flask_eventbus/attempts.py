@@ -55,11 +55,16 @@ class Attempts:
         """Run receivers for deliveries, in order, and settle them."""
         due = time.monotonic() + SHARE
 
-        for delivery in deliveries:
+        for number, delivery in enumerate(deliveries):
             if self._is_stopping:
                 break
 
-            self._attempt(delivery)
+            try:
+                self._attempt(delivery)
+            except BaseException:
+                # They come again, as from a worker that ended.
+                self._hand.let_go(deliveries[number:])
+                raise
 
             if self._is_disowned:
                 return

@@ -41,6 +41,11 @@ _PASSING = (
 #: depends on its release, and on the kind of client.
 _PASSING_CODES = ("LOADING", "BUSY", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 
+#: Error replies to writes that pass, and how they begin: a server that is full, whose replicas are
+#: not there yet, or whose disk is. It is read from all the same.
+_NO_WRITES = (redis.exceptions.OutOfMemoryError,)
+_NO_WRITES_CODES = ("OOM", "NOREPLICAS", "MISCONF")
+
 #: The two places of a password in a URL. One written unquoted may hold anything but ``@``.
 _USERINFO = re.compile(r"(://[^:/?@]*):.*@")
 _PASSWORD_OPTION = re.compile(r"([?&]password=)[^&]*")
@@ -87,6 +92,11 @@ class Connection(Protocol):
 def is_passing(error: Exception) -> bool:
     """Whether an error reply means "not now" rather than "not ever"."""
     return isinstance(error, _PASSING) or str(error).partition(" ")[0] in _PASSING_CODES
+
+
+def takes_no_writes(error: Exception) -> bool:
+    """Whether an error reply means that nothing is written now, by nobody."""
+    return isinstance(error, _NO_WRITES) or str(error).partition(" ")[0] in _NO_WRITES_CODES
 
 
 class Connections:

@@ -9,7 +9,7 @@ from typing import Any
 
 import redis
 
-from .connections import Connection, Connections, is_passing
+from .connections import Connection, Connections, is_passing, takes_no_writes
 from .logs import get_logger
 from .way import TooFewReplicasError, Way, whole
 
@@ -260,7 +260,7 @@ def _answer(connection: Connection) -> Any:
     try:
         return connection.read_response(disconnect_on_error=False)
     except redis.ResponseError as error:
-        if is_passing(error):
+        if is_passing(error) or takes_no_writes(error):
             raise redis.ConnectionError(str(error)) from error
 
         return error

@@ -174,7 +174,7 @@ class RetryLine:
             event = self._event(name, record)
         except (BadRecordError, DecodeError) as error:
             given_up.append(self._bad(name, member, error))
-            return []
+            return [self._keep(key, member)]
 
         if not self._knows(event, record.receiver):
             return self._postpone(name, subscription, record, member, event, given_up)
@@ -186,10 +186,14 @@ class RetryLine:
         if record.running and record.attempts > allowed:
             words = f"It was tried {record.attempts} times; the last worker ended before it did."
             given_up.append(self._outcomes.give_up(delivery, "killed", words))
-            return []
+            return [self._keep(key, member)]
 
         deliveries.append(delivery)
-        return [("ZADD", key, "XX", self._lease_until(), member)]
+        return [self._keep(key, member)]
+
+    def _keep(self, key: str, member: bytes) -> Command:
+        """The command that keeps a record from other workers, for as long as a lease lasts."""
+        return ("ZADD", key, "XX", self._lease_until(), member)
 
     def _event(self, name: str, record: RetryRecord) -> Event:
         event = self._codec.decode(record.event, via="stream")
@@ -209,6 +213,8 @@ class RetryLine:
         given_up: list[Outcome],
     ) -> list[Command]:
         """Leave it to a worker that has its receiver, as long as there may be one."""
+        key = self._keys.retry(name, self._config.service)
+
         if abs(time.time() - record.last / 1000) > GONE_AFTER:
             delivery = self._delivery(name, subscription, record, member, event)
             words = (
@@ -216,9 +222,8 @@ class RetryLine:
                 f"more. Its last error: {record.error}"
             )
             given_up.append(self._outcomes.give_up(delivery, "gone", words))
-            return []
+            return [self._keep(key, member)]
 
-        key = self._keys.retry(name, self._config.service)
         # Not for as long each time, so that it is due when another looks.
         pause = random.uniform(0.2, 1.0) * min(self._config.claim_after, POSTPONED)  # noqa: S311 - spreads load
         return [("ZADD", key, "XX", round((time.time() + pause) * 1000), member)]

@@ -102,6 +102,8 @@ class StreamReader:
         #: Whether Redis is there, and was asked for what there is to be read.
         self._is_there = False
         self.last_heard: float | None = None
+        #: Of how many streams the last read got something; at first, all may have.
+        self._busy: int | None = None
 
     @property
     def is_own_thread(self) -> bool:
@@ -168,7 +170,8 @@ class StreamReader:
             backoff.reset()
 
     def _read(self, names: dict[str, Subscription]) -> None:
-        count = max(1, min(COUNT, self._lineup.room))
+        # Redis counts for each stream.
+        count = max(1, min(COUNT, self._lineup.room // (self._busy or len(names))))
 
         try:
             self._trims.look(names)
@@ -182,6 +185,7 @@ class StreamReader:
             return
 
         self.last_heard = time.monotonic()
+        self._busy = max(1, len({entry.name for entry in entries}))
 
         if entries:
             self._trims.busy = len(entries) >= count

@@ -12,8 +12,19 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, Reject, attempts, current_event, keeper, outcomes, retries
+from flask_eventbus import (
+    Bus,
+    Reject,
+    attempts,
+    current_event,
+    keeper,
+    lineup,
+    outcomes,
+    retries,
+    settler,
+)
 from flask_eventbus.codec import Codec
+from flask_eventbus.group import Group
 from flask_eventbus.pipe import Command, Pipe
 from flask_eventbus.records import DeadLetter, RetryRecord
 
@@ -263,3 +274,75 @@ def test_what_is_published_in_the_moment_in_which_a_stream_is_deleted_is_heard(
         both.execute()
 
     wait_until(lambda: heard == [1, 2], what="what came right after the end is heard")
+
+
+def test_a_worker_of_many_streams_reads_no_more_ahead_than_one_of_one(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[tuple[int, int]] = []
+    run = Pipe.run
+
+    def note(pipe: Pipe, commands: Sequence[Command]) -> list[Any]:
+        for command in commands:
+            if command[0] == "XREADGROUP" and "BLOCK" in command:
+                reads.append((int(command[command.index("COUNT") + 1]), command.count(">")))
+
+        return run(pipe, commands)
+
+    monkeypatch.setattr(Pipe, "run", note)
+    heard: list[int] = []
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+
+    for number in range(60):
+        store.add(f"tick_{number}", n=number)
+        name = f"tick_{number}"
+        bus.on(name, via="stream", start="earliest")(lambda sender, n: heard.append(n))
+
+    bus.start()
+    assert bus.ready(10)
+    wait_until(lambda: len(heard) == 60, what="all are heard")
+
+    first, streams = next(read for read in reads if read[1] == 60)
+    assert first * streams <= lineup.MOST_AHEAD
+
+
+def test_what_cannot_be_begun_now_is_begun_later(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int] = []
+    refused: list[object] = []
+    begin = Group.begin
+
+    def refuse_once(group: Group, name: str, id: str, *, times: int) -> bool:
+        if not refused:
+            refused.append(id)
+            raise redis.ResponseError("NOREPLICAS Not enough good replicas to write.")
+
+        return begin(group, name, id, times=times)
+
+    monkeypatch.setattr(Group, "begin", refuse_once)
+    store.add("tick", n=1)
+    store.group("tick")
+    store.client.xreadgroup("mailer", "host-2-dead", {store.keys.stream("tick"): ">"})
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=0.5)
+    listen(bus, lambda sender, n: heard.append(n))
+
+    wait_until(lambda: heard == [1], what="it is handled")
+    assert refused
+
+
+def test_what_a_worker_gives_up_is_not_given_up_by_another_as_well(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = store.keys.retry("tick", "mailer")
+    store.client.zadd(key, {b"edited by hand": 1})
+    # It does not come to tell Redis.
+    monkeypatch.setattr(settler.Settler, "settle", lambda *_: None)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=60)
+    listen(bus, lambda sender, n: None)
+
+    def is_kept() -> bool:
+        score: Any = store.client.zscore(key, b"edited by hand")
+        return bool(score > time.time() * 1000)
+
+    wait_until(is_kept, what="it is this worker's")
