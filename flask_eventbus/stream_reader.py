@@ -101,6 +101,8 @@ class StreamReader:
         self.changed = threading.Condition()
         #: Whether Redis is there, and was asked for what there is to be read.
         self._is_there = False
+        #: Whether all of it could be read when that was last looked at.
+        self._was_ready = False
         self.last_heard: float | None = None
         #: Of how many streams the last read got something; at first, all may have.
         self._busy: int | None = None
@@ -227,7 +229,8 @@ class StreamReader:
     def _join(self) -> dict[str, Subscription]:
         names, is_new = self._memberships.join()
 
-        if is_new or not self._is_there:
+        # A pattern may be known now that was refused before.
+        if is_new or not self._is_there or (not self._was_ready and self.ready):
             self._arrive()
 
         return names
@@ -237,7 +240,9 @@ class StreamReader:
             self._is_there = True
             self.changed.notify_all()
 
-        if self.ready:
+        self._was_ready = self.ready
+
+        if self._was_ready:
             self._found()
 
     def _sort_out(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
