@@ -9,6 +9,7 @@ import redis
 
 from .config import Config
 from .counters import BoundedLog
+from .entry_ids import before_moment, id_text
 from .logs import get_logger
 from .names import SIGNAL_NAME
 from .options import is_pattern, matches
@@ -90,7 +91,7 @@ class Catalogue:
         """Where the group of a stream begins that has none yet."""
         if subscription.start == NEW and is_pattern(subscription.name):
             # Its first events may be older than the look that found it.
-            return f"{self._since[subscription.name]}-0"
+            return id_text(before_moment(self._since[subscription.name]))
 
         return subscription.start
 

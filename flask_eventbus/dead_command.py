@@ -12,8 +12,9 @@ from .arguments import read_names
 from .dead_letters import Choice, DeadLetters, Letter
 from .dead_report import as_json, letter_report, list_report, nothing, retrial_report
 from .dead_retry import Retrials, why_not
+from .entry_ids import MOST, EntryId
 from .own_streams import service_of
-from .places import MOST, EntryId, read_age
+from .places import read_age
 from .program import Command, Program, pass_program
 from .records import REASONS
 from .rendering import printable

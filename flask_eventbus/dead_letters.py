@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from .entry_ids import EARLIEST, MOST, EntryId, id_text
 from .options import is_pattern, matches
-from .places import EARLIEST, MOST, EntryId, id_text
 from .records import DeadLetter
 from .stream_access import PAGE, StreamAccess
 

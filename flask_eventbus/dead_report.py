@@ -14,7 +14,8 @@ import click
 
 from .dead_letters import Letter
 from .dead_retry import Retrial
-from .places import clock, entry_id, iso
+from .entry_ids import entry_id
+from .places import clock, iso
 from .rendering import printable
 from .tables import counted, span
 

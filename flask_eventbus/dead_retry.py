@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import click
 
 from .dead_letters import Letter, read_letter
-from .places import entry_id
+from .entry_ids import entry_id
 from .records import BadRecordError, DeadLetter, RetryRecord
 from .stream_access import StreamAccess, as_mapping
 

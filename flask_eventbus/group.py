@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import redis
 
+from .entry_ids import entry_id
 from .pipe import Command, Pipe
 from .streams import StreamKeys
 
@@ -392,10 +393,5 @@ def _trimmed(stream: Mapping[str, Any], group: Mapping[str, Any], is_behind: boo
 
 
 def behind(id: str, other: str) -> bool:
-    """Whether the entry ``id`` comes before the entry ``other``."""
-    return _numbers(id) < _numbers(other)
-
-
-def _numbers(id: str) -> tuple[int, int]:
-    milliseconds, _, number = id.partition("-")
-    return int(milliseconds), int(number or 0)
+    """Return True if the entry ``id`` comes before the entry ``other``."""
+    return entry_id(id) < entry_id(other)

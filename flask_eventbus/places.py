@@ -11,14 +11,7 @@ from typing import Any
 
 import click
 
-#: An entry's id as its two numbers, which sort as Redis does.
-EntryId = tuple[int, int]
-
-#: Each of an id's numbers has 64 bits.
-MOST = 2**64 - 1
-
-#: Before the first entry.
-EARLIEST: EntryId = (0, 0)
+from .entry_ids import EARLIEST, MOST, EntryId, before_moment
 
 _ID = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII)
 _AGE = re.compile(r"(\d{1,6})([smhd])", re.ASCII)
@@ -45,25 +38,7 @@ class Place:
     @property
     def position(self) -> EntryId:
         """Where a group stands for which this is next: behind a named entry, before a moment."""
-        return _before(self.first) if self.is_moment else self.first
-
-
-def entry_id(text: str | bytes) -> EntryId:
-    """The id that Redis wrote, or a person.
-
-    :raises ValueError: it is none.
-    """
-    found = _ID.fullmatch(text if isinstance(text, str) else text.decode(errors="replace"))
-
-    if found is None or max(numbers := _numbers(found)) > MOST:
-        raise ValueError(f"{text!r} is no id of an entry")
-
-    return numbers
-
-
-def id_text(found: EntryId) -> str:
-    """An id as Redis writes it."""
-    return f"{found[0]}-{found[1]}"
+        return before_moment(self.first[0]) if self.is_moment else self.first
 
 
 def clock(milliseconds: int) -> str:
@@ -121,19 +96,12 @@ def _entry(found: re.Match[str]) -> Place:
     if max(first) > MOST:
         raise click.BadParameter(f"{found[0]!r} is too large for an entry's id. {_EXAMPLES}")
 
-    return Place(first, first if found[2] else (first[0], MOST))
+    return Place(first, first) if found[2] else _moment(first[0])
 
 
 def _moment(milliseconds: int) -> Place:
     milliseconds = max(0, milliseconds)
     return Place((milliseconds, 0), (milliseconds, MOST), is_moment=True)
-
-
-def _before(found: EntryId) -> EntryId:
-    if found[1]:
-        return found[0], found[1] - 1
-
-    return (found[0] - 1, MOST) if found[0] else EARLIEST
 
 
 def _numbers(found: re.Match[Any]) -> EntryId:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from .codec import Codec
 from .config import Config
 from .dispatcher import Dispatcher, Failure, name_of
+from .entry_ids import EntryId, id_text
 from .errors import DecodeError
 from .event import Event
-from .places import EntryId, id_text
 from .records import words_of
 from .stream_access import Entry, StreamAccess
 from .subscriptions import Subscription

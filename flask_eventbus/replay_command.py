@@ -8,11 +8,12 @@ import click
 
 from .arguments import read_name
 from .dead_letters import is_called
+from .entry_ids import MOST, EntryId, entry_id, id_text
 from .errors import ConfigError
 from .node import Node
 from .overview import Overview
 from .own_streams import service_of
-from .places import MOST, EntryId, Place, clock, entry_id, id_text, read_place
+from .places import Place, clock, read_place
 from .program import Command, Program, pass_program
 from .rendering import printable
 from .replay import Replay

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import click
 
+from .entry_ids import EntryId, entry_id, id_text
 from .pipe import Command
-from .places import EntryId, Place, entry_id, id_text
+from .places import Place
 from .stream_access import StreamAccess
 
 #: Keys that one step of a scan looks at.

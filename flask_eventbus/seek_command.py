@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from .arguments import read_name
+from .entry_ids import EARLIEST, MOST, EntryId, id_text
 from .own_streams import service_of
-from .places import EARLIEST, MOST, EntryId, Place, clock, id_text, read_place
+from .places import Place, clock, read_place
 from .program import Command, Program, pass_program
 from .seek import Move, Seek
 from .stream_access import StreamAccess

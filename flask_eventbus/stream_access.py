@@ -13,10 +13,10 @@ import redis
 
 from .config import Config
 from .connections import OUTAGE, Connections
+from .entry_ids import EntryId, entry_id, id_text
 from .errors import ConfigError
 from .names import SIGNAL_NAME
 from .pipe import Command, Pipe
-from .places import EntryId, entry_id, id_text
 from .rendering import printable
 from .streams import StreamKeys
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .places import EntryId, entry_id
+from .entry_ids import EntryId, entry_id
 from .stream_access import StreamAccess, by_name
 
 

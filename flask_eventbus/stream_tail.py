@@ -13,11 +13,11 @@ import redis
 from .backoff import Backoff
 from .codec import Codec
 from .connections import Connections
+from .entry_ids import EARLIEST, EntryId, before_moment, entry_id, id_text
 from .errors import DecodeError
 from .names import SIGNAL_NAME
 from .options import is_pattern, matches
 from .pipe import Command, Pipe
-from .places import EARLIEST, EntryId, entry_id, id_text
 from .rendering import printable
 from .spectating import Heard, Spectator, no_event, read_event
 from .streams import StreamKeys
@@ -256,7 +256,7 @@ def _end(answer: Any) -> EntryId | Exception:
 
 def _before(clock: Sequence[bytes]) -> EntryId:
     """A place before all that is added from this time of the server on."""
-    return int(clock[0]) * 1000 + int(clock[1]) // 1000 - 1, 0
+    return before_moment(int(clock[0]) * 1000 + int(clock[1]) // 1000)
 
 
 def _pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:

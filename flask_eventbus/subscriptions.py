@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -11,6 +10,7 @@ from typing import Any
 from blinker import NamedSignal
 
 from .config import MOST_RETRIES, read_whole
+from .entry_ids import EARLIEST, EntryId, before_moment, entry_id, id_text
 from .errors import ConfigError
 from .names import SERVICE_NAME
 from .options import (
@@ -28,7 +28,6 @@ _SUBSCRIPTION_OPTIONS = ("via", "from", "echo", "retries", "start", "group")
 
 #: Where a stream is read from by default: behind its last entry.
 NEW = "$"
-_ENTRY_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,13 +143,13 @@ def _read_start(value: Any, where: str) -> str:
     words = {None: NEW, "new": NEW, "earliest": "0"}
 
     if isinstance(value, datetime) and value.tzinfo is not None:
-        return f"{max(0, int(value.timestamp() * 1000))}-0"
+        return _place(before_moment(int(value.timestamp() * 1000)))
 
     if isinstance(value, str | None) and value in words:
         return words[value]
 
-    if isinstance(value, str) and _is_entry_id(value):
-        return value
+    if isinstance(value, str) and (found := _read_id(value)) is not None:
+        return found
 
     raise ConfigError(
         f"{where} is {value!r}. Set it to 'new', 'earliest', the id of an entry such as "
@@ -159,9 +158,18 @@ def _read_start(value: Any, where: str) -> str:
     )
 
 
-def _is_entry_id(value: str) -> bool:
-    is_one = _ENTRY_ID.fullmatch(value) is not None
-    return is_one and all(int(part) < 2**64 for part in value.split("-"))
+def _read_id(value: str) -> str | None:
+    """Return where a group begins that is behind an entry, or before a millisecond."""
+    try:
+        found = entry_id(value)
+    except ValueError:
+        return None
+
+    return _place(found if "-" in value else before_moment(found[0]))
+
+
+def _place(found: EntryId) -> str:
+    return "0" if found == EARLIEST else id_text(found)
 
 
 def _read_group(options: Mapping[str, Any], where: str) -> bool:

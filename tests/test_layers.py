@@ -28,6 +28,7 @@ LAYERS = {
         "findings",
         "records",
         "streams",
+        "entry_ids",
     ),
     1: (
         "config",

@@ -110,11 +110,12 @@ def test_a_place_is_an_entry_a_time_or_an_age(store: StreamStore) -> None:
         assert len(left(store)) == count, place
 
 
-def test_an_entry_of_exactly_that_time_comes_again(store: StreamStore) -> None:
+@pytest.mark.parametrize("place", ["2023-11-14T22:13:20+00:00", "1700000000000"])
+def test_an_entry_of_exactly_that_time_comes_again(store: StreamStore, place: str) -> None:
     ids = [store.add("paid", id=f"1700000000000-{number}")[0] for number in range(3)]
     store.group("paid", start="$")
 
-    result = store.run("seek", "paid", "--to", "2023-11-14T22:13:20+00:00", "--yes")
+    result = store.run("seek", "paid", "--to", place, "--yes")
 
     assert result.exit_code == 0, result.output
     assert re.search(r"  goes to    2023-11-1\d \d\d:13:20\n", result.output)

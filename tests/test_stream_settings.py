@@ -215,12 +215,23 @@ def test_an_echo_that_is_neither_true_nor_false_is_refused(value: Any) -> None:
         (None, []),
         ("earliest", [1, 2, 3]),
         ("2000-0", [3]),
-        ("2000", [3]),
+        ("2000", [2, 3]),
         ("1999-5", [2, 3]),
-        (datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC), [2, 3]),
+        (datetime(1970, 1, 1, 0, 0, 2, tzinfo=UTC), [2, 3]),
+        (datetime(1970, 1, 1, 0, 0, 1, 999_500, tzinfo=UTC), [2, 3]),
         (datetime(1960, 1, 1, tzinfo=UTC), [1, 2, 3]),
     ],
-    ids=["new", "nothing", "earliest", "an id", "half an id", "between", "a time", "before 1970"],
+    ids=[
+        "new",
+        "nothing",
+        "earliest",
+        "an id",
+        "a millisecond",
+        "between",
+        "a time",
+        "a fraction",
+        "before 1970",
+    ],
 )
 def test_a_new_group_begins_where_start_says(
     store: StreamStore, make_bus: Make, start: Any, expected: list[int]
@@ -233,6 +244,36 @@ def test_a_new_group_begins_where_start_says(
 
     wait_until(lambda: 4 in heard, what="the next event arrives")
     assert heard == [*expected, 4]
+
+
+@pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
+@pytest.mark.parametrize("start", ["2000", datetime(1970, 1, 1, 0, 0, 2, tzinfo=UTC)])
+def test_a_moment_as_start_is_before_the_first_entry_of_its_millisecond(
+    store: StreamStore, make_bus: Make, start: Any, group: bool | None
+) -> None:
+    for number, id in enumerate(["1999-7", "2000-0", "2000-1", "2001-0"]):
+        store.add("tick", id=id, n=number)
+
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    heard = listen(bus, via="stream", start=start, group=group)
+
+    wait_until(lambda: 3 in heard, what="the last entry arrives")
+    assert heard == [1, 2, 3]
+
+
+@pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
+def test_a_pattern_hears_an_entry_of_the_millisecond_in_which_it_was_subscribed(
+    store: StreamStore, make_bus: Make, group: bool | None
+) -> None:
+    since = int(time.time() * 1000) - 60_000
+    store.client.hset(store.keys.since("mailer"), "ti*", since)
+    for number, id in enumerate([f"{since - 1}-5", f"{since}-0", f"{since}-1"]):
+        store.add("tick", id=id, n=number)
+
+    heard = listen(make_bus(store.url, "mailer", prefix=store.prefix), "ti*", group=group)
+
+    wait_until(lambda: 2 in heard, what="the last entry arrives")
+    assert heard == [1, 2]
 
 
 def test_start_counts_for_every_process_where_there_is_no_group(
