@@ -126,10 +126,13 @@ class Writer:
             return
 
         while self._buffer.is_waiting and self._here.acquire(blocking=False):
+            leave_by, self._leave_by = self._leave_by, time.monotonic() + timeout
+
             try:
-                self._leave_by = time.monotonic() + timeout
                 self._run()
             finally:
+                # A thread may be had for the next event, and is to stay.
+                self._leave_by = leave_by
                 self._here.release()
 
     def leave(self) -> None:
@@ -208,10 +211,11 @@ class Writer:
         self._turn.end_if_here()
 
         while not self._may_act:
+            # Before each wait: a sender may have taken over what the thread was woken for.
             self._turn.thread_rests = True
-            in_time = self._changed.wait_for(lambda: self._may_act, QUIET)
+            was_woken = self._changed.wait(QUIET)
 
-            if not in_time and self._turn.owner is None:
+            if not was_woken and self._turn.owner is None:
                 return
 
     @property

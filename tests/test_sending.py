@@ -492,6 +492,29 @@ def test_an_event_is_written_by_its_sender_where_there_is_no_thread_for_it(
     wait_until(lambda: heard == [0, 1, 2, 3], what="all events arrive")
 
 
+def test_a_thread_that_can_be_had_later_writes_from_then_on(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    # So short that the sender's own time to write is over before the thread comes.
+    bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"], timeout=0.05)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    bus.signal("tick").send("test", n=0)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    wait_until(lambda: heard == [0], what="the event of no thread arrives")
+
+    for n in range(1, 4):
+        bus.signal("tick").send("test", n=n)
+        assert bus.flush(10)
+
+    wait_until(lambda: heard == [0, 1, 2, 3], what="the thread's events arrive")
+
+
 def test_events_of_the_very_end_are_lost_with_their_ids_in_the_log(
     make_bus: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

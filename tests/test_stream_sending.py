@@ -17,6 +17,8 @@ from typing import Any
 
 import msgpack
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from proxies import Proxy
 from servers import RedisServer
 from waiting import wait_until
@@ -682,6 +684,68 @@ def test_a_sender_that_gives_up_while_another_sends_for_it_leaves_the_answer_to_
     bus.signal("tick").send("test", n=3)
     assert values(shared_redis, prefix=prefix) == [0, 1, 2, 3]
     assert bus.health().publishing
+
+
+# -- with channel events between them -----------------------------------------------------
+
+
+MIXED: dict[str, Any] = {
+    "channel": "channel",
+    "confirmed": "stream",
+    "unconfirmed": {"via": "stream", "confirm": False},
+}
+
+
+@pytest.fixture
+def idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle writer does not look by itself while a test runs."""
+    monkeypatch.setattr(writer, "QUIET", 60.0)
+
+
+def test_a_channel_event_after_a_confirmed_one_leaves_at_once(
+    idle_for_long: None, shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=MIXED)
+
+    for n in range(10):
+        bus.signal("channel").send("test", n=n)
+        bus.signal("confirmed").send("test", n=n)
+        bus.signal("channel").send("test", n=n)
+
+        assert bus.flush(10)
+
+
+@pytest.fixture
+def mixed_bus(idle_for_long: None, make_bus: Make) -> Bus:
+    return make_bus("memory://interleavings", publish=MIXED, timeout=10)
+
+
+# What fails depends on the moment: a smaller example shows nothing more.
+@settings(
+    deadline=None,
+    max_examples=100,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(scripts=st.lists(st.lists(st.sampled_from(sorted(MIXED)), max_size=8), max_size=4))
+def test_nothing_waits_while_the_connection_is_free(
+    mixed_bus: Bus, scripts: list[list[str]]
+) -> None:
+    begin = threading.Barrier(len(scripts) + 1)
+
+    def run(script: list[str]) -> None:
+        begin.wait(10)
+        for name in script:
+            mixed_bus.signal(name).send("test", n=0)
+
+    threads = [threading.Thread(target=run, args=(script,)) for script in scripts]
+    for thread in threads:
+        thread.start()
+    begin.wait(10)
+    for thread in threads:
+        thread.join()
+
+    assert mixed_bus.flush(10)
 
 
 # -- in the middle of traffic -------------------------------------------------------------
