@@ -78,6 +78,8 @@ class Config:
     claim_after: float = 60.0
     #: How much a stream keeps: about so many events, or those of so many seconds.
     maxlen: int | Age = 100_000
+    #: How many dead letters of each signal a service keeps.
+    dead_maxlen: int = 100_000
     #: Replicas that have a stream event before it counts as confirmed.
     replicas: int = 0
     #: Seconds in which an event that comes twice over a stream is recognized.
@@ -336,6 +338,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "retries": _whole(0, MOST_RETRIES),
     "claim_after": _seconds(0.1, 86_400.0),
     "maxlen": read_maxlen,
+    "dead_maxlen": _whole(1, 10**12),
     "replicas": _whole(0, MOST_REPLICAS),
     "duplicate_window": _seconds(0.0, 86_400.0),
 }

@@ -371,10 +371,16 @@ def drop(
 def purge(program: Program, /, yes: bool, **options: Any) -> None:
     """Delete all dead letters of this service that fit, after asking.
 
-    Without an option those are all. They cannot be brought back.
+    Without an option those are all, and the count of dropped ones in 'status' begins anew. They
+    cannot be brought back.
     """
+    choice = _choice(**options)
+
     with _desk(program) as desk:
-        _drop(desk, desk.find(_choice(**options)), yes)
+        _drop(desk, desk.find(choice), yes)
+
+        if not choice:
+            desk.letters.forget_dropped()
 
 
 def _drop(desk: _Desk, letters: Sequence[Letter], yes: bool) -> None:

@@ -110,6 +110,14 @@ class DeadLetters:
 
         return deleted
 
+    def forget_dropped(self) -> None:
+        """Count anew what is dropped because there are more than ``EVENTBUS_DEAD_MAXLEN``.
+
+        :raises click.ClickException: Redis cannot be asked, or refuses.
+        """
+        dropped = self._access.keys.dead_dropped
+        self._access.run([("DEL", dropped(name, self._service)) for name in self._access.names()])
+
     def key(self, name: str) -> str:
         """Where the dead letters of a signal are."""
         return self._access.keys.dead(name, self._service)

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from .config import Age, Config
+from .config import Config
 from .deliveries import Delivery
 from .dispatcher import Failure
 from .group import Entry
@@ -168,14 +168,7 @@ class Outcomes:
 
     def _bury(self, name: str, letter: DeadLetter) -> Command:
         key = self._keys.dead(name, self._config.service)
-        return ("XADD", key, *_limit(self._config.maxlen), "*", *letter.as_fields())
-
-
-def _limit(maxlen: int | Age) -> Command:
-    if isinstance(maxlen, Age):
-        return ("MINID", "~", round((time.time() - maxlen.seconds) * 1000))
-
-    return ("MAXLEN", "~", maxlen)
+        return ("XADD", key, "*", *letter.as_fields())
 
 
 def _traceback_of(error: BaseException) -> str:

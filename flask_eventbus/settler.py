@@ -15,6 +15,7 @@ import redis
 from .config import Config
 from .connections import OUTAGE
 from .counters import BoundedLog, Counters
+from .dead_limit import DeadLimit
 from .deliveries import Delivery, Hand
 from .group import Group
 from .lifecycle import tell
@@ -67,6 +68,9 @@ class Settler:
         self._refusals: deque[tuple[float, Outcome]] = deque()
         #: Held by the thread that uses the connection.
         self.turn = threading.RLock()
+        self._limit = DeadLimit(
+            group.pipe, config=config, keys=keys, counters=counters, turn=self.turn
+        )
 
     def __len__(self) -> int:
         return len(self._handled) + len(self._waiting) + len(self._refusals)
@@ -115,6 +119,8 @@ class Settler:
                     self._handled.extendleft(reversed(handled))
                     self._put_back(batch)
                     raise
+
+        self._limit.enforce()
 
     def tell_all(self) -> None:
         """Tell Redis what waits, and what it refused, once more.
@@ -282,6 +288,7 @@ class Settler:
 
         for letter in outcome.letters:
             self._counters.add("dead_lettered")
+            self._limit.note(outcome.name)
             self._log.error(
                 f"dead {letter.reason}",
                 "The event %s of %r is a dead letter of %r (%s, %s): %s",

@@ -29,7 +29,8 @@ publisher_restored = _lifecycle.signal("publisher_restored")
 events_missed = _lifecycle.signal("events_missed")
 
 #: Events were given up because a buffer was full or a process ended. ``where``: "buffer"
-#: (on the way out) or "inbox" (on the way in); ``count``: how many.
+#: (on the way out), "inbox" (on the way in) or "dead" (the oldest dead letters, beyond
+#: ``EVENTBUS_DEAD_MAXLEN``); ``count``: how many.
 events_dropped = _lifecycle.signal("events_dropped")
 
 #: Bytes on a channel were not an event of the bus. ``name``: the signal of the channel;

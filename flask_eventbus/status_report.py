@@ -24,6 +24,10 @@ def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
                 yield ""
                 yield _loss_of(status.name, group)
 
+            if group.dead_dropped:
+                yield ""
+                yield _dropped_of(status.name, group)
+
     rows = [
         _consumer_row(status.name, group.service, consumer)
         for status in statuses
@@ -74,10 +78,20 @@ def excess_of(
             if dead is not None and group.dead > dead:
                 yield f"The dead letters {place} are {group.dead}, more than {dead}."
 
+            if dead is not None and group.dead_dropped:
+                yield _dropped_of(status.name, group)
+
 
 def _loss_of(name: str, group: GroupStatus) -> str:
     service = printable(group.service)
     return f"{group.lost} events of {name!r} were trimmed before '{service}' got them."
+
+
+def _dropped_of(name: str, group: GroupStatus) -> str:
+    return (
+        f"{group.dead_dropped} dead letters of '{printable(group.service)}' at {name!r} were "
+        "dropped: there were more than EVENTBUS_DEAD_MAXLEN."
+    )
 
 
 def _excess_of_lag(lag: int | None, length: int, place: str, most: int) -> Iterator[str]:
@@ -131,6 +145,7 @@ def _group_as_json(group: GroupStatus) -> dict[str, Any]:
         "oldest_pending_seconds": group.oldest,
         "retries": group.retries,
         "dead": group.dead,
+        "dead_dropped": group.dead_dropped,
         "consumers": [
             {
                 "name": consumer.name,

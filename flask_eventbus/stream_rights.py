@@ -237,6 +237,9 @@ def _needs_of(subscription: Subscription, keys: StreamKeys, config: Config) -> I
     yield from _needs_of_retries(keys.retry(name, service))
     dead = keys.dead(name, service)
     yield Need(("XADD", dead, "*", "reason", ""), dead)
+    yield Need(("XTRIM", dead, "MAXLEN", "~", _NO_NUMBER), dead)
+    dropped = keys.dead_dropped(name, service)
+    yield Need(("INCRBY", dropped, _NO_NUMBER), dropped)
 
 
 def _needs_of_pattern(keys: StreamKeys, service: str, pattern: str) -> Iterator[Need]:

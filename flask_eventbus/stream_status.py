@@ -45,6 +45,8 @@ class GroupStatus:
     retries: int
     #: Dead letters.
     dead: int
+    #: Dead letters that were dropped, because there were more than ``EVENTBUS_DEAD_MAXLEN``.
+    dead_dropped: int
     consumers: Sequence[ConsumerStatus] = ()
 
 
@@ -75,7 +77,7 @@ def read_statuses(
     groups: dict[str, list[GroupStatus]] = {name: [] for name in found}
 
     for name, group in _groups(access, found, wanted):
-        if group.exists or group.retries or group.dead:
+        if group.exists or group.retries or group.dead or group.dead_dropped:
             groups[name].append(group)
 
     return [
@@ -138,6 +140,7 @@ def _groups(
             oldest=None,
             retries=next(answers),
             dead=next(answers),
+            dead_dropped=_number_in(next(answers)),
         )
 
         if group is not None:
@@ -162,6 +165,7 @@ def _questions(
     key = access.keys.stream(name)
     yield "ZCARD", access.keys.retry(name, service)
     yield "XLEN", access.keys.dead(name, service)
+    yield "GET", access.keys.dead_dropped(name, service)
 
     if service in streams[name].groups:
         yield "XPENDING", key, service, "-", "+", 1
@@ -218,6 +222,11 @@ def consumer_of(name: str, facts: Mapping[str, Any]) -> ConsumerStatus:
         idle=facts["idle"] / 1000,
         pending=facts["pending"],
     )
+
+
+def _number_in(text: bytes | None) -> int:
+    # Somebody may have written something else there.
+    return int(text) if text and text.isdigit() else 0
 
 
 def _id_in(entries: Sequence[Any]) -> EntryId | None:

@@ -28,6 +28,10 @@ class StreamKeys:
         """A stream: what a service could not handle."""
         return f"{self._start}{name}}}:dead:{service}"
 
+    def dead_dropped(self, name: str, service: str) -> str:
+        """A number: dead letters that were dropped since somebody last deleted all of them."""
+        return f"{self.dead(name, service)}:dropped"
+
     def retry(self, name: str, service: str) -> str:
         """A sorted set: what a service is to try again, by when it is due."""
         return f"{self._start}{name}}}:retry:{service}"

@@ -116,6 +116,7 @@ def test_status_shows_the_same_as_json(store: StreamStore) -> None:
         "pending": 2,
         "retries": 2,
         "dead": 1,
+        "dead_dropped": 0,
     }
     assert 0 <= consumer.pop("idle_seconds") < 60
     assert consumer == {

@@ -16,6 +16,7 @@ import pytest
 import redis
 from flask import Flask, g
 from servers import RedisServer
+from stream_store import StreamStore
 from waiting import wait_until
 from workers import Workers
 
@@ -42,6 +43,7 @@ class Line:
     """The stream of ``work`` on a real server: a service that hears it, another that sends."""
 
     def __init__(self, server: RedisServer, make_bus: Make, prefix: str) -> None:
+        self.server, self.prefix = server, prefix
         self.keys = StreamKeys(prefix)
         self.redis: redis.Redis = server.client
         self.bus = make_bus(server.url, "consumer", prefix=prefix)
@@ -354,6 +356,65 @@ def test_an_event_that_is_rejected_is_a_dead_letter_at_once(line: Line) -> None:
     assert (letter["reason"], letter["attempts"]) == ("rejected", "1")
     assert letter["error"] == "Reject: no such user"
     assert heard == [1]
+
+
+@pytest.mark.parametrize("maxlen", [1, "1s"])
+def test_dead_letters_stay_whatever_the_stream_keeps(
+    line: Line, make_bus: Make, maxlen: int | str
+) -> None:
+    ago = round(time.time() * 1000) - 3_600_000
+    key = line.keys.dead("work", "consumer")
+    for number in range(20):
+        line.redis.xadd(key, {"reason": "rejected", "error": "x" * 5_000}, id=f"{ago}-{number}")
+    line.bus = make_bus(line.server.url, "consumer", prefix=line.prefix, maxlen=maxlen)
+
+    @line.bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        raise Reject("no such user")
+
+    line.listen()
+    line.send(1, 2, 3)
+    line.wait_until_settled()
+
+    assert line.redis.xlen(key) == 23
+    assert "dead_dropped" not in line.bus.health().counts
+
+
+def test_dead_letters_beyond_their_own_bound_are_dropped_counted_logged_and_shown(
+    line: Line, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[dict[str, Any]] = []
+    store = StreamStore(line.server, line.prefix)
+    line.bus = make_bus(line.server.url, "consumer", prefix=line.prefix, dead_maxlen=5)
+
+    @line.bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        raise Reject("x" * 400)
+
+    @signals.events_dropped.connect_via("consumer")
+    def note(sender: str, **facts: Any) -> None:
+        told.append(facts)
+
+    line.listen()
+    line.send(*range(40))
+    line.wait_until_settled()
+    wait_until(lambda: line.bus.health().counts.get("dead_dropped"), what="some are dropped")
+    line.bus.stop()
+
+    kept = [json.loads(letter["payload"])["n"] for letter in line.letters()]
+    dropped = 40 - len(kept)
+    assert 5 <= len(kept) < 40
+    assert kept == list(range(dropped, 40))
+    assert line.bus.health().counts["dead_dropped"] == dropped
+    assert sum(facts["count"] for facts in told) == dropped
+    assert {facts["where"] for facts in told} == {"dead"}
+    assert "'consumer' has more than 5 dead letters of 'work'" in caplog.text
+    sentence = f"{dropped} dead letters of 'consumer' at 'work' were dropped"
+    assert sentence in store.run("status", service="consumer").output
+    alarm = store.run("status", "--max-dead", "1000", service="consumer")
+    assert (alarm.exit_code, sentence in alarm.stderr) == (1, True)
+    assert store.run("dead", "purge", "--yes", service="consumer").exit_code == 0
+    assert "were dropped" not in store.run("status", service="consumer").output
 
 
 class UntellableError(Exception):
