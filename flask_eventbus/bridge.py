@@ -1,4 +1,4 @@
-"""What connects a signal to the publisher: a receiver like others, called last."""
+"""Publishes what a signal sends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .routes import Route
 
 
 class Bridge(Outbound):
-    """The receiver that publishes a signal: one per signal, name on the wire, and node."""
+    """Publishes a signal: one per signal, name on the wire, and node."""
 
     def __init__(
         self,
@@ -39,6 +39,10 @@ class Bridge(Outbound):
 
         if found is not None:
             self._publish(self.name, found, self.route)
+
+    async def publish(self, sender: Any, /, **payload: Any) -> None:
+        """Publish one emission, as :meth:`__call__` does."""
+        self(sender, **payload)
 
     def _extract(self, sender: Any, payload: dict[str, Any]) -> Mapping[str, Any] | None:
         if self.route.payload is None:

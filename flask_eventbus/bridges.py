@@ -9,6 +9,7 @@ from blinker import NamedSignal, Signal
 
 from .bridge import Bridge
 from .declarations import Declarations
+from .namespace import BusSignal, adopt
 from .options import is_pattern
 from .routes import Route
 
@@ -99,5 +100,10 @@ class Bridges:
 
         bridge = Bridge(name, route, self._publish, self._owns)
         self._bridges[key] = (signal, bridge)
-        # Weakly: an app that is thrown away takes its bridges along.
-        signal.connect(bridge)
+
+        # Weakly, both ways: an app that is thrown away takes its bridges along.
+        if isinstance(signal, BusSignal):
+            signal.publish_by(bridge)
+        else:
+            adopt(signal)
+            signal.connect(bridge)

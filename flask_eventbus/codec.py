@@ -136,11 +136,25 @@ class Codec:
 
     def _pack(self, payload: dict[str, Any]) -> bytes:
         try:
-            data = self._values.pack(payload)
-            self._values.check_packed(payload, data)
+            return self._packed(payload)
         except Exception as error:
-            raise PayloadError(find_fault(self._values, payload, error)) from error
+            first = error
 
+        # A signal handler may raise anywhere, a time limit for example. That is no fault of the
+        # payload: it packs at the second try, and the error is passed on as it is.
+        try:
+            self._packed(payload)
+        except Exception as error:
+            if type(error) is not type(first):
+                raise
+
+            raise PayloadError(find_fault(self._values, payload, first)) from first
+
+        raise _cause_of(first)
+
+    def _packed(self, payload: dict[str, Any]) -> bytes:
+        data = self._values.pack(payload)
+        self._values.check_packed(payload, data)
         return data
 
     def _too_large(self, size: int, overhead: int) -> str:
@@ -261,6 +275,16 @@ def _is_text(value: Any, most_bytes: int) -> bool:
 
 def _bad(attribute: str, value: Any) -> DecodeError:
     return DecodeError(f"Its {attribute!r} is not legal: {short(value)}.", reason="bad_attribute")
+
+
+def _cause_of(error: Exception) -> Exception:
+    """What made a value unfit, if the error says no more than that it is."""
+    cause = error.__cause__
+    return (
+        _cause_of(cause)
+        if isinstance(error, UnfitError) and isinstance(cause, Exception)
+        else error
+    )
 
 
 def _as_dict(payload: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from blinker import ANY, NamedSignal, Namespace, Signal
 from .allowances import Allowances, read_allowance
 from .codec import Codec
 from .errors import ConfigError
-from .namespace import BusNamespace, BusSignal, Receiver, check_signal_name, local
+from .namespace import BusNamespace, BusSignal, Outbound, Receiver, adopt, check_signal_name
 from .options import is_pattern, matches
 from .routes import Extractor, Route, read_route
 from .subscriptions import Subscription, read_subscription, unite
@@ -248,7 +248,7 @@ class Declarations:
         if isinstance(signal, BusSignal):
             return signal.local_receivers(source)
 
-        return local(signal.receivers_for(source))
+        return [r for r in signal.receivers_for(source) if not isinstance(r, Outbound)]
 
     def connected_to(self, name: str) -> list[Receiver]:
         """All receivers of ``name``, whoever they hear, in the order of their connection."""
@@ -261,7 +261,7 @@ class Declarations:
             receiver() if isinstance(receiver, weakref.ref) else receiver
             for receiver in list(signal.receivers.values())
         ]
-        return [receiver for receiver in found if receiver is not None]
+        return [r for r in found if r is not None and not isinstance(r, Outbound)]
 
     def retries_of(self, name: str, receiver: Receiver) -> int | None:
         """How often ``receiver`` is tried again at an event ``name``, if it says so itself."""
@@ -352,5 +352,7 @@ class Declarations:
 
 
 def _connect(signal: NamedSignal, receiver: Receiver, senders: tuple[Any, ...]) -> None:
+    adopt(signal)
+
     for sender in senders:
         signal.connect(receiver, sender=sender, weak=False)

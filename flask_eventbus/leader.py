@@ -6,6 +6,8 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
+import redis
+
 from .buffer import Buffer
 from .connections import OUTAGE
 from .exchange import Exchange
@@ -39,6 +41,10 @@ class WritingThread(Protocol):
 
     def wake(self) -> None:
         """Tell that there is something to write."""
+
+
+#: What writing raises where an event, and not Redis or a signal handler, is to blame.
+DEFECTS = (TypeError, ValueError, OverflowError, redis.RedisError)
 
 
 class Leader:
@@ -210,7 +216,8 @@ class Leader:
                 self._turn.is_sending = False
                 self._send_anew()
 
-            if not isinstance(error, Exception):
+            # A time limit that a signal handler keeps is this sender's, whatever it was doing.
+            if not isinstance(error, DEFECTS):
                 raise
 
             # The thread meets it again, and finds out which event it is.

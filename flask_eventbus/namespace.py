@@ -1,19 +1,18 @@
-"""The bus's own signals: real blinker signals that run the local receivers first.
+"""The bus's own signals, and what the signals of others become once the bus works with them.
 
-What bridges a signal is one more receiver of it, marked as :class:`Outbound`. blinker
-calls receivers in no order; a :class:`BusSignal` calls the outbound ones last, so the
-local receivers run whatever Redis does.
+A bridge publishes what a signal sends. It runs after the local receivers, which therefore run
+even if Redis is away, and ``send()`` returns what it returns without a bridge.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Coroutine, Generator, Iterable
-from inspect import iscoroutinefunction
+import weakref
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any, TypeVar
 from weakref import WeakMethod
 
-from blinker import ANY, NamedSignal, Namespace
+from blinker import ANY, NamedSignal, Namespace, Signal
 
 from .coroutines import run_coroutine
 from .errors import ConfigError, PayloadError
@@ -27,22 +26,106 @@ MOST_SENDERS = 100
 
 
 class Outbound:
-    """Marks a receiver that publishes what it receives."""
+    """A bridge: publishes what a signal sends."""
+
+    def __call__(self, sender: Any, /, **payload: Any) -> None:
+        """Publish one emission."""
+        raise NotImplementedError
+
+    async def publish(self, sender: Any, /, **payload: Any) -> None:
+        """Publish one emission without blocking the event loop."""
+        raise NotImplementedError
 
 
-class BusSignal(NamedSignal):
-    """A :class:`blinker.NamedSignal` whose local receivers run before it is published."""
+class SendingSignal(Signal):
+    """A signal that calls its local receivers first, ``async def`` ones too, then its bridges."""
+
+    @property
+    def bridges(self) -> Sequence[Outbound]:
+        """The bridges that publish this signal."""
+        raise NotImplementedError
+
+    def send(
+        self,
+        sender: Any | None = None,
+        /,
+        *,
+        _async_wrapper: Callable[[Receiver], Receiver] | None = None,
+        **kwargs: Any,
+    ) -> list[tuple[Receiver, Any]]:
+        """Call the receivers for ``sender``, ``async def`` ones included, then publish.
+
+        :return: what blinker returns: the local receivers and their results.
+        :raises PayloadError: a value cannot travel, or a key is reserved.
+        :raises PublishError: Redis did not take the event, and the route asks for an error.
+        """
+        results = super().send(sender, _async_wrapper=_async_wrapper or _to_sync, **kwargs)
+
+        if not self.is_muted:
+            for bridge in self.bridges:
+                bridge(sender, **kwargs)
+
+        return results
+
+    async def send_async(
+        self,
+        sender: Any | None = None,
+        /,
+        *,
+        _sync_wrapper: Callable[[Receiver], Callable[..., Coroutine[Any, Any, Any]]] | None = None,
+        **kwargs: Any,
+    ) -> list[tuple[Receiver, Any]]:
+        """Await the receivers for ``sender``, then publish; the event loop goes on meanwhile."""
+        wrapper = _sync_wrapper or _refuse_sync
+        results = await super().send_async(sender, _sync_wrapper=wrapper, **kwargs)
+
+        if not self.is_muted:
+            for bridge in self.bridges:
+                await bridge.publish(sender, **kwargs)
+
+        return results
+
+
+class AdoptedSignal(SendingSignal):
+    """A signal of others that the bus publishes, or connects receivers to.
+
+    Its bridges are connected as receivers: code that asks ``has_receivers_for()`` before it
+    sends goes on to send.
+    """
+
+    @property
+    def bridges(self) -> Sequence[Outbound]:
+        """The bridges among the connected receivers."""
+        return [found for found in super().receivers_for(ANY) if isinstance(found, Outbound)]
+
+    def receivers_for(self, sender: Any) -> Generator[Receiver, None, None]:
+        """Yield the local receivers for ``sender``."""
+        return (found for found in super().receivers_for(sender) if not isinstance(found, Outbound))
+
+
+class BusSignal(SendingSignal, NamedSignal):
+    """One of the bus's own signals; a route of it is invisible to whoever looks at the signal."""
 
     def __init__(self, name: str, doc: str | None = None) -> None:
         super().__init__(name, doc)
         #: The local receivers for a sender, as long as nobody connects or disconnects.
         self._found: dict[str, list[Receiver]] = {}
-        #: Whether a local receiver may vanish without a word.
+        #: True if a local receiver may vanish without notice.
         self._has_weak = False
+        self._bridges: tuple[weakref.ref[Outbound], ...] = ()
+
+    @property
+    def bridges(self) -> Sequence[Outbound]:
+        """The bridges of the nodes that live."""
+        return [found for reference in self._bridges if (found := reference()) is not None]
+
+    def publish_by(self, bridge: Outbound) -> None:
+        """Publish by ``bridge`` from now on, as long as it lives."""
+        self._bridges = (*map(weakref.ref, self.bridges), weakref.ref(bridge))
 
     def connect(self, receiver: F, sender: Any = ANY, weak: bool = True) -> F:
         """Connect ``receiver``, as blinker does."""
-        self._has_weak = self._has_weak or (weak and not isinstance(receiver, Outbound))
+        self._has_weak = self._has_weak or weak
 
         try:
             return super().connect(receiver, sender, weak)
@@ -61,30 +144,18 @@ class BusSignal(NamedSignal):
         self._found = {}
 
     def local_receivers(self, sender: str) -> list[Receiver]:
-        """The receivers for a service, those left out that publish."""
+        """The receivers for a service, kept for the next event."""
         # Whoever connects meanwhile leaves this one behind.
         known = self._found
         found = known.get(sender)
 
         if found is None:
-            found = local(self.receivers_for(sender))
+            found = list(self.receivers_for(sender))
 
             if not self._has_weak and len(known) < MOST_SENDERS:
                 known[sender] = found
 
         return found
-
-    def receivers_for(self, sender: Any) -> Generator[Receiver, None, None]:
-        """Yield the receivers for ``sender``, those that publish last."""
-        outbound: list[Receiver] = []
-
-        for receiver in super().receivers_for(sender):
-            if isinstance(receiver, Outbound):
-                outbound.append(receiver)
-            else:
-                yield receiver
-
-        yield from outbound
 
     def send(
         self,
@@ -94,29 +165,14 @@ class BusSignal(NamedSignal):
         _async_wrapper: Callable[[Receiver], Receiver] | None = None,
         **kwargs: Any,
     ) -> list[tuple[Receiver, Any]]:
-        """Call the receivers for ``sender``, ``async def`` ones included, and publish.
+        """Call the receivers for ``sender``, ``async def`` ones included, then publish.
 
+        :return: what blinker returns: the local receivers and their results.
         :raises PayloadError: a value cannot travel, or a key is ``sender``.
-        :raises PublishError: Redis did not take the event, and the route is to tell.
+        :raises PublishError: Redis did not take the event, and the route asks for an error.
         """
         _refuse_sender(self.name, kwargs)
-
-        if self.is_muted:
-            return []
-
-        wrapper = _async_wrapper or _to_sync
-        results = []
-
-        # As blinker does it, which looks at what publishes for as long as that takes.
-        for receiver in self.receivers_for(sender):
-            call = receiver
-
-            if not isinstance(receiver, Outbound) and iscoroutinefunction(receiver):
-                call = wrapper(receiver)
-
-            results.append((receiver, call(sender, **kwargs)))
-
-        return results
+        return super().send(sender, _async_wrapper=_async_wrapper, **kwargs)
 
     async def send_async(
         self,
@@ -126,10 +182,9 @@ class BusSignal(NamedSignal):
         _sync_wrapper: Callable[[Receiver], Callable[..., Coroutine[Any, Any, Any]]] | None = None,
         **kwargs: Any,
     ) -> list[tuple[Receiver, Any]]:
-        """Await the receivers for ``sender`` and publish; what publishes needs no wrapper."""
+        """Await the receivers for ``sender``, then publish; the event loop goes on meanwhile."""
         _refuse_sender(self.name, kwargs)
-        wrapper = _wrap_outbound(_sync_wrapper)
-        return await super().send_async(sender, _sync_wrapper=wrapper, **kwargs)
+        return await super().send_async(sender, _sync_wrapper=_sync_wrapper, **kwargs)
 
 
 class BusNamespace(Namespace):
@@ -167,9 +222,25 @@ class BusNamespace(Namespace):
                 watcher(signal)
 
 
-def local(receivers: Iterable[Receiver]) -> list[Receiver]:
-    """Those of ``receivers`` that do not publish."""
-    return [receiver for receiver in receivers if not isinstance(receiver, Outbound)]
+def adopt(signal: Signal) -> None:
+    """Let a signal of others send as the bus's own do.
+
+    blinker has no hook for that. Its ``send_async()`` would refuse the bridge, ``send()`` would
+    refuse ``async def`` receivers and return the bridge among the results, and the order of
+    receivers would be undefined. So the signal gets a subclass of its own class.
+    """
+    if not isinstance(signal, SendingSignal):
+        kind = type(signal)
+
+        if kind not in _adopted:
+            names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            _adopted[kind] = type(kind.__name__, (AdoptedSignal, kind), names)
+
+        signal.__class__ = _adopted[kind]
+
+
+#: The classes that adopted signals get, by those they had.
+_adopted: dict[type, type[Signal]] = {}
 
 
 def check_signal_name(name: object, where: str) -> str:
@@ -202,26 +273,8 @@ def _to_sync(receiver: Receiver) -> Receiver:
     return call
 
 
-def _wrap_outbound(
-    wrapper: Callable[[Receiver], Callable[..., Coroutine[Any, Any, Any]]] | None,
-) -> Callable[[Receiver], Callable[..., Coroutine[Any, Any, Any]]]:
-    def wrap(receiver: Receiver) -> Callable[..., Coroutine[Any, Any, Any]]:
-        if isinstance(receiver, Outbound):
-            return _to_async(receiver)
-
-        if wrapper is None:
-            raise RuntimeError(
-                f"send_async() cannot call {receiver!r}, which is no coroutine function. "
-                "Pass _sync_wrapper, as blinker asks for."
-            )
-
-        return wrapper(receiver)
-
-    return wrap
-
-
-def _to_async(receiver: Receiver) -> Callable[..., Coroutine[Any, Any, Any]]:
-    async def call(sender: Any, **kwargs: Any) -> Any:
-        return receiver(sender, **kwargs)
-
-    return call
+def _refuse_sync(receiver: Receiver) -> Callable[..., Coroutine[Any, Any, Any]]:
+    raise RuntimeError(
+        f"send_async() cannot call {receiver!r}, which is no coroutine function. "
+        "Pass _sync_wrapper, as blinker asks for."
+    )

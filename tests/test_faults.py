@@ -280,3 +280,69 @@ def test_a_fault_spoils_no_later_payload() -> None:
             codec.pack_payload(make())
 
     assert codec.pack_payload({"a": [1]}) == good
+
+
+# -- what packing did not raise -----------------------------------------------------------
+
+
+class TimeLimitError(Exception):
+    """What a signal handler raises wherever the program happens to be."""
+
+
+class Once:
+    """Packs well, but for the first time, when a time limit strikes in the middle."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error: Exception | None = error
+
+    def pack(self) -> bytes:
+        error, self.error = self.error, None
+
+        if error is not None:
+            raise error
+
+        return b"packed"
+
+
+@pytest.mark.parametrize("error", [TimeLimitError("over"), ValueError("over"), KeyError("over")])
+@pytest.mark.parametrize("wrap", [list, set])
+def test_an_error_that_a_signal_handler_raises_while_packing_is_passed_on(
+    error: Exception, wrap: Callable[[Any], Any]
+) -> None:
+    codec = Codec()
+    codec.register_type(40, Once, pack=Once.pack, unpack=lambda data: Once(error))
+
+    with pytest.raises(type(error)) as caught:
+        codec.pack_payload({"values": wrap([Once(error)])})
+
+    assert caught.value is error
+
+
+def test_an_error_that_strikes_while_a_value_is_read_back_is_passed_on() -> None:
+    codec = Codec()
+    first = TimeLimitError("over")
+    errors = [first]
+
+    def unpack(data: bytes) -> Address:
+        while errors:
+            raise errors.pop()
+        return Address()
+
+    codec.register_type(40, Address, pack=lambda value: b"", unpack=unpack)
+
+    with pytest.raises(TimeLimitError) as caught:
+        codec.pack_payload({"home": Address()})
+
+    assert caught.value is first
+
+
+def test_a_type_that_never_packs_is_the_payloads_fault_whatever_it_raises() -> None:
+    codec = Codec()
+
+    def pack(value: Address) -> bytes:
+        raise TimeLimitError("each time")
+
+    codec.register_type(40, Address, pack=pack, unpack=lambda data: Address())
+
+    with pytest.raises(PayloadError, match=r"payload\.home: Address cannot travel: TimeLimitError"):
+        codec.pack_payload({"home": Address()})

@@ -967,6 +967,26 @@ def test_a_send_that_is_interrupted_while_others_send_holds_none_of_them(
     assert confirmed <= set(values(shared_redis, prefix=prefix))
 
 
+def test_a_time_limit_that_strikes_while_a_sender_writes_for_another_is_passed_on(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"})
+    bus.signal("tick").send("test", n=0)
+    publisher = bus.node._publisher
+    another = publisher.draft("tick", {"n": 1}, bus.node.route_for("tick"))
+
+    def strike(batch: Any) -> None:
+        raise ArithmeticError("what a signal handler raises")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(publisher._leader, "_send", strike)
+        with pytest.raises(ArithmeticError, match="what a signal handler raises"):
+            publisher._leader._send_for(another)
+    bus.signal("tick").send("test", n=2)
+
+    assert values(shared_redis, prefix=prefix) == [0, 2]
+
+
 def test_a_child_sends_as_a_node_of_its_own(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
