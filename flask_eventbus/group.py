@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import redis
 
-from .entry_ids import entry_id
+from .entry_ids import EntryId, entry_id, id_text
 from .pipe import Command, Pipe
 from .streams import StreamKeys
 
@@ -30,6 +30,9 @@ LAST_ID = f"{2**64 - 1}-{2**64 - 2}"
 
 #: Entries that are looked at in one command.
 PAGE = 100
+
+#: Entries that are counted at most behind the place where a new group begins.
+MOST_COUNTED = 1_000
 
 
 class GroupGoneError(Exception):
@@ -65,8 +68,13 @@ class Position:
     #: The first and the last entry that the stream has, or had.
     first: str
     last: str
-    #: Entries that were trimmed before they were delivered; ``None`` where it cannot be told.
+    #: Entries that were trimmed before they were delivered; ``None`` where Redis has no count.
     trimmed: int | None
+    #: True if the stream begins after the last delivered entry.
+    is_behind: bool
+    #: Entries that Redis does not count as read although the group has passed them: Redis 7.0
+    #: leaves out what was trimmed unread. 0 while the group is behind.
+    miscounted: int = 0
 
 
 class Group:
@@ -90,21 +98,114 @@ class Group:
         :return: ``None`` where the group was made or was there.
         :raises redis.ConnectionError: Redis is away.
         """
-        names = list(starts)
+        if not starts:
+            return {}
+
+        places = self._places(starts)
+        refusals = self._make(places)
+        # Redis 6.2 does not know ENTRIESREAD.
+        again = {name: places[name][:1] for name in refusals if len(places[name]) > 1}
+        refusals.update(self._make(again) if any(refusals[name] for name in again) else {})
+        return refusals
+
+    def _make(self, places: Mapping[str, Command]) -> dict[str, Exception | None]:
+        """Make the group on each stream, at an id and with the options that follow it."""
         commands: list[Command] = []
 
-        for name in names:
+        for name, (id, *options) in places.items():
             key = self._keys.stream(name)
-            commands.append(("XGROUP", "CREATE", key, self._service, starts[name], "MKSTREAM"))
+            create: Command = ("XGROUP", "CREATE", key, self._service, id, "MKSTREAM", *options)
+            commands.append(create)
             commands.append(("SADD", self._keys.names, name))
             # For those who look: before Redis 7.2 its first entry would make it.
             commands.append(("XGROUP", "CREATECONSUMER", key, self._service, self._consumer))
 
-        answers = self.pipe.run(commands) if commands else []
+        answers = self.pipe.run(commands)
         return {
             name: answer if _is_refusal(answer) else None
-            for name, answer in zip(names, answers[::3], strict=True)
+            for name, answer in zip(places, answers[::3], strict=True)
         }
+
+    def _places(self, starts: Mapping[str, str]) -> dict[str, Command]:
+        """Return the id at which each group begins, with ``ENTRIESREAD`` for one that is new.
+
+        With that number Redis counts what is trimmed before the group reads for the first time.
+        """
+        asked = self.pipe.run([("XINFO", "GROUPS", self._keys.stream(name)) for name in starts])
+        new = [
+            name
+            for name, groups in zip(starts, asked, strict=True)
+            if _is_missing(groups) or not self._is_among(groups)
+        ]
+        infos = (
+            self.pipe.run([("XINFO", "STREAM", self._keys.stream(name)) for name in new])
+            if new
+            else []
+        )
+        places: dict[str, Command] = {name: (start,) for name, start in starts.items()}
+        places.update(
+            {
+                name: self._place(name, starts[name], info)
+                for name, info in zip(new, infos, strict=True)
+            }
+        )
+        return places
+
+    def _is_among(self, groups: Any) -> bool:
+        """Return True if this group is one of ``groups``, or Redis refuses to list them."""
+        if isinstance(groups, Exception):
+            return True
+
+        return any(_as_dict(found)["name"] == self._service.encode() for found in groups)
+
+    def _place(self, name: str, start: str, info: Any) -> Command:
+        if _is_missing(info):
+            return ("0-0", "ENTRIESREAD", 0)
+
+        if isinstance(info, Exception):
+            return (start,)
+
+        stream = _as_dict(info)
+        last = entry_id(stream.get("last-generated-id", b"0-0"))
+        # An id, and not "$": what is added meanwhile is new to the group.
+        place = last if start == "$" else entry_id(start)
+        read = self._count_before(name, stream, place, last)
+        return (id_text(place), *(() if read is None else ("ENTRIESREAD", read)))
+
+    def _count_before(
+        self, name: str, stream: Mapping[str, Any], place: EntryId, last: EntryId
+    ) -> int | None:
+        """Return how many entries were ever added up to ``place``; ``None`` if that is unknown."""
+        added: int | None = stream.get("entries-added")
+        first = stream.get("first-entry")
+
+        if added is None or place > last:
+            return None
+
+        if place == last:
+            return added
+
+        if first is None or place < entry_id(first[0]):
+            return max(0, added - int(stream["length"]))
+
+        after = self._count_after(name, place)
+        return None if after is None else max(0, added - after)
+
+    def _count_after(self, name: str, place: EntryId) -> int | None:
+        """Return how many entries lie behind ``place``; ``None`` if they are too many to count."""
+        count, start = 0, place
+
+        while count <= MOST_COUNTED:
+            head: Command = ("XRANGE", self._keys.stream(name), f"({id_text(start)}", "+")
+            page = self._asked(*head, "COUNT", PAGE)
+            count += len(page)
+
+            if len(page) < PAGE:
+                return count
+
+            start = entry_id(page[-1][0])
+
+        return None
 
     def read(self, names: Sequence[str], *, count: int, block: float) -> list[Entry]:
         """New entries of streams, up to ``count`` of each; often none.
@@ -346,6 +447,10 @@ def _is_refusal(answer: Any) -> bool:
     return isinstance(answer, Exception) and not str(answer).startswith("BUSYGROUP")
 
 
+def _is_missing(answer: Any) -> bool:
+    return isinstance(answer, Exception) and "no such key" in str(answer)
+
+
 def _meaning(error: Exception) -> Exception:
     # redis-py takes "ERR" off.
     gone = ("NOGROUP", "UNBLOCKED", "no such key", "The XGROUP subcommand requires the key")
@@ -369,7 +474,26 @@ def _position(stream: Mapping[str, Any], group: Mapping[str, Any]) -> Position:
     last = stream.get("last-generated-id", b"0-0").decode()
     first = entry[0].decode() if entry else last
     delivered = group["last-delivered-id"].decode()
-    return Position(delivered, first, last, _trimmed(stream, group, behind(delivered, first)))
+    is_behind = behind(delivered, first)
+    return Position(
+        delivered,
+        first,
+        last,
+        _trimmed(stream, group, is_behind),
+        is_behind,
+        0 if is_behind else _miscounted(stream, group, is_at_end=delivered == last),
+    )
+
+
+def _miscounted(stream: Mapping[str, Any], group: Mapping[str, Any], *, is_at_end: bool) -> int:
+    added: int | None = stream.get("entries-added")
+    read: int | None = group.get("entries-read")
+
+    if added is None or read is None:
+        return 0
+
+    passed = added if is_at_end else added - int(stream["length"])
+    return max(0, passed - read)
 
 
 def _trimmed(stream: Mapping[str, Any], group: Mapping[str, Any], is_behind: bool) -> int | None:

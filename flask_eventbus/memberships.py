@@ -176,6 +176,7 @@ class Memberships:
 
     def _join_new(self, wanted: dict[str, Subscription], new: Sequence[str]) -> None:
         starts = {name: self._start_of(name, wanted[name]) for name in new}
+        self._trims.look_next()
         refusals = self._group.join(starts)
         joined = dict(self.joined)
 

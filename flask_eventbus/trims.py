@@ -38,8 +38,10 @@ class Trims:
         #: Whether the last read left something to be read.
         self.busy = False
         self._looked = float("-inf")
-        #: What was told of each stream: a group does not catch up on what it lost.
-        self._told: dict[str, int] = {}
+        #: The part of what Redis counts as lost that is no new loss, by stream.
+        self._reported: dict[str, int] = {}
+        #: The streams of which a loss was reported whose size Redis does not know.
+        self._unknown: set[str] = set()
 
     def look(self, names: Iterable[str]) -> None:
         """Look at streams, if it is time.
@@ -56,10 +58,15 @@ class Trims:
         for name in names:
             self._look_at(name)
 
-    def reset(self) -> None:
-        """Begin again: the streams are others now."""
-        self._told.clear()
+    def look_next(self) -> None:
+        """Look before the next read: a group that reads on no longer shows what it lost."""
         self._looked = float("-inf")
+
+    def reset(self) -> None:
+        """Start again after streams were deleted: their counts start at zero."""
+        self._reported.clear()
+        self._unknown.clear()
+        self.look_next()
 
     def count(self, name: str, count: int | None) -> None:
         """Tell of so many events that are lost; ``None`` where it is not known how many."""
@@ -95,13 +102,16 @@ class Trims:
         if position is None:
             return
 
-        if position.trimmed is None:
-            # It is told once: nothing says whether more was lost by the next look.
-            if self._told.setdefault(name, -1) == -1:
-                self._told[name] = 0
+        if not position.is_behind:
+            # Nothing unread is missing: whatever Redis 7.0 counts as unread was lost earlier.
+            self._reported[name] = position.miscounted
+            self._unknown.discard(name)
+        elif position.trimmed is None:
+            # Once: nothing says whether more is lost by the next look.
+            if name not in self._unknown:
+                self._unknown.add(name)
                 self.count(name, None)
-            return
-
-        told = self._told.get(name, 0)
-        self._told[name] = max(told, position.trimmed)
-        self.count(name, max(0, position.trimmed - told))
+        else:
+            reported = self._reported.get(name, 0)
+            self._reported[name] = max(reported, position.trimmed)
+            self.count(name, max(0, position.trimmed - reported))

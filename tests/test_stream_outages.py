@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import servers
 from programs import Program, Service
 from proxies import Proxy, Spoil
@@ -28,6 +30,11 @@ from flask_eventbus import (
     signals,
 )
 from flask_eventbus.codec import Codec
+from flask_eventbus.counters import Counters
+from flask_eventbus.group import Group
+from flask_eventbus.pipe import Command, Pipe
+from flask_eventbus.subscriptions import read_subscription
+from flask_eventbus.trims import Trims
 
 Make = Callable[..., Bus]
 
@@ -640,6 +647,127 @@ def test_events_that_were_trimmed_unread_are_counted_logged_and_signalled(
     assert bus.health().counts["trimmed"] == 3
     assert "The stream of 'tick' was trimmed past 3 events that 'mailer' had not" in caplog.text
     assert "Raise 'maxlen' of the route" in caplog.text
+
+
+#: A stream with the entries 1000-0 to 5000-0, the first two of which are trimmed.
+OLD = [f"{number * 1000}-0" for number in range(1, 6)]
+
+
+def fill_and_trim(store: StreamStore) -> None:
+    for id in OLD:
+        store.add("tick", id=id, n=0)
+
+    store.client.xtrim(store.keys.stream("tick"), maxlen=3, approximate=False)
+
+
+@pytest.mark.parametrize(
+    ("filled", "start", "lost"),
+    [
+        (False, "new", 7),
+        (False, "earliest", 7),
+        (False, datetime(2026, 1, 1, tzinfo=UTC), 7),
+        (True, "new", 7),
+        (True, "earliest", 7 + 3),
+        (True, "1500-0", 7 + 3),
+        (True, "4000-0", 7 + 1),
+        (True, "5000-0", 7),
+        (True, datetime(1970, 1, 1, 0, 0, 4, tzinfo=UTC), 7 + 2),
+    ],
+    ids=[
+        *("empty, new", "empty, earliest", "empty, time"),
+        *("new", "earliest", "before the first", "in the middle", "the last", "a time"),
+    ],
+)
+def test_what_is_trimmed_before_the_first_read_of_a_group_is_counted(
+    any_server: RedisServer,
+    make_bus: Make,
+    trimmed: list[tuple[str, int | None]],
+    filled: bool,
+    start: Any,
+    lost: int,
+) -> None:
+    store = StreamStore(any_server)
+    if filled:
+        fill_and_trim(store)
+    group_of(store, make_bus).join({"tick": read_subscription("tick", {"start": start}, "x").start})
+
+    for number in range(10):
+        store.add("tick", n=number)
+    store.client.xtrim(store.keys.stream("tick"), maxlen=3, approximate=False)
+    bus = make_bus(any_server.url, "mailer", prefix=store.prefix)
+    heard = hear(bus, start=start)
+
+    wait_until(lambda: heard == [7, 8, 9], what="what is left is handled")
+    assert trimmed == [("tick", lost)]
+    assert bus.health().counts["trimmed"] == lost
+
+
+def test_a_service_that_listened_once_and_lost_events_since_is_an_alarm_of_status(
+    any_server: RedisServer, make_bus: Make
+) -> None:
+    store = StreamStore(any_server)
+    bus = make_bus(any_server.url, "mailer", prefix=store.prefix)
+    hear(bus)
+    bus.stop()
+    for number in range(10):
+        store.add("tick", n=number)
+    store.client.xtrim(store.keys.stream("tick"), maxlen=3, approximate=False)
+
+    result = store.run("status", "--max-lag", "5000")
+
+    assert result.exit_code == 1
+    assert "7 events of 'tick' were trimmed before 'mailer' got them" in result.output
+
+
+def group_of(store: StreamStore, make_bus: Make) -> Group:
+    """The group of ``mailer``, as one of its workers sees it."""
+    pipe = Pipe(make_bus(store.url).node.connections, timeout=5)
+    return Group(pipe, keys=store.keys, service="mailer", consumer="worker")
+
+
+def test_a_loss_is_reported_once_however_often_it_is_looked_for(
+    any_server: RedisServer, make_bus: Make, trimmed: list[tuple[str, int | None]]
+) -> None:
+    store = StreamStore(any_server)
+    group = group_of(store, make_bus)
+    group.join({"tick": "$"})
+    watch = Trims(group, service="mailer", counters=Counters())
+
+    for _ in range(2):
+        for number in range(10):
+            store.add("tick", n=number)
+        store.client.xtrim(store.keys.stream("tick"), maxlen=3, approximate=False)
+
+        for _ in range(3):
+            watch.look_next()
+            watch.look(["tick"])
+
+        assert len(group.read(["tick"], count=100, block=0)) == 3
+        watch.look_next()
+        watch.look(["tick"])
+
+    assert trimmed == [("tick", 7), ("tick", 7)]
+
+
+def test_a_server_that_cannot_count_gets_its_groups_all_the_same(
+    shared_redis: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Pipe.run
+
+    def run_as_redis_6(pipe: Pipe, commands: Sequence[Command]) -> list[Any]:
+        known = [command for command in commands if "ENTRIESREAD" not in command]
+        answers = iter(run(pipe, known) if known else [])
+        error = redis.ResponseError("Unknown subcommand or wrong number of arguments for 'CREATE'")
+        return [next(answers) if command in known else error for command in commands]
+
+    monkeypatch.setattr(Pipe, "run", run_as_redis_6)
+    store = StreamStore(shared_redis)
+    store.add("paid", n=1)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    heard = hear(bus)
+    store.add("tick", n=2)
+
+    wait_until(lambda: heard == [2], what="the event arrives")
 
 
 def _ids(store: StreamStore) -> list[bytes]:
