@@ -10,7 +10,7 @@ import redis
 from .connections import OUTAGE
 from .counters import Counters
 from .deliveries import Delivery, Hand
-from .dispatcher import Dispatcher, Failure
+from .dispatcher import Dispatcher, Failure, Status
 from .group import Group, GroupGoneError
 from .logs import get_logger
 from .outcomes import Outcomes
@@ -95,13 +95,15 @@ class Attempts:
 
         record = delivery.record
         only = None if record is None else record.receiver
-        failures = self._dispatcher.dispatch(delivery.event, only=only)
+        result = self._dispatcher.dispatch(delivery.event, only=only)
 
         # What it came to is not kept here: the next receiver may take long, or end the process.
         if self._is_disowned:
             return
-        elif failures or record is not None:
-            self._judge(delivery, failures)
+        elif record is not None and result.status is Status.GONE:
+            self._settler.add(self._retries.postponed(delivery, record))
+        elif result.failures or record is not None:
+            self._judge(delivery, result.failures)
         else:
             self._settler.handled(delivery)
 

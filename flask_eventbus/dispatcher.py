@@ -6,7 +6,8 @@ import asyncio
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from .coroutines import run_coroutine
@@ -27,8 +28,30 @@ class Failure:
 
     receiver: Receiver
     error: BaseException
-    #: The receiver's name; empty for what is none, as the end of the scope of an event.
+    #: The receiver's name; empty if a teardown failed, and not the receiver.
     name: str = ""
+
+
+class Status(Enum):
+    """How the receivers of an event ended."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    #: There is no receiver, so nothing ran.
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How the receivers of an event ended, with an entry for each error."""
+
+    status: Status
+    #: Failed receivers, and teardowns that raised. The latter do not make the status FAILED.
+    failures: Sequence[Failure] = ()
+
+
+_SUCCEEDED = Result(Status.SUCCEEDED)
+_GONE = Result(Status.GONE)
 
 
 class Dispatcher:
@@ -36,7 +59,9 @@ class Dispatcher:
 
     :param service: this service, for logs.
     :param receivers: the receivers here of an event, by its name and its source.
-    :param scope: what each event runs in: in Flask, a fresh app context.
+    :param scope: what each receiver runs in: in Flask, a fresh app context. What the receiver
+        raises passes through it.
+    :param undo: called in the scope of a receiver that failed; never raises.
     :param connected: the receivers of a name, in the order in which they were connected.
     :param timeout: the seconds that a receiver which is a coroutine function has; ``None`` for all.
     """
@@ -50,12 +75,14 @@ class Dispatcher:
         counters: Counters,
         timeout: Callable[[str, Receiver], float | None] = lambda name, receiver: None,
         connected: Callable[[str], Iterable[Receiver]] = lambda name: (),
+        undo: Callable[[], None] = lambda: None,
     ) -> None:
         self._service = service
         self._receivers = receivers
         self._scope = scope
         self._timeout = timeout
         self._connected = connected
+        self._undo = undo
         self._counters = counters
         self._log = BoundedLog(logger)
 
@@ -71,56 +98,71 @@ class Dispatcher:
 
         return [receiver for receiver in found if self._name(event.name, receiver) == only]
 
-    def dispatch(self, event: Event, *, only: str | None = None) -> list[Failure]:
-        """Run every receiver for ``event`` and return those that failed; never raises.
+    def dispatch(self, event: Event, *, only: str | None = None) -> Result:
+        """Run every receiver for ``event``, each in a scope of its own; never raises.
 
         :param only: the name of the receiver that is to run alone.
         """
         receivers = self.receivers(event, only=only)
 
         if not receivers:
-            self._skip(event)
-            return []
+            if only is None:
+                self._skip(event)
+
+            return _GONE
 
         failures: list[Failure] = []
         token = handling.set(event)
-        begun = False
 
         try:
-            with self._scope():
-                begun = True
-
-                for receiver in receivers:
-                    self._call(receiver, event, failures)
-        except BaseException as error:
-            # The scope's own end: a teardown function that raised, for example.
-            failures += self._fallen(event, error, [] if begun else receivers)
+            for receiver in receivers:
+                self._run(receiver, event, failures)
         finally:
             handling.reset(token)
 
         self._counters.add("handled")
-        return failures
 
-    def _call(self, receiver: Receiver, event: Event, failures: list[Failure]) -> None:
+        if not failures:
+            return _SUCCEEDED
+
+        has_failed = any(failure.name for failure in failures)
+        return Result(Status.FAILED if has_failed else Status.SUCCEEDED, failures)
+
+    def _run(self, receiver: Receiver, event: Event, failures: list[Failure]) -> None:
+        """Run one receiver in its scope, and note what went wrong."""
+        has_begun = False
+        raised: BaseException | None = None
+
         try:
-            result = receiver(event.source, **event.payload)
+            with self._scope():
+                has_begun = True
 
-            if result is not None and inspect.iscoroutine(result):
-                timeout = self._timeout(event.name, receiver)
-                run_coroutine(result if timeout is None else _in_time(result, timeout))
+                try:
+                    self._call(receiver, event)
+                except BaseException as error:
+                    # Even SystemExit: a receiver cannot end the process that others depend on.
+                    raised = error
+                    self._undo()
+                    raise
         except BaseException as error:
-            # Even SystemExit: a receiver cannot end the process that others depend on.
-            failures.append(self._failed(receiver, event, error))
+            if raised is None and not has_begun:
+                # Without its scope the receiver cannot run.
+                raised = error
+            elif error is not raised:
+                failures.append(self._failed(self._scope, "", event, error))
 
-    def _fallen(
-        self, event: Event, error: BaseException, kept_from: Iterable[Receiver]
-    ) -> list[Failure]:
-        """What the scope's failure is: one of each receiver that did not get to run, or its own."""
-        failure = self._failed(self._scope, event, error)
-        kept = [Failure(found, error, self._name(event.name, found)) for found in kept_from]
-        return kept or [replace(failure, name="")]
+        if raised is not None:
+            name = self._name(event.name, receiver)
+            failures.append(self._failed(receiver, name, event, raised))
 
-    def _failed(self, receiver: Receiver, event: Event, error: BaseException) -> Failure:
+    def _call(self, receiver: Receiver, event: Event) -> None:
+        result = receiver(event.source, **event.payload)
+
+        if result is not None and inspect.iscoroutine(result):
+            timeout = self._timeout(event.name, receiver)
+            run_coroutine(result if timeout is None else _in_time(result, timeout))
+
+    def _failed(self, receiver: Receiver, name: str, event: Event, error: BaseException) -> Failure:
         error = explain(receiver, event, error)
         self._counters.add("failed")
         logger.error(
@@ -134,7 +176,7 @@ class Dispatcher:
             exc_info=error,
         )
         tell(receiver_failed, self._service, receiver=receiver, event=event, error=error)
-        return Failure(receiver, error, self._name(event.name, receiver))
+        return Failure(receiver, error, name)
 
     def _name(self, event_name: str, receiver: Receiver) -> str:
         """What tells a receiver from the others of an event, in every process of the service.

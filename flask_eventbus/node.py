@@ -299,10 +299,29 @@ class Node:
             service=self.config.service,
             receivers=self.declarations.receivers_of,
             scope=self._scope,
+            undo=self._roll_back,
             counters=self.counters,
             timeout=self.declarations.timeout_of,
             connected=self.declarations.connected_to,
         )
+
+    def _roll_back(self) -> None:
+        """Roll back what a receiver that failed left in the database session."""
+        # It is imported where a session is known whose commits events wait for; elsewhere the end
+        # of the app context is enough.
+        transactions = sys.modules.get(f"{__package__}.transactions")
+
+        if transactions is None:
+            return
+
+        try:
+            transactions.roll_back(self.session)
+        except Exception:
+            logger.exception(
+                "The transaction that a failed receiver of %r left could not be rolled back. Its "
+                "session may fail until the program closes it.",
+                self.config.service,
+            )
 
     def _make_inbound(self) -> Inbound:
         publisher = self._publisher

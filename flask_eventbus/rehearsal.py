@@ -98,10 +98,10 @@ class Rehearsal:
 
         return list(found.values())
 
-    def run(self, node: Node, delivery: Delivery) -> list[Failure]:
+    def run(self, node: Node, delivery: Delivery) -> Sequence[Failure]:
         """Run the receivers of a delivery, or the one that is tried again."""
         only = delivery.record.receiver if delivery.record else None
-        return node.dispatcher.dispatch(delivery.event, only=only)
+        return node.dispatcher.dispatch(delivery.event, only=only).failures
 
     def settle(self, node: Node, delivery: Delivery, failures: Sequence[Failure]) -> list[Failure]:
         """Decide what follows from failures, as a worker does; those that are the test's own."""

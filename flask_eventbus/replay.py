@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from .codec import Codec
@@ -125,7 +125,7 @@ class Replay:
         elif not self._is_for_here(event):
             self.others += 1
         else:
-            failures = [] if dry else self.dispatcher.dispatch(event, only=self.only)
+            failures = () if dry else self.dispatcher.dispatch(event, only=self.only).failures
             self._note(entry, event, failures)
 
     def _is_for_here(self, event: Event) -> bool:
@@ -133,7 +133,7 @@ class Replay:
         heard = self.subscription.hears(event.source) and (self.subscription.echo or not is_own)
         return heard and bool(self.dispatcher.receivers(event, only=self.only))
 
-    def _note(self, entry: str, event: Event, failures: list[Failure]) -> None:
+    def _note(self, entry: str, event: Event, failures: Sequence[Failure]) -> None:
         self.handled += not failures
 
         for failure in failures:

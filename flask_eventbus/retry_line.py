@@ -148,6 +148,16 @@ class RetryLine:
             delivery.record, delivery.member = running, member
             return True
 
+    def postponed(self, delivery: Delivery, record: RetryRecord) -> Outcome:
+        """The outcome of a retry whose receiver was gone after it had begun: as if it had not.
+
+        Another worker may have the receiver.
+        """
+        waiting = replace(record, attempts=record.attempts - 1, running=False)
+        key = self._keys.retry(delivery.name, self._config.service)
+        command: Command = ("ZADD", key, self._postponed_until(), waiting.packed())
+        return Outcome(delivery.name, delivery.entry, [command], delivery)
+
     def put_back(self, delivery: Delivery) -> None:
         """Undo the lease of a retry that was not begun.
 
@@ -224,9 +234,7 @@ class RetryLine:
             given_up.append(self._outcomes.give_up(delivery, "gone", words))
             return [self._keep(key, member)]
 
-        # Not for as long each time, so that it is due when another looks.
-        pause = random.uniform(0.2, 1.0) * min(self._config.claim_after, POSTPONED)  # noqa: S311 - spreads load
-        return [("ZADD", key, "XX", round((time.time() + pause) * 1000), member)]
+        return [("ZADD", key, "XX", self._postponed_until(), member)]
 
     def _bad(self, name: str, member: bytes, error: Exception) -> Outcome:
         now = round(time.time() * 1000)
@@ -262,6 +270,11 @@ class RetryLine:
             record=record,
             member=member,
         )
+
+    def _postponed_until(self) -> int:
+        # Not for as long each time, so that it is due when another looks.
+        pause = random.uniform(0.2, 1.0) * min(self._config.claim_after, POSTPONED)  # noqa: S311 - spreads load
+        return round((time.time() + pause) * 1000)
 
     def _lease_until(self) -> int:
         return round((time.time() + self._config.claim_after) * 1000)

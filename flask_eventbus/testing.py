@@ -26,7 +26,7 @@ from __future__ import annotations
 import gc
 import itertools
 import secrets
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -362,8 +362,8 @@ def _require(receiving: Sized, event: Event) -> None:
         raise AssertionError(why_unheard(event, _living()))
 
 
-def _handle(node: Node, event: Event) -> list[Failure]:
-    return node.dispatcher.dispatch(node.codec.decode(node.codec.encode(event)))
+def _handle(node: Node, event: Event) -> Sequence[Failure]:
+    return node.dispatcher.dispatch(node.codec.decode(node.codec.encode(event))).failures
 
 
 def _require_fakeredis() -> None:

@@ -5,6 +5,7 @@ SQLAlchemy is optional: only a route that waits for a commit loads this module.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -12,6 +13,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, Protocol
 
+from .coroutines import run_coroutine
 from .errors import ConfigError
 
 try:
@@ -110,6 +112,26 @@ def begun(source: Any) -> Session | None:
     """
     session = _current(source)
     return session if session is not None and session.in_transaction() else None
+
+
+def roll_back(source: Any) -> None:
+    """Roll back the transaction that goes on here in the session of ``source``, if there is one.
+
+    :raises sqlalchemy.exc.SQLAlchemyError: the database cannot.
+    """
+    session = begun(source)
+
+    if session is None:
+        return
+
+    # Who has an asynchronous session has imported this.
+    extension = sys.modules.get("sqlalchemy.ext.asyncio")
+    asynchronous = None if extension is None else extension.async_session(session)
+
+    if asynchronous is None:
+        session.rollback()
+    else:
+        run_coroutine(asynchronous.rollback())
 
 
 def engine_of(source: Any, table: Table) -> Engine:

@@ -32,6 +32,7 @@ from flask_eventbus import (
     retry_line,
     signals,
 )
+from flask_eventbus.records import RetryRecord
 from flask_eventbus.streams import StreamKeys
 
 Make = Callable[..., Bus]
@@ -689,3 +690,42 @@ def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
     wait_until(line.letters, timeout=20, what="it was tried again")
     assert done.is_set()
     assert line.letters()[0]["attempts"] == "2"
+
+
+def test_a_retry_whose_receiver_goes_away_as_it_begins_is_not_taken_for_handled(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.05)
+    monkeypatch.setattr(retry_line, "POSTPONED", 0.2)
+    begin = retry_line.RetryLine.begin
+    begun: list[bool] = []
+    ran: list[int] = []
+
+    @line.bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        ran.append(current_event.attempt)
+        if current_event.attempt == 1:
+            raise Retry(after=0)
+
+    def disconnect_meanwhile(*arguments: Any) -> bool:
+        begun.append(begin(*arguments))
+        line.bus.signal("work").disconnect(receive)
+        return begun[-1]
+
+    monkeypatch.setattr(retry_line.RetryLine, "begin", disconnect_meanwhile)
+    line.listen()
+    line.send(1)
+    wait_until(lambda: begun, what="the retry begins, and its receiver is gone")
+    monkeypatch.setattr(retry_line.RetryLine, "begin", begin)
+    wait_until(lambda: line.waiting() and not running(line), what="the retry is put back")
+    assert ran == [1]
+    line.bus.signal("work").connect(receive, weak=False)
+
+    line.wait_until_settled()
+    assert ran == [1, 2]
+    assert not line.letters()
+
+
+def running(line: Line) -> list[bytes]:
+    """The retries that are being tried."""
+    return [member for member, _ in line.waiting() if RetryRecord.unpacked(member).running]
