@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from .coroutines import run_coroutine
 from .counters import BoundedLog, Counters
 from .errors import ReceiverError
 from .event import Event, handling
-from .lifecycle import tell
+from .lifecycle import tell_here
 from .logs import get_logger
 from .namespace import Receiver
-from .signals import receiver_failed
+from .signals import receiver_failed, receiver_succeeded
 
 logger = get_logger(__name__)
 
@@ -130,6 +131,7 @@ class Dispatcher:
 
     def _run(self, receiver: Receiver, event: Event, failures: list[Failure]) -> None:
         """Run one receiver in its scope, and note what went wrong."""
+        begin = time.monotonic()
         has_begun = False
         raised: BaseException | None = None
 
@@ -154,6 +156,11 @@ class Dispatcher:
         if raised is not None:
             name = self._name(event.name, receiver)
             failures.append(self._failed(receiver, name, event, raised))
+        elif receiver_succeeded.receivers:
+            seconds = time.monotonic() - begin
+            tell_here(
+                receiver_succeeded, self._service, receiver=receiver, event=event, seconds=seconds
+            )
 
     def _call(self, receiver: Receiver, event: Event) -> None:
         result = receiver(event.source, **event.payload)
@@ -175,7 +182,7 @@ class Dispatcher:
             _said_by(error),
             exc_info=error,
         )
-        tell(receiver_failed, self._service, receiver=receiver, event=event, error=error)
+        tell_here(receiver_failed, self._service, receiver=receiver, event=event, error=error)
         return Failure(receiver, error, name)
 
     def _name(self, event_name: str, receiver: Receiver) -> str:

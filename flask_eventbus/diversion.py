@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from . import connections
+from .lifecycle import wait_until_told
 from .node import Node, nodes
 
 #: Seconds that events sent before get to reach the server they were sent to.
@@ -55,6 +56,7 @@ def find_out(found: Sequence[Node], *, there: bool) -> None:
         node.ask()
 
     _wait_until(lambda: all(node.health().publishing is there for node in found))
+    wait_until_told()
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

@@ -31,6 +31,7 @@ from .exchange import Exchange
 from .health import Health
 from .inbound import Inbound, check_subscription
 from .lanes import check_route
+from .lifecycle import wait_until_told
 from .logs import get_logger
 from .namespace import Receiver
 from .outgoing import Outgoing
@@ -215,6 +216,8 @@ class Node:
             # What is sent from now on goes to another: nothing is taken and then not written.
             self._renew()
             publisher.close(flush)
+
+        wait_until_told()
 
     def _refuse_own_threads(self) -> None:
         if self._inbound.is_own_thread or self._publisher.is_writing_thread:

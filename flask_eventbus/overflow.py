@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 from .buffer import Buffer
 from .counters import Counters
 from .errors import PublishError
@@ -24,7 +22,6 @@ class Overflow:
         self._outage = outage
         self._counters = counters
         self._service = service
-        self._telling = threading.local()
 
     def drop_for(self, outgoing: Outgoing) -> int:
         """Make room for an event, and return how many were dropped for it.
@@ -56,16 +53,7 @@ class Overflow:
                 self._buffer.bytes,
             )
 
-        # Whoever is told may send, and so be the reason that another one is dropped.
-        if getattr(self._telling, "now", False):
-            return
-
-        self._telling.now = True
-
-        try:
-            tell(events_dropped, self._service, where="buffer", count=count)
-        finally:
-            self._telling.now = False
+        tell(events_dropped, self._service, where="buffer", count=count)
 
     def _drop_until_there_is_room(self, size: int) -> int:
         dropped = 0

@@ -12,7 +12,7 @@ from .dispatcher import Failure
 from .event import Event
 from .expectation import hears
 from .group import Entry
-from .lifecycle import tell
+from .lifecycle import tell_here
 from .node import Node
 from .recording import GivenUp, given_up
 from .records import DeadLetter, RetryRecord, words_of
@@ -216,7 +216,7 @@ class Rehearsal:
             last=record.last,
         )
         self.given_up.append(given_up(service, letter, event))
-        tell(
+        tell_here(
             event_dead_lettered,
             service,
             name=event.name,

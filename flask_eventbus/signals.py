@@ -1,7 +1,9 @@
 """The bus's own lifecycle, as blinker signals: what a shop hangs its metrics and alarms on.
 
-The sender is always the service's name. Receivers run in the bus's own threads, so
-they should be short; one that raises is logged and stops nothing.
+The sender is always the service's name. Receivers run one after the other in a thread that has
+nothing else to do, soon after what they tell of; those of ``receiver_failed`` and
+``receiver_succeeded`` run in the thread of the receiver, right after it. A receiver that raises is
+logged and stops nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ events_dropped = _lifecycle.signal("events_dropped")
 #: Bytes on a channel were not an event of the bus. ``name``: the signal of the channel;
 #: ``reason``: the word of the error; ``error``: the error.
 event_rejected = _lifecycle.signal("event_rejected")
+
+#: A receiver handled an event. ``receiver``: the callable; ``event``: the event; ``seconds``: how
+#: long it took.
+receiver_succeeded = _lifecycle.signal("receiver_succeeded")
 
 #: A receiver raised. ``receiver``: the callable; ``event``: the event; ``error``: what it raised.
 receiver_failed = _lifecycle.signal("receiver_failed")

@@ -219,7 +219,7 @@ def test_a_full_buffer_gives_up_the_oldest_events_counts_them_and_tells(
 
     assert publisher.health().counts["dropped"] == 4
     assert publisher.health().buffered == 5
-    assert told.count("events_dropped 1") == 4
+    wait_until(lambda: told.count("events_dropped 1") == 4, what="each drop is told of")
     assert caplog.text.count("The buffer is full") == 1
 
 

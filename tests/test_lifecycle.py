@@ -1,0 +1,245 @@
+"""Receivers of lifecycle signals: whatever they do, the bus goes on meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from blinker import NamedSignal
+from servers import RedisServer
+from stream_store import StreamStore
+from waiting import wait_until
+
+from flask_eventbus import Bus, Event, Reject, current_event, lifecycle, signals
+from flask_eventbus.lifecycle import tell, wait_until_told
+from flask_eventbus.testing import Isolation
+
+Make = Callable[..., Bus]
+
+#: Longer than any of these tests may take.
+PATIENCE = 20.0
+
+
+class Gate:
+    """A receiver of lifecycle signals that does not return before it may."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+        self._open = threading.Event()
+
+    def __call__(self, sender: str, **values: Any) -> None:
+        self.told.append(values)
+        assert self._open.wait(PATIENCE)
+
+    def open(self) -> None:
+        """Let it return, now and from now on."""
+        self._open.set()
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[[NamedSignal], Gate]]:
+    """Connect a receiver that holds up whoever calls it."""
+    gates: list[tuple[NamedSignal, Gate]] = []
+
+    def hold(signal: NamedSignal) -> Gate:
+        gate = Gate()
+        gates.append((signal, gate))
+        signal.connect(gate)
+        return gate
+
+    yield hold
+
+    for signal, gate in gates:
+        signal.disconnect(gate)
+        gate.open()
+
+    wait_until(wait_until_told, what="all receivers were told")
+
+
+@pytest.fixture
+def url() -> str:
+    """A server in memory, of this test's own."""
+    return f"memory://lifecycle-{time.time_ns()}"
+
+
+def test_leases_are_renewed_while_the_alarm_of_a_dead_letter_takes_long(
+    shared_redis: RedisServer, make_bus: Make, hold: Callable[[NamedSignal], Gate]
+) -> None:
+    store = StreamStore(shared_redis)
+    gate = hold(signals.event_dead_lettered)
+    entered, done = threading.Event(), threading.Event()
+
+    def handle(sender: str, n: int) -> None:
+        if n == 0:
+            raise Reject("no")
+        entered.set()
+        assert done.wait(PATIENCE)
+
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=0.5, concurrency=2)
+    bus.on("tick", via="stream", start="earliest")(handle)
+    bus.start()
+    assert bus.ready(10)
+    entry, _ = store.add("tick", n=1)
+    assert entered.wait(PATIENCE)
+    store.add("tick", n=0)
+    wait_until(lambda: gate.told, what="the alarm is told of the dead letter")
+
+    for _ in range(3):
+        before = idle(store, entry)
+        wait_until(lambda before=before: idle(store, entry) < before, what="it is renewed")  # type: ignore[misc]
+
+    done.set()
+
+
+def idle(store: StreamStore, entry: str) -> int:
+    """Milliseconds since the claim of an entry was renewed, from 1."""
+    key = store.keys.stream("tick")
+    (found,) = store.client.xpending_range(key, "mailer", min=entry, max=entry, count=1)
+    return 1 + int(found["time_since_delivered"])
+
+
+def test_an_audit_is_told_of_each_receiver_that_succeeded(
+    url: str, make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(url, "consumer")
+    audit: list[tuple[str, str, str]] = []
+
+    @bus.on("tick")
+    def good(sender: str, n: int) -> None: ...
+
+    @bus.on("tick")
+    def bad(sender: str, n: int) -> None:
+        raise ValueError("no")
+
+    def note(sender: str, receiver: Any, event: Event, seconds: float) -> None:
+        assert seconds >= 0
+        assert current_event.id == event.id
+        audit.append((sender, receiver.__name__, event.id))
+
+    with signals.receiver_succeeded.connected_to(note), pytest.raises(ValueError, match="no"):
+        eventbus.deliver("tick", n=1)
+
+    assert [entry[:2] for entry in audit] == [("consumer", "good")]
+
+
+@pytest.mark.parametrize("name", ["events_dropped", "publisher_lost"])
+def test_a_send_does_not_wait_for_receivers_of_lifecycle_signals(
+    redis_server: RedisServer, make_bus: Make, hold: Callable[[NamedSignal], Gate], name: str
+) -> None:
+    gate = hold(getattr(signals, name))
+    bus = make_bus(redis_server.url, publish=["tick"], buffer_size=1, timeout=0.1)
+    redis_server.kill()
+
+    for n in range(3):
+        bus.signal("tick").send("test", n=n)
+
+    wait_until(lambda: gate.told, what="the receiver is told")
+    bus.signal("tick").send("test", n=3)
+    assert bus.health().counts["dropped"] >= 2
+
+
+def test_events_are_heard_while_a_receiver_is_told_of_rejected_bytes(
+    redis_server: RedisServer, make_bus: Make, hold: Callable[[NamedSignal], Gate]
+) -> None:
+    gate = hold(signals.event_rejected)
+    bus = make_bus(redis_server.url, "consumer")
+    heard: list[int] = []
+    bus.on("tick")(lambda sender, n: heard.append(n))
+    bus.start()
+    assert bus.ready(10)
+    redis_server.client.publish("eventbus:{tick}:channel", b"no event")
+    wait_until(lambda: gate.told, what="the receiver is told")
+
+    publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
+    publisher.signal("tick").send("test", n=1)
+
+    wait_until(lambda: heard == [1], what="the event is heard")
+
+
+def test_a_receiver_that_raises_keeps_no_other_from_its_lifecycle_signal() -> None:
+    told: list[str] = []
+
+    def bad(sender: str, **values: Any) -> None:
+        raise SystemExit(1)
+
+    async def asynchronous(sender: str, **values: Any) -> None:
+        told.append("asynchronous")
+
+    def good(sender: str, **values: Any) -> None:
+        told.append("good")
+
+    receivers = [bad, asynchronous, good]
+    for receiver in receivers:
+        signals.events_trimmed.connect(receiver)
+    tell(signals.events_trimmed, "tests", name="tick", count=1)
+
+    wait_until(wait_until_told, what="all receivers were told")
+    assert sorted(told) == ["asynchronous", "good"]
+    for receiver in receivers:
+        signals.events_trimmed.disconnect(receiver)
+
+
+def test_a_receiver_that_causes_what_it_is_told_of_is_not_told_of_it_for_ever(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(redis_server.url, publish=["tick"], buffer_size=1, timeout=0.1)
+    redis_server.kill()
+    told: list[int] = []
+    bus.node.ask()
+
+    def send_again(sender: str, where: str, count: int) -> None:
+        told.append(count)
+        bus.signal("tick").send("test", n=0)
+
+    with signals.events_dropped.connected_to(send_again):
+        wait_until(lambda: not bus.health().publishing, what="the outage is known")
+        bus.signal("tick").send("test", n=1)
+        bus.signal("tick").send("test", n=2)
+        wait_until(wait_until_told, what="all receivers were told")
+
+    assert told == [1]
+
+
+def test_signals_that_wait_for_a_slow_receiver_are_bounded_and_what_is_left_out_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch,
+    hold: Callable[[NamedSignal], Gate],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(lifecycle, "MOST_WAITING", 3)
+    gate = hold(signals.events_missed)
+    tell(signals.events_missed, "tests", n=0)
+    wait_until(lambda: gate.told, what="the receiver runs")
+
+    for n in range(1, 6):
+        tell(signals.events_missed, "tests", n=n)
+    gate.open()
+
+    wait_until(wait_until_told, what="all receivers were told")
+    assert [values["n"] for values in gate.told] == [0, 1, 2, 3]
+    wait_until(lambda: "2 were left out meanwhile" in caplog.text, what="its end is logged")
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 2
+
+
+def test_a_bus_that_stops_waits_for_receivers_of_lifecycle_signals_but_not_for_ever(
+    url: str, make_bus: Make, monkeypatch: pytest.MonkeyPatch, hold: Callable[[NamedSignal], Gate]
+) -> None:
+    told: list[int] = []
+
+    def note(sender: str, count: int, **values: Any) -> None:
+        told.append(count)
+
+    with signals.events_missed.connected_to(note):
+        tell(signals.events_missed, "tests", count=1)
+        make_bus(url).stop()
+        assert told == [1]
+
+    monkeypatch.setattr(lifecycle, "TOLD", 0.01)
+    gate = hold(signals.events_missed)
+    tell(signals.events_missed, "tests", count=2)
+    wait_until(lambda: gate.told, what="the receiver runs")
+    make_bus(url).stop()
