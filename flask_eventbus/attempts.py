@@ -88,6 +88,10 @@ class Attempts:
             self._dispatcher.dispatch(delivery.event)
             return
 
+        if delivery.record is None and not self._dispatcher.has_receivers(delivery.name):
+            self._leave_to_others(delivery)
+            return
+
         if not self._may_begin(delivery):
             self._hand.let_go([delivery])
             self._counters.add("given_away")
@@ -115,6 +119,19 @@ class Attempts:
             self._counters.add("handling_failed")
             logger.exception("What became of the event %s cannot be told.", delivery.event.id)
             self._hand.let_go([delivery])
+
+    def _leave_to_others(self, delivery: Delivery) -> None:
+        """Hand back an entry whose receivers were disconnected after it was read."""
+        self._hand.let_go([delivery])
+        self._counters.add("given_away")
+
+        try:
+            with self._settler.turn:
+                if any(found.id == delivery.entry for found in self._group.own(delivery.name)):
+                    self._group.release(delivery.name, {delivery.entry: delivery.begun or 0})
+        except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
+            # It stays pending, and another worker claims it after EVENTBUS_CLAIM_AFTER.
+            logger.debug("The entry %s is not handed back: %s", delivery.entry, error)
 
     def _may_begin(self, delivery: Delivery) -> bool:
         """Whether it still is this process's, as far as can be known; if so, it is begun."""

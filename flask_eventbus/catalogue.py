@@ -28,6 +28,7 @@ class Catalogue:
 
     :param subscriptions: what the service hears; asked for whenever it may have changed.
     :param grouped: whether this is about what the workers share, or about what each hears.
+    :param has_receivers: True if a receiver of a signal is connected in this process.
     """
 
     def __init__(
@@ -38,12 +39,16 @@ class Catalogue:
         keys: StreamKeys,
         subscriptions: Callable[[], Mapping[str, Subscription]],
         grouped: bool,
+        has_receivers: Callable[[str], bool],
     ) -> None:
         self._pipe = pipe
         self._config = config
         self._keys = keys
         self._subscriptions = subscriptions
         self._grouped = grouped
+        self._has_receivers = has_receivers
+        #: The streams that this process leaves to others: it has no receiver for them.
+        self.without_receiver: frozenset[str] = frozenset()
         self._found: set[str] = set()
         self._looked = 0.0
         #: The patterns that it was looked for.
@@ -66,7 +71,10 @@ class Catalogue:
         }
 
     def names(self) -> dict[str, Subscription]:
-        """The names of the streams to read, with the subscription that each is read for.
+        """Return the streams subscribed, each with its subscription.
+
+        A name that has no receiver here is among them, and in :attr:`without_receiver`; one that
+        only a pattern stands for is left out then.
 
         :raises redis.ConnectionError: Redis is away.
         """
@@ -85,7 +93,32 @@ class Catalogue:
             if pattern is not None:
                 names[name] = wanted[pattern]
 
-        return names
+        without = frozenset(name for name in names if not self._has_receivers(name))
+
+        if without != self.without_receiver:
+            self._report(without - self.without_receiver, self.without_receiver - without)
+            self.without_receiver = without
+
+        return {
+            name: found
+            for name, found in names.items()
+            if name not in without or found.name == name
+        }
+
+    def _report(self, new: Set[str], over: Set[str]) -> None:
+        for name in sorted(new):
+            logger.error(
+                "Nothing here receives %r, so this process of %r does not read its stream: the "
+                "events wait for a process that has a receiver. Connect one with @bus.on(%r), "
+                "name its module in 'EVENTBUS_RECEIVERS', or take the name out of "
+                "'EVENTBUS_SUBSCRIBE'.",
+                name,
+                self._config.service,
+                name,
+            )
+
+        for name in sorted(over):
+            logger.warning("%r has a receiver here now, or is not subscribed any more.", name)
 
     def start_of(self, name: str, subscription: Subscription) -> str:
         """Where the group of a stream begins that has none yet."""

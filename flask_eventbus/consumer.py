@@ -141,6 +141,7 @@ class Consumer:
                 keys=keys,
                 subscriptions=subscriptions,
                 grouped=True,
+                has_receivers=dispatcher.has_receivers,
             ),
             group=group,
             duplicates=duplicates,
@@ -195,6 +196,7 @@ class Consumer:
                 keys=keys,
                 subscriptions=subscriptions,
                 grouped=False,
+                has_receivers=dispatcher.has_receivers,
             ),
             keys=keys,
             intake=intake,
@@ -237,6 +239,11 @@ class Consumer:
             for name, reason in refused.items()
             if name in subscriptions and subscriptions[name].via == "stream"
         }
+
+    @property
+    def without_receiver(self) -> frozenset[str]:
+        """The streams that are not read, because this process has no receiver for them."""
+        return self._memberships.without_receiver | self._follower.without_receiver
 
     @property
     def last_heard(self) -> float | None:

@@ -257,6 +257,9 @@ class Declarations:
         if signal is None:
             return self.receivers_of_pattern(name)
 
+        if name not in self._met:
+            self._born(signal)
+
         found = [
             receiver() if isinstance(receiver, weakref.ref) else receiver
             for receiver in list(signal.receivers.values())

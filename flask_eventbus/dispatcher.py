@@ -87,6 +87,10 @@ class Dispatcher:
         self._counters = counters
         self._log = BoundedLog(logger)
 
+    def has_receivers(self, name: str) -> bool:
+        """Return True if anything here receives ``name``, from any service or some."""
+        return any(True for _ in self._connected(name))
+
     def receivers(self, event: Event, *, only: str | None = None) -> Sequence[Receiver]:
         """The receivers of ``event`` that are to run here.
 

@@ -95,6 +95,11 @@ class Follower:
         return self._reading.lives and self._connected and wanted.keys() <= self._answered
 
     @property
+    def without_receiver(self) -> frozenset[str]:
+        """The streams that are not read, because this process has no receiver for them."""
+        return self._catalogue.without_receiver
+
+    @property
     def _answered(self) -> set[str]:
         return self._positions.keys() | self.refused.keys() | self._catalogue.patterns
 
@@ -131,7 +136,8 @@ class Follower:
         while self._reading.goes_on:
             names = self._allowed()
             self._find_positions(names)
-            names = {name: names[name] for name in names if name in self._positions}
+            readable = self._positions.keys() - self.without_receiver
+            names = {name: names[name] for name in names if name in readable}
 
             if not names:
                 self._reading.pause(self._block)

@@ -28,5 +28,8 @@ class Health:
     missed: int
     #: Subscriptions that Redis refuses, with its reasons.
     refused: Mapping[str, str]
+    #: Streams that are subscribed and that this process does not read: it has no receiver for
+    #: them. Their events wait for a process that has one.
+    without_receiver: frozenset[str]
     #: Everything else that is counted: published, received, handled, failed, rejected, ...
     counts: Mapping[str, int]

@@ -130,6 +130,11 @@ class Inbound:
         return {**self.consumer.refused, **self.listener.refused}
 
     @property
+    def without_receiver(self) -> frozenset[str]:
+        """The streams that are not read, because this process has no receiver for them."""
+        return self.consumer.without_receiver
+
+    @property
     def fatal(self) -> Exception | None:
         """What this Redis will never do."""
         return self.consumer.fatal

@@ -72,6 +72,8 @@ class Memberships:
         #: Streams that Redis refuses, with its reasons; and those that only their channel serves.
         self.refused: dict[str, str] = {}
         self._ask_again = 0.0
+        #: Streams whose group was made, and that are not read here: no receiver is connected.
+        self._left: frozenset[str] = frozenset()
         #: What was told of streams that are refused: it is told once.
         self._told: dict[str, str] = {}
         #: The streams that were read at any time: if their group is gone, it is made again at
@@ -81,9 +83,14 @@ class Memberships:
         self.fatal: Exception | None = None
 
     @property
+    def without_receiver(self) -> frozenset[str]:
+        """The streams that are not read, because this process has no receiver for them."""
+        return self._catalogue.without_receiver
+
+    @property
     def is_complete(self) -> bool:
         """Whether each stream subscribed is read or refused."""
-        answered = self.joined.keys() | self.refused.keys() | self._catalogue.patterns
+        answered = self.joined.keys() | self.refused.keys() | self._catalogue.patterns | self._left
         return self._catalogue.wanted().keys() <= answered
 
     def join(self) -> tuple[dict[str, Subscription], bool]:
@@ -93,8 +100,15 @@ class Memberships:
         :raises redis.ConnectionError: Redis is away.
         """
         wanted = self._catalogue.names()
-        left = () if time.monotonic() > self._ask_again else self.refused
-        new = [name for name in wanted if name not in self.joined and name not in left]
+        without = self._catalogue.without_receiver
+        self._left &= without
+
+        if without & self.joined.keys():
+            self.joined = {name: self.joined[name] for name in self.joined if name not in without}
+
+        refused = () if time.monotonic() > self._ask_again else self.refused
+        known = {*self.joined, *refused, *self._left}
+        new = [name for name in wanted if name not in known]
 
         if new:
             self._join_new(wanted, new)
@@ -104,6 +118,7 @@ class Memberships:
     def lose(self) -> None:
         """Redis is lost, and what it refused may be granted when it is back."""
         self.joined = {}
+        self._left = frozenset()
         self.refused = {}
 
     def give_up(self, error: GroupGoneError) -> None:
@@ -179,8 +194,14 @@ class Memberships:
         self._trims.look_next()
         refusals = self._group.join(starts)
         joined = dict(self.joined)
+        without = self._catalogue.without_receiver
+        # Events wait there until a receiver is connected, here or in another process.
+        self._left |= without & refusals.keys()
 
         for name, refusal in refusals.items():
+            if name in without:
+                continue
+
             obstacle = self._take_up(name, wanted[name])
             # Where the group is there, it does not matter that another may not be made.
             refusal = obstacle and (refusal or obstacle)

@@ -245,6 +245,7 @@ class Node:
             buffered=self._publisher.buffered,
             missed=self.counters.get("missed"),
             refused=self._inbound.refused,
+            without_receiver=self._inbound.without_receiver,
             counts=self.counters.all(),
         )
 

@@ -19,6 +19,9 @@ from .options import is_pattern
 from .overview import Connected, Overview, connected_to
 from .subscriptions import Subscription
 
+#: What a process does with events of a channel for which it has no receiver.
+_SKIPPED = "its events are skipped"
+
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -75,8 +78,9 @@ def _check_subscription(overview: Overview, subscription: Subscription) -> Itera
     name = subscription.name
 
     if not overview.receivers_of(subscription):
+        what = "its stream is not read" if overview.reads_stream(subscription) else _SKIPPED
         yield error(
-            f"Nothing here receives {name!r}, which is subscribed: its events are skipped.",
+            f"Nothing here receives {name!r}, which is subscribed: {what}.",
             f"Connect a receiver with @bus.on({name!r}), name its module in "
             "'EVENTBUS_RECEIVERS', or take the name out of 'EVENTBUS_SUBSCRIBE'. One that was "
             "connected weakly inside a function may be gone already.",

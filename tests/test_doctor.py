@@ -101,7 +101,7 @@ def test_a_subscription_that_nothing_receives_is_an_error(name: str) -> None:
     [finding] = [each for each in check_program(bus.node) if each.level == "error"]
 
     assert finding.text == (
-        f"Nothing here receives {name!r}, which is subscribed: its events are skipped."
+        f"Nothing here receives {name!r}, which is subscribed: its stream is not read."
     )
     assert f"@bus.on({name!r})" in finding.remedy
 

@@ -1,0 +1,132 @@
+"""Streams for which a process has no receiver: it leaves them to processes that have one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from servers import RedisServer
+from stream_store import StreamStore
+from waiting import wait_until
+
+from flask_eventbus import Bus, catalogue
+
+Make = Callable[..., Bus]
+
+
+@pytest.fixture
+def store(shared_redis: RedisServer) -> StreamStore:
+    """Streams under a prefix of this test's own."""
+    return StreamStore(shared_redis)
+
+
+def start(make_bus: Make, store: StreamStore, *, subscribe: Any, **receivers: Any) -> Bus:
+    """Start a worker of ``mailer`` that has these receivers, and wait until it is ready."""
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, subscribe=subscribe)
+
+    for name, receiver in receivers.items():
+        bus.signal(name).connect(receiver, weak=False)
+
+    bus.start()
+    assert bus.ready(10)
+    return bus
+
+
+def pending(store: StreamStore, name: str = "tick") -> int:
+    return int(store.client.xpending(store.keys.stream(name), "mailer")["pending"])
+
+
+def test_a_worker_without_a_receiver_leaves_every_event_to_one_that_has_it(
+    store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[int] = []
+    without = start(make_bus, store, subscribe={"tick": {}, "tock": {}}, tock=lambda _, n: None)
+    start(make_bus, store, subscribe={"tick": {}}, tick=lambda _, n: heard.append(n))
+
+    for number in range(20):
+        store.add("tick", n=number)
+
+    wait_until(lambda: len(heard) == 20, what="every event is handled")
+    assert sorted(heard) == list(range(20))
+    assert without.health().without_receiver == {"tick"}
+    assert without.health().counts.get("received", 0) == 0
+    [record] = [each for each in caplog.records if "Nothing here receives" in each.getMessage()]
+    assert record.levelno == logging.ERROR
+    assert "does not read its stream" in record.getMessage()
+    assert "'EVENTBUS_RECEIVERS'" in record.getMessage()
+
+
+@pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
+def test_a_stream_is_read_once_a_receiver_is_connected(
+    store: StreamStore, make_bus: Make, group: bool | None
+) -> None:
+    heard: list[int] = []
+    subscription = {} if group else {"group": None}
+    bus = start(make_bus, store, subscribe={"tick": subscription})
+    store.add("tick", n=1)
+    assert bus.health().without_receiver == {"tick"}
+
+    bus.signal("tick").connect(lambda _, n: heard.append(n), weak=False)
+
+    wait_until(lambda: heard == [1], what="the event that waited is handled")
+    assert bus.health().without_receiver == set()
+
+
+def test_a_pattern_makes_no_group_where_nothing_receives(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "LOOK", 0.05)
+    heard: list[int] = []
+    bus = start(make_bus, store, subscribe={"t*": {}}, tick=lambda _, n: heard.append(n))
+    store.add("tock", n=1)
+    store.add("tick", n=2)
+    wait_until(lambda: heard == [2], what="the event with a receiver is handled")
+    wait_until(lambda: bus.health().without_receiver == {"tock"}, what="the other is reported")
+    assert store.client.xinfo_groups(store.keys.stream("tock")) == []
+
+    bus.signal("tock").connect(lambda _, n: heard.append(n), weak=False)
+
+    wait_until(lambda: heard == [2, 1], what="the event that waited is handled")
+
+
+def test_entries_whose_receiver_was_disconnected_are_handed_back(
+    store: StreamStore, make_bus: Make
+) -> None:
+    heard: list[int] = []
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, concurrency=1)
+
+    def receive(sender: str, n: int) -> None:
+        heard.append(n)
+        bus.signal("tick").disconnect(receive)
+
+    bus.on("tick", via="stream", start="earliest")(receive)
+    for number in range(5):
+        store.add("tick", n=number)
+    bus.start()
+    wait_until(lambda: heard == [0], what="the first event is handled")
+    wait_until(lambda: bus.health().without_receiver == {"tick"}, what="the stream is left")
+    wait_until(lambda: bus.health().lag == 0, what="what was read is handed back")
+
+    start(make_bus, store, subscribe={"tick": {}}, tick=lambda _, n: heard.append(n))
+
+    wait_until(lambda: len(heard) == 5, what="another worker handles the rest")
+    assert heard == [0, 1, 2, 3, 4]
+    wait_until(lambda: not pending(store), what="all are acknowledged")
+
+
+def test_a_receiver_of_some_services_acknowledges_events_of_others(
+    store: StreamStore, make_bus: Make
+) -> None:
+    heard: list[int] = []
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    bus.on("tick", from_="accounts", start="earliest")(lambda _, n: heard.append(n))
+    store.add("tick", source="clock", n=1)
+    store.add("tick", source="accounts", n=2)
+
+    bus.start()
+
+    wait_until(lambda: heard == [2], what="the event is handled")
+    wait_until(lambda: not pending(store), what="both are acknowledged")
+    assert bus.health().without_receiver == set()
