@@ -10,7 +10,8 @@ import redis
 from .connections import OUTAGE
 from .counters import Counters
 from .deliveries import Delivery, Hand
-from .dispatcher import Dispatcher, Failure, Status
+from .dispatcher import Dispatcher, Status
+from .failures import Failure
 from .group import Group, GroupGoneError
 from .logs import get_logger
 from .outcomes import Outcomes
@@ -85,7 +86,7 @@ class Attempts:
 
     def _attempt(self, delivery: Delivery) -> None:
         if not delivery.in_group:
-            self._dispatcher.dispatch(delivery.event)
+            self._dispatcher.dispatch_once(delivery.event)
             return
 
         if delivery.record is None and not self._dispatcher.has_receivers(delivery.name):
@@ -117,7 +118,11 @@ class Attempts:
         except Exception:
             # It stays pending, and is taken over as from a worker that ended.
             self._counters.add("handling_failed")
-            logger.exception("What became of the event %s cannot be told.", delivery.event.id)
+            logger.exception(
+                "Could not record the outcome of the event %s; it will be delivered again.",
+                delivery.event.id,
+                extra=delivery.event.fields,
+            )
             self._hand.let_go([delivery])
 
     def _leave_to_others(self, delivery: Delivery) -> None:

@@ -131,6 +131,9 @@ class Catalogue:
     def _try_to_look(self, patterns: list[str]) -> None:
         try:
             self._look(patterns)
+            self._log.over(
+                "refused", "Redis tells again which streams there are for %s.", ", ".join(patterns)
+            )
         except redis.ResponseError as error:
             # What is subscribed by name does not depend on it.
             self._looked = time.monotonic()

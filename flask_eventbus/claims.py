@@ -93,6 +93,7 @@ class Claims:
             "left of it, and what is to be tried again, waits. Correct what it complains of.",
             name,
             error,
+            extra={"signal": name, "service": self._config.service},
         )
 
     def _claim_all(
@@ -108,6 +109,12 @@ class Claims:
                 with self._settler.turn:
                     most = max(0, self._lineup.room) if room is None else room
                     self._claim(name, subscription, idle, consumer, most)
+                    self._log.over(
+                        f"refused {name}",
+                        "Redis lets this worker look after the stream of %r again.",
+                        name,
+                        extra={"signal": name, "service": self._config.service},
+                    )
             except GroupGoneError as error:
                 # The reader makes it again.
                 logger.debug("Nothing is claimed of %r: %s", name, error)
@@ -170,7 +177,10 @@ class Claims:
 
         if taken:
             logger.info(
-                "%d events of %r that another worker left are taken over.", len(taken), name
+                "%d events of %r that another worker left are taken over.",
+                len(taken),
+                name,
+                extra={"signal": name, "service": self._config.service},
             )
 
         self._hand.take(taken)

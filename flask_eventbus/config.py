@@ -84,6 +84,8 @@ class Config:
     replicas: int = 0
     #: Seconds in which an event that comes twice over a stream is recognized.
     duplicate_window: float = 600.0
+    #: Whether each event that is published and each that is handled is logged.
+    log_events: bool = False
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
@@ -341,6 +343,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "dead_maxlen": _whole(1, 10**12),
     "replicas": _whole(0, MOST_REPLICAS),
     "duplicate_window": _seconds(0.0, 86_400.0),
+    "log_events": _boolean,
 }
 
 #: The names of all settings, in the order of :class:`Config`.

@@ -91,7 +91,9 @@ class Consumer:
         group = self._group_on(reading, keys)
         self._settling = self._group_on(settling, keys)
         intake = StreamIntake(config=config, codec=codec, counters=counters, siblings=siblings)
-        outcomes = Outcomes(config=config, keys=keys, retries_of=counts.after)
+        outcomes = Outcomes(
+            config=config, keys=keys, retries_of=counts.after, failures=dispatcher.failures
+        )
         self._settler = Settler(
             config=config,
             keys=keys,
@@ -375,6 +377,7 @@ class Consumer:
                 name,
                 error,
                 self._config.claim_after,
+                extra={"signal": name, "service": self._config.service},
             )
 
     # -- whether Redis is there -----------------------------------------------------------

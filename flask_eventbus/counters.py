@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 
 from .logs import Logger
 
@@ -40,22 +41,51 @@ class Counters:
 
 
 class BoundedLog:
-    """Logs at most :data:`LINES_PER_MINUTE` of a kind, then says how many it left out."""
+    """Logs at most :data:`LINES_PER_MINUTE` of a kind, then says how many it left out.
+
+    A kind may be a state that lasts: :meth:`over` logs its end.
+    """
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
         self._lock = threading.RLock()
         self._windows: dict[str, tuple[float, int]] = {}
+        #: Kinds that were logged since they were last over.
+        self._going_on: set[str] = set()
 
-    def warning(self, kind: str, text: str, *args: object) -> None:
-        """Log ``text`` as a warning, unless enough of its kind were logged this minute."""
-        self._write(logging.WARNING, kind, text, *args)
+    def info(
+        self, kind: str, text: str, *args: object, extra: Mapping[str, object] | None = None
+    ) -> None:
+        """Log ``text`` as information, unless enough of its kind were logged this minute."""
+        self._write(logging.INFO, kind, text, *args, extra=extra)
+
+    def warning(
+        self, kind: str, text: str, *args: object, extra: Mapping[str, object] | None = None
+    ) -> None:
+        """Log ``text`` as a warning, unless enough of its kind were logged this minute.
+
+        :param extra: fields of the record, see :class:`.logs.Logger`.
+        """
+        self._write(logging.WARNING, kind, text, *args, extra=extra)
 
     def error(
-        self, kind: str, text: str, *args: object, exc_info: BaseException | None = None
+        self,
+        kind: str,
+        text: str,
+        *args: object,
+        exc_info: BaseException | None = None,
+        extra: Mapping[str, object] | None = None,
     ) -> None:
         """Log ``text`` as an error, unless enough of its kind were logged this minute."""
-        self._write(logging.ERROR, kind, text, *args, exc_info=exc_info)
+        self._write(logging.ERROR, kind, text, *args, exc_info=exc_info, extra=extra)
+
+    def over(
+        self, kind: str, text: str, *args: object, extra: Mapping[str, object] | None = None
+    ) -> None:
+        """Log the end of a state as a warning, if its kind was logged since the last end."""
+        if kind in self._going_on:
+            self._going_on.discard(kind)
+            self._write(logging.WARNING, f"end of {kind}", text, *args, extra=extra)
 
     def _write(
         self,
@@ -64,16 +94,20 @@ class BoundedLog:
         text: str,
         *args: object,
         exc_info: BaseException | None = None,
+        extra: Mapping[str, object] | None = None,
     ) -> None:
         left_out = self._admit(kind)
 
         if left_out is None:
             return
 
+        if len(self._going_on) < KINDS:
+            self._going_on.add(kind)
+
         if left_out:
             text += f" ({left_out} more like this were counted and not logged)"
 
-        self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=3)
+        self._logger.log(level, text, *args, exc_info=exc_info, extra=extra, stacklevel=3)
 
     def _admit(self, kind: str) -> int | None:
         """How many lines were left out before this one, or ``None`` to leave it out too."""

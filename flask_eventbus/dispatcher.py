@@ -15,22 +15,13 @@ from .coroutines import run_coroutine
 from .counters import BoundedLog, Counters
 from .errors import ReceiverError
 from .event import Event, handling
+from .failures import Failure, FailureLog
 from .lifecycle import tell_here
 from .logs import get_logger
 from .namespace import Receiver
 from .signals import receiver_failed, receiver_succeeded
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A receiver and what it raised."""
-
-    receiver: Receiver
-    error: BaseException
-    #: The receiver's name; empty if a teardown failed, and not the receiver.
-    name: str = ""
 
 
 class Status(Enum):
@@ -62,6 +53,7 @@ class Dispatcher:
     :param receivers: the receivers here of an event, by its name and its source.
     :param scope: what each receiver runs in: in Flask, a fresh app context. What the receiver
         raises passes through it.
+    :param tells: whether to log each event that a receiver handled: ``EVENTBUS_LOG_EVENTS``.
     :param undo: called in the scope of a receiver that failed; never raises.
     :param connected: the receivers of a name, in the order in which they were connected.
     :param timeout: the seconds that a receiver which is a coroutine function has; ``None`` for all.
@@ -77,6 +69,7 @@ class Dispatcher:
         timeout: Callable[[str, Receiver], float | None] = lambda name, receiver: None,
         connected: Callable[[str], Iterable[Receiver]] = lambda name: (),
         undo: Callable[[], None] = lambda: None,
+        tells: bool = False,
     ) -> None:
         self._service = service
         self._receivers = receivers
@@ -84,8 +77,11 @@ class Dispatcher:
         self._timeout = timeout
         self._connected = connected
         self._undo = undo
+        self._tells = tells
         self._counters = counters
         self._log = BoundedLog(logger)
+        #: Where callers of :meth:`dispatch` log what failed, once they know what follows.
+        self.failures = FailureLog(service)
 
     def has_receivers(self, name: str) -> bool:
         """Return True if anything here receives ``name``, from any service or some."""
@@ -105,6 +101,8 @@ class Dispatcher:
 
     def dispatch(self, event: Event, *, only: str | None = None) -> Result:
         """Run every receiver for ``event``, each in a scope of its own; never raises.
+
+        The caller logs the failures in :attr:`failures`: it knows what follows.
 
         :param only: the name of the receiver that is to run alone.
         """
@@ -133,6 +131,15 @@ class Dispatcher:
         has_failed = any(failure.name for failure in failures)
         return Result(Status.FAILED if has_failed else Status.SUCCEEDED, failures)
 
+    def dispatch_once(self, event: Event, *, only: str | None = None) -> Sequence[Failure]:
+        """Run receivers as :meth:`dispatch` does, and log failures as final."""
+        failures = self.dispatch(event, only=only).failures
+
+        for failure in failures:
+            self.failures.final(event, failure)
+
+        return failures
+
     def _run(self, receiver: Receiver, event: Event, failures: list[Failure]) -> None:
         """Run one receiver in its scope, and note what went wrong."""
         begin = time.monotonic()
@@ -155,16 +162,13 @@ class Dispatcher:
                 # Without its scope the receiver cannot run.
                 raised = error
             elif error is not raised:
-                failures.append(self._failed(self._scope, "", event, error))
+                failures.append(self._failed(receiver, "", event, error))
 
         if raised is not None:
             name = self._name(event.name, receiver)
             failures.append(self._failed(receiver, name, event, raised))
-        elif receiver_succeeded.receivers:
-            seconds = time.monotonic() - begin
-            tell_here(
-                receiver_succeeded, self._service, receiver=receiver, event=event, seconds=seconds
-            )
+        elif self._tells or receiver_succeeded.receivers:
+            self._succeeded(receiver, event, time.monotonic() - begin)
 
     def _call(self, receiver: Receiver, event: Event) -> None:
         result = receiver(event.source, **event.payload)
@@ -173,19 +177,26 @@ class Dispatcher:
             timeout = self._timeout(event.name, receiver)
             run_coroutine(result if timeout is None else _in_time(result, timeout))
 
+    def _succeeded(self, receiver: Receiver, event: Event, seconds: float) -> None:
+        if self._tells:
+            name = self._name(event.name, receiver)
+            logger.info(
+                "Handled the event %s of %r from %r with %s in %.1f ms.",
+                event.id,
+                event.name,
+                event.source,
+                name,
+                seconds * 1000,
+                extra={**event.fields, "service": self._service, "receiver": name},
+            )
+
+        tell_here(
+            receiver_succeeded, self._service, receiver=receiver, event=event, seconds=seconds
+        )
+
     def _failed(self, receiver: Receiver, name: str, event: Event, error: BaseException) -> Failure:
         error = explain(receiver, event, error)
         self._counters.add("failed")
-        logger.error(
-            "The receiver %s failed at the event %s of %r from %r: %s: %s",
-            name_of(receiver),
-            event.id,
-            event.name,
-            event.source,
-            type(error).__name__,
-            _said_by(error),
-            exc_info=error,
-        )
         tell_here(receiver_failed, self._service, receiver=receiver, event=event, error=error)
         return Failure(receiver, error, name)
 
@@ -210,6 +221,7 @@ class Dispatcher:
             event.id,
             event.source,
             event.name,
+            extra={**event.fields, "service": self._service},
         )
 
 
@@ -241,13 +253,6 @@ async def _in_time(coroutine: Coroutine[Any, Any, Any], seconds: float) -> None:
             raise TimeoutError(f"It took longer than its timeout of {seconds:g} s.") from None
 
         raise
-
-
-def _said_by(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as second:
-        return f"(its text cannot be had: {type(second).__name__})"
 
 
 def explain(receiver: Receiver, event: Event, error: BaseException) -> BaseException:

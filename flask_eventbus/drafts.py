@@ -8,7 +8,7 @@ from typing import Any
 
 from .counters import BoundedLog, Counters
 from .errors import ConfigError
-from .logs import get_logger
+from .logs import Whole, get_logger
 from .outgoing import Outgoing
 from .routes import Route
 
@@ -135,7 +135,7 @@ class Drafts:
                 "A transaction is committed, but Redis did not confirm %d of the events that were "
                 "sent in it: %s. What it did not refuse goes on waiting in the buffer.",
                 len(unconfirmed),
-                ", ".join(f"{out.lane.name} {out.id}" for out in unconfirmed[:SHOWN]),
+                Whole(", ".join(f"{out.lane.name} {out.id}" for out in unconfirmed[:SHOWN])),
             )
 
 

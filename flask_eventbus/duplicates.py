@@ -59,11 +59,17 @@ class Duplicates:
             commands += self._note(name, number, found)
 
         answers = self._pipe.run(commands)
-        return [
+        self._refused_until = 0.0
+        known = [
             delivery
             for place, found in enumerate(sets.values())
             for delivery in self._known(found, answers[place * 5 : place * 5 + 5])
         ]
+
+        if not self._refused_until:
+            self._log.over("refused", "Redis notes again which events came.")
+
+        return known
 
     def forget(self, name: str) -> None:
         """Let every event of a signal come again: the group that they were noted for is gone.

@@ -43,6 +43,11 @@ class Event:
     replayed: bool = False
 
     @property
+    def fields(self) -> dict[str, object]:
+        """The fields of log records that tell of this event."""
+        return {"event_id": self.id, "signal": self.name, "attempt": self.attempt}
+
+    @property
     def node(self) -> str:
         """The process that emitted it: its id without the running number."""
         return self.id.rpartition("-")[0]

@@ -207,7 +207,17 @@ class Follower:
 
     def _take(self, entries: list[Entry], names: dict[str, Subscription]) -> None:
         if self.refused:
+            granted = self.refused.keys() & names
             self.refused = {name: self.refused[name] for name in self.refused.keys() - names}
+
+            for name in granted:
+                self._log.over(
+                    f"refused {name}",
+                    "Redis lets %r follow the stream of %r again.",
+                    self._service,
+                    name,
+                    extra={"signal": name, "service": self._service},
+                )
 
         found = self._intake.sort(entries, names)
         self._counters.add("received", len(found.deliveries))
@@ -243,4 +253,5 @@ class Follower:
             name,
             reason,
             remedy(reason, self._keys.stream(name), RIGHTS),
+            extra={"signal": name, "service": self._service},
         )

@@ -155,7 +155,15 @@ class Hearing:
 
     def _confirm(self, name: str) -> None:
         self._confirmed.add(name)
-        self._refused.pop(name, None)
+        was_refused = self._refused.pop(name, None)
+
+        if was_refused is not None:
+            logger.warning(
+                "Redis lets %r listen to %r again.",
+                self._service,
+                name,
+                extra={"signal": name, "service": self._service},
+            )
 
         if is_pattern(name):
             self._patterns = tuple(
@@ -176,6 +184,7 @@ class Hearing:
             name,
             reason,
             self._keys.key(name),
+            extra={"signal": name, "service": self._service},
         )
 
 

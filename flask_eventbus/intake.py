@@ -109,6 +109,7 @@ class Intake:
             error.reason,
             error,
             body[:SAMPLE],
+            extra={"signal": name, "service": self._config.service},
         )
         tell(event_rejected, self._config.service, name=name, reason=error.reason, error=error)
 
@@ -122,6 +123,7 @@ class Intake:
             event.source,
             event.node,
             event.id,
+            extra={**event.fields, "service": self._config.service},
         )
         tell(
             events_missed,

@@ -129,6 +129,7 @@ class Memberships:
             "deleted it.",
             self._config.service,
             error,
+            extra={"service": self._config.service},
         )
         self._counters.add("groups_lost")
         self._trims.reset()
@@ -160,6 +161,7 @@ class Memberships:
                 name,
                 reason,
                 self._group.remedy(name, reason),
+                extra={"signal": name, "service": self._config.service},
             )
         else:
             self._log.warning(
@@ -170,6 +172,7 @@ class Memberships:
                 name,
                 reason,
                 self._group.remedy(name, reason),
+                extra={"signal": name, "service": self._config.service},
             )
 
     def end_without_streams(self, error: Exception) -> None:
@@ -208,12 +211,22 @@ class Memberships:
 
             if refusal is None:
                 joined[name] = wanted[name]
-                self._told.pop(name, None)
+                self._note_granted(name)
                 self.refused = {one: self.refused[one] for one in self.refused if one != name}
             elif not isinstance(refusal, GroupGoneError):
                 self.refuse(name, wanted[name], refusal)
 
         self.joined = joined
+
+    def _note_granted(self, name: str) -> None:
+        if self._told.pop(name, None) is not None:
+            self._log.over(
+                f"refused {name}",
+                "Redis lets %r read the stream of %r again.",
+                self._config.service,
+                name,
+                extra={"signal": name, "service": self._config.service},
+            )
 
     def _take_up(self, name: str, subscription: Subscription) -> Exception | None:
         """Take up what this consumer has of a stream; what refused it."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from blinker import NamedSignal
 
+from . import logs
 from .bridges import Bridges
 from .codec import Codec
 from .config import Config
@@ -304,6 +305,7 @@ class Node:
             receivers=self.declarations.receivers_of,
             scope=self._scope,
             undo=self._roll_back,
+            tells=self.config.log_events,
             counters=self.counters,
             timeout=self.declarations.timeout_of,
             connected=self.declarations.connected_to,
@@ -419,6 +421,15 @@ def _since(moment: float) -> float:
 
 #: The nodes of this process.
 nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+
+
+def _only_service() -> str | None:
+    """The service of this process; ``None`` where there are several."""
+    services = {node.config.service for node in list(nodes)}
+    return services.pop() if len(services) == 1 else None
+
+
+logs.find_service = _only_service
 
 #: Called with each new node, for the testing kit.
 born: list[Callable[[Node], None]] = []

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .config import Config
 from .deliveries import Delivery
-from .dispatcher import Failure
+from .failures import Failure, FailureLog
 from .group import Entry
+from .logs import traceback_of
 from .pipe import Command
-from .records import MOST_TRACEBACK, DeadLetter, RetryRecord, travelling, words_of
+from .records import DeadLetter, RetryRecord, words_of
 from .retries import judge
 from .stream_intake import readable
 from .streams import StreamKeys
@@ -49,6 +49,7 @@ class Outcomes:
     """Judges how receivers ended.
 
     :param retries_of: how often the receiver called so is tried again at a delivery.
+    :param failures: where failures are logged, with what follows.
     """
 
     def __init__(
@@ -57,10 +58,12 @@ class Outcomes:
         config: Config,
         keys: StreamKeys,
         retries_of: Callable[[Delivery, Failure], int],
+        failures: FailureLog,
     ) -> None:
         self._config = config
         self._keys = keys
         self._retries_of = retries_of
+        self._failures = failures
 
     def of(self, delivery: Delivery, failures: Sequence[Failure]) -> Outcome:
         """What a delivery came to."""
@@ -72,9 +75,11 @@ class Outcomes:
         due: list[float] = []
 
         for failure in failures:
-            # The end of a scope is no receiver: it is logged, and nothing can be tried again.
             if failure.name:
                 self._judge(delivery, failure, commands, letters, due)
+            else:
+                # The receiver is done, and only its teardown failed: nothing is tried again.
+                self._failures.final(delivery.event, failure)
 
         return Outcome(delivery.name, delivery.entry, commands, delivery, letters, due)
 
@@ -116,6 +121,14 @@ class Outcomes:
         retries = self._retries_of(delivery, failure)
         verdict = judge(failure.error, attempts=attempts, retries=retries)
         now = time.time()
+        last = "" if delivery.record is None else delivery.record.traceback
+        self._failures.judged(
+            delivery.event,
+            failure,
+            verdict,
+            due=now + verdict.after,
+            is_known=last == traceback_of(failure.error),
+        )
 
         if verdict.reason is None:
             record = self._record(delivery, failure, attempts, now)
@@ -127,7 +140,7 @@ class Outcomes:
         letter = replace(
             self._letter(delivery, verdict.reason, words_of(failure.error), attempts=attempts),
             receiver=failure.name,
-            traceback=_traceback_of(failure.error),
+            traceback=traceback_of(failure.error),
         )
 
         if delivery.record is not None:
@@ -148,7 +161,7 @@ class Outcomes:
             first=moment if delivery.record is None else delivery.record.first,
             last=moment,
             error=words_of(failure.error),
-            traceback=_traceback_of(failure.error),
+            traceback=traceback_of(failure.error),
         )
 
     def _letter(self, delivery: Delivery, reason: str, error: str, *, attempts: int) -> DeadLetter:
@@ -169,7 +182,3 @@ class Outcomes:
     def _bury(self, name: str, letter: DeadLetter) -> Command:
         key = self._keys.dead(name, self._config.service)
         return ("XADD", key, "*", *letter.as_fields())
-
-
-def _traceback_of(error: BaseException) -> str:
-    return travelling("".join(traceback.format_exception(error)))[-MOST_TRACEBACK:]

@@ -198,6 +198,11 @@ class Pool:
                 return
 
             try:
-                self._dispatcher.dispatch(event)
+                self._dispatcher.dispatch_once(event)
             except Exception:
-                logger.exception("The event %s of %r was not dispatched.", event.id, event.name)
+                logger.exception(
+                    "The event %s of %r was not dispatched.",
+                    event.id,
+                    event.name,
+                    extra=event.fields,
+                )

@@ -64,7 +64,9 @@ class Publisher:
             exchange=exchange,
             buffer=self._buffer,
             outage=self._outage,
-            settlement=Settlement(counters=counters, service=config.service),
+            settlement=Settlement(
+                counters=counters, service=config.service, tells=config.log_events
+            ),
             node=node,
         )
         self._leader = self._writer.leader

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from .deliveries import Delivery
-from .dispatcher import Failure
 from .event import Event
 from .expectation import hears
+from .failures import Failure
 from .group import Entry
 from .lifecycle import tell_here
 from .node import Node
@@ -160,6 +161,7 @@ class Rehearsal:
     def _settle(self, node: Node, delivery: Delivery, failure: Failure) -> None:
         if not delivery.in_group:
             # Nothing is kept of what every process hears.
+            node.dispatcher.failures.final(delivery.event, failure)
             self._note(node, delivery, failure, None)
             return
 
@@ -170,6 +172,9 @@ class Rehearsal:
             jitter=0.0,
         )
         record = self._record(delivery, failure)
+        node.dispatcher.failures.judged(
+            delivery.event, failure, verdict, due=time.time() + verdict.after
+        )
 
         if verdict.reason is None:
             self._note(node, delivery, failure, verdict.after)

@@ -219,6 +219,7 @@ class Relay:
             entry.event_id,
             entry.name,
             error,
+            extra={"event_id": entry.event_id, "signal": entry.name},
         )
 
     def _refuse(self, entry: Entry, reason: str) -> None:
@@ -231,6 +232,7 @@ class Relay:
             entry.event_id,
             entry.name,
             reason,
+            extra={"event_id": entry.event_id, "signal": entry.name},
         )
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 
 from .codec import Codec
 from .config import Config
-from .dispatcher import Dispatcher, Failure, name_of
+from .dispatcher import Dispatcher, name_of
 from .entry_ids import EntryId, id_text
 from .errors import DecodeError
 from .event import Event
+from .failures import Failure
 from .records import words_of
 from .stream_access import Entry, StreamAccess
 from .subscriptions import Subscription
@@ -125,7 +126,7 @@ class Replay:
         elif not self._is_for_here(event):
             self.others += 1
         else:
-            failures = () if dry else self.dispatcher.dispatch(event, only=self.only).failures
+            failures = () if dry else self.dispatcher.dispatch_once(event, only=self.only)
             self._note(entry, event, failures)
 
     def _is_for_here(self, event: Event) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from .config import Config
 from .deliveries import Delivery
-from .dispatcher import Dispatcher, Failure
+from .dispatcher import Dispatcher
 from .event import Event
+from .failures import Failure
 from .namespace import Receiver
 from .retries import allowed
 from .subscriptions import Subscription

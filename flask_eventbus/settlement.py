@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .counters import BoundedLog, Counters
 from .errors import PublishError
 from .lifecycle import tell
-from .logs import get_logger
+from .logs import Whole, get_logger
 from .outgoing import Outgoing
 from .signals import events_dropped
 from .way import TooFewReplicasError
@@ -16,11 +16,15 @@ logger = get_logger(__name__)
 
 
 class Settlement:
-    """Counts and logs what Redis took and refused and what is lost, and wakes the senders."""
+    """Counts and logs what Redis took and refused and what is lost, and wakes the senders.
 
-    def __init__(self, *, counters: Counters, service: str) -> None:
+    :param tells: whether to log each event that Redis took: ``EVENTBUS_LOG_EVENTS``.
+    """
+
+    def __init__(self, *, counters: Counters, service: str, tells: bool = False) -> None:
         self._counters = counters
         self._service = service
+        self._tells = tells
         self._log = BoundedLog(logger)
 
     def settle(self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> None:
@@ -35,8 +39,23 @@ class Settlement:
 
         self._counters.add("published", len(batch) - refused)
 
+        if self._tells:
+            self._tell_published(batch, outcomes)
+
         if refused:
             self._counters.add("refused", refused)
+
+    def _tell_published(
+        self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]
+    ) -> None:
+        for outgoing, error in zip(batch, outcomes, strict=True):
+            if error is None or isinstance(error, TooFewReplicasError):
+                logger.info(
+                    "Published the event %s of %r.",
+                    outgoing.id,
+                    outgoing.lane.name,
+                    extra=self._fields(outgoing),
+                )
 
     def report_defect(self, error: Exception) -> None:
         """Log what is no outage and no refusal."""
@@ -54,13 +73,21 @@ class Settlement:
             "%d events were not published before the end (%s): %s",
             len(lost),
             reason,
-            _shown(lost),
+            Whole(_shown(lost)),
         )
 
         for outgoing in lost:
             outgoing.finish(PublishError(str(reason), event_id=outgoing.id))
 
         tell(events_dropped, self._service, where="buffer", count=len(lost))
+
+    def _fields(self, outgoing: Outgoing) -> dict[str, object]:
+        """The fields of log records that tell of an event."""
+        return {
+            "event_id": outgoing.id,
+            "signal": outgoing.lane.name,
+            "service": self._service,
+        }
 
     def _note(self, outgoing: Outgoing, error: Exception) -> bool:
         """Log an error; whether it means that the event is not published."""
@@ -71,6 +98,7 @@ class Settlement:
                 outgoing.id,
                 outgoing.lane.name,
                 error,
+                extra=self._fields(outgoing),
             )
             return False
 
@@ -80,6 +108,7 @@ class Settlement:
             outgoing.id,
             outgoing.lane.name,
             error,
+            extra=self._fields(outgoing),
         )
         return True
 

@@ -22,6 +22,7 @@ from .lifecycle import tell
 from .logs import get_logger
 from .outcomes import Outcome
 from .pipe import Command
+from .records import DeadLetter
 from .signals import event_dead_lettered
 from .streams import StreamKeys
 
@@ -120,6 +121,8 @@ class Settler:
                     self._put_back(batch)
                     raise
 
+        self._note_taken()
+
         self._limit.enforce()
 
     def tell_all(self) -> None:
@@ -135,6 +138,16 @@ class Settler:
         """Close the connection."""
         with self.turn:
             self._group.pipe.close()
+
+    def _note_taken(self) -> None:
+        """Log once that Redis took all that it had refused."""
+        if not self._refusals:
+            self._log.over(
+                "refused",
+                "Redis took the outcomes of all events of %r that it had refused.",
+                self._config.service,
+                extra={"service": self._config.service},
+            )
 
     def _call_up_refusals(self) -> None:
         now = time.monotonic()
@@ -273,11 +286,13 @@ class Settler:
         self._counters.add("unsettled", len(outcomes))
         self._log.error(
             "refused",
-            "Redis refuses to take what became of %d events of %r: %s. It is told again until it "
-            "does. Correct what it complains of.",
+            "Redis rejected the outcomes of %d events of %r: %s. They are sent again every %g s "
+            "until it takes them. Grant the right or free the memory that it names.",
             len(outcomes),
             outcomes[0].name,
             refusal,
+            TELL_AGAIN,
+            extra={"signal": outcomes[0].name, "service": self._config.service},
         )
 
     def _tell(self, outcome: Outcome) -> None:
@@ -289,16 +304,7 @@ class Settler:
         for letter in outcome.letters:
             self._counters.add("dead_lettered")
             self._limit.note(outcome.name)
-            self._log.error(
-                f"dead {letter.reason}",
-                "The event %s of %r is a dead letter of %r (%s, %s): %s",
-                letter.event_id or f"in the entry {letter.entry}",
-                outcome.name,
-                self._config.service,
-                letter.receiver or "no receiver",
-                letter.reason,
-                letter.error,
-            )
+            self._report(outcome, letter)
             tell(
                 event_dead_lettered,
                 self._config.service,
@@ -308,6 +314,29 @@ class Settler:
                 event_id=letter.event_id,
                 error=letter.error,
             )
+
+    def _report(self, outcome: Outcome, letter: DeadLetter) -> None:
+        # What a receiver raised was logged with its attempt.
+        if letter.reason in ("retries", "rejected"):
+            return
+
+        self._log.error(
+            f"dead {letter.reason}",
+            "The event %s of %r is a dead letter of %r (%s, %s): %s",
+            letter.event_id or f"in the entry {letter.entry}",
+            outcome.name,
+            self._config.service,
+            letter.receiver or "no receiver",
+            letter.reason,
+            letter.error,
+            extra={
+                "event_id": letter.event_id,
+                "signal": outcome.name,
+                "service": self._config.service,
+                "receiver": letter.receiver,
+                "attempt": letter.attempts or None,
+            },
+        )
 
     def _transaction(self, outcome: Outcome) -> list[Command]:
         return [("MULTI",), *outcome.commands, self._end(outcome), ("EXEC",)]

@@ -140,6 +140,7 @@ class StreamIntake:
             error.reason,
             error,
             sample,
+            extra={"signal": entry.name, "service": self._config.service},
         )
         tell(
             event_rejected, self._config.service, name=entry.name, reason=error.reason, error=error

@@ -38,11 +38,11 @@ from blinker import NamedSignal
 
 from . import connections
 from .coroutines import kept_loop
-from .dispatcher import Failure
 from .diversion import diverted, find_out
 from .errors import ConfigError
 from .event import Event
 from .expectation import Expectation, hears, why_unheard, why_unpublished
+from .failures import Failure
 from .node import Node, born, nodes
 from .recording import GivenUp, Recording
 from .rehearsal import FailedAttempt, Rehearsal, raise_all
@@ -363,7 +363,7 @@ def _require(receiving: Sized, event: Event) -> None:
 
 
 def _handle(node: Node, event: Event) -> Sequence[Failure]:
-    return node.dispatcher.dispatch(node.codec.decode(node.codec.encode(event))).failures
+    return node.dispatcher.dispatch_once(node.codec.decode(node.codec.encode(event)))
 
 
 def _require_fakeredis() -> None:

@@ -81,6 +81,7 @@ class Trims:
             name,
             "an unknown number of" if count is None else count,
             self._service,
+            extra={"signal": name, "service": self._service},
         )
         tell(events_trimmed, self._service, name=name, count=count)
 
@@ -96,6 +97,7 @@ class Trims:
                 name,
                 refusal,
                 self._group.remedy(name, refusal),
+                extra={"signal": name, "service": self._service},
             )
             return
 
@@ -115,3 +117,15 @@ class Trims:
             reported = self._reported.get(name, 0)
             self._reported[name] = max(reported, position.trimmed)
             self.count(name, max(0, position.trimmed - reported))
+
+            if position.trimmed > reported:
+                return
+
+        if name not in self._unknown:
+            self._log.over(
+                f"trimmed {name}",
+                "The stream of %r is no longer trimmed past events that %r has not handled.",
+                name,
+                self._service,
+                extra={"signal": name, "service": self._service},
+            )

@@ -57,6 +57,7 @@ LAYERS = {
     3: ("routes", "subscriptions"),
     4: (
         "allowances",
+        "failures",
         "deliveries",
         "codec",
         "channels",

@@ -374,7 +374,7 @@ def test_what_became_of_an_event_is_told_again_until_it_can_be_kept(
     service.start()
     assert service.ready(10)
     store.add("tick", n=1)
-    wait_until(lambda: "Redis refuses to take what became of" in caplog.text)
+    wait_until(lambda: "Redis rejected the outcomes of" in caplog.text)
     assert "WRONGTYPE" in caplog.text
     # Redis has it as what is not handled: another worker takes it over if this one ends.
     wait_until(lambda: not is_settled(store), what="it is pending again")

@@ -197,7 +197,7 @@ def test_what_is_no_event_is_no_dead_letter_too_few_where_a_worker_could_not_add
     workers.redis.set(dead, "a string")
     program = workers.worker()
     workers.redis.xadd(workers.stream, {"event": b"\xc1 no event"})
-    wait_until(lambda: "Redis refuses to take what became" in program.said, what="it is told")
+    wait_until(lambda: "Redis rejected the outcomes" in program.said, what="it is told")
     program.tell(number)
     program.end()
 
