@@ -31,6 +31,9 @@ LAST_ID = f"{2**64 - 1}-{2**64 - 2}"
 #: Entries that are looked at in one command.
 PAGE = 100
 
+#: Entries that are listed at most when a consumer is removed.
+MOST_PENDING = 10_000
+
 #: Entries that are counted at most behind the place where a new group begins.
 MOST_COUNTED = 1_000
 
@@ -303,16 +306,17 @@ class Group:
         self._claim(name, mine, idle=0.0, times=lambda found: found.times)
         return {found.id for found in mine}
 
-    def release(self, name: str, begun: Mapping[str, int]) -> None:
+    def release(self, name: str, begun: Mapping[str, int], *options: str) -> None:
         """Hand back entries of this consumer, for others to claim at once.
 
         :param begun: how often each was begun by workers that did not end it, by its id.
+        :param options: ``"FORCE"`` for entries that are pending for nobody.
         """
         head: Command = ("XCLAIM", self._keys.stream(name), self._service, RELEASED, 0)
 
         for times in set(begun.values()):
             ids = [id for id, count in begun.items() if count == times]
-            tail: Command = ("IDLE", LONG_IDLE, "RETRYCOUNT", times, "JUSTID")
+            tail: Command = ("IDLE", LONG_IDLE, "RETRYCOUNT", times, *options, "JUSTID")
 
             for start in range(0, len(ids), PAGE):
                 self._asked(*head, *ids[start : start + PAGE], *tail)
@@ -322,9 +326,33 @@ class Group:
         if not self.own(name):
             self.remove(name, self._consumer)
 
-    def remove(self, name: str, consumer: str) -> None:
-        """Take a consumer out of the group. What is pending for it would be lost."""
-        self._asked("XGROUP", "DELCONSUMER", self._keys.stream(name), self._service, consumer)
+    def remove(self, name: str, consumer: str) -> int:
+        """Take a consumer out of the group; return how many entries it had after all.
+
+        Redis forgets them with the consumer. It may have read them since somebody looked, so they
+        are listed in the same transaction, and handed back.
+        """
+        key = self._keys.stream(name)
+        answers = self._run(
+            [
+                ("MULTI",),
+                ("XPENDING", key, self._service, "-", "+", MOST_PENDING, consumer),
+                ("XGROUP", "DELCONSUMER", key, self._service, consumer),
+                ("EXEC",),
+            ]
+        )[-1]
+
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise _meaning(answer) from answer
+
+        lost = {id.decode(): times if times > 1 else 0 for id, _, _, times in answers[0]}
+        self.release(name, lost, "FORCE")
+        return len(lost)
+
+    def show_life(self, name: str) -> None:
+        """Let Redis note that this consumer lives: before Redis 7.2, waiting is not noted."""
+        self.try_to_read(name)
 
     def consumers(self, name: str) -> list[tuple[str, int, float]]:
         """The consumers of the group, with how much they have pending and the seconds they idle."""

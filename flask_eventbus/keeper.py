@@ -36,8 +36,10 @@ ATTEND = 0.05
 LONG = 1.0
 TOO_LONG = 2.5
 
-#: Seconds after which a consumer that has nothing pending is taken for one that is gone.
+#: Seconds without a sign of life after which a consumer with nothing pending is removed, and
+#: how many signs a consumer gives in that time.
 IDLE_CONSUMER = 600.0
+SIGNS_OF_LIFE = 4
 
 #: Seconds between tries while Redis is away, at most.
 MOST_BACKOFF = 2.0
@@ -222,7 +224,7 @@ class Keeper:
             self._run_retries(names)
 
         if now >= self._consumers_at:
-            self._consumers_at = now + IDLE_CONSUMER / 2
+            self._consumers_at = now + IDLE_CONSUMER / SIGNS_OF_LIFE
             self._remove_idle(names)
 
         self._run_due(names)
@@ -302,13 +304,27 @@ class Keeper:
         for name in names:
             try:
                 with self._settler.turn:
+                    self._group.show_life(name)
+
                     for consumer, pending, idle in self._group.consumers(name):
                         if not pending and idle > IDLE_CONSUMER and consumer != RELEASED:
-                            self._group.remove(name, consumer)
+                            self._remove(name, consumer)
             except GroupGoneError as error:
                 logger.debug("The consumers of %r are gone: %s", name, error)
             except redis.ResponseError as error:
                 self._claims.report_refusal(name, error)
+
+    def _remove(self, name: str, consumer: str) -> None:
+        count = self._group.remove(name, consumer)
+
+        if count:
+            logger.warning(
+                "The consumer %s of %r was removed while it read %d events: they are handed to "
+                "workers that give signs of life.",
+                consumer,
+                name,
+                count,
+            )
 
     # -- retries --------------------------------------------------------------------------
 

@@ -256,6 +256,66 @@ def test_only_consumers_that_have_nothing_are_removed(
     assert consumers()[b"host-2-dead"] == 3
 
 
+def test_workers_that_wait_for_events_are_not_removed(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "IDLE_CONSUMER", 2.0)
+    stream = store.keys.stream("tick")
+
+    for _ in range(3):
+        bus = make_bus(store.url, "mailer", prefix=store.prefix)
+        listen(bus, lambda sender, n: None)
+
+    def consumers() -> set[bytes]:
+        return {found["name"] for found in store.client.xinfo_consumers(stream, "mailer")}
+
+    workers = consumers()
+    assert len(workers) == 3
+
+    for gone in (b"host-1-empty", b"host-2-empty"):
+        store.client.xgroup_createconsumer(stream, "mailer", gone)
+        wait_until(lambda gone=gone: gone not in consumers(), what="the idle one is removed")  # type: ignore[misc]
+
+    assert consumers() == workers
+
+
+def test_an_entry_that_a_consumer_is_given_while_it_is_removed_is_handled(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "IDLE_CONSUMER", 0.2)
+    heard: list[int] = []
+    late = "host-1-late"
+    look = Group.consumers
+
+    def look_too_early(group: Group, name: str) -> list[tuple[str, int, float]]:
+        found = look(group, name)
+
+        if any(consumer == late and idle > 0.2 for consumer, _, idle in found):
+            # The worker that was silent reads, after the look and before the removal.
+            store.client.xadd(store.keys.stream("tick"), {"event": body})
+            read.extend(store.read("tick", 1, consumer=late))
+
+        return found
+
+    def read_nothing(group: Group, names: Sequence[str], *, count: int, block: float) -> list[Any]:
+        time.sleep(0.05)
+        return []
+
+    body = Codec().encode(store.event("tick", n=1))
+    read: list[str] = []
+    store.group("tick")
+    store.client.xgroup_createconsumer(store.keys.stream("tick"), "mailer", late)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=60)
+    # It reads nothing by itself: what it hears, it takes over.
+    monkeypatch.setattr(Group, "read", read_nothing)
+    monkeypatch.setattr(Group, "consumers", look_too_early)
+    listen(bus, lambda sender, n: heard.append(n))
+
+    wait_until(lambda: read, what="the entry is given to the consumer")
+    wait_until(lambda: heard == [1] * len(read), what="a worker handles it")
+    wait_until(lambda: not pending(store), what="it is acknowledged")
+
+
 def test_what_is_published_in_the_moment_in_which_a_stream_is_deleted_is_heard(
     store: StreamStore, make_bus: Make
 ) -> None:
