@@ -11,7 +11,7 @@ import redis
 
 from .connections import Connection, Connections, is_passing, takes_no_writes
 from .logs import get_logger
-from .way import TooFewReplicasError, Way, whole
+from .way import AgingStreamWay, TooFewReplicasError, Way, whole
 
 logger = get_logger(__name__)
 
@@ -23,6 +23,13 @@ REPLICAS_SHARE = 0.8
 
 #: The part of a sender's patience that is as good as all of it.
 NEARLY_ALL = 0.9
+
+#: Seconds after which the names of streams are noted again: Redis may have been flushed.
+NOTE_AGAIN = 5.0
+
+#: Seconds that the clocks may differ, and seconds between two comparisons.
+MOST_SKEW = 10.0
+COMPARE_AGAIN = 60.0
 
 _PING = whole("PING")
 
@@ -48,8 +55,15 @@ class Exchange:
         self._connection: Connection | None = None
         #: The seconds that a read on the connection waits now.
         self._waits = timeout
-        #: The signals whose stream was announced on this connection.
+        #: The signals whose stream was announced on this connection in the last seconds, and
+        #: those of which Redis does not let this user note it.
         self._announced: set[str] = set()
+        self._not_allowed: set[str] = set()
+        self._note_at = 0.0
+        #: The ways of the batch that trim by age.
+        self._aging: set[AgingStreamWay] = set()
+        self._compare_at = 0.0
+        self._is_skewed = False
         #: What is on its way: these names, then the events, then the question for replicas.
         self._announcing: list[str] = []
         self._batch: Sequence[tuple[Way, bytes]] = ()
@@ -106,12 +120,21 @@ class Exchange:
         self._answers = []
         self._announcing = []
         self._replicas = 0
-        commands = [way.command(body) for way, body in batch]
+        self._aging.clear()
+
+        if time.monotonic() > self._note_at:
+            self._announced.clear()
+            self._note_at = time.monotonic() + NOTE_AGAIN
 
         for way, _ in batch:
             if way.is_stream:
                 self._look_at(way)
 
+        for aging in self._aging:
+            if aging.newest is None:
+                aging.newest = self._time(connection)
+
+        commands = [way.command(body) for way, body in batch]
         self._send(connection, self._framed(commands))
 
     def read(self, deadline: float | None = None) -> bool:
@@ -152,6 +175,12 @@ class Exchange:
         if self._replicas:
             self._judge(outcomes, self._answers[-1])
 
+        if self._aging:
+            self._note_ages()
+
+        if time.monotonic() > self._compare_at:
+            self._compare_clocks()
+
         return outcomes
 
     def close(self) -> None:
@@ -165,15 +194,21 @@ class Exchange:
         connection = self._connections.open(timeout=self._timeout)
         self._waits = self._timeout
         self._announced.clear()
+        self._not_allowed.clear()
         self._connection = connection
         return connection
 
     def _ping(self, connection: Connection) -> None:
+        names = sorted(self._announced)
+        note = whole("SADD", self._names, *names) if names else b""
         self._wait_until(connection, None)
-        self._send(connection, _PING)
+        self._send(connection, _PING + note)
 
         try:
             answer = _answer(connection)
+
+            if names and isinstance(refusal := _answer(connection), Exception):
+                logger.debug("Redis does not note the streams of %s: %s", names, refusal)
         except BaseException:
             self.close()
             raise
@@ -221,9 +256,12 @@ class Exchange:
     # -- the names of streams, and replicas -----------------------------------------------
 
     def _look_at(self, way: Way) -> None:
-        if way.name not in self._announced:
+        if way.name not in self._announced and way.name not in self._not_allowed:
             self._announcing.append(way.name)
             self._announced.add(way.name)
+
+        if way.by_age and isinstance(way, AgingStreamWay):
+            self._aging.add(way)
 
         if way.replicas > self._replicas:
             self._replicas = way.replicas
@@ -242,9 +280,57 @@ class Exchange:
         for name, answer in zip(self._announcing, self._answers, strict=False):
             if isinstance(answer, redis.exceptions.NoPermissionError):
                 # Who reads a stream names it as well.
+                self._announced.discard(name)
+                self._not_allowed.add(name)
                 logger.debug("Redis does not let this user note the stream of %r: %s", name, answer)
             elif isinstance(answer, Exception):
                 self._announced.discard(name)
+
+    # -- clocks ---------------------------------------------------------------------------
+
+    def _time(self, connection: Connection) -> int | None:
+        """Return Redis's time in milliseconds; ``None`` if this user may not ask for it."""
+        self._wait_until(connection, time.monotonic() + self._patience)
+        self._send(connection, whole("TIME"))
+
+        try:
+            answer = _answer(connection)
+        except BaseException:
+            self.close()
+            raise
+
+        if isinstance(answer, Exception):
+            # The answer to the first event has it as well.
+            logger.debug("Redis does not tell its time: %s", answer)
+            return None
+
+        return int(answer[0]) * 1_000 + int(answer[1]) // 1_000
+
+    def _note_ages(self) -> None:
+        for (way, _), answer in zip(self._batch, self.answers, strict=False):
+            if isinstance(way, AgingStreamWay) and isinstance(answer, bytes):
+                way.newest = _milliseconds(answer)
+
+    def _compare_clocks(self) -> None:
+        """Report a clock of this machine that differs from the one that makes entries' ids."""
+        found = [answer for answer in self.answers if isinstance(answer, bytes)]
+
+        if not found:
+            return
+
+        self._compare_at = time.monotonic() + COMPARE_AGAIN
+        skew = time.time() - _milliseconds(found[-1]) / 1_000
+        was_skewed, self._is_skewed = self._is_skewed, abs(skew) > MOST_SKEW
+
+        if self._is_skewed and not was_skewed:
+            logger.warning(
+                "This machine's clock is %.0f s %s Redis's. Events carry this machine's time; "
+                "what streams keep goes by Redis's. Set both clocks by NTP.",
+                abs(skew),
+                "ahead of" if skew > 0 else "behind",
+            )
+        elif was_skewed and not self._is_skewed:
+            logger.warning("This machine's clock agrees with Redis's again.")
 
     def _judge(self, outcomes: list[Exception | None], count: Any) -> None:
         for index, (way, _) in enumerate(self._batch):
@@ -264,6 +350,10 @@ def _answer(connection: Connection) -> Any:
             raise redis.ConnectionError(str(error)) from error
 
         return error
+
+
+def _milliseconds(id: bytes) -> int:
+    return int(id.partition(b"-")[0])
 
 
 def _verdict(wanted: int, count: Any) -> TooFewReplicasError | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Protocol
 
 
@@ -21,6 +20,8 @@ class Way(Protocol):
     is_stream: bool
     #: How many replicas are to have an event before it counts as confirmed.
     replicas: int
+    #: True if the stream keeps events by their age.
+    by_age: bool
 
     def command(self, body: bytes) -> bytes:
         """The command that publishes an event's bytes, as Redis reads it."""
@@ -30,6 +31,7 @@ class ChannelWay:
     """Over a channel: whoever listens now hears it."""
 
     is_stream = False
+    by_age = False
     replicas = 0
 
     def __init__(self, name: str, key: str) -> None:
@@ -49,6 +51,7 @@ class StreamWay:
     """
 
     is_stream = True
+    by_age = False
 
     def __init__(self, name: str, key: str, *, maxlen: int, replicas: int = 0) -> None:
         self.name = name
@@ -62,23 +65,29 @@ class StreamWay:
 
 
 class AgingStreamWay:
-    """Into a stream that keeps what is younger than an age.
+    """Into a stream that keeps what is younger than an age, by Redis's clock.
+
+    The clock of this machine may be wrong, and would remove what others have yet to read.
 
     :param age: seconds.
     """
 
     is_stream = True
+    by_age = True
 
     def __init__(self, name: str, key: str, *, age: int, replicas: int = 0) -> None:
         self.name = name
         self.key = key
         self.replicas = replicas
         self._age_ms = age * 1_000
+        #: The time of Redis, in milliseconds since 1970, or of the last id that it gave;
+        #: ``None`` until something is known, and nothing is trimmed.
+        self.newest: int | None = None
         self._head = head(8, "XADD", key, "MINID", "~")
 
     def command(self, body: bytes) -> bytes:
         """``XADD key MINID ~ ms * event body``."""
-        oldest = b"%d" % max(0, time.time_ns() // 1_000_000 - self._age_ms)
+        oldest = b"%d" % max(0, (self.newest or 0) - self._age_ms)
         start = b"%b$%d\r\n%b\r\n" % (self._head, len(oldest), oldest)
         return b"%b%b$%d\r\n%b\r\n" % (start, _FIELD, len(body), body)
 

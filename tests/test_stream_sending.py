@@ -23,7 +23,7 @@ from proxies import Proxy
 from servers import RedisServer
 from waiting import wait_until
 
-from flask_eventbus import Bus, PayloadError, PublishError, writer
+from flask_eventbus import Bus, PayloadError, PublishError, exchange, writer
 from flask_eventbus.exchange import Exchange
 from flask_eventbus.receipt import publish_one
 
@@ -57,6 +57,135 @@ def entries(server: RedisServer, name: str = "tick", prefix: str = "eventbus") -
 def values(server: RedisServer, name: str = "tick", prefix: str = "eventbus") -> list[int]:
     """The numbers that the events of a stream hold."""
     return [event["data"]["n"] for event in entries(server, name, prefix)]
+
+
+# -- what streams keep, and their names ---------------------------------------------------
+
+
+def hours_ago(hours: float) -> int:
+    return int((time.time() - hours * 3_600) * 1_000)
+
+
+def fill(server: RedisServer, prefix: str, *, since: int) -> None:
+    """Add 300 entries of one millisecond each to the stream of ``tick``."""
+    with server.client as client, client.pipeline(transaction=False) as together:
+        for number in range(300):
+            together.xadd(f"{prefix}:{{tick}}:stream", {"event": b""}, id=f"{since + number}-0")
+
+        together.execute()
+
+
+def length(server: RedisServer, prefix: str) -> int:
+    with server.client as client:
+        return int(client.xlen(f"{prefix}:{{tick}}:stream"))
+
+
+def aging(make_bus: Make, url: str, prefix: str) -> Bus:
+    """A publisher whose stream keeps what is younger than an hour."""
+    route = {"via": "stream", "maxlen": "1h"}
+    return make_bus(url, "accounts", prefix=prefix, publish={"tick": route})
+
+
+@pytest.fixture
+def two_hours_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of this machine is two hours ahead of Redis's."""
+    now, now_ns = time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: now() + 7_200)
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 7_200_000_000_000)
+
+
+def test_a_publisher_whose_clock_is_ahead_removes_nothing_that_is_young(
+    shared_redis: RedisServer,
+    make_bus: Make,
+    prefix: str,
+    two_hours_ahead: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fill(shared_redis, prefix, since=hours_ago(2))
+    bus = aging(make_bus, shared_redis.url, prefix)
+
+    for number in range(3):
+        bus.signal("tick").send("test", n=number)
+
+    assert length(shared_redis, prefix) == 303
+    assert caplog.text.count("s ahead of Redis's") == 1
+    assert "Set both clocks by NTP" in caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_publisher_trims_by_age_with_its_first_event(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, count: int
+) -> None:
+    fill(shared_redis, prefix, since=hours_ago(2))
+    bus = aging(make_bus, shared_redis.url, prefix)
+
+    for number in range(count):
+        bus.signal("tick").send("test", n=number)
+
+    assert length(shared_redis, prefix) < 100 + count
+
+
+def test_an_event_is_not_removed_by_itself_where_ids_are_ahead_of_redis(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    fill(shared_redis, prefix, since=hours_ago(-5))
+    bus = aging(make_bus, shared_redis.url, prefix)
+
+    for number in range(3):
+        bus.signal("tick").send("test", n=number)
+
+    assert length(shared_redis, prefix) == 303
+
+
+def test_a_user_that_may_not_ask_for_the_time_trims_by_the_ids_of_its_events(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    with redis_server.client as client:
+        client.acl_setuser(
+            "shop", enabled=True, passwords=["+pw"], keys="*", commands=["+@all", "-time"]
+        )
+    fill(redis_server, "eventbus", since=hours_ago(2))
+    url = redis_server.url.replace("//", "//shop:pw@")
+    bus = aging(make_bus, url, "eventbus")
+
+    bus.signal("tick").send("test", n=1)
+    assert length(redis_server, "eventbus") == 301
+    bus.signal("tick").send("test", n=2)
+
+    assert length(redis_server, "eventbus") < 102
+
+
+def test_the_name_of_a_stream_is_noted_again_after_a_flush(
+    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "NOTE_AGAIN", 0.1)
+    bus = make_bus(redis_server.url, "accounts", publish={"tick": "stream"})
+    bus.signal("tick").send("test", n=1)
+
+    with redis_server.client as client:
+        client.flushall()
+
+        def is_noted() -> bool:
+            bus.signal("tick").send("test", n=2)
+            return bool(client.sismember("eventbus:streams", "tick"))
+
+        wait_until(is_noted, what="the name is noted with an event")
+
+
+def test_a_publisher_that_sends_nothing_more_notes_its_streams_again_after_a_flush(
+    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "QUIET", 0.1)
+    bus = make_bus(redis_server.url, "accounts", publish={"tick": "stream"})
+    bus.signal("tick").send("test", n=1)
+
+    with redis_server.client as client:
+        client.flushall()
+        bus.signal("tick").send("test", n=2)
+
+        wait_until(
+            lambda: client.sismember("eventbus:streams", "tick"), what="the name is noted again"
+        )
 
 
 # -- what is written ----------------------------------------------------------------------
