@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import os
 import selectors
 import sys
 import threading
@@ -12,6 +11,8 @@ from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+
+from .forks import after_fork, notice_fork
 
 _threads = threading.local()
 
@@ -60,6 +61,7 @@ def _is_in_loop() -> bool:
 
 
 def _run_here(coroutine: Coroutine[Any, Any, Any], context: contextvars.Context) -> Any:
+    notice_fork()
     kept: asyncio.Runner | None = getattr(_threads, "runner", None)
 
     if kept is not None:
@@ -105,9 +107,7 @@ def _run_in_real_thread(
     return future.result()
 
 
+@after_fork
 def _forget_runner() -> None:
     """In a forked child: the loop of the thread that forked is the parent's."""
     _threads.__dict__.pop("runner", None)
-
-
-os.register_at_fork(after_in_child=_forget_runner)

@@ -29,6 +29,7 @@ from typing import TypeVar
 
 from . import supervisor
 from .errors import ConfigError
+from .forks import after_fork, notice_fork
 from .supervisor import READY, answers, is_at, lock, remove_unless_used
 
 #: How long :func:`join` waits for a server that answers, in seconds.
@@ -65,6 +66,7 @@ def join(name: str = "default") -> str:
     :raises ConfigError: there is no server to start, or it does not start; the message has
         its last words and the remedy.
     """
+    notice_fork()
     directory = directory_of(name)
     deadline = time.monotonic() + START_TIMEOUT
     _hold_lease(directory, deadline)
@@ -80,6 +82,7 @@ def join(name: str = "default") -> str:
 
 def leave(name: str = "default") -> None:
     """Take this process off the users of a server before it ends; the last one ends the server."""
+    notice_fork()
     directory = directory_of(name)
     lease = _leases.pop(directory, None)
 
@@ -109,15 +112,13 @@ def directory_of(name: str) -> Path:
     return Path("/tmp") / directory.parent.name / digest  # noqa: S108 - _own() checks it
 
 
+@after_fork
 def _forget_leases() -> None:
     """A forked child has not joined what its parent has: close the copies, unlock nothing."""
     for lease in _leases.values():
         os.close(lease)
 
     _leases.clear()
-
-
-os.register_at_fork(after_in_child=_forget_leases)
 
 
 def find_executable() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import secrets
 import sys
 import threading
@@ -29,6 +28,7 @@ from .ending import process_ends
 from .errors import PublishError
 from .event import Event
 from .exchange import Exchange
+from .forks import after_fork, notice_fork
 from .health import Health
 from .inbound import Inbound, check_subscription
 from .lanes import check_route
@@ -112,6 +112,12 @@ class Node:
         return self._bridges.route_for(name) or Route(name=name)
 
     @property
+    def name(self) -> str:
+        """The unique name of this node; a forked child's node has another."""
+        notice_fork()
+        return self._name
+
+    @property
     def session(self) -> Any:
         """The database session whose commits events wait for, in any form; ``None`` for none."""
         registered = self.declarations.session
@@ -134,6 +140,7 @@ class Node:
 
     def subscribed(self, subscription: Subscription) -> None:
         """Take up a subscription that was declared."""
+        notice_fork()
         merged = _merge(subscription, self._configured.get(subscription.name))
         check_subscription(self.config, merged)
         self._subscriptions = {**self._subscriptions, merged.name: merged}
@@ -169,10 +176,13 @@ class Node:
         :raises PayloadError: a value cannot travel.
         :raises PublishError: Redis did not take it in time, with ``EVENTBUS_ON_OUTAGE="raise"``.
         """
+        notice_fork()
         return self._publish(name, payload, self.route_for(name), confirm)
 
     def start(self) -> None:
         """Listen from now on; returns at once, whether Redis is there or not."""
+        notice_fork()
+
         if not self.config.enabled:
             return
 
@@ -189,6 +199,8 @@ class Node:
         Nothing is awaited where nothing can come: without a subscription it is ``True`` at
         once, with ``EVENTBUS_ENABLED=False`` it is ``False``.
         """
+        notice_fork()
+
         if not self.config.enabled or not self._subscriptions:
             return self.config.enabled
 
@@ -196,10 +208,12 @@ class Node:
 
     def ask(self) -> None:
         """Find out whether Redis takes events, in the writing thread; :meth:`health` then tells."""
+        notice_fork()
         self._publisher.ask()
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything sent so far is with Redis; whether it was in time."""
+        notice_fork()
         return self._publisher.flush(self.config.grace if timeout is None else timeout)
 
     def stop(self, *, flush: float = FLUSH_AT_EXIT) -> None:
@@ -208,6 +222,7 @@ class Node:
         :param flush: seconds to wait for Redis to take what is buffered.
         :raises RuntimeError: one of the node's own threads calls it, a receiver for example.
         """
+        notice_fork()
         self._refuse_own_threads()
 
         with self._turning:
@@ -234,10 +249,11 @@ class Node:
 
     def health(self) -> Health:
         """How this node does."""
+        notice_fork()
         heard = self._inbound.last_heard
         return Health(
             service=self.config.service,
-            node=self.name,
+            node=self._name,
             listening=self.listening and bool(self._subscriptions),
             connected=self._inbound.connected,
             publishing=self._publisher.connected,
@@ -255,10 +271,10 @@ class Node:
     def _renew(self) -> None:
         """Make everything that belongs to one process and one start."""
         self._starting = threading.RLock()
-        self.name = secrets.token_hex(6)
-        self.declarations.siblings.add(self.name)
+        self._name = secrets.token_hex(6)
+        self.declarations.siblings.add(self._name)
         self.connections = Connections(
-            self.config.url, name=f"eventbus:{self.config.service}:{self.name}"
+            self.config.url, name=f"eventbus:{self.config.service}:{self._name}"
         )
         self._publisher = self._make_publisher()
         self._drafts = self._make_drafts()
@@ -284,7 +300,7 @@ class Node:
                 names=StreamKeys(self.config.prefix).names,
                 patience=self.config.timeout,
             ),
-            node=self.name,
+            node=self._name,
             counters=self.counters,
             trace=self._trace,
         )
@@ -338,7 +354,7 @@ class Node:
             dispatcher=self.dispatcher,
             subscriptions=lambda: self._subscriptions,
             counters=self.counters,
-            node=self.name,
+            node=self._name,
             issued=lambda: publisher.issued,
             siblings=self.declarations.siblings,
             wanted=self._wanted,
@@ -372,6 +388,8 @@ class Node:
     # -- publishing -----------------------------------------------------------------------
 
     def _emit(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
+        notice_fork()
+
         if route.outbox:
             self._drafts.store(name, payload, route)
         elif not route.after_commit or not self._drafts.take(name, payload, route):
@@ -386,6 +404,8 @@ class Node:
 
     def _publish_drafts(self, drafts: Sequence[Outgoing]) -> list[Outgoing]:
         """Publish what waited for a commit, and return what Redis did not confirm in time."""
+        notice_fork()
+
         for draft in drafts:
             self._publish_draft(draft)
 
@@ -451,6 +471,7 @@ def _let_go(publisher: Publisher) -> None:
 @atexit.register
 def stop_all() -> None:
     """Stop every node of this process; all of them share the time to publish what waits."""
+    notice_fork()
     deadline = time.monotonic() + FLUSH_AT_EXIT
 
     for node in list(nodes):
@@ -469,6 +490,7 @@ def _stop(node: Node, flush: float) -> None:
         logger.exception("The node %s of %r was not stopped.", node.name, node.config.service)
 
 
+@after_fork
 def _renew_all() -> None:
     process_ends.clear()
     _left.clear()
@@ -489,6 +511,3 @@ def _stop_with_multiprocessing() -> None:
 
     if util is not None:
         util.register_after_fork(nodes, lambda _: util.Finalize(None, stop_all, exitpriority=0))
-
-
-os.register_at_fork(after_in_child=_renew_all)

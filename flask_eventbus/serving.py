@@ -19,6 +19,7 @@ from typing import Any
 from flask import Flask, request
 from werkzeug.serving import BaseWSGIServer
 
+from .forks import after_fork
 from .node import nodes, stop_all
 
 #: Of these, every server's request has one, and a request context made by hand has none.
@@ -177,4 +178,4 @@ def _gunicorn_config() -> Any:
 
 # An app that was loaded before its worker was forked meets settings that may have been read
 # anew since; one that gunicorn did not load itself meets them here for the first time.
-os.register_at_fork(after_in_child=_hook_gunicorn)
+after_fork(_hook_gunicorn)

@@ -14,10 +14,12 @@ from waiting import wait_until
 
 #: What every program begins with. From Python 3.12 on, a fork beside threads is warned of.
 PROGRAM = """
+import ctypes
 import os
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
 
@@ -31,6 +33,18 @@ called = bus.signal("called")
 @bus.on("called")
 def hear(sender, number):
     report("called", number=number, node=bus.node.name)
+
+def fork_without_hooks():
+    # As uWSGI does it: Python runs no hook, and does not know that it is a child. A thread that
+    # waits for the interpreter at that very moment would make the child's unusable.
+    seen = []
+    wait_until(lambda: seen.append(switches()) or seen[-2:-1] == seen[-1:], what="threads rest")
+    return ctypes.PyDLL(None).fork()
+
+def switches():
+    # How often each other thread gave up its processor.
+    tasks = [path for path in Path("/proc/self/task").iterdir() if path.name != str(os.getpid())]
+    return [line for task in tasks for line in (task / "status").read_text().splitlines()[-2:]]
 
 def ended(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -127,6 +141,65 @@ print("the child ended with", ended(child))
     assert heard == {program.pid: [1, 2, 3, 4], child: [2, 4]}
     nodes = [node_of(event) for event in wire.events(4) if event["source"] == service.name]
     assert nodes[0] == nodes[2] != nodes[1]
+
+
+@pytest.mark.parametrize("before", ["pass", "called.send(number=0); assert bus.flush(5)"])
+def test_a_child_forked_without_hooks_is_a_node_of_its_own(service: Service, before: str) -> None:
+    wire = Wire(service)
+    service.write(
+        "program.py",
+        f"""{PROGRAM}
+paid = bus.publishes("paid", via="stream")
+bus.publishes(called)
+{before}
+parent = bus.node.name
+children = []
+
+for number in (1, 2):
+    child = fork_without_hooks()
+
+    if child == 0:
+        # Threads of the child find out at the same time.
+        threads = [threading.Thread(target=paid.send, kwargs={{"number": number}}) for _ in "abc"]
+
+        for thread in threads:
+            thread.start()
+
+        for thread in threads:
+            thread.join()
+
+        called.send(number=number)
+        assert bus.flush(5)
+        health = bus.health()
+        report("forked", node=health.node, counts=health.counts)
+        bus.start()
+        wait_until_released("RELEASE")
+        os._exit(0)
+
+    children.append(child)
+
+report("parent", node=bus.node.name, same=parent == bus.node.name)
+bus.start()
+report("ended", codes=[ended(child) for child in children])
+""",
+    )
+    program = service.run("program.py")
+    service.wait_for("forked", 2)
+    (parent,) = service.wait_for("parent", same=True)
+    forked = service.reports("forked")
+    nodes = {line["node"] for line in forked}
+
+    assert service.listeners(3) == nodes | {parent["node"]}
+    assert {line["counts"].get("published") for line in forked} == {4}
+    events = wire.events(2 if before == "pass" else 3)
+    assert {node_of(event) for event in events if event["data"]["number"]} == nodes
+    entries = service.server.client.xrange(f"{service.name}:{{paid}}:stream")
+    ids = [msgpack.unpackb(fields[b"event"], timestamp=3)["id"] for _, fields in entries]
+    assert len(ids) == len(set(ids)) == 6
+
+    service.release.touch()
+    service.wait_for("ended", codes=[0, 0])
+    assert program.end() == 0
 
 
 def test_a_child_does_not_publish_what_its_parent_has_in_memory(service: Service) -> None:

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "flask_eventbus"
 
 #: A module imports only modules of lower layers. ``__init__`` stands for all it collects.
 LAYERS = {
+    -1: ("forks",),
     0: (
         "forms",
         "errors",
