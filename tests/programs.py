@@ -70,10 +70,7 @@ class Program:
 
     def get(self, path: str = "/", *, method: str = "GET") -> str:
         """What its server answers, within five seconds."""
-        request = urllib.request.Request(self.address + path, method=method)  # noqa: S310 - http
-
-        with urllib.request.urlopen(request, timeout=5) as response:  # noqa: S310 - http
-            return str(response.read().decode())
+        return get(self.address + path, method=method)
 
     def tell(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -94,6 +91,14 @@ class Program:
             os.killpg(self.pid, signal.SIGKILL)
 
         self.process.wait()
+
+
+def get(url: str, *, method: str = "GET") -> str:
+    """Return what a server answers, within five seconds."""
+    request = urllib.request.Request(url, method=method)  # noqa: S310 - http
+
+    with urllib.request.urlopen(request, timeout=5) as response:  # noqa: S310 - http
+        return str(response.read().decode())
 
 
 def _environment() -> dict[str, str]:

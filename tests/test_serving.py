@@ -6,20 +6,22 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgpack
 import pytest
-from programs import Program, Service
-from servers import RedisServer
+from programs import Program, Service, get
+from servers import RedisServer, free_port
 from waiting import wait_until
 
 from flask_eventbus import Bus
 
 APP = """
-from serving_app.app import bus, create_app
+from serving_app.app import bus, create_app, shouted
 
 app = create_app()
 """
@@ -518,3 +520,28 @@ def test_workers_share_an_embedded_server_that_is_gone_after_them(service: Servi
     assert program.end() == 0
     wait_until(lambda: not list(home.glob("*/*")), what="the embedded server is gone")
     shutil.rmtree(home)
+
+
+# -- a server that forks without Python's hooks -------------------------------------------
+
+
+def test_each_worker_of_uwsgi_is_a_node_of_its_own(service: Service) -> None:
+    port = free_port()
+    uwsgi = str(Path(sys.executable).with_name("pyuwsgi"))
+    options = ["--http-socket", f"127.0.0.1:{port}", "--wsgi-file", "app.py", "--callable", "app"]
+    options += ["--master", "--processes", "3", "--enable-threads", "--die-on-term"]
+    # The app is loaded before the fork, and has published by then.
+    service.write("app.py", f"{APP}\nwith app.app_context():\n    shouted.send(app, number=0)")
+    program = service.run(uwsgi, *options, FLASK_EVENTBUS_PUBLISH='{"shouted": "stream"}')
+    wait_until(lambda: "spawned uWSGI worker 3" in program.said, what="the workers are there")
+
+    def shout() -> str:
+        return get(f"http://127.0.0.1:{port}/shout/1", method="POST")
+
+    wait_until(lambda: shout() and len(service.nodes("pubsub")) == 3, what="each worker answers")
+
+    assert len(service.hearers(3) - {program.pid}) == 3
+    entries = service.server.client.xrange(f"{service.name}:{{shouted}}:stream")
+    ids = [msgpack.unpackb(fields[b"event"], timestamp=3)["id"] for _, fields in entries]
+    assert len(ids) == len(set(ids))
+    assert len({id.rpartition("-")[0] for id in ids}) == 4
