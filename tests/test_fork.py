@@ -193,7 +193,8 @@ report("ended", codes=[ended(child) for child in children])
     assert {line["counts"].get("published") for line in forked} == {4}
     events = wire.events(2 if before == "pass" else 3)
     assert {node_of(event) for event in events if event["data"]["number"]} == nodes
-    entries = service.server.client.xrange(f"{service.name}:{{paid}}:stream")
+    redis: Any = service.server.client
+    entries = redis.xrange(f"{service.name}:{{paid}}:stream")
     ids = [msgpack.unpackb(fields[b"event"], timestamp=3)["id"] for _, fields in entries]
     assert len(ids) == len(set(ids)) == 6
 

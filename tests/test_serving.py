@@ -11,6 +11,7 @@ import tempfile
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
@@ -541,7 +542,8 @@ def test_each_worker_of_uwsgi_is_a_node_of_its_own(service: Service) -> None:
     wait_until(lambda: shout() and len(service.nodes("pubsub")) == 3, what="each worker answers")
 
     assert len(service.hearers(3) - {program.pid}) == 3
-    entries = service.server.client.xrange(f"{service.name}:{{shouted}}:stream")
+    redis: Any = service.server.client
+    entries = redis.xrange(f"{service.name}:{{shouted}}:stream")
     ids = [msgpack.unpackb(fields[b"event"], timestamp=3)["id"] for _, fields in entries]
     assert len(ids) == len(set(ids))
     assert len({id.rpartition("-")[0] for id in ids}) == 4
