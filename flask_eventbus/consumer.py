@@ -27,6 +27,7 @@ from .lifecycle import tell
 from .logs import get_logger
 from .memberships import Memberships
 from .namespace import Receiver
+from .orphans import Orphans
 from .outcomes import Outcomes
 from .pipe import Pipe
 from .pool import Pool
@@ -37,7 +38,7 @@ from .signals import listener_connected, listener_lost
 from .stream_intake import StreamIntake
 from .stream_reader import StreamReader
 from .streams import StreamKeys
-from .subscriptions import Subscription
+from .subscriptions import Subscription, subscription_for
 from .trims import Trims
 
 logger = get_logger(__name__)
@@ -84,6 +85,7 @@ class Consumer:
         self._is_stopping = False
         self.name = f"{socket.gethostname()}-{os.getpid()}-{node}"
         self._pool = pool
+        self._dispatcher = dispatcher
         counts = RetryCounts(config=config, dispatcher=dispatcher, asked=retries_of)
         keys = StreamKeys(config.prefix)
         reading = Pipe(connections, timeout=ANSWER)
@@ -185,6 +187,13 @@ class Consumer:
             settler=self._settler,
             retries=self._retries,
             claims=claims,
+            orphans=Orphans(
+                service=config.service,
+                keys=keys,
+                retries=self._retries,
+                settler=self._settler,
+                receives=self._receives,
+            ),
             counters=counters,
             node=node,
         )
@@ -207,6 +216,12 @@ class Consumer:
             node=node,
             wanted=wanted,
         )
+
+    def _receives(self, name: str) -> bool:
+        """Return True if this process shares the stream of ``name`` with its siblings."""
+        found = subscription_for(name, self._subscriptions())
+        is_read = found is not None and found.via != "channel" and found.group
+        return is_read and self._dispatcher.has_receivers(name)
 
     def _group_on(self, pipe: Pipe, keys: StreamKeys) -> Group:
         return Group(pipe, keys=keys, service=self._config.service, consumer=self.name)

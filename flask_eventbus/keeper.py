@@ -19,6 +19,7 @@ from .deliveries import Delivery, Hand
 from .group import RELEASED, Group, GroupGoneError
 from .lineup import Lineup
 from .logs import get_logger
+from .orphans import Orphans
 from .retry_line import RetryLine
 from .settler import Settler
 from .subscriptions import Subscription
@@ -65,6 +66,7 @@ class Keeper:
         settler: Settler,
         retries: RetryLine,
         claims: Claims,
+        orphans: Orphans,
         counters: Counters,
         node: str,
     ) -> None:
@@ -76,6 +78,7 @@ class Keeper:
         self._settler = settler
         self._retries = retries
         self._claims = claims
+        self._orphans = orphans
         self._counters = counters
         self._node = node
         self._log = BoundedLog(logger)
@@ -180,6 +183,7 @@ class Keeper:
             return max(0.001, min(self._renew_at - now, 0.05 if self._settler.is_due else 1.0))
 
         times = [self._renew_at, self._claim_at, self._released_at, self._consumers_at]
+        times.append(self._orphans.look_at)
         due = self._due[0][0] - clock if self._due else 60.0
         return max(0.001, min(min(times) - now, due, self._soon))
 
@@ -228,6 +232,7 @@ class Keeper:
             self._remove_idle(names)
 
         self._run_due(names)
+        self._orphans.look()
 
     # -- what is in hand ------------------------------------------------------------------
 

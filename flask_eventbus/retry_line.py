@@ -28,6 +28,9 @@ logger = get_logger(__name__)
 #: deployment may take its time.
 GONE_AFTER = 3_600.0
 
+#: Seconds after which a retry that is due is taken for one that no worker reads.
+OVERDUE = 60.0
+
 #: Seconds for which a worker that lacks a receiver leaves its retries to the others, at most.
 POSTPONED = 10.0
 
@@ -68,23 +71,67 @@ class RetryLine:
 
         :raises redis.ConnectionError: Redis is away.
         """
+        deliveries: list[Delivery] = []
+        given_up: list[Outcome] = []
+
+        def lease(member: bytes) -> list[Command]:
+            return self._lease(name, subscription, member, deliveries, given_up)
+
+        count = self._take(name, lease, most=most)
+
+        if count is None:
+            return [], [], True
+
+        return deliveries, given_up, count >= most
+
+    def take_orphans(self, name: str, *, most: int) -> tuple[list[Outcome], bool]:
+        """Give up retries of a signal that nobody takes; return them, and True if there are more.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        given_up: list[Outcome] = []
+
+        def lease(member: bytes) -> list[Command]:
+            return self._lease_orphan(name, member, given_up)
+
+        count = self._take(name, lease, most=most, overdue=OVERDUE)
+        return ([], True) if count is None else (given_up, len(given_up) >= most)
+
+    def signals(self) -> list[str]:
+        """Return the signals that have a stream.
+
+        :raises redis.ResponseError: Redis refuses.
+        """
+        found = self._pipe.ask("SMEMBERS", self._keys.names)
+        return sorted(name.decode(errors="replace") for name in found)
+
+    def _take(
+        self,
+        name: str,
+        lease: Callable[[bytes], list[Command]],
+        *,
+        most: int,
+        overdue: float = 0.0,
+    ) -> int | None:
+        """Lease retries that have been due for so many seconds.
+
+        :return: how many were looked at; ``None`` if another worker was faster.
+        """
         key = self._keys.retry(name, self._config.service)
-        now = round(time.time() * 1000)
-        look: Command = ("ZRANGEBYSCORE", key, "-inf", now, "LIMIT", 0, most)
+        until = round((time.time() - overdue) * 1000)
+        look: Command = ("ZRANGEBYSCORE", key, "-inf", until, "LIMIT", 0, most)
 
         if not _members(self._pipe.ask(*look)):
-            return [], [], False
+            return 0
 
         watched, answer = self._pipe.run([("WATCH", key), look])
         _check([watched])
         members = _members(answer)
-        deliveries: list[Delivery] = []
-        given_up: list[Outcome] = []
         commands: list[Command] = [("MULTI",)]
 
         try:
             for member in members:
-                commands += self._lease(name, subscription, member, deliveries, given_up)
+                commands += lease(member)
         except BaseException:
             # What is watched would make another's transaction void.
             self._pipe.close()
@@ -93,11 +140,8 @@ class RetryLine:
         answers = self._pipe.run([*commands, ("EXEC",)])
         _check(answers)
 
-        if answers[-1] is None:
-            # Another worker was at it: the next look finds what it left.
-            return [], [], True
-
-        return deliveries, given_up, len(members) >= most
+        # None: another worker was at it, and the next look finds what it left.
+        return None if answers[-1] is None else len(members)
 
     def renew(self, delivery: Delivery) -> bool:
         """Keep a retry that is being tried; whether it still is there.
@@ -201,6 +245,38 @@ class RetryLine:
         deliveries.append(delivery)
         return [self._keep(key, member)]
 
+    def _lease_orphan(self, name: str, member: bytes, given_up: list[Outcome]) -> list[Command]:
+        key = self._keys.retry(name, self._config.service)
+
+        try:
+            record = RetryRecord.unpacked(member)
+            event = self._event(name, record)
+        except (BadRecordError, DecodeError) as error:
+            given_up.append(self._bad(name, member, error))
+            return [self._keep(key, member)]
+
+        if not _is_old(record):
+            return []
+
+        subscription = Subscription(name=name, via="stream")
+        given_up.append(self._gone(name, subscription, record, member, event))
+        return [self._keep(key, member)]
+
+    def _gone(
+        self,
+        name: str,
+        subscription: Subscription,
+        record: RetryRecord,
+        member: bytes,
+        event: Event,
+    ) -> Outcome:
+        delivery = self._delivery(name, subscription, record, member, event)
+        words = (
+            f"No worker of {self._config.service!r} has the receiver {record.receiver!r} any "
+            f"more. Its last error: {record.error}"
+        )
+        return self._outcomes.give_up(delivery, "gone", words)
+
     def _keep(self, key: str, member: bytes) -> Command:
         """The command that keeps a record from other workers, for as long as a lease lasts."""
         return ("ZADD", key, "XX", self._lease_until(), member)
@@ -225,13 +301,8 @@ class RetryLine:
         """Leave it to a worker that has its receiver, as long as there may be one."""
         key = self._keys.retry(name, self._config.service)
 
-        if abs(time.time() - record.last / 1000) > GONE_AFTER:
-            delivery = self._delivery(name, subscription, record, member, event)
-            words = (
-                f"No worker of {self._config.service!r} has the receiver {record.receiver!r} any "
-                f"more. Its last error: {record.error}"
-            )
-            given_up.append(self._outcomes.give_up(delivery, "gone", words))
+        if _is_old(record):
+            given_up.append(self._gone(name, subscription, record, member, event))
             return [self._keep(key, member)]
 
         return [("ZADD", key, "XX", self._postponed_until(), member)]
@@ -278,6 +349,10 @@ class RetryLine:
 
     def _lease_until(self) -> int:
         return round((time.time() + self._config.claim_after) * 1000)
+
+
+def _is_old(record: RetryRecord) -> bool:
+    return abs(time.time() - record.last / 1000) > GONE_AFTER
 
 
 def _check(answers: Iterable[object]) -> None:

@@ -19,6 +19,7 @@ from flask_eventbus import (
     current_event,
     keeper,
     lineup,
+    orphans,
     outcomes,
     retries,
     settler,
@@ -208,6 +209,66 @@ def test_a_retry_whose_receiver_is_gone_for_an_hour_is_a_dead_letter(
     wait_until(lambda: letters(store), what="it is given up")
     assert [letter.reason for letter in letters(store)] == ["gone"]
     assert not store.client.zcard(key)
+
+
+def old_retry(store: StreamStore, name: str, *, hours: float, key: str = "mailer.old") -> None:
+    """Add a retry of ``mailer`` that failed so long ago and has been due since."""
+    failed = int((time.time() - hours * 3_600) * 1_000)
+    record = RetryRecord(
+        entry="1700000000000-0",
+        event=Codec().encode(store.event(name, n=1)),
+        receiver=key,
+        attempts=1,
+        first=failed,
+        last=failed,
+        error="ConnectionError: away",
+    )
+    store.client.zadd(store.keys.retry(name, "mailer"), {record.packed(): failed + 1_000})
+    store.client.sadd(store.keys.names, name)
+
+
+@pytest.mark.parametrize("subscribe", [{}, {"paid": {"via": "stream"}}], ids=["no", "no receiver"])
+def test_retries_of_a_signal_that_is_not_received_any_more_are_dead_letters_after_an_hour(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, subscribe: Any
+) -> None:
+    monkeypatch.setattr(orphans, "LOOK", 0.1)
+    old_retry(store, "paid", hours=2)
+    old_retry(store, "paid", hours=0.5)
+    store.client.zadd(store.keys.retry("paid", "mailer"), {b"no record": 1})
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, subscribe=subscribe)
+    listen(bus, lambda sender, n: None)
+
+    wait_until(
+        lambda: len(store.dead("paid")) == 2, what="the old one and the bad one are given up"
+    )
+    found = store.client.xrange(store.keys.dead("paid", "mailer"))
+    letters = [DeadLetter.from_fields(fields) for _, fields in found]
+    assert {(letter.reason, letter.receiver) for letter in letters} == {
+        ("gone", "mailer.old"),
+        ("undecodable", ""),
+    }
+    [(kept, _)] = store.retries("paid")
+    assert time.time() - kept.last / 1_000 < 3_600
+
+
+def test_retries_that_another_process_of_the_service_receives_are_left_to_it(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orphans, "LOOK", 0.1)
+    tried: list[int] = []
+
+    def handle(sender: str, n: int) -> None:
+        tried.append(n)
+
+    listen(make_bus(store.url, "mailer", prefix=store.prefix), lambda sender, n: None)
+    other = make_bus(store.url, "mailer", prefix=store.prefix)
+    other.on("paid", via="stream")(handle)
+    other.start()
+    assert other.ready(10)
+    old_retry(store, "paid", hours=0.9, key=f"{__name__}.{handle.__qualname__}")
+
+    wait_until(lambda: tried == [1], what="it is tried by the process that has the receiver")
+    assert store.dead("paid") == []
 
 
 # -- what is in hand ----------------------------------------------------------------------
