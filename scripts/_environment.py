@@ -1,7 +1,8 @@
 """The virtual environment the scripts of this folder run in: made when missing, kept current.
 
 ``python3 scripts/_environment.py FOLDER requirements/dev.txt [MORE ...]`` makes one elsewhere; each
-further file is installed over the one before it.
+further file is installed over the one before it. ``--package WHEEL`` installs that in place of the
+checkout.
 """
 
 # A Python too old for the rest must still be able to read this file down to the message below.
@@ -15,6 +16,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - the bootstrap is what checks it
         )
     )
 
+import argparse
 import fcntl
 import hashlib
 import importlib.util
@@ -25,23 +27,29 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = "embedded,testing"
 
 
-def ready(folder: Path = ROOT / ".venv", *requirements: str) -> Path:
+def ready(folder: Path = ROOT / ".venv", *requirements: str, package: Path = ROOT) -> Path:
     """Return the Python of the environment in *folder*, with everything installed there.
 
     Quick where nothing has changed since the last time; two at once take turns.
+
+    :param package: a wheel of the package; the checkout unless given.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
 
     with Path(f"{folder}.lock").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        return _ready(folder, requirements or ("requirements/dev.txt",))
+        return _ready(folder, requirements or ("requirements/dev.txt",), package)
 
 
-def _ready(folder: Path, requirements: tuple[str, ...]) -> Path:
+def _ready(folder: Path, requirements: tuple[str, ...], package: Path) -> Path:
     python = folder / "bin" / "python"
     stamp = folder / "installed"
 
-    if python.exists() and stamp.is_file() and stamp.read_text() == _state(python, requirements):
+    if (
+        python.exists()
+        and stamp.is_file()
+        and stamp.read_text() == _state(python, requirements, package)
+    ):
         return python
 
     stamp.unlink(missing_ok=True)
@@ -49,18 +57,21 @@ def _ready(folder: Path, requirements: tuple[str, ...]) -> Path:
     if not _usable(python):
         _make(folder)
 
-    _install(python, requirements)
-    stamp.write_text(_state(python, requirements))
+    _install(python, requirements, package)
+    stamp.write_text(_state(python, requirements, package))
 
     return python
 
 
-def _state(python: Path, requirements: tuple[str, ...]) -> str:
+def _state(python: Path, requirements: tuple[str, ...], package: Path) -> str:
     """Sum up what an installation depends on: a moved checkout or a new Python is a new one."""
     digest = hashlib.sha256(f"{ROOT}\n{python.resolve()}\n".encode())
 
     for name in ("pyproject.toml", *requirements):
         digest.update((ROOT / name).read_bytes())
+
+    if package.is_file():
+        digest.update(package.read_bytes())
 
     return digest.hexdigest()
 
@@ -86,12 +97,13 @@ def _make(folder: Path) -> None:
     _run([sys.executable, "-m", "venv", "--clear", folder])
 
 
-def _install(python: Path, requirements: tuple[str, ...]) -> None:
+def _install(python: Path, requirements: tuple[str, ...], package: Path) -> None:
     _say(f"Installing {', '.join(requirements)} into {python.parent.parent}: about a minute")
     pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     first, *others = requirements
 
-    _run([*pip, "install", "--requirement", first, "--editable", f".[{EXTRAS}]"])
+    source = [f"{package}[{EXTRAS}]"] if package.is_file() else ["--editable", f".[{EXTRAS}]"]
+    _run([*pip, "install", "--requirement", first, *source])
 
     for name in others:
         _run([*pip, "install", "--requirement", name])
@@ -112,4 +124,9 @@ def _say(words: str) -> None:
 
 
 if __name__ == "__main__":
-    ready(Path(sys.argv[1]).resolve(), *sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--package", type=Path, default=ROOT)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("requirements", nargs="*")
+    given = parser.parse_args()
+    ready(given.folder.resolve(), *given.requirements, package=given.package.resolve())

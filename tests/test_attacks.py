@@ -18,6 +18,8 @@ from waiting import wait_until
 from flask_eventbus import Bus, PublishError, channels, listener, node, signals, writer
 from flask_eventbus.connections import Connections
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 

@@ -20,6 +20,8 @@ import pytest
 from servers import require
 from waiting import wait_until
 
+pytestmark = pytest.mark.second_look
+
 ROOT = Path(__file__).parent.parent
 PROCESSES = Path("/proc")
 

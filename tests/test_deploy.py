@@ -20,6 +20,8 @@ from flask_eventbus.config import Config
 from flask_eventbus.node import FLUSH_AT_EXIT
 from flask_eventbus.writer import WRITE_TIMEOUT
 
+pytestmark = pytest.mark.second_look
+
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 COMPOSE = (ROOT / "docker-compose.yml").read_text()

@@ -23,6 +23,8 @@ from waiting import wait_until
 from flask_eventbus import embedded, supervisor
 from flask_eventbus.errors import ConfigError
 
+pytestmark = pytest.mark.second_look
+
 #: Joins, says where the server is, and stays until its standard input is closed.
 JOINER = """
 import sys

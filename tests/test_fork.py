@@ -12,6 +12,8 @@ from programs import Service
 from servers import RedisServer
 from waiting import wait_until
 
+pytestmark = pytest.mark.second_look
+
 #: What every program begins with. From Python 3.12 on, a fork beside threads is warned of.
 PROGRAM = """
 import ctypes

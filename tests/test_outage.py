@@ -18,6 +18,8 @@ from waiting import wait_until
 from flask_eventbus import Bus, PublishError, channels, listener, signals
 from flask_eventbus.backoff import Backoff
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 

@@ -26,7 +26,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from programs import Program
 from servers import RedisServer
-from sqlalchemy import Engine, MetaData, create_engine, event, inspect
+from sqlalchemy import Engine, MetaData, String, create_engine, event, inspect
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
@@ -54,6 +54,8 @@ from flask_eventbus.routes import Route
 from flask_eventbus.testing import Isolation
 from flask_eventbus.way import Way
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 
@@ -67,7 +69,7 @@ class User(Base):
     __tablename__ = "users"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    email: Mapped[str] = mapped_column(unique=True)
+    email: Mapped[str] = mapped_column(String(80), unique=True)
 
 
 outbox.table(Base.metadata)

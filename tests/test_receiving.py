@@ -21,6 +21,8 @@ from waiting import wait_until
 from flask_eventbus import Bus, ConfigError, current_event, signals
 from flask_eventbus.namespace import MOST_SENDERS, BusSignal, SendingSignal
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 

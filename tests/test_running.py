@@ -18,6 +18,8 @@ from waiting import wait_until
 from flask_eventbus import Bus, signals
 from flask_eventbus.inbox import Inbox
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 CONSUMER = """

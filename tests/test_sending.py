@@ -25,6 +25,8 @@ from flask_eventbus.routes import Route
 from flask_eventbus.seal import Seal
 from flask_eventbus.way import ChannelWay
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 

@@ -21,6 +21,8 @@ from waiting import wait_until
 
 from flask_eventbus import Bus
 
+pytestmark = pytest.mark.second_look
+
 APP = """
 from serving_app.app import bus, create_app, shouted
 

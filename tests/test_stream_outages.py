@@ -36,6 +36,8 @@ from flask_eventbus.pipe import Command, Pipe
 from flask_eventbus.subscriptions import read_subscription
 from flask_eventbus.trims import Trims
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 WORKER = """

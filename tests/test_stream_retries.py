@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import redis
 from flask import Flask, g
-from servers import RedisServer
+from servers import RedisServer, unread
 from stream_store import StreamStore
 from waiting import wait_until
 from workers import Workers
@@ -34,6 +34,8 @@ from flask_eventbus import (
 )
 from flask_eventbus.records import RetryRecord
 from flask_eventbus.streams import StreamKeys
+
+pytestmark = pytest.mark.second_look
 
 Make = Callable[..., Bus]
 
@@ -64,8 +66,10 @@ class Line:
 
     def settled(self) -> bool:
         """Whether nothing is left to do."""
-        (group,) = self.redis.xinfo_groups(self.keys.stream("work"))
-        return not (group["pending"] or group["lag"] or self.waiting())
+        key = self.keys.stream("work")
+        (group,) = self.redis.xinfo_groups(key)
+        name = group["name"].decode()
+        return not (group["pending"] or unread(self.redis, key, name) or self.waiting())
 
     def wait_until_settled(self, timeout: float = 15) -> None:
         """Wait until nothing is left to do."""

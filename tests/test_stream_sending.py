@@ -27,6 +27,8 @@ from flask_eventbus import Bus, PayloadError, PublishError, exchange, writer
 from flask_eventbus.exchange import Exchange
 from flask_eventbus.receipt import publish_one
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 #: Seconds that a slow machine may take beyond what a caller is held.

@@ -11,6 +11,8 @@ import pytest
 from waiting import wait_until
 from workers import COUNTING, Workers
 
+pytestmark = pytest.mark.second_look
+
 
 def once(count: int) -> Counter[int]:
     """What was done, if everything was done once."""

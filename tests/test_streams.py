@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import redis
-from servers import RedisServer
+from servers import RedisServer, unread
 from waiting import wait_until
 
 from flask_eventbus import Bus, current_event, keeper
@@ -20,6 +20,8 @@ from flask_eventbus.connections import Connections
 from flask_eventbus.group import LONG_IDLE, RELEASED, Group
 from flask_eventbus.pipe import Pipe
 from flask_eventbus.streams import StreamKeys
+
+pytestmark = pytest.mark.second_look
 
 Make = Callable[..., Bus]
 
@@ -72,9 +74,11 @@ def listening(bus: Bus) -> Bus:
 
 def settled(client: redis.Redis, prefix: str, name: str = "work", group: str = "consumer") -> bool:
     """Whether a group has handled everything."""
-    for found in client.xinfo_groups(StreamKeys(prefix).stream(name)):
+    key = StreamKeys(prefix).stream(name)
+
+    for found in client.xinfo_groups(key):
         if found["name"].decode() == group:
-            return not found["pending"] and not found["lag"]
+            return not found["pending"] and not unread(client, key, group)
 
     return False
 

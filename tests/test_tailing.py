@@ -29,6 +29,8 @@ from flask_eventbus.rendering import as_json, as_line
 from flask_eventbus.spectating import Heard
 from flask_eventbus.tailing import Filter, Tail
 
+pytestmark = pytest.mark.second_look
+
 ROOT = Path(__file__).parent.parent
 
 _numbers = itertools.count()

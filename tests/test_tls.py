@@ -17,6 +17,8 @@ from waiting import wait_until
 from flask_eventbus import Bus, PublishError
 from flask_eventbus.signals import listener_connected, listener_lost
 
+pytestmark = pytest.mark.second_look
+
 MakeBus = Callable[..., Bus]
 
 KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]

@@ -15,6 +15,8 @@ from waiting import wait_until
 
 from flask_eventbus import Bus
 
+pytestmark = pytest.mark.second_look
+
 MakeBus = Callable[..., Bus]
 
 MASTER = "mymaster"

@@ -7,6 +7,7 @@ from typing import Any
 
 import redis
 from programs import Program, Service
+from servers import unread
 from waiting import wait_until
 
 from flask_eventbus import Bus
@@ -84,6 +85,10 @@ class Workers(Service):
         """The group of a service, this one unless given; empty if there is none."""
         return self.groups().get(service or self.name, {})
 
+    def unread(self, service: str = "") -> int:
+        """Count the entries that no worker of a service has been given."""
+        return unread(self.redis, self.stream, service or self.name)
+
     def send(self, *numbers: int, name: str = "work", **payload: Any) -> None:
         """Publish events with these numbers, in order."""
         for number in numbers:
@@ -97,7 +102,7 @@ class Workers(Service):
         return (
             bool(group)
             and group["pending"] == 0
-            and group["lag"] == 0
+            and not self.unread(service)
             and not self.redis.zcard(self.keys.retry("work", service or self.name))
         )
 

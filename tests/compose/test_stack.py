@@ -19,7 +19,7 @@ from servers import require
 from waiting import wait_until
 
 # The first test builds the images.
-pytestmark = pytest.mark.timeout(1_200)
+pytestmark = [pytest.mark.timeout(1_200), pytest.mark.second_look]
 
 #: What a worker says when it is told to stop.
 ENDS = "Finishing what runs"
