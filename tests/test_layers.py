@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "flask_eventbus"
+import flask_eventbus
+
+PACKAGE = Path(flask_eventbus.__file__).parent
 
 #: A module imports only modules of lower layers. ``__init__`` stands for all it collects.
 LAYERS = {
