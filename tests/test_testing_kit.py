@@ -1080,7 +1080,9 @@ class TestWithUnittest(unittest.TestCase):
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     """Run pytest in a process of its own."""
     plugin = [] if INSTALLED else ["-p", "flask_eventbus.pytest_plugin"]
-    return pytester.runpytest_subprocess("-p", "no:randomly", *plugin, *arguments)
+    # pytest-rerunfailures keeps what fixtures made until the next garbage collection.
+    others = ["-p", "no:randomly", "-p", "no:rerunfailures"]
+    return pytester.runpytest_subprocess(*others, *plugin, *arguments)
 
 
 def test_the_plug_in_loads_nothing_heavy() -> None:
