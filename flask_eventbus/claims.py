@@ -55,6 +55,7 @@ class Claims:
         self._outcomes = outcomes
         self._settler = settler
         self._trims = trims
+        self._clock = settler.clock
         self._counters = counters
         self._retries_of = retries_of
         self._log = BoundedLog(logger)
@@ -129,8 +130,18 @@ class Claims:
         pending = self._group.pending(name, idle=idle, consumer=consumer, most=most)
         foreign = set(self._hand.without(name, [found.id for found in pending]))
         stale = [found for found in pending if found.id in foreign]
+
+        # What was handed back is nobody's, whatever the clock says.
+        if stale and consumer != RELEASED and not self._is_believed():
+            return
+
         self.has_more = self.has_more or len(stale) > room
         self._take_over(name, subscription, stale[:room], idle)
+
+    def _is_believed(self) -> bool:
+        """Return True if Redis's clock did not step lately, so that idle entries are abandoned."""
+        self._clock.ask()
+        return self._clock.is_steady
 
     def _take_over(
         self, name: str, subscription: Subscription, stale: Sequence[Pending], idle: float

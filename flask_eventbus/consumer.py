@@ -93,9 +93,6 @@ class Consumer:
         group = self._group_on(reading, keys)
         self._settling = self._group_on(settling, keys)
         intake = StreamIntake(config=config, codec=codec, counters=counters, siblings=siblings)
-        outcomes = Outcomes(
-            config=config, keys=keys, retries_of=counts.after, failures=dispatcher.failures
-        )
         self._settler = Settler(
             config=config,
             keys=keys,
@@ -104,6 +101,13 @@ class Consumer:
             counters=counters,
             expect=lambda name, due: self._keeper.expect(name, due),
         )
+        outcomes = Outcomes(
+            config=config,
+            keys=keys,
+            retries_of=counts.after,
+            failures=dispatcher.failures,
+            clock=self._settler.clock,
+        )
         self._retries = RetryLine(
             settling,
             config=config,
@@ -111,6 +115,7 @@ class Consumer:
             codec=codec,
             outcomes=outcomes,
             turn=self._settler.turn,
+            clock=self._settler.clock,
             knows=lambda event, name: bool(dispatcher.receivers(event, only=name)),
             retries_of=counts.of_receiver,
         )

@@ -63,19 +63,19 @@ class FailureLog:
         :param is_known: whether the traceback of the attempt before is the same.
         """
         fields = self._fields(event, failure)
-        text = "The receiver %s {} the event %s of %r from %r, attempt {}, {}: %s"
+        text = "The receiver %s {} %s of %r from %r, attempt {}, {}: %s"
         again = f"and is tried again in {verdict.after:.1f} s, at {_moment(due)}"
         dead = f"now a dead letter of {self._service!r}"
 
         if verdict.reason == "rejected":
-            line = text.format("rejects", event.attempt, dead)
+            line = text.format("rejects the event", event.attempt, dead)
             self._log.warning(*self._line(event, failure, line), extra=fields)
         elif isinstance(failure.error, Retry) and verdict.reason is None:
-            line = text.format("asks for another attempt at", event.attempt, again)
+            line = text.format("asks for another attempt at the event", event.attempt, again)
             self._log.info(*self._line(event, failure, line), extra=fields)
         else:
             follows = again if verdict.reason is None else f"the last, {dead}"
-            line = text.format("failed at", event.attempt, follows)
+            line = text.format("failed at the event", event.attempt, follows)
             self._log.error(
                 *self._line(event, failure, line),
                 exc_info=None if is_known else failure.error,

@@ -79,6 +79,7 @@ class Keeper:
         self._retries = retries
         self._claims = claims
         self._orphans = orphans
+        self._clock = settler.clock
         self._counters = counters
         self._node = node
         self._log = BoundedLog(logger)
@@ -177,7 +178,7 @@ class Keeper:
                     self._changed.wait(pause)
 
     def _pause(self) -> float:
-        now, clock = time.monotonic(), time.time()
+        now, clock = time.monotonic(), self._clock.now()
 
         if self._draining:
             return max(0.001, min(self._renew_at - now, 0.05 if self._settler.is_due else 1.0))
@@ -241,6 +242,7 @@ class Keeper:
 
         :raises redis.ConnectionError: Redis is away.
         """
+        self._clock.ask()
         lease = time.monotonic() + self._config.claim_after
         by_name: dict[str, list[Delivery]] = {}
 
@@ -335,14 +337,18 @@ class Keeper:
 
     def _run_due(self, names: Mapping[str, Subscription]) -> None:
         due, self._more_retries = self._more_retries, set()
+        now = self._clock.now() if self._due else 0.0
 
         with self._changed:
-            while self._due and self._due[0][0] <= time.time():
+            while self._due and self._due[0][0] <= now:
                 due.add(heapq.heappop(self._due)[1])
 
         self._run_retries({name: names[name] for name in due if name in names})
 
     def _run_retries(self, names: Mapping[str, Subscription]) -> None:
+        if names:
+            self._clock.ask()
+
         for name, subscription in names.items():
             room = self._lineup.room
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from .clock import RedisClock
 from .config import Config
 from .deliveries import Delivery
 from .failures import Failure, FailureLog
@@ -59,11 +59,13 @@ class Outcomes:
         keys: StreamKeys,
         retries_of: Callable[[Delivery, Failure], int],
         failures: FailureLog,
+        clock: RedisClock,
     ) -> None:
         self._config = config
         self._keys = keys
         self._retries_of = retries_of
         self._failures = failures
+        self._clock = clock
 
     def of(self, delivery: Delivery, failures: Sequence[Failure]) -> Outcome:
         """What a delivery came to."""
@@ -120,7 +122,7 @@ class Outcomes:
         attempts = 1 if delivery.record is None else delivery.record.attempts
         retries = self._retries_of(delivery, failure)
         verdict = judge(failure.error, attempts=attempts, retries=retries)
-        now = time.time()
+        now = self._clock.now()
         last = "" if delivery.record is None else delivery.record.traceback
         self._failures.judged(
             delivery.event,
@@ -165,7 +167,7 @@ class Outcomes:
         )
 
     def _letter(self, delivery: Delivery, reason: str, error: str, *, attempts: int) -> DeadLetter:
-        now = round(time.time() * 1000)
+        now = round(self._clock.now() * 1000)
         return DeadLetter(
             reason=reason,
             entry=delivery.entry,

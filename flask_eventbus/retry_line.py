@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+from .clock import RedisClock
 from .codec import Codec
 from .config import Config
 from .deliveries import Delivery
@@ -52,6 +53,7 @@ class RetryLine:
         codec: Codec,
         outcomes: Outcomes,
         turn: AbstractContextManager[object],
+        clock: RedisClock,
         knows: Callable[[Event, str], bool],
         retries_of: Callable[[Subscription, Event, str], int],
     ) -> None:
@@ -61,6 +63,7 @@ class RetryLine:
         self._codec = codec
         self._outcomes = outcomes
         self._turn = turn
+        self._clock = clock
         self._knows = knows
         self._retries_of = retries_of
 
@@ -118,7 +121,7 @@ class RetryLine:
         :return: how many were looked at; ``None`` if another worker was faster.
         """
         key = self._keys.retry(name, self._config.service)
-        until = round((time.time() - overdue) * 1000)
+        until = round((self._clock.now() - overdue) * 1000)
         look: Command = ("ZRANGEBYSCORE", key, "-inf", until, "LIMIT", 0, most)
 
         if not _members(self._pipe.ask(*look)):
@@ -211,7 +214,7 @@ class RetryLine:
 
         with self._turn:
             # Not where another worker has begun it meanwhile, or ended it.
-            self._pipe.run([("ZADD", key, "XX", round(time.time() * 1000), delivery.member)])
+            self._pipe.run([("ZADD", key, "XX", round(self._clock.now() * 1000), delivery.member)])
 
     def _lease(
         self,
@@ -229,6 +232,10 @@ class RetryLine:
         except (BadRecordError, DecodeError) as error:
             given_up.append(self._bad(name, member, error))
             return [self._keep(key, member)]
+
+        # Its worker may live, and see its lease end by a step of Redis's clock.
+        if record.running and not self._clock.is_steady:
+            return [("ZADD", key, "XX", self._postponed_until(), member)]
 
         if not self._knows(event, record.receiver):
             return self._postpone(name, subscription, record, member, event, given_up)
@@ -255,7 +262,7 @@ class RetryLine:
             given_up.append(self._bad(name, member, error))
             return [self._keep(key, member)]
 
-        if not _is_old(record):
+        if not self._is_old(record):
             return []
 
         subscription = Subscription(name=name, via="stream")
@@ -301,14 +308,14 @@ class RetryLine:
         """Leave it to a worker that has its receiver, as long as there may be one."""
         key = self._keys.retry(name, self._config.service)
 
-        if _is_old(record):
+        if self._is_old(record):
             given_up.append(self._gone(name, subscription, record, member, event))
             return [self._keep(key, member)]
 
         return [("ZADD", key, "XX", self._postponed_until(), member)]
 
     def _bad(self, name: str, member: bytes, error: Exception) -> Outcome:
-        now = round(time.time() * 1000)
+        now = round(self._clock.now() * 1000)
         letter = DeadLetter(
             reason="undecodable",
             entry="",
@@ -345,14 +352,13 @@ class RetryLine:
     def _postponed_until(self) -> int:
         # Not for as long each time, so that it is due when another looks.
         pause = random.uniform(0.2, 1.0) * min(self._config.claim_after, POSTPONED)  # noqa: S311 - spreads load
-        return round((time.time() + pause) * 1000)
+        return round((self._clock.now() + pause) * 1000)
+
+    def _is_old(self, record: RetryRecord) -> bool:
+        return abs(self._clock.now() - record.last / 1000) > GONE_AFTER
 
     def _lease_until(self) -> int:
-        return round((time.time() + self._config.claim_after) * 1000)
-
-
-def _is_old(record: RetryRecord) -> bool:
-    return abs(time.time() - record.last / 1000) > GONE_AFTER
+        return round((self._clock.now() + self._config.claim_after) * 1000)
 
 
 def _check(answers: Iterable[object]) -> None:

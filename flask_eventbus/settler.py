@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import redis
 
+from .clock import RedisClock
 from .config import Config
 from .connections import OUTAGE
 from .counters import BoundedLog, Counters
@@ -69,6 +70,7 @@ class Settler:
         self._refusals: deque[tuple[float, Outcome]] = deque()
         #: Held by the thread that uses the connection.
         self.turn = threading.RLock()
+        self.clock = RedisClock(group.pipe, config=config, turn=self.turn)
         self._limit = DeadLimit(
             group.pipe, config=config, keys=keys, counters=counters, turn=self.turn
         )
@@ -353,7 +355,7 @@ class Settler:
             return self._group.take_back(outcome.name, outcome.entry, times=begun + 1)
 
         key = self._keys.retry(outcome.name, self._config.service)
-        until = round((time.time() + self._config.claim_after) * 1000)
+        until = round((self.clock.now() + self._config.claim_after) * 1000)
         return ("ZADD", key, until, delivery.member)
 
     def _end(self, outcome: Outcome) -> Command:

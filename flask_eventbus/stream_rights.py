@@ -230,6 +230,7 @@ def _needs_of(subscription: Subscription, keys: StreamKeys, config: Config) -> I
 
     yield from _needs_of_group(keys.stream(name), service)
     yield Need(("SADD", keys.names, name), keys.names)
+    yield Need(("TIME",))
 
     if config.duplicate_window:
         yield from _needs_of_duplicates(keys.seen(name, service, 0)[:-1])

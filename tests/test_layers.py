@@ -74,6 +74,7 @@ LAYERS = {
     ),
     5: (
         "catalogue",
+        "clock",
         "duplicates",
         "group",
         "lineup",
@@ -192,6 +193,7 @@ OUTBOUND = {
 INBOUND = {
     "attempts",
     "claims",
+    "clock",
     "consumer",
     "dead_limit",
     "dispatcher",
