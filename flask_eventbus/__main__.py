@@ -20,6 +20,7 @@ from .program import Program
 from .relay_command import relay
 from .replay_command import replay
 from .seek_command import seek
+from .services_command import services
 from .status_command import status
 
 #: Who publishes where no service is named.
@@ -126,6 +127,7 @@ for command in (
     dead,
     _with_receivers(replay),
     seek,
+    services,
 ):
     main.add_command(command)
 

@@ -27,6 +27,7 @@ from .replay_command import replay
 from .reports import findings_report, live_report, routes_report
 from .running import run_until_signal
 from .seek_command import seek
+from .services_command import services
 from .spectating import Heard
 from .status_command import status
 from .tailing import Filter, Tail
@@ -322,4 +323,4 @@ def _findings(program: Program) -> list[Finding]:
     return check_node(node, program=program.declares)
 
 
-COMMANDS = (run, tail, publish, routes, check, relay, status, dead, replay, seek)
+COMMANDS = (run, tail, publish, routes, check, relay, status, dead, replay, seek, services)
