@@ -1,0 +1,96 @@
+"""Events that come twice in a stream: how their ids are noted, and for how long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from servers import RedisServer
+from stream_store import StreamStore
+from waiting import wait_until
+
+from flask_eventbus import Bus
+from flask_eventbus.codec import Codec
+from flask_eventbus.config import Config
+from flask_eventbus.connections import Connections
+from flask_eventbus.duplicates import Duplicates
+from flask_eventbus.pipe import Pipe
+
+Make = Callable[..., Bus]
+
+WINDOW = 600.0
+
+
+@pytest.fixture
+def store(shared_redis: RedisServer) -> StreamStore:
+    """Streams under a prefix of this test's own."""
+    return StreamStore(shared_redis)
+
+
+def listen(bus: Bus) -> list[int]:
+    """The numbers of the events that are handled, from the beginning of the stream."""
+    handled: list[int] = []
+    bus.on("tick", via="stream", start="earliest")(lambda sender, n: handled.append(n))
+    bus.start()
+    assert bus.ready(10)
+    return handled
+
+
+def test_two_copies_of_an_event_in_one_batch_are_handled_once(
+    store: StreamStore, make_bus: Make
+) -> None:
+    for n in range(3):
+        body = Codec().encode(store.event("tick", n=n))
+        # All of it is there before the first read.
+        for _ in range(2):
+            store.add_fields("tick", {b"event": body})
+
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    handled = listen(bus)
+
+    wait_until(lambda: bus.health().counts.get("duplicates") == 3, what="the copies are dropped")
+    wait_until(lambda: len(handled) == 3, what="the events are handled")
+    assert handled == [0, 1, 2]
+
+
+def test_the_ids_of_events_are_kept_for_two_windows_after_the_last_one(
+    store: StreamStore, make_bus: Make
+) -> None:
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, duplicate_window=WINDOW)
+    handled = listen(bus)
+    _, event = store.add("tick", n=1)
+    wait_until(lambda: handled, what="the event is handled")
+
+    key = store.keys.seen("tick", "mailer", int(event.time.timestamp() // WINDOW))
+    # The test itself takes a moment.
+    assert 2 * WINDOW - 60 < store.client.ttl(key) <= 2 * WINDOW
+
+
+def test_a_group_that_is_gone_takes_along_every_id_that_may_still_be_kept(
+    store: StreamStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1_000_000 * WINDOW + 1
+    monkeypatch.setattr(time, "time", lambda: now)
+    config = Config.from_mapping(
+        {
+            "EVENTBUS_SERVICE": "mailer",
+            "EVENTBUS_PREFIX": store.prefix,
+            "EVENTBUS_DUPLICATE_WINDOW": WINDOW,
+        }
+    )
+    pipe = Pipe(Connections(store.url, name="eventbus:mailer:tests"), timeout=5.0)
+    # Kept for two windows after their last id, which a clock that is slow by one may have given;
+    # and one that a fast clock gave.
+    numbers = range(1_000_000 - 3, 1_000_000 + 2)
+    keys = [store.keys.seen("tick", "mailer", number) for number in numbers]
+    for key in keys:
+        store.client.sadd(key, "abc-1")
+    other = store.keys.seen("tock", "mailer", 1_000_000)
+    store.client.sadd(other, "abc-1")
+
+    Duplicates(pipe, config=config, keys=store.keys).forget("tick")
+    pipe.close()
+
+    assert store.client.exists(*keys) == 0
+    assert store.client.exists(other) == 1
