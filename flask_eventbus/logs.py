@@ -126,7 +126,7 @@ def traceback_of(error: BaseException) -> str:
         parts = [f"(the traceback cannot be had: {type(second).__name__})"]
 
     text = "\n".join(_shown_part(part) for part in parts)
-    return text if len(text) <= MOST_TRACEBACK else f"...{text[-MOST_TRACEBACK:]}"
+    return text if len(text) <= MOST_TRACEBACK else f"...{text[3 - MOST_TRACEBACK :]}"
 
 
 def _mark_notes(found: traceback.TracebackException) -> None:

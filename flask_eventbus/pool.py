@@ -155,6 +155,9 @@ class Pool:
                 elif events:
                     self._dispatch(events)
                     self._inbox.done(len(events))
+
+                    if not len(self._inbox):
+                        self._log.over("dropped", "Receivers have caught up; no event is dropped.")
                 else:
                     return
 

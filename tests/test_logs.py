@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, Reject, Retry, counters, current_event, retries, signals
+from flask_eventbus import Bus, Event, Reject, Retry, counters, current_event, retries, signals
 from flask_eventbus.counters import BoundedLog
+from flask_eventbus.inbox import MOST_EVENTS
 from flask_eventbus.logs import MOST_TRACEBACK, get_logger, traceback_of
 from flask_eventbus.records import DeadLetter
 from flask_eventbus.testing import Isolation
@@ -239,6 +242,29 @@ def test_a_state_that_lasts_is_logged_when_it_begins_and_when_it_ends(
     assert [record.getMessage() for record in caplog.records] == ["refused", "granted"] * 2
 
 
+def test_receivers_that_are_too_slow_are_logged_and_so_is_that_they_have_caught_up(
+    make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus(f"memory://logs-{time.time_ns()}", "mailer")
+    may_go_on = threading.Event()
+
+    @bus.on("tick", via="channel")
+    def wait(sender: str) -> None:
+        assert may_go_on.wait(20)
+
+    bus.start()
+    assert bus.ready(10)
+    event = Event(name="tick", source="shop", id="abc-1", time=datetime.now(UTC), payload={})
+    bus.node._inbound.pool.put([(event, 1)] * (MOST_EVENTS + 1))
+    may_go_on.set()
+
+    wait_until(lambda: "Receivers have caught up" in caplog.text, what="the end is logged")
+    assert [record.getMessage()[:28] for record in caplog.records] == [
+        "Receivers are slower than ev",
+        "Receivers have caught up; no",
+    ]
+
+
 # -- nothing forged -------------------------------------------------------------------------
 
 FORGERY = (
@@ -346,6 +372,7 @@ def test_a_dead_letter_keeps_the_end_of_a_traceback(
     ((_, found),) = store.client.xrange(store.keys.dead("tick", "mailer"))
     letter = DeadLetter.from_fields(found)
     assert len(letter.traceback) == MOST_TRACEBACK
+    assert letter.traceback.startswith("...")
     assert "in last_of_all" in letter.traceback
     assert "ValueError: AAAA" in letter.traceback.splitlines()[-1]
     assert "in fail" not in letter.traceback
