@@ -1,9 +1,58 @@
-"""Whether this process is at its end."""
+"""The end of this process: whether it has come, and what SIGTERM does before it."""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import threading
+from collections.abc import Callable
+from types import FrameType
 
 #: Set once the buses of the process were stopped for its end: nobody waits any more for a
 #: thread that starts now.
 process_ends = threading.Event()
+
+#: Called before SIGTERM ends the process, once :func:`catch_sigterm` was.
+_stop: Callable[[], None] | None = None
+
+
+def catch_sigterm(stop: Callable[[], None]) -> None:
+    """Call ``stop`` before SIGTERM ends the process, if the program leaves it at its default.
+
+    A handler that the program, or its server, has set or sets later is left alone. Without
+    effect outside of the main thread, where Python sets no handlers, and under mod_wsgi,
+    which refuses them.
+    """
+    global _stop
+
+    if threading.current_thread() is not threading.main_thread() or "mod_wsgi" in sys.modules:
+        return
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        _stop = stop
+        signal.signal(signal.SIGTERM, end_by_signal)
+
+
+def end_by_signal(number: int, frame: FrameType | None) -> None:
+    """Handle SIGTERM: stop the buses, then let the signal end the process. A second one does so
+    at once.
+    """
+    signal.signal(number, signal.SIG_DFL)
+
+    # In a thread: the program may be interrupted where it holds a lock that stopping takes.
+    thread = threading.Thread(target=_stop_and_end, args=(number,), name="eventbus-sigterm")
+
+    try:
+        thread.start()
+    except RuntimeError:
+        # Python starts no thread while it ends, and the buses stop with it.
+        return
+
+
+def _stop_and_end(number: int) -> None:
+    try:
+        if _stop is not None:
+            _stop()
+    finally:
+        os.kill(os.getpid(), number)

@@ -24,7 +24,7 @@ from .counters import Counters
 from .declarations import Declarations
 from .dispatcher import Dispatcher
 from .drafts import Drafts
-from .ending import process_ends
+from .ending import catch_sigterm, process_ends
 from .errors import PublishError
 from .event import Event
 from .exchange import Exchange
@@ -96,6 +96,7 @@ class Node:
         self._subscriptions: Mapping[str, Subscription] = {}
         self._take_up_declarations()
         nodes.add(self)
+        catch_sigterm(stop_all)
 
         for greet in list(born):
             greet(self)
@@ -182,6 +183,7 @@ class Node:
     def start(self) -> None:
         """Listen from now on; returns at once, whether Redis is there or not."""
         notice_fork()
+        catch_sigterm(stop_all)
 
         if not self.config.enabled:
             return
@@ -502,12 +504,25 @@ def _renew_all() -> None:
     for node in list(nodes):
         node._after_fork()
 
-    _stop_with_multiprocessing()
+    _stop_with_pools()
 
 
-def _stop_with_multiprocessing() -> None:
-    """In a child of multiprocessing, which may end without what is registered with atexit."""
-    util = sys.modules.get("multiprocessing.util")
+def _stop_with_pools() -> None:
+    """In a child of multiprocessing, billiard or Celery, which may end without atexit."""
+    for name in ("multiprocessing.util", "billiard.util"):
+        if util := sys.modules.get(name):
+            util.register_after_fork(nodes, _finalizer(util))
 
-    if util is not None:
-        util.register_after_fork(nodes, lambda _: util.Finalize(None, stop_all, exitpriority=0))
+    # A pool's child ends by os._exit(); Celery announces that.
+    if celery := sys.modules.get("celery.signals"):
+        celery.worker_process_shutdown.connect(
+            _stop_with_celery, weak=False, dispatch_uid="flask_eventbus"
+        )
+
+
+def _finalizer(util: Any) -> Callable[[object], object]:
+    return lambda _: util.Finalize(None, stop_all, exitpriority=0)
+
+
+def _stop_with_celery(**extra: Any) -> None:
+    stop_all()

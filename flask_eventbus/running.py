@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from .ending import end_by_signal
 from .errors import ConfigError
 from .logs import get_logger
 from .node import Node
@@ -21,24 +22,29 @@ LOOK = 0.5
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+#: Handlers that no program has set.
+_DEFAULTS = (signal.default_int_handler, end_by_signal)
+
 
 def run_until_signal(node: Node) -> None:
     """Listen until SIGTERM or Ctrl-C, then let receivers finish and flush.
 
     A second signal ends the process at once, with the exit code 128 plus its number. Only
-    the main thread may call this, since only it gets signals.
+    the main thread may call this, since only it gets signals. A handler that the program
+    set before is called at the first signal; the node stops even if it raises.
 
     :raises ConfigError: this Redis will never do what is needed to listen.
     """
     with told_by_signal() as told:
-        node.start()
+        try:
+            node.start()
 
-        while not told.wait(LOOK) and node.fatal is None:
-            pass
-
-        fatal = node.fatal
-        logger.info("Finishing what runs, for %g s at most.", node.config.grace)
-        node.stop()
+            while not told.wait(LOOK) and node.fatal is None:
+                pass
+        finally:
+            fatal = node.fatal
+            logger.info("Finishing what runs, for %g s at most.", node.config.grace)
+            node.stop()
 
     if fatal is not None:
         raise ConfigError(
@@ -49,9 +55,12 @@ def run_until_signal(node: Node) -> None:
 
 @contextmanager
 def told_by_signal() -> Iterator[threading.Event]:
-    """What is set by SIGTERM or Ctrl-C until the end of the block; a second one ends at once."""
+    """Yield what SIGTERM or Ctrl-C sets until the end of the block; a second one ends at once.
+
+    The program's own handler is called too.
+    """
     told = threading.Event()
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
 
     numbers: list[int] = []
 
@@ -62,6 +71,10 @@ def told_by_signal() -> Iterator[threading.Event]:
         numbers.append(number)
         # The main thread may be interrupted where it holds the very lock that set() takes.
         threading.Thread(target=told.set, daemon=True).start()
+        handler = before.get(number)
+
+        if callable(handler) and handler not in _DEFAULTS:
+            handler(number, frame)
 
     for number in _SIGNALS:
         signal.signal(number, end)

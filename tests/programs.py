@@ -25,7 +25,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 #: Where servers say they are: gunicorn, werkzeug, and the tests' own.
-_ADDRESS = re.compile(r"(?:Listening at:|Running on|Serving at) (http://[\d.]+:\d+)")
+_ADDRESS = re.compile(r"(?:Listening at:|Running on|Serving at|Serving on) (http://[\d.]+:\d+)")
 
 
 class Program:

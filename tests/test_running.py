@@ -362,3 +362,76 @@ def test_an_inbox_is_bounded_in_bytes_too() -> None:
     assert inbox.put([(event, 400)]) == 1
     assert inbox.put([(event, 5_000)]) == 2  # one that is larger than all stays alone
     assert len(inbox) == 1
+
+
+OWN_HANDLER = """
+import signal, sys
+from flask_eventbus import Bus
+
+bus = Bus({url!r}, service="consumer", prefix={prefix!r}, grace={grace}, publish=["bye"])
+bus.on("bye", echo=True)(lambda sender, number: print("bye", number, flush=True))
+
+def handle(number, frame):
+    print("handler", flush=True)
+    bus.signal("bye").send(number=1)
+    {end}
+
+signal.signal(signal.SIGTERM, handle)
+bus.start()
+bus.ready(10)
+print("ready", flush=True)
+bus.run()
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("pass", 0), ("sys.exit(3)", 3)], ids=["goes on", "ends"]
+)
+def test_run_calls_a_handler_that_was_set_before_it(
+    start: Callable[..., Program], end: str, code: int
+) -> None:
+    program = start(OWN_HANDLER.replace("{end}", end))
+    program.wait_for("ready")
+
+    program.process.send_signal(signal.SIGTERM)
+
+    assert program.end() == code
+    assert program.lines.count("handler") == 1
+    assert ("ended" in program.lines) == (code == 0)
+
+
+PUBLISHER = """
+import time
+from flask_eventbus import Bus
+
+bus = Bus("redis://127.0.0.1:9/0", service="consumer", publish={{"paid": {{"confirm": False}}}})
+bus.signal("paid").send(number=1)
+print("sent", flush=True)
+time.sleep(60)
+"""
+
+
+def test_sigterm_names_what_a_script_could_not_publish(start: Callable[..., Program]) -> None:
+    program = start(PUBLISHER)
+    program.wait_for("sent")
+
+    program.process.send_signal(signal.SIGTERM)
+
+    assert program.end() == -signal.SIGTERM
+    assert any("1 events were not published before the end" in line for line in program.lines)
+
+
+def test_a_handler_for_sigterm_that_the_program_has_set_stays(
+    start: Callable[..., Program],
+) -> None:
+    program = start(
+        "import signal\n"
+        "from flask_eventbus import Bus\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "bus = Bus({url!r}, service='consumer', prefix={prefix!r})\n"
+        "print(signal.getsignal(signal.SIGTERM).name, flush=True)\n"
+    )
+
+    assert program.end() == 0
+    assert program.lines == ["SIG_IGN"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -321,6 +322,62 @@ def test_events_that_wait_for_redis_are_published_before_the_worker_ends(
     assert arrived == [0, 1, 2, 3, 4]
 
 
+# -- a server that leaves SIGTERM at its default ------------------------------------------
+
+WAITRESS = ["-m", "waitress", "--listen", "127.0.0.1:0", "app:app"]
+
+
+@pytest.mark.parametrize("server", [FLASK_RUN, WAITRESS], ids=["flask run", "waitress"])
+def test_sigterm_publishes_what_waits_before_it_ends_the_process(
+    lonely_service: Service, server: list[str]
+) -> None:
+    service, redis = lonely_service, lonely_service.server
+    program = service.run(*server, FLASK_EVENTBUS_PUBLISH='{"shouted": "stream"}')
+    program.get()
+    service.listeners(1)
+    redis.hang()
+    program.get("/shout/3", method="POST")
+
+    program.tell(signal.SIGTERM)
+    wait_until(lambda: not catches_sigterm(program), what="the signal is taken")
+    redis.resume()
+
+    assert program.end() == -signal.SIGTERM
+    client: Any = redis.client
+    assert client.xlen(f"{service.name}:{{shouted}}:stream") == 3
+
+
+def test_sigterm_names_the_events_that_were_not_published(service: Service) -> None:
+    settings = {"FLASK_EVENTBUS_PUBLISH": '{"shouted": "stream"}'}
+    program = service.run(*FLASK_RUN, FLASK_EVENTBUS_URL="redis://127.0.0.1:9/0", **settings)
+    program.get("/shout/3", method="POST")
+
+    program.tell(signal.SIGTERM)
+
+    assert program.end() == -signal.SIGTERM
+    assert "3 events were not published before the end" in program.said
+
+
+def test_a_second_sigterm_ends_the_process_at_once(service: Service) -> None:
+    program = service.run(*FLASK_RUN, FLASK_EVENTBUS_URL="redis://127.0.0.1:9/0")
+    program.get("/shout/1", method="POST")
+
+    program.tell(signal.SIGTERM)
+    wait_until(lambda: not catches_sigterm(program), what="the first is taken")
+    program.tell(signal.SIGTERM)
+
+    assert program.end() == -signal.SIGTERM
+    assert "not published" not in program.said
+
+
+def catches_sigterm(program: Program) -> bool:
+    """Return True while the process has a handler of its own for SIGTERM."""
+    status = Path(f"/proc/{program.pid}/status").read_text()
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)
+    assert caught
+    return bool(int(caught[1], 16) >> signal.SIGTERM - 1 & 1)
+
+
 # -- gevent -------------------------------------------------------------------------------
 
 
@@ -549,3 +606,6 @@ def test_each_worker_of_uwsgi_is_a_node_of_its_own(service: Service) -> None:
     ids = [msgpack.unpackb(fields[b"event"], timestamp=3)["id"] for _, fields in entries]
     assert len(ids) == len(set(ids))
     assert len({id.rpartition("-")[0] for id in ids}) == 4
+
+    program.tell(signal.SIGTERM)
+    assert program.end() == 0
