@@ -82,5 +82,5 @@ def told_by_signal() -> Iterator[threading.Event]:
     try:
         yield told
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, previous in before.items():
+            signal.signal(caught, previous)

@@ -386,7 +386,7 @@ print("ended", flush=True)
 
 
 @pytest.mark.parametrize(
-    ("end", "code"), [("pass", 0), ("sys.exit(3)", 3)], ids=["goes on", "ends"]
+    ("end", "code"), [("pass", 0), ("sys.exit(3)", 3)], ids=["returns", "exits"]
 )
 def test_run_calls_a_handler_that_was_set_before_it(
     start: Callable[..., Program], end: str, code: int
