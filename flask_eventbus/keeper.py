@@ -178,14 +178,14 @@ class Keeper:
                     self._changed.wait(pause)
 
     def _pause(self) -> float:
-        now, clock = time.monotonic(), self._clock.now()
+        now = time.monotonic()
 
         if self._draining:
             return max(0.001, min(self._renew_at - now, 0.05 if self._settler.is_due else 1.0))
 
         times = [self._renew_at, self._claim_at, self._released_at, self._consumers_at]
         times.append(self._orphans.look_at)
-        due = self._due[0][0] - clock if self._due else 60.0
+        due = self._due[0][0] - self._clock.now() if self._due else 60.0
         return max(0.001, min(min(times) - now, due, self._soon))
 
     @property
@@ -207,6 +207,11 @@ class Keeper:
 
         if now >= self._renew_at:
             self._renew_at = now + self._config.claim_after / 3
+
+            # Without a stream nothing is in hand, and there may be no Redis to ask.
+            if names:
+                self._clock.ask()
+
             self.renew()
 
         if self._draining:
@@ -242,7 +247,6 @@ class Keeper:
 
         :raises redis.ConnectionError: Redis is away.
         """
-        self._clock.ask()
         lease = time.monotonic() + self._config.claim_after
         by_name: dict[str, list[Delivery]] = {}
 
