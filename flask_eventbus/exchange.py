@@ -24,9 +24,6 @@ REPLICAS_SHARE = 0.8
 #: The part of a sender's patience that is as good as all of it.
 NEARLY_ALL = 0.9
 
-#: Seconds after which the names of streams are noted again: Redis may have been flushed.
-NOTE_AGAIN = 5.0
-
 #: Seconds that the clocks may differ, and seconds between two comparisons.
 MOST_SKEW = 10.0
 COMPARE_AGAIN = 60.0
@@ -55,17 +52,17 @@ class Exchange:
         self._connection: Connection | None = None
         #: The seconds that a read on the connection waits now.
         self._waits = timeout
-        #: The signals whose stream was announced on this connection in the last seconds, and
-        #: those of which Redis does not let this user note it.
-        self._announced: set[str] = set()
+        #: The signals whose stream was announced on this connection, with the command for it.
+        #: It goes with each batch, since Redis may have been flushed.
+        self._announced: dict[str, bytes] = {}
+        #: The signals of which Redis does not let this user note the stream.
         self._not_allowed: set[str] = set()
-        self._note_at = 0.0
         #: The ways of the batch that trim by age.
         self._aging: set[AgingStreamWay] = set()
         self._compare_at = 0.0
         self._is_skewed = False
         #: What is on its way: these names, then the events, then the question for replicas.
-        self._announcing: list[str] = []
+        self._announcing: dict[str, bytes] = {}
         self._batch: Sequence[tuple[Way, bytes]] = ()
         self._replicas = 0
         self._answers: list[Any] = []
@@ -118,13 +115,9 @@ class Exchange:
         connection = self._connection or self._open()
         self._batch = batch
         self._answers = []
-        self._announcing = []
+        self._announcing = {}
         self._replicas = 0
         self._aging.clear()
-
-        if time.monotonic() > self._note_at:
-            self._announced.clear()
-            self._note_at = time.monotonic() + NOTE_AGAIN
 
         for way, _ in batch:
             if way.is_stream:
@@ -256,9 +249,13 @@ class Exchange:
     # -- the names of streams, and replicas -----------------------------------------------
 
     def _look_at(self, way: Way) -> None:
-        if way.name not in self._announced and way.name not in self._not_allowed:
-            self._announcing.append(way.name)
-            self._announced.add(way.name)
+        name = way.name
+
+        if name not in self._announcing and name not in self._not_allowed:
+            if name not in self._announced:
+                self._announced[name] = whole("SADD", self._names, name)
+
+            self._announcing[name] = self._announced[name]
 
         if way.by_age and isinstance(way, AgingStreamWay):
             self._aging.add(way)
@@ -269,7 +266,7 @@ class Exchange:
     def _framed(self, commands: list[bytes]) -> bytes:
         """Commands with what goes before and after them, as bytes."""
         if self._announcing:
-            commands[:0] = [whole("SADD", self._names, name) for name in self._announcing]
+            commands[:0] = self._announcing.values()
 
         if self._replicas:
             commands.append(whole("WAIT", str(self._replicas), str(self._replicas_ms)))
@@ -280,11 +277,9 @@ class Exchange:
         for name, answer in zip(self._announcing, self._answers, strict=False):
             if isinstance(answer, redis.exceptions.NoPermissionError):
                 # Who reads a stream names it as well.
-                self._announced.discard(name)
+                self._announced.pop(name, None)
                 self._not_allowed.add(name)
                 logger.debug("Redis does not let this user note the stream of %r: %s", name, answer)
-            elif isinstance(answer, Exception):
-                self._announced.discard(name)
 
     # -- clocks ---------------------------------------------------------------------------
 
