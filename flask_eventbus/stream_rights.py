@@ -230,6 +230,8 @@ def _needs_of(subscription: Subscription, keys: StreamKeys, config: Config) -> I
 
     yield from _needs_of_group(keys.stream(name), service)
     yield Need(("SADD", keys.names, name), keys.names)
+    # Retries of signals that the service no longer subscribes to are found by it.
+    yield Need(("SMEMBERS", keys.names), keys.names)
     yield Need(("TIME",))
 
     if config.duplicate_window:
