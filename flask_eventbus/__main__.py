@@ -1,4 +1,4 @@
-"""``python -m flask_eventbus``: the commands without an app, and without Flask."""
+"""``eventbus``, or ``python -m flask_eventbus``: the commands without an app, and without Flask."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from . import __version__
 from .bus import Bus
 from .commands import check, publish, routes, run, tail
 from .config import Config
@@ -70,6 +71,7 @@ class BareProgram(Program):
       python -m flask_eventbus --service audit run --receivers audit.receivers
       python -m flask_eventbus check""",
 )
+@click.version_option(__version__, message="flask-eventbus %(version)s")
 @click.option("--url", envvar="EVENTBUS_URL", show_envvar=True, help="Where Redis is.")
 @click.option(
     "--service",

@@ -34,6 +34,7 @@ class AppProgram(Program):
     "eventbus",
     cls=AppGroup,
     short_help="See and check the event bus, or listen to it.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog="'flask eventbus COMMAND --help' has examples and exit codes.",
 )
 @click.pass_context

@@ -26,7 +26,7 @@ from proxies import Proxy
 from servers import RedisServer, free_port, require
 from waiting import wait_until
 
-from flask_eventbus import Bus, EventBus, current_event
+from flask_eventbus import Bus, EventBus, __version__, current_event
 from flask_eventbus.__main__ import main
 from flask_eventbus.cli import flask_commands
 from flask_eventbus.commands import COMMANDS
@@ -1024,3 +1024,18 @@ def test_the_page_has_every_command_and_every_option() -> None:
         for option in command.params:
             if option.param_type_name == "option":
                 assert f"`{option.opts[0]}" in page, option.opts
+
+
+@pytest.mark.parametrize("words", [["--version"], ["-h"], ["tail", "-h"]], ids=" ".join)
+def test_the_command_eventbus_is_installed_with_the_package(words: list[str]) -> None:
+    (script,) = entry_points(group="console_scripts", name="eventbus")
+
+    result = CliRunner().invoke(script.load(), words, prog_name="eventbus")
+
+    assert result.exit_code == 0
+    start = f"flask-eventbus {__version__}" if words == ["--version"] else "Usage: eventbus"
+    assert result.output.startswith(start)
+
+
+def test_h_is_help_of_the_flask_commands_too() -> None:
+    assert CliRunner().invoke(flask_commands, ["-h"]).output.startswith("Usage: ")

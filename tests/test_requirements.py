@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -54,3 +59,43 @@ def test_the_pinned_versions_are_allowed(requirement: Requirement) -> None:
 
 def test_whatever_has_a_lowest_version_is_pinned_for_development_too() -> None:
     assert pinned("lowest.txt").keys() <= pinned("dev.txt").keys()
+
+
+#: The first command of a service's README.
+FIRST_COMMAND = re.compile(r"^    (pip install .*)$", re.MULTILINE)
+
+SERVICES = sorted((ROOT / "services").glob("*/README.md"))
+
+
+def first_commands() -> set[str]:
+    """Return the first command of each service's README."""
+    found = [FIRST_COMMAND.search(page.read_text()) for page in SERVICES]
+    assert len(found) == 5
+    return {match[1] for match in found if match}
+
+
+@pytest.mark.parametrize("version", ["23.2.1", "26.2"])
+def test_the_first_command_of_the_services_works_with_this_pip(
+    version: str, tmp_path: Path
+) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "install", "--quiet", "--target", tmp_path, f"pip=={version}"], check=True
+    )
+    (command,) = first_commands()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    words = ["--dry-run", "--no-deps", "--no-build-isolation", "--ignore-installed"]
+
+    # Its dependencies are not looked at: what failed were the requirements of the line itself.
+    outcome = subprocess.run(
+        [*pip, *shlex.split(command)[1:], *words],
+        cwd=SERVICES[0].parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    used = subprocess.check_output([*pip, "--version"], env=environment, text=True)
+
+    assert outcome.returncode == 0, outcome.stderr
+    assert "Would install" in outcome.stdout
+    assert f"pip {version} " in used
