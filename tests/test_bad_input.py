@@ -12,6 +12,7 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, signals
+from flask_eventbus.lifecycle import wait_until_told
 
 Make = Callable[..., Bus]
 
@@ -133,6 +134,7 @@ def test_bad_bytes_are_counted_told_and_followed_by_the_next_event(
 
     wait_until(lambda: heard, what="the good event arrives")
     assert heard == [("elsewhere", 1)]
+    wait_until(wait_until_told, what="all receivers are told")
     assert rejected == [reason]
     counts = consumer.health().counts
     assert counts["rejected"] == counts[f"rejected_{reason}"] == 1
@@ -161,6 +163,7 @@ def test_an_event_under_this_nodes_name_that_it_never_sent_is_a_forgery(
     publish(shared_redis, consumer, packed())
 
     wait_until(lambda: heard, what="the good event arrives")
+    wait_until(wait_until_told, what="all receivers are told")
     assert rejected == ["forged_source", "forged_source"]
 
 
@@ -172,6 +175,7 @@ def test_a_node_that_changes_its_service_is_a_forgery(
     publish(shared_redis, consumer, packed(id="abc-3", source="accounts", seq=2))
 
     wait_until(lambda: len(heard) == 2, what="both good events arrive")
+    wait_until(wait_until_told, what="all receivers are told")
     assert rejected == ["forged_source"]
 
 

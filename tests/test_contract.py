@@ -22,6 +22,7 @@ from flask_eventbus import Bus, Event, EventBus, PayloadError, signals
 from flask_eventbus.channels import ChannelKeys
 from flask_eventbus.connections import Connections
 from flask_eventbus.event import handling
+from flask_eventbus.lifecycle import wait_until_told
 from flask_eventbus.pipe import Pipe
 
 Make = Callable[..., Bus]
@@ -873,6 +874,7 @@ def test_missed_events_are_counted_exactly(
             foreign.publish("tick", seq, n=seq)
 
         heard.wait(5)
+        wait_until(wait_until_told, what="all receivers are told")
 
     assert heard.values == [5, 6, 9, 10, 20]
     assert told == [("tick", 2), ("tick", 9)]

@@ -17,6 +17,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, signals
 from flask_eventbus.inbox import Inbox
+from flask_eventbus.lifecycle import wait_until_told
 
 pytestmark = pytest.mark.second_look
 
@@ -346,6 +347,7 @@ def test_a_slow_receiver_does_not_make_redis_cut_the_connection(
         )
         release.set()
         wait_until(lambda: heard[-1:] == [11_999], what="the last event is handled")
+        wait_until(wait_until_told, what="all receivers are told")
 
     # What did not fit was dropped from the old end, counted and told; nothing was cut off.
     assert len(heard) + sum(told) == 12_000

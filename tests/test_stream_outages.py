@@ -32,6 +32,7 @@ from flask_eventbus import (
 from flask_eventbus.codec import Codec
 from flask_eventbus.counters import Counters
 from flask_eventbus.group import Group
+from flask_eventbus.lifecycle import wait_until_told
 from flask_eventbus.pipe import Command, Pipe
 from flask_eventbus.subscriptions import read_subscription
 from flask_eventbus.trims import Trims
@@ -645,6 +646,7 @@ def test_events_that_were_trimmed_unread_are_counted_logged_and_signalled(
     heard = hear(bus)
 
     wait_until(lambda: heard == [7, 8, 9], what="what is left is handled")
+    wait_until(wait_until_told, what="all receivers are told")
     assert trimmed == [("tick", 3)]
     assert bus.health().counts["trimmed"] == 3
     assert "The stream of 'tick' was trimmed past 3 events that 'mailer' had not" in caplog.text
@@ -700,6 +702,7 @@ def test_what_is_trimmed_before_the_first_read_of_a_group_is_counted(
     heard = hear(bus, start=start)
 
     wait_until(lambda: heard == [7, 8, 9], what="what is left is handled")
+    wait_until(wait_until_told, what="all receivers are told")
     assert trimmed == [("tick", lost)]
     assert bus.health().counts["trimmed"] == lost
 
@@ -748,6 +751,7 @@ def test_a_loss_is_reported_once_however_often_it_is_looked_for(
         watch.look_next()
         watch.look(["tick"])
 
+    wait_until(wait_until_told, what="all receivers are told")
     assert trimmed == [("tick", 7), ("tick", 7)]
 
 
@@ -829,6 +833,7 @@ def test_entries_that_were_trimmed_while_a_dead_worker_had_them_are_counted_and_
 
     wait_until(lambda: sorted(heard) == [6, 7, 8, 9], what="the rest is taken over")
     wait_until(lambda: trimmed, what="the loss is told")
+    wait_until(wait_until_told, what="all receivers are told")
     assert trimmed == [("tick", 6)]
     assert bus.health().counts["trimmed"] == 6
     assert "trimmed past 6 events" in caplog.text
@@ -853,4 +858,5 @@ def test_a_stream_of_which_everything_was_handled_may_be_trimmed(
     store.add("tick", n=11)
 
     wait_until(lambda: heard == [11], what="the next event arrives")
+    wait_until(wait_until_told, what="all receivers are told")
     assert trimmed == []
