@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -249,6 +250,30 @@ def test_retries_of_a_signal_that_is_not_received_any_more_are_dead_letters_afte
     }
     [(kept, _)] = store.retries("paid")
     assert time.time() - kept.last / 1_000 < 3_600
+
+
+def test_a_user_that_may_not_list_streams_is_told_the_right_that_its_old_retries_need(
+    redis_server: RedisServer,
+    make_bus: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(orphans, "LOOK", 0.1)
+    store = StreamStore(redis_server)
+    owner = store.client
+    rights = ("on", ">pw", "+@all", "-smembers", f"~{store.prefix}:{{*", "allchannels")
+    owner.execute_command("ACL", "SETUSER", "mailer", *rights)
+    old_retry(store, "paid", hours=2)
+    url = store.url.replace("//", "//mailer:pw@")
+    bus = make_bus(url, "mailer", prefix=store.prefix)
+    listen(bus, lambda sender, n: None)
+    wait_until(lambda: "does not let 'mailer' list the streams" in caplog.text)
+    [grant] = re.findall(r"Grant its user \((\+\w+ ~\S+)\) in the ACL", caplog.text)
+    assert store.dead("paid") == []
+
+    owner.execute_command("ACL", "SETUSER", "mailer", *grant.split())
+
+    wait_until(lambda: len(store.dead("paid")) == 1, what="the retry is given up")
 
 
 def test_retries_that_another_process_of_the_service_receives_are_left_to_it(

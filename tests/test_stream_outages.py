@@ -25,6 +25,7 @@ from flask_eventbus import (
     catalogue,
     consumer,
     follower,
+    group,
     keeper,
     retries,
     signals,
@@ -753,6 +754,29 @@ def test_a_loss_is_reported_once_however_often_it_is_looked_for(
 
     wait_until(wait_until_told, what="all receivers are told")
     assert trimmed == [("tick", 7), ("tick", 7)]
+
+
+def test_a_loss_that_cannot_be_counted_is_reported_once_without_a_number(
+    shared_redis: RedisServer,
+    make_bus: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    trimmed: list[tuple[str, int | None]],
+) -> None:
+    monkeypatch.setattr(group, "MOST_COUNTED", 1)
+    monkeypatch.setattr(group, "PAGE", 1)
+    store = StreamStore(shared_redis)
+    fill_and_trim(store)
+    ours = group_of(store, make_bus)
+    # Three entries lie behind it: too many to count.
+    ours.join({"tick": "3000-0"})
+    store.client.xtrim(store.keys.stream("tick"), maxlen=1, approximate=False)
+    watch = Trims(ours, service="mailer", counters=Counters())
+
+    for _ in range(3):
+        watch.look_next()
+        watch.look(["tick"])
+
+    assert trimmed == [("tick", None)]
 
 
 def test_a_server_that_cannot_count_gets_its_groups_all_the_same(
