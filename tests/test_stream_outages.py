@@ -776,6 +776,7 @@ def test_a_loss_that_cannot_be_counted_is_reported_once_without_a_number(
         watch.look_next()
         watch.look(["tick"])
 
+    wait_until(wait_until_told, what="all receivers are told")
     assert trimmed == [("tick", None)]
 
 
