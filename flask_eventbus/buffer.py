@@ -13,22 +13,26 @@ MOST_BYTES = 64 * 1024 * 1024
 
 
 class Buffer:
-    """A line of events in the order in which they were sent.
+    """The events of a node that wait to be written, in the order in which they were sent.
+
+    Events for channels and events for streams have a line each, so that the oldest channel
+    event is found at once, however many stream events wait before it. Both lines are bounded
+    together.
 
     A signal handler, or a finalizer, may send in the very thread that is in here and holds
     the lock: so it is reentrant, each statement leaves things whole, and an event is counted
-    among those of its lane only when it leaves the line.
+    among those of its lane only when it leaves its line.
     """
 
     def __init__(self, *, most_events: int, most_bytes: int = MOST_BYTES) -> None:
         self._most_events = most_events
         self._most_bytes = most_bytes
-        #: Guards the line.
+        #: Guards the lines.
         self.lock = threading.RLock()
         #: The same lock, where something is awaited: notified when there is room again.
         self.changed = threading.Condition(self.lock)
-        self._line: deque[Outgoing] = deque()
-        self._bytes = 0
+        self._channels = Line()
+        self._streams = Line()
         #: What is being written.
         self._in_hand: Sequence[Outgoing] = ()
         #: Threads that wait for something of it to leave.
@@ -37,91 +41,90 @@ class Buffer:
         self.departures = 0
 
     def __len__(self) -> int:
-        return len(self._line) + len(self._in_hand)
+        return len(self._channels.events) + len(self._streams.events) + len(self._in_hand)
 
     def __iter__(self) -> Iterator[Outgoing]:
-        return iter([*self._in_hand, *self._line])
+        waiting = [*self._channels.events, *self._streams.events]
+        return iter([*self._in_hand, *sorted(waiting, key=_number)])
 
     @property
     def bytes(self) -> int:
         """The bytes of those that are not being written."""
-        return self._bytes
+        return self._channels.bytes + self._streams.bytes
 
     @property
     def is_waiting(self) -> bool:
         """Whether there is something to write that is not being written."""
-        return bool(self._line)
+        return bool(self._channels.events or self._streams.events)
 
     @property
     def in_hand(self) -> Sequence[Outgoing]:
         """What is being written."""
         return self._in_hand
 
-    def first_writer(self) -> Outgoing | None:
-        """The first event whose sender would write what waits."""
-        return next((outgoing for outgoing in list(self._line) if outgoing.would_write), None)
-
     @property
     def has_channel_events(self) -> bool:
         """Whether something waits for those who listen now."""
-        return any(not outgoing.lane.is_stream for outgoing in list(self._line))
+        return bool(self._channels.events)
+
+    def first_writer(self) -> Outgoing | None:
+        """The first event whose sender would write what waits."""
+        return next((outgoing for outgoing in self if outgoing.would_write), None)
 
     def has_room(self, size: int) -> bool:
         """Whether an event of ``size`` bytes fits; one that is larger than all has it alone."""
-        count = len(self._line) + len(self._in_hand)
-        fits = count < self._most_events and self._bytes + size <= self._most_bytes
-        return fits or not self._line
+        fits = len(self) < self._most_events and self.bytes + size <= self._most_bytes
+        return fits or not self.is_waiting
 
     def put(self, outgoing: Outgoing) -> None:
         """Add an event at the end, whether there is room or not."""
-        size = outgoing.size
-        self._line.append(outgoing)
-        self._bytes += size
+        self._line(outgoing).append(outgoing)
 
     def can_make_room(self, size: int) -> bool:
         """Whether an event of ``size`` bytes fits once everything is dropped that may be."""
-        kept = [outgoing for outgoing in list(self._line) if outgoing.lane.is_stream]
-        count = len(kept) + len(self._in_hand)
-        fits = count < self._most_events and sum(o.size for o in kept) + size <= self._most_bytes
-        return fits or not kept
+        kept = self._streams
+        count = len(kept.events) + len(self._in_hand)
+        fits = count < self._most_events and kept.bytes + size <= self._most_bytes
+        return fits or not kept.events
 
     def drop_oldest(self) -> Outgoing | None:
         """Give up the oldest channel event that is not being written.
 
         Its number is missed by others. What goes into a stream is never given up.
         """
-        outgoing = self._pop_channel_event()
+        while oldest := self._channels.first():
+            # Unless whoever interrupts this dropped it.
+            if self._channels.remove(oldest):
+                oldest.take_its_turn()
+                return oldest
 
-        if outgoing is not None:
-            outgoing.take_its_turn()
-
-        return outgoing
+        return None
 
     def take(self, *, most_events: int, most_bytes: int) -> Sequence[Outgoing]:
         """Take the next events in hand, until :meth:`settle` or :meth:`put_back`."""
         batch: list[Outgoing] = []
         size = 0
-        # Now, and each before it leaves the line: who is interrupted here loses none.
+        # Now, and each before it leaves its line: who is interrupted here loses none.
         self._in_hand = batch
 
         while len(batch) < most_events and size < most_bytes and (head := self._head()):
-            batch += head
+            batch.append(head)
 
             # Whoever interrupts this may have dropped it.
-            if not self._remove(head[0]) or head[0].withdrawn:
+            if not self._line(head).remove(head) or head.withdrawn:
                 batch.pop()
             else:
-                head[0].take_its_turn()
-                size += head[0].size
+                head.take_its_turn()
+                size += head.size
 
         return batch
 
     def put_back(self) -> None:
-        """Put what is in hand back to the head of the line."""
+        """Put what is in hand back to the heads of the lines."""
         with self.changed:
-            size = sum(outgoing.size for outgoing in self._in_hand)
-            self._line.extendleft(reversed(self._in_hand))
-            self._bytes += size
+            for outgoing in reversed(self._in_hand):
+                self._line(outgoing).push(outgoing)
+
             self._in_hand = ()
 
     def settle(self) -> None:
@@ -137,8 +140,8 @@ class Buffer:
         """Give up everything, and return it."""
         with self.changed:
             left = list(self)
-            self._line.clear()
-            self._bytes = 0
+            self._channels = Line()
+            self._streams = Line()
             self.settle()
 
         return left
@@ -154,11 +157,8 @@ class Buffer:
 
     @property
     def _oldest(self) -> float:
-        for line in (self._in_hand, self._line):
-            if line:
-                return line[0].number
-
-        return float("inf")
+        lines = (self._in_hand, self._channels.events, self._streams.events)
+        return min((line[0].number for line in lines if line), default=float("inf"))
 
     def _wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
         self._waiting += 1
@@ -168,31 +168,55 @@ class Buffer:
         finally:
             self._waiting -= 1
 
-    def _pop_channel_event(self) -> Outgoing | None:
-        # Mostly the first is one; all are looked through in a copy, which is made in one step:
-        # whoever interrupts this may change the line.
-        return self._first_channel_event(self._head()) or self._first_channel_event(
-            list(self._line)
-        )
+    def _line(self, outgoing: Outgoing) -> Line:
+        return self._streams if outgoing.lane.is_stream else self._channels
 
-    def _head(self) -> Sequence[Outgoing]:
+    def _head(self) -> Outgoing | None:
+        """The next event to write: the older one of the first of both lines."""
+        channel, stream = self._channels.first(), self._streams.first()
+
+        if channel is None or stream is None:
+            return channel or stream
+
+        return channel if channel.number < stream.number else stream
+
+
+class Line:
+    """Events of one kind in the order in which they were sent, and the bytes of them all."""
+
+    __slots__ = ("bytes", "events")
+
+    def __init__(self) -> None:
+        self.events: deque[Outgoing] = deque()
+        self.bytes = 0
+
+    def first(self) -> Outgoing | None:
+        """The oldest one."""
         try:
-            return (self._line[0],)
+            return self.events[0]
         except IndexError:
-            return ()
+            return None
 
-    def _first_channel_event(self, line: Sequence[Outgoing]) -> Outgoing | None:
-        for outgoing in line:
-            if not outgoing.lane.is_stream and self._remove(outgoing):
-                return outgoing
+    def append(self, outgoing: Outgoing) -> None:
+        """Add one at the end."""
+        self.events.append(outgoing)
+        self.bytes += outgoing.size
 
-        return None
+    def push(self, outgoing: Outgoing) -> None:
+        """Put one back to the head."""
+        self.events.appendleft(outgoing)
+        self.bytes += outgoing.size
 
-    def _remove(self, outgoing: Outgoing) -> bool:
+    def remove(self, outgoing: Outgoing) -> bool:
+        """Take the oldest one out; return False if it is not in the line any more."""
         try:
-            self._line.remove(outgoing)
+            self.events.remove(outgoing)
         except ValueError:
             return False
 
-        self._bytes -= outgoing.size
+        self.bytes -= outgoing.size
         return True
+
+
+def _number(outgoing: Outgoing) -> int:
+    return outgoing.number

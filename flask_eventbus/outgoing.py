@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from .routes import Route
-from .seal import Seal
+from .seal import PACKED_ID_BYTES, Seal, packed_bytes
 from .way import Way
 
 
@@ -52,8 +52,8 @@ class Outgoing:
         self.lane = lane
         self.data = data
         self.attributes = attributes
-        #: Bytes, a little more than the event will have.
-        self.size = len(data) + lane.seal.overhead
+        #: The bytes that the event has; the most that it may have as long as it has no id.
+        self.size = lane.seal.most_bytes(data, attributes, numbered=not lane.is_stream)
         #: The running number of the node's events, from 1; none yet.
         self.number = 0
         self.id = ""
@@ -77,6 +77,7 @@ class Outgoing:
         """Give it the id that it keeps however often it is sent."""
         self.number = number
         self.id = self.attributes["id"] = f"{node}-{number}"
+        self.size -= PACKED_ID_BYTES - packed_bytes(self.id)
         self.attributes.setdefault("time_ns", time_ns)
 
     def promise(self, time_ns: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Mapping
 from reprlib import repr as short
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from msgpack import packb
 
@@ -25,6 +26,9 @@ MAX_KEY_BYTES = 256
 MAX_HOPS = 65_535
 #: The largest ``seq``.
 MAX_SEQ = 2**64 - 1
+
+#: The most bytes of an id as it is packed.
+PACKED_ID_BYTES = 2 + MAX_ID_BYTES
 
 _FIXSTR = tuple(bytes([0xA0 | length]) for length in range(32))
 _TIMESTAMP_64 = struct.Struct(">7sQ").pack
@@ -56,7 +60,7 @@ _PARTITIONKEY = _text("partitionkey")
 class Seal:
     """Makes the events of one service and one signal: what they share is packed once."""
 
-    __slots__ = ("_heads", "overhead")
+    __slots__ = ("_heads", "_least", "overhead")
 
     def __init__(self, source: str, name: str) -> None:
         shared = packb({"specversion": SPECVERSION, "source": source, "type": name})[1:] + _ID
@@ -66,6 +70,8 @@ class Seal:
 
         #: The most bytes that an event has beyond those of its payload.
         self.overhead: int = len(self._heads[0]) + _MOST_BYTES_AFTER_HEAD
+        #: The bytes that each event has beyond those of its payload, and the most for its id.
+        self._least = len(self._heads[0]) + PACKED_ID_BYTES + len(_time(0)) + len(_DATA)
 
     def __call__(
         self,
@@ -104,6 +110,32 @@ class Seal:
         head = self._heads[len(optional)]
         return b"".join((head, _text(id), _time(time_ns), _DATA, data, *optional))
 
+    def most_bytes(self, data: bytes, attributes: Mapping[str, Any], *, numbered: bool) -> int:
+        """The bytes of an event that has no id yet; only the id may turn out shorter.
+
+        :param attributes: the optional ones.
+        :param numbered: whether it will have a ``seq``.
+        """
+        size = self._least + len(data)
+
+        if numbered:
+            size += _SEQ_BYTES
+
+        for name, value in attributes.items():
+            if value:
+                size += _NAME_BYTES[name] + packed_bytes(value)
+
+        return size
+
+
+def packed_bytes(value: str | int) -> int:
+    """The bytes of a text, or of a small number, as msgpack writes it."""
+    if isinstance(value, int):
+        return len(packb(value))
+
+    length = len(value) if value.isascii() else len(value.encode())
+    return length + (1 if length < 32 else 2 if length < 256 else 3)
+
 
 def _time(time_ns: int) -> bytes:
     """``time`` as a msgpack timestamp: of 64 bits, or of 96 before 1970 and from 2514."""
@@ -133,12 +165,23 @@ def _key(key: str) -> bytes:
     return packed
 
 
+_SEQ_BYTES = len(_COUNT(b"\xa3seq\xcf", MAX_SEQ))
+
+#: The bytes of the names of optional attributes.
+_NAME_BYTES = {
+    "correlation_id": len(_CORRELATIONID),
+    "causation_id": len(_CAUSATIONID),
+    "hops": len(_HOPS),
+    "traceparent": len(_TRACEPARENT),
+    "key": len(_PARTITIONKEY),
+}
+
 _MOST_BYTES_AFTER_HEAD = sum(
     (
-        2 + MAX_ID_BYTES,
+        PACKED_ID_BYTES,
         len(_time(-1)),
         len(_DATA),
-        len(_COUNT(b"\xa3seq\xcf", MAX_SEQ)),
+        _SEQ_BYTES,
         len(_CORRELATIONID) + 2 + MAX_ID_BYTES,
         len(_CAUSATIONID) + 2 + MAX_ID_BYTES,
         len(_HOPS) + len(packb(MAX_HOPS)),

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from servers import RedisServer
 from waiting import wait_until
 
-from flask_eventbus import Bus, PublishError, signals, turn, writer
+from flask_eventbus import Bus, PayloadError, PublishError, buffer, node, signals, turn, writer
 from flask_eventbus.buffer import Buffer
+from flask_eventbus.event import Event, handling
 from flask_eventbus.exchange import Exchange
 from flask_eventbus.outgoing import Lane, Outgoing
 from flask_eventbus.routes import Route
 from flask_eventbus.seal import Seal
+from flask_eventbus.testing import isolated
 from flask_eventbus.way import ChannelWay
 
 pytestmark = pytest.mark.second_look
@@ -281,6 +287,127 @@ def test_what_waits_is_bounded_in_events_and_in_bytes(make_bus: Make) -> None:
     assert bus.health().counts["dropped"] == 50_201 - len(waiting)
 
 
+class Watched(deque[Any]):
+    """A line of events that counts how many of them were looked at."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for event in super().__iter__():
+            Watched.looks += 1
+            yield event
+
+    def __getitem__(self, index: Any) -> Any:
+        Watched.looks += 1
+        return super().__getitem__(index)
+
+    def remove(self, event: Any) -> None:
+        if event in self:
+            Watched.looks += self.index(event) + 1
+
+        super().remove(event)
+
+    def __contains__(self, event: Any) -> bool:
+        return any(other is event for other in super().__iter__())
+
+
+@pytest.mark.parametrize("waiting", ["channel", "stream", "both"])
+def test_a_send_into_a_full_buffer_looks_at_few_events_however_many_wait(
+    make_bus: Make, monkeypatch: pytest.MonkeyPatch, waiting: str
+) -> None:
+    monkeypatch.setattr(buffer, "deque", Watched)
+    publish = {"channel": "channel", "stream": {"via": "stream", "confirm": False}}
+    bus = make_bus("redis://127.0.0.1:1/0", publish=publish, buffer_size=2_000)
+    bus.signal("channel").send("test")
+    wait_until(lambda: not bus.health().publishing, what="the outage is known")
+
+    # Streams first: the channel events that are dropped wait behind them.
+    for name in {"both": ["stream", "channel"]}.get(waiting, [waiting]):
+        while bus.health().buffered < (1_000 if name == "stream" != waiting else 2_000):
+            bus.signal(name).send("test")
+    Watched.looks = 0
+    for _ in range(100):
+        bus.signal("channel").send("test")
+
+    assert bus.health().counts["dropped"] >= 100
+    # The thread that writes asks for Redis meanwhile, and looks at the first.
+    assert Watched.looks < 1_000
+
+
+def test_a_full_buffer_keeps_the_newest_channel_events_and_every_stream_event() -> None:
+    publish = {"channel": "channel", "stream": {"via": "stream", "confirm": False}}
+
+    with isolated() as eventbus, Bus(service="tests", publish=publish, buffer_size=5) as bus:
+        with eventbus.redis_away():
+            bus.signal("stream").send("test", n=0)
+            for n in range(1, 9):
+                bus.signal("channel").send("test", n=n)
+
+        # The first event for the stream and the last four for the channel fit.
+        kept = [event.payload["n"] for event in eventbus.published()]
+        assert bus.health().counts["dropped"] == 4
+
+    assert kept == [0, 5, 6, 7, 8]
+
+
+def test_a_program_that_ends_waits_five_seconds_for_redis_and_an_idle_one_asks_as_often() -> None:
+    assert inspect.signature(Bus.stop).parameters["flush"].default == node.FLUSH_AT_EXIT
+    assert node.FLUSH_AT_EXIT == 5.0
+    assert writer.QUIET == 5.0
+
+
+def test_what_waits_is_measured_by_its_bytes_on_the_wire(make_bus: Make) -> None:
+    publish = {
+        "channel": "channel",
+        "stream": {"via": "stream", "confirm": False},
+        "keyed": {"via": "stream", "confirm": False, "key": "user"},
+    }
+    bus = make_bus("redis://127.0.0.1:1/0", publish=publish)
+    bus.signal("channel").send("test", n=1)
+    wait_until(lambda: not bus.health().publishing, what="the outage is known")
+    cause = Event(
+        name="first",
+        source="é" * 20,
+        id="node-1",
+        time=datetime.now(UTC),
+        payload={},
+        correlation_id="x" * 40,
+        hops=3,
+        traceparent="00-" + "0" * 52,
+    )
+
+    for n in range(40):
+        bus.signal("channel").send("test", text="x" * n)
+        bus.signal("stream").send("test", n=n)
+        bus.signal("keyed").send("test", user="ü" * (n + 1))
+    token = handling.set(cause)
+    bus.signal("channel").send("test")
+    bus.signal("keyed").send("test", user="x" * 250)
+    handling.reset(token)
+
+    waiting = list(bus.node._publisher._buffer)
+    assert len(waiting) == 123
+    for outgoing in waiting:
+        outgoing.take_its_turn()
+        assert outgoing.size == len(outgoing.sealed())
+
+
+def test_an_event_may_have_as_many_bytes_as_the_limit_and_not_one_more(make_bus: Make) -> None:
+    small = make_bus("memory://limit", publish=["tick"], max_event_bytes=2_048)
+    with pytest.raises(PayloadError, match="would have up to") as caught:
+        small.signal("tick").send("test", data=bytes(2_000))
+    [size] = re.findall(r"up to ([\d,]+) bytes", str(caught.value))
+    most = int(size.replace(",", ""))
+
+    make_bus("memory://limit", publish=["tick"], max_event_bytes=most).signal("tick").send(
+        "test", data=bytes(2_000)
+    )
+    with pytest.raises(PayloadError, match=f"more than the {most - 1:,} of"):
+        make_bus("memory://limit", publish=["tick"], max_event_bytes=most - 1).signal("tick").send(
+            "test", data=bytes(2_000)
+        )
+
+
 def test_a_full_buffer_raises_where_the_policy_is_to_raise(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
@@ -387,21 +514,21 @@ def test_events_that_were_dropped_are_missed_by_those_who_listen(
 
 
 def test_a_withdrawn_event_leaves_the_line_without_a_trace() -> None:
-    buffer = Buffer(most_events=10)
+    waiting = Buffer(most_events=10)
     way = ChannelWay("tick", "tick")
     lane = Lane(route=Route(name="tick"), way=way, seal=Seal("tests", "tick"))
     events = [Outgoing(lane, b"\x80", {}, confirm=True) for _ in range(4)]
 
     for number, outgoing in enumerate(events, 1):
         outgoing.identify("node", number, 0)
-        buffer.put(outgoing)
-    assert buffer.take(most_events=2, most_bytes=1_000) == events[:2]
-    buffer.put_back()
+        waiting.put(outgoing)
+    assert waiting.take(most_events=2, most_bytes=1_000) == events[:2]
+    waiting.put_back()
     events[0].withdrawn = events[2].withdrawn = True
 
-    assert buffer.take(most_events=10, most_bytes=10_000) == [events[1], events[3]]
+    assert waiting.take(most_events=10, most_bytes=10_000) == [events[1], events[3]]
     assert [events[n].attributes.get("seq") for n in range(4)] == [1, 2, None, 3]
-    assert buffer.bytes == 0
+    assert waiting.bytes == 0
 
 
 # -- many threads, and the ends of things -------------------------------------------------
