@@ -11,8 +11,9 @@ from typing import Any
 
 import redis
 
-from .connections import Connection, Connections, is_passing
+from .connections import OUTAGE, Connection, Connections, is_passing, read_reply
 from .logs import get_logger
+from .role import NotMasterError
 
 logger = get_logger(__name__)
 
@@ -62,6 +63,8 @@ class ChannelReader:
         self._sending = threading.Lock()
         #: What was asked and not answered yet: the server answers in order.
         self._asked: deque[str] = deque()
+        #: A second connection, to ask for the server's role: one that subscribed may not.
+        self._aside: Connection | None = None
 
     def connect(self) -> None:
         """Connect anew.
@@ -80,6 +83,30 @@ class ChannelReader:
     def ping(self) -> None:
         """Ask for a sign of life, which also wakes the reading thread."""
         self._send([("PING",)])
+
+    def check_role(self) -> None:
+        """Find out whether the server is a master; only the reading thread may.
+
+        That there is no answer says nothing: the PING finds a server that hangs.
+
+        :raises NotMasterError: it is a replica by now.
+        """
+        if not self._connections.asks_role(0.0):
+            return
+
+        try:
+            if self._aside is None:
+                # This asks as well.
+                self._aside = self._connections.open(timeout=TICK)
+                return
+
+            self._aside.send_command("ROLE")
+            self._connections.role.check(read_reply(self._aside))
+        except NotMasterError:
+            raise
+        except OUTAGE as error:
+            logger.debug("The server does not tell its role: %s", error)
+            self._close_aside()
 
     def read(self) -> list[Frame]:
         """Wait up to :data:`TICK` seconds and return what came, in order; often nothing.
@@ -115,6 +142,14 @@ class ChannelReader:
 
             if connection is not None:
                 connection.disconnect()
+
+        self._close_aside()
+
+    def _close_aside(self) -> None:
+        aside, self._aside = self._aside, None
+
+        if aside is not None:
+            aside.disconnect()
 
     def _send(self, commands: Sequence[tuple[str, ...]]) -> None:
         with self._sending:

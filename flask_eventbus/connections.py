@@ -23,6 +23,7 @@ from redis.retry import Retry
 from . import embedded
 from .config import MOST_REPLICAS
 from .errors import ConfigError
+from .role import Role
 
 #: What a connection raises when Redis is away, hung, or not to be used now; or when what
 #: answers in its place does not speak its language, as a proxy that has lost it.
@@ -110,13 +111,15 @@ class Connections:
         self._url = url
         self._name = name
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
+        #: Shared by all connections: what one of them may not ask, the others may not.
+        self.role = Role()
         self._disowned = False
         self._check()
 
     def open(self, *, timeout: float) -> Connection:
-        """A connected connection; every wait on it ends after ``timeout`` seconds.
+        """A connection to the master; every wait on it ends after ``timeout`` seconds.
 
-        :raises redis.ConnectionError: Redis cannot be reached, or refuses.
+        :raises redis.ConnectionError: Redis cannot be reached, or refuses, or is no master.
         """
         error: Exception | None = None
 
@@ -130,7 +133,7 @@ class Connections:
                 self._opened.add(connection)
 
             try:
-                _connect(connection)
+                self._connect(connection)
             except OUTAGE as failure:
                 error = failure
             except (redis.ResponseError, UnicodeError) as refusal:
@@ -153,6 +156,13 @@ class Connections:
         for connection in list(self._opened):
             connection.disconnect()
 
+    def asks_role(self, asked: float) -> bool:
+        """Return True if a connection should ask the server for its role with its next command.
+
+        :param asked: when it last asked, by the monotonic clock.
+        """
+        return self.role.is_due(asked) and self._has_master
+
     @property
     def in_memory(self) -> bool:
         """Whether the server is in this process now, where a wait cannot be interrupted."""
@@ -162,6 +172,23 @@ class Connections:
     def shown(self) -> str:
         """The URL without its password, for logs and reports."""
         return _USERINFO.sub(r"\1:***@", _PASSWORD_OPTION.sub(r"\1***", self._url))
+
+    @property
+    def _has_master(self) -> bool:
+        """True unless every server will do: fakeredis, and the nodes of a cluster for pub/sub."""
+        return not (diversion or self._url).startswith(("memory://", "redis+cluster://"))
+
+    def _connect(self, connection: Connection) -> None:
+        try:
+            connection.connect()
+
+            if self._has_master and self.role.can_ask:
+                connection.send_command("ROLE")
+                self.role.check(read_reply(connection))
+        except BaseException:
+            # redis-py leaves a socket open where a handshake ends in an unusual way.
+            connection.disconnect()
+            raise
 
     def _check(self) -> None:
         """Make what the URL asks for, without connecting: what is wrong with it shows now."""
@@ -262,13 +289,15 @@ class Connections:
         return _hosts(parts, 26379), unquote(name), rest
 
 
-def _connect(connection: Connection) -> None:
+def read_reply(connection: Connection) -> Any:
+    """Read one reply; an error reply is returned, "not now" raised."""
     try:
-        connection.connect()
-    except BaseException:
-        # redis-py leaves a socket open where a handshake ends in an unusual way.
-        connection.disconnect()
-        raise
+        return connection.read_response()
+    except redis.ResponseError as error:
+        if is_passing(error):
+            raise redis.ConnectionError(str(error)) from error
+
+        return error
 
 
 def _end_with_socket(connection: Any) -> None:

@@ -29,6 +29,7 @@ MOST_SKEW = 10.0
 COMPARE_AGAIN = 60.0
 
 _PING = whole("PING")
+_ROLE = whole("ROLE")
 
 
 class Exchange:
@@ -61,6 +62,10 @@ class Exchange:
         self._aging: set[AgingStreamWay] = set()
         self._compare_at = 0.0
         self._is_skewed = False
+        #: When the server was last asked for its role, by the monotonic clock.
+        self._asked_role = 0.0
+        #: True while the answer to ROLE is still to be read, before those to the events.
+        self._awaits_role = False
         #: What is on its way: these names, then the events, then the question for replicas.
         self._announcing: dict[str, bytes] = {}
         self._batch: Sequence[tuple[Way, bytes]] = ()
@@ -128,7 +133,7 @@ class Exchange:
                 aging.newest = self._time(connection)
 
         commands = [way.command(body) for way, body in batch]
-        self._send(connection, self._framed(commands))
+        self._send(connection, self._role_first(self._framed(commands)))
 
     def read(self, deadline: float | None = None) -> bool:
         """Read the answers to what was sent; whether all came by ``deadline``.
@@ -188,6 +193,8 @@ class Exchange:
         self._waits = self._timeout
         self._announced.clear()
         self._not_allowed.clear()
+        self._asked_role = time.monotonic()
+        self._awaits_role = False
         self._connection = connection
         return connection
 
@@ -195,9 +202,10 @@ class Exchange:
         names = sorted(self._announced)
         note = whole("SADD", self._names, *names) if names else b""
         self._wait_until(connection, None)
-        self._send(connection, _PING + note)
+        self._send(connection, self._role_first(_PING + note))
 
         try:
+            self._check_role(connection)
             answer = _answer(connection)
 
             if names and isinstance(refusal := _answer(connection), Exception):
@@ -209,6 +217,23 @@ class Exchange:
         if isinstance(answer, Exception):
             logger.debug("Redis is there, and refuses a PING: %s", answer)
 
+    def _role_first(self, data: bytes) -> bytes:
+        """Commands, with the question for the server's role ahead of them from time to time.
+
+        Ahead, so that a batch that a replica took is not settled.
+        """
+        if not self._connections.asks_role(self._asked_role):
+            return data
+
+        self._asked_role = time.monotonic()
+        self._awaits_role = True
+        return _ROLE + data
+
+    def _check_role(self, connection: Connection) -> None:
+        if self._awaits_role:
+            self._connections.role.check(_answer(connection))
+            self._awaits_role = False
+
     def _send(self, connection: Connection, data: bytes) -> None:
         try:
             connection.send_packed_command([data], check_health=False)
@@ -217,6 +242,7 @@ class Exchange:
             raise
 
     def _read(self, connection: Connection) -> None:
+        self._check_role(connection)
         answers = self._answers
         count = len(self._announcing) + len(self._batch) + bool(self._replicas)
 

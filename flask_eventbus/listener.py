@@ -179,6 +179,7 @@ class Listener:
             elif asked is None and now - heard >= QUIET:
                 asked = now
                 self._reader.ping()
+                self._reader.check_role()
             elif asked is not None and now - asked >= DEADLINE:
                 raise redis.TimeoutError(f"Redis did not answer a PING within {DEADLINE:g} s.")
 

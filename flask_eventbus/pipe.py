@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, cast
@@ -24,6 +25,8 @@ Command = tuple[str | bytes | int | float, ...]
 #: A command as bytes. Not redis-py's own packing, which looks at each argument a second time.
 _packed = cast(Callable[[Command], bytes], pack_command)
 
+_ROLE = _packed(("ROLE",))
+
 
 class Pipe:
     """Writes commands in batches, one round trip each; one thread at a time.
@@ -35,6 +38,8 @@ class Pipe:
         self._connections = connections
         self._timeout = timeout
         self._connection: Connection | None = None
+        #: When the server last said that it is a master, by the monotonic clock.
+        self._asked_role = 0.0
 
     @property
     def is_open(self) -> bool:
@@ -59,16 +64,25 @@ class Pipe:
 
         Nothing is sent a second time: after an error Redis may have done any part of it.
 
-        :raises redis.ConnectionError: Redis is away, or answers "not now" to some.
+        :raises redis.ConnectionError: Redis is away, or answers "not now" to some, or is no
+            master any more.
         """
         if self._connection is None:
             self._connection = self._connections.open(timeout=self._timeout)
+            self._asked_role = time.monotonic()
 
         connection = self._connection
+        asks_role = self._connections.asks_role(self._asked_role)
 
         try:
             packed = b"".join(map(_packed, commands))
+            packed = _ROLE + packed if asks_role else packed
             connection.send_packed_command([packed], check_health=False)
+
+            if asks_role:
+                self._connections.role.check(read_answer(connection))
+                self._asked_role = time.monotonic()
+
             return [read_answer(connection) for _ in commands]
         except BaseException:
             self.close()

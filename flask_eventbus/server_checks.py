@@ -58,6 +58,7 @@ def check_server(node: Node, *, service: str | None) -> Iterator[Finding]:
         with Server(connections) as server:
             yield ok(f"The server at {connections.shown} answers.")
             streams = _streams(server, node, service)
+            yield from _check_role(connections)
             yield from _check_facts(server, config, service, streams)
 
         yield from _check_publishing(connections, node)
@@ -79,6 +80,17 @@ def _unreachable(connections: Connections, failure: Exception) -> Finding:
         return error(text, "See whether it hangs, or whether a firewall keeps it from answering.")
 
     return error(text, "Start it there, or correct 'EVENTBUS_URL'.")
+
+
+def _check_role(connections: Connections) -> Iterator[Finding]:
+    refusal = connections.role.refusal
+
+    if refusal is not None:
+        yield warning(
+            f"It does not answer ROLE: {reason_of(refusal)}. A master that becomes a replica is "
+            "noticed only when it refuses a write.",
+            "Grant the user in the ACL: '+role'.",
+        )
 
 
 def _streams(server: Server, node: Node, service: str | None) -> set[str]:

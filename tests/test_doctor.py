@@ -969,7 +969,8 @@ def test_a_signal_that_goes_on_over_its_channel_is_warned_of(
 def test_a_user_of_channels_alone_is_asked_for_no_transactions(
     lasting_redis: RedisServer, make_bus: Make
 ) -> None:
-    rights = ["-@all", "+client|setname", "+subscribe", "+psubscribe", "+ping", "allchannels"]
+    rights = ["-@all", "+client|setname", "+role", "+subscribe", "+psubscribe", "+ping"]
+    rights.append("allchannels")
     bus = make_bus(user(lasting_redis, *rights))
     bus.on("user_registered")(receive)
 

@@ -44,6 +44,7 @@ LAYERS = {
         "counters",
         "transactions",
         "health",
+        "role",
     ),
     2: (
         "options",
