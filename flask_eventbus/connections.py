@@ -10,8 +10,12 @@ import functools
 import inspect
 import random
 import re
+import socket
+import threading
+import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol, cast
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
@@ -23,7 +27,13 @@ from redis.retry import Retry
 from . import embedded
 from .config import MOST_REPLICAS
 from .errors import ConfigError
+from .logs import get_logger
 from .role import Role
+
+logger = get_logger(__name__)
+
+#: Seconds between two questions to the Sentinels where the master is, while connections are open.
+FOLLOW = 1.0
 
 #: What a connection raises when Redis is away, hung, or not to be used now; or when what
 #: answers in its place does not speak its language, as a proxy that has lost it.
@@ -114,6 +124,9 @@ class Connections:
         #: Shared by all connections: what one of them may not ask, the others may not.
         self.role = Role()
         self._disowned = False
+        #: True while a thread follows the master that Sentinels name.
+        self._is_following = False
+        self._following = threading.Lock()
         self._check()
 
     def open(self, *, timeout: float) -> Connection:
@@ -142,6 +155,7 @@ class Connections:
                 error = redis.ConnectionError(str(refusal))
             else:
                 _end_with_socket(connection)
+                self._follow_master()
                 return connection
 
         raise error or redis.ConnectionError(f"{self.shown} names no host.")
@@ -256,18 +270,61 @@ class Connections:
             "as '%23', '%2F', '%3F', '%40' and '%25'."
         )
 
-    def _master(self, timeout: float) -> str:
-        hosts, name, rest = self._sentinel_parts()
+    def _follow_master(self) -> None:
+        """With Sentinels, close connections to a server as soon as another one is the master."""
+        if diversion is not None or not self._url.startswith("redis+sentinel://"):
+            return
+
+        with self._following:
+            if self._is_following:
+                return
+
+            self._is_following = True
+
+        threading.Thread(
+            target=_follow, args=(weakref.ref(self),), name="eventbus-sentinel", daemon=True
+        ).start()
+
+    def leave_old_master(self, sentinel: redis.sentinel.Sentinel) -> bool:
+        """Close connections to a server that is no master any more, as the Sentinels say.
+
+        Return False once nothing is open, and nothing is followed any more.
+        """
+        with self._following:
+            opened = [item for item in list(self._opened) if getattr(item, "_sock", None)]
+
+            if not opened or self._disowned:
+                self._is_following = False
+                return False
+
+        try:
+            address = sentinel.discover_master(self._sentinel_parts()[1])
+        except (redis.RedisError, OSError) as error:
+            logger.debug("The Sentinels do not tell where the master is: %s", error)
+            return True
+
+        for connection in opened:
+            if (getattr(connection, "host", None), getattr(connection, "port", None)) != address:
+                shut_down(connection)
+
+        return True
+
+    def sentinel(self, timeout: float) -> redis.sentinel.Sentinel:
+        """Return a client of the Sentinels that the URL names."""
+        hosts, _, _ = self._sentinel_parts()
         options = {
             "socket_timeout": timeout,
             "socket_connect_timeout": timeout,
             # Else redis-py asks a Sentinel that is gone ten times before it asks the next.
             "retry": Retry(NoBackoff(), 0),
         }
-        sentinel = redis.sentinel.Sentinel(hosts, sentinel_kwargs=options)
+        return redis.sentinel.Sentinel(hosts, sentinel_kwargs=options)
+
+    def _master(self, timeout: float) -> str:
+        _, name, rest = self._sentinel_parts()
 
         try:
-            host, port = sentinel.discover_master(name)
+            host, port = self.sentinel(timeout).discover_master(name)
         except redis.ResponseError as refusal:
             # What answers is no Sentinel, or does not let this user ask.
             raise redis.ConnectionError(str(refusal)) from refusal
@@ -298,6 +355,32 @@ def read_reply(connection: Connection) -> Any:
             raise redis.ConnectionError(str(error)) from error
 
         return error
+
+
+def _follow(reference: weakref.ref[Connections]) -> None:
+    connections = reference()
+    sentinel = None if connections is None else connections.sentinel(FOLLOW)
+    del connections
+
+    while sentinel is not None:
+        time.sleep(FOLLOW)
+        connections = reference()
+
+        if connections is None or not connections.leave_old_master(sentinel):
+            return
+
+        del connections
+
+
+def shut_down(connection: Connection) -> None:
+    """End a connection under the thread that reads or writes it, which then opens another."""
+    wire = getattr(connection, "_sock", None)
+
+    if isinstance(wire, socket.socket):
+        # The other side may have closed it by now.
+        with suppress(OSError):
+            # Not what TLS makes of it, which would pull the rug from under the other thread.
+            socket.socket.shutdown(wire, socket.SHUT_RDWR)
 
 
 def _end_with_socket(connection: Any) -> None:

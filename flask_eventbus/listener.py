@@ -195,7 +195,8 @@ class Listener:
         if self._lost_since is not None:
             return
 
-        self._lost_since = time.monotonic()
+        # A server that hung, or that was replaced unseen, said nothing since it was last heard.
+        self._lost_since = time.monotonic() if self.last_heard is None else self.last_heard
         self._log.warning(
             "lost", "The listener lost Redis (%s); it connects again by itself.", error
         )

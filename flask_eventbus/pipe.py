@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, cast
 
 import redis
 from hiredis import pack_command
 
-from .connections import Connection, Connections, is_passing
+from .connections import Connection, Connections, is_passing, shut_down
 from .logs import get_logger
 
 logger = get_logger(__name__)
@@ -94,13 +92,10 @@ class Pipe:
 
     def interrupt(self) -> None:
         """Let a wait for Redis end at once, in whatever thread: as if Redis were lost."""
-        wire = getattr(self._connection, "_sock", None)
+        connection = self._connection
 
-        if isinstance(wire, socket.socket):
-            # The other side may have closed it by now.
-            with suppress(OSError):
-                # Not what TLS makes of it, which would pull the rug from under the other thread.
-                socket.socket.shutdown(wire, socket.SHUT_RDWR)
+        if connection is not None:
+            shut_down(connection)
 
     def close(self) -> None:
         """Close the connection; the next batch opens another."""

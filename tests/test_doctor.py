@@ -732,7 +732,7 @@ def test_a_check_publishes_nothing_and_stores_nothing(
 def test_what_a_user_may_not_ask_is_noted_and_fails_nothing(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
-    rights = ["-@all", "+client|setname", "+publish", "+subscribe", "+ping"]
+    rights = ["-@all", "+client|setname", "+role", "+publish", "+subscribe", "+ping"]
     bus = make_bus(user(redis_server, *rights, "+select", "allchannels"), publish=["mail_sent"])
     bus.on("user_registered", via="channel")(receive)
 

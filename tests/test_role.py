@@ -61,7 +61,7 @@ def test_a_publisher_keeps_its_events_while_its_server_is_a_replica(
     wait_until(lambda: heard == [0])
 
     demote(redis_server)
-    wait_until(lambda: tick.send(number=1) and not publisher.health().publishing)
+    wait_until(lambda: tick.send(number=1) or not publisher.health().publishing)
     tick.send(number=2)
     assert not publisher.flush(0.2)
     assert 2 not in heard
