@@ -33,7 +33,7 @@ class Outbound:
         raise NotImplementedError
 
     async def publish(self, sender: Any, /, **payload: Any) -> None:
-        """Publish one emission without blocking the event loop."""
+        """Publish one emission, in a coroutine."""
         raise NotImplementedError
 
 
@@ -75,7 +75,7 @@ class SendingSignal(Signal):
         _sync_wrapper: Callable[[Receiver], Callable[..., Coroutine[Any, Any, Any]]] | None = None,
         **kwargs: Any,
     ) -> list[tuple[Receiver, Any]]:
-        """Await the receivers for ``sender``, then publish; the event loop goes on meanwhile."""
+        """Await the receivers for ``sender``, then publish as :meth:`send` does."""
         wrapper = _sync_wrapper or _refuse_sync
         results = await super().send_async(sender, _sync_wrapper=wrapper, **kwargs)
 
@@ -182,7 +182,7 @@ class BusSignal(SendingSignal, NamedSignal):
         _sync_wrapper: Callable[[Receiver], Callable[..., Coroutine[Any, Any, Any]]] | None = None,
         **kwargs: Any,
     ) -> list[tuple[Receiver, Any]]:
-        """Await the receivers for ``sender``, then publish; the event loop goes on meanwhile."""
+        """Await the receivers for ``sender``, then publish as :meth:`send` does."""
         _refuse_sender(self.name, kwargs)
         return await super().send_async(sender, _sync_wrapper=_sync_wrapper, **kwargs)
 
