@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -28,6 +29,7 @@ class Role:
     def __init__(self) -> None:
         #: Why a server refused the question; ``None`` while none has.
         self.refusal: redis.ResponseError | None = None
+        self._refusing = threading.Lock()
 
     @property
     def can_ask(self) -> bool:
@@ -63,8 +65,10 @@ class Role:
             raise NotMasterError(f"The server is a replica of {host}:{port}, not a master")
 
     def _give_up(self, refusal: redis.ResponseError) -> None:
-        if self.can_ask:
-            self.refusal = refusal
+        with self._refusing:
+            first, self.refusal = self.can_ask, refusal
+
+        if first:
             logger.warning(
                 "Redis does not answer ROLE (%s), so a master that becomes a replica is noticed "
                 "only when it refuses a write. Grant this user '+role' in the ACL.",

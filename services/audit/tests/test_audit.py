@@ -112,7 +112,7 @@ def test_events_that_never_came_are_written_as_missed(
 
     wait_until(lambda: len(trail.lines("event")) == 2)
 
-    [missed] = trail.lines("missed")
+    [missed] = wait_until(lambda: trail.lines("missed"))
     del missed["written"]
     assert missed == {
         "what": "missed",
