@@ -14,6 +14,8 @@ from waiting import wait_until
 from flask_eventbus import Bus, signals
 from flask_eventbus.lifecycle import wait_until_told
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 

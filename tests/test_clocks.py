@@ -15,6 +15,8 @@ from waiting import wait_until
 from flask_eventbus import Bus, current_event, keeper, retries, retry_line
 from flask_eventbus.clock import RedisClock
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 #: Longer than any of these tests may take.

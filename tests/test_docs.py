@@ -26,6 +26,8 @@ from flask_eventbus.records import REASONS
 from flask_eventbus.retries import delay
 from flask_eventbus.streams import StreamKeys
 
+pytestmark = pytest.mark.second_look
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()

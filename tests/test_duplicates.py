@@ -17,6 +17,8 @@ from flask_eventbus.connections import Connections
 from flask_eventbus.duplicates import Duplicates
 from flask_eventbus.pipe import Pipe
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 WINDOW = 600.0

@@ -18,6 +18,8 @@ from flask_eventbus import Bus, Event, Reject, current_event, lifecycle, signals
 from flask_eventbus.lifecycle import tell, wait_until_told
 from flask_eventbus.testing import Isolation
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 #: Longer than any of these tests may take.

@@ -15,6 +15,8 @@ from flask_eventbus import Bus, services
 from flask_eventbus.codec import Codec
 from flask_eventbus.records import RetryRecord
 
+pytestmark = pytest.mark.second_look
+
 
 @pytest.fixture
 def store(shared_redis: RedisServer) -> StreamStore:

@@ -30,6 +30,8 @@ from flask_eventbus.group import Group
 from flask_eventbus.pipe import Command, Pipe
 from flask_eventbus.records import DeadLetter, RetryRecord
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 

@@ -27,6 +27,8 @@ from flask_eventbus import (
 from flask_eventbus.codec import Codec
 from flask_eventbus.records import DeadLetter
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 

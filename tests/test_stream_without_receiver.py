@@ -13,6 +13,8 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, catalogue
 
+pytestmark = pytest.mark.second_look
+
 Make = Callable[..., Bus]
 
 

@@ -22,6 +22,8 @@ from flask_eventbus.codec import Codec
 from flask_eventbus.errors import DecodeError
 from flask_eventbus.records import DeadLetter, RetryRecord
 
+pytestmark = pytest.mark.second_look
+
 PAGE = (Path(__file__).parents[1] / "docs" / "wire-format.md").read_text()
 VECTORS = wire_vectors.read()
 EVENTS = [vector for vector in VECTORS if "event" in vector]
