@@ -43,6 +43,14 @@ _NOT_YET = {
 _STRUCTURED = frozenset({"publish", "subscribe", "receivers"})
 
 
+#: Names of environment variables of a Kubernetes Service whose name begins with ``eventbus``; one
+#: that could be a setting's is known by its value too.
+_SERVICE_LINK = re.compile(
+    r"EVENTBUS(_\w+?)??_(SERVICE_HOST|SERVICE_PORT(_\w+)?|(?P<address>PORT(_\d+_(TCP|UDP|SCTP))?)"
+    r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR))"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Age:
     """What a stream keeps, as the age of its oldest event."""
@@ -118,6 +126,9 @@ class Config:
         values = {}
 
         for key, value in found.items():
+            if _is_service_link(key, value):
+                continue
+
             _check_known(key)
 
             if value is not None:
@@ -131,6 +142,19 @@ class Config:
             )
 
         return cls(**values)
+
+
+def _is_service_link(key: str, value: object) -> bool:
+    """Return True for what Kubernetes puts into the environment for a Service called ``eventbus``.
+
+    Each pod gets ``EVENTBUS_PORT=tcp://10.0.0.1:6379``, ``EVENTBUS_SERVICE_HOST`` and the like.
+    """
+    match = _SERVICE_LINK.fullmatch(key)
+
+    if match is None:
+        return False
+
+    return match["address"] is None or str(value).startswith(("tcp://", "udp://", "sctp://"))
 
 
 def did_you_mean(word: str, known: Sequence[str], *, prefix: str = "") -> str:

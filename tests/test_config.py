@@ -310,3 +310,29 @@ def test_an_option_of_streams_for_the_channel_alone_is_refused(options: dict[str
 def test_retries_without_a_group_are_refused_in_code_as_in_settings() -> None:
     with pytest.raises(ConfigError, match="has both 'group': None and 'retries'"):
         Bus("memory://", service="x").on("tick", group=None, retries=3)
+
+
+SERVICE_LINKS = {
+    "EVENTBUS_PORT": "tcp://10.96.0.7:6379",
+    "EVENTBUS_PORT_6379_TCP": "tcp://10.96.0.7:6379",
+    "EVENTBUS_PORT_6379_TCP_ADDR": "10.96.0.7",
+    "EVENTBUS_PORT_6379_TCP_PORT": "6379",
+    "EVENTBUS_PORT_6379_TCP_PROTO": "tcp",
+    "EVENTBUS_SERVICE_HOST": "10.96.0.7",
+    "EVENTBUS_SERVICE_PORT": "6379",
+    "EVENTBUS_SERVICE_PORT_REDIS": "6379",
+    "EVENTBUS_REDIS_PORT": "tcp://10.96.0.8:6379",
+    "EVENTBUS_REDIS_SERVICE_HOST": "10.96.0.8",
+}
+
+
+def test_what_kubernetes_sets_for_a_service_called_eventbus_is_left_aside() -> None:
+    environ = {"EVENTBUS_SERVICE": "accounts", **SERVICE_LINKS}
+
+    assert Config.from_environ(environ) == Config(service="accounts")
+    assert Config.from_mapping(environ) == Config(service="accounts")
+
+
+def test_a_port_that_is_no_service_link_is_an_unknown_key() -> None:
+    with pytest.raises(ConfigError, match="EVENTBUS_PORT"):
+        Config.from_mapping({"EVENTBUS_SERVICE": "accounts", "EVENTBUS_PORT": 6379})
