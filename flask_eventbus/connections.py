@@ -110,6 +110,12 @@ def takes_no_writes(error: Exception) -> bool:
     return isinstance(error, _NO_WRITES) or str(error).partition(" ")[0] in _NO_WRITES_CODES
 
 
+def is_refused(error: BaseException) -> bool:
+    """Return True if nothing listens where the connection should go."""
+    cause = error.__cause__ or error.__context__
+    return isinstance(cause, ConnectionRefusedError | FileNotFoundError)
+
+
 class Connections:
     """Opens connections to the Redis that a URL names.
 

@@ -275,12 +275,14 @@ class Publisher:
         try:
             # In here: who is interrupted is not to be taken for busy ever after.
             self._senders.add(this)
+            self._writer.senders.add(outgoing)
             is_told = self._write_or_wait(outgoing, deadline)
         except BaseException:
             self._leader.abandon(outgoing)
             raise
         finally:
             self._senders.discard(this)
+            self._writer.senders.discard(outgoing)
 
         if not is_told:
             self._give_up(outgoing, departures)
@@ -307,6 +309,9 @@ class Publisher:
             elif not outgoing.is_called_by(deadline):
                 return outgoing.is_settled
             elif not outgoing.is_settled:
+                if self._outage.away:
+                    return False
+
                 batch = self._take_over(outgoing)
 
         return True

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .backoff import Backoff
 from .buffer import Buffer
-from .connections import OUTAGE
+from .connections import OUTAGE, is_refused
 from .ending import process_ends
 from .exchange import Exchange
 from .leader import Leader
@@ -68,6 +68,8 @@ class Writer:
         self._lock = buffer.lock
         #: The thread, once there is one.
         self.thread: threading.Thread | None = None
+        #: The events whose senders wait for a confirmation.
+        self.senders: set[Outgoing] = set()
         #: Whether to try Redis now, whatever it waits for.
         self._asking = False
         #: Whether it is to end, whatever waits.
@@ -236,6 +238,11 @@ class Writer:
             self._turn.shrink()
             self._buffer.put_back()
             self._outage.begin(error, len(self._buffer))
+
+            # A connection that breaks is no proof of an outage: the next one may work.
+            if is_refused(error):
+                self._call_senders()
+
             self._pause(backoff.next())
         except Exception as error:
             self._give_up(batch, error)
@@ -249,6 +256,11 @@ class Writer:
                 self._turn.grow()
 
             self._settle(batch, outcomes)
+
+    def _call_senders(self) -> None:
+        """Wake the senders that wait for a confirmation: Redis is known to be away."""
+        for outgoing in list(self.senders):
+            outgoing.call()
 
     def _exchange_batch(self, batch: Sequence[Outgoing]) -> Sequence[Exception | None]:
         if self._turn.is_begun:

@@ -616,6 +616,28 @@ def test_events_wait_in_memory_while_redis_is_away_and_arrive_in_order(
     assert values(redis_server) == list(range(100))
 
 
+@pytest.mark.parametrize("on_outage", ["buffer", "raise"])
+def test_a_confirmed_send_ends_as_soon_as_the_connection_is_refused(
+    make_bus: Make, on_outage: str
+) -> None:
+    url = "redis://127.0.0.1:1/0"
+    bus = make_bus(url, publish={"tick": "stream"}, on_outage=on_outage, timeout=60)
+    outcomes: list[BaseException | None] = []
+    sending = threading.Thread(target=lambda: outcomes.append(outcome_of(bus, 1)), daemon=True)
+
+    sending.start()
+    # Far less than the timeout, which is over only where nobody wakes the sender.
+    sending.join(20)
+
+    [outcome] = outcomes
+    assert not bus.health().publishing
+    if on_outage == "raise":
+        assert "was not confirmed by Redis: Error 111" in str(outcome)
+    else:
+        assert outcome is None
+        assert bus.health().buffered == 1
+
+
 def test_a_send_to_a_server_that_hangs_is_held_once_and_then_not_at_all(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
