@@ -57,10 +57,6 @@ _PASSING_CODES = ("LOADING", "BUSY", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "MAS
 _NO_WRITES = (redis.exceptions.OutOfMemoryError,)
 _NO_WRITES_CODES = ("OOM", "NOREPLICAS", "MISCONF")
 
-#: The two places of a password in a URL. One written unquoted may hold anything but ``@``.
-_USERINFO = re.compile(r"(://[^:/?@]*):.*@")
-_PASSWORD_OPTION = re.compile(r"([?&]password=)[^&]*")
-
 _TCP_OPTIONS = ("socket_connect_timeout", "socket_keepalive")
 
 #: How fakeredis refuses ``WAIT``.
@@ -190,8 +186,8 @@ class Connections:
 
     @property
     def shown(self) -> str:
-        """The URL without its password, for logs and reports."""
-        return _USERINFO.sub(r"\1:***@", _PASSWORD_OPTION.sub(r"\1***", self._url))
+        """Scheme, user, host and path of the URL, for logs and reports; never a password."""
+        return without_secrets(self._url)
 
     @property
     def _has_master(self) -> bool:
@@ -216,7 +212,8 @@ class Connections:
             for url in self._examples(urlsplit(self._url)):
                 self._make(url, 1.0)
         except (ValueError, TypeError, redis.RedisError) as error:
-            raise self._unreadable(error) from error
+            # Not from the error, which may quote a part of a password.
+            raise self._unreadable(error) from None
 
     def _examples(self, parts: SplitResult) -> list[str]:
         if parts.scheme == "memory":
@@ -268,7 +265,7 @@ class Connections:
         return cast(Connection, pool.make_connection())
 
     def _unreadable(self, error: Exception) -> ConfigError:
-        # What the error says may quote a part of the password.
+        # What the error says may quote a part of the password, or an option that holds one.
         reason = str(error) if self.shown == self._url else "it does not read"
         return ConfigError(
             f"'EVENTBUS_URL' is {self.shown!r}: {reason}. Write it as "
@@ -350,6 +347,24 @@ class Connections:
         query = f"?{parts.query}" if parts.query else ""
         rest = f"redis://{_credentials(parts)}{{host}}:{{port}}/{database or 0}{query}"
         return _hosts(parts, 26379), unquote(name), rest
+
+
+def without_secrets(url: str) -> str:
+    """Return scheme, user, host and path of a URL.
+
+    Options are left out: which of them hold a secret depends on their names. A password that was
+    not quoted may hold any character, so where an ``@`` stands after the host nothing is sure.
+    """
+    scheme, separator, rest = url.partition("://")
+    netloc = re.split("[/?#]", rest, maxsplit=1)[0]
+
+    if not separator or "@" in rest[len(netloc) :]:
+        return f"{scheme}://***" if separator else "***"
+
+    userinfo, at, hosts = netloc.rpartition("@")
+    user, colon, _ = userinfo.partition(":")
+    path = re.split("[?#]", rest[len(netloc) :], maxsplit=1)[0]
+    return f"{scheme}://{user}{':***' if colon else ''}{at}{hosts}{path}"
 
 
 def read_reply(connection: Connection) -> Any:
