@@ -140,7 +140,7 @@ class Consumer:
             counters=counters,
             retries_of=counts.of_event,
         )
-        duplicates = Duplicates(reading, config=config, keys=keys)
+        duplicates = Duplicates(reading, config=config, keys=keys, counters=counters)
         trims = Trims(group, service=config.service, counters=counters)
         self._memberships = Memberships(
             config=config,

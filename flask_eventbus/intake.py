@@ -6,12 +6,13 @@ from collections.abc import Callable, Container
 
 from .codec import Codec
 from .config import Config
+from .conflicts import Conflicts
 from .counters import BoundedLog, Counters
 from .errors import DecodeError
 from .event import Event
 from .lifecycle import tell
 from .logs import get_logger
-from .sequences import Sequences
+from .sequences import Finding, Sequences
 from .signals import event_rejected, events_missed
 from .subscriptions import Subscription
 
@@ -47,23 +48,26 @@ class Intake:
         self._siblings = siblings
         self._log = BoundedLog(logger)
         self._sequences = Sequences()
+        self._conflicts = Conflicts(config=config, counters=counters)
 
     def event(self, name: str, body: bytes, subscription: Subscription) -> Event | None:
         """The event that came on the channel of ``name``, if it is one to handle."""
         try:
             event = self._codec.decode(body)
             self._check(event, name)
-            missing = self._sequences.observe(event)
         except DecodeError as error:
             self._reject(name, body, error)
             return None
 
-        if missing is None:
+        found = self._sequences.observe(event, body)
+
+        if found is Finding.REPEATED:
             self._counters.add("duplicates")
             return None
-
-        if missing:
-            self._count_missed(event, missing)
+        if found is Finding.CONFLICT:
+            self._conflicts.report(event)
+        elif found:
+            self._count_missed(event, found)
 
         return event if self._wanted(event, subscription) else None
 

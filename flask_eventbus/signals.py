@@ -39,6 +39,11 @@ events_dropped = _lifecycle.signal("events_dropped")
 #: ``reason``: the word of the error; ``error``: the error.
 event_rejected = _lifecycle.signal("event_rejected")
 
+#: An event contradicts another one: the same id or number came with other bytes, or its node under
+#: another service's name. One of the two is forged; both are delivered. ``name``: the signal;
+#: ``event``: the event that came later.
+event_conflict = _lifecycle.signal("event_conflict")
+
 #: A receiver handled an event. ``receiver``: the callable; ``event``: the event; ``seconds``: how
 #: long it took.
 receiver_succeeded = _lifecycle.signal("receiver_succeeded")

@@ -278,7 +278,7 @@ def _needs_of_group(key: str, service: str) -> Iterator[Need]:
 
 def _needs_of_duplicates(start: str) -> Iterator[Need]:
     key = f"{start}0"
-    commands: list[Command] = [("SMISMEMBER", key, ""), ("SADD", key, ""), ("EXPIRE", key, 1)]
+    commands: list[Command] = [("HMGET", key, ""), ("HSET", key, "", ""), ("EXPIRE", key, 1)]
     return (Need(command, f"{start}*") for command in commands)
 
 

@@ -46,7 +46,7 @@ STREAMS: dict[str, tuple[set[str], set[str]]] = {
 }
 
 #: What keeps a service's place and its failures, which are no other's.
-BESIDE = ("SADD {}:seen:{}:1 a", "ZADD {}:retry:{} 1 a", "XADD {}:dead:{} * a b")
+BESIDE = ("HSET {}:seen:{}:1 a b", "ZADD {}:retry:{} 1 a", "XADD {}:dead:{} * a b")
 
 #: Commands that read, change or end what is not an event.
 FOREIGN = (
@@ -409,7 +409,7 @@ def keep_a_stream_with_a_dead_letter(server: GuardedServer) -> None:
         owner.sadd("eventbus:streams", "user_registered")
         owner.xadd(stream("user_registered"), {"event": b"\x80"}, id="1-1")
         owner.xgroup_create(stream("user_registered"), "mailer", id="$")
-        owner.sadd("eventbus:{user_registered}:seen:mailer:1", "0a1b2c3d4e5f-1")
+        owner.hset("eventbus:{user_registered}:seen:mailer:1", "0a1b2c3d4e5f-1", "digest")
         owner.execute_command(
             "XADD", "eventbus:{user_registered}:dead:mailer", "*", *letter.as_fields()
         )

@@ -11,7 +11,9 @@ import pytest
 from servers import RedisServer
 from waiting import wait_until
 
-from flask_eventbus import Bus, signals
+from flask_eventbus import Bus, sequences, signals
+from flask_eventbus.codec import Codec
+from flask_eventbus.event import Event
 from flask_eventbus.lifecycle import wait_until_told
 
 pytestmark = pytest.mark.second_look
@@ -169,37 +171,112 @@ def test_an_event_under_this_nodes_name_that_it_never_sent_is_a_forgery(
     assert rejected == ["forged_source", "forged_source"]
 
 
-def test_a_node_that_changes_its_service_is_a_forgery(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any], rejected: list[str]
+@pytest.fixture
+def conflicts() -> Iterator[list[str]]:
+    """The ids of events that contradicted others."""
+    ids: list[str] = []
+
+    def note(sender: str, name: str, event: Event) -> None:
+        ids.append(event.id)
+
+    with signals.event_conflict.connected_to(note):
+        yield ids
+
+
+def numbers(heard: list[Any]) -> list[Any]:
+    return [n for _, n in heard]
+
+
+def test_a_node_that_somebody_else_claims_stays_heard(
+    shared_redis: RedisServer,
+    consumer: Bus,
+    heard: list[Any],
+    rejected: list[str],
+    conflicts: list[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    publish(shared_redis, consumer, packed(id="abc-1", source="accounts", seq=1))
-    publish(shared_redis, consumer, packed(id="abc-2", source="billing", seq=2))
-    publish(shared_redis, consumer, packed(id="abc-3", source="accounts", seq=2))
+    publish(shared_redis, consumer, packed(id="abc-1", source="forger", seq=1))
+    for n in range(2, 6):
+        honest = packed(id=f"abc-{n}", source="accounts", seq=n, data={"n": n})
+        publish(shared_redis, consumer, honest)
 
-    wait_until(lambda: len(heard) == 2, what="both good events arrive")
-    wait_until(wait_until_told, what="all receivers are told")
-    assert rejected == ["forged_source"]
+    wait_until(lambda: len(heard) == 5, what="all events arrive")
+    assert heard == [("forger", 1), *(("accounts", n) for n in range(2, 6))]
+    assert rejected == []
+    wait_until(lambda: conflicts == ["abc-2"], what="the conflict is signalled")
+    assert consumer.health().counts["conflicts"] == 1
+    assert "The event abc-2 of 'tick', which says it is from 'accounts', contradicts" in caplog.text
 
 
-def test_a_forged_number_does_not_make_a_receiver_deaf(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any]
+def test_no_event_is_lost_to_a_higher_number_that_somebody_forged(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
 ) -> None:
-    publish(shared_redis, consumer, packed(id="abc-1", seq=1))
-    publish(shared_redis, consumer, packed(id="abc-2", seq=2**63))
-    publish(shared_redis, consumer, packed(id="abc-3", seq=2, data={"n": "still heard"}))
+    for n in (1, 2):
+        publish(shared_redis, consumer, packed(id=f"abc-{n}", seq=n, data={"n": n}))
+    publish(shared_redis, consumer, packed(id="abc-9999", seq=60_000, data={"n": "forged"}))
+    for n in range(3, 300):
+        publish(shared_redis, consumer, packed(id=f"abc-{n}", seq=n, data={"n": n}))
 
-    wait_until(lambda: ("elsewhere", "still heard") in heard, what="the next event arrives")
+    wait_until(lambda: len(heard) == 300, what="all events arrive")
+    assert numbers(heard) == [1, 2, "forged", *range(3, 300)]
+    assert "duplicates" not in consumer.health().counts
+    # The count goes on from the second event after the forged one.
+    wait_until(lambda: conflicts == ["abc-3"], what="the conflict is signalled")
+
+
+def test_a_lower_number_that_somebody_forged_is_heard_and_hides_no_gap(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
+) -> None:
+    for n in (5, 6, 7):
+        publish(shared_redis, consumer, packed(id=f"abc-{n}", seq=n, data={"n": n}))
+    publish(shared_redis, consumer, packed(id="abc-6", seq=6, data={"n": "forged"}))
+    publish(shared_redis, consumer, packed(id="abc-8", seq=8, data={"n": 8}))
+    publish(shared_redis, consumer, packed(id="abc-11", seq=11, data={"n": 11}))
+
+    wait_until(lambda: len(heard) == 6, what="all events arrive")
+    assert numbers(heard) == [5, 6, 7, "forged", 8, 11]
+    wait_until(lambda: conflicts == ["abc-6"], what="the conflict is signalled")
+    assert consumer.health().missed == 2
 
 
 def test_an_event_that_comes_twice_is_handled_once(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any]
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
 ) -> None:
-    for seq in (1, 2, 1, 2, 3):
-        publish(shared_redis, consumer, packed(id=f"abc-{seq}", seq=seq, data={"n": seq}))
+    one, two, three = (packed(id=f"abc-{n}", seq=n, data={"n": n}) for n in (1, 2, 3))
+    for body in (one, two, one, two, three):
+        publish(shared_redis, consumer, body)
 
     wait_until(lambda: len(heard) == 3, what="three events arrive")
-    assert [n for _, n in heard] == [1, 2, 3]
+    assert numbers(heard) == [1, 2, 3]
     assert consumer.health().counts["duplicates"] == 2
+    assert conflicts == []
+
+
+def test_an_id_that_somebody_used_in_advance_hides_no_event_without_a_number(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
+) -> None:
+    honest = packed(id="relay-1", data={"n": "honest"})
+    for body in (packed(id="relay-1", data={"n": "forged"}), honest, honest, packed(id="relay-2")):
+        publish(shared_redis, consumer, body)
+
+    wait_until(lambda: len(heard) == 3, what="three events arrive")
+    assert numbers(heard) == ["forged", "honest", 1]
+    wait_until(lambda: conflicts == ["relay-1"], what="the conflict is signalled")
+    assert consumer.health().counts["duplicates"] == 1
+
+
+def test_what_is_remembered_of_other_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequences, "REMEMBERED", 5)
+    monkeypatch.setattr(sequences, "MOST_REMEMBERED", 20)
+    codec, heard = Codec(), sequences.Sequences()
+    bodies = [packed(id=f"n{node}-{n}", seq=n) for node in range(10) for n in range(1, 6)]
+    bodies += [packed(id=f"relay{n}-1") for n in range(10)]
+    for body in bodies:
+        heard.observe(codec.decode(body), body)
+
+    assert len(heard._lanes) <= 5
+    assert sum(len(lane.bodies) for lane in heard._lanes.values()) == heard._held <= 20
+    assert len(heard._ids) == len(heard._sources) == 5
 
 
 def test_a_signal_that_nobody_declared_is_skipped_and_counted(

@@ -17,8 +17,9 @@ from stream_store import StreamStore
 from test_bad_input import BAD, packed
 from waiting import wait_until
 
-from flask_eventbus import Bus, current_event, duplicates, keeper, retries, settler
+from flask_eventbus import Bus, current_event, duplicates, keeper, retries, settler, signals
 from flask_eventbus.codec import Codec
+from flask_eventbus.event import Event
 from flask_eventbus.group import Group
 from flask_eventbus.pipe import Command, Pipe
 from flask_eventbus.records import DeadLetter, RetryRecord
@@ -444,6 +445,38 @@ def test_a_retry_whose_outcome_cannot_be_kept_is_not_lost(store: StreamStore, se
     store.client.delete(dead)
     wait_until(lambda: letters(store), what="it is a dead letter in the end")
     assert not store.client.zcard(retries)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in one batch", "one after the other"])
+def test_an_id_that_somebody_used_in_advance_hides_no_event_of_a_stream(
+    store: StreamStore,
+    service: Bus,
+    caplog: pytest.LogCaptureFixture,
+    apart: bool,
+) -> None:
+    event = store.event("tick", n="honest")
+    honest = Codec().encode(event)
+    forged = Codec().encode(replace(event, payload={"n": "forged"}, source="somebody"))
+    conflicts: list[str] = []
+
+    def note(sender: str, name: str, event: Event) -> None:
+        conflicts.append(f"{event.id} {event.source}")
+
+    with signals.event_conflict.connected_to(note):
+        store.add_fields("tick", {b"event": forged})
+        heard = hear(service) if apart else []
+        wait_until(lambda: not apart or heard == ["forged"], what="the forged event arrives")
+        store.add_fields("tick", {b"event": honest})
+        store.add_fields("tick", {b"event": honest})
+        heard = heard if apart else hear(service)
+        goes_on(store, heard)
+        wait_until(lambda: conflicts, what="the conflict is signalled")
+
+    assert heard == ["forged", "honest", 42]
+    assert conflicts == [f"{event.id} accounts"]
+    counts = service.health().counts
+    assert (counts["conflicts"], counts["duplicates"]) == (1, 1)
+    assert f"The event {event.id} of 'tick', which says it is from 'accounts'" in caplog.text
 
 
 def test_ids_that_cannot_be_noted_do_not_stop_events(
