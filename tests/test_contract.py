@@ -820,7 +820,8 @@ class Foreign:
         self._codec = bus.node.codec
         self._numbers = itertools.count(1)
 
-    def publish(self, name: str, seq: int | None, **payload: Any) -> None:
+    def publish(self, name: str, seq: int | None, **payload: Any) -> bytes:
+        """Publish one event and return its bytes."""
         event = Event(
             name=name,
             source="foreign",
@@ -829,7 +830,12 @@ class Foreign:
             seq=seq,
             payload=payload,
         )
-        self._pipe.ask("PUBLISH", self._keys.key(name), self._codec.encode(event))
+        return self.repeat(name, self._codec.encode(event))
+
+    def repeat(self, name: str, body: bytes) -> bytes:
+        self._pipe.ask("PUBLISH", self._keys.key(name), body)
+
+        return body
 
     def close(self) -> None:
         self._pipe.close()
@@ -848,8 +854,10 @@ def test_a_repetition_is_dropped(make: Make, foreign: Foreign) -> None:
     heard = Heard(audit, "tick")
     listen(audit)
 
-    for seq in (1, 2, 2, 1, 3):
-        foreign.publish("tick", seq, n=seq)
+    first, second = (foreign.publish("tick", seq, n=seq) for seq in (1, 2))
+    foreign.repeat("tick", second)
+    foreign.repeat("tick", first)
+    foreign.publish("tick", 3, n=3)
 
     heard.wait(3)
     assert heard.values == [1, 2, 3]
