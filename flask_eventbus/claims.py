@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import redis
@@ -97,6 +97,16 @@ class Claims:
             extra={"signal": name, "service": self._config.service},
         )
 
+    def report_granted(self, names: Iterable[str]) -> None:
+        """Log of streams that were refused that Redis lets this worker look after them."""
+        for name in names:
+            self._log.over(
+                f"refused {name}",
+                "Redis lets this worker look after the stream of %r again.",
+                name,
+                extra={"signal": name, "service": self._config.service},
+            )
+
     def _claim_all(
         self,
         names: Mapping[str, Subscription],
@@ -110,12 +120,7 @@ class Claims:
                 with self._settler.turn:
                     most = max(0, self._lineup.room) if room is None else room
                     self._claim(name, subscription, idle, consumer, most)
-                    self._log.over(
-                        f"refused {name}",
-                        "Redis lets this worker look after the stream of %r again.",
-                        name,
-                        extra={"signal": name, "service": self._config.service},
-                    )
+                    self.report_granted([name])
             except GroupGoneError as error:
                 # The reader makes it again.
                 logger.debug("Nothing is claimed of %r: %s", name, error)

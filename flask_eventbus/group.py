@@ -388,6 +388,10 @@ class Group:
         """The command whose answer is empty if an entry is pending for nobody."""
         return ("XPENDING", self._keys.stream(name), self._service, id, id, 1)
 
+    def first_released(self, name: str) -> Command:
+        """The command whose answer is empty if no entry was handed back."""
+        return ("XPENDING", self._keys.stream(name), self._service, "-", "+", 1, RELEASED)
+
     def acknowledge(self, name: str, ids: Iterable[str]) -> Command:
         """The command that tells that entries are handled."""
         return ("XACK", self._keys.stream(name), self._service, *ids)

@@ -26,7 +26,8 @@ from .subscriptions import Subscription
 
 logger = get_logger(__name__)
 
-#: Seconds between looks for what others handed back, or left to be tried again.
+#: Seconds between looks for what others handed back, or left to be tried again: all streams in one
+#: round trip, so that their number does not matter.
 RELEASED_AGAIN = 5.0
 
 #: Seconds between looks at what this process has in hand, while it has something.
@@ -227,11 +228,8 @@ class Keeper:
             self._claims.take_over(names)
 
         if now >= self._released_at:
-            again = max(RELEASED_AGAIN, 2.0 * len(names))
-            self._released_at = now + again * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
-            self._claims.take_released(names)
-            # Another worker's, or what a person put back.
-            self._run_retries(names)
+            self._released_at = now + RELEASED_AGAIN * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
+            self._take_what_others_left(names)
 
         if now >= self._consumers_at:
             self._consumers_at = now + IDLE_CONSUMER / SIGNS_OF_LIFE
@@ -239,6 +237,28 @@ class Keeper:
 
         self._run_due(names)
         self._orphans.look()
+
+    def _take_what_others_left(self, names: Mapping[str, Subscription]) -> None:
+        """Take what was handed back, and retries of other workers, of the streams that have any."""
+        if not names:
+            return
+
+        self._clock.ask()
+        questions = [
+            command
+            for name in names
+            for command in (self._group.first_released(name), self._retries.first_due(name))
+        ]
+
+        with self._settler.turn:
+            answers = self._group.pipe.run(questions)
+
+        # A refusal is taken for something: whoever takes it reports it.
+        released = {name for name, found in zip(names, answers[::2], strict=True) if found}
+        due = {name for name, found in zip(names, answers[1::2], strict=True) if found}
+        self._claims.take_released({name: names[name] for name in released})
+        self._run_retries({name: names[name] for name in due})
+        self._claims.report_granted(names.keys() - released - due)
 
     # -- what is in hand ------------------------------------------------------------------
 

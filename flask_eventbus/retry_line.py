@@ -87,6 +87,10 @@ class RetryLine:
 
         return deliveries, given_up, count >= most
 
+    def first_due(self, name: str) -> Command:
+        """The command whose answer is empty if no retry is due."""
+        return self._look(name, most=1)
+
     def take_orphans(self, name: str, *, most: int) -> tuple[list[Outcome], bool]:
         """Give up retries of a signal that nobody takes; return them, and True if there are more.
 
@@ -121,8 +125,7 @@ class RetryLine:
         :return: how many were looked at; ``None`` if another worker was faster.
         """
         key = self._keys.retry(name, self._config.service)
-        until = round((self._clock.now() - overdue) * 1000)
-        look: Command = ("ZRANGEBYSCORE", key, "-inf", until, "LIMIT", 0, most)
+        look = self._look(name, most=most, overdue=overdue)
 
         if not _members(self._pipe.ask(*look)):
             return 0
@@ -145,6 +148,11 @@ class RetryLine:
 
         # None: another worker was at it, and the next look finds what it left.
         return None if answers[-1] is None else len(members)
+
+    def _look(self, name: str, *, most: int, overdue: float = 0.0) -> Command:
+        key = self._keys.retry(name, self._config.service)
+        until = round((self._clock.now() - overdue) * 1000)
+        return ("ZRANGEBYSCORE", key, "-inf", until, "LIMIT", 0, most)
 
     def renew(self, delivery: Delivery) -> bool:
         """Keep a retry that is being tried; whether it still is there.

@@ -510,3 +510,65 @@ def test_thousands_of_stale_entries_do_not_take_long(workers: Workers) -> None:
 
     workers.wait_until_settled(timeout=20)
     assert workers.done() == once(5_000)
+
+
+# -- what a worker leaves to the others, in a service with many streams -------------------
+
+#: Seconds after which another worker has what is left to it, however many streams there are.
+TAKEN_WITHIN = 10.0
+
+MANY_STREAMS = """
+@bus.on("work", via="stream")
+def work(sender, n):
+    report("begun", n=n, attempt=current_event.attempt)
+
+    if n == 0:
+        wait_until_released("RELEASE")
+
+    if n == 100 and current_event.attempt == 1:
+        raise Retry(after=2.0)
+
+    report("done", n=n, attempt=current_event.attempt)
+
+for number in range(99):
+    bus.on(f"idle_{number}", via="stream")(lambda sender, **payload: None)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_retry_whose_worker_ended_runs_within_ten_seconds_with_a_hundred_streams(
+    workers: Workers, number: signal.Signals
+) -> None:
+    programs = [workers.work(MANY_STREAMS, EVENTBUS_CLAIM_AFTER="60") for _ in range(2)]
+    workers.wait_for("ready", 2)
+    retry = workers.keys.retry("work", workers.name)
+    workers.send(100)
+    wait_until(lambda: workers.redis.zcard(retry), what="the retry waits")
+    [failed] = workers.reports("begun")
+
+    [program] = [found for found in programs if found.pid == failed["pid"]]
+    program.tell(number)
+
+    wait_until(workers.done, timeout=2.0 + TAKEN_WITHIN, what="the other worker ran the retry")
+    [done] = workers.reports("done")
+    assert done["attempt"] == 2
+    assert done["pid"] != failed["pid"]
+
+
+def test_what_is_handed_back_is_taken_within_ten_seconds_with_a_hundred_streams(
+    workers: Workers,
+) -> None:
+    for _ in range(2):
+        workers.work(MANY_STREAMS, EVENTBUS_CLAIM_AFTER="60")
+
+    workers.wait_for("ready", 2)
+    workers.send(*range(10))
+    workers.wait_for("begun", n=0)
+
+    def are_all_done_but_one() -> bool:
+        return workers.done() == Counter(range(1, 10))
+
+    # A worker hands back what waits behind a receiver after three seconds.
+    wait_until(are_all_done_but_one, timeout=3.0 + TAKEN_WITHIN, what="the other has the rest")
+    workers.release.touch()
+    workers.wait_until_settled()
