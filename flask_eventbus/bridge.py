@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .counters import BoundedLog
 from .errors import PayloadError
-from .namespace import Outbound
+from .logs import get_logger, text_of
+from .namespace import BusSignal, Outbound
 from .routes import Route
+
+logger = get_logger(__name__)
 
 
 class Bridge(Outbound):
@@ -24,14 +29,45 @@ class Bridge(Outbound):
         self.route = route
         self._publish = publish
         self._owns = owns
+        self._log = BoundedLog(logger)
 
     def __call__(self, sender: Any, /, **payload: Any) -> None:
         """Publish one emission, if it is one of this node's.
+
+        A signal of others may be sent while an exception is on its way, as
+        ``got_request_exception`` is. An error of the bus would take its place, so it is logged.
 
         :raises PayloadError: a value cannot travel.
         :raises PublishError: Redis did not take it, and the route or the policy is to tell.
         :raises HopLimitError: the chain of causes is too long.
         """
+        program_error = sys.exception() if self._is_foreign else None
+
+        try:
+            self._emit(sender, payload)
+        except Exception as error:
+            if program_error is None:
+                raise
+
+            self._log.error(
+                "not published",
+                "%r was sent while %s was on its way, and was not published: %s: %s",
+                self.name,
+                type(program_error).__name__,
+                type(error).__name__,
+                text_of(error),
+                exc_info=error,
+            )
+
+    async def publish(self, sender: Any, /, **payload: Any) -> None:
+        """Publish one emission, as :meth:`__call__` does."""
+        self(sender, **payload)
+
+    @property
+    def _is_foreign(self) -> bool:
+        return self.route.signal is not None and not isinstance(self.route.signal, BusSignal)
+
+    def _emit(self, sender: Any, payload: dict[str, Any]) -> None:
         if not self._owns(sender):
             return
 
@@ -39,10 +75,6 @@ class Bridge(Outbound):
 
         if found is not None:
             self._publish(self.name, found, self.route)
-
-    async def publish(self, sender: Any, /, **payload: Any) -> None:
-        """Publish one emission, as :meth:`__call__` does."""
-        self(sender, **payload)
 
     def _extract(self, sender: Any, payload: dict[str, Any]) -> Mapping[str, Any] | None:
         if self.route.payload is None:

@@ -13,10 +13,12 @@ from blinker import NamedSignal
 
 from .dispatcher import name_of
 from .findings import Finding, error, note, ok, warning
+from .flask_signals import is_built_in
 from .namespace import Receiver
 from .node import Node
 from .options import is_pattern
 from .overview import Connected, Overview, connected_to
+from .routes import Route
 from .subscriptions import Subscription
 
 #: What a process does with events of a channel for which it has no receiver.
@@ -72,6 +74,20 @@ def _check_routes(overview: Overview) -> Iterator[Finding]:
                 "Make the signals with bus.signal(name) when the program starts, or correct the "
                 "pattern.",
             )
+        elif route.signal is not None and route.signal not in overview.signals:
+            yield from _check_foreign(route)
+
+
+def _check_foreign(route: Route) -> Iterator[Finding]:
+    """Look at the route of a signal whose sender knows nothing of the bus."""
+    if is_built_in(route.payload):
+        yield ok(f"The route {route.name!r} publishes plain values of a signal of Flask's.")
+    elif route.payload is None:
+        yield note(
+            f"The route {route.name!r} publishes a signal of another package as it is: send() "
+            "fails there if the signal carries an object that cannot travel.",
+            "Give the route a payload= function that returns plain values.",
+        )
 
 
 def _check_subscription(overview: Overview, subscription: Subscription) -> Iterator[Finding]:

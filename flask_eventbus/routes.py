@@ -12,6 +12,7 @@ from blinker import NamedSignal, Signal
 
 from .config import MOST_REPLICAS, Age, read_maxlen, read_whole
 from .errors import ConfigError
+from .flask_signals import payload_of
 from .options import (
     entries_of,
     load,
@@ -48,6 +49,7 @@ class Route:
     via: str = "channel"
     #: The signal, where it is not the bus's own of that name.
     signal: Signal | None = None
+    #: What makes the payload; for Flask's own signals there is one where none is given.
     payload: Extractor | None = None
     #: Whether ``send()`` waits until Redis has the event; on a stream, unless told otherwise.
     confirm: bool = False
@@ -106,7 +108,7 @@ def read_route(entry: Any, options: Any, where: str) -> Route:
         name=read_name(entry, where, pattern=signal is None),
         via=via,
         signal=signal,
-        payload=_read_payload(options.get("payload"), where),
+        payload=_read_payload(options.get("payload"), where) or payload_of(signal),
         confirm=_read_confirm(options, via, where),
         key=_read_key(options.get("key"), f"{where}['key']"),
         maxlen=read_optional(read_maxlen, options, "maxlen", where),

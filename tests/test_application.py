@@ -437,6 +437,105 @@ def test_flasks_own_signals_are_published(name: str) -> None:
     listener.stop()
 
 
+PAGE = {"method": "GET", "rule": "/page", "endpoint": "page"}
+BROKEN = {"method": "GET", "rule": "/broken", "endpoint": "broken"}
+BROKEN_ERROR = f"{BrokenError.__module__}.BrokenError"
+BUILT_IN: dict[str, list[dict[str, Any]]] = {
+    "request-started": [PAGE, BROKEN, {"method": "POST", "rule": None, "endpoint": None}],
+    "request-finished": [
+        {**PAGE, "status": 200},
+        {**BROKEN, "status": 500},
+        {"method": "POST", "rule": None, "endpoint": None, "status": 404},
+    ],
+    "request-tearing-down": [
+        {**PAGE, "exception": None},
+        {**BROKEN, "exception": BROKEN_ERROR},
+        {"method": "POST", "rule": None, "endpoint": None, "exception": None},
+    ],
+    "got-request-exception": [{**BROKEN, "exception": BROKEN_ERROR}],
+    "before-render-template": [{**PAGE, "template": None}],
+    "template-rendered": [{**PAGE, "template": None}],
+    "message-flashed": [{**PAGE, "message": "hello", "category": "message"}],
+    "appcontext-pushed": [{}, {}, {}],
+    "appcontext-popped": [{}, {}, {}],
+    "appcontext-tearing-down": [
+        {"exception": None},
+        {"exception": BROKEN_ERROR},
+        {"exception": None},
+    ],
+}
+
+
+def test_flasks_own_signals_travel_as_plain_values_where_no_payload_is_given() -> None:
+    names = [f"flask:{name.replace('-', '_')}" for name in BUILT_IN]
+    bus = EventBus()
+    app = make_app(bus, EVENTBUS_URL="memory://built-in", EVENTBUS_PUBLISH=names)
+    received: dict[str, list[Any]] = {}
+    listener = Bus("memory://built-in", service="analytics")
+
+    @listener.on("*")
+    def note(sender: str, **payload: Any) -> None:
+        received.setdefault(current_event.name, []).append(payload)
+
+    listener.start()
+    assert listener.ready(10)
+
+    @app.get("/page")
+    def page() -> str:
+        flask.flash("hello")
+        return flask.render_template_string("{{ 7 }}")
+
+    @app.get("/broken")
+    def broken() -> str:
+        raise BrokenError
+
+    app.secret_key = "of a test"  # noqa: S105 - flash() needs one
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    client = app.test_client()
+    codes = [client.get("/page"), client.get("/broken"), client.post("/nowhere")]
+
+    assert [found.status_code for found in codes] == [200, 500, 404]
+    assert bus.flush(5, app=app)
+    wait_until(lambda: received == BUILT_IN, what=f"all of them arrive, not {received}")
+    bus.stop(app)
+    listener.stop()
+
+
+def fail(sender: Any, **extra: Any) -> dict[str, Any]:
+    """A payload function with a fault."""
+    raise LookupError("the fault of a payload function")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"payload": fail}, "LookupError: the fault of a payload function"),
+        ({"payload": lambda sender, **extra: {"error": object()}}, "PayloadError: "),
+        ({"confirm": True}, "PublishError: "),
+    ],
+)
+def test_a_bridge_does_not_take_the_place_of_the_programs_own_exception(
+    caplog: pytest.LogCaptureFixture, options: dict[str, Any], reason: str
+) -> None:
+    app = make_app(
+        EVENTBUS_URL="redis://127.0.0.1:1/0",
+        EVENTBUS_ON_OUTAGE="raise",
+        EVENTBUS_PUBLISH={"failures": {"signal": "flask:got_request_exception", **options}},
+    )
+
+    @app.get("/broken")
+    def broken() -> str:
+        raise BrokenError
+
+    app.config["PROPAGATE_EXCEPTIONS"] = True
+    with pytest.raises(BrokenError):
+        app.test_client().get("/broken")
+
+    [record] = [each for each in caplog.records if "was not published" in each.getMessage()]
+    assert "'failures' was sent while BrokenError was on its way" in record.getMessage()
+    assert reason in record.getMessage()
+
+
 def test_settings_are_read_once() -> None:
     bus = EventBus()
     app = make_app(bus)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from blinker import NamedSignal
 from click.testing import CliRunner, Result
 from flask import Flask
 from flask.cli import ScriptInfo
@@ -92,6 +93,25 @@ def test_a_service_that_listens_elsewhere_is_told_where() -> None:
     [finding] = [each for each in check_program(bus.node) if each.level == "note"]
 
     assert finding.remedy == "Run 'flask eventbus run' beside it."
+
+
+def test_a_route_of_flasks_own_signal_needs_no_payload_function() -> None:
+    bus = program_of(publish=["flask:request_finished"])
+
+    assert "The route 'request-finished' publishes plain values of a signal of Flask's." in [
+        found.text for found in check_program(bus.node)
+    ]
+
+
+def test_a_signal_of_another_package_without_a_payload_function_is_noted() -> None:
+    signal = NamedSignal("user_logged_in")
+    bus = program_of(publish=[signal, "mail_sent"])
+    bus.publishes("mail_sent", as_="mail")
+
+    [finding] = [each for each in check_program(bus.node) if each.level == "note"]
+
+    assert finding.text.startswith("The route 'user_logged_in' publishes a signal of another")
+    assert "payload=" in finding.remedy
 
 
 @pytest.mark.parametrize("name", ["user_registered", "user_*"])

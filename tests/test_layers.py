@@ -45,6 +45,7 @@ LAYERS = {
         "transactions",
         "health",
         "role",
+        "flask_signals",
     ),
     2: (
         "options",
