@@ -54,6 +54,8 @@ class Pool:
         self._make_lines()
         self._stream_next = True
         self._forced = False
+        #: Events of channels that the only thread has taken and not begun.
+        self._not_begun = 0
         self._threads: list[threading.Thread] = []
 
     def __len__(self) -> int:
@@ -133,7 +135,7 @@ class Pool:
 
     def _force(self, grace: float) -> None:
         self._forced = True
-        left = self._inbox.clear()
+        left = self._inbox.clear() + self._not_begun
         self._counters.add("dropped", left)
         logger.error(
             "Receivers were still running after the grace of %g s. Events of streams come again, "
@@ -196,9 +198,12 @@ class Pool:
             self.lineup.done(len(deliveries), time.monotonic() - begin)
 
     def _dispatch(self, events: Sequence[Event]) -> None:
-        for event in events:
+        for position, event in enumerate(events, start=1):
             if self._forced:
                 return
+
+            # With several threads, each takes one event at a time.
+            self._not_begun = len(events) - position
 
             try:
                 self._dispatcher.dispatch_once(event)

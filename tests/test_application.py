@@ -284,9 +284,13 @@ def test_send_async_awaits_receivers_and_publishes() -> None:
 
 def test_a_payload_key_called_sender_is_refused_at_send() -> None:
     app = make_app()
+    received: list[Any] = []
+    app.signal("ping").connect(lambda sender, **payload: received.append(payload))
 
     with pytest.raises(PayloadError, match="'ping' has a key 'sender', which every receiver"):
         app.signal("ping").send(app, **{"sender": "me"})
+
+    assert received == []
 
 
 def test_local_receivers_run_before_the_event_is_published() -> None:

@@ -266,6 +266,18 @@ def test_a_stream_in_a_cluster_is_refused(declared: bool) -> None:
         Bus("redis+cluster://localhost", service="x", publish=publish).publishes("a", via="stream")
 
 
+@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize("option", [{"via": "stream"}, {"group": None}], ids=["via", "group"])
+def test_a_subscription_to_a_stream_in_a_cluster_is_refused(
+    declared: bool, option: dict[str, Any]
+) -> None:
+    subscribe = {} if declared else {"a": option}
+    message = "The subscription to 'a' asks for its stream, and 'EVENTBUS_URL' is a cluster"
+
+    with pytest.raises(ConfigError, match=message):
+        Bus("redis+cluster://localhost", service="x", subscribe=subscribe).on("a", **option)(print)
+
+
 def test_subscriptions_take_options() -> None:
     read = read_subscriptions({"a": {"from": ["accounts"], "echo": True}, "b_*": "channel"})
 

@@ -24,11 +24,16 @@ pytestmark = pytest.mark.second_look
 Make = Callable[..., Bus]
 
 CONSUMER = """
-import logging, sys, time
+import logging, sys, threading, time
 from flask_eventbus import Bus
 
 logging.basicConfig(level=logging.INFO)
 bus = Bus({url!r}, service="consumer", prefix={prefix!r}, grace={grace})
+
+def watch():
+    while bus.health().counts.get("received", 0) < 4:
+        time.sleep(0.01)
+    print("4 received", flush=True)
 
 @bus.on("work")
 def work(sender, seconds):
@@ -45,6 +50,7 @@ if __name__ == "__main__":
     bus.start()
     bus.ready(10)
     print("ready", flush=True)
+    threading.Thread(target=watch, daemon=True).start()
     bus.run()
     print("ended", flush=True)
 """
@@ -162,13 +168,17 @@ def test_receivers_that_outlast_the_grace_are_left_and_told(
 ) -> None:
     program = start(grace=0.2)
     program.wait_for("ready")
-    work(60)
+    for _ in range(4):
+        work(60)
     program.wait_for("begun")
+    program.wait_for("4 received")
 
     program.process.send_signal(signal.SIGTERM)
 
     assert program.end() == 0
-    assert any("still running after the grace of 0.2 s" in line for line in program.lines)
+    (line,) = [line for line in program.lines if "still running after the grace" in line]
+    assert "after the grace of 0.2 s" in line
+    assert "and 3 of channels that had arrived are not handled" in line
 
 
 SIGNALLED = """
