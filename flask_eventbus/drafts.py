@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .counters import BoundedLog, Counters
 from .errors import ConfigError
 from .logs import Whole, get_logger
 from .outgoing import Outgoing
 from .routes import Route
+
+if TYPE_CHECKING:
+    from .outbox import Entry
 
 logger = get_logger(__name__)
 
@@ -46,6 +49,7 @@ class Drafts:
         self._publish = publish
         self._counters = counters
         self._log = BoundedLog(logger)
+        self._late_owner = LateEntries(session=session, scope=scope, counters=counters)
 
     def take(self, name: str, payload: Mapping[str, Any], route: Route) -> bool:
         """Hold an emission until the commit of what goes on; whether anything does.
@@ -67,17 +71,24 @@ class Drafts:
     def store(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
         """Write an emission into the outbox: in the transaction that goes on, or in its own.
 
+        It gets its own where none goes on, and where it is sent after the commit: in
+        ``after_commit`` a session takes no statement.
+
         :raises ConfigError: no session is to be found, or it is an asynchronous one that
             cannot be used from here.
         :raises PayloadError: a value cannot travel.
         :raises sqlalchemy.exc.DBAPIError: the database does not take it.
         """
         from .outbox import Entry, store, store_alone  # they need SQLAlchemy, which is optional
-        from .transactions import begun
+        from .transactions import begun, hold, is_committed
 
         session = begun(self._source(name))
         sealed = self._seal(name, payload, route)
         entry = Entry(event_id=sealed.id, name=name, via=route.via, event=sealed.sealed())
+
+        if session is not None and is_committed(session):
+            hold(session, entry, self._late_owner)
+            return
 
         if session is not None:
             store(session, entry)
@@ -136,6 +147,64 @@ class Drafts:
                 "sent in it: %s. What it did not refuse goes on waiting in the buffer.",
                 len(unconfirmed),
                 Whole(", ".join(f"{out.lane.name} {out.id}" for out in unconfirmed[:SHOWN])),
+            )
+
+
+class LateEntries:
+    """Outbox entries that were sent after their commit, and are stored when it has ended.
+
+    :param session: finds the session, as for :class:`Drafts`.
+    :param scope: where a session is found that is not in use.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: Callable[[], Any],
+        scope: Callable[[], AbstractContextManager[object]],
+        counters: Counters,
+    ) -> None:
+        self._session = session
+        self._scope = scope
+        self._counters = counters
+        self._warned: set[str] = set()
+
+    def committed(self, items: list[Entry]) -> None:
+        """Store each in a transaction of its own. Whatever happens is logged: the commit stands."""
+        for entry in items:
+            self._warn(entry.name)
+
+            try:
+                self._store(entry)
+            except Exception:
+                logger.exception(
+                    "The event %s of %r was sent after a commit, and could not be written into the "
+                    "outbox: it is lost. Send it inside the transaction, before the commit.",
+                    entry.event_id,
+                    entry.name,
+                )
+            else:
+                self._counters.add("stored")
+
+    def discarded(self, items: list[Entry], *, forgotten: bool) -> None:
+        """Let them vanish: they were sent after a savepoint, and its transaction is gone."""
+        self._counters.add("discarded", len(items))
+
+    def _store(self, entry: Entry) -> None:
+        from .outbox import store_alone  # it needs SQLAlchemy, which is optional
+
+        with self._scope():
+            store_alone(self._session(), entry)
+
+    def _warn(self, name: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            logger.warning(
+                "%r has 'outbox' on its route and is sent after the commit: its row gets a "
+                "transaction of its own, and a crash in between loses the event. Publish a signal "
+                "that is sent before the commit ('before_models_committed' of Flask-SQLAlchemy), "
+                "or set 'after_commit' in the place of 'outbox'.",
+                name,
             )
 
 

@@ -36,7 +36,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.mysql import LONGBLOB
-from sqlalchemy.exc import DBAPIError, MissingGreenlet
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, MissingGreenlet
 from sqlalchemy.orm import Session
 from sqlalchemy.schema import CreateTable
 
@@ -129,6 +129,13 @@ def store(session: Session, entry: Entry) -> None:
             f"It is flask_eventbus that writes to {NAME!r}. If the table is missing, create it by "
             "a migration, from flask_eventbus.outbox.table(metadata), or with 'flask eventbus "
             "relay --create-table'."
+        )
+        raise
+    except InvalidRequestError as error:
+        error.add_note(
+            f"It is flask_eventbus that writes {entry.name!r} to {NAME!r}, because its route has "
+            "'outbox'. Send it where the session takes statements: not in 'after_begin' or "
+            "'after_rollback'."
         )
         raise
 

@@ -71,6 +71,10 @@ class Held:
         """The database has committed ``transaction``; its end follows."""
         self._committed = transaction
 
+    def is_committed(self, transaction: SessionTransaction | None) -> bool:
+        """Return True between the commit of ``transaction`` and its end."""
+        return transaction is not None and transaction is self._committed
+
     def roll_back(self) -> None:
         """The database has rolled the outermost transaction back; its end follows."""
         self._rolled_back = True
@@ -158,6 +162,15 @@ def hold(session: Session, item: Any, owner: Owner) -> None:
     transaction = _innermost(session)
     assert transaction is not None  # noqa: S101 - begun() asked
     _held(session).add(item, owner, transaction)
+
+
+def is_committed(session: Session) -> bool:
+    """Return True if the transaction of ``session`` is committed and takes no statement any more.
+
+    That is the state in which SQLAlchemy tells of a commit.
+    """
+    held: Held | None = session.info.get(KEY)
+    return held is not None and held.is_committed(_innermost(session))
 
 
 def check(source: Any) -> None:

@@ -27,7 +27,7 @@ from flask_sqlalchemy import SQLAlchemy
 from programs import Program
 from servers import RedisServer
 from sqlalchemy import Engine, MetaData, String, create_engine, event, inspect
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -254,6 +254,115 @@ def test_without_a_transaction_it_is_stored_by_itself(
 
     assert waiting.count() == 1
     assert not session.in_transaction()
+
+
+def test_an_event_that_is_sent_after_the_commit_is_stored_and_the_commit_stands(
+    engine: Engine,
+    bus: Bus,
+    session: Session,
+    waiting: Outbox,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @partial(event.listen, session, "after_commit")
+    def tell(session: Session) -> None:
+        bus.signal("user_added").send(id=1)
+
+    session.add(User(id=1, email="ada"))
+    session.commit()
+    session.add(User(id=2, email="bob"))
+    session.commit()
+
+    assert waiting.count() == 2
+    with Session(engine) as other:
+        assert other.query(User).count() == 2
+    assert caplog.text.count("'user_added' has 'outbox' on its route and is sent after") == 1
+    assert bus.health().counts["stored"] == 2
+
+
+def test_an_event_that_is_sent_after_a_savepoint_vanishes_with_the_transaction_around_it(
+    bus: Bus, session: Session, waiting: Outbox
+) -> None:
+    @partial(event.listen, session, "after_commit")
+    def tell(session: Session) -> None:
+        bus.signal("user_added").send(id=1)
+
+    with session.begin_nested():
+        session.add(User(id=1, email="ada"))
+    session.rollback()
+
+    assert waiting.count() == 0
+    assert bus.health().counts["discarded"] == 1
+
+
+def test_a_commit_stands_although_an_event_sent_after_it_cannot_be_stored(
+    engine: Engine,
+    bus: Bus,
+    session: Session,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @partial(event.listen, session, "after_commit")
+    def tell(session: Session) -> None:
+        bus.signal("user_added").send(id=1)
+
+    outbox.TABLE.drop(engine)
+    session.add(User(id=1, email="ada"))
+    session.commit()
+
+    with Session(engine) as other:
+        assert other.query(User).count() == 1
+    [record] = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert "of 'user_added' was sent after a commit" in record.getMessage()
+
+
+def test_a_place_where_the_session_takes_no_statement_is_named(bus: Bus, session: Session) -> None:
+    @partial(event.listen, session, "after_rollback")
+    def tell(session: Session) -> None:
+        bus.signal("user_added").send(id=1)
+
+    session.add(User(id=1, email="ada"))
+    session.flush()
+
+    with pytest.raises(InvalidRequestError) as error:
+        session.rollback()
+    assert "writes 'user_added' to 'eventbus_outbox'" in error.value.__notes__[0]
+
+
+def test_models_committed_of_flask_sqlalchemy_may_go_into_the_outbox(
+    tmp_path: Path, eventbus: Isolation
+) -> None:
+    def changes(sender: Any, changes: Any, **extra: Any) -> dict[str, Any]:
+        return {"changes": [(model.name, operation) for model, operation in changes]}
+
+    db = SQLAlchemy()
+    app = Flask("shop")
+    route = {
+        "signal": "flask_sqlalchemy.track_modifications:models_committed",
+        "payload": changes,
+        "outbox": True,
+    }
+    app.config.from_mapping(
+        EVENTBUS_SERVICE="shop",
+        EVENTBUS_URL="memory://models",
+        EVENTBUS_PUBLISH={"models_changed": route},
+        SQLALCHEMY_TRACK_MODIFICATIONS=True,
+        SQLALCHEMY_DATABASE_URI=f"sqlite:///{tmp_path}/models.db",
+    )
+    db.init_app(app)
+    EventBus(app)
+    outbox.table(db.metadata)
+
+    class Item(db.Model):  # type: ignore[name-defined, misc]  # Flask-SQLAlchemy's own way
+        id = db.Column(db.Integer, primary_key=True)
+        name = db.Column(db.String(80))
+
+    with app.app_context():
+        db.create_all()
+        db.session.add(Item(name="tea"))
+        db.session.commit()
+        assert db.session.query(Item).count() == 1
+    app.test_cli_runner().invoke(flask_commands, ["relay", "--once"])
+
+    eventbus.assert_published("models_changed", changes=[["tea", "insert"]])
 
 
 def test_what_is_stored_by_itself_leaves_no_session_behind(
