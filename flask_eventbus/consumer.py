@@ -176,6 +176,7 @@ class Consumer:
             trims=trims,
             counters=counters,
             node=node,
+            largest=config.max_event_bytes,
             wanted=wanted,
             attend=lambda: self._keeper.attend(),
             given_away=lambda: self._keeper.given_away(),

@@ -31,6 +31,9 @@ LAST_ID = f"{2**64 - 1}-{2**64 - 2}"
 #: Entries that are looked at in one command.
 PAGE = 100
 
+#: Entries that are asked for in one round trip, whatever their size: Redis keeps all answers to it.
+LOOK_UP = 16
+
 #: Entries that are listed at most when a consumer is removed.
 MOST_PENDING = 10_000
 
@@ -272,12 +275,16 @@ class Group:
     def look_up(self, name: str, ids: Sequence[str]) -> list[Entry]:
         """The entries with these ids, without fields where they are trimmed."""
         key = self._keys.stream(name)
-        found = []
+        answers: list[Any] = []
 
-        for id, answer in zip(ids, self._run([("XRANGE", key, i, i) for i in ids]), strict=True):
-            found.append(Entry(name, id, _fields(answer[0][1]) if answer else None))
+        for start in range(0, len(ids), LOOK_UP):
+            page = ids[start : start + LOOK_UP]
+            answers += self._run([("XRANGE", key, id, id) for id in page])
 
-        return found
+        return [
+            Entry(name, id, _fields(answer[0][1]) if answer else None)
+            for id, answer in zip(ids, answers, strict=True)
+        ]
 
     def claim(self, name: str, pending: Sequence[Pending], *, idle: float) -> set[str]:
         """Take over what is still idle, and return the ids of what is this consumer's now.

@@ -22,6 +22,7 @@ from .stream_access import StreamAccess
 from .stream_checks import check_backlog, check_cluster, check_eviction, check_persistence
 from .stream_rights import check_stream_rights
 from .streams import StreamKeys
+from .turn import BATCH_BYTES
 
 #: What ``CLIENT LIST`` shows: never one of a service's listeners.
 CLIENT_NAME = "eventbus-check"
@@ -119,6 +120,7 @@ def _check_facts(
         ("whether it evicts keys", "+info", lambda: check_eviction(server, streams)),
         ("its clock", "+time", lambda: check_clock(server)),
         ("how far behind a listener may be", "+config|get", lambda: check_buffer(server, config)),
+        ("how large an event may be", "+config|get", lambda: check_argument(server, config)),
         ("who listens", "+client|list", lambda: check_listeners(server, service)),
     ]
 
@@ -202,6 +204,22 @@ def check_buffer(server: Server, config: Config) -> Iterator[Finding]:
             f"It cuts a listener off that is {hard:,} bytes behind "
             "('client-output-buffer-limit pubsub').",
             f"Allow {wanted:,} bytes or more: {LEAST_BEHIND} events of the largest size.",
+        )
+
+
+def check_argument(server: Server, config: Config) -> Iterator[Finding]:
+    """Whether the server takes events of the largest size, a few of which may share a message.
+
+    :raises redis.ResponseError: this user may not ask.
+    """
+    most = int(server.setting("proto-max-bulk-len") or 0)
+    wanted = config.max_event_bytes + BATCH_BYTES
+
+    if 0 < most < wanted:
+        yield error(
+            f"It takes {most:,} bytes at once ('proto-max-bulk-len'), and an event may have "
+            f"{config.max_event_bytes:,} ('EVENTBUS_MAX_EVENT_BYTES'): it cuts off who sends one.",
+            f"Set 'proto-max-bulk-len' to {wanted:,} or more, or 'EVENTBUS_MAX_EVENT_BYTES' lower.",
         )
 
 

@@ -33,6 +33,10 @@ BLOCK = 1.0
 #: Entries of one stream that are read at once.
 COUNT = 200
 
+#: Bytes that one answer is to have at most, by the size of the largest entry of the one before:
+#: Redis cuts off a client whose answer is larger than ``client-output-buffer-limit normal``.
+READ_BYTES = 16 * 1024 * 1024
+
 #: Events whose outcome Redis does not take, from which on no more are read.
 MOST_UNSETTLED = 1_000
 
@@ -63,6 +67,7 @@ class StreamReader:
         trims: Trims,
         counters: Counters,
         node: str,
+        largest: int,
         wanted: Callable[[], bool],
         attend: Callable[[], None],
         given_away: Callable[[], set[str]],
@@ -106,6 +111,9 @@ class StreamReader:
         self.last_heard: float | None = None
         #: Of how many streams the last read got something; at first, all may have.
         self._busy: int | None = None
+        #: Bytes of the largest entry of the last read; of the largest event until there is one.
+        self._largest = largest
+        self._size = largest
 
     @property
     def is_own_thread(self) -> bool:
@@ -152,6 +160,8 @@ class StreamReader:
     def _lose(self, error: Exception) -> None:
         with self.changed:
             self._is_there = False
+            # The answer may have been too large.
+            self._size = self._largest
             self._memberships.lose()
 
         if not self._reading.is_stopping:
@@ -173,7 +183,8 @@ class StreamReader:
 
     def _read(self, names: dict[str, Subscription]) -> None:
         # Redis counts for each stream.
-        count = max(1, min(COUNT, self._lineup.room // (self._busy or len(names))))
+        room = min(self._lineup.room, READ_BYTES // self._size)
+        count = max(1, min(COUNT, room // (self._busy or len(names))))
 
         try:
             self._trims.look(names)
@@ -190,6 +201,7 @@ class StreamReader:
         self._busy = max(1, len({entry.name for entry in entries}))
 
         if entries:
+            self._size = max(map(_size_of, entries))
             self._trims.busy = len(entries) >= count
             self._take(entries, names)
         else:
@@ -259,3 +271,7 @@ class StreamReader:
                 self._memberships.refuse(name, subscription, refusal)
             else:
                 self._take(entries, names)
+
+
+def _size_of(entry: Entry) -> int:
+    return 1 + sum(map(len, (entry.fields or {}).values()))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -88,11 +90,12 @@ class GuardedServer(RedisServer):
         program = self._path / "redis-server"
         program.write_text(WITH_OWNER.format(program=server_executable()))
         program.chmod(0o755)
-        self.passwords = {f"{user.upper()}_PASSWORD": f"secret-of-{user}" for user in RIGHTS}
+        users = (*RIGHTS, "health")
+        self.passwords = {f"{user.upper()}_PASSWORD": f"secret-of-{user}" for user in users}
 
     @property
     def client(self) -> redis.Redis:
-        return self._client("health", "any")
+        return self.client_of("health")
 
     @property
     def users(self) -> str:
@@ -161,8 +164,8 @@ def may(server: GuardedServer, user: str, *command: str) -> bool:
         except redis.exceptions.NoPermissionError:
             return False
         except redis.ResponseError as error:
-            # There is no such group, which only who is let in is told.
-            return "NOGROUP" in str(error)
+            # There is no such group, or key, which only who is let in is told.
+            return "NOGROUP" in str(error) or "requires the key to exist" in str(error)
 
     return True
 
@@ -256,6 +259,12 @@ def test_nobody_may_read_change_or_end_anything_else(
 def test_nobody_comes_in_without_a_name_or_with_a_wrong_password(server: GuardedServer) -> None:
     with redis.Redis(port=server.port) as client, pytest.raises(redis.AuthenticationError):
         client.ping()
+
+    for user in ("default", *RIGHTS, "health"):
+        for password in ("", "any"):
+            with raw_connection(server) as nobody:
+                nobody.sendall(packed("AUTH", user, password))
+                assert nobody.recv(100).startswith(b"-WRONGPASS")
 
     wrong = server.url_of("mailer").replace("mailer:", "accounts:")
 
@@ -427,7 +436,7 @@ def test_whoever_may_not_hear_a_signal_is_told_so(server: GuardedServer, make_bu
 
 def test_the_file_of_the_users_holds_no_password(server: GuardedServer) -> None:
     assert not re.search("secret-of|_PASSWORD", server.users)
-    assert len(re.findall(r"#[0-9a-f]{64} ", server.users)) == len(RIGHTS)
+    assert len(re.findall(r"#[0-9a-f]{64} ", server.users)) == len(server.passwords)
 
 
 def test_a_password_that_is_not_set_ends_the_start_and_names_itself(tmp_path: Path) -> None:
@@ -452,6 +461,83 @@ def test_every_setting_of_the_server_is_in_force(server: GuardedServer) -> None:
     assert (found["appendonly"], found["appendfsync"], found["save"]) == ("yes", "everysec", "")
     assert found["maxmemory"] == str(256 * 1024 * 1024)
     assert found["maxmemory-policy"] == "noeviction"
-    assert "pubsub 67108864 16777216 60" in found["client-output-buffer-limit"]
+    limits = found["client-output-buffer-limit"]
+    assert "pubsub 67108864 16777216 60" in limits
+    assert "normal 134217728 33554432 60" in limits
+    assert found["maxmemory-clients"] == str(128 * 1024 * 1024)
+    assert found["proto-max-bulk-len"] == str(4 * 1024 * 1024)
+    assert found["client-query-buffer-limit"] == str(8 * 1024 * 1024)
     assert found["tcp-keepalive"] == "60"
-    assert len(found) == 7
+    assert len(found) == 10
+
+
+def raw_connection(server: GuardedServer) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.settimeout(10)
+    return connection
+
+
+def packed(*words: str | bytes) -> bytes:
+    """A command as Redis reads it."""
+    parts = [word.encode() if isinstance(word, str) else word for word in words]
+    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(p), p) for p in parts)
+
+
+def let_in(server: GuardedServer, user: str) -> socket.socket:
+    connection = raw_connection(server)
+    connection.sendall(packed("AUTH", user, server.passwords[f"{user.upper()}_PASSWORD"]))
+    assert connection.recv(100) == b"+OK\r\n"
+    return connection
+
+
+def test_an_argument_far_larger_than_an_event_is_refused_at_its_length(
+    server: GuardedServer,
+) -> None:
+    with let_in(server, "health") as connection:
+        connection.sendall(b"*2\r\n$4\r\nPING\r\n$%d\r\n" % (500 << 20))
+
+        assert connection.recv(100) == b"-ERR Protocol error: invalid bulk length\r\n"
+
+
+def test_whoever_asks_and_does_not_read_is_cut_off(
+    server: GuardedServer, refusals: Callable[[], list[object]]
+) -> None:
+    """Nobody else notices: the events that others publish are taken."""
+    key = stream("user_registered")
+
+    with server.client_of("accounts") as accounts:
+        for _ in range(20):
+            accounts.xadd(key, {"event": b"x" * 1_000_000})
+
+        with let_in(server, "mailer") as reader:
+            reader.sendall(packed("XRANGE", key, "-", "+") * 10)
+            wait_until(lambda: dropped(server, "client_output_buffer_limit") > 0, what="it is cut")
+
+            assert accounts.xadd(key, {"event": b"y"})
+
+
+def test_many_clients_together_may_not_hold_more_than_their_share(
+    server: GuardedServer, refusals: Callable[[], list[object]]
+) -> None:
+    """Each stays below the limit of one; the largest of them are cut off."""
+    key = stream("user_registered")
+
+    with server.client_of("accounts") as accounts, ExitStack() as stack:
+        for _ in range(20):
+            accounts.xadd(key, {"event": b"x" * 1_000_000})
+
+        for _ in range(10):
+            reader = stack.enter_context(let_in(server, "mailer"))
+            reader.sendall(packed("XRANGE", key, "-", "+"))
+
+        wait_until(lambda: dropped(server, "evicted_clients") > 0, what="the largest is cut off")
+        assert accounts.xadd(key, {"event": b"y"})
+
+
+def dropped(server: GuardedServer, what: str) -> int:
+    """How many clients were cut off for a reason, by the server's statistics."""
+    with server.owner() as owner:
+        if what == "evicted_clients":
+            return int(owner.info("stats")[what])
+
+        return server.log.count("overcoming of output buffer limits")

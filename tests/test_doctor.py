@@ -653,6 +653,20 @@ def test_a_server_that_cuts_listeners_off_early_is_noted(tmp_path: Path, make_bu
     assert finding.remedy == "Allow 8,388,608 bytes or more: 8 events of the largest size."
 
 
+def test_a_server_that_takes_no_event_of_the_largest_size_is_an_error(
+    tmp_path: Path, make_bus: Make
+) -> None:
+    server = RedisServer(tmp_path, "--proto-max-bulk-len", "1mb")
+    server.start()
+
+    findings = check(make_bus(server.url, publish=["mail_sent"]).node)
+    server.kill()
+
+    [finding] = [each for each in findings if each.level == "error"]
+    assert "It takes 1,048,576 bytes at once ('proto-max-bulk-len')" in finding.text
+    assert "Set 'proto-max-bulk-len' to 2,097,152 or more" in finding.remedy
+
+
 def test_several_listeners_of_one_service_are_warned_of(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
@@ -762,7 +776,7 @@ def test_what_a_user_may_not_ask_is_noted_and_fails_nothing(
     assert notes == [
         "This user may not ask its version, whether it evicts keys",
         "This user may not ask its clock",
-        "This user may not ask how far behind a listener may be",
+        "This user may not ask how far behind a listener may be, how large an event may be",
         "This user may not ask who listens",
         "Whether this user may publish cannot be known without publishing",
     ]

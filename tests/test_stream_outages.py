@@ -885,3 +885,30 @@ def test_a_stream_of_which_everything_was_handled_may_be_trimmed(
     wait_until(lambda: heard == [11], what="the next event arrives")
     wait_until(wait_until_told, what="all receivers are told")
     assert trimmed == []
+
+
+def test_events_of_the_largest_size_are_read_where_answers_have_a_limit(
+    tmp_path: Path, make_bus: Make
+) -> None:
+    """Redis cuts a client off whose answer is too large: no answer of a worker is."""
+    server = RedisServer(tmp_path, "--client-output-buffer-limit", "normal 24mb 0 0")
+    server.start()
+    store = StreamStore(server, "eventbus")
+    heard: list[int] = []
+    store.group("tick")
+
+    for number in range(80):
+        store.add("tick", number=number, text="x" * 1_000_000)
+
+    for _ in range(4):
+        store.read("tick", 10)
+
+    service = make_bus(server.url, "mailer", claim_after=1, concurrency=16)
+    service.on("tick", via="stream")(lambda sender, number, text: heard.append(number))
+    service.start()
+
+    wait_until(lambda: len(heard) >= 80, timeout=40, what="every event is handled")
+    assert sorted(heard) == [*range(80)]
+    assert "output buffer limits" not in (tmp_path / "redis.log").read_text()
+    service.stop()
+    server.kill()
