@@ -19,7 +19,13 @@ from .overview import Overview
 from .own_streams import heard
 from .server import Server, processes_of, reason_of
 from .stream_access import StreamAccess
-from .stream_checks import check_backlog, check_cluster, check_eviction, check_persistence
+from .stream_checks import (
+    check_backlog,
+    check_cluster,
+    check_eviction,
+    check_log_reader,
+    check_persistence,
+)
 from .stream_rights import check_stream_rights
 from .streams import StreamKeys
 from .turn import BATCH_BYTES
@@ -127,6 +133,9 @@ def _check_facts(
     if streams and not config.url.startswith("embedded://"):
         kept = ("what it keeps on disk", "+info +config|get")
         checks.append((*kept, lambda: check_persistence(server, streams)))
+        keys = StreamKeys(config.prefix)
+        reads = ("what it reads of that when it starts", "+info +acl|dryrun")
+        checks.append((*reads, lambda: check_log_reader(server, keys, streams)))
 
     if streams:
         checks.append(("whether it is a cluster", "+info", lambda: check_cluster(server, streams)))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import click
+import redis
 
 from .config import Config
 from .findings import Finding, error, note, ok, warning
 from .server import Server
 from .stream_access import StreamAccess
 from .stream_status import GroupStatus, read_statuses
+from .streams import StreamKeys
 from .tables import counted
 
 #: Names that a finding lists.
@@ -65,6 +67,54 @@ def check_persistence(server: Server, streams: Collection[str]) -> Iterator[Find
             "their streams are lost, with retries, dead letters and how far each service was.",
             "Set 'appendonly yes' and give it a volume.",
         )
+
+
+def check_log_reader(
+    server: Server, keys: StreamKeys, streams: Collection[str]
+) -> Iterator[Finding]:
+    """Whether Redis may run again, as its user ``default``, the transactions of its log.
+
+    That user is asked for each command of a transaction while the log is read (redis#14541).
+
+    :raises redis.ResponseError: this user may not ask.
+    """
+    if server.info("persistence").get("aof_enabled") != "1":
+        return
+
+    refused = [command for command in _transactions(keys) if not _may_default(server, command)]
+
+    if refused:
+        yield error(
+            f"Its user 'default' may not use {refused[0][0]} at {refused[0][1]!r}, and Redis reads "
+            "its log on disk as that user: it leaves out every transaction. Retries, dead letters "
+            f"and acknowledgements of {listed(streams)} are lost when it restarts.",
+            "Give 'default' all rights and let nobody in as it: "
+            "'user default off resetpass ~* &* +@all'.",
+        )
+
+
+def _transactions(keys: StreamKeys) -> list[tuple[str, ...]]:
+    """Commands of the transactions that note what became of an event."""
+    name, service = "a", "b"
+    return [
+        ("XADD", keys.dead(name, service), "*", "a", "b"),
+        ("ZADD", keys.retry(name, service), "1", "a"),
+        ("ZREM", keys.retry(name, service), "a"),
+        ("XACK", keys.stream(name), service, "1-1"),
+    ]
+
+
+def _may_default(server: Server, command: tuple[str, ...]) -> bool:
+    try:
+        return bool(server.ask("ACL", "DRYRUN", "default", *command) == b"OK")
+    except redis.ResponseError as refusal:
+        if isinstance(refusal, redis.exceptions.NoPermissionError):
+            raise
+
+    # Redis 6.2 has no DRYRUN.
+    found = server.ask("ACL", "GETUSER", "default")
+    facts = dict(zip(found[::2], found[1::2], strict=True))
+    return b"+@all" in facts[b"commands"].split() and b"*" in facts[b"keys"]
 
 
 def check_cluster(server: Server, streams: Collection[str]) -> Iterator[Finding]:

@@ -371,6 +371,56 @@ def test_the_bus_needs_nothing_that_it_is_refused_on_streams(
     assert refusals() == []
 
 
+def test_a_restart_of_redis_forgets_no_outcome_of_an_event(
+    server: GuardedServer, make_bus: MakeBus, refusals: Callable[[], list[object]]
+) -> None:
+    """A dead letter, a retry, and acknowledgements, which are written in transactions."""
+    ran: list[int] = []
+    key = stream("user_registered")
+    outcomes = ("xlen", f"{key[:-7]}:dead:mailer"), ("zcard", f"{key[:-7]}:retry:mailer")
+    registered = make_bus(
+        server.url_of("accounts"), "accounts", publish={"user_registered": "stream"}
+    ).signal("user_registered")
+
+    def mailer() -> Bus:
+        bus = make_bus(server.url_of("mailer"), "mailer")
+
+        @bus.on("user_registered", via="stream")
+        def mail(sender: str, user_id: int) -> None:
+            ran.append(user_id)
+
+            if user_id == 1:
+                raise Reject("There is no such user.")
+
+            if user_id == 2:
+                raise Retry(after=3_600)
+
+        bus.start()
+        assert bus.ready(10)
+        return bus
+
+    def facts() -> list[int]:
+        with server.owner() as owner:
+            counts = [int(getattr(owner, command)(name)) for command, name in outcomes]
+            return [*counts, int(owner.xpending(key, "mailer")["pending"])]
+
+    first = mailer()
+
+    for user_id in range(1, 51):
+        registered.send(user_id=user_id)
+
+    wait_until(lambda: len(ran) == 50 and facts() == [1, 1, 0], what="every event has its outcome")
+    first.stop()
+
+    server.restart()
+    assert facts() == [1, 1, 0]
+    second = mailer()
+    registered.send(user_id=51)
+    wait_until(lambda: 51 in ran, what="the next event is handled")
+    assert ran == [*range(1, 52)]
+    second.stop()
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [

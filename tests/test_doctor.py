@@ -667,6 +667,34 @@ def test_a_server_that_takes_no_event_of_the_largest_size_is_an_error(
     assert "Set 'proto-max-bulk-len' to 2,097,152 or more" in finding.remedy
 
 
+@pytest.mark.parametrize(
+    ("rules", "is_found"),
+    [
+        (("off",), False),
+        (("off", "resetpass", "~*", "+@all"), False),
+        (("off", "-@all"), True),
+        (("off", "resetkeys", "~eventbus:*", "-zadd"), True),
+    ],
+)
+def test_a_log_whose_transactions_are_refused_at_a_restart_is_an_error(
+    tmp_path: Path, make_bus: Make, rules: tuple[str, ...], is_found: bool
+) -> None:
+    server = RedisServer(tmp_path, "--appendonly", "yes")
+    server.start()
+
+    with server.client as client:
+        client.execute_command("ACL", "SETUSER", "tests", "on", "nopass", "+@all", "~*", "&*")
+        client.execute_command("ACL", "SETUSER", "default", *rules)
+
+    url = server.url.replace("//", "//tests:any@")
+    findings = check(make_bus(url, publish={"order_paid": "stream"}).node)
+    server.kill()
+
+    found = [each for each in findings if "leaves out every transaction" in each.text]
+    assert [each.level for each in found] == ["error"] * is_found
+    assert all("user default off resetpass ~* &* +@all" in each.remedy for each in found)
+
+
 def test_several_listeners_of_one_service_are_warned_of(
     redis_server: RedisServer, make_bus: Make
 ) -> None:

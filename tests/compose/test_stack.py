@@ -171,6 +171,44 @@ def is_settled(stack: Stack) -> bool:
     return not any(group[count] for count in ("lag", "pending", "retries", "dead"))
 
 
+def test_a_restart_of_redis_forgets_no_dead_letter_and_no_retry(stack: Stack) -> None:
+    sent = Counter(mail["to"][0] for mail in mails(stack))
+    stack.redis("accounts", "XADD", "eventbus:{user_registered}:stream", "*", "event", "no event")
+    stack.compose("stop", "mail")
+    email = register(stack)
+    wait_until(lambda: outcomes(stack) == (1, 1, 0), timeout=60, what="one is a retry, one is dead")
+
+    stack.compose("restart", "redis")
+    wait_until(lambda: registered_again(stack), timeout=60, what="Redis takes events again")
+
+    wait_until(lambda: outcomes(stack) == (2, 1, 0), timeout=60, what="nothing was forgotten")
+    stack.up()
+    wait_until(lambda: outcomes(stack) == (0, 1, 0), timeout=150, what="the retries are done")
+    stack.compose("run", "--rm", "ops", "--service", "mailer", "dead", "purge", "--yes")
+    stack.compose("run", "--rm", "ops", "--service", "audit", "dead", "purge", "--yes")
+    sent.update([email])
+    found = Counter(mail["to"][0] for mail in mails(stack))
+    assert {address: found[address] for address in sent} == dict(sent)
+
+
+def registered_again(stack: Stack) -> bool:
+    """Register one more user once Redis is there; return True if Redis has the event."""
+    if not publishing(stack) or buffered(stack):
+        return False
+
+    register(stack)
+    return True
+
+
+def outcomes(stack: Stack) -> tuple[int, int, int]:
+    """Retries, dead letters, and events in hand of the mailer."""
+    key = "eventbus:{user_registered}"
+    retries = stack.redis("ops", "ZCARD", f"{key}:retry:mailer")
+    dead = stack.redis("ops", "XLEN", f"{key}:dead:mailer")
+    pending = stack.redis("ops", "XPENDING", f"{key}:stream", "mailer").split()[0]
+    return int(retries), int(dead), int(pending)
+
+
 def test_users_register_while_redis_is_away_and_their_events_wait(stack: Stack) -> None:
     stack.compose("stop", "redis")
     register(stack)
