@@ -91,9 +91,10 @@ class Claims:
         self._log.error(
             f"refused {name}",
             "Redis refuses to let this worker look after the stream of %r: %s. What other workers "
-            "left of it, and what is to be tried again, waits. Correct what it complains of.",
+            "left of it, and what is to be tried again, waits. %s",
             name,
             error,
+            self._group.remedy_of_work(name, error),
             extra={"signal": name, "service": self._config.service},
         )
 

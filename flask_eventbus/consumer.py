@@ -394,10 +394,11 @@ class Consumer:
         except redis.ResponseError as error:
             logger.error(
                 "Redis refuses to take back what was read of %r: %s. Another worker takes it over "
-                "after %g s. Correct what it complains of.",
+                "after %g s. %s",
                 name,
                 error,
                 self._config.claim_after,
+                self._settling.remedy_of_work(name, error),
                 extra={"signal": name, "service": self._config.service},
             )
 

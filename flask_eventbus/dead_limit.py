@@ -57,7 +57,7 @@ class DeadLimit:
 
     def enforce(self) -> None:
         """Trim what has grown. While Redis is away, the next call does it."""
-        if not self._grown and not self._uncounted:
+        if not self._grown:
             return
 
         with self._turn:
@@ -87,18 +87,25 @@ class DeadLimit:
         """Add to the numbers in Redis, which ``status`` shows."""
         self._uncounted.update(dropped)
 
+        names = sorted(self._uncounted)
+        keys = [self._keys.dead_dropped(name, self._config.service) for name in names]
+
         try:
-            self._run(
+            answers = self._run(
                 [
-                    ("INCRBY", self._keys.dead_dropped(name, self._config.service), count)
-                    for name, count in self._uncounted.items()
+                    ("INCRBY", key, self._uncounted[name])
+                    for name, key in zip(names, keys, strict=True)
                 ]
             )
         except OUTAGE as error:
             logger.debug("Redis is away; dropped dead letters are counted later: %s", error)
+            self._grown.update(names)
             return
 
-        self._uncounted.clear()
+        # What Redis refuses to count is counted with the next dead letter.
+        for name, answer in zip(names, answers, strict=True):
+            if answer is not None:
+                del self._uncounted[name]
 
     def _run(self, commands: Sequence[Command]) -> list[Any]:
         """The answers to commands; ``None`` for those that Redis refuses, which is logged."""
@@ -114,12 +121,14 @@ class DeadLimit:
         right, key = str(command[0]), str(command[1])
         self._log.error(
             f"refused {right}",
-            "Redis refuses %s of %r: %s. The number of dead letters has no limit, or those that "
-            "are dropped are not counted. %s",
+            "Redis refuses %s of %r: %s. %s %s",
             right,
             key,
             error,
-            remedy(error, key, f"+{right.lower()}"),
+            "Dead letters have no limit."
+            if right == "XTRIM"
+            else "Dead letters that are dropped are not counted.",
+            remedy(error, {key: f"+{right.lower()}"}),
         )
 
     def _report(self, name: str, count: int) -> None:

@@ -11,6 +11,7 @@ from .config import Config
 from .conflicts import Conflicts
 from .counters import BoundedLog, Counters
 from .deliveries import Delivery
+from .group import remedy
 from .logs import get_logger
 from .pipe import Command, Pipe
 from .streams import StreamKeys
@@ -98,10 +99,11 @@ class Duplicates:
             self._log.warning(
                 "kept",
                 "Redis does not let go of which events of %r came (%s): those of the last %g s do "
-                "not come again. Allow '+expire'.",
+                "not come again. %s",
                 name,
                 refusal,
                 window,
+                remedy(refusal, {self._pattern(name): "+expire"}),
             )
 
     def _by_set(self, deliveries: Sequence[Delivery]) -> dict[tuple[str, int], list[Delivery]]:
@@ -142,7 +144,8 @@ class Duplicates:
         done = answers[-1]
 
         if not isinstance(done, list) or isinstance(done[0], Exception):
-            self._give_up(next((a for a in answers if isinstance(a, Exception)), done))
+            reason = next((a for a in answers if isinstance(a, Exception)), done)
+            self._give_up(deliveries[0].name, reason)
             return []
 
         known: list[Delivery] = []
@@ -165,14 +168,18 @@ class Duplicates:
 
         return known
 
-    def _give_up(self, reason: object) -> None:
+    def _pattern(self, name: str) -> str:
+        """The hashes of a signal, as an ACL names them."""
+        return self._keys.seen(name, self._config.service, 0)[:-1] + "*"
+
+    def _give_up(self, name: str, reason: object) -> None:
         self._refused_until = time.monotonic() + ASK_AGAIN
         self._log.warning(
             "refused",
             "Redis does not note which events came (%s): one that a publisher sends twice is "
-            "handled twice. Allow '+hmget', '+hset' and '+expire', or set "
-            "'EVENTBUS_DUPLICATE_WINDOW' to 0.",
+            "handled twice. %s Or set 'EVENTBUS_DUPLICATE_WINDOW' to 0.",
             reason,
+            remedy(reason, {self._pattern(name): "+hmget +hset +expire +multi +exec"}),
         )
 
 

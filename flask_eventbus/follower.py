@@ -252,6 +252,6 @@ class Follower:
             self._service,
             name,
             reason,
-            remedy(reason, self._keys.stream(name), RIGHTS),
+            remedy(reason, {self._keys.stream(name): RIGHTS}),
             extra={"signal": name, "service": self._service},
         )

@@ -25,6 +25,9 @@ RIGHTS = (
     "+xrange +xinfo|stream +xinfo|groups +xinfo|consumers"
 )
 
+#: What it needs of the retries of its service, and for the transactions that note them.
+RETRY_RIGHTS = "+zrangebyscore +zscore +zadd +zrem +watch +multi +exec"
+
 #: The last id that an entry can have but one: the last of all means ``>`` to Redis.
 LAST_ID = f"{2**64 - 1}-{2**64 - 2}"
 
@@ -270,7 +273,19 @@ class Group:
 
     def remedy(self, name: str, reason: Exception) -> str:
         """What to do about a refusal of its stream: a sentence."""
-        return remedy(reason, self._keys.stream(name), RIGHTS)
+        return remedy(reason, {self._keys.stream(name): RIGHTS})
+
+    def remedy_of_work(self, name: str, reason: Exception) -> str:
+        """What to do about a refusal of what a worker does after it has read: a sentence."""
+        keys, service = self._keys, self._service
+        return remedy(
+            reason,
+            {
+                keys.stream(name): RIGHTS,
+                keys.retry(name, service): RETRY_RIGHTS,
+                keys.dead(name, service): "+xadd +xtrim",
+            },
+        )
 
     def look_up(self, name: str, ids: Sequence[str]) -> list[Entry]:
         """The entries with these ids, without fields where they are trimmed."""
@@ -462,16 +477,24 @@ def last_id(info: Any) -> str | None:
     return str(_as_dict(info)["last-generated-id"].decode())
 
 
-def remedy(reason: Exception, key: str, rights: str) -> str:
-    """What to do about a refusal: a sentence."""
-    if isinstance(reason, redis.exceptions.NoPermissionError):
-        return f"Grant its user ({rights} ~{key}) in the ACL."
+def remedy(reason: object, rights: Mapping[str, str]) -> str:
+    """What to do about a refusal: a sentence.
+
+    :param rights: what a user needs, by the key that it needs it for.
+    """
+    if isinstance(reason, redis.exceptions.NoPermissionError) or "NOPERM" in str(reason):
+        selectors = " ".join(f"({needed} ~{key})" for key, needed in rights.items())
+        return f"Grant its user {selectors} in the ACL."
 
     if "WRONGTYPE" in str(reason):
+        keys = " or ".join(map(repr, rights))
         return (
-            f"Another program keeps something else under {key!r}: remove it there, or choose "
+            f"Another program keeps something else under {keys}: remove it there, or choose "
             "another 'EVENTBUS_PREFIX'."
         )
+
+    if str(reason).startswith(("OOM", "command not allowed when used memory")):
+        return "Raise its 'maxmemory', or free memory."
 
     return "Correct what it complains of."
 

@@ -179,10 +179,11 @@ class Hearing:
         self._refused[name] = reason
         logger.error(
             "Redis refuses to let %r listen to %r: %s. This service does not hear it. Grant its "
-            "user the channel %r in the ACL.",
+            "user (+%s &%s) in the ACL.",
             self._service,
             name,
             reason,
+            "psubscribe" if is_pattern(name) else "subscribe",
             self._keys.key(name),
             extra={"signal": name, "service": self._service},
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import redis
+
 from .counters import BoundedLog, Counters
 from .errors import PublishError
 from .lifecycle import tell
@@ -104,13 +106,24 @@ class Settlement:
 
         self._log.error(
             f"refused {outgoing.lane.name}",
-            "Redis refused the event %s of %r: %s. It is not published.",
+            "Redis refused the event %s of %r: %s. It is not published.%s",
             outgoing.id,
             outgoing.lane.name,
             error,
+            _remedy(outgoing, error),
             extra=self._fields(outgoing),
         )
         return True
+
+
+def _remedy(outgoing: Outgoing, error: Exception) -> str:
+    """What to do about a refusal, as a sentence after another; empty if it is not known."""
+    if not isinstance(error, redis.exceptions.NoPermissionError):
+        return ""
+
+    way = outgoing.lane.way
+    right = f"+xadd ~{way.key}" if way.is_stream else f"+publish &{way.key}"
+    return f" Grant its user ({right}) in the ACL."
 
 
 def _shown(lost: Sequence[Outgoing]) -> str:

@@ -289,11 +289,12 @@ class Settler:
         self._log.error(
             "refused",
             "Redis rejected the outcomes of %d events of %r: %s. They are sent again every %g s "
-            "until it takes them. Grant the right or free the memory that it names.",
+            "until it takes them. %s",
             len(outcomes),
             outcomes[0].name,
             refusal,
             TELL_AGAIN,
+            self._group.remedy_of_work(outcomes[0].name, refusal),
             extra={"signal": outcomes[0].name, "service": self._config.service},
         )
 

@@ -78,7 +78,6 @@ LAYERS = {
     5: (
         "catalogue",
         "clock",
-        "duplicates",
         "group",
         "lineup",
         "buffer",
@@ -100,6 +99,7 @@ LAYERS = {
         "declarations",
         "stream_intake",
         "trims",
+        "duplicates",
         "dead_limit",
         "emissions",
         "overflow",
