@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Set
 
 import redis
 
+from .alarms import MOST_NAMES, too_many_names
 from .config import Config
 from .counters import BoundedLog
 from .entry_ids import before_moment, id_text
@@ -21,6 +22,9 @@ logger = get_logger(__name__)
 
 #: Seconds between looks for streams that patterns stand for.
 LOOK = 2.0
+
+#: Seconds between them while there are more names than patterns stand for.
+SELDOM = 30.0
 
 
 class Catalogue:
@@ -49,6 +53,8 @@ class Catalogue:
         self._has_receivers = has_receivers
         #: The streams that this process leaves to others: it has no receiver for them.
         self.without_receiver: frozenset[str] = frozenset()
+        #: Why not every stream that a pattern stands for is read.
+        self.alarm: str | None = None
         self._found: set[str] = set()
         self._looked = 0.0
         #: The patterns that it was looked for.
@@ -61,6 +67,12 @@ class Catalogue:
     def patterns(self) -> Set[str]:
         """The patterns of which it is known since when they are subscribed."""
         return self._since.keys()
+
+    @property
+    def alarms(self) -> dict[str, str]:
+        """Why not every stream that a pattern stands for is read, by the patterns."""
+        alarm = self.alarm
+        return {} if alarm is None else dict.fromkeys(self._asked, alarm)
 
     def wanted(self) -> dict[str, Subscription]:
         """The subscriptions whose streams are read, by name or pattern."""
@@ -150,7 +162,9 @@ class Catalogue:
             )
 
     def _look(self, patterns: list[str]) -> None:
-        if time.monotonic() - self._looked < LOOK and self._asked >= set(patterns):
+        pause = LOOK if self.alarm is None else SELDOM
+
+        if time.monotonic() - self._looked < pause and self._asked >= set(patterns):
             return
 
         self._asked = set(patterns)
@@ -159,8 +173,30 @@ class Catalogue:
         self._looked = time.monotonic()
         key = self._keys.names
         found = {name.decode(errors="replace") for name in self._pipe.ask("SMEMBERS", key)}
+        self._note(
+            {
+                name
+                for name in found
+                if SIGNAL_NAME.fullmatch(name) and any(matches(each, name) for each in patterns)
+            }
+        )
+
+    def _note(self, found: set[str]) -> None:
+        """Add streams to those that are read, up to a bound; the ones that are read stay."""
+        alarm = too_many_names(self._keys.names, len(found))
+
+        if alarm is not None and self.alarm is None:
+            self._log.error("names", "%s", alarm)
+
+        if alarm is None and self.alarm is not None:
+            # Somebody removed names that belong to no stream.
+            self._found &= found
+            self._log.over("names", "Patterns stand for every stream of theirs again.")
+
+        self.alarm = alarm and str(alarm)
+        room = max(0, MOST_NAMES - len(self._found))
         # What was there is still looked for: Redis may have been flushed.
-        self._found |= {name for name in found if SIGNAL_NAME.fullmatch(name)}
+        self._found |= set(sorted(found - self._found)[:room])
 
     def _remember(self, patterns: list[str]) -> None:
         key = self._keys.since(self._config.service)

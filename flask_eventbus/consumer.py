@@ -269,6 +269,11 @@ class Consumer:
         return self._memberships.without_receiver | self._follower.without_receiver
 
     @property
+    def alarms(self) -> dict[str, str]:
+        """What somebody did to streams so that their events are not heard, by stream."""
+        return {**self._memberships.alarms, **self._follower.alarms}
+
+    @property
     def last_heard(self) -> float | None:
         """When Redis last answered a read, by the monotonic clock."""
         return self._reader.last_heard

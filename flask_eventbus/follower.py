@@ -95,6 +95,11 @@ class Follower:
         return self._reading.lives and self._connected and wanted.keys() <= self._answered
 
     @property
+    def alarms(self) -> dict[str, str]:
+        """Why not every stream that a pattern stands for is read, by the patterns."""
+        return self._catalogue.alarms
+
+    @property
     def without_receiver(self) -> frozenset[str]:
         """The streams that are not read, because this process has no receiver for them."""
         return self._catalogue.without_receiver

@@ -31,5 +31,8 @@ class Health:
     #: Streams that are subscribed and that this process does not read: it has no receiver for
     #: them. Their events wait for a process that has one.
     without_receiver: frozenset[str]
+    #: What somebody did to streams, so that this service does not get their events: by the name of
+    #: the stream, or of the pattern, a sentence that says what to do.
+    alarms: Mapping[str, str]
     #: Everything else that is counted: published, received, handled, failed, rejected, ...
     counts: Mapping[str, int]

@@ -135,6 +135,11 @@ class Inbound:
         return self.consumer.without_receiver
 
     @property
+    def alarms(self) -> dict[str, str]:
+        """What somebody did to streams so that their events are not heard, by stream."""
+        return self.consumer.alarms
+
+    @property
     def fatal(self) -> Exception | None:
         """What this Redis will never do."""
         return self.consumer.fatal

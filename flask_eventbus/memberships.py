@@ -88,6 +88,11 @@ class Memberships:
         return self._catalogue.without_receiver
 
     @property
+    def alarms(self) -> dict[str, str]:
+        """What somebody did to streams so that their events are not heard, by stream."""
+        return {**self._catalogue.alarms, **self._trims.alarms}
+
+    @property
     def is_complete(self) -> bool:
         """Whether each stream subscribed is read or refused."""
         answered = self.joined.keys() | self.refused.keys() | self._catalogue.patterns | self._left

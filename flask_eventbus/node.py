@@ -265,6 +265,7 @@ class Node:
             missed=self.counters.get("missed"),
             refused=self._inbound.refused,
             without_receiver=self._inbound.without_receiver,
+            alarms=self._inbound.alarms,
             counts=self.counters.all(),
         )
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import redis
 
+from .alarms import MOST_NAMES
 from .channels import ChannelKeys
 from .connections import Connections
 from .names import SIGNAL_NAME
@@ -114,7 +115,7 @@ class Server:
                 events=self.ask("XLEN", keys.stream(name)),
                 groups=self._groups(keys.stream(name)),
             )
-            for name in names
+            for name in names[:MOST_NAMES]
             if SIGNAL_NAME.fullmatch(name)
         }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import redis
 
+from .alarms import MOST_NAMES
 from .channels import ChannelKeys, ChannelReader
 from .config import Config
 from .connections import OUTAGE, Connections
@@ -318,7 +319,10 @@ def _check_streams(
     yield from check_stream_rights(lambda: Server(connections), node)
 
     if streams:
-        yield from check_backlog(node.config, lambda access: _services(access, node, service))
+        patterns = service is None or any(map(is_pattern, node.subscriptions))
+        yield from check_backlog(
+            node.config, lambda access: _services(access, node, service), patterns=patterns
+        )
 
 
 def _note_cluster(overview: Overview) -> Iterator[Finding]:
@@ -336,7 +340,7 @@ def _services(
 ) -> dict[str, Sequence[str] | None]:
     """The streams to look at, each with the services to look at: this one, or all."""
     if service is None:
-        return dict.fromkeys(access.names())
+        return dict.fromkeys(access.names()[:MOST_NAMES])
 
     needs_names = any(is_pattern(name) for name in node.subscriptions)
     return dict.fromkeys(sorted(heard(node, access.names() if needs_names else ())), (service,))

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import click
 
+from .alarms import MOST_NAMES, too_many_names
 from .own_streams import heard, published
 from .program import Command, Program, pass_program, reader_is_gone
 from .status_report import as_json, excess_of, status_report
@@ -155,13 +156,18 @@ class _Look:
 
     def _read(self) -> tuple[list[StreamStatus], list[str]]:
         with StreamAccess(self._node.config, name=CLIENT_NAME) as access:
-            statuses = read_statuses(access, self._wanted(access.names()))
+            names = access.names()
+            flood = too_many_names(access.keys.names, len(names))
+            statuses = read_statuses(access, self._wanted(names[:MOST_NAMES]))
 
         if not self._of_all and not self._declares:
             # Of a service that only has a name, nothing tells which streams are its own.
             statuses = [status for status in statuses if status.groups]
 
         excess = list(excess_of(statuses, lag=self._max_lag, dead=self._max_dead))
+
+        if flood is not None:
+            excess.append(str(flood))
 
         if not statuses and (self._max_lag is not None or self._max_dead is not None):
             # A name that is misspelt is not to look like a service that does well.

@@ -19,6 +19,10 @@ def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
     yield from fitted_table(_GROUPS, rows, names=(0, 2))
 
     for status in statuses:
+        for alarm in status.alarms:
+            yield ""
+            yield printable(str(alarm))
+
         for group in status.groups:
             if group.lost:
                 yield ""
@@ -48,6 +52,7 @@ def as_json(statuses: Sequence[StreamStatus], excess: Sequence[str]) -> dict[str
                 "name": status.name,
                 "length": status.length,
                 "groups": [_group_as_json(group) for group in status.groups],
+                "alarms": list(map(str, status.alarms)),
             }
             for status in statuses
         ],
@@ -60,6 +65,9 @@ def excess_of(
 ) -> Iterator[str]:
     """A sentence for each thing that there is more of than ``lag`` and ``dead`` allow."""
     for status in statuses:
+        if lag is not None:
+            yield from (printable(str(alarm)) for alarm in status.alarms)
+
         for group in status.groups:
             place = f"of '{printable(group.service)}' at {status.name!r}"
 

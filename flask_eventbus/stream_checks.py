@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import click
 import redis
 
+from .alarms import too_many_names
 from .config import Config
 from .findings import Finding, error, note, ok, warning
 from .server import Server
@@ -132,18 +133,27 @@ def check_cluster(server: Server, streams: Collection[str]) -> Iterator[Finding]
 
 
 def check_backlog(
-    config: Config, services: Callable[[StreamAccess], Mapping[str, Sequence[str] | None]]
+    config: Config,
+    services: Callable[[StreamAccess], Mapping[str, Sequence[str] | None]],
+    *,
+    patterns: bool,
 ) -> Iterator[Finding]:
     """What waits for services: events, retries and dead letters.
 
     :param services: for each signal the services to look at; ``None`` for all of them.
+    :param patterns: True if streams are found by their names, as those of patterns are.
     """
     try:
         with StreamAccess(config, name="eventbus-check") as access:
             statuses = read_statuses(access, services(access))
+            flood = too_many_names(access.keys.names, len(access.names())) if patterns else None
     except click.ClickException as refusal:
         yield note(f"What waits in streams cannot be told. {refusal.message}")
         return
+
+    for alarm in (flood, *(alarm for status in statuses for alarm in status.alarms)):
+        if alarm is not None:
+            yield error(alarm.text, alarm.remedy)
 
     for status in statuses:
         for group in status.groups:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .alarms import Alarm, far_ahead, past_the_end
 from .entry_ids import EntryId, entry_id
-from .stream_access import StreamAccess, by_name
+from .stream_access import StreamAccess, as_texts, by_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,8 @@ class StreamStatus:
     #: Events that it holds.
     length: int
     groups: Sequence[GroupStatus]
+    #: What somebody did to it, or to these services' places in it.
+    alarms: Sequence[Alarm] = ()
 
 
 def read_statuses(
@@ -81,7 +84,12 @@ def read_statuses(
             groups[name].append(group)
 
     return [
-        StreamStatus(name=name, length=stream.length, groups=groups[name])
+        StreamStatus(
+            name=name,
+            length=stream.length,
+            groups=groups[name],
+            alarms=list(_alarms(name, stream, [group.service for group in groups[name]])),
+        )
         for name, stream in found.items()
         if stream.exists or groups[name]
     ]
@@ -93,6 +101,8 @@ class _Stream:
     #: The ids of its first entry and of its last.
     first: EntryId | None
     last: EntryId | None
+    #: The last id that it gave to an entry.
+    given: EntryId
     groups: Mapping[str, Mapping[str, Any]]
     exists: bool
 
@@ -108,17 +118,39 @@ def _streams(access: StreamAccess, names: Mapping[str, Any]) -> dict[str, _Strea
                     ("XLEN", key),
                     ("XRANGE", key, "-", "+", "COUNT", 1),
                     ("XREVRANGE", key, "+", "-", "COUNT", 1),
+                    ("XINFO", "STREAM", key),
                     ("XINFO", "GROUPS", key),
                 )
             ]
         )
     )
     return {
-        name: _Stream(length, _id_in(first), _id_in(last), by_name(groups), groups is not None)
-        for name, (length, first, last, groups) in zip(
-            names, zip(answers, answers, answers, answers, strict=True), strict=True
+        name: _Stream(
+            length,
+            _id_in(first),
+            _id_in(last),
+            entry_id(as_texts(stream or ()).get("last-generated-id", b"0-0")),
+            by_name(groups),
+            groups is not None,
+        )
+        for name, (length, first, last, stream, groups) in zip(
+            names, zip(*[answers] * 5, strict=True), strict=True
         )
     }
+
+
+def _alarms(name: str, stream: _Stream, services: Sequence[str]) -> Iterator[Alarm]:
+    if (ahead := far_ahead(name, stream.given, time.time())) is not None:
+        yield ahead
+
+    for service in services:
+        if (group := stream.groups.get(service)) is None:
+            continue
+
+        delivered = entry_id(group["last-delivered-id"])
+
+        if (alarm := past_the_end(name, service, delivered, stream.given)) is not None:
+            yield alarm
 
 
 def _groups(

@@ -1,4 +1,4 @@
-"""Notices that a stream was trimmed past events that its service had not handled."""
+"""Notices what happened to a stream before its service had handled all of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterable
 
 import redis
 
+from .alarms import far_ahead, past_the_end
 from .counters import BoundedLog, Counters
-from .group import Group
+from .entry_ids import entry_id
+from .group import Group, Position
 from .lifecycle import tell
 from .logs import get_logger
 from .signals import events_trimmed
@@ -42,6 +44,8 @@ class Trims:
         self._reported: dict[str, int] = {}
         #: The streams of which a loss was reported whose size Redis does not know.
         self._unknown: set[str] = set()
+        #: What somebody did to streams, so that this service gets nothing of them, by name.
+        self.alarms: dict[str, str] = {}
 
     def look(self, names: Iterable[str]) -> None:
         """Look at streams, if it is time.
@@ -54,6 +58,8 @@ class Trims:
             return
 
         self._looked = now
+        names = list(names)
+        self.alarms = {name: self.alarms[name] for name in names if name in self.alarms}
 
         for name in names:
             self._look_at(name)
@@ -104,6 +110,8 @@ class Trims:
         if position is None:
             return
 
+        self._watch(name, position)
+
         if not position.is_behind:
             # Nothing unread is missing: whatever Redis 7.0 counts as unread was lost earlier.
             self._reported[name] = position.miscounted
@@ -129,3 +137,21 @@ class Trims:
                 self._service,
                 extra={"signal": name, "service": self._service},
             )
+
+    def _watch(self, name: str, position: Position) -> None:
+        """Report a group past the end of its stream, and an id far in the future."""
+        delivered, last = entry_id(position.delivered), entry_id(position.last)
+        ahead = far_ahead(name, last, time.time())
+        alarm = ahead or past_the_end(name, self._service, delivered, last)
+        extra = {"signal": name, "service": self._service}
+
+        if alarm is None:
+            self.alarms = {other: self.alarms[other] for other in self.alarms if other != name}
+            over = "The stream of %r and the place of %r in it are in order again."
+            self._log.over(f"alarm {name}", over, name, self._service, extra=extra)
+            return
+
+        if name not in self.alarms:
+            self._log.error(f"alarm {name}", "%s", alarm, extra=extra)
+
+        self.alarms = {**self.alarms, name: str(alarm)}

@@ -474,6 +474,18 @@ def keep_a_stream_with_a_dead_letter(server: GuardedServer) -> None:
         )
 
 
+def test_people_may_mend_a_damaged_stream(
+    server: GuardedServer, refusals: Callable[[], list[object]]
+) -> None:
+    keep_a_stream_with_a_dead_letter(server)
+    key = stream("user_registered")
+
+    assert may(server, "ops", "XREVRANGE", key, "+", "-", "COUNT", "2")
+    assert may(server, "ops", "XDEL", key, "1-1")
+    assert may(server, "ops", "XSETID", key, "1-1")
+    assert may(server, "ops", "DEL", "eventbus:streams")
+
+
 def test_whoever_may_not_hear_a_signal_is_told_so(server: GuardedServer, make_bus: MakeBus) -> None:
     analytics = make_bus(server.url_of("analytics"), "analytics", subscribe=["user_registered"])
 

@@ -34,6 +34,7 @@ LAYERS = {
         "entry_ids",
     ),
     1: (
+        "alarms",
         "config",
         "event",
         "embedded",

@@ -1,0 +1,199 @@
+"""What Redis lets a service do to the streams of others is noticed, and can be mended."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from servers import RedisServer
+from stream_store import StreamStore
+from waiting import wait_until
+
+from flask_eventbus import Bus, PublishError, alarms, catalogue, trims
+from flask_eventbus.doctor import check
+
+pytestmark = pytest.mark.second_look
+
+Make = Callable[..., Bus]
+
+PAGE = (Path(__file__).parent.parent / "docs" / "streams.md").read_text()
+
+#: The last id that an entry may have.
+LAST = f"{2**64 - 1}-{2**64 - 1}"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks that come every thirty seconds come every tenth of one."""
+    monkeypatch.setattr(trims, "SELDOM", 0.1)
+    monkeypatch.setattr(catalogue, "SELDOM", 0.1)
+
+
+@pytest.fixture
+def store(shared_redis: RedisServer) -> StreamStore:
+    return StreamStore(shared_redis)
+
+
+def mailer(store: StreamStore, make_bus: Make, name: str = "tick") -> tuple[Bus, list[int]]:
+    """A service that hears a stream, and what it has heard."""
+    heard: list[int] = []
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    bus.on(name, via="stream")(lambda sender, number: heard.append(number))
+    bus.start()
+    assert bus.ready(10)
+    return bus, heard
+
+
+def errors(bus: Bus) -> list[str]:
+    """What ``check`` complains of, each with its remedy."""
+    return [f"{each.text} {each.remedy}" for each in check(bus.node) if each.level == "error"]
+
+
+def test_a_group_that_somebody_moved_past_the_end_is_an_alarm_until_it_is_moved_back(
+    store: StreamStore, make_bus: Make
+) -> None:
+    bus, heard = mailer(store, make_bus)
+    store.add("tick", number=1)
+    wait_until(lambda: heard == [1], what="the first event is handled")
+    before = store.client.xinfo_groups(store.keys.stream("tick"))[0]["last-delivered-id"].decode()
+
+    place = f"{2**64 - 1}-{2**64 - 2}"
+    store.client.execute_command(
+        "XCLAIM", store.keys.stream("tick"), "mailer", "evil", 0, "0-1", "LASTID", place
+    )
+    store.add("tick", number=2)
+
+    wait_until(lambda: bus.health().alarms, what="the worker notices")
+    assert "past its end" in bus.health().alarms["tick"]
+    [found] = errors(bus)
+    assert f"'mailer' stands at {place} in the stream of 'tick', past its end" in found
+    status = store.run("status", "--max-lag", "100")
+    assert status.exit_code == 1
+    assert "flask eventbus seek tick --to TIME" in status.output
+
+    moved = store.run("seek", "tick", "--to", before, "--yes")
+
+    assert moved.exit_code == 0, moved.output
+    wait_until(lambda: heard == [1, 2], what="the second event is handled")
+    wait_until(lambda: not bus.health().alarms, what="the alarm is over")
+    assert errors(bus) == []
+    assert store.run("status", "--max-lag", "100").exit_code == 0
+
+
+def test_a_stream_with_the_last_possible_id_is_an_alarm_and_works_again_after_the_pages_commands(
+    store: StreamStore, make_bus: Make
+) -> None:
+    bus, heard = mailer(store, make_bus)
+    publisher = make_bus(store.url, "accounts", prefix=store.prefix, publish={"tick": "stream"})
+    tick = publisher.signal("tick")
+    tick.send(number=1)
+    wait_until(lambda: heard == [1], what="the first event is handled")
+    store.add_fields("tick", {b"event": b"x"}, id=LAST)
+
+    with pytest.raises(PublishError):
+        tick.send(number=2)
+
+    wait_until(lambda: bus.health().alarms, what="the worker notices")
+    assert "more than a day in the future" in bus.health().alarms["tick"]
+    assert any("more than a day in the future" in each for each in errors(bus))
+    assert store.run("status", "--max-lag", "100").exit_code == 1
+
+    for words in commands_of_the_page(store):
+        if words[0] == "redis-cli":
+            store.client.execute_command(*words[1:])
+        else:
+            moved = store.run(*words[2:], "--yes")
+            assert moved.exit_code == 0, moved.output
+
+    tick.send(number=3)
+    wait_until(lambda: heard == [1, 3], what="the next event is handled")
+    wait_until(lambda: not bus.health().alarms, what="the alarm is over")
+    assert errors(bus) == []
+
+
+def commands_of_the_page(store: StreamStore) -> list[list[str]]:
+    """What the page says to do, with the key and the ids of the test."""
+    [(first, _)] = store.client.xrange(store.keys.stream("tick"), count=1)
+    section = PAGE[PAGE.index("## A damaged stream") :]
+    lines = re.findall(r"^\$ (.*)$", section[: section.index("\n## ")], re.MULTILINE)
+    shown = {
+        "eventbus:{user_registered}:stream": store.keys.stream("tick"),
+        "1764300000000-0": first.decode(),
+        "user_registered": "tick",
+    }
+
+    for name, own in shown.items():
+        lines = [line.replace(name, own) for line in lines]
+
+    assert len(lines) == 4
+    return [shlex.split(line) for line in lines]
+
+
+def test_an_id_within_a_day_is_no_alarm(store: StreamStore, make_bus: Make) -> None:
+    store.add("tick", id=f"{int(time.time() * 1000) + 23 * 3_600_000}-0", number=1)
+    store.group("tick")
+
+    assert store.run("status", "--max-lag", "100").exit_code == 0
+
+
+def test_a_stream_that_somebody_emptied_is_an_alarm(store: StreamStore, make_bus: Make) -> None:
+    bus, _ = mailer(store, make_bus)
+    bus.stop()
+
+    for number in range(10):
+        store.add("tick", number=number)
+
+    store.client.xadd(store.keys.stream("tick"), {"event": b"x"}, maxlen=0, approximate=False)
+
+    status = store.run("status", "--max-lag", "100")
+    assert status.exit_code == 1
+    assert "events of 'tick' were trimmed before 'mailer' got them" in status.output
+
+
+def test_patterns_stand_for_a_bounded_number_of_streams_and_say_so(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (alarms, catalogue):
+        monkeypatch.setattr(module, "MOST_NAMES", 20)
+
+    bus, heard = mailer(store, make_bus, "*")
+    store.add("tick", number=1)
+    wait_until(lambda: heard == [1], what="the stream is found")
+
+    store.client.sadd(store.keys.names, *(f"a{number:04}" for number in range(2_000)))
+    wait_until(lambda: bus.health().alarms, what="the flood is noticed")
+
+    store.add("tick", number=2)
+    wait_until(lambda: heard == [1, 2], what="what was heard before is heard on")
+    assert "2,001 names of streams. Patterns stand for 20" in bus.health().alarms["*"]
+    assert len(store.client.keys(f"{store.prefix}:{{a*")) <= 20
+    assert any("2,001 names of streams" in each for each in errors(bus))
+    assert "2,001 names of streams" in store.run("status", service=None).output
+
+    store.client.delete(store.keys.names)
+    store.add("new", number=3)
+    wait_until(lambda: heard == [1, 2, 3], what="other streams are found again")
+    wait_until(lambda: not bus.health().alarms, what="the alarm is over")
+
+
+def test_two_hundred_thousand_names_make_no_subscriber_deaf(
+    store: StreamStore, make_bus: Make
+) -> None:
+    bus, heard = mailer(store, make_bus, "*")
+    store.add("tick", number=1)
+    wait_until(lambda: heard == [1], what="the stream is found")
+    pipe = store.client.pipeline(transaction=False)
+
+    for start in range(0, 200_000, 10_000):
+        pipe.sadd(store.keys.names, *(f"x{n:060}" for n in range(start, start + 10_000)))
+
+    pipe.execute()
+    wait_until(lambda: bus.health().alarms, timeout=30, what="the flood is noticed")
+    store.add("tick", number=2)
+
+    wait_until(lambda: heard == [1, 2], timeout=30, what="what was heard before is heard on")
+    store.client.delete(store.keys.names)
