@@ -126,6 +126,9 @@ class Connections:
         #: Shared by all connections: what one of them may not ask, the others may not.
         self.role = Role()
         self._disowned = False
+        #: True once a server has refused to name a connection: it is not asked again.
+        self._nameless = False
+        self._naming = threading.Lock()
         #: True while a thread follows the master that Sentinels name.
         self._is_following = False
         self._following = threading.Lock()
@@ -197,6 +200,7 @@ class Connections:
     def _connect(self, connection: Connection) -> None:
         try:
             connection.connect()
+            self._show_name(connection)
 
             if self._has_master and self.role.can_ask:
                 connection.send_command("ROLE")
@@ -205,6 +209,30 @@ class Connections:
             # redis-py leaves a socket open where a handshake ends in an unusual way.
             connection.disconnect()
             raise
+
+    def _show_name(self, connection: Connection) -> None:
+        """Name a connection for ``CLIENT LIST``, where the user may do so."""
+        if self._nameless:
+            return
+
+        # Not by redis-py, for which a refusal is the end of the connection.
+        connection.send_command("CLIENT", "SETNAME", self._name)
+        answer = read_reply(connection)
+
+        # A server without CLIENT names it in its refusal; another program does not.
+        if isinstance(answer, redis.ResponseError) and "client" in str(answer).lower():
+            with self._naming:
+                first, self._nameless = not self._nameless, True
+
+            if first:
+                logger.warning(
+                    "Redis does not let %r name its connections (%s): 'routes' and 'check' do not "
+                    "see that it listens. Grant this user '+client|setname' in the ACL.",
+                    self._name,
+                    str(answer).partition(", with args")[0].rstrip("."),
+                )
+        elif answer != b"OK":
+            raise redis.ConnectionError(f"What answers is no Redis: {str(answer)[:100]}")
 
     def _check(self) -> None:
         """Make what the URL asks for, without connecting: what is wrong with it shows now."""
@@ -250,7 +278,7 @@ class Connections:
         return [self._url]
 
     def _make(self, url: str, timeout: float) -> Connection:
-        options = _options(timeout, self._name)
+        options = _options(timeout)
 
         if url.startswith("memory://"):
             return _memory_connection(url, options)
@@ -417,7 +445,7 @@ def _refuse_to_reconnect(*args: Any, **kwargs: Any) -> None:
     raise redis.ConnectionError("The connection was closed.")
 
 
-def _options(timeout: float, name: str) -> dict[str, Any]:
+def _options(timeout: float) -> dict[str, Any]:
     """What every connection has, whatever the URL says."""
     return {
         "socket_timeout": timeout,
@@ -427,7 +455,6 @@ def _options(timeout: float, name: str) -> dict[str, Any]:
         "retry_on_timeout": False,
         "retry_on_error": [],
         "health_check_interval": 0,
-        "client_name": name,
         # RESP3 costs pub/sub readers two to four times more in redis-py 8.1.
         "protocol": 2,
         "decode_responses": False,

@@ -381,7 +381,8 @@ class Consumer:
                 if not delivery.started:
                     self._retries.put_back(delivery)
 
-            for name in self._memberships.known:
+            # What Redis does not let be read was told already.
+            for name in self._memberships.known - self._memberships.refused.keys():
                 self._release(name)
 
     def _release(self, name: str) -> None:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -384,6 +385,30 @@ def test_a_server_with_too_many_clients_is_used_once_it_has_room(
     assert consumer.ready(10)
     assert publisher.flush(10)
     wait_until(lambda: heard == [1], what="the event arrives")
+
+
+def test_a_server_without_the_command_client_is_used_all_the_same(
+    tmp_path: Path, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = RedisServer(tmp_path, "--rename-command", "CLIENT", "")
+    server.start()
+    heard: list[int] = []
+    bus = make_bus(server.url, publish={"tick": "stream", "tock": {"confirm": True}})
+    other = make_bus(server.url, "mailer")
+
+    for name in ("tick", "tock"):
+        other.on(name)(lambda sender, n: heard.append(n))
+
+    other.start()
+    assert other.ready(10)
+    bus.signal("tick").send(n=1)
+    bus.signal("tock").send(n=2)
+
+    wait_until(lambda: sorted(heard) == [1, 2], what="both events arrive")
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 2, "one of each bus"
+    assert all("Grant this user '+client|setname' in the ACL" in line for line in lines)
+    server.kill()
 
 
 def test_a_name_that_does_not_resolve_is_tried_until_it_does(

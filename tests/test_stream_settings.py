@@ -559,6 +559,27 @@ def test_a_command_without_which_no_stream_is_read_is_told(
     wait_until(lambda: heard == [1], what="it is read once it may be")
 
 
+@pytest.mark.parametrize("command", ["xinfo", "xpending"])
+def test_a_command_that_is_missing_is_logged_in_one_line_until_the_end(
+    store: StreamStore,
+    guard: Guard,
+    make_bus: Make,
+    caplog: pytest.LogCaptureFixture,
+    command: str,
+) -> None:
+    guard.allow(f"-{command}")
+    bus = make_bus(guard.url, "mailer", prefix=store.prefix)
+    bus.on("tick", via="stream")(lambda sender, n: None)
+    bus.start()
+    wait_until(lambda: command in caplog.text, what="the command is named")
+
+    bus.stop()
+
+    [line] = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
+    assert f"the '{command}" in line
+    assert f"+{command}" in line
+
+
 @pytest.mark.parametrize("command", ["xack", "xclaim", "xrange", "xinfo", "zadd", "watch"])
 def test_a_command_that_is_missing_for_the_rest_is_told_and_nothing_is_lost(
     store: StreamStore,

@@ -7,17 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wire_vectors
+from click.testing import CliRunner, Result
 from servers import RedisServer, require
 from waiting import wait_until
 
 from flask_eventbus import Bus, Reject, current_event, forms, values
+from flask_eventbus.__main__ import main
 from flask_eventbus.codec import Codec
 from flask_eventbus.errors import DecodeError
 from flask_eventbus.records import DeadLetter, RetryRecord
@@ -263,28 +265,95 @@ def test_an_event_that_redis_cli_adds_to_a_stream_reaches_a_service(
     assert heard == [("shell", 7, "ada@example.com")]
 
 
-def test_the_example_of_a_consumer_gets_what_a_service_sends_while_it_is_away(
-    redis_server: RedisServer, make_bus: Callable[..., Bus], tmp_path: Path
-) -> None:
-    client: Any = redis_server.client
-    bus = make_bus(redis_server.url, "accounts", publish={"user_registered": "stream"})
-    key, log = "eventbus:{user_registered}:stream", tmp_path / "log"
-    client.xgroup_create(key, "crm", "$", mkstream=True)
-    bus.signal("user_registered").send(user_id=7)
+@pytest.fixture
+def consumer(redis_server: RedisServer, tmp_path: Path) -> Iterator[Path]:
+    """The consumer of the page, and what it says; it claims after a tenth of a second."""
+    log = tmp_path / "log"
+    program = code("python", "xreadgroup").replace("6, 60_000", "6, 100")
+    assert "6, 100" in program
+    # Its handler fails at some of the events.
+    program = program.replace("    print(", '    event["data"].get("fails") and 1 / 0\n    print(')
+    redis_server.client.xgroup_create(KEY, "crm", "$", mkstream=True)
 
     with log.open("wb") as out:
-        consumer = subprocess.Popen(
-            [sys.executable, "-c", code("python", "xreadgroup")],
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
             env={**os.environ, "REDIS_URL": redis_server.url},
             stdout=out,
             stderr=out,
         )
 
-    try:
-        wait_until(lambda: "{'user_id': 7}" in log.read_text(), what="the event of before")
-        bus.signal("user_registered").send(user_id=8)
-        wait_until(lambda: "{'user_id': 8}" in log.read_text(), what="the next event")
-        wait_until(lambda: not client.xpending(key, "crm")["pending"], what="both acknowledged")
-    finally:
-        consumer.kill()
-        consumer.wait()
+    yield log
+    still_runs = process.poll() is None
+    process.kill()
+    process.wait()
+    assert still_runs, log.read_text()
+
+
+KEY = "eventbus:{user_registered}:stream"
+
+
+def dead_letters(server: RedisServer) -> list[DeadLetter]:
+    client: Any = server.client
+    found = client.xrange("eventbus:{user_registered}:dead:crm")
+    return [DeadLetter.from_fields(fields) for _, fields in found]
+
+
+def operate(server: RedisServer, *words: str) -> Result:
+    return CliRunner().invoke(main, ["--url", server.url, "--service", "crm", *words])
+
+
+def test_the_example_of_a_consumer_gets_what_a_service_sends(
+    redis_server: RedisServer, make_bus: Callable[..., Bus], consumer: Path
+) -> None:
+    client: Any = redis_server.client
+    bus = make_bus(redis_server.url, "accounts", publish={"user_registered": "stream"})
+
+    bus.signal("user_registered").send(user_id=7)
+    bus.signal("user_registered").send(user_id=8)
+
+    wait_until(lambda: "{'user_id': 7}" in consumer.read_text(), what="the first event")
+    wait_until(lambda: "{'user_id': 8}" in consumer.read_text(), what="the next event")
+    wait_until(lambda: not client.xpending(KEY, "crm")["pending"], what="both acknowledged")
+
+
+def test_the_example_of_a_consumer_goes_on_after_every_bad_entry(
+    redis_server: RedisServer, make_bus: Callable[..., Bus], consumer: Path
+) -> None:
+    client: Any = redis_server.client
+    bodies = [body for vector in REFUSED if len(body := wire_vectors.body_of(vector)) < 100_000]
+    bus = make_bus(redis_server.url, "accounts", publish={"user_registered": "stream"})
+
+    for body in bodies:
+        client.xadd(KEY, {"event": body})
+
+    client.xadd(KEY, {"other": b"\xff", "reason": "mine"})
+    client.zadd("eventbus:{user_registered}:retry:crm", {b"no record": 0})
+    bus.signal("user_registered").send(user_id=7)
+
+    wait_until(lambda: "{'user_id': 7}" in consumer.read_text(), what="the event behind them")
+    wait_until(lambda: not client.xpending(KEY, "crm")["pending"], what="nothing is pending")
+    letters = wait_until(lambda: dead_letters(redis_server), what="bad entries are dead letters")
+    assert {letter.reason for letter in letters} <= {"undecodable", "retries"}
+    [foreign] = [letter for letter in letters if b"other" in letter.fields]
+    assert foreign.fields == {b"other": b"\xff", b"reason": b"mine"}
+    wait_until(
+        lambda: not client.exists("eventbus:{user_registered}:retry:crm"), what="no retry is left"
+    )
+    assert operate(redis_server, "dead", "list").exit_code == 0
+
+
+def test_what_the_example_of_a_consumer_gives_up_can_be_tried_again_by_an_operator(
+    redis_server: RedisServer, make_bus: Callable[..., Bus], consumer: Path
+) -> None:
+    bus = make_bus(redis_server.url, "accounts", publish={"user_registered": "stream"})
+    bus.signal("user_registered").send(user_id=7, fails=True)
+
+    letters = wait_until(lambda: dead_letters(redis_server), timeout=30, what="it is given up")
+    assert [(letter.reason, letter.attempts) for letter in letters] == [("retries", 6)]
+    assert letters[0].error == "ZeroDivisionError: division by zero"
+
+    retried = operate(redis_server, "dead", "retry", "--all", "--wait", "20")
+
+    assert "crm.handle: a dead letter again: ZeroDivisionError" in retried.output
+    wait_until(lambda: dead_letters(redis_server), what="its letter is back")
