@@ -40,7 +40,13 @@ class Proxy:
     @property
     def url(self) -> str:
         """Where clients go to."""
-        return f"redis://127.0.0.1:{self._listening.getsockname()[1]}/0"
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        port: int = self._listening.getsockname()[1]
+        return port
 
     def cut(self) -> None:
         """End all connections, and go on with new ones."""

@@ -791,8 +791,30 @@ def test_an_app_without_a_session_is_an_error_at_send(eventbus: Isolation) -> No
 # -- Redis ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("via", ["channel", "stream"])
 def test_a_commit_does_not_fail_when_redis_is_away(
-    shop: Shop, eventbus: Isolation, caplog: pytest.LogCaptureFixture
+    redis_server: RedisServer, session: Session, make_bus: Make, via: str
+) -> None:
+    bus = make_bus(
+        redis_server.url, publish={"user_added": {"via": via, "after_commit": True}}, timeout=0.1
+    )
+    bus.register_session(session)
+    redis_server.kill()
+
+    for number in range(2):
+        session.add(User(id=number, email=f"{number}"))
+        bus.signal("user_added").send(id=number)
+        session.commit()
+
+    assert session.query(User).count() == 2
+    assert bus.health().buffered == 2
+    redis_server.start()
+    assert bus.flush(10)
+    assert bus.health().counts["published"] == 2
+
+
+def test_the_testing_kit_lets_a_commit_through_while_redis_is_away(
+    shop: Shop, eventbus: Isolation
 ) -> None:
     with eventbus.redis_away():
         assert shop.app.test_client().post("/1/commit").status_code == 200

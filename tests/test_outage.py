@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -209,6 +210,25 @@ def test_a_confirmed_send_waits_no_longer_than_the_timeout_and_then_not_at_all(
     redis_server.resume()
     wait_until(lambda: publisher.health().publishing, what="Redis is asked for and found")
     publisher.signal("tick").send("test", n=3)
+
+
+@pytest.mark.parametrize("policy", ["buffer", "raise"])
+def test_only_the_first_of_many_confirmed_sends_waits_for_a_server_that_hangs(
+    redis_server: RedisServer, make_bus: Make, policy: str
+) -> None:
+    publisher = make_bus(redis_server.url, publish={"tick": {"confirm": True}}, on_outage=policy)
+    assert publisher.node.config.timeout == 0.5
+    publisher.signal("tick").send("test", n=0)
+    redis_server.hang()
+
+    began = time.monotonic()
+    for n in range(100):
+        with suppress(PublishError):
+            publisher.signal("tick").send("test", n=n)
+
+    # It would be 50 s if each of them waited.
+    assert time.monotonic() - began < 25
+    redis_server.resume()
 
 
 def test_a_full_buffer_gives_up_the_oldest_events_counts_them_and_tells(

@@ -25,8 +25,9 @@ from click.testing import CliRunner
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from programs import Program
+from proxies import Proxy
 from servers import RedisServer
-from sqlalchemy import Engine, MetaData, String, create_engine, event, inspect
+from sqlalchemy import Engine, MetaData, String, create_engine, event, inspect, make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
@@ -37,9 +38,10 @@ from sqlalchemy.orm import (
     scoped_session,
     sessionmaker,
 )
+from sqlalchemy.pool import NullPool
 from waiting import wait_until
 
-from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, outbox
+from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, outbox, role
 from flask_eventbus.__main__ import main
 from flask_eventbus.cli import flask_commands
 from flask_eventbus.codec import Codec
@@ -806,18 +808,75 @@ def test_a_relay_takes_nothing_from_behind_what_another_has_in_hand(
 
 
 def test_who_writes_to_the_outbox_gets_through_beside_a_relay_at_work(
-    engine: Engine, waiting: Outbox
+    engine: Engine, waiting: Outbox, database: str
 ) -> None:
     fill(engine, 5)
 
     with waiting.take(10) as batch:
-        # SQLite has one lock for all, so it is done when the relay is.
-        writer = threading.Thread(target=fill, args=[engine, 5])
+        writer = threading.Thread(target=fill, args=[engine, 5], daemon=True)
         writer.start()
+
+        # SQLite has one lock for all, so there it is done when the relay is.
+        if not database.startswith("sqlite"):
+            wait_until(lambda: not writer.is_alive(), what="the rows are written")
+
         batch.delete(batch.entries)
 
     writer.join()
     assert waiting.count() == 5
+
+
+def test_a_relay_stands_by_while_another_has_the_oldest_events_in_hand(
+    shared_redis: RedisServer, engine: Engine, database: str, prefix: str, waiting: Outbox, ear: Ear
+) -> None:
+    if database.startswith("sqlite"):
+        # SQLite lets no relay look at rows to lock them while another does: it waits for its turn.
+        pytest.skip("This test needs a database with locks for rows: see .ci/with-database.")
+
+    fill(engine, 5)
+
+    with relaying(shared_redis, engine, prefix) as relay:
+        with waiting.take(2):
+            assert relay.turn(threading.Event()) is Turn.LEFT
+            assert relay.published == 0
+
+        assert relay.turn(threading.Event()) is Turn.PUBLISHED
+
+    assert ear.ids == list(range(5))
+
+
+def test_a_relay_publishes_nothing_into_a_replica(
+    redis_server: RedisServer,
+    engine: Engine,
+    prefix: str,
+    waiting: Outbox,
+    near: Ear,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(role, "LOOK", 0.0)
+    told = threading.Event()
+    fill(engine, 2)
+
+    with relaying(redis_server, engine, prefix) as relay:
+        assert relay.turn(told) is Turn.PUBLISHED
+        # It keeps its connection, and replicas take PUBLISH.
+        redis_server.client.replicaof("127.0.0.1", 1)
+        fill(engine, 2, "user_left")
+        thread = threading.Thread(
+            target=relay.run, args=[told], kwargs={"interval": 0.01}, daemon=True
+        )
+        thread.start()
+
+        wait_until(lambda: "Redis cannot be used: The server is a replica" in caplog.text)
+        assert waiting.count() == 2
+
+        redis_server.client.replicaof("NO", "ONE")
+        wait_until(lambda: not waiting.count(), what="the others are published")
+        told.set()
+        thread.join()
+
+    assert near.ids == [0, 1, 0, 1]
 
 
 # -- the command ------------------------------------------------------------------------------
@@ -996,7 +1055,7 @@ def test_while_redis_is_away_events_wait_in_the_outbox(
     assert relay.said.count("cannot be used") == 1
 
 
-def test_a_database_that_is_away_is_told_once_and_comes_back(
+def test_a_database_that_is_locked_is_told_once_and_comes_back(
     tmp_path: Path,
     redis_server: RedisServer,
     prefix: str,
@@ -1009,7 +1068,9 @@ def test_a_database_that_is_away_is_told_once_and_comes_back(
     told = threading.Event()
 
     with relaying(redis_server, engine, prefix) as relay:
-        thread = threading.Thread(target=relay.run, args=[told], kwargs={"interval": 0.01})
+        thread = threading.Thread(
+            target=relay.run, args=[told], kwargs={"interval": 0.01}, daemon=True
+        )
 
         with engine.connect() as another, another.begin():
             another.exec_driver_sql("UPDATE eventbus_outbox SET name = name")
@@ -1026,6 +1087,76 @@ def test_a_database_that_is_away_is_told_once_and_comes_back(
         "The database cannot be",
         "The database can be",
     ]
+
+
+def test_a_database_that_cannot_be_reached_is_told_once_and_comes_back(
+    tmp_path: Path,
+    redis_server: RedisServer,
+    database: str,
+    engine: Engine,
+    prefix: str,
+    near: Ear,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fill(engine, 2)
+    away = Departure(database, tmp_path)
+    told = threading.Event()
+
+    with relaying(redis_server, away.engine, prefix) as relay:
+        assert relay.turn(told) is Turn.PUBLISHED
+        thread = threading.Thread(
+            target=relay.run, args=[told], kwargs={"interval": 0.01}, daemon=True
+        )
+
+        with away:
+            thread.start()
+            wait_until(lambda: "The database cannot be used" in caplog.text)
+
+        fill(engine, 2)
+        wait_until(lambda: relay.published == 4)
+        told.set()
+        thread.join()
+
+    away.engine.dispose()
+    assert near.ids == [0, 1, 0, 1]
+    assert [record.getMessage().partition(" used")[0] for record in caplog.records] == [
+        "The database cannot be",
+        "The database can be",
+    ]
+
+
+class Departure:
+    """Makes a database unreachable for a while: its file moves, or its connections are cut."""
+
+    def __init__(self, database: str, folder: Path) -> None:
+        url = make_url(database)
+        self._file = Path(url.database or "") if url.drivername == "sqlite" else None
+        self._elsewhere = folder / "elsewhere"
+        self._proxy: Proxy | None = None
+
+        if self._file is None:
+            self._proxy = Proxy(url.port or 0)
+            url = url.set(port=self._proxy.port)
+
+        self.engine = create_engine(url, poolclass=NullPool)
+
+    def __enter__(self) -> None:
+        if self._proxy is None:
+            assert self._file is not None
+            self._file.rename(self._elsewhere)
+            # What would be made in its place is no database.
+            self._file.mkdir()
+        else:
+            self._proxy.answer = lambda: lambda data: None
+            self._proxy.cut()
+
+    def __exit__(self, *error: object) -> None:
+        if self._proxy is None:
+            assert self._file is not None
+            self._file.rmdir()
+            self._elsewhere.rename(self._file)
+        else:
+            self._proxy.answer = lambda: lambda data: data
 
 
 def test_a_server_that_hangs_locks_nothing_in_the_database(

@@ -147,6 +147,28 @@ def hold(sender, n):
     assert len({line["pid"] for line in workers.reports("done")}) == 2
 
 
+def test_what_a_busy_worker_has_read_goes_to_one_that_is_free(workers: Workers) -> None:
+    busy = """
+@bus.on("work")
+def hold(sender, n):
+    report("begun", n=n)
+    wait_until_released("RELEASE")
+    report("done", n=n)
+"""
+    first = workers.worker(busy, EVENTBUS_CLAIM_AFTER="60")
+    workers.send(*range(6))
+    workers.wait_for("begun", 1)
+    wait_until(lambda: workers.group()["pending"] == 6, what="it has read all of them")
+
+    workers.worker(COUNTING, EVENTBUS_CLAIM_AFTER="60")
+
+    workers.wait_for("done", 5)
+    assert workers.done() == Counter(range(1, 6))
+    workers.release.touch()
+    workers.wait_until_settled()
+    assert [line["n"] for line in workers.reports("done", pid=first.pid)] == [0]
+
+
 def test_two_slow_events_at_once_are_shared_by_two_workers(workers: Workers) -> None:
     busy = """
 @bus.on("work")
