@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from reprlib import repr as short
 from typing import Any
@@ -18,7 +19,8 @@ from .routes import Route
 class Emissions:
     """Makes an :class:`.Outgoing` of each emission, in the thread that sends.
 
-    :param trace: the W3C trace context of whatever is going on, outside of receivers.
+    :param trace: the W3C trace context that came with whatever goes on, a request for example. The
+        span of OpenTelemetry that is current goes before it, and so does the event being handled.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Emissions:
         cause = handling.get()
 
         if cause is None:
-            return {"traceparent": self._trace()}
+            return {"traceparent": _current_span() or self._trace()}
 
         hops = cause.hops + 1
 
@@ -63,7 +65,7 @@ class Emissions:
             "hops": hops,
             "causation_id": cause.id,
             "correlation_id": cause.correlation_id or cause.id,
-            "traceparent": cause.traceparent or self._trace(),
+            "traceparent": _current_span() or cause.traceparent or self._trace(),
         }
 
     def _check_size(self, outgoing: Outgoing) -> None:
@@ -96,6 +98,25 @@ def _partition(lane: Lane, name: str, payload: Mapping[str, Any]) -> str:
     # What cannot travel is to be known now, and not by the thread that writes.
     lane.seal(b"", id="", time_ns=0, key=key)
     return key
+
+
+def _current_span() -> str | None:
+    """The trace context of OpenTelemetry's current span; ``None`` where there is none.
+
+    It is not imported: a program that has a span has loaded it.
+    """
+    trace = sys.modules.get("opentelemetry.trace")
+    find_span = getattr(trace, "get_current_span", None)
+
+    if find_span is None:
+        return None
+
+    context = find_span().get_span_context()
+
+    if not context.is_valid:
+        return None
+
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
 def _chain(name: str, cause: Event, limit: int) -> str:

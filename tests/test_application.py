@@ -7,7 +7,9 @@ import functools
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import UTC, datetime
 from typing import Any
 
 import blinker
@@ -19,8 +21,9 @@ from waiting import wait_until
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, current_event
 from flask_eventbus.application import AppSignals
 from flask_eventbus.codec import Codec
-from flask_eventbus.event import Event
+from flask_eventbus.event import Event, handling
 from flask_eventbus.namespace import BusSignal
+from flask_eventbus.testing import Isolation
 
 
 class App(Flask):
@@ -503,6 +506,61 @@ def test_flasks_own_signals_travel_as_plain_values_where_no_payload_is_given() -
     wait_until(lambda: received == BUILT_IN, what=f"all of them arrive, not {received}")
     bus.stop(app)
     listener.stop()
+
+
+#: A trace context each: of a request, of an event, and of OpenTelemetry's current span.
+HEADER, CAUSE, SPAN = (f"00-{n:032x}-{n:016x}-01" for n in (1, 2, 3))
+HANDLED = Event(
+    name="cause", source="x", id="x-1", time=datetime.now(UTC), payload={}, traceparent=CAUSE
+)
+
+
+@contextmanager
+def span_that_goes_on() -> Iterator[None]:
+    """The span SPAN, as OpenTelemetry's API makes it current; the SDK is not needed."""
+    trace: Any = pytest.importorskip("opentelemetry.trace")
+    context = trace.SpanContext(3, 3, is_remote=False, trace_flags=trace.TraceFlags(1))
+
+    with trace.use_span(trace.NonRecordingSpan(context)):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("span", "cause", "expected"),
+    [
+        (span_that_goes_on, HANDLED, SPAN),
+        (span_that_goes_on, None, SPAN),
+        (nullcontext, HANDLED, CAUSE),
+        (nullcontext, None, HEADER),
+    ],
+)
+def test_an_event_carries_the_trace_context_that_is_nearest(
+    eventbus: Isolation,
+    span: Callable[[], AbstractContextManager[None]],
+    cause: Event | None,
+    expected: str,
+) -> None:
+    bus = EventBus()
+    app = make_app(bus, EVENTBUS_PUBLISH=["ping"])
+    token = handling.set(cause)
+
+    with app.test_request_context(headers={"traceparent": HEADER}), span():
+        bus.signal("ping").send(app)
+
+    handling.reset(token)
+    [event] = eventbus.published("ping")
+    assert event.traceparent == expected
+
+
+def test_a_program_without_flask_sends_in_the_span_that_goes_on(eventbus: Isolation) -> None:
+    bus = Bus("memory://trace", service="script", publish=["ping"])
+
+    with span_that_goes_on():
+        bus.signal("ping").send()
+    bus.signal("ping").send()
+
+    assert [event.traceparent for event in eventbus.published("ping")] == [SPAN, None]
+    bus.stop()
 
 
 def fail(sender: Any, **extra: Any) -> dict[str, Any]:
