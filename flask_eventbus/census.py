@@ -14,6 +14,7 @@ from .connections import OUTAGE, Connections
 from .node import Node
 from .server import Server, processes_of, reason_of
 from .streams import StreamKeys
+from .urls import trouble_of
 
 #: What ``CLIENT LIST`` shows.
 CLIENT_NAME = "eventbus-routes"
@@ -35,8 +36,7 @@ def census(node: Node) -> dict[str, Any]:
             }
     except OUTAGE as error:
         raise click.ClickException(
-            f"Redis at {connections.shown} cannot be used: {reason_of(error)}. Start it there, or "
-            "correct the URL."
+            f"Redis at {connections.shown} cannot be used: {trouble_of(error)}"
         ) from error
     except redis.ResponseError as error:
         raise click.ClickException(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import random
-import re
 import socket
 import threading
 import time
@@ -17,7 +16,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol, cast
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -29,6 +28,18 @@ from .config import MOST_REPLICAS
 from .errors import ConfigError
 from .logs import get_logger
 from .role import Role
+from .urls import (
+    SENTINEL_OPTIONS,
+    AdvisedError,
+    explain,
+    explain_sentinel,
+    hosts_of,
+    node_url,
+    options_of,
+    unknown_master,
+    without_options,
+    without_secrets,
+)
 
 logger = get_logger(__name__)
 
@@ -129,6 +140,7 @@ class Connections:
         #: True once a server has refused to name a connection: it is not asked again.
         self._nameless = False
         self._naming = threading.Lock()
+        self._has_connected = False
         #: True while a thread follows the master that Sentinels name.
         self._is_following = False
         self._following = threading.Lock()
@@ -153,12 +165,13 @@ class Connections:
             try:
                 self._connect(connection)
             except OUTAGE as failure:
-                error = failure
+                error = explain(failure, url, is_first=not self._has_connected)
             except (redis.ResponseError, UnicodeError) as refusal:
                 # A user who may not so much as name its connection or choose its database;
                 # a host that cannot be one.
                 error = redis.ConnectionError(str(refusal))
             else:
+                self._has_connected = True
                 _end_with_socket(connection)
                 self._follow_master()
                 return connection
@@ -237,11 +250,31 @@ class Connections:
     def _check(self) -> None:
         """Make what the URL asks for, without connecting: what is wrong with it shows now."""
         try:
-            for url in self._examples(urlsplit(self._url)):
-                self._make(url, 1.0)
+            examples = self._examples(urlsplit(self._url))
+
+            for url in examples:
+                self._make(without_options(url), 1.0)
         except (ValueError, TypeError, redis.RedisError) as error:
             # Not from the error, which may quote a part of a password.
             raise self._unreadable(error) from None
+
+        if examples:
+            self._check_options(without_options(examples[0]))
+
+    def _check_options(self, example: str) -> None:
+        """Try each option alone, so that the wrong one is named and its text is not shown.
+
+        :param example: the URL of a server, without options.
+        """
+        for name, text in options_of(self._url):
+            try:
+                self._make(f"{example}?{urlencode({name: text})}", 1.0)
+            except (ValueError, TypeError, redis.RedisError):
+                if name not in SENTINEL_OPTIONS:
+                    raise ConfigError(
+                        f"'EVENTBUS_URL' is {self.shown!r}, and the value of its option {name!r} "
+                        "is not valid. Correct it, or remove the option."
+                    ) from None
 
     def _examples(self, parts: SplitResult) -> list[str]:
         if parts.scheme == "memory":
@@ -253,7 +286,10 @@ class Connections:
             return []
 
         if parts.scheme == "redis+sentinel":
-            return [self._sentinel_parts()[2].format(host="host", port=6379)]
+            # Both raise an error for what is missing.
+            self._master_name()
+            hosts_of(parts, 26379)
+            return [self._server("host", 6379)]
 
         if parts.scheme == "redis+cluster":
             return _cluster_nodes(parts)
@@ -329,8 +365,8 @@ class Connections:
                 return False
 
         try:
-            address = sentinel.discover_master(self._sentinel_parts()[1])
-        except (redis.RedisError, OSError) as error:
+            address = self._ask_for_master(sentinel)
+        except redis.ConnectionError as error:
             logger.debug("The Sentinels do not tell where the master is: %s", error)
             return True
 
@@ -341,30 +377,52 @@ class Connections:
         return True
 
     def sentinel(self, timeout: float) -> redis.sentinel.Sentinel:
-        """Return a client of the Sentinels that the URL names."""
-        hosts, _, _ = self._sentinel_parts()
+        """Return clients of the Sentinels that the URL names."""
+        parts = urlsplit(self._url)
+        given = dict(options_of(self._url))
         options = {
+            "username": given.get("sentinel_username"),
+            "password": given.get("sentinel_password"),
             "socket_timeout": timeout,
             "socket_connect_timeout": timeout,
+            "decode_responses": True,
+            "protocol": 2,
             # Else redis-py asks a Sentinel that is gone ten times before it asks the next.
             "retry": Retry(NoBackoff(), 0),
         }
-        return redis.sentinel.Sentinel(hosts, sentinel_kwargs=options)
+        return redis.sentinel.Sentinel(hosts_of(parts, 26379), sentinel_kwargs=options)
 
     def _master(self, timeout: float) -> str:
-        _, name, rest = self._sentinel_parts()
+        return self._server(*self._ask_for_master(self.sentinel(timeout)))
 
-        try:
-            host, port = self.sentinel(timeout).discover_master(name)
-        except redis.ResponseError as refusal:
-            # What answers is no Sentinel, or does not let this user ask.
-            raise redis.ConnectionError(str(refusal)) from refusal
+    def _ask_for_master(self, sentinel: redis.sentinel.Sentinel) -> tuple[str, int]:
+        """Ask one Sentinel after the other where the master is.
 
-        return rest.format(host=f"[{host}]" if ":" in host else host, port=port)
+        :raises redis.ConnectionError: none of them knows; each is named with what it said.
+        """
+        name = self._master_name()
+        said: list[AdvisedError] = []
 
-    def _sentinel_parts(self) -> tuple[list[tuple[str, int]], str, str]:
-        parts = urlsplit(self._url)
-        name, _, database = parts.path.lstrip("/").partition("/")
+        for client in list(sentinel.sentinels):
+            try:
+                address = client.sentinel_get_master_addr_by_name(name)
+            except (redis.RedisError, OSError) as error:
+                said.append(explain_sentinel(error, _address_of(client)))
+                continue
+
+            if address is not None:
+                # Ask this one first the next time.
+                sentinel.sentinels.remove(client)
+                sentinel.sentinels.insert(0, client)
+                return cast(tuple[str, int], address)
+
+            said.append(unknown_master(name, _address_of(client)))
+
+        reasons = "; ".join(dict.fromkeys(error.reason for error in said))
+        raise AdvisedError(reasons, " ".join(dict.fromkeys(error.advice for error in said)))
+
+    def _master_name(self) -> str:
+        name = urlsplit(self._url).path.lstrip("/").partition("/")[0]
 
         if not name:
             raise ConfigError(
@@ -372,27 +430,13 @@ class Connections:
                 "'redis+sentinel://host1:26379,host2:26379/mymaster/0'."
             )
 
-        query = f"?{parts.query}" if parts.query else ""
-        rest = f"redis://{_credentials(parts)}{{host}}:{{port}}/{database or 0}{query}"
-        return _hosts(parts, 26379), unquote(name), rest
+        return unquote(name)
 
-
-def without_secrets(url: str) -> str:
-    """Return scheme, user, host and path of a URL.
-
-    Options are left out: which of them hold a secret depends on their names. A password that was
-    not quoted may hold any character, so where an ``@`` stands after the host nothing is sure.
-    """
-    scheme, separator, rest = url.partition("://")
-    netloc = re.split("[/?#]", rest, maxsplit=1)[0]
-
-    if not separator or "@" in rest[len(netloc) :]:
-        return f"{scheme}://***" if separator else "***"
-
-    userinfo, at, hosts = netloc.rpartition("@")
-    user, colon, _ = userinfo.partition(":")
-    path = re.split("[?#]", rest[len(netloc) :], maxsplit=1)[0]
-    return f"{scheme}://{user}{':***' if colon else ''}{at}{hosts}{path}"
+    def _server(self, host: str, port: int) -> str:
+        """Return the URL of a master that Sentinels named."""
+        parts = urlsplit(self._url)
+        database = parts.path.lstrip("/").partition("/")[2]
+        return node_url(parts, host, port, f"/{database or 0}")
 
 
 def read_reply(connection: Connection) -> Any:
@@ -478,39 +522,16 @@ def _join_embedded(parts: SplitResult) -> str:
         raise redis.ConnectionError(str(error)) from error
 
 
-def _credentials(parts: SplitResult) -> str:
-    user, at, _ = parts.netloc.rpartition("@")
-    return (user + at).replace("{", "{{").replace("}", "}}")
-
-
-def _hosts(parts: SplitResult, default_port: int) -> list[tuple[str, int]]:
-    hosts = []
-
-    for item in parts.netloc.rpartition("@")[2].split(","):
-        host, colon, port = item.rpartition(":")
-        host, port = (host, port) if colon and not item.endswith("]") else (item, "")
-
-        if not host or (port and not port.isdecimal()):
-            raise ConfigError(
-                f"'EVENTBUS_URL' names the host {item!r}. Write hosts as 'host:port' with commas "
-                "between them."
-            )
-
-        hosts.append((host.strip("[]"), int(port or default_port)))
-
-    return hosts
-
-
 def _cluster_nodes(parts: SplitResult) -> list[str]:
     """Plain pub/sub reaches every node of a cluster through any of them."""
-    query = "&".join(f"{key}={value}" for key, value in parse_qsl(parts.query))
-    urls = [
-        f"redis://{_credentials(parts)}{f'[{host}]' if ':' in host else host}:{port}"
-        + (f"?{query}" if query else "")
-        for host, port in _hosts(parts, 6379)
-    ]
+    urls = [node_url(parts, host, port) for host, port in hosts_of(parts, 6379)]
     random.shuffle(urls)
     return urls
+
+
+def _address_of(client: redis.Redis) -> str:
+    options = client.connection_pool.connection_kwargs
+    return f"{options['host']}:{options['port']}"
 
 
 def _fakeredis() -> Any:

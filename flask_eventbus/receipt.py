@@ -21,6 +21,7 @@ from .outgoing import Outgoing
 from .routes import Route
 from .server import TIMEOUT, reason_of
 from .streams import StreamKeys
+from .urls import trouble_of
 from .way import TooFewReplicasError
 
 #: What ``CLIENT LIST`` shows.
@@ -111,8 +112,7 @@ def _told(what: str, outgoing: Outgoing, connections: Connections) -> Iterator[N
         yield
     except OUTAGE as outage:
         raise PublishError(
-            f"{what}: Redis at {connections.shown} cannot be used: {reason_of(outage)}. Start it "
-            "there, or correct 'EVENTBUS_URL'.",
+            f"{what}: Redis at {connections.shown} cannot be used: {trouble_of(outage)}",
             event_id=outgoing.id,
         ) from outage
 

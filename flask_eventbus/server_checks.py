@@ -30,6 +30,7 @@ from .stream_checks import (
 from .stream_rights import check_stream_rights
 from .streams import StreamKeys
 from .turn import BATCH_BYTES
+from .urls import AdvisedError
 
 #: What ``CLIENT LIST`` shows: never one of a service's listeners.
 CLIENT_NAME = "eventbus-check"
@@ -79,7 +80,11 @@ def check_server(node: Node, *, service: str | None) -> Iterator[Finding]:
 
 
 def _unreachable(connections: Connections, failure: Exception) -> Finding:
-    text = f"The server at {connections.shown} cannot be used: {reason_of(failure)}."
+    told = f"The server at {connections.shown} cannot be used"
+    text = f"{told}: {reason_of(failure)}."
+
+    if isinstance(failure, AdvisedError):
+        return error(f"{told}: {failure.reason}.", failure.advice)
 
     if isinstance(failure, redis.AuthenticationError):
         return error(text, "Correct the user and the password in 'EVENTBUS_URL'.")

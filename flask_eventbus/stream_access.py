@@ -19,6 +19,7 @@ from .names import SIGNAL_NAME
 from .pipe import Command, Pipe
 from .rendering import printable
 from .streams import StreamKeys
+from .urls import trouble_of
 
 #: Seconds a server has to answer each question.
 TIMEOUT = 3.0
@@ -178,8 +179,7 @@ class StreamAccess:
                 ) from error
 
             raise click.ClickException(
-                f"Redis at {self._connections.shown} cannot be used: {_reason(error)}. Start it "
-                "there, or correct 'EVENTBUS_URL'."
+                f"Redis at {self._connections.shown} cannot be used: {printable(trouble_of(error))}"
             ) from error
 
     def _checked(self, command: Command, answer: Any) -> Any:

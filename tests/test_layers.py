@@ -50,7 +50,7 @@ LAYERS = {
     ),
     2: (
         "options",
-        "connections",
+        "urls",
         "faults",
         "outage",
         "way",
@@ -60,7 +60,7 @@ LAYERS = {
         "rendering",
         "retries",
     ),
-    3: ("routes", "subscriptions"),
+    3: ("connections", "routes", "subscriptions"),
     4: (
         "allowances",
         "failures",

@@ -15,6 +15,7 @@ from servers import RedisServer, require
 from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError
+from flask_eventbus.doctor import check
 from flask_eventbus.signals import listener_connected, listener_lost
 
 pytestmark = pytest.mark.second_look
@@ -169,7 +170,9 @@ def test_a_server_signed_by_an_unknown_authority_is_refused_with_the_reason(
     url = server.url_with(ssl_ca_certs=Authority(folder, "theirs").certificate)
     bus = make_bus(url, "wrong-ca", subscribe=["order_paid"])
 
-    assert "CERTIFICATE_VERIFY_FAILED" in loss_of(bus)
+    loss = loss_of(bus)
+    assert "CERTIFICATE_VERIFY_FAILED" in loss
+    assert "'ssl_ca_certs=FILE' in 'EVENTBUS_URL'" in loss
 
 
 def test_whoever_publishes_past_a_wrong_certificate_learns_why_and_does_not_hang(
@@ -194,7 +197,9 @@ def test_a_server_whose_certificate_names_another_host_is_refused_with_the_reaso
     url = server.url.replace("localhost", "127.0.0.1") + "&ssl_check_hostname=true"
     bus = make_bus(url, "other-host", subscribe=["order_paid"])
 
-    assert "mismatch" in loss_of(bus)
+    loss = loss_of(bus)
+    assert "mismatch" in loss
+    assert "Write the host in 'EVENTBUS_URL' as the server's certificate names it" in loss
 
 
 def test_a_client_without_a_certificate_is_not_let_in(server: TlsServer, make_bus: MakeBus) -> None:
@@ -202,7 +207,7 @@ def test_a_client_without_a_certificate_is_not_let_in(server: TlsServer, make_bu
     bus = make_bus(url, "no-certificate", subscribe=["order_paid"])
 
     # Over TLS 1.3 the server says why after the handshake; the words depend on who is faster.
-    assert loss_of(bus)
+    assert "add 'ssl_certfile=FILE' and 'ssl_keyfile=FILE'" in loss_of(bus)
     assert not bus.ready(0.5)
 
 
@@ -211,11 +216,38 @@ def test_a_plain_url_on_a_tls_port_is_told_as_a_lost_connection(
 ) -> None:
     bus = make_bus(f"redis://localhost:{server.port}/0", "plain", subscribe=["order_paid"])
 
-    assert "onnection" in loss_of(bus)
+    assert "If the port speaks TLS, begin 'EVENTBUS_URL' with 'rediss://'" in loss_of(bus)
 
     begin = time.monotonic()
     bus.stop(flush=0)
     assert time.monotonic() - begin < 5
+
+
+def test_a_tls_url_on_a_plain_port_tells_to_begin_it_otherwise(
+    shared_redis: RedisServer, make_bus: MakeBus
+) -> None:
+    url = shared_redis.url.replace("redis://", "rediss://")
+    bus = make_bus(url, "tls-on-plain", subscribe=["order_paid"])
+
+    assert "If the port does not speak TLS, begin 'EVENTBUS_URL' with 'redis://'" in loss_of(bus)
+
+
+def test_a_file_that_is_not_there_is_named(server: TlsServer, make_bus: MakeBus) -> None:
+    url = server.url_with(ssl_ca_certs=Path("/no/such/ca.crt"))
+    bus = make_bus(url, "no-file", subscribe=["order_paid"])
+
+    assert "Correct the path of 'ssl_ca_certs' in 'EVENTBUS_URL': '/no/such/ca.crt'" in loss_of(bus)
+
+
+def test_check_gives_the_advice_in_place_of_starting_the_server(
+    server: TlsServer, make_bus: MakeBus
+) -> None:
+    bus = make_bus(f"redis://localhost:{server.port}/0", "checked", publish=["order_paid"])
+
+    [finding] = [found for found in check(bus.node) if found.level == "error"]
+
+    assert finding.remedy == "If the port speaks TLS, begin 'EVENTBUS_URL' with 'rediss://'."
+    assert "rediss" not in finding.text
 
 
 def test_a_listener_over_tls_hears_again_after_a_restart(
