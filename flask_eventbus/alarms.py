@@ -35,7 +35,7 @@ def past_the_end(name: str, service: str, delivered: EntryId, last: EntryId) -> 
     return Alarm(
         f"{service!r} stands at {id_text(delivered)} in the stream of {name!r}, past its end "
         f"({id_text(last)}): it gets no event until ids have come that far. Somebody moved it.",
-        f"Move it back to where it was: 'flask eventbus seek {name} --to TIME'.",
+        f"Move it back to where it was: 'eventbus --service {service} seek {name} --to TIME'.",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import redis
 
+from .access_checks import check_access
 from .alarms import MOST_NAMES
 from .channels import ChannelKeys, ChannelReader
 from .config import Config
@@ -68,7 +69,8 @@ def check_server(node: Node, *, service: str | None) -> Iterator[Finding]:
             yield ok(f"The server at {connections.shown} answers.")
             streams = _streams(server, node, service)
             yield from _check_role(connections)
-            yield from _check_facts(server, config, service, streams)
+            yield from check_access(config.url)
+            yield from _check_facts(server, node, service, streams)
 
         yield from _check_publishing(connections, node)
         yield from _check_subscribing(connections, node)
@@ -125,15 +127,16 @@ def _streams(server: Server, node: Node, service: str | None) -> set[str]:
 
 
 def _check_facts(
-    server: Server, config: Config, service: str | None, streams: set[str]
+    server: Server, node: Node, service: str | None, streams: set[str]
 ) -> Iterator[Finding]:
+    config = node.config
     checks: list[tuple[str, str, Callable[[], Iterator[Finding]]]] = [
         ("its version", "+info", lambda: check_version(server)),
         ("whether it evicts keys", "+info", lambda: check_eviction(server, streams)),
         ("its clock", "+time", lambda: check_clock(server)),
         ("how far behind a listener may be", "+config|get", lambda: check_buffer(server, config)),
         ("how large an event may be", "+config|get", lambda: check_argument(server, config)),
-        ("who listens", "+client|list", lambda: check_listeners(server, service)),
+        ("who listens", "+client|list", lambda: check_listeners(server, node, service)),
     ]
 
     if streams and not config.url.startswith("embedded://"):
@@ -238,21 +241,31 @@ def check_argument(server: Server, config: Config) -> Iterator[Finding]:
         )
 
 
-def check_listeners(server: Server, service: str | None) -> Iterator[Finding]:
+def check_listeners(server: Server, node: Node, service: str | None) -> Iterator[Finding]:
     """How many processes of one service listen to channels.
 
     :raises redis.ResponseError: this user may not ask.
     """
+    if service is not None and _wants_channels(node):
+        return
+
+    # Nobody knows here what the receivers of other services do.
+    level = note if service is None else warning
     on_channels = [found for found in server.listening() if found.channels or found.patterns]
 
     for name, count in sorted(processes_of(on_channels).items()):
         if count > 1 and service in (None, name):
-            yield warning(
+            yield level(
                 f"{count} processes of {name!r} listen: each of them runs its receivers for "
                 "every channel event.",
-                "That is right for a cache in each process. For work to be done once, listen in "
-                "one process: set 'EVENTBUS_LISTEN' to False and run 'flask eventbus run'.",
+                "That is right for a cache in each process: say so with via='channel' in the "
+                "subscription. Work to be done once travels by stream: via='stream'.",
             )
+
+
+def _wants_channels(node: Node) -> bool:
+    """Return True if every subscription heard over a channel says that it is to be."""
+    return all(found.via is not None for found in node.subscriptions.values())
 
 
 def _check_publishing(connections: Connections, node: Node) -> Iterator[Finding]:
@@ -326,7 +339,10 @@ def _check_streams(
     if streams:
         patterns = service is None or any(map(is_pattern, node.subscriptions))
         yield from check_backlog(
-            node.config, lambda access: _services(access, node, service), patterns=patterns
+            node.config,
+            lambda access: _services(access, node, service),
+            patterns=patterns,
+            program="eventbus --service {}" if service is None else "flask eventbus",
         )
 
 

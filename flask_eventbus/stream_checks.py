@@ -137,10 +137,12 @@ def check_backlog(
     services: Callable[[StreamAccess], Mapping[str, Sequence[str] | None]],
     *,
     patterns: bool,
+    program: str,
 ) -> Iterator[Finding]:
     """What waits for services: events, retries and dead letters.
 
     :param services: for each signal the services to look at; ``None`` for all of them.
+    :param program: how a command begins for whoever reads this; ``{}`` stands for the service.
     :param patterns: True if streams are found by their names, as those of patterns are.
     """
     try:
@@ -157,27 +159,27 @@ def check_backlog(
 
     for status in statuses:
         for group in status.groups:
-            yield from _check_group(status.name, group)
+            yield from _check_group(status.name, group, program.format(group.service))
 
 
-def _check_group(name: str, group: GroupStatus) -> Iterator[Finding]:
+def _check_group(name: str, group: GroupStatus, program: str) -> Iterator[Finding]:
     if group.dead:
         yield note(
             f"{group.service!r} has {counted(group.dead, 'dead letter')} of {name!r}.",
-            f"Look at them: flask eventbus dead list --signal {name}",
+            f"Look at them: {program} dead list --signal {name}",
         )
 
     if group.retries:
         yield note(
             f"{group.service!r} is to try {counted(group.retries, 'failed receiver')} of {name!r} "
             "again.",
-            "See how that goes: flask eventbus status",
+            f"See how that goes: {program} status",
         )
 
     if group.lag:
         yield note(
             f"{group.service!r} has yet to read {counted(group.lag, 'event')} of {name!r}.",
-            "See whether that becomes less: flask eventbus status --watch",
+            f"See whether that becomes less: {program} status --watch",
         )
 
 

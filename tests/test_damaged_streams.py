@@ -73,7 +73,7 @@ def test_a_group_that_somebody_moved_past_the_end_is_an_alarm_until_it_is_moved_
     assert f"'mailer' stands at {place} in the stream of 'tick', past its end" in found
     status = store.run("status", "--max-lag", "100")
     assert status.exit_code == 1
-    assert "flask eventbus seek tick --to TIME" in status.output
+    assert "eventbus --service mailer seek tick --to TIME" in status.output
 
     moved = store.run("seek", "tick", "--to", before, "--yes")
 

@@ -124,6 +124,7 @@ LAYERS = {
         "services",
         "dead_retry",
         "stream_checks",
+        "access_checks",
     ),
     8: ("dead_report", "retry_line", "settler", "writer"),
     9: ("attempts", "claims", "orphans", "publisher"),

@@ -1,0 +1,125 @@
+"""What ``check`` says of a way to Redis that others can read, or a door that is open to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from servers import RedisServer
+from test_tls import Authority, TlsServer
+
+from flask_eventbus import Bus
+from flask_eventbus.__main__ import main
+from flask_eventbus.access_checks import check_access, check_transport, hosts_of, is_loopback
+from flask_eventbus.doctor import check
+
+pytestmark = pytest.mark.second_look
+
+Make = Callable[..., Bus]
+
+OPEN = "Whoever reaches it is let in as 'default'"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every server is one of another machine, as far as a check knows."""
+    monkeypatch.setattr("flask_eventbus.access_checks.is_loopback", lambda host: False)
+
+
+def levels(url: str, words: str) -> list[str]:
+    """The levels of what a check of an URL says with these words."""
+    return [found.level for found in check_access(url) if words in found.text]
+
+
+def test_a_server_that_lets_everybody_do_everything_is_noted_on_this_machine(
+    redis_server: RedisServer,
+) -> None:
+    assert levels(redis_server.url, OPEN) == ["note"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_server_that_lets_everybody_do_everything_is_warned_of_elsewhere(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    redis_server.client.execute_command("ACL", "SETUSER", "ada", "on", ">pw", "+@all", "~*", "&*")
+    own = redis_server.url.replace("127", "ada:pw@127", 1)
+
+    found = {each.text: each for each in check(make_bus(own).node) if each.text.startswith(OPEN)}
+
+    assert [each.level for each in found.values()] == ["warning"]
+    assert "user default off resetpass" in next(iter(found.values())).remedy
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [("off",), (">pw",), ("-@all",), ("-flushall",), ("resetkeys", "~mine:*")],
+    ids=" ".join,
+)
+def test_a_default_user_without_all_rights_is_nothing_to_complain_of(
+    redis_server: RedisServer, rules: tuple[str, ...]
+) -> None:
+    if rules == (">pw",):
+        rules = ("resetpass", ">pw")
+
+    redis_server.client.execute_command("ACL", "SETUSER", "ada", "on", ">pw", "+@all", "~*")
+    redis_server.client.execute_command("ACL", "SETUSER", "default", *rules)
+
+    assert levels(redis_server.url.replace("127", "ada:pw@127", 1), OPEN) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("redis://redis/0", "travel unencrypted"),
+        ("redis://ada:pw@10.0.0.7:6379/0", "travel unencrypted"),
+        ("redis+sentinel://localhost,10.0.0.8/mymaster", "travel unencrypted"),
+        ("redis+cluster://10.0.0.7,10.0.0.8", "travel unencrypted"),
+        ("rediss://redis/0?ssl_cert_reqs=none", "certificate is not verified"),
+        ("rediss://localhost/0?ssl_cert_reqs=none", "certificate is not verified"),
+        ("rediss://redis/0?ssl_cert_reqs=optional", "certificate is not verified"),
+        ("rediss://redis/0?ssl_check_hostname=false", "is not compared with the host"),
+    ],
+)
+def test_a_way_that_others_may_read_is_warned_of(url: str, words: str) -> None:
+    is_here = all(map(is_loopback, hosts_of(url)))
+
+    [finding] = check_transport(url, is_here=is_here)
+
+    assert finding.level == "warning"
+    assert words in finding.text
+    assert finding.remedy
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost/0",
+        "redis://ada:p%40w@127.0.0.1:6379/0",
+        "redis://[::1]:6379/0",
+        "redis:///0",
+        "redis+sentinel://localhost:1,127.0.0.2:2/mymaster",
+        "unix:///run/redis.sock",
+        "rediss://redis/0",
+        "rediss://redis/0?ssl_cert_reqs=required&ssl_check_hostname=true",
+    ],
+)
+def test_a_way_that_nobody_reads_is_nothing_to_complain_of(url: str) -> None:
+    is_here = url.startswith("unix") or all(map(is_loopback, hosts_of(url)))
+
+    assert list(check_transport(url, is_here=is_here)) == []
+
+
+def test_the_command_warns_of_a_certificate_that_it_does_not_verify(tmp_path: Path) -> None:
+    server = TlsServer(tmp_path, Authority(tmp_path, "authority"))
+    server.start()
+    url = f"{server.url}&ssl_cert_reqs=none"
+
+    said = CliRunner().invoke(main, ["--url", url, "check"]).output
+    verified = CliRunner().invoke(main, ["--url", server.url, "check"]).output
+    server.kill()
+
+    assert "warning  The server's certificate is not verified" in said
+    assert f"note     {OPEN}" in said
+    assert "is not verified" not in verified
