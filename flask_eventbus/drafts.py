@@ -99,18 +99,22 @@ class Drafts:
         self._counters.add("stored")
 
     def committed(self, items: list[Outgoing]) -> None:
-        """Publish them. Whatever happens is logged: the commit is done, and did not fail."""
+        """Publish them. What Redis does is logged: the commit is done, and did not fail.
+
+        What interrupts it, such as a time limit that a signal handler raises, is passed on.
+        """
         try:
             unconfirmed = self._publish(items)
-        except Exception:
+        except BaseException:
             logger.exception(
-                "A transaction is committed, and publishing what was sent in it failed; up to %d "
-                "events are lost: %s",
+                "A transaction is committed, and publishing the %d events that were sent in it was "
+                "interrupted: %s. Those that are in the buffer are published.",
                 len(items),
                 _names(items),
             )
-        else:
-            self._report(unconfirmed)
+            raise
+
+        self._report(unconfirmed)
 
     def discarded(self, items: list[Outgoing], *, forgotten: bool) -> None:
         """Let them vanish with their transaction."""

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -409,8 +409,10 @@ class Node:
         """Publish what waited for a commit, and return what Redis did not confirm in time."""
         notice_fork()
 
-        for draft in drafts:
-            self._publish_draft(draft)
+        # One that is interrupted, by a time limit for example, keeps no other from the buffer.
+        with ExitStack() as stack:
+            for draft in reversed(drafts):
+                stack.callback(self._publish_draft, draft)
 
         return self._publisher.await_all(drafts)
 

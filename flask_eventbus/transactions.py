@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from contextvars import ContextVar
 from itertools import groupby
 from operator import itemgetter
@@ -46,7 +47,10 @@ _watched: weakref.WeakSet[type[Session]] = weakref.WeakSet()
 
 
 class Owner(Protocol):
-    """Whose items wait for a commit, and what becomes of them; neither method may raise."""
+    """Whose items wait for a commit, and what becomes of them.
+
+    Neither method raises, but for what interrupts it: a time limit, or Ctrl-C.
+    """
 
     def committed(self, items: list[Any]) -> None:
         """Their transaction is committed, and its connection given back."""
@@ -105,8 +109,10 @@ class Held:
     def _leave(self) -> None:
         waiting, self._waiting = self._waiting, []
 
-        for owner, items in _by_owner(waiting):
-            owner.committed(items)
+        # One that is interrupted, by a time limit for example, keeps no other from its items.
+        with ExitStack() as stack:
+            for owner, items in reversed(list(_by_owner(waiting))):
+                stack.callback(owner.committed, items)
 
 
 def begun(source: Any) -> Session | None:

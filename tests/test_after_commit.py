@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from sqlalchemy.orm import (
 from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, PublishError, current_event
+from flask_eventbus.outgoing import Outgoing
+from flask_eventbus.publisher import Publisher
 from flask_eventbus.testing import Isolation
 
 Make = Callable[..., Bus]
@@ -852,6 +855,78 @@ def test_a_confirmation_is_awaited_in_the_commit_which_does_not_fail_without_it(
     assert "Redis did not confirm 2 of the events" in line
     assert f"user_added {bus.health().node}-2, user_added {bus.health().node}-3" in line
     assert bus.health().counts["published"] == 3
+
+
+class TimeLimitError(Exception):
+    """What the signal handler of a task queue raises wherever the program happens to be."""
+
+
+def test_a_time_limit_in_a_commit_that_waits_is_passed_on_and_no_event_is_lost(
+    redis_server: RedisServer, session: Session, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strike(number: int, frame: object) -> None:
+        raise TimeLimitError
+
+    monkeypatch.setattr(Publisher, "await_all", _alarmed)
+    bus = make_bus(
+        redis_server.url,
+        publish={"user_added": {"after_commit": True, "confirm": True}},
+        timeout=60,
+    )
+    bus.register_session(session)
+    redis_server.hang()
+    before = signal.signal(signal.SIGALRM, strike)
+
+    try:
+        session.add(User(id=1, email="ada"))
+        bus.signal("user_added").send(id=1)
+        bus.signal("user_added").send(id=2)
+        with pytest.raises(TimeLimitError):
+            session.commit()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+    redis_server.resume()
+    assert session.get(User, 1) is not None
+    assert bus.flush(20)
+    assert bus.health().counts["published"] == 2
+    bus.signal("user_added").send(id=3)
+    session.commit()
+
+
+def _alarmed(publisher: Publisher, sent: Sequence[Outgoing]) -> list[Outgoing]:
+    """Wait for confirmations that do not come, and get an alarm meanwhile."""
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    return _await_all(publisher, sent)
+
+
+_await_all = Publisher.await_all
+
+
+def test_a_time_limit_at_one_event_of_a_commit_lets_the_others_leave(
+    shared_redis: RedisServer, session: Session, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Publisher.take
+
+    def limited(publisher: Publisher, draft: Outgoing) -> None:
+        if not taken:
+            taken.append(draft)
+            raise TimeLimitError
+        take(publisher, draft)
+
+    taken: list[Outgoing] = []
+    monkeypatch.setattr(Publisher, "take", limited)
+    bus = make_bus(shared_redis.url, publish={"user_*": {"after_commit": True}})
+    bus.register_session(session)
+
+    session.begin()
+    for number in range(3):
+        bus.signal("user_added").send(id=number)
+    with pytest.raises(TimeLimitError):
+        session.commit()
+
+    assert bus.flush(10)
+    assert bus.health().counts["published"] == 2
 
 
 def test_a_confirmed_commit_waits_until_redis_has_the_events(
