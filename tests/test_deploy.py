@@ -87,6 +87,22 @@ def test_the_stack_waits_longer_for_the_end_than_the_end_may_take() -> None:
     assert gunicorn["timeout"] > drain
 
 
+def test_every_service_of_the_stack_that_has_tables_makes_them_before_it_starts() -> None:
+    stack = dict(re.findall(r"^  ([a-z-]+):\n((?:    .*\n|\n)+)", COMPOSE, re.MULTILINE))
+    apps = {path.parent.name: path.read_text() for path in ROOT.glob("services/*/app.py")}
+    with_tables = {name for name, code in apps.items() if "init-db" in code}
+    commands = re.findall(r"python -m flask --app app init-db && exec (\S+)", COMPOSE)
+
+    assert with_tables == {"accounts", "catalog", "mailer"}
+    assert commands == ["gunicorn", "python"]
+    assert {name for name, lines in stack.items() if "command: *serve" in lines} == {
+        "accounts",
+        "catalog",
+        "mailer-web",
+    }
+    assert {name for name, lines in stack.items() if "command: *work" in lines} == {"mailer"}
+
+
 def test_make_secrets_writes_a_password_for_each_user_and_keeps_those_there(tmp_path: Path) -> None:
     shutil.copytree(DEPLOY, tmp_path / "deploy")
     users = (DEPLOY / "redis" / "users.acl").read_text()

@@ -11,7 +11,7 @@ from typing import Any
 from flask import Flask, Response, abort, g, json, request
 from flask.typing import ResponseReturnValue
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import text
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.schema import CreateTable
@@ -78,9 +78,7 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
     db.init_app(app)
     app.before_request(start_clock)
     app.register_error_handler(HTTPException, as_json)
-
-    with app.app_context():
-        create_table()
+    app.cli.command("init-db")(init_db)
 
     @app.post("/register")
     def register() -> ResponseReturnValue:
@@ -110,8 +108,8 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
     return app
 
 
-def create_table() -> None:
-    """Make the table unless it is there; two workers may start at once."""
+def init_db() -> None:
+    """Make the table unless it is there: a step of each deployment."""
     db.session.execute(CreateTable(User.__table__, if_not_exists=True))
     db.session.commit()
 
@@ -175,7 +173,7 @@ def api_call(sender: Flask, response: Response, **extra: Any) -> dict[str, Any] 
 
 def has_database() -> bool:
     try:
-        db.session.execute(text("SELECT 1"))
+        db.session.execute(select(User.id).limit(1))
     except OperationalError:
         return False
 

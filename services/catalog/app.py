@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import sqlite3
@@ -145,7 +144,7 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
     app.teardown_appcontext(close_store)
     app.register_error_handler(HTTPException, as_json)
     bus.init_app(app)
-    make_store(app.config["CATALOG_DATABASE"])
+    app.cli.command("init-db")(init_db)
 
     @app.get("/products/<sku>")
     def show(sku: str) -> ResponseReturnValue:
@@ -202,13 +201,12 @@ def as_json(error: HTTPException) -> ResponseReturnValue:
     return response
 
 
-def make_store(path: str) -> None:
-    """What all workers share; made unless it is there."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+def init_db() -> None:
+    """Make the store that all workers share unless it is there: a step of each deployment."""
+    path = Path(current_app.config["CATALOG_DATABASE"])
+    path.parent.mkdir(parents=True, exist_ok=True)
 
-    with open(f"{path}.lock", "w") as lock, closing(sqlite3.connect(path)) as store, store:
-        # The workers start together, and SQLite does not wait for a change of the journal mode.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with closing(sqlite3.connect(path)) as store, store:
         store.execute("PRAGMA journal_mode = WAL")
         store.execute(
             "CREATE TABLE IF NOT EXISTS products"

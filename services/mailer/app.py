@@ -6,9 +6,11 @@ import os
 import smtplib
 import socket
 import sqlite3
+import ssl
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from email.headerregistry import Address
 from email.message import EmailMessage
@@ -35,7 +37,39 @@ CREATE TABLE IF NOT EXISTS mail
 #: How often a mail is tried again, over about an hour: mail servers are away that long at times.
 RETRIES = 20
 
+#: How long the SMTP server may take for each answer, in seconds.
+SMTP_TIMEOUT = 10.0
+
+
+class Mailbox:
+    """One connection to the SMTP server, kept between mails and opened again when it was lost."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._server: smtplib.SMTP | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[smtplib.SMTP]:
+        """The connection, for one thread at a time; it is closed after an error."""
+        with self._turn:
+            try:
+                if self._server is None or not is_alive(self._server):
+                    self.close()
+                    self._server = connect()
+
+                yield self._server
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+
 bus = EventBus()
+mailbox = Mailbox()
 
 
 @bus.on("user_registered", retries=RETRIES)
@@ -73,26 +107,54 @@ def welcome(email: str, name: str) -> EmailMessage:
 def post(mail: EmailMessage) -> None:
     """Hand the mail to the SMTP server.
 
-    :raises Reject: the server will never take it; anything else is tried again.
+    :raises Reject: the server will never take this mail. Any other error is tried again.
     """
+    with mailbox.open() as server:
+        try:
+            server.send_message(mail)
+        except smtplib.SMTPException as error:
+            if is_final(error):
+                raise Reject(f"The SMTP server refuses the mail: {error}") from error
+
+            raise
+
+
+def connect() -> smtplib.SMTP:
+    """Open a connection, encrypted and logged in where the settings say so."""
     config = current_app.config
+    server = smtplib.SMTP(config["MAIL_HOST"], config["MAIL_PORT"], timeout=SMTP_TIMEOUT)
 
     try:
-        with smtplib.SMTP(config["MAIL_HOST"], config["MAIL_PORT"], timeout=10) as server:
-            server.send_message(mail)
-    except smtplib.SMTPException as error:
-        if is_final(error):
-            raise Reject(f"The SMTP server refuses the mail: {error}") from error
+        if config["MAIL_STARTTLS"]:
+            server.starttls(context=ssl.create_default_context())
 
+        if config["MAIL_USERNAME"]:
+            # Flask takes a password of digits for a number.
+            server.login(str(config["MAIL_USERNAME"]), str(config["MAIL_PASSWORD"]))
+    except OSError:
+        server.close()
         raise
+
+    return server
+
+
+def is_alive(server: smtplib.SMTP) -> bool:
+    """Return False if the connection is lost: servers close those that wait for long."""
+    try:
+        return server.noop()[0] == 250
+    except OSError:
+        return False
 
 
 def is_final(error: smtplib.SMTPException) -> bool:
-    """Whether the server says so for good: its codes from 500 on."""
+    """Return True if the server refuses this mail for good, by a code from 500 on.
+
+    A login or a sender that is refused is a wrong setting, and no fault of the mail.
+    """
     match error:
         case smtplib.SMTPRecipientsRefused():
             return all(code >= 500 for code, _ in error.recipients.values())
-        case smtplib.SMTPResponseException():
+        case smtplib.SMTPDataError():
             return error.smtp_code >= 500
         case _:
             return isinstance(error, smtplib.SMTPNotSupportedError)
@@ -125,8 +187,8 @@ def open_book() -> sqlite3.Connection:
     return sqlite3.connect(current_app.config["BOOK_FILE"], timeout=10)
 
 
-def make_book() -> None:
-    """Make the table unless it is there; several processes may start at once."""
+def init_db() -> None:
+    """Make the table unless it is there: a step of each deployment."""
     Path(current_app.config["BOOK_FILE"]).parent.mkdir(parents=True, exist_ok=True)
 
     with closing(open_book()) as book, book:
@@ -144,6 +206,9 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
     app.config.from_mapping(
         MAIL_HOST="localhost",
         MAIL_PORT=1025,
+        MAIL_STARTTLS=False,
+        MAIL_USERNAME=None,
+        MAIL_PASSWORD=None,
         MAIL_SENDER="Accounts <accounts@example.com>",
         BOOK_FILE=str(Path(app.instance_path) / "book.db"),
         EVENTBUS_SERVICE="mailer",
@@ -157,11 +222,10 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
     )
     app.config.from_prefixed_env()
     app.config.from_mapping(settings or {})
+    require_encrypted_login(app.config)
     bus.init_app(app)
     app.before_request(start_clock)
-
-    with app.app_context():
-        make_book()
+    app.cli.command("init-db")(init_db)
 
     @app.get("/")
     def count() -> ResponseReturnValue:
@@ -181,9 +245,18 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
     return app
 
 
+def require_encrypted_login(config: Mapping[str, Any]) -> None:
+    if config["MAIL_USERNAME"] and not config["MAIL_STARTTLS"]:
+        raise RuntimeError(
+            "'MAIL_USERNAME' is set and 'MAIL_STARTTLS' is not: the password would travel in the "
+            "clear. Set FLASK_MAIL_STARTTLS=true, or leave the user out."
+        )
+
+
 def has_book() -> bool:
     try:
-        mails_by_worker()
+        with closing(open_book()) as book:
+            book.execute("SELECT 1 FROM mail LIMIT 1")
     except sqlite3.Error:
         return False
 

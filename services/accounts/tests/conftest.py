@@ -45,6 +45,7 @@ def database(tmp_path: Path) -> str:
 def client(accounts: ModuleType, database: str, eventbus: Isolation) -> Iterator[FlaskClient]:
     """A client of the app, whose bus is the testing kit's."""
     app: Flask = accounts.create_app({"SQLALCHEMY_DATABASE_URI": database})
+    assert app.test_cli_runner().invoke(args=["init-db"]).exit_code == 0
     yield app.test_client()
 
     with app.app_context():
@@ -81,13 +82,16 @@ def address(redis_url: str, database: str, tmp_path: Path) -> Iterator[str]:
     log = tmp_path / "gunicorn.log"
     command = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--workers", "2"]
     settings = {"FLASK_EVENTBUS_URL": redis_url, "FLASK_SQLALCHEMY_DATABASE_URI": database}
+    environment = os.environ | settings
+    init_db = [sys.executable, "-m", "flask", "--app", "app", "init-db"]
+    subprocess.run(init_db, cwd=FOLDER, env=environment, check=True)
 
     with (
         log.open("w") as output,
         subprocess.Popen(
             [*command, "--no-control-socket", "app:create_app()"],
             cwd=FOLDER,
-            env=os.environ | settings,
+            env=environment,
             stderr=output,
         ) as process,
     ):

@@ -170,6 +170,17 @@ def test_without_its_database_it_is_not_healthy(
     assert (health.status_code, health.get_json()["database"]) == (503, False)
 
 
+def test_without_its_table_it_is_not_healthy(
+    accounts: ModuleType, database: str, eventbus: Isolation
+) -> None:
+    app = accounts.create_app({"SQLALCHEMY_DATABASE_URI": database})
+
+    assert app.test_client().get("/health").status_code == 503
+
+    with app.app_context():
+        accounts.db.engine.dispose()
+
+
 def test_another_process_hears_of_a_registration(
     address: str, redis_url: str, wait_until: Callable[..., Any]
 ) -> None:

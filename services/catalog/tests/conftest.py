@@ -38,6 +38,7 @@ def database(tmp_path: Path) -> str:
 def client(catalog: ModuleType, database: str, eventbus: Isolation) -> Iterator[FlaskClient]:
     """A client of the worker, whose bus is the testing kit's."""
     app: Flask = catalog.create_app({"CATALOG_DATABASE": database})
+    assert app.test_cli_runner().invoke(args=["init-db"]).exit_code == 0
 
     with app.test_client() as client:
         yield client

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -23,8 +21,6 @@ from flask_eventbus.signals import (
     listener_lost,
 )
 from flask_eventbus.testing import Isolation
-
-FOLDER = Path(__file__).parent.parent
 
 
 def test_a_price_is_cached_once_changes_are_heard(client: FlaskClient) -> None:
@@ -263,23 +259,16 @@ def test_a_health_check_is_no_call(client: FlaskClient, eventbus: Isolation) -> 
     eventbus.assert_not_published()
 
 
-def test_workers_that_start_together_make_one_store(database: str) -> None:
-    # Several times, since it is a race.
-    script = f"import app; [app.make_store(f'{database}-{{number}}') for number in range(100)]"
-    command = [sys.executable, "-c", script]
+def test_the_app_makes_no_store(catalog: ModuleType, database: str, eventbus: Isolation) -> None:
+    catalog.create_app({"CATALOG_DATABASE": database})
 
-    workers = [subprocess.Popen(command, cwd=FOLDER) for _ in range(4)]
-
-    assert [worker.wait() for worker in workers] == [0, 0, 0, 0]
-    assert price_in(f"{database}-99") == "12.50"
+    assert not Path(database).exists()
 
 
-def test_a_store_that_is_there_keeps_its_prices(
-    client: FlaskClient, catalog: ModuleType, database: str
-) -> None:
+def test_a_store_that_is_there_keeps_its_prices(client: FlaskClient, database: str) -> None:
     put(client, "13.00")
 
-    catalog.make_store(database)
+    client.application.test_cli_runner().invoke(args=["init-db"])
 
     assert price_in(database) == "13.00"
 

@@ -106,13 +106,16 @@ def service(redis: Redis, tmp_path: Path) -> Iterator[Catalog]:
         "FLASK_EVENTBUS_URL": redis.url,
         "FLASK_CATALOG_DATABASE": str(tmp_path / "catalog.db"),
     }
+    environment = os.environ | settings
+    init_db = [sys.executable, "-m", "flask", "--app", "app", "init-db"]
+    subprocess.run(init_db, cwd=FOLDER, env=environment, check=True)
 
     with (
         log.open("w") as output,
         subprocess.Popen(
             [*command, "--no-control-socket", "app:create_app()"],
             cwd=FOLDER,
-            env=os.environ | settings,
+            env=environment,
             stderr=output,
         ) as process,
     ):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
 import re
+import shutil
+import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import time
@@ -20,12 +24,17 @@ from urllib.request import urlopen
 
 import pytest
 import redis
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP, AuthResult, Envelope, Session
 from flask import Flask
 
 from flask_eventbus import ConfigError
 from flask_eventbus.embedded import find_executable
 
 FOLDER = Path(__file__).parent.parent
+
+# From Python 3.13 a certificate is refused that does not say what it may be used for.
+USE = ["-addext", "keyUsage=critical,digitalSignature,keyCertSign"]
 
 
 @pytest.fixture
@@ -47,6 +56,7 @@ def make_app(mailer: ModuleType, tmp_path: Path) -> Iterator[Callable[..., Flask
 
     def make(**settings: Any) -> Flask:
         app: Flask = mailer.create_app({**files(tmp_path), **settings})
+        assert app.test_cli_runner().invoke(args=["init-db"]).exit_code == 0
         apps.append(app)
         return app
 
@@ -54,6 +64,8 @@ def make_app(mailer: ModuleType, tmp_path: Path) -> Iterator[Callable[..., Flask
 
     for app in apps:
         mailer.bus.stop(app, flush=0)
+
+    mailer.mailbox.close()
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -132,6 +144,101 @@ def sink(tmp_path: Path) -> Iterator[Sink]:
         sink.stop()
 
 
+class SmtpServer(Controller):
+    """An SMTP server within the test, which knows over which connection each mail came.
+
+    :param certificate: a file with a certificate and its key; the server then asks for encryption
+        and for the password of the user ``mailer``.
+    """
+
+    password = "a pass word"  # noqa: S105 - of this test
+
+    def __init__(self, certificate: Path | None = None) -> None:
+        self.certificate = certificate
+        #: For each mail the number of its connection, and who logged in.
+        self.mails: list[tuple[int, str | None]] = []
+        self._sessions: list[Session] = []
+        self._transports: list[asyncio.BaseTransport] = []
+        super().__init__(self, hostname="localhost", port=free_port(), **self._security())
+
+    def hang_up(self) -> None:
+        """Close every connection, as servers do with those that wait for long."""
+        for transport in self._transports:
+            self.loop.call_soon_threadsafe(transport.close)
+
+        wait_until(lambda: all(transport.is_closing() for transport in self._transports))
+
+    async def handle_MAIL(  # noqa: N802 - aiosmtpd's name
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        if session not in self._sessions and server.transport is not None:
+            self._sessions.append(session)
+            self._transports.append(server.transport)
+
+        envelope.mail_from = address
+        return "250 OK"
+
+    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's name
+        login = session.auth_data.login.decode() if session.auth_data else None
+        self.mails.append((self._sessions.index(session) + 1, login))
+        return "250 OK"
+
+    def _security(self) -> dict[str, Any]:
+        if self.certificate is None:
+            return {}
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate)
+        return {
+            "tls_context": context,
+            "require_starttls": True,
+            "auth_required": True,
+            "authenticator": self._authenticate,
+        }
+
+    def _authenticate(self, *given: Any) -> AuthResult:
+        data = given[-1]
+        return AuthResult(success=data.password.decode() == self.password, auth_data=data)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def smtp_server() -> Iterator[SmtpServer]:
+    yield from run(SmtpServer())
+
+
+@pytest.fixture
+def secure_smtp_server(tmp_path: Path) -> Iterator[SmtpServer]:
+    """A server that asks for encryption and for a password."""
+    if shutil.which("openssl") is None:
+        pytest.skip("This test needs openssl.")
+
+    file = tmp_path / "smtp.pem"
+    key = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-keyout",
+        str(file),
+    ]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-out", str(file)]
+    command = ["openssl", "req", "-x509", *USE, "-days", "2", *key, *names]
+    subprocess.run(command, check=True, capture_output=True)
+    yield from run(SmtpServer(file))
+
+
+def run(server: SmtpServer) -> Iterator[SmtpServer]:
+    server.start()
+    yield server
+    server.stop()
+
+
 class Service:
     """The mailer as its processes: what serves HTTP, and workers."""
 
@@ -148,6 +255,8 @@ class Service:
             "FLASK_MAIL_PORT": str(smtp_port),
             **{f"FLASK_{key}": path for key, path in files(folder).items()},
         }
+        assert self._start("init-db").wait(20) == 0, self.log.read_text()
+        self._processes.clear()
 
     def serve(self) -> str:
         """Start what serves HTTP; its address."""

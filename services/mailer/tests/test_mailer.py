@@ -6,6 +6,7 @@ import re
 import signal
 import smtplib
 import sqlite3
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -144,13 +145,72 @@ def test_a_mail_that_cannot_be_written_is_not_tried_again(
         (smtplib.SMTPDataError(452, b"the disk is full"), False),
         (smtplib.SMTPNotSupportedError("SMTPUTF8"), True),
         (smtplib.SMTPServerDisconnected("Connection unexpectedly closed"), False),
+        (smtplib.SMTPAuthenticationError(535, b"wrong password"), False),
+        (smtplib.SMTPSenderRefused(530, b"log in first", "accounts@example.com"), False),
+        (smtplib.SMTPConnectError(554, b"no service today"), False),
     ],
-    ids=["550", "451", "554", "452", "SMTPUTF8", "disconnected"],
+    ids=["550", "451", "554", "452", "SMTPUTF8", "disconnected", "535", "530", "connect"],
 )
 def test_what_the_smtp_server_refuses_for_good_is_told_from_what_it_may_take_later(
     mailer: Any, error: smtplib.SMTPException, final: bool
 ) -> None:
     assert mailer.is_final(error) is final
+
+
+def test_mails_share_a_connection_which_is_opened_again_when_it_is_lost(
+    make_app: Callable[..., Flask], eventbus: Isolation, smtp_server: Any
+) -> None:
+    make_app(MAIL_PORT=smtp_server.port)
+
+    eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
+    eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
+
+    assert smtp_server.mails == [(1, None), (1, None)]
+
+    smtp_server.hang_up()
+    eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
+
+    assert smtp_server.mails[2:] == [(2, None)]
+
+
+def test_it_encrypts_and_logs_in_where_the_settings_say_so(
+    make_app: Callable[..., Flask],
+    eventbus: Isolation,
+    secure_smtp_server: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    login = {"MAIL_USERNAME": "mailer", "MAIL_PASSWORD": secure_smtp_server.password}
+    make_app(MAIL_PORT=secure_smtp_server.port, MAIL_STARTTLS=True, **login)
+    monkeypatch.setenv("SSL_CERT_FILE", str(secure_smtp_server.certificate))
+
+    eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
+
+    assert secure_smtp_server.mails == [(1, "mailer")]
+
+
+# aiosmtpd leaves its end of a connection open on which no encryption came about.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_server_that_nobody_vouches_for_gets_no_password(
+    make_app: Callable[..., Flask], eventbus: Isolation, secure_smtp_server: Any
+) -> None:
+    login = {"MAIL_USERNAME": "mailer", "MAIL_PASSWORD": secure_smtp_server.password}
+    make_app(MAIL_PORT=secure_smtp_server.port, MAIL_STARTTLS=True, **login)
+
+    with pytest.raises(ssl.SSLCertVerificationError):
+        eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
+
+    assert secure_smtp_server.mails == []
+
+
+def test_a_password_does_not_travel_in_the_clear(mailer: Any, eventbus: Isolation) -> None:
+    with pytest.raises(RuntimeError, match="Set FLASK_MAIL_STARTTLS=true"):
+        mailer.create_app({"MAIL_USERNAME": "mailer", "MAIL_PASSWORD": "secret"})
+
+
+def test_the_app_makes_no_book(mailer: Any, eventbus: Isolation, tmp_path: Path) -> None:
+    mailer.create_app({"BOOK_FILE": str(tmp_path / "book.db")})
+
+    assert not (tmp_path / "book.db").exists()
 
 
 def test_without_its_book_it_is_not_healthy(make_app: Callable[..., Flask], tmp_path: Path) -> None:
