@@ -24,7 +24,17 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "embedded,testing"
+
+
+def ready_for_demo() -> Path:
+    """Return the Python of .venv where it is complete, else that of a smaller environment."""
+    python = ROOT / ".venv" / "bin" / "python"
+    stamp = ROOT / ".venv" / "installed"
+
+    if stamp.is_file() and stamp.read_text() == _state(python, ("requirements/dev.txt",), ROOT):
+        return python
+
+    return ready(ROOT / ".demo" / "venv", "requirements/demo.txt")
 
 
 def ready(folder: Path = ROOT / ".venv", *requirements: str, package: Path = ROOT) -> Path:
@@ -67,7 +77,7 @@ def _state(python: Path, requirements: tuple[str, ...], package: Path) -> str:
     """Sum up what an installation depends on: a moved checkout or a new Python is a new one."""
     digest = hashlib.sha256(f"{ROOT}\n{python.resolve()}\n".encode())
 
-    for name in ("pyproject.toml", *requirements):
+    for name in ("pyproject.toml", "requirements/dev.txt", *requirements):
         digest.update((ROOT / name).read_bytes())
 
     if package.is_file():
@@ -102,7 +112,8 @@ def _install(python: Path, requirements: tuple[str, ...], package: Path) -> None
     pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     first, *others = requirements
 
-    source = [f"{package}[{EXTRAS}]"] if package.is_file() else ["--editable", f".[{EXTRAS}]"]
+    extras = "embedded" if first == "requirements/demo.txt" else "embedded,testing"
+    source = [f"{package}[{extras}]"] if package.is_file() else ["--editable", f".[{extras}]"]
     _run([*pip, "install", "--requirement", first, *source])
 
     for name in others:

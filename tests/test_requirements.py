@@ -61,6 +61,15 @@ def test_whatever_has_a_lowest_version_is_pinned_for_development_too() -> None:
     assert pinned("lowest.txt").keys() <= pinned("dev.txt").keys()
 
 
+def test_the_demo_installs_the_services_and_what_runs_them_alone() -> None:
+    lines = (ROOT / "requirements" / "demo.txt").read_text().splitlines()
+    names = {canonicalize_name(line) for line in lines if line[0] not in "#-"}
+
+    assert "--constraint dev.txt" in lines
+    assert names == {"aiosmtpd", "flask-sqlalchemy", "gunicorn", "honcho"}
+    assert names < pinned("dev.txt").keys()
+
+
 #: The first command of a service's README.
 FIRST_COMMAND = re.compile(r"^    (pip install .*)$", re.MULTILINE)
 
