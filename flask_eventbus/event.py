@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,28 +57,74 @@ class Event:
 handling: ContextVar[Event | None] = ContextVar("flask_eventbus.handling", default=None)
 
 
+if TYPE_CHECKING:
+
+    class CurrentEvent(Event):
+        """The event being handled, to a type checker: an :class:`Event` that can be kept."""
+
+        def get(self) -> Event:
+            """Return the event itself, to keep it after the receiver or to hand it on."""
+
+        def __bool__(self) -> bool:
+            """Return False where no event is being handled."""
+
+
+class _OutsideError(RuntimeError, AttributeError):
+    """There is no event here. For ``hasattr()`` and its like an attribute is missing then."""
+
+
 class _CurrentEvent:
-    """Stands for the event being handled; false where none is."""
+    """Stands for the event being handled, as Flask's ``request`` does for a request."""
 
     __slots__ = ()
+    # What dataclasses.replace() and fields() look for.
+    __dataclass_fields__ = Event.__dataclass_fields__
+
+    def get(self) -> Event:
+        """Return the event itself, to keep it after the receiver or to hand it on."""
+        return _handled("get()")
+
+    @property  # type: ignore[misc]  # isinstance() asks for it, and nobody sets it
+    def __class__(self) -> type[Any]:
+        return _CurrentEvent if handling.get() is None else Event
 
     def __getattr__(self, name: str) -> Any:
-        event = handling.get()
-
-        if event is None:
-            raise RuntimeError(
-                f"current_event.{name} was read where no event is being handled. "
-                "Read it inside a receiver, or test 'if current_event:' first."
-            )
-
-        return getattr(event, name)
+        return getattr(_handled(name), name)
 
     def __bool__(self) -> bool:
         return handling.get() is not None
 
+    def __eq__(self, other: object) -> bool:
+        return self is other or (bool(self) and handling.get() == other)
+
+    __hash__ = object.__hash__
+
+    def __dir__(self) -> list[str]:
+        return [*dir(handling.get()), "get"] if self else []
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Copy and pickle the event; outside of receivers, this name of the module."""
+        event = handling.get()
+        return "current_event" if event is None else event.__reduce_ex__(protocol)
+
     def __repr__(self) -> str:
-        return repr(handling.get())
+        event = handling.get()
+        return "<current_event outside of receivers>" if event is None else repr(event)
+
+
+def _handled(name: str) -> Event:
+    event = handling.get()
+
+    if event is None:
+        raise _OutsideError(
+            f"current_event.{name} was read where no event is being handled. Read it inside a "
+            "receiver, or test 'if current_event:' first. A receiver that hands work to another "
+            "thread gives it 'current_event.get()'."
+        )
+
+    return event
 
 
 #: The :class:`Event` that the running receiver handles; ``bool(current_event)`` is false elsewhere.
-current_event: Event = cast(Event, _CurrentEvent())
+#: ``current_event.get()`` is the event itself, which outlives the receiver.
+current_event: CurrentEvent = cast("CurrentEvent", _CurrentEvent())

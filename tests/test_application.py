@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import doctest
 import functools
 import gc
+import inspect
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import blinker
 import flask
@@ -768,6 +775,66 @@ def test_a_failing_receiver_stops_no_other_and_a_failing_teardown_is_counted() -
 def test_current_event_outside_of_a_receiver_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"current_event\.id was read where no event is being"):
         _ = current_event.id
+
+
+def test_current_event_outside_of_a_receiver_bears_what_tools_do_with_it() -> None:
+    module = ModuleType("a_module", ">>> 1\n1\n")
+    vars(module)["current_event"] = current_event
+
+    assert not hasattr(current_event, "nope")
+    assert getattr(current_event, "id", None) is None
+    assert dir(current_event) == []
+    assert [found.name for found in doctest.DocTestFinder().find(module)] == ["a_module"]
+    assert inspect.unwrap(current_event) is current_event  # type: ignore[arg-type]  # no function
+    assert mock.create_autospec(current_event)
+    assert copy.copy(current_event) is current_event
+    assert pickle.loads(pickle.dumps(current_event)) is current_event  # noqa: S301 - of this test
+    assert not isinstance(current_event, Event)
+    assert repr(current_event) == "<current_event outside of receivers>"
+    assert current_event != HANDLED
+
+
+def test_current_event_inside_of_a_receiver_is_the_event() -> None:
+    token = handling.set(HANDLED)
+    found: list[Any] = [
+        current_event.get(),
+        copy.copy(current_event),
+        copy.deepcopy(current_event),
+        pickle.loads(pickle.dumps(current_event)),  # noqa: S301 - of this test
+    ]
+
+    match current_event:
+        case Event(name=name):
+            found.append(replace(current_event, name=name))
+
+    assert isinstance(current_event, Event)
+    assert current_event == HANDLED
+    assert HANDLED.__eq__(current_event)
+    assert {"id", "payload", "get"} <= set(dir(current_event))
+    assert asdict(current_event) == asdict(HANDLED)
+    assert not hasattr(current_event, "nope")
+    handling.reset(token)
+
+    # Each is kept, and an event for itself.
+    assert found == [HANDLED] * 5
+    assert all(type(each) is Event for each in found)
+
+
+def test_the_event_that_a_receiver_hands_to_a_thread_is_kept_by_get() -> None:
+    read: list[str] = []
+
+    def work(event: Event) -> None:
+        with pytest.raises(RuntimeError, match=r"'current_event\.get\(\)'"):
+            _ = current_event.id
+        read.append(event.id)
+
+    token = handling.set(HANDLED)
+    thread = threading.Thread(target=work, args=[current_event.get()])
+    thread.start()
+    thread.join()
+    handling.reset(token)
+
+    assert read == ["x-1"]
 
 
 def test_two_buses_share_a_namespace_and_both_hear_of_new_signals() -> None:
