@@ -17,7 +17,7 @@ class Buffer:
 
     Events for channels and events for streams have a line each, so that the oldest channel
     event is found at once, however many stream events wait before it. Both lines are bounded
-    together.
+    together; while stream events are held, channel events have the bound for themselves.
 
     A signal handler, or a finalizer, may send in the very thread that is in here and holds
     the lock: so it is reentrant, each statement leaves things whole, and an event is counted
@@ -33,6 +33,8 @@ class Buffer:
         self.changed = threading.Condition(self.lock)
         self._channels = Line()
         self._streams = Line()
+        #: True while Redis takes no stream events: channel events do not wait for them.
+        self.holds_streams = False
         #: What is being written.
         self._in_hand: Sequence[Outgoing] = ()
         #: Threads that wait for something of it to leave.
@@ -54,8 +56,13 @@ class Buffer:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether there is something to write that is not being written."""
-        return bool(self._channels.events or self._streams.events)
+        """Return True if there is something to write now that is not being written."""
+        return bool(self._channels.events or (self._streams.events and not self.holds_streams))
+
+    @property
+    def is_empty(self) -> bool:
+        """Return True if nothing waits, not even what is held."""
+        return not (self._channels.events or self._streams.events)
 
     @property
     def in_hand(self) -> Sequence[Outgoing]:
@@ -67,24 +74,36 @@ class Buffer:
         """Whether something waits for those who listen now."""
         return bool(self._channels.events)
 
-    def first_writer(self) -> Outgoing | None:
-        """The first event whose sender would write what waits."""
-        return next((outgoing for outgoing in self if outgoing.would_write), None)
+    @property
+    def has_stream_events(self) -> bool:
+        """Whether something waits for a stream."""
+        return bool(self._streams.events)
 
-    def has_room(self, size: int) -> bool:
-        """Whether an event of ``size`` bytes fits; one that is larger than all has it alone."""
-        fits = len(self) < self._most_events and self.bytes + size <= self._most_bytes
-        return fits or not self.is_waiting
+    def first_writer(self) -> Outgoing | None:
+        """The first event whose sender would write what may be written now."""
+        waiting = self._channels.events if self.holds_streams else self
+        return next((outgoing for outgoing in waiting if outgoing.would_write), None)
+
+    def has_room(self, outgoing: Outgoing) -> bool:
+        """Return True if an event fits; one that is larger than all has the buffer alone."""
+        if self.holds_streams and not outgoing.lane.is_stream:
+            return self._channels.has_room(outgoing.size, self._most_events, self._most_bytes)
+
+        fits = len(self) < self._most_events and self.bytes + outgoing.size <= self._most_bytes
+        return fits or self.is_empty
 
     def put(self, outgoing: Outgoing) -> None:
         """Add an event at the end, whether there is room or not."""
         self._line(outgoing).append(outgoing)
 
-    def can_make_room(self, size: int) -> bool:
-        """Whether an event of ``size`` bytes fits once everything is dropped that may be."""
+    def can_make_room(self, outgoing: Outgoing) -> bool:
+        """Return True if an event fits once everything is dropped that may be."""
+        if self.holds_streams and not outgoing.lane.is_stream:
+            return True
+
         kept = self._streams
         count = len(kept.events) + len(self._in_hand)
-        fits = count < self._most_events and kept.bytes + size <= self._most_bytes
+        fits = count < self._most_events and kept.bytes + outgoing.size <= self._most_bytes
         return fits or not kept.events
 
     def drop_oldest(self) -> Outgoing | None:
@@ -119,17 +138,36 @@ class Buffer:
 
         return batch
 
-    def put_back(self) -> None:
-        """Put what is in hand back to the heads of the lines."""
+    def take_stream_event(self) -> Sequence[Outgoing]:
+        """Take the first stream event in hand, though such events are held."""
+        batch: list[Outgoing] = []
+        self._in_hand = batch
+
+        while not batch and (first := self._streams.first()):
+            batch.append(first)
+
+            if not self._streams.remove(first) or first.withdrawn:
+                batch.pop()
+
+        return batch
+
+    def put_back(self, left: Sequence[Outgoing] | None = None) -> None:
+        """Put what is in hand, or what is left of it, back to the heads of the lines."""
         with self.changed:
-            for outgoing in reversed(self._in_hand):
+            for outgoing in reversed(self._in_hand if left is None else left):
                 self._line(outgoing).push(outgoing)
 
             self._in_hand = ()
 
-    def settle(self) -> None:
-        """Let go of what is in hand."""
+    def settle(self, held: Sequence[Outgoing] = ()) -> None:
+        """Let go of what is in hand.
+
+        :param held: what Redis does not take now: it goes back to the heads of the lines.
+        """
         with self.lock:
+            if held:
+                self.put_back(held)
+
             self._in_hand = ()
             self.departures += 1
 
@@ -146,9 +184,9 @@ class Buffer:
 
         return left
 
-    def wait_for_room(self, size: int, timeout: float) -> bool:
-        """Whether an event of ``size`` bytes fits within ``timeout`` seconds."""
-        return self._wait_for(lambda: self.has_room(size), timeout)
+    def wait_for_room(self, outgoing: Outgoing, timeout: float) -> bool:
+        """Return True if an event fits within ``timeout`` seconds."""
+        return self._wait_for(lambda: self.has_room(outgoing), timeout)
 
     def wait_until_left(self, number: int, timeout: float) -> bool:
         """Whether all events up to ``number`` have left within ``timeout`` seconds."""
@@ -173,7 +211,12 @@ class Buffer:
 
     def _head(self) -> Outgoing | None:
         """The next event to write: the older one of the first of both lines."""
-        channel, stream = self._channels.first(), self._streams.first()
+        channel = self._channels.first()
+
+        if self.holds_streams:
+            return channel
+
+        stream = self._streams.first()
 
         if channel is None or stream is None:
             return channel or stream
@@ -196,6 +239,11 @@ class Line:
             return self.events[0]
         except IndexError:
             return None
+
+    def has_room(self, size: int, most_events: int, most_bytes: int) -> bool:
+        """Return True if an event of ``size`` bytes fits, or the line is empty."""
+        fits = len(self.events) < most_events and self.bytes + size <= most_bytes
+        return fits or not self.events
 
     def append(self, outgoing: Outgoing) -> None:
         """Add one at the end."""

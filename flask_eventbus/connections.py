@@ -117,6 +117,17 @@ def takes_no_writes(error: Exception) -> bool:
     return isinstance(error, _NO_WRITES) or str(error).partition(" ")[0] in _NO_WRITES_CODES
 
 
+def why_no_writes(error: Exception) -> str:
+    """Why Redis takes no writes now, with what to do about it."""
+    text = str(error).rstrip(".")
+
+    if text.startswith("NOREPLICAS"):
+        return f"{text}: start its replicas, or lower 'min-replicas-to-write'"
+
+    # What Redis says where it cannot save has a remedy.
+    return text if text.startswith("MISCONF") else f"{text}: raise it, or delete keys"
+
+
 def is_refused(error: BaseException) -> bool:
     """Return True if nothing listens where the connection should go."""
     cause = error.__cause__ or error.__context__

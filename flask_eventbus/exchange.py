@@ -9,9 +9,9 @@ from typing import Any
 
 import redis
 
-from .connections import Connection, Connections, is_passing, takes_no_writes
+from .connections import Connection, Connections, is_passing, takes_no_writes, why_no_writes
 from .logs import get_logger
-from .way import AgingStreamWay, TooFewReplicasError, Way, whole
+from .way import AgingStreamWay, NoWritesError, TooFewReplicasError, Way, whole
 
 logger = get_logger(__name__)
 
@@ -71,6 +71,8 @@ class Exchange:
         self._batch: Sequence[tuple[Way, bytes]] = ()
         self._replicas = 0
         self._answers: list[Any] = []
+        #: The stream that was last written to: where :meth:`ask` tries to write.
+        self._stream = ""
 
     @property
     def is_open(self) -> bool:
@@ -86,8 +88,9 @@ class Exchange:
     def publish(self, batch: Sequence[tuple[Way, bytes]]) -> list[Exception | None]:
         """Publish events, in order, and tell of each whether Redis took it.
 
-        :raises redis.ConnectionError: Redis is away, or it answers "not now" to some; it may
-            have got any part of the batch.
+        :return: for each event ``None``, or why Redis did not take it: a :class:`NoWritesError`
+            if it may take it later.
+        :raises redis.ConnectionError: Redis is away; it may have got any part of the batch.
         """
         if self._connection is not None:
             self._wait_until(self._connection, None)
@@ -96,12 +99,13 @@ class Exchange:
         self.read()
         return self.outcomes()
 
-    def ask(self) -> None:
-        """Find out whether Redis is there.
+    def ask(self) -> NoWritesError | None:
+        """Find out whether Redis is there, and whether it takes writes.
 
         That the connection was closed meanwhile, as servers and firewalls do with idle ones, is no
         answer: then it asks on another.
 
+        :return: why Redis takes no writes; ``None`` if it does, or no stream was written to yet.
         :raises redis.ConnectionError: Redis is away.
         """
         if self._connection is not None:
@@ -110,7 +114,7 @@ class Exchange:
             except redis.ConnectionError as error:
                 logger.debug("The connection was closed: %s", error)
 
-        self._ping(self._open())
+        return self._ping(self._open())
 
     def send(self, batch: Sequence[tuple[Way, bytes]]) -> None:
         """Send events, whose answers :meth:`read` reads.
@@ -140,7 +144,7 @@ class Exchange:
 
         What is left can be read later, in any thread.
 
-        :raises redis.ConnectionError: Redis is away, or answers "not now" to some.
+        :raises redis.ConnectionError: Redis is away.
         """
         connection = self._connection
 
@@ -165,7 +169,9 @@ class Exchange:
 
     def outcomes(self) -> list[Exception | None]:
         """What became of each event, once all answers are there."""
-        outcomes = [answer if isinstance(answer, Exception) else None for answer in self.answers]
+        outcomes = [
+            _error(answer) if isinstance(answer, Exception) else None for answer in self.answers
+        ]
 
         if self._announcing:
             self._note_announcements()
@@ -198,24 +204,34 @@ class Exchange:
         self._connection = connection
         return connection
 
-    def _ping(self, connection: Connection) -> None:
+    def _ping(self, connection: Connection) -> NoWritesError | None:
         names = sorted(self._announced)
-        note = whole("SADD", self._names, *names) if names else b""
+        commands = [_PING]
+
+        if names:
+            commands.append(whole("SADD", self._names, *names))
+
+        if self._stream:
+            # No entry can have this id: it is refused for that where writes are taken.
+            commands.append(whole("XADD", self._stream, "NOMKSTREAM", "0-0", "event", ""))
+
         self._wait_until(connection, None)
-        self._send(connection, self._role_first(_PING + note))
+        self._send(connection, self._role_first(b"".join(commands)))
 
         try:
             self._check_role(connection)
-            answer = _answer(connection)
-
-            if names and isinstance(refusal := _answer(connection), Exception):
-                logger.debug("Redis does not note the streams of %s: %s", names, refusal)
+            answers = [_answer(connection) for _ in commands]
         except BaseException:
             self.close()
             raise
 
-        if isinstance(answer, Exception):
-            logger.debug("Redis is there, and refuses a PING: %s", answer)
+        logger.debug("Redis is there, and answers %s.", answers)
+        refusal = answers[-1] if self._stream else None
+
+        if isinstance(refusal, Exception) and takes_no_writes(refusal):
+            return NoWritesError(why_no_writes(refusal))
+
+        return None
 
     def _role_first(self, data: bytes) -> bytes:
         """Commands, with the question for the server's role ahead of them from time to time.
@@ -276,6 +292,7 @@ class Exchange:
 
     def _look_at(self, way: Way) -> None:
         name = way.name
+        self._stream = way.key
 
         if name not in self._announcing and name not in self._not_allowed:
             if name not in self._announced:
@@ -367,10 +384,14 @@ def _answer(connection: Connection) -> Any:
     try:
         return connection.read_response(disconnect_on_error=False)
     except redis.ResponseError as error:
-        if is_passing(error) or takes_no_writes(error):
+        if is_passing(error):
             raise redis.ConnectionError(str(error)) from error
 
         return error
+
+
+def _error(answer: Exception) -> Exception:
+    return NoWritesError(why_no_writes(answer)) if takes_no_writes(answer) else answer
 
 
 def _milliseconds(id: bytes) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import redis
 
+from .connections import takes_no_writes
 from .entry_ids import EntryId, entry_id, id_text
 from .pipe import Command, Pipe
 from .streams import StreamKeys
@@ -273,6 +274,12 @@ class Group:
 
     def remedy(self, name: str, reason: Exception) -> str:
         """What to do about a refusal of its stream: a sentence."""
+        if takes_no_writes(reason):
+            return (
+                "Redis takes no writes now, and to read for a group is a write: events wait in the "
+                "stream, and are read within seconds once Redis takes writes again."
+            )
+
         return remedy(reason, {self._keys.stream(name): RIGHTS})
 
     def remedy_of_work(self, name: str, reason: Exception) -> str:

@@ -16,6 +16,7 @@ from .outage import Outage
 from .outgoing import Outgoing
 from .settlement import Settlement
 from .turn import Turn
+from .way import NoWritesError
 
 logger = get_logger(__name__)
 
@@ -41,6 +42,9 @@ class WritingThread(Protocol):
 
     def wake(self) -> None:
         """Tell that there is something to write."""
+
+    def call_senders(self) -> None:
+        """Wake the senders that wait for a confirmation."""
 
 
 #: What writing raises where an event, and not Redis or a signal handler, is to blame.
@@ -138,7 +142,7 @@ class Leader:
             and self._writer.can_be_spared
             and self._exchange.is_open
             and self._buffer.bytes <= LEAD_BYTES
-            and not self._outage.known
+            and not self._outage.stops_all
         )
 
     def _is_sent_for(self, outgoing: Outgoing) -> bool:
@@ -169,19 +173,22 @@ class Leader:
 
             with self._lock:
                 self._turn.grow()
-                self._buffer.settle()
-                self._turn.end()
+                holds = self._turn.settle(batch, outcomes)
                 following = self._pass_on()
 
             if following is not None:
                 self._send_for(following)
+
+            if holds:
+                self._writer.call_senders()
         finally:
             try:
                 self._settlement.settle(batch, outcomes)
             except BaseException:
                 # This sender was interrupted, which does it for all of them.
                 for outgoing, error in zip(batch, outcomes, strict=True):
-                    outgoing.finish(error)
+                    if not isinstance(error, NoWritesError):
+                        outgoing.finish(error)
 
                 raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from .backoff import Backoff
 from .counters import BoundedLog
 from .lifecycle import tell
 from .logs import get_logger
@@ -11,9 +12,17 @@ from .signals import publisher_lost, publisher_restored
 
 logger = get_logger(__name__)
 
+#: Seconds between tries at most: what waits in memory should not wait long after Redis is back.
+MOST_BACKOFF = 2.0
+
 
 class Outage:
-    """Begins when Redis is lost, ends when it takes something again; logs both, once each."""
+    """Knows two states: Redis is away; or it is there, and takes no writes.
+
+    Each is logged once when it begins and once when it ends. The first takes nothing, the second
+    takes channel events alone. ``publisher_lost`` is sent when Redis stops to take everything, and
+    ``publisher_restored`` when it takes everything again.
+    """
 
     def __init__(self, service: str) -> None:
         self._service = service
@@ -21,8 +30,14 @@ class Outage:
         self._log = BoundedLog(logger)
         #: When Redis was lost, by the monotonic clock; ``None`` while it is there.
         self._since: float | None = None
-        #: What told that Redis is away.
-        self.error: Exception | None = None
+        self._away_error: Exception | None = None
+        #: When Redis began to refuse writes; ``None`` while it takes them.
+        self._refusing_since: float | None = None
+        #: Why Redis takes no writes now; ``None`` while it does.
+        self.refusal: Exception | None = None
+        self._backoff = Backoff(most=MOST_BACKOFF)
+        #: When to find out again whether Redis takes writes, by the monotonic clock.
+        self.write_again_at = float("inf")
         #: Whether a caller waited in vain since Redis last took something.
         self.stalled = False
         #: Whether events were dropped since Redis last took something.
@@ -35,36 +50,105 @@ class Outage:
 
     @property
     def known(self) -> bool:
-        """Whether anything says that Redis does not take events now."""
+        """Whether anything says that Redis does not take events of some kind now."""
+        return self.stops_all or self.refusal is not None
+
+    @property
+    def stops_all(self) -> bool:
+        """Whether anything says that Redis takes no event at all now."""
         return self.stalled or self._since is not None
+
+    def stops(self, *, stream: bool) -> bool:
+        """Whether anything says that Redis does not take such events now."""
+        return self.stalled or self._since is not None or (stream and self.refusal is not None)
+
+    @property
+    def error(self) -> Exception | None:
+        """What told that Redis is away, or takes no writes."""
+        return self._away_error or self.refusal
+
+    @property
+    def write_is_due(self) -> bool:
+        """Whether to find out now if Redis takes writes again."""
+        return self.refusal is not None and time.monotonic() >= self.write_again_at
 
     def begin(self, error: Exception, buffered: int) -> None:
         """Note that Redis is away; ``buffered`` events wait."""
-        self.error = error
+        self._away_error = error
 
         if self._since is not None:
             return
 
+        was_known = self.refusal is not None
         self._since = time.monotonic()
         self._log.warning("lost", "Redis is away (%s); %d events wait for it.", error, buffered)
-        tell(publisher_lost, self._service, error=error, buffered=buffered)
+
+        if not was_known:
+            tell(publisher_lost, self._service, error=error, buffered=buffered)
 
     def end(self, buffered: int) -> None:
-        """Note that Redis took something; ``buffered`` events are on their way."""
-        self.stalled = self.overflowed = False
+        """Note that Redis took or answered something; ``buffered`` events are on their way."""
+        self.stalled = False
+        # While streams are held, a channel event that gets through ends no overflow.
+        self.overflowed = self.overflowed and self.refusal is not None
 
         if self._since is None:
             return
 
-        seconds = time.monotonic() - self._since
-        self._since = self.error = None
+        since, self._since, self._away_error = self._since, None, None
+        seconds = time.monotonic() - since
         self._log.warning(
             "restored",
             "Redis is back after %.1f s; %d events that waited are being sent.",
             seconds,
             buffered,
         )
-        tell(publisher_restored, self._service, seconds=seconds, buffered=buffered)
+        self._tell_restored(since, buffered)
+
+    def refuse_writes(self, error: Exception, buffered: int) -> None:
+        """Note that Redis takes no writes now; ``buffered`` events wait."""
+        was_known = self.away or self.refusal is not None
+        self.refusal = error
+        self.write_again_at = time.monotonic() + self._backoff.next()
+
+        if self._refusing_since is not None:
+            return
+
+        self._refusing_since = time.monotonic()
+        self._log.warning(
+            "refusing",
+            "Redis takes no writes (%s); %d events wait for it. Events of channels go on.",
+            error,
+            buffered,
+        )
+
+        if not was_known:
+            tell(publisher_lost, self._service, error=error, buffered=buffered)
+
+    def take_writes(self, buffered: int) -> None:
+        """Note that Redis took a write; ``buffered`` events are on their way."""
+        if self._refusing_since is None:
+            return
+
+        since, self._refusing_since, self.refusal = self._refusing_since, None, None
+        self.write_again_at = float("inf")
+        self._backoff.reset()
+        self._log.warning(
+            "accepting",
+            "Redis takes writes again after %.1f s; %d events that waited are being sent.",
+            time.monotonic() - since,
+            buffered,
+        )
+        self._tell_restored(since, buffered)
+
+    def write_now(self) -> None:
+        """Find out at once whether Redis takes writes again."""
+        self.write_again_at = min(self.write_again_at, time.monotonic())
+
+    def _tell_restored(self, since: float, buffered: int) -> None:
+        if self._since is None and self._refusing_since is None:
+            seconds = time.monotonic() - since
+            tell(publisher_restored, self._service, seconds=seconds, buffered=buffered)
 
     def disown(self) -> None:
         """In a forked child: tell nobody of the connection that was the parent's."""

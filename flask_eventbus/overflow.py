@@ -30,8 +30,8 @@ class Overflow:
 
         :raises PublishError: the event is for a stream, and only such events wait.
         """
-        if self._buffer.can_make_room(outgoing.size):
-            return self._drop_until_there_is_room(outgoing.size)
+        if self._buffer.can_make_room(outgoing):
+            return self._drop_until_there_is_room(outgoing)
 
         if outgoing.lane.is_stream:
             raise self._refusal(outgoing)
@@ -55,10 +55,10 @@ class Overflow:
 
         tell(events_dropped, self._service, where="buffer", count=count)
 
-    def _drop_until_there_is_room(self, size: int) -> int:
+    def _drop_until_there_is_room(self, outgoing: Outgoing) -> int:
         dropped = 0
 
-        while not self._buffer.has_room(size) and (oldest := self._buffer.drop_oldest()):
+        while not self._buffer.has_room(outgoing) and (oldest := self._buffer.drop_oldest()):
             oldest.finish(PublishError("The buffer was full.", event_id=oldest.id))
             dropped += 1
 

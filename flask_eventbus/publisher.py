@@ -148,10 +148,10 @@ class Publisher:
             return []
 
         departures = self._buffer.departures
-        deadline = time.monotonic() + self._patience
-        late = [outgoing for outgoing in sent if not outgoing.is_done_by(deadline)]
+        now = time.monotonic()
+        late = [out for out in sent if not out.is_done_by(now + self._patience_for(out))]
 
-        if late:
+        if any(not self._outage.stops(stream=outgoing.lane.is_stream) for outgoing in late):
             self._stall_since(departures)
 
         return [outgoing for outgoing in sent if outgoing in late or outgoing.error is not None]
@@ -202,7 +202,7 @@ class Publisher:
         if dropped:
             self._overflow.tell(dropped)
 
-        self._writer.write_here(self._patience)
+        self._writer.write_here(self._patience_for(outgoing))
 
     def _put(self, outgoing: Outgoing) -> int:
         """Add an event to the buffer, and return how many were dropped for it."""
@@ -217,13 +217,15 @@ class Publisher:
 
         return dropped
 
-    @property
-    def _patience(self) -> float:
+    def _patience_for(self, outgoing: Outgoing) -> float:
         """Seconds that a caller is held: once the timeout, and not at all in a known outage."""
-        return 0.0 if self._outage.known else self._config.timeout
+        return 0.0 if self._stops(outgoing) else self._config.timeout
+
+    def _stops(self, outgoing: Outgoing) -> bool:
+        return self._outage.stops(stream=outgoing.lane.is_stream)
 
     def _refuse_in_outage(self, outgoing: Outgoing) -> None:
-        if self._config.on_outage == "raise" and self._outage.known and not outgoing.promised:
+        if self._config.on_outage == "raise" and self._stops(outgoing) and not outgoing.promised:
             raise self._refusal(outgoing)
 
     def _identify(self, outgoing: Outgoing) -> None:
@@ -236,7 +238,7 @@ class Publisher:
 
     def _make_room(self, outgoing: Outgoing) -> int:
         """Wait for room while Redis takes events; drop the oldest while it does not."""
-        has_room = self._buffer.has_room(outgoing.size) or self._room_comes(outgoing.size)
+        has_room = self._buffer.has_room(outgoing) or self._room_comes(outgoing)
 
         if self._closed:
             raise ClosedError
@@ -248,12 +250,12 @@ class Publisher:
         self._identify(outgoing)
         return self._overflow.drop_for(outgoing)
 
-    def _room_comes(self, size: int) -> bool:
-        if self._outage.known or self._writer.is_this_thread:
+    def _room_comes(self, outgoing: Outgoing) -> bool:
+        if self._stops(outgoing) or self._writer.is_this_thread:
             return False
 
         departures = self._buffer.departures
-        in_time = self._buffer.wait_for_room(size, self._config.timeout)
+        in_time = self._buffer.wait_for_room(outgoing, self._config.timeout)
 
         if not in_time:
             self._stall_since(departures)
@@ -268,7 +270,7 @@ class Publisher:
         return threading.get_ident() in self._senders or self._writer.is_this_thread
 
     def _publish_confirmed(self, outgoing: Outgoing) -> None:
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self._patience_for(outgoing)
         departures = self._buffer.departures
         this = threading.get_ident()
 
@@ -300,7 +302,7 @@ class Publisher:
             self._overflow.tell(dropped)
 
         if not batch:
-            self._writer.write_here(self._patience)
+            self._writer.write_here(self._patience_for(outgoing))
 
         while batch or not outgoing.is_settled:
             if batch:
@@ -309,12 +311,17 @@ class Publisher:
             elif not outgoing.is_called_by(deadline):
                 return outgoing.is_settled
             elif not outgoing.is_settled:
-                if self._outage.away:
+                if self._stops_now(outgoing):
                     return False
 
                 batch = self._take_over(outgoing)
 
         return True
+
+    def _stops_now(self, outgoing: Outgoing) -> bool:
+        """Whether Redis is known to give no answer, however long its sender waits."""
+        refuses = outgoing.lane.is_stream and self._outage.refusal is not None
+        return self._outage.away or refuses
 
     def _take_over(self, outgoing: Outgoing) -> Sequence[Outgoing]:
         with self._buffer.lock:
@@ -323,7 +330,12 @@ class Publisher:
     def _give_up(self, outgoing: Outgoing, departures: int) -> None:
         """Hold its sender no longer; whether it is told depends on the policy."""
         self._leader.step_back(outgoing)
-        self._stall_since(departures)
+
+        if self._stops_now(outgoing):
+            with self._buffer.lock:
+                self._writer.wake()
+        else:
+            self._stall_since(departures)
 
         if self._config.on_outage == "raise":
             outgoing.withdrawn = True

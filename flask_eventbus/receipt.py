@@ -22,7 +22,7 @@ from .routes import Route
 from .server import TIMEOUT, reason_of
 from .streams import StreamKeys
 from .urls import trouble_of
-from .way import TooFewReplicasError
+from .way import NoWritesError, TooFewReplicasError
 
 #: What ``CLIENT LIST`` shows.
 CLIENT_NAME = "eventbus-publish"
@@ -122,6 +122,8 @@ def _refusal(outgoing: Outgoing, error: Exception) -> PublishError:
 
     if isinstance(error, TooFewReplicasError):
         text = f"{name!r} is stored as the event {outgoing.id}, but {error}."
+    elif isinstance(error, NoWritesError):
+        text = f"{name!r} was not published: Redis takes no writes now: {error}."
     elif not way.is_stream:
         text = (
             f"{name!r} was not published: Redis refuses it: {reason_of(error)}. Grant the user "

@@ -18,7 +18,7 @@ from .exchange import Exchange
 from .logs import get_logger
 from .outbox import Batch, Entry, Outbox
 from .turn import BATCH_BYTES
-from .way import TooFewReplicasError, Way
+from .way import NoWritesError, TooFewReplicasError, Way
 from .writer import LISTENERS_RETURN
 
 logger = get_logger(__name__)
@@ -38,6 +38,9 @@ AFTER_YOU = 0.1
 #: Seconds after which what Redis refused is tried again.
 REFUSED_AGAIN = 5.0
 
+#: Seconds after which Redis is tried again where it takes no writes.
+WRITE_AGAIN = 2.0
+
 
 class Turn(Enum):
     """What a relay did."""
@@ -50,11 +53,17 @@ class Turn(Enum):
     EMPTY = auto()
 
 
+_AWAY = "%s cannot be used: %s. Events wait in the outbox."
+_BACK = "%s can be used again after %.1f s."
+
+
 class Absence:
     """Logs when something cannot be used, and when it can again, once each."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *, begins: str = _AWAY, ends: str = _BACK) -> None:
         self._what = what
+        self._begins = begins
+        self._ends = ends
         #: Since when, by the monotonic clock; ``None`` while it can be used.
         self._since: float | None = None
 
@@ -65,14 +74,14 @@ class Absence:
         """Note that it cannot be used now."""
         if self._since is None:
             self._since = time.monotonic()
-            logger.warning("%s cannot be used: %s. Events wait in the outbox.", self._what, reason)
+            logger.warning(self._begins, self._what, reason)
 
     def end(self) -> None:
         """Note that it could be used."""
         if self._since is not None:
             seconds = time.monotonic() - self._since
             self._since = None
-            logger.warning("%s can be used again after %.1f s.", self._what, seconds)
+            logger.warning(self._ends, self._what, seconds)
 
 
 class Relay:
@@ -106,6 +115,12 @@ class Relay:
         self._refused_until = 0.0
         self._redis = Absence("Redis")
         self._database = Absence("The database")
+        self._writes = Absence(
+            "Redis",
+            begins="%s takes no writes: %s. Events for streams wait in the outbox; those of "
+            "channels go on.",
+            ends="%s takes writes again after %.1f s.",
+        )
 
     def run(self, told: threading.Event, *, interval: float) -> None:
         """Publish what is there and what comes, until ``told``.
@@ -206,8 +221,13 @@ class Relay:
         batch.delete(published)
         self.published += len(published)
 
+        if any(entry.via == "stream" for entry in published):
+            self._writes.end()
+
         for entry, error in outcomes:
-            if error is not None and _is_refusal(error):
+            if isinstance(error, NoWritesError):
+                self._hold(entry, error)
+            elif error is not None and _is_refusal(error):
                 self._refuse(entry, str(error))
             elif error is not None:
                 self._tell_of_replicas(entry, error)
@@ -221,6 +241,12 @@ class Relay:
             error,
             extra={"event_id": entry.event_id, "signal": entry.name},
         )
+
+    def _hold(self, entry: Entry, error: NoWritesError) -> None:
+        """Leave out the events of a name for a while; those of channels go on."""
+        self._writes.begin(error)
+        self._refused_until = time.monotonic() + WRITE_AGAIN
+        self.refused[entry.name] = str(error)
 
     def _refuse(self, entry: Entry, reason: str) -> None:
         self._refused_until = time.monotonic() + REFUSED_AGAIN

@@ -12,7 +12,7 @@ from .lifecycle import tell
 from .logs import Whole, get_logger
 from .outgoing import Outgoing
 from .signals import events_dropped
-from .way import TooFewReplicasError
+from .way import NoWritesError, TooFewReplicasError
 
 logger = get_logger(__name__)
 
@@ -30,16 +30,20 @@ class Settlement:
         self._log = BoundedLog(logger)
 
     def settle(self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> None:
-        """Note what Redis answered to each event of a batch."""
-        refused = 0
+        """Note what Redis answered to each event of a batch; what it may take later waits on."""
+        refused = held = 0
 
         for outgoing, error in zip(batch, outcomes, strict=True):
+            if isinstance(error, NoWritesError):
+                held += 1
+                continue
+
             if error is not None:
                 refused += self._note(outgoing, error)
 
             outgoing.finish(error)
 
-        self._counters.add("published", len(batch) - refused)
+        self._counters.add("published", len(batch) - refused - held)
 
         if self._tells:
             self._tell_published(batch, outcomes)

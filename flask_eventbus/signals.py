@@ -19,11 +19,12 @@ listener_connected = _lifecycle.signal("listener_connected")
 #: The listener lost Redis. ``error``: the exception that told it.
 listener_lost = _lifecycle.signal("listener_lost")
 
-#: The publisher lost Redis. ``error``: the exception; ``buffered``: how many events wait.
+#: The publisher lost Redis, or Redis takes no writes, so that streams wait. ``error``: the
+#: exception; ``buffered``: how many events wait.
 publisher_lost = _lifecycle.signal("publisher_lost")
 
-#: The publisher has Redis again. ``seconds``: how long it was away; ``buffered``: how many
-#: events are on their way now.
+#: The publisher has Redis again, and it takes everything. ``seconds``: how long it did not;
+#: ``buffered``: how many events are on their way now.
 publisher_restored = _lifecycle.signal("publisher_restored")
 
 #: Channel events of a publisher never arrived, told by their sequence. ``name``: the signal;

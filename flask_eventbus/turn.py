@@ -6,7 +6,9 @@ import threading
 from collections.abc import Sequence
 
 from .buffer import Buffer
+from .outage import Outage
 from .outgoing import Outgoing
+from .way import NoWritesError, TooFewReplicasError
 
 #: Events in one round trip.
 BATCH_EVENTS = 512
@@ -27,8 +29,9 @@ class Turn:
     :param buffer: what is written.
     """
 
-    def __init__(self, buffer: Buffer) -> None:
+    def __init__(self, buffer: Buffer, outage: Outage) -> None:
         self._buffer = buffer
+        self._outage = outage
         #: Whose it is: the thread's, or that of the sender of an event.
         self.owner: Outgoing | threading.Thread | None = None
         #: The thread that writes for it.
@@ -58,6 +61,10 @@ class Turn:
         """Take in hand what waits, as much as one round trip is to carry."""
         return self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
 
+    def take_stream_event(self) -> Sequence[Outgoing]:
+        """Take in hand one event, to find out whether Redis takes stream events again."""
+        return self._buffer.take_stream_event()
+
     def resume(self) -> Sequence[Outgoing]:
         """In the thread of its owner, after another sent what is in hand: that."""
         self._thread_id = threading.get_ident()
@@ -72,6 +79,54 @@ class Turn:
         self.owner = None
         self._thread_id = 0
         self.sent = ()
+
+    def settle(self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> bool:
+        """Let go of what is in hand, and of the turn.
+
+        What Redis does not take now goes back to the heads of the lines.
+
+        :return: whether there is something of that.
+        """
+        held = []
+
+        if any(outcomes):
+            held = [
+                (outgoing, error)
+                for outgoing, error in zip(batch, outcomes, strict=True)
+                if isinstance(error, NoWritesError)
+            ]
+
+        if held:
+            self._outage.refuse_writes(held[0][1], len(self._buffer))
+        elif self._outage.refusal is not None and _has_write(batch, outcomes):
+            self._outage.take_writes(len(self._buffer))
+
+        self._buffer.settle([outgoing for outgoing, _ in held])
+        self.hold_streams()
+        self.end()
+        return bool(held)
+
+    def note_writes(self, refusal: Exception | None) -> None:
+        """Note whether Redis takes writes; where events wait for that, one is tried at once."""
+        if refusal is not None:
+            self._outage.refuse_writes(refusal, len(self._buffer))
+        elif self._outage.refusal is None:
+            return
+        elif self._buffer.has_stream_events:
+            self._outage.write_now()
+        else:
+            self._outage.take_writes(len(self._buffer))
+
+        self.hold_streams()
+
+    def hold_streams(self) -> None:
+        """Hold stream events while Redis takes no writes; channel events go on."""
+        holds = self._outage.refusal is not None
+
+        if holds != self._buffer.holds_streams:
+            self._buffer.holds_streams = holds
+            # The thread waits as long as the state says, and senders may have room.
+            self._buffer.changed.notify_all()
 
     def end_if_here(self) -> None:
         """It is nobody's, if the calling thread had it."""
@@ -119,3 +174,11 @@ class Turn:
     def _call_thread(self) -> None:
         self.thread_rests = False
         self._buffer.changed.notify_all()
+
+
+def _has_write(batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> bool:
+    """Return True if Redis took an event into a stream."""
+    return any(
+        outgoing.lane.is_stream and (error is None or isinstance(error, TooFewReplicasError))
+        for outgoing, error in zip(batch, outcomes, strict=True)
+    )

@@ -9,6 +9,10 @@ class TooFewReplicasError(Exception):
     """Redis has an event, and not enough of its replicas do."""
 
 
+class NoWritesError(Exception):
+    """Redis is there, and takes no writes now: it is full, lacks replicas, or cannot save."""
+
+
 class Way(Protocol):
     """Makes commands of events, for a connection to send as they are."""
 

@@ -13,7 +13,7 @@ from .ending import process_ends
 from .exchange import Exchange
 from .leader import Leader
 from .logs import get_logger
-from .outage import Outage
+from .outage import MOST_BACKOFF, Outage
 from .outgoing import Outgoing
 from .settlement import Settlement
 from .turn import Turn
@@ -22,9 +22,6 @@ logger = get_logger(__name__)
 
 #: Seconds a round trip may take before Redis counts as away.
 WRITE_TIMEOUT = 2.0
-
-#: Seconds between tries at most: what waits in memory should not wait long after Redis is back.
-MOST_BACKOFF = 2.0
 
 #: Seconds from Redis's return to the first event that waited: a little more than the
 #: longest wait of a listener before it connects again.
@@ -60,7 +57,7 @@ class Writer:
     ) -> None:
         self._exchange = exchange
         self._buffer = buffer
-        self._turn = Turn(buffer)
+        self._turn = Turn(buffer, outage)
         self._outage = outage
         self._settlement = settlement
         self._node = node
@@ -107,7 +104,13 @@ class Writer:
     @property
     def has_to_act(self) -> bool:
         """Whether there is something that the thread has to do."""
-        return self._is_to_end or self._buffer.is_waiting or self._asking or self._outage.known
+        return (
+            self._is_to_end
+            or self._buffer.is_waiting
+            or self._asking
+            or self._outage.stops_all
+            or self._outage.write_is_due
+        )
 
     def wake(self) -> None:
         """Tell that there is something to write."""
@@ -127,7 +130,7 @@ class Writer:
         if self.thread is not None:
             return
 
-        while self._buffer.is_waiting and self._here.acquire(blocking=False):
+        while not self._buffer.is_empty and self._here.acquire(blocking=False):
             leave_by, self._leave_by = self._leave_by, time.monotonic() + timeout
 
             try:
@@ -206,19 +209,30 @@ class Writer:
             if self._outage.away:
                 return ()
 
+            if self._outage.write_is_due:
+                return self._turn.take_stream_event()
+
             return self._turn.take()
 
     def _rest(self) -> None:
-        """Wait until there is something to do, for :data:`QUIET` seconds at most."""
+        """Wait until there is something to do, for :data:`QUIET` seconds at most.
+
+        Less while Redis takes no writes: until it is to be asked again.
+        """
         self._turn.end_if_here()
 
         while not self._may_act:
             # Before each wait: a sender may have taken over what the thread was woken for.
             self._turn.thread_rests = True
-            was_woken = self._changed.wait(QUIET)
+            was_woken = self._changed.wait(self._most_rest)
 
             if not was_woken and self._turn.owner is None:
                 return
+
+    @property
+    def _most_rest(self) -> float:
+        left = self._outage.write_again_at - time.monotonic()
+        return left if 0 < left < QUIET else QUIET
 
     @property
     def _may_act(self) -> bool:
@@ -229,7 +243,7 @@ class Writer:
         if self._leave_by is None or self._ended:
             return self._ended
 
-        return not self._buffer.is_waiting or time.monotonic() >= self._leave_by
+        return self._buffer.is_empty or time.monotonic() >= self._leave_by
 
     def _write(self, batch: Sequence[Outgoing], backoff: Backoff) -> None:
         try:
@@ -241,7 +255,7 @@ class Writer:
 
             # A connection that breaks is no proof of an outage: the next one may work.
             if is_refused(error):
-                self._call_senders()
+                self.call_senders()
 
             self._pause(backoff.next())
         except Exception as error:
@@ -257,8 +271,8 @@ class Writer:
 
             self._settle(batch, outcomes)
 
-    def _call_senders(self) -> None:
-        """Wake the senders that wait for a confirmation: Redis is known to be away."""
+    def call_senders(self) -> None:
+        """Wake the senders that wait for a confirmation: Redis is known not to give one."""
         for outgoing in list(self.senders):
             outgoing.call()
 
@@ -269,7 +283,14 @@ class Writer:
         if batch:
             return self._exchange.publish([(out.lane.way, out.sealed()) for out in batch])
 
-        self._exchange.ask()
+        refusal = self._exchange.ask()
+
+        with self._lock:
+            self._turn.note_writes(refusal)
+
+        if refusal is not None:
+            self.call_senders()
+
         return ()
 
     def _go_on(self) -> Sequence[Exception | None]:
@@ -310,8 +331,10 @@ class Writer:
     def _settle(self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> None:
         """Let go of a batch, and of the turn, before its senders are woken: they may write next."""
         with self._lock:
-            self._buffer.settle()
-            self._turn.end()
+            holds = self._turn.settle(batch, outcomes)
+
+        if holds:
+            self.call_senders()
 
         self._settlement.settle(batch, outcomes)
 

@@ -194,7 +194,9 @@ def empty(relay: Relay) -> None:
         pass
 
 
-def fill(engine: Engine, count: int, name: str = "user_added", size: int = 0) -> None:
+def fill(
+    engine: Engine, count: int, name: str = "user_added", size: int = 0, via: str = "channel"
+) -> None:
     """Write events into the outbox as a service would."""
     codec = Codec()
     seal = codec.seal("shop", name)
@@ -206,7 +208,7 @@ def fill(engine: Engine, count: int, name: str = "user_added", size: int = 0) ->
             entry = Entry(
                 event_id=made["id"],  # type: ignore[arg-type]  # of two types
                 name=name,
-                via="channel",
+                via=via,
                 event=seal(body, **made),  # type: ignore[arg-type]  # the same
             )
             store(session, entry)
@@ -1053,6 +1055,36 @@ def test_while_redis_is_away_events_wait_in_the_outbox(
     ear.close()
     assert "Redis can be used again" in relay.said
     assert relay.said.count("cannot be used") == 1
+
+
+def test_while_redis_takes_no_writes_a_relay_publishes_over_channels(
+    tmp_path: Path, redis_server: RedisServer, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/outbox.db")
+    outbox.create(engine)
+    fill(engine, 10, name="paid", via="stream")
+    fill(engine, 3)
+    ear = Ear(redis_server, prefix)
+    client: Any = redis_server.client
+    client.config_set("maxmemory", 1)
+    told = threading.Event()
+
+    # A batch is smaller than what waits for the stream.
+    with relaying(redis_server, engine, prefix, batch=2) as relay:
+        thread = threading.Thread(target=relay.run, args=[told], kwargs={"interval": 0.01})
+        thread.start()
+        wait_until(lambda: ear.ids == [0, 1, 2], what="the channel events are published")
+        assert client.xlen(f"{prefix}:{{paid}}:stream") == 0
+        client.config_set("maxmemory", 0)
+        wait_until(lambda: relay.published == 13, what="the rest is published")
+        told.set()
+        thread.join()
+
+    engine.dispose()
+    ear.close()
+    assert client.xlen(f"{prefix}:{{paid}}:stream") == 10
+    assert caplog.text.count("takes no writes") == 1
+    assert caplog.text.count("takes writes again after") == 1
 
 
 def test_a_database_that_is_locked_is_told_once_and_comes_back(

@@ -27,6 +27,7 @@ from flask_eventbus import (
     follower,
     group,
     keeper,
+    memberships,
     retries,
     signals,
 )
@@ -369,6 +370,32 @@ def test_a_worker_that_starts_while_redis_is_full_reads_what_is_there(
     heard = hear(make_bus(redis_server.url, "mailer", prefix=store.prefix))
 
     wait_until(lambda: heard == [1], what="the event arrives")
+
+
+def test_a_worker_that_redis_takes_no_writes_of_says_so_once_and_reads_on_when_it_does(
+    redis_server: RedisServer,
+    make_bus: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(memberships, "ASK_AGAIN", 0.2)
+    store = StreamStore(redis_server)
+    bus = make_bus(redis_server.url, "mailer", prefix=store.prefix)
+    heard = hear(bus)
+    store.client.config_set("min-replicas-to-write", 1)
+
+    def rejected() -> int:
+        return int(store.client.info("commandstats")["cmdstat_xreadgroup"]["rejected_calls"])
+
+    wait_until(lambda: rejected() > 2, what="it asks again and again")
+    assert "NOREPLICAS" in bus.health().refused["tick"]
+    assert caplog.text.count("Redis takes no writes now, and to read for a group is a write") == 1
+    store.client.config_set("min-replicas-to-write", 0)
+    store.add("tick", n=1)
+
+    wait_until(lambda: heard == [1], what="the event arrives")
+    assert bus.health().refused == {}
+    assert caplog.text.count("Redis lets 'mailer' read the stream of 'tick' again") == 1
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["cut", "silent"])

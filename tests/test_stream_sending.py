@@ -23,8 +23,9 @@ from proxies import Proxy
 from servers import RedisServer
 from waiting import wait_until
 
-from flask_eventbus import Bus, PayloadError, PublishError, writer
+from flask_eventbus import Bus, PayloadError, PublishError, signals, writer
 from flask_eventbus.exchange import Exchange
+from flask_eventbus.lifecycle import wait_until_told
 from flask_eventbus.receipt import publish_one
 
 pytestmark = pytest.mark.second_look
@@ -580,23 +581,164 @@ def away(bus: Bus, server: RedisServer) -> None:
     wait_until(lambda: not bus.health().publishing, what="the outage is known")
 
 
-@pytest.mark.parametrize("setting", ["maxmemory", "min-replicas-to-write"])
+@pytest.mark.parametrize("state", ["full", "replicas", "disk"])
 def test_events_wait_in_memory_while_redis_takes_no_writes(
-    redis_server: RedisServer, make_bus: Make, setting: str
+    redis_server: RedisServer, make_bus: Make, tmp_path: Path, state: str
 ) -> None:
-    bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=0.1)
+    bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=60)
     bus.signal("tick").send("test", n=0)
-    redis_server.client.config_set("maxmemory-policy", "noeviction")
-    redis_server.client.config_set(setting, 1)
+    refuse_writes(redis_server, tmp_path, state)
 
     for n in range(1, 20):
         bus.signal("tick").send("test", n=n)
 
     assert bus.health().buffered == 19
-    redis_server.client.config_set(setting, 0)
+    take_writes(redis_server, state)
     assert bus.flush(10)
     assert [event["data"]["n"] for event in entries(redis_server)] == list(range(20))
     assert "refused" not in bus.health().counts
+
+
+def refuse_writes(server: RedisServer, folder: Path, state: str) -> None:
+    """Let a server refuse writes: its memory is full, it lacks replicas, or it cannot save."""
+    with server.client as client:
+        if state == "disk":
+            # The snapshot cannot take the place of a directory.
+            (folder / "dump.rdb" / "full").mkdir(parents=True)
+            client.config_set("save", "3600 1000000")
+            client.bgsave()
+            wait_until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+        else:
+            client.config_set(NO_WRITES[state], 1)
+
+
+def take_writes(server: RedisServer, state: str) -> None:
+    """Let a server take writes again."""
+    with server.client as client:
+        client.config_set(NO_WRITES[state], "no" if state == "disk" else 0)
+
+
+NO_WRITES = {
+    "full": "maxmemory",
+    "replicas": "min-replicas-to-write",
+    "disk": "stop-writes-on-bgsave-error",
+}
+
+
+@pytest.fixture
+def changes() -> Iterator[list[str]]:
+    """What the lifecycle signals of publishers told, in order."""
+    told: list[str] = []
+
+    def lost(sender: str, **extra: object) -> None:
+        told.append("lost")
+
+    def restored(sender: str, **extra: object) -> None:
+        told.append("restored")
+
+    with (
+        signals.publisher_lost.connected_to(lost),
+        signals.publisher_restored.connected_to(restored),
+    ):
+        yield told
+
+
+@pytest.mark.parametrize("state", ["full", "replicas", "disk"])
+def test_a_send_raises_at_once_while_redis_takes_no_writes_and_each_change_is_told_once(
+    redis_server: RedisServer,
+    make_bus: Make,
+    tmp_path: Path,
+    changes: list[str],
+    caplog: pytest.LogCaptureFixture,
+    state: str,
+) -> None:
+    bus = make_bus(redis_server.url, publish={"tick": "stream"}, on_outage="raise", timeout=60)
+    bus.signal("tick").send("test", n=0)
+    refuse_writes(redis_server, tmp_path, state)
+    before = refused_writes(redis_server)
+
+    # Far less than the timeout, which is over only where a send waits for it.
+    began = time.monotonic()
+    for n in range(1, 10):
+        with pytest.raises(PublishError, match="was not confirmed by Redis"):
+            bus.signal("tick").send("test", n=n)
+        assert not bus.health().publishing
+    assert time.monotonic() - began < 20
+
+    # It finds out again and again, and each time it is so.
+    wait_until(lambda: refused_writes(redis_server) > before + 4, what="writes are tried")
+    wait_until(wait_until_told, what="all receivers are told")
+    assert (changes, bus.health().publishing) == (["lost"], False)
+    assert caplog.text.count("Redis takes no writes (") == 1
+
+    take_writes(redis_server, state)
+    wait_until(lambda: bus.health().publishing, what="it is known that writes are taken")
+    bus.signal("tick").send("test", n=10)
+    wait_until(wait_until_told, what="all receivers are told")
+    assert changes == ["lost", "restored"]
+    assert caplog.text.count("Redis takes writes again after") == 1
+    assert "Redis is away" not in caplog.text
+    assert values(redis_server) == [0, 10]
+
+
+def refused_writes(server: RedisServer) -> int:
+    """Count the XADDs that the server rejected before it looked at them."""
+    with server.client as client:
+        found: Any = client.info("commandstats")
+        return int(found["cmdstat_xadd"]["rejected_calls"])
+
+
+@pytest.mark.parametrize("state", ["full", "replicas", "disk"])
+def test_channel_events_go_on_while_redis_takes_no_stream_events(
+    redis_server: RedisServer, make_bus: Make, tmp_path: Path, changes: list[str], state: str
+) -> None:
+    publish = {"tick": "stream", "price": "channel", "sure": {"confirm": True}}
+    bus = make_bus(redis_server.url, publish=publish, buffer_size=10, timeout=60)
+    hearing = make_bus(redis_server.url, "hears")
+    heard: list[int] = []
+    hearing.on("price", via="channel")(lambda sender, n: heard.append(n))
+    hearing.on("sure", via="channel")(lambda sender, n: heard.append(n))
+    hearing.start()
+    assert hearing.ready(10)
+    bus.signal("tick").send("test", n=0)
+    refuse_writes(redis_server, tmp_path, state)
+
+    # The buffer is full with stream events, which channel events do not find in their way.
+    for n in range(1, 11):
+        bus.signal("tick").send("test", n=n)
+    with pytest.raises(PublishError, match="the buffer is full"):
+        bus.signal("tick").send("test", n=11)
+    for n in range(100):
+        bus.signal("sure" if n % 10 == 0 else "price").send("test", n=n)
+
+    wait_until(lambda: len(heard) == 100, what="all channel events arrive")
+    assert heard == list(range(100))
+    assert bus.health().buffered == 10
+    take_writes(redis_server, state)
+    assert bus.flush(10)
+    assert values(redis_server) == list(range(11))
+    wait_until(wait_until_told, what="all receivers are told")
+    assert changes == ["lost", "restored"]
+    assert "dropped" not in bus.health().counts
+
+
+def test_a_redis_that_comes_back_without_taking_writes_is_one_outage_for_who_is_told(
+    redis_server: RedisServer, make_bus: Make, changes: list[str]
+) -> None:
+    bus = make_bus(redis_server.url, publish={"tick": "stream"})
+    bus.signal("tick").send("test", n=0)
+    away(bus, redis_server)
+    bus.signal("tick").send("test", n=1)
+
+    redis_server._options = ("--maxmemory", "1")
+    redis_server.start()
+    wait_until(lambda: not bus.node._publisher._outage.away, what="Redis is found")
+    wait_until(wait_until_told, what="all receivers are told")
+    assert (changes, bus.health().publishing) == (["lost"], False)
+    take_writes(redis_server, "full")
+
+    assert bus.flush(10)
+    assert changes == ["lost", "restored"]
 
 
 def test_events_wait_in_memory_while_redis_is_away_and_arrive_in_order(
