@@ -503,6 +503,12 @@ def remedy(reason: object, rights: Mapping[str, str]) -> str:
     if str(reason).startswith(("OOM", "command not allowed when used memory")):
         return "Raise its 'maxmemory', or free memory."
 
+    if str(reason).startswith("NOREPLICAS"):
+        return "Start its replicas, or lower its 'min-replicas-to-write'."
+
+    if str(reason).startswith("MISCONF"):
+        return "Its log says why it cannot save."
+
     return "Correct what it complains of."
 
 

@@ -29,6 +29,7 @@ from flask_eventbus import (
     keeper,
     memberships,
     retries,
+    settler,
     signals,
 )
 from flask_eventbus.codec import Codec
@@ -396,6 +397,99 @@ def test_a_worker_that_redis_takes_no_writes_of_says_so_once_and_reads_on_when_i
     wait_until(lambda: heard == [1], what="the event arrives")
     assert bus.health().refused == {}
     assert caplog.text.count("Redis lets 'mailer' read the stream of 'tick' again") == 1
+
+
+class Unwritable:
+    """A server that takes no writes for a while, in one of the ways that Redis has."""
+
+    def __init__(self, folder: Path, why: str) -> None:
+        self._why = why
+        self._dump = folder / "dump"
+        self.server = RedisServer(folder, "--save", "3600 1", "--dbfilename", self._dump.name)
+        self.server.start()
+        self._client: Any = self.server.client
+
+    def begin(self) -> None:
+        """Take no more writes."""
+        if self._why == "MISCONF":
+            # Redis cannot rename its snapshot to that.
+            self._dump.mkdir()
+            self._save("err")
+        else:
+            self._client.config_set(self._setting, 1)
+
+    def end(self) -> None:
+        """Take writes again."""
+        if self._why == "MISCONF":
+            self._dump.rmdir()
+            self._save("ok")
+        else:
+            self._client.config_set(self._setting, 0)
+
+    def is_met_by(self, bus: Bus) -> Callable[[], bool]:
+        """Whether a worker got to know that Redis takes no writes, if it has to."""
+        # A full Redis lets events be read and acknowledged.
+        name = "acked" if self._why == "OOM" else "unsettled"
+        return lambda: bus.health().counts.get(name, 0) > 0
+
+    @property
+    def _setting(self) -> str:
+        return {"OOM": "maxmemory", "NOREPLICAS": "min-replicas-to-write"}[self._why]
+
+    def _save(self, outcome: str) -> None:
+        self._client.bgsave()
+        wait_until(
+            lambda: self._client.info("persistence")["rdb_last_bgsave_status"] == outcome,
+            what="the snapshot has ended",
+        )
+
+
+@pytest.fixture(params=["OOM", "MISCONF", "NOREPLICAS"])
+def unwritable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Unwritable]:
+    """A server that can be made to take no writes."""
+    state = Unwritable(tmp_path, request.param)
+    yield state
+    state.server.kill()
+
+
+def test_a_worker_handles_each_event_once_although_redis_takes_no_writes_for_a_while(
+    unwritable: Unwritable,
+    make_bus: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(settler, "TELL_AGAIN", 0.1)
+    store = StreamStore(unwritable.server)
+    may_go_on = threading.Event()
+    handled: list[int] = []
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+
+    @bus.on("tick", via="stream")
+    def receive(sender: str, n: int) -> None:
+        assert n != 1 or may_go_on.wait(30)
+        handled.append(n)
+
+    bus.start()
+    assert bus.ready(10)
+    for n in range(10):
+        store.add("tick", n=n)
+    wait_until(lambda: _pending(unwritable.server, store.prefix) > 1, what="they are read")
+
+    unwritable.begin()
+    may_go_on.set()
+    wait_until(lambda: len(handled) == 10, what="what was read is handled")
+    wait_until(unwritable.is_met_by(bus), what="the worker is told about it")
+    unwritable.end()
+    for n in range(10, 15):
+        store.add("tick", n=n)
+
+    wait_until(lambda: len(handled) >= 15, what="what follows is handled", timeout=20)
+    wait_until(lambda: not _pending(unwritable.server, store.prefix), what="all is acknowledged")
+    wait_until(lambda: bus.health().connected, what="it says that it listens")
+    assert handled == list(range(15))
+    assert bus.health().refused == {}
+    assert bus.health().counts.get("dead_lettered", 0) == 0
+    assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["cut", "silent"])
