@@ -8,10 +8,12 @@ from collections.abc import Callable, Collection, Iterable
 
 import redis
 
+from .alarms import far_ahead
 from .backoff import Backoff
 from .catalogue import Catalogue
 from .config import Config
 from .counters import BoundedLog, Counters
+from .entry_ids import entry_id
 from .group import Entry, behind, fields_of, last_id, remedy
 from .lineup import Lineup
 from .logs import get_logger
@@ -79,6 +81,8 @@ class Follower:
         self._looked = 0.0
         #: Streams that Redis refuses, with its reasons.
         self.refused: dict[str, str] = {}
+        #: What somebody did to streams, so that nothing more of them is heard, by name.
+        self._alarms: dict[str, str] = {}
         self._ask_again = 0.0
         #: Notified when it is known from where streams are read.
         self.changed = threading.Condition()
@@ -96,8 +100,8 @@ class Follower:
 
     @property
     def alarms(self) -> dict[str, str]:
-        """Why not every stream that a pattern stands for is read, by the patterns."""
-        return self._catalogue.alarms
+        """What somebody did to streams so that their events are not heard, by stream."""
+        return {**self._catalogue.alarms, **self._alarms}
 
     @property
     def without_receiver(self) -> frozenset[str]:
@@ -241,8 +245,31 @@ class Follower:
         for name in names:
             last = last_id(self._pipe.run([("XINFO", "STREAM", self._keys.stream(name))])[0])
 
-            if last is not None and behind(last, self._positions[name]):
+            if last is None:
+                continue
+
+            self._watch(name, last)
+
+            if behind(last, self._positions[name]):
                 self._positions[name] = "0-0"
+
+    def _watch(self, name: str, last: str) -> None:
+        """Report an id far in the future, behind which nothing is heard."""
+        alarm = far_ahead(name, entry_id(last), time.time())
+        extra = {"signal": name, "service": self._service}
+        others = {other: self._alarms[other] for other in self._alarms if other != name}
+
+        if alarm is None:
+            self._alarms = others
+            self._log.over(
+                f"alarm {name}", "The stream of %r is in order again.", name, extra=extra
+            )
+            return
+
+        if name not in self._alarms:
+            self._log.error(f"alarm {name}", "%s", alarm, extra=extra)
+
+        self._alarms = {**others, name: str(alarm)}
 
     def _refuse(self, name: str, reason: Exception) -> None:
         self._ask_again = time.monotonic() + ASK_AGAIN

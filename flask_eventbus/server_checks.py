@@ -27,6 +27,7 @@ from .stream_checks import (
     check_eviction,
     check_log_reader,
     check_persistence,
+    check_written,
 )
 from .stream_rights import check_stream_rights
 from .streams import StreamKeys
@@ -344,6 +345,10 @@ def _check_streams(
             patterns=patterns,
             program="eventbus --service {}" if service is None else "flask eventbus",
         )
+
+    if service is not None:
+        written = set(overview.published_names(via="stream")) - heard(node, ())
+        yield from check_written(node.config, sorted(written))
 
 
 def _note_cluster(overview: Overview) -> Iterator[Finding]:

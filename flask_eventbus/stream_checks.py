@@ -162,6 +162,23 @@ def check_backlog(
             yield from _check_group(status.name, group, program.format(group.service))
 
 
+def check_written(config: Config, names: Collection[str]) -> Iterator[Finding]:
+    """Whether somebody damaged streams that the service writes and does not read.
+
+    :param names: the signals of those streams.
+    """
+    try:
+        with StreamAccess(config, name="eventbus-check") as access:
+            statuses = read_statuses(access, dict.fromkeys(names, ()))
+    except click.ClickException:
+        # Whoever writes a stream need not have the right to ask about it.
+        return
+
+    for status in statuses:
+        for alarm in status.alarms:
+            yield error(alarm.text, alarm.remedy)
+
+
 def _check_group(name: str, group: GroupStatus, program: str) -> Iterator[Finding]:
     if group.dead:
         yield note(

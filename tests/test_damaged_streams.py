@@ -13,7 +13,7 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, PublishError, alarms, catalogue, trims
+from flask_eventbus import Bus, PublishError, alarms, catalogue, follower, trims
 from flask_eventbus.doctor import check
 
 pytestmark = pytest.mark.second_look
@@ -31,6 +31,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks that come every thirty seconds come every tenth of one."""
     monkeypatch.setattr(trims, "SELDOM", 0.1)
     monkeypatch.setattr(catalogue, "SELDOM", 0.1)
+    monkeypatch.setattr(follower, "LOOK", 0.1)
 
 
 @pytest.fixture
@@ -113,6 +114,36 @@ def test_a_stream_with_the_last_possible_id_is_an_alarm_and_works_again_after_th
     wait_until(lambda: heard == [1, 3], what="the next event is handled")
     wait_until(lambda: not bus.health().alarms, what="the alarm is over")
     assert errors(bus) == []
+
+
+def test_check_raises_the_alarm_for_who_only_publishes_too(
+    store: StreamStore, make_bus: Make
+) -> None:
+    publish = {"tick": "stream"}
+    publisher = make_bus(store.url, "accounts", prefix=store.prefix, publish=publish)
+    store.add_fields("tick", {b"event": b"x"}, id=LAST)
+
+    assert any("more than a day in the future" in each for each in errors(publisher))
+
+
+def test_a_process_without_a_group_raises_the_alarm_too(store: StreamStore, make_bus: Make) -> None:
+    bus = make_bus(store.url, "cache", prefix=store.prefix)
+    heard: list[int] = []
+    bus.on("tick", via="stream", group=None)(lambda sender, number: heard.append(number))
+    bus.start()
+    assert bus.ready(10)
+    first, _ = store.add("tick", number=1)
+    wait_until(lambda: heard == [1], what="the first event is heard")
+    store.add_fields("tick", {b"event": b"x"}, id=LAST)
+    wait_until(lambda: bus.health().alarms, what="the process notices")
+    assert "more than a day in the future" in bus.health().alarms["tick"]
+
+    store.client.xdel(store.keys.stream("tick"), LAST)
+    store.client.execute_command("XSETID", store.keys.stream("tick"), first)
+    store.add("tick", number=2)
+
+    wait_until(lambda: 2 in heard, what="the next event is heard")
+    assert not bus.health().alarms
 
 
 def commands_of_the_page(store: StreamStore) -> list[list[str]]:
