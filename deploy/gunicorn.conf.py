@@ -22,8 +22,8 @@ threads = 4
 # Workers show that they live by a file; on a disk that may block, and the root is read-only.
 worker_tmp_dir = "/dev/shm"  # noqa: S108 - memory of this container alone
 
-# The drain: receivers finish (EVENTBUS_GRACE, 25 s), then what is buffered leaves (5 s), then the
-# writer ends (3 s). Compose waits longer still, see stop_grace_period.
+# The drain: receivers finish (EVENTBUS_GRACE, 25 s), then what was read is handed back and what is
+# buffered leaves (8 s, whatever Redis does). Compose waits longer still, see stop_grace_period.
 graceful_timeout = 35
 
 # A worker that drains while others already serve in its place, after a HUP, gives no sign of

@@ -20,6 +20,9 @@ logger = get_logger(__name__)
 #: Seconds one read waits for bytes: how often an idle reader looks around.
 TICK = 1.0
 
+#: Seconds that it may take to connect.
+CONNECT = 2.0
+
 #: Messages taken from the wire at once, so that one lock serves many of them.
 BATCH = 256
 
@@ -73,7 +76,7 @@ class ChannelReader:
         """
         self.close()
         self._asked.clear()
-        self._connection = self._connections.open(timeout=TICK)
+        self._connection = self._connections.open(timeout=TICK, within=CONNECT)
 
     def subscribe(self, keys: Iterable[str], *, patterns: bool) -> None:
         """Ask for channels, each by itself, so that one refusal does not refuse the others."""

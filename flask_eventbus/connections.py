@@ -13,8 +13,8 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, cast
 from urllib.parse import SplitResult, unquote, urlencode, urlsplit
 
@@ -45,6 +45,9 @@ logger = get_logger(__name__)
 
 #: Seconds between two questions to the Sentinels where the master is, while connections are open.
 FOLLOW = 1.0
+
+#: Seconds that a socket waits at least: with none it would not wait at all, and say so differently.
+LEAST = 0.001
 
 #: What a connection raises when Redis is away, hung, or not to be used now; or when what
 #: answers in its place does not speak its language, as a proxy that has lost it.
@@ -157,24 +160,32 @@ class Connections:
         self._following = threading.Lock()
         self._check()
 
-    def open(self, *, timeout: float) -> Connection:
-        """A connection to the master; every wait on it ends after ``timeout`` seconds.
+    def open(self, *, timeout: float, within: float | None = None) -> Connection:
+        """Return a connection to the master; each wait on it ends after ``timeout`` seconds.
 
+        :param within: seconds for all that it takes to connect; the timeout unless given.
         :raises redis.ConnectionError: Redis cannot be reached, or refuses, or is no master.
         """
         error: Exception | None = None
+        within = timeout if within is None else within
+        deadline = time.monotonic() + within
 
         if self._disowned:
             raise redis.ConnectionError("What was inherited over a fork connects no more.")
 
-        for url in self._candidates(timeout):
-            connection = self._make(url, timeout)
+        candidates = self._candidates(within)
+
+        for number, url in enumerate(candidates):
+            # One that hangs leaves its share of the time to each of the others.
+            share = max(0.0, deadline - time.monotonic()) / (len(candidates) - number)
+            connection = self._make(url, timeout, connect_timeout=max(share, LEAST))
 
             if not url.startswith("memory://"):
                 self._opened.add(connection)
 
             try:
-                self._connect(connection)
+                with _answers_by(connection, time.monotonic() + share, then=timeout):
+                    self._connect(connection)
             except OUTAGE as failure:
                 error = explain(failure, url, is_first=not self._has_connected)
             except (redis.ResponseError, UnicodeError) as refusal:
@@ -324,8 +335,11 @@ class Connections:
 
         return [self._url]
 
-    def _make(self, url: str, timeout: float) -> Connection:
+    def _make(
+        self, url: str, timeout: float, *, connect_timeout: float | None = None
+    ) -> Connection:
         options = _options(timeout)
+        options["socket_connect_timeout"] = connect_timeout or timeout
 
         if url.startswith("memory://"):
             return _memory_connection(url, options)
@@ -404,7 +418,9 @@ class Connections:
         return redis.sentinel.Sentinel(hosts_of(parts, 26379), sentinel_kwargs=options)
 
     def _master(self, timeout: float) -> str:
-        return self._server(*self._ask_for_master(self.sentinel(timeout)))
+        # Each has its share of the time: the first that is asked may hang.
+        share = timeout / (len(hosts_of(urlsplit(self._url), 26379)) + 1)
+        return self._server(*self._ask_for_master(self.sentinel(share)))
 
     def _ask_for_master(self, sentinel: redis.sentinel.Sentinel) -> tuple[str, int]:
         """Ask one Sentinel after the other where the master is.
@@ -474,6 +490,38 @@ def _follow(reference: weakref.ref[Connections]) -> None:
             return
 
         del connections
+
+
+def set_timeout(connection: Connection, seconds: float) -> None:
+    """Let each wait on a connection end after so many seconds from now on.
+
+    redis-py has no way to change it that all of its releases know. fakeredis has no socket.
+    """
+    settimeout = getattr(getattr(connection, "_sock", None), "settimeout", None)
+
+    if settimeout is not None:
+        settimeout(max(seconds, LEAST))
+
+
+@contextmanager
+def _answers_by(connection: Any, deadline: float, *, then: float) -> Iterator[None]:
+    """Let all answers of a handshake together come by a deadline, and not each in its time.
+
+    :param then: seconds that each wait on the connection may take afterwards.
+    """
+    read = connection.read_response
+
+    def read_in_time(*args: Any, **kwargs: Any) -> Any:
+        set_timeout(connection, deadline - time.monotonic())
+        return read(*args, **kwargs)
+
+    connection.read_response = read_in_time
+
+    try:
+        yield
+    finally:
+        del connection.read_response
+        set_timeout(connection, then)
 
 
 def shut_down(connection: Connection) -> None:

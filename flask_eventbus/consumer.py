@@ -49,6 +49,9 @@ ANSWER = 5.0
 #: Seconds that Redis has to take what became of events.
 SETTLE = 2.0
 
+#: Seconds after a deadline for the thread that meets it to log what it left.
+REPORT = 0.2
+
 
 class Consumer:
     """The stream half of a node that listens.
@@ -202,6 +205,7 @@ class Consumer:
             ),
             counters=counters,
             node=node,
+            hand_back=self._conclude,
         )
         following = Pipe(connections, timeout=ANSWER)
         self._follower = Follower(
@@ -323,11 +327,22 @@ class Consumer:
         self._reader.stop()
         self._follower.stop()
 
-    def hand_back(self) -> None:
-        """Settle what is done, and let other workers have the rest; called when the pool ended."""
-        self._reader.end()
-        self._follower.end()
-        self._close()
+    def hand_back(self, deadline: float) -> None:
+        """Settle what is done, and let other workers have the rest; called when the pool ended.
+
+        It goes on in a thread until the deadline, or until :meth:`end` returns.
+        """
+        # A reader that waits for a server that hangs is not waited for to the end.
+        readers_end = (time.monotonic() + deadline) / 2
+        self._reader.end(readers_end)
+        self._follower.end(readers_end)
+        self._keeper.finish(deadline)
+
+    def end(self, deadline: float) -> None:
+        """Wait until everything is handed back, or the deadline is over."""
+        # The thread itself reports a Redis that is away; it has a moment for it.
+        if not self._keeper.end(deadline + REPORT) and self._hand:
+            self._report_left("it does not answer")
 
     def _abandoned(self) -> None:
         """What the events are for is gone: end by and by, as if somebody had said so."""
@@ -337,30 +352,30 @@ class Consumer:
         self._pool.lineup.close()
         self._pool.lineup.clear()
         self._pool.close()
-        self._close()
+        self._keeper.finish(time.monotonic() + SETTLE)
 
     def _end(self) -> None:
         self._is_stopping = True
         self.attempts.stop()
 
-    def _close(self) -> None:
-        self._keeper.end()
-
+    def _conclude(self) -> None:
+        """In the keeper's thread, at its end."""
         try:
             self._hand_back()
         except OUTAGE as error:
-            left = len(self._hand)
-
-            if left:
-                logger.error(
-                    "Redis is away (%s): %d events that were read stay pending. Another worker "
-                    "takes them over after %g s; those that were handled come again.",
-                    error,
-                    left,
-                    self._config.claim_after,
-                )
+            if self._hand:
+                self._report_left(error)
         finally:
             self._settler.close()
+
+    def _report_left(self, reason: object) -> None:
+        logger.error(
+            "Redis is away (%s): %d events that were read stay pending. Another worker takes them "
+            "over after %g s; those that were handled come again.",
+            reason,
+            len(self._hand),
+            self._config.claim_after,
+        )
 
     def disown(self) -> None:
         """In a forked child: end what came along of it; to settle is the parent's."""

@@ -9,7 +9,16 @@ from typing import Any
 
 import redis
 
-from .connections import Connection, Connections, is_passing, takes_no_writes, why_no_writes
+from .connections import (
+    LEAST,
+    Connection,
+    Connections,
+    is_passing,
+    set_timeout,
+    shut_down,
+    takes_no_writes,
+    why_no_writes,
+)
 from .logs import get_logger
 from .way import AgingStreamWay, NoWritesError, TooFewReplicasError, Way, whole
 
@@ -24,6 +33,9 @@ REPLICAS_SHARE = 0.8
 #: The part of a sender's patience that is as good as all of it.
 NEARLY_ALL = 0.9
 
+#: Seconds after which answers that still come are waited for by the time that is left.
+SLOW = 0.02
+
 #: Seconds that the clocks may differ, and seconds between two comparisons.
 MOST_SKEW = 10.0
 COMPARE_AGAIN = 60.0
@@ -37,7 +49,7 @@ class Exchange:
 
     Nothing is sent a second time: after an error Redis may have got any part of a batch.
 
-    :param timeout: seconds that each wait for Redis may take.
+    :param timeout: seconds that a round trip may take, connecting included.
     :param names: the Redis key of the set of signals that have a stream.
     :param patience: seconds that a sender waits, of which replicas get a part.
     """
@@ -85,21 +97,26 @@ class Exchange:
         first = len(self._announcing)
         return self._answers[first : first + len(self._batch)]
 
-    def publish(self, batch: Sequence[tuple[Way, bytes]]) -> list[Exception | None]:
+    def publish(
+        self, batch: Sequence[tuple[Way, bytes]], deadline: float | None = None
+    ) -> list[Exception | None]:
         """Publish events, in order, and tell of each whether Redis took it.
 
+        :param deadline: when to give up, if that is earlier than the timeout.
         :return: for each event ``None``, or why Redis did not take it: a :class:`NoWritesError`
             if it may take it later.
         :raises redis.ConnectionError: Redis is away; it may have got any part of the batch.
         """
-        if self._connection is not None:
-            self._wait_until(self._connection, None)
+        deadline = self._earlier(deadline)
+        self.send(batch, deadline)
 
-        self.send(batch)
-        self.read()
+        if not self.read(deadline):
+            self.close()
+            raise redis.TimeoutError("Redis did not answer in time.")
+
         return self.outcomes()
 
-    def ask(self) -> NoWritesError | None:
+    def ask(self, deadline: float | None = None) -> NoWritesError | None:
         """Find out whether Redis is there, and whether it takes writes.
 
         That the connection was closed meanwhile, as servers and firewalls do with idle ones, is no
@@ -108,20 +125,23 @@ class Exchange:
         :return: why Redis takes no writes; ``None`` if it does, or no stream was written to yet.
         :raises redis.ConnectionError: Redis is away.
         """
+        deadline = self._earlier(deadline)
+
         if self._connection is not None:
             try:
-                return self._ping(self._connection)
+                return self._ping(self._connection, deadline)
             except redis.ConnectionError as error:
                 logger.debug("The connection was closed: %s", error)
 
-        return self._ping(self._open())
+        return self._ping(self._open(deadline), deadline)
 
-    def send(self, batch: Sequence[tuple[Way, bytes]]) -> None:
-        """Send events, whose answers :meth:`read` reads.
+    def send(self, batch: Sequence[tuple[Way, bytes]], deadline: float | None = None) -> None:
+        """Send events, by the deadline or within the timeout; :meth:`read` reads the answers.
 
         :raises redis.ConnectionError: Redis is away.
         """
-        connection = self._connection or self._open()
+        deadline = self._earlier(deadline)
+        connection = self._connection or self._open(deadline)
         self._batch = batch
         self._answers = []
         self._announcing = {}
@@ -134,15 +154,17 @@ class Exchange:
 
         for aging in self._aging:
             if aging.newest is None:
-                aging.newest = self._time(connection)
+                aging.newest = self._time(connection, deadline)
 
         commands = [way.command(body) for way, body in batch]
+        self._wait_until(connection, deadline)
         self._send(connection, self._role_first(self._framed(commands)))
 
     def read(self, deadline: float | None = None) -> bool:
-        """Read the answers to what was sent; whether all came by ``deadline``.
+        """Read the answers to what was sent; return False if not all came by ``deadline``.
 
-        What is left can be read later, in any thread.
+        Without a deadline it ends after the timeout, with an error. What is left can be read later,
+        in any thread.
 
         :raises redis.ConnectionError: Redis is away.
         """
@@ -151,10 +173,10 @@ class Exchange:
         if connection is None:
             raise redis.ConnectionError("The connection was closed.")
 
-        self._wait_until(connection, deadline)
+        until = self._earlier(None) if deadline is None else deadline
 
         try:
-            self._read(connection)
+            self._read(connection, until)
         except redis.TimeoutError:
             if deadline is not None:
                 return False
@@ -187,6 +209,13 @@ class Exchange:
 
         return outcomes
 
+    def interrupt(self) -> None:
+        """Let a wait for Redis end at once, in whatever thread: as if Redis were lost."""
+        connection = self._connection
+
+        if connection is not None:
+            shut_down(connection)
+
     def close(self) -> None:
         """Close the connection; the next batch opens another."""
         connection, self._connection = self._connection, None
@@ -194,9 +223,14 @@ class Exchange:
         if connection is not None:
             connection.disconnect()
 
-    def _open(self) -> Connection:
-        connection = self._connections.open(timeout=self._timeout)
-        self._waits = self._timeout
+    def _earlier(self, deadline: float | None) -> float:
+        """Return the end of a round trip that begins now."""
+        end = time.monotonic() + self._timeout
+        return end if deadline is None else min(end, deadline)
+
+    def _open(self, deadline: float) -> Connection:
+        self._waits = max(deadline - time.monotonic(), LEAST)
+        connection = self._connections.open(timeout=self._waits)
         self._announced.clear()
         self._not_allowed.clear()
         self._asked_role = time.monotonic()
@@ -204,7 +238,7 @@ class Exchange:
         self._connection = connection
         return connection
 
-    def _ping(self, connection: Connection) -> NoWritesError | None:
+    def _ping(self, connection: Connection, deadline: float) -> NoWritesError | None:
         names = sorted(self._announced)
         commands = [_PING]
 
@@ -215,12 +249,16 @@ class Exchange:
             # No entry can have this id: it is refused for that where writes are taken.
             commands.append(whole("XADD", self._stream, "NOMKSTREAM", "0-0", "event", ""))
 
-        self._wait_until(connection, None)
+        self._wait_until(connection, deadline)
         self._send(connection, self._role_first(b"".join(commands)))
+        answers: list[Any] = []
 
         try:
             self._check_role(connection)
-            answers = [_answer(connection) for _ in commands]
+
+            for _ in commands:
+                self._wait_until(connection, deadline)
+                answers.append(_answer(connection))
         except BaseException:
             self.close()
             raise
@@ -257,36 +295,38 @@ class Exchange:
             self.close()
             raise
 
-    def _read(self, connection: Connection) -> None:
+    def _read(self, connection: Connection, deadline: float) -> None:
+        self._wait_until(connection, deadline)
         self._check_role(connection)
         answers = self._answers
         count = len(self._announcing) + len(self._batch) + bool(self._replicas)
+        look_at = time.monotonic() + SLOW
 
         while len(answers) < count:
+            # Mostly all of them come at once, and the time of the first wait serves.
+            if time.monotonic() >= look_at:
+                self._wait_until(connection, deadline)
+
             answers.append(_answer(connection))
 
-    def _wait_until(self, connection: Connection, deadline: float | None) -> None:
-        """Let reads wait until ``deadline``, or as long as Redis may take."""
-        seconds = self._timeout if deadline is None else self._seconds_until(deadline)
+    def _wait_until(self, connection: Connection, deadline: float) -> None:
+        """Let waits on the connection end at the deadline."""
+        seconds = self._seconds_until(deadline)
 
         if seconds == self._waits:
             return
 
-        # redis-py has no way to change it that all of its releases know. fakeredis has no socket.
-        set_timeout = getattr(getattr(connection, "_sock", None), "settimeout", None)
-
-        if set_timeout is not None:
-            set_timeout(seconds)
-            self._waits = seconds
+        set_timeout(connection, seconds)
+        self._waits = seconds
 
     def _seconds_until(self, deadline: float) -> float:
         left = deadline - time.monotonic()
 
         # Mostly it is all of it: that need not be set again and again.
-        if left > self._patience * NEARLY_ALL:
+        if self._patience * NEARLY_ALL < left <= self._patience:
             return self._patience
 
-        return max(left, 0.001)
+        return max(left, LEAST)
 
     # -- the names of streams, and replicas -----------------------------------------------
 
@@ -326,9 +366,9 @@ class Exchange:
 
     # -- clocks ---------------------------------------------------------------------------
 
-    def _time(self, connection: Connection) -> int | None:
+    def _time(self, connection: Connection, deadline: float) -> int | None:
         """Return Redis's time in milliseconds; ``None`` if this user may not ask for it."""
-        self._wait_until(connection, time.monotonic() + self._patience)
+        self._wait_until(connection, deadline)
         self._send(connection, whole("TIME"))
 
         try:

@@ -20,6 +20,9 @@ from .namespace import Receiver
 from .pool import Pool
 from .subscriptions import Subscription
 
+#: Seconds that the listener is waited for, whose last events the receivers have to finish.
+LISTENER_END = 2.0
+
 
 def check_subscription(config: Config, subscription: Subscription) -> None:
     """Refuse what the server of the settings cannot do.
@@ -176,12 +179,24 @@ class Inbound:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         return not self._on_streams() or self.consumer.ready(left)
 
-    def stop(self, grace: float) -> None:
-        """Stop reading, let receivers finish for ``grace`` seconds, hand back what is left."""
+    def stop_reading(self) -> None:
+        """Read nothing more; returns at once."""
         self.consumer.stop_reading()
         self.listener.stop()
-        self.pool.stop(grace)
-        self.consumer.hand_back()
+
+    def finish(self, deadline: float) -> None:
+        """Let receivers finish what they began, until the deadline."""
+        self.listener.end(min(deadline, time.monotonic() + LISTENER_END))
+        self.pool.finish(deadline)
+
+    def hand_back(self, deadline: float) -> None:
+        """Begin to hand back what is left; :meth:`end` waits for it."""
+        self.pool.end(deadline)
+        self.consumer.hand_back(deadline)
+
+    def end(self, deadline: float) -> None:
+        """Wait until what is left is handed back, or the deadline is over."""
+        self.consumer.end(deadline)
 
     def disown(self) -> None:
         """In a forked child: end what came along of it."""

@@ -46,14 +46,12 @@ SIGNS_OF_LIFE = 4
 #: Seconds between tries while Redis is away, at most.
 MOST_BACKOFF = 2.0
 
-#: Seconds that the thread gets to end; it may wait for a server that hangs.
-END = 2.0
-
 
 class Keeper:
     """Keeps what this process has in hand, and takes over what others left.
 
     :param names: the streams that are read, with their subscriptions.
+    :param hand_back: called in the thread at its end, to settle and hand back what is left.
     """
 
     def __init__(
@@ -70,9 +68,11 @@ class Keeper:
         orphans: Orphans,
         counters: Counters,
         node: str,
+        hand_back: Callable[[], None],
     ) -> None:
         self._config = config
         self._names = names
+        self._hand_back = hand_back
         self._group = group
         self._hand = hand
         self._lineup = lineup
@@ -88,6 +88,7 @@ class Keeper:
         self._due: list[tuple[float, str]] = []
         self._draining = False
         self._stopping = False
+        self._is_disowned = False
         self._thread: threading.Thread | None = None
         #: When each duty is due, by the monotonic clock.
         self._renew_at = self._claim_at = self._released_at = self._consumers_at = 0.0
@@ -115,19 +116,26 @@ class Keeper:
             self._draining = True
             self._changed.notify_all()
 
-    def end(self) -> None:
-        """End the thread."""
+    def finish(self, deadline: float) -> None:
+        """Let the thread hand back what is left, by a deadline, and end; does not wait for it."""
+        self._group.pipe.deadline = deadline
+
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
 
-        if self._thread is not None:
-            self._thread.join(timeout=END)
+    def end(self, deadline: float) -> bool:
+        """Wait for the thread's end; return False if it still waits for Redis at the deadline."""
+        if self._thread is None:
+            return True
+
+        self._thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        return not self._thread.is_alive()
 
     def disown(self) -> None:
         """In a forked child: end what came along of it."""
         self._changed = threading.Condition()
-        self._stopping = True
+        self._stopping = self._is_disowned = True
 
     def expect(self, name: str, due: float) -> None:
         """Look for retries of ``name`` at the time ``due``, in seconds since 1970."""
@@ -177,6 +185,9 @@ class Keeper:
             with self._changed:
                 if not self._stopping:
                     self._changed.wait(pause)
+
+        if not self._is_disowned:
+            self._hand_back()
 
     def _pause(self) -> float:
         now = time.monotonic()

@@ -101,14 +101,14 @@ class Leader:
         """
         try:
             if batch is not self._turn.sent:
-                self._send(batch)
+                self._send(batch, deadline)
 
             is_complete = self._exchange.read(deadline)
         except OUTAGE as error:
             self._hand_over(error)
         else:
             if is_complete:
-                self._conclude(batch)
+                self._conclude(batch, deadline)
             else:
                 self._hand_over(None)
 
@@ -148,8 +148,8 @@ class Leader:
     def _is_sent_for(self, outgoing: Outgoing) -> bool:
         return self._turn.owner is outgoing and not self._turn.is_sending
 
-    def _send(self, batch: Sequence[Outgoing]) -> None:
-        self._exchange.send([(out.lane.way, out.sealed()) for out in batch])
+    def _send(self, batch: Sequence[Outgoing], deadline: float) -> None:
+        self._exchange.send([(out.lane.way, out.sealed()) for out in batch], deadline)
 
     def _begin(self, outgoing: Outgoing) -> Sequence[Outgoing]:
         """Take what waits in hand, for the sender of an event to write."""
@@ -161,8 +161,10 @@ class Leader:
 
         return batch
 
-    def _conclude(self, batch: Sequence[Outgoing]) -> None:
+    def _conclude(self, batch: Sequence[Outgoing], deadline: float) -> None:
         """Send what came meanwhile, and tell the senders of a batch what became of it.
+
+        Sending takes until the deadline at most.
 
         In this order: who is woken needs the interpreter, and Redis does not.
         """
@@ -177,7 +179,7 @@ class Leader:
                 following = self._pass_on()
 
             if following is not None:
-                self._send_for(following)
+                self._send_for(following, deadline)
 
             if holds:
                 self._writer.call_senders()
@@ -210,12 +212,12 @@ class Leader:
 
         return None
 
-    def _send_for(self, following: Outgoing) -> None:
+    def _send_for(self, following: Outgoing, deadline: float) -> None:
         """Send what is in hand, and let the sender whose turn it is wait for the answers."""
         batch, failure = self._buffer.in_hand, None
 
         try:
-            self._send(batch)
+            self._send(batch, deadline)
         except OUTAGE as error:
             failure = error
         except BaseException as error:

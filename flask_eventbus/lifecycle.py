@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
@@ -165,9 +166,13 @@ def tell_here(signal: NamedSignal, service: str, **values: Any) -> None:
             logger.exception("A receiver of the lifecycle signal %r raised.", signal.name)
 
 
-def wait_until_told() -> bool:
-    """Wait for the receivers of what was sent so far; return False after :data:`TOLD` seconds."""
-    return _current().wait(TOLD)
+def wait_until_told(most: float = math.inf) -> bool:
+    """Wait for the receivers of what was sent so far.
+
+    :param most: how many seconds, if less than :data:`TOLD`.
+    :return: False if that is not enough.
+    """
+    return _current().wait(min(TOLD, max(0.0, most)))
 
 
 def is_interrupt(error: BaseException) -> bool:

@@ -31,9 +31,6 @@ DEADLINE = 5.0
 #: Seconds between tries to connect, at most: whoever comes back late has missed events.
 MOST_BACKOFF = 1.0
 
-#: Seconds that the reading thread gets to end; it may be looking for a host that is not there.
-END = 5.0
-
 
 class Listener:
     """Reads what a service subscribed to, and connects again whenever that ends.
@@ -114,13 +111,17 @@ class Listener:
         return self.connected
 
     def stop(self) -> None:
-        """Stop reading. What was read waits in the pool."""
+        """Let the thread stop reading. What was read waits in the pool."""
         if self._thread is None:
             return
 
         self._stopping.set()
         self._wake()
-        self._thread.join(timeout=END)
+
+    def end(self, deadline: float) -> None:
+        """Wait for the thread's end until the deadline; it may wait for a server that hangs."""
+        if self._thread is not None:
+            self._thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
         """In a forked child: end what came along of it, which for greenlets is everything."""

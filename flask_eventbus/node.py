@@ -47,6 +47,16 @@ logger = get_logger(__name__)
 #: Seconds that the end of a process waits for Redis to take what is buffered.
 FLUSH_AT_EXIT = 5.0
 
+#: Seconds that a stop may take beyond the grace and the time to flush, whatever Redis does: to hand
+#: back what was read, then to end the writing thread, and what is left for lifecycle signals.
+REST = 3.0
+HAND_BACK = 2.0
+WRITER_END = 0.5
+
+#: Seconds that the end of a process may take beyond ``EVENTBUS_GRACE``, with all buses of the
+#: process, whatever Redis does.
+LONGEST_STOP = FLUSH_AT_EXIT + REST
+
 
 class Node:
     """Publishes and hears for one service in one process.
@@ -221,24 +231,35 @@ class Node:
     def stop(self, *, flush: float = FLUSH_AT_EXIT) -> None:
         """Stop listening, let receivers finish, publish what waits; then as if new.
 
+        It takes as long as ``EVENTBUS_GRACE``, the time to flush and :data:`REST` at most.
+
         :param flush: seconds to wait for Redis to take what is buffered.
         :raises RuntimeError: one of the node's own threads calls it, a receiver for example.
         """
         notice_fork()
         self._refuse_own_threads()
+        _stop_together([self], flush)
 
-        with self._turning:
-            self.listening = False
-            self._inbound.stop(self.config.grace)
-            publisher = self._publisher
-            # What is sent from now on goes to another: nothing is taken and then not written.
-            self._renew()
-            publisher.close(flush)
+    def _stop_listening(self) -> None:
+        self.listening = False
+        self._inbound.stop_reading()
 
-        wait_until_told()
+    def _take_publisher(self) -> Publisher:
+        """Return the publisher, and have another: what is sent from now on goes to that.
+
+        So nothing is taken and then not written.
+        """
+        publisher = self._publisher
+        self._renew()
+        return publisher
+
+    @property
+    def may_stop_here(self) -> bool:
+        """False in the threads of the node, for whose end a stop waits."""
+        return not (self._inbound.is_own_thread or self._publisher.is_writing_thread)
 
     def _refuse_own_threads(self) -> None:
-        if self._inbound.is_own_thread or self._publisher.is_writing_thread:
+        if not self.may_stop_here:
             raise RuntimeError(
                 "stop() was called by a receiver, for whose end it would wait. Call it in another "
                 "thread, or end the process by a signal."
@@ -477,22 +498,51 @@ def _let_go(publisher: Publisher) -> None:
 def stop_all() -> None:
     """Stop every node of this process; all of them share the time to publish what waits."""
     notice_fork()
-    deadline = time.monotonic() + FLUSH_AT_EXIT
 
-    for node in list(nodes):
-        _stop(node, max(0.0, deadline - time.monotonic()))
-
-    for publisher in list(_left):
-        publisher.close(max(0.0, deadline - time.monotonic()))
+    try:
+        _stop_together(
+            [node for node in list(nodes) if node.may_stop_here], FLUSH_AT_EXIT, list(_left)
+        )
+    except Exception:
+        logger.exception("A bus of this process was not stopped.")
 
     process_ends.set()
 
 
-def _stop(node: Node, flush: float) -> None:
-    try:
-        node.stop(flush=flush)
-    except Exception:
-        logger.exception("The node %s of %r was not stopped.", node.name, node.config.service)
+def _stop_together(
+    stopping: Sequence[Node], flush: float, others: Sequence[Publisher] = ()
+) -> None:
+    """Stop nodes at the same time: each step has one deadline for all of them.
+
+    :param others: publishers without a node, which have the same time to flush.
+    """
+    begin = time.monotonic()
+    grace = max((node.config.grace for node in stopping), default=0.0)
+
+    with ExitStack() as turning:
+        for node in stopping:
+            turning.enter_context(node._turning)
+
+        for node in stopping:
+            node._stop_listening()
+
+        for node in stopping:
+            node._inbound.finish(begin + node.config.grace)
+
+        handed_back_by = time.monotonic() + HAND_BACK
+
+        for node in stopping:
+            node._inbound.hand_back(handed_back_by)
+
+        for node in stopping:
+            node._inbound.end(handed_back_by)
+
+        flush_by = time.monotonic() + flush
+
+        for publisher in [*(node._take_publisher() for node in stopping), *others]:
+            publisher.close(flush_by, flush_by + WRITER_END)
+
+    wait_until_told(begin + grace + flush + REST - time.monotonic())
 
 
 @after_fork

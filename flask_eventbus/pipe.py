@@ -9,7 +9,7 @@ from typing import Any, cast
 import redis
 from hiredis import pack_command
 
-from .connections import Connection, Connections, is_passing, shut_down
+from .connections import Connection, Connections, is_passing, set_timeout, shut_down
 from .logs import get_logger
 
 logger = get_logger(__name__)
@@ -36,6 +36,8 @@ class Pipe:
         self._connections = connections
         self._timeout = timeout
         self._connection: Connection | None = None
+        #: When all waits for Redis end, by the monotonic clock; ``None`` for never.
+        self.deadline: float | None = None
         #: When the server last said that it is a master, by the monotonic clock.
         self._asked_role = 0.0
 
@@ -66,7 +68,7 @@ class Pipe:
             master any more.
         """
         if self._connection is None:
-            self._connection = self._connections.open(timeout=self._timeout)
+            self._connection = self._connections.open(timeout=self._left)
             self._asked_role = time.monotonic()
 
         connection = self._connection
@@ -78,13 +80,35 @@ class Pipe:
             connection.send_packed_command([packed], check_health=False)
 
             if asks_role:
-                self._connections.role.check(read_answer(connection))
+                self._connections.role.check(self._read(connection))
                 self._asked_role = time.monotonic()
 
-            return [read_answer(connection) for _ in commands]
+            return [self._read(connection) for _ in commands]
         except BaseException:
             self.close()
             raise
+
+    def _read(self, connection: Connection) -> Any:
+        if self.deadline is not None:
+            set_timeout(connection, self._left)
+
+        return read_answer(connection)
+
+    @property
+    def _left(self) -> float:
+        """Seconds that the next wait may take.
+
+        :raises redis.TimeoutError: the deadline is over.
+        """
+        if self.deadline is None:
+            return self._timeout
+
+        left = self.deadline - time.monotonic()
+
+        if left <= 0:
+            raise redis.TimeoutError("The time to wait for Redis is over.")
+
+        return min(left, self._timeout)
 
     def wait_at_most(self, seconds: float) -> float:
         """How long Redis may hold back an answer, where ``seconds`` are wished for."""

@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 DELIVERIES = 512
 
 #: Seconds that threads get to end once nothing is left for them: an event loop closes.
-END = 2.0
+END = 1.0
 
 
 class Pool:
@@ -96,21 +96,26 @@ class Pool:
         """Let the threads end by themselves, once nothing waits for them."""
         self._inbox.close()
 
-    def stop(self, grace: float) -> None:
-        """Let what waits on channels, and what runs, have ``grace`` seconds; end the threads."""
+    def finish(self, deadline: float) -> None:
+        """Let receivers have what waits on channels, and what runs, until the deadline."""
         self.lineup.clear()
 
         with self._rest:
-            in_time = self._rest.wait_for(lambda: not len(self), grace)
+            left = max(0.0, deadline - time.monotonic())
+            in_time = self._rest.wait_for(lambda: not len(self), left)
 
         if not in_time:
-            self._force(grace)
+            self._force()
 
         self.close()
-        deadline = time.monotonic() + (0.1 if self._forced else END)
+
+    def end(self, deadline: float) -> None:
+        """Wait for the end of the threads: for a moment, and not longer than to the deadline."""
+        # Those that run in vain are not waited for; of the others, an event loop may have to close.
+        end = time.monotonic() + (0.1 if self._forced else END)
 
         for thread in self._threads:
-            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+            thread.join(timeout=max(0.0, min(end, deadline) - time.monotonic()))
 
     def disown(self) -> None:
         """In a forked child: let the thread that forked end, if it is one of these."""
@@ -133,7 +138,7 @@ class Pool:
         #: What was read of streams.
         self.lineup = Lineup(self._work, self._rest, width=self._config.concurrency)
 
-    def _force(self, grace: float) -> None:
+    def _force(self) -> None:
         self._forced = True
         left = self._inbox.clear() + self._not_begun
         self._counters.add("dropped", left)
@@ -141,7 +146,7 @@ class Pool:
             "Receivers were still running after the grace of %g s. Events of streams come again, "
             "and %d of channels that had arrived are not handled. Raise 'EVENTBUS_GRACE', or make "
             "the receivers shorter.",
-            grace,
+            self._config.grace,
             left,
         )
 

@@ -168,15 +168,19 @@ class Publisher:
         """
         return self._buffer.wait_until_left(self.issued, timeout)
 
-    def close(self, timeout: float) -> None:
-        """Take nothing more, flush, stop writing; what could not be written is logged by id."""
+    def close(self, flush_by: float, end_by: float) -> None:
+        """Take nothing more, flush, stop writing; what could not be written is logged by id.
+
+        :param flush_by: until when Redis may take what waits, by the monotonic clock.
+        :param end_by: until when the writing thread is waited for.
+        """
         with self._buffer.lock:
             self._closed = True
 
         try:
-            self.flush(timeout)
+            self.flush(max(0.0, flush_by - time.monotonic()))
         finally:
-            self._writer.end()
+            self._writer.end(end_by)
 
     def leave(self) -> None:
         """Let what waits be written, and the writing thread end by itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from .backoff import Backoff
@@ -14,9 +15,6 @@ logger = get_logger(__name__)
 
 #: Seconds between tries to connect, at most.
 MOST_BACKOFF = 1.0
-
-#: Seconds that the thread gets to end; it may be looking for a host that is not there.
-END = 1.0
 
 
 class Reading:
@@ -89,10 +87,10 @@ class Reading:
         """Let the thread end."""
         self._stopping.set()
 
-    def end(self) -> None:
-        """Wait for the thread's end."""
+    def end(self, deadline: float) -> None:
+        """Wait for the thread's end until the deadline; it may look for a host that is away."""
         if self._thread is not None:
-            self._thread.join(timeout=END)
+            self._thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
         """In a forked child: end what came along of it."""

@@ -138,9 +138,9 @@ class StreamReader:
         with self.changed:
             self.changed.notify_all()
 
-    def end(self) -> None:
-        """Wait for the thread's end."""
-        self._reading.end()
+    def end(self, deadline: float) -> None:
+        """Wait for the thread's end until the deadline."""
+        self._reading.end(deadline)
 
     def disown(self) -> None:
         """In a forked child: end what came along of it."""

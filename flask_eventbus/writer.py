@@ -146,16 +146,26 @@ class Writer:
             self._leave_by = time.monotonic() + LEAVE
             self._changed.notify_all()
 
-    def end(self) -> None:
-        """End now; what could not be written is logged by id."""
+    def end(self, deadline: float) -> None:
+        """End now; what could not be written is logged by id.
+
+        :param deadline: when the thread is no longer waited for.
+        """
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
         if self.thread is not None:
-            self.thread.join(timeout=WRITE_TIMEOUT + 1)
+            # It may be waiting for a server that hangs.
+            self._join((time.monotonic() + deadline) / 2)
+            self._exchange.interrupt()
+            self._join(deadline)
 
         self._report_lost()
+
+    def _join(self, deadline: float) -> None:
+        if self.thread is not None:
+            self.thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
         """In a forked child: end what came along of it, which for greenlets is everything."""
@@ -281,9 +291,10 @@ class Writer:
             return self._go_on()
 
         if batch:
-            return self._exchange.publish([(out.lane.way, out.sealed()) for out in batch])
+            events = [(out.lane.way, out.sealed()) for out in batch]
+            return self._exchange.publish(events, self._leave_by)
 
-        refusal = self._exchange.ask()
+        refusal = self._exchange.ask(self._leave_by)
 
         with self._lock:
             self._turn.note_writes(refusal)
@@ -320,12 +331,14 @@ class Writer:
         self._settle(batch, [error] * len(batch))
 
     def _pause(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+        now = time.monotonic()
+        end = now + seconds
+        deadline = end if self._leave_by is None else min(end, self._leave_by)
 
         with self._changed:
             self._changed.wait_for(
                 lambda: self._is_to_end or self._asking or time.monotonic() >= deadline,
-                timeout=seconds,
+                timeout=max(0.0, deadline - now),
             )
 
     def _settle(self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> None:

@@ -16,7 +16,7 @@ from proxies import Impostor, Proxy
 from servers import RedisServer, free_port
 from waiting import wait_until
 
-from flask_eventbus import Bus, PublishError, channels, listener, node, signals, writer
+from flask_eventbus import Bus, PublishError, channels, inbound, listener, node, signals, writer
 from flask_eventbus.connections import Connections
 
 pytestmark = pytest.mark.second_look
@@ -449,8 +449,7 @@ def test_a_stop_does_not_wait_for_a_name_server_that_does_not_answer(
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(listener, "END", 0.2)
-    monkeypatch.setattr(writer, "WRITE_TIMEOUT", -0.8)
+    monkeypatch.setattr(inbound, "LISTENER_END", 0.2)
     bus = make_bus(f"redis://redis.invalid:{free_port()}/0", publish=["tick"])
     bus.on("tick")(lambda sender: None)
     bus.start()

@@ -442,9 +442,9 @@ def test_a_confirmation_that_comes_late_because_much_waits_drops_nothing(
 ) -> None:
     publish = Exchange.publish
 
-    def slowly(exchange: Exchange, batch: Any) -> Any:
+    def slowly(exchange: Exchange, *arguments: Any) -> Any:
         time.sleep(0.02)
-        return publish(exchange, batch)
+        return publish(exchange, *arguments)
 
     # What waits takes nearly a second, and there is room again after a fiftieth of one.
     monkeypatch.setattr(Exchange, "publish", slowly)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from waiting import wait_until
 from workers import COUNTING, Workers
 
 from flask_eventbus import Bus
+from flask_eventbus.node import LONGEST_STOP
 
 pytestmark = pytest.mark.second_look
 
@@ -241,6 +243,78 @@ def test_a_worker_that_ends_while_redis_hangs_does_not_wait_for_it_for_long(
     workers.worker(COUNTING)
     workers.wait_until_settled()
     assert sorted(workers.done()) == list(range(5))
+    workers.finish()
+
+
+#: Seconds that a process may take to end beyond what is promised, on a machine that is busy. It is
+#: less than any of the steps of a stop, done once more, would add to their sum.
+BUSY = 4.0
+
+#: A service that has everything in hand that its end may wait for: receivers that never return,
+#: of streams and of channels, entries and events that wait, and an alarm that hangs.
+ENDLESS = """
+import threading
+from flask_eventbus import signals
+
+buses = [bus]
+forever = threading.Event()
+
+def hang(sender, **payload):
+    report("hangs")
+    forever.wait()
+
+def set_up(bus):
+    bus.on("work", echo=True)(hang)
+    bus.on("price", via="channel")(hang)
+    bus.on("all", group=None)(lambda sender, **payload: None)
+
+def send_on():
+    while bus.health().publishing:
+        for each in list(buses):
+            each.node.publish("price", {"n": 0}, confirm=False)
+
+        time.sleep(0.01)
+
+set_up(bus)
+signals.publisher_lost.connect(hang, weak=False)
+threading.Thread(target=send_on, daemon=True).start()
+"""
+
+#: A second bus; both are stopped by the end of the process, and not by their own run().
+TWO = """
+buses.append(Bus.from_env())
+set_up(buses[1])
+
+for each in buses:
+    each.start()
+    assert each.ready(20)
+
+report("ready")
+
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("more", ["", TWO], ids=["run", "two buses"])
+def test_a_process_ends_in_the_time_that_is_promised_though_redis_hangs(
+    tmp_path: Path, redis_server: RedisServer, more: str
+) -> None:
+    workers = Workers(tmp_path, redis_server)
+    workers.set_up()
+    process = workers.worker(ENDLESS + more, EVENTBUS_GRACE="1")
+    workers.send(*range(20))
+    workers.wait_for("hangs")
+
+    redis_server.hang()
+    wait_until(lambda: "Redis is away" in process.said, timeout=20, what="it is known")
+    began = time.monotonic()
+    process.tell(signal.SIGTERM)
+    process.end(timeout=60)
+
+    assert time.monotonic() - began < 1 + LONGEST_STOP + BUSY
+    assert "were not published before the end" in process.said
+    redis_server.resume()
     workers.finish()
 
 
