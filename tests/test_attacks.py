@@ -388,10 +388,11 @@ def test_a_server_with_too_many_clients_is_used_once_it_has_room(
 
 
 def test_a_server_without_the_command_client_is_used_all_the_same(
-    tmp_path: Path, make_bus: Make, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, request: pytest.FixtureRequest, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = RedisServer(tmp_path, "--rename-command", "CLIENT", "")
     server.start()
+    request.addfinalizer(server.kill)
     heard: list[int] = []
     bus = make_bus(server.url, publish={"tick": "stream", "tock": {"confirm": True}})
     other = make_bus(server.url, "mailer")
@@ -408,7 +409,6 @@ def test_a_server_without_the_command_client_is_used_all_the_same(
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 2, "one of each bus"
     assert all("Grant this user '+client|setname' in the ACL" in line for line in lines)
-    server.kill()
 
 
 def test_a_name_that_does_not_resolve_is_tried_until_it_does(

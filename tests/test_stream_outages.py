@@ -1009,11 +1009,12 @@ def test_a_stream_of_which_everything_was_handled_may_be_trimmed(
 
 
 def test_events_of_the_largest_size_are_read_where_answers_have_a_limit(
-    tmp_path: Path, make_bus: Make
+    tmp_path: Path, request: pytest.FixtureRequest, make_bus: Make
 ) -> None:
     """Redis cuts a client off whose answer is too large: no answer of a worker is."""
     server = RedisServer(tmp_path, "--client-output-buffer-limit", "normal 24mb 0 0")
     server.start()
+    request.addfinalizer(server.kill)
     store = StreamStore(server, "eventbus")
     heard: list[int] = []
     store.group("tick")
@@ -1032,4 +1033,3 @@ def test_events_of_the_largest_size_are_read_where_answers_have_a_limit(
     assert sorted(heard) == [*range(80)]
     assert "output buffer limits" not in (tmp_path / "redis.log").read_text()
     service.stop()
-    server.kill()
