@@ -197,7 +197,7 @@ def hold(sender, n):
 """
 
 
-def test_what_a_killed_worker_had_in_hand_is_taken_over_within_the_claim_time(
+def test_what_a_killed_worker_had_in_hand_is_taken_over_within_one_and_a_half_claim_times(
     workers: Workers,
 ) -> None:
     victim = workers.worker(HOLDING)

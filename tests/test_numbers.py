@@ -1,0 +1,111 @@
+"""The numbers that the pages name are those of the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from flask_eventbus import (
+    attempts,
+    buffer,
+    clock,
+    duplicates,
+    exchange,
+    group,
+    inbox,
+    keeper,
+    listener,
+    node,
+    relay,
+    retries,
+    writer,
+)
+from flask_eventbus.config import Config
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("services/*/README.md")), ROOT / "README.md"]
+
+WORDS = {"two": 2, "three": 3, "five": 5, "ten": 10, "twenty": 20, "two and a half": 2.5}
+
+MIB = 1024 * 1024
+
+#: A page, a sentence of it with its number in parentheses, and what the code has in that place.
+SENTENCES = [
+    ("streams", r"done in the last (\S+) milliseconds may not be", attempts.SHARE * 1_000),
+    ("streams", r"tried again after (\S+) second, then 2, 4, 8", retries.FIRST),
+    ("streams", r"and so on up to (\S+) minutes, each", retries.MOST / 60),
+    ("streams", r"but not beyond (\S+) minutes", retries.MOST / 60),
+    ("streams", r"no sign of life for (\S+) minutes is removed", keeper.IDLE_CONSUMER / 60),
+    (
+        "streams",
+        r"A worker gives one every ([a-z ]+) minutes",
+        keeper.IDLE_CONSUMER / keeper.SIGNS_OF_LIFE / 60,
+    ),
+    ("streams", r"a difference of more than (\S+) seconds is logged", clock.MOST_APART),
+    ("streams", r"differs from it by more than (\S+) seconds", exchange.MOST_SKEW),
+    ("streams", r"and (\S+) bytes of a digest", duplicates.DIGEST_BYTES),
+    ("streams", r"with more than (\S+) events behind it, such a loss", group.MOST_COUNTED),
+    ("configuration", r"from one second to (\S+) minutes", retries.MOST / 60),
+    ("configuration", r"or more than (\S+) MiB of them", buffer.MOST_BYTES / MIB),
+    ("serving", r"publishes what waits, for (\S+) seconds at most", node.FLUSH_AT_EXIT),
+    ("deploying", r"(\S+) s for what is still to be published", node.FLUSH_AT_EXIT),
+    ("deploying", r"published and (\S+) s for the thread", writer.WRITE_TIMEOUT + 1),
+    ("deploying", r"while receivers are slow \| (\S+) \|", inbox.MOST_EVENTS),
+    ("deploying", r"while receivers are slow \| \S+ \| (\S+) MiB", inbox.MOST_BYTES / MIB),
+    ("deploying", r"while Redis is away \| \S+, \S+ \| (\S+) MiB", buffer.MOST_BYTES / MIB),
+    ("deploying", r"a publisher notices after (\S+) s", writer.WRITE_TIMEOUT),
+    ("deploying", r"a listener after (\S+) s; both", listener.QUIET + listener.DEADLINE),
+    ("what-happens-when", r"It asks every (\S+) seconds, so `health\(\)`", writer.QUIET),
+    ("what-happens-when", r"It waits (\S+) seconds, then logs the ids", node.FLUSH_AT_EXIT),
+    ("what-happens-when", r"sign of life after (\S+) seconds of silence", listener.QUIET),
+    ("what-happens-when", r"and connects anew after (\S+) more", listener.DEADLINE),
+    ("what-happens-when", r"after 1 s, 2 s, up to (\S+) minutes", retries.MOST / 60),
+    ("transactions", r"is tried again every (\S+) seconds", relay.REFUSED_AGAIN),
+]
+
+
+@pytest.mark.parametrize(("page", "sentence", "value"), SENTENCES)
+def test_a_number_of_a_page_is_that_of_the_code(page: str, sentence: str, value: float) -> None:
+    text = " ".join((DOCS / f"{page}.md").read_text().split())
+    found = re.findall(sentence, text)
+
+    assert len(found) == 1, "The sentence has changed: write it here as it stands there."
+    assert number(found[0]) == pytest.approx(value)
+
+
+def test_every_default_that_a_page_names_is_the_setting_s() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    named = [
+        (page.name, setting, number(told) * (MIB if unit == " MiB" else 1))
+        for page in PAGES
+        for setting, told, unit in re.findall(
+            r"`EVENTBUS_(\w+)`[,\s]+\(?(\d[\d,.]*\d|\d)( s| MiB)?\)", page.read_text()
+        )
+    ]
+
+    assert len(named) >= 8
+    assert [found for found in named if found[2] != defaults[found[1].lower()]] == []
+
+
+def test_a_page_says_how_long_retries_last_as_the_code_does() -> None:
+    text = " ".join((DOCS / "configuration.md").read_text().split())
+    [(twelve, thirty)] = re.findall(r"12 take (\S+) minutes, 30 take (\S+) hours", text)
+
+    assert number(twelve) == round(lasting(12) / 60, 1)
+    assert number(thirty) == round(lasting(30) / 3_600, 1)
+    assert "5 retries take half a minute" in text
+    assert lasting(5) == pytest.approx(30, abs=2)
+
+
+def lasting(count: int) -> float:
+    """Seconds from the first failure to the last of so many retries, at least."""
+    return sum(retries.delay(attempt, jitter=0.0) for attempt in range(1, count + 1))
+
+
+def number(told: str) -> float:
+    """What a page writes as a word or in digits."""
+    return WORDS[told] if told in WORDS else float(told.replace(",", ""))
