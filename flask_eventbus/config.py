@@ -94,6 +94,8 @@ class Config:
     duplicate_window: float = 600.0
     #: Whether each event that is published and each that is handled is logged.
     log_events: bool = False
+    #: Whether an app with ``TESTING`` publishes to a server that is not in memory.
+    publish_in_tests: bool = False
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
@@ -368,6 +370,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "replicas": _whole(0, MOST_REPLICAS),
     "duplicate_window": _seconds(0.0, 86_400.0),
     "log_events": _boolean,
+    "publish_in_tests": _boolean,
 }
 
 #: The names of all settings, in the order of :class:`Config`.

@@ -137,6 +137,10 @@ class EventBus(Declarations):
 
             return emitter is reference()
 
+        def under_test() -> bool:
+            app = reference()
+            return app is not None and app.testing
+
         def session() -> Any:
             app = reference()
             return None if app is None else _session_of(app)
@@ -148,6 +152,7 @@ class EventBus(Declarations):
             owns=owns,
             trace=_traceparent,
             wanted=lambda: reference() is not None,
+            under_test=under_test,
             session=session,
         )
 

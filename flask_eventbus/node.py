@@ -68,6 +68,7 @@ class Node:
     :param owns: whether an emission by this sender is one of this node's.
     :param trace: the W3C trace context of whatever is going on.
     :param wanted: whether there still is what events are heard for; it ends to listen otherwise.
+    :param under_test: return True while the program is under test.
     :param session: the database session where none is registered; ``None`` if there is none.
     """
 
@@ -80,6 +81,7 @@ class Node:
         owns: Callable[[Any], bool] = lambda sender: True,
         trace: Callable[[], str | None] = lambda: None,
         wanted: Callable[[], bool] = lambda: True,
+        under_test: Callable[[], bool] = lambda: False,
         session: Callable[[], Any] = lambda: None,
     ) -> None:
         self.config = config
@@ -88,6 +90,9 @@ class Node:
         self._scope = scope
         self._trace = trace
         self._wanted = wanted
+        self._under_test = under_test
+        #: True once it was logged that a test publishes nothing.
+        self._told_of_test = False
         self._found_session = session
         self.codec: Codec = declarations.codec.limited(config.max_event_bytes)
         self._bridges = Bridges(
@@ -420,15 +425,38 @@ class Node:
             self._publish(name, payload, route, route.confirm)
 
     def _publish(self, name: str, payload: Mapping[str, Any], route: Route, confirm: bool) -> str:
+        if self._withholds():
+            # What cannot travel is an error all the same.
+            return self._publisher.seal(name, payload, route).id
+
         while True:
             try:
                 return self._publisher.publish(name, payload, route, confirm=confirm)
             except ClosedError:
                 logger.debug("%r was sent during a stop; the next publisher takes it.", name)
 
+    def _withholds(self) -> bool:
+        """Return True in a test that did not ask for events to leave; log that once."""
+        if self.config.publish_in_tests or self.connections.in_memory or not self._under_test():
+            return False
+
+        if not self._told_of_test:
+            self._told_of_test = True
+            logger.warning(
+                "The app of %r is under test (TESTING): its events are not published to %s. Use "
+                "the fixture 'eventbus', or set 'EVENTBUS_PUBLISH_IN_TESTS' to True.",
+                self.config.service,
+                self.connections.shown,
+            )
+
+        return True
+
     def _publish_drafts(self, drafts: Sequence[Outgoing]) -> list[Outgoing]:
         """Publish what waited for a commit, and return what Redis did not confirm in time."""
         notice_fork()
+
+        if self._withholds():
+            return []
 
         # One that is interrupted, by a time limit for example, keeps no other from the buffer.
         with ExitStack() as stack:

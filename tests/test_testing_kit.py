@@ -22,6 +22,7 @@ from unittest.mock import ANY
 import blinker
 import pytest
 from flask import Flask, current_app, g, request_finished
+from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import (
@@ -34,6 +35,8 @@ from flask_eventbus import (
     connections,
     current_event,
 )
+from flask_eventbus.connections import Connections
+from flask_eventbus.pipe import Pipe
 from flask_eventbus.recording import Recording
 from flask_eventbus.testing import Isolation, isolated
 
@@ -1228,6 +1231,80 @@ def write_programs(folder: Path) -> str:
             file.write(block)
 
     return "".join(blocks("python"))
+
+
+STREAM_AND_CHANNEL = {"paid": "stream", "price_changed": "channel"}
+
+
+def stream_length(server: RedisServer, prefix: str) -> int:
+    with server.client as client:
+        return int(client.xlen(f"{prefix}:{{paid}}:stream"))
+
+
+def clients(server: RedisServer) -> Any:
+    with server.client as client:
+        return client.client_list()
+
+
+def test_an_app_with_testing_publishes_nothing_and_says_so_once(
+    make_app: MakeApp, shared_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, prefix = shared_redis.url, "under-test"
+    app = make_app("shop", url=url, prefix=prefix, publish=STREAM_AND_CHANNEL)
+    app.testing = True
+    node = app.extensions["eventbus"]
+    local: list[dict[str, Any]] = []
+
+    app.signal("paid").connect(lambda sender, **payload: local.append(payload))  # type: ignore[attr-defined]
+
+    for name in ("paid", "price_changed", "paid"):
+        send(app, name, number=1)
+
+    assert node.health().buffered == 0
+    assert node.name not in str(clients(shared_redis))
+    assert stream_length(shared_redis, prefix) == 0
+    assert local == [{"number": 1}, {"number": 1}]
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "The app of 'shop' is under test (TESTING)" in line
+    assert "set 'EVENTBUS_PUBLISH_IN_TESTS' to True" in line
+
+    with pytest.raises(PayloadError):
+        send(app, "paid", number=object())
+
+
+def test_an_app_with_testing_publishes_where_it_is_asked_for(
+    make_app: MakeApp, shared_redis: RedisServer
+) -> None:
+    asked, earnest = "asked-for", "no-testing"
+    settings = {"url": shared_redis.url, "publish": STREAM_AND_CHANNEL}
+    app = make_app("shop", prefix=asked, publish_in_tests=True, **settings)
+    app.testing = True
+    other = make_app("shop", prefix=earnest, **settings)
+
+    send(app, "paid", number=1)
+    send(other, "paid", number=1)
+
+    assert (stream_length(shared_redis, asked), stream_length(shared_redis, earnest)) == (1, 1)
+    app.extensions["eventbus"].stop()
+    other.extensions["eventbus"].stop()
+
+
+def test_an_app_with_testing_publishes_in_memory_and_with_the_fixture(
+    make_app: MakeApp, shared_redis: RedisServer
+) -> None:
+    app = make_app("shop", url="memory://asked", publish=STREAM_AND_CHANNEL)
+    other = make_app("shop", url=shared_redis.url, publish=STREAM_AND_CHANNEL)
+    app.testing = other.testing = True
+
+    send(app, "paid", number=1)
+    pipe = Pipe(Connections("memory://asked", name="tests"), timeout=5)
+    assert pipe.ask("XLEN", "eventbus:{paid}:stream") == 1
+
+    with isolated() as eventbus:
+        send(other, "paid", number=1)
+        eventbus.assert_published("paid", number=1, times=1)
+
+    app.extensions["eventbus"].stop()
 
 
 def test_every_program_of_the_page_runs(pytester: pytest.Pytester) -> None:
