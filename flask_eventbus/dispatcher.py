@@ -212,6 +212,11 @@ class Dispatcher:
         return f"{name}#{number + 1}" if number else name
 
     def _skip(self, event: Event) -> None:
+        if self.has_receivers(event.name):
+            # They hear other services only, or the signal is muted.
+            self._counters.add("passed_over")
+            return
+
         self._counters.add("unknown")
         self._log.warning(
             f"unknown {event.name}",
@@ -265,17 +270,50 @@ def explain(receiver: Receiver, event: Event, error: BaseException) -> BaseExcep
     if misfit is None:
         return error
 
+    unfit = unfit_signature(receiver, event.payload)
     advice = (
         "Send what is missing, or give the parameter a default"
         if misfit.startswith("missing")
         else "Let the receiver take them, or let it end with **extra"
     )
+    reason, advice = unfit or (misfit, advice)
     explained = ReceiverError(
         f"The receiver {name_of(receiver)} does not accept the event {event.id} of "
-        f"{event.name!r}: {misfit}. Its payload has the keys {sorted(event.payload)}. {advice}."
+        f"{event.name!r}: {reason}. Its payload has the keys {sorted(event.payload)}. {advice}.",
+        is_final=unfit is not None,
     )
     explained.__cause__ = error
     return explained
+
+
+def unfit_signature(receiver: Receiver, payload: Iterable[str] = ()) -> tuple[str, str] | None:
+    """Return why ``receiver`` can take no event with these keys, and the remedy."""
+    try:
+        signature = inspect.signature(receiver)
+        parameters = list(signature.parameters.values())
+    except Exception:
+        return None
+
+    try:
+        signature.bind_partial(None)
+    except TypeError:
+        return "it has no parameter for the sender", "Let it begin with 'sender'"
+
+    for parameter in parameters[1:]:
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+            reason = f"it needs {parameter.name!r} by position, and payloads come by name"
+            return reason, "Take the '/' out of its parameters"
+
+    first = parameters[0]
+
+    if first.kind is first.POSITIONAL_OR_KEYWORD and first.name in payload:
+        return (
+            f"its first parameter is {first.name!r}, which gets the sender, and the payload has a "
+            "value of that name too",
+            f"Let it begin with 'sender', followed by {first.name!r}",
+        )
+
+    return None
 
 
 def misfit_of(receiver: Receiver, payload: Iterable[str]) -> str | None:

@@ -56,6 +56,11 @@ class DecodeError(EventBusError):
 class ReceiverError(EventBusError):
     """A receiver does not accept the keys of a payload."""
 
+    def __init__(self, message: str, *, is_final: bool = False) -> None:
+        super().__init__(message)
+        #: True if it can never accept the event, so that no retry helps.
+        self.is_final = is_final
+
 
 class Reject(EventBusError):  # noqa: N818 - a receiver says it: raise Reject("no such user")
     """Raised by a receiver of a stream event: it goes to the dead letters at once."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from blinker import NamedSignal
 
-from .dispatcher import name_of
+from .dispatcher import name_of, unfit_signature
 from .findings import Finding, error, note, ok, warning
 from .flask_signals import is_built_in
 from .namespace import Receiver
@@ -23,6 +23,9 @@ from .subscriptions import Subscription
 
 #: What a process does with events of a channel for which it has no receiver.
 _SKIPPED = "its events are skipped"
+
+#: What a first parameter may be called, beside whatever begins with an underscore.
+_SENDERS = frozenset({"sender", "source", "service", "origin", "app", "publisher"})
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -163,11 +166,14 @@ def _check_signatures(
     needs = []
 
     for each in connected:
-        fault = _fault_of(each.receiver)
+        fault = _fault_of(each.receiver, declared)
 
         if fault is not None:
             yield fault
-        elif (need := _needs_of(each.receiver)) is not None:
+
+        is_unfit = fault is not None and fault.level == "error"
+
+        if not is_unfit and (need := _needs_of(each.receiver)) is not None:
             needs.append(need)
 
     if declared is None:
@@ -176,30 +182,30 @@ def _check_signatures(
         yield from _check_declared(signal, needs, declared)
 
 
-def _fault_of(receiver: Receiver) -> Finding | None:
-    """What keeps the receiver from being called with any payload."""
-    signature = _signature(receiver)
+def _fault_of(receiver: Receiver, declared: inspect.Signature | None) -> Finding | None:
+    """What keeps the receiver from being called with any payload, or may do so."""
+    keys = () if declared is None else declared.parameters
+    unfit = unfit_signature(receiver, keys)
 
-    if signature is None:
+    if unfit is not None:
+        reason, remedy = unfit
+        return error(f"{name_of(receiver)} fails at every event: {reason}.", f"{remedy}.")
+
+    signature = _signature(receiver)
+    first = next(iter(signature.parameters.values()), None) if signature is not None else None
+
+    if first is None or first.kind is not first.POSITIONAL_OR_KEYWORD or _is_sender(first.name):
         return None
 
-    try:
-        signature.bind_partial(None)
-    except TypeError:
-        return error(
-            f"{name_of(receiver)} has no parameter for the sender: every event fails in it.",
-            "Let it begin with 'sender'.",
-        )
+    return note(
+        f"The first parameter of {name_of(receiver)} is {first.name!r}, and it gets the sender. "
+        "An event that has a value of that name fails.",
+        "Let the receiver begin with 'sender', or give the parameter that name.",
+    )
 
-    for parameter in list(signature.parameters.values())[1:]:
-        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
-            return error(
-                f"{name_of(receiver)} needs {parameter.name!r} by position, and payloads come "
-                "by name: every event fails in it.",
-                "Take the '/' out of its parameters.",
-            )
 
-    return None
+def _is_sender(name: str) -> bool:
+    return name in _SENDERS or name.startswith("_")
 
 
 def _needs_of(receiver: Receiver) -> _Needs | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .errors import Reject, Retry
+from .errors import ReceiverError, Reject, Retry
 
 #: Seconds before the first retry, doubled for each that follows, and the most of them.
 FIRST = 1.0
@@ -38,7 +38,7 @@ def judge(error: BaseException, *, attempts: int, retries: int, jitter: float = 
     if isinstance(error, Reject):
         return Verdict(reason="rejected")
 
-    if attempts > retries:
+    if attempts > retries or (isinstance(error, ReceiverError) and error.is_final):
         return Verdict(reason="retries")
 
     if isinstance(error, Retry) and error.after is not None:

@@ -265,7 +265,26 @@ def test_a_receiver_without_a_sender_or_with_positions_is_an_error() -> None:
 
     assert len(texts) == 2
     assert "needs 'sku' by position, and payloads come by name" in texts[0]
-    assert "has no parameter for the sender: every event fails in it." in texts[1]
+    assert "<lambda> fails at every event: it has no parameter for the sender." in texts[1]
+
+
+def test_a_first_parameter_that_is_a_key_of_the_payload_is_found_before_any_event() -> None:
+    bus = program_of()
+    bus.on("user_registered")(lambda user_id, email: None)
+    AppSignals(bus)("order_paid")(_declare_order)
+    bus.on("order_paid")(lambda number, **extra: None)
+
+    findings = list(check_program(bus.node))
+
+    [unfit] = [found for found in findings if found.level == "error"]
+    assert "its first parameter is 'number', which gets the sender" in unfit.text
+    assert unfit.remedy == "Let it begin with 'sender', followed by 'number'."
+    [doubtful] = [found for found in findings if found.level == "note"]
+    assert "<lambda> is 'user_id', and it gets the sender." in doubtful.text
+
+
+def _declare_order(sender: Any, number: int) -> None:
+    """Declare the parameters of a signal."""
 
 
 @pytest.mark.parametrize(

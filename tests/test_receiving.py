@@ -342,6 +342,54 @@ def test_a_muted_signal_is_neither_heard_nor_published(
     assert "published" not in publisher.health().counts
 
 
+def test_an_event_that_receivers_pass_over_is_not_called_one_that_nothing_receives(
+    consumer: Bus, send: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer.on("tick", from_="billing")(lambda sender, n: None)
+    consumer.on("tock")(lambda sender, n: None)
+    assert consumer.ready(10)
+
+    with consumer.signal("tock").muted():
+        send("tick", n=1)
+        send("tock", n=1)
+        wait_until(
+            lambda: consumer.health().counts.get("passed_over") == 2, what="both are passed over"
+        )
+
+    assert "Nothing here receives" not in caplog.text
+    assert "unknown" not in consumer.health().counts
+
+
+@pytest.mark.parametrize(
+    ("receiver", "reason"),
+    [
+        (lambda user_id, email: None, "its first parameter is 'user_id', which gets the sender"),
+        (lambda user_id, **extra: None, "its first parameter is 'user_id', which gets the sender"),
+        (lambda: None, "it has no parameter for the sender"),
+        (lambda *, user_id, email: None, "it has no parameter for the sender"),
+        (lambda sender, user_id, /, email: None, "it needs 'user_id' by position"),
+    ],
+)
+def test_a_receiver_that_can_never_take_an_event_makes_a_dead_letter_at_once(
+    consumer: Bus, url: str, make_bus: Make, receiver: Callable[..., None], reason: str
+) -> None:
+    errors: list[str] = []
+
+    def note(sender: Any, error: str, **extra: Any) -> None:
+        errors.append(error)
+
+    consumer.on("user_registered")(receiver)
+    assert consumer.ready(10)
+    publisher = make_bus(url, "accounts", publish={"user_registered": "stream"})
+
+    with signals.event_dead_lettered.connected_to(note):
+        publisher.signal("user_registered").send(user_id=7, email="ada@example.com")
+        wait_until(lambda: errors, what="the event is a dead letter")
+
+    assert reason in errors[0]
+    assert consumer.health().counts["failed"] == 1
+
+
 def test_two_processes_that_answer_each_other_stop_at_the_limit_of_hops(
     shared_redis: RedisServer, make_bus: Make, tmp_path: Path
 ) -> None:
