@@ -12,7 +12,6 @@ from .arguments import read_names
 from .dead_letters import Choice, DeadLetters, Letter
 from .dead_report import as_json, letter_report, list_report, nothing, retrial_report
 from .dead_retry import Retrials, why_not
-from .entry_ids import MOST, EntryId
 from .own_streams import service_of
 from .places import read_age
 from .program import Command, Program, pass_program
@@ -99,16 +98,16 @@ def _choice(
     signals: Sequence[str],
     receivers: Sequence[str],
     reasons: Sequence[str],
-    older_than: EntryId | None,
-    newer_than: EntryId | None,
+    older_than: int | None,
+    newer_than: int | None,
 ) -> Choice:
     return Choice(
         ids=ids,
         signals=signals,
         receivers=receivers,
         reasons=reasons,
-        first=newer_than or (0, 0),
-        last=older_than or (MOST, MOST),
+        older_than=older_than,
+        newer_than=newer_than,
     )
 
 

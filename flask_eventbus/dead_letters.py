@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from .entry_ids import EARLIEST, MOST, EntryId, id_text
+from .entry_ids import MOST, EntryId, id_text
 from .options import is_pattern, matches
 from .records import DeadLetter
 from .stream_access import PAGE, StreamAccess
@@ -42,9 +42,9 @@ class Choice:
     #: Names of receivers, ``module.qualname`` or an end of it.
     receivers: Sequence[str] = ()
     reasons: Sequence[str] = ()
-    #: Since when and until when they were given up, as ids.
-    first: EntryId = EARLIEST
-    last: EntryId = (MOST, MOST)
+    #: How long ago they were given up at least, and at most, in milliseconds.
+    older_than: int | None = None
+    newer_than: int | None = None
 
     def __bool__(self) -> bool:
         return self != Choice()
@@ -57,6 +57,12 @@ class Choice:
             and (not self.reasons or content.reason in self.reasons)
             and (not self.receivers or is_called(content.receiver, self.receivers))
         )
+
+    def bounds(self, now: int) -> tuple[EntryId, EntryId]:
+        """The first and the last id that may fit at the time ``now``, in milliseconds."""
+        first = 0 if self.newer_than is None else max(0, now - self.newer_than)
+        last = (MOST, MOST) if self.older_than is None else (max(0, now - self.older_than), 0)
+        return (first, 0), last
 
     def names(self, known: Iterable[str]) -> list[str]:
         """The signals whose dead letters may fit: those of the known, and those that are named."""
@@ -85,10 +91,11 @@ class DeadLetters:
         """
         names = choice.names(self._access.names())
         counts = self._access.run([("XLEN", self.key(name)) for name in names])
+        first, last = choice.bounds(self._access.now())
 
         for name, count in zip(names, counts, strict=True):
             if count:
-                yield from filter(choice.fits, self._all(name, choice.first, choice.last))
+                yield from filter(choice.fits, self._all(name, first, last))
 
     def drop(self, letters: Iterable[Letter]) -> int:
         """Delete them, and return how many were still there.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from reprlib import repr as short
@@ -34,6 +33,15 @@ class Place:
     last: EntryId
     #: Whether it is a moment, and not an entry that somebody named.
     is_moment: bool = False
+    #: For an age: the milliseconds before now at which the moment is; see :meth:`at`.
+    age: int | None = None
+
+    def at(self, now: int) -> Place:
+        """The place itself, or the moment that an age means at the time ``now``, in milliseconds.
+
+        Ids of entries are Redis's time, so this is to be, too.
+        """
+        return self if self.age is None else _moment(now - self.age)
 
     @property
     def position(self) -> EntryId:
@@ -62,7 +70,7 @@ def read_place(ctx: click.Context, param: click.Parameter, text: str | None) -> 
         return Place(EARLIEST, EARLIEST)
 
     if found := _AGE.fullmatch(text):
-        return _moment(_now() - _milliseconds(found))
+        return Place(EARLIEST, EARLIEST, is_moment=True, age=_milliseconds(found))
 
     if (found := _ID.fullmatch(text)) and (found[2] or text == "0" or len(text) >= _DIGITS):
         return _entry(found)
@@ -75,8 +83,8 @@ def read_place(ctx: click.Context, param: click.Parameter, text: str | None) -> 
         raise click.BadParameter(f"{short(text)} is no place in a stream. {_EXAMPLES}") from error
 
 
-def read_age(ctx: click.Context, param: click.Parameter, text: str | None) -> EntryId | None:
-    """Where the entries of an age begin that is written as ``7d``."""
+def read_age(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """The milliseconds of an age that is written as ``7d``."""
     if text is None:
         return None
 
@@ -87,7 +95,7 @@ def read_age(ctx: click.Context, param: click.Parameter, text: str | None) -> En
             f"{short(text)} is no age. Write a number and a unit: '30s', '15m', '12h' or '7d'."
         )
 
-    return max(0, _now() - _milliseconds(found)), 0
+    return _milliseconds(found)
 
 
 def _entry(found: re.Match[str]) -> Place:
@@ -120,7 +128,3 @@ def _utc(milliseconds: int) -> datetime | None:
     except (OverflowError, ValueError, OSError):
         # An id may be any number: somebody may have chosen it.
         return None
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

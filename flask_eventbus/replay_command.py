@@ -92,9 +92,6 @@ def replay(
     service = service_of(program)
     subscription = _subscription_of(node, name, service)
 
-    if last is not None and last.last < first.first:
-        raise click.UsageError("--to lies before --from: nothing is between them.")
-
     work = Replay(
         config=node.config,
         codec=node.codec,
@@ -105,6 +102,7 @@ def replay(
     )
 
     with StreamAccess(node.config, name=CLIENT_NAME) as access, told_by_signal() as told:
+        first, last = _bounds(first, last, access.now())
         end = _end_of(access, name, last)
 
         try:
@@ -173,6 +171,19 @@ def _subscription_of(node: Node, name: str, service: str) -> Subscription:
         f"{service!r} does not subscribe to {name!r}: no event of it would ever reach its "
         f"receivers. Subscribe with @bus.on({name!r}), or in 'EVENTBUS_SUBSCRIBE'."
     )
+
+
+def _bounds(first: Place, last: Place | None, now: int) -> tuple[Place, Place | None]:
+    """Both places, with ages as they are at the time ``now``, in milliseconds.
+
+    :raises click.UsageError: the end lies before the beginning.
+    """
+    first, last = first.at(now), None if last is None else last.at(now)
+
+    if last is not None and last.last < first.first:
+        raise click.UsageError("--to lies before --from: nothing is between them.")
+
+    return first, last
 
 
 def _end_of(access: StreamAccess, name: str, last: Place | None) -> EntryId:

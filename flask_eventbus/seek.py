@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,7 +58,7 @@ class Seek:
             )
 
         here, last = entry_id(group["last-delivered-id"]), entry_id(stream["last-generated-id"])
-        target = _target(place, last)
+        target = last if place is None else _target(place, last, self._access.now())
         behind_here, behind_target = self._count(name, here, target, last)
         added = stream.get("entries-added")
         return Move(
@@ -121,12 +120,10 @@ class Seek:
                 return
 
 
-def _target(place: Place | None, last: EntryId) -> EntryId:
-    if place is None:
-        return last
-
+def _target(place: Place, last: EntryId, now: int) -> EntryId:
+    place = place.at(now)
     target = place.position
-    is_past = place.is_moment and target[0] < time.time() * 1000
+    is_past = place.is_moment and target[0] < now
 
     if target <= last or is_past:
         return min(target, last)

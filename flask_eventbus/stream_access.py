@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -90,6 +91,19 @@ class StreamAccess:
             self._checked(command, answer)
             for command, answer in zip(commands, answers, strict=True)
         ]
+
+    def now(self) -> int:
+        """Redis's time in milliseconds; this machine's where the user may not ask for it.
+
+        :raises click.ClickException: Redis is away.
+        """
+        with self._told():
+            (answer,) = self._pipe.run([("TIME",)])
+
+        if isinstance(answer, Exception):
+            return int(time.time() * 1000)
+
+        return int(answer[0]) * 1000 + int(answer[1]) // 1000
 
     def names(self) -> list[str]:
         """The signals that have a stream.

@@ -418,6 +418,23 @@ def test_purge_deletes_what_is_old_or_all(store: StreamStore) -> None:
     assert store.dead("user_registered", "audit") == [theirs]
 
 
+def test_the_ages_of_dead_letters_go_by_the_clock_of_redis(
+    store: StreamStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, _ = store.give_up("user_registered", id=ago(25 * HOUR))
+    young, _ = store.give_up("user_registered", id=ago(23 * HOUR))
+    here = time.time
+    monkeypatch.setattr(time, "time", lambda: here() + 2 * HOUR / 1000)
+
+    listed = store.run("dead", "list", "--newer-than", "1d")
+    purged = store.run("dead", "purge", "--older-than", "1d", "--yes")
+
+    assert young in listed.output
+    assert old not in listed.output
+    assert purged.output == "Deleted 1 dead letter.\n"
+    assert store.dead("user_registered") == [young]
+
+
 def test_purge_deletes_many(store: StreamStore) -> None:
     for _ in range(250):
         store.give_up("user_registered")

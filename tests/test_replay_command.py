@@ -162,6 +162,21 @@ def test_replay_brings_what_lies_between_two_places(
         assert heard.counts == numbers, words
 
 
+def test_the_ages_of_replay_go_by_the_clock_of_redis(
+    store: StreamStore, make_app: Make, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = int(time.time() * 1000)
+    for number, minutes in enumerate([90, 50, 10]):
+        store.add("paid", id=f"{now - minutes * 60_000}-0", number=number)
+    here = time.time
+    monkeypatch.setattr(time, "time", lambda: here() + 1_800)
+
+    result = replay(make_app(heard.bus), "--from", "1h", "--to", "30m")
+
+    assert result.exit_code == 0, result.output
+    assert heard.counts == [1]
+
+
 def test_replay_ends_with_what_was_there_when_it_began(
     store: StreamStore, make_app: Make, heard: Heard
 ) -> None:

@@ -110,6 +110,33 @@ def test_a_place_is_an_entry_a_time_or_an_age(store: StreamStore) -> None:
         assert len(left(store)) == count, place
 
 
+def test_an_age_goes_by_the_clock_of_redis(
+    store: StreamStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+    here = time.time
+    monkeypatch.setattr(time, "time", lambda: here() + 1_800)
+
+    result = store.run("seek", "paid", "--to", "33m", "--yes")
+
+    assert result.exit_code == 0, result.output
+    assert len(left(store)) == 5
+
+
+def test_who_may_not_ask_for_the_time_uses_this_machines(store: StreamStore) -> None:
+    fill(store)
+    user = f"blind-{store.prefix}"
+    rules = ("on", ">secret", "+@all", "allkeys", "allchannels", "-time")
+    store.client.execute_command("ACL", "SETUSER", user, *rules)
+    url = store.url.replace("://", f"://{user}:secret@")
+
+    result = store.run("--url", url, "seek", "paid", "--to", "33m", "--yes")
+
+    store.client.execute_command("ACL", "DELUSER", user)
+    assert result.exit_code == 0, result.output
+    assert len(left(store)) == 5
+
+
 @pytest.mark.parametrize("place", ["2023-11-14T22:13:20+00:00", "1700000000000"])
 def test_an_entry_of_exactly_that_time_comes_again(store: StreamStore, place: str) -> None:
     ids = [store.add("paid", id=f"1700000000000-{number}")[0] for number in range(3)]
