@@ -287,9 +287,9 @@ def test_a_service_that_cannot_start_is_named_with_the_end_of_its_log(
 
 
 def test_a_reaction_that_does_not_come_is_named(start: Callable[..., Demo]) -> None:
-    demo = start("--once", "--patience=30", FLASK_EVENTBUS_RECEIVERS="[]")
+    demo = start("--once", "--patience=20", FLASK_EVENTBUS_RECEIVERS="[]")
 
     assert demo.end() == 1
     assert "✓ mailer     mail is at the SMTP server" in demo.screen
-    assert "✗ mailer     not within 30 s: plug-in put her on its list" in demo.screen
+    assert "✗ mailer     not within 20 s: plug-in put her on its list" in demo.screen
     assert re.search(r"The end of its lines in \S+/log:", demo.screen)
