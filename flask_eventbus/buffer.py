@@ -138,6 +138,20 @@ class Buffer:
 
         return batch
 
+    def send_off(self) -> Sequence[Outgoing]:
+        """Note that what is in hand is being sent, and return it.
+
+        What its sender withdrew meanwhile is not sent.
+        """
+        with self.lock:
+            if any(outgoing.withdrawn for outgoing in self._in_hand):
+                self._in_hand = [out for out in self._in_hand if not out.withdrawn]
+
+            for outgoing in self._in_hand:
+                outgoing.doubts += 1
+
+            return self._in_hand
+
     def take_stream_event(self) -> Sequence[Outgoing]:
         """Take the first stream event in hand, though such events are held."""
         batch: list[Outgoing] = []

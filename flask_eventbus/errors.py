@@ -5,7 +5,7 @@
     EventBusError
     ├── ConfigError      a setting is wrong: correct it, the program does not start
     ├── PayloadError     a payload cannot travel: correct the line that sent it
-    ├── PublishError     Redis did not take the event: fail the request, or send again
+    ├── PublishError     Redis did not confirm the event: fail the request, or resend()
     ├── HopLimitError    a chain of events runs in a circle: break the circle
     ├── DecodeError      bytes from the wire are no event: skipped and counted
     ├── ReceiverError    a receiver does not accept a payload: correct the receiver
@@ -14,6 +14,9 @@
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 #: Seconds that a receiver may ask to wait at most: a year.
 MOST_AFTER = 31_536_000
@@ -32,12 +35,46 @@ class PayloadError(EventBusError):
 
 
 class PublishError(EventBusError):
-    """Redis did not take the event in time; the event's id is in :attr:`event_id`."""
+    """Redis did not confirm the event in time; :meth:`resend` sends the same event again.
 
-    def __init__(self, message: str, *, event_id: str | None = None) -> None:
+    A ``send()`` in place of that makes another event, which is handled as well.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        event_id: str | None = None,
+        in_doubt: bool = False,
+        resend: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(message)
         #: The id of the event that was not confirmed, if it had got one.
         self.event_id = event_id
+        #: True if Redis may have the event: it was sent, and no answer came; or Redis has it, and
+        #: too few replicas do.
+        self.in_doubt = in_doubt
+        self._resend = resend
+
+    def resend(self) -> None:
+        """Send the same event again, with the same id and the same bytes; wait as ``send()`` does.
+
+        Services handle it once, although it may arrive twice. Local receivers do not run again.
+
+        :raises PublishError: it was not confirmed this time either.
+        :raises RuntimeError: the error comes from another process, or from a command.
+        """
+        if self._resend is None:
+            raise RuntimeError(
+                "This error has no event to send again. Call resend() in the process whose send() "
+                "raised it, outside of a database transaction."
+            )
+
+        self._resend()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the event behind where the error goes to another process."""
+        return (type(self), self.args, {**self.__dict__, "_resend": None})
 
 
 class HopLimitError(EventBusError):

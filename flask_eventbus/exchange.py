@@ -135,6 +135,18 @@ class Exchange:
 
         return self._ping(self._open(deadline), deadline)
 
+    def connect(self, deadline: float | None = None) -> float:
+        """Open a connection, if there is none; return the deadline for what is sent on it.
+
+        :raises redis.ConnectionError: Redis is away; nothing was sent.
+        """
+        deadline = self._earlier(deadline)
+
+        if self._connection is None:
+            self._open(deadline)
+
+        return deadline
+
     def send(self, batch: Sequence[tuple[Way, bytes]], deadline: float | None = None) -> None:
         """Send events, by the deadline or within the timeout; :meth:`read` reads the answers.
 

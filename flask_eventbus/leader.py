@@ -101,7 +101,7 @@ class Leader:
         """
         try:
             if batch is not self._turn.sent:
-                self._send(batch, deadline)
+                batch = self._send(deadline)
 
             is_complete = self._exchange.read(deadline)
         except OUTAGE as error:
@@ -148,8 +148,12 @@ class Leader:
     def _is_sent_for(self, outgoing: Outgoing) -> bool:
         return self._turn.owner is outgoing and not self._turn.is_sending
 
-    def _send(self, batch: Sequence[Outgoing], deadline: float) -> None:
+    def _send(self, deadline: float) -> Sequence[Outgoing]:
+        """Send what is in hand, and return it."""
+        self._exchange.connect(deadline)
+        batch = self._buffer.send_off()
         self._exchange.send([(out.lane.way, out.sealed()) for out in batch], deadline)
+        return batch
 
     def _begin(self, outgoing: Outgoing) -> Sequence[Outgoing]:
         """Take what waits in hand, for the sender of an event to write."""
@@ -217,7 +221,7 @@ class Leader:
         batch, failure = self._buffer.in_hand, None
 
         try:
-            self._send(batch, deadline)
+            batch = self._send(deadline)
         except OUTAGE as error:
             failure = error
         except BaseException as error:

@@ -332,6 +332,7 @@ class Node:
             node=self._name,
             counters=self.counters,
             trace=self._trace,
+            resend=_resending(self),
         )
 
     def _make_drafts(self) -> Drafts:
@@ -451,6 +452,19 @@ class Node:
 
         return True
 
+    def resend(self, outgoing: Outgoing) -> None:
+        """Publish an event again that was not confirmed, with the same id and the same bytes.
+
+        :raises PublishError: it was not confirmed this time either.
+        """
+        notice_fork()
+
+        while True:
+            try:
+                return self._publisher.resend(outgoing)
+            except ClosedError:
+                logger.debug("%r is sent again during a stop.", outgoing.lane.name)
+
     def _publish_drafts(self, drafts: Sequence[Outgoing]) -> list[Outgoing]:
         """Publish what waited for a commit, and return what Redis did not confirm in time."""
         notice_fork()
@@ -474,6 +488,21 @@ class Node:
             except PublishError as error:
                 # There is no room for it, and there may be for the next.
                 return draft.finish(error)
+
+
+def _resending(node: Node) -> Callable[[Outgoing], None]:
+    """A function that sends an event again, and does not keep ``node`` alive."""
+    reference = weakref.ref(node)
+
+    def resend(outgoing: Outgoing) -> None:
+        found = reference()
+
+        if found is None:
+            raise RuntimeError(f"The bus that sent the event {outgoing.id} is gone.")
+
+        found.resend(outgoing)
+
+    return resend
 
 
 def _merge(declared: Subscription, configured: Subscription | None) -> Subscription:

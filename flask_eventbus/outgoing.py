@@ -35,6 +35,7 @@ class Outgoing:
         "attributes",
         "body",
         "data",
+        "doubts",
         "error",
         "id",
         "is_settled",
@@ -63,6 +64,8 @@ class Outgoing:
         self.error: Exception | None = None
         #: Whether its sender was told that it is not published.
         self.withdrawn = False
+        #: How often it was sent without an answer: Redis may have it.
+        self.doubts = 0
         #: Whether its sender went on in the belief that it will be published.
         self.promised = False
         #: Whether its sender waits, and writes what waits when it is called.
@@ -72,6 +75,14 @@ class Outgoing:
 
         if self._bell is not None:
             self._bell.acquire()
+
+    def again(self) -> Outgoing:
+        """The same event for another try of its sender: with its id, and its bytes if it has."""
+        confirm = self._bell is not None
+        same = Outgoing(self.lane, self.data, {}, confirm=confirm)
+        same.attributes, same.id, same.body = self.attributes, self.id, self.body
+        same.size, same.doubts = self.size, self.doubts
+        return same
 
     def identify(self, node: str, number: int, time_ns: int) -> None:
         """Give it the id that it keeps however often it is sent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import time
@@ -36,6 +37,7 @@ class Publisher:
 
     :param exchange: writes batches, in a thread of the publisher.
     :param trace: the W3C trace context of whatever is going on, outside of receivers.
+    :param resend: sends an event again, in the publisher that its node has by then.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class Publisher:
         node: str,
         counters: Counters,
         trace: Callable[[], str | None],
+        resend: Callable[[Outgoing], None],
     ) -> None:
         self._config = config
+        self._resend = resend
         self._node = node
         self._lanes = Lanes(config, codec)
         self._emissions = Emissions(config=config, codec=codec, lanes=self._lanes, trace=trace)
@@ -105,6 +109,20 @@ class Publisher:
             self._accept(outgoing)
 
         return outgoing.id
+
+    def resend(self, outgoing: Outgoing) -> None:
+        """Publish an event again that was not confirmed, with the same id and the same bytes.
+
+        :raises PublishError: it was not confirmed this time either.
+        :raises ClosedError: the publisher was closed meanwhile.
+        """
+        outgoing = outgoing.again()
+        outgoing.lane = self._lanes.lane(outgoing.lane.name, outgoing.lane.route)
+
+        if outgoing.lane.route.confirm and not self._is_busy_here:
+            self._publish_confirmed(outgoing)
+        else:
+            self._accept(outgoing)
 
     def draft(self, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
         """Take one emission down as it is now, for :meth:`take` to publish it later or never.
@@ -213,7 +231,7 @@ class Publisher:
         self._refuse_in_outage(outgoing)
         dropped = self._make_room(outgoing)
 
-        if not outgoing.id:
+        if not outgoing.number:
             self._identify(outgoing)
 
         if not outgoing.is_settled:
@@ -234,7 +252,12 @@ class Publisher:
 
     def _identify(self, outgoing: Outgoing) -> None:
         number = next(self._numbers)
-        outgoing.identify(self._node, number, time.time_ns())
+
+        if outgoing.id:
+            # It is sent again, and keeps its id.
+            outgoing.number = number
+        else:
+            outgoing.identify(self._node, number, time.time_ns())
 
         # Another one may have been sent in the middle of this, by a signal handler.
         if number > self.issued:
@@ -252,7 +275,11 @@ class Publisher:
 
         self._refuse_in_outage(outgoing)
         self._identify(outgoing)
-        return self._overflow.drop_for(outgoing)
+
+        try:
+            return self._overflow.drop_for(outgoing)
+        except PublishError as error:
+            raise self._error(str(error), outgoing, in_doubt=outgoing.doubts > 0) from None
 
     def _room_comes(self, outgoing: Outgoing) -> bool:
         if self._stops(outgoing) or self._writer.is_this_thread:
@@ -293,7 +320,7 @@ class Publisher:
         if not is_told:
             self._give_up(outgoing, departures)
         elif outgoing.error is not None:
-            raise _failure(outgoing, outgoing.error) from outgoing.error
+            raise self._failure(outgoing, outgoing.error) from outgoing.error
 
     def _write_or_wait(self, outgoing: Outgoing, deadline: float) -> bool:
         """Whether it is known by ``deadline`` what became of an event."""
@@ -342,7 +369,9 @@ class Publisher:
             self._stall_since(departures)
 
         if self._config.on_outage == "raise":
-            outgoing.withdrawn = True
+            with self._buffer.lock:
+                outgoing.withdrawn = True
+
             raise self._refusal(outgoing)
 
     def _stall_since(self, departures: int) -> None:
@@ -361,20 +390,44 @@ class Publisher:
     def _refusal(self, outgoing: Outgoing) -> PublishError:
         reason = self._outage.error or f"no answer within {self._config.timeout} s"
         which = f"The event {outgoing.id}" if outgoing.id else "An event"
+        text = f"{which} of {outgoing.lane.name!r} was not confirmed by Redis: {reason}."
+
+        if outgoing.doubts:
+            text += f" Redis may have it. {_RESEND}"
+        else:
+            text += (
+                " Redis does not have it. Send it again when Redis is back, or set "
+                "'EVENTBUS_ON_OUTAGE' to 'buffer' to keep events in memory."
+            )
+
+        return self._error(text, outgoing, in_doubt=outgoing.doubts > 0)
+
+    def _failure(self, outgoing: Outgoing, error: Exception) -> PublishError:
+        which = f"The event {outgoing.id} of {outgoing.lane.name!r}"
+        is_stored = isinstance(error, TooFewReplicasError)
+        in_doubt = is_stored or outgoing.doubts > 0
+
+        if is_stored:
+            text = f"{which} is stored, but {error}. {_RESEND}"
+        elif in_doubt:
+            text = f"{which} was not confirmed: {error}. Redis may have it. {_RESEND}"
+        else:
+            text = f"{which} was not published: {error}"
+
+        return self._error(text, outgoing, in_doubt=in_doubt)
+
+    def _error(self, text: str, outgoing: Outgoing, *, in_doubt: bool) -> PublishError:
+        # One that waits for a commit belongs to its transaction.
+        is_draft = outgoing.lane.route.after_commit and not outgoing.id
         return PublishError(
-            f"{which} of {outgoing.lane.name!r} was not confirmed by Redis: {reason}. Send it "
-            "again when Redis is back, or set 'EVENTBUS_ON_OUTAGE' to 'buffer' to keep events in "
-            "memory.",
+            text,
             event_id=outgoing.id or None,
+            in_doubt=in_doubt,
+            resend=None if is_draft else functools.partial(self._resend, outgoing),
         )
 
 
-def _failure(outgoing: Outgoing, error: Exception) -> PublishError:
-    which = f"The event {outgoing.id} of {outgoing.lane.name!r}"
-
-    if isinstance(error, TooFewReplicasError):
-        text = f"{which} is stored, but {error}. Do not send it again: it would be there twice."
-    else:
-        text = f"{which} was not published: {error}"
-
-    return PublishError(text, event_id=outgoing.id)
+_RESEND = (
+    "Call resend() of this error: it sends the event with the same id, so that services handle it "
+    "once."
+)

@@ -95,7 +95,9 @@ def _exchange(node: Node, outgoing: Outgoing) -> Any:
         with _told(f"{outgoing.lane.name!r} was not published", outgoing, connections):
             exchange.ask()
 
-        with _told(f"It is not known whether {outgoing.id} was published", outgoing, connections):
+        unknown = f"It is not known whether {outgoing.id} was published"
+
+        with _told(unknown, outgoing, connections, in_doubt=True):
             (error,) = exchange.publish([(outgoing.lane.way, outgoing.sealed())])
     finally:
         exchange.close()
@@ -107,13 +109,16 @@ def _exchange(node: Node, outgoing: Outgoing) -> Any:
 
 
 @contextmanager
-def _told(what: str, outgoing: Outgoing, connections: Connections) -> Iterator[None]:
+def _told(
+    what: str, outgoing: Outgoing, connections: Connections, *, in_doubt: bool = False
+) -> Iterator[None]:
     try:
         yield
     except OUTAGE as outage:
         raise PublishError(
             f"{what}: Redis at {connections.shown} cannot be used: {trouble_of(outage)}",
             event_id=outgoing.id,
+            in_doubt=in_doubt,
         ) from outage
 
 
@@ -140,4 +145,5 @@ def _refusal(outgoing: Outgoing, error: Exception) -> PublishError:
             "complains of."
         )
 
-    return PublishError(text, event_id=outgoing.id)
+    in_doubt = isinstance(error, TooFewReplicasError)
+    return PublishError(text, event_id=outgoing.id, in_doubt=in_doubt)

@@ -39,6 +39,8 @@ class Settlement:
                 continue
 
             if error is not None:
+                # An answer leaves no doubt, except about earlier tries.
+                outgoing.doubts -= 1
                 refused += self._note(outgoing, error)
 
             outgoing.finish(error)

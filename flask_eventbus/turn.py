@@ -96,6 +96,10 @@ class Turn:
                 if isinstance(error, NoWritesError)
             ]
 
+        for outgoing, _ in held:
+            # An answer leaves no doubt, except about earlier tries.
+            outgoing.doubts -= 1
+
         if held:
             self._outage.refuse_writes(held[0][1], len(self._buffer))
         elif self._outage.refusal is not None and _has_write(batch, outcomes):

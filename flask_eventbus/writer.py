@@ -269,7 +269,7 @@ class Writer:
 
             self._pause(backoff.next())
         except Exception as error:
-            self._give_up(batch, error)
+            self._give_up(self._buffer.in_hand, error)
         else:
             backoff.reset()
             self._give_way()
@@ -279,7 +279,7 @@ class Writer:
             if batch:
                 self._turn.grow()
 
-            self._settle(batch, outcomes)
+            self._settle(self._buffer.in_hand, outcomes)
 
     def call_senders(self) -> None:
         """Wake the senders that wait for a confirmation: Redis is known not to give one."""
@@ -291,8 +291,9 @@ class Writer:
             return self._go_on()
 
         if batch:
-            events = [(out.lane.way, out.sealed()) for out in batch]
-            return self._exchange.publish(events, self._leave_by)
+            deadline = self._exchange.connect(self._leave_by)
+            events = [(out.lane.way, out.sealed()) for out in self._buffer.send_off()]
+            return self._exchange.publish(events, deadline)
 
         refusal = self._exchange.ask(self._leave_by)
 

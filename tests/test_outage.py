@@ -231,6 +231,30 @@ def test_only_the_first_of_many_confirmed_sends_waits_for_a_server_that_hangs(
     redis_server.resume()
 
 
+def test_a_channel_event_that_its_error_sends_again_is_heard_once_and_leaves_no_gap(
+    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The listener waits: its subscription outlives the stop.
+    monkeypatch.setattr(listener, "QUIET", 60.0)
+    consumer = make_bus(redis_server.url, "consumer")
+    heard = hear(consumer)
+    route = {"tick": {"confirm": True}}
+    bus = make_bus(redis_server.url, "publisher", publish=route, timeout=0.3, on_outage="raise")
+    bus.signal("tick").send("test", n=0)
+    redis_server.hang()
+    with pytest.raises(PublishError) as caught:
+        bus.signal("tick").send("test", n=1)
+
+    redis_server.resume()
+    wait_until(lambda: bus.health().publishing, what="Redis is found")
+    caught.value.resend()
+    bus.signal("tick").send("test", n=2)
+
+    wait_until(lambda: 2 in heard, what="the next event arrives")
+    assert (heard, consumer.health().missed) == ([0, 1, 2], 0)
+    assert caught.value.in_doubt
+
+
 def test_a_full_buffer_gives_up_the_oldest_events_counts_them_and_tells(
     redis_server: RedisServer, make_bus: Make, told: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:

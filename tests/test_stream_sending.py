@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -565,7 +566,8 @@ def test_too_few_replicas_fail_the_send_and_say_that_the_event_is_stored(
 
     [event] = entries(redis_server)
     assert event["id"] == caught.value.event_id
-    assert "Do not send it again" in str(caught.value)
+    assert caught.value.in_doubt
+    assert "Call resend() of this error" in str(caught.value)
     assert "is stored, but only 0 of 2 replicas have it" in caplog.text
     assert bus.health().counts["published"] == 2
     assert "refused" not in bus.health().counts
@@ -660,8 +662,9 @@ def test_a_send_raises_at_once_while_redis_takes_no_writes_and_each_change_is_to
     # Far less than the timeout, which is over only where a send waits for it.
     began = time.monotonic()
     for n in range(1, 10):
-        with pytest.raises(PublishError, match="was not confirmed by Redis"):
+        with pytest.raises(PublishError, match="was not confirmed by Redis") as caught:
             bus.signal("tick").send("test", n=n)
+        assert not caught.value.in_doubt
         assert not bus.health().publishing
     assert time.monotonic() - began < 20
 
@@ -823,6 +826,76 @@ def test_a_send_fails_where_the_policy_is_to_raise(
     bus.signal("tick").send("test", n=3)
     # What was on its way already may be there, what was only waiting is not.
     assert values(redis_server) in ([0, 3], [0, 1, 3])
+
+
+def test_an_event_in_doubt_that_is_sent_again_by_its_error_is_handled_once(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    consumer = make_bus(redis_server.url, "consumer")
+    heard: list[int] = []
+    consumer.on("tick", via="stream")(lambda sender, n: heard.append(n))
+    consumer.start()
+    assert consumer.ready(10)
+    publish = {"tick": "stream"}
+    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=0.3)
+    bus.signal("tick").send("test", n=0)
+    redis_server.hang()
+
+    with pytest.raises(PublishError, match="Redis may have it") as caught:
+        bus.signal("tick").send("test", n=1)
+    assert caught.value.in_doubt
+    assert "Send it again" not in str(caught.value)
+    with pytest.raises(PublishError, match="Redis may have it") as again:
+        caught.value.resend()
+    assert (again.value.in_doubt, again.value.event_id) == (True, caught.value.event_id)
+
+    redis_server.resume()
+    wait_until(lambda: bus.health().publishing, what="Redis is found")
+    again.value.resend()
+    bus.signal("tick").send("test", n=2)
+    wait_until(lambda: 2 in heard, what="the next event arrives")
+    assert heard == [0, 1, 2]
+    same = [event for event in entries(redis_server) if event["data"]["n"] == 1]
+    assert len(same) >= 1
+    assert [event["id"] for event in same] == [caught.value.event_id] * len(same)
+    assert same == [same[0]] * len(same)
+
+
+def test_an_event_that_was_never_sent_is_not_in_doubt(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    publish = {"tick": "stream"}
+    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=60)
+    redis_server.kill()
+
+    for _ in range(2):
+        with pytest.raises(PublishError, match="Redis does not have it") as caught:
+            bus.signal("tick").send("test", n=1)
+        assert not caught.value.in_doubt
+
+    redis_server.start()
+    wait_until(lambda: bus.health().publishing, what="Redis is found")
+    caught.value.resend()
+    assert values(redis_server) == [1]
+
+
+def test_an_error_in_doubt_that_goes_to_another_process_leaves_its_event_behind(
+    make_bus: Make,
+) -> None:
+    url = "redis://127.0.0.1:1/0"
+    bus = make_bus(url, publish={"tick": "stream"}, on_outage="raise", timeout=60)
+    with pytest.raises(PublishError) as caught:
+        bus.signal("tick").send("test", n=1)
+
+    there = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - made in this test
+
+    assert (str(there), there.event_id, there.in_doubt) == (
+        str(caught.value),
+        caught.value.event_id,
+        False,
+    )
+    with pytest.raises(RuntimeError, match="in the process whose send"):
+        there.resend()
 
 
 def test_a_connection_that_was_closed_costs_no_event(
@@ -1265,7 +1338,7 @@ def test_a_time_limit_that_strikes_while_a_sender_writes_for_another_is_passed_o
     publisher = bus.node._publisher
     another = publisher.draft("tick", {"n": 1}, bus.node.route_for("tick"))
 
-    def strike(batch: Any, deadline: float) -> None:
+    def strike(deadline: float) -> None:
         raise ArithmeticError("what a signal handler raises")
 
     with monkeypatch.context() as patched:
