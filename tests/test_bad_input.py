@@ -279,6 +279,25 @@ def test_what_is_remembered_of_other_nodes_is_bounded(monkeypatch: pytest.Monkey
     assert len(heard._ids) == len(heard._sources) == 5
 
 
+def test_who_is_heard_again_and_again_is_not_the_first_to_be_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sequences, "REMEMBERED", 5)
+    codec, heard = Codec(), sequences.Sequences()
+
+    def hear(node: str, seq: int) -> int | sequences.Finding:
+        body = packed(id=f"{node}-{seq}", seq=seq)
+        return heard.observe(codec.decode(body), body)
+
+    hear("steady", 0)
+    missing = []
+    for number in range(1, 10):
+        hear(f"passing{number}", 1)
+        missing.append(hear("steady", 2 * number))
+
+    assert missing == [1] * 9
+
+
 def test_a_signal_that_nobody_declared_is_skipped_and_counted(
     shared_redis: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:

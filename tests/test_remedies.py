@@ -158,7 +158,12 @@ def test_a_listener_gets_every_right_that_the_log_names_and_no_other(
 @pytest.mark.parametrize("name", ["tick", "ti*"])
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
 def test_a_worker_gets_every_right_that_the_log_names_and_no_other(
-    store: StreamStore, user: User, make_bus: Make, name: str, group: bool | None
+    store: StreamStore,
+    user: User,
+    make_bus: Make,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    group: bool | None,
 ) -> None:
     bus = make_bus(user.url, "mailer", prefix=store.prefix, dead_maxlen=1, retries=1)
     handled: list[int] = []
@@ -196,6 +201,7 @@ def test_a_worker_gets_every_right_that_the_log_names_and_no_other(
         return not user.refusals
 
     user.grant_until(is_without_refusals, what="nothing is refused any more")
+    assert not group or "Redis notes again which events came" in caplog.text
 
 
 def test_the_limit_of_dead_letters_names_the_rights_that_it_lacks(
