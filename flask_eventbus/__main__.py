@@ -17,7 +17,7 @@ from .config import Config
 from .dead_command import dead
 from .declarations import Declarations
 from .node import Node
-from .program import Program
+from .program import Group, Program
 from .relay_command import relay
 from .replay_command import replay
 from .seek_command import seek
@@ -58,6 +58,7 @@ class BareProgram(Program):
 
 
 @click.group(
+    cls=Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""The other settings are read from the environment as well, for example
     EVENTBUS_MAX_EVENT_BYTES. A password is better there than in --url, where other users of

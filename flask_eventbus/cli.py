@@ -9,7 +9,7 @@ from flask.cli import AppGroup, ScriptInfo
 from .commands import COMMANDS
 from .errors import ConfigError
 from .node import Node
-from .program import Program
+from .program import Group, Program
 
 
 class AppProgram(Program):
@@ -30,9 +30,13 @@ class AppProgram(Program):
         return _node_of(current_app)
 
 
+class _FlaskGroup(Group, AppGroup):
+    """A group whose commands run in the context of the app."""
+
+
 @click.group(
     "eventbus",
-    cls=AppGroup,
+    cls=_FlaskGroup,
     short_help="See and check the event bus, or listen to it.",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="'flask eventbus COMMAND --help' has examples and exit codes.",

@@ -14,7 +14,7 @@ from .dead_report import as_json, letter_report, list_report, nothing, retrial_r
 from .dead_retry import Retrials, why_not
 from .own_streams import service_of
 from .places import read_age
-from .program import Command, Program, pass_program
+from .program import Command, Group, Program, pass_program
 from .records import REASONS
 from .rendering import printable
 from .stream_access import StreamAccess
@@ -25,6 +25,7 @@ CLIENT_NAME = "eventbus-dead"
 
 
 @click.group(
+    cls=Group,
     short_help="List dead letters, and retry or drop them.",
     epilog="""Examples:
 

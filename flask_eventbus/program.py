@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import select
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +17,12 @@ import click
 
 from .errors import EventBusError
 from .node import Node
+
+#: What a write to stdout fails with, unless nobody reads it any more.
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+#: Handlers of characters with which a stream refuses to write some of them.
+_FAILING = ("strict", "surrogateescape")
 
 
 class Program:
@@ -37,20 +46,50 @@ class Program:
         raise NotImplementedError
 
 
-class Command(click.Command):
+class _Orderly(click.Command):
     """A command that says in one line what went wrong, and ends quietly when told to."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the arguments, and show the help or the version if they ask for it."""
+        with _orderly():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error of the bus becomes its message and the exit code 1."""
-        try:
+        with _orderly():
             return super().invoke(ctx)
-        except EventBusError as error:
-            raise click.ClickException(str(error)) from error
-        except BrokenPipeError:
-            _forget_output()
-            ctx.exit(0)
-        except KeyboardInterrupt:
-            ctx.exit(130)
+
+
+class Command(_Orderly):
+    """A command of the bus."""
+
+
+class Group(_Orderly, click.Group):
+    """A group of commands of the bus."""
+
+
+@contextmanager
+def _orderly() -> Iterator[None]:
+    _write_anything()
+
+    try:
+        yield
+    except EventBusError as error:
+        raise click.ClickException(str(error)) from error
+    except BrokenPipeError:
+        _forget_output()
+        raise click.exceptions.Exit(0) from None
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN:
+            raise
+
+        _forget_output()
+        raise click.ClickException(
+            f"The output cannot be written: {error.strerror}. Make room for it, or write it "
+            "elsewhere."
+        ) from error
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(130) from None
 
 
 pass_program = click.make_pass_decorator(Program)
@@ -81,7 +120,13 @@ def reader_is_gone() -> bool:
     return bool(poll.poll(0))
 
 
+def _write_anything() -> None:
+    """Let stdout show characters that its encoding lacks as escape sequences, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in _FAILING:
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _forget_output() -> None:
-    """Let what is still buffered for a closed pipe go nowhere."""
+    """Let what is still buffered for a closed pipe or a full disk go nowhere."""
     with open(os.devnull, "w") as nowhere, suppress(OSError):
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 from .names import SERVICE_NAME
-from .program import Command, Program, pass_program
+from .program import Command, Group, Program, pass_program
 from .services import Holding, Services, refuse_running
 from .stream_access import StreamAccess
 from .tables import fitted_table
@@ -28,6 +28,7 @@ def _read_service(ctx: click.Context, param: click.Parameter, name: str) -> str:
 
 
 @click.group(
+    cls=Group,
     short_help="Remove or rename a service that was taken out of use.",
     epilog="""Examples:
 
