@@ -69,6 +69,12 @@ def _unpack_integer(data: bytes) -> int:
 
 
 def _pack_duration(value: timedelta) -> ExtType:
+    if getattr(value, "nanoseconds", 0):
+        raise UnfitError(
+            f"{value!r} has nanoseconds, and a timedelta has microseconds. Round it, for example "
+            "with .round('us'), or send it as a number."
+        )
+
     packed = _DURATION.pack(value.days, value.seconds, value.microseconds)
     return ext(EXTENSIONS[timedelta], packed)
 
@@ -95,8 +101,59 @@ def _unpack_uuid(data: bytes) -> UUID:
 
 
 def dataclass_fields(value: Any) -> dict[str, Any]:
-    """A dataclass as a map of its fields."""
+    """A dataclass as a map of its fields.
+
+    :raises UnfitError: it hides a field from its ``repr()``, as one does with a password.
+    """
+    hidden = [field.name for field in fields(value) if not field.repr]
+
+    if hidden:
+        raise UnfitError(
+            f"{name_of_type(type(value))} hides {', '.join(map(repr, hidden))} from its repr(), so "
+            "it does not travel as a whole. Give the route a payload= function that picks what "
+            "may leave, or teach the bus the type with bus.register_type()."
+        )
+
     return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def name_of_type(kind: type) -> str:
+    """The name of a type as a reader would import it: ``numpy.int64``."""
+    is_plain = kind.__module__ in ("builtins", "__main__")
+    return kind.__qualname__ if is_plain else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _pack_moment(value: datetime) -> ExtType:
+    # Not a time and nanoseconds are pandas's: NaT is a datetime, of the year 1.
+    if value != value:
+        raise UnfitError(f"{value!r} is no moment. Send None.")
+    if getattr(value, "nanosecond", 0):
+        raise UnfitError(
+            f"{value!r} has nanoseconds, and a datetime has microseconds. Round it, for example "
+            "with .round('us'), or send it as text."
+        )
+
+    return _pack_zoned(EXTENSIONS[datetime], datetime.isoformat, value)
+
+
+def _pack_zoned(code: int, to_text: Callable[[Any], str], value: Any) -> ExtType:
+    if value.tzinfo is not None and value.utcoffset() is None:
+        raise UnfitError(
+            f"{value!r} has a zone whose offset from UTC is not known, and would lose it. Send an "
+            "aware datetime, or the time without a zone and the zone's name."
+        )
+
+    return _pack_text(code, to_text, value)
+
+
+def _pack_dict(value: dict[Any, Any]) -> dict[Any, Any]:
+    if hasattr(value, "getlist"):
+        raise UnfitError(
+            f"{name_of_type(type(value))} has several values for a key, and a map has one. Send "
+            ".to_dict(flat=False) of it, or .to_dict() for the first of each."
+        )
+
+    return dict(value)
 
 
 def _same(value: Any) -> Any:
@@ -115,10 +172,10 @@ STAND_INS: dict[type, Callable[[Any], Any]] = {
     memoryview: _same,
     list: list,
     tuple: list,
-    dict: dict,
-    datetime: partial(_pack_text, EXTENSIONS[datetime], datetime.isoformat),
+    dict: _pack_dict,
+    datetime: _pack_moment,
     date: partial(_pack_text, EXTENSIONS[date], date.isoformat),
-    time: partial(_pack_text, EXTENSIONS[time], time.isoformat),
+    time: partial(_pack_zoned, EXTENSIONS[time], time.isoformat),
     timedelta: _pack_duration,
     Decimal: partial(_pack_text, EXTENSIONS[Decimal], Decimal.__str__),
     UUID: _pack_uuid,

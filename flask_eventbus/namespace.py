@@ -168,10 +168,10 @@ class BusSignal(SendingSignal, NamedSignal):
         """Call the receivers for ``sender``, ``async def`` ones included, then publish.
 
         :return: what blinker returns: the local receivers and their results.
-        :raises PayloadError: a value cannot travel, or a key is ``sender``.
+        :raises PayloadError: a value cannot travel, or a key is reserved.
         :raises PublishError: Redis did not take the event, and the route asks for an error.
         """
-        _refuse_sender(self.name, kwargs)
+        _refuse_reserved(self.name, kwargs, _async_wrapper)
         return super().send(sender, _async_wrapper=_async_wrapper, **kwargs)
 
     async def send_async(
@@ -183,7 +183,7 @@ class BusSignal(SendingSignal, NamedSignal):
         **kwargs: Any,
     ) -> list[tuple[Receiver, Any]]:
         """Await the receivers for ``sender``, then publish as :meth:`send` does."""
-        _refuse_sender(self.name, kwargs)
+        _refuse_reserved(self.name, kwargs, _sync_wrapper)
         return await super().send_async(sender, _sync_wrapper=_sync_wrapper, **kwargs)
 
 
@@ -258,11 +258,23 @@ def check_signal_name(name: object, where: str) -> str:
     )
 
 
-def _refuse_sender(name: str, payload: dict[str, Any]) -> None:
+def _refuse_reserved(name: str, payload: dict[str, Any], wrapper: object) -> None:
+    """Refuse keys that receivers would not get.
+
+    :param wrapper: what was sent as the wrapper of blinker's that goes with this way to send.
+    """
     if "sender" in payload:
         raise PayloadError(
             f"The payload of {name!r} has a key 'sender', which every receiver already gets as "
             "its first argument. Give the value another name."
+        )
+
+    is_value = wrapper is not None and not callable(wrapper)
+
+    if is_value or "_async_wrapper" in payload or "_sync_wrapper" in payload:
+        raise PayloadError(
+            f"The payload of {name!r} has a key '_async_wrapper' or '_sync_wrapper'. blinker's "
+            "send() and send_async() take those for themselves. Give the value another name."
         )
 
 

@@ -21,7 +21,15 @@ from uuid import UUID
 from msgpack import ExtType, Packer, StackError, unpackb
 
 from .errors import ConfigError
-from .forms import EXTENSIONS, STAND_INS, UNPACKERS, UnfitError, dataclass_fields, ext
+from .forms import (
+    EXTENSIONS,
+    STAND_INS,
+    UNPACKERS,
+    UnfitError,
+    dataclass_fields,
+    ext,
+    name_of_type,
+)
 
 T = TypeVar("T")
 
@@ -152,10 +160,7 @@ class Values:
         convert = self._registered.get(kind) or self._stand_ins.get(kind) or self._find(kind)
 
         if convert is None:
-            raise UnfitError(
-                f"{kind.__name__} cannot travel. Give the route a payload= function that returns "
-                "plain values, or teach the bus the type with bus.register_type()."
-            )
+            raise UnfitError(_cannot_travel(kind))
 
         return convert(value)
 
@@ -178,7 +183,14 @@ class Values:
     def _pack_set(self, kind: type, members: set[Any] | frozenset[Any]) -> ExtType:
         # Read back at once: a member travels as what it becomes, and that may be no member.
         data = self.pack(list(members))
-        self._unpack_set(kind, 0, data)
+        arrives = self._unpack_set(kind, 0, data)
+
+        if len(arrives) != len(members):
+            raise UnfitError(
+                f"{len(members)} members of a set become {len(arrives)}: two of them are equal on "
+                "the wire, as a member of an Enum and its value are. Send a list."
+            )
+
         return ext(EXTENSIONS[kind], data)
 
     def _unpack_ext(self, nesting: int, code: int, data: bytes) -> Any:
@@ -304,6 +316,20 @@ def _breaks_a_rule(error: Exception) -> bool:
         return int(words.split()[0]) > MAX_ITEMS
 
     return isinstance(error, StackError | OverflowError) or "strict_map_key" in words
+
+
+def _cannot_travel(kind: type) -> str:
+    name = name_of_type(kind)
+
+    # As the scalars of numpy have it, and of most that follow it.
+    if callable(getattr(kind, "item", None)):
+        plain = ".tolist()" if hasattr(kind, "__len__") else ".item()"
+        return f"{name} cannot travel. Send a plain value, which {plain} returns."
+
+    return (
+        f"{name} cannot travel. Give the route a payload= function that returns plain values, or "
+        "teach the bus the type with bus.register_type()."
+    )
 
 
 def _pack_registered(code: int, pack: Callable[[Any], bytes], value: Any) -> ExtType:

@@ -75,6 +75,27 @@ def test_disconnecting_all_receivers_of_a_signal_leaves_its_route(make_bus: Make
     assert bus.health().counts["published"] == 1
 
 
+@pytest.mark.parametrize("key", ["_async_wrapper", "_sync_wrapper"])
+def test_a_key_that_blinker_takes_for_itself_is_refused_before_anyone_receives(
+    make_bus: Make, key: str
+) -> None:
+    bus = make_bus("memory://bridges", publish=["order_checked"])
+    heard: list[Any] = []
+    bus.on("order_checked")(lambda sender, **payload: heard.append(payload))
+    signal = bus.signal("order_checked")
+
+    payload: dict[str, Any] = {key: "a value", "n": 1}
+
+    with pytest.raises(PayloadError, match="take those for themselves"):
+        signal.send("shop", **payload)
+    with pytest.raises(PayloadError, match="take those for themselves"):
+        asyncio.run(signal.send_async("shop", **payload))
+
+    assert heard == []
+    assert signal.send("shop", _async_wrapper=lambda receiver: receiver, n=1)
+    assert heard == [{"n": 1}]
+
+
 # -- signals of others --------------------------------------------------------------------
 
 

@@ -71,19 +71,19 @@ def ring_of_dataclasses() -> Branch:
 FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     "an object": (
         lambda: {"user": {"address": Address()}},
-        f"payload.user.address: Address cannot travel. {ADVICE}",
+        f"payload.user.address: {__name__}.Address cannot travel. {ADVICE}",
     ),
     "an object in a list": (
         lambda: {"users": [{"name": "Ada"}, {"name": "Bob", "home address": Address()}]},
-        f"payload.users[1]['home address']: Address cannot travel. {ADVICE}",
+        f"payload.users[1]['home address']: {__name__}.Address cannot travel. {ADVICE}",
     ),
     "an object in a tuple of a dataclass": (
         lambda: {"person": Person("Ada", (1, Address()))},
-        f"payload.person.home[1]: Address cannot travel. {ADVICE}",
+        f"payload.person.home[1]: {__name__}.Address cannot travel. {ADVICE}",
     ),
     "an object in a set": (
         lambda: {"tags": {Address()}},
-        f"payload.tags[member]: Address cannot travel. {ADVICE}",
+        f"payload.tags[member]: {__name__}.Address cannot travel. {ADVICE}",
     ),
     "an object behind an enum": (
         lambda: {"choice": Choice.OBJECT},
@@ -91,7 +91,10 @@ FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a class": (lambda: {"kind": Address}, f"payload.kind: type cannot travel. {ADVICE}"),
     "a function": (lambda: {"call": nested}, f"payload.call: function cannot travel. {ADVICE}"),
-    "a deque": (lambda: {"last": deque([1])}, f"payload.last: deque cannot travel. {ADVICE}"),
+    "a deque": (
+        lambda: {"last": deque([1])},
+        f"payload.last: collections.deque cannot travel. {ADVICE}",
+    ),
     "a complex number": (lambda: {"z": 1j}, f"payload.z: complex cannot travel. {ADVICE}"),
     "sender": (
         lambda: {"sender": "me"},

@@ -12,12 +12,14 @@ from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
+from werkzeug.datastructures import MultiDict
 
 from flask_eventbus.errors import ConfigError
 from flask_eventbus.forms import EXTENSIONS, MAX_INTEGER_BYTES, UnfitError
@@ -454,3 +456,74 @@ def test_a_payload_holds_only_so_many_containers() -> None:
     assert survey(within) == {list}
     with pytest.raises(UnfitError, match="It holds more than 100000 lists, maps and sets"):
         survey(beyond)
+
+
+# -- what would arrive changed --------------------------------------------------------------
+
+
+class Color(enum.Enum):
+    """Members that are equal to their values on the wire."""
+
+    RED = 1
+
+
+@dataclass
+class Account:
+    """A dataclass that hides a field from its repr()."""
+
+    email: str = "ada@example.com"
+    password: str = field(default="secret", repr=False)
+
+
+class Nanoseconds(datetime):
+    """A moment of pandas: more than a datetime can tell."""
+
+    nanosecond = 5
+
+
+class NoTime(datetime):
+    """pandas's NaT: a datetime that equals nothing."""
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    def __ne__(self, other: object) -> bool:
+        return True
+
+    __hash__ = datetime.__hash__
+
+
+class LongNanoseconds(timedelta):
+    """A Timedelta of pandas."""
+
+    nanoseconds = 5
+
+
+Scalar = type("int64", (), {"__module__": "numpy", "item": lambda self: 3})
+Array = type("ndarray", (), {"__module__": "numpy", "item": int, "__len__": lambda self: 3})
+
+CHANGED: dict[str, tuple[Any, str]] = {
+    "several values for a key": (MultiDict([("a", 1), ("a", 2)]), r".to_dict\(flat=False\)"),
+    "an Enum beside its value": ({Color.RED, 1}, "2 members of a set become 1: .* Send a list"),
+    "a hidden field": (Account(), "Account hides 'password' from its repr"),
+    "nanoseconds": (Nanoseconds(2026, 1, 1), "has nanoseconds, and a datetime has microseconds"),
+    "a time that is none": (NoTime(2026, 1, 1), "is no moment. Send None"),
+    "a duration of nanoseconds": (LongNanoseconds(1), "has nanoseconds, and a timedelta"),
+    "a time in a zone": (time(1, tzinfo=ZoneInfo("Europe/Berlin")), "would lose it"),
+    "a scalar of numpy": (Scalar(), r"^numpy.int64 cannot travel. Send .* which .item\(\) returns"),
+    "an array of numpy": (Array(), r"^numpy.ndarray cannot travel. .* which .tolist\(\) returns"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_would_arrive_changed_is_refused_with_the_remedy(case: str) -> None:
+    value, reason = CHANGED[case]
+
+    with pytest.raises(UnfitError, match=reason):
+        values.pack({"value": value})
+
+
+def test_a_form_travels_as_its_lists() -> None:
+    form = MultiDict([("a", 1), ("a", 2)])
+
+    assert there_and_back(form.to_dict(flat=False)) == {"a": [1, 2]}
