@@ -289,11 +289,11 @@ def test_who_is_heard_again_and_again_is_not_the_first_to_be_forgotten(
         body = packed(id=f"{node}-{seq}", seq=seq)
         return heard.observe(codec.decode(body), body)
 
-    hear("steady", 0)
+    hear("steady", 1)
     missing = []
     for number in range(1, 10):
         hear(f"passing{number}", 1)
-        missing.append(hear("steady", 2 * number))
+        missing.append(hear("steady", 2 * number + 1))
 
     assert missing == [1] * 9
 
