@@ -58,12 +58,12 @@ class Sentinel(RedisServer):
 class Watched:
     """A master, its replica, and three Sentinels."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         rooms = rooms_in(folder)
         # Without the delay, in which a master waits for more replicas.
-        self.master = RedisServer(next(rooms), "--repl-diskless-sync-delay", "0")
-        replicates = f"127.0.0.1 {self.master.port}"
-        self.replica = RedisServer(next(rooms), "--replicaof", replicates)
+        options = ("--repl-diskless-sync-delay", "0", *options)
+        self.master = RedisServer(next(rooms), *options)
+        self.replica = RedisServer(next(rooms), *options)
         self._sentinels = [Sentinel(next(rooms), self.master) for _ in range(3)]
 
     @property
@@ -74,8 +74,15 @@ class Watched:
 
     def start(self) -> None:
         """Start all, and wait until they know each other."""
-        for server in (self.master, self.replica, *self._sentinels):
+        for server in (self.master, self.replica):
             server.start()
+
+        # No option of its start: one that was promoted and starts again must not follow the other.
+        with self.replica.client as client:
+            client.replicaof("127.0.0.1", self.master.port)
+
+        for sentinel in self._sentinels:
+            sentinel.start()
 
         wait_until(lambda: is_linked(self.replica), timeout=20, what="the replica replicates")
 
@@ -90,6 +97,23 @@ class Watched:
     def kill_a_sentinel(self) -> None:
         """End the one that is named first."""
         self._sentinels[0].kill()
+
+    def port_of_the_master(self) -> int:
+        """The port of the server that the Sentinels call the master."""
+        with self._sentinels[0].client as client:
+            return int(client.sentinel_get_master_addr_by_name(MASTER)[1])
+
+    def is_at_rest(self) -> bool:
+        """Return True if the master is there and no failover is going on."""
+        for sentinel in self._sentinels:
+            with sentinel.client as client:
+                found = client.sentinel_master(MASTER)
+
+            # "s_down" and "failover_in_progress" would stand there, too.
+            if found["flags"] != "master":
+                return False
+
+        return True
 
     def fail_over(self) -> None:
         """Have the replica take over while the master lives."""

@@ -4,31 +4,40 @@
 again.
 
 Seven workers of three services and two processes that each hear everything take what two
-publishers send. Meanwhile workers and a publisher are killed, workers ended and paused, Redis
-is killed and started again (with AOF, ``appendfsync always``: what it confirms is on disk), hung,
-and cuts its clients off. At the end the ledger compares what was confirmed with what each
-service handled. The exit code is 1 if anything is missing, or was handled again for no reason;
-then the history of each such order is printed.
+publishers and the workers of a uWSGI site send. Meanwhile workers, a publisher and workers of the
+site are killed, workers ended and paused. A master of Redis is killed and started again (with AOF,
+``appendfsync always``: what it confirms is on disk), hung, replaced by its replica, and cuts its
+clients off; Sentinels let the replica follow where it is away for a second.
+
+``EVENTBUS_REPLICAS=1``: what is confirmed is with the replica as well, and none may be missing.
+What a publisher took into its buffer has no such promise: the ledger counts apart what of it went
+with a master that was replaced. At the end it compares what was confirmed with what each service
+handled. The exit code is 1 if anything is missing, or was handled again for no reason; then the
+history of each such order is printed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import redis
-from servers import RedisServer
 from soak.cast import PAID, PLACED, PUBLISHERS, SCREENS, SERVICES
 from soak.crew import Crew
 from soak.ledger import Column, Ledger, Order
 from soak.lines import Lines, read_lines
+from soak.pair import Pair
 from soak.troubles import Troubles
 from waiting import wait_until
 
@@ -41,8 +50,6 @@ REST = 120.0
 #: Orders whose history is printed; all lines stay in the folder.
 SHOWN = 5
 
-_AOF = ("--appendonly", "yes", "--appendfsync", "always")
-
 
 class Soak:
     """One run."""
@@ -50,29 +57,31 @@ class Soak:
     def __init__(self, folder: Path, *, minutes: float, seed: int) -> None:
         self._folder = folder
         self._minutes = minutes
-        self._server = RedisServer(folder, *_AOF)
-        self._crew = Crew(folder, self._server.url, seed=seed)
+        self._redis = Pair(folder)
+        self._crew = Crew(folder, self._redis.url, seed=seed)
         self._lines = Lines(folder, "soak")
         self._troubles = Troubles(
             self._crew,
-            self._server,
+            self._redis,
             self._lines,
             random.Random(seed),  # noqa: S311 - dice
         )
         self._faults: list[str] = []
+        #: Set once nobody visits the site any more.
+        self._visits = threading.Event()
 
     def run(self) -> bool:
         """Play it all; whether nothing was found wrong."""
-        self._server.start()
-
         try:
+            self._redis.start()
             self._hire()
             self._troubles.go_on(self._minutes * 60)
             self._wind_up()
             return self._report()
         finally:
+            self._visits.set()
             self._crew.kill_all()
-            self._server.kill()
+            self._redis.kill()
 
     def _hire(self) -> None:
         crew = self._crew
@@ -81,13 +90,23 @@ class Soak:
         crew.screens = [crew.hire_worker(name) for name in SCREENS]
         wait_until(self._is_awaited, timeout=60, what="everybody listens")
         crew.publishers = [crew.hire_publisher(name, rate=RATE) for name in PUBLISHERS]
+        crew.sites = [crew.hire_site()]
+        threading.Thread(target=self._visit, daemon=True).start()
+
+    def _visit(self) -> None:
+        """Send requests to the site; some meet the end of a worker."""
+        while not self._visits.wait(1 / RATE):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                visit(self._crew.site_port)
 
     def _is_awaited(self) -> bool:
         ready = [line for line in read_lines(self._folder) if line["what"] == "ready"]
         return len(ready) == len(self._crew.all)
 
     def _wind_up(self) -> None:
-        for publisher in self._crew.publishers:
+        self._visits.set()
+
+        for publisher in (*self._crew.sites, *self._crew.publishers):
             self._expect_exit(publisher.name, publisher.end())
 
         began = time.monotonic()
@@ -106,7 +125,7 @@ class Soak:
             self._faults.append(f"{name} ended with the exit code {code}")
 
     def _left(self) -> dict[str, Any]:
-        with self._server.client as client:
+        with self._redis.client as client:
             return {name: found for name in (PLACED, PAID) if (found := _left_of(client, name))}
 
     def _report(self) -> bool:
@@ -130,10 +149,21 @@ class Soak:
         return self._troubles.counts.most_common()
 
     def _dead(self) -> Iterator[tuple[str, Order]]:
-        with self._server.client as client:
+        with self._redis.client as client:
             for key in client.scan_iter("soak:{*}:dead:*"):
                 for _, fields in client.xrange(key):
                     yield _dead_letter(fields)
+
+
+def visit(port: int) -> None:
+    """One request to the site."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+
+    try:
+        connection.request("POST", "/")
+        connection.getresponse().read()
+    finally:
+        connection.close()
 
 
 def _left_of(client: redis.Redis, name: str) -> dict[str, Any]:
@@ -160,14 +190,15 @@ def _dead_letter(fields: dict[bytes, bytes]) -> tuple[str, Order]:
 def print_table(columns: list[Column]) -> None:
     """What each receiver was to do, and did."""
     print(
-        f"{'receiver':24}{'confirmed':>10}{'handled':>9}{'dead':>6}{'missing':>9}{'again':>7}"
-        f"{'unexplained':>13}"
+        f"{'receiver':24}{'confirmed':>10}{'handled':>9}{'dead':>6}{'missing':>9}"
+        f"{'with master':>13}{'again':>7}{'unexplained':>13}"
     )
 
     for column in columns:
         print(
             f"{column.receiver:24}{column.confirmed:>10}{column.handled:>9}{column.dead:>6}"
-            f"{len(column.missing):>9}{len(column.again):>7}{len(column.unexplained):>13}"
+            f"{len(column.missing):>9}{len(column.with_master):>13}"
+            f"{len(column.again):>7}{len(column.unexplained):>13}"
         )
 
 
@@ -177,6 +208,8 @@ def main() -> int:
     seed = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(10**6))
     print(f"A soak of {minutes:g} minutes; SOAK_SEED={seed} repeats its dice.", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    # Nothing is left either when it is told to end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     good = Soak(folder, minutes=minutes, seed=seed).run()
     print("Nothing is missing." if good else f"Logs and lines are in {folder}.")
     return 0 if good else 1

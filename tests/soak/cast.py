@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 PLACED = "order_placed"
 PAID = "order_paid"
 
@@ -27,6 +29,11 @@ SCREENS = ("screen-1", "screen-2")
 #: Publishers, with what each does in an outage.
 PUBLISHERS = {"web": "raise", "till": "buffer"}
 
+#: What uWSGI serves, with so many workers; each ends after so many requests.
+SITE = "site"
+SITE_WORKERS = 2
+SITE_REQUESTS = 200
+
 #: Seconds after which the entries of a silent worker are taken over.
 CLAIM_AFTER = 5
 
@@ -41,7 +48,7 @@ def is_rejected(n: int) -> bool:
     return n % _REJECTED == 0
 
 
-def settings(service: str, url: str) -> dict[str, str]:
+def settings(service: str, url: str, folder: Path) -> dict[str, str]:
     """The environment of a process of a service."""
     concurrency = 4 if service == "audit" else 1
     return {
@@ -50,6 +57,9 @@ def settings(service: str, url: str) -> dict[str, str]:
         "EVENTBUS_PREFIX": "soak",
         "EVENTBUS_CLAIM_AFTER": str(CLAIM_AFTER),
         "EVENTBUS_CONCURRENCY": str(concurrency),
-        "EVENTBUS_ON_OUTAGE": PUBLISHERS.get(service, "buffer"),
+        "EVENTBUS_ON_OUTAGE": {**PUBLISHERS, SITE: "raise"}.get(service, "buffer"),
+        # A master that is lost takes along what no replica has: that is not confirmed.
+        "EVENTBUS_REPLICAS": "1",
+        "SOAK_FOLDER": str(folder),
         "EVENTBUS_MAXLEN": "10000000",
     }

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from soak.cast import settings
+from servers import free_port
+from soak.cast import SITE, SITE_REQUESTS, SITE_WORKERS, settings
 
 #: Seconds that a process has for its end, a publisher's last flush included.
 END = 90.0
@@ -23,14 +24,14 @@ _FOREIGN = ("EVENTBUS_", "FLASK_")
 class Member:
     """One process, which has many lives.
 
-    :param command: the module that it runs, and its arguments.
+    :param command: the program that it runs, and its arguments.
     """
 
     def __init__(self, name: str, command: Sequence[str], folder: Path, url: str) -> None:
         self.name = name
-        self._command = [sys.executable, "-m", *command]
+        self._command = list(command)
         self._said = folder / f"{name}.log"
-        self._environment = _environment(name.rpartition("-")[0] or name, url)
+        self._environment = _environment(name.rpartition("-")[0] or name, url, folder)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -48,6 +49,14 @@ class Member:
     def said(self) -> str:
         """What all its lives wrote to their standard error."""
         return self._said.read_text(errors="replace")
+
+    @property
+    def children(self) -> list[int]:
+        """The processes that it has forked."""
+        return [
+            int(pid)
+            for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        ]
 
     def start(self) -> None:
         """Begin a life."""
@@ -87,20 +96,32 @@ class Crew:
         self.workers: list[Member] = []
         self.screens: list[Member] = []
         self.publishers: list[Member] = []
+        self.sites: list[Member] = []
+        self.site_port = free_port()
 
     @property
     def all(self) -> list[Member]:
         """Everybody."""
-        return [*self.publishers, *self.screens, *self.workers]
+        return [*self.sites, *self.publishers, *self.screens, *self.workers]
 
     def hire_worker(self, name: str) -> Member:
         """Start a worker of a service, ``SERVICE-NUMBER``."""
-        command = ["soak.worker", name, str(self._folder), str(self._seed)]
+        command = [sys.executable, "-m", "soak.worker", name, str(self._folder), str(self._seed)]
         return self._hire(name, command)
+
+    def hire_site(self) -> Member:
+        """Start uWSGI with workers that publish."""
+        file = Path(__file__).with_name("site.py")
+        options = ["--http-socket", f"127.0.0.1:{self.site_port}", "--wsgi-file", str(file)]
+        options += ["--master", "--processes", str(SITE_WORKERS), "--enable-threads"]
+        options += ["--die-on-term", "--need-app", "--max-requests", str(SITE_REQUESTS)]
+        options += ["--disable-logging", "--worker-reload-mercy", "20"]
+        return self._hire(SITE, [str(Path(sys.executable).with_name("pyuwsgi")), *options])
 
     def hire_publisher(self, name: str, *, rate: float) -> Member:
         """Start a publisher."""
-        return self._hire(name, ["soak.publisher", name, str(self._folder), str(rate)])
+        command = [sys.executable, "-m", "soak.publisher", name, str(self._folder), str(rate)]
+        return self._hire(name, command)
 
     def kill_all(self) -> None:
         """End whatever runs."""
@@ -114,7 +135,7 @@ class Crew:
         return member
 
 
-def _environment(service: str, url: str) -> dict[str, str]:
+def _environment(service: str, url: str, folder: Path) -> dict[str, str]:
     own = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
     path = os.pathsep.join([str(_TESTS.parent), str(_TESTS)])
-    return {**own, "PYTHONPATH": path, **settings(service, url)}
+    return {**own, "PYTHONPATH": path, **settings(service, url, folder)}

@@ -19,7 +19,10 @@ Order = tuple[str, int]
 SETTLED = 1.0
 
 #: What happens to Redis, and so to everybody.
-_EVERYBODYS = ("redis killed", "redis hung", "clients cut", "client cut")
+_EVERYBODYS = ("redis killed", "redis hung", "failover", "clients cut", "client cut")
+
+#: Seconds that an order may be in a buffer, or with a master alone, before the master is lost.
+BUFFERED = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class Column:
     handled: int
     dead: int
     missing: Sequence[Order]
+    #: Orders that a publisher took into its buffer, and that went with a master.
+    with_master: Sequence[Order]
     #: Orders that were handled again, by what explains it; "" for nothing.
     again: Sequence[tuple[Order, str]]
 
@@ -51,6 +56,8 @@ class Ledger:
         self._dead = set(dead)
         self._troubles = [line for line in lines if line["what"] == "trouble"]
         self._confirmed = self._confirm()
+        #: When an order was sent that waited in a buffer, or may have.
+        self._taken = {_order(line): line["began"] for line in lines if line["what"] == "taken"}
         self._handled: dict[tuple[str, str], dict[Order, list[Line]]] = defaultdict(
             lambda: defaultdict(list)
         )
@@ -90,17 +97,31 @@ class Ledger:
         handled = self._handled[column]
         dead = {order for receiver, order in self._dead if receiver == column[0]}
         done = handled.keys() | {order for order in dead if self._may_be_dead(column[0], order)}
+        with_master = {order for order in expected - done if self._was_with_master(order)}
         return Column(
             title,
             confirmed=len(expected),
             handled=len(handled),
             dead=len(dead),
-            missing=sorted(expected - done),
+            missing=sorted(expected - done - with_master),
+            with_master=sorted(with_master),
             again=[found for order in sorted(handled) for found in self._again(handled[order])],
         )
 
     def _may_be_dead(self, receiver: str, order: Order) -> bool:
         return receiver == FLAKY and is_rejected(order[1])
+
+    def _was_with_master(self, order: Order) -> bool:
+        """Return True if no replica is known to have had it when a master was replaced.
+
+        What a publisher confirmed has a replica. What one took into its buffer need not have: it is
+        told of an order that failed while ``send()`` waited, and not of one that left later.
+        """
+        began = self._taken.get(order)
+        return began is not None and any(
+            trouble.get("replaced") and trouble["began"] - BUFFERED <= began <= trouble["at"]
+            for trouble in self._troubles
+        )
 
     def _again(self, lines: Sequence[Line]) -> Iterator[tuple[Order, str]]:
         for first, second in pairwise(lines):
@@ -115,6 +136,10 @@ class Ledger:
         return ""
 
     def _concerns(self, trouble: Line, first: Line, second: Line) -> bool:
+        if trouble.get("replaced") and first["receiver"] == SCREEN:
+            # Without a group: a stream that ends before what was read is heard from its beginning.
+            return bool(first["begun"] <= trouble["at"] and trouble["began"] <= second["at"])
+
         if trouble["kind"] in _EVERYBODYS:
             return bool(
                 trouble["began"] - SETTLED <= first["at"]

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from soak.cast import PAID, PLACED, PUBLISHERS
+from soak.cast import PAID, PLACED
 from soak.lines import Lines
 
 from flask_eventbus import Bus, PublishError
@@ -31,10 +31,13 @@ class Publisher:
         self.bus.publishes(PLACED, via="stream")
         self.bus.publishes(PAID, via="stream", key="n")
         self._name = name
-        self._raises = PUBLISHERS[name] == "raise"
+        self._raises = os.environ["EVENTBUS_ON_OUTAGE"] == "raise"
         self._lines = Lines(folder, name)
-        #: A second life of a publisher has numbers of its own.
-        self._life = f"{name}-{os.getpid()}"
+
+    @property
+    def _life(self) -> str:
+        """A second life of a publisher, or a worker of one, has numbers of its own."""
+        return f"{self._name}-{os.getpid()}"
 
     def send(self, signal: str, n: int) -> None:
         """Send one order, and note what became of it."""

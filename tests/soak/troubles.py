@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -9,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from servers import RedisServer
 from soak.cast import CLAIM_AFTER
 from soak.crew import Crew, Member
 from soak.lines import Lines
+from soak.pair import Pair
 
 #: Seconds between two troubles.
 CALM = (0.5, 3.0)
@@ -24,9 +25,9 @@ OUTAGE = (0.2, 3.0)
 class Troubles:
     """Throws the dice, and notes what it did and when."""
 
-    def __init__(self, crew: Crew, server: RedisServer, lines: Lines, dice: random.Random) -> None:
+    def __init__(self, crew: Crew, redis: Pair, lines: Lines, dice: random.Random) -> None:
         self._crew = crew
-        self._server = server
+        self._redis = redis
         self._lines = lines
         self._dice = dice
         self.counts: Counter[str] = Counter()
@@ -37,6 +38,8 @@ class Troubles:
             "publisher killed": (1, self._kill_publisher),
             "redis killed": (2, self._kill_redis),
             "redis hung": (2, self._hang_redis),
+            "failover": (2, self._fail_over),
+            "uwsgi worker killed": (2, self._kill_site_worker),
             "clients cut": (2, self._cut_clients),
             "client cut": (4, self._cut_client),
         }
@@ -79,23 +82,42 @@ class Troubles:
         return {"who": worker.name, "victim": worker.pid}
 
     def _kill_redis(self) -> dict[str, Any]:
-        self._server.kill()
+        server = self._redis.master
+        server.kill()
         time.sleep(self._dice.uniform(*OUTAGE))
-        self._server.start()
-        return {}
+        server.start()
+        return self._repaired(server.port)
 
     def _hang_redis(self) -> dict[str, Any]:
-        self._server.hang()
+        server = self._redis.master
+        server.hang()
         time.sleep(self._dice.uniform(*OUTAGE))
-        self._server.resume()
-        return {}
+        server.resume()
+        return self._repaired(server.port)
+
+    def _fail_over(self) -> dict[str, Any]:
+        before = self._redis.master.port
+        self._redis.fail_over()
+        return self._repaired(before)
+
+    def _repaired(self, port: int) -> dict[str, Any]:
+        """Wait until there are two that can take each other's place, and tell who is the master."""
+        self._redis.await_repair()
+        replaced = self._redis.master.port != port
+        self.counts["master replaced"] += replaced
+        return {"replaced": replaced}
+
+    def _kill_site_worker(self) -> dict[str, Any]:
+        victim = self._dice.choice(self._crew.sites[0].children)
+        os.kill(victim, signal.SIGKILL)
+        return {"victim": victim}
 
     def _cut_clients(self) -> dict[str, Any]:
-        with self._server.client as client:
+        with self._redis.client as client:
             return {"cut": client.client_kill_filter(_type="normal")}
 
     def _cut_client(self) -> dict[str, Any]:
-        with self._server.client as client:
+        with self._redis.client as client:
             victim = self._dice.choice(client.client_list(_type="normal"))
             client.client_kill_filter(_id=victim["id"])
             return {"cut": victim["name"]}

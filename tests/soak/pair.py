@@ -1,0 +1,71 @@
+"""The Redis of a soak: a master, its replica, and Sentinels that let the one follow the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import redis
+from servers import RedisServer
+from test_topologies import Watched, is_linked
+from waiting import wait_until
+
+#: Everything that is confirmed is on the disks of both.
+_AOF = ("--appendonly", "yes", "--appendfsync", "always")
+
+#: Seconds that a failover and the copy to the new replica may take.
+REPAIR = 90.0
+
+
+class Pair:
+    """A master and a replica, which change places."""
+
+    def __init__(self, folder: Path) -> None:
+        self._watched = Watched(folder, *_AOF)
+
+    @property
+    def url(self) -> str:
+        """As a service is told of it."""
+        return self._watched.url
+
+    @property
+    def master(self) -> RedisServer:
+        """Whom the Sentinels call the master."""
+        first, second = self._watched.master, self._watched.replica
+        return first if first.port == self._watched.port_of_the_master() else second
+
+    @property
+    def client(self) -> redis.Redis:
+        """A client of the master."""
+        return self.master.client
+
+    def start(self) -> None:
+        """Start all, and wait until they know each other."""
+        self._watched.start()
+        self.await_repair()
+
+    def kill(self) -> None:
+        """End all."""
+        self._watched.kill()
+
+    def fail_over(self) -> None:
+        """Let the replica take over while the master lives."""
+        before = self.master.port
+        self._watched.fail_over()
+        wait_until(lambda: self.master.port != before, timeout=REPAIR, what="the other is master")
+
+    def await_repair(self) -> None:
+        """Return once a master is there, and a replica that has all of it."""
+        wait_until(self._is_whole, timeout=REPAIR, what="the replica follows the master")
+
+    def _is_whole(self) -> bool:
+        try:
+            master = self.master
+            other = {self._watched.master, self._watched.replica} - {master}
+
+            with master.client as client:
+                said = client.info("replication")
+
+            online = said["role"] == "master" and said.get("slave0", {}).get("state") == "online"
+            return online and is_linked(other.pop()) and self._watched.is_at_rest()
+        except redis.RedisError:
+            return False
