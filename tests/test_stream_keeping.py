@@ -230,6 +230,36 @@ def old_retry(store: StreamStore, name: str, *, hours: float, key: str = "mailer
     store.client.sadd(store.keys.names, name)
 
 
+def test_more_retries_than_there_is_room_for_follow_at_once(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lineup, "MOST_AHEAD", 10)
+    # Not found by the next look for what others left.
+    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 600.0)
+    handled: list[int] = []
+
+    def receive(sender: str, n: int) -> None:
+        handled.append(n)
+
+    now = int(time.time() * 1000)
+    for n in range(30):
+        record = RetryRecord(
+            entry=f"1700000000000-{n}",
+            event=Codec().encode(store.event("tick", n=n)),
+            receiver=f"{__name__}.{receive.__qualname__}",
+            attempts=1,
+            first=now,
+            last=now,
+            error="ConnectionError: away",
+        )
+        store.client.zadd(store.keys.retry("tick", "mailer"), {record.packed(): now - 1_000 + n})
+
+    listen(make_bus(store.url, "mailer", prefix=store.prefix), receive)
+
+    wait_until(lambda: len(handled) == 30, timeout=30, what="all of them run")
+    assert sorted(handled) == list(range(30))
+
+
 @pytest.mark.parametrize("subscribe", [{}, {"paid": {"via": "stream"}}], ids=["no", "no receiver"])
 def test_retries_of_a_signal_that_is_not_received_any_more_are_dead_letters_after_an_hour(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, subscribe: Any
