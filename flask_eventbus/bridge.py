@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from .counters import BoundedLog
@@ -23,11 +24,13 @@ class Bridge(Outbound):
         name: str,
         route: Route,
         publish: Callable[[str, Mapping[str, Any], Route], None],
+        publish_async: Callable[[str, Mapping[str, Any], Route], Awaitable[None]],
         owns: Callable[[Any], bool],
     ) -> None:
         self.name = name
         self.route = route
         self._publish = publish
+        self._publish_async = publish_async
         self._owns = owns
         self._log = BoundedLog(logger)
 
@@ -41,10 +44,26 @@ class Bridge(Outbound):
         :raises PublishError: Redis did not take it, and the route or the policy is to tell.
         :raises HopLimitError: the chain of causes is too long.
         """
+        with self._keeping_program_error():
+            found = self._extract(sender, payload)
+
+            if found is not None:
+                self._publish(self.name, found, self.route)
+
+    async def publish(self, sender: Any, /, **payload: Any) -> None:
+        """Publish one emission, as :meth:`__call__` does; the event loop goes on meanwhile."""
+        with self._keeping_program_error():
+            found = self._extract(sender, payload)
+
+            if found is not None:
+                await self._publish_async(self.name, found, self.route)
+
+    @contextmanager
+    def _keeping_program_error(self) -> Iterator[None]:
         program_error = sys.exception() if self._is_foreign else None
 
         try:
-            self._emit(sender, payload)
+            yield
         except Exception as error:
             if program_error is None:
                 raise
@@ -59,24 +78,15 @@ class Bridge(Outbound):
                 exc_info=error,
             )
 
-    async def publish(self, sender: Any, /, **payload: Any) -> None:
-        """Publish one emission, as :meth:`__call__` does."""
-        self(sender, **payload)
-
     @property
     def _is_foreign(self) -> bool:
         return self.route.signal is not None and not isinstance(self.route.signal, BusSignal)
 
-    def _emit(self, sender: Any, payload: dict[str, Any]) -> None:
-        if not self._owns(sender):
-            return
-
-        found = self._extract(sender, payload)
-
-        if found is not None:
-            self._publish(self.name, found, self.route)
-
     def _extract(self, sender: Any, payload: dict[str, Any]) -> Mapping[str, Any] | None:
+        """The payload of an emission; ``None`` if it is not this node's to publish."""
+        if not self._owns(sender):
+            return None
+
         if self.route.payload is None:
             return payload
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from blinker import NamedSignal, Signal
@@ -28,12 +28,14 @@ class Bridges:
         declarations: Declarations,
         configured: Mapping[str, Route],
         publish: Callable[[str, Mapping[str, Any], Route], None],
+        publish_async: Callable[[str, Mapping[str, Any], Route], Awaitable[None]],
         owns: Callable[[Any], bool],
         check: Callable[[Route], None] = lambda route: None,
     ) -> None:
         self._declarations = declarations
         self._configured = configured
         self._publish = publish
+        self._publish_async = publish_async
         self._owns = owns
         self._check = check
         #: By signal and name; the signals live as long as their routes, and so do their ids.
@@ -98,7 +100,7 @@ class Bridges:
             self._bridges[key][1].route = route
             return
 
-        bridge = Bridge(name, route, self._publish, self._owns)
+        bridge = Bridge(name, route, self._publish, self._publish_async, self._owns)
         self._bridges[key] = (signal, bridge)
 
         # Weakly, both ways: an app that is thrown away takes its bridges along.

@@ -84,6 +84,10 @@ class Buffer:
         waiting = self._channels.events if self.holds_streams else self
         return next((outgoing for outgoing in waiting if outgoing.would_write), None)
 
+    def is_full(self, size: int) -> bool:
+        """Return True if an event of ``size`` bytes may not fit."""
+        return len(self) + 1 >= self._most_events or self.bytes + size > self._most_bytes
+
     def has_room(self, outgoing: Outgoing) -> bool:
         """Return True if an event fits; one that is larger than all has the buffer alone."""
         if self.holds_streams and not outgoing.lane.is_stream:

@@ -7,7 +7,7 @@ import contextvars
 import selectors
 import sys
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +35,33 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
     with ThreadPoolExecutor(1, thread_name_prefix="eventbus-async") as pool:
         return pool.submit(context.run, asyncio.run, coroutine).result()
+
+
+async def in_thread(call: Callable[[], None], *, failed: Callable[[BaseException], None]) -> None:
+    """Run ``call`` in a thread of the event loop's pool, in a copy of the context, and wait for it.
+
+    It runs to its end although the waiting task is cancelled. Where there is no loop of asyncio, or
+    its pool has ended, it runs here.
+
+    :param failed: called with what ``call`` raised once nobody waits for it any more.
+    """
+    context = contextvars.copy_context()
+
+    try:
+        running = asyncio.get_running_loop().run_in_executor(None, context.run, call)
+    except RuntimeError:
+        return call()
+
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+
+        def report(ended: asyncio.Future[None]) -> None:
+            if not ended.cancelled() and (error := ended.exception()) is not None:
+                failed(error)
+
+        running.add_done_callback(report)
+        raise
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .bridges import Bridges
 from .codec import Codec
 from .config import Config
 from .connections import Connections
+from .coroutines import in_thread
 from .counters import Counters
 from .declarations import Declarations
 from .dispatcher import Dispatcher
@@ -99,6 +100,7 @@ class Node:
             declarations,
             read_routes(config.publish),
             self._emit,
+            self._emit_async,
             owns,
             check=lambda route: check_route(config, route),
         )
@@ -424,6 +426,31 @@ class Node:
             self._drafts.store(name, payload, route)
         elif not route.after_commit or not self._drafts.take(name, payload, route):
             self._publish(name, payload, route, route.confirm)
+
+    async def _emit_async(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
+        notice_fork()
+
+        # Database sessions belong to the thread of the loop.
+        if route.outbox:
+            return self._drafts.store(name, payload, route)
+
+        if route.after_commit and self._drafts.take(name, payload, route):
+            return None
+
+        publisher = self._publisher
+
+        if self._withholds() or not publisher.may_wait(route):
+            self._publish(name, payload, route, route.confirm)
+            return None
+
+        # What the payload is now, whatever other tasks do with it meanwhile.
+        outgoing = publisher.take_down(name, payload, route)
+        return await in_thread(
+            lambda: self.resend(outgoing),
+            failed=lambda error: logger.error(
+                "A task that sent an event of %r was cancelled, and then: %s", name, error
+            ),
+        )
 
     def _publish(self, name: str, payload: Mapping[str, Any], route: Route, confirm: bool) -> str:
         if self._withholds():

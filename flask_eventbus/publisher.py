@@ -124,6 +124,20 @@ class Publisher:
         else:
             self._accept(outgoing)
 
+    def may_wait(self, route: Route) -> bool:
+        """Return True if an event of a route may have to wait, for Redis or for room."""
+        is_stream = route.via == "stream"
+        waits = route.confirm or self._buffer.is_full(self._config.max_event_bytes)
+        return waits and not self._outage.stops(stream=is_stream)
+
+    def take_down(self, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
+        """Take one emission down as it is now, for :meth:`resend` to publish it in any thread.
+
+        :raises PayloadError: a value cannot travel, or the event is too large.
+        :raises HopLimitError: the chain of causes is too long.
+        """
+        return self._emissions.take_down(name, payload, route, confirm=route.confirm)
+
     def draft(self, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
         """Take one emission down as it is now, for :meth:`take` to publish it later or never.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import os
@@ -896,6 +897,95 @@ def test_an_error_in_doubt_that_goes_to_another_process_leaves_its_event_behind(
     )
     with pytest.raises(RuntimeError, match="in the process whose send"):
         there.resend()
+
+
+def test_the_event_loop_goes_on_while_a_coroutine_sends(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=5)
+    bus.signal("tick").send("test", n=0)
+    order: list[str] = []
+
+    async def send() -> None:
+        await bus.signal("tick").send_async("test", n=1)
+        order.append("sent")
+
+    async def main() -> None:
+        redis_server.hang()
+        sending = asyncio.create_task(send())
+        await asyncio.sleep(0.05)
+        order.append("the loop goes on")
+        redis_server.resume()
+        await sending
+
+    asyncio.run(main())
+
+    assert order == ["the loop goes on", "sent"]
+    assert values(redis_server) == [0, 1]
+    assert bus.health().buffered == 0
+
+
+def test_a_task_that_is_cancelled_while_it_sends_leaves_its_event_whole(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=5)
+    bus.signal("tick").send("test", n=0)
+
+    async def main() -> None:
+        redis_server.hang()
+        sending = asyncio.create_task(bus.signal("tick").send_async("test", n=1))
+        await asyncio.sleep(0.05)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        redis_server.resume()
+
+    asyncio.run(main())
+
+    assert bus.flush(10)
+    assert values(redis_server) == [0, 1]
+
+
+def test_a_coroutine_that_sends_gets_the_errors_of_send(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    publish = {"tick": "stream"}
+    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=0.3)
+    bus.signal("tick").send("test", n=0)
+
+    async def main() -> None:
+        with pytest.raises(PayloadError, match=r"payload\.n"):
+            await bus.signal("tick").send_async("test", n=object())
+        redis_server.hang()
+        with pytest.raises(PublishError, match="Redis may have it"):
+            await bus.signal("tick").send_async("test", n=1)
+        with pytest.raises(PublishError, match="Redis does not have it"):
+            await bus.signal("tick").send_async("test", n=2)
+
+    asyncio.run(main())
+
+
+def test_the_event_loop_goes_on_while_a_coroutine_waits_for_room(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(redis_server.url, publish={"price": "channel"}, timeout=60, buffer_size=2)
+    bus.signal("price").send("test", n=0)
+    assert bus.flush(10)
+
+    async def main() -> None:
+        redis_server.hang()
+        sending = asyncio.gather(
+            *(bus.signal("price").send_async("test", n=n) for n in range(1, 6))
+        )
+        await asyncio.sleep(0.05)
+        redis_server.resume()
+        await sending
+
+    asyncio.run(main())
+
+    assert bus.flush(10)
+    assert bus.health().counts["published"] == 6
+    assert "dropped" not in bus.health().counts
 
 
 def test_a_connection_that_was_closed_costs_no_event(
