@@ -283,6 +283,23 @@ def test_a_name_that_may_not_be_noted_in_the_set_is_published_all_the_same(
     assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
 
 
+def test_a_name_is_noted_on_the_next_connection_once_that_is_granted(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    url = user(redis_server, "+@all", "-sadd", "~*")
+    bus = make_bus(url, publish={"tick": "stream"})
+    bus.signal("tick").send("test", n=1)
+    client = redis_server.client
+    assert not client.exists("eventbus:streams")
+
+    user(redis_server, "+@all", "~*")
+    client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    bus.signal("tick").send("test", n=2)
+
+    assert bus.flush(10)
+    assert client.smembers("eventbus:streams") == {b"tick"}
+
+
 @pytest.mark.parametrize("place", ["route", "setting"])
 def test_a_stream_keeps_about_as_many_events_as_it_is_told(
     shared_redis: RedisServer, make_bus: Make, prefix: str, place: str
