@@ -26,6 +26,9 @@ CONNECT = 2.0
 #: Messages taken from the wire at once, so that one lock serves many of them.
 BATCH = 256
 
+#: Bytes of messages after which no more are taken at once.
+BATCH_BYTES = 1024 * 1024
+
 
 class ChannelKeys:
     """The names of channels: ``PREFIX:{NAME}:channel``."""
@@ -128,9 +131,11 @@ class ChannelReader:
 
         try:
             frames.append(self._frame(connection))
+            size = len(frames[-1].body)
 
-            while len(frames) < BATCH and connection.can_read(0):
+            while len(frames) < BATCH and size < BATCH_BYTES and connection.can_read(0):
                 frames.append(self._frame(connection))
+                size += len(frames[-1].body)
         except redis.TimeoutError:
             # Nothing more within the tick; an unfinished message waits in the parser.
             return frames

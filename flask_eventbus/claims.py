@@ -25,6 +25,9 @@ logger = get_logger(__name__)
 #: Entries that were handed back and are taken at once, before what is newer is read.
 MOST_BACK = 100_000
 
+#: Entries that are looked up at once: they may be large.
+COUNT = 32
+
 
 class Claims:
     """Claims entries that were handed back, or whose worker is silent for too long.
@@ -61,6 +64,8 @@ class Claims:
         self._log = BoundedLog(logger)
         #: Whether more was left than there was room for.
         self.has_more = False
+        #: The streams of which :meth:`take_back` left something, for want of memory.
+        self.left: set[str] = set()
 
     def take_over(self, names: Mapping[str, Subscription]) -> None:
         """Take over what is idle for longer than ``EVENTBUS_CLAIM_AFTER``, as much as has room.
@@ -78,12 +83,14 @@ class Claims:
         self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED)
 
     def take_back(self, names: Mapping[str, Subscription]) -> None:
-        """Take what others, or this process itself, handed back of streams, all of it.
+        """Take what others, or this process itself, handed back of streams: all that fits.
 
         What is read afterwards is newer: so it is for the thread that reads, which may call this.
+        It reads nothing of the streams in :attr:`left`.
 
         :raises redis.ConnectionError: Redis is away.
         """
+        self.left -= names.keys()
         self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MOST_BACK)
 
     def report_refusal(self, name: str, error: Exception) -> None:
@@ -142,7 +149,18 @@ class Claims:
             return
 
         self.has_more = self.has_more or len(stale) > room
-        self._take_over(name, subscription, stale[:room], idle)
+        stale = stale[:room]
+
+        for start in range(0, len(stale), COUNT):
+            if start and self._lineup.is_heavy:
+                self.has_more = True
+
+                if room == MOST_BACK:
+                    self.left.add(name)
+
+                return
+
+            self._take_over(name, subscription, stale[start : start + COUNT], idle)
 
     def _is_believed(self) -> bool:
         """Return True if Redis's clock did not step lately, so that idle entries are abandoned."""
@@ -152,9 +170,6 @@ class Claims:
     def _take_over(
         self, name: str, subscription: Subscription, stale: Sequence[Pending], idle: float
     ) -> None:
-        if not stale:
-            return
-
         entries = {
             entry.id: entry for entry in self._group.look_up(name, [found.id for found in stale])
         }

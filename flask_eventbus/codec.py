@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from reprlib import repr as short
 from typing import Any, TypeVar
 
 from .errors import ConfigError, DecodeError, PayloadError
-from .event import Event
+from .event import Event, PackedPayload
 from .faults import find_fault
 from .forms import UnfitError
 from .names import SERVICE_NAME, SIGNAL_NAME
@@ -21,11 +23,17 @@ from .seal import (
     SPECVERSION,
     Seal,
 )
-from .values import Values
+from .values import Values, memory_of
 
 __all__ = ["Codec", "Seal"]
 
 T = TypeVar("T")
+
+#: Bytes of memory that an event takes beside its payload and its bytes.
+EVENT_MEMORY = 800
+
+#: Bytes of memory from which on a payload waits as it came, and is read again for a receiver.
+MOST_WAITING = 256 * 1024
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -133,6 +141,26 @@ class Codec:
         event = _read(self._unpack(body), via)
         self._check(event.payload)
         return event
+
+    def decode_to_wait(self, body: bytes, *, via: str = "channel") -> tuple[Event, int]:
+        """Decode an event that waits for a receiver; return it with the memory it takes, in bytes.
+
+        A payload that takes much memory is left as bytes: :func:`.opened` reads it.
+
+        :raises DecodeError: as :meth:`decode` does.
+        """
+        event = self.decode(body, via=via)
+        size = memory_of(event.payload)  # type: ignore[arg-type]  # decode() makes dicts
+
+        if size > MOST_WAITING:
+            packed = PackedPayload(partial(self._payload, body))
+            return replace(event, payload=packed), EVENT_MEMORY + len(body)
+
+        # What waits in a stream keeps its bytes as well: they are stored where it fails.
+        return event, EVENT_MEMORY + size + (len(body) if via == "stream" else 0)
+
+    def _payload(self, body: bytes) -> Mapping[str, Any]:
+        return self.decode(body).payload
 
     def _pack(self, payload: dict[str, Any]) -> bytes:
         try:

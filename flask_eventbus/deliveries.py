@@ -24,6 +24,8 @@ class Delivery:
     #: The event's bytes, as they came.
     body: bytes
     subscription: Subscription
+    #: The bytes of memory that it takes, about.
+    memory: int = 0
     #: Until when it is this process's, by the monotonic clock; renewed while it is in hand.
     lease: float
     #: How often it was begun by workers that did not end it; ``None`` where nobody began it.
@@ -51,6 +53,8 @@ class Hand:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._deliveries: dict[tuple[str, str, bytes], Delivery] = {}
+        #: The bytes of memory that all of it takes, about.
+        self.memory = 0
         #: How many were not begun yet.
         self._waiting = 0
         #: When something was begun, or was there to begin with, by the monotonic clock.
@@ -68,6 +72,7 @@ class Hand:
             for delivery in deliveries:
                 before = self._deliveries.get(delivery.identity)
                 self._waiting += before is None or before.started
+                self.memory += delivery.memory - (0 if before is None else before.memory)
                 self._deliveries[delivery.identity] = delivery
 
     @property
@@ -111,6 +116,7 @@ class Hand:
             # Another of the same entry may have come since.
             if known.get(delivery.identity) is delivery:
                 del known[delivery.identity]
+                self.memory -= delivery.memory
                 self._waiting -= not delivery.started
 
     def first_attempts(self, name: str) -> list[Delivery]:

@@ -14,7 +14,7 @@ from typing import Any
 from .coroutines import run_coroutine
 from .counters import BoundedLog, Counters
 from .errors import ReceiverError
-from .event import Event, handling
+from .event import Event, handling, opened
 from .failures import Failure, FailureLog
 from .lifecycle import tell_here
 from .logs import get_logger
@@ -115,6 +115,7 @@ class Dispatcher:
             return _GONE
 
         failures: list[Failure] = []
+        event = opened(event)
         token = handling.set(event)
 
         try:

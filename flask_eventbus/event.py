@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
@@ -51,6 +51,33 @@ class Event:
     def node(self) -> str:
         """The process that emitted it: its id without the running number."""
         return self.id.rpartition("-")[0]
+
+
+class PackedPayload(Mapping[str, Any]):
+    """A payload that waits as bytes, because it takes far more memory once it is read.
+
+    Each look at it reads the bytes anew: call :func:`opened` first.
+    """
+
+    __slots__ = ("unpack",)
+
+    def __init__(self, unpack: Callable[[], Mapping[str, Any]]) -> None:
+        self.unpack = unpack
+
+    def __getitem__(self, key: str) -> Any:
+        return self.unpack()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.unpack())
+
+    def __len__(self) -> int:
+        return len(self.unpack())
+
+
+def opened(event: Event) -> Event:
+    """Return the event with its payload read, for receivers."""
+    payload = event.payload
+    return replace(event, payload=payload.unpack()) if type(payload) is PackedPayload else event
 
 
 #: The event being handled in this thread or task; ``None`` outside receivers.

@@ -15,7 +15,7 @@ from .config import Config
 from .counters import BoundedLog, Counters
 from .entry_ids import entry_id
 from .group import Entry, behind, fields_of, last_id, remedy
-from .lineup import Lineup
+from .lineup import Lineup, Portions
 from .logs import get_logger
 from .pipe import Pipe
 from .reading import Reading
@@ -27,9 +27,6 @@ logger = get_logger(__name__)
 
 #: Seconds that Redis holds a read back where there is nothing to read.
 BLOCK = 1.0
-
-#: Entries of one stream that are read at once.
-COUNT = 200
 
 #: What a user needs to be allowed of a stream.
 RIGHTS = "+xread +xrevrange +xinfo|stream"
@@ -79,6 +76,7 @@ class Follower:
         self._positions: dict[str, str] = {}
         self._connected = False
         self._looked = 0.0
+        self._portions = Portions(max_bytes=config.max_event_bytes)
         #: Streams that Redis refuses, with its reasons.
         self.refused: dict[str, str] = {}
         #: What somebody did to streams, so that nothing more of them is heard, by name.
@@ -203,7 +201,9 @@ class Follower:
                 self._refuse(name, error)
 
     def _entries(self, names: Collection[str], block: float) -> list[Entry]:
-        count = max(1, min(COUNT, self._lineup.room))
+        count = self._portions.count(
+            room=self._lineup.room, memory=self._lineup.memory, streams=len(names)
+        )
         keys = [self._keys.stream(name) for name in names]
         ids = [self._positions[name] for name in names]
         wait = ("BLOCK", int(block * 1000)) if block else ()
@@ -228,6 +228,7 @@ class Follower:
                     extra={"signal": name, "service": self._service},
                 )
 
+        self._portions.note(entry.size for entry in entries)
         found = self._intake.sort(entries, names)
         self._counters.add("received", len(found.deliveries))
         self._lineup.put(found.deliveries)

@@ -56,6 +56,11 @@ class Entry(NamedTuple):
     id: str
     fields: Mapping[bytes, bytes] | None
 
+    @property
+    def size(self) -> int:
+        """The bytes of its fields."""
+        return sum(map(len, self.fields.values())) if self.fields else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Pending:

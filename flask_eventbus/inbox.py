@@ -8,13 +8,16 @@ from collections.abc import Sequence
 
 from .event import Event
 
-#: Events that wait at most, and their bytes: what Redis would otherwise hold for a slow
-#: reader, before it cuts it off at 32 MB.
+#: Events that wait at most, and the memory that they take: what Redis would otherwise hold for
+#: a slow reader, before it cuts it off at 32 MB.
 MOST_EVENTS = 10_000
 MOST_BYTES = 64 * 1024 * 1024
 
 #: Events a dispatching thread takes at once when it is alone.
 BATCH = 64
+
+#: Bytes of memory after which it takes no more at once.
+BATCH_BYTES = 1024 * 1024
 
 
 class Inbox:
@@ -49,7 +52,7 @@ class Inbox:
         return len(self._events) + self._taken
 
     def put(self, batch: Sequence[tuple[Event, int]]) -> int:
-        """Add events with their sizes in bytes; return how many older ones gave way."""
+        """Add events with the memory they take; return how many older ones gave way."""
         with self._work:
             self._events.extend(batch)
             self._bytes += sum(size for _, size in batch)
@@ -63,11 +66,17 @@ class Inbox:
 
         The caller holds the lock.
         """
-        count = min(most, len(self._events))
-        taken = [self._events.popleft() for _ in range(count)]
-        self._bytes -= sum(size for _, size in taken)
-        self._taken += count
-        return [event for event, _ in taken]
+        picked: list[Event] = []
+        room = BATCH_BYTES
+
+        while self._events and len(picked) < most and room > 0:
+            event, size = self._events.popleft()
+            picked.append(event)
+            room -= size
+
+        self._bytes -= BATCH_BYTES - room
+        self._taken += len(picked)
+        return picked
 
     def done(self, count: int) -> None:
         """Tell that ``count`` events which were taken are dispatched."""

@@ -50,10 +50,13 @@ class Intake:
         self._sequences = Sequences()
         self._conflicts = Conflicts(config=config, counters=counters)
 
-    def event(self, name: str, body: bytes, subscription: Subscription) -> Event | None:
-        """The event that came on the channel of ``name``, if it is one to handle."""
+    def event(self, name: str, body: bytes, subscription: Subscription) -> tuple[Event, int] | None:
+        """The event that came on the channel of ``name``, if it is one to handle.
+
+        :return: the event, and the bytes of memory that it takes while it waits.
+        """
         try:
-            event = self._codec.decode(body)
+            event, size = self._codec.decode_to_wait(body)
             self._check(event, name)
         except DecodeError as error:
             self._reject(name, body, error)
@@ -69,7 +72,7 @@ class Intake:
         elif found:
             self._count_missed(event, found)
 
-        return event if self._wanted(event, subscription) else None
+        return (event, size) if self._wanted(event, subscription) else None
 
     def _check(self, event: Event, name: str) -> None:
         if event.name != name:

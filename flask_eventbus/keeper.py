@@ -43,6 +43,9 @@ TOO_LONG = 2.5
 IDLE_CONSUMER = 600.0
 SIGNS_OF_LIFE = 4
 
+#: Retries that are taken at once: they may be large, and Redis is told of each.
+RETRIES = 32
+
 #: Seconds between tries while Redis is away, at most.
 MOST_BACKOFF = 2.0
 
@@ -385,22 +388,25 @@ class Keeper:
             self._clock.ask()
 
         for name, subscription in names.items():
-            room = self._lineup.room
-
-            if room <= 0:
-                self._more_retries.add(name)
-                continue
-
             try:
-                with self._settler.turn:
-                    deliveries, given_up, more = self._retries.take(name, subscription, most=room)
+                if self._take_retries(name, subscription):
+                    self._more_retries.add(name)
             except redis.ResponseError as error:
                 self._claims.report_refusal(name, error)
-                continue
 
-            if more:
-                self._more_retries.add(name)
+    def _take_retries(self, name: str, subscription: Subscription) -> bool:
+        """Take the retries of a stream that are due; return True if there are more."""
+        while (room := self._lineup.room) > 0:
+            most = min(room, RETRIES)
+
+            with self._settler.turn:
+                deliveries, given_up, more = self._retries.take(name, subscription, most=most)
 
             self._hand.take(deliveries)
             self._lineup.put(deliveries)
             self._settler.settle(given_up)
+
+            if not more or not deliveries:
+                return more
+
+        return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from zlib import crc32
 
 from .deliveries import Delivery
@@ -15,8 +15,49 @@ AHEAD = 0.25
 #: Deliveries that wait at most, however fast they are handled.
 MOST_AHEAD = 1_000
 
+#: Bytes of memory that deliveries take at most which wait or run.
+MOST_BYTES = 64 * 1024 * 1024
+
+#: Entries of one stream that are asked for at once: of the largest events that
+#: ``EVENTBUS_MAX_EVENT_BYTES`` allows by default, those are :data:`MOST_BYTES`.
+MOST_READ = 64
+
+#: Bytes that one answer is to have at most, by the largest entry of those before: Redis cuts off a
+#: client whose answer is larger than ``client-output-buffer-limit normal``.
+READ_BYTES = 16 * 1024 * 1024
+
+#: Bytes of memory after which a thread takes no more deliveries at once.
+PICK_BYTES = 4 * 1024 * 1024
+
 #: Seconds that handling is taken to last before the first was handled.
 GUESS = 0.02
+
+
+class Portions:
+    """How many entries to ask Redis for, so that they fit into memory.
+
+    Redis counts entries, not bytes: the largest of the last answers stands for those to come.
+
+    :param max_bytes: the size of the largest event: what the first answer may be full of.
+    """
+
+    def __init__(self, *, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._largest = max_bytes
+
+    def count(self, *, room: int, memory: int, streams: int) -> int:
+        """How many entries of each of so many streams.
+
+        :param room: how many deliveries may be added.
+        :param memory: the bytes that those take which are there.
+        """
+        fitting = min(MOST_BYTES - memory, READ_BYTES) // self._largest
+        return max(1, min(MOST_READ, min(room, fitting) // streams))
+
+    def note(self, sizes: Iterable[int]) -> None:
+        """Note the sizes in bytes of the events of an answer; of none, if it is empty."""
+        # What comes after a pause may be anything.
+        self._largest = max(1, self._largest // 8, max(sizes, default=self._max_bytes))
 
 
 class Lineup:
@@ -39,6 +80,8 @@ class Lineup:
         self._own_next = [True] * width
         self._waiting = 0
         self._taken = 0
+        #: The bytes of memory that all of them take, about.
+        self.memory = 0
         #: Seconds that one delivery lasts, about.
         self._pace = GUESS
         self._closed = False
@@ -51,12 +94,20 @@ class Lineup:
 
     @property
     def room(self) -> int:
-        """How many more may be read: as much as is handled in :data:`AHEAD` seconds."""
-        if self._held:
+        """How many more may be read: as much as is handled in :data:`AHEAD` seconds.
+
+        Nothing while what is here takes :data:`MOST_BYTES`, unless a thread has nothing to do.
+        """
+        if self._held or (self.is_heavy and self._waiting):
             return 0
 
         ahead = int(self._width * AHEAD / max(self._pace, 1e-9))
         return min(max(ahead, self._width), MOST_AHEAD) - self._waiting
+
+    @property
+    def is_heavy(self) -> bool:
+        """Return True if what is here takes as much memory as it may."""
+        return self.memory >= MOST_BYTES
 
     def wait_for_room(self, timeout: float) -> bool:
         """Whether more may be read within ``timeout`` seconds."""
@@ -76,6 +127,7 @@ class Lineup:
                 self._line_of(delivery).append(delivery)
 
             self._waiting += len(deliveries)
+            self.memory += sum(delivery.memory for delivery in deliveries)
             # Which thread is to wake is a matter of keys.
             self._work.notify_all()
 
@@ -91,16 +143,25 @@ class Lineup:
             line = own
 
         self._own_next[number] = line is not own
-        picked = [line.popleft() for _ in range(min(most, len(line)))]
+        picked: list[Delivery] = []
+        room = PICK_BYTES
+
+        while line and len(picked) < most and room > 0:
+            picked.append(line.popleft())
+            room -= picked[-1].memory
+
         self._waiting -= len(picked)
         self._taken += len(picked)
         self._busy += bool(picked)
         return picked
 
-    def done(self, count: int, seconds: float) -> None:
-        """Tell that ``count`` which were picked are handled, and how long that took."""
+    def done(self, deliveries: Sequence[Delivery], seconds: float) -> None:
+        """Tell that what was picked is handled, and how long that took."""
+        count = len(deliveries)
+
         with self._rest:
             self._taken -= count
+            self.memory -= sum(delivery.memory for delivery in deliveries)
             self._busy -= 1
             # Slow at once, fast by and by: a single slow one is a reason to read less.
             pace = seconds / count
@@ -125,6 +186,7 @@ class Lineup:
                 line.clear()
 
             self._waiting = 0
+            self.memory -= sum(delivery.memory for delivery in left)
             self._rest.notify_all()
 
         return left
@@ -138,7 +200,9 @@ class Lineup:
     @property
     def _is_inviting(self) -> bool:
         # Half empty, so that each read is worth its round trip.
-        return self._closed or self.room > self._waiting
+        return self._closed or (
+            self.room > self._waiting and (self.memory < MOST_BYTES // 2 or not self._waiting)
+        )
 
     def _line_of(self, delivery: Delivery) -> deque[Delivery]:
         if delivery.event.key is None or self._width == 1:

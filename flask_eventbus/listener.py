@@ -204,22 +204,22 @@ class Listener:
         tell(listener_lost, self._config.service, error=error)
 
     def _accept(self, frames: Sequence[Frame]) -> None:
-        batch = []
+        batch: list[tuple[Event, int]] = []
         self.last_heard = time.monotonic()
 
         try:
             for frame in frames:
-                event = self._event(frame)
+                found = self._event(frame)
 
-                if event is not None:
-                    batch.append((event, len(frame.body)))
+                if found is not None:
+                    batch.append(found)
         finally:
             if batch:
                 self._pool.put(batch)
                 self._counters.add("received", len(batch))
 
-    def _event(self, frame: Frame) -> Event | None:
-        """The event of a frame, if it is one that this service is to handle."""
+    def _event(self, frame: Frame) -> tuple[Event, int] | None:
+        """The event of a frame and its memory, if it is one that this service is to handle."""
         if frame.kind not in ("message", "pmessage"):
             self._note(frame)
             return None

@@ -25,7 +25,7 @@ from .trims import Trims
 logger = get_logger(__name__)
 
 #: Entries that are looked up at once.
-COUNT = 200
+COUNT = 64
 
 #: Seconds after which a stream that Redis refuses is asked for again.
 ASK_AGAIN = 5.0

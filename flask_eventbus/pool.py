@@ -78,7 +78,7 @@ class Pool:
             self._threads.append(thread)
 
     def put(self, batch: Sequence[tuple[Event, int]]) -> None:
-        """Let receivers run for events, given with their sizes in bytes."""
+        """Let receivers run for events, given with the memory they take, in bytes."""
         dropped = self._inbox.put(batch)
 
         if not dropped:
@@ -168,6 +168,9 @@ class Pool:
                 else:
                     return
 
+                # Not kept while the thread waits for the next.
+                del events, deliveries
+
     def _take(self, number: int, alone: bool) -> tuple[list[Event], list[Delivery]]:
         """What is next, of one line or the other; nothing of both at the end."""
         most, most_deliveries = (BATCH, DELIVERIES) if alone else (1, 1)
@@ -200,7 +203,7 @@ class Pool:
             self._counters.add("handling_failed")
             logger.exception("%d events of streams were not handled.", len(deliveries))
         finally:
-            self.lineup.done(len(deliveries), time.monotonic() - begin)
+            self.lineup.done(deliveries, time.monotonic() - begin)
 
     def _dispatch(self, events: Sequence[Event]) -> None:
         for position, event in enumerate(events, start=1):

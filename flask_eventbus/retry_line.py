@@ -125,11 +125,12 @@ class RetryLine:
         :return: how many were looked at; ``None`` if another worker was faster.
         """
         key = self._keys.retry(name, self._config.service)
-        look = self._look(name, most=most, overdue=overdue)
 
-        if not _members(self._pipe.ask(*look)):
+        # They may be large: one tells that there are some.
+        if not _members(self._pipe.ask(*self._look(name, most=1, overdue=overdue))):
             return 0
 
+        look = self._look(name, most=most, overdue=overdue)
         watched, answer = self._pipe.run([("WATCH", key), look])
         _check([watched])
         members = _members(answer)
@@ -236,7 +237,7 @@ class RetryLine:
 
         try:
             record = RetryRecord.unpacked(member)
-            event = self._event(name, record)
+            event, memory = self._event(name, record)
         except (BadRecordError, DecodeError) as error:
             given_up.append(self._bad(name, member, error))
             return [self._keep(key, member)]
@@ -248,7 +249,7 @@ class RetryLine:
         if not self._knows(event, record.receiver):
             return self._postpone(name, subscription, record, member, event, given_up)
 
-        delivery = self._delivery(name, subscription, record, member, event)
+        delivery = self._delivery(name, subscription, record, member, event, memory)
         delivery.event = replace(event, attempt=record.attempts + 1)
         allowed = self._retries_of(subscription, event, record.receiver)
 
@@ -265,7 +266,7 @@ class RetryLine:
 
         try:
             record = RetryRecord.unpacked(member)
-            event = self._event(name, record)
+            event, _ = self._event(name, record)
         except (BadRecordError, DecodeError) as error:
             given_up.append(self._bad(name, member, error))
             return [self._keep(key, member)]
@@ -285,7 +286,7 @@ class RetryLine:
         member: bytes,
         event: Event,
     ) -> Outcome:
-        delivery = self._delivery(name, subscription, record, member, event)
+        delivery = self._delivery(name, subscription, record, member, event, 0)
         words = (
             f"No worker of {self._config.service!r} has the receiver {record.receiver!r} any "
             f"more. Its last error: {record.error}"
@@ -296,13 +297,13 @@ class RetryLine:
         """The command that keeps a record from other workers, for as long as a lease lasts."""
         return ("ZADD", key, "XX", self._lease_until(), member)
 
-    def _event(self, name: str, record: RetryRecord) -> Event:
-        event = self._codec.decode(record.event, via="stream")
+    def _event(self, name: str, record: RetryRecord) -> tuple[Event, int]:
+        event, memory = self._codec.decode_to_wait(record.event, via="stream")
 
         if event.name != name:
             raise BadRecordError(f"its event is one of {event.name!r}")
 
-        return event
+        return event, memory
 
     def _postpone(
         self,
@@ -345,6 +346,7 @@ class RetryLine:
         record: RetryRecord,
         member: bytes,
         event: Event,
+        memory: int,
     ) -> Delivery:
         return Delivery(
             name=name,
@@ -355,6 +357,7 @@ class RetryLine:
             lease=time.monotonic() + self._config.claim_after,
             record=record,
             member=member,
+            memory=memory + len(member),
         )
 
     def _postponed_until(self) -> int:

@@ -34,6 +34,9 @@ logger = get_logger(__name__)
 #: Outcomes that are told in one round trip.
 MOST_AT_ONCE = 500
 
+#: Bytes after which no more outcomes are told in that round trip: they hold events.
+MOST_BYTES_AT_ONCE = 4 * 1024 * 1024
+
 #: Seconds after which Redis is told again what it refused.
 TELL_AGAIN = 5.0
 
@@ -113,7 +116,7 @@ class Settler:
         while self.is_due:
             with self.turn:
                 self._call_up_refusals()
-                handled, batch = _taken(self._handled), _taken(self._waiting)
+                handled, batch = _taken(self._handled), _batch(self._waiting)
 
                 try:
                     batch = self._without_kept(batch)
@@ -366,6 +369,23 @@ class Settler:
 
         key = self._keys.retry(outcome.name, self._config.service)
         return ("ZREM", key, outcome.delivery.member)
+
+
+def _batch(waiting: deque[Outcome]) -> list[Outcome]:
+    """As many outcomes as are told at once, by their number and by their bytes, oldest first."""
+    batch: list[Outcome] = []
+    room = MOST_BYTES_AT_ONCE
+
+    while waiting and len(batch) < MOST_AT_ONCE and room > 0:
+        batch.append(waiting.popleft())
+        room -= sum(
+            len(part)
+            for command in batch[-1].commands
+            for part in command
+            if isinstance(part, bytes)
+        )
+
+    return batch
 
 
 def _taken(waiting: deque[T]) -> list[T]:

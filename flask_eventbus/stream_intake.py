@@ -12,7 +12,7 @@ from .config import Config
 from .counters import BoundedLog, Counters
 from .deliveries import Delivery
 from .errors import DecodeError
-from .event import Event
+from .event import Event, opened
 from .group import Entry
 from .lifecycle import tell
 from .logs import get_logger
@@ -76,7 +76,7 @@ class StreamIntake:
         body = entry.fields.get(b"event")
 
         try:
-            event = self._event(entry, body)
+            event, memory = self._event(entry, body)
         except DecodeError as error:
             found.dead.append((entry, self._reject(entry, error)))
             return
@@ -91,18 +91,19 @@ class StreamIntake:
                 entry=entry.id,
                 event=event,
                 body=body or b"",
+                memory=memory,
                 subscription=subscription,
                 lease=lease,
             )
         )
 
-    def _event(self, entry: Entry, body: bytes | None) -> Event:
+    def _event(self, entry: Entry, body: bytes | None) -> tuple[Event, int]:
         if body is None:
             raise DecodeError(
                 f"The entry {entry.id} has no field 'event'.", reason="missing_attribute"
             )
 
-        event = self._codec.decode(body, via="stream")
+        event, memory = self._codec.decode_to_wait(body, via="stream")
 
         if event.name != entry.name:
             raise DecodeError(
@@ -110,7 +111,7 @@ class StreamIntake:
                 reason="wrong_channel",
             )
 
-        return event
+        return event, memory
 
     def _wanted(self, event: Event, subscription: Subscription) -> bool:
         # Without a group only the process that emitted it has run its receivers.
@@ -158,4 +159,4 @@ class StreamIntake:
 
 def readable(event: Event) -> str:
     """A payload as JSON, as far as it has words for it, bounded."""
-    return json.dumps(dict(event.payload), default=str, ensure_ascii=False)[:MOST_PAYLOAD]
+    return json.dumps(dict(opened(event).payload), default=str, ensure_ascii=False)[:MOST_PAYLOAD]

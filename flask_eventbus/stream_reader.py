@@ -14,7 +14,7 @@ from .counters import Counters
 from .deliveries import Hand
 from .duplicates import Duplicates
 from .group import Entry, Group, GroupGoneError
-from .lineup import Lineup
+from .lineup import MOST_BYTES, Lineup, Portions
 from .logs import get_logger
 from .memberships import Memberships
 from .outcomes import Outcomes
@@ -30,20 +30,15 @@ logger = get_logger(__name__)
 #: which a server that hangs is given up.
 BLOCK = 1.0
 
-#: Entries of one stream that are read at once.
-COUNT = 200
-
-#: Bytes that one answer is to have at most, by the size of the largest entry of the one before:
-#: Redis cuts off a client whose answer is larger than ``client-output-buffer-limit normal``.
-READ_BYTES = 16 * 1024 * 1024
-
-#: Events whose outcome Redis does not take, from which on no more are read.
+#: Events whose outcome Redis does not take, from which on no more are read; their memory has the
+#: bound of what is read ahead.
 MOST_UNSETTLED = 1_000
 
 
 class StreamReader:
     """Reads streams in a thread of its own, and connects again whenever that ends.
 
+    :param max_bytes: the size of the largest event.
     :param wanted: whether there still is what the events are for.
     :param attend: told that there is something in hand.
     :param given_away: the streams of which this process handed something back by itself.
@@ -66,8 +61,8 @@ class StreamReader:
         claims: Claims,
         trims: Trims,
         counters: Counters,
+        max_bytes: int,
         node: str,
-        largest: int,
         wanted: Callable[[], bool],
         attend: Callable[[], None],
         given_away: Callable[[], set[str]],
@@ -109,11 +104,9 @@ class StreamReader:
         #: Whether all of it could be read when that was last looked at.
         self._was_ready = False
         self.last_heard: float | None = None
-        #: Of how many streams the last read got something; at first, all may have.
+        #: Of how many streams the last read got something; after a pause, all may have.
         self._busy: int | None = None
-        #: Bytes of the largest entry of the last read; of the largest event until there is one.
-        self._largest = largest
-        self._size = largest
+        self._portions = Portions(max_bytes=max_bytes)
 
     @property
     def is_own_thread(self) -> bool:
@@ -161,7 +154,7 @@ class StreamReader:
         with self.changed:
             self._is_there = False
             # The answer may have been too large.
-            self._size = self._largest
+            self._portions.note(())
             self._memberships.lose()
 
         if not self._reading.is_stopping:
@@ -171,7 +164,7 @@ class StreamReader:
         while self._reading.goes_on:
             names = self._join()
 
-            if not names or len(self._settler) > MOST_UNSETTLED:
+            if not names or self._has_unsettled:
                 self._reading.pause(self._block)
             elif self._lineup.wait_for_room(self._block):
                 self._read(names)
@@ -181,14 +174,28 @@ class StreamReader:
 
             backoff.reset()
 
-    def _read(self, names: dict[str, Subscription]) -> None:
-        # Redis counts for each stream.
-        room = min(self._lineup.room, READ_BYTES // self._size)
-        count = max(1, min(COUNT, room // (self._busy or len(names))))
+    @property
+    def _has_unsettled(self) -> bool:
+        """Return True if enough is in hand whose outcome Redis does not take."""
+        unsettled = self._hand.memory - self._lineup.memory
+        return len(self._settler) > MOST_UNSETTLED or unsettled > MOST_BYTES
 
+    def _read(self, names: dict[str, Subscription]) -> None:
         try:
             self._trims.look(names)
             self._take_back_given_away(names)
+            # What is newer waits until there is room for what is older.
+            names = {name: names[name] for name in names if name not in self._claims.left}
+
+            if not names:
+                return
+
+            # Redis counts for each stream.
+            count = self._portions.count(
+                room=self._lineup.room,
+                memory=self._lineup.memory,
+                streams=self._busy or len(names),
+            )
             entries = self._group.read(list(names), count=count, block=self._block)
         except GroupGoneError as error:
             self._memberships.give_up(error)
@@ -198,17 +205,17 @@ class StreamReader:
             return
 
         self.last_heard = time.monotonic()
-        self._busy = max(1, len({entry.name for entry in entries}))
+        self._busy = len({entry.name for entry in entries}) or None
+        self._portions.note(entry.size for entry in entries)
 
         if entries:
-            self._size = max(map(_size_of, entries))
             self._trims.busy = len(entries) >= count
             self._take(entries, names)
         else:
             self._trims.busy = False
 
     def _take_back_given_away(self, names: Mapping[str, Subscription]) -> None:
-        given_away = self._given_away()
+        given_away = self._given_away() | self._claims.left
 
         if given_away:
             self._claims.take_back({name: names[name] for name in given_away if name in names})
@@ -271,7 +278,3 @@ class StreamReader:
                 self._memberships.refuse(name, subscription, refusal)
             else:
                 self._take(entries, names)
-
-
-def _size_of(entry: Entry) -> int:
-    return 1 + sum(map(len, (entry.fields or {}).values()))

@@ -7,6 +7,7 @@ describes the bytes. Nothing here executes what it reads.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import is_dataclass
@@ -281,6 +282,40 @@ def _values_in(container: Any, found: list[type]) -> Iterable[Any]:
 def _check_key(key: Any) -> None:
     if not isinstance(key, str):
         raise UnfitError(f"A key is of type {type(key).__name__}, not text.")
+
+
+def memory_of(payload: dict[str, Any]) -> int:
+    """Return the bytes of memory that a payload takes, about.
+
+    Of a value of a registered type it counts the object, and not what that refers to.
+    """
+    total = 0
+    containers: list[Any] = [payload]
+
+    while containers:
+        container = containers.pop()
+        total += sys.getsizeof(container)
+        values = container
+
+        if type(container) is dict:
+            total += sum(map(sys.getsizeof, container))
+            values = container.values()
+
+        # Flat ones, which most are, without a look at each value.
+        if _SCALARS.issuperset(map(type, values)):
+            total += sum(map(sys.getsizeof, values))
+            continue
+
+        for value in values:
+            kind = type(value)
+
+            if kind in _CONTAINERS:
+                containers.append(value)
+            else:
+                # What another's __sizeof__ says is not asked for.
+                total += sys.getsizeof(value) if kind in _SCALARS else object.__sizeof__(value)
+
+    return total
 
 
 def _unknown_codes(container: Any) -> Iterator[int]:

@@ -376,6 +376,15 @@ def test_an_inbox_is_bounded_in_bytes_too() -> None:
     assert len(inbox) == 1
 
 
+def test_a_thread_takes_few_large_events_at_once() -> None:
+    changed = threading.Condition()
+    inbox = Inbox(changed, changed)
+    event: Any = object()
+    inbox.put([(event, 400_000)] * 64)
+
+    assert len(inbox.pick()) == 3
+
+
 OWN_HANDLER = """
 import signal, sys
 from flask_eventbus import Bus
