@@ -495,6 +495,7 @@ class Node:
     def _publish_drafts(self, drafts: Sequence[Outgoing]) -> list[Outgoing]:
         """Publish what waited for a commit, and return what Redis did not confirm in time."""
         notice_fork()
+        deadline = time.monotonic() + self.config.timeout
 
         if self._withholds():
             return []
@@ -502,14 +503,14 @@ class Node:
         # One that is interrupted, by a time limit for example, keeps no other from the buffer.
         with ExitStack() as stack:
             for draft in reversed(drafts):
-                stack.callback(self._publish_draft, draft)
+                stack.callback(self._publish_draft, draft, deadline)
 
-        return self._publisher.await_all(drafts)
+        return self._publisher.await_all(drafts, deadline)
 
-    def _publish_draft(self, draft: Outgoing) -> None:
+    def _publish_draft(self, draft: Outgoing, deadline: float) -> None:
         while True:
             try:
-                return self._publisher.take(draft)
+                return self._publisher.take(draft, deadline)
             except ClosedError:
                 logger.debug("%r left during a stop; the next publisher takes it.", draft.lane.name)
             except PublishError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from .routes import Route
@@ -108,10 +109,13 @@ class Outgoing:
 
         return self.body
 
-    def is_done_by(self, deadline: float) -> bool:
-        """Wait until it is settled, if somebody wants to know, or until ``deadline``."""
+    def is_done_by(self, deadline: float, *, unless: Callable[[], bool]) -> bool:
+        """Wait until it is settled, if somebody wants to know, or until ``deadline``.
+
+        :param unless: asked when its sender is called; True if it is not worth waiting.
+        """
         while self._bell is not None and not self.is_settled:
-            if not self.is_called_by(deadline):
+            if not self.is_called_by(deadline) or unless():
                 return self.is_settled
 
         return True

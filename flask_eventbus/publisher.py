@@ -106,7 +106,7 @@ class Publisher:
         if waits:
             self._publish_confirmed(outgoing)
         else:
-            self._accept(outgoing)
+            self._accept(outgoing, time.monotonic() + self._config.timeout)
 
         return outgoing.id
 
@@ -122,7 +122,7 @@ class Publisher:
         if outgoing.lane.route.confirm and not self._is_busy_here:
             self._publish_confirmed(outgoing)
         else:
-            self._accept(outgoing)
+            self._accept(outgoing, time.monotonic() + self._config.timeout)
 
     def may_wait(self, route: Route) -> bool:
         """Return True if an event of a route may have to wait, for Redis or for room."""
@@ -166,27 +166,41 @@ class Publisher:
         outgoing.sealed()
         return outgoing
 
-    def take(self, draft: Outgoing) -> None:
+    def take(self, draft: Outgoing, deadline: float) -> None:
         """Publish what was drafted, here or by the publisher that the node had before.
 
+        :param deadline: until when to wait for room in the buffer.
         :raises ClosedError: the publisher was closed meanwhile.
         """
         draft.lane = self._lanes.lane(draft.lane.name, draft.lane.route)
-        self._accept(draft)
+        self._accept(draft, deadline)
 
-    def await_all(self, sent: Sequence[Outgoing]) -> list[Outgoing]:
-        """Wait for confirmations, once the timeout for all of them; return what lacks one."""
+    def await_all(self, sent: Sequence[Outgoing], deadline: float) -> list[Outgoing]:
+        """Wait for confirmations until the deadline; return what lacks one.
+
+        Not as long where Redis is known to be away.
+        """
         if self._writer.is_this_thread:
             return []
 
         departures = self._buffer.departures
-        now = time.monotonic()
-        late = [out for out in sent if not out.is_done_by(now + self._patience_for(out))]
+
+        try:
+            self._writer.senders.update(sent)
+            late = [outgoing for outgoing in sent if not self._is_done(outgoing, deadline)]
+        finally:
+            self._writer.senders.difference_update(sent)
 
         if any(not self._outage.stops(stream=outgoing.lane.is_stream) for outgoing in late):
             self._stall_since(departures)
 
         return [outgoing for outgoing in sent if outgoing in late or outgoing.error is not None]
+
+    def _is_done(self, outgoing: Outgoing, deadline: float) -> bool:
+        if self._stops(outgoing):
+            deadline = 0.0
+
+        return outgoing.is_done_by(deadline, unless=lambda: self._stops_now(outgoing))
 
     def ask(self) -> None:
         """Let the writing thread find out at once whether Redis is there; does not wait for it."""
@@ -230,9 +244,9 @@ class Publisher:
 
     # -- into the buffer ------------------------------------------------------------------
 
-    def _accept(self, outgoing: Outgoing) -> None:
+    def _accept(self, outgoing: Outgoing, deadline: float) -> None:
         with self._buffer.lock:
-            dropped = self._put(outgoing)
+            dropped = self._put(outgoing, deadline)
             self._writer.wake()
 
         if dropped:
@@ -240,10 +254,10 @@ class Publisher:
 
         self._writer.write_here(self._patience_for(outgoing))
 
-    def _put(self, outgoing: Outgoing) -> int:
-        """Add an event to the buffer, and return how many were dropped for it."""
+    def _put(self, outgoing: Outgoing, deadline: float) -> int:
+        """Add an event to the buffer, by the deadline; return how many were dropped for it."""
         self._refuse_in_outage(outgoing)
-        dropped = self._make_room(outgoing)
+        dropped = self._make_room(outgoing, deadline)
 
         if not outgoing.number:
             self._identify(outgoing)
@@ -277,9 +291,9 @@ class Publisher:
         if number > self.issued:
             self.issued = number
 
-    def _make_room(self, outgoing: Outgoing) -> int:
+    def _make_room(self, outgoing: Outgoing, deadline: float) -> int:
         """Wait for room while Redis takes events; drop the oldest while it does not."""
-        has_room = self._buffer.has_room(outgoing) or self._room_comes(outgoing)
+        has_room = self._buffer.has_room(outgoing) or self._room_comes(outgoing, deadline)
 
         if self._closed:
             raise ClosedError
@@ -295,12 +309,13 @@ class Publisher:
         except PublishError as error:
             raise self._error(str(error), outgoing, in_doubt=outgoing.doubts > 0) from None
 
-    def _room_comes(self, outgoing: Outgoing) -> bool:
+    def _room_comes(self, outgoing: Outgoing, deadline: float) -> bool:
         if self._stops(outgoing) or self._writer.is_this_thread:
             return False
 
         departures = self._buffer.departures
-        in_time = self._buffer.wait_for_room(outgoing, self._config.timeout)
+        left = max(0.0, deadline - time.monotonic())
+        in_time = self._buffer.wait_for_room(outgoing, left)
 
         if not in_time:
             self._stall_since(departures)
@@ -339,7 +354,7 @@ class Publisher:
     def _write_or_wait(self, outgoing: Outgoing, deadline: float) -> bool:
         """Whether it is known by ``deadline`` what became of an event."""
         with self._buffer.lock:
-            dropped = self._put(outgoing)
+            dropped = self._put(outgoing, deadline)
             outgoing.would_write = True
             batch = self._leader.enlist(outgoing)
 

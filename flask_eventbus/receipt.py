@@ -91,14 +91,16 @@ def _exchange(node: Node, outgoing: Outgoing) -> Any:
         patience=node.config.timeout,
     )
 
+    deadline = time.monotonic() + TIMEOUT
+
     try:
         with _told(f"{outgoing.lane.name!r} was not published", outgoing, connections):
-            exchange.ask()
+            exchange.ask(deadline)
 
         unknown = f"It is not known whether {outgoing.id} was published"
 
         with _told(unknown, outgoing, connections, in_doubt=True):
-            (error,) = exchange.publish([(outgoing.lane.way, outgoing.sealed())])
+            (error,) = exchange.publish([(outgoing.lane.way, outgoing.sealed())], deadline)
     finally:
         exchange.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 #: What makes bytes of bytes on their way; ``None`` ends the connection.
@@ -29,6 +30,8 @@ class Proxy:
         answer: Callable[[], Spoil] = lambda: _same,
     ) -> None:
         self._target = port
+        #: Seconds before each answer of the server, which then comes by itself.
+        self.pause = 0.0
         self.request = request
         self.answer = answer
         #: How many connections were made.
@@ -72,14 +75,25 @@ class Proxy:
             self._start(self._pass, server, client, self.answer())
 
     def _pass(self, source: socket.socket, target: socket.socket, spoil: Spoil) -> None:
+        is_answer = source.getpeername()[1] == self._target
+
         try:
             while (data := source.recv(CHUNK)) and (spoilt := spoil(data)) is not None:
-                target.sendall(spoilt)
+                if is_answer and self.pause:
+                    self._pass_slowly(spoilt, target)
+                else:
+                    target.sendall(spoilt)
         except OSError:
             pass  # one of them is gone, and so is the other
         finally:
             _close(source)
             _close(target)
+
+    def _pass_slowly(self, data: bytes, target: socket.socket) -> None:
+        # An array is one answer; other answers to a batch come one by one.
+        for part in [data] if data.startswith(b"*") else data.splitlines(keepends=True):
+            time.sleep(self.pause)
+            target.sendall(part)
 
     def _start(self, run: Callable[..., None], *args: object) -> None:
         threading.Thread(target=run, args=args, daemon=True).start()

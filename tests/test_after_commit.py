@@ -890,14 +890,15 @@ def test_a_time_limit_in_a_commit_that_waits_is_passed_on_and_no_event_is_lost(
     assert session.get(User, 1) is not None
     assert bus.flush(20)
     assert bus.health().counts["published"] == 2
+    monkeypatch.setattr(Publisher, "await_all", _await_all)
     bus.signal("user_added").send(id=3)
     session.commit()
 
 
-def _alarmed(publisher: Publisher, sent: Sequence[Outgoing]) -> list[Outgoing]:
+def _alarmed(publisher: Publisher, sent: Sequence[Outgoing], deadline: float) -> list[Outgoing]:
     """Wait for confirmations that do not come, and get an alarm meanwhile."""
     signal.setitimer(signal.ITIMER_REAL, 0.01)
-    return _await_all(publisher, sent)
+    return _await_all(publisher, sent, deadline)
 
 
 _await_all = Publisher.await_all
@@ -908,11 +909,11 @@ def test_a_time_limit_at_one_event_of_a_commit_lets_the_others_leave(
 ) -> None:
     take = Publisher.take
 
-    def limited(publisher: Publisher, draft: Outgoing) -> None:
+    def limited(publisher: Publisher, draft: Outgoing, deadline: float) -> None:
         if not taken:
             taken.append(draft)
             raise TimeLimitError
-        take(publisher, draft)
+        take(publisher, draft, deadline)
 
     taken: list[Outgoing] = []
     monkeypatch.setattr(Publisher, "take", limited)

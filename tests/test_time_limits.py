@@ -1,0 +1,161 @@
+"""A promise about time holds for the whole, and not for each answer, address or event of it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import redis
+from proxies import Proxy
+from servers import RedisServer
+
+from flask_eventbus import Bus, PublishError, writer
+from flask_eventbus.connections import OUTAGE, Connections
+from flask_eventbus.pipe import Pipe
+from flask_eventbus.receipt import publish_one
+
+pytestmark = pytest.mark.second_look
+
+Make = Callable[..., Bus]
+
+#: Seconds between two answers of the slow server: less than any single wait may take.
+PAUSE = 0.4
+
+#: Seconds more than promised that a machine which is busy may need.
+BUSY = 1.0
+
+
+@pytest.fixture
+def slow(shared_redis: RedisServer) -> Iterator[Proxy]:
+    """A server that can be made slow."""
+    proxy = Proxy(shared_redis.port)
+    yield proxy
+    proxy.close()
+
+
+@contextmanager
+def ends_within(seconds: float) -> Iterator[None]:
+    """The block takes no longer than that, and a little for a machine that is busy."""
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds + BUSY
+
+
+@pytest.fixture
+def hanging() -> Iterator[str]:
+    """Four servers that take connections and never answer."""
+    with ExitStack() as stack:
+        listening = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
+        yield ",".join(f"127.0.0.1:{each.getsockname()[1]}" for each in listening)
+
+
+def test_connecting_takes_its_time_for_all_answers_of_the_handshake(slow: Proxy) -> None:
+    slow.pause = PAUSE
+    connections = Connections(slow.url[:-1] + "5", name="tests")
+
+    with ends_within(0.6), pytest.raises(OUTAGE):
+        connections.open(timeout=0.6)
+
+
+@pytest.mark.parametrize("url", ["redis+sentinel://{}/mymaster", "redis+cluster://{}"])
+def test_connecting_takes_its_time_for_all_addresses_of_the_url(url: str, hanging: str) -> None:
+    connections = Connections(url.format(hanging), name="tests")
+
+    with ends_within(0.6), pytest.raises(OUTAGE):
+        connections.open(timeout=0.6)
+
+
+def test_a_server_that_hangs_leaves_time_for_the_next_address(
+    hanging: str, shared_redis: RedisServer
+) -> None:
+    url = f"redis+cluster://{hanging},127.0.0.1:{shared_redis.port}"
+
+    # The order is by chance.
+    for _ in range(3):
+        Connections(url, name="tests").open(timeout=3.0).disconnect()
+
+
+def test_a_pipe_that_ends_gives_all_answers_together_the_time_that_is_left(slow: Proxy) -> None:
+    pipe = Pipe(Connections(slow.url, name="tests"), timeout=2.0)
+    pipe.ask("PING")
+    slow.pause = PAUSE
+    pipe.deadline = time.monotonic() + 0.6
+
+    with ends_within(0.6), pytest.raises(redis.TimeoutError):
+        pipe.run([("PING",)] * 20)
+
+
+def test_send_is_held_for_its_timeout_though_many_answers_come_one_by_one(
+    slow: Proxy, make_bus: Make
+) -> None:
+    bus = make_bus(slow.url, prefix="time-limits", publish={"tick": "stream"}, timeout=0.6)
+    bus.signal("tick").send("test", n=0)
+    slow.pause = PAUSE
+
+    # With the lock nobody else writes: the sender has all of it in one batch.
+    with ends_within(0.6), bus.node._publisher._buffer.lock:
+        for number in range(1, 12):
+            bus.node.publish("tick", {"n": number}, confirm=False)
+
+        bus.signal("tick").send("test", n=12)
+
+    slow.pause = 0.0
+    assert bus.flush(20)
+
+
+def test_send_is_held_for_its_timeout_where_no_thread_can_be_had(
+    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=0.3)
+    monkeypatch.setattr(writer.Writer, "_start", lambda writer: None)
+    redis_server.hang()
+
+    with ends_within(0.3), pytest.raises(PublishError, match="was not published"):
+        bus.signal("tick").send("test", n=0)
+
+    redis_server.resume()
+
+
+def test_a_commit_is_held_once_for_all_of_its_events_where_there_is_no_room(
+    slow: Proxy, make_bus: Make
+) -> None:
+    bus = make_bus(
+        slow.url, prefix="time-limits", publish=["tick"], buffer_size=1, timeout=2 * PAUSE
+    )
+    bus.signal("tick").send("test", n=0)
+    assert bus.flush(10)
+    node = bus.node
+    route = node.route_for("tick")
+    drafts = [node._publisher.draft("tick", {"n": number}, route) for number in range(10)]
+    slow.pause = PAUSE
+
+    with ends_within(2 * PAUSE):
+        node._publish_drafts(drafts)
+
+
+def test_a_commit_that_waits_for_confirmations_ends_as_soon_as_redis_refuses(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=30)
+    bus.signal("tick").send("test", n=0)
+    node = bus.node
+    route = node.route_for("tick")
+    drafts = [node._publisher.draft("tick", {"n": number}, route) for number in range(3)]
+    redis_server.kill()
+
+    with ends_within(10):
+        assert node._publish_drafts(drafts) == drafts
+
+
+def test_the_command_that_publishes_waits_three_seconds_for_all_answers(
+    slow: Proxy, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_eventbus.receipt.TIMEOUT", 1.0)
+    node = make_bus(slow.url, prefix="time-limits", publish=["tick"]).node
+    slow.pause = 0.3
+
+    with ends_within(1.0), pytest.raises(PublishError, match="cannot be used"):
+        publish_one(node, "tick", {})
