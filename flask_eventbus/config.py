@@ -39,9 +39,6 @@ _NOT_YET = {
     "EVENTBUS_SIGNING_KEY_FALLBACKS": "signed events",
 }
 
-#: Settings whose text in the environment may be JSON.
-_STRUCTURED = frozenset({"publish", "subscribe", "receivers"})
-
 
 #: Names of environment variables of a Kubernetes Service whose name begins with ``eventbus``; one
 #: that could be a setting's is known by its value too.
@@ -49,6 +46,13 @@ _SERVICE_LINK = re.compile(
     r"EVENTBUS(_\w+?)??_(SERVICE_HOST|SERVICE_PORT(_\w+)?|(?P<address>PORT(_\d+_(TCP|UDP|SCTP))?)"
     r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR))"
 )
+
+
+#: How a setting that is true or false is written in the environment.
+_WORDS = {
+    **dict.fromkeys(("true", "1", "yes", "on"), True),
+    **dict.fromkeys(("false", "0", "no", "off"), False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +116,12 @@ class Config:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Config:
-        """Read environment variables; lists and mappings are written as JSON.
+        """Read environment variables as Flask does: as JSON where they are, else as text.
 
         :raises ConfigError: a key is unknown or a value is wrong.
         """
         found = {
-            key: _from_text(key, value)
-            for key, value in environ.items()
-            if key.startswith("EVENTBUS_")
+            key: _from_text(value) for key, value in environ.items() if key.startswith("EVENTBUS_")
         }
         return cls._read(found)
 
@@ -187,8 +189,17 @@ def _check_known(key: str) -> None:
         raise ConfigError(f"{key!r} is not a setting. {hint}")
 
 
-def _from_text(key: str, value: str) -> Any:
-    if key.removeprefix("EVENTBUS_").lower() not in _STRUCTURED:
+def _from_text(text: str) -> Any:
+    """Return what a text in the environment means, as ``app.config.from_prefixed_env()`` has it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _structured(key: str, value: Any) -> Any:
+    """Return lists and mappings as they are, and read a text as one of them."""
+    if not isinstance(value, str):
         return value
 
     if not value.lstrip().startswith(("[", "{", '"')):
@@ -203,13 +214,20 @@ def _from_text(key: str, value: str) -> Any:
         ) from error
 
 
+def _name(value: Any) -> Any:
+    """Return a name of digits as text, though the environment has it as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _wrong(key: str, value: object, wanted: str) -> ConfigError:
     return ConfigError(f"{key!r} is {value!r}. {wanted}")
 
 
 def _service(key: str, value: Any) -> str:
-    if isinstance(value, str) and SERVICE_NAME.fullmatch(value):
-        return value
+    name = _name(value)
+
+    if isinstance(name, str) and SERVICE_NAME.fullmatch(name):
+        return name
 
     raise _wrong(
         key,
@@ -235,8 +253,10 @@ def _url(key: str, value: Any) -> str:
 
 
 def _prefix(key: str, value: Any) -> str:
-    if isinstance(value, str) and _PREFIX.fullmatch(value):
-        return value
+    prefix = _name(value)
+
+    if isinstance(prefix, str) and _PREFIX.fullmatch(prefix):
+        return prefix
 
     raise _wrong(
         key,
@@ -249,10 +269,9 @@ def _boolean(key: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
 
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
+    # Numbers as well: the environment has 0 as one.
+    if isinstance(value, str | int) and str(value).lower() in _WORDS:
+        return _WORDS[str(value).lower()]
 
     raise _wrong(key, value, "Set it to True or False.")
 
@@ -297,8 +316,7 @@ def _on_outage(key: str, value: Any) -> str:
 
 
 def _receivers(key: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = [value]
+    value = _structured(key, value)
 
     if isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value):
         return tuple(value)
@@ -343,16 +361,12 @@ def read_whole(key: str, value: Any, least: int, most: int) -> int:
     return _whole(least, most)(key, value)
 
 
-def _as_it_is(key: str, value: Any) -> Any:
-    return value
-
-
 _READERS: dict[str, Callable[[str, Any], Any]] = {
     "service": _service,
     "url": _url,
     "prefix": _prefix,
-    "publish": _as_it_is,
-    "subscribe": _as_it_is,
+    "publish": _structured,
+    "subscribe": _structured,
     "receivers": _receivers,
     "enabled": _boolean,
     "listen": _boolean,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ def summary(sender: Any, **extra: Any) -> dict[str, Any]:
 WRONG = [
     ({"EVENTBUS_SERVICE": None}, "'EVENTBUS_SERVICE' is not set. Set it to this service's name"),
     ({"EVENTBUS_SERVICE": "my service"}, "'EVENTBUS_SERVICE' is 'my service'. A service's name"),
-    ({"EVENTBUS_SERVICE": 7}, "'EVENTBUS_SERVICE' is 7."),
+    ({"EVENTBUS_SERVICE": True}, "'EVENTBUS_SERVICE' is True."),
+    ({"EVENTBUS_SERVICE": 1.5}, "'EVENTBUS_SERVICE' is 1.5."),
     ({"EVENTBUS_URL": "localhost:6379"}, "a value without '://'.*Begin it with one of"),
     ({"EVENTBUS_URL": "http://x"}, "begins with 'http', which is not a way to reach Redis"),
     ({"EVENTBUS_PREFIX": "a{b}"}, r"'EVENTBUS_PREFIX' is 'a\{b\}'. A prefix is made of"),
     ({"EVENTBUS_ENABLED": "perhaps"}, "'EVENTBUS_ENABLED' is 'perhaps'. Set it to True or False"),
-    ({"EVENTBUS_LISTEN": 1}, "'EVENTBUS_LISTEN' is 1. Set it to True or False"),
+    ({"EVENTBUS_LISTEN": 2}, "'EVENTBUS_LISTEN' is 2. Set it to True or False"),
     ({"EVENTBUS_CONCURRENCY": 0}, "'EVENTBUS_CONCURRENCY' is 0. Set it to a whole number from 1"),
     ({"EVENTBUS_CONCURRENCY": True}, "'EVENTBUS_CONCURRENCY' is True"),
     ({"EVENTBUS_TIMEOUT": "soon"}, "'EVENTBUS_TIMEOUT' is 'soon'. Set it to a number of seconds"),
@@ -138,6 +140,67 @@ def test_flasks_prefixed_environment_works(monkeypatch: pytest.MonkeyPatch) -> N
     bus = EventBus(app)
 
     assert list(bus.node(app).routes) == ["user_registered"]
+
+
+TEXTS = [
+    ("SERVICE", "123", "123"),
+    ("SERVICE", "007", "007"),
+    ("SERVICE", '"1.50"', "1.50"),
+    ("SERVICE", "true", ConfigError),
+    ("SERVICE", "1.50", ConfigError),
+    ("SERVICE", "", ConfigError),
+    ("PREFIX", "1", "1"),
+    *[("ENABLED", text, False) for text in ("0", "off", "OFF", "no", "No", "false", "False")],
+    *[("ENABLED", text, True) for text in ("1", "on", "yes", "true", "TRUE")],
+    ("ENABLED", "", ConfigError),
+    ("ENABLED", "2", ConfigError),
+    ("LISTEN", "null", True),
+    ("PUBLISH", "", []),
+    ("PUBLISH", "[]", []),
+    ("PUBLISH", "order_paid", ["order_paid"]),
+    ("PUBLISH", "order_paid, user_*", ["order_paid", "user_*"]),
+    ("PUBLISH", '["order_paid"]', ["order_paid"]),
+    ("PUBLISH", '{"order_paid": "stream"}', {"order_paid": "stream"}),
+    ("PUBLISH", "{'order_paid': 'stream'}", ConfigError),
+    ("SUBSCRIBE", "order_paid,", ["order_paid"]),
+    ("SUBSCRIBE", "", []),
+    ("RECEIVERS", "json, csv", ("json", "csv")),
+    ("RECEIVERS", "", ()),
+    ("MAXLEN", "7d", Age(7 * 86_400)),
+    ("MAXLEN", "1000", 1_000),
+    ("MAXLEN", "1e5", ConfigError),
+    ("TIMEOUT", "0.5", 0.5),
+    ("TIMEOUT", "NaN", ConfigError),
+    ("CONCURRENCY", "4", 4),
+    ("CONCURRENCY", "true", ConfigError),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "value"), TEXTS)
+def test_flask_and_from_env_read_a_text_alike(
+    name: str, text: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = f"EVENTBUS_{name}"
+    environ = {"EVENTBUS_SERVICE": "accounts", key: text}
+
+    for other, given in environ.items():
+        monkeypatch.setenv(f"FLASK_{other}", given)
+
+    app = flask.Flask(__name__)
+    app.config.from_prefixed_env()
+
+    assert value_of(name, environ) == value
+    assert value_of(name, app.config) == value
+
+
+def value_of(name: str, found: Mapping[str, Any]) -> Any:
+    """What a setting is read as, from a Flask config or an environment; the error's class else."""
+    read = Config.from_mapping if isinstance(found, flask.Config) else Config.from_environ
+
+    try:
+        return getattr(read(found), name.lower())
+    except ConfigError as error:
+        return ConfigError if f"EVENTBUS_{name}" in str(error) else error
 
 
 def test_a_bus_takes_settings_in_lower_case_and_names_a_misspelt_one() -> None:
