@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from flask_eventbus import (
     settler,
 )
 from flask_eventbus.codec import Codec
+from flask_eventbus.dead_limit import DeadLimit
 from flask_eventbus.group import Group
 from flask_eventbus.pipe import Command, Pipe
 from flask_eventbus.records import DeadLetter, RetryRecord
@@ -524,3 +526,39 @@ def test_what_a_worker_gives_up_is_not_given_up_by_another_as_well(
         return bool(score > time.time() * 1000)
 
     wait_until(is_kept, what="it is this worker's")
+
+
+@pytest.mark.parametrize("lost", ["XTRIM", "INCRBY"])
+def test_dead_letters_are_trimmed_and_counted_after_an_outage_in_the_middle(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    for _ in range(250):
+        store.give_up("tick")
+
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, dead_maxlen=100)
+    pipe = Pipe(bus.node.connections, timeout=5)
+    run, outages = pipe.run, [redis.ConnectionError("away")]
+
+    def run_or_fail(commands: Sequence[Command]) -> list[Any]:
+        if outages and commands[0][0] == lost:
+            raise outages.pop()
+
+        return run(commands)
+
+    monkeypatch.setattr(pipe, "run", run_or_fail)
+    limit = DeadLimit(
+        pipe,
+        config=bus.node.config,
+        keys=store.keys,
+        counters=bus.node.counters,
+        turn=nullcontext(),
+    )
+    limit.note("tick")
+    limit.enforce()
+    limit.enforce()
+    pipe.close()
+
+    assert outages == []
+    left = len(store.dead("tick"))
+    assert left < 250
+    assert int(store.client.get(store.keys.dead_dropped("tick", "mailer"))) == 250 - left
