@@ -67,7 +67,7 @@ class Bridges:
         elif is_pattern(name):
             self._connect_pattern()
         else:
-            self._bridge(self._declarations.signal(name), name, route)
+            self._bridge(self._declarations.make(name), name, route)
 
     def route_for(self, name: str) -> Route | None:
         """The route called ``name``, else the first pattern for it."""

@@ -88,16 +88,23 @@ class Declarations:
 
         :raises ConfigError: the name cannot be part of a Redis key.
         """
+        if isinstance(self.namespace, BusNamespace):
+            return self.namespace.signal(name, doc)
+
+        return self.make(name, doc)
+
+    def make(self, name: str, doc: str | None = None) -> NamedSignal:
+        """Return the signal called ``name``, on behalf of a route or a receiver."""
+        if isinstance(self.namespace, BusNamespace):
+            return self.namespace.make(name, doc)
+
         with self.lock:
             if name in self.namespace:
                 return self.namespace[name]
 
             check_signal_name(name, "signal()")
             signal = self.namespace.signal(name, doc)
-
-            if not isinstance(self.namespace, BusNamespace):
-                self._born(signal)
-
+            self._born(signal)
             return signal
 
     def on(
@@ -310,7 +317,7 @@ class Declarations:
             known = list(self.namespace.values())
             signals = [signal for signal in known if matches(name, signal.name)]
         else:
-            signals = [self.signal(name)]
+            signals = [self.make(name)]
 
         for signal in signals:
             _connect(signal, receiver, senders)

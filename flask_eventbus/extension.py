@@ -18,8 +18,12 @@ from .declarations import Declarations
 from .errors import ConfigError
 from .health import Health
 from .loading import load_receivers
+from .logs import get_logger
 from .node import FLUSH_AT_EXIT, Node
+from .overview import Overview, stranger_text
 from .serving import call_when_serving
+
+logger = get_logger(__name__)
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -63,6 +67,9 @@ class EventBus(Declarations):
             del app.extensions["eventbus"]
             self._apps.discard(app)
             raise
+
+        if node.routes:
+            app.before_request(_Strangers(node).report_once)
 
         if node.config.listen:
             call_when_serving(app, node.start)
@@ -184,6 +191,26 @@ class EventBus(Declarations):
             return _real(current_app)
 
         return None
+
+
+class _Strangers:
+    """Warns at an app's first request of signals that look published and are not."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = weakref.ref(node)
+        self._is_done = False
+
+    def report_once(self) -> None:
+        """Log a warning for each, once. By the first request all modules are imported."""
+        node = self._node()
+
+        if self._is_done or node is None:
+            return
+
+        self._is_done = True
+
+        for name, path in Overview(node).strangers():
+            logger.warning("%s %s", *stranger_text(name, path))
 
 
 def _real(app: Any) -> Flask:

@@ -195,6 +195,8 @@ class BusNamespace(Namespace):
         #: Held while a signal is made and told of, so that there is one of each name.
         self.lock = threading.RLock()
         self._watchers: list[WeakMethod[Callable[[NamedSignal], None]]] = []
+        #: The names of signals that the program asked for, in order to send them.
+        self.asked: set[str] = set()
 
     def watch(self, watcher: Callable[[NamedSignal], None]) -> None:
         """Call ``watcher``, a method, with each new signal as long as its object lives."""
@@ -205,6 +207,12 @@ class BusNamespace(Namespace):
 
         :raises ConfigError: the name cannot be part of a Redis key.
         """
+        signal = self.make(name, doc)
+        self.asked.add(name)
+        return signal
+
+    def make(self, name: str, doc: str | None = None) -> NamedSignal:
+        """Return the signal called ``name``, on behalf of a route or a receiver."""
         with self.lock:
             if name in self:
                 return self[name]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from blinker import NamedSignal, Signal
 
 from .config import Age
 from .dispatcher import name_of
-from .namespace import Outbound, Receiver
+from .namespace import BusNamespace, Outbound, Receiver, SendingSignal
 from .node import Node
 from .options import is_pattern, matches
 from .retries import allowed
@@ -77,6 +78,21 @@ class Overview:
     def covered_by(self, route: Route) -> list[str]:
         """The bus's own signals that a route carries."""
         return [signal.name for signal in self.signals if route.covers(signal.name)]
+
+    def strangers(self) -> Iterator[tuple[str, str]]:
+        """Yield the routes whose signal no code asked for, with the path of another of its name.
+
+        Whoever sends the other one publishes nothing.
+        """
+        namespace = self._declarations.namespace
+
+        if not isinstance(namespace, BusNamespace):
+            return
+
+        routes = [each for each in self.routes if each.signal is None and not is_pattern(each.name)]
+        names = {route.name for route in routes} - namespace.asked
+
+        yield from sorted(_signals_in_modules(names).items())
 
     def published_names(self, *, via: str) -> list[str]:
         """The names on the wire that this program publishes one way, patterns resolved."""
@@ -186,6 +202,36 @@ class Overview:
             "retries": self.retries_of(subscription, found.receiver),
             "timeout": self.timeout_of(subscription, found.receiver),
         }
+
+
+def _signals_in_modules(names: Collection[str]) -> dict[str, str]:
+    """The import paths of blinker's signals of these names that are on the top level of modules."""
+    found: dict[str, str] = {}
+
+    if not names:
+        return found
+
+    for module_name, module in list(sys.modules.items()):
+        for attribute, value in list(getattr(module, "__dict__", {}).items()):
+            # Its type, since a proxy may do anything when it is asked for its class.
+            kind = type(value)
+            is_signal = issubclass(kind, NamedSignal) and not issubclass(kind, SendingSignal)
+
+            if is_signal and value.name in names:
+                found.setdefault(value.name, f"{module_name}:{attribute}")
+
+    return found
+
+
+def stranger_text(name: str, path: str) -> tuple[str, str]:
+    """What is wrong with a route whose signal no code asked for, and what to do."""
+    return (
+        f"The route {name!r} publishes the bus's own signal, which no code has asked for with "
+        f"bus.signal({name!r}). {path} is another signal of that name: what it sends is not "
+        "published.",
+        f"Give the route {{'signal': {path!r}}}, or the bus the namespace of your signals: "
+        "EventBus(namespace=...).",
+    )
 
 
 def connected_to(signal: Signal) -> list[Connected]:

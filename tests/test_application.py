@@ -9,6 +9,7 @@ import functools
 import gc
 import inspect
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from flask_eventbus.application import AppSignals
 from flask_eventbus.codec import Codec
 from flask_eventbus.event import Event, handling
 from flask_eventbus.namespace import BusSignal
+from flask_eventbus.program_checks import check_program
 from flask_eventbus.testing import Isolation
 
 
@@ -603,6 +605,55 @@ def test_a_bridge_does_not_take_the_place_of_the_programs_own_exception(
     [record] = [each for each in caplog.records if "was not published" in each.getMessage()]
     assert "'failures' was sent while BrokenError was on its way" in record.getMessage()
     assert reason in record.getMessage()
+
+
+@pytest.fixture
+def signals_of_a_module(monkeypatch: pytest.MonkeyPatch) -> blinker.Namespace:
+    """The namespace of an app's own signals, one of which is on the top level of a module."""
+    namespace = blinker.Namespace()
+    module = ModuleType("shop_of_a_test")
+    vars(module)["order_shipped"] = namespace.signal("order_shipped")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return namespace
+
+
+def test_a_signal_of_the_apps_own_that_is_not_published_is_told(
+    signals_of_a_module: blinker.Namespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = EventBus()
+    app = make_app(bus, EVENTBUS_PUBLISH={"order_shipped": "stream"})
+    told = "no code has asked for with bus.signal('order_shipped'). shop_of_a_test:order_shipped"
+
+    for _ in range(2):
+        app.test_client().get("/")
+
+    [finding] = [found for found in check_program(bus.node(app)) if found.level == "error"]
+    assert told in finding.text
+    assert "{'signal': 'shop_of_a_test:order_shipped'}" in finding.remedy
+    assert "EventBus(namespace=...)" in finding.remedy
+    assert caplog.text.count(told) == 1
+
+
+@pytest.mark.parametrize("remedy", ["signal", "namespace", "path", "publishes"])
+def test_a_signal_of_the_apps_own_is_published_by_each_remedy(
+    signals_of_a_module: blinker.Namespace, caplog: pytest.LogCaptureFixture, remedy: str
+) -> None:
+    bus = EventBus(namespace=signals_of_a_module if remedy == "namespace" else None)
+    route = {"signal": "shop_of_a_test:order_shipped"} if remedy == "path" else "channel"
+    app = make_app(bus, EVENTBUS_PUBLISH={"order_shipped": route})
+    signal: blinker.Signal = signals_of_a_module.signal("order_shipped")
+    if remedy == "signal":
+        signal = bus.signal("order_shipped")
+    elif remedy == "publishes":
+        signal = bus.publishes("order_shipped")
+
+    app.test_client().get("/")
+    signal.send(app, number=1)
+
+    assert bus.flush(5, app=app)
+    assert bus.health(app).counts["published"] == 1
+    assert [found for found in check_program(bus.node(app)) if found.level == "error"] == []
+    assert "no code has asked" not in caplog.text
 
 
 def test_settings_are_read_once() -> None:
