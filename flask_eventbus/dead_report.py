@@ -16,7 +16,7 @@ from .dead_letters import Letter
 from .dead_retry import Retrial
 from .entry_ids import entry_id
 from .places import clock, iso
-from .rendering import printable
+from .rendering import plain, printable
 from .tables import counted, span
 
 #: What the reasons mean.
@@ -97,7 +97,8 @@ def as_json(letter: Letter, service: str) -> str:
             "traceback": content.traceback,
             "payload": _payload(content.payload),
             "fields": _encoded(content.fields),
-        }
+        },
+        allow_nan=False,
     )
 
 
@@ -171,7 +172,8 @@ def _entry(text: str) -> str:
 
 def _payload(text: str) -> object:
     try:
-        return json.loads(text)
+        # Numbers past JSON's, which others and older versions write, become text.
+        return plain(json.loads(text, parse_constant=lambda name: str(float(name))))
     except (ValueError, RecursionError):
         # Cut, or written by somebody else.
         return text or None

@@ -51,7 +51,8 @@ def as_json(event: Event, entry: str | None = None) -> str:
         "entry": entry,
     }
     return json.dumps(
-        {name: plain(value) for name, value in attributes.items() if value is not None}
+        {name: plain(value) for name, value in attributes.items() if value is not None},
+        allow_nan=False,
     )
 
 

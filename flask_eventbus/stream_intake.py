@@ -17,6 +17,7 @@ from .group import Entry
 from .lifecycle import tell
 from .logs import get_logger
 from .records import MOST_ERROR, DeadLetter
+from .rendering import plain
 from .signals import event_rejected
 from .subscriptions import Subscription
 
@@ -158,5 +159,6 @@ class StreamIntake:
 
 
 def readable(event: Event) -> str:
-    """A payload as JSON, as far as it has words for it, bounded."""
-    return json.dumps(dict(opened(event).payload), default=str, ensure_ascii=False)[:MOST_PAYLOAD]
+    """Return a payload as JSON, as ``tail --json`` shows it, cut to :data:`MOST_PAYLOAD`."""
+    payload = plain(dict(opened(event).payload))
+    return json.dumps(payload, ensure_ascii=False, allow_nan=False)[:MOST_PAYLOAD]

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -23,7 +25,9 @@ from flask_eventbus.config import Config
 from flask_eventbus.dead_letters import Choice, DeadLetters, Letter
 from flask_eventbus.dead_retry import Retrials
 from flask_eventbus.records import RetryRecord
+from flask_eventbus.rendering import as_json
 from flask_eventbus.stream_access import StreamAccess
+from flask_eventbus.stream_intake import readable
 
 HOUR = 3_600_000
 
@@ -138,6 +142,52 @@ def test_the_options_choose(store: StreamStore, words: list[str], chosen: str) -
     found = ids_of(store.run("dead", "list", "--json", *words))
 
     assert "".join(sorted(known[each] for each in found)) == chosen
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def test_a_payload_is_the_same_valid_json_in_dead_list_dead_show_and_tail(
+    store: StreamStore,
+) -> None:
+    values: dict[str, Any] = {
+        "number": float("nan"),
+        "most": float("-inf"),
+        "members": {1, 2},
+        "body": b"\xff",
+        "moment": datetime(2026, 1, 2, 3, 4),
+        "price": Decimal("1.10"),
+        "nested": [{"inner": frozenset({b"a"})}],
+    }
+    event = store.event("tick", **values)
+    text = readable(event)
+    store.give_up("tick", payload=text)
+
+    tailed = json.loads(as_json(event), parse_constant=_refuse)["data"]
+    listed = json.loads(store.run("dead", "list", "--json").output, parse_constant=_refuse)
+
+    assert tailed == {
+        "number": "nan",
+        "most": "-inf",
+        "members": [1, 2],
+        "body": "/w==",
+        "moment": "2026-01-02T03:04:00",
+        "price": "1.10",
+        "nested": [{"inner": ["YQ=="]}],
+    }
+    assert listed["payload"] == tailed
+    assert text in store.run("dead", "show", "--all").output
+
+
+def test_a_number_that_json_lacks_in_a_dead_letter_of_an_older_version_is_text(
+    store: StreamStore,
+) -> None:
+    store.give_up("tick", payload='{"a": NaN, "b": -Infinity, "c": 1e999}')
+
+    listed = json.loads(store.run("dead", "list", "--json").output, parse_constant=_refuse)
+
+    assert listed["payload"] == {"a": "nan", "b": "-inf", "c": "inf"}
 
 
 def test_an_id_is_that_of_a_dead_letter_or_of_an_event(store: StreamStore) -> None:
