@@ -326,3 +326,16 @@ def all_handled(client: Any, key: str, count: int) -> bool:
 def points(database: Path) -> list[tuple[int, int]]:
     with closing(sqlite3.connect(database)) as connection:
         return connection.execute("SELECT * FROM account ORDER BY customer_id").fetchall()
+
+
+def test_the_page_on_existing_signals_publishes_its_signal() -> None:
+    text = (ROOT / "docs" / "existing-signals.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    program: dict[str, Any] = {"__name__": __name__}
+
+    exec(code, program)  # noqa: S102 - the page's own code
+
+    bus = program["bus"]
+    assert bus.flush(5)
+    assert bus.health().counts["published"] == 1
+    bus.stop()
