@@ -185,6 +185,13 @@ def why_not(letter: Letter) -> str:
     content = letter.content
 
     if b"event" not in content.fields:
+        if b"event.sha256" in content.fields:
+            return (
+                "its entry is larger than EVENTBUS_MAX_EVENT_BYTES, so only a sample was kept. "
+                "Raise that setting and replay the entry while the stream has it: "
+                f"flask eventbus replay {letter.name} --from {content.entry} --to {content.entry}"
+            )
+
         return "it has no event. Drop it."
 
     if content.event_id and not content.receiver and content.entry:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Container
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from .codec import Codec
 from .config import Config
@@ -25,6 +27,9 @@ logger = get_logger(__name__)
 
 #: Bytes of an entry that are logged where it is no event.
 SAMPLE = 64
+
+#: Fields of an entry that is too large of which a dead letter keeps samples.
+MOST_FIELDS = 8
 
 #: Characters of a payload that are kept in a dead letter for a person to read.
 MOST_PAYLOAD = 4_000
@@ -151,11 +156,29 @@ class StreamIntake:
         return DeadLetter(
             reason="undecodable",
             entry=entry.id,
-            fields=dict(entry.fields or {}),
+            fields=self._kept(entry),
             error=f"{error.reason}: {error}"[:MOST_ERROR],
             first=now,
             last=now,
         )
+
+    def _kept(self, entry: Entry) -> dict[bytes, bytes]:
+        """Return what a dead letter keeps of an entry: of one above the limit, no field whole.
+
+        Its worker and Redis would hold a body of any size once more, for as long as it lies there.
+        """
+        if entry.size <= self._config.max_event_bytes:
+            return dict(entry.fields or {})
+
+        kept: dict[bytes, bytes] = {}
+
+        for name, value in itertools.islice((entry.fields or {}).items(), MOST_FIELDS):
+            mark = name[:SAMPLE]
+            kept[mark + b".sample"] = value[:SAMPLE]
+            kept[mark + b".length"] = b"%d" % len(value)
+            kept[mark + b".sha256"] = sha256(value).hexdigest().encode()
+
+        return kept
 
 
 def readable(event: Event) -> str:
