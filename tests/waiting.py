@@ -9,10 +9,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], *, timeout: float = 10.0, what: str = "") -> T:
+def wait_until(condition: Callable[[], T], *, timeout: float = 30.0, what: str = "") -> T:
     """Return the condition's value as soon as it is true.
 
-    :param timeout: how long to wait, in seconds.
+    :param timeout: how long to wait, in seconds; enough for a machine with much else to do.
     :param what: what is awaited, for the failure: "the server is gone".
     """
     deadline = time.monotonic() + timeout
