@@ -150,7 +150,7 @@ class Codec:
         :raises DecodeError: as :meth:`decode` does.
         """
         event = self.decode(body, via=via)
-        size = memory_of(event.payload)  # type: ignore[arg-type]  # decode() makes dicts
+        size = memory_of(event.payload, packed=len(body))  # type: ignore[arg-type]  # decode() makes dicts
 
         if size > MOST_WAITING:
             packed = PackedPayload(partial(self._payload, body))

@@ -284,11 +284,25 @@ def _check_key(key: Any) -> None:
         raise UnfitError(f"A key is of type {type(key).__name__}, not text.")
 
 
-def memory_of(payload: dict[str, Any]) -> int:
+#: An event of at most so many bytes is not measured value by value where its payload is flat.
+SMALL = 1024
+
+#: Bytes of memory that a key and its value take in a dict, without the characters of their texts;
+#: and the most that a byte of packed text takes: four, where one character needs them.
+ITEM_MEMORY = 200
+MOST_TEXT_MEMORY = 4
+
+
+def memory_of(payload: dict[str, Any], *, packed: int) -> int:
     """Return the bytes of memory that a payload takes, about.
 
     Of a value of a registered type it counts the object, and not what that refers to.
+
+    :param packed: the bytes of the event that it came in.
     """
+    if packed <= SMALL and _SCALARS.issuperset(map(type, payload.values())):
+        return len(payload) * ITEM_MEMORY + packed * MOST_TEXT_MEMORY
+
     total = 0
     containers: list[Any] = [payload]
 
