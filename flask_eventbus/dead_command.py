@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import click
@@ -199,6 +200,7 @@ _yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
     \b
       flask eventbus dead list
       flask eventbus dead list --reason rejected --newer-than 1d
+      flask eventbus dead list --limit 20
       flask eventbus dead list --json | jq -r .error | sort | uniq -c
 
     Exit codes: 0, also when there is none; 1 if Redis cannot be asked; 2 for a mistake in
@@ -206,18 +208,28 @@ _yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 )
 @_ids_argument
 @_choosing
+@click.option(
+    "--limit", type=click.IntRange(1), metavar="N", help="Read and show the first N only."
+)
 @click.option("--json", "in_json", is_flag=True, help="One JSON object per line, in full.")
 @pass_program
-def list_(program: Program, /, ids: tuple[str, ...], in_json: bool, **options: Any) -> None:
+def list_(
+    program: Program,
+    /,
+    ids: tuple[str, ...],
+    limit: int | None,
+    in_json: bool,
+    **options: Any,
+) -> None:
     """List dead letters, the oldest of each signal first.
 
     ID is that of a dead letter, or of an event.
     """
     with _desk(program) as desk:
         letters = desk.letters.find(_choice(ids=ids, **options))
-        in_full = (as_json(letter, desk.service) for letter in letters)
+        in_full = (as_json(letter, desk.service) for letter in islice(letters, limit))
 
-        for line in in_full if in_json else list_report(letters, desk.service):
+        for line in in_full if in_json else list_report(letters, desk.service, limit):
             click.echo(line)
 
 

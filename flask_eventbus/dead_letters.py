@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from .entry_ids import MOST, EntryId, id_text
+from .entry_ids import MOST, EntryId, entry_id, id_text, is_entry_id
 from .options import is_pattern, matches
 from .records import DeadLetter
-from .stream_access import PAGE, StreamAccess
+from .stream_access import PAGE, StreamAccess, as_mapping
 
 #: Digits that are read of a number of attempts: somebody may have edited it.
 _DIGITS = 9
@@ -29,6 +29,10 @@ class Letter:
     def shown(self) -> str:
         """What it is called where there are several: its id, its signal, and its receiver."""
         return " ".join(part for part in (self.id, self.name, self.content.receiver) if part)
+
+    def is_in(self, bounds: tuple[EntryId, EntryId]) -> bool:
+        """Return True if its id is not before the first nor after the last one."""
+        return bounds[0] <= entry_id(self.id) <= bounds[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +91,19 @@ class DeadLetters:
     def find(self, choice: Choice) -> Iterator[Letter]:
         """Those that are meant, signal by signal, the oldest first.
 
+        Dead letters that are named by their own ids are read one by one; all others are read in
+        pages and looked through.
+
         :raises click.ClickException: Redis cannot be asked.
         """
         names = choice.names(self._access.names())
+        named = self._named(names, choice.ids)
+
+        if choice.ids and {letter.id for letter in named}.issuperset(choice.ids):
+            bounds = choice.bounds(self._access.now())
+            yield from (letter for letter in named if choice.fits(letter) and letter.is_in(bounds))
+            return
+
         counts = self._access.run([("XLEN", self.key(name)) for name in names])
         first, last = choice.bounds(self._access.now())
 
@@ -128,6 +142,24 @@ class DeadLetters:
     def key(self, name: str) -> str:
         """Where the dead letters of a signal are."""
         return self._access.keys.dead(name, self._service)
+
+    def _named(self, names: Sequence[str], ids: Iterable[str]) -> list[Letter]:
+        """Return the dead letters with these ids of their own, signal by signal."""
+        found = {id_text(entry_id(id)) for id in ids if is_entry_id(id)}
+        wanted = [(name, id) for name in names for id in sorted(found, key=entry_id)]
+        letters: list[Letter] = []
+
+        for start in range(0, len(wanted), PAGE):
+            page = wanted[start : start + PAGE]
+            answers = self._access.run([("XRANGE", self.key(name), id, id) for name, id in page])
+
+            for (name, id), entries in zip(page, answers, strict=True):
+                letters += [
+                    Letter(name=name, id=id, content=read_letter(as_mapping(fields)))
+                    for _, fields in entries or []
+                ]
+
+        return letters
 
     def _all(self, name: str, first: EntryId, last: EntryId) -> Iterator[Letter]:
         for found, fields in self._access.entries(self.key(name), first, last):

@@ -34,12 +34,18 @@ def nothing(service: str) -> str:
     return f"{service!r} has no such dead letters."
 
 
-def list_report(letters: Iterable[Letter], service: str) -> Iterator[str]:
-    """The lines of `dead list`: two for each, and how many they are."""
+def list_report(letters: Iterable[Letter], service: str, limit: int | None = None) -> Iterator[str]:
+    """The lines of `dead list`: two for each, and how many they are.
+
+    :param limit: how many are shown at most; the last line says so if there are more.
+    """
     counts = itertools.count()
 
     for letter in letters:
-        next(counts)
+        if next(counts) == limit:
+            yield f"The first {counted(limit, 'dead letter')}; there are more."
+            return
+
         yield click.style(_where(letter), bold=True)
         yield _fitted(f"  {printable(letter.content.reason)}: {printable(letter.content.error)}")
 

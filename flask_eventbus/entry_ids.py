@@ -34,6 +34,14 @@ def entry_id(text: str | bytes) -> EntryId:
     return numbers
 
 
+def is_entry_id(text: str) -> bool:
+    """Return True if a text is an entry's id with both numbers, as Redis writes it."""
+    try:
+        return id_text(entry_id(text)) == text
+    except ValueError:
+        return False
+
+
 def id_text(found: EntryId) -> str:
     """Return an id as Redis writes it."""
     return f"{found[0]}-{found[1]}"

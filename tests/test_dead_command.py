@@ -218,6 +218,52 @@ def test_many_are_read_page_by_page(store: StreamStore) -> None:
     assert store.run("dead", "list").output.endswith("\n250 dead letters.\n")
 
 
+def test_the_first_ones_are_shown_without_reading_the_others(store: StreamStore) -> None:
+    written = [store.give_up("user_registered", id=f"{n}-0")[0] for n in range(1, 301)]
+
+    with commands_of(store) as asked:
+        listed = store.run("dead", "list", "--limit", "20")
+        assert ids_of(store.run("dead", "list", "--limit", "20", "--json")) == written[:20]
+
+    assert listed.output.count("user_registered") == 20
+    assert listed.output.endswith("\nThe first 20 dead letters; there are more.\n")
+    assert asked("XRANGE") == 2
+    assert store.run("dead", "list", "--limit", "300").output.endswith("\n300 dead letters.\n")
+
+
+@pytest.mark.parametrize("words", [("list", "--json"), ("show",), ("drop", "--yes")])
+def test_one_that_is_named_by_its_id_is_read_alone(
+    store: StreamStore, words: tuple[str, ...]
+) -> None:
+    for n in range(1, 301):
+        store.give_up("user_registered", id=f"{n}-0")
+
+    with commands_of(store) as asked:
+        result = store.run("dead", *words, "250-0")
+
+    assert result.exit_code == 0, result.output
+    assert asked("XRANGE") == 1
+
+
+def test_the_age_counts_for_one_that_is_named_too(store: StreamStore) -> None:
+    old, _ = store.give_up("user_registered", id=ago(3 * HOUR))
+
+    assert ids_of(store.run("dead", "list", "--json", "--newer-than", "4h", old)) == [old]
+    assert ids_of(store.run("dead", "list", "--json", "--newer-than", "2h", old)) == []
+
+
+@contextmanager
+def commands_of(store: StreamStore) -> Iterator[Callable[[str], int]]:
+    """Count how often a command is called meanwhile: by what Redis counts."""
+
+    def calls(command: str) -> int:
+        found = store.client.info("commandstats").get(f"cmdstat_{command.lower()}", {})
+        return int(found.get("calls", 0))
+
+    before = {"XRANGE": calls("XRANGE")}
+    yield lambda command: calls(command) - before[command]
+
+
 def test_with_an_app_they_are_those_of_its_service(store: StreamStore) -> None:
     app = Flask("mailer")
     app.config.update(
