@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from blinker import ANY, NamedSignal
 
@@ -12,7 +12,12 @@ from .declarations import Declarations
 from .dispatcher import name_of
 from .errors import ConfigError
 
+if TYPE_CHECKING:
+    from flask import Flask
+
 F = TypeVar("F", bound=Callable[..., Any])
+#: The receivers that were called, and what each returned.
+Results = list[tuple[Callable[..., Any], Any]]
 
 _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
 
@@ -35,10 +40,13 @@ class AppSignal:
         return self.signal.name
 
     @overload
-    def __call__(self, receiver: F, /) -> F: ...
+    def __call__(self, sender: Flask, /, *args: Any, **payload: Any) -> Results: ...
 
     @overload
-    def __call__(self, sender: Any, /, *args: Any, **payload: Any) -> Any: ...
+    def __call__(self, receiver: F, /) -> F: ...  # type: ignore[overload-overlap]  # any callable
+
+    @overload
+    def __call__(self, sender: object, /, *args: Any, **payload: Any) -> Results: ...
 
     def __call__(self, subject: Any, /, *args: Any, **payload: Any) -> Any:
         """Declare with a plain function, or send from ``subject``.
@@ -50,9 +58,7 @@ class AppSignal:
 
         return self.send(subject, *args, **payload)
 
-    def send(
-        self, sender: Any = None, /, *args: Any, **payload: Any
-    ) -> list[tuple[Callable[..., Any], Any]]:
+    def send(self, sender: Any = None, /, *args: Any, **payload: Any) -> Results:
         """Send; positional values take the names of the declared parameters, in order.
 
         :return: blinker's list of receivers and what they returned.
@@ -143,7 +149,7 @@ class AppSignals:
         self._declarations = declarations
 
     @overload
-    def __call__(self, name: str, /) -> AppSignal: ...
+    def __call__(self, signal: str | NamedSignal, /) -> AppSignal: ...
 
     @overload
     def __call__(self, receiver: F, /) -> F: ...

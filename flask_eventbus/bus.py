@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from blinker import Namespace
 
@@ -17,6 +17,7 @@ from .health import Health
 from .loading import load_receivers
 from .node import FLUSH_AT_EXIT, Node
 from .running import run_until_signal
+from .typing import Settings
 
 
 class Bus(Declarations):
@@ -45,9 +46,9 @@ class Bus(Declarations):
         *,
         service: str | None = None,
         namespace: Namespace | None = None,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
-        values = {"url": url, "service": service, **settings}
+        values: dict[str, Any] = {"url": url, "service": service, **settings}
         config = Config.from_mapping({f"EVENTBUS_{k.upper()}": v for k, v in values.items()})
         self._set_up(config, namespace)
 

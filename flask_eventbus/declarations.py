@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from blinker import ANY, NamedSignal, Namespace, Signal
 
@@ -18,8 +18,9 @@ from .codec import Codec
 from .errors import ConfigError
 from .namespace import BusNamespace, BusSignal, Outbound, Receiver, adopt, check_signal_name
 from .options import is_pattern, matches
-from .routes import Extractor, Route, read_route
+from .routes import Route, read_route
 from .subscriptions import Subscription, read_subscription, unite
+from .typing import Extractor, Via
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -113,9 +114,9 @@ class Declarations:
         *,
         from_: str | Iterable[str] | None = None,
         echo: bool = False,
-        via: str | None = None,
+        via: Via | None = None,
         start: str | datetime | None = None,
-        group: bool | None = True,
+        group: Literal[True] | None = True,
         retries: int | None = None,
         timeout: float | None = None,
     ) -> Callable[[F], F]:
@@ -160,7 +161,7 @@ class Declarations:
         signal: str | Signal,
         *,
         as_: str | None = None,
-        via: str = "channel",
+        via: Via = "channel",
         payload: Extractor | str | None = None,
         confirm: bool | None = None,
         after_commit: bool = False,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
+from .typing import Via
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
@@ -24,7 +26,7 @@ class Event:
     #: The keyword arguments the receivers get (``data`` on the wire).
     payload: Mapping[str, Any]
     #: How it came: ``"channel"`` or ``"stream"``.
-    via: str = "channel"
+    via: Via = "channel"
     #: The running number of the publisher's events of this name; channels only.
     seq: int | None = None
     #: The id of the first event of the chain that led to this one.

@@ -45,6 +45,14 @@ class EventBus(Declarations):
         if app is not None:
             self.init_app(app)
 
+    @property
+    def app_signal(self) -> AppSignals:
+        """What ``app.signal`` is, for code that a type checker reads: Flask has no such attribute.
+
+        ``bus.app_signal("user_registered")`` is the signal; ``@bus.app_signal`` declares one.
+        """
+        return AppSignals(self)
+
     def init_app(self, app: Flask) -> None:
         """Read the app's configuration and give it ``app.signal``; nothing connects yet.
 
@@ -57,7 +65,7 @@ class EventBus(Declarations):
 
         node = self._node(app)
         app.extensions["eventbus"] = node
-        app.signal = AppSignals(self)  # type: ignore[attr-defined]  # an app has no such face
+        app.signal = self.app_signal  # type: ignore[attr-defined]  # an app has no such face
         self._apps.add(app)
 
         try:

@@ -6,19 +6,20 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 from blinker import NamedSignal, Signal
 
 from .config import did_you_mean
 from .errors import ConfigError
 from .namespace import check_signal_name
+from .typing import Via
 
 T = TypeVar("T")
 
 _PATTERN = re.compile(r"[\w./*?-]{1,128}")
 
-_VIAS = ("channel", "stream")
+_VIAS = get_args(Via)
 
 
 def is_pattern(name: str) -> bool:
@@ -97,9 +98,9 @@ def _check_option(option: Any, known: tuple[str, ...], where: str) -> None:
     raise ConfigError(f"{where} has no option {option!r}. {did_you_mean(str(option), known)}")
 
 
-def read_via(via: Any, where: str) -> str | None:
+def read_via(via: Any, where: str) -> Via | None:
     if via is None or via in _VIAS:
-        return via  # type: ignore[no-any-return]  # one of the two words
+        return cast(Via | None, via)
 
     raise ConfigError(
         f"{where} asks for via {via!r}. Use 'channel' (whoever listens now hears the event) or "

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum, auto
+from typing import cast
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -18,6 +19,7 @@ from .exchange import Exchange
 from .logs import get_logger
 from .outbox import Batch, Entry, Outbox
 from .turn import BATCH_BYTES
+from .typing import Via
 from .way import NoWritesError, TooFewReplicasError, Way
 from .writer import LISTENERS_RETURN
 
@@ -99,7 +101,7 @@ class Relay:
         self,
         outbox: Outbox,
         exchange: Exchange,
-        way: Callable[[str, str], Way],
+        way: Callable[[str, Via], Way],
         *,
         batch: int,
     ) -> None:
@@ -196,7 +198,10 @@ class Relay:
         for entries in _portions(self._publishable(batch.entries)):
             try:
                 errors = self._exchange.publish(
-                    [(self._way(entry.name, entry.via), entry.event) for entry in entries]
+                    [
+                        (self._way(entry.name, cast(Via, entry.via)), entry.event)
+                        for entry in entries
+                    ]
                 )
             except OUTAGE as error:
                 return error

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from .outbox import Outbox
     from .relay import Relay
-    from .way import Way
+    from .typing import Via
+from .way import Way
 
 logger = get_logger(__name__)
 
@@ -231,11 +232,11 @@ def _relay(node: Node, outbox: Outbox, batch: int) -> Iterator[Relay]:
         exchange.close()
 
 
-def _ways(node: Node) -> Callable[[str, str], Way]:
+def _ways(node: Node) -> Callable[[str, Via], Way]:
     """How events travel: as their route says, if it has not changed since they were stored."""
     ways = Ways(node.config)
 
-    def way(name: str, via: str) -> Way:
+    def way(name: str, via: Via) -> Way:
         route = node.route_for(name)
         return ways.way(name, route if route.via == via else Route(name=name, via=via))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -24,17 +24,11 @@ from .options import (
     read_via,
     shown,
 )
-
-#: What makes plain values of a live emission: called as a receiver is. ``None`` from it
-#: means that this emission is not published.
-Extractor = Callable[..., Mapping[str, Any] | None]
+from .typing import Extractor, PublishOptions, Via
 
 _IMPORT_PATH = re.compile(r"[\w.]+:[\w.]+")
 
-_ROUTE_OPTIONS = (
-    *("via", "signal", "payload", "confirm", "after_commit", "outbox"),
-    *("key", "maxlen", "replicas"),
-)
+_ROUTE_OPTIONS = tuple(PublishOptions.__annotations__)
 
 #: Options that make no sense on a channel.
 _STREAM_ONLY = ("key", "maxlen", "replicas")
@@ -46,7 +40,7 @@ class Route:
 
     #: The name on the wire, or a pattern over the bus's own signals.
     name: str
-    via: str = "channel"
+    via: Via = "channel"
     #: The signal, where it is not the bus's own of that name.
     signal: Signal | None = None
     #: What makes the payload; for Flask's own signals there is one where none is given.

@@ -23,8 +23,9 @@ from .options import (
     read_via,
     shown,
 )
+from .typing import SubscribeOptions, Via
 
-_SUBSCRIPTION_OPTIONS = ("via", "from", "echo", "retries", "start", "group")
+_SUBSCRIPTION_OPTIONS = tuple(SubscribeOptions.__annotations__)
 
 #: Where a stream is read from by default: behind its last entry.
 NEW = "$"
@@ -41,7 +42,7 @@ class Subscription:
     #: stream to the service.
     echo: bool = False
     #: ``"channel"`` or ``"stream"``; ``None`` for both.
-    via: str | None = None
+    via: Via | None = None
     #: How often a receiver that failed is tried again; ``None`` for ``EVENTBUS_RETRIES``.
     retries: int | None = None
     #: Where a stream is read from the first time: ``"$"`` for what comes from then on, or an id.

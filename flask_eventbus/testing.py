@@ -46,6 +46,7 @@ from .failures import Failure
 from .node import Node, born, nodes
 from .recording import GivenUp, Recording
 from .rehearsal import FailedAttempt, Rehearsal, raise_all
+from .typing import Via
 from .wishes import check_attributes, check_retry, check_via, merge, name_of
 
 #: Seconds that a writing thread may take for what takes it a millisecond.
@@ -92,7 +93,7 @@ class Isolation:
         for node in list(nodes):
             self.meet(node)
 
-    def published(self, name: str | NamedSignal = "*", *, via: str | None = None) -> list[Event]:
+    def published(self, name: str | NamedSignal = "*", *, via: Via | None = None) -> list[Event]:
         """The events published so far, in order, as other services would read them.
 
         :param name: the signal, its name, or a pattern such as ``"order_*"``.
@@ -108,7 +109,7 @@ class Isolation:
         *,
         times: int | None = None,
         exact: bool = False,
-        via: str | None = None,
+        via: Via | None = None,
         payload: Mapping[str, Any] | None = None,
         **keys: Any,
     ) -> list[Event]:
@@ -139,7 +140,7 @@ class Isolation:
         name: str | NamedSignal = "*",
         /,
         *,
-        via: str | None = None,
+        via: Via | None = None,
         payload: Mapping[str, Any] | None = None,
         **keys: Any,
     ) -> None:
@@ -169,7 +170,7 @@ class Isolation:
         name: str | NamedSignal,
         /,
         *,
-        via: str | None = None,
+        via: Via | None = None,
         retry: bool = False,
         source: str = "elsewhere",
         id: str | None = None,
@@ -281,7 +282,7 @@ class Isolation:
         self._delivered += 1
         return f"{source}-{self._delivered}"
 
-    def _on_its_way(self, event: Event, via: str | None) -> Event:
+    def _on_its_way(self, event: Event, via: Via | None) -> Event:
         """The event as it comes: as asked for, or in the way that is heard."""
         __tracebackhide__ = True
 
@@ -345,7 +346,7 @@ def _expectation(
     payload: Mapping[str, Any],
     *,
     exact: bool = False,
-    via: str | None,
+    via: Via | None,
 ) -> Expectation:
     __tracebackhide__ = True
 

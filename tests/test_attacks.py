@@ -18,6 +18,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError, channels, inbound, listener, node, signals, writer
 from flask_eventbus.connections import Connections
+from flask_eventbus.typing import Via
 
 pytestmark = pytest.mark.second_look
 
@@ -44,7 +45,7 @@ def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
     proxy.close()
 
 
-def hear(bus: Bus, name: str = "tick", *, via: str | None = None) -> list[Any]:
+def hear(bus: Bus, name: str = "tick", *, via: Via | None = None) -> list[Any]:
     """Start listening to ``name`` and return the list that its numbers go to."""
     heard: list[Any] = []
 

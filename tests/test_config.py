@@ -14,6 +14,7 @@ from flask_eventbus import Bus, ConfigError, EventBus
 from flask_eventbus.config import SETTINGS, Age, Config
 from flask_eventbus.routes import Route, read_routes
 from flask_eventbus.subscriptions import Subscription, read_subscriptions
+from flask_eventbus.typing import Publish, Subscribe
 
 
 def config(**settings: Any) -> Config:
@@ -207,7 +208,7 @@ def test_a_bus_takes_settings_in_lower_case_and_names_a_misspelt_one() -> None:
     assert Bus("redis://h/0", service="x", concurrency=3).node.config.concurrency == 3
 
     with pytest.raises(ConfigError, match="Did you mean 'EVENTBUS_CONCURRENCY'"):
-        Bus("redis://h/0", service="x", concurency=3)
+        Bus("redis://h/0", service="x", concurency=3)  # type: ignore[call-arg]  # which is the point
 
 
 def test_every_setting_of_the_class_is_a_known_key() -> None:
@@ -323,7 +324,7 @@ def test_a_stream_takes_options_and_is_confirmed_unless_told_otherwise() -> None
 
 @pytest.mark.parametrize("declared", [False, True])
 def test_a_stream_in_a_cluster_is_refused(declared: bool) -> None:
-    publish = [] if declared else {"a": "stream"}
+    publish: Publish = [] if declared else {"a": "stream"}
 
     with pytest.raises(ConfigError, match="'a' asks for via 'stream', and 'EVENTBUS_URL' is a clu"):
         Bus("redis+cluster://localhost", service="x", publish=publish).publishes("a", via="stream")
@@ -331,10 +332,8 @@ def test_a_stream_in_a_cluster_is_refused(declared: bool) -> None:
 
 @pytest.mark.parametrize("declared", [False, True])
 @pytest.mark.parametrize("option", [{"via": "stream"}, {"group": None}], ids=["via", "group"])
-def test_a_subscription_to_a_stream_in_a_cluster_is_refused(
-    declared: bool, option: dict[str, Any]
-) -> None:
-    subscribe = {} if declared else {"a": option}
+def test_a_subscription_to_a_stream_in_a_cluster_is_refused(declared: bool, option: Any) -> None:
+    subscribe: Subscribe = {} if declared else {"a": option}
     message = "The subscription to 'a' asks for its stream, and 'EVENTBUS_URL' is a cluster"
 
     with pytest.raises(ConfigError, match=message):
@@ -376,8 +375,10 @@ def test_a_wrong_subscription_is_named_with_the_remedy(value: Any, words: str) -
     ids=str,
 )
 def test_an_option_of_streams_for_the_channel_alone_is_refused(options: dict[str, Any]) -> None:
+    subscribe: Any = {"tick": {"via": "channel", **options}}
+
     with pytest.raises(ConfigError, match="belongs to streams, and this subscription hears the ch"):
-        Bus("memory://", service="x", subscribe={"tick": {"via": "channel", **options}})
+        Bus("memory://", service="x", subscribe=subscribe)
     with pytest.raises(ConfigError, match="Take 'via' off, or remove the option"):
         Bus("memory://", service="x").on("tick", via="channel", **options)
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 from blinker import NamedSignal
@@ -34,6 +34,7 @@ from flask_eventbus.retry_checks import check_retries
 from flask_eventbus.server import Server
 from flask_eventbus.server_checks import check_clock, check_version
 from flask_eventbus.stream_checks import check_eviction
+from flask_eventbus.typing import Via
 
 Make = Callable[..., Bus]
 
@@ -406,7 +407,7 @@ def test_a_receiver_that_may_take_longer_than_a_claim_lasts_is_warned_of() -> No
 
 
 @pytest.mark.parametrize(("via", "count"), [(None, 1), ("channel", 0)])
-def test_a_claim_that_lasts_less_than_the_grace_is_warned_of(via: str | None, count: int) -> None:
+def test_a_claim_that_lasts_less_than_the_grace_is_warned_of(via: Via | None, count: int) -> None:
     bus = program_of(claim_after=10, grace=20)
     bus.on("user_registered", via=via)(receive)
 
@@ -1138,7 +1139,7 @@ def test_the_grants_that_a_check_asks_for_are_enough_to_work_with(
     lasting_redis: RedisServer,
     make_bus: Make,
     monkeypatch: pytest.MonkeyPatch,
-    group: bool | None,
+    group: Literal[True] | None,
     name: str,
 ) -> None:
     monkeypatch.setattr("flask_eventbus.retries.FIRST", 0.01)

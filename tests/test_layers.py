@@ -22,6 +22,7 @@ LAYERS = {
         "forms",
         "errors",
         "signals",
+        "typing",
         "names",
         "logs",
         "ending",

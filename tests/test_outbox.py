@@ -54,6 +54,7 @@ from flask_eventbus.outbox import Entry, Outbox, store
 from flask_eventbus.relay import Relay, Turn
 from flask_eventbus.routes import Route
 from flask_eventbus.testing import Isolation
+from flask_eventbus.typing import Via
 from flask_eventbus.way import Way
 
 pytestmark = pytest.mark.second_look
@@ -174,7 +175,7 @@ def exchange_with(url: str, prefix: str) -> Exchange:
     return Exchange(connections, timeout=2, names=f"{prefix}:streams", patience=0.5)
 
 
-def way(prefix: str) -> Callable[[str, str], Way]:
+def way(prefix: str) -> Callable[[str, Via], Way]:
     """How a relay without routes lets events travel."""
     ways = Ways(Config(service="relay", prefix=prefix))
     return lambda name, via: ways.way(name, Route(name=name, via=via))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from servers import RedisServer
@@ -166,7 +166,7 @@ def test_a_worker_gets_every_right_that_the_log_names_and_no_other(
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
     name: str,
-    group: bool | None,
+    group: Literal[True] | None,
 ) -> None:
     bus = make_bus(user.url, "mailer", prefix=store.prefix, dead_maxlen=1, retries=1)
     handled: list[int] = []

@@ -29,6 +29,7 @@ from flask_eventbus.outgoing import Lane, Outgoing
 from flask_eventbus.routes import Route
 from flask_eventbus.seal import Seal
 from flask_eventbus.testing import isolated
+from flask_eventbus.typing import Publish
 from flask_eventbus.way import ChannelWay
 
 pytestmark = pytest.mark.second_look
@@ -335,7 +336,7 @@ def test_a_send_into_a_full_buffer_looks_at_few_events_however_many_wait(
 
 
 def test_a_full_buffer_keeps_the_newest_channel_events_and_every_stream_event() -> None:
-    publish = {"channel": "channel", "stream": {"via": "stream", "confirm": False}}
+    publish: Publish = {"channel": "channel", "stream": {"via": "stream", "confirm": False}}
 
     with isolated() as eventbus, Bus(service="tests", publish=publish, buffer_size=5) as bus:
         with eventbus.redis_away():

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import redis
@@ -233,7 +233,7 @@ def test_what_is_sent_once_a_pattern_is_ready_is_heard(
     shared_redis: RedisServer,
     make_bus: Make,
     monkeypatch: pytest.MonkeyPatch,
-    group: bool | None,
+    group: Literal[True] | None,
 ) -> None:
     monkeypatch.setattr(catalogue, "LOOK", 0.05)
 
@@ -246,7 +246,7 @@ def test_what_is_sent_once_a_pattern_is_ready_is_heard(
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
 def test_who_hears_a_pattern_knows_that_redis_is_away(
-    redis_server: RedisServer, make_bus: Make, group: bool | None
+    redis_server: RedisServer, make_bus: Make, group: Literal[True] | None
 ) -> None:
     redis_server.kill()
     bus = make_bus(redis_server.url, "mailer")

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from servers import RedisServer
@@ -251,7 +251,7 @@ def test_a_new_group_begins_where_start_says(
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
 @pytest.mark.parametrize("start", ["2000", datetime(1970, 1, 1, 0, 0, 2, tzinfo=UTC)])
 def test_a_moment_as_start_is_before_the_first_entry_of_its_millisecond(
-    store: StreamStore, make_bus: Make, start: Any, group: bool | None
+    store: StreamStore, make_bus: Make, start: Any, group: Literal[True] | None
 ) -> None:
     for number, id in enumerate(["1999-7", "2000-0", "2000-1", "2001-0"]):
         store.add("tick", id=id, n=number)
@@ -265,7 +265,7 @@ def test_a_moment_as_start_is_before_the_first_entry_of_its_millisecond(
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
 def test_a_pattern_hears_an_entry_of_the_millisecond_in_which_it_was_subscribed(
-    store: StreamStore, make_bus: Make, group: bool | None
+    store: StreamStore, make_bus: Make, group: Literal[True] | None
 ) -> None:
     since = int(time.time() * 1000) - 60_000
     store.client.hset(store.keys.since("mailer"), "ti*", since)
@@ -505,7 +505,7 @@ def test_a_stream_that_a_user_may_not_read_is_told_with_the_remedy_and_read_once
     guard: Guard,
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
-    group: bool | None,
+    group: Literal[True] | None,
 ) -> None:
     open_key, closed_key = store.keys.stream("tick"), store.keys.stream("tock")
     guard.allow("resetkeys", f"~{open_key}", f"~{store.prefix}:streams")

@@ -19,12 +19,13 @@ import redis
 from flask_eventbus import Bus
 from flask_eventbus.signals import events_trimmed
 from flask_eventbus.testing import Isolation
+from flask_eventbus.typing import Publish
 
 FOLDER = Path(__file__).parent.parent
 
 
 #: Who is to hear of a user whatever happens; of a price, who listens.
-ROUTES = {"user_registered": "stream", "price_changed": "channel"}
+ROUTES: Publish = {"user_registered": "stream", "price_changed": "channel"}
 
 
 def test_each_event_of_any_name_is_a_line(
