@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 
 import redis
 
@@ -33,6 +35,12 @@ RIGHTS = "+xread +xrevrange +xinfo|stream"
 
 #: Seconds after which a stream that Redis refuses is asked for again.
 ASK_AGAIN = 5.0
+
+#: Ids of read entries that are remembered for each stream: what may be lost with a master.
+REMEMBERED = 10_000
+
+#: Entries that are looked at together in search of the last common one.
+LOOK_BACK = 16
 
 #: Seconds between looks whether a stream is another one by now.
 LOOK = 5.0
@@ -74,6 +82,10 @@ class Follower:
         self._block = pipe.wait_at_most(BLOCK)
         #: The last entry that was read of each stream.
         self._positions: dict[str, str] = {}
+        #: The ids of the entries of each stream that were read last.
+        self._read_ids: dict[str, deque[str]] = defaultdict(partial(deque, maxlen=REMEMBERED))
+        #: Streams that were read over another connection: this server may lack some entries.
+        self._unsure: set[str] = set()
         self._connected = False
         self._looked = 0.0
         self._portions = Portions(max_bytes=config.max_event_bytes)
@@ -140,6 +152,8 @@ class Follower:
         self._pipe.close()
 
     def _follow(self, backoff: Backoff) -> None:
+        self._unsure = set(self._positions)
+
         while self._reading.goes_on:
             names = self._allowed()
             self._find_positions(names)
@@ -170,6 +184,12 @@ class Follower:
                 except redis.ResponseError as error:
                     self._refuse(name, error)
 
+            elif name in self._unsure:
+                try:
+                    self._go_back(name)
+                except redis.ResponseError as error:
+                    self._refuse(name, error)
+
         with self.changed:
             self._connected = True
             self.changed.notify_all()
@@ -182,6 +202,59 @@ class Follower:
     def _last(self, name: str) -> str:
         found = self._pipe.ask("XREVRANGE", self._keys.stream(name), "+", "-", "COUNT", 1)
         return str(found[0][0].decode()) if found else "0-0"
+
+    def _go_back(self, name: str) -> None:
+        """Go back to the last entry that was read and that this server has.
+
+        A replica that became the master lacks the last entries of the old one, and so does a
+        server that lost the end of its log. What it adds then may have smaller ids than those.
+        """
+        position, common = self._positions[name], self._last_common(name)
+        self._unsure.discard(name)
+
+        if common == position:
+            return
+
+        read = self._read_ids[name]
+        lost = 0
+
+        while read and entry_id(read[-1]) > entry_id(common):
+            read.pop()
+            lost += 1
+
+        self._positions[name] = common
+        self._log.warning(
+            f"lost {name}",
+            "Redis has lost the last %d entries of the stream of %r that were read here, up to "
+            "%s: with a master that was replaced, or in a restart. %r reads on after %s.",
+            lost,
+            name,
+            position,
+            self._service,
+            common,
+            extra={"signal": name, "service": self._service},
+        )
+
+    def _last_common(self, name: str) -> str:
+        position, read = self._positions[name], self._read_ids[name]
+
+        if not read:
+            return position
+
+        known = {*read}
+        end, count, unread = position, 1, False
+
+        while found := self._pipe.ask(
+            "XREVRANGE", self._keys.stream(name), end, read[0], "COUNT", count
+        ):
+            for id, _ in found:
+                if id.decode() in known:
+                    return str(id.decode())
+
+            unread = True
+            end, count = f"({found[-1][0].decode()}", LOOK_BACK
+
+        return read[0] if unread else position
 
     def _read(self, names: dict[str, Subscription]) -> None:
         self._look_for_flush(names)
@@ -235,6 +308,7 @@ class Follower:
 
         for entry in entries:
             self._positions[entry.name] = entry.id
+            self._read_ids[entry.name].append(entry.id)
 
     def _look_for_flush(self, names: Iterable[str]) -> None:
         """Begin again where a stream is a new one, whose ids are smaller."""
@@ -253,6 +327,7 @@ class Follower:
 
             if behind(last, self._positions[name]):
                 self._positions[name] = "0-0"
+                self._read_ids[name].clear()
 
     def _watch(self, name: str, last: str) -> None:
         """Report an id far in the future, behind which nothing is heard."""

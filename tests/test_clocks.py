@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from flask_eventbus import Bus, current_event, keeper, retries, retry_line
 from flask_eventbus.clock import RedisClock
 
 pytestmark = pytest.mark.second_look
+
+#: An hour, less what the questions for the time may have taken on a busy machine.
+STEP = re.compile(r"Redis was set by \+(3600|35\d\d)\.")
 
 Make = Callable[..., Bus]
 
@@ -85,7 +89,7 @@ def test_a_step_of_redis_clock_takes_no_event_from_a_worker_that_lives(
     for number in range(1, 4):
         wall_clock.ahead += 3_600
         wait_until(
-            lambda number=number: caplog.text.count("Redis was set by +3600") == 3 * number,  # type: ignore[misc]
+            lambda number=number: len(STEP.findall(caplog.text)) == 3 * number,  # type: ignore[misc]
             what="each worker has noticed the step",
         )
     for bus in buses:

@@ -710,6 +710,35 @@ def test_a_process_without_a_group_is_not_deaf_after_a_flush_of_a_stream_from_th
     wait_until(lambda: heard == [1, 2, 3], what="the next one arrives")
 
 
+def test_a_process_without_a_group_reads_what_a_new_master_adds_in_place_of_lost_entries(
+    redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = StreamStore(redis_server)
+    heard = hear(make_bus(redis_server.url, "mailer", prefix=store.prefix), group=None)
+    key, start = store.keys.stream("tick"), int(time.time() * 1000)
+    bodies = [Codec().encode(store.event("tick", n=n)) for n in range(60)]
+    for n in range(40):
+        store.client.xadd(key, {"event": bodies[n]}, id=f"{start + n}-0")
+    wait_until(lambda: len(heard) == 40, what="they arrive")
+
+    with store.client.pipeline() as failover:
+        # The new master got 20 of them, and has added others with ids among those that it lacks.
+        failover.delete(key)
+        for n in range(20):
+            failover.xadd(key, {"event": bodies[n]}, id=f"{start + n}-0")
+        for n in range(40, 50):
+            failover.xadd(key, {"event": bodies[n]}, id=f"{start + n - 20}-1")
+        failover.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        failover.execute()
+
+    wait_until(lambda: len(heard) >= 50, what="what was added arrives")
+    for n in range(50, 60):
+        store.client.xadd(key, {"event": bodies[n]}, id=f"{start + n}-0")
+    wait_until(lambda: len(heard) >= 60, what="what comes later arrives")
+    assert heard == list(range(60))
+    assert "lost the last 20 entries of the stream of 'tick'" in caplog.text
+
+
 # -- what was trimmed ---------------------------------------------------------------------
 
 

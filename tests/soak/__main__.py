@@ -41,6 +41,8 @@ from soak.pair import Pair
 from soak.troubles import Troubles
 from waiting import wait_until
 
+from flask_eventbus.codec import Codec
+
 #: Events that each publisher sends in a second.
 RATE = 60
 
@@ -129,7 +131,7 @@ class Soak:
             return {name: found for name in (PLACED, PAID) if (found := _left_of(client, name))}
 
     def _report(self) -> bool:
-        ledger = Ledger(read_lines(self._folder), self._dead())
+        ledger = Ledger(read_lines(self._folder), self._dead(), self._kept())
         columns = list(ledger.columns())
         print_table(columns)
         print("Troubles: " + ", ".join(f"{n} {kind}" for kind, n in self._counts()))
@@ -153,6 +155,16 @@ class Soak:
             for key in client.scan_iter("soak:{*}:dead:*"):
                 for _, fields in client.xrange(key):
                     yield _dead_letter(fields)
+
+    def _kept(self) -> Iterator[Order]:
+        """The orders in the streams of the last master."""
+        codec = Codec()
+
+        with self._redis.client as client:
+            for name in (PLACED, PAID):
+                for _, fields in client.xrange(f"soak:{{{name}}}:stream"):
+                    payload = codec.decode(fields[b"event"], via="stream").payload
+                    yield payload["publisher"], payload["n"]
 
 
 def visit(port: int) -> None:

@@ -49,11 +49,18 @@ class Ledger:
     """All lines of a run, put in order.
 
     :param dead: receivers and orders of the dead letters.
+    :param kept: the orders in the streams at the end: no master took them along.
     """
 
-    def __init__(self, lines: Sequence[Line], dead: Iterable[tuple[str, Order]]) -> None:
+    def __init__(
+        self,
+        lines: Sequence[Line],
+        dead: Iterable[tuple[str, Order]],
+        kept: Iterable[Order] = (),
+    ) -> None:
         self._lines = lines
         self._dead = set(dead)
+        self._kept = set(kept)
         self._troubles = [line for line in lines if line["what"] == "trouble"]
         self._confirmed = self._confirm()
         #: When an order was sent that waited in a buffer, or may have.
@@ -118,7 +125,11 @@ class Ledger:
         told of an order that failed while ``send()`` waited, and not of one that left later.
         """
         began = self._taken.get(order)
-        return began is not None and any(
+
+        if began is None or order in self._kept:
+            return False
+
+        return any(
             trouble.get("replaced") and trouble["began"] - BUFFERED <= began <= trouble["at"]
             for trouble in self._troubles
         )
@@ -136,10 +147,6 @@ class Ledger:
         return ""
 
     def _concerns(self, trouble: Line, first: Line, second: Line) -> bool:
-        if trouble.get("replaced") and first["receiver"] == SCREEN:
-            # Without a group: a stream that ends before what was read is heard from its beginning.
-            return bool(first["begun"] <= trouble["at"] and trouble["began"] <= second["at"])
-
         if trouble["kind"] in _EVERYBODYS:
             return bool(
                 trouble["began"] - SETTLED <= first["at"]

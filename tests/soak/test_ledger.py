@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from soak.cast import FLAKY, ORDERLY, SCREEN
+from soak.cast import FLAKY
 from soak.ledger import Column, Ledger
 
 NOTE = "mailer.note"
@@ -76,17 +76,15 @@ def test_what_waited_in_a_buffer_when_a_master_was_replaced_is_counted_apart() -
         assert (found.with_master, found.missing) == ([], [("web-7", 1), ("web-7", 2)])
 
 
-def test_a_process_without_a_group_hears_again_what_came_before_a_master_was_replaced() -> None:
-    replaced = trouble("failover", at=120.0) | {"replaced": True}
-    screen = {"who": "screen-1", "signal": "order_paid"}
-    order = confirmed(1) | {"signal": "order_paid"}
+def test_what_is_in_the_stream_at_the_end_went_with_no_master() -> None:
+    flushed = {"what": "flushed", "who": "web", "pid": 7, "at": 110.0, "publisher": "web-7"}
+    replaced = trouble("failover", at=101.0) | {"replaced": True}
+    lines = [confirmed(1, what="taken"), confirmed(2, what="taken"), replaced, flushed]
 
-    def unexplained(receiver: str, title: str) -> list[tuple[str, int]]:
-        again = [handled(1, receiver=receiver, at=at) | screen for at in (101.0, 125.0)]
-        return column(order, *again, replaced, receiver=title).unexplained
+    columns = Ledger(lines, [], kept=[("web-7", 2)]).columns()
 
-    assert unexplained(SCREEN, f"{SCREEN} (screen-1)") == []
-    assert unexplained(ORDERLY, ORDERLY) == [("web-7", 1)]
+    found = next(found for found in columns if found.receiver == NOTE)
+    assert (found.with_master, found.missing) == ([("web-7", 1)], [("web-7", 2)])
 
 
 def test_a_dead_letter_counts_as_handled_only_where_it_is_to_be_one() -> None:
