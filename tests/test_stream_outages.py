@@ -471,9 +471,8 @@ def test_a_worker_handles_each_event_once_although_redis_takes_no_writes_for_a_w
 
     bus.start()
     assert bus.ready(10)
-    for n in range(10):
-        store.add("tick", n=n)
-    wait_until(lambda: _pending(unwritable.server, store.prefix) > 1, what="they are read")
+    added = [store.add("tick", n=n)[0] for n in range(10)]
+    wait_until(lambda: store.position("tick") == added[-1], what="they are read")
 
     unwritable.begin()
     may_go_on.set()

@@ -14,6 +14,7 @@ from soak.cast import CLAIM_AFTER
 from soak.crew import Crew, Member
 from soak.lines import Lines
 from soak.pair import Pair
+from waiting import wait_until
 
 #: Seconds between two troubles.
 CALM = (0.5, 3.0)
@@ -108,7 +109,9 @@ class Troubles:
         return {"replaced": replaced}
 
     def _kill_site_worker(self) -> dict[str, Any]:
-        victim = self._dice.choice(self._crew.sites[0].children)
+        # It may be about to start others in place of those that had enough requests.
+        workers = wait_until(lambda: self._crew.sites[0].children, what="the site has workers")
+        victim = self._dice.choice(workers)
         os.kill(victim, signal.SIGKILL)
         return {"victim": victim}
 
