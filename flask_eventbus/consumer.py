@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import redis
 
@@ -73,7 +73,7 @@ class Consumer:
         subscriptions: Callable[[], Mapping[str, Subscription]],
         counters: Counters,
         node: str,
-        siblings: set[str],
+        siblings: Container[str],
         wanted: Callable[[], bool],
         retries_of: Callable[[str, Receiver], int | None],
         is_alone: Callable[[], bool],

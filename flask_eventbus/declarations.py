@@ -25,6 +25,9 @@ from .typing import Extractor, Via
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
+#: Nodes that are gone whose names a process remembers: their events may still be on the way.
+MOST_GONE = 1000
+
 
 class Watcher(Protocol):
     """What wants to know of declarations that come later: a node."""
@@ -37,6 +40,37 @@ class Watcher(Protocol):
 
     def subscribed(self, subscription: Subscription) -> None:
         """A subscription was declared, or declared anew."""
+
+
+class Siblings:
+    """The names of nodes of this process: of all that live, and of the last that are gone."""
+
+    def __init__(self) -> None:
+        self._living: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+        self._names: dict[str, None] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, node: object, name: str) -> None:
+        """Add the name that ``node`` has from now on; its events may still come under the old."""
+        self._living[node] = name
+        self._names[name] = None
+
+        if len(self._names) > MOST_GONE + len(self._living):
+            living = set(self._living.values())
+            gone = [each for each in list(self._names) if each not in living]
+
+            for each in gone[:-MOST_GONE]:
+                self._names.pop(each, None)
+
+    def clear(self) -> None:
+        """Forget all names."""
+        self._living.clear()
+        self._names.clear()
 
 
 class Declarations:
@@ -67,7 +101,7 @@ class Declarations:
         self._lock = threading.RLock()
         #: The names of the nodes of this process whose signals these are, of other buses that
         #: adopted the namespace as well: what one of them emits has run the receivers of all.
-        self.siblings: set[str] = vars(self.namespace).setdefault("_eventbus_siblings", set())
+        self.siblings: Siblings = vars(self.namespace).setdefault("_eventbus_siblings", Siblings())
 
         if isinstance(self.namespace, BusNamespace):
             self.namespace.watch(self._born)

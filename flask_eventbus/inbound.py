@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 from .channels import ChannelKeys, ChannelReader
 from .codec import Codec
@@ -60,7 +60,7 @@ class Inbound:
         counters: Counters,
         node: str,
         issued: Callable[[], int],
-        siblings: set[str],
+        siblings: Container[str],
         wanted: Callable[[], bool],
         retries_of: Callable[[str, Receiver], int | None],
     ) -> None:

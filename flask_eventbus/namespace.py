@@ -200,7 +200,8 @@ class BusNamespace(Namespace):
 
     def watch(self, watcher: Callable[[NamedSignal], None]) -> None:
         """Call ``watcher``, a method, with each new signal as long as its object lives."""
-        self._watchers.append(WeakMethod(watcher))
+        living = [each for each in self._watchers if each() is not None]
+        self._watchers = [*living, WeakMethod(watcher)]
 
     def signal(self, name: str, doc: str | None = None) -> NamedSignal:
         """The signal called ``name``, made at the first call.

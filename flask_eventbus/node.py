@@ -303,7 +303,7 @@ class Node:
         """Make everything that belongs to one process and one start."""
         self._starting = threading.RLock()
         self._name = secrets.token_hex(6)
-        self.declarations.siblings.add(self._name)
+        self.declarations.siblings.add(self, self._name)
         self.connections = Connections(
             self.config.url, name=f"eventbus:{self.config.service}:{self._name}"
         )

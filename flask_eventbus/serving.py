@@ -43,13 +43,16 @@ class _Serving:
     """Whether this process serves an app; a forked child begins by itself."""
 
     def __init__(self, app: Flask, start: Callable[[], None]) -> None:
-        self._app = app
+        #: Weakly: the app holds this object, and is freed with its last reference.
+        self._app = weakref.ref(app)
         self._start = start
         self._process: int | None = None
 
     def begin(self) -> None:
         """Start, unless this process has or the app is under test."""
-        if self._process == os.getpid() or self._app.testing:
+        app = self._app()
+
+        if self._process == os.getpid() or app is None or app.testing:
             return
 
         self._process = os.getpid()

@@ -9,9 +9,11 @@ import functools
 import gc
 import inspect
 import pickle
+import secrets
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -29,8 +31,9 @@ from waiting import wait_until
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, current_event
 from flask_eventbus.application import AppSignals
 from flask_eventbus.codec import Codec
+from flask_eventbus.declarations import MOST_GONE
 from flask_eventbus.event import Event, handling
-from flask_eventbus.namespace import BusSignal
+from flask_eventbus.namespace import BusNamespace, BusSignal
 from flask_eventbus.program_checks import check_program
 from flask_eventbus.testing import Isolation
 
@@ -740,6 +743,69 @@ def test_an_app_that_is_thrown_away_listens_no_more() -> None:
         lambda: not [thread for thread in threading.enumerate() if node in thread.name],
         what="its threads end",
     )
+
+
+def test_an_app_is_freed_with_its_last_reference() -> None:
+    bus = EventBus()
+    gc.collect()
+    gc.disable()
+
+    try:
+        app = make_app(
+            bus,
+            EVENTBUS_PUBLISH={"ping": "channel", "asked": {"signal": "flask:request_started"}},
+        )
+        bus.on("pong")(lambda sender: None)
+        app.add_url_rule("/", view_func=lambda: "")
+        app.test_client().get("/")
+        bus.signal("ping").send(app)
+        reference = weakref.ref(app)
+
+        del app
+
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_the_names_of_buses_that_are_gone_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flask_eventbus.declarations.MOST_GONE", 5)
+    namespace = blinker.Namespace()
+    lasting = Bus("memory://", service="lasting", namespace=namespace)
+
+    for _ in range(8):
+        Bus("memory://", service="passing", namespace=namespace)
+        gc.collect()
+    last = Bus("memory://", service="passing", namespace=namespace)
+
+    assert len(lasting.siblings) <= 5 + 2
+    assert lasting.node.name in last.siblings
+    assert last.node.name in lasting.siblings
+
+
+def test_a_bus_that_stops_remembers_a_bounded_number_of_its_names() -> None:
+    bus = Bus("memory://", service="passing")
+    first = bus.node.name
+
+    bus.stop(flush=0)
+    assert first in bus.siblings
+    for _ in range(MOST_GONE + 20):
+        bus.siblings.add(bus.node, secrets.token_hex(6))
+
+    assert first not in bus.siblings
+    assert len(bus.siblings) == MOST_GONE + 1
+
+
+def test_a_namespace_keeps_nothing_of_buses_that_are_gone() -> None:
+    first = Bus("memory://", service="lasting")
+    namespace = first.namespace
+    assert isinstance(namespace, BusNamespace)
+
+    for _ in range(8):
+        Bus("memory://", service="passing", namespace=namespace)
+        gc.collect()
+
+    assert len(namespace._watchers) <= 2
 
 
 def test_init_app_twice_is_an_error() -> None:
