@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
+import math
 import random
 import threading
 import time
@@ -46,6 +46,13 @@ SIGNS_OF_LIFE = 4
 #: Retries that are taken at once: they may be large, and Redis is told of each.
 RETRIES = 32
 
+#: Looks for retries in each second: those that are due within one step share a look.
+STEPS = 10
+
+#: Seconds until a retry is due beyond which it gets no look of its own: it is found by the look for
+#: what others left.
+FAR = 60.0
+
 #: Seconds between tries while Redis is away, at most.
 MOST_BACKOFF = 2.0
 
@@ -88,7 +95,8 @@ class Keeper:
         self._node = node
         self._log = BoundedLog(logger)
         self._changed = threading.Condition()
-        self._due: list[tuple[float, str]] = []
+        #: The streams with retries that will be due, by the step at which to look for them.
+        self._due: dict[int, set[str]] = {}
         self._draining = False
         self._stopping = False
         self._is_disowned = False
@@ -141,9 +149,15 @@ class Keeper:
         self._stopping = self._is_disowned = True
 
     def expect(self, name: str, due: float) -> None:
-        """Look for retries of ``name`` at the time ``due``, in seconds since 1970."""
+        """Look for retries of ``name`` at the time ``due``, in seconds since 1970.
+
+        What is kept for that has a bound, however many retries wait: see :data:`FAR`.
+        """
+        if due - self._clock.now() > FAR:
+            return
+
         with self._changed:
-            heapq.heappush(self._due, (due, name))
+            self._due.setdefault(math.ceil(due * STEPS), set()).add(name)
             self._changed.notify_all()
 
     def wake(self) -> None:
@@ -200,8 +214,15 @@ class Keeper:
 
         times = [self._renew_at, self._claim_at, self._released_at, self._consumers_at]
         times.append(self._orphans.look_at)
-        due = self._due[0][0] - self._clock.now() if self._due else 60.0
-        return max(0.001, min(min(times) - now, due, self._soon))
+        return max(0.001, min(min(times) - now, self._until_due, self._soon))
+
+    @property
+    def _until_due(self) -> float:
+        """Seconds until the next look for retries that were expected here."""
+        with self._changed:
+            first = min(self._due, default=None)
+
+        return FAR if first is None else first / STEPS - self._clock.now()
 
     @property
     def _soon(self) -> float:
@@ -378,8 +399,8 @@ class Keeper:
         now = self._clock.now() if self._due else 0.0
 
         with self._changed:
-            while self._due and self._due[0][0] <= now:
-                due.add(heapq.heappop(self._due)[1])
+            for step in [step for step in self._due if step <= now * STEPS]:
+                due |= self._due.pop(step)
 
         self._run_retries({name: names[name] for name in due if name in names})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import json
 import logging
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import redis
@@ -246,6 +248,39 @@ def test_a_delay_that_is_none_is_a_failure_like_any_other(line: Line, after: Any
     line.wait_until_settled()
     assert heard == [1, 2]
     assert "'after'" in line.letters()[0]["error"]
+
+
+def test_what_a_worker_keeps_of_retries_that_wait_has_a_bound() -> None:
+    parts = inspect.signature(keeper.Keeper).parameters
+    settler = mock.Mock()
+    settler.clock.now.return_value = 1_000_000.25
+    kept = keeper.Keeper(**{part: mock.Mock() for part in parts} | {"settler": settler})
+
+    for n in range(20_000):
+        kept.expect("work", 1_000_000.25 + n / 100)
+
+    assert len(kept._due) <= keeper.FAR * keeper.STEPS + 1
+    assert set().union(*kept._due.values()) == {"work"}
+
+
+def test_a_retry_that_waits_long_is_found_by_a_later_look(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "FAR", 0.1)
+    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
+    begun: list[int] = []
+
+    @line.bus.on("work")
+    def receive(sender: str, n: int) -> None:
+        begun.append(current_event.attempt)
+        if current_event.attempt == 1:
+            raise Retry(after=0.5)
+
+    line.listen()
+    line.send(1)
+
+    wait_until(lambda: begun == [1, 2], what="it is tried again")
+    line.wait_until_settled()
 
 
 @pytest.mark.usefixtures("quick")
