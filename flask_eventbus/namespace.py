@@ -6,6 +6,8 @@ even if Redis is away, and ``send()`` returns what it returns without a bridge.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Sequence
@@ -23,6 +25,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: Senders whose receivers a signal keeps in mind; their names come from the wire.
 MOST_SENDERS = 100
+
+
+def _report_at_end(
+    name: str, is_ending: Callable[[], bool] = sys.is_finalizing, write: Any = os.write
+) -> None:
+    """Write a line to stderr if the interpreter ends: it has taken the bridges before ``__del__``.
+
+    Logging may be gone by then, and so may this module's names: what it needs is a default.
+    """
+    if is_ending():
+        text = (
+            f"flask-eventbus: An event of {name!r} was sent while the interpreter ended, and is "
+            "not published. Send it in a function that is registered with atexit, not in __del__.\n"
+        )
+
+        try:
+            write(2, text.encode())
+        except OSError:
+            return
 
 
 class Outbound:
@@ -117,7 +138,12 @@ class BusSignal(SendingSignal, NamedSignal):
     @property
     def bridges(self) -> Sequence[Outbound]:
         """The bridges of the nodes that live."""
-        return [found for reference in self._bridges if (found := reference()) is not None]
+        living = [found for reference in self._bridges if (found := reference()) is not None]
+
+        if self._bridges and not living:
+            _report_at_end(self.name)
+
+        return living
 
     def publish_by(self, bridge: Outbound) -> None:
         """Publish by ``bridge`` from now on, as long as it lives."""

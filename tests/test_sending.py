@@ -717,6 +717,39 @@ atexit.register(lambda: bus.signal("tick").send("sooner", n=-1))
 """
 
 
+FINALIZER = """
+from flask_eventbus import Bus
+bus = Bus({url!r}, service="cron", prefix={prefix!r}, publish={{"tick": {via!r}}})
+tick = bus.signal("tick")
+
+class Session:
+    def __del__(self):
+        tick.send(None, n=1)
+
+session = Session()
+{first}
+"""
+
+
+@pytest.mark.parametrize("via", ["channel", "stream"])
+@pytest.mark.parametrize("first", ["", "tick.send(None, n=0)"], ids=["first", "second"])
+def test_a_send_in_a_finalizer_at_the_end_of_the_interpreter_is_not_lost_in_silence(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, via: str, first: str
+) -> None:
+    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    program = FINALIZER.format(url=shared_redis.url, prefix=prefix, via=via, first=first)
+
+    outcome = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30
+    )
+
+    if outcome.stderr:
+        (line,) = outcome.stderr.splitlines()
+        assert line.startswith("flask-eventbus: An event of 'tick' was sent while the interpreter")
+    else:
+        wait_until(lambda: 1 in heard, what="it arrives, where Python took nothing before")
+
+
 @pytest.mark.parametrize(
     ("late", "numbers"),
     [("", [-1, 0, 1, 2]), ("atexit.register(lambda late: None, Late())", [-1, 0, 1, 2, 4])],
