@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -45,23 +46,28 @@ def service(tmp_path: Path, shared_redis: RedisServer) -> Iterator[Service]:
     service.end()
 
 
-def test_what_a_task_sends_is_published_although_its_process_ends_at_once(
-    service: Service, shared_redis: RedisServer
-) -> None:
-    heard: list[int] = []
+if tuple(map(int, version("redis").split(".")[:2])) >= (6, 1):
+    # Celery takes no older redis-py.
 
-    with Bus(shared_redis.url, service="hearer", prefix=service.name) as hearer:
-        hearer.on("done")(lambda sender, number: heard.append(number))
-        hearer.start()
-        assert hearer.ready(10)
-        service.write("send.py", SEND.format(count=4))
-        assert service.run("send.py").end() == 0
+    def test_what_a_task_sends_is_published_although_its_process_ends_at_once(
+        service: Service, shared_redis: RedisServer
+    ) -> None:
+        heard: list[int] = []
 
-        celery = ["-m", "celery", "-A", "tasks", "worker", "--max-tasks-per-child=1"]
-        program = service.run(*celery, "--concurrency=2", "--without-gossip", "--without-mingle")
+        with Bus(shared_redis.url, service="hearer", prefix=service.name) as hearer:
+            hearer.on("done")(lambda sender, number: heard.append(number))
+            hearer.start()
+            assert hearer.ready(10)
+            service.write("send.py", SEND.format(count=4))
+            assert service.run("send.py").end() == 0
 
-        wait_until(lambda: len(heard) >= 4, timeout=30, what="every task's event arrives")
-        program.tell(signal.SIGTERM)
-        assert program.end() == 0
+            celery = ["-m", "celery", "-A", "tasks", "worker", "--max-tasks-per-child=1"]
+            program = service.run(
+                *celery, "--concurrency=2", "--without-gossip", "--without-mingle"
+            )
 
-    assert sorted(heard) == list(range(4))
+            wait_until(lambda: len(heard) >= 4, timeout=30, what="every task's event arrives")
+            program.tell(signal.SIGTERM)
+            assert program.end() == 0
+
+        assert sorted(heard) == list(range(4))
