@@ -9,6 +9,10 @@ from .entry_ids import EntryId, id_text
 #: Milliseconds by which an id may be ahead of the clock: nobody's clock is wrong by more.
 MOST_AHEAD = 24 * 60 * 60 * 1000
 
+#: Milliseconds by which a group may be ahead of the clock: a new one may begin at this moment, by
+#: the clock of Redis.
+CLOCKS_APART = 60 * 1000
+
 #: Streams that the patterns of a service stand for at most, and that a command looks at.
 MOST_NAMES = 1_000
 
@@ -23,13 +27,18 @@ class Alarm(NamedTuple):
         return f"{self.text} {self.remedy}"
 
 
-def past_the_end(name: str, service: str, delivered: EntryId, last: EntryId) -> Alarm | None:
-    """Return an alarm for a group that stands behind all that its stream ever had.
+def past_the_end(
+    name: str, service: str, delivered: EntryId, last: EntryId, now: float
+) -> Alarm | None:
+    """Return an alarm for a group that misses the next entries, because it stands in the future.
+
+    A group that began at a moment may be past the last entry too: the next one comes after it.
 
     :param delivered: the last id that the group was given.
     :param last: the last id that the stream gave to an entry.
+    :param now: seconds since 1970.
     """
-    if delivered <= last:
+    if delivered <= last or delivered[0] <= now * 1000 + CLOCKS_APART:
         return None
 
     return Alarm(

@@ -140,7 +140,9 @@ def _streams(access: StreamAccess, names: Mapping[str, Any]) -> dict[str, _Strea
 
 
 def _alarms(name: str, stream: _Stream, services: Sequence[str]) -> Iterator[Alarm]:
-    if (ahead := far_ahead(name, stream.given, time.time())) is not None:
+    now = time.time()
+
+    if (ahead := far_ahead(name, stream.given, now)) is not None:
         yield ahead
 
     for service in services:
@@ -149,7 +151,7 @@ def _alarms(name: str, stream: _Stream, services: Sequence[str]) -> Iterator[Ala
 
         delivered = entry_id(group["last-delivered-id"])
 
-        if (alarm := past_the_end(name, service, delivered, stream.given)) is not None:
+        if (alarm := past_the_end(name, service, delivered, stream.given, now)) is not None:
             yield alarm
 
 

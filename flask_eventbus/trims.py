@@ -141,8 +141,9 @@ class Trims:
     def _watch(self, name: str, position: Position) -> None:
         """Report a group past the end of its stream, and an id far in the future."""
         delivered, last = entry_id(position.delivered), entry_id(position.last)
-        ahead = far_ahead(name, last, time.time())
-        alarm = ahead or past_the_end(name, self._service, delivered, last)
+        now = time.time()
+        ahead = far_ahead(name, last, now)
+        alarm = ahead or past_the_end(name, self._service, delivered, last, now)
         extra = {"signal": name, "service": self._service}
 
         if alarm is None:

@@ -54,6 +54,27 @@ def errors(bus: Bus) -> list[str]:
     return [f"{each.text} {each.remedy}" for each in check(bus.node) if each.level == "error"]
 
 
+def test_a_group_that_begins_at_a_moment_after_the_last_entry_is_no_alarm(
+    store: StreamStore, make_bus: Make
+) -> None:
+    store.client.sadd(store.keys.names, "tick")
+    store.client.xgroup_create(store.keys.stream("tick"), "other", "0", mkstream=True)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    heard: list[int] = []
+    bus.on("*", via="stream")(lambda sender, number: heard.append(number))
+    bus.start()
+    assert bus.ready(10)
+    groups = store.client.xinfo_groups(store.keys.stream("tick"))
+    assert {group["last-delivered-id"] for group in groups} > {b"0-0"}
+    status = store.run("status", "--max-lag", "100")
+    assert (status.exit_code, "past its end" in status.output) == (0, False)
+
+    # The worker looks before it reads.
+    store.add("tick", number=1)
+    wait_until(lambda: heard == [1], what="the next event is handled")
+    assert errors(bus) == []
+
+
 def test_a_group_that_somebody_moved_past_the_end_is_an_alarm_until_it_is_moved_back(
     store: StreamStore, make_bus: Make
 ) -> None:
