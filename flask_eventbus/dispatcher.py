@@ -293,6 +293,7 @@ def unfit_signature(receiver: Receiver, payload: Iterable[str] = ()) -> tuple[st
         signature = inspect.signature(receiver)
         parameters = list(signature.parameters.values())
     except Exception:
+        # It has none, or it is an object that does anything when it is asked for it.
         return None
 
     try:
