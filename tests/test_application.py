@@ -424,17 +424,8 @@ def plainly(sender: Flask, **extra: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", FLASKS_OWN)
-def test_flasks_own_signals_are_published(name: str) -> None:
-    url = f"memory://{name}"
-    route = {"signal": f"flask:{name}", "payload": plainly}
-    bus = EventBus()
-    app = make_app(bus, EVENTBUS_URL=url, EVENTBUS_PUBLISH={"api_call": route})
-    received: list[Any] = []
-    listener = Bus(url, service="analytics")
-    listener.on("api_call")(lambda sender, **payload: received.append(payload))
-    listener.start()
-    assert listener.ready(10)
+def add_pages(app: Flask) -> None:
+    """Add a page that sends most of Flask's signals, and one that fails."""
 
     @app.get("/page")
     def page() -> str:
@@ -447,6 +438,21 @@ def test_flasks_own_signals_are_published(name: str) -> None:
 
     app.secret_key = "of a test"  # noqa: S105 - flash() needs one
     app.config["PROPAGATE_EXCEPTIONS"] = False
+
+
+@pytest.mark.parametrize("name", FLASKS_OWN)
+def test_flasks_own_signals_are_published(name: str) -> None:
+    url = f"memory://{name}"
+    route = {"signal": f"flask:{name}", "payload": plainly}
+    bus = EventBus()
+    app = make_app(bus, EVENTBUS_URL=url, EVENTBUS_PUBLISH={"api_call": route})
+    received: list[Any] = []
+    listener = Bus(url, service="analytics")
+    listener.on("api_call")(lambda sender, **payload: received.append(payload))
+    listener.start()
+    assert listener.ready(10)
+
+    add_pages(app)
     app.test_client().get("/page")
     app.test_client().get("/broken")
     assert bus.flush(5, app=app)
@@ -499,17 +505,7 @@ def test_flasks_own_signals_travel_as_plain_values_where_no_payload_is_given() -
     listener.start()
     assert listener.ready(10)
 
-    @app.get("/page")
-    def page() -> str:
-        flask.flash("hello")
-        return flask.render_template_string("{{ 7 }}")
-
-    @app.get("/broken")
-    def broken() -> str:
-        raise BrokenError
-
-    app.secret_key = "of a test"  # noqa: S105 - flash() needs one
-    app.config["PROPAGATE_EXCEPTIONS"] = False
+    add_pages(app)
     client = app.test_client()
     codes = [client.get("/page"), client.get("/broken"), client.post("/nowhere")]
 
