@@ -11,8 +11,9 @@ import click
 
 from .errors import ConfigError
 from .namespace import check_signal_name
-from .rendering import read_value
+from .places import Place, read_age, read_place
 from .subscriptions import read_subscription
+from .text import read_value
 
 
 def read_name(ctx: click.Context, param: click.Parameter, name: str) -> str:
@@ -34,6 +35,22 @@ def read_names(
             raise click.BadParameter(str(error).removeprefix("NAME: ")) from error
 
     return tuple(dict.fromkeys(names)) or ("*",)
+
+
+def read_moment(ctx: click.Context, param: click.Parameter, text: str | None) -> Place | None:
+    """Return a place in a stream."""
+    try:
+        return None if text is None else read_place(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def read_span(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """Return the milliseconds of an age that is written as ``7d``."""
+    try:
+        return None if text is None else read_age(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def read_pairs(

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import click
 import redis
 
-from .channels import ChannelKeys
 from .config import Config
 from .connections import OUTAGE, Connections
+from .errors import OperationError
 from .node import Node
 from .server import Server, processes_of, reason_of
-from .streams import StreamKeys
+from .streams import ChannelKeys, StreamKeys
 from .urls import trouble_of
 
 #: What ``CLIENT LIST`` shows.
@@ -23,7 +22,7 @@ CLIENT_NAME = "eventbus-routes"
 def census(node: Node) -> dict[str, Any]:
     """Who listens to the channels of the node's prefix and reads its streams, by name and service.
 
-    :raises click.ClickException: Redis cannot be asked.
+    :raises OperationError: Redis cannot be asked.
     """
     connections = Connections(node.config.url, name=CLIENT_NAME)
 
@@ -35,11 +34,11 @@ def census(node: Node) -> dict[str, Any]:
                 "services": _services(server),
             }
     except OUTAGE as error:
-        raise click.ClickException(
+        raise OperationError(
             f"Redis at {connections.shown} cannot be used: {trouble_of(error)}"
         ) from error
     except redis.ResponseError as error:
-        raise click.ClickException(
+        raise OperationError(
             f"This user may not ask for channels: {reason_of(error)}. Allow '+pubsub' in the ACL."
         ) from error
 

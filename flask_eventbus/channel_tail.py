@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 import redis
 
 from .backoff import Backoff
-from .channels import ChannelKeys, ChannelReader, Frame
+from .channels import ChannelReader, Frame
 from .codec import Codec
 from .connections import OUTAGE, Connections, is_passing
 from .errors import DecodeError
 from .logs import get_logger
 from .options import is_pattern, matches
 from .spectating import Heard, Spectator, no_event, read_event
+from .streams import ChannelKeys
 
 logger = get_logger(__name__)
 

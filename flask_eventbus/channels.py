@@ -30,23 +30,6 @@ BATCH = 256
 BATCH_BYTES = 1024 * 1024
 
 
-class ChannelKeys:
-    """The names of channels: ``PREFIX:{NAME}:channel``."""
-
-    def __init__(self, prefix: str) -> None:
-        self._start = f"{prefix}:{{"
-        self._end = "}:channel"
-        self._cut = slice(len(self._start.encode()), -len(self._end))
-
-    def key(self, name: str) -> str:
-        """The channel of the signal ``name``, or the glob of a pattern of names."""
-        return f"{self._start}{name}{self._end}"
-
-    def name(self, key: bytes) -> str:
-        """The signal whose channel is ``key``."""
-        return key[self._cut].decode(errors="replace")
-
-
 @dataclass(frozen=True, slots=True)
 class Frame:
     """What a reader got: a body on a channel, or the server's answer to a command."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from .errors import ConfigError
 from .names import SERVICE_NAME
+from .text import did_you_mean
 
 _PREFIX = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 
@@ -159,21 +159,6 @@ def _is_service_link(key: str, value: object) -> bool:
         return False
 
     return match["address"] is None or str(value).startswith(("tcp://", "udp://", "sctp://"))
-
-
-def did_you_mean(word: str, known: Sequence[str], *, prefix: str = "") -> str:
-    """``Did you mean 'x'?`` for the nearest known word, else the list of all of them.
-
-    :param prefix: what all of them begin with, which makes none of them nearer.
-    """
-    rests = [name.removeprefix(prefix) for name in known]
-    close = difflib.get_close_matches(word.upper().removeprefix(prefix), rests, n=1)
-    close = close or difflib.get_close_matches(word.removeprefix(prefix), rests, n=1)
-
-    if close:
-        return f"Did you mean {prefix + close[0]!r}?"
-
-    return f"Known are: {', '.join(sorted(known))}."
 
 
 def _check_known(key: str) -> None:

@@ -9,7 +9,7 @@ from .errors import ConfigError
 from .findings import Finding, error, note, ok
 from .node import Node
 from .routes import Route
-from .tables import counted
+from .text import counted
 
 
 def check_database(node: Node) -> Iterator[Finding]:

@@ -9,17 +9,14 @@ from typing import Any
 
 import click
 
-from .arguments import read_names
+from .arguments import read_names, read_span
 from .dead_letters import Choice, DeadLetters, Letter
 from .dead_report import as_json, letter_report, list_report, nothing, retrial_report
 from .dead_retry import Retrials, why_not
-from .own_streams import service_of
-from .places import read_age
-from .program import Command, Group, Program, pass_program
+from .program import Command, Group, Program, pass_program, service_of
 from .records import REASONS
-from .rendering import printable
 from .stream_access import StreamAccess
-from .tables import counted
+from .text import counted, printable
 
 #: What ``CLIENT LIST`` shows.
 CLIENT_NAME = "eventbus-dead"
@@ -78,13 +75,13 @@ def _choosing(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--older-than",
                 metavar="AGE",
-                callback=read_age,
+                callback=read_span,
                 help="Only those given up longer ago, for example '7d', '12h' or '30m'.",
             ),
             click.option(
                 "--newer-than",
                 metavar="AGE",
-                callback=read_age,
+                callback=read_span,
                 help="Only those given up since then.",
             ),
         )

@@ -16,8 +16,8 @@ from .dead_letters import Letter
 from .dead_retry import Retrial
 from .entry_ids import entry_id
 from .places import clock, iso
-from .rendering import plain, printable
-from .tables import counted, span
+from .tables import span
+from .text import counted, plain, printable
 
 #: What the reasons mean.
 _REASONS = {

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-import click
-
 from .dead_letters import Letter, read_letter
 from .entry_ids import entry_id
+from .errors import OperationError
 from .records import BadRecordError, DeadLetter, RetryRecord
 from .stream_access import StreamAccess, as_mapping
 
@@ -60,7 +59,7 @@ class Retrials:
     def put_back(self, letter: Letter) -> Retrial | None:
         """Let a letter be due now, as if nobody had tried; ``None`` if it is not there any more.
 
-        :raises click.ClickException: Redis cannot be asked, or refuses.
+        :raises OperationError: Redis cannot be asked, or refuses.
         """
         for _ in range(MOST_TRIES):
             before = self._watched(letter)
@@ -73,7 +72,7 @@ class Retrials:
             if self._moved(retrial):
                 return retrial
 
-        raise click.ClickException(
+        raise OperationError(
             f"{letter.shown} was not put back: the dead letters of {letter.name!r} change all the "
             "time. Try again when fewer events fail."
         )
@@ -81,7 +80,7 @@ class Retrials:
     def settled(self, retrials: Sequence[Retrial], seconds: float) -> Iterator[Retrial]:
         """Yield each as soon as an attempt at it has ended, until ``seconds`` have passed.
 
-        :raises click.ClickException: Redis cannot be asked.
+        :raises OperationError: Redis cannot be asked.
         """
         ends = time.monotonic() + seconds
         left = list(retrials)

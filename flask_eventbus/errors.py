@@ -9,6 +9,7 @@
     ├── HopLimitError    a chain of events runs in a circle: break the circle
     ├── DecodeError      bytes from the wire are no event: skipped and counted
     ├── ReceiverError    a receiver does not accept a payload: correct the receiver
+    ├── OperationError   Redis refuses what an operator asked for: grant it, or ask for another
     ├── Reject           raised by a receiver: this event can never be handled, do not try again
     └── Retry            raised by a receiver: try again, after a time of its choice
 """
@@ -97,6 +98,10 @@ class ReceiverError(EventBusError):
         super().__init__(message)
         #: True if it can never accept the event, so that no retry helps.
         self.is_final = is_final
+
+
+class OperationError(EventBusError):
+    """Redis is away, refuses a command, or has nothing of the name that an operator gave."""
 
 
 class Reject(EventBusError):  # noqa: N818 - a receiver says it: raise Reject("no such user")

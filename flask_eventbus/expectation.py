@@ -9,11 +9,11 @@ from difflib import SequenceMatcher
 from reprlib import Repr
 from typing import Any
 
-from .config import did_you_mean
 from .event import Event
 from .node import Node
 from .options import is_pattern, matches
 from .subscriptions import subscription_for
+from .text import did_you_mean
 
 #: Events that a failure shows.
 SHOWN = 10

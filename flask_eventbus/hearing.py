@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from .channels import ChannelKeys, ChannelReader, Frame
+from .channels import ChannelReader, Frame
 from .connections import OUTAGE
 from .logs import get_logger
 from .options import is_pattern, matches
+from .streams import ChannelKeys
 from .subscriptions import Subscription
 
 logger = get_logger(__name__)

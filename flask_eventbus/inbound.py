@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Mapping
 
-from .channels import ChannelKeys, ChannelReader
+from .channels import ChannelReader
 from .codec import Codec
 from .config import Config
 from .connections import Connections
@@ -18,6 +18,7 @@ from .intake import Intake
 from .listener import Listener
 from .namespace import Receiver
 from .pool import Pool
+from .streams import ChannelKeys
 from .subscriptions import Subscription
 
 #: Seconds that the listener is waited for, whose last events the receivers have to finish.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from .channels import ChannelKeys
 from .codec import Codec
 from .config import Age, Config
 from .errors import ConfigError
 from .outgoing import Lane
 from .routes import Route
-from .streams import StreamKeys
+from .streams import ChannelKeys, StreamKeys
 from .way import AgingStreamWay, ChannelWay, StreamWay, Way
 
 

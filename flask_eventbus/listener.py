@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import redis
 
 from .backoff import Backoff
-from .channels import ChannelKeys, ChannelReader, Frame
+from .channels import ChannelReader, Frame
 from .config import Config
 from .connections import OUTAGE
 from .counters import BoundedLog, Counters
@@ -20,6 +20,7 @@ from .lifecycle import tell
 from .logs import get_logger
 from .pool import Pool
 from .signals import listener_connected, listener_lost
+from .streams import ChannelKeys
 
 logger = get_logger(__name__)
 

@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .text import printable
+
 #: Characters that are logged of an error's text, and of any other text.
 MOST_ERROR = 500
 MOST_TEXT = 2_000
@@ -95,19 +97,6 @@ def get_logger(name: str) -> Logger:
     return Logger(logging.getLogger(name), None)
 
 
-def printable(text: str, most: int = MOST_TEXT) -> str:
-    """A text on one line, without what a terminal would obey, and with ``most`` characters."""
-    if len(text) > most:
-        text = f"{text[:most]}... ({len(text)} characters)"
-
-    if text.isprintable():
-        return text
-
-    return "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in text
-    )
-
-
 def text_of(error: BaseException) -> str:
     """What an error says, printable and cut."""
     try:
@@ -147,7 +136,7 @@ def _shown_part(part: str) -> str:
     """A part of a traceback: a frame of several lines, or what an error says, on one."""
     # Within a group of exceptions parts stand behind a margin.
     if part.lstrip(" |+-").startswith('File "'):
-        return "\n".join(printable(line) for line in part.rstrip("\n").split("\n"))
+        return "\n".join(printable(line, MOST_TEXT) for line in part.rstrip("\n").split("\n"))
 
     return printable(part.rstrip("\n"), MOST_ERROR)
 

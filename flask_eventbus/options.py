@@ -10,9 +10,9 @@ from typing import Any, TypeVar, cast, get_args
 
 from blinker import NamedSignal, Signal
 
-from .config import did_you_mean
 from .errors import ConfigError
 from .namespace import check_signal_name
+from .text import did_you_mean
 from .typing import Via
 
 T = TypeVar("T")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .errors import ConfigError
 from .node import Node
 from .options import is_pattern, matches
-from .program import Program
 from .subscriptions import subscription_for
 
 
@@ -24,17 +22,3 @@ def published(node: Node, names: Iterable[str]) -> set[str]:
     """Those of ``names`` that a service publishes over streams."""
     patterns = [route.name for route in node.routes.values() if route.via == "stream"]
     return {name for name in names if any(matches(pattern, name) for pattern in patterns)}
-
-
-def service_of(program: Program) -> str:
-    """The service that is worked on.
-
-    :raises ConfigError: it is not said which; or the program cannot be loaded.
-    """
-    if program.names_service:
-        return program.node.config.service
-
-    raise ConfigError(
-        "It is not said whose they are. Name the service: '--service mailer' before the command, "
-        "or 'EVENTBUS_SERVICE' in the environment."
-    )

@@ -8,8 +8,6 @@ from datetime import UTC, datetime
 from reprlib import repr as short
 from typing import Any
 
-import click
-
 from .entry_ids import EARLIEST, MOST, EntryId, before_moment
 
 _ID = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII)
@@ -61,11 +59,11 @@ def iso(milliseconds: int) -> str | None:
     return None if moment is None else moment.isoformat(timespec="milliseconds")
 
 
-def read_place(ctx: click.Context, param: click.Parameter, text: str | None) -> Place | None:
-    """A place; ``earliest`` is before the first entry."""
-    if text is None:
-        return None
+def read_place(text: str) -> Place:
+    """Read a place; ``earliest`` is before the first entry.
 
+    :raises ValueError: the text names no place.
+    """
     if text == "earliest":
         return Place(EARLIEST, EARLIEST)
 
@@ -80,18 +78,18 @@ def read_place(ctx: click.Context, param: click.Parameter, text: str | None) -> 
         # Without an offset it is this machine's time, as clocks here show it.
         return _moment(int(moment.timestamp() * 1000))
     except (ValueError, OverflowError, OSError) as error:
-        raise click.BadParameter(f"{short(text)} is no place in a stream. {_EXAMPLES}") from error
+        raise ValueError(f"{short(text)} is no place in a stream. {_EXAMPLES}") from error
 
 
-def read_age(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
-    """The milliseconds of an age that is written as ``7d``."""
-    if text is None:
-        return None
+def read_age(text: str) -> int:
+    """Return the milliseconds of an age that is written as ``7d``.
 
+    :raises ValueError: the text is no age.
+    """
     found = _AGE.fullmatch(text)
 
     if found is None:
-        raise click.BadParameter(
+        raise ValueError(
             f"{short(text)} is no age. Write a number and a unit: '30s', '15m', '12h' or '7d'."
         )
 
@@ -102,7 +100,7 @@ def _entry(found: re.Match[str]) -> Place:
     first = _numbers(found)
 
     if max(first) > MOST:
-        raise click.BadParameter(f"{found[0]!r} is too large for an entry's id. {_EXAMPLES}")
+        raise ValueError(f"{found[0]!r} is too large for an entry's id. {_EXAMPLES}")
 
     return Place(first, first) if found[2] else _moment(first[0])
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from .errors import EventBusError
+from .errors import ConfigError, EventBusError
 from .node import Node
 
 #: What a write to stdout fails with, unless nobody reads it any more.
@@ -44,6 +44,20 @@ class Program:
     def load(self) -> Node:
         """Load the program and return its node."""
         raise NotImplementedError
+
+
+def service_of(program: Program) -> str:
+    """The service that is worked on.
+
+    :raises ConfigError: it is not said which; or the program cannot be loaded.
+    """
+    if program.names_service:
+        return program.node.config.service
+
+    raise ConfigError(
+        "It is not said whose they are. Name the service: '--service mailer' before the command, "
+        "or 'EVENTBUS_SERVICE' in the environment."
+    )
 
 
 class _Orderly(click.Command):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
-from datetime import date, datetime, time
+from datetime import datetime
 from typing import Any
 
 from .event import Event
+from .text import plain, printable, read_value
 
 #: Characters of one value, and of a whole payload, in a line for people.
 MOST_OF_A_VALUE = 60
@@ -56,34 +55,6 @@ def as_json(event: Event, entry: str | None = None) -> str:
     )
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON has it: bytes as base64, and whatever else JSON lacks as text."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-
-    if isinstance(value, set | frozenset):
-        return [plain(inner) for inner in sorted(value, key=repr)]
-
-    return _plain_scalar(value)
-
-
-def read_value(text: str) -> Any:
-    """The value that ``text`` stands for on a command line.
-
-    A JSON number, ``true``, ``false``, ``null``, a JSON list or object is that; anything
-    else is text, a quoted JSON string and ``NaN`` included.
-    """
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError:
-        return text
-
-    return text if isinstance(value, str) else value
-
-
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a table whose columns are as wide as what stands in them."""
     lines = [heads, *rows]
@@ -92,30 +63,6 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
-
-
-def printable(text: str) -> str:
-    """``text`` with every character that a terminal could obey written as an escape."""
-    if text.isprintable():
-        return text
-
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
-
-
-def _plain_scalar(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-
-    if value is None or isinstance(value, str | int | float):
-        return value
-
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-
-    return value.isoformat() if isinstance(value, date | time) else str(value)
 
 
 def _clock(moment: datetime) -> str:
@@ -145,7 +92,3 @@ def _as_json_text(value: Any) -> str:
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")

@@ -6,21 +6,19 @@ from collections.abc import Iterator
 
 import click
 
-from .arguments import read_name
+from .arguments import read_moment, read_name
 from .dead_letters import is_called
 from .entry_ids import MOST, EntryId, entry_id, id_text
 from .errors import ConfigError
 from .node import Node
 from .overview import Overview
-from .own_streams import service_of
-from .places import Place, clock, read_place
-from .program import Command, Program, pass_program
-from .rendering import printable
+from .places import Place, clock
+from .program import Command, Program, pass_program, service_of
 from .replay import Replay
 from .running import told_by_signal
 from .stream_access import StreamAccess
 from .subscriptions import Subscription, subscription_for
-from .tables import counted
+from .text import counted, printable
 
 #: What ``CLIENT LIST`` shows.
 CLIENT_NAME = "eventbus-replay"
@@ -49,14 +47,14 @@ CLIENT_NAME = "eventbus-replay"
     "first",
     required=True,
     metavar="PLACE",
-    callback=read_place,
+    callback=read_moment,
     help="Where in the stream to begin.",
 )
 @click.option(
     "--to",
     "last",
     metavar="PLACE",
-    callback=read_place,
+    callback=read_moment,
     help="Where to end; with what is there now unless given.",
 )
 @click.option(

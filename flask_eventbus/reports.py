@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from .findings import Finding
-from .rendering import printable
-from .tables import counted, fitted_table
+from .tables import fitted_table
+from .text import counted, printable
 
 #: How findings are marked in a terminal.
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "ok": "green"}

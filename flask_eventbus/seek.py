@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import click
-
 from .entry_ids import EntryId, entry_id, id_text
+from .errors import OperationError
 from .pipe import Command
 from .places import Place
 from .stream_access import StreamAccess
@@ -45,13 +44,13 @@ class Seek:
         """What a move would do.
 
         :param place: ``None`` for the end of the stream.
-        :raises click.ClickException: there is no such group or place, or Redis cannot be asked.
+        :raises OperationError: there is no such group or place, or Redis cannot be asked.
         """
         group = self._access.groups_of(name).get(self._service)
         stream = self._access.stream_of(name)
 
         if group is None or not stream:
-            raise click.ClickException(
+            raise OperationError(
                 f"{self._service!r} has no group at the stream of {name!r}, so there is nothing to "
                 "move. It is made when the service listens for the first time, and begins where "
                 "'start' of its subscription says."
@@ -77,7 +76,7 @@ class Seek:
 
         Where it has passed the place meanwhile, and was to go forward, it stays.
 
-        :raises click.ClickException: the group is gone, or Redis cannot be asked.
+        :raises OperationError: the group is gone, or Redis cannot be asked.
         """
         if move.target >= move.here and self._position(move.name) >= move.target:
             return
@@ -91,7 +90,7 @@ class Seek:
         answers = self._access.together([(*target, *count), *forget])
 
         if not answers or answers[0] is None:
-            raise click.ClickException(
+            raise OperationError(
                 f"The group of {self._service!r} at the stream of {move.name!r} is gone: nothing "
                 "was moved."
             )
@@ -128,7 +127,7 @@ def _target(place: Place, last: EntryId, now: int) -> EntryId:
     if target <= last or is_past:
         return min(target, last)
 
-    raise click.ClickException(
+    raise OperationError(
         f"{id_text(place.first)} lies after the last event, {id_text(last)}: events would not come "
         "until their ids are past it. To skip all there is, write: --to new"
     )

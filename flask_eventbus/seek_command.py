@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import click
 
-from .arguments import read_name
+from .arguments import read_moment, read_name
 from .entry_ids import EARLIEST, MOST, EntryId, id_text
-from .own_streams import service_of
-from .places import Place, clock, read_place
-from .program import Command, Program, pass_program
+from .places import Place, clock
+from .program import Command, Program, pass_program, service_of
 from .seek import Move, Seek
 from .stream_access import StreamAccess
-from .tables import counted
+from .text import counted
 
 #: What ``CLIENT LIST`` shows.
 CLIENT_NAME = "eventbus-seek"
 
 
 def _read_target(ctx: click.Context, param: click.Parameter, text: str) -> Place | None:
-    return None if text == "new" else read_place(ctx, param, text)
+    return None if text == "new" else read_moment(ctx, param, text)
 
 
 @click.command(

@@ -11,10 +11,9 @@ from typing import Any, Self
 import redis
 
 from .alarms import MOST_NAMES
-from .channels import ChannelKeys
 from .connections import Connections
 from .names import SIGNAL_NAME
-from .streams import StreamKeys
+from .streams import ChannelKeys, StreamKeys
 
 #: Seconds a server has to answer each question.
 TIMEOUT = 3.0

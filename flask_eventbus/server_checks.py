@@ -10,7 +10,7 @@ import redis
 
 from .access_checks import check_access
 from .alarms import MOST_NAMES
-from .channels import ChannelKeys, ChannelReader
+from .channels import ChannelReader
 from .config import Config
 from .connections import OUTAGE, Connections
 from .errors import ConfigError
@@ -30,7 +30,7 @@ from .stream_checks import (
     check_written,
 )
 from .stream_rights import check_stream_rights
-from .streams import StreamKeys
+from .streams import ChannelKeys, StreamKeys
 from .turn import BATCH_BYTES
 from .urls import AdvisedError
 

@@ -6,13 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import click
-
+from .errors import OperationError
 from .group import LONG_IDLE, RELEASED
 from .pipe import Command
 from .stream_access import StreamAccess
 from .stream_status import GroupStatus, read_statuses
-from .tables import counted
+from .text import counted
 
 #: Seconds without a sign of life after which a consumer counts as gone: workers give one every
 #: two and a half minutes.
@@ -51,7 +50,7 @@ class Services:
     def holdings(self, service: str) -> list[Holding]:
         """Return what Redis keeps of a service, signal by signal.
 
-        :raises click.ClickException: Redis cannot be asked.
+        :raises OperationError: Redis cannot be asked.
         """
         keys = self._keys_of(service)
         names = sorted({*self._access.names(), *keys})
@@ -65,7 +64,7 @@ class Services:
     def known(self) -> list[str]:
         """Return the services that have a group at a stream.
 
-        :raises click.ClickException: Redis cannot be asked.
+        :raises OperationError: Redis cannot be asked.
         """
         groups = (self._access.groups_of(name) for name in self._access.names())
         return sorted({service for found in groups for service in found})
@@ -73,7 +72,7 @@ class Services:
     def forget(self, service: str, holdings: Iterable[Holding]) -> None:
         """Remove the groups, retries and dead letters of a service.
 
-        :raises click.ClickException: Redis cannot be asked, or refuses.
+        :raises OperationError: Redis cannot be asked, or refuses.
         """
         for holding in holdings:
             stream = self._access.keys.stream(holding.name)
@@ -89,7 +88,7 @@ class Services:
     def rename(self, old: str, new: str, holdings: Iterable[Holding]) -> None:
         """Give what Redis keeps of a service to another name; each signal at once.
 
-        :raises click.ClickException: Redis cannot be asked, or refuses.
+        :raises OperationError: Redis cannot be asked, or refuses.
         """
         for holding in holdings:
             commands = list(self._move_group(holding.name, old, new))
@@ -157,12 +156,12 @@ class Services:
 def refuse_running(service: str, holdings: Iterable[Holding]) -> None:
     """Refuse to change a service whose workers run: they would make its groups again.
 
-    :raises click.ClickException: a worker gave a sign of life lately.
+    :raises OperationError: a worker gave a sign of life lately.
     """
     running = sorted({consumer for holding in holdings for consumer in holding.running})
 
     if running:
-        raise click.ClickException(
+        raise OperationError(
             f"{counted(len(running), 'worker')} of {service!r} gave a sign of life in the last "
             f"{GONE / 60:.0f} minutes: {', '.join(running[:5])}. Stop the workers of the service "
             "first. A worker that was killed counts as gone after that time."

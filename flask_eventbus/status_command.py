@@ -11,6 +11,7 @@ from contextlib import suppress
 import click
 
 from .alarms import MOST_NAMES, too_many_names
+from .errors import OperationError
 from .own_streams import heard, published
 from .program import Command, Program, pass_program, reader_is_gone
 from .status_report import as_json, excess_of, status_report
@@ -110,7 +111,7 @@ class _Look:
     def once(self) -> bool:
         """Show it; whether there is too much of something.
 
-        :raises click.ClickException: Redis cannot be asked.
+        :raises OperationError: Redis cannot be asked.
         """
         statuses, excess = self._read()
         click.echo(
@@ -129,8 +130,8 @@ class _Look:
         while not reader_is_gone():
             try:
                 statuses, excess = self._read()
-            except click.ClickException as error:
-                self._show_again(error.message, is_error=True)
+            except OperationError as error:
+                self._show_again(str(error), is_error=True)
             else:
                 shown = self._as_line(statuses, excess)
                 self._show_again(shown)

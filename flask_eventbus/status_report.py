@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .rendering import printable
 from .stream_status import ConsumerStatus, GroupStatus, StreamStatus
 from .tables import fitted_table, span
+from .text import printable
 
 _GROUPS = ("Stream", "Events", "Service", "Lag", "Pending", "Oldest", "Retries", "Dead")
 _CONSUMERS = ("Service", "Stream", "Host", "Pid", "Node", "Pending", "Idle")

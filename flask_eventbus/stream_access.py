@@ -9,18 +9,20 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import click
 import redis
 
 from .config import Config
 from .connections import OUTAGE, Connections
 from .entry_ids import EntryId, entry_id, id_text
-from .errors import ConfigError
+from .errors import ConfigError, OperationError
+from .logs import get_logger
 from .names import SIGNAL_NAME
 from .pipe import Command, Pipe
-from .rendering import printable
 from .streams import StreamKeys
+from .text import printable
 from .urls import trouble_of
+
+logger = get_logger(__name__)
 
 #: Seconds a server has to answer each question.
 TIMEOUT = 3.0
@@ -57,14 +59,14 @@ class StreamAccess:
     def ask(self, *command: str | bytes | int | float) -> Any:
         """The answer to one command.
 
-        :raises click.ClickException: Redis is away, or refuses it.
+        :raises OperationError: Redis is away, or refuses it.
         """
         return self.run([command])[0]
 
     def run(self, commands: Sequence[Command]) -> list[Any]:
         """The answers to commands, in one round trip; ``None`` where there is no such key or group.
 
-        :raises click.ClickException: Redis is away, or refuses one of them.
+        :raises OperationError: Redis is away, or refuses one of them.
         """
         if not commands:
             return []
@@ -80,7 +82,7 @@ class StreamAccess:
     def together(self, commands: Sequence[Command]) -> list[Any] | None:
         """The answers to commands that are done together; ``None`` if what was watched changed.
 
-        :raises click.ClickException: Redis is away, or refuses one of them.
+        :raises OperationError: Redis is away, or refuses one of them.
         """
         answers = self.run([("MULTI",), *commands, ("EXEC",)])[-1]
 
@@ -95,7 +97,7 @@ class StreamAccess:
     def now(self) -> int:
         """Redis's time in milliseconds; this machine's where the user may not ask for it.
 
-        :raises click.ClickException: Redis is away.
+        :raises OperationError: Redis is away.
         """
         with self._told():
             (answer,) = self._pipe.run([("TIME",)])
@@ -108,16 +110,16 @@ class StreamAccess:
     def names(self) -> list[str]:
         """The signals that have a stream.
 
-        :raises click.ClickException: Redis cannot be asked.
+        :raises OperationError: Redis cannot be asked.
         """
         found = [name.decode(errors="replace") for name in self.ask("SMEMBERS", self.keys.names)]
 
         for name in found:
             if not SIGNAL_NAME.fullmatch(name):
-                click.echo(
-                    f"{self.keys.names!r} has a name that no signal can have; it is left out: "
-                    f"'{printable(name[:128])}'.",
-                    err=True,
+                logger.warning(
+                    "%r has a name that no signal can have; it is left out: '%s'.",
+                    self.keys.names,
+                    printable(name[:128]),
                 )
 
         return sorted(name for name in found if SIGNAL_NAME.fullmatch(name))
@@ -125,7 +127,7 @@ class StreamAccess:
     def pages(self, key: str, first: EntryId, last: EntryId) -> Iterator[list[Entry]]:
         """The entries of a stream from one id to another, both included, some at a time.
 
-        :raises click.ClickException: Redis cannot be asked.
+        :raises OperationError: Redis cannot be asked.
         """
         start = id_text(first)
 
@@ -141,7 +143,7 @@ class StreamAccess:
     def entries(self, key: str, first: EntryId, last: EntryId) -> Iterator[Entry]:
         """The same, one by one.
 
-        :raises click.ClickException: Redis cannot be asked.
+        :raises OperationError: Redis cannot be asked.
         """
         for page in self.pages(key, first, last):
             yield from page
@@ -149,7 +151,7 @@ class StreamAccess:
     def stream_of(self, name: str) -> dict[str, Any]:
         """What ``XINFO STREAM`` says of a signal's stream; nothing if there is none.
 
-        :raises click.ClickException: Redis cannot be asked.
+        :raises OperationError: Redis cannot be asked.
         """
         found = self.ask("XINFO", "STREAM", self.keys.stream(name))
         return {} if found is None else as_texts(found)
@@ -157,7 +159,7 @@ class StreamAccess:
     def groups_of(self, name: str) -> dict[str, dict[str, Any]]:
         """What ``XINFO GROUPS`` says of each group of a signal's stream, by its name.
 
-        :raises click.ClickException: Redis cannot be asked.
+        :raises OperationError: Redis cannot be asked.
         """
         return by_name(self.ask("XINFO", "GROUPS", self.keys.stream(name)))
 
@@ -181,18 +183,18 @@ class StreamAccess:
         try:
             yield
         except redis.AuthenticationError as error:
-            raise click.ClickException(
+            raise OperationError(
                 f"Redis at {self._connections.shown} does not let this user in: "
                 f"{_reason(error)}. Correct the user and the password in 'EVENTBUS_URL'."
             ) from error
         except OUTAGE as error:
             if "no permissions" in str(error):
-                raise click.ClickException(
+                raise OperationError(
                     f"Redis at {self._connections.shown} does not let this user connect: "
                     f"{_reason(error)}. Grant it that in the ACL."
                 ) from error
 
-            raise click.ClickException(
+            raise OperationError(
                 f"Redis at {self._connections.shown} cannot be used: {printable(trouble_of(error))}"
             ) from error
 
@@ -204,7 +206,7 @@ class StreamAccess:
         if "no such key" in str(answer).lower() or str(answer).startswith("NOGROUP"):
             return None
 
-        raise click.ClickException(self._refused(command, answer)) from answer
+        raise OperationError(self._refused(command, answer)) from answer
 
     def _refused(self, command: Command, refusal: Exception) -> str:
         words = [_as_text(word) for word in command[:3]]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-import click
 import redis
 
 from .alarms import too_many_names
 from .config import Config
+from .errors import OperationError
 from .findings import Finding, error, note, ok, warning
 from .server import Server
 from .stream_access import StreamAccess
 from .stream_status import GroupStatus, read_statuses
 from .streams import StreamKeys
-from .tables import counted
+from .text import counted
 
 #: Names that a finding lists.
 MOST_NAMES = 5
@@ -149,8 +149,8 @@ def check_backlog(
         with StreamAccess(config, name="eventbus-check") as access:
             statuses = read_statuses(access, services(access))
             flood = too_many_names(access.keys.names, len(access.names())) if patterns else None
-    except click.ClickException as refusal:
-        yield note(f"What waits in streams cannot be told. {refusal.message}")
+    except OperationError as refusal:
+        yield note(f"What waits in streams cannot be told. {refusal!s}")
         return
 
     for alarm in (flood, *(alarm for status in statuses for alarm in status.alarms)):
@@ -170,7 +170,7 @@ def check_written(config: Config, names: Collection[str]) -> Iterator[Finding]:
     try:
         with StreamAccess(config, name="eventbus-check") as access:
             statuses = read_statuses(access, dict.fromkeys(names, ()))
-    except click.ClickException:
+    except OperationError:
         # Whoever writes a stream need not have the right to ask about it.
         return
 

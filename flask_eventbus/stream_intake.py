@@ -19,9 +19,9 @@ from .group import Entry
 from .lifecycle import tell
 from .logs import get_logger
 from .records import MOST_ERROR, DeadLetter
-from .rendering import plain
 from .signals import event_rejected
 from .subscriptions import Subscription
+from .text import plain
 
 logger = get_logger(__name__)
 

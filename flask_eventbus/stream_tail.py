@@ -18,9 +18,9 @@ from .errors import DecodeError
 from .names import SIGNAL_NAME
 from .options import is_pattern, matches
 from .pipe import Command, Pipe
-from .rendering import printable
 from .spectating import Heard, Spectator, no_event, read_event
 from .streams import StreamKeys
+from .text import printable
 
 #: Seconds that Redis holds a read back where there is nothing to read.
 BLOCK = 1.0

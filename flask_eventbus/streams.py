@@ -1,6 +1,23 @@
-"""The names of what streams are made of in Redis, and the form of what is kept beside them."""
+"""Redis key names of channels, streams, retries and dead letters."""
 
 from __future__ import annotations
+
+
+class ChannelKeys:
+    """The names of channels: ``PREFIX:{NAME}:channel``."""
+
+    def __init__(self, prefix: str) -> None:
+        self._start = f"{prefix}:{{"
+        self._end = "}:channel"
+        self._cut = slice(len(self._start.encode()), -len(self._end))
+
+    def key(self, name: str) -> str:
+        """The channel of the signal ``name``, or the glob of a pattern of names."""
+        return f"{self._start}{name}{self._end}"
+
+    def name(self, key: bytes) -> str:
+        """The signal whose channel is ``key``."""
+        return key[self._cut].decode(errors="replace")
 
 
 class StreamKeys:

@@ -42,11 +42,6 @@ def span(seconds: float | None) -> str:
     return f"{seconds:.0f} s"
 
 
-def counted(number: int, what: str) -> str:
-    """``1 event``, ``2 events``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 def _aligned(lines: Sequence[Sequence[str]], names: Sequence[int]) -> list[list[str]]:
     """Lines whose numbers stand with their last digits one under the other."""
     widths = _widths(lines)

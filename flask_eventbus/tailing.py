@@ -17,9 +17,9 @@ from .codec import Codec
 from .connections import OUTAGE, Connections
 from .errors import ConfigError
 from .event import Event
-from .rendering import plain, read_value
 from .spectating import Heard
 from .stream_tail import StreamTail
+from .text import plain, read_value
 
 #: What ``CLIENT LIST`` shows: never one of a service's listeners.
 CLIENT_NAME = "eventbus-tail"

@@ -31,7 +31,7 @@ from flask_eventbus.__main__ import main
 from flask_eventbus.cli import flask_commands
 from flask_eventbus.commands import COMMANDS
 from flask_eventbus.declarations import Declarations
-from flask_eventbus.rendering import read_value
+from flask_eventbus.text import read_value
 
 ROOT = Path(__file__).parent.parent
 

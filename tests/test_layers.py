@@ -17,7 +17,7 @@ PACKAGE = Path(flask_eventbus.__file__).parent
 
 #: A module imports only modules of lower layers. ``__init__`` stands for all it collects.
 LAYERS = {
-    -1: ("forks",),
+    -1: ("forks", "text"),
     0: (
         "forms",
         "errors",
@@ -72,12 +72,12 @@ LAYERS = {
         "reading",
         "pipe",
         "bridge",
-        "arguments",
         "outgoing",
         "places",
         "tables",
     ),
     5: (
+        "arguments",
         "catalogue",
         "clock",
         "group",

@@ -1,0 +1,92 @@
+"""Values as text for people, and text as values; used wherever something is printed."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from datetime import date, time
+from typing import Any
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """Return the text with every character that a terminal could obey written as an escape.
+
+    :param most: characters to keep; a longer text is cut, and its length added.
+    """
+    if most is not None and len(text) > most:
+        text = f"{text[:most]}... ({len(text)} characters)"
+
+    if text.isprintable():
+        return text
+
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )
+
+
+def counted(number: int, what: str) -> str:
+    """Return ``1 event``, ``2 events``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def did_you_mean(word: str, known: Sequence[str], *, prefix: str = "") -> str:
+    """Return ``Did you mean 'x'?`` for the nearest known word, else the list of all of them.
+
+    :param prefix: what all of them begin with, which makes none of them nearer.
+    """
+    rests = [name.removeprefix(prefix) for name in known]
+    close = difflib.get_close_matches(word.upper().removeprefix(prefix), rests, n=1)
+    close = close or difflib.get_close_matches(word.removeprefix(prefix), rests, n=1)
+
+    if close:
+        return f"Did you mean {prefix + close[0]!r}?"
+
+    return f"Known are: {', '.join(sorted(known))}."
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: bytes as base64, and whatever else JSON lacks as text."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+
+    if isinstance(value, set | frozenset):
+        return [plain(inner) for inner in sorted(value, key=repr)]
+
+    return _plain_scalar(value)
+
+
+def read_value(text: str) -> Any:
+    """Return the value that ``text`` stands for on a command line.
+
+    A JSON number, ``true``, ``false``, ``null``, a JSON list or object is that; anything
+    else is text, a quoted JSON string and ``NaN`` included.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except ValueError:
+        return text
+
+    return text if isinstance(value, str) else value
+
+
+def _plain_scalar(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+
+    if value is None or isinstance(value, str | int | float):
+        return value
+
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+
+    return value.isoformat() if isinstance(value, date | time) else str(value)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
