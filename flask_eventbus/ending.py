@@ -38,7 +38,7 @@ def end_by_signal(number: int, frame: FrameType | None) -> None:
     """Handle SIGTERM: stop the buses, then let the signal end the process. A second one does so
     at once.
     """
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, _exit if _is_first() else signal.SIG_DFL)
 
     # In a thread: the program may be interrupted where it holds a lock that stopping takes.
     thread = threading.Thread(target=_stop_and_end, args=(number,), name="eventbus-sigterm")
@@ -55,4 +55,16 @@ def _stop_and_end(number: int) -> None:
         if _stop is not None:
             _stop()
     finally:
+        if _is_first():
+            _exit(number)
+
         os.kill(os.getpid(), number)
+
+
+def _is_first() -> bool:
+    """Return True in the first process of a container, which Linux lets no signal end by default."""
+    return os.getpid() == 1
+
+
+def _exit(number: int, frame: FrameType | None = None) -> None:
+    os._exit(128 + number)

@@ -443,6 +443,24 @@ def test_sigterm_names_what_a_script_could_not_publish(start: Callable[..., Prog
     assert any("1 events were not published before the end" in line for line in program.lines)
 
 
+#: Linux does not let a signal end the first process of a container by its default.
+FIRST_OF_A_CONTAINER = """
+import os
+os.getpid = lambda: 1
+os.kill = lambda process, number: None
+"""
+
+
+def test_sigterm_ends_the_first_process_of_a_container_too(start: Callable[..., Program]) -> None:
+    program = start(FIRST_OF_A_CONTAINER + PUBLISHER)
+    program.wait_for("sent")
+
+    program.process.send_signal(signal.SIGTERM)
+
+    assert program.end() == 128 + signal.SIGTERM
+    assert any("1 events were not published before the end" in line for line in program.lines)
+
+
 def test_a_handler_for_sigterm_that_the_program_has_set_stays(
     start: Callable[..., Program],
 ) -> None:
