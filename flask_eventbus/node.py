@@ -54,6 +54,9 @@ REST = 3.0
 HAND_BACK = 2.0
 WRITER_END = 0.5
 
+#: Seconds, of :data:`REST`, to publish what other threads sent while the process ended.
+LATE = 0.2
+
 #: Seconds that the end of a process may take beyond ``EVENTBUS_GRACE``, with all buses of the
 #: process, whatever Redis does.
 LONGEST_STOP = FLUSH_AT_EXIT + REST
@@ -591,7 +594,13 @@ def stop_all() -> None:
     except Exception:
         logger.exception("A bus of this process was not stopped.")
 
+    # From now on threads that still run write what they send themselves.
     process_ends.set()
+    flush_by = time.monotonic() + LATE
+
+    for node in list(nodes):
+        if node.may_stop_here and node._publisher.buffered:
+            node._take_publisher().close(flush_by, flush_by + LATE)
 
 
 def _stop_together(
@@ -627,7 +636,7 @@ def _stop_together(
         for publisher in [*(node._take_publisher() for node in stopping), *others]:
             publisher.close(flush_by, flush_by + WRITER_END)
 
-    wait_until_told(begin + grace + flush + REST - time.monotonic())
+    wait_until_told(begin + grace + flush + REST - 2 * LATE - time.monotonic())
 
 
 @after_fork

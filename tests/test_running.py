@@ -443,6 +443,41 @@ def test_sigterm_names_what_a_script_could_not_publish(start: Callable[..., Prog
     assert any("1 events were not published before the end" in line for line in program.lines)
 
 
+LATE = """
+import os, threading, time
+from flask_eventbus import Bus
+
+bus = Bus("redis://127.0.0.1:9/0", service="consumer", publish={{"paid": {{"confirm": False}}}})
+bus.signal("paid").send(number=1)
+before = bus.health().node
+
+def send_late():
+    while bus.health().node == before:
+        time.sleep(0.01)
+
+    bus.signal("paid").send(number=2)
+    print("late", bus.health().node, flush=True)
+
+threading.Thread(target=send_late, daemon=True).start()
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    "end", ["os.kill(os.getpid(), 15); time.sleep(60)", ""], ids=["by SIGTERM", "by itself"]
+)
+def test_events_that_are_sent_while_a_process_ends_are_named_too(
+    start: Callable[..., Program], end: str
+) -> None:
+    program = start(LATE.replace("{end}", end))
+
+    program.end()
+
+    node = next(line.split()[1] for line in program.lines if line.startswith("late"))
+    assert sum("1 events were not published" in line for line in program.lines) == 2
+    assert any(line.endswith(f"paid {node}-1") for line in program.lines)
+
+
 #: Linux does not let a signal end the first process of a container by its default.
 FIRST_OF_A_CONTAINER = """
 import os
