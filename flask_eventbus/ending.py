@@ -62,7 +62,7 @@ def _stop_and_end(number: int) -> None:
 
 
 def _is_first() -> bool:
-    """Return True in the first process of a container, which Linux lets no signal end by default."""
+    """Return True in the first process of a container: Linux ignores the default of its signals."""
     return os.getpid() == 1
 
 
