@@ -41,6 +41,9 @@ LOOK_UP = 16
 #: Entries that are listed at most when a consumer is removed.
 MOST_PENDING = 10_000
 
+#: Seconds for which the workers of a service know what one of them reported as lost.
+LOSS_KEPT = 24 * 60 * 60
+
 #: Entries that are counted at most behind the place where a new group begins.
 MOST_COUNTED = 1_000
 
@@ -417,6 +420,39 @@ class Group:
                 return _position(_as_dict(stream), group)
 
         return None
+
+    def counts_what_is_skipped(self, name: str) -> bool:
+        """Return True if Redis counts as read what was trimmed unread: 7.2 and later, and Valkey.
+
+        Known by what came with it, the time since a consumer last got an entry.
+        """
+        key = self._keys.stream(name)
+        consumers = self.pipe.run([("XINFO", "CONSUMERS", key, self._service)])[0]
+        return isinstance(consumers, list) and any(b"inactive" in found for found in consumers)
+
+    def note_loss(self, name: str, place: str, count: int, *, anywhere: bool) -> int | None:
+        """Note that entries were trimmed before the group got them, for its other workers.
+
+        :param place: where the group stands, before the entries that are lost.
+        :param anywhere: whether what was noted at other places counts as well.
+        :return: how many entries a worker had noted; ``None`` if none had, or Redis refuses.
+        """
+        key = self._keys.trimmed(name, self._service)
+        done = self.pipe.run(
+            [
+                ("MULTI",),
+                ("HMGET", key, "place", "count"),
+                ("HSET", key, "place", place, "count", count),
+                ("EXPIRE", key, LOSS_KEPT),
+                ("EXEC",),
+            ]
+        )[-1]
+
+        if not isinstance(done, list) or not isinstance(done[0], list) or done[0][1] is None:
+            return None
+
+        where, noted = done[0]
+        return int(noted) if anywhere or where.decode() == place else None
 
     def look_for(self, name: str, id: str) -> Command:
         """The command whose answer is empty if an entry is pending for nobody."""

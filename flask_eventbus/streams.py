@@ -57,6 +57,10 @@ class StreamKeys:
         """A set: the ids of the events that a service got, of one window of time."""
         return f"{self._start}{name}}}:seen:{service}:{window}"
 
+    def trimmed(self, name: str, service: str) -> str:
+        """A hash: the last loss that a worker reported, and where its group stood."""
+        return f"{self._start}{name}}}:seen:{service}:trimmed"
+
     def name(self, key: str) -> str:
         """The signal whose stream is ``key``."""
         return key[self._cut]

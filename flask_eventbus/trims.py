@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import redis
 
 from .alarms import far_ahead, past_the_end
+from .connections import OUTAGE
 from .counters import BoundedLog, Counters
 from .entry_ids import entry_id
 from .group import Group, Position
@@ -40,10 +41,9 @@ class Trims:
         #: Whether the last read left something to be read.
         self.busy = False
         self._looked = float("-inf")
-        #: The part of what Redis counts as lost that is no new loss, by stream.
-        self._reported: dict[str, int] = {}
-        #: The streams of which a loss was reported whose size Redis does not know.
-        self._unknown: set[str] = set()
+        #: By stream, where the group stood at the last loss, and how many of the events that Redis
+        #: counts as lost are no new loss.
+        self._known: dict[str, tuple[str, int]] = {}
         #: What somebody did to streams, so that this service gets nothing of them, by name.
         self.alarms: dict[str, str] = {}
 
@@ -70,8 +70,7 @@ class Trims:
 
     def reset(self) -> None:
         """Start again after streams were deleted: their counts start at zero."""
-        self._reported.clear()
-        self._unknown.clear()
+        self._known.clear()
         self.look_next()
 
     def count(self, name: str, count: int | None) -> None:
@@ -112,24 +111,11 @@ class Trims:
 
         self._watch(name, position)
 
-        if not position.is_behind:
-            # Nothing unread is missing: whatever Redis 7.0 counts as unread was lost earlier.
-            self._reported[name] = position.miscounted
-            self._unknown.discard(name)
-        elif position.trimmed is None:
-            # Once: nothing says whether more is lost by the next look.
-            if name not in self._unknown:
-                self._unknown.add(name)
-                self.count(name, None)
-        else:
-            reported = self._reported.get(name, 0)
-            self._reported[name] = max(reported, position.trimmed)
-            self.count(name, max(0, position.trimmed - reported))
+        lost = self._new_loss(name, position)
 
-            if position.trimmed > reported:
-                return
-
-        if name not in self._unknown:
+        if lost != 0:
+            self.count(name, lost)
+        elif position.trimmed is not None:
             self._log.over(
                 f"trimmed {name}",
                 "The stream of %r is no longer trimmed past events that %r has not handled.",
@@ -137,6 +123,40 @@ class Trims:
                 self._service,
                 extra={"signal": name, "service": self._service},
             )
+
+    def _new_loss(self, name: str, position: Position) -> int | None:
+        """Return how many events are lost that no worker reported; ``None`` if some number is."""
+        here = position.delivered
+
+        if not position.is_behind:
+            # Nothing unread is missing: whatever Redis 7.0 counts as unread was lost earlier.
+            self._known[name] = ("", position.miscounted)
+            return 0
+
+        place, known = self._known.get(name, ("", 0))
+
+        if (place == here and position.trimmed in (None, known)) or position.trimmed == 0:
+            # Nothing says whether more is lost of what cannot be counted.
+            return 0
+
+        # Redis 7.0 counts what is lost at one place at every later place again.
+        adds_up = position.trimmed is not None and not self._group.counts_what_is_skipped(name)
+        count = position.trimmed or 0
+        told: int | None = None
+
+        try:
+            told = self._group.note_loss(name, here, count, anywhere=adds_up)
+        except OUTAGE as error:
+            # Redis may have noted it: reported twice is better than never.
+            logger.debug("A loss is reported that others may report too: %s", error)
+
+        self._known[name] = (here, count)
+
+        if position.trimmed is None:
+            return None if told is None else 0
+
+        known = known if adds_up or place == here else 0
+        return max(0, count - max(known, told or 0))
 
     def _watch(self, name: str, position: Position) -> None:
         """Report a group past the end of its stream, and an id far in the future."""

@@ -19,7 +19,12 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, Reject, Retry, current_event
 from flask_eventbus.__main__ import main
+from flask_eventbus.counters import Counters
+from flask_eventbus.group import Group
+from flask_eventbus.pipe import Pipe
 from flask_eventbus.records import DeadLetter
+from flask_eventbus.streams import StreamKeys
+from flask_eventbus.trims import Trims
 
 MakeBus = Callable[..., Bus]
 
@@ -368,6 +373,31 @@ def test_the_bus_needs_nothing_that_it_is_refused_on_streams(
 
     wait_until(lambda: mailed.count(6) == 2, what="a new group begins at the beginning")
     second.stop()
+    assert refusals() == []
+
+
+def test_workers_may_tell_each_other_of_events_that_were_trimmed(
+    server: GuardedServer, make_bus: MakeBus, refusals: Callable[[], list[object]]
+) -> None:
+    counts = [Counters(), Counters()]
+    key = stream("user_registered")
+
+    for number, counters in enumerate(counts):
+        pipe = Pipe(make_bus(server.url_of("mailer"), "mailer").node.connections, timeout=5)
+        group = Group(pipe, keys=StreamKeys("eventbus"), service="mailer", consumer=f"{number}")
+
+        if number == 0:
+            assert group.join({"user_registered": "$"}) == {"user_registered": None}
+
+            with server.owner() as owner:
+                for _ in range(10):
+                    owner.xadd(key, {"event": b"x"})
+
+                owner.xtrim(key, maxlen=3, approximate=False)
+
+        Trims(group, service="mailer", counters=counters).look(["user_registered"])
+
+    assert [counters.get("trimmed") for counters in counts] == [7, 0]
     assert refusals() == []
 
 

@@ -241,3 +241,30 @@ def test_the_limit_of_dead_letters_names_the_rights_that_it_lacks(
     wait_until(lambda: store.client.get(f"{key}:dropped"), what="they are counted")
     assert int(store.client.get(f"{key}:dropped")) + len(store.dead("tick")) == 253
     assert user.refusals == []
+
+
+def test_a_group_that_is_gone_names_the_right_to_forget_what_it_got(
+    store: StreamStore, user: User, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus(user.url, "mailer", prefix=store.prefix)
+    heard: list[int] = []
+    bus.on("tick", via="stream")(lambda sender, n: heard.append(n))
+    user.allow("+@all", "allkeys", "allchannels", "-expire")
+    bus.start()
+    assert bus.ready(10)
+
+    def destroy() -> None:
+        store.client.xgroup_destroy(store.keys.stream("tick"), "mailer")
+
+    destroy()
+    hint = f"Grant its user (+expire ~{store.prefix}:{{tick}}:seen:mailer:*) in the ACL."
+    wait_until(lambda: hint in caplog.text, what="the right is named")
+    assert "those of the last 600 s do not come again" in caplog.text
+
+    user.grant()
+    user.forgive()
+    store.add("tick", n=1)
+    wait_until(lambda: heard == [1], what="the event is handled, and noted")
+    destroy()
+    wait_until(lambda: heard == [1, 1], what="it comes again")
+    assert user.refusals == []

@@ -874,10 +874,30 @@ def test_a_service_that_listened_once_and_lost_events_since_is_an_alarm_of_statu
     assert "7 events of 'tick' were trimmed before 'mailer' got them" in result.output
 
 
-def group_of(store: StreamStore, make_bus: Make) -> Group:
+def group_of(store: StreamStore, make_bus: Make, consumer: str = "worker", url: str = "") -> Group:
     """The group of ``mailer``, as one of its workers sees it."""
-    pipe = Pipe(make_bus(store.url).node.connections, timeout=5)
-    return Group(pipe, keys=store.keys, service="mailer", consumer="worker")
+    pipe = Pipe(make_bus(url or store.url).node.connections, timeout=5)
+    return Group(pipe, keys=store.keys, service="mailer", consumer=consumer)
+
+
+def trims_of(group: Group) -> tuple[Trims, Counters]:
+    """What a worker finds trimmed, and how it counts it."""
+    counters = Counters()
+    return Trims(group, service="mailer", counters=counters), counters
+
+
+def look(watch: Trims) -> None:
+    """Look at once."""
+    watch.look_next()
+    watch.look(["tick"])
+
+
+def add_and_trim(store: StreamStore, count: int = 10) -> None:
+    """Add events to a stream that keeps three."""
+    for number in range(count):
+        store.add("tick", n=number)
+
+    store.client.xtrim(store.keys.stream("tick"), maxlen=3, approximate=False)
 
 
 def test_a_loss_is_reported_once_however_often_it_is_looked_for(
@@ -886,23 +906,129 @@ def test_a_loss_is_reported_once_however_often_it_is_looked_for(
     store = StreamStore(any_server)
     group = group_of(store, make_bus)
     group.join({"tick": "$"})
-    watch = Trims(group, service="mailer", counters=Counters())
+    watch, _ = trims_of(group)
 
     for _ in range(2):
-        for number in range(10):
-            store.add("tick", n=number)
-        store.client.xtrim(store.keys.stream("tick"), maxlen=3, approximate=False)
+        add_and_trim(store)
 
         for _ in range(3):
-            watch.look_next()
-            watch.look(["tick"])
+            look(watch)
 
         assert len(group.read(["tick"], count=100, block=0)) == 3
-        watch.look_next()
-        watch.look(["tick"])
+        look(watch)
 
     wait_until(wait_until_told, what="all receivers are told")
     assert trimmed == [("tick", 7), ("tick", 7)]
+
+
+def test_one_of_the_workers_of_a_service_reports_a_loss(
+    any_server: RedisServer, make_bus: Make, trimmed: list[tuple[str, int | None]]
+) -> None:
+    store = StreamStore(any_server)
+    groups = [group_of(store, make_bus, f"worker-{number}") for number in range(3)]
+    groups[0].join({"tick": "$"})
+    workers = [trims_of(group) for group in groups]
+
+    for _ in range(2):
+        add_and_trim(store)
+
+        for watch, _ in workers:
+            look(watch)
+
+    # And one that starts meanwhile.
+    late = trims_of(group_of(store, make_bus, "late"))
+    look(late[0])
+    groups[1].read(["tick"], count=2, block=0)
+    add_and_trim(store)
+
+    for watch, _ in (late, *reversed(workers)):
+        look(watch)
+
+    wait_until(wait_until_told, what="all receivers are told")
+    # One of the three that were left after two were read is lost, and seven of the next ten.
+    assert trimmed == [("tick", 7), ("tick", 10), ("tick", 8)]
+    assert [counters.get("trimmed") for _, counters in (*workers, late)] == [17, 0, 0, 8]
+
+
+def test_a_service_that_falls_behind_again_and_again_counts_each_event_it_lost(
+    any_server: RedisServer, make_bus: Make, trimmed: list[tuple[str, int | None]]
+) -> None:
+    store = StreamStore(any_server)
+    group = group_of(store, make_bus)
+    group.join({"tick": "$"})
+    watch, counters = trims_of(group)
+    heard = 0
+
+    for count in (10, 6, 9, 6):
+        add_and_trim(store, count)
+        look(watch)
+        heard += len(group.read(["tick"], count=1, block=0))
+
+    assert heard == 4
+    wait_until(wait_until_told, what="all receivers are told")
+    # Two entries are left.
+    assert counters.get("trimmed") == 31 - 4 - 2
+    assert trimmed == [("tick", 7), ("tick", 5), ("tick", 8), ("tick", 5)]
+
+
+@pytest.mark.parametrize("refused", ["hset", "hmget", "expire", "multi", "xinfo|consumers"])
+def test_workers_that_may_not_note_a_loss_report_it_each(
+    shared_redis: RedisServer,
+    make_bus: Make,
+    trimmed: list[tuple[str, int | None]],
+    refused: str,
+) -> None:
+    store = StreamStore(shared_redis)
+    user = f"{store.prefix}-user"
+    store.client.execute_command(
+        "ACL", "SETUSER", user, "on", ">secret", "~*", "&*", "+@all", f"-{refused}"
+    )
+    url = store.url.replace("://", f"://{user}:secret@")
+    workers = [trims_of(group_of(store, make_bus, f"worker-{n}", url)) for n in range(2)]
+    group = group_of(store, make_bus)
+    group.join({"tick": "$"})
+
+    for count, read in ((10, 1), (6, 100), (10, 1)):
+        add_and_trim(store, count)
+
+        for watch, _ in workers * 2:
+            look(watch)
+
+        group.read(["tick"], count=read, block=0)
+
+        if read == 100:
+            for watch, _ in workers:
+                look(watch)
+
+    store.client.execute_command("ACL", "DELUSER", user)
+    wait_until(wait_until_told, what="all receivers are told")
+    times = 1 if refused == "xinfo|consumers" else 2
+    assert trimmed == [("tick", lost) for lost in (7, 5, 7) for _ in range(times)]
+
+
+def test_a_loss_is_reported_where_redis_is_lost_as_it_is_noted(
+    shared_redis: RedisServer,
+    make_bus: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    trimmed: list[tuple[str, int | None]],
+) -> None:
+    store = StreamStore(shared_redis)
+    ours = group_of(store, make_bus)
+    ours.join({"tick": "$"})
+    add_and_trim(store)
+    watch, _ = trims_of(ours)
+    note = Group.note_loss
+
+    def note_and_lose(group: Group, *args: Any, **options: Any) -> int | None:
+        note(group, *args, **options)
+        raise redis.ConnectionError("Connection closed by server.")
+
+    monkeypatch.setattr(Group, "note_loss", note_and_lose)
+    look(watch)
+    look(watch)
+
+    wait_until(wait_until_told, what="all receivers are told")
+    assert trimmed == [("tick", 7)]
 
 
 def test_a_loss_that_cannot_be_counted_is_reported_once_without_a_number(
@@ -919,14 +1045,28 @@ def test_a_loss_that_cannot_be_counted_is_reported_once_without_a_number(
     # Three entries lie behind it: too many to count.
     ours.join({"tick": "3000-0"})
     store.client.xtrim(store.keys.stream("tick"), maxlen=1, approximate=False)
-    watch = Trims(ours, service="mailer", counters=Counters())
+    watch, counters = trims_of(ours)
+    another, _ = trims_of(group_of(store, make_bus, "another"))
 
     for _ in range(3):
-        watch.look_next()
-        watch.look(["tick"])
+        look(watch)
+        look(another)
 
     wait_until(wait_until_told, what="all receivers are told")
     assert trimmed == [("tick", None)]
+
+    # What it has read since, and lost behind it, is another loss.
+    ours.read(["tick"], count=1, block=0)
+    look(watch)
+    add_and_trim(store, 3)
+    store.client.xtrim(store.keys.stream("tick"), maxlen=1, approximate=False)
+    store.client.execute_command("XGROUP", "SETID", store.keys.stream("tick"), "mailer", "5000-0")
+    look(watch)
+    look(another)
+
+    wait_until(wait_until_told, what="all receivers are told")
+    assert trimmed == [("tick", None), ("tick", None)]
+    assert counters.get("trimmed") == 2
 
 
 def test_a_server_that_cannot_count_gets_its_groups_all_the_same(

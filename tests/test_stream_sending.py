@@ -26,9 +26,11 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, PayloadError, PublishError, signals, writer
+from flask_eventbus.connections import Connections
 from flask_eventbus.exchange import Exchange
 from flask_eventbus.lifecycle import wait_until_told
 from flask_eventbus.receipt import publish_one
+from flask_eventbus.way import ChannelWay, StreamWay, TooFewReplicasError, Way
 
 pytestmark = pytest.mark.second_look
 
@@ -589,6 +591,30 @@ def test_too_few_replicas_fail_the_send_and_say_that_the_event_is_stored(
     assert "is stored, but only 0 of 2 replicas have it" in caplog.text
     assert bus.health().counts["published"] == 2
     assert "refused" not in bus.health().counts
+
+
+@pytest.mark.parametrize("refused", [True, False], ids=["refused", "counted"])
+def test_only_what_asked_for_replicas_fails_without_them(
+    shared_redis: RedisServer, prefix: str, refused: bool
+) -> None:
+    user, url = f"{prefix}-user", shared_redis.url
+    rules = ["on", ">secret", "~*", "&*", "+@all", *(["-wait"] if refused else [])]
+    shared_redis.client.execute_command("ACL", "SETUSER", user, *rules)
+    connections = Connections(url.replace("://", f"://{user}:secret@"), name="test")
+    exchange = Exchange(connections, timeout=5, names=f"{prefix}:streams", patience=0.1)
+    ways: list[Way] = [
+        StreamWay("tick", f"{prefix}:{{tick}}:stream", maxlen=10, replicas=1),
+        StreamWay("tock", f"{prefix}:{{tock}}:stream", maxlen=10),
+        ChannelWay("tack", f"{prefix}:{{tack}}:channel"),
+    ]
+
+    stored, *others = exchange.publish([(way, b"event") for way in ways])
+
+    exchange.close()
+    shared_redis.client.execute_command("ACL", "DELUSER", user)
+    assert isinstance(stored, TooFewReplicasError)
+    assert ("does not tell" in str(stored)) is refused
+    assert others == [None, None]
 
 
 # -- Redis away ---------------------------------------------------------------------------
