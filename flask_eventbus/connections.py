@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import random
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol, cast
 from urllib.parse import SplitResult, unquote, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import AbstractConnection
+from redis.connection import AbstractConnection, DefaultParser
 from redis.retry import Retry
 
 from . import embedded
@@ -48,6 +49,12 @@ FOLLOW = 1.0
 
 #: Seconds that a socket waits at least: with none it would not wait at all, and say so differently.
 LEAST = 0.001
+
+#: Seconds that a wait may end late: less need not be told to the system, which takes a while.
+SLACK = 0.02
+
+#: What is raised when a deadline is over.
+TOO_LATE = "The time to wait for Redis is over."
 
 #: What a connection raises when Redis is away, hung, or not to be used now; or when what
 #: answers in its place does not speak its language, as a proxy that has lost it.
@@ -142,9 +149,11 @@ class Connections:
 
     :param url: one of the forms of ``docs/configuration.md``.
     :param name: what ``CLIENT LIST`` shows for the connections.
+    :param deadline: when all waits on all of them end, by the monotonic clock.
     """
 
-    def __init__(self, url: str, *, name: str) -> None:
+    def __init__(self, url: str, *, name: str, deadline: float = math.inf) -> None:
+        self.deadline = deadline
         self._url = url
         self._name = name
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -167,8 +176,11 @@ class Connections:
         :raises redis.ConnectionError: Redis cannot be reached, or refuses, or is no master.
         """
         error: Exception | None = None
-        within = timeout if within is None else within
+        within = min(timeout if within is None else within, self.deadline - time.monotonic())
         deadline = time.monotonic() + within
+
+        if within <= 0:
+            raise redis.TimeoutError(TOO_LATE)
 
         if self._disowned:
             raise redis.ConnectionError("What was inherited over a fork connects no more.")
@@ -178,14 +190,14 @@ class Connections:
         for number, url in enumerate(candidates):
             # One that hangs leaves its share of the time to each of the others.
             share = max(0.0, deadline - time.monotonic()) / (len(candidates) - number)
-            connection = self._make(url, timeout, connect_timeout=max(share, LEAST))
+            connection = self._make(url, timeout)
 
             if not url.startswith("memory://"):
                 self._opened.add(connection)
 
             try:
-                with _answers_by(connection, time.monotonic() + share, then=timeout):
-                    self._connect(connection)
+                set_deadline(connection, time.monotonic() + share)
+                self._connect(connection)
             except OUTAGE as failure:
                 error = explain(failure, url, is_first=not self._has_connected)
             except (redis.ResponseError, UnicodeError) as refusal:
@@ -194,6 +206,7 @@ class Connections:
                 error = redis.ConnectionError(str(refusal))
             else:
                 self._has_connected = True
+                set_deadline(connection, self.deadline)
                 _end_with_socket(connection)
                 self._follow_master()
                 return connection
@@ -335,11 +348,8 @@ class Connections:
 
         return [self._url]
 
-    def _make(
-        self, url: str, timeout: float, *, connect_timeout: float | None = None
-    ) -> Connection:
+    def _make(self, url: str, timeout: float) -> Connection:
         options = _options(timeout)
-        options["socket_connect_timeout"] = connect_timeout or timeout
 
         if url.startswith("memory://"):
             return _memory_connection(url, options)
@@ -351,6 +361,7 @@ class Connections:
             options = {key: options[key] for key in options if key not in _TCP_OPTIONS}
 
         pool.connection_kwargs.update(options)
+        pool.connection_class = _timed(pool.connection_class)
         return cast(Connection, pool.make_connection())
 
     def _unreadable(self, error: Exception) -> ConfigError:
@@ -492,36 +503,62 @@ def _follow(reference: weakref.ref[Connections]) -> None:
         del connections
 
 
-def set_timeout(connection: Connection, seconds: float) -> None:
-    """Let each wait on a connection end after so many seconds from now on.
+class _Parser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has no types
+    """Reads answers by a deadline, in however many pieces they come."""
 
-    redis-py has no way to change it that all of its releases know. fakeredis has no socket.
-    """
-    settimeout = getattr(getattr(connection, "_sock", None), "settimeout", None)
+    #: When all waits end, by the monotonic clock.
+    deadline = math.inf
+    #: Seconds that each wait may take.
+    timeout = math.inf
 
-    if settimeout is not None:
-        settimeout(max(seconds, LEAST))
+    def read_from_socket(self, *args: Any, **kwargs: Any) -> Any:
+        if self.deadline == -math.inf:
+            raise redis.TimeoutError(TOO_LATE)
+
+        if time.monotonic() >= self.deadline:
+            # What has come by now is read, and nothing after it.
+            self.deadline = -math.inf
+
+        self.limit(self._sock)
+        return super().read_from_socket(*args, **kwargs)
+
+    def limit(self, wire: Any) -> None:
+        """Let the next wait on a socket end by the deadline. fakeredis has no such socket."""
+        if isinstance(wire, socket.socket):
+            seconds = max(LEAST, min(self.timeout, self.deadline - time.monotonic()))
+
+            if not 0 <= (wire.gettimeout() or 0) - seconds < SLACK:
+                wire.settimeout(seconds)
 
 
-@contextmanager
-def _answers_by(connection: Any, deadline: float, *, then: float) -> Iterator[None]:
-    """Let all answers of a handshake together come by a deadline, and not each in its time.
+def set_deadline(connection: Any, deadline: float) -> None:
+    """Let all waits on a connection end by a deadline, by the monotonic clock."""
+    connection._parser.deadline = deadline
+    connection._parser.limit(connection._sock)
 
-    :param then: seconds that each wait on the connection may take afterwards.
-    """
-    read = connection.read_response
 
-    def read_in_time(*args: Any, **kwargs: Any) -> Any:
-        set_timeout(connection, deadline - time.monotonic())
-        return read(*args, **kwargs)
+@functools.cache
+def _timed(connection_class: Any) -> Any:
+    """Return a class of connections that connect by their deadline, with all that belongs to it."""
 
-    connection.read_response = read_in_time
+    class TimedConnection(connection_class):  # type: ignore[misc]  # redis-py has no types
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self._parser.timeout = self.socket_timeout
 
-    try:
-        yield
-    finally:
-        del connection.read_response
-        set_timeout(connection, then)
+        def _connect(self) -> Any:
+            # A name may have several addresses, the first of which may hang.
+            name = getattr(self, "host", None)
+            found = name and socket.getaddrinfo(name, self.port, 0, socket.SOCK_STREAM)
+            left = self._parser.deadline - time.monotonic()
+            self.socket_connect_timeout = max(LEAST, left / len(found or " "))
+            return super()._connect()
+
+        def _wrap_socket_with_ssl(self, sock: Any) -> Any:
+            self._parser.limit(sock)
+            return super()._wrap_socket_with_ssl(sock)
+
+    return TimedConnection
 
 
 def shut_down(connection: Connection) -> None:
@@ -553,6 +590,7 @@ def _options(timeout: float) -> dict[str, Any]:
     return {
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
+        "parser_class": _Parser,
         "socket_keepalive": True,
         "retry": Retry(NoBackoff(), 0),
         "retry_on_timeout": False,

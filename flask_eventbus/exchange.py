@@ -14,7 +14,7 @@ from .connections import (
     Connection,
     Connections,
     is_passing,
-    set_timeout,
+    set_deadline,
     shut_down,
     takes_no_writes,
     why_no_writes,
@@ -29,12 +29,6 @@ MOST_WAIT = 1.0
 
 #: The part of a sender's patience that replicas have.
 REPLICAS_SHARE = 0.8
-
-#: The part of a sender's patience that is as good as all of it.
-NEARLY_ALL = 0.9
-
-#: Seconds after which answers that still come are waited for by the time that is left.
-SLOW = 0.02
 
 #: Seconds that the clocks may differ, and seconds between two comparisons.
 MOST_SKEW = 10.0
@@ -60,11 +54,8 @@ class Exchange:
         self._connections = connections
         self._timeout = timeout
         self._names = names
-        self._patience = min(patience, timeout)
         self._replicas_ms = math.ceil(min(patience * REPLICAS_SHARE, MOST_WAIT) * 1_000)
         self._connection: Connection | None = None
-        #: The seconds that a read on the connection waits now.
-        self._waits = timeout
         #: The signals whose stream was announced on this connection, with the command for it.
         #: It goes with each batch, since Redis may have been flushed.
         self._announced: dict[str, bytes] = {}
@@ -169,7 +160,7 @@ class Exchange:
                 aging.newest = self._time(connection, deadline)
 
         commands = [way.command(body) for way, body in batch]
-        self._wait_until(connection, deadline)
+        set_deadline(connection, deadline)
         self._send(connection, self._role_first(self._framed(commands)))
 
     def read(self, deadline: float | None = None) -> bool:
@@ -241,8 +232,8 @@ class Exchange:
         return end if deadline is None else min(end, deadline)
 
     def _open(self, deadline: float) -> Connection:
-        self._waits = max(deadline - time.monotonic(), LEAST)
-        connection = self._connections.open(timeout=self._waits)
+        left = max(deadline - time.monotonic(), LEAST)
+        connection = self._connections.open(timeout=self._timeout, within=left)
         self._announced.clear()
         self._not_allowed.clear()
         self._asked_role = time.monotonic()
@@ -261,16 +252,14 @@ class Exchange:
             # No entry can have this id: it is refused for that where writes are taken.
             commands.append(whole("XADD", self._stream, "NOMKSTREAM", "0-0", "event", ""))
 
-        self._wait_until(connection, deadline)
+        set_deadline(connection, deadline)
         self._send(connection, self._role_first(b"".join(commands)))
         answers: list[Any] = []
 
         try:
             self._check_role(connection)
 
-            for _ in commands:
-                self._wait_until(connection, deadline)
-                answers.append(_answer(connection))
+            answers += [_answer(connection) for _ in commands]
         except BaseException:
             self.close()
             raise
@@ -308,37 +297,13 @@ class Exchange:
             raise
 
     def _read(self, connection: Connection, deadline: float) -> None:
-        self._wait_until(connection, deadline)
+        set_deadline(connection, deadline)
         self._check_role(connection)
         answers = self._answers
         count = len(self._announcing) + len(self._batch) + bool(self._replicas)
-        look_at = time.monotonic() + SLOW
 
         while len(answers) < count:
-            # Mostly all of them come at once, and the time of the first wait serves.
-            if time.monotonic() >= look_at:
-                self._wait_until(connection, deadline)
-
             answers.append(_answer(connection))
-
-    def _wait_until(self, connection: Connection, deadline: float) -> None:
-        """Let waits on the connection end at the deadline."""
-        seconds = self._seconds_until(deadline)
-
-        if seconds == self._waits:
-            return
-
-        set_timeout(connection, seconds)
-        self._waits = seconds
-
-    def _seconds_until(self, deadline: float) -> float:
-        left = deadline - time.monotonic()
-
-        # Mostly it is all of it: that need not be set again and again.
-        if self._patience * NEARLY_ALL < left <= self._patience:
-            return self._patience
-
-        return max(left, LEAST)
 
     # -- the names of streams, and replicas -----------------------------------------------
 
@@ -380,7 +345,7 @@ class Exchange:
 
     def _time(self, connection: Connection, deadline: float) -> int | None:
         """Return Redis's time in milliseconds; ``None`` if this user may not ask for it."""
-        self._wait_until(connection, deadline)
+        set_deadline(connection, deadline)
         self._send(connection, whole("TIME"))
 
         try:

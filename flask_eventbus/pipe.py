@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import redis
 from hiredis import pack_command
 
-from .connections import Connection, Connections, is_passing, set_timeout, shut_down
+from .connections import Connection, Connections, read_reply, set_deadline, shut_down
 from .logs import get_logger
 
 logger = get_logger(__name__)
@@ -36,8 +35,7 @@ class Pipe:
         self._connections = connections
         self._timeout = timeout
         self._connection: Connection | None = None
-        #: When all waits for Redis end, by the monotonic clock; ``None`` for never.
-        self.deadline: float | None = None
+        self._deadline = connections.deadline
         #: When the server last said that it is a master, by the monotonic clock.
         self._asked_role = 0.0
 
@@ -45,6 +43,19 @@ class Pipe:
     def is_open(self) -> bool:
         """Whether there is a connection, as far as is known."""
         return self._connection is not None
+
+    @property
+    def deadline(self) -> float:
+        """When all waits for Redis end, by the monotonic clock. Any thread may set it."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float) -> None:
+        self._deadline = deadline
+        connection = self._connection
+
+        if connection is not None:
+            set_deadline(connection, deadline)
 
     def ask(self, *command: str | bytes | int | float) -> Any:
         """The answer to one command.
@@ -68,10 +79,14 @@ class Pipe:
             master any more.
         """
         if self._connection is None:
-            self._connection = self._connections.open(timeout=self._left)
+            left = self._deadline - time.monotonic()
+            self._connection = self._connections.open(
+                timeout=self._timeout, within=min(self._timeout, left)
+            )
             self._asked_role = time.monotonic()
 
         connection = self._connection
+        set_deadline(connection, self._deadline)
         asks_role = self._connections.asks_role(self._asked_role)
 
         try:
@@ -80,35 +95,13 @@ class Pipe:
             connection.send_packed_command([packed], check_health=False)
 
             if asks_role:
-                self._connections.role.check(self._read(connection))
+                self._connections.role.check(read_reply(connection))
                 self._asked_role = time.monotonic()
 
-            return [self._read(connection) for _ in commands]
+            return [read_reply(connection) for _ in commands]
         except BaseException:
             self.close()
             raise
-
-    def _read(self, connection: Connection) -> Any:
-        if self.deadline is not None:
-            set_timeout(connection, self._left)
-
-        return read_answer(connection)
-
-    @property
-    def _left(self) -> float:
-        """Seconds that the next wait may take.
-
-        :raises redis.TimeoutError: the deadline is over.
-        """
-        if self.deadline is None:
-            return self._timeout
-
-        left = self.deadline - time.monotonic()
-
-        if left <= 0:
-            raise redis.TimeoutError("The time to wait for Redis is over.")
-
-        return min(left, self._timeout)
 
     def wait_at_most(self, seconds: float) -> float:
         """How long Redis may hold back an answer, where ``seconds`` are wished for."""
@@ -127,20 +120,3 @@ class Pipe:
 
         if connection is not None:
             connection.disconnect()
-
-
-def read_answer(connection: Connection) -> Any:
-    """The next answer; a refusal as it is, one of "not now" raised.
-
-    :raises redis.ConnectionError: Redis is away, or answers "not now".
-    """
-    try:
-        answer = connection.read_response()
-    except redis.ResponseError as error:
-        if is_passing(error):
-            raise redis.ConnectionError(str(error)) from error
-
-        return error
-
-    # What fails inside a transaction comes as a value.
-    return answer

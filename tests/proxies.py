@@ -32,6 +32,8 @@ class Proxy:
         self._target = port
         #: Seconds before each answer of the server, which then comes by itself.
         self.pause = 0.0
+        #: True if each byte of an answer comes by itself.
+        self.dribbles = False
         self.request = request
         self.answer = answer
         #: How many connections were made.
@@ -91,7 +93,9 @@ class Proxy:
 
     def _pass_slowly(self, data: bytes, target: socket.socket) -> None:
         # An array is one answer; other answers to a batch come one by one.
-        for part in [data] if data.startswith(b"*") else data.splitlines(keepends=True):
+        parts = [data] if data.startswith(b"*") else data.splitlines(keepends=True)
+
+        for part in [data[at : at + 1] for at in range(len(data))] if self.dribbles else parts:
             time.sleep(self.pause)
             target.sendall(part)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -50,6 +51,26 @@ def hanging() -> Iterator[str]:
     with ExitStack() as stack:
         listening = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
         yield ",".join(f"127.0.0.1:{each.getsockname()[1]}" for each in listening)
+
+
+@contextmanager
+def deaf() -> Iterator[tuple[str, int]]:
+    """The address of a server that does not so much as take connections."""
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        address: tuple[str, int] = listening.getsockname()
+
+        # They fill its queue: of those that follow, none gets an answer.
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+
+        yield address
+
+
+def _address(host: str, port: int) -> tuple[int, int, int, str, tuple[str, int]]:
+    return socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, port)
 
 
 def test_connecting_takes_its_time_for_all_answers_of_the_handshake(slow: Proxy) -> None:
@@ -104,6 +125,70 @@ def test_send_is_held_for_its_timeout_though_many_answers_come_one_by_one(
 
     slow.pause = 0.0
     assert bus.flush(20)
+
+
+def test_connecting_takes_its_time_though_an_answer_dribbles(slow: Proxy) -> None:
+    slow.pause, slow.dribbles = PAUSE, True
+    connections = Connections(slow.url, name="tests")
+
+    with ends_within(0.6), pytest.raises(OUTAGE):
+        connections.open(timeout=0.6)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_pipe_ends_at_its_deadline_though_an_answer_dribbles(slow: Proxy, given: bool) -> None:
+    pipe = Pipe(Connections(slow.url, name="tests"), timeout=2.0)
+    pipe.ask("PING")
+    slow.pause, slow.dribbles = PAUSE, True
+    end = time.monotonic() + 1.0
+
+    if given:
+        pipe.deadline = end
+    else:
+        # The bus stops while an answer comes.
+        threading.Timer(PAUSE, setattr, [pipe, "deadline", end]).start()
+
+    with ends_within(1.0), pytest.raises(redis.TimeoutError):
+        pipe.ask("INFO", "server")
+
+
+def test_send_is_held_for_its_timeout_though_an_answer_dribbles(
+    slow: Proxy, make_bus: Make
+) -> None:
+    bus = make_bus(slow.url, prefix="time-limits", publish={"tick": "stream"}, timeout=0.6)
+    bus.signal("tick").send("test", n=0)
+    slow.pause, slow.dribbles = PAUSE, True
+
+    with ends_within(0.6):
+        bus.signal("tick").send("test", n=1)
+
+    slow.pause, slow.dribbles = 0.0, False
+    assert bus.flush(20)
+
+
+def test_connecting_takes_its_time_for_all_addresses_of_a_name(
+    shared_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses = [("127.0.0.1", shared_redis.port)]
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *args: [_address(*each) for each in addresses]
+    )
+    connections = Connections("redis://redis.example:6379", name="tests")
+
+    with ExitStack() as stack:
+        addresses[:0] = [stack.enter_context(deaf()) for _ in range(3)]
+        connections.open(timeout=3.0).disconnect()
+        addresses.pop()
+
+        with ends_within(0.6), pytest.raises(OUTAGE):
+            connections.open(timeout=0.6)
+
+
+def test_connecting_takes_its_time_for_the_handshake_of_tls_too(hanging: str) -> None:
+    connections = Connections(f"rediss://{hanging.partition(',')[0]}", name="tests")
+
+    with ends_within(0.6), pytest.raises(OUTAGE):
+        connections.open(timeout=10.0, within=0.6)
 
 
 def test_send_is_held_for_its_timeout_where_no_thread_can_be_had(
