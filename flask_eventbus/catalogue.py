@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Set
 
@@ -149,7 +150,7 @@ class Catalogue:
         except redis.ResponseError as error:
             # What is subscribed by name does not depend on it.
             self._looked = time.monotonic()
-            self._log.error(
+            self._log.once(
                 "refused",
                 "Redis refuses to tell which streams there are for %s: %s. Patterns hear no stream "
                 "that is not known yet. Grant the user of %r (+smembers +hsetnx +hget +time ~%s "
@@ -159,6 +160,7 @@ class Catalogue:
                 self._config.service,
                 self._keys.names,
                 self._keys.since(self._config.service),
+                level=logging.ERROR,
             )
 
     def _look(self, patterns: list[str]) -> None:

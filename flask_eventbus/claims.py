@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import redis
@@ -24,6 +26,9 @@ logger = get_logger(__name__)
 
 #: Entries that were handed back and are taken at once, before what is newer is read.
 MOST_BACK = 100_000
+
+#: Seconds without a refusal after which Redis is said to let a worker look after a stream again.
+QUIET = 60.0
 
 #: Entries that are looked up at once: they may be large.
 COUNT = 32
@@ -62,6 +67,8 @@ class Claims:
         self._counters = counters
         self._retries_of = retries_of
         self._log = BoundedLog(logger)
+        #: When Redis last refused something of a stream, by the monotonic clock.
+        self._refused_at: dict[str, float] = {}
         #: Whether more was left than there was room for.
         self.has_more = False
         #: The streams of which :meth:`take_back` left something, for want of memory.
@@ -94,20 +101,26 @@ class Claims:
         self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MOST_BACK)
 
     def report_refusal(self, name: str, error: Exception) -> None:
-        """Log that Redis refuses to let this worker look after a stream."""
-        self._log.error(
+        """Log once that Redis refuses to let this worker look after a stream."""
+        self._refused_at[name] = time.monotonic()
+        self._log.once(
             f"refused {name}",
             "Redis refuses to let this worker look after the stream of %r: %s. What other workers "
             "left of it, and what is to be tried again, waits. %s",
             name,
             error,
             self._group.remedy_of_work(name, error),
+            level=logging.ERROR,
             extra={"signal": name, "service": self._config.service},
         )
 
-    def report_granted(self, names: Iterable[str]) -> None:
-        """Log of streams that were refused that Redis lets this worker look after them."""
-        for name in names:
+    def report_granted(self) -> None:
+        """Log of streams that nothing was refused of lately that this worker looks after them."""
+        # Some of what it does is refused, and some is not: one success proves nothing.
+        before = time.monotonic() - max(QUIET, self._config.claim_after)
+
+        for name in [name for name, refused in self._refused_at.items() if refused < before]:
+            del self._refused_at[name]
             self._log.over(
                 f"refused {name}",
                 "Redis lets this worker look after the stream of %r again.",
@@ -128,7 +141,6 @@ class Claims:
                 with self._settler.turn:
                     most = max(0, self._lineup.room) if room is None else room
                     self._claim(name, subscription, idle, consumer, most)
-                    self.report_granted([name])
             except GroupGoneError as error:
                 # The reader makes it again.
                 logger.debug("Nothing is claimed of %r: %s", name, error)

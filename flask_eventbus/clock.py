@@ -82,6 +82,7 @@ class RedisClock:
             end = time.monotonic()
             answer = int(seconds) + int(microseconds) / 1e6
             self._note(answer - end, answer - begin, end)
+            self._log.over("refused", "Redis tells its time again; retries go by it.")
 
         self._compare(answer)
 
@@ -133,7 +134,7 @@ class RedisClock:
     def _refused(self, error: redis.ResponseError) -> None:
         self._ask_at = time.monotonic() + ASK_AGAIN
         self._ahead = None
-        self._log.warning(
+        self._log.once(
             "refused",
             "Redis does not tell its time (%s): retries go by the clock of this machine, and a "
             "step of Redis's clock may let an event that is being handled run twice. Grant the "

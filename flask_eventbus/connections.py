@@ -273,11 +273,15 @@ class Connections:
                 first, self._nameless = not self._nameless, True
 
             if first:
+                is_unknown = str(answer).startswith("unknown command")
                 logger.warning(
                     "Redis does not let %r name its connections (%s): 'routes' and 'check' do not "
-                    "see that it listens. Grant this user '+client|setname' in the ACL.",
+                    "see that it listens. %s",
                     self._name,
-                    str(answer).partition(", with args")[0].rstrip("."),
+                    str(answer).rstrip("."),
+                    "Take it out of 'rename-command' in the server's configuration."
+                    if is_unknown
+                    else "Grant this user '+client|setname' in the ACL.",
                 )
         elif answer != b"OK":
             raise redis.ConnectionError(f"What answers is no Redis: {str(answer)[:100]}")
@@ -485,7 +489,9 @@ def read_reply(connection: Connection) -> Any:
         if is_passing(error):
             raise redis.ConnectionError(str(error)) from error
 
-        return error
+        # Of an unknown command it quotes what was to be written, events among it.
+        text, quotes, _ = str(error).partition(", with args beginning with")
+        return type(error)(text) if quotes else error
 
 
 def _follow(reference: weakref.ref[Connections]) -> None:

@@ -93,8 +93,8 @@ class Consumer:
         keys = StreamKeys(config.prefix)
         reading = Pipe(connections, timeout=ANSWER)
         settling = Pipe(connections, timeout=SETTLE)
-        group = self._group_on(reading, keys)
         self._settling = self._group_on(settling, keys)
+        group = self._group_on(reading, keys, unlisted=self._settling.unlisted)
         intake = StreamIntake(config=config, codec=codec, counters=counters, siblings=siblings)
         self._settler = Settler(
             config=config,
@@ -233,8 +233,14 @@ class Consumer:
         is_read = found is not None and found.via != "channel" and found.group
         return is_read and self._dispatcher.has_receivers(name)
 
-    def _group_on(self, pipe: Pipe, keys: StreamKeys) -> Group:
-        return Group(pipe, keys=keys, service=self._config.service, consumer=self.name)
+    def _group_on(self, pipe: Pipe, keys: StreamKeys, unlisted: set[str] | None = None) -> Group:
+        return Group(
+            pipe,
+            keys=keys,
+            service=self._config.service,
+            consumer=self.name,
+            unlisted=unlisted,
+        )
 
     @property
     def is_own_thread(self) -> bool:

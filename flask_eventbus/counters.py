@@ -79,6 +79,18 @@ class BoundedLog:
         """Log ``text`` as an error, unless enough of its kind were logged this minute."""
         self._write(logging.ERROR, kind, text, *args, exc_info=exc_info, extra=extra)
 
+    def once(
+        self,
+        kind: str,
+        text: str,
+        *args: object,
+        level: int = logging.WARNING,
+        extra: Mapping[str, object] | None = None,
+    ) -> None:
+        """Log that a state begins that lasts: not again before it is :meth:`over`."""
+        if kind not in self._going_on:
+            self._write(level, kind, text, *args, extra=extra)
+
     def over(
         self, kind: str, text: str, *args: object, extra: Mapping[str, object] | None = None
     ) -> None:

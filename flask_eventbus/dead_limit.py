@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -114,13 +115,17 @@ class DeadLimit:
         for command, answer in zip(commands, answers, strict=True):
             if isinstance(answer, redis.ResponseError):
                 self._refused(command, answer)
+            else:
+                right, key = str(command[0]), str(command[1])
+                text = "Redis lets %s of %r be done again."
+                self._log.over(f"refused {right} {key}", text, right, key)
 
         return [None if isinstance(answer, redis.ResponseError) else answer for answer in answers]
 
     def _refused(self, command: Command, error: redis.ResponseError) -> None:
         right, key = str(command[0]), str(command[1])
-        self._log.error(
-            f"refused {right}",
+        self._log.once(
+            f"refused {right} {key}",
             "Redis refuses %s of %r: %s. %s %s",
             right,
             key,
@@ -129,6 +134,7 @@ class DeadLimit:
             if right == "XTRIM"
             else "Dead letters that are dropped are not counted.",
             remedy(error, {key: f"+{right.lower()}"}),
+            level=logging.ERROR,
         )
 
     def _report(self, name: str, count: int) -> None:

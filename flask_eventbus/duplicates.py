@@ -174,7 +174,7 @@ class Duplicates:
 
     def _give_up(self, name: str, reason: object) -> None:
         self._refused_until = time.monotonic() + ASK_AGAIN
-        self._log.warning(
+        self._log.once(
             "refused",
             "Redis does not note which events came (%s): one that a publisher sends twice is "
             "handled twice. %s Or set 'EVENTBUS_DUPLICATE_WINDOW' to 0.",

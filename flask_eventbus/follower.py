@@ -318,7 +318,7 @@ class Follower:
         self._looked = time.monotonic()
 
         for name in names:
-            last = last_id(self._pipe.run([("XINFO", "STREAM", self._keys.stream(name))])[0])
+            last = self._last_of(name)
 
             if last is None:
                 continue
@@ -328,6 +328,30 @@ class Follower:
             if behind(last, self._positions[name]):
                 self._positions[name] = "0-0"
                 self._read_ids[name].clear()
+
+    def _last_of(self, name: str) -> str | None:
+        """Return the id that a stream gave last; ``None`` where Redis does not tell it."""
+        key = self._keys.stream(name)
+        answer = self._pipe.run([("XINFO", "STREAM", key)])[0]
+        last = last_id(answer)
+        extra = {"signal": name, "service": self._service}
+
+        if last is None:
+            self._log.once(
+                f"untold {name}",
+                "Redis does not tell %r the last id of the stream of %r: %s. If Redis loses its "
+                "data, this process does not notice it and hears nothing new. %s",
+                self._service,
+                name,
+                answer,
+                remedy(answer, {key: "+xinfo|stream"}),
+                extra=extra,
+            )
+        else:
+            text = "Redis tells %r the last id of the stream of %r again."
+            self._log.over(f"untold {name}", text, self._service, name, extra=extra)
+
+        return last
 
     def _watch(self, name: str, last: str) -> None:
         """Report an id far in the future, behind which nothing is heard."""

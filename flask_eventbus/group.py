@@ -10,8 +10,11 @@ import redis
 
 from .connections import takes_no_writes
 from .entry_ids import EntryId, entry_id, id_text
+from .logs import get_logger
 from .pipe import Command, Pipe
 from .streams import StreamKeys
+
+logger = get_logger(__name__)
 
 #: The consumer that entries are handed back to by a process that ends: nobody's, for everybody.
 RELEASED = "released"
@@ -100,10 +103,21 @@ class Group:
 
     :param pipe: its connection; one thread at a time.
     :param consumer: this process, as ``XINFO CONSUMERS`` shows it.
+    :param unlisted: the streams whose pending entries Redis does not list, where several objects
+        share what they know of it.
     """
 
-    def __init__(self, pipe: Pipe, *, keys: StreamKeys, service: str, consumer: str) -> None:
+    def __init__(
+        self,
+        pipe: Pipe,
+        *,
+        keys: StreamKeys,
+        service: str,
+        consumer: str,
+        unlisted: set[str] | None = None,
+    ) -> None:
         self.pipe = pipe
+        self.unlisted = set() if unlisted is None else unlisted
         self._keys = keys
         self._service = service
         self._consumer = consumer
@@ -252,11 +266,49 @@ class Group:
     ) -> list[Pending]:
         """What was delivered and is not acknowledged, oldest first, all of it.
 
+        Nothing where Redis does not list it, which is logged: a worker does its work without.
+
         :param idle: seconds that it is idle at least.
         :param consumer: whose; everybody's by default.
         :param most: after how many there is no more looking.
         :raises GroupGoneError: the stream or its group is not there any more.
         """
+        try:
+            found = self._pending(name, idle, consumer, most)
+        except redis.ResponseError as error:
+            if not lacks_command(error):
+                raise
+
+            self._note_unlisted(name, error)
+            return []
+
+        if name in self.unlisted:
+            self.unlisted.discard(name)
+            logger.warning(
+                "Redis shows %r again which events of %r are pending.",
+                self._service,
+                name,
+                extra={"signal": name, "service": self._service},
+            )
+
+        return found
+
+    def _note_unlisted(self, name: str, error: Exception) -> None:
+        if name in self.unlisted:
+            return
+
+        self.unlisted.add(name)
+        logger.warning(
+            "Redis does not show %r which events of %r are pending: %s. What a worker leaves, "
+            "because it ends, dies or loses its connection, waits until Redis does. %s",
+            self._service,
+            name,
+            error,
+            remedy(error, {self._keys.stream(name): "+xpending"}),
+            extra={"signal": name, "service": self._service},
+        )
+
+    def _pending(self, name: str, idle: float, consumer: str, most: int | None) -> list[Pending]:
         found: list[Pending] = []
         start = "-"
 
@@ -339,6 +391,12 @@ class Group:
     def renew(self, name: str, ids: Sequence[str]) -> set[str]:
         """Keep entries that are this consumer's, and return their ids."""
         owned = {found.id: found for found in self.own(name)}
+
+        if name in self.unlisted:
+            # Nobody can tell whether another worker has them; the counts stay as they are.
+            head = ("XCLAIM", self._keys.stream(name), self._service, self._consumer)
+            return {id.decode() for id in self._asked(*head, 0, *ids, "JUSTID") if id}
+
         mine = [owned[id] for id in ids if id in owned]
         self._claim(name, mine, idle=0.0, times=lambda found: found.times)
         return {found.id for found in mine}
@@ -367,8 +425,11 @@ class Group:
         """Take a consumer out of the group; return how many entries it had after all.
 
         Redis forgets them with the consumer. It may have read them since somebody looked, so they
-        are listed in the same transaction, and handed back.
+        are listed in the same transaction, and handed back. Where they cannot be, it stays.
         """
+        if name in self.unlisted:
+            return 0
+
         key = self._keys.stream(name)
         answers = self._run(
             [
@@ -403,16 +464,16 @@ class Group:
     def position(self, name: str) -> Position | None:
         """How far the group has come; ``None`` if there is no stream, or no group.
 
-        :raises redis.NoPermissionError: its user may not ask.
+        :raises redis.ResponseError: its user may not ask, or Redis lacks the command.
         """
         key = self._keys.stream(name)
         stream, groups = self.pipe.run([("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)])
 
         for answer in (stream, groups):
-            if isinstance(answer, redis.exceptions.NoPermissionError):
-                raise answer
-
             if isinstance(answer, Exception):
+                if lacks_command(answer):
+                    raise answer
+
                 return None
 
         for group in map(_as_dict, groups):
@@ -525,6 +586,13 @@ def last_id(info: Any) -> str | None:
     return str(_as_dict(info)["last-generated-id"].decode())
 
 
+def lacks_command(reason: Exception) -> bool:
+    """Return True if a user may not use a command, or the server does not have it."""
+    return isinstance(reason, redis.exceptions.NoPermissionError) or str(reason).startswith(
+        ("unknown command", "unknown subcommand")
+    )
+
+
 def remedy(reason: object, rights: Mapping[str, str]) -> str:
     """What to do about a refusal: a sentence.
 
@@ -533,6 +601,12 @@ def remedy(reason: object, rights: Mapping[str, str]) -> str:
     if isinstance(reason, redis.exceptions.NoPermissionError) or "NOPERM" in str(reason):
         selectors = " ".join(f"({needed} ~{key})" for key, needed in rights.items())
         return f"Grant its user {selectors} in the ACL."
+
+    if str(reason).startswith("unknown command"):
+        return (
+            "Take it out of 'rename-command' in the server's configuration, or use Redis 6.2 or "
+            "later."
+        )
 
     if "WRONGTYPE" in str(reason):
         keys = " or ".join(map(repr, rights))

@@ -293,7 +293,7 @@ class Keeper:
         due = {name for name, found in zip(names, answers[1::2], strict=True) if found}
         self._claims.take_released({name: names[name] for name in released})
         self._run_retries({name: names[name] for name in due})
-        self._claims.report_granted(names.keys() - released - due)
+        self._claims.report_granted()
 
     # -- what is in hand ------------------------------------------------------------------
 
@@ -342,7 +342,8 @@ class Keeper:
         """Let other workers have what waits here behind receivers that take long."""
         still = self._hand.still
 
-        if still >= LONG and self._lineup.hold() and still >= TOO_LONG:
+        # What is handed back is found by nobody where Redis does not list it.
+        if still >= LONG and self._lineup.hold() and still >= TOO_LONG and not self._group.unlisted:
             self._give_away(self._hand.give_away())
 
     def _give_away(self, deliveries: Sequence[Delivery]) -> None:
@@ -378,7 +379,15 @@ class Keeper:
             except GroupGoneError as error:
                 logger.debug("The consumers of %r are gone: %s", name, error)
             except redis.ResponseError as error:
-                self._claims.report_refusal(name, error)
+                self._log.once(
+                    f"idle {name}",
+                    "Redis does not let this worker remove idle consumers of %r: %s. They stay. %s",
+                    name,
+                    error,
+                    self._group.remedy(name, error),
+                )
+            else:
+                self._log.over(f"idle {name}", "Idle consumers of %r are removed again.", name)
 
     def _remove(self, name: str, consumer: str) -> None:
         count = self._group.remove(name, consumer)

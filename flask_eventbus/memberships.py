@@ -27,6 +27,11 @@ logger = get_logger(__name__)
 #: Entries that are looked up at once.
 COUNT = 64
 
+#: How a server that has no streams answers.
+_UNKNOWN = tuple(
+    f"unknown command {quote}{command}" for quote in "'`" for command in ("XREADGROUP", "XGROUP")
+)
+
 #: Seconds after which a stream that Redis refuses is asked for again.
 ASK_AGAIN = 5.0
 
@@ -185,8 +190,8 @@ class Memberships:
 
         :raises redis.ConnectionError: it does not.
         """
-        # redis-py takes "ERR" off.
-        if not str(error).startswith(("unknown command", "unknown subcommand")):
+        # redis-py takes "ERR" off. Any other command may be missing by 'rename-command'.
+        if not str(error).startswith(_UNKNOWN):
             return
 
         self.fatal = error

@@ -81,7 +81,7 @@ class Orphans:
             with self._settler.turn:
                 found = self._retries.signals()
         except redis.ResponseError as error:
-            self._log.warning(
+            self._log.once(
                 "refused",
                 "Redis does not let %r list the streams (%s), so retries of signals that it no "
                 "longer subscribes to stay. Grant its user (+smembers ~%s) in the ACL.",
@@ -91,6 +91,7 @@ class Orphans:
             )
             return []
 
+        self._log.over("refused", "Redis lets %r list the streams again.", self._service)
         return [
             name
             for name in islice(found, MOST_NAMES)

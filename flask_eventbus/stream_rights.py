@@ -20,6 +20,9 @@ from .subscriptions import Subscription
 #: Commands whose rights are given by their second word.
 _CONTAINERS = ("XINFO", "XGROUP")
 
+#: Commands without which a worker reads, and does not look after what it reads.
+_SPARED = frozenset({"XINFO", "XPENDING"})
+
 #: How a server answers what it would do if it were meant: a number that is none, a transaction
 #: that has not begun, and what cannot be said inside of one.
 _HARMLESS = (
@@ -213,7 +216,14 @@ def _check_each(
         found += unwatched.get(subscription.name, [])
         reader = f"as the group {config.service!r}" if subscription.group else "in each process"
 
-        if found:
+        if found and all(refusal.need.command[0] in _SPARED for refusal in found):
+            yield warning(
+                f"It lets this user read the stream of {subscription.name!r} {reader}, and not "
+                f"look after it: {_why(found)}. What other workers leave, or what is trimmed, goes "
+                "unnoticed.",
+                _remedy(found),
+            )
+        elif found:
             text = f"It does not let this user read the stream of {subscription.name!r} {reader}"
             yield _finding(text, found)
 
@@ -323,7 +333,10 @@ def _finding(text: str, found: list[Refusal]) -> Finding:
 
 
 def _remedy(found: list[Refusal]) -> str:
-    if any(refusal.is_unknown for refusal in found):
+    if unknown := [refusal for refusal in found if refusal.is_unknown]:
+        if all(refusal.need.command[0] in _SPARED for refusal in unknown):
+            return "Take the command out of 'rename-command' in the server's configuration."
+
         return "Use Redis 6.2 or later, or Valkey: this server has no such streams."
 
     if grants := _grants(found):

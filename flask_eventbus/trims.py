@@ -94,7 +94,7 @@ class Trims:
         try:
             position = self._group.position(name)
         except redis.ResponseError as refusal:
-            self._log.warning(
+            self._log.once(
                 f"refused {name}",
                 "Redis does not tell %r how far it has come in the stream of %r: %s. What is "
                 "trimmed before it is read goes unnoticed. %s",
@@ -105,6 +105,14 @@ class Trims:
                 extra={"signal": name, "service": self._service},
             )
             return
+
+        self._log.over(
+            f"refused {name}",
+            "Redis tells %r again how far it has come in the stream of %r.",
+            self._service,
+            name,
+            extra={"signal": name, "service": self._service},
+        )
 
         if position is None:
             return

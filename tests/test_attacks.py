@@ -409,7 +409,7 @@ def test_a_server_without_the_command_client_is_used_all_the_same(
     wait_until(lambda: sorted(heard) == [1, 2], what="both events arrive")
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 2, "one of each bus"
-    assert all("Grant this user '+client|setname' in the ACL" in line for line in lines)
+    assert all("Take it out of 'rename-command' in the server's" in line for line in lines)
 
 
 def test_a_name_that_does_not_resolve_is_tried_until_it_does(

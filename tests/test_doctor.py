@@ -1023,6 +1023,40 @@ def test_rights_on_streams_that_are_missing_are_errors_with_the_grant_to_make(
     ]
 
 
+@pytest.mark.parametrize("group", [True, None], ids=["group", "each_process"])
+def test_commands_that_a_worker_can_spare_are_a_warning(
+    lasting_redis: RedisServer, make_bus: Make, group: Literal[True] | None
+) -> None:
+    url = user(lasting_redis, "+@all", "-xpending", "-xinfo", "~*", "allchannels")
+    bus = make_bus(url)
+    bus.on("tick", via="stream", group=group)(receive)
+
+    [finding] = [each for each in check(bus.node) if each.level in ("error", "warning")]
+
+    assert finding.level == "warning"
+    assert "lets this user read the stream of 'tick'" in finding.text
+    rights = "+xpending +xinfo|stream +xinfo|groups +xinfo|consumers" if group else "+xinfo|stream"
+    assert finding.remedy == f"Grant the user in the ACL: '{rights} ~eventbus:{{tick}}:stream'."
+
+
+def test_a_command_that_the_server_has_renamed_and_a_worker_can_spare_is_a_warning(
+    tmp_path: Path, make_bus: Make
+) -> None:
+    server = RedisServer(tmp_path, "--rename-command", "XPENDING", "", "--appendonly", "yes")
+    server.start()
+    bus = make_bus(server.url)
+    bus.on("tick", via="stream")(receive)
+
+    found = [each for each in check(bus.node) if each.level in ("error", "warning")]
+    server.kill()
+
+    [finding] = [each for each in found if "XPENDING" in each.text]
+    assert finding.level == "warning"
+    assert finding.remedy == (
+        "Take the command out of 'rename-command' in the server's configuration."
+    )
+
+
 def test_a_stream_that_may_not_be_written_is_an_error(
     lasting_redis: RedisServer, make_bus: Make
 ) -> None:

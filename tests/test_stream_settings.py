@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -16,13 +17,17 @@ from waiting import wait_until
 from flask_eventbus import (
     Bus,
     ConfigError,
+    Reject,
     Retry,
+    claims,
+    clock,
     current_event,
     follower,
     keeper,
     memberships,
     retries,
     settler,
+    trims,
 )
 from flask_eventbus.codec import Codec
 from flask_eventbus.records import DeadLetter
@@ -535,7 +540,7 @@ def test_a_stream_that_a_user_may_not_read_is_told_with_the_remedy_and_read_once
     assert "Traceback" not in caplog.text
 
 
-@pytest.mark.parametrize("command", ["xreadgroup", "xgroup|create", "xpending"])
+@pytest.mark.parametrize("command", ["xreadgroup", "xgroup|create"])
 def test_a_command_without_which_no_stream_is_read_is_told(
     store: StreamStore,
     guard: Guard,
@@ -559,25 +564,200 @@ def test_a_command_without_which_no_stream_is_read_is_told(
     wait_until(lambda: heard == [1], what="it is read once it may be")
 
 
-@pytest.mark.parametrize("command", ["xinfo", "xpending"])
-def test_a_command_that_is_missing_is_logged_in_one_line_until_the_end(
+@pytest.fixture(params=["acl", "rename-command"])
+def lacking(
+    request: pytest.FixtureRequest, store: StreamStore, guard: Guard, tmp_path: Path
+) -> Iterator[Callable[[str], StreamStore]]:
+    """Make a Redis that lacks a command: a user may not run it, or it is renamed.
+
+    Returned is a store whose URL lacks it and whose client has it, unless it is renamed.
+    """
+    servers: list[RedisServer] = []
+
+    def make(command: str) -> StreamStore:
+        if request.param == "acl":
+            guard.allow(f"-{command}")
+            store.url = guard.url
+            return store
+
+        servers.append(RedisServer(tmp_path, "--rename-command", command, ""))
+        servers[0].start()
+        return StreamStore(servers[0])
+
+    yield make
+
+    for server in servers:
+        server.kill()
+
+
+def refusals(store: StreamStore) -> int:
+    """Count what the server has refused, to anybody."""
+    found = store.client.info("errorstats")
+    kinds = (found.get(f"errorstat_{kind}", {}) for kind in ("NOPERM", "ERR"))
+    return sum(int(kind.get("count", 0)) for kind in kinds)
+
+
+def lines_of(caplog: pytest.LogCaptureFixture, command: str) -> list[str]:
+    """The lines of the log that name a command, and are no information."""
+    lines = [found.getMessage() for found in caplog.records if found.levelname != "INFO"]
+    return [line for line in lines if command in line.partition("Grant")[0].lower()]
+
+
+@pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
+@pytest.mark.parametrize("command", ["xinfo", "xpending", "client", "time"])
+def test_a_worker_works_without_a_command_that_it_can_spare_and_says_so_in_one_line(
+    lacking: Callable[[str], StreamStore],
+    make_bus: Make,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    group: Literal[True] | None,
+) -> None:
+    for module, name in ((trims, "SELDOM"), (clock, "ASK_AGAIN"), (follower, "LOOK")):
+        monkeypatch.setattr(module, name, 0.05)
+    monkeypatch.setattr(keeper, "IDLE_CONSUMER", 1.0)
+    store = lacking(command)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=0.5)
+    heard: list[int] = []
+
+    @bus.on("tick", via="stream", start="earliest", group=group)
+    def receive(sender: str, n: int) -> None:
+        if n == 2 and group and current_event.attempt == 1:
+            raise Retry(after=0.01)
+
+        if n == 3 and group:
+            raise Reject
+
+        heard.append(n)
+
+    for n in range(4):
+        store.add("tick", n=n)
+    bus.start()
+    assert bus.ready(10)
+    wait_until(lambda: {*heard} >= ({0, 1, 2} if group else {0, 1, 2, 3}), what="all are handled")
+    before = refusals(store)
+    is_asked_again = command not in ("client", "time") and (group or command == "xinfo")
+    if is_asked_again:
+        wait_until(lambda: refusals(store) >= before + 12, what="it is refused again and again")
+    store.add("tick", n=4)
+    wait_until(lambda: 4 in heard, what="it reads on")
+    bus.stop()
+
+    assert sorted(heard) == ([0, 1, 2, 4] if group else [0, 1, 2, 3, 4])
+    lines = lines_of(caplog, command)
+    # Of a group both its place and its consumers are asked for.
+    expected = {"xinfo": 2 if group else 1, "client": 1}.get(command, int(bool(group)))
+    assert len(lines) == len({*lines}) == expected, lines
+    assert [found for found in caplog.records if found.levelname == "ERROR"] == []
+    if group:
+        assert not letters(store)[1:]
+        assert store.retries("tick") == []
+
+
+def test_a_right_that_a_worker_lacks_for_a_part_of_its_work_is_told_once_and_so_is_its_end(
     store: StreamStore,
     guard: Guard,
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
-    command: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    guard.allow(f"-{command}")
+    monkeypatch.setattr(claims, "QUIET", 0.5)
+    guard.allow("-watch")
+    bus = make_bus(guard.url, "mailer", prefix=store.prefix, claim_after=0.5)
+    attempts = failing(bus, retries=1)
+    store.add("tick", n=1)
+    before = refusals(store)
+    wait_until(lambda: refusals(store) >= before + 12, what="it is refused again and again")
+    assert attempts == [1]
+
+    [line] = lines_of(caplog, "watch")
+    assert "+watch" in line
+    assert "look after the stream of 'tick' again" not in caplog.text
+
+    guard.allow("+watch")
+    wait_until(lambda: letters(store), what="it is tried again and given up")
+    wait_until(lambda: "look after the stream of 'tick' again" in caplog.text, what="the end")
+    assert caplog.text.count("look after the stream of 'tick'") == 2
+
+
+def test_the_line_about_a_missing_xpending_names_what_to_grant_and_it_is_enough(
+    store: StreamStore, guard: Guard, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.group("tick")
+    store.add("tick", n=1)
+    store.read("tick", 1, consumer="dead")
+    guard.allow("-xpending")
+    bus = make_bus(guard.url, "mailer", prefix=store.prefix, claim_after=0.5)
+    heard = listen(bus, via="stream")
+    store.add("tick", n=2)
+    wait_until(lambda: heard == [2], what="it reads on")
+
+    [line] = lines_of(caplog, "xpending")
+    right = f"(+xpending ~{store.keys.stream('tick')})"
+    assert f"Grant its user {right} in the ACL." in line
+    guard.allow(right)
+
+    wait_until(lambda: heard == [2, 1], what="what a worker left is taken over")
+    wait_until(lambda: "shows 'mailer' again" in caplog.text, what="the end is told")
+
+
+def test_a_slow_event_of_a_worker_without_xpending_is_not_taken_by_another(
+    store: StreamStore, guard: Guard, make_bus: Make
+) -> None:
+    guard.allow("-xpending")
+    blind = make_bus(guard.url, "mailer", prefix=store.prefix, claim_after=1)
+    done, runs = threading.Event(), []
+
+    @blind.on("tick", via="stream")
+    def receive(sender: str, n: int) -> None:
+        runs.append("blind")
+        done.wait(30)
+
+    blind.start()
+    assert blind.ready(10)
+    store.add("tick", n=1)
+    wait_until(lambda: runs, what="it runs")
+    other = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1)
+    other.on("tick", via="stream")(lambda sender, n: runs.append("other"))
+    other.start()
+    assert other.ready(10)
+
+    # A lease of one second is long over by then.
+    begin = time.monotonic()
+    wait_until(lambda: time.monotonic() > begin + 3.5, what="the lease ended several times")
+    done.set()
+    wait_until(
+        lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"],
+        what="it is acknowledged",
+    )
+    assert runs == ["blind"]
+
+
+def test_a_worker_without_xpending_keeps_what_waits_behind_a_slow_receiver(
+    store: StreamStore, guard: Guard, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "LONG", 0.1)
+    monkeypatch.setattr(keeper, "TOO_LONG", 0.3)
+    guard.allow("-xpending")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix)
-    bus.on("tick", via="stream")(lambda sender, n: None)
+    done, heard = threading.Event(), []
+
+    @bus.on("tick", via="stream")
+    def receive(sender: str, n: int) -> None:
+        done.wait(30)
+        heard.append(n)
+
     bus.start()
-    wait_until(lambda: command in caplog.text, what="the command is named")
+    assert bus.ready(10)
+    for n in range(5):
+        store.add("tick", n=n)
+    key = store.keys.stream("tick")
+    wait_until(lambda: store.client.xpending(key, "mailer")["pending"] == 5, what="all are read")
+    begin = time.monotonic()
+    wait_until(lambda: time.monotonic() > begin + 1, what="it stands still for too long")
+    done.set()
 
-    bus.stop()
-
-    [line] = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
-    assert f"the '{command}" in line
-    assert f"+{command}" in line
+    wait_until(lambda: sorted(heard) == [0, 1, 2, 3, 4], what="all are handled here")
 
 
 @pytest.mark.parametrize("command", ["xack", "xclaim", "xrange", "xinfo", "zadd", "watch"])
