@@ -7,6 +7,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
+from typing import Any
 
 import redis
 
@@ -16,7 +17,7 @@ from .catalogue import Catalogue
 from .config import Config
 from .counters import BoundedLog, Counters
 from .entry_ids import entry_id
-from .group import Entry, behind, fields_of, last_id, remedy
+from .group import Entry, behind, fields_of, last_id, passed, remedy
 from .lineup import Lineup, Portions
 from .logs import get_logger
 from .pipe import Pipe
@@ -24,6 +25,7 @@ from .reading import Reading
 from .stream_intake import StreamIntake
 from .streams import StreamKeys
 from .subscriptions import NEW, Subscription
+from .trims import report_trimmed, report_trimmed_over
 
 logger = get_logger(__name__)
 
@@ -84,6 +86,8 @@ class Follower:
         self._positions: dict[str, str] = {}
         #: The ids of the entries of each stream that were read last.
         self._read_ids: dict[str, deque[str]] = defaultdict(partial(deque, maxlen=REMEMBERED))
+        #: The entries that were added up to that one, by stream; only those that Redis counted.
+        self._passed: dict[str, int] = {}
         #: Streams that were read over another connection: this server may lack some entries.
         self._unsure: set[str] = set()
         self._connected = False
@@ -200,8 +204,20 @@ class Follower:
         return self._last(name) if start == NEW else start
 
     def _last(self, name: str) -> str:
-        found = self._pipe.ask("XREVRANGE", self._keys.stream(name), "+", "-", "COUNT", 1)
-        return str(found[0][0].decode()) if found else "0-0"
+        info = self._pipe.run([("XINFO", "STREAM", self._keys.stream(name))])[0]
+        last = last_id(info)
+
+        if last is None:
+            found = self._pipe.ask("XREVRANGE", self._keys.stream(name), "+", "-", "COUNT", 1)
+            return str(found[0][0].decode()) if found else "0-0"
+
+        # Of what is added from now on nothing is to go before it is read.
+        now = 0 if isinstance(info, Exception) else passed(info, last)
+
+        if now is not None:
+            self._passed[name] = now
+
+        return last
 
     def _go_back(self, name: str) -> None:
         """Go back to the last entry that was read and that this server has.
@@ -223,6 +239,7 @@ class Follower:
             lost += 1
 
         self._positions[name] = common
+        self._passed.pop(name, None)
         self._log.warning(
             f"lost {name}",
             "Redis has lost the last %d entries of the stream of %r that were read here, up to "
@@ -310,6 +327,9 @@ class Follower:
             self._positions[entry.name] = entry.id
             self._read_ids[entry.name].append(entry.id)
 
+            if entry.name in self._passed:
+                self._passed[entry.name] += 1
+
     def _look_for_flush(self, names: Iterable[str]) -> None:
         """Begin again where a stream is a new one, whose ids are smaller."""
         if time.monotonic() - self._looked < LOOK:
@@ -318,7 +338,8 @@ class Follower:
         self._looked = time.monotonic()
 
         for name in names:
-            last = self._last_of(name)
+            info = self._pipe.run([("XINFO", "STREAM", self._keys.stream(name))])[0]
+            last = self._last_of(name, info)
 
             if last is None:
                 continue
@@ -328,11 +349,26 @@ class Follower:
             if behind(last, self._positions[name]):
                 self._positions[name] = "0-0"
                 self._read_ids[name].clear()
+                self._passed.pop(name, None)
+            elif not isinstance(info, Exception):
+                self._look_for_trims(name, passed(info, self._positions[name]))
 
-    def _last_of(self, name: str) -> str | None:
+    def _look_for_trims(self, name: str, now: int | None) -> None:
+        """Report entries that went between the last one that was read and the next one."""
+        if now is None:
+            return
+
+        lost = now - self._passed.get(name, now)
+        self._passed[name] = now
+
+        if lost > 0:
+            report_trimmed(name, lost, self._service, self._counters, self._log)
+        else:
+            report_trimmed_over(name, self._service, self._log)
+
+    def _last_of(self, name: str, answer: Any) -> str | None:
         """Return the id that a stream gave last; ``None`` where Redis does not tell it."""
         key = self._keys.stream(name)
-        answer = self._pipe.run([("XINFO", "STREAM", key)])[0]
         last = last_id(answer)
         extra = {"signal": name, "service": self._service}
 

@@ -593,6 +593,24 @@ def lacks_command(reason: Exception) -> bool:
     )
 
 
+def passed(info: Any, position: str) -> int | None:
+    """Return how many entries were added up to the next one that a reader at ``position`` gets.
+
+    ``None`` where it is in the middle of the stream, and where the server does not count.
+    """
+    stream = _as_dict(info)
+    added: int | None = stream.get("entries-added")
+    first = stream["first-entry"]
+
+    if added is None or position == stream["last-generated-id"].decode():
+        return added
+
+    if first is None or behind(position, first[0].decode()):
+        return added - int(stream["length"])
+
+    return None
+
+
 def remedy(reason: object, rights: Mapping[str, str]) -> str:
     """What to do about a refusal: a sentence.
 

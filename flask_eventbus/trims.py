@@ -75,20 +75,8 @@ class Trims:
 
     def count(self, name: str, count: int | None) -> None:
         """Tell of so many events that are lost; ``None`` where it is not known how many."""
-        if count == 0:
-            return
-
-        self._counters.add("trimmed", count or 1)
-        self._log.error(
-            f"trimmed {name}",
-            "The stream of %r was trimmed past %s events that %r had not handled: they are lost to "
-            "it. Raise 'maxlen' of the route, or handle them faster.",
-            name,
-            "an unknown number of" if count is None else count,
-            self._service,
-            extra={"signal": name, "service": self._service},
-        )
-        tell(events_trimmed, self._service, name=name, count=count)
+        if count != 0:
+            report_trimmed(name, count, self._service, self._counters, self._log)
 
     def _look_at(self, name: str) -> None:
         try:
@@ -124,13 +112,7 @@ class Trims:
         if lost != 0:
             self.count(name, lost)
         elif position.trimmed is not None:
-            self._log.over(
-                f"trimmed {name}",
-                "The stream of %r is no longer trimmed past events that %r has not handled.",
-                name,
-                self._service,
-                extra={"signal": name, "service": self._service},
-            )
+            report_trimmed_over(name, self._service, self._log)
 
     def _new_loss(self, name: str, position: Position) -> int | None:
         """Return how many events are lost that no worker reported; ``None`` if some number is."""
@@ -184,3 +166,31 @@ class Trims:
             self._log.error(f"alarm {name}", "%s", alarm, extra=extra)
 
         self.alarms = {**self.alarms, name: str(alarm)}
+
+
+def report_trimmed(
+    name: str, count: int | None, service: str, counters: Counters, log: BoundedLog
+) -> None:
+    """Count, log and signal a loss; ``count`` is ``None`` where nobody knows how many."""
+    counters.add("trimmed", count or 1)
+    log.error(
+        f"trimmed {name}",
+        "The stream of %r was trimmed past %s events that %r had not handled: they are lost to "
+        "it. Raise 'maxlen' of the route, or handle them faster.",
+        name,
+        "an unknown number of" if count is None else count,
+        service,
+        extra={"signal": name, "service": service},
+    )
+    tell(events_trimmed, service, name=name, count=count)
+
+
+def report_trimmed_over(name: str, service: str, log: BoundedLog) -> None:
+    """Log that a loss which was reported does not go on."""
+    log.over(
+        f"trimmed {name}",
+        "The stream of %r is no longer trimmed past events that %r has not handled.",
+        name,
+        service,
+        extra={"signal": name, "service": service},
+    )

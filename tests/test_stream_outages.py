@@ -803,6 +803,36 @@ def test_events_that_were_trimmed_unread_are_counted_logged_and_signalled(
     assert "Raise 'maxlen' of the route" in caplog.text
 
 
+def test_events_that_were_trimmed_before_a_process_without_a_group_read_them_are_counted(
+    any_server: RedisServer,
+    make_bus: Make,
+    trimmed: list[tuple[str, int | None]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(follower, "LOOK", 0.1)
+    store = StreamStore(any_server)
+    store.add("tick", n=0)
+    bus = make_bus(any_server.url, "mailer", prefix=store.prefix)
+    heard = hear(bus, group=None)
+    store.add("tick", n=1)
+    wait_until(lambda: heard == [1], what="the first event arrives")
+
+    # A listener that is away reads nothing of what comes and goes meanwhile.
+    with store.client.pipeline() as together:
+        body = Codec().encode(store.event("tick", n=2))
+        for _ in range(10):
+            together.xadd(store.keys.stream("tick"), {b"event": body})
+        together.xtrim(store.keys.stream("tick"), maxlen=3, approximate=False)
+        together.execute()
+
+    wait_until(lambda: trimmed, what="the loss is signalled")
+    assert trimmed == [("tick", 7)]
+    assert bus.health().counts["trimmed"] == 7
+    assert "The stream of 'tick' was trimmed past 7 events that 'mailer' had not" in caplog.text
+    assert "Raise 'maxlen' of the route" in caplog.text
+
+
 #: A stream with the entries 1000-0 to 5000-0, the first two of which are trimmed.
 OLD = [f"{number * 1000}-0" for number in range(1, 6)]
 
