@@ -20,7 +20,7 @@ from .health import Health
 from .loading import load_receivers
 from .logs import get_logger
 from .node import FLUSH_AT_EXIT, Node
-from .overview import Overview, stranger_text
+from .overview import Overview
 from .serving import call_when_serving
 
 logger = get_logger(__name__)
@@ -217,8 +217,8 @@ class _Strangers:
 
         self._is_done = True
 
-        for name, path in Overview(node).strangers():
-            logger.warning("%s %s", *stranger_text(name, path))
+        for found in Overview(node).strangers():
+            logger.warning("%s %s", *found)
 
 
 def _real(app: Any) -> Flask:

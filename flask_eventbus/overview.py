@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from blinker import NamedSignal, Signal
+from blinker import NamedSignal, Namespace, Signal
 
 from .config import Age
 from .dispatcher import name_of
@@ -80,9 +81,9 @@ class Overview:
         return [signal.name for signal in self.signals if route.covers(signal.name)]
 
     def strangers(self) -> Iterator[tuple[str, str]]:
-        """Yield the routes whose signal no code asked for, with the path of another of its name.
+        """Yield what is wrong with a route whose signal no code asked for, and what to do.
 
-        Whoever sends the other one publishes nothing.
+        There is another signal of its name, and whoever sends that one publishes nothing.
         """
         namespace = self._declarations.namespace
 
@@ -92,7 +93,8 @@ class Overview:
         routes = [each for each in self.routes if each.signal is None and not is_pattern(each.name)]
         names = {route.name for route in routes} - namespace.asked
 
-        yield from sorted(_signals_in_modules(names).items())
+        for name, (where, remedy) in sorted(_strangers(names).items()):
+            yield _stranger_text(name, where), remedy
 
     def published_names(self, *, via: str) -> list[str]:
         """The names on the wire that this program publishes one way, patterns resolved."""
@@ -204,33 +206,92 @@ class Overview:
         }
 
 
-def _signals_in_modules(names: Collection[str]) -> dict[str, str]:
-    """The import paths of blinker's signals of these names that are on the top level of modules."""
-    found: dict[str, str] = {}
+def _strangers(names: Set[str]) -> dict[str, tuple[str, str]]:
+    """Find blinker's signals of these names: where one of each is, and how it is published."""
+    found: dict[str, tuple[str, str]] = {}
+    # A path of its own says more than the namespace that a signal is in as well.
+    by_namespace: dict[str, tuple[str, str]] = {}
 
     if not names:
         return found
 
-    for module_name, module in list(sys.modules.items()):
-        for attribute, value in list(getattr(module, "__dict__", {}).items()):
-            # Its type, since a proxy may do anything when it is asked for its class.
-            kind = type(value)
-            is_signal = issubclass(kind, NamedSignal) and not issubclass(kind, SendingSignal)
+    # A package before its modules: it shows what is meant for others.
+    for module_name in sorted(sys.modules, key=lambda name: name.count(".")):
+        module = sys.modules.get(module_name)
 
-            if is_signal and value.name in names:
-                found.setdefault(value.name, f"{module_name}:{attribute}")
+        for path, value in _held(module_name, "", getattr(module, "__dict__", {})):
+            where = f"{module_name}:{path}"
 
-    return found
+            if isinstance(value, Namespace):
+                advice = f"Give the bus that namespace: EventBus(namespace={path}), from "
+                by_namespace = {
+                    name: (f"{where}[{name!r}]", f"{advice}{module_name}.")
+                    for name, signal in list(value.items())
+                    if _is_stranger(signal, names)
+                } | by_namespace
+            elif _is_stranger(value, names):
+                advice = f"Give the route {{'signal': {where!r}}}, or the bus the namespace of "
+                found.setdefault(value.name, (where, f"{advice}your signals: {_ADOPT}."))
+
+    found = by_namespace | found
+    return dict.fromkeys(_living(names - found.keys()), _UNNAMED) | found
 
 
-def stranger_text(name: str, path: str) -> tuple[str, str]:
-    """What is wrong with a route whose signal no code asked for, and what to do."""
+_ADOPT = "EventBus(namespace=...)"
+
+#: A signal that no module and no class holds by a name.
+_UNNAMED = (
+    "A signal in an object or a function",
+    "Name the signal itself in the route, {'signal': SIGNAL}, or give the bus the namespace of "
+    f"your signals: {_ADOPT}.",
+)
+
+
+def _held(
+    module: str, prefix: str, space: Mapping[str, Any]
+) -> Iterator[tuple[str, NamedSignal | Namespace]]:
+    """Yield the signals and namespaces that a module and its classes hold, each with its path."""
+    for attribute, value in list(space.items()):
+        # Its type, since a proxy may do anything when it is asked for its class.
+        kind = type(value)
+        path = f"{prefix}{attribute}"
+
+        if issubclass(kind, NamedSignal | Namespace):
+            yield path, value
+        elif issubclass(kind, type) and type.__getattribute__(value, "__qualname__") == path:
+            inner = type.__getattribute__(value, "__dict__")
+
+            if inner.get("__module__") == module:
+                yield from _held(module, f"{path}.", inner)
+
+
+def _is_stranger(signal: NamedSignal, names: Set[str]) -> bool:
+    # Another thread may be about to make it.
+    return not isinstance(signal, SendingSignal) and getattr(signal, "name", None) in names
+
+
+def _living(names: Set[str]) -> set[str]:
+    """Return those of ``names`` that a signal anywhere in this process has."""
+
+    def look() -> set[str]:
+        # Their types, as above; objects that the program has frozen are not among them.
+        signals = [found for found in gc.get_objects() if issubclass(type(found), NamedSignal)]
+        return {signal.name for signal in signals if _is_stranger(signal, names)}
+
+    if not names or not look():
+        return set()
+
+    # It may be one that is gone, and not collected yet.
+    gc.collect()
+    return look()
+
+
+def _stranger_text(name: str, where: str) -> str:
+    """What is wrong with a route whose signal no code asked for."""
     return (
         f"The route {name!r} publishes the bus's own signal, which no code has asked for with "
-        f"bus.signal({name!r}). {path} is another signal of that name: what it sends is not "
-        "published.",
-        f"Give the route {{'signal': {path!r}}}, or the bus the namespace of your signals: "
-        "EventBus(namespace=...).",
+        f"bus.signal({name!r}). {where} is another signal of that name: what "
+        "it sends is not published."
     )
 
 

@@ -17,7 +17,7 @@ from .flask_signals import is_built_in
 from .namespace import Receiver
 from .node import Node
 from .options import is_pattern
-from .overview import Connected, Overview, connected_to, stranger_text
+from .overview import Connected, Overview, connected_to
 from .routes import Route
 from .subscriptions import Subscription
 
@@ -70,8 +70,8 @@ def _check_settings(node: Node, overview: Overview) -> Iterator[Finding]:
 
 
 def _check_routes(overview: Overview) -> Iterator[Finding]:
-    for name, path in overview.strangers():
-        yield error(*stranger_text(name, path))
+    for found in overview.strangers():
+        yield error(*found)
 
     for route in overview.routes:
         if is_pattern(route.name) and not overview.covered_by(route):

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -633,14 +635,97 @@ def test_a_signal_of_the_apps_own_that_is_not_published_is_told(
     assert caplog.text.count(told) == 1
 
 
-@pytest.mark.parametrize("remedy", ["signal", "namespace", "path", "publishes"])
+#: Where programs keep a signal of the name ``order_shipped``, and what is told of it and advised.
+PLACES = {
+    "a namespace": (
+        "import blinker\nevents = blinker.Namespace()\nevents.signal('order_shipped')",
+        "shop_of_a_test:events['order_shipped'] is another signal of that name",
+        "Give the bus that namespace: EventBus(namespace=events), from shop_of_a_test.",
+    ),
+    "a class": (
+        "import blinker\nclass Shop:\n    class Orders:\n"
+        "        shipped = blinker.NamedSignal('order_shipped')\n",
+        "shop_of_a_test:Shop.Orders.shipped is another signal of that name",
+        "Give the route {'signal': 'shop_of_a_test:Shop.Orders.shipped'}",
+    ),
+    "a namespace of a class": (
+        "import blinker\nclass Shop:\n    events = blinker.Namespace()\n"
+        "Shop.events.signal('order_shipped')",
+        "shop_of_a_test:Shop.events['order_shipped'] is another signal of that name",
+        "Give the bus that namespace: EventBus(namespace=Shop.events), from shop_of_a_test.",
+    ),
+    "blinker's own namespace": (
+        "import blinker\nkept = [blinker.signal('order_shipped')]",
+        "blinker:default_namespace['order_shipped'] is another signal of that name",
+        "Give the bus that namespace: EventBus(namespace=default_namespace), from blinker.",
+    ),
+    "an object": (
+        "import blinker\nclass Shop:\n    def __init__(self):\n"
+        "        self.shipped = blinker.NamedSignal('order_shipped')\nshop = Shop()",
+        "A signal in an object or a function is another signal of that name",
+        "Name the signal itself in the route, {'signal': SIGNAL}",
+    ),
+    "a closure": (
+        "import blinker\ndef make():\n    shipped = blinker.NamedSignal('order_shipped')\n"
+        "    return lambda: shipped.send()\nship = make()",
+        "A signal in an object or a function is another signal of that name",
+        "Name the signal itself in the route, {'signal': SIGNAL}",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_of_the_apps_own_is_found_wherever_it_is_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+) -> None:
+    code, told, advised = PLACES[place]
+    file = tmp_path / "shop_of_a_test.py"
+    file.write_text(code)
+    spec = spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    spec.loader.exec_module(module)
+    bus = EventBus()
+    app = make_app(bus, EVENTBUS_PUBLISH={"order_shipped": "stream"})
+
+    app.test_client().get("/")
+    found = [each for each in check_program(bus.node(app)) if each.level == "error"]
+    blinker.default_namespace.pop("order_shipped", None)
+
+    [finding] = found
+    assert told in finding.text
+    assert advised in finding.remedy
+    assert caplog.text.count(told) == 1
+
+
+def test_a_signal_that_is_gone_is_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    cycle: list[Any] = [blinker.NamedSignal("order_shipped")]
+    cycle.append(cycle)
+    del cycle
+    bus = EventBus()
+    app = make_app(bus, EVENTBUS_PUBLISH={"order_shipped": "stream"})
+
+    app.test_client().get("/")
+
+    assert [found for found in check_program(bus.node(app)) if found.level == "error"] == []
+    assert "no code has asked" not in caplog.text
+
+
+@pytest.mark.parametrize("remedy", ["signal", "namespace", "path", "object", "publishes"])
 def test_a_signal_of_the_apps_own_is_published_by_each_remedy(
     signals_of_a_module: blinker.Namespace, caplog: pytest.LogCaptureFixture, remedy: str
 ) -> None:
     bus = EventBus(namespace=signals_of_a_module if remedy == "namespace" else None)
-    route = {"signal": "shop_of_a_test:order_shipped"} if remedy == "path" else "channel"
+    own = signals_of_a_module.signal("order_shipped")
+    paths = {"path": "shop_of_a_test:order_shipped", "object": own}
+    route: Any = {"signal": paths[remedy]} if remedy in paths else "channel"
     app = make_app(bus, EVENTBUS_PUBLISH={"order_shipped": route})
-    signal: blinker.Signal = signals_of_a_module.signal("order_shipped")
+    signal: blinker.Signal = own
     if remedy == "signal":
         signal = bus.signal("order_shipped")
     elif remedy == "publishes":
