@@ -11,6 +11,7 @@ import inspect
 import math
 import random
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -80,6 +81,16 @@ _NO_WRITES_CODES = ("OOM", "NOREPLICAS", "MISCONF")
 
 _TCP_OPTIONS = ("socket_connect_timeout", "socket_keepalive")
 
+#: What another attempt would meet as well: see :func:`is_refused`.
+_REFUSALS = (
+    ConnectionRefusedError,
+    FileNotFoundError,
+    socket.gaierror,
+    ssl.SSLCertVerificationError,
+    redis.AuthenticationError,
+    redis.ResponseError,
+)
+
 #: How fakeredis refuses ``WAIT``.
 _NO_WAIT = ("unknown command 'wait'", "unknown command `wait`")
 
@@ -139,9 +150,16 @@ def why_no_writes(error: Exception) -> str:
 
 
 def is_refused(error: BaseException) -> bool:
-    """Return True if nothing listens where the connection should go."""
-    cause = error.__cause__ or error.__context__
-    return isinstance(cause, ConnectionRefusedError | FileNotFoundError)
+    """Return True if another attempt right away would end as this one did.
+
+    Nothing listens there, there is no such host, or the server does not let this user in.
+    """
+    cause: BaseException | None = error
+
+    while cause is not None and not isinstance(cause, _REFUSALS):
+        cause = cause.__cause__ or cause.__context__
+
+    return cause is not None
 
 
 class Connections:
@@ -204,6 +222,7 @@ class Connections:
                 # A user who may not so much as name its connection or choose its database;
                 # a host that cannot be one.
                 error = redis.ConnectionError(str(refusal))
+                error.__cause__ = refusal
             else:
                 self._has_connected = True
                 set_deadline(connection, self.deadline)
@@ -450,6 +469,7 @@ class Connections:
                 address = client.sentinel_get_master_addr_by_name(name)
             except (redis.RedisError, OSError) as error:
                 said.append(explain_sentinel(error, _address_of(client)))
+                said[-1].__cause__ = error
                 continue
 
             if address is not None:
@@ -461,7 +481,8 @@ class Connections:
             said.append(unknown_master(name, _address_of(client)))
 
         reasons = "; ".join(dict.fromkeys(error.reason for error in said))
-        raise AdvisedError(reasons, " ".join(dict.fromkeys(error.advice for error in said)))
+        advice = " ".join(dict.fromkeys(error.advice for error in said))
+        raise AdvisedError(reasons, advice) from said[-1]
 
     def _master_name(self) -> str:
         name = urlsplit(self._url).path.lstrip("/").partition("/")[0]

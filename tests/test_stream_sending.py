@@ -806,10 +806,22 @@ def test_events_wait_in_memory_while_redis_is_away_and_arrive_in_order(
 
 
 @pytest.mark.parametrize("on_outage", ["buffer", "raise"])
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("redis://127.0.0.1:1/0", "Error 111"),
+        ("unix:///nowhere/redis.sock", "Error 2"),
+        ("redis://nowhere.invalid/0", "connecting to nowhere.invalid"),
+        ("redis://nobody:wrong@{address}/0", "invalid username-password pair"),
+        ("redis://{address}/99", "DB index is out of range"),
+        ("redis+sentinel://127.0.0.1:1,127.0.0.1:2/mymaster/0", "cannot be asked"),
+    ],
+    ids=["port", "socket", "name", "password", "database", "Sentinels"],
+)
 def test_a_confirmed_send_ends_as_soon_as_the_connection_is_refused(
-    make_bus: Make, on_outage: str
+    shared_redis: RedisServer, make_bus: Make, on_outage: str, url: str, reason: str
 ) -> None:
-    url = "redis://127.0.0.1:1/0"
+    url = url.format(address=shared_redis.url.split("/")[2])
     bus = make_bus(url, publish={"tick": "stream"}, on_outage=on_outage, timeout=60)
     outcomes: list[BaseException | None] = []
     sending = threading.Thread(target=lambda: outcomes.append(outcome_of(bus, 1)), daemon=True)
@@ -821,7 +833,8 @@ def test_a_confirmed_send_ends_as_soon_as_the_connection_is_refused(
     [outcome] = outcomes
     assert not bus.health().publishing
     if on_outage == "raise":
-        assert "was not confirmed by Redis: Error 111" in str(outcome)
+        assert "was not confirmed by Redis" in str(outcome)
+        assert reason in str(outcome)
     else:
         assert outcome is None
         assert bus.health().buffered == 1
