@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import math
+import time
 from collections.abc import Iterator
-from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
+from .connections import set_deadline, timed_connection
 from .findings import Finding, note, warning
 from .server import TIMEOUT
 
@@ -26,8 +26,8 @@ _CLOSE = (
 )
 
 
-def check_access(url: str) -> Iterator[Finding]:
-    """Look at how a URL reaches its server, and at who else is let in there."""
+def check_access(url: str, deadline: float = math.inf) -> Iterator[Finding]:
+    """Look at how a URL reaches its server, and at who else is let in there, by a deadline."""
     scheme = urlsplit(url).scheme
 
     if scheme not in ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster"):
@@ -36,7 +36,7 @@ def check_access(url: str) -> Iterator[Finding]:
     is_here = scheme == "unix" or all(map(is_loopback, hosts_of(url)))
     yield from check_transport(url, is_here=is_here)
 
-    if scheme in ("redis", "rediss", "unix") and is_open(url):
+    if scheme in ("redis", "rediss", "unix") and is_open(url, deadline):
         # Other programs of this machine may do so, and those are usually one's own.
         yield note(_ALL_RIGHTS, _CLOSE) if is_here else warning(_ALL_RIGHTS, _CLOSE)
 
@@ -89,7 +89,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def is_open(url: str) -> bool:
+def is_open(url: str, deadline: float) -> bool:
     """Return True if the server lets anybody in without a password, with all rights."""
     parts = urlsplit(url)
     query = "&".join(
@@ -98,20 +98,20 @@ def is_open(url: str) -> bool:
         if option.partition("=")[0] not in ("username", "password")
     )
     nobody = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
-    client = redis.Redis.from_url(
-        nobody,
-        socket_timeout=TIMEOUT,
-        socket_connect_timeout=TIMEOUT,
-        retry=Retry(NoBackoff(), 0),
-        protocol=2,
-    )
+    connection = timed_connection(nobody, TIMEOUT)
+    set_deadline(connection, min(deadline, time.monotonic() + TIMEOUT))
 
     try:
-        with client:
-            found: Any = client.acl_getuser("default")
+        connection.connect()
+        connection.send_command("ACL", "GETUSER", "default")
+        answer = connection.read_response()
     except (redis.RedisError, OSError):
         return False
+    finally:
+        connection.disconnect()
 
-    refused = [command for command in found["commands"] if command.startswith("-")]
-    is_everywhere = any(key.strip("~") == "*" for key in found["keys"])
-    return found["categories"] == ["+@all"] and not refused and is_everywhere
+    facts = dict(zip(answer[::2], answer[1::2], strict=True))
+    keys = facts[b"keys"]
+    # A list before Redis 7.
+    is_everywhere = b"*" in (key.strip(b"~") for key in getattr(keys, "split", lambda: keys)())
+    return facts[b"commands"].split() == [b"+@all"] and is_everywhere

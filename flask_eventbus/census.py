@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,7 @@ from .config import Config
 from .connections import OUTAGE, Connections
 from .errors import OperationError
 from .node import Node
-from .server import Server, processes_of, reason_of
+from .server import PATIENCE, Server, processes_of, reason_of
 from .streams import ChannelKeys, StreamKeys
 from .urls import trouble_of
 
@@ -24,7 +25,8 @@ def census(node: Node) -> dict[str, Any]:
 
     :raises OperationError: Redis cannot be asked.
     """
-    connections = Connections(node.config.url, name=CLIENT_NAME)
+    deadline = time.monotonic() + PATIENCE
+    connections = Connections(node.config.url, name=CLIENT_NAME, deadline=deadline)
 
     try:
         with Server(connections) as server:

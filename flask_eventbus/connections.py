@@ -38,6 +38,7 @@ from .urls import (
     hosts_of,
     node_url,
     options_of,
+    sentinel_url,
     unknown_master,
     without_options,
     without_secrets,
@@ -208,7 +209,7 @@ class Connections:
         for number, url in enumerate(candidates):
             # One that hangs leaves its share of the time to each of the others.
             share = max(0.0, deadline - time.monotonic()) / (len(candidates) - number)
-            connection = self._make(url, timeout)
+            connection = timed_connection(url, timeout)
 
             if not url.startswith("memory://"):
                 self._opened.add(connection)
@@ -311,7 +312,7 @@ class Connections:
             examples = self._examples(urlsplit(self._url))
 
             for url in examples:
-                self._make(without_options(url), 1.0)
+                timed_connection(without_options(url), 1.0)
         except (ValueError, TypeError, redis.RedisError) as error:
             # Not from the error, which may quote a part of a password.
             raise self._unreadable(error) from None
@@ -326,7 +327,7 @@ class Connections:
         """
         for name, text in options_of(self._url):
             try:
-                self._make(f"{example}?{urlencode({name: text})}", 1.0)
+                timed_connection(f"{example}?{urlencode({name: text})}", 1.0)
             except (ValueError, TypeError, redis.RedisError):
                 if name not in SENTINEL_OPTIONS:
                     raise ConfigError(
@@ -371,22 +372,6 @@ class Connections:
 
         return [self._url]
 
-    def _make(self, url: str, timeout: float) -> Connection:
-        options = _options(timeout)
-
-        if url.startswith("memory://"):
-            return _memory_connection(url, options)
-
-        pool = redis.ConnectionPool.from_url(url)
-
-        if pool.connection_class is redis.UnixDomainSocketConnection:
-            # Options of TCP, which a socket of this machine does not take.
-            options = {key: options[key] for key in options if key not in _TCP_OPTIONS}
-
-        pool.connection_kwargs.update(options)
-        pool.connection_class = _timed(pool.connection_class)
-        return cast(Connection, pool.make_connection())
-
     def _unreadable(self, error: Exception) -> ConfigError:
         # What the error says may quote a part of the password, or an option that holds one.
         reason = str(error) if self.shown == self._url else "it does not read"
@@ -411,7 +396,7 @@ class Connections:
             target=_follow, args=(weakref.ref(self),), name="eventbus-sentinel", daemon=True
         ).start()
 
-    def leave_old_master(self, sentinel: redis.sentinel.Sentinel) -> bool:
+    def leave_old_master(self, sentinels: list[Connection]) -> bool:
         """Close connections to a server that is no master any more, as the Sentinels say.
 
         Return False once nothing is open, and nothing is followed any more.
@@ -424,7 +409,7 @@ class Connections:
                 return False
 
         try:
-            address = self._ask_for_master(sentinel)
+            address = self._ask_for_master(sentinels, FOLLOW)
         except redis.ConnectionError as error:
             logger.debug("The Sentinels do not tell where the master is: %s", error)
             return True
@@ -435,50 +420,50 @@ class Connections:
 
         return True
 
-    def sentinel(self, timeout: float) -> redis.sentinel.Sentinel:
-        """Return clients of the Sentinels that the URL names."""
+    def sentinels(self) -> list[Connection]:
+        """Return connections, not open yet, to the Sentinels that the URL names."""
         parts = urlsplit(self._url)
-        given = dict(options_of(self._url))
-        options = {
-            "username": given.get("sentinel_username"),
-            "password": given.get("sentinel_password"),
-            "socket_timeout": timeout,
-            "socket_connect_timeout": timeout,
-            "decode_responses": True,
-            "protocol": 2,
-            # Else redis-py asks a Sentinel that is gone ten times before it asks the next.
-            "retry": Retry(NoBackoff(), 0),
-        }
-        return redis.sentinel.Sentinel(hosts_of(parts, 26379), sentinel_kwargs=options)
+        hosts = hosts_of(parts, 26379)
+        return [timed_connection(sentinel_url(parts, *each), FOLLOW) for each in hosts]
 
     def _master(self, timeout: float) -> str:
-        # Each has its share of the time: the first that is asked may hang.
-        share = timeout / (len(hosts_of(urlsplit(self._url), 26379)) + 1)
-        return self._server(*self._ask_for_master(self.sentinel(share)))
+        sentinels = self.sentinels()
 
-    def _ask_for_master(self, sentinel: redis.sentinel.Sentinel) -> tuple[str, int]:
+        try:
+            # Each has its share of the time: the first that is asked may hang.
+            return self._server(*self._ask_for_master(sentinels, timeout / (len(sentinels) + 1)))
+        finally:
+            for each in sentinels:
+                each.disconnect()
+
+    def _ask_for_master(self, sentinels: list[Connection], seconds: float) -> tuple[str, int]:
         """Ask one Sentinel after the other where the master is.
 
+        :param sentinels: the first that knows becomes the first of them.
+        :param seconds: how long each of them may take.
         :raises redis.ConnectionError: none of them knows; each is named with what it said.
         """
         name = self._master_name()
         said: list[AdvisedError] = []
 
-        for client in list(sentinel.sentinels):
+        for sentinel in list(sentinels):
             try:
-                address = client.sentinel_get_master_addr_by_name(name)
+                set_deadline(sentinel, min(self.deadline, time.monotonic() + seconds))
+                sentinel.connect()
+                sentinel.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name)
+                address = sentinel.read_response()
             except (redis.RedisError, OSError) as error:
-                said.append(explain_sentinel(error, _address_of(client)))
+                said.append(explain_sentinel(error, _address_of(sentinel)))
                 said[-1].__cause__ = error
+                sentinel.disconnect()
                 continue
 
             if address is not None:
-                # Ask this one first the next time.
-                sentinel.sentinels.remove(client)
-                sentinel.sentinels.insert(0, client)
-                return cast(tuple[str, int], address)
+                sentinels.remove(sentinel)
+                sentinels.insert(0, sentinel)
+                return address[0].decode(), int(address[1])
 
-            said.append(unknown_master(name, _address_of(client)))
+            said.append(unknown_master(name, _address_of(sentinel)))
 
         reasons = "; ".join(dict.fromkeys(error.reason for error in said))
         advice = " ".join(dict.fromkeys(error.advice for error in said))
@@ -517,17 +502,20 @@ def read_reply(connection: Connection) -> Any:
 
 def _follow(reference: weakref.ref[Connections]) -> None:
     connections = reference()
-    sentinel = None if connections is None else connections.sentinel(FOLLOW)
+    sentinels = [] if connections is None else connections.sentinels()
     del connections
 
-    while sentinel is not None:
+    while True:
         time.sleep(FOLLOW)
         connections = reference()
 
-        if connections is None or not connections.leave_old_master(sentinel):
-            return
+        if connections is None or not connections.leave_old_master(sentinels):
+            break
 
         del connections
+
+    for each in sentinels:
+        each.disconnect()
 
 
 class _Parser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has no types
@@ -556,6 +544,27 @@ class _Parser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has n
 
             if not 0 <= (wire.gettimeout() or 0) - seconds < SLACK:
                 wire.settimeout(seconds)
+
+
+def timed_connection(url: str, timeout: float) -> Connection:
+    """Return a connection to the server of a URL, not open yet, whose waits have a limit each.
+
+    :func:`set_deadline` limits all of them.
+    """
+    options = _options(timeout)
+
+    if url.startswith("memory://"):
+        return _memory_connection(url, options)
+
+    pool = redis.ConnectionPool.from_url(url)
+
+    if pool.connection_class is redis.UnixDomainSocketConnection:
+        # Options of TCP, which a socket of this machine does not take.
+        options = {key: options[key] for key in options if key not in _TCP_OPTIONS}
+
+    pool.connection_kwargs.update(options)
+    pool.connection_class = _timed(pool.connection_class)
+    return cast(Connection, pool.make_connection())
 
 
 def set_deadline(connection: Any, deadline: float) -> None:
@@ -653,9 +662,8 @@ def _cluster_nodes(parts: SplitResult) -> list[str]:
     return urls
 
 
-def _address_of(client: redis.Redis) -> str:
-    options = client.connection_pool.connection_kwargs
-    return f"{options['host']}:{options['port']}"
+def _address_of(connection: Any) -> str:
+    return f"{connection.host}:{connection.port}"
 
 
 def _fakeredis() -> Any:

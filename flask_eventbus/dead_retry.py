@@ -11,7 +11,7 @@ from .dead_letters import Letter, read_letter
 from .entry_ids import entry_id
 from .errors import OperationError
 from .records import BadRecordError, DeadLetter, RetryRecord
-from .stream_access import StreamAccess, as_mapping
+from .stream_access import TIMEOUT, StreamAccess, as_mapping
 
 #: Seconds between two looks.
 LOOK = 0.1
@@ -80,6 +80,8 @@ class Retrials:
     def settled(self, retrials: Sequence[Retrial], seconds: float) -> Iterator[Retrial]:
         """Yield each as soon as an attempt at it has ended, until ``seconds`` have passed.
 
+        The last look takes :data:`.TIMEOUT` seconds more at most.
+
         :raises OperationError: Redis cannot be asked.
         """
         ends = time.monotonic() + seconds
@@ -87,7 +89,10 @@ class Retrials:
 
         while left and time.monotonic() < ends:
             time.sleep(LOOK)
-            self._look(left)
+
+            with self._access.until(ends + TIMEOUT):
+                self._look(left)
+
             yield from (retrial for retrial in left if retrial.is_settled)
             left = [retrial for retrial in left if not retrial.is_settled]
 

@@ -18,6 +18,9 @@ from .streams import ChannelKeys, StreamKeys
 #: Seconds a server has to answer each question.
 TIMEOUT = 3.0
 
+#: Seconds that a command which only looks waits for a server, all questions together.
+PATIENCE = 10.0
+
 
 #: The last command of a connection that reads streams, as ``CLIENT LIST`` shows it; of those that
 #: write none has one of these.

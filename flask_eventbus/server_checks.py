@@ -19,7 +19,7 @@ from .node import Node
 from .options import is_pattern
 from .overview import Overview
 from .own_streams import heard
-from .server import Server, processes_of, reason_of
+from .server import PATIENCE, Server, processes_of, reason_of
 from .stream_access import StreamAccess
 from .stream_checks import (
     check_backlog,
@@ -63,14 +63,15 @@ def check_server(node: Node, *, service: str | None) -> Iterator[Finding]:
         )
         return
 
-    connections = Connections(config.url, name=CLIENT_NAME)
+    deadline = time.monotonic() + PATIENCE
+    connections = Connections(config.url, name=CLIENT_NAME, deadline=deadline)
 
     try:
         with Server(connections) as server:
             yield ok(f"The server at {connections.shown} answers.")
             streams = _streams(server, node, service)
             yield from _check_role(connections)
-            yield from check_access(config.url)
+            yield from check_access(config.url, deadline)
             yield from _check_facts(server, node, service, streams)
 
         yield from _check_publishing(connections, node)
@@ -343,12 +344,13 @@ def _check_streams(
             node.config,
             lambda access: _services(access, node, service),
             patterns=patterns,
+            deadline=connections.deadline,
             program="eventbus --service {}" if service is None else "flask eventbus",
         )
 
     if service is not None:
         written = set(overview.published_names(via="stream")) - heard(node, ())
-        yield from check_written(node.config, sorted(written))
+        yield from check_written(node.config, sorted(written), connections.deadline)
 
 
 def _note_cluster(overview: Overview) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from .alarms import MOST_NAMES, too_many_names
 from .errors import OperationError
 from .own_streams import heard, published
 from .program import Command, Program, pass_program, reader_is_gone
+from .server import PATIENCE
 from .status_report import as_json, excess_of, status_report
 from .stream_access import StreamAccess
 from .stream_status import StreamStatus, read_statuses
@@ -156,7 +157,9 @@ class _Look:
         click.echo(f"{time.strftime('%H:%M:%S')}  Ctrl-C ends.\n\n{text}\n")
 
     def _read(self) -> tuple[list[StreamStatus], list[str]]:
-        with StreamAccess(self._node.config, name=CLIENT_NAME) as access:
+        deadline = time.monotonic() + PATIENCE
+
+        with StreamAccess(self._node.config, name=CLIENT_NAME, deadline=deadline) as access:
             names = access.names()
             flood = too_many_names(access.keys.names, len(names))
             statuses = read_statuses(access, self._wanted(names[:MOST_NAMES]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,10 +42,11 @@ class StreamAccess:
     """One connection to the streams of a prefix, open while it is used in a ``with`` block.
 
     :param name: what ``CLIENT LIST`` shows.
+    :param deadline: when all waits for Redis end, by the monotonic clock.
     :raises ConfigError: there are no streams behind such a URL.
     """
 
-    def __init__(self, config: Config, *, name: str) -> None:
+    def __init__(self, config: Config, *, name: str, deadline: float = math.inf) -> None:
         if urlsplit(config.url).scheme == "redis+cluster":
             raise ConfigError(
                 "'EVENTBUS_URL' names a Redis Cluster, where this version has no streams. Name a "
@@ -53,7 +55,7 @@ class StreamAccess:
 
         self.keys = StreamKeys(config.prefix)
         self._prefix = config.prefix
-        self._connections = Connections(config.url, name=name)
+        self._connections = Connections(config.url, name=name, deadline=deadline)
         self._pipe = Pipe(self._connections, timeout=TIMEOUT)
 
     def ask(self, *command: str | bytes | int | float) -> Any:
@@ -106,6 +108,16 @@ class StreamAccess:
             return int(time.time() * 1000)
 
         return int(answer[0]) * 1000 + int(answer[1]) // 1000
+
+    @contextmanager
+    def until(self, deadline: float) -> Iterator[None]:
+        """Let all waits for Redis in a block end by a deadline."""
+        before, self._pipe.deadline = self._pipe.deadline, deadline
+
+        try:
+            yield
+        finally:
+            self._pipe.deadline = before
 
     def names(self) -> list[str]:
         """The signals that have a stream.

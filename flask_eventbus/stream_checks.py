@@ -137,6 +137,7 @@ def check_backlog(
     services: Callable[[StreamAccess], Mapping[str, Sequence[str] | None]],
     *,
     patterns: bool,
+    deadline: float,
     program: str,
 ) -> Iterator[Finding]:
     """What waits for services: events, retries and dead letters.
@@ -146,7 +147,7 @@ def check_backlog(
     :param patterns: True if streams are found by their names, as those of patterns are.
     """
     try:
-        with StreamAccess(config, name="eventbus-check") as access:
+        with StreamAccess(config, name="eventbus-check", deadline=deadline) as access:
             statuses = read_statuses(access, services(access))
             flood = too_many_names(access.keys.names, len(access.names())) if patterns else None
     except OperationError as refusal:
@@ -162,13 +163,13 @@ def check_backlog(
             yield from _check_group(status.name, group, program.format(group.service))
 
 
-def check_written(config: Config, names: Collection[str]) -> Iterator[Finding]:
+def check_written(config: Config, names: Collection[str], deadline: float) -> Iterator[Finding]:
     """Whether somebody damaged streams that the service writes and does not read.
 
     :param names: the signals of those streams.
     """
     try:
-        with StreamAccess(config, name="eventbus-check") as access:
+        with StreamAccess(config, name="eventbus-check", deadline=deadline) as access:
             statuses = read_statuses(access, dict.fromkeys(names, ()))
     except OperationError:
         # Whoever writes a stream need not have the right to ask about it.

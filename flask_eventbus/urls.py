@@ -8,7 +8,7 @@ import os
 import re
 import ssl
 from collections.abc import Iterator
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 import redis
 
@@ -97,6 +97,14 @@ def node_url(parts: SplitResult, host: str, port: int, path: str = "") -> str:
     query = "&".join(filter(None, options))
     address = f"[{host}]" if ":" in host else host
     return f"redis://{user}{at}{address}:{port}{path}" + (f"?{query}" if query else "")
+
+
+def sentinel_url(parts: SplitResult, host: str, port: int) -> str:
+    """Return the URL of one Sentinel, with the user that its options name."""
+    given = dict(parse_qsl(parts.query, keep_blank_values=True))
+    user, password = (quote(given.get(name, ""), safe="") for name in SENTINEL_OPTIONS)
+    userinfo = f"{user}:{password}@" if user or password else ""
+    return node_url(parts._replace(netloc=userinfo, query=""), host, port)
 
 
 def without_options(url: str) -> str:
@@ -247,6 +255,9 @@ def trouble_of(error: Exception) -> str:
 
     if isinstance(error, AdvisedError):
         return f"{reason}."
+
+    if isinstance(error, redis.TimeoutError | TimeoutError):
+        return f"{reason}. See whether it hangs, or whether a firewall keeps it from answering."
 
     return f"{reason}. Start it there, or correct 'EVENTBUS_URL'."
 

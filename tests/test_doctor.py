@@ -42,7 +42,7 @@ Make = Callable[..., Bus]
 @pytest.fixture(autouse=True)
 def _closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The servers of the tests let everybody in, which has tests of its own."""
-    monkeypatch.setattr("flask_eventbus.access_checks.is_open", lambda url: False)
+    monkeypatch.setattr("flask_eventbus.access_checks.is_open", lambda url, deadline: False)
 
 
 def bad(findings: list[Finding] | Iterator[Finding]) -> list[tuple[str, str]]:

@@ -10,13 +10,21 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import redis
+from click.testing import CliRunner
 from proxies import Proxy
 from servers import RedisServer
+from stream_store import StreamStore
 
 from flask_eventbus import Bus, PublishError, writer
+from flask_eventbus.__main__ import main
+from flask_eventbus.config import Config
 from flask_eventbus.connections import OUTAGE, Connections
+from flask_eventbus.dead_letters import Choice, DeadLetters
+from flask_eventbus.dead_retry import Retrials
+from flask_eventbus.errors import OperationError
 from flask_eventbus.pipe import Pipe
 from flask_eventbus.receipt import publish_one
+from flask_eventbus.stream_access import StreamAccess
 
 pytestmark = pytest.mark.second_look
 
@@ -127,9 +135,10 @@ def test_send_is_held_for_its_timeout_though_many_answers_come_one_by_one(
     assert bus.flush(20)
 
 
-def test_connecting_takes_its_time_though_an_answer_dribbles(slow: Proxy) -> None:
-    slow.pause, slow.dribbles = PAUSE, True
-    connections = Connections(slow.url, name="tests")
+@pytest.mark.parametrize("form", ["redis://{}", "redis+sentinel://{}/mymaster"])
+def test_connecting_takes_its_time_though_an_answer_dribbles(slow: Proxy, form: str) -> None:
+    slow.pause, slow.dribbles = 0.1, True
+    connections = Connections(form.format(f"127.0.0.1:{slow.port}"), name="tests")
 
     with ends_within(0.6), pytest.raises(OUTAGE):
         connections.open(timeout=0.6)
@@ -244,3 +253,39 @@ def test_the_command_that_publishes_waits_three_seconds_for_all_answers(
 
     with ends_within(1.0), pytest.raises(PublishError, match="cannot be used"):
         publish_one(node, "tick", {})
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [("check", "server_checks"), ("routes", "census"), ("status", "status_command")],
+)
+def test_a_command_that_looks_waits_ten_seconds_for_all_answers(
+    slow: Proxy, monkeypatch: pytest.MonkeyPatch, command: str, module: str
+) -> None:
+    monkeypatch.setattr(f"flask_eventbus.{module}.PATIENCE", 1.0, raising=False)
+    slow.pause, slow.dribbles = 0.1, True
+
+    with ends_within(1.0):
+        result = CliRunner().invoke(main, ["--url", slow.url, command])
+
+    assert result.exit_code == 1
+    assert "See whether it hangs, or whether a firewall keeps it from answering." in result.output
+
+
+def test_dead_retry_watches_for_as_long_as_it_is_told_though_answers_dribble(
+    slow: Proxy, shared_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_eventbus.dead_retry.TIMEOUT", 0.5)
+    store = StreamStore(shared_redis)
+    store.give_up("tick")
+    config = Config(service="mailer", url=slow.url, prefix=store.prefix)
+
+    with StreamAccess(config, name="tests") as access:
+        retrials = Retrials(access, "mailer")
+        (letter,) = DeadLetters(access, "mailer").find(Choice())
+        retrial = retrials.put_back(letter)
+        assert retrial is not None
+        slow.pause, slow.dribbles = 0.2, True
+
+        with ends_within(1.0), pytest.raises(OperationError, match="cannot be used"):
+            list(retrials.settled([retrial], 0.5))

@@ -95,9 +95,7 @@ def options_of_connection(url: str, monkeypatch: pytest.MonkeyPatch) -> dict[str
 
     with monkeypatch.context() as patch:
         patch.setattr(redis.Connection, "connect", note)
-        patch.setattr(
-            redis.Redis, "sentinel_get_master_addr_by_name", lambda *_, **__: ("127.0.0.1", 1)
-        )
+        patch.setattr(Connections, "_ask_for_master", lambda *_: ("127.0.0.1", 1))
 
         with pytest.raises(redis.ConnectionError, match="noted"):
             Connections(url, name="tests").open(timeout=1)
