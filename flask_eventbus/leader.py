@@ -190,6 +190,7 @@ class Leader:
         finally:
             try:
                 self._settlement.settle(batch, outcomes)
+                self._outage.log_changes()
             except BaseException:
                 # This sender was interrupted, which does it for all of them.
                 for outgoing, error in zip(batch, outcomes, strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from typing import Any
 
 from .backoff import Backoff
 from .counters import BoundedLog
@@ -28,6 +30,8 @@ class Outage:
         self._service = service
         #: A connection that comes and goes is not to fill the log.
         self._log = BoundedLog(logger)
+        #: Lines that are to be logged once no lock is held.
+        self._lines: deque[tuple[Any, ...]] = deque()
         #: When Redis was lost, by the monotonic clock; ``None`` while it is there.
         self._since: float | None = None
         self._away_error: Exception | None = None
@@ -115,11 +119,13 @@ class Outage:
             return
 
         self._refusing_since = time.monotonic()
-        self._log.warning(
-            "refusing",
-            "Redis takes no writes (%s); %d events wait for it. Events of channels go on.",
-            error,
-            buffered,
+        self._lines.append(
+            (
+                "refusing",
+                "Redis takes no writes (%s); %d events wait for it. Events of channels go on.",
+                error,
+                buffered,
+            )
         )
 
         if not was_known:
@@ -133,13 +139,29 @@ class Outage:
         since, self._refusing_since, self.refusal = self._refusing_since, None, None
         self.write_again_at = float("inf")
         self._backoff.reset()
-        self._log.warning(
-            "accepting",
-            "Redis takes writes again after %.1f s; %d events that waited are being sent.",
-            time.monotonic() - since,
-            buffered,
+        self._lines.append(
+            (
+                "accepting",
+                "Redis takes writes again after %.1f s; %d events that waited are being sent.",
+                time.monotonic() - since,
+                buffered,
+            )
         )
         self._tell_restored(since, buffered)
+
+    def log_changes(self) -> None:
+        """Log what :meth:`refuse_writes` and :meth:`take_writes` noted; call it without a lock.
+
+        A handler of the program's log may take long, and may send.
+        """
+        while self._lines:
+            try:
+                line = self._lines.popleft()
+            except IndexError:
+                # Another thread has just taken it.
+                return
+
+            self._log.warning(*line)
 
     def write_now(self) -> None:
         """Find out at once whether Redis takes writes again."""

@@ -300,6 +300,8 @@ class Writer:
         with self._lock:
             self._turn.note_writes(refusal)
 
+        self._outage.log_changes()
+
         if refusal is not None:
             self.call_senders()
 
@@ -351,6 +353,7 @@ class Writer:
             self.call_senders()
 
         self._settlement.settle(batch, outcomes)
+        self._outage.log_changes()
 
     def _report_lost(self) -> None:
         reason = self._outage.error or "the time to flush was over"

@@ -769,6 +769,41 @@ def test_channel_events_go_on_while_redis_takes_no_stream_events(
     assert "dropped" not in bus.health().counts
 
 
+class Meanwhile(logging.Handler):
+    """Sends in another thread for each line of the log, and waits for its end."""
+
+    def __init__(self, bus: Bus) -> None:
+        super().__init__()
+        self.bus = bus
+        self.in_time: dict[str, bool] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        send = threading.Thread(target=self.bus.signal("price").send, args=("log",), daemon=True)
+        send.start()
+        send.join(5)
+        self.in_time[record.getMessage().partition(" (")[0][:24]] = not send.is_alive()
+
+
+def test_a_log_handler_that_takes_long_holds_up_no_send(
+    redis_server: RedisServer, make_bus: Make, tmp_path: Path
+) -> None:
+    bus = make_bus(redis_server.url, publish={"tick": "stream", "price": "channel"})
+    handler = Meanwhile(bus)
+    log = logging.getLogger("flask_eventbus.outage")
+    log.addHandler(handler)
+
+    try:
+        bus.signal("tick").send("test", n=0)
+        refuse_writes(redis_server, tmp_path, "full")
+        bus.signal("tick").send("test", n=1)
+        take_writes(redis_server, "full")
+        wait_until(lambda: len(handler.in_time) == 2, what="both changes are logged")
+    finally:
+        log.removeHandler(handler)
+
+    assert set(handler.in_time.values()) == {True}, handler.in_time
+
+
 def test_a_redis_that_comes_back_without_taking_writes_is_one_outage_for_who_is_told(
     redis_server: RedisServer, make_bus: Make, changes: list[str]
 ) -> None:
