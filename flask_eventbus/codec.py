@@ -124,6 +124,18 @@ class Codec:
             key=event.key,
         )
 
+    def check_size(self, size: int) -> None:
+        """Refuse an event of so many bytes if that is above the limit.
+
+        :raises DecodeError: it is too large.
+        """
+        if size > self._max_bytes:
+            raise DecodeError(
+                f"It has {size} bytes, more than the {self._max_bytes} of "
+                "EVENTBUS_MAX_EVENT_BYTES.",
+                reason="too_large",
+            )
+
     def decode(self, body: bytes, *, via: str = "channel") -> Event:
         """The event that some bytes are. They may come from anyone.
 
@@ -131,13 +143,7 @@ class Codec:
             ``too_large``, ``not_msgpack``, ``not_a_map``, ``version``, ``missing_attribute``,
             ``bad_attribute`` or ``bad_payload``.
         """
-        if len(body) > self._max_bytes:
-            raise DecodeError(
-                f"It has {len(body)} bytes, more than the {self._max_bytes} of "
-                "EVENTBUS_MAX_EVENT_BYTES.",
-                reason="too_large",
-            )
-
+        self.check_size(len(body))
         event = _read(self._unpack(body), via)
         self._check(event.payload)
         return event

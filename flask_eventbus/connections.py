@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import math
 import random
 import socket
@@ -17,7 +18,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import SplitResult, unquote, urlencode, urlsplit
 
 import redis
@@ -492,12 +493,26 @@ def read_reply(connection: Connection) -> Any:
     try:
         return connection.read_response()
     except redis.ResponseError as error:
-        if is_passing(error):
-            raise redis.ConnectionError(str(error)) from error
+        return refusal_of(error)
 
-        # Of an unknown command it quotes what was to be written, events among it.
-        text, quotes, _ = str(error).partition(", with args beginning with")
-        return type(error)(text) if quotes else error
+
+def refusal_of(error: redis.ResponseError) -> Exception:
+    """Return an error reply without what it quotes; raise it if it says "not now"."""
+    if is_passing(error):
+        raise redis.ConnectionError(str(error)) from error
+
+    # Of an unknown command it quotes what was to be written, events among it.
+    text, quotes, _ = str(error).partition(", with args beginning with")
+    return type(error)(text) if quotes else error
+
+
+def wire_of(connection: Any) -> BinaryIO | None:
+    """Return what a connection reads, byte by byte; ``None`` of one of fakeredis.
+
+    Whoever reads it reads whole replies, all that were asked for: the connection goes on after.
+    """
+    is_real = isinstance(connection._sock, socket.socket)
+    return cast(BinaryIO, io.BufferedReader(_Wire(connection))) if is_real else None
 
 
 def _follow(reference: weakref.ref[Connections]) -> None:
@@ -527,6 +542,14 @@ class _Parser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has n
     timeout = math.inf
 
     def read_from_socket(self, *args: Any, **kwargs: Any) -> Any:
+        self.begin_wait()
+        return super().read_from_socket(*args, **kwargs)
+
+    def begin_wait(self) -> None:
+        """Let the next wait end by the deadline; after it there is none.
+
+        :raises redis.TimeoutError: the deadline is over.
+        """
         if self.deadline == -math.inf:
             raise redis.TimeoutError(TOO_LATE)
 
@@ -535,7 +558,6 @@ class _Parser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has n
             self.deadline = -math.inf
 
         self.limit(self._sock)
-        return super().read_from_socket(*args, **kwargs)
 
     def limit(self, wire: Any) -> None:
         """Let the next wait on a socket end by the deadline. fakeredis has no such socket."""
@@ -544,6 +566,26 @@ class _Parser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has n
 
             if not 0 <= (wire.gettimeout() or 0) - seconds < SLACK:
                 wire.settimeout(seconds)
+
+
+class _Wire(io.RawIOBase):
+    """The bytes that come over a connection, by its deadline."""
+
+    def __init__(self, connection: Any) -> None:
+        self._parser, self._sock = connection._parser, connection._sock
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._parser.begin_wait()
+
+        try:
+            return int(self._sock.recv_into(buffer))
+        except TimeoutError as error:
+            raise redis.TimeoutError("Timeout reading from socket") from error
+        except OSError as error:
+            raise redis.ConnectionError(f"Error while reading from Redis: {error}") from error
 
 
 def timed_connection(url: str, timeout: float) -> Connection:

@@ -240,6 +240,7 @@ class Consumer:
             service=self._config.service,
             consumer=self.name,
             unlisted=unlisted,
+            max_bytes=self._config.max_event_bytes,
         )
 
     @property

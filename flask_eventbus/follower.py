@@ -20,7 +20,7 @@ from .entry_ids import entry_id
 from .group import Entry, behind, fields_of, last_id, passed, remedy
 from .lineup import Lineup, Portions
 from .logs import get_logger
-from .pipe import Pipe
+from .pipe import SAMPLE, Command, Pipe
 from .reading import Reading
 from .stream_intake import StreamIntake
 from .streams import StreamKeys
@@ -92,7 +92,10 @@ class Follower:
         self._unsure: set[str] = set()
         self._connected = False
         self._looked = 0.0
+        self._max_bytes = config.max_event_bytes
         self._portions = Portions(max_bytes=config.max_event_bytes)
+        #: Whether the next read keeps nothing that is larger than an event may be.
+        self._is_careful = True
         #: Streams that Redis refuses, with its reasons.
         self.refused: dict[str, str] = {}
         #: What somebody did to streams, so that nothing more of them is heard, by name.
@@ -157,6 +160,7 @@ class Follower:
 
     def _follow(self, backoff: Backoff) -> None:
         self._unsure = set(self._positions)
+        self._is_careful = True
 
         while self._reading.goes_on:
             names = self._allowed()
@@ -204,11 +208,13 @@ class Follower:
         return self._last(name) if start == NEW else start
 
     def _last(self, name: str) -> str:
-        info = self._pipe.run([("XINFO", "STREAM", self._keys.stream(name))])[0]
+        command: Command = ("XINFO", "STREAM", self._keys.stream(name))
+        info = self._pipe.run([command], most=SAMPLE)[0]
         last = last_id(info)
 
         if last is None:
-            found = self._pipe.ask("XREVRANGE", self._keys.stream(name), "+", "-", "COUNT", 1)
+            head: Command = ("XREVRANGE", self._keys.stream(name), "+", "-")
+            found = self._pipe.ask(*head, "COUNT", 1, most=SAMPLE)
             return str(found[0][0].decode()) if found else "0-0"
 
         # Of what is added from now on nothing is to go before it is read.
@@ -262,7 +268,7 @@ class Follower:
         end, count, unread = position, 1, False
 
         while found := self._pipe.ask(
-            "XREVRANGE", self._keys.stream(name), end, read[0], "COUNT", count
+            *("XREVRANGE", self._keys.stream(name), end, read[0], "COUNT", count), most=SAMPLE
         ):
             for id, _ in found:
                 if id.decode() in known:
@@ -297,7 +303,10 @@ class Follower:
         keys = [self._keys.stream(name) for name in names]
         ids = [self._positions[name] for name in names]
         wait = ("BLOCK", int(block * 1000)) if block else ()
-        answer = self._pipe.ask("XREAD", "COUNT", count, *wait, "STREAMS", *keys, *ids)
+        # The last answer may have been lost for want of memory, and the next one is the same.
+        most = self._max_bytes if self._is_careful else None
+        answer = self._pipe.ask("XREAD", "COUNT", count, *wait, "STREAMS", *keys, *ids, most=most)
+        self._is_careful = False
         return [
             Entry(self._keys.name(key.decode()), id.decode(), fields_of(fields))
             for key, found in answer or ()
@@ -338,7 +347,8 @@ class Follower:
         self._looked = time.monotonic()
 
         for name in names:
-            info = self._pipe.run([("XINFO", "STREAM", self._keys.stream(name))])[0]
+            command: Command = ("XINFO", "STREAM", self._keys.stream(name))
+            info = self._pipe.run([command], most=SAMPLE)[0]
             last = self._last_of(name, info)
 
             if last is None:

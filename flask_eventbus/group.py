@@ -11,7 +11,7 @@ import redis
 from .connections import takes_no_writes
 from .entry_ids import EntryId, entry_id, id_text
 from .logs import get_logger
-from .pipe import Command, Pipe
+from .pipe import SAMPLE, Command, Large, Pipe
 from .streams import StreamKeys
 
 logger = get_logger(__name__)
@@ -51,6 +51,10 @@ LOSS_KEPT = 24 * 60 * 60
 MOST_COUNTED = 1_000
 
 
+#: What an entry consists of; what is too large to be read whole is :class:`.Large`.
+Fields = Mapping[bytes | Large, bytes | Large]
+
+
 class GroupGoneError(Exception):
     """A stream or its group was deleted: Redis was flushed, or restarted without its data."""
 
@@ -60,12 +64,13 @@ class Entry(NamedTuple):
 
     name: str
     id: str
-    fields: Mapping[bytes, bytes] | None
+    fields: Fields | None
 
     @property
     def size(self) -> int:
         """The bytes of its fields."""
-        return sum(map(len, self.fields.values())) if self.fields else 0
+        fields = self.fields or {}
+        return sum(map(len, fields)) + sum(map(len, fields.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,7 @@ class Group:
     :param consumer: this process, as ``XINFO CONSUMERS`` shows it.
     :param unlisted: the streams whose pending entries Redis does not list, where several objects
         share what they know of it.
+    :param max_bytes: the size of the largest event.
     """
 
     def __init__(
@@ -114,6 +120,7 @@ class Group:
         keys: StreamKeys,
         service: str,
         consumer: str,
+        max_bytes: int,
         unlisted: set[str] | None = None,
     ) -> None:
         self.pipe = pipe
@@ -121,6 +128,9 @@ class Group:
         self._keys = keys
         self._service = service
         self._consumer = consumer
+        self._max_bytes = max_bytes
+        #: Entries that are looked up in one round trip: one, after an answer that was lost.
+        self._page = LOOK_UP
 
     def join(self, starts: Mapping[str, str]) -> dict[str, Exception | None]:
         """Make the group on each stream where there is none; what refused it, by name.
@@ -170,7 +180,9 @@ class Group:
             if _is_missing(groups) or not self._is_among(groups)
         ]
         infos = (
-            self.pipe.run([("XINFO", "STREAM", self._keys.stream(name)) for name in new])
+            self.pipe.run(
+                [("XINFO", "STREAM", self._keys.stream(name)) for name in new], most=SAMPLE
+            )
             if new
             else []
         )
@@ -229,7 +241,7 @@ class Group:
 
         while count <= MOST_COUNTED:
             head: Command = ("XRANGE", self._keys.stream(name), f"({id_text(start)}", "+")
-            page = self._asked(*head, "COUNT", PAGE)
+            (page,) = self._run([(*head, "COUNT", PAGE)], most=SAMPLE)
             count += len(page)
 
             if len(page) < PAGE:
@@ -355,14 +367,21 @@ class Group:
         )
 
     def look_up(self, name: str, ids: Sequence[str]) -> list[Entry]:
-        """The entries with these ids, without fields where they are trimmed."""
+        """The entries with these ids, without fields where they are trimmed.
+
+        What is larger than the largest event is not kept: a worker that ends for want of memory
+        would leave it to the next one, which would end as well.
+        """
         key = self._keys.stream(name)
         answers: list[Any] = []
+        # Redis cuts a client off whose answers take too much: then one by one, the next time.
+        count, self._page = self._page, 1
 
-        for start in range(0, len(ids), LOOK_UP):
-            page = ids[start : start + LOOK_UP]
-            answers += self._run([("XRANGE", key, id, id) for id in page])
+        for start in range(0, len(ids), count):
+            commands: list[Command] = [("XRANGE", key, id, id) for id in ids[start : start + count]]
+            answers += self._run(commands, most=self._max_bytes)
 
+        self._page = LOOK_UP
         return [
             Entry(name, id, _fields(answer[0][1]) if answer else None)
             for id, answer in zip(ids, answers, strict=True)
@@ -467,7 +486,9 @@ class Group:
         :raises redis.ResponseError: its user may not ask, or Redis lacks the command.
         """
         key = self._keys.stream(name)
-        stream, groups = self.pipe.run([("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)])
+        # XINFO STREAM tells the first entry and the last one, whole.
+        commands: list[Command] = [("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)]
+        stream, groups = self.pipe.run(commands, most=self._max_bytes)
 
         for answer in (stream, groups):
             if isinstance(answer, Exception):
@@ -477,7 +498,7 @@ class Group:
                 return None
 
         for group in map(_as_dict, groups):
-            if group["name"].decode(errors="replace") == self._service:
+            if bytes(group["name"]) == self._service.encode():
                 return _position(_as_dict(stream), group)
 
         return None
@@ -556,8 +577,8 @@ class Group:
         ]
         return {id.decode() for answer in self._run(commands) for id in answer if id}
 
-    def _run(self, commands: Sequence[Command]) -> list[Any]:
-        answers = self.pipe.run(commands) if commands else []
+    def _run(self, commands: Sequence[Command], *, most: int | None = None) -> list[Any]:
+        answers = self.pipe.run(commands, most=most) if commands else []
 
         for answer in answers:
             if isinstance(answer, Exception):
@@ -645,7 +666,7 @@ def remedy(reason: object, rights: Mapping[str, str]) -> str:
     return "Correct what it complains of."
 
 
-def fields_of(flat: Any) -> dict[bytes, bytes]:
+def fields_of(flat: Any) -> Fields:
     """The fields of an entry as Redis answers them: names and values, one after the other."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
@@ -665,7 +686,7 @@ def _meaning(error: Exception) -> Exception:
     return GroupGoneError(str(error)) if str(error).startswith(gone) else error
 
 
-def _fields(flat: Any) -> dict[bytes, bytes] | None:
+def _fields(flat: Any) -> Fields | None:
     if flat and len(flat) == 2:
         return {flat[0]: flat[1]}
 

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from hashlib import sha256
+from typing import Any, BinaryIO, cast
 
+import redis
 from hiredis import pack_command
+from redis.connection import DefaultParser
 
-from .connections import Connection, Connections, read_reply, set_deadline, shut_down
+from .connections import (
+    Connection,
+    Connections,
+    read_reply,
+    refusal_of,
+    set_deadline,
+    shut_down,
+    wire_of,
+)
 from .logs import get_logger
 
 logger = get_logger(__name__)
 
 #: Seconds that a server in this process is let wait at most: nothing can interrupt it.
 WAIT_IN_MEMORY = 0.02
+
+#: Bytes that are kept of a text which is too long, and bytes that are read of it at once.
+SAMPLE = 64
+CHUNK = 64 * 1024
+
+#: How many of the longest texts one array may take, and the bytes that each item takes beside.
+MOST_LONG = 4
+ITEM = 64
 
 #: A command as Redis takes it: ``("XACK", key, group, id)``.
 Command = tuple[str | bytes | int | float, ...]
@@ -23,6 +42,33 @@ Command = tuple[str | bytes | int | float, ...]
 _packed = cast(Callable[[Command], bytes], pack_command)
 
 _ROLE = _packed(("ROLE",))
+
+
+class Large:
+    """A text of an answer that is too long to be kept: its length, its SHA-256 and its beginning.
+
+    ``len()`` and ``bytes()`` return the first and the last of these.
+    """
+
+    __slots__ = ("_length", "_sample", "sha256")
+
+    def __init__(self, wire: BinaryIO, length: int) -> None:
+        self._length, self._sample = length, b""
+        digest, left = sha256(), length
+
+        while left:
+            chunk = _read_all(wire, min(left, CHUNK))
+            digest.update(chunk)
+            self._sample = self._sample or chunk[:SAMPLE]
+            left -= len(chunk)
+
+        self.sha256 = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __bytes__(self) -> bytes:
+        return self._sample
 
 
 class Pipe:
@@ -57,24 +103,26 @@ class Pipe:
         if connection is not None:
             set_deadline(connection, deadline)
 
-    def ask(self, *command: str | bytes | int | float) -> Any:
-        """The answer to one command.
+    def ask(self, *command: str | bytes | int | float, most: int | None = None) -> Any:
+        """The answer to one command; see :meth:`run`.
 
         :raises redis.ConnectionError: Redis is away, or answers "not now".
         :raises redis.ResponseError: Redis refuses it.
         """
-        answer = self.run([command])[0]
+        answer = self.run([command], most=most)[0]
 
         if isinstance(answer, Exception):
             raise answer
 
         return answer
 
-    def run(self, commands: Sequence[Command]) -> list[Any]:
+    def run(self, commands: Sequence[Command], *, most: int | None = None) -> list[Any]:
         """The answers to commands, in order; a refusal is a value among them.
 
         Nothing is sent a second time: after an error Redis may have done any part of it.
 
+        :param most: bytes above which a text is read as :class:`Large`, so that entries of any
+            size fit into memory. It takes longer.
         :raises redis.ConnectionError: Redis is away, or answers "not now" to some, or is no
             master any more.
         """
@@ -94,11 +142,13 @@ class Pipe:
             packed = _ROLE + packed if asks_role else packed
             connection.send_packed_command([packed], check_health=False)
 
+            read = read_reply if most is None else _sparing_reader(connection, most)
+
             if asks_role:
-                self._connections.role.check(read_reply(connection))
+                self._connections.role.check(read(connection))
                 self._asked_role = time.monotonic()
 
-            return [read_reply(connection) for _ in commands]
+            return [read(connection) for _ in commands]
         except BaseException:
             self.close()
             raise
@@ -120,3 +170,85 @@ class Pipe:
 
         if connection is not None:
             connection.disconnect()
+
+
+def _sparing_reader(connection: Connection, most: int) -> Callable[[Connection], Any]:
+    """What reads replies as :func:`.read_reply` does, with :class:`Large` for longer texts."""
+    wire = wire_of(connection)
+
+    # fakeredis has none.
+    if wire is None:
+        return read_reply
+
+    def read(_: Connection) -> Any:
+        answer = _next_answer(wire, most)
+        return refusal_of(answer) if isinstance(answer, redis.ResponseError) else answer
+
+    return read
+
+
+def _next_answer(wire: BinaryIO, most: int) -> Any:
+    line = wire.readline()
+
+    if not line.endswith(b"\r\n"):
+        raise redis.ConnectionError("Redis closed the connection.")
+
+    kind, rest = line[:1], line[1:-2]
+
+    if kind == b"+":
+        return rest
+
+    if kind == b"-":
+        return _error(rest)
+
+    number = int(rest)
+
+    if kind == b":":
+        return number
+
+    if number < 0:
+        return None
+
+    if kind == b"*":
+        return _next_items(wire, number, most)
+
+    text = Large(wire, number) if number > most else _read_all(wire, number)
+    _read_all(wire, 2)
+    return text
+
+
+def _next_items(wire: BinaryIO, count: int, most: int) -> list[Any]:
+    """An array; of more texts than fit into memory, the first ones, in pairs."""
+    items: list[Any] = []
+    left = MOST_LONG * (most + CHUNK)
+
+    for _ in range(count):
+        item = _next_answer(wire, most)
+
+        if left > 0 or len(items) % 2:
+            items.append(item)
+
+        if isinstance(item, bytes):
+            left -= len(item) + ITEM
+
+    return items
+
+
+def _error(text: bytes) -> Exception:
+    parse: Callable[[str], Exception] = DefaultParser.parse_error
+    error = parse(text.decode(errors="replace"))
+
+    # "Not now": as redis-py has it, which raises it as well.
+    if isinstance(error, redis.ConnectionError):
+        raise error
+
+    return error
+
+
+def _read_all(wire: BinaryIO, length: int) -> bytes:
+    found = wire.read(length)
+
+    if len(found) < length:
+        raise redis.ConnectionError("Redis closed the connection.")
+
+    return found

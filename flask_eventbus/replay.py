@@ -96,7 +96,9 @@ class Replay:
     def _events(
         self, access: StreamAccess, first: EntryId, last: EntryId
     ) -> Iterator[tuple[str, Event | DecodeError]]:
-        for page in access.pages(access.keys.stream(self.name), first, last):
+        key, most = access.keys.stream(self.name), self.config.max_event_bytes
+
+        for page in access.pages(key, first, last, most=most):
             # Receivers may take so long that an idle connection would be cut.
             access.close()
 

@@ -103,7 +103,7 @@ class Seek:
         """How many entries are behind one place, and behind the other."""
         first = min(here, target)
         key = self._access.keys.stream(name)
-        ids = [found for found, _ in self._access.entries(key, first, last)]
+        ids = list(self._access.ids(key, first, last))
         return sum(found > here for found in ids), sum(found > target for found in ids)
 
     def _seen(self, name: str) -> Iterator[bytes]:

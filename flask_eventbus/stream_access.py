@@ -18,7 +18,7 @@ from .entry_ids import EntryId, entry_id, id_text
 from .errors import ConfigError, OperationError
 from .logs import get_logger
 from .names import SIGNAL_NAME
-from .pipe import Command, Pipe
+from .pipe import SAMPLE, Command, Pipe
 from .streams import StreamKeys
 from .text import printable
 from .urls import trouble_of
@@ -58,23 +58,24 @@ class StreamAccess:
         self._connections = Connections(config.url, name=name, deadline=deadline)
         self._pipe = Pipe(self._connections, timeout=TIMEOUT)
 
-    def ask(self, *command: str | bytes | int | float) -> Any:
+    def ask(self, *command: str | bytes | int | float, most: int | None = None) -> Any:
         """The answer to one command.
 
         :raises OperationError: Redis is away, or refuses it.
         """
-        return self.run([command])[0]
+        return self.run([command], most=most)[0]
 
-    def run(self, commands: Sequence[Command]) -> list[Any]:
+    def run(self, commands: Sequence[Command], *, most: int | None = None) -> list[Any]:
         """The answers to commands, in one round trip; ``None`` where there is no such key or group.
 
+        :param most: as :meth:`.Pipe.run` takes it.
         :raises OperationError: Redis is away, or refuses one of them.
         """
         if not commands:
             return []
 
         with self._told():
-            answers = self._pipe.run(commands)
+            answers = self._pipe.run(commands, most=most)
 
         return [
             self._checked(command, answer)
@@ -136,15 +137,18 @@ class StreamAccess:
 
         return sorted(name for name in found if SIGNAL_NAME.fullmatch(name))
 
-    def pages(self, key: str, first: EntryId, last: EntryId) -> Iterator[list[Entry]]:
+    def pages(
+        self, key: str, first: EntryId, last: EntryId, *, most: int | None = None
+    ) -> Iterator[list[Entry]]:
         """The entries of a stream from one id to another, both included, some at a time.
 
+        :param most: as :meth:`.Pipe.run` takes it.
         :raises OperationError: Redis cannot be asked.
         """
         start = id_text(first)
 
         while True:
-            found = self.ask("XRANGE", key, start, id_text(last), "COUNT", PAGE)
+            found = self.ask("XRANGE", key, start, id_text(last), "COUNT", PAGE, most=most)
             yield [(entry_id(name), as_mapping(fields)) for name, fields in found]
 
             if len(found) < PAGE:
@@ -160,12 +164,20 @@ class StreamAccess:
         for page in self.pages(key, first, last):
             yield from page
 
+    def ids(self, key: str, first: EntryId, last: EntryId) -> Iterator[EntryId]:
+        """The ids of the same.
+
+        :raises OperationError: Redis cannot be asked.
+        """
+        for page in self.pages(key, first, last, most=SAMPLE):
+            yield from (found for found, _ in page)
+
     def stream_of(self, name: str) -> dict[str, Any]:
         """What ``XINFO STREAM`` says of a signal's stream; nothing if there is none.
 
         :raises OperationError: Redis cannot be asked.
         """
-        found = self.ask("XINFO", "STREAM", self.keys.stream(name))
+        found = self.ask("XINFO", "STREAM", self.keys.stream(name), most=SAMPLE)
         return {} if found is None else as_texts(found)
 
     def groups_of(self, name: str) -> dict[str, dict[str, Any]]:

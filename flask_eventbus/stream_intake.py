@@ -18,15 +18,13 @@ from .event import Event, opened
 from .group import Entry
 from .lifecycle import tell
 from .logs import get_logger
+from .pipe import SAMPLE, Large
 from .records import MOST_ERROR, DeadLetter
 from .signals import event_rejected
 from .subscriptions import Subscription
 from .text import plain
 
 logger = get_logger(__name__)
-
-#: Bytes of an entry that are logged where it is no event.
-SAMPLE = 64
 
 #: Fields of an entry that is too large of which a dead letter keeps samples.
 MOST_FIELDS = 8
@@ -79,9 +77,8 @@ class StreamIntake:
             found.skipped.append(entry)
             return
 
-        body = entry.fields.get(b"event")
-
         try:
+            body = self._body(entry)
             event, memory = self._event(entry, body)
         except DecodeError as error:
             found.dead.append((entry, self._reject(entry, error)))
@@ -96,19 +93,25 @@ class StreamIntake:
                 name=entry.name,
                 entry=entry.id,
                 event=event,
-                body=body or b"",
+                body=body,
                 memory=memory,
                 subscription=subscription,
                 lease=lease,
             )
         )
 
-    def _event(self, entry: Entry, body: bytes | None) -> tuple[Event, int]:
+    def _body(self, entry: Entry) -> bytes:
+        body = (entry.fields or {}).get(b"event")
+
         if body is None:
             raise DecodeError(
                 f"The entry {entry.id} has no field 'event'.", reason="missing_attribute"
             )
 
+        self._codec.check_size(len(body))
+        return bytes(body)
+
+    def _event(self, entry: Entry, body: bytes) -> tuple[Event, int]:
         event, memory = self._codec.decode_to_wait(body, via="stream")
 
         if event.name != entry.name:
@@ -167,16 +170,19 @@ class StreamIntake:
 
         Its worker and Redis would hold a body of any size once more, for as long as it lies there.
         """
+        fields = entry.fields or {}
+
         if entry.size <= self._config.max_event_bytes:
-            return dict(entry.fields or {})
+            return {bytes(name): bytes(value) for name, value in fields.items()}
 
         kept: dict[bytes, bytes] = {}
 
-        for name, value in itertools.islice((entry.fields or {}).items(), MOST_FIELDS):
-            mark = name[:SAMPLE]
-            kept[mark + b".sample"] = value[:SAMPLE]
+        for name, value in itertools.islice(fields.items(), MOST_FIELDS):
+            mark = bytes(name)[:SAMPLE]
+            known = value.sha256 if isinstance(value, Large) else sha256(value).hexdigest()
+            kept[mark + b".sample"] = bytes(value)[:SAMPLE]
             kept[mark + b".length"] = b"%d" % len(value)
-            kept[mark + b".sha256"] = sha256(value).hexdigest().encode()
+            kept[mark + b".sha256"] = known.encode()
 
         return kept
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from .alarms import Alarm, far_ahead, past_the_end
 from .entry_ids import EntryId, entry_id
+from .pipe import CHUNK
 from .stream_access import StreamAccess, as_texts, by_name
 
 
@@ -121,7 +122,8 @@ def _streams(access: StreamAccess, names: Mapping[str, Any]) -> dict[str, _Strea
                     ("XINFO", "STREAM", key),
                     ("XINFO", "GROUPS", key),
                 )
-            ]
+            ],
+            most=CHUNK,
         )
     )
     return {

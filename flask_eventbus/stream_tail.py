@@ -17,7 +17,7 @@ from .entry_ids import EARLIEST, EntryId, before_moment, entry_id, id_text
 from .errors import DecodeError
 from .names import SIGNAL_NAME
 from .options import is_pattern, matches
-from .pipe import Command, Pipe
+from .pipe import SAMPLE, Command, Pipe
 from .spectating import Heard, Spectator, no_event, read_event
 from .streams import StreamKeys
 from .text import printable
@@ -164,7 +164,8 @@ class StreamTail:
         commands: list[Command] = [
             ("XREVRANGE", self._keys.stream(name), "+", "-", "COUNT", 1) for name in names
         ]
-        return [_end(answer) for answer in (self._pipe.run(commands) if commands else [])]
+        answers = self._pipe.run(commands, most=SAMPLE) if commands else []
+        return [_end(answer) for answer in answers]
 
     # -- reading --------------------------------------------------------------------------
 

@@ -384,7 +384,13 @@ def test_workers_may_tell_each_other_of_events_that_were_trimmed(
 
     for number, counters in enumerate(counts):
         pipe = Pipe(make_bus(server.url_of("mailer"), "mailer").node.connections, timeout=5)
-        group = Group(pipe, keys=StreamKeys("eventbus"), service="mailer", consumer=f"{number}")
+        group = Group(
+            pipe,
+            keys=StreamKeys("eventbus"),
+            service="mailer",
+            consumer=f"{number}",
+            max_bytes=1_000_000,
+        )
 
         if number == 0:
             assert group.join({"user_registered": "$"}) == {"user_registered": None}

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import msgpack
@@ -23,8 +24,12 @@ pytestmark = pytest.mark.second_look
 #: the largest size takes while it is read. Without a bound it would be 300 and more.
 MOST = 180
 
+#: An entry larger than all limits, and the megabytes that a worker which reads it may need.
+HUGE = b"x" * 100_000_000
+LITTLE = 60
+
 HEARER = """
-import sys, threading
+import resource, sys, threading
 from flask_eventbus import Bus
 
 bus = Bus(sys.argv[1], service="hearer", prefix=sys.argv[2])
@@ -35,7 +40,13 @@ def memory(kind):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(kind)) // 1024
 
-@bus.on("tick", via=sys.argv[3], **({"start": "earliest"} if sys.argv[3] == "stream" else {}))
+HOW = {
+    "channel": {"via": "channel"},
+    "stream": {"via": "stream", "start": "earliest"},
+    "each process": {"via": "stream", "group": None},
+}
+
+@bus.on("tick", **HOW[sys.argv[3]])
 def receive(sender, **payload):
     global handled
     handled += 1
@@ -46,6 +57,10 @@ def receive(sender, **payload):
 before = memory("VmRSS")
 bus.start()
 assert bus.ready(30)
+
+if len(sys.argv) > 4:
+    resource.setrlimit(resource.RLIMIT_AS, ((memory("VmSize") + int(sys.argv[4])) * 2**20,) * 2)
+
 print("ready", flush=True)
 
 for line in sys.stdin:
@@ -55,15 +70,15 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def hearer(shared_redis: RedisServer, tmp_path: Path) -> Iterator[Callable[[str, str], Hearer]]:
+def hearer(shared_redis: RedisServer, tmp_path: Path) -> Iterator[Callable[..., Hearer]]:
     """Start a process that hears ``tick`` and whose receiver holds large events for ever."""
     if not sys.platform.startswith("linux"):
         pytest.skip("/proc tells the memory of a process")
 
     started: list[Program] = []
 
-    def start(prefix: str, via: str) -> Hearer:
-        command = ("-c", HEARER, shared_redis.url, prefix, via)
+    def start(prefix: str, via: str, *limit: str) -> Hearer:
+        command = ("-c", HEARER, shared_redis.url, prefix, via, *limit)
         started.append(Program(command, tmp_path, {}))
         wait_until(lambda: "ready" in started[-1].said, timeout=30, what="it hears")
         return Hearer(started[-1])
@@ -122,7 +137,7 @@ def bomb(number: int) -> bytes:
 
 @pytest.mark.parametrize("via", ["channel", "stream"])
 def test_events_that_decode_to_far_more_than_their_bytes_wait_as_bytes(
-    store: StreamStore, hearer: Callable[[str, str], Hearer], via: str
+    store: StreamStore, hearer: Callable[..., Hearer], via: str
 ) -> None:
     process = hearer(store.prefix, via)
 
@@ -140,7 +155,7 @@ def test_events_that_decode_to_far_more_than_their_bytes_wait_as_bytes(
 
 
 def test_large_stream_events_after_small_ones_are_read_as_far_as_they_fit(
-    store: StreamStore, hearer: Callable[[str, str], Hearer]
+    store: StreamStore, hearer: Callable[..., Hearer]
 ) -> None:
     stream = store.keys.stream("tick")
     process = hearer(store.prefix, "stream")
@@ -165,3 +180,66 @@ def test_large_stream_events_after_small_ones_are_read_as_far_as_they_fit(
 
     assert received < 500
     assert memory < MOST
+
+
+def huge_letters(store: StreamStore) -> list[tuple[bytes, bytes]]:
+    """The lengths and the hashes that dead letters of entries above the limit keep."""
+    found = store.client.xrange(store.keys.dead("tick", "hearer"))
+    return [(fields[b"entry.event.length"], fields[b"entry.event.sha256"]) for _, fields in found]
+
+
+def test_entries_above_the_limit_that_a_worker_left_are_taken_over_in_little_memory(
+    store: StreamStore, hearer: Callable[..., Hearer]
+) -> None:
+    stream = store.keys.stream("tick")
+    store.group("tick", "hearer")
+    ids = [store.add_fields("tick", {b"event": HUGE}) for _ in range(3)]
+    store.read("tick", 3, "hearer")
+    # Handed back, which are taken over at once.
+    store.client.xclaim(stream, "hearer", "released", 0, ids, idle=2**31 - 1, justid=True)
+
+    process = hearer(store.prefix, "stream")
+    wait_until(lambda: len(huge_letters(store)) == 3, timeout=60, what="all are dead letters")
+    store.add("tick", n=1)
+    wait_until(lambda: process.facts()[1] == 1, timeout=30, what="the next event is handled")
+
+    assert huge_letters(store) == [(b"100000000", sha256(HUGE).hexdigest().encode())] * 3
+    assert process.facts()[0] < LITTLE
+
+
+def test_an_entry_that_a_worker_has_no_memory_for_becomes_a_dead_letter(
+    store: StreamStore, hearer: Callable[..., Hearer]
+) -> None:
+    process = hearer(store.prefix, "stream", "150")
+    store.add_fields("tick", {b"event": HUGE})
+    store.add("tick", n=1)
+
+    wait_until(lambda: process.facts()[1] == 1, timeout=60, what="the next event is handled")
+
+    assert huge_letters(store) == [(b"100000000", sha256(HUGE).hexdigest().encode())]
+
+
+def test_an_entry_that_a_process_has_no_memory_for_keeps_it_from_no_other(
+    store: StreamStore, hearer: Callable[..., Hearer]
+) -> None:
+    process = hearer(store.prefix, "each process", "150")
+    store.add_fields("tick", {b"event": HUGE})
+    store.add("tick", n=1)
+
+    wait_until(lambda: process.facts()[1] == 1, timeout=60, what="the next event is handled")
+
+
+def test_an_entry_of_very_many_fields_is_taken_over_in_little_memory(
+    store: StreamStore, hearer: Callable[..., Hearer]
+) -> None:
+    stream = store.keys.stream("tick")
+    store.group("tick", "hearer")
+    id = store.add_fields("tick", {b"f%d" % number: b"x" for number in range(1_000_000)})
+    store.read("tick", 1, "hearer")
+    store.client.xclaim(stream, "hearer", "released", 0, [id], idle=2**31 - 1, justid=True)
+
+    process = hearer(store.prefix, "stream")
+    dead = store.keys.dead("tick", "hearer")
+    wait_until(lambda: store.client.xlen(dead), timeout=60, what="it is a dead letter")
+
+    assert process.facts()[0] < LITTLE

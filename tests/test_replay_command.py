@@ -16,8 +16,9 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import EventBus, current_event
+from flask_eventbus import Bus, EventBus, current_event
 from flask_eventbus.cli import flask_commands
+from flask_eventbus.codec import Codec
 
 
 @pytest.fixture
@@ -481,3 +482,27 @@ def test_a_redis_that_goes_away_meanwhile_is_told_with_what_was_done(
     assert "Read 100 events of 'paid': 100 handled.\n" in result.stdout
     assert "cannot be used" in result.stderr
     assert len(heard.counts) == 100
+
+
+def test_what_dead_retry_names_for_an_event_above_the_limit_brings_it(
+    store: StreamStore, make_app: Make, heard: Heard, make_bus: Callable[..., Bus]
+) -> None:
+    worker = make_bus(store.url, "mailer", prefix=store.prefix)
+    worker.on("paid", via="stream", start="earliest")(heard.count)
+    event = store.event("paid", number=7, text="x" * 3_000_000)
+    store.add_fields("paid", {b"event": Codec(max_bytes=4_000_000).encode(event)})
+    worker.start()
+    wait_until(lambda: store.dead("paid"), what="it is a dead letter")
+    worker.stop()
+
+    refused = store.run("dead", "retry", "--all")
+    words = refused.output.partition("flask eventbus replay paid ")[2].split()[:4]
+    low = replay(make_app(heard.bus), *words)
+    high = replay(make_app(heard.bus, EVENTBUS_MAX_EVENT_BYTES=4_000_000), *words)
+
+    assert refused.exit_code == 1
+    assert "Raise that setting and replay the entry" in refused.output
+    assert "1 unreadable" in low.output
+    assert "more than the 1048576 of EVENTBUS_MAX_EVENT_BYTES" in low.output
+    assert (high.exit_code, high.output) == (0, "Read 1 event of 'paid': 1 handled.\n")
+    assert heard.bills == heard.counts == [7]

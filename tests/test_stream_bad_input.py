@@ -414,12 +414,12 @@ def test_an_outcome_of_which_redis_took_a_part_is_told_again_after_a_lost_connec
     lost: list[object] = []
     run = Pipe.run
 
-    def lose_once(pipe: Pipe, commands: Sequence[Command]) -> list[Any]:
+    def lose_once(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
         if ("MULTI",) in commands and not store.client.exists(retries) and not lost:
             lost.append(commands)
             raise redis.ConnectionError
 
-        return run(pipe, commands)
+        return run(pipe, commands, **how)
 
     monkeypatch.setattr(Pipe, "run", lose_once)
     # It is acknowledged, and nobody can make it pending again.

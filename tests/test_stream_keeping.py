@@ -79,9 +79,9 @@ def test_what_is_kept_of_a_failure_and_the_acknowledgement_are_one_transaction(
     told: list[list[object]] = []
     run = Pipe.run
 
-    def note(pipe: Pipe, commands: Sequence[Command]) -> list[Any]:
+    def note(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
         told.append([command[0] for command in commands])
-        return run(pipe, commands)
+        return run(pipe, commands, **how)
 
     def fail(sender: str, n: int) -> None:
         if current_event.attempt == 1:
@@ -102,14 +102,14 @@ def test_what_became_of_a_retry_is_told_again_if_redis_did_not_get_it(
     lost: list[object] = []
     run = Pipe.run
 
-    def lose_once(pipe: Pipe, commands: Sequence[Command]) -> list[Any]:
+    def lose_once(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
         words = [command[0] for command in commands]
 
         if words == ["MULTI", "ZADD", "ZREM", "EXEC"] and not lost:
             lost.append(commands)
             raise redis.ConnectionError
 
-        return run(pipe, commands)
+        return run(pipe, commands, **how)
 
     def fail_twice(sender: str, n: int) -> None:
         tries.append(current_event.attempt)
@@ -462,12 +462,12 @@ def test_a_worker_of_many_streams_reads_no_more_ahead_than_one_of_one(
     reads: list[tuple[int, int]] = []
     run = Pipe.run
 
-    def note(pipe: Pipe, commands: Sequence[Command]) -> list[Any]:
+    def note(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
         for command in commands:
             if command[0] == "XREADGROUP" and "BLOCK" in command:
                 reads.append((int(command[command.index("COUNT") + 1]), command.count(">")))
 
-        return run(pipe, commands)
+        return run(pipe, commands, **how)
 
     monkeypatch.setattr(Pipe, "run", note)
     heard: list[int] = []
@@ -539,11 +539,11 @@ def test_dead_letters_are_trimmed_and_counted_after_an_outage_in_the_middle(
     pipe = Pipe(bus.node.connections, timeout=5)
     run, outages = pipe.run, [redis.ConnectionError("away")]
 
-    def run_or_fail(commands: Sequence[Command]) -> list[Any]:
+    def run_or_fail(commands: Sequence[Command], **how: Any) -> list[Any]:
         if outages and commands[0][0] == lost:
             raise outages.pop()
 
-        return run(commands)
+        return run(commands, **how)
 
     monkeypatch.setattr(pipe, "run", run_or_fail)
     limit = DeadLimit(

@@ -907,7 +907,7 @@ def test_a_service_that_listened_once_and_lost_events_since_is_an_alarm_of_statu
 def group_of(store: StreamStore, make_bus: Make, consumer: str = "worker", url: str = "") -> Group:
     """The group of ``mailer``, as one of its workers sees it."""
     pipe = Pipe(make_bus(url or store.url).node.connections, timeout=5)
-    return Group(pipe, keys=store.keys, service="mailer", consumer=consumer)
+    return Group(pipe, keys=store.keys, service="mailer", consumer=consumer, max_bytes=1_000_000)
 
 
 def trims_of(group: Group) -> tuple[Trims, Counters]:
@@ -1104,9 +1104,9 @@ def test_a_server_that_cannot_count_gets_its_groups_all_the_same(
 ) -> None:
     run = Pipe.run
 
-    def run_as_redis_6(pipe: Pipe, commands: Sequence[Command]) -> list[Any]:
+    def run_as_redis_6(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
         known = [command for command in commands if "ENTRIESREAD" not in command]
-        answers = iter(run(pipe, known) if known else [])
+        answers = iter(run(pipe, known, **how) if known else [])
         error = redis.ResponseError("Unknown subcommand or wrong number of arguments for 'CREATE'")
         return [next(answers) if command in known else error for command in commands]
 
@@ -1230,4 +1230,28 @@ def test_events_of_the_largest_size_are_read_where_answers_have_a_limit(
     wait_until(lambda: len(heard) >= 80, timeout=40, what="every event is handled")
     assert sorted(heard) == [*range(80)]
     assert "output buffer limits" not in (tmp_path / "redis.log").read_text()
+    service.stop()
+
+
+def test_entries_above_the_limit_are_taken_over_where_answers_have_a_limit(
+    tmp_path: Path, request: pytest.FixtureRequest, make_bus: Make
+) -> None:
+    """Redis keeps all answers to one round trip: of large entries, a worker asks for one."""
+    server = RedisServer(tmp_path, "--client-output-buffer-limit", "normal 24mb 0 0")
+    server.start()
+    request.addfinalizer(server.kill)
+    store = StreamStore(server, "eventbus")
+    store.group("tick")
+    ids = [store.add_fields("tick", {b"event": b"x" * 10_000_000}) for _ in range(5)]
+
+    for _ in range(5):
+        store.read("tick", 1)
+
+    service = make_bus(server.url, "mailer", claim_after=1)
+    service.on("tick", via="stream")(lambda sender: None)
+    service.start()
+
+    wait_until(lambda: len(store.dead("tick")) == 5, timeout=40, what="all are dead letters")
+    dead = store.client.xrange(store.keys.dead("tick", "mailer"))
+    assert [fields[b"entry"].decode() for _, fields in dead] == ids
     service.stop()

@@ -366,6 +366,7 @@ def test_of_two_workers_that_find_what_was_handed_back_one_gets_it(
             keys=keys,
             service="consumer",
             consumer=name,
+            max_bytes=1_000_000,
         )
         for name in ("first", "second", "third")
     )
