@@ -9,7 +9,7 @@ from blinker import NamedSignal, Signal
 
 from .bridge import Bridge
 from .declarations import Declarations
-from .namespace import BusSignal, adopt
+from .namespace import adopt
 from .options import is_pattern
 from .routes import Route
 
@@ -104,8 +104,4 @@ class Bridges:
         self._bridges[key] = (signal, bridge)
 
         # Weakly, both ways: an app that is thrown away takes its bridges along.
-        if isinstance(signal, BusSignal):
-            signal.publish_by(bridge)
-        else:
-            adopt(signal)
-            signal.connect(bridge)
+        adopt(signal).publish_by(bridge)

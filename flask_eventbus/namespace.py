@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakMethod
 
 from blinker import ANY, NamedSignal, Namespace, Signal
@@ -28,7 +28,7 @@ MOST_SENDERS = 100
 
 
 def _report_at_end(
-    name: str, is_ending: Callable[[], bool] = sys.is_finalizing, write: Any = os.write
+    name: object, is_ending: Callable[[], bool] = sys.is_finalizing, write: Any = os.write
 ) -> None:
     """Write a line to stderr if the interpreter ends: it has taken the bridges before ``__del__``.
 
@@ -64,6 +64,10 @@ class SendingSignal(Signal):
     @property
     def bridges(self) -> Sequence[Outbound]:
         """The bridges that publish this signal."""
+        raise NotImplementedError
+
+    def publish_by(self, bridge: Outbound) -> None:
+        """Publish by ``bridge`` from now on, as long as it lives."""
         raise NotImplementedError
 
     def send(
@@ -114,10 +118,23 @@ class AdoptedSignal(SendingSignal):
     sends goes on to send.
     """
 
+    #: True once a route carried it.
+    _is_published = False
+
     @property
     def bridges(self) -> Sequence[Outbound]:
         """The bridges among the connected receivers."""
-        return [found for found in super().receivers_for(ANY) if isinstance(found, Outbound)]
+        found = [each for each in super().receivers_for(ANY) if isinstance(each, Outbound)]
+
+        if self._is_published and not found:
+            _report_at_end(getattr(self, "name", self))
+
+        return found
+
+    def publish_by(self, bridge: Outbound) -> None:
+        """Publish by ``bridge`` from now on, as long as it lives."""
+        self._is_published = True
+        self.connect(bridge)
 
     def receivers_for(self, sender: Any) -> Generator[Receiver, None, None]:
         """Yield the local receivers for ``sender``."""
@@ -257,8 +274,8 @@ class BusNamespace(Namespace):
                 watcher(signal)
 
 
-def adopt(signal: Signal) -> None:
-    """Let a signal of others send as the bus's own do.
+def adopt(signal: Signal) -> SendingSignal:
+    """Let a signal of others send as the bus's own do, and return it.
 
     blinker has no hook for that. Its ``send_async()`` would refuse the bridge, ``send()`` would
     refuse ``async def`` receivers and return the bridge among the results, and the order of
@@ -272,6 +289,8 @@ def adopt(signal: Signal) -> None:
             _adopted[kind] = type(kind.__name__, (AdoptedSignal, kind), names)
 
         signal.__class__ = _adopted[kind]
+
+    return cast(SendingSignal, signal)
 
 
 #: The classes that adopted signals get, by those they had.

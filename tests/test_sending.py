@@ -718,9 +718,15 @@ atexit.register(lambda: bus.signal("tick").send("sooner", n=-1))
 
 
 FINALIZER = """
+from blinker import NamedSignal, Namespace
 from flask_eventbus import Bus
-bus = Bus({url!r}, service="cron", prefix={prefix!r}, publish={{"tick": {via!r}}})
-tick = bus.signal("tick")
+namespace = Namespace() if {signal!r} == "adopted" else None
+foreign = NamedSignal("tick") if {signal!r} == "foreign" else None
+route = {{"via": {via!r}, "signal": foreign}} if foreign else {via!r}
+bus = Bus(
+    {url!r}, service="cron", prefix={prefix!r}, publish={{"tick": route}}, namespace=namespace
+)
+tick = foreign or bus.signal("tick")
 
 class Session:
     def __del__(self):
@@ -732,12 +738,19 @@ session = Session()
 
 
 @pytest.mark.parametrize("via", ["channel", "stream"])
-@pytest.mark.parametrize("first", ["", "tick.send(None, n=0)"], ids=["first", "second"])
+@pytest.mark.parametrize(
+    "first",
+    ["", "tick.send(None, n=0)", "session.bus, session.me = bus, session"],
+    ids=["first", "second", "with its bus"],
+)
+@pytest.mark.parametrize("signal", ["own", "foreign", "adopted"])
 def test_a_send_in_a_finalizer_at_the_end_of_the_interpreter_is_not_lost_in_silence(
-    shared_redis: RedisServer, make_bus: Make, prefix: str, via: str, first: str
+    shared_redis: RedisServer, make_bus: Make, prefix: str, via: str, first: str, signal: str
 ) -> None:
     heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
-    program = FINALIZER.format(url=shared_redis.url, prefix=prefix, via=via, first=first)
+    program = FINALIZER.format(
+        url=shared_redis.url, prefix=prefix, via=via, first=first, signal=signal
+    )
 
     outcome = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30
