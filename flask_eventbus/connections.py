@@ -34,6 +34,7 @@ from .role import Role
 from .urls import (
     SENTINEL_OPTIONS,
     AdvisedError,
+    check_database,
     explain,
     explain_sentinel,
     hosts_of,
@@ -319,6 +320,7 @@ class Connections:
             raise self._unreadable(error) from None
 
         if examples:
+            check_database(self._url)
             self._check_options(without_options(examples[0]))
 
     def _check_options(self, example: str) -> None:

@@ -107,6 +107,33 @@ def sentinel_url(parts: SplitResult, host: str, port: int) -> str:
     return node_url(parts._replace(netloc=userinfo, query=""), host, port)
 
 
+def check_database(url: str) -> None:
+    """Refuse a path that is no number of a database, which redis-py takes for database 0.
+
+    :raises ConfigError: it is none, or a cluster does not have it.
+    """
+    parts = urlsplit(url)
+    database = parts.path.strip("/")
+
+    if parts.scheme == "redis+sentinel":
+        database = database.partition("/")[2]
+
+    if not database or parts.scheme == "unix":
+        return
+
+    if not database.isdecimal():
+        raise ConfigError(
+            f"'EVENTBUS_URL' is {without_secrets(url)!r}, whose database is no number. End it with "
+            "the number, as in '/0', and write '/' of a password as '%2F'."
+        )
+
+    if parts.scheme == "redis+cluster" and int(database):
+        raise ConfigError(
+            f"'EVENTBUS_URL' is {without_secrets(url)!r}: a cluster has the database 0 alone. "
+            f"Remove '/{database}'."
+        )
+
+
 def without_options(url: str) -> str:
     """Return a URL up to its options."""
     return re.split("[?#]", url, maxsplit=1)[0]

@@ -45,6 +45,27 @@ def test_a_wrong_option_is_named_with_the_remedy(url: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("redis://h/shop", "'redis://h/shop', whose database is no number"),
+        ("rediss://h:6380/0x", "whose database is no number. End it with the number, as in '/0'"),
+        ("redis://h/1/2", "'redis://h/1/2', whose database is no number"),
+        ("redis://ada:1/2@h/0", r"'redis://\*{3}', whose database is no number"),
+        ("redis+sentinel://h/mymaster/shop", "whose database is no number"),
+        ("redis+cluster://h,i/3", "a cluster has the database 0 alone"),
+    ],
+)
+def test_a_database_that_is_no_number_is_refused(url: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Bus(url, service="x")
+
+
+@pytest.mark.parametrize("url", ["redis://h", "redis://h/", "redis://h/15/", "redis+cluster://h/0"])
+def test_a_url_names_a_database_or_none(url: str) -> None:
+    Connections(url, name="tests")
+
+
+@pytest.mark.parametrize(
     "url",
     [
         f"redis://h/0?password=a&{SECRET}=1",
