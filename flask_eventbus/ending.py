@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 #: Set once the buses of the process were stopped for its end: nobody waits any more for a
 #: thread that starts now.
@@ -40,14 +43,18 @@ def end_by_signal(number: int, frame: FrameType | None) -> None:
     """
     signal.signal(number, _exit if _is_first() else signal.SIG_DFL)
 
-    # In a thread: the program may be interrupted where it holds a lock that stopping takes.
-    thread = threading.Thread(target=_stop_and_end, args=(number,), name="eventbus-sigterm")
+    # Python starts no thread while it ends, and the buses stop with it.
+    with suppress(RuntimeError):
+        call_in_thread(_stop_and_end, number)
 
-    try:
-        thread.start()
-    except RuntimeError:
-        # Python starts no thread while it ends, and the buses stop with it.
-        return
+
+def call_in_thread(function: Callable[..., None], *args: Any) -> None:
+    """Call a function from a signal handler: in a thread, whose begin is not waited for.
+
+    The program may be interrupted where it holds a lock that the function takes, or in the hub of
+    gevent, where nothing may wait.
+    """
+    _thread.start_new_thread(function, args)
 
 
 def _stop_and_end(number: int) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from .ending import end_by_signal
+from .ending import call_in_thread, end_by_signal
 from .errors import ConfigError
 from .logs import get_logger
 from .node import Node
@@ -69,8 +69,7 @@ def told_by_signal() -> Iterator[threading.Event]:
             os._exit(128 + number)
 
         numbers.append(number)
-        # The main thread may be interrupted where it holds the very lock that set() takes.
-        threading.Thread(target=told.set, daemon=True).start()
+        call_in_thread(told.set)
         handler = before.get(number)
 
         if callable(handler) and handler not in _DEFAULTS:

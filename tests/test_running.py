@@ -478,6 +478,38 @@ def test_events_that_are_sent_while_a_process_ends_are_named_too(
     assert any(line.endswith(f"paid {node}-1") for line in program.lines)
 
 
+GEVENT = """
+from gevent import monkey
+monkey.patch_all()
+import gevent, signal
+
+def watch_handler():
+    while getattr(signal.getsignal(signal.SIGTERM), "__name__", "") != "HANDLER":
+        gevent.sleep(0.05)
+
+    print("handled", flush=True)
+
+gevent.spawn(watch_handler)
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "handler", "code"),
+    [(PUBLISHER, "end_by_signal", -signal.SIGTERM), (CONSUMER, "end", 0)],
+    ids=["script", "run"],
+)
+def test_a_signal_that_comes_while_all_greenlets_wait_is_taken_without_an_error(
+    start: Callable[..., Program], text: str, handler: str, code: int
+) -> None:
+    program = start(GEVENT.replace("HANDLER", handler) + text)
+    program.wait_for("handled")
+
+    program.process.send_signal(signal.SIGTERM)
+
+    assert program.end() == code
+    assert not any("Traceback" in line or "gevent.exceptions" in line for line in program.lines)
+
+
 #: Linux does not let a signal end the first process of a container by its default.
 FIRST_OF_A_CONTAINER = """
 import os
