@@ -9,8 +9,8 @@ import sqlite3
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from email.headerregistry import Address
 from email.message import EmailMessage
@@ -48,24 +48,67 @@ class Mailbox:
         self._turn = threading.Lock()
         self._server: smtplib.SMTP | None = None
 
-    @contextmanager
-    def open(self) -> Iterator[smtplib.SMTP]:
-        """The connection, for one thread at a time; it is closed after an error."""
-        with self._turn:
-            try:
-                if self._server is None or not is_alive(self._server):
-                    self.close()
-                    self._server = connect()
+    def post(self, mail: EmailMessage) -> None:
+        """Hand the mail to the SMTP server, for one thread at a time.
 
-                yield self._server
-            except BaseException:
+        :raises Reject: the server will never take this mail. Any other error is tried again.
+        """
+        with self._turn:
+            server = self._connection()
+
+            try:
+                server.send_message(mail)
+            except BaseException as error:
                 self.close()
+
+                if is_final(error):
+                    raise Reject(f"The SMTP server refuses the mail: {error}") from error
+
                 raise
 
     def close(self) -> None:
         if self._server is not None:
             self._server.close()
             self._server = None
+
+    def _connection(self) -> smtplib.SMTP:
+        """The one that is there, or a new one, encrypted and logged in as the settings say."""
+        # Servers close those that wait for long.
+        with suppress(OSError):
+            if self._server is not None and self._server.noop()[0] == 250:
+                return self._server
+
+        self.close()
+        config = current_app.config
+        server = smtplib.SMTP(config["MAIL_HOST"], config["MAIL_PORT"], timeout=SMTP_TIMEOUT)
+
+        try:
+            if config["MAIL_STARTTLS"]:
+                server.starttls(context=ssl.create_default_context())
+
+            if config["MAIL_USERNAME"]:
+                # Flask takes a password of digits for a number.
+                server.login(str(config["MAIL_USERNAME"]), str(config["MAIL_PASSWORD"]))
+        except OSError:
+            server.close()
+            raise
+
+        self._server = server
+        return server
+
+
+def is_final(error: BaseException) -> bool:
+    """Return True if the server refuses this mail for good, by a code from 500 on.
+
+    A login or a sender that is refused is a wrong setting, and no fault of the mail.
+    """
+    match error:
+        case smtplib.SMTPRecipientsRefused():
+            return all(code >= 500 for code, _ in error.recipients.values())
+        case smtplib.SMTPDataError():
+            return error.smtp_code >= 500
+        case _:
+            return isinstance(error, smtplib.SMTPNotSupportedError)
 
 
 bus = EventBus()
@@ -75,10 +118,10 @@ mailbox = Mailbox()
 @bus.on("user_registered", retries=RETRIES)
 def send_welcome(sender: str, email: str, name: str, **extra: Any) -> None:
     """Send one mail for each event, though an event may come more than once."""
-    if is_sent(current_event.id):
+    if book("SELECT 1 FROM mail WHERE event_id = ?", current_event.id):
         return
 
-    post(welcome(email, name))
+    mailbox.post(welcome(email, name))
     # A worker that is killed between the server's answer and this line has sent a mail that nobody
     # knows of: the worker that takes over sends it again, with the same Message-ID.
     note_sent(current_event.id)
@@ -104,100 +147,30 @@ def welcome(email: str, name: str) -> EmailMessage:
     return mail
 
 
-def post(mail: EmailMessage) -> None:
-    """Hand the mail to the SMTP server.
-
-    :raises Reject: the server will never take this mail. Any other error is tried again.
-    """
-    with mailbox.open() as server:
-        try:
-            server.send_message(mail)
-        except smtplib.SMTPException as error:
-            if is_final(error):
-                raise Reject(f"The SMTP server refuses the mail: {error}") from error
-
-            raise
-
-
-def connect() -> smtplib.SMTP:
-    """Open a connection, encrypted and logged in where the settings say so."""
-    config = current_app.config
-    server = smtplib.SMTP(config["MAIL_HOST"], config["MAIL_PORT"], timeout=SMTP_TIMEOUT)
-
-    try:
-        if config["MAIL_STARTTLS"]:
-            server.starttls(context=ssl.create_default_context())
-
-        if config["MAIL_USERNAME"]:
-            # Flask takes a password of digits for a number.
-            server.login(str(config["MAIL_USERNAME"]), str(config["MAIL_PASSWORD"]))
-    except OSError:
-        server.close()
-        raise
-
-    return server
-
-
-def is_alive(server: smtplib.SMTP) -> bool:
-    """Return False if the connection is lost: servers close those that wait for long."""
-    try:
-        return server.noop()[0] == 250
-    except OSError:
-        return False
-
-
-def is_final(error: smtplib.SMTPException) -> bool:
-    """Return True if the server refuses this mail for good, by a code from 500 on.
-
-    A login or a sender that is refused is a wrong setting, and no fault of the mail.
-    """
-    match error:
-        case smtplib.SMTPRecipientsRefused():
-            return all(code >= 500 for code, _ in error.recipients.values())
-        case smtplib.SMTPDataError():
-            return error.smtp_code >= 500
-        case _:
-            return isinstance(error, smtplib.SMTPNotSupportedError)
-
-
-def is_sent(event_id: str) -> bool:
-    with closing(open_book()) as book:
-        found = book.execute("SELECT 1 FROM mail WHERE event_id = ?", (event_id,)).fetchone()
-
-    return found is not None
+def book(statement: str, *values: str) -> list[Any]:
+    """Run a statement in the book, the file that all processes of this service share."""
+    with closing(sqlite3.connect(current_app.config["BOOK_FILE"], timeout=10)) as file, file:
+        return file.execute(statement, values).fetchall()
 
 
 def note_sent(event_id: str) -> None:
     try:
-        with closing(open_book()) as book, book:
-            line = (event_id, worker(), datetime.now(UTC).isoformat())
-            book.execute("INSERT OR IGNORE INTO mail VALUES (?, ?, ?)", line)
+        sent_at = datetime.now(UTC).isoformat()
+        book("INSERT OR IGNORE INTO mail VALUES (?, ?, ?)", event_id, worker(), sent_at)
     except sqlite3.Error:
         # The mail is out: to fail here would be to send it again.
         current_app.logger.exception("The mail of the event %s is sent, and not noted.", event_id)
 
 
-def mails_by_worker() -> dict[str, int]:
-    with closing(open_book()) as book:
-        return dict(book.execute("SELECT worker, count(*) FROM mail GROUP BY worker").fetchall())
-
-
-def open_book() -> sqlite3.Connection:
-    """What all processes of this service share, a file."""
-    return sqlite3.connect(current_app.config["BOOK_FILE"], timeout=10)
+def worker() -> str:
+    """This process, as the names of the bus's consumers begin."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def init_db() -> None:
     """Make the table unless it is there: a step of each deployment."""
     Path(current_app.config["BOOK_FILE"]).parent.mkdir(parents=True, exist_ok=True)
-
-    with closing(open_book()) as book, book:
-        book.execute(BOOK)
-
-
-def worker() -> str:
-    """This process, as the names of the bus's consumers begin."""
-    return f"{socket.gethostname()}-{os.getpid()}"
+    book(BOOK)
 
 
 def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
@@ -222,45 +195,35 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
     )
     app.config.from_prefixed_env()
     app.config.from_mapping(settings or {})
-    require_encrypted_login(app.config)
+
+    if app.config["MAIL_USERNAME"] and not app.config["MAIL_STARTTLS"]:
+        raise RuntimeError(
+            "'MAIL_USERNAME' is set and 'MAIL_STARTTLS' is not: the password would travel in the "
+            "clear. Set FLASK_MAIL_STARTTLS=true, or leave the user out."
+        )
+
     bus.init_app(app)
     app.before_request(start_clock)
     app.cli.command("init-db")(init_db)
 
     @app.get("/")
     def count() -> ResponseReturnValue:
-        workers = mails_by_worker()
+        workers = dict(book("SELECT worker, count(*) FROM mail GROUP BY worker"))
         return {"mails_sent": sum(workers.values()), "workers": workers}
 
     @app.get("/health")
     def health() -> ResponseReturnValue:
         # Healthy with Redis away, too: this process reads the book, and Redis is the workers'.
-        book = has_book()
-        return {
-            "service": "mailer",
-            "book": book,
-            "publishing": bus.health().publishing,
-        }, 200 if book else 503
+        publishing = bus.health().publishing
+
+        try:
+            book("SELECT 1 FROM mail LIMIT 1")
+        except sqlite3.Error:
+            return {"service": "mailer", "book": False, "publishing": publishing}, 503
+
+        return {"service": "mailer", "book": True, "publishing": publishing}
 
     return app
-
-
-def require_encrypted_login(config: Mapping[str, Any]) -> None:
-    if config["MAIL_USERNAME"] and not config["MAIL_STARTTLS"]:
-        raise RuntimeError(
-            "'MAIL_USERNAME' is set and 'MAIL_STARTTLS' is not: the password would travel in the "
-            "clear. Set FLASK_MAIL_STARTTLS=true, or leave the user out."
-        )
-
-
-def has_book() -> bool:
-    try:
-        with closing(open_book()) as book:
-            book.execute("SELECT 1 FROM mail LIMIT 1")
-    except sqlite3.Error:
-        return False
-
-    return True
 
 
 def start_clock() -> None:

@@ -202,6 +202,17 @@ def test_a_server_that_nobody_vouches_for_gets_no_password(
     assert secure_smtp_server.mails == []
 
 
+def test_a_server_without_encryption_is_a_wrong_setting_and_no_fault_of_the_mail(
+    make_app: Callable[..., Flask], eventbus: Isolation, smtp_server: Any
+) -> None:
+    make_app(MAIL_PORT=smtp_server.port, MAIL_STARTTLS=True)
+
+    with pytest.raises(smtplib.SMTPNotSupportedError):
+        eventbus.deliver("user_registered", via="stream", source="accounts", **ADA)
+
+    assert smtp_server.mails == []
+
+
 def test_a_password_does_not_travel_in_the_clear(mailer: Any, eventbus: Isolation) -> None:
     with pytest.raises(RuntimeError, match="Set FLASK_MAIL_STARTTLS=true"):
         mailer.create_app({"MAIL_USERNAME": "mailer", "MAIL_PASSWORD": "secret"})
