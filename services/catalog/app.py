@@ -30,6 +30,11 @@ from flask_eventbus.signals import (
 #: its commit and its event tells nobody.
 MAX_AGE = 30.0
 
+TABLE = """\
+CREATE TABLE IF NOT EXISTS products
+(sku TEXT PRIMARY KEY, price TEXT NOT NULL, changed_at TEXT)
+"""
+
 #: What a new store begins with.
 PRODUCTS = {"A1": "12.50", "B2": "8.00", "C3": "149.90"}
 
@@ -141,7 +146,6 @@ def create_app(settings: Mapping[str, Any] | None = None) -> Flask:
     app.config.from_prefixed_env()
     app.config.from_mapping(settings or {})
     app.before_request(start_clock)
-    app.teardown_appcontext(close_store)
     app.register_error_handler(HTTPException, as_json)
     bus.init_app(app)
     app.cli.command("init-db")(init_db)
@@ -201,49 +205,34 @@ def as_json(error: HTTPException) -> ResponseReturnValue:
     return response
 
 
-def init_db() -> None:
-    """Make the store that all workers share unless it is there: a step of each deployment."""
-    path = Path(current_app.config["CATALOG_DATABASE"])
-    path.parent.mkdir(parents=True, exist_ok=True)
+def open_store() -> closing[sqlite3.Connection]:
+    """The file that all workers share."""
+    return closing(sqlite3.connect(current_app.config["CATALOG_DATABASE"]))
 
-    with closing(sqlite3.connect(path)) as store, store:
+
+def init_db() -> None:
+    """Make the store unless it is there: a step of each deployment."""
+    Path(current_app.config["CATALOG_DATABASE"]).parent.mkdir(parents=True, exist_ok=True)
+
+    with open_store() as store, store:
         store.execute("PRAGMA journal_mode = WAL")
-        store.execute(
-            "CREATE TABLE IF NOT EXISTS products"
-            " (sku TEXT PRIMARY KEY, price TEXT NOT NULL, changed_at TEXT)"
-        )
-        store.executemany(
-            "INSERT OR IGNORE INTO products (sku, price) VALUES (?, ?)", PRODUCTS.items()
-        )
+        store.execute(TABLE)
+        store.executemany("INSERT OR IGNORE INTO products VALUES (?, ?, NULL)", PRODUCTS.items())
 
 
 def read_price(sku: str) -> Decimal | None:
-    row = open_store().execute("SELECT price FROM products WHERE sku = ?", (sku,)).fetchone()
+    with open_store() as store:
+        row = store.execute("SELECT price FROM products WHERE sku = ?", (sku,)).fetchone()
+
     return Decimal(row[0]) if row else None
 
 
 def write_price(sku: str, price: Decimal, changed_at: datetime) -> bool:
-    """Commit the price; whether there is such a product."""
-    with open_store() as store:
-        written = store.execute(
-            "UPDATE products SET price = ?, changed_at = ? WHERE sku = ?",
-            (str(price), changed_at.isoformat(), sku),
-        )
+    """Commit the price; return False if there is no such product."""
+    update = "UPDATE products SET price = ?, changed_at = ? WHERE sku = ?"
 
-    return written.rowcount == 1
-
-
-def open_store() -> sqlite3.Connection:
-    if "store" not in g:
-        g.store = sqlite3.connect(current_app.config["CATALOG_DATABASE"])
-
-    store: sqlite3.Connection = g.store
-    return store
-
-
-def close_store(error: BaseException | None) -> None:
-    if "store" in g:
-        g.pop("store").close()
+    with open_store() as store, store:
+        return store.execute(update, (str(price), changed_at.isoformat(), sku)).rowcount == 1
 
 
 def start_clock() -> None:
