@@ -143,10 +143,13 @@ class Codec:
             ``too_large``, ``not_msgpack``, ``not_a_map``, ``version``, ``missing_attribute``,
             ``bad_attribute`` or ``bad_payload``.
         """
+        return self._decode(body, via)[0]
+
+    def _decode(self, body: bytes, via: str) -> tuple[Event, set[type]]:
+        """The event that some bytes are, with what :func:`survey` found in its payload."""
         self.check_size(len(body))
         event = _read(self._unpack(body), via)
-        self._check(event.payload)
-        return event
+        return event, self._check(event.payload)
 
     def decode_to_wait(self, body: bytes, *, via: str = "channel") -> tuple[Event, int]:
         """Decode an event that waits for a receiver; return it with the memory it takes, in bytes.
@@ -155,8 +158,8 @@ class Codec:
 
         :raises DecodeError: as :meth:`decode` does.
         """
-        event = self.decode(body, via=via)
-        size = memory_of(event.payload, packed=len(body))  # type: ignore[arg-type]  # decode() makes dicts
+        event, found = self._decode(body, via)
+        size = memory_of(event.payload, found=found, packed=len(body))  # type: ignore[arg-type]  # it is a dict
 
         if size > MOST_WAITING:
             packed = PackedPayload(partial(self._payload, body))
@@ -207,14 +210,14 @@ class Codec:
             message = f"It is not msgpack: {type(error).__name__}: {error}"
             raise DecodeError(message, reason="not_msgpack") from error
 
-    def _check(self, payload: Any) -> None:
+    def _check(self, payload: Any) -> set[type]:
         if type(payload) is not dict:
             raise DecodeError(f"'data' is not a map: {short(payload)}.", reason="bad_payload")
         if "sender" in payload:
             raise DecodeError("The payload has a key 'sender'.", reason="bad_payload")
 
         try:
-            self._values.check(payload)
+            return self._values.check(payload)
         except UnfitError as error:
             raise DecodeError(
                 f"The payload does not read: {error}", reason="bad_payload"

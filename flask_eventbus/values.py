@@ -132,17 +132,21 @@ class Values:
                 raise UnfitError(str(error) or "It is nested too deep.") from error
             raise
 
-    def check(self, payload: dict[str, Any]) -> None:
-        """Look at a payload that was unpacked.
+    def check(self, payload: dict[str, Any]) -> set[type]:
+        """Look at a payload that was unpacked; return what :func:`survey` found.
 
         :raises UnfitError: it breaks a rule of the wire.
         """
-        if ExtType in survey(payload):
+        found = survey(payload)
+
+        if ExtType in found:
             codes = sorted(set(_unknown_codes(payload)))
             raise UnfitError(
                 f"It holds ext type {codes[0]}, unknown here. "
                 "Register the type with bus.register_type() in this service too."
             )
+
+        return found
 
     def check_packed(self, payload: dict[str, Any], data: bytes) -> None:
         """Look at a payload that is to leave: readers would refuse what raises here.
@@ -293,14 +297,15 @@ ITEM_MEMORY = 200
 MOST_TEXT_MEMORY = 4
 
 
-def memory_of(payload: dict[str, Any], *, packed: int) -> int:
+def memory_of(payload: dict[str, Any], *, found: set[type], packed: int) -> int:
     """Return the bytes of memory that a payload takes, about.
 
     Of a value of a registered type it counts the object, and not what that refers to.
 
+    :param found: what :func:`survey` found in it.
     :param packed: the bytes of the event that it came in.
     """
-    if packed <= SMALL and _SCALARS.issuperset(map(type, payload.values())):
+    if packed <= SMALL and not found:
         return len(payload) * ITEM_MEMORY + packed * MOST_TEXT_MEMORY
 
     total = 0
