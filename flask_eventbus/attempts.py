@@ -89,9 +89,15 @@ class Attempts:
             self._dispatcher.dispatch_once(delivery.event)
             return
 
-        if delivery.record is None and not self._dispatcher.has_receivers(delivery.name):
-            self._leave_to_others(delivery)
-            return
+        receivers = None
+
+        if delivery.record is None:
+            receivers = self._dispatcher.receivers(delivery.event)
+
+            # Those that are connected may hear other services only.
+            if not receivers and not self._dispatcher.has_receivers(delivery.name):
+                self._leave_to_others(delivery)
+                return
 
         if not self._may_begin(delivery):
             self._hand.let_go([delivery])
@@ -100,7 +106,7 @@ class Attempts:
 
         record = delivery.record
         only = None if record is None else record.receiver
-        result = self._dispatcher.dispatch(delivery.event, only=only)
+        result = self._dispatcher.dispatch(delivery.event, only=only, receivers=receivers)
 
         # What it came to is not kept here: the next receiver may take long, or end the process.
         if self._is_disowned:

@@ -42,35 +42,29 @@ class Watcher(Protocol):
         """A subscription was declared, or declared anew."""
 
 
-class Siblings:
+class Siblings(dict[str, None]):
     """The names of nodes of this process: of all that live, and of the last that are gone."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._living: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
-        self._names: dict[str, None] = {}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def add(self, node: object, name: str) -> None:
         """Add the name that ``node`` has from now on; its events may still come under the old."""
         self._living[node] = name
-        self._names[name] = None
+        self[name] = None
 
-        if len(self._names) > MOST_GONE + len(self._living):
+        if len(self) > MOST_GONE + len(self._living):
             living = set(self._living.values())
-            gone = [each for each in list(self._names) if each not in living]
+            gone = [each for each in list(self) if each not in living]
 
             for each in gone[:-MOST_GONE]:
-                self._names.pop(each, None)
+                self.pop(each, None)
 
     def clear(self) -> None:
         """Forget all names."""
         self._living.clear()
-        self._names.clear()
+        super().clear()
 
 
 class Declarations:

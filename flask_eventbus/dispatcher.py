@@ -67,7 +67,7 @@ class Dispatcher:
         scope: Callable[[], AbstractContextManager[object]],
         counters: Counters,
         timeout: Callable[[str, Receiver], float | None] = lambda name, receiver: None,
-        connected: Callable[[str], Iterable[Receiver]] = lambda name: (),
+        connected: Callable[[str], Sequence[Receiver]] = lambda name: (),
         undo: Callable[[], None] = lambda: None,
         tells: bool = False,
     ) -> None:
@@ -85,7 +85,7 @@ class Dispatcher:
 
     def has_receivers(self, name: str) -> bool:
         """Return True if anything here receives ``name``, from any service or some."""
-        return any(True for _ in self._connected(name))
+        return bool(self._connected(name))
 
     def receivers(self, event: Event, *, only: str | None = None) -> Sequence[Receiver]:
         """The receivers of ``event`` that are to run here.
@@ -99,14 +99,18 @@ class Dispatcher:
 
         return [receiver for receiver in found if self._name(event.name, receiver) == only]
 
-    def dispatch(self, event: Event, *, only: str | None = None) -> Result:
+    def dispatch(
+        self, event: Event, *, only: str | None = None, receivers: Sequence[Receiver] | None = None
+    ) -> Result:
         """Run every receiver for ``event``, each in a scope of its own; never raises.
 
         The caller logs the failures in :attr:`failures`: it knows what follows.
 
         :param only: the name of the receiver that is to run alone.
+        :param receivers: what :meth:`receivers` returned, if the caller asked for it.
         """
-        receivers = self.receivers(event, only=only)
+        if receivers is None:
+            receivers = self.receivers(event, only=only)
 
         if not receivers:
             if only is None:
