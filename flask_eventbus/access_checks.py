@@ -30,7 +30,7 @@ def check_access(url: str, deadline: float = math.inf) -> Iterator[Finding]:
     """Look at how a URL reaches its server, and at who else is let in there, by a deadline."""
     scheme = urlsplit(url).scheme
 
-    if scheme not in ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster"):
+    if scheme in ("embedded", "memory"):
         return
 
     is_here = scheme == "unix" or all(map(is_loopback, hosts_of(url)))
@@ -48,7 +48,7 @@ def check_transport(url: str, *, is_here: bool) -> Iterator[Finding]:
     """
     parts = urlsplit(url)
 
-    if parts.scheme == "rediss":
+    if parts.scheme.startswith("rediss"):
         options = {name: values[-1].lower() for name, values in parse_qs(parts.query).items()}
 
         if options.get("ssl_cert_reqs", "required") not in ("required", "2", "cert_required"):
@@ -69,8 +69,9 @@ def check_transport(url: str, *, is_here: bool) -> Iterator[Finding]:
         yield warning(
             f"'EVENTBUS_URL' begins with '{parts.scheme}://', and its server is not on this "
             "machine: passwords and events travel unencrypted.",
-            "Use 'rediss://', or a network in which nobody else is."
-            if parts.scheme == "redis"
+            f"Use '{parts.scheme.replace('redis', 'rediss')}://', or a network in which nobody "
+            "else is."
+            if parts.scheme != "redis+cluster"
             else "It does not speak TLS in this version: use a network in which nobody else is.",
         )
 

@@ -19,6 +19,7 @@ _SCHEMES = (
     "rediss",
     "unix",
     "redis+sentinel",
+    "rediss+sentinel",
     "redis+cluster",
     "embedded",
     "memory",

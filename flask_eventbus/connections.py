@@ -220,7 +220,7 @@ class Connections:
                 set_deadline(connection, time.monotonic() + share)
                 self._connect(connection)
             except OUTAGE as failure:
-                error = explain(failure, url, is_first=not self._has_connected)
+                error = explain(failure, self._url, is_first=not self._has_connected)
             except (redis.ResponseError, UnicodeError) as refusal:
                 # A user who may not so much as name its connection or choose its database;
                 # a host that cannot be one.
@@ -347,7 +347,7 @@ class Connections:
             embedded.directory_of(parts.netloc or "default")
             return []
 
-        if parts.scheme == "redis+sentinel":
+        if parts.scheme.endswith("+sentinel"):
             # Both raise an error for what is missing.
             self._master_name()
             hosts_of(parts, 26379)
@@ -367,7 +367,7 @@ class Connections:
         if parts.scheme == "embedded":
             return [_join_embedded(parts)]
 
-        if parts.scheme == "redis+sentinel":
+        if parts.scheme.endswith("+sentinel"):
             return [self._master(timeout)]
 
         if parts.scheme == "redis+cluster":
@@ -386,7 +386,7 @@ class Connections:
 
     def _follow_master(self) -> None:
         """With Sentinels, close connections to a server as soon as another one is the master."""
-        if diversion is not None or not self._url.startswith("redis+sentinel://"):
+        if diversion is not None or not urlsplit(self._url).scheme.endswith("+sentinel"):
             return
 
         with self._following:
@@ -456,7 +456,8 @@ class Connections:
                 sentinel.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name)
                 address = sentinel.read_response()
             except (redis.RedisError, OSError) as error:
-                said.append(explain_sentinel(error, _address_of(sentinel)))
+                explained = explain(error, self._url, is_first=not self._has_connected)
+                said.append(explain_sentinel(explained, _address_of(sentinel)))
                 said[-1].__cause__ = error
                 sentinel.disconnect()
                 continue

@@ -14,7 +14,7 @@ import redis
 
 from .errors import ConfigError
 
-#: Options of ``redis+sentinel://`` that are for the Sentinels; all others are for the master.
+#: Options that are for Sentinels alone; those of TLS are for both, all others for the master.
 SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
 
 #: Arguments of redis-py that are objects, which no text stands for.
@@ -96,15 +96,17 @@ def node_url(parts: SplitResult, host: str, port: int, path: str = "") -> str:
     ]
     query = "&".join(filter(None, options))
     address = f"[{host}]" if ":" in host else host
-    return f"redis://{user}{at}{address}:{port}{path}" + (f"?{query}" if query else "")
+    scheme = parts.scheme.partition("+")[0]
+    return f"{scheme}://{user}{at}{address}:{port}{path}" + (f"?{query}" if query else "")
 
 
 def sentinel_url(parts: SplitResult, host: str, port: int) -> str:
-    """Return the URL of one Sentinel, with the user that its options name."""
+    """Return the URL of one Sentinel, with the user that its options name, and those of TLS."""
     given = dict(parse_qsl(parts.query, keep_blank_values=True))
     user, password = (quote(given.get(name, ""), safe="") for name in SENTINEL_OPTIONS)
     userinfo = f"{user}:{password}@" if user or password else ""
-    return node_url(parts._replace(netloc=userinfo, query=""), host, port)
+    query = "&".join(option for option in parts.query.split("&") if option.startswith("ssl_"))
+    return node_url(parts._replace(netloc=userinfo, query=query), host, port)
 
 
 def check_database(url: str) -> None:
@@ -115,7 +117,7 @@ def check_database(url: str) -> None:
     parts = urlsplit(url)
     database = parts.path.strip("/")
 
-    if parts.scheme == "redis+sentinel":
+    if parts.scheme.endswith("+sentinel"):
         database = database.partition("/")[2]
 
     if not database or parts.scheme == "unix":
@@ -179,7 +181,7 @@ def _problem_with(name: str, scheme: str) -> str | None:
         return f"its option {name!r} belongs to 'redis+sentinel://'. Remove it."
 
     if name in _known("rediss"):
-        remedy = "Begin the URL with 'rediss://'" if scheme == "redis" else "Remove it"
+        remedy = f"Begin the URL with '{_other(scheme)}://'" if _other(scheme) else "Remove it"
         return f"its option {name!r} belongs to TLS, which '{scheme}://' does not use. {remedy}."
 
     close = difflib.get_close_matches(name.lower().replace("-", "_"), sorted(known), n=1)
@@ -189,17 +191,23 @@ def _problem_with(name: str, scheme: str) -> str | None:
 
 def _known(scheme: str) -> set[str]:
     """Return the names of options that a form of URL takes, with this release of redis-py."""
-    chosen = _CLASSES.get(scheme, redis.Connection)
+    chosen = _CLASSES.get(scheme.partition("+")[0], redis.Connection)
     makers = [redis.ConnectionPool, *chosen.__mro__[:-1]]
     names = {name for maker in makers for name in inspect.signature(maker).parameters}
-    extra = SENTINEL_OPTIONS if scheme == "redis+sentinel" else ()
+    extra = SENTINEL_OPTIONS if scheme.endswith("+sentinel") else ()
     return {name for name in names if not _OBJECTS.fullmatch(name)} | set(extra)
+
+
+def _other(scheme: str) -> str | None:
+    """Return the form of URL with TLS for one without it, and the reverse, if there is one."""
+    pairs = {"redis": "rediss", "redis+sentinel": "rediss+sentinel"}
+    return (pairs | {tls: plain for plain, tls in pairs.items()}).get(scheme)
 
 
 def explain(error: Exception, url: str, *, is_first: bool) -> Exception:
     """Return what tells more about a connection that failed; ``error`` itself if there is nothing.
 
-    :param url: the server that was tried.
+    :param url: as the setting has it.
     :param is_first: True if no connection to it ever succeeded: the port may speak otherwise.
     """
     cause = error.__cause__ or error.__context__
@@ -214,7 +222,8 @@ def explain(error: Exception, url: str, *, is_first: bool) -> Exception:
 
 
 def _advice(error: Exception, cause: BaseException | None, url: str, is_first: bool) -> str | None:
-    is_tls = url.startswith("rediss://")
+    is_tls = url.startswith("rediss")
+    other = _other(urlsplit(url).scheme)
 
     if isinstance(cause, ssl.SSLCertVerificationError):
         return _about_certificate(cause)
@@ -226,7 +235,7 @@ def _advice(error: Exception, cause: BaseException | None, url: str, is_first: b
         return None
 
     if is_tls and (getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER" or _timed_out(cause)):
-        return "If the port does not speak TLS, begin 'EVENTBUS_URL' with 'redis://'."
+        return f"If the port does not speak TLS, begin 'EVENTBUS_URL' with '{other}://'."
 
     is_closed = isinstance(cause, ConnectionResetError) or "closed by server" in str(error)
 
@@ -236,8 +245,8 @@ def _advice(error: Exception, cause: BaseException | None, url: str, is_first: b
             "'ssl_keyfile=FILE' to 'EVENTBUS_URL'."
         )
 
-    if is_closed and url.startswith("redis://"):
-        return "If the port speaks TLS, begin 'EVENTBUS_URL' with 'rediss://'."
+    if is_closed and not is_tls and other:
+        return f"If the port speaks TLS, begin 'EVENTBUS_URL' with '{other}://'."
 
     return None
 
@@ -248,6 +257,9 @@ def explain_sentinel(error: Exception, address: str) -> AdvisedError:
     :param address: the Sentinel's, as ``host:port``.
     """
     text = str(error).rstrip(".")
+
+    if isinstance(error, AdvisedError):
+        return AdvisedError(f"The Sentinel at {address}: {error.reason}", error.advice)
 
     if isinstance(error, redis.AuthenticationError) or "WRONGPASS" in text:
         return AdvisedError(

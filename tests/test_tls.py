@@ -11,10 +11,11 @@ from urllib.parse import urlencode
 
 import pytest
 import redis
-from servers import RedisServer, require
+from servers import RedisServer, require, server_executable
 from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError
+from flask_eventbus.connections import Connections
 from flask_eventbus.doctor import check
 from flask_eventbus.signals import listener_connected, listener_lost
 
@@ -64,7 +65,7 @@ class TlsServer(RedisServer):
 
     def __init__(self, folder: Path, authority: Authority) -> None:
         super().__init__(folder)
-        self._authority = authority
+        self.authority = authority
         self._certificate, self._key = authority.sign("server")
         self._client_certificate, self._client_key = authority.sign("client")
         files = {
@@ -83,7 +84,7 @@ class TlsServer(RedisServer):
     def url_with(self, **changes: Path | None) -> str:
         """The same with other files; ``None`` leaves one out."""
         files: dict[str, Path | None] = {
-            "ssl_ca_certs": self._authority.certificate,
+            "ssl_ca_certs": self.authority.certificate,
             "ssl_certfile": self._client_certificate,
             "ssl_keyfile": self._client_key,
         }
@@ -93,6 +94,29 @@ class TlsServer(RedisServer):
     @property
     def client(self) -> redis.Redis:
         return redis.Redis.from_url(self.url, socket_timeout=5)
+
+
+class TlsSentinel(TlsServer):
+    """A Sentinel that speaks TLS alone, with its clients and with its master."""
+
+    def __init__(self, folder: Path, master: TlsServer) -> None:
+        super().__init__(folder, master.authority)
+        options = " ".join(self._options).removeprefix("--").split(" --")
+        lines = [
+            *(*options, "tls-replication yes", "bind 127.0.0.1", f"dir {folder}"),
+            "sentinel resolve-hostnames yes",
+            "sentinel announce-hostnames yes",
+            f"sentinel monitor mymaster localhost {master.port} 1",
+        ]
+        (folder / "sentinel.conf").write_text("\n".join(lines))
+
+    def start(self) -> None:
+        command = [str(server_executable()), str(self._folder / "sentinel.conf"), "--sentinel"]
+
+        with (self._folder / "sentinel.log").open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+
+        wait_until(self.answers, what="the Sentinel answers")
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +141,24 @@ def own_server(tmp_path: Path) -> Iterator[TlsServer]:
     server.start()
     yield server
     server.kill()
+
+
+def test_sentinels_and_the_master_are_reached_over_tls(
+    tmp_path: Path, server: TlsServer, make_bus: MakeBus
+) -> None:
+    sentinel = TlsSentinel(tmp_path, server)
+    sentinel.start()
+    url = sentinel.url.replace("rediss", "rediss+sentinel").replace("/0?", "/mymaster/0?")
+    plain = url.partition("?")[0].replace("rediss", "redis")
+
+    try:
+        bus = make_bus(url, publish={"tick": "stream"}, on_outage="raise", timeout=5)
+        bus.signal("tick").send("test", n=1)
+
+        with pytest.raises(redis.ConnectionError, match=r"begin 'EVENTBUS_URL' with 'rediss\+sent"):
+            Connections(plain, name="tests").open(timeout=5)
+    finally:
+        sentinel.kill()
 
 
 def loss_of(bus: Bus) -> str:

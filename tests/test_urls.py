@@ -32,7 +32,8 @@ WRONG_OPTIONS = [
     ),
     ("redis://h/0?sentinel_password=x", "'sentinel_password' belongs to 'redis.sentinel://'"),
     ("redis://h/0?ssl_ca_certs=x", "'ssl_ca_certs' belongs to TLS, .* Begin the URL with 'rediss:"),
-    ("redis+sentinel://h/m/0?ssl_ca_certs=x", "'redis.sentinel://' does not use. Remove it"),
+    ("redis+sentinel://h/m/0?ssl_ca_certs=x", "Begin the URL with 'rediss.sentinel://'"),
+    ("redis+cluster://h?ssl_ca_certs=x", "'redis.cluster://' does not use. Remove it"),
     ("redis://h/0?socket_timeout=soon", "the value of its option 'socket_timeout' is not valid"),
     ("redis://h/0?retry=3", "it has no option 'retry'"),
 ]
