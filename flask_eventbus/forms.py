@@ -105,7 +105,8 @@ def dataclass_fields(value: Any) -> dict[str, Any]:
 
     :raises UnfitError: it hides a field from its ``repr()``, as one does with a password.
     """
-    hidden = [field.name for field in fields(value) if not field.repr]
+    shows = value.__dataclass_params__.repr
+    hidden = [field.name for field in fields(value) if not (shows and field.repr)]
 
     if hidden:
         raise UnfitError(

@@ -475,6 +475,13 @@ class Account:
     password: str = field(default="secret", repr=False)
 
 
+@dataclass(repr=False)
+class Hidden:
+    """A dataclass that has no repr() of its fields at all."""
+
+    password: str = "secret"
+
+
 class Nanoseconds(datetime):
     """A moment of pandas: more than a datetime can tell."""
 
@@ -506,6 +513,7 @@ CHANGED: dict[str, tuple[Any, str]] = {
     "several values for a key": (MultiDict([("a", 1), ("a", 2)]), r".to_dict\(flat=False\)"),
     "an Enum beside its value": ({Color.RED, 1}, "2 members of a set become 1: .* Send a list"),
     "a hidden field": (Account(), "Account hides 'password' from its repr"),
+    "a hidden dataclass": (Hidden(), "Hidden hides 'password' from its repr"),
     "nanoseconds": (Nanoseconds(2026, 1, 1), "has nanoseconds, and a datetime has microseconds"),
     "a time that is none": (NoTime(2026, 1, 1), "is no moment. Send None"),
     "a duration of nanoseconds": (LongNanoseconds(1), "has nanoseconds, and a timedelta"),
