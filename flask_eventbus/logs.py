@@ -136,9 +136,12 @@ def _shown_part(part: str) -> str:
     """A part of a traceback: a frame of several lines, or what an error says, on one."""
     # Within a group of exceptions parts stand behind a margin.
     if part.lstrip(" |+-").startswith('File "'):
-        return "\n".join(printable(line, MOST_TEXT) for line in part.rstrip("\n").split("\n"))
+        lines = part.rstrip("\n").split("\n")
+        # Only the name of a file makes a line that is not indented.
+        indented = (line if line.startswith(" ") else f"  {line}" for line in lines)
+        return "\n".join(printable(line, MOST_TEXT) for line in indented)
 
-    return printable(part.rstrip("\n"), MOST_ERROR)
+    return printable(part.strip("\n"), MOST_ERROR)
 
 
 def _shown(arg: object) -> object:

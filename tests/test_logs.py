@@ -295,6 +295,8 @@ ERRORS: dict[str, Callable[[], None]] = {
     "a group": grouped,
     "syntax": lambda: exec("x = (\n'" + FORGERY.replace("\n", " ")),  # noqa: S102 - wanted
     "a file": lambda: raise_it(OSError(2, FORGERY, FORGERY)),
+    "the name of a file": lambda: exec(compile("x = (", FORGERY, "exec")),  # noqa: S102 - wanted
+    "a frame": lambda: exec(compile("raise ValueError", FORGERY, "exec")),  # noqa: S102 - wanted
 }
 
 
@@ -315,6 +317,7 @@ def test_the_text_of_an_error_forges_no_record_and_reaches_no_terminal(
     assert "Traceback" in shown
     assert not any(line.startswith("2026-11-27 17:00") for line in shown.splitlines())
     assert all(line.isprintable() for line in shown.split("\n"))
+    assert "\\nThe above exception" not in shown
 
 
 def test_texts_from_the_wire_forge_no_record(caplog: pytest.LogCaptureFixture) -> None:

@@ -479,7 +479,7 @@ class Account:
 class Hidden:
     """A dataclass that has no repr() of its fields at all."""
 
-    password: str = "secret"
+    password: str = ""
 
 
 class Nanoseconds(datetime):
