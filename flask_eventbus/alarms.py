@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .entry_ids import EntryId, id_text
@@ -12,6 +13,9 @@ MOST_AHEAD = 24 * 60 * 60 * 1000
 #: Milliseconds by which a group may be ahead of the clock: a new one may begin at this moment, by
 #: the clock of Redis.
 CLOCKS_APART = 60 * 1000
+
+#: Characters of a name that others chose that an alarm shows.
+MOST_SHOWN = 64
 
 #: Streams that the patterns of a service stand for at most, and that a command looks at.
 MOST_NAMES = 1_000
@@ -24,7 +28,7 @@ class Alarm(NamedTuple):
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.text} {self.remedy}"
+        return f"{self.text} {self.remedy}".rstrip()
 
 
 def past_the_end(
@@ -73,4 +77,54 @@ def too_many_names(key: str, count: int) -> Alarm | None:
         "streams of the others are not heard.",
         f"Delete {key!r}: publishers note the names of their streams again within seconds. See 'A "
         "damaged stream' in docs/streams.md.",
+    )
+
+
+def worker_of(consumer: str) -> tuple[str, int, str] | None:
+    """Return the host, pid and node in a consumer's name; ``None`` if no worker is called so."""
+    host, pid, node = [*consumer.rsplit("-", 2), "", ""][:3]
+    is_own = host and node and pid.isascii() and pid.isdecimal() and len(pid) < 12
+    return (host, int(pid), node) if is_own else None
+
+
+def foreign_consumers(name: str, service: str, consumers: Iterable[str]) -> Alarm | None:
+    """Return an alarm for consumers of a group that are called like no worker.
+
+    :param consumers: their names, without that of entries that were handed back.
+    """
+    found = sorted(consumer for consumer in consumers if worker_of(consumer) is None)
+
+    if not found:
+        return None
+
+    return Alarm(
+        f"The consumer {found[0][:MOST_SHOWN]!r} is in the group of {service!r} at the stream of "
+        f"{name!r}, and no worker is called so. What it reads and acknowledges, no worker gets.",
+        f"Find out who it is, with CLIENT LIST and ACL LOG. {_brought_back(name, service)}",
+    )
+
+
+def set_count(name: str, service: str, id: str, count: int) -> Alarm:
+    """Return an alarm for an entry that was delivered more often than workers can have done it."""
+    return Alarm(
+        f"The entry {id} of {name!r} counts as delivered {count} times, which workers of "
+        f"{service!r} cannot have done. Somebody set the count (XCLAIM RETRYCOUNT), or 'retries' "
+        "was lowered. It is handled as if it had been begun once.",
+        "Find out who did it, with CLIENT LIST and ACL LOG.",
+    )
+
+
+def taken_out(name: str, service: str, count: int) -> Alarm:
+    """Return an alarm for entries that somebody acknowledged before a worker had handled them."""
+    return Alarm(
+        f"Somebody else acknowledged {count} entries of {name!r} that a worker of {service!r} had "
+        "yet to handle (XACK, XGROUP DELCONSUMER). That worker handles them; others may be lost.",
+        f"Find out who did it, with CLIENT LIST and ACL LOG. {_brought_back(name, service)}",
+    )
+
+
+def _brought_back(name: str, service: str) -> str:
+    return (
+        "To run again what was lost, and all that came after it: 'eventbus --service "
+        f"{service} seek {name} --to TIME'."
     )

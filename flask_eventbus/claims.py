@@ -9,11 +9,14 @@ from dataclasses import replace
 
 import redis
 
+from .alarms import Alarm, set_count, taken_out
 from .config import Config
+from .connections import OUTAGE
 from .counters import BoundedLog, Counters
 from .deliveries import Delivery, Hand
+from .entry_ids import entry_id
 from .event import Event
-from .group import LONG_IDLE, RELEASED, Group, GroupGoneError, Pending
+from .group import LONG_IDLE, RELEASED, REPORT_KEPT, Group, GroupGoneError, Pending, behind
 from .lineup import Lineup
 from .logs import get_logger
 from .outcomes import Outcomes
@@ -71,8 +74,16 @@ class Claims:
         self._refused_at: dict[str, float] = {}
         #: Whether more was left than there was room for.
         self.has_more = False
+        #: What somebody did to entries of streams, by name, and until when it is an alarm.
+        self._alarms: dict[str, tuple[float, str]] = {}
         #: The streams of which :meth:`take_back` left something, for want of memory.
         self.left: set[str] = set()
+
+    @property
+    def alarms(self) -> dict[str, str]:
+        """What somebody did to entries of streams in the last day, by name."""
+        now = time.monotonic()
+        return {name: text for name, (until, text) in self._alarms.items() if now < until}
 
     def take_over(self, names: Mapping[str, Subscription]) -> None:
         """Take over what is idle for longer than ``EVENTBUS_CLAIM_AFTER``, as much as has room.
@@ -99,6 +110,51 @@ class Claims:
         """
         self.left -= names.keys()
         self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MOST_BACK)
+
+    def restore(self, name: str, deliveries: Sequence[Delivery]) -> set[str]:
+        """Make entries pending again that somebody else acknowledged before they were begun.
+
+        :param deliveries: in hand, and not pending for this consumer.
+        :return: the ids of those that were pending for nobody.
+        """
+        questions = [self._group.look_for(name, delivery.entry) for delivery in deliveries]
+        answers = self._group.pipe.run(questions) if questions else []
+        gone = [found for found, answer in zip(deliveries, answers, strict=True) if answer == []]
+        position = self._group.position(name) if gone else None
+
+        # A group that was made again has not come that far.
+        if position is not None:
+            gone = [found for found in gone if not behind(position.delivered, found.entry)]
+
+        if position is None or not gone:
+            return set()
+
+        self.report(name, taken_out(name, self._config.service, len(gone)))
+        self._group.pipe.run(
+            [
+                self._group.take_back(
+                    name, found.entry, times=1 if found.begun is None else found.begun
+                )
+                for found in gone
+            ]
+        )
+        return {found.entry for found in gone}
+
+    def report(self, name: str, alarm: Alarm) -> None:
+        """Raise an alarm about what somebody did to a stream's group: it stays for a day."""
+        text = str(alarm)
+
+        # What lasts is found again and again.
+        if self.alarms.get(name) != text:
+            extra = {"signal": name, "service": self._config.service}
+            self._log.error(f"alarm {name}", "%s", text, extra=extra)
+
+        self._alarms = {**self._alarms, name: (time.monotonic() + REPORT_KEPT, text)}
+
+        try:
+            self._group.note_alarm(name, text)
+        except (redis.ResponseError, *OUTAGE) as error:
+            logger.debug("Only this process knows of the alarm: %s", error)
 
     def report_refusal(self, name: str, error: Exception) -> None:
         """Log once that Redis refuses to let this worker look after a stream."""
@@ -206,15 +262,34 @@ class Claims:
         self, deliveries: Sequence[Delivery], times: Mapping[str, int], subscription: Subscription
     ) -> list[Delivery]:
         """Note on deliveries how often they were begun; those that were begun too often."""
-        for delivery in deliveries:
-            delivery.begun = times[delivery.entry]
-            delivery.event = replace(delivery.event, attempt=delivery.begun + 1)
+        killers: list[Delivery] = []
 
-        return [
-            delivery
-            for delivery in deliveries
-            if times[delivery.entry] > max(1, self._retries_of(subscription, delivery.event))
-        ]
+        for delivery in deliveries:
+            count = times[delivery.entry]
+            most = max(1, self._retries_of(subscription, delivery.event))
+
+            if not self._is_possible(delivery.entry, count, most):
+                alarm = set_count(delivery.name, self._config.service, delivery.entry, count)
+                self.report(delivery.name, alarm)
+                count = 1
+
+            delivery.begun = count
+            delivery.event = replace(delivery.event, attempt=count + 1)
+
+            if count > most:
+                killers.append(delivery)
+
+        return killers
+
+    def _is_possible(self, id: str, count: int, most: int) -> bool:
+        """Return True if workers may have begun an entry so often, and ended each time.
+
+        :param most: after how often it is begun once more, and given up then.
+        """
+        age = self._clock.now() - entry_id(id)[0] / 1000
+        # A worker was silent for that long before the next one began.
+        is_too_young = 0 <= age < (count - 1) * self._config.claim_after
+        return count <= most + 1 and not is_too_young
 
     def _take(self, taken: Sequence[Delivery], name: str) -> None:
         self._counters.add("claimed", len(taken))

@@ -44,8 +44,8 @@ LOOK_UP = 16
 #: Entries that are listed at most when a consumer is removed.
 MOST_PENDING = 10_000
 
-#: Seconds for which the workers of a service know what one of them reported as lost.
-LOSS_KEPT = 24 * 60 * 60
+#: Seconds for which it is known in Redis what a worker reported.
+REPORT_KEPT = 24 * 60 * 60
 
 #: Entries that are counted at most behind the place where a new group begins.
 MOST_COUNTED = 1_000
@@ -525,7 +525,7 @@ class Group:
                 ("MULTI",),
                 ("HMGET", key, "place", "count"),
                 ("HSET", key, "place", place, "count", count),
-                ("EXPIRE", key, LOSS_KEPT),
+                ("EXPIRE", key, REPORT_KEPT),
                 ("EXEC",),
             ]
         )[-1]
@@ -535,6 +535,11 @@ class Group:
 
         where, noted = done[0]
         return int(noted) if anywhere or where.decode() == place else None
+
+    def note_alarm(self, name: str, text: str) -> None:
+        """Note what somebody did to entries of the group, for ``status`` and ``check``."""
+        key = self._keys.tampered(name, self._service)
+        self._run([("HSET", key, "alarm", text), ("EXPIRE", key, REPORT_KEPT)])
 
     def look_for(self, name: str, id: str) -> Command:
         """The command whose answer is empty if an entry is pending for nobody."""

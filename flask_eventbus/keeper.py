@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import redis
 
+from .alarms import foreign_consumers
 from .backoff import Backoff
 from .claims import Claims
 from .config import Config
@@ -267,7 +268,7 @@ class Keeper:
             self._take_what_others_left(names)
 
         if now >= self._consumers_at:
-            self._consumers_at = now + IDLE_CONSUMER / SIGNS_OF_LIFE
+            self._consumers_at = now + (IDLE_CONSUMER / SIGNS_OF_LIFE if names else RELEASED_AGAIN)
             self._remove_idle(names)
 
         self._run_due(names)
@@ -325,6 +326,14 @@ class Keeper:
         try:
             with self._settler.turn:
                 kept = self._group.renew(name, [delivery.entry for delivery in deliveries])
+                now = time.monotonic()
+                # Nobody may have claimed these yet, and this process told nothing of them.
+                lost = [
+                    delivery
+                    for delivery in deliveries
+                    if delivery.entry not in kept and not delivery.started and now < delivery.lease
+                ]
+                kept |= self._claims.restore(name, lost)
         except GroupGoneError:
             # They run, or will: nobody else has them, and they come again with the new group.
             return
@@ -372,8 +381,10 @@ class Keeper:
             try:
                 with self._settler.turn:
                     self._group.show_life(name)
+                    consumers = self._group.consumers(name)
+                    self._look_for_foreign(name, [found for found, _, _ in consumers])
 
-                    for consumer, pending, idle in self._group.consumers(name):
+                    for consumer, pending, idle in consumers:
                         if not pending and idle > IDLE_CONSUMER and consumer != RELEASED:
                             self._remove(name, consumer)
             except GroupGoneError as error:
@@ -388,6 +399,12 @@ class Keeper:
                 )
             else:
                 self._log.over(f"idle {name}", "Idle consumers of %r are removed again.", name)
+
+    def _look_for_foreign(self, name: str, consumers: Sequence[str]) -> None:
+        others = [found for found in consumers if found != RELEASED]
+
+        if alarm := foreign_consumers(name, self._config.service, others):
+            self._claims.report(name, alarm)
 
     def _remove(self, name: str, consumer: str) -> None:
         count = self._group.remove(name, consumer)

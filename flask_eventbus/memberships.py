@@ -95,7 +95,7 @@ class Memberships:
     @property
     def alarms(self) -> dict[str, str]:
         """What somebody did to streams so that their events are not heard, by stream."""
-        return {**self._catalogue.alarms, **self._trims.alarms}
+        return {**self._catalogue.alarms, **self._claims.alarms, **self._trims.alarms}
 
     @property
     def is_complete(self) -> bool:

@@ -136,7 +136,7 @@ class Services:
         start = self._access.keys.stream("").removesuffix("}:stream")
         own = re.compile(
             rf"{re.escape(start)}([^}}]*)}}:(?:(?:retry|dead):{re.escape(service)}"
-            rf"|dead:{re.escape(service)}:dropped|seen:{re.escape(service)}:(?:\d+|trimmed))"
+            rf"|dead:{re.escape(service)}:dropped|seen:{re.escape(service)}:(?:\d+|trimmed|tampered))"
         )
         found: dict[str, set[str]] = {}
         cursor = b"0"

@@ -82,6 +82,16 @@ class StreamAccess:
             for command, answer in zip(commands, answers, strict=True)
         ]
 
+    def try_to_run(self, commands: Sequence[Command]) -> list[Any]:
+        """The same; ``None`` for what Redis refuses as well.
+
+        :raises OperationError: Redis is away.
+        """
+        with self._told():
+            answers = self._pipe.run(commands) if commands else []
+
+        return [None if isinstance(answer, Exception) else answer for answer in answers]
+
     def together(self, commands: Sequence[Command]) -> list[Any] | None:
         """The answers to commands that are done together; ``None`` if what was watched changed.
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .alarms import Alarm, far_ahead, past_the_end
+from .alarms import Alarm, far_ahead, foreign_consumers, past_the_end, worker_of
 from .entry_ids import EntryId, entry_id
+from .group import RELEASED
 from .pipe import CHUNK
 from .stream_access import StreamAccess, as_texts, by_name
 
@@ -84,12 +85,13 @@ def read_statuses(
         if group.exists or group.retries or group.dead or group.dead_dropped:
             groups[name].append(group)
 
+    noted = _noted(access, groups)
     return [
         StreamStatus(
             name=name,
             length=stream.length,
             groups=groups[name],
-            alarms=list(_alarms(name, stream, [group.service for group in groups[name]])),
+            alarms=[*_alarms(name, stream, groups[name]), *noted.get(name, ())],
         )
         for name, stream in found.items()
         if stream.exists or groups[name]
@@ -141,13 +143,36 @@ def _streams(access: StreamAccess, names: Mapping[str, Any]) -> dict[str, _Strea
     }
 
 
-def _alarms(name: str, stream: _Stream, services: Sequence[str]) -> Iterator[Alarm]:
+def _noted(
+    access: StreamAccess, groups: Mapping[str, Sequence[GroupStatus]]
+) -> dict[str, list[Alarm]]:
+    """Return the alarms that workers raised in the last day, as far as this user may read them."""
+    wanted = [(name, group.service) for name, found in groups.items() for group in found]
+    answers = access.try_to_run(
+        [("HMGET", access.keys.tampered(name, service), "alarm") for name, service in wanted]
+    )
+    found: dict[str, list[Alarm]] = {}
+
+    for (name, _), answer in zip(wanted, answers, strict=True):
+        if answer and answer[0]:
+            found.setdefault(name, []).append(Alarm(answer[0].decode(errors="replace"), ""))
+
+    return found
+
+
+def _alarms(name: str, stream: _Stream, groups: Sequence[GroupStatus]) -> Iterator[Alarm]:
     now = time.time()
 
     if (ahead := far_ahead(name, stream.given, now)) is not None:
         yield ahead
 
-    for service in services:
+    for status in groups:
+        service = status.service
+        consumers = [found.name for found in status.consumers if found.name != RELEASED]
+
+        if (foreign := foreign_consumers(name, service, consumers)) is not None:
+            yield foreign
+
         if (group := stream.groups.get(service)) is None:
             continue
 
@@ -248,13 +273,12 @@ def lost_of(group: Mapping[str, Any], length: int, first: EntryId | None) -> int
 
 def consumer_of(name: str, facts: Mapping[str, Any]) -> ConsumerStatus:
     """A consumer as ``XINFO CONSUMERS`` has it; the bus calls its own ``HOST-PID-NODE``."""
-    host, pid, node = [*name.rsplit("-", 2), "", ""][:3]
-    is_own = bool(host and node) and pid.isascii() and pid.isdecimal() and len(pid) < 12
+    host, pid, node = worker_of(name) or ("", None, "")
     return ConsumerStatus(
         name=name,
-        host=host if is_own else "",
-        pid=int(pid) if is_own else None,
-        node=node if is_own else "",
+        host=host,
+        pid=pid,
+        node=node,
         idle=facts["idle"] / 1000,
         pending=facts["pending"],
     )

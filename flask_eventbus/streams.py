@@ -61,6 +61,10 @@ class StreamKeys:
         """A hash: the last loss that a worker reported, and where its group stood."""
         return f"{self._start}{name}}}:seen:{service}:trimmed"
 
+    def tampered(self, name: str, service: str) -> str:
+        """A hash: what somebody else last did to the entries of a service, as an alarm."""
+        return f"{self._start}{name}}}:seen:{service}:tampered"
+
     def name(self, key: str) -> str:
         """The signal whose stream is ``key``."""
         return key[self._cut]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +40,12 @@ def store(shared_redis: RedisServer) -> StreamStore:
     return StreamStore(shared_redis)
 
 
-def mailer(store: StreamStore, make_bus: Make, name: str = "tick") -> tuple[Bus, list[int]]:
+def mailer(
+    store: StreamStore, make_bus: Make, name: str = "tick", **settings: float
+) -> tuple[Bus, list[int]]:
     """A service that hears a stream, and what it has heard."""
     heard: list[int] = []
-    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, **settings)
     bus.on(name, via="stream")(lambda sender, number: heard.append(number))
     bus.start()
     assert bus.ready(10)
@@ -249,3 +252,107 @@ def test_two_hundred_thousand_names_make_no_subscriber_deaf(
 
     wait_until(lambda: heard == [1, 2], timeout=30, what="what was heard before is heard on")
     store.client.delete(store.keys.names)
+
+
+# -- what other readers do to the entries of a group --------------------------------------
+
+
+def take_all(store: StreamStore, consumer: str) -> list[str]:
+    """Read as another program does that may read the stream."""
+    return store.read("tick", 1_000, consumer=consumer)
+
+
+def test_a_consumer_that_is_no_worker_is_an_alarm(store: StreamStore, make_bus: Make) -> None:
+    bus, _ = mailer(store, make_bus)
+    bus.stop()
+    store.add("tick", number=1)
+    key = store.keys.stream("tick")
+    store.client.xack(key, "mailer", *take_all(store, "evil"))
+
+    status = store.run("status", "--max-lag", "100")
+    bus, heard = mailer(store, make_bus)
+
+    assert status.exit_code == 1
+    assert "'evil' is in the group of 'mailer' at the stream of 'tick'" in status.output
+    wait_until(lambda: "'evil' is in the group" in bus.health().alarms.get("tick", ""))
+    assert any("'evil' is in the group" in each for each in errors(bus))
+    # What the remedy says brings the event back.
+    assert store.run("seek", "tick", "--to", "earliest", "--yes").exit_code == 0
+    wait_until(lambda: heard == [1], what="the event is handled")
+
+
+def test_events_that_wait_in_a_worker_are_handled_though_somebody_acknowledged_them(
+    store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1.5)
+    heard: list[int] = []
+    goes_on = threading.Event()
+
+    @bus.on("tick", via="stream")
+    def receive(sender: str, number: int) -> None:
+        # Shorter than what lets other workers have what waits.
+        goes_on.wait(20)
+        heard.append(number)
+
+    bus.start()
+    assert bus.ready(10)
+    entries = [store.add("tick", number=number)[0] for number in range(5)]
+    key = store.keys.stream("tick")
+    wait_until(lambda: store.client.xpending(key, "mailer")["pending"] == 5, what="all are read")
+
+    assert store.client.xack(key, "mailer", *entries) == 5
+    wait_until(lambda: bus.health().alarms, what="the worker notices")
+    assert "Somebody else acknowledged 4 entries of 'tick'" in bus.health().alarms["tick"]
+    goes_on.set()
+
+    wait_until(lambda: sorted(heard) == [0, 1, 2, 3, 4], what="all are handled")
+    assert "Somebody else acknowledged 4 entries" in caplog.text
+    assert any("Somebody else acknowledged 4 entries" in each for each in errors(bus))
+    status = store.run("status", "--max-lag", "100")
+    assert (status.exit_code, "Somebody else acknowledged" in status.output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("id", "count"),
+    [("*", 1_000), ("*", 6), ("1000-0", 7)],
+    ids=["far too many", "too soon", "one too many"],
+)
+def test_a_delivery_count_that_workers_cannot_have_reached_is_an_alarm(
+    store: StreamStore, make_bus: Make, id: str, count: int
+) -> None:
+    bus, _ = mailer(store, make_bus)
+    bus.stop()
+    store.add("tick", id=id, number=1)
+    ids = take_all(store, "web-1-4711-3f2a9c1b2d3e")
+    head = ("XCLAIM", store.keys.stream("tick"), "mailer", "web-1-4711-3f2a9c1b2d3e", 0)
+    store.client.execute_command(*head, *ids, "IDLE", 10**9, "RETRYCOUNT", count)
+
+    bus, heard = mailer(store, make_bus, claim_after=4)
+
+    wait_until(lambda: heard == [1], what="it is handled")
+    text = f"counts as delivered {count} times, which workers of 'mailer' cannot have done"
+    assert text in bus.health().alarms["tick"]
+    assert any(text in each for each in errors(bus))
+    assert text in store.run("status", "--max-lag", "100").output
+    assert store.run("status", "--max-lag", "100").exit_code == 1
+    assert store.dead("tick") == []
+
+
+def test_status_shows_the_rest_to_a_user_who_may_not_read_what_workers_noted(
+    store: StreamStore,
+) -> None:
+    store.add("tick", number=1)
+    store.group("tick")
+    store.client.hset(store.keys.tampered("tick", "mailer"), "alarm", "Somebody did it.")
+    assert "Somebody did it." in store.run("status").output
+    user = f"{store.prefix}-user"
+    store.client.execute_command(
+        "ACL", "SETUSER", user, "on", ">secret", "~*", "&*", "+@all", "-hmget"
+    )
+    store.url = store.url.replace("://", f"://{user}:secret@")
+
+    status = store.run("status", "--max-lag", "100")
+
+    store.client.execute_command("ACL", "DELUSER", user)
+    assert status.exit_code == 0, status.output
+    assert "Somebody did it." not in status.output

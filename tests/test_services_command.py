@@ -52,6 +52,7 @@ def fill(store: StreamStore) -> list[str]:
     store.client.incr(store.keys.dead_dropped("paid", "mailer"))
     store.client.sadd(store.keys.seen("paid", "mailer", 7), "a-1")
     store.client.hset(store.keys.trimmed("paid", "mailer"), "count", 7)
+    store.client.hset(store.keys.tampered("paid", "mailer"), "alarm", "Somebody did it.")
     store.client.hset(store.keys.since("mailer"), "p*", 1)
     store.add("tick", n=1)
     store.group("tick")
@@ -73,6 +74,7 @@ def keys_of(store: StreamStore, service: str) -> set[str]:
         keys.dead_dropped("paid", service),
         keys.seen("paid", service, 7),
         keys.trimmed("paid", service),
+        keys.tampered("paid", service),
         keys.since(service),
     }
 

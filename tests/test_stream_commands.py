@@ -254,7 +254,7 @@ def test_names_that_others_chose_cannot_move_the_cursor(
 ) -> None:
     store.add("user_registered")
     store.group("user_registered", "a\x1b[2Jb\n")
-    store.read("user_registered", 1, "a\x1b[2Jb\n", "c\x1b[2J\u202ed")
+    store.read("user_registered", 1, "a\x1b[2Jb\n", "c\x1b[2J\u202ed-1-a")
     store.client.sadd(store.keys.names, "e\x1b[2J", b"\xff" * 500)
 
     result = store.run("status", "--all", "--max-lag", "0", "--max-dead", "0")
