@@ -37,7 +37,7 @@ PORTS = 5
 ROWS, COLUMNS = 30, 100
 
 #: Long enough for a busy machine to start everything.
-STARTED = 60.0
+STARTED = 90.0
 
 
 class Demo:
