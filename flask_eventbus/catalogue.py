@@ -120,7 +120,8 @@ class Catalogue:
 
     def _report(self, new: Set[str], over: Set[str]) -> None:
         for name in sorted(new):
-            logger.error(
+            self._log.error(
+                f"without {name}",
                 "Nothing here receives %r, so this process of %r does not read its stream: the "
                 "events wait for a process that has a receiver. Connect one with @bus.on(%r), "
                 "name its module in 'EVENTBUS_RECEIVERS', or take the name out of "
@@ -131,7 +132,8 @@ class Catalogue:
             )
 
         for name in sorted(over):
-            logger.warning("%r has a receiver here now, or is not subscribed any more.", name)
+            text = "%r has a receiver here now, or is not subscribed any more."
+            self._log.over(f"without {name}", text, name)
 
     def start_of(self, name: str, subscription: Subscription) -> str:
         """Where the group of a stream begins that has none yet."""

@@ -81,8 +81,8 @@ class Memberships:
         self._left: frozenset[str] = frozenset()
         #: What was told of streams that are refused: it is told once.
         self._told: dict[str, str] = {}
-        #: The streams that were read at any time: if their group is gone, it is made again at
-        #: the start.
+        #: The streams that were read, or whose group was made, at any time: if their group is gone,
+        #: it is made again at the start.
         self.known: set[str] = set()
         #: What no server of this kind will ever do.
         self.fatal: Exception | None = None
@@ -213,6 +213,10 @@ class Memberships:
 
         for name, refusal in refusals.items():
             if name in without:
+                # Should it be gone by then, everything in the stream has waited.
+                if refusal is None:
+                    self.known.add(name)
+
                 continue
 
             obstacle = self._take_up(name, wanted[name])

@@ -132,3 +132,26 @@ def test_a_receiver_of_some_services_acknowledges_events_of_others(
     wait_until(lambda: heard == [2], what="the event is handled")
     wait_until(lambda: not pending(store), what="both are acknowledged")
     assert bus.health().without_receiver == set()
+
+
+def test_events_wait_for_a_receiver_also_after_redis_lost_its_data(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    store = StreamStore(redis_server)
+    heard: list[int] = []
+    bus = start(make_bus, store, subscribe={"tick": {}})
+    store.client.flushall()
+    store.add("tick", n=1)
+
+    bus.signal("tick").connect(lambda _, n: heard.append(n), weak=False)
+
+    wait_until(lambda: heard == [1], what="the event that waited is handled")
+
+
+def test_a_worker_without_a_receiver_leaves_no_consumer_behind(
+    store: StreamStore, make_bus: Make
+) -> None:
+    bus = start(make_bus, store, subscribe={"tick": {}})
+    bus.stop()
+
+    assert store.client.xinfo_consumers(store.keys.stream("tick"), "mailer") == []
