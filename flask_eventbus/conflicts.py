@@ -32,5 +32,6 @@ class Conflicts:
             event.name,
             event.source,
             event.name,
+            extra={**event.fields, "service": self._config.service},
         )
         tell(event_conflict, self._config.service, name=event.name, event=event)

@@ -186,6 +186,7 @@ class LateEntries:
                     "outbox: it is lost. Send it inside the transaction, before the commit.",
                     entry.event_id,
                     entry.name,
+                    extra={"event_id": entry.event_id, "signal": entry.name},
                 )
             else:
                 self._counters.add("stored")

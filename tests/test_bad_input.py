@@ -205,7 +205,13 @@ def test_a_node_that_somebody_else_claims_stays_heard(
     assert rejected == []
     wait_until(lambda: conflicts == ["abc-2"], what="the conflict is signalled")
     assert consumer.health().counts["conflicts"] == 1
-    assert "The event abc-2 of 'tick', which says it is from 'accounts', contradicts" in caplog.text
+    [record] = [each for each in caplog.records if "contradicts" in each.getMessage()]
+    assert "The event abc-2 of 'tick', which says it is from 'accounts'" in record.getMessage()
+    assert vars(record)["event_id"] == "abc-2"
+    assert (vars(record)["signal"], vars(record)["service"]) == (
+        "tick",
+        consumer.node.config.service,
+    )
 
 
 def test_no_event_is_lost_to_a_higher_number_that_somebody_forged(

@@ -317,6 +317,8 @@ def test_a_commit_stands_although_an_event_sent_after_it_cannot_be_stored(
         assert other.query(User).count() == 1
     [record] = [each for each in caplog.records if each.levelname == "ERROR"]
     assert "of 'user_added' was sent after a commit" in record.getMessage()
+    assert vars(record)["signal"] == "user_added"
+    assert vars(record)["event_id"] in record.getMessage()
 
 
 def test_a_place_where_the_session_takes_no_statement_is_named(bus: Bus, session: Session) -> None:
