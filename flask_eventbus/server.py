@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import redis
-
 from .alarms import MOST_NAMES
-from .connections import Connections
+from .connections import Connections, read_reply
 from .names import SIGNAL_NAME
 from .streams import ChannelKeys, StreamKeys
 
@@ -19,7 +17,7 @@ from .streams import ChannelKeys, StreamKeys
 TIMEOUT = 3.0
 
 #: Seconds that a command which only looks waits for a server, all questions together.
-PATIENCE = 10.0
+PATIENCE = 30.0
 
 
 #: The last command of a connection that reads streams, as ``CLIENT LIST`` shows it; of those that
@@ -68,6 +66,12 @@ class Server:
         self._connection.send_command(*command)
         return self._connection.read_response()
 
+    def ask_all(self, commands: Sequence[tuple[str, ...]]) -> list[Any]:
+        """The answers to commands, in one round trip; a refusal is a value among them."""
+        packed = self._connection.pack_commands(commands)
+        self._connection.send_packed_command(packed, check_health=False)
+        return [read_reply(self._connection) for _ in commands]
+
     def info(self, section: str) -> Mapping[str, str]:
         """The fields of one section of ``INFO``.
 
@@ -111,27 +115,14 @@ class Server:
 
         :raises redis.ResponseError: this user may not ask.
         """
-        names = sorted(name.decode(errors="replace") for name in self.ask("SMEMBERS", keys.names))
+        found = sorted(name.decode(errors="replace") for name in self.ask("SMEMBERS", keys.names))
+        names = [name for name in found[:MOST_NAMES] if SIGNAL_NAME.fullmatch(name)]
+        lengths = self.ask_all([("XLEN", keys.stream(name)) for name in names])
+        groups = self.ask_all([("XINFO", "GROUPS", keys.stream(name)) for name in names])
         return {
-            name: StreamFacts(
-                events=self.ask("XLEN", keys.stream(name)),
-                groups=self._groups(keys.stream(name)),
-            )
-            for name in names[:MOST_NAMES]
-            if SIGNAL_NAME.fullmatch(name)
+            name: StreamFacts(events=_checked(length), groups=_groups(answer))
+            for name, length, answer in zip(names, lengths, groups, strict=True)
         }
-
-    def _groups(self, key: str) -> list[str]:
-        try:
-            groups = self.ask("XINFO", "GROUPS", key)
-        except redis.ResponseError as error:
-            # The stream was deleted, and its name is still there.
-            if "no such key" in str(error):
-                return []
-
-            raise
-
-        return sorted(_text(group[group.index(b"name") + 1]) for group in groups)
 
     def close(self) -> None:
         """Close the connection."""
@@ -171,6 +162,21 @@ def _listening(client: Mapping[str, str]) -> Listening | None:
     )
     listens = found.channels or found.patterns or found.streams
     return found if owner == "eventbus" and node and listens else None
+
+
+def _groups(answer: Any) -> list[str]:
+    # The stream was deleted, and its name is still there.
+    if isinstance(answer, Exception) and "no such key" in str(answer):
+        return []
+
+    return sorted(_text(group[group.index(b"name") + 1]) for group in _checked(answer))
+
+
+def _checked(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
+
+    return answer
 
 
 def _text(answer: bytes) -> str:

@@ -156,8 +156,8 @@ def _is_kept_out(
 
     key = keys.stream(subscription.name)
     # Made for nobody: the place that it is to begin at is none.
-    made = _refusal(server, Need(("XGROUP", "CREATE", key, config.service, _NO_NUMBER), key))
-    return made is not None and made.is_right
+    made = Need(("XGROUP", "CREATE", key, config.service, _NO_NUMBER), key)
+    return any(refusal.is_right for refusal in _refusals(server, [made]))
 
 
 def _kept_out(subscription: Subscription, keys: StreamKeys, config: Config) -> Finding:
@@ -315,17 +315,14 @@ def _begins(server: Server) -> bool:
 
 
 def _refusals(server: Server, needs: Iterable[Need]) -> list[Refusal]:
-    return [refusal for need in needs if (refusal := _refusal(server, need))]
-
-
-def _refusal(server: Server, need: Need) -> Refusal | None:
-    try:
-        server.ask(*map(str, need.command))
-    except redis.ResponseError as reason:
-        harmless = any(words in str(reason) for words in _HARMLESS)
-        return None if harmless else Refusal(need, reason)
-
-    return None
+    needs = list(needs)
+    answers = server.ask_all([tuple(map(str, need.command)) for need in needs])
+    return [
+        Refusal(need, answer)
+        for need, answer in zip(needs, answers, strict=True)
+        if isinstance(answer, redis.ResponseError)
+        and not any(words in str(answer) for words in _HARMLESS)
+    ]
 
 
 def _finding(text: str, found: list[Refusal]) -> Finding:
