@@ -99,7 +99,10 @@ class Attempts:
                 self._leave_to_others(delivery)
                 return
 
-        if not self._may_begin(delivery):
+        is_first = delivery.record is None and delivery.begun is None
+
+        # Whether it still is this process's, as far as can be known.
+        if not (self._hand.begin(delivery) and (is_first or self._is_noted(delivery))):
             self._hand.let_go([delivery])
             self._counters.add("given_away")
             return
@@ -143,11 +146,6 @@ class Attempts:
         except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
             # It stays pending, and another worker claims it after EVENTBUS_CLAIM_AFTER.
             logger.debug("The entry %s is not handed back: %s", delivery.entry, error)
-
-    def _may_begin(self, delivery: Delivery) -> bool:
-        """Whether it still is this process's, as far as can be known; if so, it is begun."""
-        is_first = delivery.record is None and delivery.begun is None
-        return self._hand.begin(delivery) and (is_first or self._is_noted(delivery))
 
     def _is_noted(self, delivery: Delivery) -> bool:
         """Note in Redis that it is begun, where it is a retry, or a worker that ended began it.

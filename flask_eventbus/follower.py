@@ -327,7 +327,7 @@ class Follower:
                     extra={"signal": name, "service": self._service},
                 )
 
-        self._portions.note(entry.size for entry in entries)
+        self._portions.note(map(Entry.size, entries))
         found = self._intake.sort(entries, names)
         self._counters.add("received", len(found.deliveries))
         self._lineup.put(found.deliveries)

@@ -66,9 +66,8 @@ class Entry(NamedTuple):
     id: str
     fields: Fields | None
 
-    @property
     def size(self) -> int:
-        """The bytes of its fields."""
+        """Return the bytes of its fields."""
         fields = self.fields or {}
         return sum(map(len, fields)) + sum(map(len, fields.values()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from zlib import crc32
 
 from .deliveries import Delivery
@@ -31,6 +32,8 @@ PICK_BYTES = 4 * 1024 * 1024
 
 #: Seconds that handling is taken to last before the first was handled.
 GUESS = 0.02
+
+_MEMORY = attrgetter("memory")
 
 
 class Portions:
@@ -127,7 +130,7 @@ class Lineup:
                 self._line_of(delivery).append(delivery)
 
             self._waiting += len(deliveries)
-            self.memory += sum(delivery.memory for delivery in deliveries)
+            self.memory += sum(map(_MEMORY, deliveries))
             # Which thread is to wake is a matter of keys.
             self._work.notify_all()
 
@@ -161,7 +164,7 @@ class Lineup:
 
         with self._rest:
             self._taken -= count
-            self.memory -= sum(delivery.memory for delivery in deliveries)
+            self.memory -= sum(map(_MEMORY, deliveries))
             self._busy -= 1
             # Slow at once, fast by and by: a single slow one is a reason to read less.
             pace = seconds / count
@@ -186,7 +189,7 @@ class Lineup:
                 line.clear()
 
             self._waiting = 0
-            self.memory -= sum(delivery.memory for delivery in left)
+            self.memory -= sum(map(_MEMORY, left))
             self._rest.notify_all()
 
         return left

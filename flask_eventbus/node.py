@@ -61,6 +61,9 @@ LATE = 0.2
 #: process, whatever Redis does.
 LONGEST_STOP = FLUSH_AT_EXIT + REST
 
+#: What events are handled in without Flask: one serves all threads.
+_NOTHING = nullcontext()
+
 
 class Node:
     """Publishes and hears for one service in one process.
@@ -81,7 +84,7 @@ class Node:
         config: Config,
         declarations: Declarations,
         *,
-        scope: Callable[[], AbstractContextManager[object]] = nullcontext,
+        scope: Callable[[], AbstractContextManager[object]] = lambda: _NOTHING,
         owns: Callable[[Any], bool] = lambda sender: True,
         trace: Callable[[], str | None] = lambda: None,
         wanted: Callable[[], bool] = lambda: True,

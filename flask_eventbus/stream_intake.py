@@ -172,7 +172,7 @@ class StreamIntake:
         """
         fields = entry.fields or {}
 
-        if entry.size <= self._config.max_event_bytes:
+        if entry.size() <= self._config.max_event_bytes:
             return {bytes(name): bytes(value) for name, value in fields.items()}
 
         kept: dict[bytes, bytes] = {}

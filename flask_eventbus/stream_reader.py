@@ -206,7 +206,7 @@ class StreamReader:
 
         self.last_heard = time.monotonic()
         self._busy = len({entry.name for entry in entries}) or None
-        self._portions.note(entry.size for entry in entries)
+        self._portions.note(map(Entry.size, entries))
 
         if entries:
             self._trims.busy = len(entries) >= count
