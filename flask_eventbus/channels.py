@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import redis
 
-from .connections import OUTAGE, Connection, Connections, is_passing, read_reply
+from .connections import OUTAGE, Connection, Connections, is_passing, read_reply, set_deadline
 from .logs import get_logger
 from .role import NotMasterError
 
@@ -89,6 +90,7 @@ class ChannelReader:
                 self._aside = self._connections.open(timeout=TICK)
                 return
 
+            set_deadline(self._aside, time.monotonic() + TICK)
             self._aside.send_command("ROLE")
             self._connections.role.check(read_reply(self._aside))
         except NotMasterError:

@@ -18,6 +18,7 @@ from stream_store import StreamStore
 from flask_eventbus import Bus, PublishError, writer
 from flask_eventbus.__main__ import main
 from flask_eventbus.census import census
+from flask_eventbus.channels import TICK, ChannelReader
 from flask_eventbus.config import Config
 from flask_eventbus.connections import OUTAGE, Connections
 from flask_eventbus.dead_letters import Choice, DeadLetters
@@ -161,6 +162,20 @@ def test_a_pipe_ends_at_its_deadline_though_an_answer_dribbles(slow: Proxy, give
 
     with ends_within(1.0), pytest.raises(redis.TimeoutError):
         pipe.ask("INFO", "server")
+
+
+def test_a_listener_is_held_up_for_a_second_at_most_by_the_question_for_the_role(
+    slow: Proxy,
+) -> None:
+    reader = ChannelReader(Connections(slow.url, name="tests"))
+    reader.connect()
+    reader.check_role()
+    slow.pause, slow.dribbles = PAUSE, True
+
+    with ends_within(TICK):
+        reader.check_role()
+
+    reader.close()
 
 
 def test_send_is_held_for_its_timeout_though_an_answer_dribbles(
