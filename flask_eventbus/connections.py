@@ -294,7 +294,8 @@ class Connections:
             with self._naming:
                 first, self._nameless = not self._nameless, True
 
-            if first:
+            # Nobody looks for the connection of a command, such as "eventbus-status".
+            if first and self._name.startswith("eventbus:"):
                 is_unknown = str(answer).startswith("unknown command")
                 logger.warning(
                     "Redis does not let %r name its connections (%s): 'routes' and 'check' do not "

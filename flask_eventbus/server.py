@@ -147,7 +147,8 @@ def processes_of(listening: Sequence[Listening]) -> Counter[str]:
 
 def reason_of(error: Exception) -> str:
     """What a server or a socket says, as the end of a sentence of ours."""
-    return " ".join(str(error).split()).rstrip(".")
+    text, _, _ = str(error).partition(", with args beginning with")
+    return " ".join(text.split()).rstrip(".")
 
 
 def _listening(client: Mapping[str, str]) -> Listening | None:

@@ -261,7 +261,12 @@ class StreamAccess:
                 "'EVENTBUS_PREFIX', or remove that key."
             )
 
-        return f"{told}: {_reason(refusal)}."
+        remedy = ""
+
+        if str(refusal).startswith("unknown command"):
+            remedy = " Take it out of 'rename-command' in the server's configuration."
+
+        return f"{told}: {_reason(refusal)}.{remedy}"
 
 
 def by_name(found: Any) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ import pytest
 import redis
 from proxies import Impostor, Proxy
 from servers import RedisServer, free_port
+from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError, channels, inbound, listener, node, signals, writer
@@ -410,6 +411,41 @@ def test_a_server_without_the_command_client_is_used_all_the_same(
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 2, "one of each bus"
     assert all("Take it out of 'rename-command' in the server's" in line for line in lines)
+
+
+def test_a_command_for_people_needs_no_name_and_says_nothing_of_it(
+    tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = RedisServer(tmp_path, "--rename-command", "CLIENT", "")
+    server.start()
+    request.addfinalizer(server.kill)
+    store = StreamStore(server)
+    store.add("tick", n=1)
+
+    outcome = store.run("status", service=None)
+    checked = store.run("check", service=None)
+    server.kill()
+
+    assert outcome.exit_code == 0, outcome.output
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    assert "with args" not in checked.output
+
+
+def test_a_command_for_people_that_needs_a_renamed_command_says_what_to_change(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    server = RedisServer(tmp_path, "--rename-command", "XPENDING", "")
+    server.start()
+    request.addfinalizer(server.kill)
+    store = StreamStore(server)
+    store.add("tick", n=1)
+    store.group("tick")
+    store.read("tick", 1)
+
+    outcome = store.run("status")
+
+    assert outcome.exit_code == 1
+    assert "unknown command 'XPENDING'. Take it out of 'rename-command'" in outcome.output
 
 
 def test_a_name_that_does_not_resolve_is_tried_until_it_does(
