@@ -154,7 +154,7 @@ class Codec:
     def decode_to_wait(self, body: bytes, *, via: str = "channel") -> tuple[Event, int]:
         """Decode an event that waits for a receiver; return it with the memory it takes, in bytes.
 
-        A payload that takes much memory is left as bytes: :func:`.opened` reads it.
+        A payload that takes much memory, or may do so, is left as bytes: :func:`.opened` reads it.
 
         :raises DecodeError: as :meth:`decode` does.
         """

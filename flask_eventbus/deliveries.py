@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from .event import Event
 from .records import RetryRecord
@@ -30,16 +31,26 @@ class Delivery:
     lease: float
     #: How often it was begun by workers that did not end it; ``None`` where nobody began it.
     begun: int | None = None
-    #: What is tried again of it, and the bytes of that in Redis; ``None`` for a first attempt.
+    #: What is tried again of it; ``None`` for a first attempt.
     record: RetryRecord | None = None
-    member: bytes = b""
+    #: The bytes of that in Redis, where the record is packed otherwise.
+    odd: bytes = b""
     #: Whether its receivers run, or have run.
     started: bool = False
     #: What is in hand once: an entry, or a retry of one receiver that failed at it.
     identity: tuple[str, str, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.identity = (self.name, self.entry, self.member)
+        member = self.member
+        self.identity = (self.name, self.entry, sha256(member).digest() if member else b"")
+
+    @property
+    def member(self) -> bytes:
+        """The bytes of the record in Redis, made anew: the event in them is kept once."""
+        if self.record is None:
+            return b""
+
+        return self.odd or self.record.packed()
 
     @property
     def in_group(self) -> bool:

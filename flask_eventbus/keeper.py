@@ -18,7 +18,7 @@ from .connections import OUTAGE
 from .counters import BoundedLog, Counters
 from .deliveries import Delivery, Hand
 from .group import RELEASED, Group, GroupGoneError
-from .lineup import Lineup
+from .lineup import Lineup, Portions
 from .logs import get_logger
 from .orphans import Orphans
 from .retry_line import RetryLine
@@ -44,8 +44,9 @@ TOO_LONG = 2.5
 IDLE_CONSUMER = 600.0
 SIGNS_OF_LIFE = 4
 
-#: Retries that are taken at once: they may be large, and Redis is told of each.
+#: Retries that are taken at once, and the bytes that they have about: Redis is told of each.
 RETRIES = 32
+RETRY_BYTES = 4 * 1024 * 1024
 
 #: Looks for retries in each second: those that are due within one step share a look.
 STEPS = 10
@@ -104,6 +105,7 @@ class Keeper:
         self._thread: threading.Thread | None = None
         #: When each duty is due, by the monotonic clock.
         self._renew_at = self._claim_at = self._released_at = self._consumers_at = 0.0
+        self._portions = Portions(max_bytes=config.max_event_bytes, most=RETRY_BYTES)
         #: The streams with more retries than there was room for.
         self._more_retries: set[str] = set()
         self._attending = False
@@ -444,11 +446,13 @@ class Keeper:
     def _take_retries(self, name: str, subscription: Subscription) -> bool:
         """Take the retries of a stream that are due; return True if there are more."""
         while (room := self._lineup.room) > 0:
-            most = min(room, RETRIES)
+            memory = self._lineup.memory
+            most = self._portions.count(room=min(room, RETRIES), memory=memory, streams=1)
 
             with self._settler.turn:
                 deliveries, given_up, more = self._retries.take(name, subscription, most=most)
 
+            self._portions.note(delivery.memory for delivery in deliveries)
             self._hand.take(deliveries)
             self._lineup.put(deliveries)
             self._settler.settle(given_up)

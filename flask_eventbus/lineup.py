@@ -42,10 +42,12 @@ class Portions:
     Redis counts entries, not bytes: the largest of the last answers stands for those to come.
 
     :param max_bytes: the size of the largest event: what the first answer may be full of.
+    :param most: bytes that one answer is to have at most.
     """
 
-    def __init__(self, *, max_bytes: int) -> None:
+    def __init__(self, *, max_bytes: int, most: int = READ_BYTES) -> None:
         self._max_bytes = max_bytes
+        self._most = most
         self._largest = max_bytes
 
     def count(self, *, room: int, memory: int, streams: int) -> int:
@@ -54,7 +56,7 @@ class Portions:
         :param room: how many deliveries may be added.
         :param memory: the bytes that those take which are there.
         """
-        fitting = min(MOST_BYTES - memory, READ_BYTES) // self._largest
+        fitting = min(MOST_BYTES - memory, self._most) // self._largest
         return max(1, min(MOST_READ, min(room, fitting) // streams))
 
     def note(self, sizes: Iterable[int]) -> None:

@@ -40,6 +40,13 @@ class Outcome:
     undo: Command = ()
 
     @property
+    def size(self) -> int:
+        """The bytes that Redis is told: a record of a retry has the event once more."""
+        return sum(
+            len(part) for command in self.commands for part in command if isinstance(part, bytes)
+        )
+
+    @property
     def is_retry(self) -> bool:
         """Whether it is of one receiver that was tried again."""
         return self.delivery is not None and self.delivery.record is not None

@@ -284,7 +284,6 @@ def _again(node: Node, record: RetryRecord) -> Delivery:
         subscription=_subscription(node, event),
         lease=0.0,
         record=leased,
-        member=leased.packed(),
     )
 
 

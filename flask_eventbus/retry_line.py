@@ -201,7 +201,7 @@ class RetryLine:
 
                 return False
 
-            delivery.record, delivery.member = running, member
+            delivery.record, delivery.odd = running, b""
             return True
 
     def postponed(self, delivery: Delivery, record: RetryRecord) -> Outcome:
@@ -348,6 +348,7 @@ class RetryLine:
         event: Event,
         memory: int,
     ) -> Delivery:
+        odd = b"" if record.packed() == member else member
         return Delivery(
             name=name,
             entry=record.entry,
@@ -356,8 +357,8 @@ class RetryLine:
             subscription=subscription,
             lease=time.monotonic() + self._config.claim_after,
             record=record,
-            member=member,
-            memory=memory + len(member),
+            odd=odd,
+            memory=memory + len(odd),
         )
 
     def _postponed_until(self) -> int:

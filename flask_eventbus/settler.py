@@ -82,6 +82,12 @@ class Settler:
         return len(self._handled) + len(self._waiting) + len(self._refusals)
 
     @property
+    def memory(self) -> int:
+        """The bytes of the outcomes that wait, beside those of their deliveries."""
+        refused = [outcome for _, outcome in list(self._refusals)]
+        return sum(outcome.size for outcome in [*self._waiting, *refused])
+
+    @property
     def is_due(self) -> bool:
         """Whether there is something to tell now."""
         if self._handled or self._waiting:
@@ -378,12 +384,7 @@ def _batch(waiting: deque[Outcome]) -> list[Outcome]:
 
     while waiting and len(batch) < MOST_AT_ONCE and room > 0:
         batch.append(waiting.popleft())
-        room -= sum(
-            len(part)
-            for command in batch[-1].commands
-            for part in command
-            if isinstance(part, bytes)
-        )
+        room -= batch[-1].size
 
     return batch
 

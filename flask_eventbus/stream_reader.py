@@ -177,7 +177,7 @@ class StreamReader:
     @property
     def _has_unsettled(self) -> bool:
         """Return True if enough is in hand whose outcome Redis does not take."""
-        unsettled = self._hand.memory - self._lineup.memory
+        unsettled = self._hand.memory - self._lineup.memory + self._settler.memory
         return len(self._settler) > MOST_UNSETTLED or unsettled > MOST_BYTES
 
     def _read(self, names: dict[str, Subscription]) -> None:
@@ -193,7 +193,7 @@ class StreamReader:
             # Redis counts for each stream.
             count = self._portions.count(
                 room=self._lineup.room,
-                memory=self._lineup.memory,
+                memory=max(self._hand.memory, self._lineup.memory) + self._settler.memory,
                 streams=self._busy or len(names),
             )
             entries = self._group.read(list(names), count=count, block=self._block)

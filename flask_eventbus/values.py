@@ -296,11 +296,14 @@ SMALL = 1024
 ITEM_MEMORY = 200
 MOST_TEXT_MEMORY = 4
 
+#: More than there is.
+UNKNOWN = 2**62
+
 
 def memory_of(payload: dict[str, Any], *, found: set[type], packed: int) -> int:
     """Return the bytes of memory that a payload takes, about.
 
-    Of a value of a registered type it counts the object, and not what that refers to.
+    :data:`UNKNOWN` with a value of a registered type: what that refers to nobody can tell.
 
     :param found: what :func:`survey` found in it.
     :param packed: the bytes of the event that it came in.
@@ -330,9 +333,10 @@ def memory_of(payload: dict[str, Any], *, found: set[type], packed: int) -> int:
 
             if kind in _CONTAINERS:
                 containers.append(value)
+            elif kind in _SCALARS:
+                total += sys.getsizeof(value)
             else:
-                # What another's __sizeof__ says is not asked for.
-                total += sys.getsizeof(value) if kind in _SCALARS else object.__sizeof__(value)
+                return UNKNOWN
 
     return total
 

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus.codec import Codec
+from flask_eventbus.records import RetryRecord
 
 pytestmark = pytest.mark.second_look
 
 #: Megabytes that a process may need above its start: 64 MiB that wait, and what one event of
 #: the largest size takes while it is read. Without a bound it would be 300 and more.
 MOST = 180
+
+#: The same where few are read at once: retries, and what is read while others wait for Redis.
+MOST_OF_RETRIES = 150
 
 #: An entry larger than all limits, and the megabytes that a worker which reads it may need.
 HUGE = b"x" * 100_000_000
@@ -54,6 +59,9 @@ def receive(sender, **payload):
     if "large" in payload:
         hold.wait()
 
+    if "bad" in payload:
+        raise OSError("no paper")
+
 before = memory("VmRSS")
 bus.start()
 assert bus.ready(30)
@@ -77,8 +85,9 @@ def hearer(shared_redis: RedisServer, tmp_path: Path) -> Iterator[Callable[..., 
 
     started: list[Program] = []
 
-    def start(prefix: str, via: str, *limit: str) -> Hearer:
-        command = ("-c", HEARER, shared_redis.url, prefix, via, *limit)
+    def start(prefix: str, via: str, *limit: str, user: str = "") -> Hearer:
+        url = shared_redis.url.replace("://", f"://{user}:any@") if user else shared_redis.url
+        command = ("-c", HEARER, url, prefix, via, *limit)
         started.append(Program(command, tmp_path, {}))
         wait_until(lambda: "ready" in started[-1].said, timeout=30, what="it hears")
         return Hearer(started[-1])
@@ -180,6 +189,75 @@ def test_large_stream_events_after_small_ones_are_read_as_far_as_they_fit(
 
     assert received < 500
     assert memory < MOST
+
+
+def test_large_retries_are_read_as_far_as_they_fit_and_each_is_kept_once(
+    store: StreamStore, hearer: Callable[..., Hearer]
+) -> None:
+    process = hearer(store.prefix, "stream")
+
+    for number in range(400):
+        store.add("tick", n=number)
+
+    wait_until(lambda: process.facts()[1] == 400, timeout=60, what="the small ones are handled")
+    body = Codec().encode(store.event("tick", large="x" * 1_000_000))
+    record = RetryRecord(
+        entry="",
+        event=body,
+        receiver="__main__.receive",
+        attempts=1,
+        first=1,
+        last=round(time.time() * 1000),
+        error="",
+    )
+    key = store.keys.retry("tick", "hearer")
+
+    with store.client.pipeline(transaction=True) as all_of_them:
+        for number in range(200):
+            member = replace(record, entry=f"1-{number}").packed()
+            all_of_them.zadd(key, {member: time.time() * 1000})
+
+        all_of_them.execute()
+
+    counts: list[int] = [0]
+
+    def is_settled() -> bool:
+        time.sleep(0.5)
+        counts.append(store.client.zcount(key, time.time() * 1000 + 1, "+inf"))
+        return counts[-1] == counts[-2] > 0
+
+    wait_until(is_settled, timeout=60, what="no more are leased")
+
+    # 64 MiB of them.
+    assert 60 < counts[-1] < 80
+    assert process.facts()[0] < MOST_OF_RETRIES
+
+
+def test_what_redis_does_not_take_of_large_events_that_failed_is_bounded(
+    store: StreamStore, hearer: Callable[..., Hearer]
+) -> None:
+    """Each of them waits with its retry, which has the event once more."""
+    user = f"hearer-{store.prefix}"
+    store.client.acl_setuser(
+        user, True, nopass=True, categories=["+@all"], commands=["-zadd"], keys=["*"]
+    )
+    store.client.execute_command("ACL", "SETUSER", user, "allchannels")
+    process = hearer(store.prefix, "stream", user=user)
+
+    for number in range(400):
+        store.add("tick", n=number)
+
+    wait_until(lambda: process.facts()[1] == 400, timeout=60, what="the small ones are handled")
+
+    for _ in range(200):
+        store.add("tick", bad="x" * 1_000_000)
+
+    wait_until(lambda: process.facts()[2] > 430, timeout=60, what="large ones are read")
+    wait_until(process.settles, timeout=60, what="it reads no more")
+    memory, _, received = process.facts()
+
+    assert received < 500
+    assert memory < MOST_OF_RETRIES
 
 
 def huge_letters(store: StreamStore) -> list[tuple[bytes, bytes]]:

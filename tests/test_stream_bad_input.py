@@ -309,6 +309,20 @@ def test_a_record_of_a_retry_that_somebody_edited_is_a_dead_letter_and_the_other
     goes_on(store, heard)
 
 
+def test_a_retry_that_another_program_packed_in_its_own_way_is_tried_and_removed(
+    store: StreamStore, service: Bus, heard: list[Any]
+) -> None:
+    record = record_of(store, receiver_name(heard, service, store), n=7)
+    values = {name: getattr(record, name) for name in reversed(record.__slots__)}
+    key = store.keys.retry("tick", "mailer")
+    store.client.zadd(key, {msgpack.packb(values): 0})
+
+    wait_until(lambda: heard == [7], what="it is tried again")
+    wait_until(lambda: not store.client.zcard(key), what="it is removed")
+    goes_on(store, heard)
+    assert heard == [7, 42]
+
+
 def receiver_name(heard: list[Any], service: Bus, store: StreamStore) -> str:
     """What the receiver of ``tick`` is known by."""
     return f"{__name__}.hear.<locals>.receive"
