@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -612,6 +613,103 @@ def test_whoever_asks_and_does_not_read_is_cut_off(
             wait_until(lambda: dropped(server, "client_output_buffer_limit") > 0, what="it is cut")
 
             assert accounts.xadd(key, {"event": b"y"})
+
+
+def test_whoever_sends_behind_a_read_that_blocks_is_cut_off(
+    server: GuardedServer, refusals: Callable[[], list[object]]
+) -> None:
+    """No argument is too long: it is what Redis has not run yet that is too much."""
+    key = stream("user_registered")
+    before = server.log.count("reached max query buffer length")
+
+    with server.owner() as owner, let_in(server, "mailer") as attacker:
+        owner.xgroup_create(key, "mailer", mkstream=True)
+        read = ("XREADGROUP", "GROUP", "mailer", "a-1-b", "BLOCK", "60000", "STREAMS", key, ">")
+        attacker.sendall(packed(*read))
+
+        with suppress(OSError):
+            for _ in range(10):
+                attacker.sendall(packed("PING", b"x" * (3 << 20)))
+
+        wait_until(
+            lambda: server.log.count("reached max query buffer length") > before, what="it is cut"
+        )
+
+    with server.client_of("accounts") as accounts:
+        assert accounts.xadd(key, {"event": b"y"})
+
+
+def test_whoever_queues_a_transaction_without_end_is_cut_off(
+    server: GuardedServer, refusals: Callable[[], list[object]]
+) -> None:
+    """Redis 7.0 counts it as memory of a client, later versions as what is not run yet as well."""
+
+    def cut() -> int:
+        count = server.log.count("reached max query buffer length")
+        return count + dropped(server, "evicted_clients")
+
+    before = cut()
+
+    with let_in(server, "mailer") as attacker, suppress(OSError):
+        attacker.sendall(packed("MULTI"))
+
+        for _ in range(100):
+            attacker.sendall(packed("PING", b"x" * (3 << 20)))
+
+    wait_until(lambda: cut() > before, what="it is cut")
+
+    with server.client_of("accounts") as accounts:
+        assert accounts.xadd(stream("user_registered"), {"event": b"y"})
+
+
+def test_a_publisher_without_end_is_refused_and_makes_room_for_itself_nowhere(
+    tmp_path: Path,
+) -> None:
+    server = GuardedServer(tmp_path)
+    server.start()
+    key = stream("user_registered")
+
+    try:
+        with let_in(server, "accounts") as attacker:
+            answer = b""
+
+            for _ in range(100):
+                attacker.sendall(packed("XADD", key, "*", "event", b"x" * (3 << 20)))
+                answer = attacker.recv(200)
+
+                if answer.startswith(b"-"):
+                    break
+
+        assert answer.startswith(b"-OOM")
+
+        with server.owner() as owner, server.client_of("accounts") as accounts:
+            assert owner.xlen(key) > 60
+            assert owner.info("stats")["evicted_keys"] == 0
+            assert accounts.publish(channel("api_call"), b"y") == 0
+    finally:
+        server.kill()
+        shutil.rmtree(tmp_path / "appendonlydir")
+
+
+def test_a_listener_that_does_not_read_is_cut_off(
+    server: GuardedServer, refusals: Callable[[], list[object]]
+) -> None:
+    before = dropped(server, "client_output_buffer_limit")
+
+    with server.client_of("accounts") as accounts, let_in(server, "analytics") as listener:
+        listener.sendall(packed("SUBSCRIBE", channel("api_call")))
+        wait_until(lambda: accounts.publish(channel("api_call"), b"") == 1, what="it listens")
+        sent = 0
+
+        # What the sockets hold comes on top of the limit.
+        while accounts.publish(channel("api_call"), b"x" * 1_000_000):
+            sent += 1
+            assert sent < 200
+
+        assert sent > 60
+        wait_until(
+            lambda: dropped(server, "client_output_buffer_limit") > before, what="it is cut off"
+        )
 
 
 def test_many_clients_together_may_not_hold_more_than_their_share(
