@@ -9,19 +9,34 @@ from pathlib import Path
 import pytest
 
 from flask_eventbus import (
+    alarms,
     attempts,
     buffer,
+    catalogue,
     clock,
+    codec,
+    counters,
     duplicates,
     exchange,
     follower,
     group,
     inbox,
     keeper,
+    lineup,
     listener,
+    logs,
     node,
+    orphans,
+    pipe,
+    records,
     relay,
     retries,
+    seal,
+    sequences,
+    server,
+    services,
+    stream_intake,
+    values,
     writer,
 )
 from flask_eventbus.config import Config
@@ -30,7 +45,15 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("services/*/README.md")), ROOT / "README.md"]
 
-WORDS = {"two": 2, "three": 3, "five": 5, "ten": 10, "twenty": 20, "two and a half": 2.5}
+WORDS = {
+    "two": 2,
+    "three": 3,
+    "five": 5,
+    "eight": 8,
+    "ten": 10,
+    "twenty": 20,
+    "two and a half": 2.5,
+}
 
 MIB = 1024 * 1024
 
@@ -67,6 +90,32 @@ SENTENCES = [
     ("what-happens-when", r"sign of life after (\S+) seconds of silence", listener.QUIET),
     ("what-happens-when", r"and connects anew after (\S+) more", listener.DEADLINE),
     ("what-happens-when", r"after 1 s, 2 s, up to (\S+) minutes", retries.MOST / 60),
+    ("streams", r"and will be are found within (\S+) seconds", catalogue.LOOK),
+    ("streams", r"a pattern stands for (\S+) streams and hears", alarms.MOST_NAMES),
+    ("streams", r"finds them, within (\S+) minutes after that hour", orphans.LOOK / 60),
+    ("deploying", r"its first (\S+) characters, on one line, and the last", logs.MOST_ERROR),
+    ("deploying", r"on one line, and the last (\S+) of its", logs.MOST_TRACEBACK),
+    ("deploying", r"Of each kind of line (\S+) a minute are logged", counters.LINES_PER_MINUTE),
+    ("deploying", r"(\S+) KiB once it is read waits as bytes", codec.MOST_WAITING / 1024),
+    ("deploying", r"Of each stream at most (\S+) entries are read", lineup.MOST_READ),
+    ("wire-format", r"what it failed with, (\S+) characters at most", records.MOST_ERROR),
+    ("wire-format", r"end of its traceback, (\S+) characters at most", records.MOST_TRACEBACK),
+    (
+        "wire-format",
+        r"as JSON\]\(#an-event-as-json\), cut to (\S+) characters",
+        stream_intake.MOST_PAYLOAD,
+    ),
+    ("wire-format", r"entry.FIELD.sample`, its first (\S+) bytes", pipe.SAMPLE),
+    ("wire-format", r"of each of the first (\S+) there are", stream_intake.MOST_FIELDS),
+    ("wire-format", r"remembers the bytes of the last (\S+) events of each", sequences.REPEATABLE),
+    ("wire-format", r"(\S+) such events. A listener skips", sequences.REMEMBERED),
+    ("wire-format", r"`traceparent` \| text, 1 to (\S+) bytes", seal.MAX_TRACEPARENT_BYTES),
+    ("wire-format", r"`partitionkey` \| text, 1 to (\S+) bytes", seal.MAX_KEY_BYTES),
+    ("wire-format", r"array or a map of more than (\S+) items", values.MAX_ITEMS),
+    ("configuration", r"it travels as text, of (\S+) bytes at most", seal.MAX_KEY_BYTES),
+    ("commands", r"Redis has (\S+) seconds to begin each answer", server.TIMEOUT),
+    ("commands", r"each look of `status` wait for it (\S+) seconds", server.PATIENCE),
+    ("commands", r"killed after (\S+) minutes without a sign of life", services.GONE / 60),
     ("transactions", r"is tried again every (\S+) seconds", relay.REFUSED_AGAIN),
 ]
 
@@ -102,6 +151,17 @@ def test_a_page_says_how_long_retries_last_as_the_code_does() -> None:
     assert number(thirty) == round(lasting(30) / 3_600, 1)
     assert "5 retries take half a minute" in text
     assert lasting(5) == pytest.approx(30, abs=2)
+
+
+def test_the_table_of_retries_is_what_the_code_does() -> None:
+    units = {"s": 1, "minutes": 60, "hours": 3_600}
+    text = (DOCS / "streams.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\S+) (s|minutes|hours) \|$", text, re.MULTILINE)
+
+    assert len(rows) == 5
+    for retries_, attempts_, span, unit in rows:
+        assert int(attempts_) == int(retries_) + 1
+        assert lasting(int(retries_)) / units[unit] == pytest.approx(float(span), rel=0.01)
 
 
 def lasting(count: int) -> float:
