@@ -226,7 +226,7 @@ def _advice(error: Exception, cause: BaseException | None, url: str, is_first: b
     other = _other(urlsplit(url).scheme)
 
     if isinstance(cause, ssl.SSLCertVerificationError):
-        return _about_certificate(cause)
+        return _about_certificate(cause, url)
 
     if is_tls and isinstance(cause, FileNotFoundError):
         return _about_files(url)
@@ -301,7 +301,13 @@ def trouble_of(error: Exception) -> str:
     return f"{reason}. Start it there, or correct 'EVENTBUS_URL'."
 
 
-def _about_certificate(error: ssl.SSLCertVerificationError) -> str:
+def _about_certificate(error: ssl.SSLCertVerificationError, url: str) -> str:
+    if error.verify_code in _OTHER_HOST and "+sentinel://" in url:
+        return (
+            "Write the Sentinels in 'EVENTBUS_URL' as their certificates name them. For the master, "
+            "set 'sentinel announce-hostnames yes', or let its certificate name its address."
+        )
+
     if error.verify_code in _OTHER_HOST:
         return "Write the host in 'EVENTBUS_URL' as the server's certificate names it."
 

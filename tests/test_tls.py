@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 import pytest
 import redis
 from servers import RedisServer, require, server_executable
+from test_topologies import Sentinel
 from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError
@@ -99,14 +100,14 @@ class TlsServer(RedisServer):
 class TlsSentinel(TlsServer):
     """A Sentinel that speaks TLS alone, with its clients and with its master."""
 
-    def __init__(self, folder: Path, master: TlsServer) -> None:
+    def __init__(self, folder: Path, master: TlsServer, host: str = "localhost") -> None:
         super().__init__(folder, master.authority)
         options = " ".join(self._options).removeprefix("--").split(" --")
         lines = [
             *(*options, "tls-replication yes", "bind 127.0.0.1", f"dir {folder}"),
             "sentinel resolve-hostnames yes",
             "sentinel announce-hostnames yes",
-            f"sentinel monitor mymaster localhost {master.port} 1",
+            f"sentinel monitor mymaster {host} {master.port} 1",
         ]
         (folder / "sentinel.conf").write_text("\n".join(lines))
 
@@ -157,6 +158,32 @@ def test_sentinels_and_the_master_are_reached_over_tls(
 
         with pytest.raises(redis.ConnectionError, match=r"begin 'EVENTBUS_URL' with 'rediss\+sent"):
             Connections(plain, name="tests").open(timeout=5)
+    finally:
+        sentinel.kill()
+
+
+def test_a_master_whose_certificate_does_not_name_what_sentinels_say_is_explained(
+    tmp_path: Path, server: TlsServer
+) -> None:
+    sentinel = TlsSentinel(tmp_path, server, "127.0.0.1")
+    sentinel.start()
+    url = sentinel.url.replace("rediss", "rediss+sentinel").replace("/0?", "/mymaster/0?")
+
+    try:
+        with pytest.raises(redis.ConnectionError, match="set 'sentinel announce-hostnames yes'"):
+            Connections(url, name="tests").open(timeout=5)
+    finally:
+        sentinel.kill()
+
+
+def test_tls_to_sentinels_without_it_is_explained(tmp_path: Path, server: TlsServer) -> None:
+    sentinel = Sentinel(tmp_path, server)
+    sentinel.start()
+    url = f"rediss+sentinel://127.0.0.1:{sentinel.port}/mymaster/0"
+
+    try:
+        with pytest.raises(redis.ConnectionError, match="does not speak TLS, begin .*'redis.sent"):
+            Connections(url, name="tests").open(timeout=5)
     finally:
         sentinel.kill()
 
