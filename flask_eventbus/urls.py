@@ -304,8 +304,8 @@ def trouble_of(error: Exception) -> str:
 def _about_certificate(error: ssl.SSLCertVerificationError, url: str) -> str:
     if error.verify_code in _OTHER_HOST and "+sentinel://" in url:
         return (
-            "Write the Sentinels in 'EVENTBUS_URL' as their certificates name them. For the master, "
-            "set 'sentinel announce-hostnames yes', or let its certificate name its address."
+            "Write the Sentinels in 'EVENTBUS_URL' as their certificates name them. For the "
+            "master, set 'sentinel announce-hostnames yes', or name its address in its certificate."
         )
 
     if error.verify_code in _OTHER_HOST:

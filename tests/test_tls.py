@@ -182,7 +182,7 @@ def test_tls_to_sentinels_without_it_is_explained(tmp_path: Path, server: TlsSer
     url = f"rediss+sentinel://127.0.0.1:{sentinel.port}/mymaster/0"
 
     try:
-        with pytest.raises(redis.ConnectionError, match="does not speak TLS, begin .*'redis.sent"):
+        with pytest.raises(redis.ConnectionError, match=r"does not speak TLS, begin .*'redis.sent"):
             Connections(url, name="tests").open(timeout=5)
     finally:
         sentinel.kill()
