@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,7 +34,7 @@ from .stream_checks import (
 from .stream_rights import check_stream_rights
 from .streams import ChannelKeys, StreamKeys
 from .turn import BATCH_BYTES
-from .urls import AdvisedError
+from .urls import AdvisedError, without_secrets
 
 #: What ``CLIENT LIST`` shows: never one of a service's listeners.
 CLIENT_NAME = "eventbus-check"
@@ -345,12 +347,26 @@ def _check_streams(
             lambda access: _services(access, node, service),
             patterns=patterns,
             deadline=connections.deadline,
-            program="eventbus --service {}" if service is None else "flask eventbus",
+            program=_program(node.config) if service is None else "flask eventbus",
         )
 
     if service is not None:
         written = set(overview.published_names(via="stream")) - heard(node, ())
         yield from check_written(node.config, sorted(written), connections.deadline)
+
+
+def _program(config: Config) -> str:
+    """Return how the command is called for a service, where no app says which server it means."""
+    given = Config(service=config.service)
+    is_plain = without_secrets(config.url) == config.url
+    words = ["eventbus"]
+
+    if config.url != os.environ.get("EVENTBUS_URL", given.url):
+        words += ["--url", shlex.quote(config.url) if is_plain else "URL"]
+    if config.prefix != os.environ.get("EVENTBUS_PREFIX", given.prefix):
+        words += ["--prefix", config.prefix]
+
+    return " ".join(words).replace("{", "{{").replace("}", "}}") + " --service {}"
 
 
 def _note_cluster(overview: Overview) -> Iterator[Finding]:

@@ -982,12 +982,17 @@ def test_what_waits_in_streams_is_noted_with_the_command_to_look(
     ]
     assert "note     'audit' has yet to read 3 events of 'user_registered'.\n" in of_all
 
-    for command in re.findall(r"(eventbus --service mailer .*)\n", of_all):
+    for command in re.findall(r"(eventbus --url \S+ --service mailer .*)\n", of_all):
         if "--watch" not in command:
-            done = CliRunner().invoke(main, ["--url", lasting_redis.url, *command.split()[1:]])
+            done = CliRunner().invoke(main, command.split()[1:])
             assert done.exit_code == 0, done.output
 
-    assert "eventbus --service mailer dead list --signal user_registered" in of_all
+    command = "--service mailer dead list --signal user_registered"
+    assert f"eventbus --url {lasting_redis.url} {command}" in of_all
+    environment = {"EVENTBUS_URL": lasting_redis.url}
+    assert f"eventbus {command}" in CliRunner(env=environment).invoke(main, ["check"]).output
+    words[1] += "?client_name=secret"
+    assert f"eventbus --url URL {command}" in CliRunner().invoke(main, words).output
 
 
 def a_retry(store: StreamStore, entry: str) -> RetryRecord:
