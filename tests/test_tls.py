@@ -168,6 +168,7 @@ def test_a_master_whose_certificate_does_not_name_what_sentinels_say_is_explaine
     sentinel = TlsSentinel(tmp_path, server, "127.0.0.1")
     sentinel.start()
     url = sentinel.url.replace("rediss", "rediss+sentinel").replace("/0?", "/mymaster/0?")
+    url += "&ssl_check_hostname=true"
 
     try:
         with pytest.raises(redis.ConnectionError, match="set 'sentinel announce-hostnames yes'"):
