@@ -168,7 +168,9 @@ def _engine(node: Node, database: str | None) -> Iterator[Engine]:
     url = database or (os.environ.get("DATABASE_URL") if session is None else None)
 
     if url is not None:
-        engine = _connect(url)
+        from .transactions import connect  # it needs SQLAlchemy, which is optional
+
+        engine = connect(url)
 
         try:
             yield _refuse_async(engine)
@@ -198,19 +200,6 @@ def _refuse_async(engine: Engine) -> Engine:
         )
 
     return engine
-
-
-def _connect(url: str) -> Engine:
-    from sqlalchemy import create_engine
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        return create_engine(url)
-    except (ArgumentError, ImportError) as error:
-        raise ConfigError(
-            f"--database cannot be used: {error}. Write it as in "
-            "'postgresql+psycopg://user@host/name', and install its driver."
-        ) from error
 
 
 @contextmanager

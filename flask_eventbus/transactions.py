@@ -18,7 +18,8 @@ from .coroutines import run_coroutine
 from .errors import ConfigError
 
 try:
-    from sqlalchemy import Engine, Table, __version__, event
+    from sqlalchemy import Engine, Table, __version__, create_engine, event
+    from sqlalchemy.exc import ArgumentError
     from sqlalchemy.orm import Session, SessionTransaction
     from sqlalchemy.util import ScopedRegistry
 except ImportError as error:
@@ -158,6 +159,20 @@ def engine_of(source: Any, table: Table) -> Engine:
         )
 
     return session.get_bind(clause=table).engine
+
+
+def connect(url: str) -> Engine:
+    """Return the engine of a database by its URL.
+
+    :raises ConfigError: the URL names no database, or its driver is not installed.
+    """
+    try:
+        return create_engine(url)
+    except (ArgumentError, ImportError) as error:
+        raise ConfigError(
+            f"--database cannot be used: {error}. Write it as in "
+            "'postgresql+psycopg://user@host/name', and install its driver."
+        ) from error
 
 
 def hold(session: Session, item: Any, owner: Owner) -> None:
