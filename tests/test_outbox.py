@@ -848,6 +848,18 @@ if "TEST_DATABASE_URL" in os.environ:
 
         assert ear.ids == list(range(5))
 
+    def test_a_relay_reads_what_is_committed_whatever_the_database_does_by_default(
+        engine: Engine, database: str
+    ) -> None:
+        fill(engine, 1)
+        # The default of MySQL and MariaDB, which locks the gaps between rows as well.
+        other = create_engine(database, isolation_level="REPEATABLE READ")
+
+        with Outbox(other).take(1) as batch:
+            assert batch._connection.get_isolation_level() == "READ COMMITTED"
+
+        other.dispose()
+
 
 def test_a_relay_publishes_nothing_into_a_replica(
     redis_server: RedisServer,
