@@ -14,7 +14,7 @@ from .alarms import foreign_consumers
 from .backoff import Backoff
 from .claims import Claims
 from .config import Config
-from .connections import OUTAGE
+from .connections import OUTAGE, takes_no_writes
 from .counters import BoundedLog, Counters
 from .deliveries import Delivery, Hand
 from .group import RELEASED, Group, GroupGoneError
@@ -392,6 +392,11 @@ class Keeper:
             except GroupGoneError as error:
                 logger.debug("The consumers of %r are gone: %s", name, error)
             except redis.ResponseError as error:
+                # Whoever reads says that of all that it does.
+                if takes_no_writes(error):
+                    logger.debug("Nobody looks for idle consumers of %r: %s", name, error)
+                    continue
+
                 self._log.once(
                     f"idle {name}",
                     "Redis does not let this worker remove idle consumers of %r: %s. They stay. %s",
