@@ -21,6 +21,9 @@ from .subscriptions import NEW, Subscription
 
 logger = get_logger(__name__)
 
+#: Digits of a moment in milliseconds, at most: enough for 30,000 years.
+MOST_DIGITS = 15
+
 #: Seconds between looks for streams that patterns stand for.
 LOOK = 2.0
 
@@ -211,4 +214,5 @@ class Catalogue:
             self._pipe.ask("HSETNX", key, pattern, now)
             since = self._pipe.ask("HGET", key, pattern)
             # Redis may have been flushed this moment, or somebody wrote something else there.
-            self._since[pattern] = int(since) if since and since.isdigit() else now
+            is_moment = since and since.isdigit() and len(since) <= MOST_DIGITS
+            self._since[pattern] = int(since) if is_moment else now

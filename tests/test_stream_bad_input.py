@@ -593,10 +593,11 @@ def test_a_set_of_names_that_is_none_is_told(
     wait_until(lambda: named == [1], what="what is subscribed by name is heard")
 
 
+@pytest.mark.parametrize("since", ["yesterday", "9" * 5_000], ids=["words", "many digits"])
 def test_a_pattern_whose_beginning_somebody_edited_is_heard_from_now_on(
-    store: StreamStore, service: Bus
+    store: StreamStore, service: Bus, since: str
 ) -> None:
-    store.client.hset(store.keys.since("mailer"), "t*", "yesterday")
+    store.client.hset(store.keys.since("mailer"), "t*", since)
     heard = hear(service, "t*")
 
     store.add("tick", n=1)
