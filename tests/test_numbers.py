@@ -35,6 +35,7 @@ from flask_eventbus import (
     sequences,
     server,
     services,
+    stream_access,
     stream_intake,
     values,
     writer,
@@ -59,6 +60,9 @@ MIB = 1024 * 1024
 
 #: A page, a sentence of it with its number in parentheses, and what the code has in that place.
 SENTENCES = [
+    ("commands", r"Redis has (\S+) seconds to begin each answer", stream_access.TIMEOUT),
+    ("commands", r"wait for it (\S+) seconds at most, all questions", server.PATIENCE),
+    ("commands", r"dead retry --wait S` takes (\S+) seconds more", stream_access.TIMEOUT),
     ("streams", r"done in the last (\S+) milliseconds may not be", attempts.SHARE * 1_000),
     ("streams", r"tried again after (\S+) second, then 2, 4, 8", retries.FIRST),
     ("streams", r"and so on up to (\S+) minutes, each", retries.MOST / 60),
@@ -96,7 +100,7 @@ SENTENCES = [
     ("deploying", r"its first (\S+) characters, on one line, and the last", logs.MOST_ERROR),
     ("deploying", r"on one line, and the last (\S+) of its", logs.MOST_TRACEBACK),
     ("deploying", r"Of each kind of line (\S+) a minute are logged", counters.LINES_PER_MINUTE),
-    ("deploying", r"(\S+) KiB once it is read waits as bytes", codec.MOST_WAITING / 1024),
+    ("deploying", r"(\S+) KiB once it is read, or that has", codec.MOST_WAITING / 1024),
     ("deploying", r"Of each stream at most (\S+) entries are read", lineup.MOST_READ),
     ("wire-format", r"what it failed with, (\S+) characters at most", records.MOST_ERROR),
     ("wire-format", r"end of its traceback, (\S+) characters at most", records.MOST_TRACEBACK),
