@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import itertools
 import os
 import re
@@ -21,7 +23,7 @@ from servers import RedisServer, free_port, require, unread
 from waiting import wait_until
 
 from flask_eventbus import Bus, routes, subscriptions
-from flask_eventbus.config import SETTINGS
+from flask_eventbus.config import SETTINGS, Config
 from flask_eventbus.records import REASONS
 from flask_eventbus.retries import delay
 from flask_eventbus.streams import StreamKeys
@@ -129,9 +131,28 @@ def test_what_a_program_may_write_runs_and_so_does_its_test(pytester: pytest.Pyt
 
 
 def test_the_configuration_page_has_every_setting_with_its_default() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+
     for setting in SETTINGS:
         assert f"\n## {setting}\n" in CONFIGURATION
-        assert f"[`{setting}`](#{setting.lower()})" in CONFIGURATION
+        begin = re.escape(f"| [`{setting}`](#{setting.lower()}) |")
+        [told] = re.findall(rf"^{begin} [^|]+ \| ([^|]+) \|", CONFIGURATION, re.MULTILINE)
+        default = defaults[setting.removeprefix("EVENTBUS_").lower()]
+
+        if default is dataclasses.MISSING:
+            assert told == "required"
+        elif default == ():
+            assert told == "nothing"
+        else:
+            assert default in (read_default(told), told.strip("`"))
+
+
+def read_default(told: str) -> object:
+    """What a page says in code, as Python has it; ``None`` if it is a bare word."""
+    try:
+        return ast.literal_eval(told.strip("`"))
+    except (SyntaxError, ValueError):
+        return None
 
 
 @pytest.mark.parametrize("text", blocks(CONFIGURATION))
