@@ -24,17 +24,34 @@ def catch_sigterm(stop: Callable[[], None]) -> None:
     """Call ``stop`` before SIGTERM ends the process, if the program leaves it at its default.
 
     A handler that the program, or its server, has set or sets later is left alone. Without
-    effect outside of the main thread, where Python sets no handlers, and under mod_wsgi,
-    which refuses them.
+    effect outside of the main thread, where Python sets no handlers, under mod_wsgi, which refuses
+    them, and in children of multiprocessing and billiard: ``terminate()`` is to end those at once,
+    also in the moment before they wait for a lock, where Python calls no handler.
     """
     global _stop
 
     if threading.current_thread() is not threading.main_thread() or "mod_wsgi" in sys.modules:
         return
 
+    if any(
+        _has_parent(sys.modules.get(f"{name}.process")) for name in ("multiprocessing", "billiard")
+    ):
+        return
+
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         _stop = stop
         signal.signal(signal.SIGTERM, end_by_signal)
+
+
+def leave_sigterm() -> None:
+    """Undo :func:`catch_sigterm`, for a child that inherits the handler."""
+    if signal.getsignal(signal.SIGTERM) is end_by_signal:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _has_parent(processes: Any) -> bool:
+    """Return True in a process that this module for processes has started."""
+    return processes is not None and processes.current_process()._parent_pid is not None
 
 
 def end_by_signal(number: int, frame: FrameType | None) -> None:
@@ -75,3 +92,23 @@ def _is_first() -> bool:
 
 def _exit(number: int, frame: FrameType | None = None) -> None:
     os._exit(128 + number)
+
+
+#: The signals that each thread blocked before it forked.
+_masks = threading.local()
+
+
+def _hold_sigterm() -> None:
+    """Before a fork: Python forgets a signal that the child gets before its first step."""
+    if signal.getsignal(signal.SIGTERM) is end_by_signal:
+        _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _release_sigterm() -> None:
+    if (before := _masks.__dict__.pop("before", None)) is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+os.register_at_fork(
+    before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=_release_sigterm
+)

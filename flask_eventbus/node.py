@@ -25,7 +25,7 @@ from .counters import Counters
 from .declarations import Declarations
 from .dispatcher import Dispatcher
 from .drafts import Drafts
-from .ending import catch_sigterm, process_ends
+from .ending import catch_sigterm, leave_sigterm, process_ends
 from .errors import PublishError
 from .event import Event
 from .exchange import Exchange
@@ -670,8 +670,12 @@ def _stop_with_pools() -> None:
         )
 
 
-def _finalizer(util: Any) -> Callable[[object], object]:
-    return lambda _: util.Finalize(None, stop_all, exitpriority=0)
+def _finalizer(util: Any) -> Callable[[object], None]:
+    def prepare_child(_: object) -> None:
+        leave_sigterm()
+        util.Finalize(None, stop_all, exitpriority=0)
+
+    return prepare_child
 
 
 def _stop_with_celery(**extra: Any) -> None:

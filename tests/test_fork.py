@@ -423,6 +423,67 @@ wait_until_released("RELEASE")
     assert program.end() == 0
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_child_of_multiprocessing_is_ended_by_terminate_wherever_it_is(
+    service: Service, method: str
+) -> None:
+    service.write(
+        "program.py",
+        f"""
+import ctypes, multiprocessing, sys
+from flask_eventbus import Bus
+
+def wait_for_ever(begun):
+    if multiprocessing.get_start_method() == "spawn":
+        Bus("redis://127.0.0.1:9/0", service="child")
+
+    mutex = ctypes.create_string_buffer(128)
+    lock = ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex)
+    begun.set()
+    # As a worker of a pool in the moment before it waits: no handler of Python runs.
+    lock(mutex)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("{method}")
+    bus = Bus("redis://127.0.0.1:9/0", service="parent")
+    begun = multiprocessing.Event()
+    child = multiprocessing.Process(target=wait_for_ever, args=(begun,))
+    child.start()
+    assert begun.wait(30)
+    child.terminate()
+    child.join(10)
+    code = child.exitcode
+    child.kill()
+    print(code, flush=True)
+""",
+    )
+
+    program = service.run("program.py")
+
+    assert program.end() == 0
+    assert "-15" in program.said
+
+
+def test_pools_are_terminated_in_whatever_moment_of_their_children(service: Service) -> None:
+    service.write(
+        "program.py",
+        f"""{PROGRAM}
+import multiprocessing
+
+bus.start()
+assert bus.ready(5)
+
+for number in range(100):
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        # Some of the children have only begun when this one's work is done.
+        pool.map(abs, [number])
+""",
+    )
+
+    assert service.run("program.py").end(timeout=60) == 0
+
+
 def test_greenlets_that_a_child_inherits_neither_listen_nor_publish(service: Service) -> None:
     wire = Wire(service)
     service.write(
