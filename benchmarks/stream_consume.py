@@ -25,7 +25,7 @@ import redis
 from channel import PAYLOAD, redis_server
 
 from flask_eventbus import Bus
-from flask_eventbus.codec import Codec
+from flask_eventbus.codec.codec import Codec
 
 STREAM = "eventbus:{tick}:stream"
 

@@ -12,17 +12,17 @@ import click
 
 from . import __version__
 from .bus import Bus
-from .commands import check, publish, routes, run, tail
+from .cli.base import Group, Program
+from .cli.commands import check, publish, routes, run, tail
+from .cli.dead import dead
+from .cli.relay import relay
+from .cli.replay import replay
+from .cli.seek import seek
+from .cli.services_command import services
+from .cli.status import status
 from .config import Config
-from .dead_command import dead
-from .declarations import Declarations
 from .node import Node
-from .program import Group, Program
-from .relay_command import relay
-from .replay_command import replay
-from .seek_command import seek
-from .services_command import services
-from .status_command import status
+from .routing.registry import Declarations
 
 #: Who publishes where no service is named.
 DEFAULT_SERVICE = "cli"

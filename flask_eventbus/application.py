@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from blinker import ANY, NamedSignal
 
-from .declarations import Declarations
-from .dispatcher import name_of
 from .errors import ConfigError
+from .receivers.dispatcher import name_of
+from .routing.registry import Declarations
 
 if TYPE_CHECKING:
     from flask import Flask

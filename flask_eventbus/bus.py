@@ -11,11 +11,11 @@ from typing import Any, Self, Unpack
 from blinker import Namespace
 
 from .config import Config
-from .declarations import Declarations
 from .errors import ConfigError
 from .health import Health
-from .loading import load_receivers
 from .node import FLUSH_AT_EXIT, Node
+from .routing.loading import load_receivers
+from .routing.registry import Declarations
 from .running import run_until_signal
 from .typing import Settings
 

@@ -12,15 +12,15 @@ from typing import Any
 from blinker import Namespace
 from flask import Flask, current_app, has_request_context, request
 
+from .admin.overview import Overview
 from .application import AppSignals
 from .config import Config
-from .declarations import Declarations
 from .errors import ConfigError
 from .health import Health
-from .loading import load_receivers
 from .logs import get_logger
 from .node import FLUSH_AT_EXIT, Node
-from .overview import Overview
+from .routing.loading import load_receivers
+from .routing.registry import Declarations
 from .serving import call_when_serving
 
 logger = get_logger(__name__)

@@ -16,32 +16,32 @@ from typing import Any
 from blinker import NamedSignal
 
 from . import logs
-from .bridges import Bridges
-from .codec import Codec
+from .codec.codec import Codec
 from .config import Config
-from .connections import Connections
 from .coroutines import in_thread
 from .counters import Counters
-from .declarations import Declarations
-from .dispatcher import Dispatcher
-from .drafts import Drafts
+from .database.after_commit import Drafts
 from .ending import catch_sigterm, leave_sigterm, process_ends
 from .errors import PublishError
 from .event import Event
-from .exchange import Exchange
 from .forks import after_fork, notice_fork
 from .health import Health
-from .inbound import Inbound, check_subscription
-from .lanes import check_route
 from .lifecycle import wait_until_told
+from .listening import Inbound, check_subscription
 from .logs import get_logger
-from .namespace import Receiver
-from .outgoing import Outgoing
-from .publisher import ClosedError, Publisher
-from .routes import Route, read_routes
-from .streams import StreamKeys
-from .subscriptions import NEW, Subscription, read_subscriptions
-from .writer import WRITE_TIMEOUT
+from .publisher.connection import Exchange
+from .publisher.lanes import check_route
+from .publisher.message import Outgoing
+from .publisher.publisher import ClosedError, Publisher
+from .publisher.writer import WRITE_TIMEOUT
+from .receivers.dispatcher import Dispatcher
+from .routing.bridges import Bridges
+from .routing.bus_signal import Receiver
+from .routing.registry import Declarations
+from .routing.routes import Route, read_routes
+from .routing.subscriptions import NEW, Subscription, read_subscriptions
+from .transport.connections import Connections
+from .transport.keys import StreamKeys
 
 logger = get_logger(__name__)
 

@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 from servers import RedisServer
 
 from flask_eventbus.__main__ import main
-from flask_eventbus.codec import Codec
+from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.event import Event
-from flask_eventbus.records import DeadLetter, RetryRecord
-from flask_eventbus.streams import StreamKeys
+from flask_eventbus.transport.keys import StreamKeys
 
 NODE = "3f2a9c1b2d3e"
 

@@ -20,12 +20,12 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, Reject, Retry, current_event
 from flask_eventbus.__main__ import main
+from flask_eventbus.codec.records import DeadLetter
 from flask_eventbus.counters import Counters
-from flask_eventbus.group import Group
-from flask_eventbus.pipe import Pipe
-from flask_eventbus.records import DeadLetter
-from flask_eventbus.streams import StreamKeys
-from flask_eventbus.trims import Trims
+from flask_eventbus.streams.group import Group
+from flask_eventbus.streams.trims import Trims
+from flask_eventbus.transport.keys import StreamKeys
+from flask_eventbus.transport.pipe import Pipe
 
 MakeBus = Callable[..., Bus]
 

@@ -37,8 +37,8 @@ from sqlalchemy.orm import (
 from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, PublishError, current_event
-from flask_eventbus.outgoing import Outgoing
-from flask_eventbus.publisher import Publisher
+from flask_eventbus.publisher.message import Outgoing
+from flask_eventbus.publisher.publisher import Publisher
 from flask_eventbus.testing import Isolation
 
 Make = Callable[..., Bus]

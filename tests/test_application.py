@@ -32,11 +32,11 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, current_event
 from flask_eventbus.application import AppSignals
-from flask_eventbus.codec import Codec
-from flask_eventbus.declarations import MOST_GONE
+from flask_eventbus.checks.program_checks import check_program
+from flask_eventbus.codec.codec import Codec
 from flask_eventbus.event import Event, handling
-from flask_eventbus.namespace import BusNamespace, BusSignal
-from flask_eventbus.program_checks import check_program
+from flask_eventbus.routing.bus_signal import BusNamespace, BusSignal
+from flask_eventbus.routing.registry import MOST_GONE
 from flask_eventbus.testing import Isolation
 
 
@@ -850,7 +850,7 @@ def test_an_app_is_freed_with_its_last_reference() -> None:
 
 
 def test_the_names_of_buses_that_are_gone_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask_eventbus.declarations.MOST_GONE", 5)
+    monkeypatch.setattr("flask_eventbus.routing.registry.MOST_GONE", 5)
     namespace = blinker.Namespace()
     lasting = Bus("memory://", service="lasting", namespace=namespace)
 

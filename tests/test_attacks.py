@@ -17,8 +17,10 @@ from servers import RedisServer, free_port
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, PublishError, channels, inbound, listener, node, signals, writer
-from flask_eventbus.connections import Connections
+from flask_eventbus import Bus, PublishError, listening, node, signals
+from flask_eventbus.channels import listener, reader
+from flask_eventbus.publisher import writer
+from flask_eventbus.transport.connections import Connections
 from flask_eventbus.typing import Via
 
 pytestmark = pytest.mark.second_look
@@ -29,7 +31,7 @@ Make = Callable[..., Bus]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds takes tenths of them."""
-    monkeypatch.setattr(channels, "TICK", 0.1)
+    monkeypatch.setattr(reader, "TICK", 0.1)
     monkeypatch.setattr(listener, "QUIET", 0.5)
     monkeypatch.setattr(listener, "DEADLINE", 0.5)
     monkeypatch.setattr(listener, "MOST_BACKOFF", 0.2)
@@ -486,7 +488,7 @@ def test_a_stop_does_not_wait_for_a_name_server_that_does_not_answer(
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(inbound, "LISTENER_END", 0.2)
+    monkeypatch.setattr(listening, "LISTENER_END", 0.2)
     bus = make_bus(f"redis://redis.invalid:{free_port()}/0", publish=["tick"])
     bus.on("tick")(lambda sender: None)
     bus.start()

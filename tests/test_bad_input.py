@@ -11,8 +11,9 @@ import pytest
 from servers import RedisServer
 from waiting import wait_until
 
-from flask_eventbus import Bus, sequences, signals
-from flask_eventbus.codec import Codec
+from flask_eventbus import Bus, signals
+from flask_eventbus.channels import sequences
+from flask_eventbus.codec.codec import Codec
 from flask_eventbus.event import Event
 from flask_eventbus.lifecycle import wait_until_told
 

@@ -28,9 +28,9 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, EventBus, __version__, current_event
 from flask_eventbus.__main__ import main
-from flask_eventbus.cli import flask_commands
-from flask_eventbus.commands import COMMANDS
-from flask_eventbus.declarations import Declarations
+from flask_eventbus.cli.app import flask_commands
+from flask_eventbus.cli.commands import COMMANDS
+from flask_eventbus.routing.registry import Declarations
 from flask_eventbus.text import read_value
 
 ROOT = Path(__file__).parent.parent
@@ -517,7 +517,7 @@ def test_in_a_cluster_routes_shows_channels_alone(make_app: Callable[..., Flask]
 def test_routes_fits_a_terminal_of_80_columns(till: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     terminal = SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("flask_eventbus.tables.sys", terminal)
+    monkeypatch.setattr("flask_eventbus.cli.tables.sys", terminal)
     bus: Declarations = till.extensions["eventbus"].declarations
     bus.publishes(flask.request_finished, as_="a_name/that_is_as_long_as_a_line", payload=summary)
 
@@ -716,7 +716,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 def require_installation() -> None:
     """``flask`` finds the commands by the entry point of an installed package."""
     found = {point.value for point in entry_points(group="flask.commands")}
-    require("flask-eventbus to be installed", "flask_eventbus.cli:flask_commands" in found)
+    require("flask-eventbus to be installed", "flask_eventbus.cli.app:flask_commands" in found)
 
 
 def start_app(start: Callable[..., Process], folder: Path, url: str, *words: str) -> Process:
@@ -865,7 +865,7 @@ except SystemExit:
     )
 
     loaded = outcome.stdout.partition("loaded")[2].split()
-    assert "flask_eventbus.commands" in loaded
+    assert "flask_eventbus.cli.commands" in loaded
     assert {name.partition(".")[0] for name in loaded}.isdisjoint({"flask", "werkzeug"})
 
 

@@ -13,8 +13,10 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, current_event, keeper, retries, retry_line
-from flask_eventbus.clock import RedisClock
+from flask_eventbus import Bus, current_event
+from flask_eventbus.receivers import retries
+from flask_eventbus.streams import maintenance, retry_queue
+from flask_eventbus.transport.clock import RedisClock
 
 pytestmark = pytest.mark.second_look
 
@@ -104,8 +106,8 @@ def test_a_step_of_redis_clock_takes_no_retry_from_a_worker_that_lives(
     make_bus: Make, wall_clock: WallClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries, "FIRST", 0.05)
-    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.05)
-    monkeypatch.setattr(retry_line, "POSTPONED", 0.05)
+    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.05)
+    monkeypatch.setattr(retry_queue, "POSTPONED", 0.05)
     receiver = Held(fails_at=1)
     buses = workers(make_bus, receiver, 3)
     for bus in buses:
@@ -114,14 +116,14 @@ def test_a_step_of_redis_clock_takes_no_retry_from_a_worker_that_lives(
     wait_until(lambda: receiver.attempts == [1, 2], what="the retry is begun")
 
     # The others look before the worker that lives has renewed its lease.
-    renew = retry_line.RetryLine.renew
-    monkeypatch.setattr(retry_line.RetryLine, "renew", lambda line, delivery: True)
+    renew = retry_queue.RetryLine.renew
+    monkeypatch.setattr(retry_queue.RetryLine, "renew", lambda line, delivery: True)
     wall_clock.ahead += 3_600
     for bus in buses:
         bus.node._inbound.consumer._keeper.wake()
     for bus in buses:
         wait_until(lambda bus=bus: not is_steady(bus), what="it noticed the step")  # type: ignore[misc]
-    monkeypatch.setattr(retry_line.RetryLine, "renew", renew)
+    monkeypatch.setattr(retry_queue.RetryLine, "renew", renew)
     for bus in buses:
         wait_until(lambda bus=bus: is_steady(bus), what="its clock is believed")  # type: ignore[misc]
     receiver.may_end.set()
@@ -171,7 +173,7 @@ def test_clocks_that_disagree_are_logged_when_it_begins_and_when_it_ends(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.05)
+    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.05)
     store = StreamStore(shared_redis)
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
     wall_clock.ahead = -30.0

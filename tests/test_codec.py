@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flask_eventbus.codec import Codec
+from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.forms import EXTENSIONS
+from flask_eventbus.codec.values import MAX_COLLISIONS, MAX_ITEMS
 from flask_eventbus.errors import ConfigError, DecodeError, PayloadError
 from flask_eventbus.event import Event, opened
-from flask_eventbus.forms import EXTENSIONS
-from flask_eventbus.values import MAX_COLLISIONS, MAX_ITEMS
 
 codec = Codec()
 NOW = datetime(2024, 2, 29, 12, 30, 15, 123456, UTC)

@@ -12,8 +12,8 @@ import pytest
 
 from flask_eventbus import Bus, ConfigError, EventBus
 from flask_eventbus.config import SETTINGS, Age, Config
-from flask_eventbus.routes import Route, read_routes
-from flask_eventbus.subscriptions import Subscription, read_subscriptions
+from flask_eventbus.routing.routes import Route, read_routes
+from flask_eventbus.routing.subscriptions import Subscription, read_subscriptions
 from flask_eventbus.typing import Publish, Subscribe
 
 

@@ -19,11 +19,11 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, Event, EventBus, PayloadError, signals
-from flask_eventbus.connections import Connections
 from flask_eventbus.event import handling
 from flask_eventbus.lifecycle import wait_until_told
-from flask_eventbus.pipe import Pipe
-from flask_eventbus.streams import ChannelKeys
+from flask_eventbus.transport.connections import Connections
+from flask_eventbus.transport.keys import ChannelKeys
+from flask_eventbus.transport.pipe import Pipe
 
 Make = Callable[..., Bus]
 

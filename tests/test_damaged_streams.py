@@ -14,8 +14,9 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, PublishError, alarms, catalogue, follower, trims
-from flask_eventbus.doctor import check
+from flask_eventbus import Bus, PublishError
+from flask_eventbus.checks.doctor import check
+from flask_eventbus.streams import alarms, catalogue, fanout, trims
 
 pytestmark = pytest.mark.second_look
 
@@ -32,7 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks that come every thirty seconds come every tenth of one."""
     monkeypatch.setattr(trims, "SELDOM", 0.1)
     monkeypatch.setattr(catalogue, "SELDOM", 0.1)
-    monkeypatch.setattr(follower, "LOOK", 0.1)
+    monkeypatch.setattr(fanout, "LOOK", 0.1)
 
 
 @pytest.fixture

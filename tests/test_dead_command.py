@@ -20,14 +20,14 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus, EventBus
-from flask_eventbus.cli import flask_commands
+from flask_eventbus.admin.dead_letters import Choice, DeadLetters, Letter
+from flask_eventbus.admin.dead_retry import Retrials
+from flask_eventbus.admin.streams import StreamAccess
+from flask_eventbus.cli.app import flask_commands
+from flask_eventbus.cli.rendering import as_json
+from flask_eventbus.codec.records import RetryRecord
 from flask_eventbus.config import Config
-from flask_eventbus.dead_letters import Choice, DeadLetters, Letter
-from flask_eventbus.dead_retry import Retrials
-from flask_eventbus.records import RetryRecord
-from flask_eventbus.rendering import as_json
-from flask_eventbus.stream_access import StreamAccess
-from flask_eventbus.stream_intake import readable
+from flask_eventbus.streams.decoder import readable
 
 HOUR = 3_600_000
 

@@ -22,11 +22,12 @@ import pytest
 from servers import RedisServer, free_port, require, unread
 from waiting import wait_until
 
-from flask_eventbus import Bus, routes, subscriptions
+from flask_eventbus import Bus
+from flask_eventbus.codec.records import REASONS
 from flask_eventbus.config import SETTINGS, Config
-from flask_eventbus.records import REASONS
-from flask_eventbus.retries import delay
-from flask_eventbus.streams import StreamKeys
+from flask_eventbus.receivers.retries import delay
+from flask_eventbus.routing import routes, subscriptions
+from flask_eventbus.transport.keys import StreamKeys
 
 pytestmark = pytest.mark.second_look
 

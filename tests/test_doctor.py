@@ -21,19 +21,20 @@ from sqlalchemy.orm import sessionmaker
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, EventBus, current_event, outbox
+from flask_eventbus import Bus, EventBus, current_event
 from flask_eventbus.__main__ import main
+from flask_eventbus.admin.server import Server
 from flask_eventbus.application import AppSignals
-from flask_eventbus.cli import flask_commands
-from flask_eventbus.connections import Connections
-from flask_eventbus.database_checks import check_database
-from flask_eventbus.doctor import Finding, check
-from flask_eventbus.program_checks import check_program
-from flask_eventbus.records import RetryRecord
-from flask_eventbus.retry_checks import check_retries
-from flask_eventbus.server import Server
-from flask_eventbus.server_checks import check_clock, check_version
-from flask_eventbus.stream_checks import check_eviction
+from flask_eventbus.checks.database import check_database
+from flask_eventbus.checks.doctor import Finding, check
+from flask_eventbus.checks.program_checks import check_program
+from flask_eventbus.checks.retry_checks import check_retries
+from flask_eventbus.checks.server_checks import check_clock, check_version
+from flask_eventbus.checks.stream_checks import check_eviction
+from flask_eventbus.cli.app import flask_commands
+from flask_eventbus.codec.records import RetryRecord
+from flask_eventbus.database import outbox
+from flask_eventbus.transport.connections import Connections
 from flask_eventbus.typing import Via
 
 Make = Callable[..., Bus]
@@ -42,7 +43,7 @@ Make = Callable[..., Bus]
 @pytest.fixture(autouse=True)
 def _closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The servers of the tests let everybody in, which has tests of its own."""
-    monkeypatch.setattr("flask_eventbus.access_checks.is_open", lambda url, deadline: False)
+    monkeypatch.setattr("flask_eventbus.checks.access_checks.is_open", lambda url, deadline: False)
 
 
 def bad(findings: list[Finding] | Iterator[Finding]) -> list[tuple[str, str]]:
@@ -1181,7 +1182,7 @@ def test_the_grants_that_a_check_asks_for_are_enough_to_work_with(
     group: Literal[True] | None,
     name: str,
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.retries.FIRST", 0.01)
+    monkeypatch.setattr("flask_eventbus.receivers.retries.FIRST", 0.01)
     rights = ["-@all", "+client|setname", "+ping", "+multi"]
     handled: list[str] = []
 

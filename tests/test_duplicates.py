@@ -11,12 +11,12 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus
-from flask_eventbus.codec import Codec
+from flask_eventbus.codec.codec import Codec
 from flask_eventbus.config import Config
-from flask_eventbus.connections import Connections
 from flask_eventbus.counters import Counters
-from flask_eventbus.duplicates import Duplicates
-from flask_eventbus.pipe import Pipe
+from flask_eventbus.streams.duplicates import Duplicates
+from flask_eventbus.transport.connections import Connections
+from flask_eventbus.transport.pipe import Pipe
 
 pytestmark = pytest.mark.second_look
 

@@ -20,15 +20,15 @@ import pytest
 import redis
 from waiting import wait_until
 
-from flask_eventbus import embedded, supervisor
 from flask_eventbus.errors import ConfigError
+from flask_eventbus.transport import embedded, supervisor
 
 pytestmark = pytest.mark.second_look
 
 #: Joins, says where the server is, and stays until its standard input is closed.
 JOINER = """
 import sys
-from flask_eventbus import embedded
+from flask_eventbus.transport import embedded
 
 print(embedded.join(), flush=True)
 sys.stdin.read()
@@ -37,7 +37,7 @@ sys.stdin.read()
 #: Joins, forks a child that says its number and waits for the same input, and waits as well.
 FORKER = """
 import os, sys
-from flask_eventbus import embedded
+from flask_eventbus.transport import embedded
 
 print(embedded.join(), flush=True)
 
@@ -54,7 +54,7 @@ import gevent.monkey
 gevent.monkey.patch_all()
 
 import gevent
-from flask_eventbus import embedded
+from flask_eventbus.transport import embedded
 
 ticks = []
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from flask_eventbus.codec import Codec
+from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.values import MAX_CONTAINERS
 from flask_eventbus.errors import PayloadError
-from flask_eventbus.values import MAX_CONTAINERS
 
 ADVICE = (
     "Give the route a payload= function that returns plain values, or teach the bus the type "

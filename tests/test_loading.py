@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_eventbus import Bus, ConfigError, EventBus, loading
+from flask_eventbus import Bus, ConfigError, EventBus
+from flask_eventbus.routing import loading
 
 PLUGIN = """
 def register(bus):

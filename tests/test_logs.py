@@ -16,11 +16,12 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, Event, Reject, Retry, counters, current_event, retries, signals
+from flask_eventbus import Bus, Event, Reject, Retry, counters, current_event, signals
+from flask_eventbus.codec.records import DeadLetter
 from flask_eventbus.counters import BoundedLog
-from flask_eventbus.inbox import MOST_EVENTS
 from flask_eventbus.logs import MOST_TRACEBACK, get_logger, traceback_of
-from flask_eventbus.records import DeadLetter
+from flask_eventbus.receivers import retries
+from flask_eventbus.receivers.inbox import MOST_EVENTS
 from flask_eventbus.testing import Isolation
 
 Make = Callable[..., Bus]
@@ -42,7 +43,9 @@ def infos(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 def failures(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """What was logged of receivers that failed."""
-    return [record for record in caplog.records if record.name == "flask_eventbus.failures"]
+    return [
+        record for record in caplog.records if record.name == "flask_eventbus.receivers.failures"
+    ]
 
 
 def fields(record: logging.LogRecord) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus.codec import Codec
-from flask_eventbus.records import RetryRecord
+from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.records import RetryRecord
 
 pytestmark = pytest.mark.second_look
 

@@ -8,39 +8,26 @@ from pathlib import Path
 
 import pytest
 
-from flask_eventbus import (
+from flask_eventbus import counters, logs, node
+from flask_eventbus.admin import server, services, streams
+from flask_eventbus.channels import listener, sequences
+from flask_eventbus.codec import codec, envelope, records, values
+from flask_eventbus.config import Config
+from flask_eventbus.database import relay
+from flask_eventbus.publisher import buffer, connection, writer
+from flask_eventbus.receivers import inbox, lineup, retries
+from flask_eventbus.streams import (
     alarms,
     attempts,
-    buffer,
     catalogue,
-    clock,
-    codec,
-    counters,
+    decoder,
     duplicates,
-    exchange,
-    follower,
+    fanout,
     group,
-    inbox,
-    keeper,
-    lineup,
-    listener,
-    logs,
-    node,
+    maintenance,
     orphans,
-    pipe,
-    records,
-    relay,
-    retries,
-    seal,
-    sequences,
-    server,
-    services,
-    stream_access,
-    stream_intake,
-    values,
-    writer,
 )
-from flask_eventbus.config import Config
+from flask_eventbus.transport import clock, pipe
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -60,24 +47,24 @@ MIB = 1024 * 1024
 
 #: A page, a sentence of it with its number in parentheses, and what the code has in that place.
 SENTENCES = [
-    ("commands", r"Redis has (\S+) seconds to begin each answer", stream_access.TIMEOUT),
+    ("commands", r"Redis has (\S+) seconds to begin each answer", streams.TIMEOUT),
     ("commands", r"wait for it (\S+) seconds at most, all questions", server.PATIENCE),
-    ("commands", r"dead retry --wait S` takes (\S+) seconds more", stream_access.TIMEOUT),
+    ("commands", r"dead retry --wait S` takes (\S+) seconds more", streams.TIMEOUT),
     ("streams", r"done in the last (\S+) milliseconds may not be", attempts.SHARE * 1_000),
     ("streams", r"tried again after (\S+) second, then 2, 4, 8", retries.FIRST),
     ("streams", r"and so on up to (\S+) minutes, each", retries.MOST / 60),
     ("streams", r"but not beyond (\S+) minutes", retries.MOST / 60),
-    ("streams", r"no sign of life for (\S+) minutes is removed", keeper.IDLE_CONSUMER / 60),
+    ("streams", r"no sign of life for (\S+) minutes is removed", maintenance.IDLE_CONSUMER / 60),
     (
         "streams",
         r"A worker gives one every ([a-z ]+) minutes",
-        keeper.IDLE_CONSUMER / keeper.SIGNS_OF_LIFE / 60,
+        maintenance.IDLE_CONSUMER / maintenance.SIGNS_OF_LIFE / 60,
     ),
     ("streams", r"a difference of more than (\S+) seconds is logged", clock.MOST_APART),
-    ("streams", r"differs from it by more than (\S+) seconds", exchange.MOST_SKEW),
+    ("streams", r"differs from it by more than (\S+) seconds", connection.MOST_SKEW),
     ("streams", r"and (\S+) bytes of a digest", duplicates.DIGEST_BYTES),
     ("streams", r"with more than (\S+) events behind it, such a loss", group.MOST_COUNTED),
-    ("streams", r"that both have, of the (\S+) that it read last", follower.REMEMBERED),
+    ("streams", r"that both have, of the (\S+) that it read last", fanout.REMEMBERED),
     ("configuration", r"from one second to (\S+) minutes", retries.MOST / 60),
     ("configuration", r"or more than (\S+) MiB of them", buffer.MOST_BYTES / MIB),
     ("serving", r"publishes what waits, for (\S+) seconds at most", node.FLUSH_AT_EXIT),
@@ -107,16 +94,16 @@ SENTENCES = [
     (
         "wire-format",
         r"as JSON\]\(#an-event-as-json\), cut to (\S+) characters",
-        stream_intake.MOST_PAYLOAD,
+        decoder.MOST_PAYLOAD,
     ),
     ("wire-format", r"entry.FIELD.sample`, its first (\S+) bytes", pipe.SAMPLE),
-    ("wire-format", r"of each of the first (\S+) there are", stream_intake.MOST_FIELDS),
+    ("wire-format", r"of each of the first (\S+) there are", decoder.MOST_FIELDS),
     ("wire-format", r"remembers the bytes of the last (\S+) events of each", sequences.REPEATABLE),
     ("wire-format", r"(\S+) such events. A listener skips", sequences.REMEMBERED),
-    ("wire-format", r"`traceparent` \| text, 1 to (\S+) bytes", seal.MAX_TRACEPARENT_BYTES),
-    ("wire-format", r"`partitionkey` \| text, 1 to (\S+) bytes", seal.MAX_KEY_BYTES),
+    ("wire-format", r"`traceparent` \| text, 1 to (\S+) bytes", envelope.MAX_TRACEPARENT_BYTES),
+    ("wire-format", r"`partitionkey` \| text, 1 to (\S+) bytes", envelope.MAX_KEY_BYTES),
     ("wire-format", r"array or a map of more than (\S+) items", values.MAX_ITEMS),
-    ("configuration", r"it travels as text, of (\S+) bytes at most", seal.MAX_KEY_BYTES),
+    ("configuration", r"it travels as text, of (\S+) bytes at most", envelope.MAX_KEY_BYTES),
     ("commands", r"Redis has (\S+) seconds to begin each answer", server.TIMEOUT),
     ("commands", r"each look of `status` wait for it (\S+) seconds", server.PATIENCE),
     ("commands", r"killed after (\S+) minutes without a sign of life", services.GONE / 60),

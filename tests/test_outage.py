@@ -16,9 +16,10 @@ from blinker import NamedSignal
 from servers import RedisServer
 from waiting import wait_until
 
-from flask_eventbus import Bus, PublishError, channels, listener, signals
-from flask_eventbus.backoff import Backoff
+from flask_eventbus import Bus, PublishError, signals
+from flask_eventbus.channels import listener, reader
 from flask_eventbus.lifecycle import wait_until_told
+from flask_eventbus.transport.backoff import Backoff
 
 pytestmark = pytest.mark.second_look
 
@@ -28,7 +29,7 @@ Make = Callable[..., Bus]
 @pytest.fixture(autouse=True)
 def _quick_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hung server is noticed after half a second instead of ten."""
-    monkeypatch.setattr(channels, "TICK", 0.1)
+    monkeypatch.setattr(reader, "TICK", 0.1)
     monkeypatch.setattr(listener, "QUIET", 0.3)
     monkeypatch.setattr(listener, "DEADLINE", 0.3)
 
@@ -146,7 +147,7 @@ def test_a_listener_hears_again_after_a_restart_and_tells_both_once(
     wait_until(lambda: heard == [1], what="the event arrives")
     wait_until(wait_until_told, what="all receivers are told")
     assert told == ["listener_connected", "listener_lost", "listener_connected"]
-    texts = [r.getMessage() for r in caplog.records if r.name == "flask_eventbus.listener"]
+    texts = [r.getMessage() for r in caplog.records if r.name == "flask_eventbus.channels.listener"]
     assert sum("lost Redis" in text for text in texts) == 1
     assert sum("is back after" in text for text in texts) == 1
 

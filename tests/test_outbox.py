@@ -41,21 +41,23 @@ from sqlalchemy.orm import (
 from sqlalchemy.pool import NullPool
 from waiting import wait_until
 
-from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, outbox, role
+from flask_eventbus import Bus, ConfigError, EventBus, PayloadError
 from flask_eventbus.__main__ import main
-from flask_eventbus.cli import flask_commands
-from flask_eventbus.codec import Codec
+from flask_eventbus.cli.app import flask_commands
+from flask_eventbus.codec.codec import Codec
 from flask_eventbus.config import Config
-from flask_eventbus.connections import Connections
+from flask_eventbus.database import outbox
+from flask_eventbus.database.outbox import Entry, Outbox, store
+from flask_eventbus.database.relay import Relay, Turn
 from flask_eventbus.event import Event, handling
-from flask_eventbus.exchange import Exchange
-from flask_eventbus.lanes import Ways
-from flask_eventbus.outbox import Entry, Outbox, store
-from flask_eventbus.relay import Relay, Turn
-from flask_eventbus.routes import Route
+from flask_eventbus.publisher.connection import Exchange
+from flask_eventbus.publisher.lanes import Ways
+from flask_eventbus.publisher.way import Way
+from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import Isolation
+from flask_eventbus.transport import role
+from flask_eventbus.transport.connections import Connections
 from flask_eventbus.typing import Via
-from flask_eventbus.way import Way
 
 pytestmark = pytest.mark.second_look
 
@@ -692,7 +694,7 @@ def test_what_redis_refuses_waits_and_holds_up_no_other_signal(
         fill(engine, 2, "user_added")
         fill(engine, 2, "user_changed")
 
-    monkeypatch.setattr("flask_eventbus.relay.REFUSED_AGAIN", 0.3)
+    monkeypatch.setattr("flask_eventbus.database.relay.REFUSED_AGAIN", 0.3)
     url = shared_redis.url.replace("redis://", "redis://relay:secret@")
     exchange = exchange_with(url, prefix)
     relay = Relay(Outbox(engine), exchange, way(prefix), batch=3)

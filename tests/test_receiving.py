@@ -19,7 +19,7 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, current_event, signals
-from flask_eventbus.namespace import MOST_SENDERS, BusSignal, SendingSignal
+from flask_eventbus.routing.bus_signal import MOST_SENDERS, BusSignal, SendingSignal
 
 pytestmark = pytest.mark.second_look
 

@@ -12,21 +12,18 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import (
-    Bus,
-    Reject,
-    Retry,
+from flask_eventbus import Bus, Reject, Retry, current_event
+from flask_eventbus.channels import listener
+from flask_eventbus.streams import (
+    acknowledger,
     catalogue,
-    clock,
-    current_event,
     duplicates,
-    follower,
-    keeper,
-    listener,
-    memberships,
+    fanout,
+    maintenance,
+    membership,
     orphans,
-    settler,
 )
+from flask_eventbus.transport import clock
 
 pytestmark = pytest.mark.second_look
 
@@ -110,16 +107,16 @@ def user(store: StreamStore, caplog: pytest.LogCaptureFixture) -> Iterator[User]
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was refused is asked for again at once."""
-    for module in (clock, duplicates, follower, memberships):
+    for module in (clock, duplicates, fanout, membership):
         monkeypatch.setattr(module, "ASK_AGAIN", 0.05)
 
-    monkeypatch.setattr(settler, "TELL_AGAIN", 0.05)
-    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.1)
+    monkeypatch.setattr(acknowledger, "TELL_AGAIN", 0.05)
+    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.1)
     monkeypatch.setattr(orphans, "LOOK", 0.1)
     monkeypatch.setattr(catalogue, "LOOK", 0.1)
     monkeypatch.setattr(listener, "QUIET", 0.1)
-    monkeypatch.setattr("flask_eventbus.retries.FIRST", 0.01)
-    monkeypatch.setattr("flask_eventbus.trims.SELDOM", 0.1)
+    monkeypatch.setattr("flask_eventbus.receivers.retries.FIRST", 0.01)
+    monkeypatch.setattr("flask_eventbus.streams.trims.SELDOM", 0.1)
 
 
 @pytest.mark.parametrize("via", ["channel", "stream"])

@@ -17,8 +17,8 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus, EventBus, current_event
-from flask_eventbus.cli import flask_commands
-from flask_eventbus.codec import Codec
+from flask_eventbus.cli.app import flask_commands
+from flask_eventbus.codec.codec import Codec
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from proxies import Proxy
 from servers import RedisServer, free_port
 from waiting import wait_until
 
-from flask_eventbus import Bus, listener
+from flask_eventbus import Bus
+from flask_eventbus.channels import listener
 
 pytestmark = pytest.mark.second_look
 
@@ -76,7 +77,7 @@ def test_a_publisher_keeps_its_events_while_its_server_is_a_replica(
 def test_an_idle_publisher_notices_that_its_server_became_a_replica(
     redis_server: RedisServer, make_bus: MakeBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.writer.QUIET", 0.1)
+    monkeypatch.setattr("flask_eventbus.publisher.writer.QUIET", 0.1)
     publisher = make_bus(redis_server.url, "shop", publish=["tick"])
     publisher.signal("tick").send(number=0)
     assert publisher.flush(10)
@@ -89,7 +90,7 @@ def test_an_idle_publisher_notices_that_its_server_became_a_replica(
 def test_a_batch_that_a_replica_took_is_published_again_at_the_master(
     redis_server: RedisServer, make_bus: MakeBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.role.LOOK", 0.0)
+    monkeypatch.setattr("flask_eventbus.transport.role.LOOK", 0.0)
     publisher = make_bus(redis_server.url, "shop", publish={"tick": {"confirm": True}})
     publisher.signal("tick").send(number=0)
     demote(redis_server)
@@ -151,7 +152,7 @@ def test_a_stream_reader_leaves_a_server_that_becomes_a_replica(
 def test_the_role_is_asked_once_a_second_and_not_for_every_event(
     redis_server: RedisServer, proxy: Proxy, make_bus: MakeBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.role.LOOK", 3600.0)
+    monkeypatch.setattr("flask_eventbus.transport.role.LOOK", 3600.0)
     asked = []
 
     def count() -> Callable[[bytes], bytes]:

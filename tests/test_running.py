@@ -16,8 +16,8 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, signals
-from flask_eventbus.inbox import Inbox
 from flask_eventbus.lifecycle import wait_until_told
+from flask_eventbus.receivers.inbox import Inbox
 
 pytestmark = pytest.mark.second_look
 

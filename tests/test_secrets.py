@@ -7,7 +7,7 @@ import traceback
 import pytest
 
 from flask_eventbus import ConfigError
-from flask_eventbus.connections import Connections
+from flask_eventbus.transport.connections import Connections
 
 SECRET = "s3cr3t"  # noqa: S105 - of no server
 

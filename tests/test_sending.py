@@ -21,16 +21,17 @@ import pytest
 from servers import RedisServer
 from waiting import wait_until
 
-from flask_eventbus import Bus, PayloadError, PublishError, buffer, node, signals, turn, writer
-from flask_eventbus.buffer import Buffer
+from flask_eventbus import Bus, PayloadError, PublishError, node, signals
+from flask_eventbus.codec.envelope import Seal
 from flask_eventbus.event import Event, handling
-from flask_eventbus.exchange import Exchange
-from flask_eventbus.outgoing import Lane, Outgoing
-from flask_eventbus.routes import Route
-from flask_eventbus.seal import Seal
+from flask_eventbus.publisher import buffer, turn, writer
+from flask_eventbus.publisher.buffer import Buffer
+from flask_eventbus.publisher.connection import Exchange
+from flask_eventbus.publisher.message import Lane, Outgoing
+from flask_eventbus.publisher.way import ChannelWay
+from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import isolated
 from flask_eventbus.typing import Publish
-from flask_eventbus.way import ChannelWay
 
 pytestmark = pytest.mark.second_look
 
@@ -253,7 +254,7 @@ def test_stop_in_the_writing_thread_is_refused_and_changes_nothing(
                 refused.append(str(error))
 
     handler = Stopping()
-    logger = logging.getLogger("flask_eventbus.outage")
+    logger = logging.getLogger("flask_eventbus.publisher.outage")
     logger.addHandler(handler)
     redis_server.kill()
     bus.node.ask()

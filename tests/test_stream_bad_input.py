@@ -18,12 +18,14 @@ from stream_store import StreamStore
 from test_bad_input import BAD, packed
 from waiting import wait_until
 
-from flask_eventbus import Bus, current_event, duplicates, keeper, retries, settler, signals
-from flask_eventbus.codec import Codec
+from flask_eventbus import Bus, current_event, signals
+from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.event import Event
-from flask_eventbus.group import Group
-from flask_eventbus.pipe import Command, Pipe
-from flask_eventbus.records import DeadLetter, RetryRecord
+from flask_eventbus.receivers import retries
+from flask_eventbus.streams import acknowledger, duplicates, maintenance
+from flask_eventbus.streams.group import Group
+from flask_eventbus.transport.pipe import Command, Pipe
 
 Make = Callable[..., Bus]
 
@@ -32,8 +34,8 @@ Make = Callable[..., Bus]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A receiver that failed is tried again after a tenth of a second."""
     monkeypatch.setattr(retries, "FIRST", 0.1)
-    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
-    monkeypatch.setattr(settler, "TELL_AGAIN", 0.2)
+    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(acknowledger, "TELL_AGAIN", 0.2)
 
 
 @pytest.fixture

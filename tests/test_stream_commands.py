@@ -26,8 +26,8 @@ from waiting import wait_until
 
 from flask_eventbus import EventBus
 from flask_eventbus.__main__ import main
-from flask_eventbus.cli import flask_commands
-from flask_eventbus.stream_status import consumer_of, lag_of
+from flask_eventbus.admin.status import consumer_of, lag_of
+from flask_eventbus.cli.app import flask_commands
 
 ROOT = Path(__file__).parent.parent
 
@@ -504,7 +504,7 @@ finally:
 
     loaded = outcome.stdout.partition("loaded")[2].split()
     assert outcome.returncode == 0, outcome.stderr
-    assert "flask_eventbus.stream_access" in loaded
+    assert "flask_eventbus.admin.streams" in loaded
     assert {name.partition(".")[0] for name in loaded}.isdisjoint({"flask", "werkzeug"})
 
 

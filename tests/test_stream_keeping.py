@@ -14,23 +14,14 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import (
-    Bus,
-    Reject,
-    attempts,
-    current_event,
-    keeper,
-    lineup,
-    orphans,
-    outcomes,
-    retries,
-    settler,
-)
-from flask_eventbus.codec import Codec
-from flask_eventbus.dead_limit import DeadLimit
-from flask_eventbus.group import Group
-from flask_eventbus.pipe import Command, Pipe
-from flask_eventbus.records import DeadLetter, RetryRecord
+from flask_eventbus import Bus, Reject, current_event
+from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.records import DeadLetter, RetryRecord
+from flask_eventbus.receivers import lineup, retries
+from flask_eventbus.streams import acknowledger, attempts, maintenance, orphans, outcomes
+from flask_eventbus.streams.dead_limit import DeadLimit
+from flask_eventbus.streams.group import Group
+from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = pytest.mark.second_look
 
@@ -41,7 +32,7 @@ Make = Callable[..., Bus]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for seconds in a service waits for tenths here."""
     monkeypatch.setattr(retries, "FIRST", 0.05)
-    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.2)
 
 
 @pytest.fixture
@@ -237,7 +228,7 @@ def test_more_retries_than_there_is_room_for_follow_at_once(
 ) -> None:
     monkeypatch.setattr(lineup, "MOST_AHEAD", 10)
     # Not found by the next look for what others left.
-    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 600.0)
+    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 600.0)
     handled: list[int] = []
 
     def receive(sender: str, n: int) -> None:
@@ -356,7 +347,7 @@ def test_what_waits_for_longer_than_the_claim_time_is_handled_by_whoever_has_it(
 def test_only_consumers_that_have_nothing_are_removed(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "IDLE_CONSUMER", 0.2)
+    monkeypatch.setattr(maintenance, "IDLE_CONSUMER", 0.2)
     stream = store.keys.stream("tick")
     store.group("tick")
     store.client.xgroup_createconsumer(stream, "mailer", "host-1-empty")
@@ -379,7 +370,7 @@ def test_only_consumers_that_have_nothing_are_removed(
 def test_workers_that_wait_for_events_are_not_removed(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "IDLE_CONSUMER", 2.0)
+    monkeypatch.setattr(maintenance, "IDLE_CONSUMER", 2.0)
     stream = store.keys.stream("tick")
 
     for _ in range(3):
@@ -402,7 +393,7 @@ def test_workers_that_wait_for_events_are_not_removed(
 def test_an_entry_that_a_consumer_is_given_while_it_is_removed_is_handled(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "IDLE_CONSUMER", 0.2)
+    monkeypatch.setattr(maintenance, "IDLE_CONSUMER", 0.2)
     heard: list[int] = []
     late = "host-1-late"
     look = Group.consumers
@@ -517,7 +508,7 @@ def test_what_a_worker_gives_up_is_not_given_up_by_another_as_well(
     key = store.keys.retry("tick", "mailer")
     store.client.zadd(key, {b"edited by hand": 1})
     # It does not come to tell Redis.
-    monkeypatch.setattr(settler.Settler, "settle", lambda *_: None)
+    monkeypatch.setattr(acknowledger.Settler, "settle", lambda *_: None)
     bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=60)
     listen(bus, lambda sender, n: None)
 

@@ -18,27 +18,24 @@ from servers import RedisServer, require
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import (
-    Bus,
-    PublishError,
-    Reject,
+from flask_eventbus import Bus, PublishError, Reject, signals
+from flask_eventbus.codec.codec import Codec
+from flask_eventbus.counters import Counters
+from flask_eventbus.lifecycle import wait_until_told
+from flask_eventbus.receivers import retries
+from flask_eventbus.routing.subscriptions import read_subscription
+from flask_eventbus.streams import (
+    acknowledger,
     catalogue,
     consumer,
-    follower,
+    fanout,
     group,
-    keeper,
-    memberships,
-    retries,
-    settler,
-    signals,
+    maintenance,
+    membership,
 )
-from flask_eventbus.codec import Codec
-from flask_eventbus.counters import Counters
-from flask_eventbus.group import Group
-from flask_eventbus.lifecycle import wait_until_told
-from flask_eventbus.pipe import Command, Pipe
-from flask_eventbus.subscriptions import read_subscription
-from flask_eventbus.trims import Trims
+from flask_eventbus.streams.group import Group
+from flask_eventbus.streams.trims import Trims
+from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = pytest.mark.second_look
 
@@ -82,7 +79,7 @@ bus.run()
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for seconds in a service waits for tenths here."""
     monkeypatch.setattr(retries, "FIRST", 0.1)
-    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.2)
 
 
 @pytest.fixture
@@ -379,7 +376,7 @@ def test_a_worker_that_redis_takes_no_writes_of_says_so_once_and_reads_on_when_i
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(memberships, "ASK_AGAIN", 0.2)
+    monkeypatch.setattr(membership, "ASK_AGAIN", 0.2)
     store = StreamStore(redis_server)
     bus = make_bus(redis_server.url, "mailer", prefix=store.prefix)
     heard = hear(bus)
@@ -458,7 +455,7 @@ def test_a_worker_handles_each_event_once_although_redis_takes_no_writes_for_a_w
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(settler, "TELL_AGAIN", 0.1)
+    monkeypatch.setattr(acknowledger, "TELL_AGAIN", 0.1)
     store = StreamStore(unwritable.server)
     may_go_on = threading.Event()
     handled: list[int] = []
@@ -691,7 +688,7 @@ def test_each_process_without_a_group_hears_all_through_lost_connections_and_res
 def test_a_process_without_a_group_is_not_deaf_after_a_flush_of_a_stream_from_the_future(
     redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follower, "LOOK", 0.5)
+    monkeypatch.setattr(fanout, "LOOK", 0.5)
     store = StreamStore(redis_server)
     heard = hear(make_bus(redis_server.url, "mailer", prefix=store.prefix), group=None)
     store.add("tick", n=1, id="99999999999999-0")
@@ -810,7 +807,7 @@ def test_events_that_were_trimmed_before_a_process_without_a_group_read_them_are
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(follower, "LOOK", 0.1)
+    monkeypatch.setattr(fanout, "LOOK", 0.1)
     store = StreamStore(any_server)
     store.add("tick", n=0)
     bus = make_bus(any_server.url, "mailer", prefix=store.prefix)

@@ -22,20 +22,11 @@ from stream_store import StreamStore
 from waiting import wait_until
 from workers import Workers
 
-from flask_eventbus import (
-    Bus,
-    ConfigError,
-    EventBus,
-    Reject,
-    Retry,
-    current_event,
-    keeper,
-    retries,
-    retry_line,
-    signals,
-)
-from flask_eventbus.records import RetryRecord
-from flask_eventbus.streams import StreamKeys
+from flask_eventbus import Bus, ConfigError, EventBus, Reject, Retry, current_event, signals
+from flask_eventbus.codec.records import RetryRecord
+from flask_eventbus.receivers import retries
+from flask_eventbus.streams import maintenance, retry_queue
+from flask_eventbus.transport.keys import StreamKeys
 
 pytestmark = pytest.mark.second_look
 
@@ -251,23 +242,23 @@ def test_a_delay_that_is_none_is_a_failure_like_any_other(line: Line, after: Any
 
 
 def test_what_a_worker_keeps_of_retries_that_wait_has_a_bound() -> None:
-    parts = inspect.signature(keeper.Keeper).parameters
+    parts = inspect.signature(maintenance.Keeper).parameters
     settler = mock.Mock()
     settler.clock.now.return_value = 1_000_000.25
-    kept = keeper.Keeper(**{part: mock.Mock() for part in parts} | {"settler": settler})
+    kept = maintenance.Keeper(**{part: mock.Mock() for part in parts} | {"settler": settler})
 
     for n in range(20_000):
         kept.expect("work", 1_000_000.25 + n / 100)
 
-    assert len(kept._due) <= keeper.FAR * keeper.STEPS + 1
+    assert len(kept._due) <= maintenance.FAR * maintenance.STEPS + 1
     assert set().union(*kept._due.values()) == {"work"}
 
 
 def test_a_retry_that_waits_long_is_found_by_a_later_look(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "FAR", 0.1)
-    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(maintenance, "FAR", 0.1)
+    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.2)
     begun: list[int] = []
 
     @line.bus.on("work")
@@ -704,8 +695,8 @@ def fail(sender, n):
 def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
     line: Line, shared_redis: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.05)
-    monkeypatch.setattr(retry_line, "POSTPONED", 0.2)
+    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.05)
+    monkeypatch.setattr(retry_queue, "POSTPONED", 0.2)
     other = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
     lacking = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
     done = threading.Event()
@@ -734,9 +725,9 @@ def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
 def test_a_retry_whose_receiver_goes_away_as_it_begins_is_not_taken_for_handled(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.05)
-    monkeypatch.setattr(retry_line, "POSTPONED", 0.2)
-    begin = retry_line.RetryLine.begin
+    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.05)
+    monkeypatch.setattr(retry_queue, "POSTPONED", 0.2)
+    begin = retry_queue.RetryLine.begin
     begun: list[bool] = []
     ran: list[int] = []
 
@@ -751,11 +742,11 @@ def test_a_retry_whose_receiver_goes_away_as_it_begins_is_not_taken_for_handled(
         line.bus.signal("work").disconnect(receive)
         return begun[-1]
 
-    monkeypatch.setattr(retry_line.RetryLine, "begin", disconnect_meanwhile)
+    monkeypatch.setattr(retry_queue.RetryLine, "begin", disconnect_meanwhile)
     line.listen()
     line.send(1)
     wait_until(lambda: begun, what="the retry begins, and its receiver is gone")
-    monkeypatch.setattr(retry_line.RetryLine, "begin", begin)
+    monkeypatch.setattr(retry_queue.RetryLine, "begin", begin)
     wait_until(lambda: line.waiting() and not running(line), what="the retry is put back")
     assert ran == [1]
     line.bus.signal("work").connect(receive, weak=False)

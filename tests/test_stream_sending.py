@@ -25,12 +25,13 @@ from proxies import Proxy
 from servers import RedisServer
 from waiting import wait_until
 
-from flask_eventbus import Bus, PayloadError, PublishError, signals, writer
-from flask_eventbus.connections import Connections
-from flask_eventbus.exchange import Exchange
+from flask_eventbus import Bus, PayloadError, PublishError, signals
+from flask_eventbus.admin.publish import publish_one
 from flask_eventbus.lifecycle import wait_until_told
-from flask_eventbus.receipt import publish_one
-from flask_eventbus.way import ChannelWay, StreamWay, TooFewReplicasError, Way
+from flask_eventbus.publisher import writer
+from flask_eventbus.publisher.connection import Exchange
+from flask_eventbus.publisher.way import ChannelWay, StreamWay, TooFewReplicasError, Way
+from flask_eventbus.transport.connections import Connections
 
 pytestmark = pytest.mark.second_look
 
@@ -789,7 +790,7 @@ def test_a_log_handler_that_takes_long_holds_up_no_send(
 ) -> None:
     bus = make_bus(redis_server.url, publish={"tick": "stream", "price": "channel"})
     handler = Meanwhile(bus)
-    log = logging.getLogger("flask_eventbus.outage")
+    log = logging.getLogger("flask_eventbus.publisher.outage")
     log.addHandler(handler)
 
     try:
@@ -1623,8 +1624,8 @@ def shop(
     """A bus with an outbox, its session, and what relays the outbox once."""
     sqlalchemy = pytest.importorskip("sqlalchemy")
     orm = pytest.importorskip("sqlalchemy.orm")
-    from flask_eventbus import outbox
-    from flask_eventbus.relay_command import _relay
+    from flask_eventbus.cli.relay import _relay
+    from flask_eventbus.database import outbox
 
     publish = {"tick": {"via": "stream", "outbox": True, "key": "n", "maxlen": 100}}
     bus = make_bus(shared_redis.url, "shop", prefix=prefix, publish=publish)

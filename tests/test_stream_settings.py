@@ -14,23 +14,12 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import (
-    Bus,
-    ConfigError,
-    Reject,
-    Retry,
-    claims,
-    clock,
-    current_event,
-    follower,
-    keeper,
-    memberships,
-    retries,
-    settler,
-    trims,
-)
-from flask_eventbus.codec import Codec
-from flask_eventbus.records import DeadLetter
+from flask_eventbus import Bus, ConfigError, Reject, Retry, current_event
+from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.records import DeadLetter
+from flask_eventbus.receivers import retries
+from flask_eventbus.streams import acknowledger, fanout, maintenance, membership, reclaim, trims
+from flask_eventbus.transport import clock
 
 pytestmark = pytest.mark.second_look
 
@@ -41,10 +30,10 @@ Make = Callable[..., Bus]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for seconds in a service waits for tenths here."""
     monkeypatch.setattr(retries, "FIRST", 0.02)
-    monkeypatch.setattr(keeper, "RELEASED_AGAIN", 0.2)
-    monkeypatch.setattr(memberships, "ASK_AGAIN", 0.2)
-    monkeypatch.setattr(follower, "ASK_AGAIN", 0.2)
-    monkeypatch.setattr(settler, "TELL_AGAIN", 0.2)
+    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(membership, "ASK_AGAIN", 0.2)
+    monkeypatch.setattr(fanout, "ASK_AGAIN", 0.2)
+    monkeypatch.setattr(acknowledger, "TELL_AGAIN", 0.2)
 
 
 @pytest.fixture
@@ -613,9 +602,9 @@ def test_a_worker_works_without_a_command_that_it_can_spare_and_says_so_in_one_l
     command: str,
     group: Literal[True] | None,
 ) -> None:
-    for module, name in ((trims, "SELDOM"), (clock, "ASK_AGAIN"), (follower, "LOOK")):
+    for module, name in ((trims, "SELDOM"), (clock, "ASK_AGAIN"), (fanout, "LOOK")):
         monkeypatch.setattr(module, name, 0.05)
-    monkeypatch.setattr(keeper, "IDLE_CONSUMER", 1.0)
+    monkeypatch.setattr(maintenance, "IDLE_CONSUMER", 1.0)
     store = lacking(command)
     bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=0.5)
     heard: list[int] = []
@@ -661,7 +650,7 @@ def test_a_right_that_a_worker_lacks_for_a_part_of_its_work_is_told_once_and_so_
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(claims, "QUIET", 0.5)
+    monkeypatch.setattr(reclaim, "QUIET", 0.5)
     guard.allow("-watch")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix, claim_after=0.5)
     attempts = failing(bus, retries=1)
@@ -736,8 +725,8 @@ def test_a_slow_event_of_a_worker_without_xpending_is_not_taken_by_another(
 def test_a_worker_without_xpending_keeps_what_waits_behind_a_slow_receiver(
     store: StreamStore, guard: Guard, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "LONG", 0.1)
-    monkeypatch.setattr(keeper, "TOO_LONG", 0.3)
+    monkeypatch.setattr(maintenance, "LONG", 0.1)
+    monkeypatch.setattr(maintenance, "TOO_LONG", 0.3)
     guard.allow("-xpending")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix)
     done, heard = threading.Event(), []

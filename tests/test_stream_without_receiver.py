@@ -11,7 +11,8 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, catalogue
+from flask_eventbus import Bus
+from flask_eventbus.streams import catalogue
 
 pytestmark = pytest.mark.second_look
 

@@ -22,12 +22,13 @@ from servers import RedisServer, free_port
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, ConfigError, Event, channel_tail, stream_tail
+from flask_eventbus import Bus, ConfigError, Event
 from flask_eventbus.__main__ import main
-from flask_eventbus.codec import Codec
-from flask_eventbus.rendering import as_json, as_line
-from flask_eventbus.spectating import Heard
-from flask_eventbus.tailing import Filter, Tail
+from flask_eventbus.admin import channel_tail, stream_tail
+from flask_eventbus.admin.tail import Filter, Tail
+from flask_eventbus.admin.tail_sources import Heard
+from flask_eventbus.cli.rendering import as_json, as_line
+from flask_eventbus.codec.codec import Codec
 
 pytestmark = pytest.mark.second_look
 

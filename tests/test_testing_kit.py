@@ -32,13 +32,13 @@ from flask_eventbus import (
     PayloadError,
     PublishError,
     ReceiverError,
-    connections,
     current_event,
 )
-from flask_eventbus.connections import Connections
-from flask_eventbus.pipe import Pipe
-from flask_eventbus.recording import Recording
 from flask_eventbus.testing import Isolation, isolated
+from flask_eventbus.testing.recording import Recording
+from flask_eventbus.transport import connections
+from flask_eventbus.transport.connections import Connections
+from flask_eventbus.transport.pipe import Pipe
 
 #: Where the project is installed, pytest has the plug-in by its entry point.
 INSTALLED = bool(entry_points(group="pytest11", name="flask_eventbus"))

@@ -13,16 +13,8 @@ import pytest
 from flask import Flask, current_app, g
 from waiting import wait_until
 
-from flask_eventbus import (
-    Bus,
-    EventBus,
-    PublishError,
-    Reject,
-    Retry,
-    current_event,
-    retries,
-    signals,
-)
+from flask_eventbus import Bus, EventBus, PublishError, Reject, Retry, current_event, signals
+from flask_eventbus.receivers import retries
 from flask_eventbus.testing import Isolation, isolated
 from flask_eventbus.typing import Via
 

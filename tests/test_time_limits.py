@@ -15,19 +15,20 @@ from proxies import Proxy
 from servers import RedisServer
 from stream_store import StreamStore
 
-from flask_eventbus import Bus, PublishError, writer
+from flask_eventbus import Bus, PublishError
 from flask_eventbus.__main__ import main
-from flask_eventbus.census import census
-from flask_eventbus.channels import TICK, ChannelReader
+from flask_eventbus.admin.census import census
+from flask_eventbus.admin.dead_letters import Choice, DeadLetters
+from flask_eventbus.admin.dead_retry import Retrials
+from flask_eventbus.admin.publish import publish_one
+from flask_eventbus.admin.streams import StreamAccess
+from flask_eventbus.channels.reader import TICK, ChannelReader
+from flask_eventbus.checks.server_checks import check_server
 from flask_eventbus.config import Config
-from flask_eventbus.connections import OUTAGE, Connections
-from flask_eventbus.dead_letters import Choice, DeadLetters
-from flask_eventbus.dead_retry import Retrials
 from flask_eventbus.errors import OperationError
-from flask_eventbus.pipe import Pipe
-from flask_eventbus.receipt import publish_one
-from flask_eventbus.server_checks import check_server
-from flask_eventbus.stream_access import StreamAccess
+from flask_eventbus.publisher import writer
+from flask_eventbus.transport.connections import OUTAGE, Connections
+from flask_eventbus.transport.pipe import Pipe
 
 pytestmark = pytest.mark.second_look
 
@@ -264,7 +265,7 @@ def test_a_commit_that_waits_for_confirmations_ends_as_soon_as_redis_refuses(
 def test_the_command_that_publishes_waits_three_seconds_for_all_answers(
     slow: Proxy, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.receipt.TIMEOUT", 1.0)
+    monkeypatch.setattr("flask_eventbus.admin.publish.TIMEOUT", 1.0)
     node = make_bus(slow.url, prefix="time-limits", publish=["tick"]).node
     slow.pause = 0.3
 
@@ -321,7 +322,7 @@ def test_check_and_routes_ask_about_many_streams_in_few_round_trips(
 def test_dead_retry_watches_for_as_long_as_it_is_told_though_answers_dribble(
     slow: Proxy, shared_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.dead_retry.TIMEOUT", 0.5)
+    monkeypatch.setattr("flask_eventbus.admin.dead_retry.TIMEOUT", 0.5)
     store = StreamStore(shared_redis)
     store.give_up("tick")
     config = Config(service="mailer", url=slow.url, prefix=store.prefix)

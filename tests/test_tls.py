@@ -16,9 +16,9 @@ from test_topologies import Sentinel
 from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError
-from flask_eventbus.connections import Connections
-from flask_eventbus.doctor import check
+from flask_eventbus.checks.doctor import check
 from flask_eventbus.signals import listener_connected, listener_lost
+from flask_eventbus.transport.connections import Connections
 
 pytestmark = pytest.mark.second_look
 

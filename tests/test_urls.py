@@ -15,7 +15,7 @@ from test_secrets import SECRET
 from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError
-from flask_eventbus.connections import Connections
+from flask_eventbus.transport.connections import Connections
 
 MASTER = "mymaster"
 

@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 from werkzeug.datastructures import MultiDict
 
-from flask_eventbus.errors import ConfigError
-from flask_eventbus.forms import EXTENSIONS, MAX_INTEGER_BYTES, UnfitError
-from flask_eventbus.values import (
+from flask_eventbus.codec.forms import EXTENSIONS, MAX_INTEGER_BYTES, UnfitError
+from flask_eventbus.codec.values import (
     MAX_COLLISIONS,
     MAX_CONTAINERS,
     MAX_ITEMS,
     Values,
     survey,
 )
+from flask_eventbus.errors import ConfigError
 
 values = Values()
 

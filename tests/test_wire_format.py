@@ -18,11 +18,12 @@ from click.testing import CliRunner, Result
 from servers import RedisServer, require
 from waiting import wait_until
 
-from flask_eventbus import Bus, Reject, current_event, forms, values
+from flask_eventbus import Bus, Reject, current_event
 from flask_eventbus.__main__ import main
-from flask_eventbus.codec import Codec
+from flask_eventbus.codec import forms, values
+from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.errors import DecodeError
-from flask_eventbus.records import DeadLetter, RetryRecord
 
 pytestmark = pytest.mark.second_look
 

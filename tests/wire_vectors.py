@@ -17,11 +17,11 @@ from uuid import UUID
 
 import msgpack
 
-from flask_eventbus.codec import Codec
+from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.event import Event
-from flask_eventbus.records import DeadLetter, RetryRecord
-from flask_eventbus.stream_intake import readable
-from flask_eventbus.streams import StreamKeys
+from flask_eventbus.streams.decoder import readable
+from flask_eventbus.transport.keys import StreamKeys
 
 FILE = Path(__file__).with_name("wire_vectors.json")
 NOW = datetime(2024, 2, 29, 12, 30, 15, 123456, UTC)

@@ -11,7 +11,7 @@ from servers import unread
 from waiting import wait_until
 
 from flask_eventbus import Bus
-from flask_eventbus.streams import StreamKeys
+from flask_eventbus.transport.keys import StreamKeys
 
 #: What every worker begins with; receivers follow, and :data:`RUN` comes last.
 HEAD = """

@@ -41,7 +41,7 @@ from soak.pair import Pair
 from soak.troubles import Troubles
 from waiting import wait_until
 
-from flask_eventbus.codec import Codec
+from flask_eventbus.codec.codec import Codec
 
 #: Events that each publisher sends in a second.
 RATE = 60

@@ -18,8 +18,8 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from flask_eventbus import ConfigError
-from flask_eventbus.embedded import find_executable
 from flask_eventbus.testing import Isolation
+from flask_eventbus.transport.embedded import find_executable
 
 FOLDER = Path(__file__).parent.parent
 

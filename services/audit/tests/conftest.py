@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from flask_eventbus import ConfigError
-from flask_eventbus.embedded import find_executable
+from flask_eventbus.transport.embedded import find_executable
 
 FOLDER = Path(__file__).parent.parent
 

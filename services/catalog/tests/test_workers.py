@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pytest
 
 from flask_eventbus import ConfigError
-from flask_eventbus.embedded import find_executable
+from flask_eventbus.transport.embedded import find_executable
 
 FOLDER = Path(__file__).parent.parent
 PRODUCT = "/products/A1"

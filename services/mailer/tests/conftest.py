@@ -29,7 +29,7 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, Session
 from flask import Flask
 
 from flask_eventbus import ConfigError
-from flask_eventbus.embedded import find_executable
+from flask_eventbus.transport.embedded import find_executable
 
 FOLDER = Path(__file__).parent.parent
 

@@ -1,0 +1,151 @@
+"""Publishes one event at a time and tells who got it: what a command does, not a service."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from ..errors import PublishError
+from ..node import Node
+from ..publisher.connection import Exchange
+from ..publisher.emissions import Emissions
+from ..publisher.lanes import Lanes, check_route
+from ..publisher.message import Outgoing
+from ..publisher.way import NoWritesError, TooFewReplicasError
+from ..routing.routes import Route
+from ..transport.connections import OUTAGE, Connections
+from ..transport.keys import StreamKeys
+from ..transport.urls import trouble_of
+from .server import TIMEOUT, reason_of
+
+#: What ``CLIENT LIST`` shows.
+CLIENT_NAME = "eventbus-publish"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What Redis answered to an event."""
+
+    event_id: str
+    #: The channel or the stream.
+    key: str
+    #: How many listeners of a channel got it; in a cluster, those of one of its nodes.
+    listeners: int = 0
+    #: The id of its entry in a stream.
+    entry: str | None = None
+
+
+def publish_one(
+    node: Node, name: str, payload: Mapping[str, Any], *, stream: bool = False
+) -> Receipt:
+    """Publish an event as the node's service, from a node of its own, and wait for the answer.
+
+    It goes the way of the node's route for the name.
+
+    :param stream: whether it goes into a stream, whatever the route says.
+    :raises ConfigError: there are no streams where it is to go.
+    :raises PayloadError: a value cannot travel.
+    :raises PublishError: Redis did not take it, or did not say so within 3 seconds.
+    """
+    outgoing = _take_down(node, name, payload, _route(node, name, stream=stream))
+    answer = _exchange(node, outgoing)
+    way = outgoing.lane.way
+
+    if way.is_stream:
+        return Receipt(event_id=outgoing.id, key=way.key, entry=answer.decode())
+
+    return Receipt(event_id=outgoing.id, key=way.key, listeners=answer)
+
+
+def _route(node: Node, name: str, *, stream: bool) -> Route:
+    route = node.route_for(name)
+
+    if stream and route.via != "stream":
+        route = Route(name=name, via="stream")
+        check_route(node.config, route)
+
+    return route
+
+
+def _take_down(node: Node, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
+    lanes = Lanes(node.config, node.codec)
+    emissions = Emissions(config=node.config, codec=node.codec, lanes=lanes, trace=lambda: None)
+    outgoing = emissions.take_down(name, payload, route, confirm=False)
+    outgoing.identify(secrets.token_hex(6), 1, time.time_ns())
+    outgoing.take_its_turn()
+    return outgoing
+
+
+def _exchange(node: Node, outgoing: Outgoing) -> Any:
+    connections = Connections(node.config.url, name=CLIENT_NAME)
+    exchange = Exchange(
+        connections,
+        timeout=TIMEOUT,
+        names=StreamKeys(node.config.prefix).names,
+        patience=node.config.timeout,
+    )
+
+    deadline = time.monotonic() + TIMEOUT
+
+    try:
+        with _told(f"{outgoing.lane.name!r} was not published", outgoing, connections):
+            exchange.ask(deadline)
+
+        unknown = f"It is not known whether {outgoing.id} was published"
+
+        with _told(unknown, outgoing, connections, in_doubt=True):
+            (error,) = exchange.publish([(outgoing.lane.way, outgoing.sealed())], deadline)
+    finally:
+        exchange.close()
+
+    if error is not None:
+        raise _refusal(outgoing, error) from error
+
+    return exchange.answers[0]
+
+
+@contextmanager
+def _told(
+    what: str, outgoing: Outgoing, connections: Connections, *, in_doubt: bool = False
+) -> Iterator[None]:
+    try:
+        yield
+    except OUTAGE as outage:
+        raise PublishError(
+            f"{what}: Redis at {connections.shown} cannot be used: {trouble_of(outage)}",
+            event_id=outgoing.id,
+            in_doubt=in_doubt,
+        ) from outage
+
+
+def _refusal(outgoing: Outgoing, error: Exception) -> PublishError:
+    name, way = outgoing.lane.name, outgoing.lane.way
+
+    if isinstance(error, TooFewReplicasError):
+        text = f"{name!r} is stored as the event {outgoing.id}, but {error}."
+    elif isinstance(error, NoWritesError):
+        text = f"{name!r} was not published: Redis takes no writes now: {error}."
+    elif not way.is_stream:
+        text = (
+            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. Grant the user "
+            f"the channel in the ACL: '&{way.key}'."
+        )
+    elif isinstance(error, redis.exceptions.NoPermissionError):
+        text = (
+            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. Grant the user "
+            f"the stream in the ACL: '~{way.key} +xadd'."
+        )
+    else:
+        text = (
+            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. Correct what it "
+            "complains of."
+        )
+
+    in_doubt = isinstance(error, TooFewReplicasError)
+    return PublishError(text, event_id=outgoing.id, in_doubt=in_doubt)

@@ -1,0 +1,299 @@
+"""How streams and their groups do, at one moment, as Redis has it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..codec.entry_ids import EntryId, entry_id
+from ..streams.alarms import Alarm, far_ahead, foreign_consumers, past_the_end, worker_of
+from ..streams.group import RELEASED
+from ..transport.pipe import CHUNK
+from .streams import StreamAccess, as_texts, by_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsumerStatus:
+    """One consumer of a group: a process that reads, or that did."""
+
+    name: str
+    #: What the name says, where it is one of the bus's own.
+    host: str
+    pid: int | None
+    node: str
+    #: Seconds since it last asked for events.
+    idle: float
+    #: Events that it has in hand.
+    pending: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStatus:
+    """A service at a stream."""
+
+    service: str
+    #: Whether there is a group; without one the service has not begun, or the stream was deleted.
+    exists: bool
+    #: Events that no worker has got yet; ``None`` where the server cannot tell.
+    lag: int | None
+    #: Events that were trimmed before any worker got them, as far as the server can tell.
+    lost: int
+    #: Events that a worker has got and not finished, and how many seconds ago the oldest of
+    #: them was published.
+    pending: int
+    oldest: float | None
+    #: Receivers that are to be tried again, each at one event.
+    retries: int
+    #: Dead letters.
+    dead: int
+    #: Dead letters that were dropped, because there were more than ``EVENTBUS_DEAD_MAXLEN``.
+    dead_dropped: int
+    consumers: Sequence[ConsumerStatus] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamStatus:
+    """A signal's stream, with the services that are looked at."""
+
+    name: str
+    #: Events that it holds.
+    length: int
+    groups: Sequence[GroupStatus]
+    #: What somebody did to it, or to these services' places in it.
+    alarms: Sequence[Alarm] = ()
+
+
+def read_statuses(
+    access: StreamAccess, services: Mapping[str, Sequence[str] | None]
+) -> list[StreamStatus]:
+    """How the streams of some signals do; what Redis knows nothing of is left out.
+
+    :param services: for each signal the services to look at; ``None`` for all that have a group.
+    :raises click.ClickException: Redis cannot be asked.
+    """
+    found = _streams(access, services)
+    wanted = [
+        (name, service)
+        for name, stream in found.items()
+        for service in (sorted(stream.groups) if services[name] is None else services[name] or ())
+    ]
+    groups: dict[str, list[GroupStatus]] = {name: [] for name in found}
+
+    for name, group in _groups(access, found, wanted):
+        if group.exists or group.retries or group.dead or group.dead_dropped:
+            groups[name].append(group)
+
+    noted = _noted(access, groups)
+    return [
+        StreamStatus(
+            name=name,
+            length=stream.length,
+            groups=groups[name],
+            alarms=[*_alarms(name, stream, groups[name]), *noted.get(name, ())],
+        )
+        for name, stream in found.items()
+        if stream.exists or groups[name]
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    length: int
+    #: The ids of its first entry and of its last.
+    first: EntryId | None
+    last: EntryId | None
+    #: The last id that it gave to an entry.
+    given: EntryId
+    groups: Mapping[str, Mapping[str, Any]]
+    exists: bool
+
+
+def _streams(access: StreamAccess, names: Mapping[str, Any]) -> dict[str, _Stream]:
+    keys = [access.keys.stream(name) for name in names]
+    answers = iter(
+        access.run(
+            [
+                command
+                for key in keys
+                for command in (
+                    ("XLEN", key),
+                    ("XRANGE", key, "-", "+", "COUNT", 1),
+                    ("XREVRANGE", key, "+", "-", "COUNT", 1),
+                    ("XINFO", "STREAM", key),
+                    ("XINFO", "GROUPS", key),
+                )
+            ],
+            most=CHUNK,
+        )
+    )
+    return {
+        name: _Stream(
+            length,
+            _id_in(first),
+            _id_in(last),
+            entry_id(as_texts(stream or ()).get("last-generated-id", b"0-0")),
+            by_name(groups),
+            groups is not None,
+        )
+        for name, (length, first, last, stream, groups) in zip(
+            names, zip(*[answers] * 5, strict=True), strict=True
+        )
+    }
+
+
+def _noted(
+    access: StreamAccess, groups: Mapping[str, Sequence[GroupStatus]]
+) -> dict[str, list[Alarm]]:
+    """Return the alarms that workers raised in the last day, as far as this user may read them."""
+    wanted = [(name, group.service) for name, found in groups.items() for group in found]
+    answers = access.try_to_run(
+        [("HMGET", access.keys.tampered(name, service), "alarm") for name, service in wanted]
+    )
+    found: dict[str, list[Alarm]] = {}
+
+    for (name, _), answer in zip(wanted, answers, strict=True):
+        if answer and answer[0]:
+            found.setdefault(name, []).append(Alarm(answer[0].decode(errors="replace"), ""))
+
+    return found
+
+
+def _alarms(name: str, stream: _Stream, groups: Sequence[GroupStatus]) -> Iterator[Alarm]:
+    now = time.time()
+
+    if (ahead := far_ahead(name, stream.given, now)) is not None:
+        yield ahead
+
+    for status in groups:
+        service = status.service
+        consumers = [found.name for found in status.consumers if found.name != RELEASED]
+
+        if (foreign := foreign_consumers(name, service, consumers)) is not None:
+            yield foreign
+
+        if (group := stream.groups.get(service)) is None:
+            continue
+
+        delivered = entry_id(group["last-delivered-id"])
+
+        if (alarm := past_the_end(name, service, delivered, stream.given, now)) is not None:
+            yield alarm
+
+
+def _groups(
+    access: StreamAccess, streams: Mapping[str, _Stream], wanted: Sequence[tuple[str, str]]
+) -> Iterator[tuple[str, GroupStatus]]:
+    answers = iter(
+        access.run([command for each in wanted for command in _questions(access, streams, *each)])
+    )
+
+    for name, service in wanted:
+        stream = streams[name]
+        group = stream.groups.get(service)
+        status = GroupStatus(
+            service=service,
+            exists=group is not None,
+            lag=None,
+            lost=0,
+            pending=0,
+            oldest=None,
+            retries=next(answers),
+            dead=next(answers),
+            dead_dropped=_number_in(next(answers)),
+        )
+
+        if group is not None:
+            status = replace(
+                status,
+                lag=lag_of(group, stream.length, stream.first, stream.last),
+                lost=lost_of(group, stream.length, stream.first),
+                pending=group["pending"],
+                oldest=_age(next(answers)),
+                consumers=[
+                    consumer_of(consumer, facts)
+                    for consumer, facts in sorted(by_name(next(answers)).items())
+                ],
+            )
+
+        yield name, status
+
+
+def _questions(
+    access: StreamAccess, streams: Mapping[str, _Stream], name: str, service: str
+) -> Iterator[tuple[str | int, ...]]:
+    key = access.keys.stream(name)
+    yield "ZCARD", access.keys.retry(name, service)
+    yield "XLEN", access.keys.dead(name, service)
+    yield "GET", access.keys.dead_dropped(name, service)
+
+    if service in streams[name].groups:
+        yield "XPENDING", key, service, "-", "+", 1
+        yield "XINFO", "CONSUMERS", key, service
+
+
+def lag_of(
+    group: Mapping[str, Any], length: int, first: EntryId | None, last: EntryId | None
+) -> int | None:
+    """How many entries a group has not got yet; ``None`` where that cannot be known.
+
+    Redis counts since 7.0 only, loses count when an entry is deleted, and on some versions
+    counts what was trimmed. At both ends of the stream there is no doubt.
+
+    :param group: what ``XINFO GROUPS`` says.
+    :param first: the id of the first entry of the stream, if it has one.
+    :param last: that of the last one.
+    """
+    position = entry_id(group["last-delivered-id"])
+
+    if first is None or last is None or position >= last:
+        return 0
+
+    if position < first:
+        return length
+
+    counted: int | None = group.get("lag")
+    # It has got the first entry and not the last: no other number can be true.
+    return counted if counted is not None and 0 < counted < length else None
+
+
+def lost_of(group: Mapping[str, Any], length: int, first: EntryId | None) -> int:
+    """How many entries were trimmed before a group got them, as far as Redis tells.
+
+    :param group: what ``XINFO GROUPS`` says.
+    :param first: the id of the first entry of the stream, if it has one.
+    """
+    if first is not None and entry_id(group["last-delivered-id"]) >= first:
+        return 0
+
+    counted: int | None = group.get("lag")
+    return max(0, (counted or 0) - length)
+
+
+def consumer_of(name: str, facts: Mapping[str, Any]) -> ConsumerStatus:
+    """A consumer as ``XINFO CONSUMERS`` has it; the bus calls its own ``HOST-PID-NODE``."""
+    host, pid, node = worker_of(name) or ("", None, "")
+    return ConsumerStatus(
+        name=name,
+        host=host,
+        pid=pid,
+        node=node,
+        idle=facts["idle"] / 1000,
+        pending=facts["pending"],
+    )
+
+
+def _number_in(text: bytes | None) -> int:
+    # Somebody may have written something else there.
+    return int(text) if text and text.isdigit() else 0
+
+
+def _id_in(entries: Sequence[Any]) -> EntryId | None:
+    return entry_id(entries[0][0]) if entries else None
+
+
+def _age(pending: Sequence[Any], *, clock: Callable[[], float] = time.time) -> float | None:
+    oldest = _id_in(pending)
+    # Another machine may have chosen the id, by a clock that is ahead.
+    return None if oldest is None else max(0.0, clock() - oldest[0] / 1000)

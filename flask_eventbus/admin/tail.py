@@ -1,0 +1,269 @@
+"""Hears live events as a spectator: no service's listener, and no receiver runs."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import redis
+
+from ..codec.codec import Codec
+from ..errors import ConfigError
+from ..event import Event
+from ..text import plain, read_value
+from ..transport.backoff import Backoff
+from ..transport.connections import OUTAGE, Connections
+from .channel_tail import ChannelTail
+from .stream_tail import StreamTail
+from .tail_sources import Heard
+
+#: What ``CLIENT LIST`` shows: never one of a service's listeners.
+CLIENT_NAME = "eventbus-tail"
+
+#: Seconds between tries to connect, at most.
+MOST_BACKOFF = 2.0
+
+#: Seconds after which whoever waits for events gets nothing, to look around.
+TICK = 1.0
+
+#: Batches of events that wait to be shown. Behind these nothing more is read.
+MOST_WAITING = 16
+
+#: Seconds that the threads get to end.
+END = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """Which events are shown: those from one of the sources, with all of the values."""
+
+    #: Services; none means all.
+    sources: Sequence[str] = ()
+    #: Keys of the payload and what they hold, as written on the command line.
+    values: Sequence[tuple[str, str]] = ()
+
+    def accepts(self, event: Event) -> bool:
+        """Whether the event is to be shown."""
+        if self.sources and event.source not in self.sources:
+            return False
+
+        return all(_holds(event, key, text) for key, text in self.values)
+
+
+class Way(Protocol):
+    """Hears events one way: over channels, or over streams."""
+
+    way: str
+
+    def listen(self, stopping: threading.Event, backoff: Backoff) -> None:
+        """Connect and hear until it is told to stop."""
+
+    def wake(self) -> None:
+        """Let a wait for Redis end soon, in whatever thread."""
+
+    def close(self) -> None:
+        """Close the connection. Only the thread that listens may."""
+
+
+class Tail:
+    """Hears channels and streams, whatever happens to Redis, each in a thread of its own.
+
+    What they have to say is said in the thread that asks for events.
+
+    :param names: signals and patterns.
+    :param tell: takes sentences about what happens: connected, lost, bytes that are no event.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        prefix: str,
+        codec: Codec,
+        names: Sequence[str],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._connections = Connections(url, name=CLIENT_NAME)
+        self._names = names
+        self._tell = tell
+        kinds = (ChannelTail,) if url.startswith("redis+cluster://") else (ChannelTail, StreamTail)
+        self._ways: list[Way] = [
+            kind(self._connections, prefix=prefix, codec=codec, names=names, spectator=self)
+            for kind in kinds
+        ]
+        self._waiting: queue.Queue[Sequence[Heard] | str | Exception] = queue.Queue(MOST_WAITING)
+        self._stopping = threading.Event()
+        self._lock = threading.RLock()
+        self._found: set[str] = set()
+        self._lost_since: float | None = None
+        #: Why something is refused, by name and way; and what of it was said.
+        self._refusals: dict[tuple[str, str], str] = {}
+        self._said: set[str] = set()
+        #: Whether everything was heard at least once.
+        self.connected = False
+
+    def events(self, seconds: float | None = None) -> Iterator[list[Heard]]:
+        """Yield what came, at least every other second, often nothing. It is called once.
+
+        :param seconds: after how many to end; for ever by default.
+        :raises ConfigError: Redis refuses this user, or a signal to it in every way.
+        """
+        ends = None if seconds is None else time.monotonic() + seconds
+        threads = [
+            threading.Thread(target=self._run, args=[way], daemon=True) for way in self._ways
+        ]
+
+        for thread in threads:
+            thread.start()
+
+        try:
+            while (left := _left(ends)) > 0:
+                yield self._next(min(TICK, left))
+        finally:
+            self._stop(threads)
+
+    def _next(self, seconds: float) -> list[Heard]:
+        try:
+            found = self._waiting.get(timeout=seconds)
+        except queue.Empty:
+            return []
+
+        if isinstance(found, Exception):
+            raise found
+
+        if isinstance(found, str):
+            self._tell(found)
+            return []
+
+        return list(found)
+
+    def _stop(self, threads: Sequence[threading.Thread]) -> None:
+        self._stopping.set()
+
+        for way in self._ways:
+            way.wake()
+
+        for thread in threads:
+            thread.join(timeout=END)
+
+    # -- the threads that hear ------------------------------------------------------------
+
+    def _run(self, way: Way) -> None:
+        backoff = Backoff(most=MOST_BACKOFF)
+
+        while not self._stopping.is_set():
+            try:
+                way.listen(self._stopping, backoff)
+            except redis.AuthenticationError as error:
+                self._put(self._not_let_in(error))
+                return
+            except OUTAGE as error:
+                self._lose(way, error)
+            except Exception as error:
+                # Raised again where events are asked for.
+                self._put(error)
+                return
+            finally:
+                way.close()
+
+            self._stopping.wait(backoff.next())
+
+    def show(self, heard: Sequence[Heard]) -> None:
+        """Let events be shown; waits while too many others are waiting for that."""
+        self._put(heard)
+
+    def tell(self, sentence: str) -> None:
+        """Let a sentence be said, between the events that came before and after."""
+        self._put(sentence)
+
+    def found(self, way: str) -> None:
+        """Note that one way is heard, and say so when all are."""
+        with self._lock:
+            self._found.add(way)
+
+            if len(self._found) == len(self._ways):
+                self._tell_refusals()
+                self._tell_found()
+
+    def refuse(self, way: str, name: str, sentence: str) -> None:
+        """Note what Redis refuses: it is said, or ends all if no way to the signal is left."""
+        with self._lock:
+            self._refusals[name, way] = sentence
+
+            if len(self._found) == len(self._ways):
+                self._tell_refusals()
+
+    def _tell_refusals(self) -> None:
+        for name in self._names:
+            refused = [self._refusals.get((name, way.way)) for way in self._ways]
+
+            if all(refused):
+                raise ConfigError(" ".join(filter(None, refused)))
+
+        for sentence in self._refusals.values():
+            if sentence not in self._said:
+                self._said.add(sentence)
+                self._put(sentence)
+
+    def _tell_found(self) -> None:
+        if not self.connected:
+            names = ", ".join(self._names)
+            self._put(f"Hearing {names} on {self._connections.shown}. Ctrl-C ends.")
+        elif self._lost_since is not None:
+            seconds = time.monotonic() - self._lost_since
+            self._put(f"Redis is back after {seconds:.1f} s; {self._missed}")
+
+        self.connected = True
+        self._lost_since = None
+
+    @property
+    def _missed(self) -> str:
+        if len(self._ways) == 1:
+            return "events of that time were not heard."
+
+        return "channels were not heard in that time, and streams go on where they were."
+
+    def _lose(self, way: Way, error: Exception) -> None:
+        with self._lock:
+            self._found.discard(way.way)
+            self._refusals = {
+                key: sentence for key, sentence in self._refusals.items() if key[1] != way.way
+            }
+
+            if self._lost_since is None and not self._stopping.is_set():
+                self._lost_since = time.monotonic()
+                self._put(
+                    f"Redis at {self._connections.shown} is away: {str(error).rstrip('.')}. "
+                    "Trying again until it is back."
+                )
+
+    def _not_let_in(self, error: Exception) -> ConfigError:
+        refusal = ConfigError(
+            f"Redis at {self._connections.shown} does not let this user in: {error}. "
+            "Correct the user and the password in 'EVENTBUS_URL'."
+        )
+        refusal.__cause__ = error
+        return refusal
+
+    def _put(self, item: Sequence[Heard] | str | Exception) -> None:
+        while not self._stopping.is_set():
+            try:
+                return self._waiting.put(item, timeout=TICK)
+            except queue.Full:
+                continue
+
+
+def _holds(event: Event, key: str, text: str) -> bool:
+    if key not in event.payload:
+        return False
+
+    value = event.payload[key]
+    return bool(value == read_value(text)) or plain(value) == text
+
+
+def _left(ends: float | None) -> float:
+    return float("inf") if ends is None else ends - time.monotonic()

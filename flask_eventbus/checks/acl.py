@@ -1,0 +1,375 @@
+"""Asks a server whether a user may do with streams what a service does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import redis
+
+from ..admin.overview import Overview
+from ..admin.server import Server, reason_of
+from ..config import Config
+from ..node import Node
+from ..routing.options import is_pattern
+from ..routing.subscriptions import Subscription
+from ..transport.keys import StreamKeys
+from ..transport.pipe import Command
+from .findings import Finding, error, note, ok, warning
+
+#: Commands whose rights are given by their second word.
+_CONTAINERS = ("XINFO", "XGROUP")
+
+#: Commands without which a worker reads, and does not look after what it reads.
+_SPARED = frozenset({"XINFO", "XPENDING"})
+
+#: How a server answers what it would do if it were meant: a number that is none, a transaction
+#: that has not begun, and what cannot be said inside of one.
+_HARMLESS = (
+    *("not an integer", "Invalid stream ID", "requires the key to exist"),
+    *("without MULTI", "inside MULTI", "inside a transaction"),
+)
+
+#: What is in the place of an id, or of a number, in a command that is never done.
+_ID = "0-1"
+_NO_NUMBER = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A command that a service uses, and what has to be granted for it in the ACL."""
+
+    command: Command
+    #: The keys, as a pattern; empty for a command that has none.
+    keys: str = ""
+
+    @property
+    def right(self) -> str:
+        """``+xadd``, ``+xinfo|stream``."""
+        words = self.command[: 1 + (self.command[0] in _CONTAINERS)]
+        return "+" + "|".join(map(str, words)).lower()
+
+    @property
+    def shown(self) -> str:
+        """``XADD``, ``XINFO STREAM``."""
+        return self.right[1:].replace("|", " ").upper()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why something that a service needs is not to be had."""
+
+    need: Need
+    reason: redis.ResponseError
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the server does not know the command."""
+        return "unknown command" in str(self.reason)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether a right in the ACL is all that is missing."""
+        # Of EXEC it is only said that the transaction is discarded because of it.
+        return (
+            isinstance(self.reason, redis.exceptions.NoPermissionError)
+            or "NOPERM" in f"{self.reason}"
+        )
+
+
+def check_stream_rights(open_server: Callable[[], Server], node: Node) -> Iterator[Finding]:
+    """Try what the routes and subscriptions of a node need; nothing of it is done.
+
+    :param open_server: connects; each connection is closed in the middle of a transaction.
+    """
+    overview = Overview(node)
+    published = overview.published_names(via="stream")
+    read = [found for found in overview.subscriptions if overview.reads_stream(found)]
+
+    if published:
+        with open_server() as server:
+            yield from _check_published(server, node, published)
+
+    if read:
+        with open_server() as server:
+            yield from _check_read(server, node.config, read)
+
+
+# -- what is published --------------------------------------------------------------------
+
+
+def _check_published(server: Server, node: Node, names: Iterable[str]) -> Iterator[Finding]:
+    keys = StreamKeys(node.config.prefix)
+    refused = [
+        _finding(f"It does not let this user add to the stream of {name!r}", found)
+        for name in names
+        if (found := _refusals(server, _needs_of_publisher(node, keys, name)))
+    ]
+    yield from refused or [ok(f"It lets this user add to the streams of {_listed(names)}.")]
+    announced = [Need(("SADD", keys.names, name), keys.names) for name in names]
+
+    if _begins(server) and (found := _refusals(server, announced)):
+        yield _unannounced(found)
+
+
+def _needs_of_publisher(node: Node, keys: StreamKeys, name: str) -> Iterator[Need]:
+    key = keys.stream(name)
+    replicas = node.route_for(name).replicas
+    # A limit that is no number is refused by the command itself, after the ACL has let it pass.
+    yield Need(("XADD", key, "MAXLEN", "~", _NO_NUMBER, "*", "event", ""), key)
+
+    if node.config.replicas if replicas is None else replicas:
+        yield Need(("WAIT", _NO_NUMBER, 1))
+
+
+def _unannounced(found: list[Refusal]) -> Finding:
+    return warning(
+        f"It does not let this user note the names of its streams: {_why(found)}. Patterns, 'tail' "
+        "and 'status' find them once somebody else has.",
+        _remedy(found),
+    )
+
+
+# -- what is read -------------------------------------------------------------------------
+
+
+def _check_read(
+    server: Server, config: Config, subscriptions: list[Subscription]
+) -> Iterator[Finding]:
+    keys = StreamKeys(config.prefix)
+    left = [found for found in subscriptions if not _is_kept_out(server, found, keys, config)]
+
+    for subscription in subscriptions:
+        if subscription not in left:
+            yield _kept_out(subscription, keys, config)
+
+    if left:
+        yield from _check_inside(server, config, left)
+
+
+def _is_kept_out(
+    server: Server, subscription: Subscription, keys: StreamKeys, config: Config
+) -> bool:
+    """Whether a signal is heard over its channel alone, since this user may make no group."""
+    if subscription.via is not None or not subscription.group:
+        return False
+
+    key = keys.stream(subscription.name)
+    # Made for nobody: the place that it is to begin at is none.
+    made = Need(("XGROUP", "CREATE", key, config.service, _NO_NUMBER), key)
+    return any(refusal.is_right for refusal in _refusals(server, [made]))
+
+
+def _kept_out(subscription: Subscription, keys: StreamKeys, config: Config) -> Finding:
+    name = subscription.name
+    needs = [
+        *_needs_of(subscription, keys, config),
+        _watch(keys.retry(name, config.service)),
+        *(Need(("MULTI",)), Need(("EXEC",))),
+    ]
+    return warning(
+        f"It does not let this user read the stream of {name!r}, which is heard over its channel "
+        "alone.",
+        f"Hear it via 'channel', or grant the user in the ACL: {_listed_grants(needs)}.",
+    )
+
+
+def _check_inside(
+    server: Server, config: Config, subscriptions: list[Subscription]
+) -> Iterator[Finding]:
+    """Try the commands inside of a transaction, where they are only looked at."""
+    keys = StreamKeys(config.prefix)
+    # Before the transaction: inside of it one would be meant, and the other is not looked at.
+    found = _refusals(server, [Need(("EXEC",))])
+    unwatched = {
+        each.name: _refusals(server, [_watch(keys.retry(each.name, config.service))])
+        for each in subscriptions
+        if each.group
+    }
+    begins = _refusals(server, [Need(("MULTI",))])
+
+    if any(each.group for each in subscriptions) and (found or begins):
+        yield _finding("It does not let this user settle events of streams", found + begins)
+
+    if begins:
+        yield note(
+            "Which streams this user may read cannot be known without a transaction.",
+            "To have it checked, allow '+multi' in the ACL.",
+        )
+        return
+
+    names = [found.name for found in subscriptions]
+    refused = list(_check_each(server, config, subscriptions, unwatched))
+    yield from refused or [ok(f"It lets this user read the streams of {_listed(names)}.")]
+
+
+def _check_each(
+    server: Server,
+    config: Config,
+    subscriptions: list[Subscription],
+    unwatched: Mapping[str, list[Refusal]],
+) -> Iterator[Finding]:
+    keys = StreamKeys(config.prefix)
+
+    for subscription in subscriptions:
+        found = _refusals(server, _needs_of(subscription, keys, config))
+        found += unwatched.get(subscription.name, [])
+        reader = f"as the group {config.service!r}" if subscription.group else "in each process"
+
+        if found and all(refusal.need.command[0] in _SPARED for refusal in found):
+            yield warning(
+                f"It lets this user read the stream of {subscription.name!r} {reader}, and not "
+                f"look after it: {_why(found)}. What other workers leave, or what is trimmed, goes "
+                "unnoticed.",
+                _remedy(found),
+            )
+        elif found:
+            text = f"It does not let this user read the stream of {subscription.name!r} {reader}"
+            yield _finding(text, found)
+
+
+def _needs_of(subscription: Subscription, keys: StreamKeys, config: Config) -> Iterator[Need]:
+    name, service = subscription.name, config.service
+
+    if is_pattern(name):
+        yield from _needs_of_pattern(keys, service, name)
+
+    if not subscription.group:
+        yield from _needs_of_follower(keys.stream(name))
+        return
+
+    yield from _needs_of_group(keys.stream(name), service)
+    yield Need(("SADD", keys.names, name), keys.names)
+    # Retries of signals that the service no longer subscribes to are found by it.
+    yield Need(("SMEMBERS", keys.names), keys.names)
+    yield Need(("TIME",))
+
+    if config.duplicate_window:
+        yield from _needs_of_duplicates(keys.seen(name, service, 0)[:-1])
+
+    yield from _needs_of_retries(keys.retry(name, service))
+    dead = keys.dead(name, service)
+    yield Need(("XADD", dead, "*", "reason", ""), dead)
+    yield Need(("XTRIM", dead, "MAXLEN", "~", _NO_NUMBER), dead)
+    dropped = keys.dead_dropped(name, service)
+    yield Need(("INCRBY", dropped, _NO_NUMBER), dropped)
+
+
+def _needs_of_pattern(keys: StreamKeys, service: str, pattern: str) -> Iterator[Need]:
+    since = keys.since(service)
+    yield Need(("SMEMBERS", keys.names), keys.names)
+    yield Need(("TIME",))
+    yield Need(("HSETNX", since, pattern, 0), since)
+    yield Need(("HGET", since, pattern), since)
+
+
+def _needs_of_follower(key: str) -> Iterator[Need]:
+    yield Need(("XREAD", "STREAMS", key, "$"), key)
+    yield Need(("XREVRANGE", key, "+", "-", "COUNT", 1), key)
+    yield Need(("XINFO", "STREAM", key), key)
+
+
+def _needs_of_group(key: str, service: str) -> Iterator[Need]:
+    commands: list[Command] = [
+        ("XGROUP", "CREATE", key, service, "$", "MKSTREAM"),
+        ("XGROUP", "CREATECONSUMER", key, service, "nobody"),
+        ("XGROUP", "DELCONSUMER", key, service, "nobody"),
+        ("XREADGROUP", "GROUP", service, "nobody", "COUNT", 1, "STREAMS", key, ">"),
+        ("XACK", key, service, _ID),
+        ("XCLAIM", key, service, "nobody", 0, _ID, "JUSTID"),
+        ("XPENDING", key, service, "-", "+", 1),
+        ("XRANGE", key, _ID, _ID),
+        ("XINFO", "STREAM", key),
+        ("XINFO", "GROUPS", key),
+        ("XINFO", "CONSUMERS", key, service),
+    ]
+    return (Need(command, key) for command in commands)
+
+
+def _needs_of_duplicates(start: str) -> Iterator[Need]:
+    key = f"{start}0"
+    commands: list[Command] = [("HMGET", key, ""), ("HSET", key, "", ""), ("EXPIRE", key, 1)]
+    return (Need(command, f"{start}*") for command in commands)
+
+
+def _watch(key: str) -> Need:
+    return Need(("WATCH", key), key)
+
+
+def _needs_of_retries(key: str) -> Iterator[Need]:
+    commands: list[Command] = [
+        ("ZRANGEBYSCORE", key, 0, 0),
+        ("ZSCORE", key, ""),
+        ("ZADD", key, 0, ""),
+        ("ZREM", key, ""),
+    ]
+    return (Need(command, key) for command in commands)
+
+
+# -- how it is asked ----------------------------------------------------------------------
+
+
+def _begins(server: Server) -> bool:
+    """Begin a transaction, in which everything is only looked at; whether it was allowed to."""
+    return not _refusals(server, [Need(("MULTI",))])
+
+
+def _refusals(server: Server, needs: Iterable[Need]) -> list[Refusal]:
+    needs = list(needs)
+    answers = server.ask_all([tuple(map(str, need.command)) for need in needs])
+    return [
+        Refusal(need, answer)
+        for need, answer in zip(needs, answers, strict=True)
+        if isinstance(answer, redis.ResponseError)
+        and not any(words in str(answer) for words in _HARMLESS)
+    ]
+
+
+def _finding(text: str, found: list[Refusal]) -> Finding:
+    return error(f"{text}: {_why(found)}.", _remedy(found))
+
+
+def _remedy(found: list[Refusal]) -> str:
+    if unknown := [refusal for refusal in found if refusal.is_unknown]:
+        if all(refusal.need.command[0] in _SPARED for refusal in unknown):
+            return "Take the command out of 'rename-command' in the server's configuration."
+
+        return "Use Redis 6.2 or later, or Valkey: this server has no such streams."
+
+    if grants := _grants(found):
+        return f"Grant the user in the ACL: {grants}."
+
+    return "Correct what it complains of."
+
+
+def _why(found: list[Refusal]) -> str:
+    """What the server says of the first, and the commands of all."""
+    first = next((refusal for refusal in found if not refusal.is_right), None)
+
+    if first is not None:
+        return f"{first.need.shown}: {reason_of(first.reason)}"
+
+    return "no right to " + ", ".join(
+        dict.fromkeys(refusal.need.right[1:].replace("|", " ").upper() for refusal in found)
+    )
+
+
+def _grants(found: list[Refusal]) -> str:
+    return _listed_grants(refusal.need for refusal in found if refusal.is_right)
+
+
+def _listed_grants(needs: Iterable[Need]) -> str:
+    """The rights for each pattern of keys: what an ACL takes as a selector."""
+    by_keys: dict[str, dict[str, None]] = {}
+
+    for need in needs:
+        by_keys.setdefault(need.keys, {})[need.right] = None
+
+    return ", ".join(
+        repr(" ".join([*rights, *([f"~{keys}"] if keys else [])]))
+        for keys, rights in by_keys.items()
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,285 @@
+"""What can be known of a program before any event: its routes, its receivers, their parameters."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from blinker import NamedSignal
+
+from ..admin.overview import Connected, Overview, connected_to
+from ..node import Node
+from ..receivers.dispatcher import name_of, unfit_signature
+from ..routing.bus_signal import Receiver
+from ..routing.flask_signals import is_built_in
+from ..routing.options import is_pattern
+from ..routing.routes import Route
+from ..routing.subscriptions import Subscription
+from .findings import Finding, error, note, ok, warning
+
+#: What a process does with events of a channel for which it has no receiver.
+_SKIPPED = "its events are skipped"
+
+#: What a first parameter may be called, beside whatever begins with an underscore.
+_SENDERS = frozenset({"sender", "source", "service", "origin", "app", "publisher"})
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def check_program(node: Node) -> Iterator[Finding]:
+    """Look at what a node's program declares; nothing connects."""
+    overview = Overview(node)
+    yield from _check_settings(node, overview)
+    yield from _check_routes(overview)
+
+    for subscription in overview.subscriptions:
+        yield from _check_subscription(overview, subscription)
+
+    yield from _check_receivers(node, overview)
+
+
+def _check_settings(node: Node, overview: Overview) -> Iterator[Finding]:
+    config = node.config
+    publishes, hears = len(overview.routes), len(overview.subscriptions)
+
+    if publishes or hears:
+        names = "1 name" if publishes == 1 else f"{publishes} names"
+        yield ok(f"The service {config.service!r} publishes {names} and hears {hears}.")
+    else:
+        yield warning(
+            f"The service {config.service!r} publishes nothing and hears nothing.",
+            "Name signals in 'EVENTBUS_PUBLISH' or 'EVENTBUS_SUBSCRIBE', or use bus.publishes() "
+            "and @bus.on().",
+        )
+
+    if not config.enabled:
+        yield warning(
+            "'EVENTBUS_ENABLED' is False: nothing is published and nothing is heard.",
+            "Set it to True where that is not intended.",
+        )
+
+    if hears and not config.listen:
+        yield note(
+            "'EVENTBUS_LISTEN' is False: what serves the app does not listen.",
+            "Run 'flask eventbus run' beside it.",
+        )
+
+
+def _check_routes(overview: Overview) -> Iterator[Finding]:
+    for found in overview.strangers():
+        yield error(*found)
+
+    for route in overview.routes:
+        if is_pattern(route.name) and not overview.covered_by(route):
+            yield warning(
+                f"The route {route.name!r} covers no signal: nothing is published by it.",
+                "Make the signals with bus.signal(name) when the program starts, or correct the "
+                "pattern.",
+            )
+        elif route.signal is not None and route.signal not in overview.signals:
+            yield from _check_foreign(route)
+
+
+def _check_foreign(route: Route) -> Iterator[Finding]:
+    """Look at the route of a signal whose sender knows nothing of the bus."""
+    if is_built_in(route.payload):
+        yield ok(f"The route {route.name!r} publishes plain values of a signal of Flask's.")
+    elif route.payload is None:
+        yield note(
+            f"The route {route.name!r} publishes a signal of another package as it is: send() "
+            "fails there if the signal carries an object that cannot travel.",
+            "Give the route a payload= function that returns plain values.",
+        )
+
+
+def _check_subscription(overview: Overview, subscription: Subscription) -> Iterator[Finding]:
+    name = subscription.name
+
+    if not overview.receivers_of(subscription):
+        what = "its stream is not read" if overview.reads_stream(subscription) else _SKIPPED
+        yield error(
+            f"Nothing here receives {name!r}, which is subscribed: {what}.",
+            f"Connect a receiver with @bus.on({name!r}), name its module in "
+            "'EVENTBUS_RECEIVERS', or take the name out of 'EVENTBUS_SUBSCRIBE'. One that was "
+            "connected weakly inside a function may be gone already.",
+        )
+
+
+def _check_receivers(node: Node, overview: Overview) -> Iterator[Finding]:
+    parameters = node.declarations.parameters
+
+    for signal in overview.signals:
+        connected = connected_to(signal)
+
+        for each in connected:
+            yield from _check_hold(signal, each)
+
+        yield from _check_signatures(signal, connected, parameters.get(signal.name))
+
+
+def _check_hold(signal: NamedSignal, connected: Connected) -> Iterator[Finding]:
+    if connected.weak and not _is_in_a_module(connected.receiver):
+        yield warning(
+            f"{connected.name} is connected to {signal.name!r} weakly: it vanishes as soon as "
+            "nothing else holds it.",
+            f"Connect it with @bus.on({signal.name!r}), or with connect(receiver, weak=False).",
+        )
+
+
+def _is_in_a_module(receiver: Any) -> bool:
+    """Whether the receiver is held by its module, as functions on the top level are."""
+    found: Any = sys.modules.get(getattr(receiver, "__module__", None) or "")
+
+    for part in getattr(receiver, "__qualname__", "<none>").split("."):
+        found = getattr(found, part, None)
+
+    return found is receiver
+
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What a receiver wants of a payload."""
+
+    receiver: Receiver
+    required: frozenset[str]
+    accepted: frozenset[str]
+    #: Whether it takes any further key, by ``**extra``.
+    is_open: bool
+
+    @property
+    def name(self) -> str:
+        return name_of(self.receiver)
+
+    def lacks(self, keys: frozenset[str]) -> list[str]:
+        """The keys it needs that are not among ``keys``."""
+        return sorted(self.required - keys)
+
+    def refuses(self, keys: frozenset[str]) -> list[str]:
+        """Those of ``keys`` that it does not take."""
+        return [] if self.is_open else sorted(keys - self.accepted)
+
+
+def _check_signatures(
+    signal: NamedSignal, connected: list[Connected], declared: inspect.Signature | None
+) -> Iterator[Finding]:
+    needs = []
+
+    for each in connected:
+        fault = _fault_of(each.receiver, declared)
+
+        if fault is not None:
+            yield fault
+
+        is_unfit = fault is not None and fault.level == "error"
+
+        if not is_unfit and (need := _needs_of(each.receiver)) is not None:
+            needs.append(need)
+
+    if declared is None:
+        yield from _check_together(signal, needs)
+    else:
+        yield from _check_declared(signal, needs, declared)
+
+
+def _fault_of(receiver: Receiver, declared: inspect.Signature | None) -> Finding | None:
+    """What keeps the receiver from being called with any payload, or may do so."""
+    keys = () if declared is None else declared.parameters
+    unfit = unfit_signature(receiver, keys)
+
+    if unfit is not None:
+        reason, remedy = unfit
+        return error(f"{name_of(receiver)} fails at every event: {reason}.", f"{remedy}.")
+
+    signature = _signature(receiver)
+    first = next(iter(signature.parameters.values()), None) if signature is not None else None
+
+    if first is None or first.kind is not first.POSITIONAL_OR_KEYWORD or _is_sender(first.name):
+        return None
+
+    return note(
+        f"The first parameter of {name_of(receiver)} is {first.name!r}, and it gets the sender. "
+        "An event that has a value of that name fails.",
+        "Let the receiver begin with 'sender', or give the parameter that name.",
+    )
+
+
+def _is_sender(name: str) -> bool:
+    return name in _SENDERS or name.startswith("_")
+
+
+def _needs_of(receiver: Receiver) -> _Needs | None:
+    signature = _signature(receiver)
+
+    if signature is None:
+        return None
+
+    parameters = list(signature.parameters.values())
+    named = [parameter for parameter in _without_sender(parameters) if parameter.kind in _NAMED]
+    return _Needs(
+        receiver,
+        frozenset(each.name for each in named if each.default is each.empty),
+        frozenset(each.name for each in named),
+        any(each.kind is each.VAR_KEYWORD for each in parameters),
+    )
+
+
+def _without_sender(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    takes_all = parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+    return parameters if takes_all else parameters[1:]
+
+
+def _check_declared(
+    signal: NamedSignal, needs: list[_Needs], declared: inspect.Signature
+) -> Iterator[Finding]:
+    parameters = declared.parameters.values()
+    is_open = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    keys = frozenset(each.name for each in parameters if each.kind in _NAMED)
+
+    for need in needs:
+        missing = [] if is_open else need.lacks(keys)
+
+        if missing:
+            yield error(
+                f"{need.name} needs {_listed(missing)}, and {signal.name!r} is declared with "
+                f"{declared}: no payload fills it.",
+                "Give the parameter a default, or declare the signal with it.",
+            )
+
+        if need.refuses(keys):
+            yield error(
+                f"{need.name} does not take {_listed(need.refuses(keys))}, and {signal.name!r} is "
+                f"declared with {declared}: every event fails in it.",
+                "Let it take them, or let it end with **extra.",
+            )
+
+
+def _check_together(signal: NamedSignal, needs: list[_Needs]) -> Iterator[Finding]:
+    """One payload goes to all receivers that hear every sender: it has to fit all of them."""
+    for_all = {id(found) for found in signal.receivers_for(object())}
+
+    for one, other in combinations([need for need in needs if id(need.receiver) in for_all], 2):
+        for closed, needy in ((one, other), (other, one)):
+            clash = closed.refuses(needy.required)
+
+            if clash:
+                yield error(
+                    f"No payload of {signal.name!r} fits both {closed.name} and {needy.name}: "
+                    f"the second needs {_listed(clash)}, which the first does not take.",
+                    f"Let {closed.name} end with **extra.",
+                )
+
+
+def _signature(receiver: Receiver) -> inspect.Signature | None:
+    try:
+        return inspect.signature(receiver)
+    except (TypeError, ValueError):
+        # Some callables written in C do not tell their parameters.
+        return None
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,405 @@
+"""The command ``dead``: what a service could not handle, and what is to become of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import click
+
+from ..admin.dead_letters import Choice, DeadLetters, Letter
+from ..admin.dead_retry import Retrials, why_not
+from ..admin.streams import StreamAccess
+from ..codec.records import REASONS
+from ..text import counted, printable
+from .arguments import read_names, read_span
+from .base import Command, Group, Program, pass_program, service_of
+from .dead_report import as_json, letter_report, list_report, nothing, retrial_report
+
+#: What ``CLIENT LIST`` shows.
+CLIENT_NAME = "eventbus-dead"
+
+
+@click.group(
+    cls=Group,
+    short_help="List dead letters, and retry or drop them.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead list --receiver send_welcome
+      flask eventbus dead show 1763848800000-0
+      flask eventbus dead retry --signal user_registered
+      flask eventbus dead purge --older-than 30d
+      python -m flask_eventbus --service mailer dead list --json
+
+    Exit codes: 0 when it is done; 1 when it is not, in part or at all, which is said; 2 for
+    a mistake in the command. 'flask eventbus dead COMMAND --help' has more.""",
+)
+def dead() -> None:
+    """Look at the dead letters of this service, and decide what becomes of them.
+
+    A dead letter is an event that one receiver was not able to handle, after all its retries or
+    because it said so; or an entry of a stream that does not read. It stays until somebody
+    retries it, drops it or purges it.
+    """
+
+
+def _choosing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which dead letters are meant."""
+    for option in reversed(
+        (
+            click.option(
+                "--signal",
+                "signals",
+                multiple=True,
+                metavar="NAME",
+                callback=_read_signals,
+                help="Only of this signal, or of a pattern such as 'order_*'.",
+            ),
+            click.option(
+                "--receiver",
+                "receivers",
+                multiple=True,
+                metavar="NAME",
+                help="Only of this receiver: 'mailer.receivers.send_welcome' or 'send_welcome'.",
+            ),
+            click.option(
+                "--reason",
+                "reasons",
+                multiple=True,
+                type=click.Choice(REASONS),
+                help="Only those given up for this reason.",
+            ),
+            click.option(
+                "--older-than",
+                metavar="AGE",
+                callback=read_span,
+                help="Only those given up longer ago, for example '7d', '12h' or '30m'.",
+            ),
+            click.option(
+                "--newer-than",
+                metavar="AGE",
+                callback=read_span,
+                help="Only those given up since then.",
+            ),
+        )
+    ):
+        function = option(function)
+
+    return function
+
+
+def _choice(
+    *,
+    ids: Sequence[str] = (),
+    signals: Sequence[str],
+    receivers: Sequence[str],
+    reasons: Sequence[str],
+    older_than: int | None,
+    newer_than: int | None,
+) -> Choice:
+    return Choice(
+        ids=ids,
+        signals=signals,
+        receivers=receivers,
+        reasons=reasons,
+        older_than=older_than,
+        newer_than=newer_than,
+    )
+
+
+def _read_signals(
+    ctx: click.Context, param: click.Parameter, names: tuple[str, ...]
+) -> tuple[str, ...]:
+    return read_names(ctx, param, names) if names else ()
+
+
+class _Desk:
+    """The dead letters of a program's service, and those of them that are meant."""
+
+    def __init__(self, access: StreamAccess, service: str) -> None:
+        self.access = access
+        self.service = service
+        self.letters = DeadLetters(access, service)
+
+    def find(self, choice: Choice) -> list[Letter]:
+        """Those that are meant.
+
+        :raises click.ClickException: one that was named is not there, or may be another.
+        """
+        found = list(self.letters.find(choice))
+        self._refuse_namesakes(choice, found)
+        known = {name for letter in found for name in (letter.id, letter.content.event_id)}
+        missing = [name for name in choice.ids if name not in known]
+
+        for name in missing:
+            click.echo(f"{self.service!r} has no such dead letter: {printable(name)!r}.", err=True)
+
+        if missing:
+            raise click.ClickException(
+                "Nothing was done. See what there is: flask eventbus dead list"
+            )
+
+        return found
+
+    def _refuse_namesakes(self, choice: Choice, found: Sequence[Letter]) -> None:
+        """Two signals may have a dead letter of the same id: one of them is meant."""
+        for name in choice.ids:
+            signals = sorted(letter.name for letter in found if letter.id == name)
+
+            if len(signals) > 1:
+                raise click.ClickException(
+                    f"{name} is the id of several dead letters: of {', '.join(signals)}. Say which "
+                    "with --signal."
+                )
+
+
+@contextmanager
+def _desk(program: Program) -> Iterator[_Desk]:
+    service = service_of(program)
+
+    with StreamAccess(program.node.config, name=CLIENT_NAME) as access:
+        yield _Desk(access, service)
+
+
+def _chosen(ids: Sequence[str], of_all: bool, **options: Any) -> Choice:
+    """What is meant, said in some way.
+
+    :raises click.UsageError: nothing is said, or both something and everything.
+    """
+    choice = _choice(ids=ids, **options)
+
+    if of_all and choice:
+        raise click.UsageError("--all goes with no id and no other choice. Leave one out.")
+
+    if not of_all and not choice:
+        raise click.UsageError(
+            "It is not said which. Name their ids, choose them by an option such as --signal, or "
+            "take --all."
+        )
+
+    return choice
+
+
+_all_option = click.option("--all", "of_all", is_flag=True, help="All of this service's.")
+_ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
+_yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+@dead.command(
+    "list",
+    cls=Command,
+    short_help="List them.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead list
+      flask eventbus dead list --reason rejected --newer-than 1d
+      flask eventbus dead list --limit 20
+      flask eventbus dead list --json | jq -r .error | sort | uniq -c
+
+    Exit codes: 0, also when there is none; 1 if Redis cannot be asked; 2 for a mistake in
+    the command.""",
+)
+@_ids_argument
+@_choosing
+@click.option(
+    "--limit", type=click.IntRange(1), metavar="N", help="Read and show the first N only."
+)
+@click.option("--json", "in_json", is_flag=True, help="One JSON object per line, in full.")
+@pass_program
+def list_(
+    program: Program,
+    /,
+    ids: tuple[str, ...],
+    limit: int | None,
+    in_json: bool,
+    **options: Any,
+) -> None:
+    """List dead letters, the oldest of each signal first.
+
+    ID is that of a dead letter, or of an event.
+    """
+    with _desk(program) as desk:
+        letters = desk.letters.find(_choice(ids=ids, **options))
+        in_full = (as_json(letter, desk.service) for letter in islice(letters, limit))
+
+        for line in in_full if in_json else list_report(letters, desk.service, limit):
+            click.echo(line)
+
+
+@dead.command(
+    cls=Command,
+    short_help="Show everything of some.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead show 1763848800000-0
+      flask eventbus dead show 3f2a9c1b2d3e-17
+      flask eventbus dead show --reason undecodable
+
+    Exit codes: 0; 1 if one that is named is not there, or Redis cannot be asked; 2 for a
+    mistake in the command.""",
+)
+@_ids_argument
+@_choosing
+@_all_option
+@pass_program
+def show(program: Program, /, ids: tuple[str, ...], of_all: bool, **options: Any) -> None:
+    """Show dead letters in full: the payload, the error, and the traceback.
+
+    ID is that of a dead letter, or of an event. Nothing in them can move the cursor of a
+    terminal.
+    """
+    choice = _chosen(ids, of_all, **options)
+
+    with _desk(program) as desk:
+        letters = desk.find(choice)
+
+    shown = "\n\n".join("\n".join(letter_report(letter)) for letter in letters)
+    click.echo(shown or nothing(desk.service))
+
+
+@dead.command(
+    cls=Command,
+    short_help="Let the receivers that failed run again.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead retry 1763848800000-0
+      flask eventbus dead retry --receiver send_welcome --newer-than 1d
+      flask eventbus dead retry --all --wait 60
+
+    Exit codes: 0 only if all of them were handled; 1 if not, or Redis cannot be asked; 2 for
+    a mistake in the command.""",
+)
+@_ids_argument
+@_choosing
+@_all_option
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0, max=86_400),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds to watch what becomes of them.",
+)
+@pass_program
+def retry(
+    program: Program, /, ids: tuple[str, ...], of_all: bool, wait: float, **options: Any
+) -> None:
+    """Put dead letters back to be run, each for only the receiver that failed.
+
+    A worker of the service runs it, with all its retries before it; this command runs no
+    receiver, watches, and says what became of each.
+    """
+    choice = _chosen(ids, of_all, **options)
+
+    with _desk(program) as desk:
+        letters = desk.find(choice)
+
+        if not letters:
+            click.echo(nothing(desk.service))
+            return
+
+        if _retry(desk, letters, wait) < len(letters):
+            raise click.exceptions.Exit(1)
+
+
+def _retry(desk: _Desk, letters: Sequence[Letter], wait: float) -> int:
+    """Put letters back, say what becomes of each, and return how many were handled."""
+    retrials = Retrials(desk.access, desk.service)
+    put_back = []
+
+    for letter in letters:
+        if reason := why_not(letter):
+            click.echo(f"{printable(letter.shown)}: cannot be retried, {reason}")
+        elif retrial := retrials.put_back(letter):
+            put_back.append(retrial)
+        else:
+            click.echo(f"{printable(letter.shown)}: is gone; somebody else has seen to it.")
+
+    for retrial in retrials.settled(put_back, wait):
+        click.echo(retrial_report(retrial, desk.service, wait))
+
+    for retrial in put_back:
+        if not retrial.is_settled:
+            click.echo(retrial_report(retrial, desk.service, wait))
+
+    return sum(retrial.state == "handled" for retrial in put_back)
+
+
+@dead.command(
+    cls=Command,
+    short_help="Delete some.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead drop 1763848800000-0
+      flask eventbus dead drop --receiver send_welcome --yes
+
+    Exit codes: 0 when they are deleted, or there was none; 1 if one that is named is not
+    there, the answer was no, or Redis cannot be asked; 2 for a mistake in the command.""",
+)
+@_ids_argument
+@_choosing
+@_all_option
+@_yes_option
+@pass_program
+def drop(
+    program: Program, /, ids: tuple[str, ...], of_all: bool, yes: bool, **options: Any
+) -> None:
+    """Delete dead letters, after asking. They cannot be brought back.
+
+    ID is that of a dead letter, or of an event.
+    """
+    choice = _chosen(ids, of_all, **options)
+
+    with _desk(program) as desk:
+        _drop(desk, desk.find(choice), yes)
+
+
+@dead.command(
+    cls=Command,
+    short_help="Delete old ones, or all.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus dead purge --older-than 30d
+      flask eventbus dead purge --reason undecodable --yes
+      flask eventbus dead purge
+
+    Exit codes: 0 when they are deleted, or there was none; 1 if the answer was no, or Redis
+    cannot be asked; 2 for a mistake in the command.""",
+)
+@_choosing
+@_yes_option
+@pass_program
+def purge(program: Program, /, yes: bool, **options: Any) -> None:
+    """Delete all dead letters of this service that fit, after asking.
+
+    Without an option those are all, and the count of dropped ones in 'status' begins anew. They
+    cannot be brought back.
+    """
+    choice = _choice(**options)
+
+    with _desk(program) as desk:
+        _drop(desk, desk.find(choice), yes)
+
+        if not choice:
+            desk.letters.forget_dropped()
+
+
+def _drop(desk: _Desk, letters: Sequence[Letter], yes: bool) -> None:
+    if not letters:
+        click.echo(nothing(desk.service))
+        return
+
+    what = counted(len(letters), "dead letter")
+
+    if not yes:
+        click.confirm(f"Delete {what} of {desk.service!r} for good?", abort=True)
+
+    click.echo(f"Deleted {counted(desk.letters.drop(letters), 'dead letter')}.")

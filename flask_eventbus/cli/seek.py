@@ -1,0 +1,111 @@
+"""The command ``seek``."""
+
+from __future__ import annotations
+
+import click
+
+from ..admin.places import Place, clock
+from ..admin.seek import Move, Seek
+from ..admin.streams import StreamAccess
+from ..codec.entry_ids import EARLIEST, MOST, EntryId, id_text
+from ..text import counted
+from .arguments import read_moment, read_name
+from .base import Command, Program, pass_program, service_of
+
+#: What ``CLIENT LIST`` shows.
+CLIENT_NAME = "eventbus-seek"
+
+
+def _read_target(ctx: click.Context, param: click.Parameter, text: str) -> Place | None:
+    return None if text == "new" else read_moment(ctx, param, text)
+
+
+@click.command(
+    cls=Command,
+    short_help="Move this service in a stream.",
+    epilog="""A place is 'new' (behind all there is), 'earliest' (before all there is), the id of
+    an entry (behind it), or a time or an age (before what came since). A time without an
+    offset is this machine's.
+
+    Examples:
+
+    \b
+      flask eventbus seek user_registered --to 2h
+      flask eventbus seek user_registered --to 2026-11-22T14:00
+      flask eventbus seek price_changed --to new --yes
+      python -m flask_eventbus --service mailer seek paid --to earliest
+
+    Exit codes: 0 when it is there; 1 when it was not moved: the answer was no, there is no
+    such group, or Redis cannot be asked; 2 for a mistake in the command.""",
+)
+@click.argument("name", metavar="NAME", callback=read_name)
+@click.option(
+    "--to",
+    "place",
+    required=True,
+    metavar="PLACE",
+    callback=_read_target,
+    help="Where it is to go on.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_program
+def seek(program: Program, name: str, place: Place | None, yes: bool) -> None:
+    """Move this service in the stream of a signal, after saying what that skips or repeats.
+
+    All workers of the service go on from there; they may run meanwhile. What they have in hand,
+    what is to be tried again and the dead letters stay. Nothing else ever moves a service.
+    """
+    service = service_of(program)
+
+    with StreamAccess(program.node.config, name=CLIENT_NAME) as access:
+        seeker = Seek(access, service)
+        move = seeker.plan(name, place)
+        click.echo("\n".join(_lines(move)))
+
+        if move.here == move.target:
+            return
+
+        if not yes:
+            click.confirm(f"Move {service!r}?", abort=True)
+
+        seeker.make(move)
+
+    click.echo(f"Moved {service!r} to {_shown(move.target)}.")
+
+
+def _lines(move: Move) -> list[str]:
+    where = f"{move.service!r} in the stream of {move.name!r}"
+
+    if move.here == move.target:
+        return [f"{where} stands at {_shown(move.here)} already."]
+
+    return [
+        f"{where}",
+        f"  stands at  {_shown(move.here)}",
+        f"  goes to    {_shown(move.target)}",
+        _effect(move),
+        *([f"{_come(move.pending)} pending: workers keep them."] if move.pending else []),
+    ]
+
+
+def _effect(move: Move) -> str:
+    if move.skipped:
+        return f"{_come(move.skipped)} skipped: no worker will get them."
+
+    if move.repeated:
+        return f"{_come(move.repeated)} repeated: the receivers run for them again."
+
+    return "No event is skipped or repeated."
+
+
+def _come(count: int) -> str:
+    return f"{counted(count, 'event')} {'is' if count == 1 else 'are'}"
+
+
+def _shown(found: EntryId) -> str:
+    if found == EARLIEST:
+        return "the beginning"
+
+    # Behind the last that an instant could have is the next one, which somebody named.
+    is_moment = found[1] == MOST
+    return clock(found[0] + 1) if is_moment else f"{id_text(found)} ({clock(found[0])})"

@@ -1,0 +1,209 @@
+"""The command ``status``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import click
+
+from ..admin.own_streams import heard, published
+from ..admin.server import PATIENCE
+from ..admin.status import StreamStatus, read_statuses
+from ..admin.streams import StreamAccess
+from ..errors import OperationError
+from ..streams.alarms import MOST_NAMES, too_many_names
+from .base import Command, Program, pass_program, reader_is_gone
+from .status_report import as_json, excess_of, status_report
+
+#: What ``CLIENT LIST`` shows.
+CLIENT_NAME = "eventbus-status"
+
+
+@click.command(
+    cls=Command,
+    short_help="Show how far each service is with its streams.",
+    epilog="""Lag: events that no worker has got yet; '?' where the server cannot tell. Pending:
+    got and not finished, and the age of the oldest. Retries: receivers that are to be tried
+    again. Dead: dead letters.
+
+    Examples:
+
+    \b
+      flask eventbus status
+      flask eventbus status --all --watch
+      flask eventbus status --max-lag 1000 --max-dead 0
+      flask eventbus status --json | jq '.streams[].groups[].lag'
+      python -m flask_eventbus --service mailer status
+
+    Exit codes: 0 when shown, and after Ctrl-C; 1 when there is more than --max-lag or
+    --max-dead, or Redis cannot be asked; 2 for a mistake in the command.""",
+)
+@click.option("--all", "of_all", is_flag=True, help="Every stream, and every service at it.")
+@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1, max=3_600),
+    default=2.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds between two looks with --watch.",
+)
+@click.option("--json", "in_json", is_flag=True, help="One JSON object; one a line with --watch.")
+@click.option(
+    "--max-lag",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Exit with 1 if the lag of a service at a stream is more.",
+)
+@click.option(
+    "--max-dead",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Exit with 1 if a service has more dead letters of a stream.",
+)
+@pass_program
+def status(
+    program: Program,
+    of_all: bool,
+    watch: bool,
+    interval: float,
+    in_json: bool,
+    max_lag: int | None,
+    max_dead: int | None,
+) -> None:
+    """Show how far this service is with each of its streams, and its workers.
+
+    Its streams are those it hears and those it publishes. Without an app they are those
+    that the service named has a part in; without a service it is as with --all. Nothing is
+    changed.
+    """
+    look = _Look(program, of_all=of_all, in_json=in_json, max_lag=max_lag, max_dead=max_dead)
+
+    if watch:
+        with suppress(KeyboardInterrupt):
+            look.again_and_again(interval)
+    elif look.once():
+        raise click.exceptions.Exit(1)
+
+
+class _Look:
+    """Looks at streams, and shows them."""
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        of_all: bool,
+        in_json: bool,
+        max_lag: int | None,
+        max_dead: int | None,
+    ) -> None:
+        self._node = program.node
+        self._declares = program.declares
+        self._of_all = of_all or not program.names_service
+        self._in_json = in_json
+        self._max_lag = max_lag
+        self._max_dead = max_dead
+
+    def once(self) -> bool:
+        """Show it; whether there is too much of something.
+
+        :raises OperationError: Redis cannot be asked.
+        """
+        statuses, excess = self._read()
+        click.echo(
+            json.dumps(as_json(statuses, excess), indent=2)
+            if self._in_json
+            else self._as_text(statuses)
+        )
+
+        for sentence in excess:
+            click.echo(sentence, err=True)
+
+        return bool(excess)
+
+    def again_and_again(self, interval: float) -> None:
+        """Show it until nobody looks any more, whatever happens to Redis."""
+        while not reader_is_gone():
+            try:
+                statuses, excess = self._read()
+            except OperationError as error:
+                self._show_again(str(error), is_error=True)
+            else:
+                shown = self._as_line(statuses, excess)
+                self._show_again(shown)
+
+            time.sleep(interval)
+
+    def _as_line(self, statuses: Sequence[StreamStatus], excess: Sequence[str]) -> str:
+        if self._in_json:
+            return json.dumps(as_json(statuses, excess))
+
+        warnings = [click.style(sentence, fg="red") for sentence in excess]
+        return "\n".join([self._as_text(statuses), *warnings])
+
+    def _show_again(self, text: str, *, is_error: bool = False) -> None:
+        if self._in_json:
+            click.echo(text, err=is_error)
+            return
+
+        if sys.stdout.isatty():
+            click.clear()
+
+        click.echo(f"{time.strftime('%H:%M:%S')}  Ctrl-C ends.\n\n{text}\n")
+
+    def _read(self) -> tuple[list[StreamStatus], list[str]]:
+        deadline = time.monotonic() + PATIENCE
+
+        with StreamAccess(self._node.config, name=CLIENT_NAME, deadline=deadline) as access:
+            names = access.names()
+            flood = too_many_names(access.keys.names, len(names))
+            statuses = read_statuses(access, self._wanted(names[:MOST_NAMES]))
+
+        if not self._of_all and not self._declares:
+            # Of a service that only has a name, nothing tells which streams are its own.
+            statuses = [status for status in statuses if status.groups]
+
+        excess = list(excess_of(statuses, lag=self._max_lag, dead=self._max_dead))
+
+        if flood is not None:
+            excess.append(str(flood))
+
+        if not statuses and (self._max_lag is not None or self._max_dead is not None):
+            # A name that is misspelt is not to look like a service that does well.
+            excess.append(f"{self._nothing()} So there is nothing to judge.")
+
+        return statuses, excess
+
+    def _wanted(self, names: Sequence[str]) -> Mapping[str, Sequence[str] | None]:
+        """The services to look at, for each signal; ``None`` for all."""
+        own = heard(self._node, names)
+
+        if self._of_all:
+            return dict.fromkeys(sorted({*names, *own}))
+
+        service = self._node.config.service
+
+        if not self._declares:
+            return dict.fromkeys(names, (service,))
+
+        others = published(self._node, names) - own
+        return {name: [] if name in others else [service] for name in sorted(own | others)}
+
+    def _as_text(self, statuses: Sequence[StreamStatus]) -> str:
+        return "\n".join(status_report(statuses)) if statuses else self._nothing()
+
+    def _nothing(self) -> str:
+        prefix = self._node.config.prefix
+
+        if self._of_all:
+            return f"There is no stream under the prefix {prefix!r} yet."
+
+        return (
+            f"The service {self._node.config.service!r} has no stream under the prefix {prefix!r} "
+            "yet. Those of all services: --all"
+        )

@@ -1,0 +1,411 @@
+"""What a payload may hold: every value as msgpack, and back as it was.
+
+Beyond msgpack's own types (text, bytes, numbers, ``None``, lists, maps) the bus carries
+those of :data:`EXTENSIONS`, and those a program registers. ``docs/wire-format.md``
+describes the bytes. Nothing here executes what it reads.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import is_dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from functools import partial
+from types import NoneType
+from typing import Any, TypeVar, cast
+from uuid import UUID
+
+from msgpack import ExtType, Packer, StackError, unpackb
+
+from ..errors import ConfigError
+from .forms import (
+    EXTENSIONS,
+    STAND_INS,
+    UNPACKERS,
+    UnfitError,
+    dataclass_fields,
+    ext,
+    name_of_type,
+)
+
+T = TypeVar("T")
+
+#: How deep lists, maps and sets may be nested; the payload itself is the first level.
+MAX_DEPTH = 32
+#: How many items one list, map or set may have.
+MAX_ITEMS = 100_000
+#: How many lists, maps and sets, and values of registered types, one payload may hold.
+MAX_CONTAINERS = 100_000
+#: How many sets may lie in one another.
+MAX_SET_NESTING = 2
+#: How many members of a set may share one hash. Those are compared with one another, so a
+#: hostile set of thousands of them would take minutes to build.
+MAX_COLLISIONS = 8
+
+#: The ext codes for :meth:`Values.register`.
+REGISTERED_CODES = range(32, 128)
+
+_KEPT_BUFFER = 256 * 1024
+_SETS: dict[int, type] = {EXTENSIONS[set]: set, EXTENSIONS[frozenset]: frozenset}
+_CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
+_SCALARS = frozenset(
+    {NoneType, bool, int, float, str, bytes, datetime, date, time, timedelta, Decimal, UUID}
+)
+_PLAIN = _CONTAINERS | _SCALARS | {bytearray, memoryview}
+
+
+class Values:
+    """Turns values into bytes and back: the rules of the wire, and the registered types."""
+
+    def __init__(self) -> None:
+        self._registered: dict[type, Callable[[Any], ExtType]] = {}
+        self._stand_ins = STAND_INS | {
+            set: partial(self._pack_set, set),
+            frozenset: partial(self._pack_set, frozenset),
+        }
+        self._unpackers = dict(UNPACKERS)
+        self._idle_packers: list[Packer] = []
+        # What unpacks an ext type, by the number of sets that it lies in.
+        self._hooks = [partial(self._unpack_ext, n) for n in range(MAX_SET_NESTING + 1)]
+
+    def register(
+        self, code: int, type_: type[T], pack: Callable[[T], bytes], unpack: Callable[[bytes], T]
+    ) -> None:
+        """Let values of a type travel, as ext type ``code`` (32 to 127).
+
+        :raises ConfigError: the code is out of range or taken, or the type travels already.
+        """
+        if code not in REGISTERED_CODES:
+            raise ConfigError(f"register_type({code!r}, ...): choose a code from 32 to 127.")
+        if code in self._unpackers:
+            raise ConfigError(f"register_type({code}, ...): the code is taken. Choose another.")
+        if type_ in self._registered or type_ in self._stand_ins:
+            raise ConfigError(
+                f"register_type({code}, {type_.__name__}, ...): {type_.__name__} travels "
+                "already. Register each type once, and none of the built-in ones."
+            )
+
+        self._registered[type_] = partial(_pack_registered, code, pack)
+        self._unpackers[code] = partial(_unpack_registered, type_, unpack)
+
+    def pack(self, value: Any) -> bytes:
+        """The bytes of a value.
+
+        :raises Exception: what msgpack or a registered ``pack=`` raised.
+        """
+        # A packer serves one caller at a time. Taking it from the list is safe with threads,
+        # and when the garbage collector sends an event in the middle of this one.
+        try:
+            packer = self._idle_packers.pop()
+        except IndexError:
+            packer = Packer(default=self._stand_in, strict_types=True)
+
+        data: bytes = packer.pack(value)
+
+        if len(data) <= _KEPT_BUFFER:
+            self._idle_packers.append(packer)
+
+        return data
+
+    def unpack(self, data: bytes) -> Any:
+        """The value of some bytes; :func:`survey` has yet to look at it.
+
+        :raises UnfitError: they are msgpack, and break a rule of the wire.
+        :raises Exception: what msgpack raised: they are not msgpack.
+        """
+        most = min(len(data), MAX_ITEMS)
+
+        try:
+            return unpackb(
+                data,
+                ext_hook=self._hooks[0],
+                timestamp=3,
+                max_array_len=most,
+                max_map_len=most,
+            )
+        except (ValueError, OverflowError) as error:
+            if _breaks_a_rule(error):
+                raise UnfitError(str(error) or "It is nested too deep.") from error
+            raise
+
+    def check(self, payload: dict[str, Any]) -> set[type]:
+        """Look at a payload that was unpacked; return what :func:`survey` found.
+
+        :raises UnfitError: it breaks a rule of the wire.
+        """
+        found = survey(payload)
+
+        if ExtType in found:
+            codes = sorted(set(_unknown_codes(payload)))
+            raise UnfitError(
+                f"It holds ext type {codes[0]}, unknown here. "
+                "Register the type with bus.register_type() in this service too."
+            )
+
+        return found
+
+    def check_packed(self, payload: dict[str, Any], data: bytes) -> None:
+        """Look at a payload that is to leave: readers would refuse what raises here.
+
+        :raises UnfitError: it breaks a rule of the wire.
+        """
+        if not survey(payload) <= _PLAIN:
+            self.check(self.unpack(data))
+
+    def stand_in(self, value: Any) -> Any:
+        """What travels in the place of a value: a plain one as it is, a dataclass as a dict."""
+        return value if type(value) in _PLAIN else self._stand_in(value)
+
+    def _stand_in(self, value: Any) -> Any:
+        kind = type(value)
+        convert = self._registered.get(kind) or self._stand_ins.get(kind) or self._find(kind)
+
+        if convert is None:
+            raise UnfitError(_cannot_travel(kind))
+
+        return convert(value)
+
+    def _find(self, kind: type) -> Callable[[Any], Any] | None:
+        """How a class travels that is not listed itself: by the nearest rule that fits it."""
+        for base in kind.__mro__:
+            if base in self._registered:
+                return self._registered[base]
+
+        if issubclass(kind, Enum):
+            return self._enum_value
+        if is_dataclass(kind):
+            return dataclass_fields
+
+        return next((self._stand_ins[b] for b in kind.__mro__ if b in self._stand_ins), None)
+
+    def _enum_value(self, member: Enum) -> Any:
+        return self._stand_in(member.value)
+
+    def _pack_set(self, kind: type, members: set[Any] | frozenset[Any]) -> ExtType:
+        # Read back at once: a member travels as what it becomes, and that may be no member.
+        data = self.pack(list(members))
+        arrives = self._unpack_set(kind, 0, data)
+
+        if len(arrives) != len(members):
+            raise UnfitError(
+                f"{len(members)} members of a set become {len(arrives)}: two of them are equal on "
+                "the wire, as a member of an Enum and its value are. Send a list."
+            )
+
+        return ext(EXTENSIONS[kind], data)
+
+    def _unpack_ext(self, nesting: int, code: int, data: bytes) -> Any:
+        if code in _SETS:
+            return self._unpack_set(_SETS[code], nesting, data)
+        if code not in self._unpackers:
+            return ExtType(code, data)
+
+        try:
+            return self._unpackers[code](data)
+        except Exception as error:
+            raise UnfitError(f"Ext type {code} does not read: {error}") from error
+
+    def _unpack_set(self, kind: type, nesting: int, data: bytes) -> Any:
+        if nesting == MAX_SET_NESTING:
+            raise UnfitError(f"More than {MAX_SET_NESTING} sets lie in one another. Send lists.")
+
+        try:
+            members = self._unpack_members(nesting, data)
+            return kind(members)
+        except TypeError as error:
+            raise UnfitError(
+                f"A set has a member no set can hold: {error}. Send a list."
+            ) from error
+
+    def _unpack_members(self, nesting: int, data: bytes) -> tuple[Any, ...]:
+        most = min(len(data), MAX_ITEMS)
+
+        try:
+            members = unpackb(
+                data,
+                ext_hook=self._hooks[nesting + 1],
+                timestamp=3,
+                use_list=False,
+                max_array_len=most,
+                max_map_len=most,
+            )
+        except (ValueError, OverflowError) as error:
+            raise UnfitError(f"A set does not read: {error}") from error
+
+        return _checked_members(members)
+
+
+def survey(payload: dict[str, Any]) -> set[type]:
+    """The types in a payload beyond the scalar ones: none for a flat one.
+
+    :raises UnfitError: it is nested too deep, a map has a key that is no text, or it holds
+        too much.
+    """
+    found: list[type] = []
+    _survey(payload, MAX_DEPTH, found)
+    return set(found)
+
+
+def _survey(container: Any, levels: int, found: list[type]) -> None:
+    if not levels:
+        raise UnfitError(f"It is nested deeper than {MAX_DEPTH} levels.")
+    if len(found) > MAX_CONTAINERS:
+        raise UnfitError(
+            f"It holds more than {MAX_CONTAINERS} lists, maps and sets. "
+            "Send them in several events."
+        )
+
+    for value in _values_in(container, found):
+        kind = type(value)
+
+        if kind not in _SCALARS:
+            found.append(kind)
+
+            if kind in _CONTAINERS:
+                _survey(value, levels - 1, found)
+
+
+def _values_in(container: Any, found: list[type]) -> Iterable[Any]:
+    if len(container) > MAX_ITEMS:
+        raise UnfitError(f"{len(container)} items are more than {MAX_ITEMS}.")
+    if type(container) is not dict:
+        return cast(Iterable[Any], container)
+
+    for key in container:
+        if type(key) is not str:
+            _check_key(key)
+            found.append(type(key))
+
+    return container.values()
+
+
+def _check_key(key: Any) -> None:
+    if not isinstance(key, str):
+        raise UnfitError(f"A key is of type {type(key).__name__}, not text.")
+
+
+#: An event of at most so many bytes is not measured value by value where its payload is flat.
+SMALL = 1024
+
+#: Bytes of memory that a key and its value take in a dict, without the characters of their texts;
+#: and the most that a byte of packed text takes: four, where one character needs them.
+ITEM_MEMORY = 200
+MOST_TEXT_MEMORY = 4
+
+#: More than there is.
+UNKNOWN = 2**62
+
+
+def memory_of(payload: dict[str, Any], *, found: set[type], packed: int) -> int:
+    """Return the bytes of memory that a payload takes, about.
+
+    :data:`UNKNOWN` with a value of a registered type: what that refers to nobody can tell.
+
+    :param found: what :func:`survey` found in it.
+    :param packed: the bytes of the event that it came in.
+    """
+    if packed <= SMALL and not found:
+        return len(payload) * ITEM_MEMORY + packed * MOST_TEXT_MEMORY
+
+    total = 0
+    containers: list[Any] = [payload]
+
+    while containers:
+        container = containers.pop()
+        total += sys.getsizeof(container)
+        values = container
+
+        if type(container) is dict:
+            total += sum(map(sys.getsizeof, container))
+            values = container.values()
+
+        # Flat ones, which most are, without a look at each value.
+        if _SCALARS.issuperset(map(type, values)):
+            total += sum(map(sys.getsizeof, values))
+            continue
+
+        for value in values:
+            kind = type(value)
+
+            if kind in _CONTAINERS:
+                containers.append(value)
+            elif kind in _SCALARS:
+                total += sys.getsizeof(value)
+            else:
+                return UNKNOWN
+
+    return total
+
+
+def _unknown_codes(container: Any) -> Iterator[int]:
+    for value in container.values() if type(container) is dict else container:
+        if type(value) is ExtType:
+            yield value.code
+        elif type(value) in _CONTAINERS:
+            yield from _unknown_codes(value)
+
+
+def _checked_members(members: Any) -> tuple[Any, ...]:
+    if type(members) is not tuple:
+        raise UnfitError("A set is not made of an array.")
+    if len(members) > MAX_COLLISIONS:
+        _check_hashes(members)
+
+    return members
+
+
+def _check_hashes(members: tuple[Any, ...]) -> None:
+    if max(Counter(map(hash, members)).values()) > MAX_COLLISIONS:
+        raise UnfitError(
+            f"More than {MAX_COLLISIONS} members of a set share one hash. Send a list."
+        )
+
+
+def _breaks_a_rule(error: Exception) -> bool:
+    """Whether msgpack read the bytes but refused what they say, which only its words tell."""
+    words = str(error)
+
+    if "max_array_len" in words or "max_map_len" in words:
+        # "4294967295 exceeds max_map_len(5)"; what is within the limit was only cut short.
+        return int(words.split()[0]) > MAX_ITEMS
+
+    return isinstance(error, StackError | OverflowError) or "strict_map_key" in words
+
+
+def _cannot_travel(kind: type) -> str:
+    name = name_of_type(kind)
+
+    # As the scalars of numpy have it, and of most that follow it.
+    if callable(getattr(kind, "item", None)):
+        plain = ".tolist()" if hasattr(kind, "__len__") else ".item()"
+        return f"{name} cannot travel. Send a plain value, which {plain} returns."
+
+    return (
+        f"{name} cannot travel. Give the route a payload= function that returns plain values, or "
+        "teach the bus the type with bus.register_type()."
+    )
+
+
+def _pack_registered(code: int, pack: Callable[[Any], bytes], value: Any) -> ExtType:
+    data = pack(value)
+
+    if type(data) is not bytes:
+        kind = type(value).__name__
+        raise UnfitError(
+            f"The pack= of {kind} returned {type(data).__name__}. Let it return bytes."
+        )
+
+    return ext(code, data)
+
+
+def _unpack_registered(type_: type, unpack: Callable[[bytes], Any], data: bytes) -> Any:
+    value = unpack(data)
+
+    if not isinstance(value, type_):
+        raise TypeError(f"its unpack= returned {type(value).__name__}, not {type_.__name__}")
+
+    return value

@@ -1,0 +1,271 @@
+"""The outbox: a table of events that were committed with the rows they are about.
+
+A route with ``"outbox": True`` writes there, in the transaction of whoever sends, and
+``flask eventbus relay`` publishes what was committed. SQLAlchemy is optional: only such a
+route and the relay load this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import takewhile
+from typing import Any
+
+from sqlalchemy import (
+    BLANK_SCHEMA,
+    BigInteger,
+    Column,
+    ColumnElement,
+    Connection,
+    DateTime,
+    Engine,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    delete,
+    false,
+    func,
+    insert,
+    inspect,
+    select,
+    update,
+)
+from sqlalchemy.dialects.mysql import LONGBLOB
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, MissingGreenlet
+from sqlalchemy.orm import Session
+from sqlalchemy.schema import CreateTable
+
+from ..errors import ConfigError
+from .transactions import engine_of
+
+try:
+    from sqlalchemy.util import await_
+except ImportError:
+    # Its name before SQLAlchemy 2.1.
+    from sqlalchemy.util import await_only as await_
+
+#: The name of the table.
+NAME = "eventbus_outbox"
+
+#: Databases that let a relay skip the rows that another one has locked.
+SKIPPING = frozenset({"postgresql", "mysql", "mariadb", "oracle"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """An event in the outbox."""
+
+    #: Its place in the table; ``None`` before it is written.
+    number: int | None = None
+    #: The id of the event, the same however often it is published.
+    event_id: str
+    #: The signal's name.
+    name: str
+    #: How it travels.
+    via: str
+    #: The event itself: the bytes that are published.
+    event: bytes
+
+
+def table(metadata: MetaData) -> Table:
+    """The outbox as a table of ``metadata``, for migrations and ``create_all()``.
+
+    It is in the default schema of the connection, whatever that of ``metadata`` is.
+    """
+    if NAME in metadata.tables:
+        return metadata.tables[NAME]
+
+    return Table(
+        NAME,
+        metadata,
+        Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+        Column("event_id", String(85), nullable=False),
+        Column("name", String(128), nullable=False),
+        Column("via", String(16), nullable=False),
+        Column("created", DateTime(timezone=True), nullable=False),
+        # A BLOB of MySQL has room for 64 KiB only.
+        Column("event", LargeBinary().with_variant(LONGBLOB, "mysql", "mariadb"), nullable=False),
+        schema=BLANK_SCHEMA,
+        # A number that was deleted is not given again.
+        sqlite_autoincrement=True,
+    )
+
+
+#: The table by itself: for statements its name is enough, whosever metadata made it.
+TABLE = table(MetaData())
+
+
+def create(engine: Engine) -> None:
+    """Create the table unless it is there, for who has no migrations."""
+    with engine.begin() as connection:
+        connection.execute(CreateTable(TABLE, if_not_exists=True))
+
+
+def store(session: Session, entry: Entry) -> None:
+    """Write an event into the outbox, in the transaction that goes on in ``session``.
+
+    :raises ConfigError: the session is an asynchronous one that cannot be used from here.
+    """
+    values = {
+        "event_id": entry.event_id,
+        "name": entry.name,
+        "via": entry.via,
+        "created": datetime.now(UTC),
+        "event": entry.event,
+    }
+
+    if session.get_bind(clause=TABLE).dialect.is_async:
+        _refuse_coroutine(entry.name)
+
+    try:
+        session.execute(insert(TABLE), values)
+    except DBAPIError as error:
+        error.add_note(
+            f"It is flask_eventbus that writes to {NAME!r}. If the table is missing, create it by "
+            "a migration, from flask_eventbus.database.outbox.table(metadata), or with 'flask "
+            "eventbus "
+            "relay --create-table'."
+        )
+        raise
+    except InvalidRequestError as error:
+        error.add_note(
+            f"It is flask_eventbus that writes {entry.name!r} to {NAME!r}, because its route has "
+            "'outbox'. Send it where the session takes statements: not in 'after_begin' or "
+            "'after_rollback'."
+        )
+        raise
+
+
+def store_alone(source: Any, entry: Entry) -> None:
+    """Write an event into the outbox, in a transaction of its own.
+
+    :param source: the sessions whose database has the outbox: what ``register_session()`` takes.
+    :raises ConfigError: the database is not known, or its driver is an asynchronous one.
+    """
+    with Session(engine_of(source, TABLE)) as session, session.begin():
+        store(session, entry)
+
+
+class Outbox:
+    """The outbox of one database, as a relay empties it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def shown(self) -> str:
+        """The database's URL without its password, for logs and reports."""
+        return self._engine.url.render_as_string(hide_password=True)
+
+    def is_there(self) -> bool:
+        """Whether the table exists."""
+        return inspect(self._engine).has_table(NAME)
+
+    def count(self, until: int | None = None) -> int:
+        """How many events wait, of those up to the number ``until``."""
+        with self._engine.connect() as connection:
+            return connection.scalar(select(func.count()).where(_up_to(until))) or 0
+
+    def last(self) -> int | None:
+        """The number of the newest event."""
+        with self._engine.connect() as connection:
+            number: int | None = connection.scalar(select(func.max(TABLE.c.number)))
+            return number
+
+    def first(self, *, until: int | None = None, without: Collection[str] = ()) -> int | None:
+        """The number of the oldest event, leaving out the names ``without``."""
+        with self._engine.connect() as connection:
+            return _first(connection, _up_to(until) & ~TABLE.c.name.in_(without))
+
+    @contextmanager
+    def take(
+        self, most: int, *, until: int | None = None, without: Collection[str] = ()
+    ) -> Iterator[Batch]:
+        """Take the oldest events in hand until the end of the block.
+
+        Where another relay has one in hand, nothing behind it is taken: that one goes first.
+        """
+        wanted = _up_to(until) & ~TABLE.c.name.in_(without)
+
+        with self._connect() as connection, connection.begin():
+            _lock(connection)
+            entries = _oldest(connection, wanted, most)
+            yield Batch(connection, _without_gaps(connection, wanted, entries))
+
+    def _connect(self) -> Connection:
+        connection = self._engine.connect()
+
+        # What MySQL locks by default would hold up whoever writes to the outbox.
+        if self._engine.dialect.name in SKIPPING:
+            return connection.execution_options(isolation_level="READ COMMITTED")
+
+        return connection
+
+
+class Batch:
+    """Events that a relay has in hand, and deletes once they are published."""
+
+    def __init__(self, connection: Connection, entries: list[Entry]) -> None:
+        self._connection = connection
+        #: In the order of their numbers.
+        self.entries = entries
+
+    def delete(self, entries: Collection[Entry]) -> None:
+        """Delete events, once the block that took them ends in order."""
+        if entries:
+            numbers = [entry.number for entry in entries]
+            self._connection.execute(delete(TABLE).where(TABLE.c.number.in_(numbers)))
+
+
+class _Nothing:
+    """What is awaited without a wait."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
+
+
+def _refuse_coroutine(name: str) -> None:
+    """Refuse a place where SQLAlchemy cannot wait for its driver, before it begins to."""
+    try:
+        await_(_Nothing())
+    except MissingGreenlet as error:
+        raise ConfigError(
+            f"{name!r} was sent where an asynchronous session cannot write it into the outbox. "
+            "Send it by 'await session.run_sync(lambda session: signal.send(...))'."
+        ) from error
+
+
+def _lock(connection: Connection) -> None:
+    """SQLite has one lock for all; a statement that writes takes it, whatever it changes."""
+    if connection.dialect.name == "sqlite":
+        connection.execute(update(TABLE).values(name="").where(false()))
+
+
+def _oldest(connection: Connection, wanted: ColumnElement[bool], most: int) -> list[Entry]:
+    columns = (TABLE.c[name] for name in Entry.__slots__)
+    oldest = select(*columns).where(wanted).order_by(TABLE.c.number).limit(most)
+    rows = connection.execute(oldest.with_for_update(skip_locked=True))
+    return [Entry(**row) for row in rows.mappings()]
+
+
+def _without_gaps(
+    connection: Connection, wanted: ColumnElement[bool], entries: list[Entry]
+) -> list[Entry]:
+    """The first of the entries, up to one that is missing: another relay has locked it."""
+    numbers = select(TABLE.c.number).where(wanted).order_by(TABLE.c.number).limit(len(entries))
+    pairs = zip(entries, connection.scalars(numbers), strict=False)
+    return [entry for entry, _ in takewhile(lambda pair: pair[0].number == pair[1], pairs)]
+
+
+def _first(connection: Connection, wanted: ColumnElement[bool]) -> int | None:
+    number: int | None = connection.scalar(select(func.min(TABLE.c.number)).where(wanted))
+    return number
+
+
+def _up_to(until: int | None) -> ColumnElement[bool]:
+    return TABLE.c.number.is_not(None) if until is None else TABLE.c.number <= until

@@ -1,0 +1,288 @@
+"""The events of a node that wait to be written, bounded in number and in bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from .message import Outgoing
+
+#: Bytes that wait in memory at most, whatever ``EVENTBUS_BUFFER_SIZE`` counts.
+MOST_BYTES = 64 * 1024 * 1024
+
+
+class Buffer:
+    """The events of a node that wait to be written, in the order in which they were sent.
+
+    Events for channels and events for streams have a line each, so that the oldest channel
+    event is found at once, however many stream events wait before it. Both lines are bounded
+    together; while stream events are held, channel events have the bound for themselves.
+
+    A signal handler, or a finalizer, may send in the very thread that is in here and holds
+    the lock: so it is reentrant, each statement leaves things whole, and an event is counted
+    among those of its lane only when it leaves its line.
+    """
+
+    def __init__(self, *, most_events: int, most_bytes: int = MOST_BYTES) -> None:
+        self._most_events = most_events
+        self._most_bytes = most_bytes
+        #: Guards the lines.
+        self.lock = threading.RLock()
+        #: The same lock, where something is awaited: notified when there is room again.
+        self.changed = threading.Condition(self.lock)
+        self._channels = Line()
+        self._streams = Line()
+        #: True while Redis takes no stream events: channel events do not wait for them.
+        self.holds_streams = False
+        #: What is being written.
+        self._in_hand: Sequence[Outgoing] = ()
+        #: Threads that wait for something of it to leave.
+        self._waiting = 0
+        #: How often something has left: who waits in vain can tell a slow Redis from none.
+        self.departures = 0
+
+    def __len__(self) -> int:
+        return len(self._channels.events) + len(self._streams.events) + len(self._in_hand)
+
+    def __iter__(self) -> Iterator[Outgoing]:
+        waiting = [*self._channels.events, *self._streams.events]
+        return iter([*self._in_hand, *sorted(waiting, key=_number)])
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of those that are not being written."""
+        return self._channels.bytes + self._streams.bytes
+
+    @property
+    def is_waiting(self) -> bool:
+        """Return True if there is something to write now that is not being written."""
+        return bool(self._channels.events or (self._streams.events and not self.holds_streams))
+
+    @property
+    def is_empty(self) -> bool:
+        """Return True if nothing waits, not even what is held."""
+        return not (self._channels.events or self._streams.events)
+
+    @property
+    def in_hand(self) -> Sequence[Outgoing]:
+        """What is being written."""
+        return self._in_hand
+
+    @property
+    def has_channel_events(self) -> bool:
+        """Whether something waits for those who listen now."""
+        return bool(self._channels.events)
+
+    @property
+    def has_stream_events(self) -> bool:
+        """Whether something waits for a stream."""
+        return bool(self._streams.events)
+
+    def first_writer(self) -> Outgoing | None:
+        """The first event whose sender would write what may be written now."""
+        waiting = self._channels.events if self.holds_streams else self
+        return next((outgoing for outgoing in waiting if outgoing.would_write), None)
+
+    def is_full(self, size: int) -> bool:
+        """Return True if an event of ``size`` bytes may not fit."""
+        return len(self) + 1 >= self._most_events or self.bytes + size > self._most_bytes
+
+    def has_room(self, outgoing: Outgoing) -> bool:
+        """Return True if an event fits; one that is larger than all has the buffer alone."""
+        if self.holds_streams and not outgoing.lane.is_stream:
+            return self._channels.has_room(outgoing.size, self._most_events, self._most_bytes)
+
+        fits = len(self) < self._most_events and self.bytes + outgoing.size <= self._most_bytes
+        return fits or self.is_empty
+
+    def put(self, outgoing: Outgoing) -> None:
+        """Add an event at the end, whether there is room or not."""
+        self._line(outgoing).append(outgoing)
+
+    def can_make_room(self, outgoing: Outgoing) -> bool:
+        """Return True if an event fits once everything is dropped that may be."""
+        if self.holds_streams and not outgoing.lane.is_stream:
+            return True
+
+        kept = self._streams
+        count = len(kept.events) + len(self._in_hand)
+        fits = count < self._most_events and kept.bytes + outgoing.size <= self._most_bytes
+        return fits or not kept.events
+
+    def drop_oldest(self) -> Outgoing | None:
+        """Give up the oldest channel event that is not being written.
+
+        Its number is missed by others. What goes into a stream is never given up.
+        """
+        while oldest := self._channels.first():
+            # Unless whoever interrupts this dropped it.
+            if self._channels.remove(oldest):
+                oldest.take_its_turn()
+                return oldest
+
+        return None
+
+    def take(self, *, most_events: int, most_bytes: int) -> Sequence[Outgoing]:
+        """Take the next events in hand, until :meth:`settle` or :meth:`put_back`."""
+        batch: list[Outgoing] = []
+        size = 0
+        # Now, and each before it leaves its line: who is interrupted here loses none.
+        self._in_hand = batch
+
+        while len(batch) < most_events and size < most_bytes and (head := self._head()):
+            batch.append(head)
+
+            # Whoever interrupts this may have dropped it.
+            if not self._line(head).remove(head) or head.withdrawn:
+                batch.pop()
+            else:
+                head.take_its_turn()
+                size += head.size
+
+        return batch
+
+    def send_off(self) -> Sequence[Outgoing]:
+        """Note that what is in hand is being sent, and return it.
+
+        What its sender withdrew meanwhile is not sent.
+        """
+        with self.lock:
+            if any(outgoing.withdrawn for outgoing in self._in_hand):
+                self._in_hand = [out for out in self._in_hand if not out.withdrawn]
+
+            for outgoing in self._in_hand:
+                outgoing.doubts += 1
+
+            return self._in_hand
+
+    def take_stream_event(self) -> Sequence[Outgoing]:
+        """Take the first stream event in hand, though such events are held."""
+        batch: list[Outgoing] = []
+        self._in_hand = batch
+
+        while not batch and (first := self._streams.first()):
+            batch.append(first)
+
+            if not self._streams.remove(first) or first.withdrawn:
+                batch.pop()
+
+        return batch
+
+    def put_back(self, left: Sequence[Outgoing] | None = None) -> None:
+        """Put what is in hand, or what is left of it, back to the heads of the lines."""
+        with self.changed:
+            for outgoing in reversed(self._in_hand if left is None else left):
+                self._line(outgoing).push(outgoing)
+
+            self._in_hand = ()
+
+    def settle(self, held: Sequence[Outgoing] = ()) -> None:
+        """Let go of what is in hand.
+
+        :param held: what Redis does not take now: it goes back to the heads of the lines.
+        """
+        with self.lock:
+            if held:
+                self.put_back(held)
+
+            self._in_hand = ()
+            self.departures += 1
+
+            if self._waiting:
+                self.changed.notify_all()
+
+    def clear(self) -> list[Outgoing]:
+        """Give up everything, and return it."""
+        with self.changed:
+            left = list(self)
+            self._channels = Line()
+            self._streams = Line()
+            self.settle()
+
+        return left
+
+    def wait_for_room(self, outgoing: Outgoing, timeout: float) -> bool:
+        """Return True if an event fits within ``timeout`` seconds."""
+        return self._wait_for(lambda: self.has_room(outgoing), timeout)
+
+    def wait_until_left(self, number: int, timeout: float) -> bool:
+        """Whether all events up to ``number`` have left within ``timeout`` seconds."""
+        with self.changed:
+            return self._wait_for(lambda: self._oldest > number, timeout)
+
+    @property
+    def _oldest(self) -> float:
+        lines = (self._in_hand, self._channels.events, self._streams.events)
+        return min((line[0].number for line in lines if line), default=float("inf"))
+
+    def _wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
+        self._waiting += 1
+
+        try:
+            return self.changed.wait_for(condition, timeout)
+        finally:
+            self._waiting -= 1
+
+    def _line(self, outgoing: Outgoing) -> Line:
+        return self._streams if outgoing.lane.is_stream else self._channels
+
+    def _head(self) -> Outgoing | None:
+        """The next event to write: the older one of the first of both lines."""
+        channel = self._channels.first()
+
+        if self.holds_streams:
+            return channel
+
+        stream = self._streams.first()
+
+        if channel is None or stream is None:
+            return channel or stream
+
+        return channel if channel.number < stream.number else stream
+
+
+class Line:
+    """Events of one kind in the order in which they were sent, and the bytes of them all."""
+
+    __slots__ = ("bytes", "events")
+
+    def __init__(self) -> None:
+        self.events: deque[Outgoing] = deque()
+        self.bytes = 0
+
+    def first(self) -> Outgoing | None:
+        """The oldest one."""
+        try:
+            return self.events[0]
+        except IndexError:
+            return None
+
+    def has_room(self, size: int, most_events: int, most_bytes: int) -> bool:
+        """Return True if an event of ``size`` bytes fits, or the line is empty."""
+        fits = len(self.events) < most_events and self.bytes + size <= most_bytes
+        return fits or not self.events
+
+    def append(self, outgoing: Outgoing) -> None:
+        """Add one at the end."""
+        self.events.append(outgoing)
+        self.bytes += outgoing.size
+
+    def push(self, outgoing: Outgoing) -> None:
+        """Put one back to the head."""
+        self.events.appendleft(outgoing)
+        self.bytes += outgoing.size
+
+    def remove(self, outgoing: Outgoing) -> bool:
+        """Take the oldest one out; return False if it is not in the line any more."""
+        try:
+            self.events.remove(outgoing)
+        except ValueError:
+            return False
+
+        self.bytes -= outgoing.size
+        return True
+
+
+def _number(outgoing: Outgoing) -> int:
+    return outgoing.number

@@ -1,0 +1,177 @@
+"""What is known of whether Redis takes events, and who is told when that changes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from ..counters import BoundedLog
+from ..lifecycle import tell
+from ..logs import get_logger
+from ..signals import publisher_lost, publisher_restored
+from ..transport.backoff import Backoff
+
+logger = get_logger(__name__)
+
+#: Seconds between tries at most: what waits in memory should not wait long after Redis is back.
+MOST_BACKOFF = 2.0
+
+
+class Outage:
+    """Knows two states: Redis is away; or it is there, and takes no writes.
+
+    Each is logged once when it begins and once when it ends. The first takes nothing, the second
+    takes channel events alone. ``publisher_lost`` is sent when Redis stops to take everything, and
+    ``publisher_restored`` when it takes everything again.
+    """
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+        #: A connection that comes and goes is not to fill the log.
+        self._log = BoundedLog(logger)
+        #: Lines that are to be logged once no lock is held.
+        self._lines: deque[tuple[Any, ...]] = deque()
+        #: When Redis was lost, by the monotonic clock; ``None`` while it is there.
+        self._since: float | None = None
+        self._away_error: Exception | None = None
+        #: When Redis began to refuse writes; ``None`` while it takes them.
+        self._refusing_since: float | None = None
+        #: Why Redis takes no writes now; ``None`` while it does.
+        self.refusal: Exception | None = None
+        self._backoff = Backoff(most=MOST_BACKOFF)
+        #: When to find out again whether Redis takes writes, by the monotonic clock.
+        self.write_again_at = float("inf")
+        #: Whether a caller waited in vain since Redis last took something.
+        self.stalled = False
+        #: Whether events were dropped since Redis last took something.
+        self.overflowed = False
+
+    @property
+    def away(self) -> bool:
+        """Whether Redis was lost and did not answer since."""
+        return self._since is not None
+
+    @property
+    def known(self) -> bool:
+        """Whether anything says that Redis does not take events of some kind now."""
+        return self.stops_all or self.refusal is not None
+
+    @property
+    def stops_all(self) -> bool:
+        """Whether anything says that Redis takes no event at all now."""
+        return self.stalled or self._since is not None
+
+    def stops(self, *, stream: bool) -> bool:
+        """Whether anything says that Redis does not take such events now."""
+        return self.stalled or self._since is not None or (stream and self.refusal is not None)
+
+    @property
+    def error(self) -> Exception | None:
+        """What told that Redis is away, or takes no writes."""
+        return self._away_error or self.refusal
+
+    @property
+    def write_is_due(self) -> bool:
+        """Whether to find out now if Redis takes writes again."""
+        return self.refusal is not None and time.monotonic() >= self.write_again_at
+
+    def begin(self, error: Exception, buffered: int) -> None:
+        """Note that Redis is away; ``buffered`` events wait."""
+        self._away_error = error
+
+        if self._since is not None:
+            return
+
+        was_known = self.refusal is not None
+        self._since = time.monotonic()
+        self._log.warning("lost", "Redis is away (%s); %d events wait for it.", error, buffered)
+
+        if not was_known:
+            tell(publisher_lost, self._service, error=error, buffered=buffered)
+
+    def end(self, buffered: int) -> None:
+        """Note that Redis took or answered something; ``buffered`` events are on their way."""
+        self.stalled = False
+        # While streams are held, a channel event that gets through ends no overflow.
+        self.overflowed = self.overflowed and self.refusal is not None
+
+        if self._since is None:
+            return
+
+        since, self._since, self._away_error = self._since, None, None
+        seconds = time.monotonic() - since
+        self._log.warning(
+            "restored",
+            "Redis is back after %.1f s; %d events that waited are being sent.",
+            seconds,
+            buffered,
+        )
+        self._tell_restored(since, buffered)
+
+    def refuse_writes(self, error: Exception, buffered: int) -> None:
+        """Note that Redis takes no writes now; ``buffered`` events wait."""
+        was_known = self.away or self.refusal is not None
+        self.refusal = error
+        self.write_again_at = time.monotonic() + self._backoff.next()
+
+        if self._refusing_since is not None:
+            return
+
+        self._refusing_since = time.monotonic()
+        self._lines.append(
+            (
+                "refusing",
+                "Redis takes no writes (%s); %d events wait for it. Events of channels go on.",
+                error,
+                buffered,
+            )
+        )
+
+        if not was_known:
+            tell(publisher_lost, self._service, error=error, buffered=buffered)
+
+    def take_writes(self, buffered: int) -> None:
+        """Note that Redis took a write; ``buffered`` events are on their way."""
+        if self._refusing_since is None:
+            return
+
+        since, self._refusing_since, self.refusal = self._refusing_since, None, None
+        self.write_again_at = float("inf")
+        self._backoff.reset()
+        self._lines.append(
+            (
+                "accepting",
+                "Redis takes writes again after %.1f s; %d events that waited are being sent.",
+                time.monotonic() - since,
+                buffered,
+            )
+        )
+        self._tell_restored(since, buffered)
+
+    def log_changes(self) -> None:
+        """Log what :meth:`refuse_writes` and :meth:`take_writes` noted; call it without a lock.
+
+        A handler of the program's log may take long, and may send.
+        """
+        while self._lines:
+            try:
+                line = self._lines.popleft()
+            except IndexError:
+                # Another thread has just taken it.
+                return
+
+            self._log.warning(*line)
+
+    def write_now(self) -> None:
+        """Find out at once whether Redis takes writes again."""
+        self.write_again_at = min(self.write_again_at, time.monotonic())
+
+    def _tell_restored(self, since: float, buffered: int) -> None:
+        if self._since is None and self._refusing_since is None:
+            seconds = time.monotonic() - since
+            tell(publisher_restored, self._service, seconds=seconds, buffered=buffered)
+
+    def disown(self) -> None:
+        """In a forked child: tell nobody of the connection that was the parent's."""
+        self._since = time.monotonic()

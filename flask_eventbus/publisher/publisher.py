@@ -1,0 +1,462 @@
+"""The outbound half: takes what is sent, and keeps it for the thread that writes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..codec.codec import Codec
+from ..config import Config
+from ..counters import Counters
+from ..errors import PublishError
+from ..routing.routes import Route
+from .buffer import Buffer
+from .connection import Exchange
+from .emissions import Emissions
+from .lanes import Lanes
+from .message import Outgoing
+from .outage import Outage
+from .overflow import Overflow
+from .settlement import Settlement
+from .way import TooFewReplicasError
+from .writer import Writer
+
+
+class ClosedError(Exception):
+    """The publisher was closed, and its node has another by now."""
+
+
+class Publisher:
+    """Buffers a node's events, which leave in the order they were sent.
+
+    Nothing here is inherited over a fork: the child makes a publisher of its own.
+
+    :param exchange: writes batches, in a thread of the publisher.
+    :param trace: the W3C trace context of whatever is going on, outside of receivers.
+    :param resend: sends an event again, in the publisher that its node has by then.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        codec: Codec,
+        exchange: Exchange,
+        node: str,
+        counters: Counters,
+        trace: Callable[[], str | None],
+        resend: Callable[[Outgoing], None],
+    ) -> None:
+        self._config = config
+        self._resend = resend
+        self._node = node
+        self._lanes = Lanes(config, codec)
+        self._emissions = Emissions(config=config, codec=codec, lanes=self._lanes, trace=trace)
+        self._numbers = itertools.count(1)
+        #: How many events this node has made.
+        self.issued = 0
+        self._buffer = Buffer(most_events=config.buffer_size)
+        self._outage = Outage(config.service)
+        self._overflow = Overflow(
+            buffer=self._buffer, outage=self._outage, counters=counters, service=config.service
+        )
+        self._writer = Writer(
+            exchange=exchange,
+            buffer=self._buffer,
+            outage=self._outage,
+            settlement=Settlement(
+                counters=counters, service=config.service, tells=config.log_events
+            ),
+            node=node,
+        )
+        self._leader = self._writer.leader
+        self._closed = False
+        #: The threads that are in the middle of a send that waits.
+        self._senders: set[int] = set()
+
+    @property
+    def connected(self) -> bool:
+        """Whether nothing says that Redis is away."""
+        return not self._outage.known
+
+    @property
+    def buffered(self) -> int:
+        """How many events wait, those on their way included."""
+        return len(self._buffer)
+
+    def publish(self, name: str, payload: Mapping[str, Any], route: Route, *, confirm: bool) -> str:
+        """Take one emission and return its id; the writing thread does the rest.
+
+        :param confirm: whether to wait until Redis has it.
+        :raises PayloadError: a value cannot travel, or the event is too large.
+        :raises HopLimitError: the chain of causes is too long.
+        :raises PublishError: the policy is ``"raise"`` and Redis does not take events; or it
+            refused this one, or has it on too few replicas, and a confirmation was asked for;
+            or it is for a stream and the buffer is full.
+        :raises ClosedError: the publisher was closed meanwhile.
+        """
+        # A signal handler that sends in the middle of a send would wait for itself.
+        waits = confirm and not self._is_busy_here
+        outgoing = self._emissions.take_down(name, payload, route, confirm=waits)
+
+        if waits:
+            self._publish_confirmed(outgoing)
+        else:
+            self._accept(outgoing, time.monotonic() + self._config.timeout)
+
+        return outgoing.id
+
+    def resend(self, outgoing: Outgoing) -> None:
+        """Publish an event again that was not confirmed, with the same id and the same bytes.
+
+        :raises PublishError: it was not confirmed this time either.
+        :raises ClosedError: the publisher was closed meanwhile.
+        """
+        outgoing = outgoing.again()
+        outgoing.lane = self._lanes.lane(outgoing.lane.name, outgoing.lane.route)
+
+        if outgoing.lane.route.confirm and not self._is_busy_here:
+            self._publish_confirmed(outgoing)
+        else:
+            self._accept(outgoing, time.monotonic() + self._config.timeout)
+
+    def may_wait(self, route: Route) -> bool:
+        """Return True if an event of a route may have to wait, for Redis or for room."""
+        is_stream = route.via == "stream"
+        waits = route.confirm or self._buffer.is_full(self._config.max_event_bytes)
+        return waits and not self._outage.stops(stream=is_stream)
+
+    def take_down(self, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
+        """Take one emission down as it is now, for :meth:`resend` to publish it in any thread.
+
+        :raises PayloadError: a value cannot travel, or the event is too large.
+        :raises HopLimitError: the chain of causes is too long.
+        """
+        return self._emissions.take_down(name, payload, route, confirm=route.confirm)
+
+    def draft(self, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
+        """Take one emission down as it is now, for :meth:`take` to publish it later or never.
+
+        :raises PayloadError: a value cannot travel, or the event is too large.
+        :raises HopLimitError: the chain of causes is too long.
+        :raises PublishError: the policy is ``"raise"`` and Redis does not take events.
+        """
+        outgoing = self._emissions.take_down(name, payload, route, confirm=route.confirm)
+        self._refuse_in_outage(outgoing)
+        outgoing.promise(time.time_ns())
+        return outgoing
+
+    def seal(self, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
+        """An event with its id and its bytes, for another process to publish.
+
+        It is not counted among the events of its name: who publishes it, and when, is not known.
+
+        :raises PayloadError: a value cannot travel, or the event is too large.
+        :raises HopLimitError: the chain of causes is too long.
+        """
+        outgoing = self._emissions.take_down(name, payload, route, confirm=False)
+
+        with self._buffer.lock:
+            self._identify(outgoing)
+
+        outgoing.sealed()
+        return outgoing
+
+    def take(self, draft: Outgoing, deadline: float) -> None:
+        """Publish what was drafted, here or by the publisher that the node had before.
+
+        :param deadline: until when to wait for room in the buffer.
+        :raises ClosedError: the publisher was closed meanwhile.
+        """
+        draft.lane = self._lanes.lane(draft.lane.name, draft.lane.route)
+        self._accept(draft, deadline)
+
+    def await_all(self, sent: Sequence[Outgoing], deadline: float) -> list[Outgoing]:
+        """Wait for confirmations until the deadline; return what lacks one.
+
+        Not as long where Redis is known to be away.
+        """
+        if self._writer.is_this_thread:
+            return []
+
+        departures = self._buffer.departures
+
+        try:
+            self._writer.senders.update(sent)
+            late = [outgoing for outgoing in sent if not self._is_done(outgoing, deadline)]
+        finally:
+            self._writer.senders.difference_update(sent)
+
+        if any(not self._outage.stops(stream=outgoing.lane.is_stream) for outgoing in late):
+            self._stall_since(departures)
+
+        return [outgoing for outgoing in sent if outgoing in late or outgoing.error is not None]
+
+    def _is_done(self, outgoing: Outgoing, deadline: float) -> bool:
+        if self._stops(outgoing):
+            deadline = 0.0
+
+        return outgoing.is_done_by(deadline, unless=lambda: self._stops_now(outgoing))
+
+    def ask(self) -> None:
+        """Let the writing thread find out at once whether Redis is there; does not wait for it."""
+        with self._buffer.lock:
+            self._writer.ask()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything sent so far has left the buffer, at most ``timeout`` seconds.
+
+        :return: whether it has.
+        """
+        return self._buffer.wait_until_left(self.issued, timeout)
+
+    def close(self, flush_by: float, end_by: float) -> None:
+        """Take nothing more, flush, stop writing; what could not be written is logged by id.
+
+        :param flush_by: until when Redis may take what waits, by the monotonic clock.
+        :param end_by: until when the writing thread is waited for.
+        """
+        with self._buffer.lock:
+            self._closed = True
+
+        try:
+            self.flush(max(0.0, flush_by - time.monotonic()))
+        finally:
+            self._writer.end(end_by)
+
+    def leave(self) -> None:
+        """Let what waits be written, and the writing thread end by itself."""
+        self._writer.leave()
+
+    def disown(self) -> None:
+        """In a forked child: end what came along of it, which for greenlets is everything."""
+        self._closed = True
+        self._writer.disown()
+
+    @property
+    def is_writing_thread(self) -> bool:
+        """Whether the calling thread is the one that writes."""
+        return self._writer.is_this_thread
+
+    # -- into the buffer ------------------------------------------------------------------
+
+    def _accept(self, outgoing: Outgoing, deadline: float) -> None:
+        with self._buffer.lock:
+            dropped = self._put(outgoing, deadline)
+            self._writer.wake()
+
+        if dropped:
+            self._overflow.tell(dropped)
+
+        self._writer.write_here(self._patience_for(outgoing))
+
+    def _put(self, outgoing: Outgoing, deadline: float) -> int:
+        """Add an event to the buffer, by the deadline; return how many were dropped for it."""
+        self._refuse_in_outage(outgoing)
+        dropped = self._make_room(outgoing, deadline)
+
+        if not outgoing.number:
+            self._identify(outgoing)
+
+        if not outgoing.is_settled:
+            self._buffer.put(outgoing)
+
+        return dropped
+
+    def _patience_for(self, outgoing: Outgoing) -> float:
+        """Seconds that a caller is held: once the timeout, and not at all in a known outage."""
+        return 0.0 if self._stops(outgoing) else self._config.timeout
+
+    def _stops(self, outgoing: Outgoing) -> bool:
+        return self._outage.stops(stream=outgoing.lane.is_stream)
+
+    def _refuse_in_outage(self, outgoing: Outgoing) -> None:
+        if self._config.on_outage == "raise" and self._stops(outgoing) and not outgoing.promised:
+            raise self._refusal(outgoing)
+
+    def _identify(self, outgoing: Outgoing) -> None:
+        number = next(self._numbers)
+
+        if outgoing.id:
+            # It is sent again, and keeps its id.
+            outgoing.number = number
+        else:
+            outgoing.identify(self._node, number, time.time_ns())
+
+        # Another one may have been sent in the middle of this, by a signal handler.
+        if number > self.issued:
+            self.issued = number
+
+    def _make_room(self, outgoing: Outgoing, deadline: float) -> int:
+        """Wait for room while Redis takes events; drop the oldest while it does not."""
+        has_room = self._buffer.has_room(outgoing) or self._room_comes(outgoing, deadline)
+
+        if self._closed:
+            raise ClosedError
+
+        if has_room:
+            return 0
+
+        self._refuse_in_outage(outgoing)
+        self._identify(outgoing)
+
+        try:
+            return self._overflow.drop_for(outgoing)
+        except PublishError as error:
+            raise self._error(str(error), outgoing, in_doubt=outgoing.doubts > 0) from None
+
+    def _room_comes(self, outgoing: Outgoing, deadline: float) -> bool:
+        if self._stops(outgoing) or self._writer.is_this_thread:
+            return False
+
+        departures = self._buffer.departures
+        left = max(0.0, deadline - time.monotonic())
+        in_time = self._buffer.wait_for_room(outgoing, left)
+
+        if not in_time:
+            self._stall_since(departures)
+
+        return in_time
+
+    # -- confirmation ---------------------------------------------------------------------
+
+    @property
+    def _is_busy_here(self) -> bool:
+        """Whether the calling thread is in the middle of a send that waits, or writes."""
+        return threading.get_ident() in self._senders or self._writer.is_this_thread
+
+    def _publish_confirmed(self, outgoing: Outgoing) -> None:
+        deadline = time.monotonic() + self._patience_for(outgoing)
+        departures = self._buffer.departures
+        this = threading.get_ident()
+
+        try:
+            # In here: who is interrupted is not to be taken for busy ever after.
+            self._senders.add(this)
+            self._writer.senders.add(outgoing)
+            is_told = self._write_or_wait(outgoing, deadline)
+        except BaseException:
+            self._leader.abandon(outgoing)
+            raise
+        finally:
+            self._senders.discard(this)
+            self._writer.senders.discard(outgoing)
+
+        if not is_told:
+            self._give_up(outgoing, departures)
+        elif outgoing.error is not None:
+            raise self._failure(outgoing, outgoing.error) from outgoing.error
+
+    def _write_or_wait(self, outgoing: Outgoing, deadline: float) -> bool:
+        """Whether it is known by ``deadline`` what became of an event."""
+        with self._buffer.lock:
+            dropped = self._put(outgoing, deadline)
+            outgoing.would_write = True
+            batch = self._leader.enlist(outgoing)
+
+        if dropped:
+            self._overflow.tell(dropped)
+
+        if not batch:
+            self._writer.write_here(self._patience_for(outgoing))
+
+        while batch or not outgoing.is_settled:
+            if batch:
+                self._leader.lead(batch, deadline)
+                batch = ()
+            elif not outgoing.is_called_by(deadline):
+                return outgoing.is_settled
+            elif not outgoing.is_settled:
+                if self._stops_now(outgoing):
+                    return False
+
+                batch = self._take_over(outgoing)
+
+        return True
+
+    def _stops_now(self, outgoing: Outgoing) -> bool:
+        """Whether Redis is known to give no answer, however long its sender waits."""
+        refuses = outgoing.lane.is_stream and self._outage.refusal is not None
+        return self._outage.away or refuses
+
+    def _take_over(self, outgoing: Outgoing) -> Sequence[Outgoing]:
+        with self._buffer.lock:
+            return self._leader.enlist(outgoing)
+
+    def _give_up(self, outgoing: Outgoing, departures: int) -> None:
+        """Hold its sender no longer; whether it is told depends on the policy."""
+        self._leader.step_back(outgoing)
+
+        if self._stops_now(outgoing):
+            with self._buffer.lock:
+                self._writer.wake()
+        else:
+            self._stall_since(departures)
+
+        if self._config.on_outage == "raise":
+            with self._buffer.lock:
+                outgoing.withdrawn = True
+
+            raise self._refusal(outgoing)
+
+    def _stall_since(self, departures: int) -> None:
+        """Hold no further caller, and let an idle writer ask whether Redis is there.
+
+        Unless something has left meanwhile: then Redis takes events, if slowly.
+        """
+        with self._buffer.lock:
+            if self._buffer.departures == departures:
+                self._outage.stalled = True
+                self._buffer.changed.notify_all()
+            else:
+                # It may have been this sender's turn to write.
+                self._writer.wake()
+
+    def _refusal(self, outgoing: Outgoing) -> PublishError:
+        reason = self._outage.error or f"no answer within {self._config.timeout} s"
+        which = f"The event {outgoing.id}" if outgoing.id else "An event"
+        text = f"{which} of {outgoing.lane.name!r} was not confirmed by Redis: {reason}."
+
+        if outgoing.doubts:
+            text += f" Redis may have it. {_RESEND}"
+        else:
+            text += (
+                " Redis does not have it. Send it again when Redis is back, or set "
+                "'EVENTBUS_ON_OUTAGE' to 'buffer' to keep events in memory."
+            )
+
+        return self._error(text, outgoing, in_doubt=outgoing.doubts > 0)
+
+    def _failure(self, outgoing: Outgoing, error: Exception) -> PublishError:
+        which = f"The event {outgoing.id} of {outgoing.lane.name!r}"
+        is_stored = isinstance(error, TooFewReplicasError)
+        in_doubt = is_stored or outgoing.doubts > 0
+
+        if is_stored:
+            text = f"{which} is stored, but {error}. {_RESEND}"
+        elif in_doubt:
+            text = f"{which} was not confirmed: {error}. Redis may have it. {_RESEND}"
+        else:
+            text = f"{which} was not published: {error}"
+
+        return self._error(text, outgoing, in_doubt=in_doubt)
+
+    def _error(self, text: str, outgoing: Outgoing, *, in_doubt: bool) -> PublishError:
+        # One that waits for a commit belongs to its transaction.
+        is_draft = outgoing.lane.route.after_commit and not outgoing.id
+        return PublishError(
+            text,
+            event_id=outgoing.id or None,
+            in_doubt=in_doubt,
+            resend=None if is_draft else functools.partial(self._resend, outgoing),
+        )
+
+
+_RESEND = (
+    "Call resend() of this error: it sends the event with the same id, so that services handle it "
+    "once."
+)

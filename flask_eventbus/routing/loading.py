@@ -1,0 +1,134 @@
+"""Finds receivers that a service names by configuration, and those of installed plug-ins."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import ConfigError
+from .registry import Declarations
+
+#: Where installed packages offer receivers: each entry point names a module with a function
+#: ``register(bus)``, or such a function.
+GROUP = "flask_eventbus.receivers"
+
+
+def load_receivers(bus: Declarations, names: Iterable[str], *, root: Path) -> None:
+    """Load what ``EVENTBUS_RECEIVERS`` names and what plug-ins offer, each once per bus.
+
+    A name is a module, ``module:function``, or a folder (a name with a ``/``, relative to
+    ``root``) of modules. ``-NAME`` leaves out the plug-in of that name, ``-*`` all of them.
+    A module may define ``register(bus)``, which is then called.
+
+    :raises ConfigError: one of them cannot be imported or registered; chained to the reason.
+    """
+    names = list(names)
+    left_out = {name[1:] for name in names if name.startswith("-")}
+
+    for point in _plug_ins(left_out):
+        what = f"The plug-in {point.name!r} ({point.value})"
+        _load_once(what, bus, point.load)
+
+    for name in names:
+        if not name.startswith("-"):
+            _load_named(name, bus, root)
+
+
+def _plug_ins(left_out: set[str]) -> list[EntryPoint]:
+    if "*" in left_out:
+        return []
+
+    return [point for point in entry_points(group=GROUP) if point.name not in left_out]
+
+
+def _load_named(name: str, bus: Declarations, root: Path) -> None:
+    if "/" not in name:
+        _load_once(f"{name!r}, named in 'EVENTBUS_RECEIVERS',", bus, lambda: _import(name))
+        return
+
+    folder = root / name
+
+    if not folder.is_dir():
+        raise ConfigError(
+            f"'EVENTBUS_RECEIVERS' names the folder {name!r}, but there is no {str(folder)!r}. "
+            "Make it, or correct the name."
+        )
+
+    for path in sorted(folder.glob("[!_]*.py")):
+        _load_once(f"{path}, in a folder of 'EVENTBUS_RECEIVERS',", bus, _reader(path))
+
+
+def _reader(path: Path) -> Callable[[], ModuleType]:
+    return lambda: _import_file(path)
+
+
+def _load_once(what: str, bus: Declarations, load: Callable[[], Any]) -> None:
+    if what in bus.loaded:
+        return
+
+    try:
+        _register(load(), bus)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{what} cannot be loaded: {type(error).__name__}: {error}. Correct it, or take it "
+            "out of 'EVENTBUS_RECEIVERS'; '-NAME' there leaves an installed plug-in out."
+        ) from error
+
+    bus.loaded.add(what)
+
+
+def _register(found: Any, bus: Declarations) -> None:
+    register = getattr(found, "register", None) if isinstance(found, ModuleType) else found
+
+    if callable(register):
+        register(bus)
+
+
+def _import(name: str) -> Any:
+    module_name, _, attribute = name.partition(":")
+    module = importlib.import_module(module_name)
+    return getattr(module, attribute) if attribute else module
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = _name_of(path.resolve())
+
+    if name in sys.modules:
+        return sys.modules[name]
+
+    spec = importlib.util.spec_from_file_location(name, path)
+
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} is not a Python module")
+
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+    return module
+
+
+def _name_of(path: Path) -> str:
+    """``plugins.newsletter``; with as many folders before it as tell it from another file."""
+    name = path.stem
+
+    for folder in path.parents:
+        name = f"{folder.name}.{name}"
+        known = sys.modules.get(name)
+
+        if known is None or getattr(known, "__file__", None) == str(path):
+            break
+
+    return name

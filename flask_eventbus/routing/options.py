@@ -1,0 +1,133 @@
+"""How a setting names signals, and the options that routes and subscriptions have in common."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar, cast, get_args
+
+from blinker import NamedSignal, Signal
+
+from ..errors import ConfigError
+from ..text import did_you_mean
+from ..typing import Via
+from .bus_signal import check_signal_name
+
+T = TypeVar("T")
+
+_PATTERN = re.compile(r"[\w./*?-]{1,128}")
+
+_VIAS = get_args(Via)
+
+
+def is_pattern(name: str) -> bool:
+    """Whether ``name`` stands for several signals."""
+    return "*" in name or "?" in name
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern``, which may be a plain name, stands for ``name``."""
+    return pattern == name or (is_pattern(pattern) and fnmatchcase(name, pattern))
+
+
+def load(path: str, where: str) -> Any:
+    """The object at the import path ``package.module:name``.
+
+    :raises ConfigError: it cannot be imported; chained to the reason.
+    """
+    module_name, _, attribute = path.partition(":")
+
+    try:
+        found: Any = importlib.import_module(module_name)
+
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        # The module's own errors as well: whatever it raises, this setting asked for it.
+        raise ConfigError(
+            f"{where}: {path!r} cannot be imported: {type(error).__name__}: {error}. Write "
+            "'package.module:name' of something that can."
+        ) from error
+
+    return found
+
+
+def entries_of(value: Any, where: str) -> Iterable[tuple[Any, Any]]:
+    if value is None:
+        return []
+
+    if isinstance(value, str | Signal):
+        return [(value, None)]
+
+    if isinstance(value, Mapping):
+        return list(value.items())
+
+    if isinstance(value, Iterable):
+        return [(entry, None) for entry in value]
+
+    raise ConfigError(
+        f"{where} is {value!r}. Set it to a list of signal names, or to a mapping such as "
+        "{'user_registered': 'channel'}."
+    )
+
+
+def options_of(options: Any, known: tuple[str, ...], where: str) -> Mapping[str, Any]:
+    if options is None:
+        return {}
+
+    if isinstance(options, str):
+        return {"via": options}
+
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f"{where} is {options!r}. Write 'channel', or a mapping such as {{'via': 'channel'}}."
+        )
+
+    for option in options:
+        _check_option(option, known, where)
+
+    return options
+
+
+def _check_option(option: Any, known: tuple[str, ...], where: str) -> None:
+    if option in known:
+        return
+
+    raise ConfigError(f"{where} has no option {option!r}. {did_you_mean(str(option), known)}")
+
+
+def read_via(via: Any, where: str) -> Via | None:
+    if via is None or via in _VIAS:
+        return cast(Via | None, via)
+
+    raise ConfigError(
+        f"{where} asks for via {via!r}. Use 'channel' (whoever listens now hears the event) or "
+        "'stream' (each service hears it once, also when it is down now)."
+    )
+
+
+def read_optional(
+    read: Callable[[str, Any], T], options: Mapping[str, Any], option: str, where: str
+) -> T | None:
+    value = options.get(option)
+    return None if value is None else read(f"{where}[{option!r}]", value)
+
+
+def read_name(name: Any, where: str, *, pattern: bool) -> str:
+    if pattern and isinstance(name, str) and is_pattern(name) and _PATTERN.fullmatch(name):
+        return name
+
+    return check_signal_name(name, where)
+
+
+def read_flag(value: Any, where: str) -> bool:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+
+    raise ConfigError(f"{where} is {value!r}. Set it to True or False.")
+
+
+def shown(entry: Any) -> Any:
+    return entry.name if isinstance(entry, NamedSignal) else entry

@@ -1,0 +1,209 @@
+"""What a service hears of others: its subscriptions, by the names of signals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from blinker import NamedSignal
+
+from ..codec.entry_ids import EARLIEST, EntryId, before_moment, entry_id, id_text
+from ..config import MOST_RETRIES, read_whole
+from ..errors import ConfigError
+from ..names import SERVICE_NAME
+from ..typing import SubscribeOptions, Via
+from .options import (
+    entries_of,
+    matches,
+    options_of,
+    read_flag,
+    read_name,
+    read_optional,
+    read_via,
+    shown,
+)
+
+_SUBSCRIPTION_OPTIONS = tuple(SubscribeOptions.__annotations__)
+
+#: Where a stream is read from by default: behind its last entry.
+NEW = "$"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subscription:
+    """A signal's name, or a pattern of names, that a service hears from others."""
+
+    name: str
+    #: The services it is heard from; ``None`` for all.
+    sources: frozenset[str] | None = None
+    #: Whether events come back to where they were emitted: on a channel to the node, on a
+    #: stream to the service.
+    echo: bool = False
+    #: ``"channel"`` or ``"stream"``; ``None`` for both.
+    via: Via | None = None
+    #: How often a receiver that failed is tried again; ``None`` for ``EVENTBUS_RETRIES``.
+    retries: int | None = None
+    #: Where a stream is read from the first time: ``"$"`` for what comes from then on, or an id.
+    start: str = NEW
+    #: Whether the workers of the service share the events of a stream; each hears all otherwise.
+    group: bool = True
+
+    def hears(self, source: str) -> bool:
+        """Whether the service ``source`` is one it is heard from."""
+        return self.sources is None or source in self.sources
+
+
+def subscription_for(name: str, subscriptions: Mapping[str, Subscription]) -> Subscription | None:
+    """The subscription that handles ``name``: its own, else the first pattern for it.
+
+    Redis delivers once per subscription that fits; one of them is to count.
+    """
+    if name in subscriptions:
+        return subscriptions[name]
+
+    return next((found for found in subscriptions.values() if matches(found.name, name)), None)
+
+
+def read_subscriptions(value: Any, where: str = "EVENTBUS_SUBSCRIBE") -> dict[str, Subscription]:
+    """Read what a service hears: a name, a list of them, or a mapping to options.
+
+    :raises ConfigError: an entry is wrong; the message names it.
+    """
+    subscriptions = {}
+
+    for entry, options in entries_of(value, where):
+        name = entry.name if isinstance(entry, NamedSignal) else entry
+        subscription = read_subscription(name, options, f"{where}[{shown(entry)!r}]")
+        subscriptions[subscription.name] = subscription
+
+    return subscriptions
+
+
+def read_subscription(name: Any, options: Any, where: str) -> Subscription:
+    """Read one subscription.
+
+    :raises ConfigError: something of it is wrong.
+    """
+    options = options_of(options, _SUBSCRIPTION_OPTIONS, where)
+    via = read_via(options.get("via"), where)
+    _refuse_stream_subscription(options, via, where)
+
+    return Subscription(
+        name=read_name(name, where, pattern=True),
+        sources=_read_sources(options.get("from"), f"{where}['from']"),
+        echo=read_flag(options.get("echo"), f"{where}['echo']"),
+        via=via,
+        retries=read_optional(read_retries, options, "retries", where),
+        start=_read_start(options.get("start"), f"{where}['start']"),
+        group=_read_group(options, where),
+    )
+
+
+def unite(first: Subscription, second: Subscription, where: str) -> Subscription:
+    """Two subscriptions of one service to one name, as the one that serves both.
+
+    :raises ConfigError: one is for the group, and the other for every process.
+    """
+    if first.group is not second.group:
+        raise ConfigError(
+            f"{where}: one receiver has 'group': None and another has not. A process reads a "
+            "stream in one of the two ways: give both of them the same."
+        )
+
+    return replace(
+        second,
+        echo=first.echo or second.echo,
+        via=first.via if first.via == second.via else None,
+        start=first.start if second.start == NEW else second.start,
+        retries=first.retries if second.retries is None else second.retries,
+    )
+
+
+def read_retries(key: str, value: Any) -> int:
+    """How often a receiver that failed is tried again.
+
+    :raises ConfigError: it is no whole number from 0.
+    """
+    return read_whole(key, value, 0, MOST_RETRIES)
+
+
+def _refuse_stream_subscription(options: Mapping[str, Any], via: str | None, where: str) -> None:
+    given = [option for option in ("retries", "start") if options.get(option) is not None]
+    given += ["group"] if options.get("group", True) is None else []
+
+    if via == "channel" and given:
+        raise ConfigError(
+            f"{where}[{given[0]!r}] belongs to streams, and this subscription hears the channel "
+            "alone. Take 'via' off, or remove the option."
+        )
+
+
+def _read_start(value: Any, where: str) -> str:
+    words = {None: NEW, "new": NEW, "earliest": "0"}
+
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return _place(before_moment(int(value.timestamp() * 1000)))
+
+    if isinstance(value, str | None) and value in words:
+        return words[value]
+
+    if isinstance(value, str) and (found := _read_id(value)) is not None:
+        return found
+
+    raise ConfigError(
+        f"{where} is {value!r}. Set it to 'new', 'earliest', the id of an entry such as "
+        "'1700000000000-0', or an aware datetime. It counts only when the service subscribes for "
+        "the first time."
+    )
+
+
+def _read_id(value: str) -> str | None:
+    """Return where a group begins that is behind an entry, or before a millisecond."""
+    try:
+        found = entry_id(value)
+    except ValueError:
+        return None
+
+    return _place(found if "-" in value else before_moment(found[0]))
+
+
+def _place(found: EntryId) -> str:
+    return "0" if found == EARLIEST else id_text(found)
+
+
+def _read_group(options: Mapping[str, Any], where: str) -> bool:
+    if "group" not in options or options["group"] is True:
+        return True
+
+    if options["group"] is not None:
+        raise ConfigError(
+            f"{where}['group'] is {options['group']!r}. The group is the service, so leave it out; "
+            "or set it to None, so that every process of the service hears every event."
+        )
+
+    if options.get("retries") is not None:
+        raise ConfigError(
+            f"{where} has both 'group': None and 'retries'. Remove one: without a group nothing "
+            "is kept for a receiver that failed."
+        )
+
+    return False
+
+
+def _read_sources(value: Any, where: str) -> frozenset[str] | None:
+    if value is None:
+        return None
+
+    names = [value] if isinstance(value, str) else value
+
+    if isinstance(names, Iterable) and not isinstance(names, bytes | Mapping):
+        names = list(names)
+
+        if names and all(isinstance(name, str) and SERVICE_NAME.fullmatch(name) for name in names):
+            return frozenset(names)
+
+    raise ConfigError(
+        f"{where} is {value!r}. Set it to a list of services' names, for example ['accounts']."
+    )

@@ -1,0 +1,435 @@
+"""The thread that reads streams for every process by itself: for what each worker must hear."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import Any
+
+import redis
+
+from ..codec.entry_ids import entry_id
+from ..config import Config
+from ..counters import BoundedLog, Counters
+from ..logs import get_logger
+from ..receivers.lineup import Lineup, Portions
+from ..routing.subscriptions import NEW, Subscription
+from ..transport.backoff import Backoff
+from ..transport.keys import StreamKeys
+from ..transport.pipe import SAMPLE, Command, Pipe
+from ..transport.reconnect import Reading
+from .alarms import far_ahead
+from .catalogue import Catalogue
+from .decoder import StreamIntake
+from .group import Entry, behind, fields_of, last_id, passed, remedy
+from .trims import report_trimmed, report_trimmed_over
+
+logger = get_logger(__name__)
+
+#: Seconds that Redis holds a read back where there is nothing to read.
+BLOCK = 1.0
+
+#: What a user needs to be allowed of a stream.
+RIGHTS = "+xread +xrevrange +xinfo|stream"
+
+#: Seconds after which a stream that Redis refuses is asked for again.
+ASK_AGAIN = 5.0
+
+#: Ids of read entries that are remembered for each stream: what may be lost with a master.
+REMEMBERED = 10_000
+
+#: Entries that are looked at together in search of the last common one.
+LOOK_BACK = 16
+
+#: Seconds between looks whether a stream is another one by now.
+LOOK = 5.0
+
+
+class Follower:
+    """Reads on from where it was, also after a lost connection; acknowledges nothing."""
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        *,
+        config: Config,
+        catalogue: Catalogue,
+        keys: StreamKeys,
+        intake: StreamIntake,
+        lineup: Lineup,
+        counters: Counters,
+        node: str,
+        wanted: Callable[[], bool],
+    ) -> None:
+        self._pipe = pipe
+        self._service = config.service
+        self._catalogue = catalogue
+        self._keys = keys
+        self._intake = intake
+        self._lineup = lineup
+        self._counters = counters
+        self._log = BoundedLog(logger)
+        self._reading = Reading(
+            failed="The follower failed; it connects anew.",
+            thread=f"eventbus-follower-{node}",
+            read=self._follow,
+            lost=self._lose,
+            close=self._disconnect,
+            wanted=wanted,
+            counters=counters,
+        )
+        self._block = pipe.wait_at_most(BLOCK)
+        #: The last entry that was read of each stream.
+        self._positions: dict[str, str] = {}
+        #: The ids of the entries of each stream that were read last.
+        self._read_ids: dict[str, deque[str]] = defaultdict(partial(deque, maxlen=REMEMBERED))
+        #: The entries that were added up to that one, by stream; only those that Redis counted.
+        self._passed: dict[str, int] = {}
+        #: Streams that were read over another connection: this server may lack some entries.
+        self._unsure: set[str] = set()
+        self._connected = False
+        self._looked = 0.0
+        self._max_bytes = config.max_event_bytes
+        self._portions = Portions(max_bytes=config.max_event_bytes)
+        #: Whether the next read keeps nothing that is larger than an event may be.
+        self._is_careful = True
+        #: Streams that Redis refuses, with its reasons.
+        self.refused: dict[str, str] = {}
+        #: What somebody did to streams, so that nothing more of them is heard, by name.
+        self._alarms: dict[str, str] = {}
+        self._ask_again = 0.0
+        #: Notified when it is known from where streams are read.
+        self.changed = threading.Condition()
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is the one that reads."""
+        return self._reading.is_own_thread
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known from where each stream is read, and Redis is there."""
+        wanted = self._catalogue.wanted()
+        return self._reading.lives and self._connected and wanted.keys() <= self._answered
+
+    @property
+    def alarms(self) -> dict[str, str]:
+        """What somebody did to streams so that their events are not heard, by stream."""
+        return {**self._catalogue.alarms, **self._alarms}
+
+    @property
+    def without_receiver(self) -> frozenset[str]:
+        """The streams that are not read, because this process has no receiver for them."""
+        return self._catalogue.without_receiver
+
+    @property
+    def _answered(self) -> set[str]:
+        return self._positions.keys() | self.refused.keys() | self._catalogue.patterns
+
+    def start(self) -> None:
+        """Start the thread, once."""
+        self._reading.start()
+
+    def stop(self) -> None:
+        """Stop reading, now."""
+        self._reading.stop()
+        self._pipe.interrupt()
+
+        with self.changed:
+            self.changed.notify_all()
+
+    def end(self, deadline: float) -> None:
+        """Wait for the thread's end until the deadline."""
+        self._reading.end(deadline)
+
+    def disown(self) -> None:
+        """In a forked child: end what came along of it."""
+        self._reading.disown()
+
+    # -- the reading thread ---------------------------------------------------------------
+
+    def _lose(self, error: Exception) -> None:
+        logger.debug("Following waits for Redis: %s", error)
+
+    def _disconnect(self) -> None:
+        self._connected = False
+        self._pipe.close()
+
+    def _follow(self, backoff: Backoff) -> None:
+        self._unsure = set(self._positions)
+        self._is_careful = True
+
+        while self._reading.goes_on:
+            names = self._allowed()
+            self._find_positions(names)
+            readable = self._positions.keys() - self.without_receiver
+            names = {name: names[name] for name in names if name in readable}
+
+            if not names:
+                self._reading.pause(self._block)
+            elif self._lineup.wait_for_room(self._block):
+                self._read(names)
+
+            backoff.reset()
+
+    def _allowed(self) -> dict[str, Subscription]:
+        names = self._catalogue.names()
+
+        if self.refused and time.monotonic() > self._ask_again:
+            self._ask_again = time.monotonic() + ASK_AGAIN
+            return names
+
+        return {name: names[name] for name in names if name not in self.refused}
+
+    def _find_positions(self, names: dict[str, Subscription]) -> None:
+        for name, subscription in names.items():
+            if name not in self._positions:
+                try:
+                    self._positions[name] = self._start_of(name, subscription)
+                except redis.ResponseError as error:
+                    self._refuse(name, error)
+
+            elif name in self._unsure:
+                try:
+                    self._go_back(name)
+                except redis.ResponseError as error:
+                    self._refuse(name, error)
+
+        with self.changed:
+            self._connected = True
+            self.changed.notify_all()
+
+    def _start_of(self, name: str, subscription: Subscription) -> str:
+        start = self._catalogue.start_of(name, subscription)
+        # An id, not "what comes from now on": that would be another now each time.
+        return self._last(name) if start == NEW else start
+
+    def _last(self, name: str) -> str:
+        command: Command = ("XINFO", "STREAM", self._keys.stream(name))
+        info = self._pipe.run([command], most=SAMPLE)[0]
+        last = last_id(info)
+
+        if last is None:
+            head: Command = ("XREVRANGE", self._keys.stream(name), "+", "-")
+            found = self._pipe.ask(*head, "COUNT", 1, most=SAMPLE)
+            return str(found[0][0].decode()) if found else "0-0"
+
+        # Of what is added from now on nothing is to go before it is read.
+        now = 0 if isinstance(info, Exception) else passed(info, last)
+
+        if now is not None:
+            self._passed[name] = now
+
+        return last
+
+    def _go_back(self, name: str) -> None:
+        """Go back to the last entry that was read and that this server has.
+
+        A replica that became the master lacks the last entries of the old one, and so does a
+        server that lost the end of its log. What it adds then may have smaller ids than those.
+        """
+        position, common = self._positions[name], self._last_common(name)
+        self._unsure.discard(name)
+
+        if common == position:
+            return
+
+        read = self._read_ids[name]
+        lost = 0
+
+        while read and entry_id(read[-1]) > entry_id(common):
+            read.pop()
+            lost += 1
+
+        self._positions[name] = common
+        self._passed.pop(name, None)
+        self._log.warning(
+            f"lost {name}",
+            "Redis has lost the last %d entries of the stream of %r that were read here, up to "
+            "%s: with a master that was replaced, or in a restart. %r reads on after %s.",
+            lost,
+            name,
+            position,
+            self._service,
+            common,
+            extra={"signal": name, "service": self._service},
+        )
+
+    def _last_common(self, name: str) -> str:
+        position, read = self._positions[name], self._read_ids[name]
+
+        if not read:
+            return position
+
+        known = {*read}
+        end, count, unread = position, 1, False
+
+        while found := self._pipe.ask(
+            *("XREVRANGE", self._keys.stream(name), end, read[0], "COUNT", count), most=SAMPLE
+        ):
+            for id, _ in found:
+                if id.decode() in known:
+                    return str(id.decode())
+
+            unread = True
+            end, count = f"({found[-1][0].decode()}", LOOK_BACK
+
+        return read[0] if unread else position
+
+    def _read(self, names: dict[str, Subscription]) -> None:
+        self._look_for_flush(names)
+
+        try:
+            self._take(self._entries(names, self._block), names)
+        except redis.ResponseError as error:
+            logger.debug("One of the streams is refused: %s", error)
+            self._sort_out(names)
+
+    def _sort_out(self, names: dict[str, Subscription]) -> None:
+        """Find out which of the streams it is that Redis refuses to have read."""
+        for name, subscription in names.items():
+            try:
+                self._take(self._entries([name], 0), {name: subscription})
+            except redis.ResponseError as error:
+                self._refuse(name, error)
+
+    def _entries(self, names: Collection[str], block: float) -> list[Entry]:
+        count = self._portions.count(
+            room=self._lineup.room, memory=self._lineup.memory, streams=len(names)
+        )
+        keys = [self._keys.stream(name) for name in names]
+        ids = [self._positions[name] for name in names]
+        wait = ("BLOCK", int(block * 1000)) if block else ()
+        # The last answer may have been lost for want of memory, and the next one is the same.
+        most = self._max_bytes if self._is_careful else None
+        answer = self._pipe.ask("XREAD", "COUNT", count, *wait, "STREAMS", *keys, *ids, most=most)
+        self._is_careful = False
+        return [
+            Entry(self._keys.name(key.decode()), id.decode(), fields_of(fields))
+            for key, found in answer or ()
+            for id, fields in found
+        ]
+
+    def _take(self, entries: list[Entry], names: dict[str, Subscription]) -> None:
+        if self.refused:
+            granted = self.refused.keys() & names
+            self.refused = {name: self.refused[name] for name in self.refused.keys() - names}
+
+            for name in granted:
+                self._log.over(
+                    f"refused {name}",
+                    "Redis lets %r follow the stream of %r again.",
+                    self._service,
+                    name,
+                    extra={"signal": name, "service": self._service},
+                )
+
+        self._portions.note(map(Entry.size, entries))
+        found = self._intake.sort(entries, names)
+        self._counters.add("received", len(found.deliveries))
+        self._lineup.put(found.deliveries)
+
+        for entry in entries:
+            self._positions[entry.name] = entry.id
+            self._read_ids[entry.name].append(entry.id)
+
+            if entry.name in self._passed:
+                self._passed[entry.name] += 1
+
+    def _look_for_flush(self, names: Iterable[str]) -> None:
+        """Begin again where a stream is a new one, whose ids are smaller."""
+        if time.monotonic() - self._looked < LOOK:
+            return
+
+        self._looked = time.monotonic()
+
+        for name in names:
+            command: Command = ("XINFO", "STREAM", self._keys.stream(name))
+            info = self._pipe.run([command], most=SAMPLE)[0]
+            last = self._last_of(name, info)
+
+            if last is None:
+                continue
+
+            self._watch(name, last)
+
+            if behind(last, self._positions[name]):
+                self._positions[name] = "0-0"
+                self._read_ids[name].clear()
+                self._passed.pop(name, None)
+            elif not isinstance(info, Exception):
+                self._look_for_trims(name, passed(info, self._positions[name]))
+
+    def _look_for_trims(self, name: str, now: int | None) -> None:
+        """Report entries that went between the last one that was read and the next one."""
+        if now is None:
+            return
+
+        lost = now - self._passed.get(name, now)
+        self._passed[name] = now
+
+        if lost > 0:
+            report_trimmed(name, lost, self._service, self._counters, self._log)
+        else:
+            report_trimmed_over(name, self._service, self._log)
+
+    def _last_of(self, name: str, answer: Any) -> str | None:
+        """Return the id that a stream gave last; ``None`` where Redis does not tell it."""
+        key = self._keys.stream(name)
+        last = last_id(answer)
+        extra = {"signal": name, "service": self._service}
+
+        if last is None:
+            self._log.once(
+                f"untold {name}",
+                "Redis does not tell %r the last id of the stream of %r: %s. If Redis loses its "
+                "data, this process does not notice it and hears nothing new. %s",
+                self._service,
+                name,
+                answer,
+                remedy(answer, {key: "+xinfo|stream"}),
+                extra=extra,
+            )
+        else:
+            text = "Redis tells %r the last id of the stream of %r again."
+            self._log.over(f"untold {name}", text, self._service, name, extra=extra)
+
+        return last
+
+    def _watch(self, name: str, last: str) -> None:
+        """Report an id far in the future, behind which nothing is heard."""
+        alarm = far_ahead(name, entry_id(last), time.time())
+        extra = {"signal": name, "service": self._service}
+        others = {other: self._alarms[other] for other in self._alarms if other != name}
+
+        if alarm is None:
+            self._alarms = others
+            self._log.over(
+                f"alarm {name}", "The stream of %r is in order again.", name, extra=extra
+            )
+            return
+
+        if name not in self._alarms:
+            self._log.error(f"alarm {name}", "%s", alarm, extra=extra)
+
+        self._alarms = {**others, name: str(alarm)}
+
+    def _refuse(self, name: str, reason: Exception) -> None:
+        self._ask_again = time.monotonic() + ASK_AGAIN
+
+        if self.refused.get(name) == str(reason):
+            return
+
+        self.refused = {**self.refused, name: str(reason)}
+        self._log.error(
+            f"refused {name}",
+            "Redis refuses to let %r follow the stream of %r: %s. %s",
+            self._service,
+            name,
+            reason,
+            remedy(reason, {self._keys.stream(name): RIGHTS}),
+            extra={"signal": name, "service": self._service},
+        )

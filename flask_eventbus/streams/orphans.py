@@ -1,0 +1,110 @@
+"""Gives up retries of signals that no process of the service receives any more."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from itertools import islice
+
+import redis
+
+from ..counters import BoundedLog
+from ..logs import get_logger
+from ..names import SIGNAL_NAME
+from ..transport.keys import StreamKeys
+from .acknowledger import Settler
+from .retry_queue import RetryLine
+
+logger = get_logger(__name__)
+
+#: Seconds between two looks; retries wait for an hour anyway.
+LOOK = 300.0
+
+#: Signals that one look asks about at most.
+MOST_NAMES = 10_000
+
+#: Retries that are given up in one step.
+MOST = 100
+
+
+class Orphans:
+    """Finds retries of signals that this process does not read.
+
+    They are left to other processes of the service until they are overdue and old. All calls are
+    for the keeper's thread.
+
+    :param receives: True if this process reads the stream of a signal, or may do so soon.
+    """
+
+    def __init__(
+        self,
+        *,
+        service: str,
+        keys: StreamKeys,
+        retries: RetryLine,
+        settler: Settler,
+        receives: Callable[[str], bool],
+    ) -> None:
+        self._service = service
+        self._keys = keys
+        self._retries = retries
+        self._settler = settler
+        self._receives = receives
+        self._log = BoundedLog(logger)
+        #: Signals whose retries this user may not see, so none of them are its own.
+        self._forbidden: set[str] = set()
+        #: When to look next, by the monotonic clock.
+        self.look_at = time.monotonic() + LOOK * random.uniform(0.1, 1.0)  # noqa: S311 - spreads load
+
+    def look(self) -> None:
+        """Give up what is orphaned, if it is time to look.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        if time.monotonic() < self.look_at:
+            return
+
+        self.look_at = time.monotonic() + LOOK
+
+        for name in self._names():
+            try:
+                self._give_up(name)
+            except redis.exceptions.NoPermissionError as error:
+                self._forbidden.add(name)
+                logger.debug("The retries of %r are not this user's: %s", name, error)
+            except redis.ResponseError as error:
+                logger.debug("The retries of %r cannot be read: %s", name, error)
+
+    def _names(self) -> list[str]:
+        try:
+            with self._settler.turn:
+                found = self._retries.signals()
+        except redis.ResponseError as error:
+            self._log.once(
+                "refused",
+                "Redis does not let %r list the streams (%s), so retries of signals that it no "
+                "longer subscribes to stay. Grant its user (+smembers ~%s) in the ACL.",
+                self._service,
+                error,
+                self._keys.names,
+            )
+            return []
+
+        self._log.over("refused", "Redis lets %r list the streams again.", self._service)
+        return [
+            name
+            for name in islice(found, MOST_NAMES)
+            if SIGNAL_NAME.fullmatch(name)
+            and name not in self._forbidden
+            and not self._receives(name)
+        ]
+
+    def _give_up(self, name: str) -> None:
+        more = True
+
+        while more:
+            with self._settler.turn:
+                given_up, more = self._retries.take_orphans(name, most=MOST)
+
+            self._settler.settle(given_up)

@@ -1,0 +1,280 @@
+"""The thread that reads what the workers of a service share: their groups' streams."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import redis
+
+from ..counters import Counters
+from ..logs import get_logger
+from ..receivers.delivery import Hand
+from ..receivers.lineup import MOST_BYTES, Lineup, Portions
+from ..routing.subscriptions import Subscription
+from ..transport.backoff import Backoff
+from ..transport.reconnect import Reading
+from .acknowledger import Settler
+from .decoder import StreamIntake
+from .duplicates import Duplicates
+from .group import Entry, Group, GroupGoneError
+from .membership import Memberships
+from .outcomes import Outcomes
+from .reclaim import Claims
+from .trims import Trims
+
+logger = get_logger(__name__)
+
+#: Seconds that Redis holds a read back where there is nothing to read; less than the five after
+#: which a server that hangs is given up.
+BLOCK = 1.0
+
+#: Events whose outcome Redis does not take, from which on no more are read; their memory has the
+#: bound of what is read ahead.
+MOST_UNSETTLED = 1_000
+
+
+class StreamReader:
+    """Reads streams in a thread of its own, and connects again whenever that ends.
+
+    :param max_bytes: the size of the largest event.
+    :param wanted: whether there still is what the events are for.
+    :param attend: told that there is something in hand.
+    :param given_away: the streams of which this process handed something back by itself.
+    :param lost: told when Redis is lost, with the error.
+    :param found: told when every stream can be read.
+    :param ended: told when nothing is read any more, though nobody said to stop.
+    """
+
+    def __init__(
+        self,
+        *,
+        memberships: Memberships,
+        group: Group,
+        duplicates: Duplicates,
+        intake: StreamIntake,
+        hand: Hand,
+        lineup: Lineup,
+        outcomes: Outcomes,
+        settler: Settler,
+        claims: Claims,
+        trims: Trims,
+        counters: Counters,
+        max_bytes: int,
+        node: str,
+        wanted: Callable[[], bool],
+        attend: Callable[[], None],
+        given_away: Callable[[], set[str]],
+        lost: Callable[[Exception], None],
+        found: Callable[[], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self._memberships = memberships
+        self._group = group
+        self._duplicates = duplicates
+        self._intake = intake
+        self._hand = hand
+        self._lineup = lineup
+        self._outcomes = outcomes
+        self._settler = settler
+        self._claims = claims
+        self._trims = trims
+        self._counters = counters
+        self._attend = attend
+        self._given_away = given_away
+        self._lost = lost
+        self._found = found
+        self._ended = ended
+        self._reading = Reading(
+            failed="The stream reader failed; it connects anew.",
+            thread=f"eventbus-streams-{node}",
+            read=self._consume,
+            lost=self._lose,
+            close=group.pipe.close,
+            wanted=lambda: wanted() and memberships.fatal is None,
+            counters=counters,
+            ended=self._conclude,
+        )
+        self._block = group.pipe.wait_at_most(BLOCK)
+        #: Notified when it is known of more streams whether they can be read.
+        self.changed = threading.Condition()
+        #: Whether Redis is there, and was asked for what there is to be read.
+        self._is_there = False
+        #: Whether all of it could be read when that was last looked at.
+        self._was_ready = False
+        self.last_heard: float | None = None
+        #: Of how many streams the last read got something; after a pause, all may have.
+        self._busy: int | None = None
+        self._portions = Portions(max_bytes=max_bytes)
+
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether the calling thread is the one that reads."""
+        return self._reading.is_own_thread
+
+    @property
+    def ready(self) -> bool:
+        """Whether Redis is there, and each stream subscribed is read or refused."""
+        return self._reading.lives and self._is_there and self._memberships.is_complete
+
+    def start(self) -> None:
+        """Start the thread, once."""
+        self._reading.start()
+
+    def stop(self) -> None:
+        """Stop reading, now."""
+        self._reading.stop()
+        self._lineup.close()
+        self._group.pipe.interrupt()
+
+        with self.changed:
+            self.changed.notify_all()
+
+    def end(self, deadline: float) -> None:
+        """Wait for the thread's end until the deadline."""
+        self._reading.end(deadline)
+
+    def disown(self) -> None:
+        """In a forked child: end what came along of it."""
+        self._reading.disown()
+
+    # -- the reading thread ---------------------------------------------------------------
+
+    def _conclude(self) -> None:
+        if self._memberships.fatal is None:
+            self._ended()
+            return
+
+        # Channels are heard all the same.
+        with self.changed:
+            self.changed.notify_all()
+
+    def _lose(self, error: Exception) -> None:
+        with self.changed:
+            self._is_there = False
+            # The answer may have been too large.
+            self._portions.note(())
+            self._memberships.lose()
+
+        if not self._reading.is_stopping:
+            self._lost(error)
+
+    def _consume(self, backoff: Backoff) -> None:
+        while self._reading.goes_on:
+            names = self._join()
+
+            if not names or self._has_unsettled:
+                self._reading.pause(self._block)
+            elif self._lineup.wait_for_room(self._block):
+                self._read(names)
+            else:
+                # What comes meanwhile may be trimmed before it is read.
+                self._trims.busy = True
+
+            backoff.reset()
+
+    @property
+    def _has_unsettled(self) -> bool:
+        """Return True if enough is in hand whose outcome Redis does not take."""
+        unsettled = self._hand.memory - self._lineup.memory + self._settler.memory
+        return len(self._settler) > MOST_UNSETTLED or unsettled > MOST_BYTES
+
+    def _read(self, names: dict[str, Subscription]) -> None:
+        try:
+            self._trims.look(names)
+            self._take_back_given_away(names)
+            # What is newer waits until there is room for what is older.
+            names = {name: names[name] for name in names if name not in self._claims.left}
+
+            if not names:
+                return
+
+            # Redis counts for each stream.
+            count = self._portions.count(
+                room=self._lineup.room,
+                memory=max(self._hand.memory, self._lineup.memory) + self._settler.memory,
+                streams=self._busy or len(names),
+            )
+            entries = self._group.read(list(names), count=count, block=self._block)
+        except GroupGoneError as error:
+            self._memberships.give_up(error)
+            return
+        except redis.ResponseError as error:
+            self._sort_out(names, error)
+            return
+
+        self.last_heard = time.monotonic()
+        self._busy = len({entry.name for entry in entries}) or None
+        self._portions.note(map(Entry.size, entries))
+
+        if entries:
+            self._trims.busy = len(entries) >= count
+            self._take(entries, names)
+        else:
+            self._trims.busy = False
+
+    def _take_back_given_away(self, names: Mapping[str, Subscription]) -> None:
+        given_away = self._given_away() | self._claims.left
+
+        if given_away:
+            self._claims.take_back({name: names[name] for name in given_away if name in names})
+
+    def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
+        found = self._intake.sort(list(entries), names)
+        fresh = found.deliveries
+        known = set(self._duplicates.find(fresh))
+
+        if known:
+            self._counters.add("duplicates", len(known))
+            fresh = [delivery for delivery in fresh if delivery not in known]
+
+        self._counters.add("received", len(fresh))
+        self._hand.take(fresh)
+        self._attend()
+        self._lineup.put(fresh)
+
+        outcomes = [self._outcomes.skipped(entry) for entry in found.skipped]
+        outcomes += [
+            self._outcomes.skipped(Entry(delivery.name, delivery.entry, None)) for delivery in known
+        ]
+        outcomes += [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
+
+        if outcomes:
+            self._settler.settle(outcomes)
+
+    # -- its groups -----------------------------------------------------------------------
+
+    def _join(self) -> dict[str, Subscription]:
+        names, is_new = self._memberships.join()
+
+        # A pattern may be known now that was refused before.
+        if is_new or not self._is_there or (not self._was_ready and self.ready):
+            self._arrive()
+
+        return names
+
+    def _arrive(self) -> None:
+        with self.changed:
+            self._is_there = True
+            self.changed.notify_all()
+
+        self._was_ready = self.ready
+
+        if self._was_ready:
+            self._found()
+
+    def _sort_out(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
+        """Find out which of the streams it is that Redis refuses to have read."""
+        self._memberships.end_without_streams(error)
+
+        for name, subscription in names.items():
+            try:
+                entries = self._group.read([name], count=1, block=0)
+            except GroupGoneError as gone:
+                self._memberships.give_up(gone)
+                return
+            except redis.ResponseError as refusal:
+                self._memberships.refuse(name, subscription, refusal)
+            else:
+                self._take(entries, names)

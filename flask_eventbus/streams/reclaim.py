@@ -1,0 +1,318 @@
+"""Takes over what other workers of a service left of its streams."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import redis
+
+from ..codec.entry_ids import entry_id
+from ..config import Config
+from ..counters import BoundedLog, Counters
+from ..event import Event
+from ..logs import get_logger
+from ..receivers.delivery import Delivery, Hand
+from ..receivers.lineup import Lineup
+from ..routing.subscriptions import Subscription
+from ..transport.connections import OUTAGE
+from .acknowledger import Settler
+from .alarms import Alarm, set_count, taken_out
+from .decoder import StreamIntake
+from .group import LONG_IDLE, RELEASED, REPORT_KEPT, Group, GroupGoneError, Pending, behind
+from .outcomes import Outcomes
+from .trims import Trims
+
+logger = get_logger(__name__)
+
+#: Entries that were handed back and are taken at once, before what is newer is read.
+MOST_BACK = 100_000
+
+#: Seconds without a refusal after which Redis is said to let a worker look after a stream again.
+QUIET = 60.0
+
+#: Entries that are looked up at once: they may be large.
+COUNT = 32
+
+
+class Claims:
+    """Claims entries that were handed back, or whose worker is silent for too long.
+
+    :param group: on the settler's connection.
+    :param retries_of: how often an event that kills its worker is begun once more.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        group: Group,
+        intake: StreamIntake,
+        hand: Hand,
+        lineup: Lineup,
+        outcomes: Outcomes,
+        settler: Settler,
+        trims: Trims,
+        counters: Counters,
+        retries_of: Callable[[Subscription, Event], int],
+    ) -> None:
+        self._config = config
+        self._group = group
+        self._intake = intake
+        self._hand = hand
+        self._lineup = lineup
+        self._outcomes = outcomes
+        self._settler = settler
+        self._trims = trims
+        self._clock = settler.clock
+        self._counters = counters
+        self._retries_of = retries_of
+        self._log = BoundedLog(logger)
+        #: When Redis last refused something of a stream, by the monotonic clock.
+        self._refused_at: dict[str, float] = {}
+        #: Whether more was left than there was room for.
+        self.has_more = False
+        #: What somebody did to entries of streams, by name, and until when it is an alarm.
+        self._alarms: dict[str, tuple[float, str]] = {}
+        #: The streams of which :meth:`take_back` left something, for want of memory.
+        self.left: set[str] = set()
+
+    @property
+    def alarms(self) -> dict[str, str]:
+        """What somebody did to entries of streams in the last day, by name."""
+        now = time.monotonic()
+        return {name: text for name, (until, text) in self._alarms.items() if now < until}
+
+    def take_over(self, names: Mapping[str, Subscription]) -> None:
+        """Take over what is idle for longer than ``EVENTBUS_CLAIM_AFTER``, as much as has room.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        self.has_more = False
+        self._claim_all(names, idle=self._config.claim_after, consumer="")
+
+    def take_released(self, names: Mapping[str, Subscription]) -> None:
+        """Take over what was handed back, as much as has room.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED)
+
+    def take_back(self, names: Mapping[str, Subscription]) -> None:
+        """Take what others, or this process itself, handed back of streams: all that fits.
+
+        What is read afterwards is newer: so it is for the thread that reads, which may call this.
+        It reads nothing of the streams in :attr:`left`.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        self.left -= names.keys()
+        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MOST_BACK)
+
+    def restore(self, name: str, deliveries: Sequence[Delivery]) -> set[str]:
+        """Make entries pending again that somebody else acknowledged before they were begun.
+
+        :param deliveries: in hand, and not pending for this consumer.
+        :return: the ids of those that were pending for nobody.
+        """
+        questions = [self._group.look_for(name, delivery.entry) for delivery in deliveries]
+        answers = self._group.pipe.run(questions) if questions else []
+        gone = [found for found, answer in zip(deliveries, answers, strict=True) if answer == []]
+        position = self._group.position(name) if gone else None
+
+        # A group that was made again has not come that far.
+        if position is not None:
+            gone = [found for found in gone if not behind(position.delivered, found.entry)]
+
+        if position is None or not gone:
+            return set()
+
+        self.report(name, taken_out(name, self._config.service, len(gone)))
+        self._group.pipe.run(
+            [
+                self._group.take_back(
+                    name, found.entry, times=1 if found.begun is None else found.begun
+                )
+                for found in gone
+            ]
+        )
+        return {found.entry for found in gone}
+
+    def report(self, name: str, alarm: Alarm) -> None:
+        """Raise an alarm about what somebody did to a stream's group: it stays for a day."""
+        text = str(alarm)
+
+        # What lasts is found again and again.
+        if self.alarms.get(name) != text:
+            extra = {"signal": name, "service": self._config.service}
+            self._log.error(f"alarm {name}", "%s", text, extra=extra)
+
+        self._alarms = {**self._alarms, name: (time.monotonic() + REPORT_KEPT, text)}
+
+        try:
+            self._group.note_alarm(name, text)
+        except (redis.ResponseError, *OUTAGE) as error:
+            logger.debug("Only this process knows of the alarm: %s", error)
+
+    def report_refusal(self, name: str, error: Exception) -> None:
+        """Log once that Redis refuses to let this worker look after a stream."""
+        self._refused_at[name] = time.monotonic()
+        self._log.once(
+            f"refused {name}",
+            "Redis refuses to let this worker look after the stream of %r: %s. What other workers "
+            "left of it, and what is to be tried again, waits. %s",
+            name,
+            error,
+            self._group.remedy_of_work(name, error),
+            level=logging.ERROR,
+            extra={"signal": name, "service": self._config.service},
+        )
+
+    def report_granted(self) -> None:
+        """Log of streams that nothing was refused of lately that this worker looks after them."""
+        # Some of what it does is refused, and some is not: one success proves nothing.
+        before = time.monotonic() - max(QUIET, self._config.claim_after)
+
+        for name in [name for name, refused in self._refused_at.items() if refused < before]:
+            del self._refused_at[name]
+            self._log.over(
+                f"refused {name}",
+                "Redis lets this worker look after the stream of %r again.",
+                name,
+                extra={"signal": name, "service": self._config.service},
+            )
+
+    def _claim_all(
+        self,
+        names: Mapping[str, Subscription],
+        *,
+        idle: float,
+        consumer: str,
+        room: int | None = None,
+    ) -> None:
+        for name, subscription in names.items():
+            try:
+                with self._settler.turn:
+                    most = max(0, self._lineup.room) if room is None else room
+                    self._claim(name, subscription, idle, consumer, most)
+            except GroupGoneError as error:
+                # The reader makes it again.
+                logger.debug("Nothing is claimed of %r: %s", name, error)
+            except redis.ResponseError as error:
+                self.report_refusal(name, error)
+
+    def _claim(
+        self, name: str, subscription: Subscription, idle: float, consumer: str, room: int
+    ) -> None:
+        # What is in hand is idle, too, where it could not be renewed in time.
+        most = room + len(self._hand) + 1
+        pending = self._group.pending(name, idle=idle, consumer=consumer, most=most)
+        foreign = set(self._hand.without(name, [found.id for found in pending]))
+        stale = [found for found in pending if found.id in foreign]
+
+        # What was handed back is nobody's, whatever the clock says.
+        if stale and consumer != RELEASED and not self._is_believed():
+            return
+
+        self.has_more = self.has_more or len(stale) > room
+        stale = stale[:room]
+
+        for start in range(0, len(stale), COUNT):
+            if start and self._lineup.is_heavy:
+                self.has_more = True
+
+                if room == MOST_BACK:
+                    self.left.add(name)
+
+                return
+
+            self._take_over(name, subscription, stale[start : start + COUNT], idle)
+
+    def _is_believed(self) -> bool:
+        """Return True if Redis's clock did not step lately, so that idle entries are abandoned."""
+        self._clock.ask()
+        return self._clock.is_steady
+
+    def _take_over(
+        self, name: str, subscription: Subscription, stale: Sequence[Pending], idle: float
+    ) -> None:
+        entries = {
+            entry.id: entry for entry in self._group.look_up(name, [found.id for found in stale])
+        }
+        present = [found for found in stale if entries[found.id].fields is not None]
+        gone = [entries[found.id] for found in stale if entries[found.id].fields is None]
+        mine = self._group.claim(name, present, idle=idle)
+        times = {found.id: found.times for found in present}
+        found = self._intake.sort([entries[id] for id in times if id in mine], {name: subscription})
+
+        if gone:
+            self._forget(name, [entry.id for entry in gone])
+
+        killers = self._mark(found.deliveries, times, subscription)
+        self._take([delivery for delivery in found.deliveries if delivery not in killers], name)
+        self._settler.settle(
+            [self._outcomes.skipped(entry) for entry in found.skipped]
+            + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
+            + [self._outcomes.give_up(killer, "killed", _killed(killer)) for killer in killers]
+        )
+
+    def _mark(
+        self, deliveries: Sequence[Delivery], times: Mapping[str, int], subscription: Subscription
+    ) -> list[Delivery]:
+        """Note on deliveries how often they were begun; those that were begun too often."""
+        killers: list[Delivery] = []
+
+        for delivery in deliveries:
+            count = times[delivery.entry]
+            most = max(1, self._retries_of(subscription, delivery.event))
+
+            if not self._is_possible(delivery.entry, count, most):
+                alarm = set_count(delivery.name, self._config.service, delivery.entry, count)
+                self.report(delivery.name, alarm)
+                count = 1
+
+            delivery.begun = count
+            delivery.event = replace(delivery.event, attempt=count + 1)
+
+            if count > most:
+                killers.append(delivery)
+
+        return killers
+
+    def _is_possible(self, id: str, count: int, most: int) -> bool:
+        """Return True if workers may have begun an entry so often, and ended each time.
+
+        :param most: after how often it is begun once more, and given up then.
+        """
+        age = self._clock.now() - entry_id(id)[0] / 1000
+        # A worker was silent for that long before the next one began.
+        is_too_young = 0 <= age < (count - 1) * self._config.claim_after
+        return count <= most + 1 and not is_too_young
+
+    def _take(self, taken: Sequence[Delivery], name: str) -> None:
+        self._counters.add("claimed", len(taken))
+
+        if taken:
+            logger.info(
+                "%d events of %r that another worker left are taken over.",
+                len(taken),
+                name,
+                extra={"signal": name, "service": self._config.service},
+            )
+
+        self._hand.take(taken)
+        self._lineup.put(taken)
+
+    def _forget(self, name: str, ids: Sequence[str]) -> None:
+        """Acknowledge what was trimmed while it was pending; who gets to do it tells of it."""
+        answer = self._group.pipe.ask(*self._group.acknowledge(name, ids))
+        self._trims.count(name, int(answer))
+
+
+def _killed(delivery: Delivery) -> str:
+    return (
+        f"It was begun {delivery.begun} times, and each time its worker ended before its receivers "
+        "did."
+    )

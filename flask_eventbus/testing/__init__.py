@@ -1,0 +1,375 @@
+"""Tests services without a Redis: tells what they published, and plays the other services.
+
+::
+
+    def test_registering_tells_the_others(eventbus, client):
+        client.post("/register", data={"email": "ada@example.com"})
+
+        eventbus.assert_published("user_registered", email="ada@example.com")
+
+    def test_a_new_user_gets_a_mail(eventbus, app):
+        eventbus.deliver("user_registered", user_id=7, email="ada@example.com", source="accounts")
+
+    def test_a_mail_that_cannot_be_sent_is_a_dead_letter(eventbus, app, no_mail_server):
+        eventbus.deliver("user_registered", email="ada@example.com", retry=True)
+        eventbus.run_retries()
+
+        [letter] = eventbus.dead_letters
+
+The ``eventbus`` fixture comes with the package; elsewhere ``with isolated() as eventbus:`` does
+the same. Events go through everything they go through in earnest, down to their bytes; only
+the server is fakeredis.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import secrets
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from blinker import NamedSignal
+
+from ..coroutines import kept_loop
+from ..errors import ConfigError
+from ..event import Event
+from ..node import Node, born, nodes
+from ..receivers.failures import Failure
+from ..transport import connections
+from ..typing import Via
+from .diversion import diverted, find_out
+from .expectations import Expectation, hears, why_unheard, why_unpublished
+from .recording import GivenUp, Recording
+from .retries import FailedAttempt, Rehearsal, raise_all
+from .wishes import check_attributes, check_retry, check_via, merge, name_of
+
+#: Seconds that a writing thread may take for what takes it a millisecond.
+PATIENCE = 5.0
+
+
+@contextmanager
+def isolated() -> Iterator[Isolation]:
+    """Give every bus of this process a Redis in memory until the end of the block.
+
+    Buses made before go back to their own Redis afterwards, and those that listened listen
+    again. One block at a time: it is the process that is isolated, not the thread.
+
+    :raises ConfigError: fakeredis is not installed.
+    """
+    _require_fakeredis()
+    url = f"memory://isolated-{secrets.token_hex(6)}"
+
+    with diverted(url), kept_loop():
+        isolation = Isolation(url)
+        born.append(isolation.meet)
+
+        try:
+            yield isolation
+        finally:
+            born.remove(isolation.meet)
+            isolation.close()
+
+
+class Isolation:
+    """What a test sees of the buses under test: events that left, and a way to bring some in."""
+
+    def __init__(self, url: str) -> None:
+        self._server = connections.memory_server(url)
+        self._recording = Recording(url)
+        self._rehearsal = Rehearsal(self._under_test)
+        self._delivered = 0
+        #: The nodes that were met, in the order in which that was.
+        self._met: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
+        self._arrivals = itertools.count()
+        #: Nodes that need no second look whether they are still there: one cannot be too many.
+        self._alive = 1
+
+        for node in list(nodes):
+            self.meet(node)
+
+    def published(self, name: str | NamedSignal = "*", *, via: Via | None = None) -> list[Event]:
+        """The events published so far, in order, as other services would read them.
+
+        :param name: the signal, its name, or a pattern such as ``"order_*"``.
+        :param via: ``"channel"`` or ``"stream"``; both by default.
+        """
+        wanted = _expectation("published", name_of(name), {}, via=via)
+        return [event for event in self._read() if wanted.is_met_by(event)]
+
+    def assert_published(
+        self,
+        name: str | NamedSignal,
+        /,
+        *,
+        times: int | None = None,
+        exact: bool = False,
+        via: Via | None = None,
+        payload: Mapping[str, Any] | None = None,
+        **keys: Any,
+    ) -> list[Event]:
+        """Assert that such an event was published, and return all of them.
+
+        The payload may have more keys than are asked for. Values are compared by ``==``, so
+        ``unittest.mock.ANY`` and ``pytest.approx`` do; a function is asked.
+
+        :param times: exactly how often; at least once by default.
+        :param exact: whether the payload has these keys and no others.
+        :param via: ``"channel"`` or ``"stream"``; either by default.
+        :param payload: keys that are parameters here, ``times`` for example.
+        """
+        __tracebackhide__ = True
+        wanted = _expectation(
+            "assert_published", name_of(name), merge(payload, keys), exact=exact, via=via
+        )
+        events = self._read()
+        found = [event for event in events if wanted.is_met_by(event)]
+
+        if len(found) == times or (times is None and found):
+            return found
+
+        raise AssertionError(why_unpublished(wanted, times, events, _living()))
+
+    def assert_not_published(
+        self,
+        name: str | NamedSignal = "*",
+        /,
+        *,
+        via: Via | None = None,
+        payload: Mapping[str, Any] | None = None,
+        **keys: Any,
+    ) -> None:
+        """Assert that no such event was published; without a name, none at all."""
+        __tracebackhide__ = True
+        self.assert_published(name, times=0, via=via, payload=merge(payload, keys))
+
+    @property
+    def failures(self) -> list[FailedAttempt]:
+        """The receivers that failed at events of ``deliver(..., retry=True)``, in order."""
+        return list(self._rehearsal.failures)
+
+    @property
+    def dead_letters(self) -> list[GivenUp]:
+        """What services gave up, those that listen to the server in memory included."""
+        self._read()
+        return self._rehearsal.given_up + self._recording.given_up
+
+    def clear(self) -> None:
+        """Forget what was published, what failed and what was given up so far."""
+        self._read()
+        self._recording.clear()
+        self._rehearsal.clear()
+
+    def deliver(
+        self,
+        name: str | NamedSignal,
+        /,
+        *,
+        via: Via | None = None,
+        retry: bool = False,
+        source: str = "elsewhere",
+        id: str | None = None,
+        time: datetime | None = None,
+        correlation_id: str | None = None,
+        causation_id: str | None = None,
+        hops: int = 0,
+        traceparent: str | None = None,
+        payload: Mapping[str, Any] | None = None,
+        **keys: Any,
+    ) -> Event:
+        """Act as another service that emits an event, and return the event.
+
+        The receivers of every bus under test run before this returns, each as it would for
+        an event from Redis, and what one raises is raised here.
+
+        :param via: how it comes: over a ``"channel"``, to all, or over a ``"stream"``, to one
+            process of each service. By default over a channel, unless only streams are heard.
+        :param retry: leave receivers that fail to the bus, as an event of a stream does: nothing
+            is raised, :attr:`failures` and :attr:`dead_letters` tell of them, and
+            :meth:`advance` and :meth:`run_retries` try them again.
+        :param source: the service that emits it.
+        :param payload: keys that are parameters here, ``source`` or ``time`` for example.
+        :raises AssertionError: nothing receives it.
+        :raises PayloadError: a value cannot travel.
+        :raises ExceptionGroup: several receivers failed.
+        """
+        __tracebackhide__ = True
+        check_retry(retry, via)
+        event = Event(
+            name=name_of(name),
+            source=source,
+            id=self._next_id(source) if id is None else id,
+            time=datetime.now(UTC) if time is None else time,
+            payload=merge(payload, keys),
+            correlation_id=correlation_id,
+            causation_id=causation_id,
+            hops=hops,
+            traceparent=traceparent,
+        )
+        check_attributes(event)
+        event = self._on_its_way(event, "stream" if retry else via)
+        raise_all(event, self._dispatch(event, retry=retry))
+        return event
+
+    def advance(self, seconds: float) -> int:
+        """Let time pass for retries, and run those that become due; nothing is waited for.
+
+        The delays are those of a worker, without their random part: 1, 2, 4, ... seconds.
+
+        :return: how many attempts were made.
+        """
+        __tracebackhide__ = True
+
+        if seconds < 0:
+            raise ValueError(f"advance({seconds!r}) goes back in time. Give it seconds from 0.")
+
+        return self._rehearsal.advance(seconds)
+
+    def run_retries(self) -> int:
+        """Let time pass until no retry waits any more: all succeeded, or are dead letters.
+
+        :return: how many attempts were made.
+        """
+        __tracebackhide__ = True
+        attempts = 0
+
+        while (seconds := self._rehearsal.next_due) is not None:
+            attempts += self._rehearsal.advance(seconds)
+
+        return attempts
+
+    @contextmanager
+    def redis_away(self) -> Iterator[None]:
+        """Let Redis be away until the end of the block; every bus knows it from the start.
+
+        What is buffered meanwhile is published when it is back.
+        """
+        self._read()
+        self._server.connected = False
+
+        try:
+            find_out(list(nodes), there=False)
+            yield
+        finally:
+            self._server.connected = True
+            find_out(list(nodes), there=True)
+
+    def meet(self, node: Node) -> None:
+        """Take a new node into account."""
+        self._met[node] = next(self._arrivals)
+        self._recording.learn(node)
+
+        if not self._server.connected:
+            find_out([node], there=False)
+
+    def close(self) -> None:
+        """Stop recording."""
+        self._recording.close()
+
+    def _read(self) -> list[Event]:
+        if self._server.connected:
+            _flush()
+            self._recording.read()
+
+        return list(self._recording.events)
+
+    def _next_id(self, source: str) -> str:
+        self._delivered += 1
+        return f"{source}-{self._delivered}"
+
+    def _on_its_way(self, event: Event, via: Via | None) -> Event:
+        """The event as it comes: as asked for, or in the way that is heard."""
+        __tracebackhide__ = True
+
+        if via is not None:
+            check_via(via, "deliver")
+            return replace(event, via=via)
+
+        ways = [replace(event, via=way) for way in ("channel", "stream")]
+        heard = [found for found in ways if any(hears(node, found) for node in nodes)]
+        return (heard or ways)[0]
+
+    def _dispatch(self, event: Event, *, retry: bool) -> list[Failure]:
+        """Run receivers, and return the failures that are the test's own."""
+        __tracebackhide__ = True
+
+        if event.via == "stream":
+            return self._play(event, retry=retry)
+
+        hearing = [node for node in self._under_test() if hears(node, event)]
+        _require(hearing, event)
+        return [failure for node in hearing for failure in _handle(node, event)]
+
+    def _play(self, event: Event, *, retry: bool) -> list[Failure]:
+        __tracebackhide__ = True
+        deliveries = self._rehearsal.deliveries(event)
+        _require(deliveries, event)
+        raised: list[Failure] = []
+
+        for node, delivery in deliveries:
+            failures = self._rehearsal.run(node, delivery)
+
+            raised += self._rehearsal.settle(node, delivery, failures) if retry else failures
+
+        return raised
+
+    def _under_test(self) -> list[Node]:
+        if len(nodes) > self._alive:
+            self._alive = len(_living())
+
+        return sorted(nodes, key=lambda node: self._met.get(node, -1))
+
+
+def _living() -> list[Node]:
+    """The nodes that are in use, without those of earlier tests that wait to be collected."""
+    gc.collect()
+    return list(nodes)
+
+
+def _flush() -> None:
+    for node in list(nodes):
+        if not node.flush(PATIENCE):
+            raise RuntimeError(
+                f"Events of {node.config.service!r} still wait after {PATIENCE:g} s: its writing "
+                "thread is stuck."
+            )
+
+
+def _expectation(
+    method: str,
+    name: str,
+    payload: Mapping[str, Any],
+    *,
+    exact: bool = False,
+    via: Via | None,
+) -> Expectation:
+    __tracebackhide__ = True
+
+    if via is not None:
+        check_via(via, method)
+
+    return Expectation(name=name, payload=payload, exact=exact, via=via)
+
+
+def _require(receiving: Sized, event: Event) -> None:
+    __tracebackhide__ = True
+
+    if not receiving:
+        raise AssertionError(why_unheard(event, _living()))
+
+
+def _handle(node: Node, event: Event) -> Sequence[Failure]:
+    return node.dispatcher.dispatch_once(node.codec.decode(node.codec.encode(event)))
+
+
+def _require_fakeredis() -> None:
+    if find_spec("fakeredis") is None:
+        raise ConfigError(
+            "flask_eventbus.testing needs fakeredis, which is not installed. Install it with: "
+            "pip install 'flask-eventbus[testing]'"
+        )

@@ -1,0 +1,248 @@
+"""What a test expects of events, and what it is told when they were others."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from reprlib import Repr
+from typing import Any
+
+from ..event import Event
+from ..node import Node
+from ..routing.options import is_pattern, matches
+from ..routing.subscriptions import subscription_for
+from ..text import did_you_mean
+
+#: Events that a failure shows.
+SHOWN = 10
+
+_short = Repr()
+_short.maxstring = _short.maxother = 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """An event that a test looks for, by its name and some of its payload."""
+
+    #: A signal's name, or a pattern of names.
+    name: str
+    #: Values, matchers such as ``unittest.mock.ANY``, or functions that are asked.
+    payload: Mapping[str, Any]
+    #: Whether the payload has no keys but these.
+    exact: bool = False
+    #: ``"channel"`` or ``"stream"``; ``None`` for either.
+    via: str | None = None
+
+    def is_met_by(self, event: Event) -> bool:
+        """Whether ``event`` is one."""
+        return matches(self.name, event.name) and not self.misfits(event)
+
+    def misfits(self, event: Event) -> list[str]:
+        """What of an event is not as expected, in words."""
+        found = [] if self.via in (None, event.via) else [f"it went via {event.via!r}"]
+        found += [
+            _misfit(key, value, event.payload)
+            for key, value in self.payload.items()
+            if key not in event.payload or not _fits(value, event.payload[key])
+        ]
+
+        if self.exact:
+            more = [key for key in event.payload if key not in self.payload]
+            found += [f"it has {key!r} as well" for key in more]
+
+        return found
+
+    def __str__(self) -> str:
+        shown = repr(self.name) + (f" via {self.via!r}" if self.via else "")
+
+        if not self.payload:
+            return shown + (" with nothing in it" if self.exact else "")
+
+        return f"{shown} with {'exactly ' if self.exact else ''}{_shown(self.payload)}"
+
+
+def why_unpublished(
+    expectation: Expectation, times: int | None, events: Sequence[Event], nodes: Sequence[Node]
+) -> str:
+    """The failure of an expectation: what was published instead, the nearest first."""
+    found = sum(expectation.is_met_by(event) for event in events)
+    sentences = [f"{expectation} was {_how_often(found, times)}."]
+
+    if not any(matches(expectation.name, event.name) for event in events):
+        sentences += _why_nothing(expectation.name, nodes)
+
+    sentences.append("Published were, nearest first:" if events else "Nothing was published.")
+    return "\n  ".join([" ".join(sentences), *_nearest(expectation, events)])
+
+
+def why_unheard(event: Event, nodes: Sequence[Node]) -> str:
+    """The failure of a delivery that nothing receives."""
+    reasons = [reason for node in nodes if (reason := _why_deaf(node, event)) is not None]
+
+    if not reasons:
+        known = {name for node in nodes for name in node.subscriptions}
+        reasons = [
+            _suggest(event.name, known, f"Decorate a receiver with @bus.on({event.name!r}).")
+        ]
+
+    return " ".join([f"Nothing here receives {event.name!r} from {event.source!r}.", *reasons])
+
+
+def hears(node: Node, event: Event) -> bool:
+    """Whether an event from elsewhere runs receivers in a node, as far as settings say."""
+    subscription = subscription_for(event.name, node.subscriptions)
+    subscribed = subscription is not None and subscription.hears(event.source)
+    reached = node.config.enabled and subscribed and is_reached(node, event)
+    return reached and bool(node.receivers_of(event))
+
+
+def is_reached(node: Node, event: Event) -> bool:
+    """Whether a node listens where the event comes: on its channel, or to its stream."""
+    subscription = subscription_for(event.name, node.subscriptions)
+
+    if subscription is None:
+        return False
+
+    if event.via == "channel":
+        return subscription.via != "stream"
+
+    return subscription.via != "channel" and not has_no_streams(node)
+
+
+def has_no_streams(node: Node) -> bool:
+    """Whether the node's own Redis is one where streams are not read."""
+    return node.config.url.startswith("redis+cluster://")
+
+
+def _fits(expected: Any, actual: Any) -> bool:
+    return bool(expected(actual) if inspect.isroutine(expected) else expected == actual)
+
+
+def _misfit(key: str, expected: Any, payload: Mapping[str, Any]) -> str:
+    if key not in payload:
+        return f"it has no {key!r}"
+
+    return f"{key} is {_short.repr(payload[key])}, not {_short.repr(expected)}"
+
+
+def _how_often(found: int, times: int | None) -> str:
+    count = "once" if found == 1 else f"{found} times"
+
+    if not found:
+        return "not published"
+
+    return f"published {count}" + (f", not {times} times" if times else ", and should not be")
+
+
+def _why_nothing(name: str, nodes: Sequence[Node]) -> list[str]:
+    if not nodes:
+        return ["There is no bus in this process: make the app or the bus first."]
+
+    silent = sorted({node.config.service for node in nodes if not node.config.enabled})
+    known = {name for node in nodes if node.config.enabled for name in _published_by(node)}
+    sentences = [f"'EVENTBUS_ENABLED' is False for {service!r}." for service in silent]
+    sentences += _why_waiting(name, nodes)
+
+    if not any(matches(name, found) for found in known):
+        remedy = "Name it in 'EVENTBUS_PUBLISH'."
+        sentences += [f"No bus here publishes {name!r}.", _suggest(name, known, remedy)]
+
+    return sentences
+
+
+def _why_waiting(name: str, nodes: Sequence[Node]) -> list[str]:
+    found = [route for node in nodes for route in node.routes.values() if matches(route.name, name)]
+
+    if any(route.outbox for route in found):
+        return [f"{name!r} goes into the outbox: run 'flask eventbus relay --once' before."]
+
+    if any(route.after_commit for route in found):
+        return [f"{name!r} leaves after the commit of its transaction: commit before."]
+
+    return []
+
+
+def _published_by(node: Node) -> set[str]:
+    """The names that a node's routes publish, those of its signals so far in place of patterns."""
+    routes = node.routes.values()
+    signals = {name for name in node.declarations.namespace if any(r.covers(name) for r in routes)}
+    return signals | {route.name for route in routes if not is_pattern(route.name)}
+
+
+def _why_deaf(node: Node, event: Event) -> str | None:
+    """Why a node that has to do with the event does not hear it; ``None`` if it has not."""
+    subscription = subscription_for(event.name, node.subscriptions)
+    service = node.config.service
+
+    if subscription is None:
+        return _why_unsubscribed(node, event)
+
+    if not node.config.enabled:
+        return f"{service!r} would, but its 'EVENTBUS_ENABLED' is False."
+
+    if not subscription.hears(event.source):
+        sources = ", ".join(sorted(subscription.sources or ()))
+        return f"{service!r} hears it only from {sources}: deliver it with source=."
+
+    if not node.receivers_of(event):
+        return (
+            f"{service!r} subscribes to it, but has no receiver for it from there: connect one, "
+            "or deliver it with the source= that its receivers are for."
+        )
+
+    if has_no_streams(node) and event.via == "stream":
+        return f"{service!r} reads no streams: its 'EVENTBUS_URL' is that of a cluster."
+
+    if not is_reached(node, event):
+        other = "stream" if event.via == "channel" else "channel"
+        return f"{service!r} hears it via {other!r} alone: deliver it with via={other!r}."
+
+    return (
+        f"{service!r} leaves out what comes back from itself: deliver it with the source= of "
+        "another service, or subscribe with 'echo': True."
+    )
+
+
+def _why_unsubscribed(node: Node, event: Event) -> str | None:
+    if not node.receivers_of(event):
+        return None
+
+    return (
+        f"{node.config.service!r} has receivers for it, but does not subscribe: connect them with "
+        f"@bus.on({event.name!r}), or name it in 'EVENTBUS_SUBSCRIBE'."
+    )
+
+
+def _suggest(name: str, known: Iterable[str], remedy: str) -> str:
+    names = sorted(known)
+    return did_you_mean(name, names) if names else remedy
+
+
+def _nearest(expectation: Expectation, events: Sequence[Event]) -> list[str]:
+    ranked = sorted(events, key=lambda event: _distance(expectation, event))
+    lines = [_line(expectation, event) for event in ranked[:SHOWN]]
+
+    if len(events) > SHOWN:
+        lines.append(f"and {len(events) - SHOWN} more")
+
+    return lines
+
+
+def _distance(expectation: Expectation, event: Event) -> tuple[float, int]:
+    if matches(expectation.name, event.name):
+        return -1.0, len(expectation.misfits(event))
+
+    likeness = SequenceMatcher(None, expectation.name, event.name).ratio()
+    return -likeness, len(expectation.misfits(event))
+
+
+def _line(expectation: Expectation, event: Event) -> str:
+    line = f"{event.name}({_shown(event.payload)}) from {event.source!r}"
+    misfits = expectation.misfits(event) if matches(expectation.name, event.name) else []
+    return f"{line}: {', '.join(misfits)}" if misfits else line
+
+
+def _shown(payload: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={_short.repr(value)}" for key, value in payload.items())

