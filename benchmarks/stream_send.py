@@ -28,7 +28,7 @@ import redis
 from channel import PAYLOAD, median, microseconds, redis_server
 
 from flask_eventbus import Bus
-from flask_eventbus.publisher.way import StreamWay
+from flask_eventbus.publisher.message import StreamWay
 
 KEY = "eventbus:{tick}:stream"
 

@@ -9,8 +9,14 @@ from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from .errors import ConfigError
-from .names import SERVICE_NAME
 from .text import did_you_mean
+
+#: A service's name: what receivers get as ``sender``.
+SERVICE_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+#: A signal's name.
+SIGNAL_NAME = re.compile(r"\w[\w./-]{0,127}", re.ASCII)
+
 
 _PREFIX = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from .forks import after_fork, notice_fork
+from .ending import after_fork, notice_fork
 
 _threads = threading.local()
 

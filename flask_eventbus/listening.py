@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Container, Mapping
 
 from .channels.decoder import Intake
-from .channels.hearing import Hearing
-from .channels.listener import Listener
+from .channels.listener import Hearing, Listener
 from .channels.reader import ChannelReader
 from .codec.codec import Codec
 from .config import Config
-from .counters import Counters
 from .errors import ConfigError
+from .logs import Counters
 from .receivers.dispatcher import Dispatcher
 from .receivers.workers import Pool
 from .routing.bus_signal import Receiver

@@ -19,27 +19,24 @@ from . import logs
 from .codec.codec import Codec
 from .config import Config
 from .coroutines import in_thread
-from .counters import Counters
 from .database.after_commit import Drafts
-from .ending import catch_sigterm, leave_sigterm, process_ends
+from .ending import after_fork, catch_sigterm, leave_sigterm, notice_fork, process_ends
 from .errors import PublishError
 from .event import Event
-from .forks import after_fork, notice_fork
 from .health import Health
-from .lifecycle import wait_until_told
 from .listening import Inbound, check_subscription
-from .logs import get_logger
+from .logs import Counters, get_logger
 from .publisher.connection import Exchange
-from .publisher.lanes import check_route
-from .publisher.message import Outgoing
+from .publisher.message import Outgoing, check_route
 from .publisher.publisher import ClosedError, Publisher
 from .publisher.writer import WRITE_TIMEOUT
 from .receivers.dispatcher import Dispatcher
-from .routing.bridges import Bridges
+from .routing.bridge import Bridges
 from .routing.bus_signal import Receiver
 from .routing.registry import Declarations
 from .routing.routes import Route, read_routes
 from .routing.subscriptions import NEW, Subscription, read_subscriptions
+from .signals import wait_until_told
 from .transport.connections import Connections
 from .transport.keys import StreamKeys
 

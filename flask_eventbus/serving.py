@@ -19,7 +19,7 @@ from typing import Any
 from flask import Flask, request
 from werkzeug.serving import BaseWSGIServer
 
-from .forks import after_fork
+from .ending import after_fork
 from .node import nodes, stop_all
 
 #: Of these, every server's request has one, and a request context made by hand has none.

@@ -12,7 +12,7 @@ from test_tls import Authority, TlsServer
 
 from flask_eventbus import Bus
 from flask_eventbus.__main__ import main
-from flask_eventbus.checks.access_checks import check_access, check_transport, hosts_of, is_loopback
+from flask_eventbus.checks.acl import check_access, check_transport, hosts_of, is_loopback
 from flask_eventbus.checks.doctor import check
 
 pytestmark = pytest.mark.second_look
@@ -25,7 +25,7 @@ OPEN = "Whoever reaches it is let in as 'default'"
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every server is one of another machine, as far as a check knows."""
-    monkeypatch.setattr("flask_eventbus.checks.access_checks.is_loopback", lambda host: False)
+    monkeypatch.setattr("flask_eventbus.checks.acl.is_loopback", lambda host: False)
 
 
 def levels(url: str, words: str) -> list[str]:

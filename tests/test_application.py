@@ -31,10 +31,10 @@ from flask import Blueprint, Flask, current_app
 from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, current_event
-from flask_eventbus.application import AppSignals
 from flask_eventbus.checks.program_checks import check_program
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.event import Event, handling
+from flask_eventbus.extension import AppSignals
 from flask_eventbus.routing.bus_signal import BusNamespace, BusSignal
 from flask_eventbus.routing.registry import MOST_GONE
 from flask_eventbus.testing import Isolation

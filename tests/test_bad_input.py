@@ -12,10 +12,10 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, signals
-from flask_eventbus.channels import sequences
+from flask_eventbus.channels import decoder
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.event import Event
-from flask_eventbus.lifecycle import wait_until_told
+from flask_eventbus.signals import wait_until_told
 
 pytestmark = pytest.mark.second_look
 
@@ -273,9 +273,9 @@ def test_an_id_that_somebody_used_in_advance_hides_no_event_without_a_number(
 
 
 def test_what_is_remembered_of_other_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequences, "REMEMBERED", 5)
-    monkeypatch.setattr(sequences, "MOST_REMEMBERED", 20)
-    codec, heard = Codec(), sequences.Sequences()
+    monkeypatch.setattr(decoder, "REMEMBERED", 5)
+    monkeypatch.setattr(decoder, "MOST_REMEMBERED", 20)
+    codec, heard = Codec(), decoder.Sequences()
     bodies = [packed(id=f"n{node}-{n}", seq=n) for node in range(10) for n in range(1, 6)]
     bodies += [packed(id=f"relay{n}-1") for n in range(10)]
     for body in bodies:
@@ -289,10 +289,10 @@ def test_what_is_remembered_of_other_nodes_is_bounded(monkeypatch: pytest.Monkey
 def test_who_is_heard_again_and_again_is_not_the_first_to_be_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sequences, "REMEMBERED", 5)
-    codec, heard = Codec(), sequences.Sequences()
+    monkeypatch.setattr(decoder, "REMEMBERED", 5)
+    codec, heard = Codec(), decoder.Sequences()
 
-    def hear(node: str, seq: int) -> int | sequences.Finding:
+    def hear(node: str, seq: int) -> int | decoder.Finding:
         body = packed(id=f"{node}-{seq}", seq=seq)
         return heard.observe(codec.decode(body), body)
 

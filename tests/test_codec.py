@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flask_eventbus.codec.codec import Codec
-from flask_eventbus.codec.forms import EXTENSIONS
-from flask_eventbus.codec.values import MAX_COLLISIONS, MAX_ITEMS
+from flask_eventbus.codec.values import EXTENSIONS, MAX_COLLISIONS, MAX_ITEMS
 from flask_eventbus.errors import ConfigError, DecodeError, PayloadError
 from flask_eventbus.event import Event, opened
 

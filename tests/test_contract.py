@@ -20,7 +20,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, Event, EventBus, PayloadError, signals
 from flask_eventbus.event import handling
-from flask_eventbus.lifecycle import wait_until_told
+from flask_eventbus.signals import wait_until_told
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.keys import ChannelKeys
 from flask_eventbus.transport.pipe import Pipe

@@ -16,7 +16,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError
 from flask_eventbus.checks.doctor import check
-from flask_eventbus.streams import alarms, catalogue, fanout, trims
+from flask_eventbus.streams import alarms, fanout, membership, reclaim
 
 pytestmark = pytest.mark.second_look
 
@@ -31,8 +31,8 @@ LAST = f"{2**64 - 1}-{2**64 - 1}"
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks that come every thirty seconds come every tenth of one."""
-    monkeypatch.setattr(trims, "SELDOM", 0.1)
-    monkeypatch.setattr(catalogue, "SELDOM", 0.1)
+    monkeypatch.setattr(reclaim, "SELDOM", 0.1)
+    monkeypatch.setattr(membership, "SELDOM", 0.1)
     monkeypatch.setattr(fanout, "LOOK", 0.1)
 
 
@@ -213,7 +213,7 @@ def test_a_stream_that_somebody_emptied_is_an_alarm(store: StreamStore, make_bus
 def test_patterns_stand_for_a_bounded_number_of_streams_and_say_so(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (alarms, catalogue):
+    for module in (alarms, membership):
         monkeypatch.setattr(module, "MOST_NAMES", 20)
 
     bus, heard = mailer(store, make_bus, "*")

@@ -20,8 +20,7 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus, EventBus
-from flask_eventbus.admin.dead_letters import Choice, DeadLetters, Letter
-from flask_eventbus.admin.dead_retry import Retrials
+from flask_eventbus.admin.dead_letters import Choice, DeadLetters, Letter, Retrials
 from flask_eventbus.admin.streams import StreamAccess
 from flask_eventbus.cli.app import flask_commands
 from flask_eventbus.cli.rendering import as_json

@@ -24,16 +24,14 @@ from waiting import wait_until
 from flask_eventbus import Bus, EventBus, current_event
 from flask_eventbus.__main__ import main
 from flask_eventbus.admin.server import Server
-from flask_eventbus.application import AppSignals
 from flask_eventbus.checks.database import check_database
 from flask_eventbus.checks.doctor import Finding, check
-from flask_eventbus.checks.program_checks import check_program
-from flask_eventbus.checks.retry_checks import check_retries
-from flask_eventbus.checks.server_checks import check_clock, check_version
-from flask_eventbus.checks.stream_checks import check_eviction
+from flask_eventbus.checks.program_checks import check_program, check_retries
+from flask_eventbus.checks.server_checks import check_clock, check_eviction, check_version
 from flask_eventbus.cli.app import flask_commands
 from flask_eventbus.codec.records import RetryRecord
 from flask_eventbus.database import outbox
+from flask_eventbus.extension import AppSignals
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.typing import Via
 
@@ -43,7 +41,7 @@ Make = Callable[..., Bus]
 @pytest.fixture(autouse=True)
 def _closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The servers of the tests let everybody in, which has tests of its own."""
-    monkeypatch.setattr("flask_eventbus.checks.access_checks.is_open", lambda url, deadline: False)
+    monkeypatch.setattr("flask_eventbus.checks.acl.is_open", lambda url, deadline: False)
 
 
 def bad(findings: list[Finding] | Iterator[Finding]) -> list[tuple[str, str]]:

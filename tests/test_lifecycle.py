@@ -14,8 +14,8 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, Event, Reject, current_event, lifecycle, signals
-from flask_eventbus.lifecycle import tell, wait_until_told
+from flask_eventbus import Bus, Event, Reject, current_event, signals
+from flask_eventbus.signals import tell, wait_until_told
 from flask_eventbus.testing import Isolation
 
 pytestmark = pytest.mark.second_look
@@ -223,7 +223,7 @@ def test_signals_that_wait_for_a_slow_receiver_are_bounded_and_what_is_left_out_
     hold: Callable[[NamedSignal], Gate],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(lifecycle, "MOST_WAITING", 3)
+    monkeypatch.setattr(signals, "MOST_WAITING", 3)
     gate = hold(signals.events_missed)
     tell(signals.events_missed, "tests", n=0)
     wait_until(lambda: gate.told, what="the receiver runs")
@@ -252,7 +252,7 @@ def test_a_bus_that_stops_waits_for_receivers_of_lifecycle_signals_but_not_for_e
         make_bus(url).stop()
         assert told == [1]
 
-    monkeypatch.setattr(lifecycle, "TOLD", 0.01)
+    monkeypatch.setattr(signals, "TOLD", 0.01)
     gate = hold(signals.events_missed)
     tell(signals.events_missed, "tests", count=2)
     wait_until(lambda: gate.told, what="the receiver runs")

@@ -16,12 +16,11 @@ from servers import RedisServer
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, Event, Reject, Retry, counters, current_event, signals
+from flask_eventbus import Bus, Event, Reject, Retry, current_event, logs, signals
 from flask_eventbus.codec.records import DeadLetter
-from flask_eventbus.counters import BoundedLog
-from flask_eventbus.logs import MOST_TRACEBACK, get_logger, traceback_of
+from flask_eventbus.logs import MOST_TRACEBACK, BoundedLog, get_logger, traceback_of
 from flask_eventbus.receivers import retries
-from flask_eventbus.receivers.inbox import MOST_EVENTS
+from flask_eventbus.receivers.workers import MOST_EVENTS
 from flask_eventbus.testing import Isolation
 
 Make = Callable[..., Bus]
@@ -44,7 +43,7 @@ def infos(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def failures(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """What was logged of receivers that failed."""
     return [
-        record for record in caplog.records if record.name == "flask_eventbus.receivers.failures"
+        record for record in caplog.records if record.name == "flask_eventbus.receivers.retries"
     ]
 
 
@@ -198,7 +197,7 @@ def test_a_receiver_that_fails_at_every_event_fills_no_disk(
         with pytest.raises(ValueError, match="cannot write"):
             eventbus.deliver("tick", text="A" * 100_000)
 
-    assert len(failures(caplog)) == counters.LINES_PER_MINUTE == 10
+    assert len(failures(caplog)) == logs.LINES_PER_MINUTE == 10
     assert all(record.getMessage().count("A") < 500 for record in failures(caplog))
     assert len(caplog.text) < 10 * 10_000
 

@@ -8,23 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from flask_eventbus import counters, logs, node
+from flask_eventbus import logs, node
 from flask_eventbus.admin import server, services, streams
-from flask_eventbus.channels import listener, sequences
-from flask_eventbus.codec import codec, envelope, records, values
+from flask_eventbus.channels import decoder as channel_decoder
+from flask_eventbus.channels import listener
+from flask_eventbus.codec import codec, records, values
 from flask_eventbus.config import Config
 from flask_eventbus.database import relay
 from flask_eventbus.publisher import buffer, connection, writer
-from flask_eventbus.receivers import inbox, lineup, retries
+from flask_eventbus.receivers import retries, workers
 from flask_eventbus.streams import (
     alarms,
     attempts,
-    catalogue,
     decoder,
     duplicates,
     fanout,
     group,
     maintenance,
+    membership,
     orphans,
 )
 from flask_eventbus.transport import clock, pipe
@@ -71,8 +72,8 @@ SENTENCES = [
     ("deploying", r"(\S+) s for what is still to be published", node.FLUSH_AT_EXIT),
     ("deploying", r"for receivers that run and (\S+) s more, at most", node.LONGEST_STOP),
     ("deploying", r"and (\S+) s to hand back what was read", node.REST),
-    ("deploying", r"while receivers are slow \| (\S+) \|", inbox.MOST_EVENTS),
-    ("deploying", r"while receivers are slow \| \S+ \| (\S+) MiB", inbox.MOST_BYTES / MIB),
+    ("deploying", r"while receivers are slow \| (\S+) \|", workers.MOST_EVENTS),
+    ("deploying", r"while receivers are slow \| \S+ \| (\S+) MiB", workers.MOST_BYTES / MIB),
     ("deploying", r"while Redis is away \| \S+, \S+ \| (\S+) MiB", buffer.MOST_BYTES / MIB),
     ("deploying", r"a publisher notices after (\S+) s", writer.WRITE_TIMEOUT),
     ("deploying", r"a listener after (\S+) s; both", listener.QUIET + listener.DEADLINE),
@@ -81,14 +82,14 @@ SENTENCES = [
     ("what-happens-when", r"sign of life after (\S+) seconds of silence", listener.QUIET),
     ("what-happens-when", r"and connects anew after (\S+) more", listener.DEADLINE),
     ("what-happens-when", r"after 1 s, 2 s, up to (\S+) minutes", retries.MOST / 60),
-    ("streams", r"and will be are found within (\S+) seconds", catalogue.LOOK),
+    ("streams", r"and will be are found within (\S+) seconds", membership.LOOK),
     ("streams", r"a pattern stands for (\S+) streams and hears", alarms.MOST_NAMES),
     ("streams", r"finds them, within (\S+) minutes after that hour", orphans.LOOK / 60),
     ("deploying", r"its first (\S+) characters, on one line, and the last", logs.MOST_ERROR),
     ("deploying", r"on one line, and the last (\S+) of its", logs.MOST_TRACEBACK),
-    ("deploying", r"Of each kind of line (\S+) a minute are logged", counters.LINES_PER_MINUTE),
+    ("deploying", r"Of each kind of line (\S+) a minute are logged", logs.LINES_PER_MINUTE),
     ("deploying", r"(\S+) KiB once it is read, or that has", codec.MOST_WAITING / 1024),
-    ("deploying", r"Of each stream at most (\S+) entries are read", lineup.MOST_READ),
+    ("deploying", r"Of each stream at most (\S+) entries are read", workers.MOST_READ),
     ("wire-format", r"what it failed with, (\S+) characters at most", records.MOST_ERROR),
     ("wire-format", r"end of its traceback, (\S+) characters at most", records.MOST_TRACEBACK),
     (
@@ -98,12 +99,16 @@ SENTENCES = [
     ),
     ("wire-format", r"entry.FIELD.sample`, its first (\S+) bytes", pipe.SAMPLE),
     ("wire-format", r"of each of the first (\S+) there are", decoder.MOST_FIELDS),
-    ("wire-format", r"remembers the bytes of the last (\S+) events of each", sequences.REPEATABLE),
-    ("wire-format", r"(\S+) such events. A listener skips", sequences.REMEMBERED),
-    ("wire-format", r"`traceparent` \| text, 1 to (\S+) bytes", envelope.MAX_TRACEPARENT_BYTES),
-    ("wire-format", r"`partitionkey` \| text, 1 to (\S+) bytes", envelope.MAX_KEY_BYTES),
+    (
+        "wire-format",
+        r"remembers the bytes of the last (\S+) events of each",
+        channel_decoder.REPEATABLE,
+    ),
+    ("wire-format", r"(\S+) such events. A listener skips", channel_decoder.REMEMBERED),
+    ("wire-format", r"`traceparent` \| text, 1 to (\S+) bytes", codec.MAX_TRACEPARENT_BYTES),
+    ("wire-format", r"`partitionkey` \| text, 1 to (\S+) bytes", codec.MAX_KEY_BYTES),
     ("wire-format", r"array or a map of more than (\S+) items", values.MAX_ITEMS),
-    ("configuration", r"it travels as text, of (\S+) bytes at most", envelope.MAX_KEY_BYTES),
+    ("configuration", r"it travels as text, of (\S+) bytes at most", codec.MAX_KEY_BYTES),
     ("commands", r"Redis has (\S+) seconds to begin each answer", server.TIMEOUT),
     ("commands", r"each look of `status` wait for it (\S+) seconds", server.PATIENCE),
     ("commands", r"killed after (\S+) minutes without a sign of life", services.GONE / 60),

@@ -18,8 +18,8 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError, signals
 from flask_eventbus.channels import listener, reader
-from flask_eventbus.lifecycle import wait_until_told
-from flask_eventbus.transport.backoff import Backoff
+from flask_eventbus.signals import wait_until_told
+from flask_eventbus.transport.reconnect import Backoff
 
 pytestmark = pytest.mark.second_look
 

@@ -51,8 +51,7 @@ from flask_eventbus.database.outbox import Entry, Outbox, store
 from flask_eventbus.database.relay import Relay, Turn
 from flask_eventbus.event import Event, handling
 from flask_eventbus.publisher.connection import Exchange
-from flask_eventbus.publisher.lanes import Ways
-from flask_eventbus.publisher.way import Way
+from flask_eventbus.publisher.message import Way, Ways
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import Isolation
 from flask_eventbus.transport import role

@@ -16,7 +16,6 @@ from flask_eventbus import Bus, Reject, Retry, current_event
 from flask_eventbus.channels import listener
 from flask_eventbus.streams import (
     acknowledger,
-    catalogue,
     duplicates,
     fanout,
     maintenance,
@@ -113,10 +112,10 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acknowledger, "TELL_AGAIN", 0.05)
     monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.1)
     monkeypatch.setattr(orphans, "LOOK", 0.1)
-    monkeypatch.setattr(catalogue, "LOOK", 0.1)
+    monkeypatch.setattr(membership, "LOOK", 0.1)
     monkeypatch.setattr(listener, "QUIET", 0.1)
     monkeypatch.setattr("flask_eventbus.receivers.retries.FIRST", 0.01)
-    monkeypatch.setattr("flask_eventbus.streams.trims.SELDOM", 0.1)
+    monkeypatch.setattr("flask_eventbus.streams.reclaim.SELDOM", 0.1)
 
 
 @pytest.mark.parametrize("via", ["channel", "stream"])

@@ -16,8 +16,8 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, signals
-from flask_eventbus.lifecycle import wait_until_told
-from flask_eventbus.receivers.inbox import Inbox
+from flask_eventbus.receivers.workers import Inbox
+from flask_eventbus.signals import wait_until_told
 
 pytestmark = pytest.mark.second_look
 
@@ -183,10 +183,10 @@ def test_receivers_that_outlast_the_grace_are_left_and_told(
 
 SIGNALLED = """
 import random, signal
-from flask_eventbus import running
+from flask_eventbus import bus
 from flask_eventbus.config import Config
 
-running.LOOK = 0.01
+bus.LOOK = 0.01
 
 class Node:
     config = Config(service="signalled")
@@ -201,7 +201,7 @@ class Node:
         pass
 
 for _ in range(1_000):
-    running.run_until_signal(Node())
+    bus.run_until_signal(Node())
 """
 
 

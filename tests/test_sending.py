@@ -22,13 +22,12 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, PayloadError, PublishError, node, signals
-from flask_eventbus.codec.envelope import Seal
+from flask_eventbus.codec.codec import Seal
 from flask_eventbus.event import Event, handling
-from flask_eventbus.publisher import buffer, turn, writer
+from flask_eventbus.publisher import buffer, writer
 from flask_eventbus.publisher.buffer import Buffer
 from flask_eventbus.publisher.connection import Exchange
-from flask_eventbus.publisher.message import Lane, Outgoing
-from flask_eventbus.publisher.way import ChannelWay
+from flask_eventbus.publisher.message import ChannelWay, Lane, Outgoing
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import isolated
 from flask_eventbus.typing import Publish
@@ -450,7 +449,7 @@ def test_a_confirmation_that_comes_late_because_much_waits_drops_nothing(
 
     # What waits takes nearly a second, and there is room again after a fiftieth of one.
     monkeypatch.setattr(Exchange, "publish", slowly)
-    monkeypatch.setattr(turn, "BATCH_EVENTS", 50)
+    monkeypatch.setattr(writer, "BATCH_EVENTS", 50)
     bus = make_bus(
         shared_redis.url,
         prefix=prefix,

@@ -17,7 +17,7 @@ from waiting import wait_until
 from flask_eventbus import Bus, Reject, current_event
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
-from flask_eventbus.receivers import lineup, retries
+from flask_eventbus.receivers import retries, workers
 from flask_eventbus.streams import acknowledger, attempts, maintenance, orphans, outcomes
 from flask_eventbus.streams.dead_limit import DeadLimit
 from flask_eventbus.streams.group import Group
@@ -226,7 +226,7 @@ def old_retry(store: StreamStore, name: str, *, hours: float, key: str = "mailer
 def test_more_retries_than_there_is_room_for_follow_at_once(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lineup, "MOST_AHEAD", 10)
+    monkeypatch.setattr(workers, "MOST_AHEAD", 10)
     # Not found by the next look for what others left.
     monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 600.0)
     handled: list[int] = []
@@ -474,7 +474,7 @@ def test_a_worker_of_many_streams_reads_no_more_ahead_than_one_of_one(
     wait_until(lambda: len(heard) == 60, what="all are heard")
 
     first, streams = next(read for read in reads if read[1] == 60)
-    assert first * streams <= lineup.MOST_AHEAD
+    assert first * streams <= workers.MOST_AHEAD
 
 
 def test_what_cannot_be_begun_now_is_begun_later(

@@ -20,21 +20,13 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError, Reject, signals
 from flask_eventbus.codec.codec import Codec
-from flask_eventbus.counters import Counters
-from flask_eventbus.lifecycle import wait_until_told
+from flask_eventbus.logs import Counters
 from flask_eventbus.receivers import retries
 from flask_eventbus.routing.subscriptions import read_subscription
-from flask_eventbus.streams import (
-    acknowledger,
-    catalogue,
-    consumer,
-    fanout,
-    group,
-    maintenance,
-    membership,
-)
+from flask_eventbus.signals import wait_until_told
+from flask_eventbus.streams import acknowledger, consumer, fanout, group, maintenance, membership
 from flask_eventbus.streams.group import Group
-from flask_eventbus.streams.trims import Trims
+from flask_eventbus.streams.reclaim import Trims
 from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = pytest.mark.second_look
@@ -232,7 +224,7 @@ def test_what_is_sent_once_a_pattern_is_ready_is_heard(
     monkeypatch: pytest.MonkeyPatch,
     group: Literal[True] | None,
 ) -> None:
-    monkeypatch.setattr(catalogue, "LOOK", 0.05)
+    monkeypatch.setattr(membership, "LOOK", 0.05)
 
     for _ in range(10):
         store = StreamStore(shared_redis)

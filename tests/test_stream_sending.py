@@ -27,10 +27,10 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, PayloadError, PublishError, signals
 from flask_eventbus.admin.publish import publish_one
-from flask_eventbus.lifecycle import wait_until_told
 from flask_eventbus.publisher import writer
 from flask_eventbus.publisher.connection import Exchange
-from flask_eventbus.publisher.way import ChannelWay, StreamWay, TooFewReplicasError, Way
+from flask_eventbus.publisher.message import ChannelWay, StreamWay, TooFewReplicasError, Way
+from flask_eventbus.signals import wait_until_told
 from flask_eventbus.transport.connections import Connections
 
 pytestmark = pytest.mark.second_look

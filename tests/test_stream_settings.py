@@ -18,7 +18,7 @@ from flask_eventbus import Bus, ConfigError, Reject, Retry, current_event
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter
 from flask_eventbus.receivers import retries
-from flask_eventbus.streams import acknowledger, fanout, maintenance, membership, reclaim, trims
+from flask_eventbus.streams import acknowledger, fanout, maintenance, membership, reclaim
 from flask_eventbus.transport import clock
 
 pytestmark = pytest.mark.second_look
@@ -602,7 +602,7 @@ def test_a_worker_works_without_a_command_that_it_can_spare_and_says_so_in_one_l
     command: str,
     group: Literal[True] | None,
 ) -> None:
-    for module, name in ((trims, "SELDOM"), (clock, "ASK_AGAIN"), (fanout, "LOOK")):
+    for module, name in ((reclaim, "SELDOM"), (clock, "ASK_AGAIN"), (fanout, "LOOK")):
         monkeypatch.setattr(module, name, 0.05)
     monkeypatch.setattr(maintenance, "IDLE_CONSUMER", 1.0)
     store = lacking(command)

@@ -24,7 +24,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, Event
 from flask_eventbus.__main__ import main
-from flask_eventbus.admin import channel_tail, stream_tail
+from flask_eventbus.admin import tail_sources
 from flask_eventbus.admin.tail import Filter, Tail
 from flask_eventbus.admin.tail_sources import Heard
 from flask_eventbus.cli.rendering import as_json, as_line
@@ -314,8 +314,8 @@ def test_a_mistake_in_the_words_of_tail_exits_with_2(words: list[str]) -> None:
 def test_a_server_that_hangs_is_noticed(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channel_tail, "QUIET", 0.1)
-    monkeypatch.setattr(channel_tail, "DEADLINE", 0.1)
+    monkeypatch.setattr(tail_sources, "QUIET", 0.1)
+    monkeypatch.setattr(tail_sources, "DEADLINE", 0.1)
     told: list[str] = []
     tail = Tail(
         url=redis_server.url, prefix="eventbus", codec=Codec(), names=["*"], tell=told.append
@@ -714,7 +714,7 @@ def test_whoever_may_not_ask_which_streams_there_are_is_told_so(
 def test_a_stream_that_is_refused_is_told_once_and_asked_for_again(
     see: Callable[..., Seen], store: StreamStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_tail, "ASK_AGAIN", 0.0)
+    monkeypatch.setattr(tail_sources, "ASK_AGAIN", 0.0)
     key = store.keys.stream("noted")
     store.client.sadd(store.keys.names, "noted", "bad name\x1b", "fine")
     store.client.set(key, "something else")

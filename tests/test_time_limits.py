@@ -17,10 +17,9 @@ from stream_store import StreamStore
 
 from flask_eventbus import Bus, PublishError
 from flask_eventbus.__main__ import main
-from flask_eventbus.admin.census import census
-from flask_eventbus.admin.dead_letters import Choice, DeadLetters
-from flask_eventbus.admin.dead_retry import Retrials
+from flask_eventbus.admin.dead_letters import Choice, DeadLetters, Retrials
 from flask_eventbus.admin.publish import publish_one
+from flask_eventbus.admin.server import census
 from flask_eventbus.admin.streams import StreamAccess
 from flask_eventbus.channels.reader import TICK, ChannelReader
 from flask_eventbus.checks.server_checks import check_server
@@ -322,7 +321,7 @@ def test_check_and_routes_ask_about_many_streams_in_few_round_trips(
 def test_dead_retry_watches_for_as_long_as_it_is_told_though_answers_dribble(
     slow: Proxy, shared_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.admin.dead_retry.TIMEOUT", 0.5)
+    monkeypatch.setattr("flask_eventbus.admin.dead_letters.TIMEOUT", 0.5)
     store = StreamStore(shared_redis)
     store.give_up("tick")
     config = Config(service="mailer", url=slow.url, prefix=store.prefix)

@@ -33,7 +33,7 @@ from blinker import NamedSignal, Signal
 from flask import Flask, current_app, request_finished
 
 from flask_eventbus import Bus, EventBus, current_event, signals
-from flask_eventbus.application import AppSignal, AppSignals, Results
+from flask_eventbus.extension import AppSignal, AppSignals, Results
 from flask_eventbus.testing import Isolation
 from flask_eventbus.typing import Publish, Subscribe
 

@@ -21,11 +21,13 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 from werkzeug.datastructures import MultiDict
 
-from flask_eventbus.codec.forms import EXTENSIONS, MAX_INTEGER_BYTES, UnfitError
 from flask_eventbus.codec.values import (
+    EXTENSIONS,
     MAX_COLLISIONS,
     MAX_CONTAINERS,
+    MAX_INTEGER_BYTES,
     MAX_ITEMS,
+    UnfitError,
     Values,
     survey,
 )

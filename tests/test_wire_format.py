@@ -20,7 +20,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, Reject, current_event
 from flask_eventbus.__main__ import main
-from flask_eventbus.codec import forms, values
+from flask_eventbus.codec import values
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.errors import DecodeError
@@ -164,7 +164,7 @@ def test_every_attribute_on_the_page_is_in_a_vector() -> None:
 def test_the_page_has_the_codes_and_the_limits_of_the_code() -> None:
     codes = re.findall(r"^\| (\d) \| ", section("What is in `data`"), flags=re.MULTILINE)
 
-    assert [int(code) for code in codes] == sorted(forms.EXTENSIONS.values())
+    assert [int(code) for code in codes] == sorted(values.EXTENSIONS.values())
     numbers = re.findall(r"\| ([\d,]+)(?: bytes)? \|$", section("Limits"), flags=re.MULTILINE)
     assert [int(number.replace(",", "")) for number in numbers] == [
         values.MAX_DEPTH,
@@ -172,7 +172,7 @@ def test_the_page_has_the_codes_and_the_limits_of_the_code() -> None:
         values.MAX_CONTAINERS,
         values.MAX_SET_NESTING,
         values.MAX_COLLISIONS,
-        forms.MAX_INTEGER_BYTES,
+        values.MAX_INTEGER_BYTES,
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..receivers.retries import allowed
 from ..routing.bus_signal import BusNamespace, Outbound, Receiver, SendingSignal
 from ..routing.options import is_pattern, matches
 from ..routing.routes import Route
-from ..routing.subscriptions import NEW, Subscription
+from ..routing.subscriptions import NEW, Subscription, subscription_for
 
 #: Where a stream is read from, as settings name it.
 _START = {NEW: "new", "0": "earliest"}
@@ -324,3 +324,18 @@ def _alive(reference: weakref.ref[Callable[..., Any]]) -> Callable[..., Any] | N
 
 def _names(connected: list[Connected]) -> list[str]:
     return sorted(each.name for each in connected)
+
+
+def heard(node: Node, names: Iterable[str]) -> set[str]:
+    """The signals that a service may hear over streams, those of ``names`` its patterns fit too."""
+    by_stream = {
+        name: found for name, found in node.subscriptions.items() if found.via != "channel"
+    }
+    plain = {name for name in by_stream if not is_pattern(name)}
+    return plain | {name for name in names if subscription_for(name, by_stream)}
+
+
+def published(node: Node, names: Iterable[str]) -> set[str]:
+    """Those of ``names`` that a service publishes over streams."""
+    patterns = [route.name for route in node.routes.values() if route.via == "stream"]
+    return {name for name in names if any(matches(pattern, name) for pattern in patterns)}

@@ -14,10 +14,8 @@ import redis
 from ..errors import PublishError
 from ..node import Node
 from ..publisher.connection import Exchange
-from ..publisher.emissions import Emissions
-from ..publisher.lanes import Lanes, check_route
-from ..publisher.message import Outgoing
-from ..publisher.way import NoWritesError, TooFewReplicasError
+from ..publisher.message import Lanes, NoWritesError, Outgoing, TooFewReplicasError, check_route
+from ..publisher.publisher import Emissions
 from ..routing.routes import Route
 from ..transport.connections import OUTAGE, Connections
 from ..transport.keys import StreamKeys

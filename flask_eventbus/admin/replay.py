@@ -14,7 +14,7 @@ from ..config import Config
 from ..errors import DecodeError
 from ..event import Event
 from ..receivers.dispatcher import Dispatcher, name_of
-from ..receivers.failures import Failure
+from ..receivers.retries import Failure
 from ..routing.subscriptions import Subscription
 from .streams import Entry, StreamAccess
 

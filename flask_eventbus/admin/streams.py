@@ -13,10 +13,9 @@ from urllib.parse import urlsplit
 import redis
 
 from ..codec.entry_ids import EntryId, entry_id, id_text
-from ..config import Config
+from ..config import SIGNAL_NAME, Config
 from ..errors import ConfigError, OperationError
 from ..logs import get_logger
-from ..names import SIGNAL_NAME
 from ..text import printable
 from ..transport.connections import OUTAGE, Connections
 from ..transport.keys import StreamKeys

@@ -15,11 +15,9 @@ from ..codec.codec import Codec
 from ..errors import ConfigError
 from ..event import Event
 from ..text import plain, read_value
-from ..transport.backoff import Backoff
 from ..transport.connections import OUTAGE, Connections
-from .channel_tail import ChannelTail
-from .stream_tail import StreamTail
-from .tail_sources import Heard
+from ..transport.reconnect import Backoff
+from .tail_sources import ChannelTail, Heard, StreamTail
 
 #: What ``CLIENT LIST`` shows: never one of a service's listeners.
 CLIENT_NAME = "eventbus-tail"

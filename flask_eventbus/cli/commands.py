@@ -10,24 +10,23 @@ from typing import Any
 
 import click
 
-from ..admin.census import census
 from ..admin.overview import Overview
 from ..admin.publish import Receipt, publish_one
+from ..admin.server import census
 from ..admin.tail import Filter, Tail
 from ..admin.tail_sources import Heard
+from ..bus import run_until_signal
 from ..checks.doctor import check as check_node
 from ..checks.findings import Finding
 from ..checks.findings import error as error_finding
 from ..errors import ConfigError
 from ..node import Node
-from ..running import run_until_signal
 from .arguments import read_name, read_names, read_pairs, read_payload, values_of
 from .base import Command, Program, log_to_stderr, pass_program, reader_is_gone
 from .dead import dead
 from .relay import relay
-from .rendering import as_json, as_line
+from .rendering import as_json, as_line, findings_report, live_report, routes_report
 from .replay import replay
-from .reports import findings_report, live_report, routes_report
 from .seek import seek
 from .services_command import services
 from .status import status

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..bus import told_by_signal
 from ..errors import ConfigError, PublishError
 from ..logs import get_logger
 from ..node import Node
 from ..publisher.connection import Exchange
-from ..publisher.lanes import Ways
+from ..publisher.message import Ways
 from ..publisher.writer import WRITE_TIMEOUT
 from ..routing.routes import Route
-from ..running import told_by_signal
 from ..transport.connections import OUTAGE, Connections
 from ..transport.keys import StreamKeys
 from .base import Command, Program, log_to_stderr, pass_program
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..database.outbox import Outbox
     from ..database.relay import Relay
     from ..typing import Via
-from ..publisher.way import Way
+from ..publisher.message import Way
 
 logger = get_logger(__name__)
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
+import click
+
+from ..checks.findings import Finding
 from ..event import Event
-from ..text import plain, printable, read_value
+from ..text import counted, plain, printable, read_value
 
 #: Characters of one value, and of a whole payload, in a line for people.
 MOST_OF_A_VALUE = 60
@@ -92,3 +98,258 @@ def _as_json_text(value: Any) -> str:
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+#: The fewest characters that a name is cut to, for a table to fit a terminal.
+LEAST_OF_A_NAME = 12
+
+
+def fitted_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *, names: Sequence[int]
+) -> Iterator[str]:
+    """The lines of a table, its head in bold; in a terminal no wider than that, if possible.
+
+    :param names: the columns that may be cut; what stands in the others is a number or short.
+    """
+    if sys.stdout.isatty():
+        rows = _fitted(heads, rows, names, shutil.get_terminal_size().columns)
+
+    heads, *rows = _aligned([heads, *rows], names)
+    head, *lines = table(heads, rows)
+    yield click.style(head, bold=True)
+    yield from lines
+
+
+def span(seconds: float | None) -> str:
+    """A time as it is said: in the largest unit of which there are two."""
+    if seconds is None:
+        return "-"
+
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+
+    return f"{seconds:.0f} s"
+
+
+def _aligned(lines: Sequence[Sequence[str]], names: Sequence[int]) -> list[list[str]]:
+    """Lines whose numbers stand with their last digits one under the other."""
+    widths = _widths(lines)
+    return [
+        [
+            cell if column in names else cell.rjust(widths[column])
+            for column, cell in enumerate(line)
+        ]
+        for line in lines
+    ]
+
+
+def _fitted(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], names: Sequence[int], most: int
+) -> list[list[str]]:
+    """Rows whose names are cut, the longest first, until the table fits."""
+    widths = _widths([heads, *rows])
+
+    while sum(widths) + 2 * (len(widths) - 1) > most:
+        longest = max(names, key=widths.__getitem__)
+
+        if widths[longest] <= LEAST_OF_A_NAME:
+            break
+
+        widths[longest] -= 1
+
+    return [
+        [_without_middle(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for row in rows
+    ]
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+
+def _without_middle(text: str, most: int) -> str:
+    """The text without its middle: names differ at their ends."""
+    if len(text) <= most:
+        return text
+
+    tail = (most - 3) // 2
+    return f"{text[: most - 3 - tail]}...{text[-tail:]}"
+
+
+#: How findings are marked in a terminal.
+_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "ok": "green"}
+
+#: Units of an age, the largest first, with their seconds.
+_UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
+
+#: Characters before the text of a finding: the longest mark and a space.
+_MARGIN = len("warning ") + 1
+
+
+def routes_report(found: dict[str, Any]) -> Iterator[str]:
+    """The lines of `routes` for a program: what it publishes, hears, and keeps to itself."""
+    yield f"Service {found['service']}"
+    yield from _section(
+        ("Publishes", "Via", "Leaves", "Confirmed", "Of signal", "Payload by"),
+        [
+            (
+                route["name"],
+                route["via"],
+                _leaves(route),
+                _yes(route["confirm"]),
+                route["signal"] or ", ".join(route["covers"]) or "none yet",
+                route["payload"] or "-",
+            )
+            for route in found["publishes"]
+        ],
+    )
+    yield from _section(
+        ("Into stream", "Keeps", "Replicas", "In order by"),
+        [
+            (route["name"], _kept(stream), f"{stream['replicas']}", stream["key"] or "-")
+            for route in found["publishes"]
+            if (stream := route["stream"])
+        ],
+        numbers=(1, 2),
+    )
+    yield from _section(
+        ("Hears", "Via", "From", "Echo", "Group", "Start"),
+        [_heard(heard) for heard in found["subscribes"]],
+    )
+    yield from _section(
+        ("Signal", "Receivers", "Retries", "Timeout"),
+        [row for heard in found["subscribes"] for row in _receivers(heard)],
+        numbers=(2, 3),
+    )
+    yield from _section(
+        ("Local only", "Receivers"),
+        [row for local in found["local"] for row in _per_receiver(local)],
+    )
+
+
+def _heard(heard: dict[str, Any]) -> tuple[str, ...]:
+    reads = "stream" in heard["via"]
+    return (
+        heard["name"],
+        "both" if len(heard["via"]) == 2 else heard["via"][0],
+        ", ".join(heard["from"] or ["anyone"]),
+        _yes(heard["echo"]),
+        (heard["group"] or "none") if reads else "-",
+        heard["start"] or "-",
+    )
+
+
+def _receivers(heard: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    name = heard["name"]
+
+    for each in heard["receivers"]:
+        retries, timeout = each["retries"], each["timeout"]
+        yield (
+            name,
+            each["name"],
+            "-" if retries is None else f"{retries}",
+            "-" if timeout is None else f"{timeout:g} s",
+        )
+        # Said once: the eye finds the names.
+        name = ""
+
+    if not heard["receivers"]:
+        yield name, "none", "-", "-"
+
+
+def _per_receiver(local: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    name = local["name"]
+
+    for receiver in local["receivers"]:
+        yield name, receiver
+        name = ""
+
+
+def _section(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()
+) -> Iterator[str]:
+    if not rows:
+        return
+
+    texts = [column for column in range(len(heads)) if column not in numbers]
+    yield ""
+    yield from fitted_table(heads, rows, names=texts)
+
+
+def _leaves(route: dict[str, Any]) -> str:
+    if route["outbox"]:
+        return "by outbox"
+
+    return "after commit" if route["after_commit"] else "at send"
+
+
+def _kept(stream: dict[str, Any]) -> str:
+    """How much a stream keeps: a number of events, or their age as settings have it."""
+    if stream["maxlen"] is not None:
+        return f"{stream['maxlen']:,}"
+
+    seconds: int = stream["max_age_seconds"]
+    unit, size = next(each for each in _UNITS if not seconds % each[1])
+    return f"{seconds // size}{unit}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def live_report(found: dict[str, Any]) -> Iterator[str]:
+    """The lines of `routes` without a program: who listens now, and which streams there are."""
+    channels, streams, services = found["channels"], found["streams"], found["services"]
+
+    if not channels and not services and not streams:
+        yield "No channel has listeners now, and there is no stream."
+
+    yield from _section(("Channel of", "Listeners"), _counts(channels), numbers=(1,))
+    yield from _section(
+        ("Stream of", "Events", "Groups"),
+        [
+            (name, f"{facts['events']:,}", ", ".join(map(printable, facts["groups"])) or "none")
+            for name, facts in (streams or {}).items()
+        ],
+        numbers=(1,),
+    )
+    yield from _section(("Service", "Processes that listen"), _counts(services or {}), numbers=(1,))
+
+    if streams is None:
+        yield (
+            "Which streams there are cannot be told: this user may not ask. Allow '+smembers +xlen "
+            "+xinfo|groups' in the ACL."
+        )
+
+    if services is None:
+        yield "Which services listen cannot be told: this user may not ask for CLIENT LIST."
+
+
+def _counts(found: dict[str, int]) -> list[tuple[str, str]]:
+    return [(name, str(count)) for name, count in found.items()]
+
+
+def findings_report(findings: Sequence[Finding]) -> Iterator[str]:
+    """The lines of `check`: each finding, what to do about it, and the sum."""
+    for finding in findings:
+        mark = click.style(finding.level.ljust(_MARGIN), fg=_COLOURS[finding.level])
+        yield mark + _wrapped(finding.text, _MARGIN)
+
+        if finding.remedy:
+            yield " " * _MARGIN + _wrapped(f"-> {finding.remedy}", _MARGIN + 3)
+
+    errors = sum(finding.level == "error" for finding in findings)
+    warnings = sum(finding.level == "warning" for finding in findings)
+    yield f"{counted(errors, 'error')}, {counted(warnings, 'warning')}."
+
+
+def _wrapped(text: str, indent: int) -> str:
+    """The text on one line, or, in a terminal, on as many as it is wide for."""
+    if not sys.stdout.isatty():
+        return text
+
+    width = shutil.get_terminal_size().columns - indent
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    margin = "\n" + " " * indent
+    return margin.join(lines)

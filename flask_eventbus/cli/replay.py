@@ -11,11 +11,11 @@ from ..admin.overview import Overview
 from ..admin.places import Place, clock
 from ..admin.replay import Replay
 from ..admin.streams import StreamAccess
+from ..bus import told_by_signal
 from ..codec.entry_ids import MOST, EntryId, entry_id, id_text
 from ..errors import ConfigError
 from ..node import Node
 from ..routing.subscriptions import Subscription, subscription_for
-from ..running import told_by_signal
 from ..text import counted, printable
 from .arguments import read_moment, read_name
 from .base import Command, Program, pass_program, service_of

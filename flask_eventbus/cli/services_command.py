@@ -8,9 +8,9 @@ import click
 
 from ..admin.services import Holding, Services, refuse_running
 from ..admin.streams import StreamAccess
-from ..names import SERVICE_NAME
+from ..config import SERVICE_NAME
 from .base import Command, Group, Program, pass_program
-from .tables import fitted_table
+from .rendering import fitted_table
 
 #: What ``CLIENT LIST`` shows.
 CLIENT_NAME = "eventbus-services"

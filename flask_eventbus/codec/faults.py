@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from reprlib import repr as short
 from typing import Any
 
-from .forms import UnfitError
-from .values import MAX_DEPTH, MAX_ITEMS, Values
+from .values import MAX_DEPTH, MAX_ITEMS, UnfitError, Values
 
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 

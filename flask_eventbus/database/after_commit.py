@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from ..counters import BoundedLog, Counters
 from ..errors import ConfigError
-from ..logs import Whole, get_logger
+from ..logs import BoundedLog, Counters, Whole, get_logger
 from ..publisher.message import Outgoing
 from ..routing.routes import Route
 

@@ -12,14 +12,12 @@ from typing import cast
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from ..counters import BoundedLog
-from ..logs import get_logger
+from ..logs import BoundedLog, get_logger
 from ..publisher.connection import Exchange
-from ..publisher.turn import BATCH_BYTES
-from ..publisher.way import NoWritesError, TooFewReplicasError, Way
-from ..publisher.writer import LISTENERS_RETURN
-from ..transport.backoff import Backoff
+from ..publisher.message import NoWritesError, TooFewReplicasError, Way
+from ..publisher.writer import BATCH_BYTES, LISTENERS_RETURN
 from ..transport.connections import OUTAGE
+from ..transport.reconnect import Backoff
 from ..typing import Via
 from .outbox import Batch, Entry, Outbox
 

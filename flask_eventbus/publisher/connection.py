@@ -20,7 +20,7 @@ from ..transport.connections import (
     takes_no_writes,
     why_no_writes,
 )
-from .way import AgingStreamWay, NoWritesError, TooFewReplicasError, Way, whole
+from .message import AgingStreamWay, NoWritesError, TooFewReplicasError, Way, whole
 
 logger = get_logger(__name__)
 

@@ -6,11 +6,123 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-from ..codec.envelope import PACKED_ID_BYTES, Seal, packed_bytes
+from ..codec.codec import PACKED_ID_BYTES, Codec, Seal, packed_bytes
+from ..config import Age, Config
+from ..errors import ConfigError
 from ..routing.routes import Route
-from .way import Way
+from ..transport.keys import ChannelKeys, StreamKeys
+
+
+class TooFewReplicasError(Exception):
+    """Redis has an event, and not enough of its replicas do."""
+
+
+class NoWritesError(Exception):
+    """Redis is there, and takes no writes now: it is full, lacks replicas, or cannot save."""
+
+
+class Way(Protocol):
+    """Makes commands of events, for a connection to send as they are."""
+
+    #: The signal's name.
+    name: str
+    #: The Redis key: a channel or a stream.
+    key: str
+    #: Whether Redis keeps the events: nothing of it is dropped unseen.
+    is_stream: bool
+    #: How many replicas are to have an event before it counts as confirmed.
+    replicas: int
+    #: True if the stream keeps events by their age.
+    by_age: bool
+
+    def command(self, body: bytes) -> bytes:
+        """The command that publishes an event's bytes, as Redis reads it."""
+
+
+class ChannelWay:
+    """Over a channel: whoever listens now hears it."""
+
+    is_stream = False
+    by_age = False
+    replicas = 0
+
+    def __init__(self, name: str, key: str) -> None:
+        self.name = name
+        self.key = key
+        self._head = head(3, "PUBLISH", key)
+
+    def command(self, body: bytes) -> bytes:
+        """``PUBLISH key body``."""
+        return b"%b$%d\r\n%b\r\n" % (self._head, len(body), body)
+
+
+class StreamWay:
+    """Into a stream: kept for those who read it later.
+
+    :param maxlen: about how many entries the stream keeps.
+    """
+
+    is_stream = True
+    by_age = False
+
+    def __init__(self, name: str, key: str, *, maxlen: int, replicas: int = 0) -> None:
+        self.name = name
+        self.key = key
+        self.replicas = replicas
+        self._head = head(8, "XADD", key, "MAXLEN", "~", str(maxlen)) + _FIELD
+
+    def command(self, body: bytes) -> bytes:
+        """``XADD key MAXLEN ~ n * event body``."""
+        return b"%b$%d\r\n%b\r\n" % (self._head, len(body), body)
+
+
+class AgingStreamWay:
+    """Into a stream that keeps what is younger than an age, by Redis's clock.
+
+    The clock of this machine may be wrong, and would remove what others have yet to read.
+
+    :param age: seconds.
+    """
+
+    is_stream = True
+    by_age = True
+
+    def __init__(self, name: str, key: str, *, age: int, replicas: int = 0) -> None:
+        self.name = name
+        self.key = key
+        self.replicas = replicas
+        self._age_ms = age * 1_000
+        #: The time of Redis, in milliseconds since 1970, or of the last id that it gave;
+        #: ``None`` until something is known, and nothing is trimmed.
+        self.newest: int | None = None
+        self._head = head(8, "XADD", key, "MINID", "~")
+
+    def command(self, body: bytes) -> bytes:
+        """``XADD key MINID ~ ms * event body``."""
+        oldest = b"%d" % max(0, (self.newest or 0) - self._age_ms)
+        start = b"%b$%d\r\n%b\r\n" % (self._head, len(oldest), oldest)
+        return b"%b%b$%d\r\n%b\r\n" % (start, _FIELD, len(body), body)
+
+
+def head(count: int, *words: str) -> bytes:
+    """The first words of a command of ``count`` words."""
+    return b"*%d\r\n" % count + b"".join(map(_word, words))
+
+
+def whole(*words: str) -> bytes:
+    """A command."""
+    return head(len(words), *words)
+
+
+def _word(word: str) -> bytes:
+    raw = word.encode()
+    return b"$%d\r\n%b\r\n" % (len(raw), raw)
+
+
+#: The id is Redis's to give, and what follows is the value of the only field.
+_FIELD = _word("*") + _word("event")
 
 
 class Lane:
@@ -141,3 +253,71 @@ class Outgoing:
         self.would_write = False
         self.is_settled = True
         self.call()
+
+
+class Ways:
+    """Finds the way that the events of a name go, by their route and the settings."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._channels = ChannelKeys(config.prefix)
+        self._streams = StreamKeys(config.prefix)
+
+    def way(self, name: str, route: Route) -> Way:
+        """The way that ``route`` asks for; settings of the service stand in for its options."""
+        if route.via == "channel":
+            return ChannelWay(name, self._channels.key(name))
+
+        key = self._streams.stream(name)
+        kept = self._config.maxlen if route.maxlen is None else route.maxlen
+        replicas = self._config.replicas if route.replicas is None else route.replicas
+
+        if isinstance(kept, Age):
+            return AgingStreamWay(name, key, age=kept.seconds, replicas=replicas)
+
+        return StreamWay(name, key, maxlen=kept, replicas=replicas)
+
+
+class Lanes:
+    """Makes lanes, one for each name and way to travel, with the first event."""
+
+    def __init__(self, config: Config, codec: Codec) -> None:
+        self._service = config.service
+        self._codec = codec
+        self._ways = Ways(config)
+        self._lanes: dict[tuple[str, str], Lane] = {}
+
+    def lane(self, name: str, route: Route) -> Lane:
+        """The lane of a name, as ``route`` has it."""
+        key = (name, route.via)
+        lane = self._lanes.get(key)
+
+        if lane is None:
+            return self._lanes.setdefault(key, self._make(name, route))
+
+        if lane.route is not route and lane.route != route:
+            lane = self._lanes[key] = self._make(name, route, lane)
+
+        return lane
+
+    def _make(self, name: str, route: Route, before: Lane | None = None) -> Lane:
+        seal = self._codec.seal(self._service, name)
+        lane = Lane(route=route, way=self._ways.way(name, route), seal=seal)
+
+        if before is not None:
+            # Those who listen count on.
+            lane.numbers = before.numbers
+
+        return lane
+
+
+def check_route(config: Config, route: Route) -> None:
+    """Refuse what the server of the settings cannot do.
+
+    :raises ConfigError: the route asks for a stream in a cluster.
+    """
+    if route.via == "stream" and config.url.startswith("redis+cluster://"):
+        raise ConfigError(
+            f"The route of {route.name!r} asks for via 'stream', and 'EVENTBUS_URL' is a cluster, "
+            "for which there are no streams yet. Use 'channel' there, or one Redis: 'redis://' or 'redis+sentinel://'."
+        )

@@ -5,20 +5,438 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from typing import Protocol
+
+import redis
 
 from ..ending import process_ends
 from ..logs import get_logger
-from ..transport.backoff import Backoff
 from ..transport.connections import OUTAGE, is_refused
+from ..transport.reconnect import Backoff
 from .buffer import Buffer
 from .connection import Exchange
-from .leader import Leader
-from .message import Outgoing
-from .outage import MOST_BACKOFF, Outage
-from .settlement import Settlement
-from .turn import Turn
+from .message import NoWritesError, Outgoing, TooFewReplicasError
+from .outage import MOST_BACKOFF, Outage, Settlement
 
 logger = get_logger(__name__)
+
+#: Bytes that a sender writes itself: so few that a connection at rest takes them at once, and
+#: only the answer is waited for.
+LEAD_BYTES = 16 * 1024
+
+
+class WritingThread(Protocol):
+    """What a leader asks of the thread; the buffer's lock is held."""
+
+    @property
+    def thread(self) -> threading.Thread | None:
+        """The thread, once there is one."""
+
+    @property
+    def can_be_spared(self) -> bool:
+        """Whether it is there, and nothing waits that only it does."""
+
+    @property
+    def has_to_act(self) -> bool:
+        """Whether there is something that it has to do."""
+
+    def wake(self) -> None:
+        """Tell that there is something to write."""
+
+    def call_senders(self) -> None:
+        """Wake the senders that wait for a confirmation."""
+
+
+#: What writing raises where an event, and not Redis or a signal handler, is to blame.
+DEFECTS = (TypeError, ValueError, OverflowError, redis.RedisError)
+
+
+class Leader:
+    """Lets a sender who waits for a confirmation write, its own event among what waits.
+
+    When it has the answers, it sends what came meanwhile as well, before it wakes anybody; one
+    of those senders waits for the answers to that, and so on. Only when that takes too long, or
+    fails, the thread goes on with it: reads the answers that are missing, or sends the batch again.
+
+    An exception may strike a sender anywhere. Then the thread sends what was in hand anew.
+    """
+
+    def __init__(
+        self,
+        *,
+        exchange: Exchange,
+        buffer: Buffer,
+        turn: Turn,
+        outage: Outage,
+        settlement: Settlement,
+        writer: WritingThread,
+    ) -> None:
+        self._exchange = exchange
+        self._buffer = buffer
+        self._turn = turn
+        self._outage = outage
+        self._settlement = settlement
+        self._writer = writer
+        self._lock = buffer.lock
+
+    def enlist(self, outgoing: Outgoing) -> Sequence[Outgoing]:
+        """The batch that the sender of an event in the buffer is to :meth:`lead`, now.
+
+        Nothing where somebody writes already, or Redis may not be there: then the thread will.
+        The buffer's lock is held.
+        """
+        if self._is_sent_for(outgoing):
+            return self._turn.resume()
+
+        if not self._may_lead:
+            self._writer.wake()
+            return ()
+
+        return self._begin(outgoing)
+
+    def lead(self, batch: Sequence[Outgoing], deadline: float) -> None:
+        """Write a batch, if it is not sent yet, in a sender's thread, and wait for the answers.
+
+        When there are none by ``deadline``, the thread goes on to wait for them.
+        """
+        try:
+            if batch is not self._turn.sent:
+                batch = self._send(deadline)
+
+            is_complete = self._exchange.read(deadline)
+        except OUTAGE as error:
+            self._hand_over(error)
+        else:
+            if is_complete:
+                self._conclude(batch, deadline)
+            else:
+                self._hand_over(None)
+
+    def step_back(self, outgoing: Outgoing) -> None:
+        """When a sender waits no longer: let the thread do what it was to do."""
+        with self._lock:
+            outgoing.would_write = False
+
+            # While something is being sent for it, whoever sends looks at this afterwards.
+            if self._is_sent_for(outgoing):
+                self._hand_over(None)
+
+    def abandon(self, outgoing: Outgoing) -> None:
+        """When a sender was interrupted: let the thread send anew what it may have been writing."""
+        with self._lock:
+            outgoing.would_write = False
+
+            if self._turn.owner is None:
+                self._turn.give_up()
+            elif self._turn.is_here:
+                # It may be another's turn, for which this thread was to send.
+                self._turn.is_sending = False
+                self._send_anew()
+            elif self._is_sent_for(outgoing):
+                self._hand_over(None)
+
+    @property
+    def _may_lead(self) -> bool:
+        return (
+            self._turn.owner is None
+            and self._writer.can_be_spared
+            and self._exchange.is_open
+            and self._buffer.bytes <= LEAD_BYTES
+            and not self._outage.stops_all
+        )
+
+    def _is_sent_for(self, outgoing: Outgoing) -> bool:
+        return self._turn.owner is outgoing and not self._turn.is_sending
+
+    def _send(self, deadline: float) -> Sequence[Outgoing]:
+        """Send what is in hand, and return it."""
+        self._exchange.connect(deadline)
+        batch = self._buffer.send_off()
+        self._exchange.send([(out.lane.way, out.sealed()) for out in batch], deadline)
+        return batch
+
+    def _begin(self, outgoing: Outgoing) -> Sequence[Outgoing]:
+        """Take what waits in hand, for the sender of an event to write."""
+        self._turn.begin(outgoing)
+        batch = self._turn.take()
+
+        if not batch:
+            self._turn.end()
+
+        return batch
+
+    def _conclude(self, batch: Sequence[Outgoing], deadline: float) -> None:
+        """Send what came meanwhile, and tell the senders of a batch what became of it.
+
+        Sending takes until the deadline at most.
+
+        In this order: who is woken needs the interpreter, and Redis does not.
+        """
+        outcomes = self._exchange.outcomes()
+
+        try:
+            self._outage.end(len(self._buffer))
+
+            with self._lock:
+                self._turn.grow()
+                holds = self._turn.settle(batch, outcomes)
+                following = self._pass_on()
+
+            if following is not None:
+                self._send_for(following, deadline)
+
+            if holds:
+                self._writer.call_senders()
+        finally:
+            try:
+                self._settlement.settle(batch, outcomes)
+                self._outage.log_changes()
+            except BaseException:
+                # This sender was interrupted, which does it for all of them.
+                for outgoing, error in zip(batch, outcomes, strict=True):
+                    if not isinstance(error, NoWritesError):
+                        outgoing.finish(error)
+
+                raise
+
+    def _pass_on(self) -> Outgoing | None:
+        """Give the turn to a sender that waits, or else to the thread if it has to write."""
+        waits = self._buffer.is_waiting
+        following = self._buffer.first_writer() if waits and self._may_lead else None
+
+        if following is not None:
+            self._turn.is_sending = True
+
+            if self._begin(following):
+                return following
+
+            self._turn.is_sending = False
+
+        if self._writer.has_to_act:
+            self._turn.give_up()
+
+        return None
+
+    def _send_for(self, following: Outgoing, deadline: float) -> None:
+        """Send what is in hand, and let the sender whose turn it is wait for the answers."""
+        batch, failure = self._buffer.in_hand, None
+
+        try:
+            batch = self._send(deadline)
+        except OUTAGE as error:
+            failure = error
+        except BaseException as error:
+            with self._lock:
+                self._turn.is_sending = False
+                self._send_anew()
+
+            # A time limit that a signal handler keeps is this sender's, whatever it was doing.
+            if not isinstance(error, DEFECTS):
+                raise
+
+            # The thread meets it again, and finds out which event it is.
+            logger.debug("%d events were not sent: %s", len(batch), error)
+            return
+
+        with self._lock:
+            self._turn.is_sending = False
+            self._turn.sent = batch
+
+            if failure is None and following.would_write:
+                following.call()
+                self._turn.leave_to_owner()
+            else:
+                self._hand_over(failure)
+
+    def _send_anew(self) -> None:
+        """Let the thread send what is in hand once more, on another connection."""
+        self._turn.is_begun = False
+        self._exchange.close()
+        self._buffer.put_back()
+        self._turn.give_up()
+
+    def _hand_over(self, error: Exception | None) -> None:
+        with self._lock:
+            self._turn.hand_over(self._writer.thread, error)
+
+
+#: Events in one round trip.
+BATCH_EVENTS = 512
+
+#: Bytes in one round trip, so that a batch of large events fits into the timeout.
+BATCH_BYTES = 1024 * 1024
+
+#: By what a batch shrinks that did not get through, and grows again after one that did: a
+#: connection that breaks in the middle of a large one lets a small one pass.
+BATCH_STEP = 8
+
+
+class Turn:
+    """Nobody's, the writing thread's, or that of a sender who waits: one at a time has it.
+
+    The buffer's lock is held by whoever begins a turn, ends it or passes it on.
+
+    :param buffer: what is written.
+    """
+
+    def __init__(self, buffer: Buffer, outage: Outage) -> None:
+        self._buffer = buffer
+        self._outage = outage
+        #: Whose it is: the thread's, or that of the sender of an event.
+        self.owner: Outgoing | threading.Thread | None = None
+        #: The thread that writes for it.
+        self._thread_id = 0
+        #: Whether something is being sent for its owner, by another sender; and what was.
+        self.is_sending = False
+        self.sent: Sequence[Outgoing] = ()
+        #: Whether the thread is to go on with a batch that a sender began, and what went wrong.
+        self.is_begun = False
+        self.failure: Exception | None = None
+        #: Whether the thread waits for something to do.
+        self.thread_rests = False
+        self._batch_events = BATCH_EVENTS
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the calling thread writes."""
+        return self._thread_id == threading.get_ident()
+
+    def begin(self, owner: Outgoing | threading.Thread) -> None:
+        """It is the owner's, and the calling thread writes."""
+        # First: who is interrupted with something in hand is known by this.
+        self._thread_id = threading.get_ident()
+        self.owner = owner
+
+    def take(self) -> Sequence[Outgoing]:
+        """Take in hand what waits, as much as one round trip is to carry."""
+        return self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
+
+    def take_stream_event(self) -> Sequence[Outgoing]:
+        """Take in hand one event, to find out whether Redis takes stream events again."""
+        return self._buffer.take_stream_event()
+
+    def resume(self) -> Sequence[Outgoing]:
+        """In the thread of its owner, after another sent what is in hand: that."""
+        self._thread_id = threading.get_ident()
+        return self._buffer.in_hand
+
+    def leave_to_owner(self) -> None:
+        """What is in hand was sent; its owner waits for the answers."""
+        self._thread_id = 0
+
+    def end(self) -> None:
+        """It is nobody's."""
+        self.owner = None
+        self._thread_id = 0
+        self.sent = ()
+
+    def settle(self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> bool:
+        """Let go of what is in hand, and of the turn.
+
+        What Redis does not take now goes back to the heads of the lines.
+
+        :return: whether there is something of that.
+        """
+        held = []
+
+        if any(outcomes):
+            held = [
+                (outgoing, error)
+                for outgoing, error in zip(batch, outcomes, strict=True)
+                if isinstance(error, NoWritesError)
+            ]
+
+        for outgoing, _ in held:
+            # An answer leaves no doubt, except about earlier tries.
+            outgoing.doubts -= 1
+
+        if held:
+            self._outage.refuse_writes(held[0][1], len(self._buffer))
+        elif self._outage.refusal is not None and _has_write(batch, outcomes):
+            self._outage.take_writes(len(self._buffer))
+
+        self._buffer.settle([outgoing for outgoing, _ in held])
+        self.hold_streams()
+        self.end()
+        return bool(held)
+
+    def note_writes(self, refusal: Exception | None) -> None:
+        """Note whether Redis takes writes; where events wait for that, one is tried at once."""
+        if refusal is not None:
+            self._outage.refuse_writes(refusal, len(self._buffer))
+        elif self._outage.refusal is None:
+            return
+        elif self._buffer.has_stream_events:
+            self._outage.write_now()
+        else:
+            self._outage.take_writes(len(self._buffer))
+
+        self.hold_streams()
+
+    def hold_streams(self) -> None:
+        """Hold stream events while Redis takes no writes; channel events go on."""
+        holds = self._outage.refusal is not None
+
+        if holds != self._buffer.holds_streams:
+            self._buffer.holds_streams = holds
+            # The thread waits as long as the state says, and senders may have room.
+            self._buffer.changed.notify_all()
+
+    def end_if_here(self) -> None:
+        """It is nobody's, if the calling thread had it."""
+        if self.is_here:
+            self.end()
+
+    def wake_thread(self) -> None:
+        """Let the thread do what there is to do, if it waits and nobody else does it."""
+        if self.thread_rests and self.owner is None:
+            self._call_thread()
+
+    def give_up(self) -> None:
+        """It is nobody's, and the thread looks what there is to do."""
+        self.end()
+        self._call_thread()
+
+    def hand_over(self, thread: threading.Thread | None, error: Exception | None) -> None:
+        """Let the thread go on with what is in hand.
+
+        :param error: what went wrong with it; ``None`` if answers are missing.
+        """
+        self.is_begun = True
+        self.failure = error
+        self._thread_id = 0
+        self.owner = thread
+        self._call_thread()
+
+    def take_over(self) -> Exception | None:
+        """In the thread: what went wrong with what was handed over."""
+        error, self.failure, self.is_begun = self.failure, None, False
+        return error
+
+    def grow(self) -> None:
+        """A batch got through: the next may be larger."""
+        self._batch_events = min(BATCH_EVENTS, self._batch_events * BATCH_STEP)
+
+    def shrink(self) -> None:
+        """A batch did not get through: the next is to be smaller."""
+        self._batch_events = max(1, self._batch_events // BATCH_STEP)
+
+    def go_one_by_one(self) -> None:
+        """One event of a batch is to blame: find out which."""
+        self._batch_events = 1
+
+    def _call_thread(self) -> None:
+        self.thread_rests = False
+        self._buffer.changed.notify_all()
+
+
+def _has_write(batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> bool:
+    """Return True if Redis took an event into a stream."""
+    return any(
+        outgoing.lane.is_stream and (error is None or isinstance(error, TooFewReplicasError))
+        for outgoing, error in zip(batch, outcomes, strict=True)
+    )
+
 
 #: Seconds a round trip may take before Redis counts as away.
 WRITE_TIMEOUT = 2.0

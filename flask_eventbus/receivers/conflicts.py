@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from ..config import Config
-from ..counters import BoundedLog, Counters
 from ..event import Event
-from ..lifecycle import tell
-from ..logs import get_logger
-from ..signals import event_conflict
+from ..logs import BoundedLog, Counters, get_logger
+from ..signals import event_conflict, tell
 
 logger = get_logger(__name__)
 

@@ -12,14 +12,12 @@ from enum import Enum
 from typing import Any
 
 from ..coroutines import run_coroutine
-from ..counters import BoundedLog, Counters
 from ..errors import ReceiverError
 from ..event import Event, handling, opened
-from ..lifecycle import tell_here
-from ..logs import get_logger
+from ..logs import BoundedLog, Counters, get_logger
 from ..routing.bus_signal import Receiver
-from ..signals import receiver_failed, receiver_succeeded
-from .failures import Failure, FailureLog
+from ..signals import receiver_failed, receiver_succeeded, tell_here
+from .retries import Failure, FailureLog
 
 logger = get_logger(__name__)
 

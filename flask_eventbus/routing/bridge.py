@@ -7,10 +7,13 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..counters import BoundedLog
+from blinker import NamedSignal, Signal
+
 from ..errors import PayloadError
-from ..logs import get_logger, text_of
-from .bus_signal import BusSignal, Outbound
+from ..logs import BoundedLog, get_logger, text_of
+from .bus_signal import BusSignal, Outbound, adopt
+from .options import is_pattern
+from .registry import Declarations
 from .routes import Route
 
 logger = get_logger(__name__)
@@ -99,3 +102,96 @@ class Bridge(Outbound):
             f"The payload function of {self.name!r} returned {type(found).__name__}. "
             "Return a mapping, or None to leave this emission unpublished."
         )
+
+
+class Bridges:
+    """Connects a bridge to each signal that a route carries, present and future.
+
+    :param configured: the routes of the settings, which go before those declared in code.
+    :param publish: publishes one emission by its name, its payload and its route.
+    :param owns: whether an emission by this sender is one of this node's.
+    :param check: refuses a route that cannot be had.
+    """
+
+    def __init__(
+        self,
+        declarations: Declarations,
+        configured: Mapping[str, Route],
+        publish: Callable[[str, Mapping[str, Any], Route], None],
+        publish_async: Callable[[str, Mapping[str, Any], Route], Awaitable[None]],
+        owns: Callable[[Any], bool],
+        check: Callable[[Route], None] = lambda route: None,
+    ) -> None:
+        self._declarations = declarations
+        self._configured = configured
+        self._publish = publish
+        self._publish_async = publish_async
+        self._owns = owns
+        self._check = check
+        #: By signal and name; the signals live as long as their routes, and so do their ids.
+        self._bridges: dict[tuple[int, str], tuple[Signal, Bridge]] = {}
+        #: The routes that are patterns, those of the settings first.
+        self._patterns: list[Route] = []
+
+    @property
+    def routes(self) -> dict[str, Route]:
+        """What is published."""
+        return {**self._declarations.routes, **self._configured}
+
+    def connect_all(self) -> None:
+        """Connect whatever is declared by now."""
+        for name in self.routes:
+            self.connect(name)
+
+    def connect(self, name: str) -> None:
+        """Connect what the route called ``name`` carries."""
+        route = self._route_called(name)
+
+        if route is None:
+            return
+
+        self._check(route)
+
+        if route.signal is not None:
+            self._bridge(route.signal, name, route)
+        elif is_pattern(name):
+            self._connect_pattern()
+        else:
+            self._bridge(self._declarations.make(name), name, route)
+
+    def route_for(self, name: str) -> Route | None:
+        """The route called ``name``, else the first pattern for it."""
+        return self._route_called(name) or self._pattern_for(name)
+
+    def meet(self, signal: NamedSignal) -> None:
+        """Connect one of the bus's own signals, if a route carries it."""
+        route = self.route_for(signal.name)
+
+        if route is not None and route.signal is None:
+            self._bridge(signal, signal.name, route)
+
+    def _connect_pattern(self) -> None:
+        both = (self._configured, self._declarations.routes)
+        self._patterns = [r for routes in both for r in routes.values() if is_pattern(r.name)]
+
+        for signal in list(self._declarations.namespace.values()):
+            self.meet(signal)
+
+    def _route_called(self, name: str) -> Route | None:
+        return self._configured.get(name) or self._declarations.routes.get(name)
+
+    def _pattern_for(self, name: str) -> Route | None:
+        return next((route for route in self._patterns if route.covers(name)), None)
+
+    def _bridge(self, signal: Signal, name: str, route: Route) -> None:
+        key = (id(signal), name)
+
+        if key in self._bridges:
+            self._bridges[key][1].route = route
+            return
+
+        bridge = Bridge(name, route, self._publish, self._publish_async, self._owns)
+        self._bridges[key] = (signal, bridge)
+
+        # Weakly, both ways: an app that is thrown away takes its bridges along.
+        adopt(signal).publish_by(bridge)

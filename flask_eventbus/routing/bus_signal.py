@@ -16,9 +16,9 @@ from weakref import WeakMethod
 
 from blinker import ANY, NamedSignal, Namespace, Signal
 
+from ..config import SIGNAL_NAME
 from ..coroutines import run_coroutine
 from ..errors import ConfigError, PayloadError
-from ..names import SIGNAL_NAME
 
 Receiver = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])

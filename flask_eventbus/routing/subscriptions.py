@@ -10,9 +10,8 @@ from typing import Any
 from blinker import NamedSignal
 
 from ..codec.entry_ids import EARLIEST, EntryId, before_moment, entry_id, id_text
-from ..config import MOST_RETRIES, read_whole
+from ..config import MOST_RETRIES, SERVICE_NAME, read_whole
 from ..errors import ConfigError
-from ..names import SERVICE_NAME
 from ..typing import SubscribeOptions, Via
 from .options import (
     entries_of,

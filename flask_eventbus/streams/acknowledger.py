@@ -14,11 +14,9 @@ import redis
 
 from ..codec.records import DeadLetter
 from ..config import Config
-from ..counters import BoundedLog, Counters
-from ..lifecycle import tell
-from ..logs import get_logger
+from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.delivery import Delivery, Hand
-from ..signals import event_dead_lettered
+from ..signals import event_dead_lettered, tell
 from ..transport.clock import RedisClock
 from ..transport.connections import OUTAGE
 from ..transport.keys import StreamKeys

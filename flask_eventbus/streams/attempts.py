@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import redis
 
-from ..counters import Counters
-from ..logs import get_logger
+from ..logs import Counters, get_logger
 from ..receivers.delivery import Delivery, Hand
 from ..receivers.dispatcher import Dispatcher, Status
-from ..receivers.failures import Failure
+from ..receivers.retries import Failure
 from ..transport.connections import OUTAGE
 from .acknowledger import Settler
 from .group import Group, GroupGoneError

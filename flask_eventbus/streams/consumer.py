@@ -12,34 +12,29 @@ import redis
 
 from ..codec.codec import Codec
 from ..config import Config
-from ..counters import BoundedLog, Counters
-from ..lifecycle import tell
-from ..logs import get_logger
+from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.delivery import Hand
 from ..receivers.dispatcher import Dispatcher
 from ..receivers.workers import Pool
 from ..routing.bus_signal import Receiver
 from ..routing.subscriptions import Subscription, subscription_for
-from ..signals import listener_connected, listener_lost
+from ..signals import listener_connected, listener_lost, tell
 from ..transport.connections import OUTAGE, Connections
 from ..transport.keys import StreamKeys
 from ..transport.pipe import Pipe
 from .acknowledger import Settler
 from .attempts import Attempts
-from .catalogue import Catalogue
 from .decoder import StreamIntake
 from .duplicates import Duplicates
 from .fanout import Follower
 from .group import Group, GroupGoneError
 from .maintenance import Keeper
-from .membership import Memberships
+from .membership import Catalogue, Memberships
 from .orphans import Orphans
-from .outcomes import Outcomes
+from .outcomes import Outcomes, RetryCounts
 from .reader import StreamReader
-from .reclaim import Claims
-from .retry_counts import RetryCounts
+from .reclaim import Claims, Trims
 from .retry_queue import RetryLine
-from .trims import Trims
 
 logger = get_logger(__name__)
 

@@ -11,10 +11,8 @@ from typing import Any
 import redis
 
 from ..config import Config
-from ..counters import BoundedLog, Counters
-from ..lifecycle import tell
-from ..logs import get_logger
-from ..signals import events_dropped
+from ..logs import BoundedLog, Counters, get_logger
+from ..signals import events_dropped, tell
 from ..transport.connections import OUTAGE
 from ..transport.keys import StreamKeys
 from ..transport.pipe import Command, Pipe

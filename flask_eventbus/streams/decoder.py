@@ -12,14 +12,12 @@ from hashlib import sha256
 from ..codec.codec import Codec
 from ..codec.records import MOST_ERROR, DeadLetter
 from ..config import Config
-from ..counters import BoundedLog, Counters
 from ..errors import DecodeError
 from ..event import Event, opened
-from ..lifecycle import tell
-from ..logs import get_logger
+from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.delivery import Delivery
 from ..routing.subscriptions import Subscription
-from ..signals import event_rejected
+from ..signals import event_rejected, tell
 from ..text import plain
 from ..transport.pipe import SAMPLE, Large
 from .group import Entry

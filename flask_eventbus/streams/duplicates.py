@@ -8,8 +8,7 @@ from datetime import UTC, datetime
 from hashlib import blake2b
 
 from ..config import Config
-from ..counters import BoundedLog, Counters
-from ..logs import get_logger
+from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.conflicts import Conflicts
 from ..receivers.delivery import Delivery
 from ..transport.keys import StreamKeys

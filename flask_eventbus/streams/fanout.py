@@ -13,19 +13,17 @@ import redis
 
 from ..codec.entry_ids import entry_id
 from ..config import Config
-from ..counters import BoundedLog, Counters
-from ..logs import get_logger
-from ..receivers.lineup import Lineup, Portions
+from ..logs import BoundedLog, Counters, get_logger
+from ..receivers.workers import Lineup, Portions
 from ..routing.subscriptions import NEW, Subscription
-from ..transport.backoff import Backoff
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
-from ..transport.reconnect import Reading
+from ..transport.reconnect import Backoff, Reading
 from .alarms import far_ahead
-from .catalogue import Catalogue
 from .decoder import StreamIntake
 from .group import Entry, behind, fields_of, last_id, passed, remedy
-from .trims import report_trimmed, report_trimmed_over
+from .membership import Catalogue
+from .reclaim import report_trimmed, report_trimmed_over
 
 logger = get_logger(__name__)
 

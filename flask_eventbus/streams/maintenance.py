@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 import redis
 
 from ..config import Config
-from ..counters import BoundedLog, Counters
-from ..logs import get_logger
+from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.delivery import Delivery, Hand
-from ..receivers.lineup import Lineup, Portions
+from ..receivers.workers import Lineup, Portions
 from ..routing.subscriptions import Subscription
-from ..transport.backoff import Backoff
 from ..transport.connections import OUTAGE, takes_no_writes
+from ..transport.reconnect import Backoff
 from .acknowledger import Settler
 from .alarms import foreign_consumers
 from .group import RELEASED, Group, GroupGoneError

@@ -9,9 +9,8 @@ from itertools import islice
 
 import redis
 
-from ..counters import BoundedLog
-from ..logs import get_logger
-from ..names import SIGNAL_NAME
+from ..config import SIGNAL_NAME
+from ..logs import BoundedLog, get_logger
 from ..transport.keys import StreamKeys
 from .acknowledger import Settler
 from .retry_queue import RetryLine

@@ -8,21 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 import redis
 
-from ..counters import Counters
-from ..logs import get_logger
+from ..logs import Counters, get_logger
 from ..receivers.delivery import Hand
-from ..receivers.lineup import MOST_BYTES, Lineup, Portions
+from ..receivers.workers import MOST_BYTES, Lineup, Portions
 from ..routing.subscriptions import Subscription
-from ..transport.backoff import Backoff
-from ..transport.reconnect import Reading
+from ..transport.reconnect import Backoff, Reading
 from .acknowledger import Settler
 from .decoder import StreamIntake
 from .duplicates import Duplicates
 from .group import Entry, Group, GroupGoneError
 from .membership import Memberships
 from .outcomes import Outcomes
-from .reclaim import Claims
-from .trims import Trims
+from .reclaim import Claims, Trims
 
 logger = get_logger(__name__)
 

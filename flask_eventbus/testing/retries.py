@@ -10,13 +10,11 @@ from heapq import heappop, heappush
 
 from ..codec.records import DeadLetter, RetryRecord, words_of
 from ..event import Event
-from ..lifecycle import tell_here
 from ..node import Node
 from ..receivers.delivery import Delivery
-from ..receivers.failures import Failure
-from ..receivers.retries import allowed, judge
+from ..receivers.retries import Failure, allowed, judge
 from ..routing.subscriptions import Subscription, subscription_for
-from ..signals import event_dead_lettered
+from ..signals import event_dead_lettered, tell_here
 from ..streams.decoder import StreamIntake, readable
 from ..streams.group import Entry
 from ..streams.retry_queue import GONE_AFTER

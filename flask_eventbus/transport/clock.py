@@ -8,8 +8,7 @@ from contextlib import AbstractContextManager
 import redis
 
 from ..config import Config
-from ..counters import BoundedLog
-from ..logs import get_logger
+from ..logs import BoundedLog, get_logger
 from .connections import OUTAGE
 from .pipe import Pipe
 

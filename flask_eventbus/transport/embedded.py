@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from ..ending import after_fork, notice_fork
 from ..errors import ConfigError
-from ..forks import after_fork, notice_fork
 from . import supervisor
 from .supervisor import READY, answers, is_at, lock, remove_unless_used
 

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable
 
-from ..counters import BoundedLog, Counters
-from ..logs import get_logger
-from .backoff import Backoff
+from ..logs import BoundedLog, Counters, get_logger
 from .connections import OUTAGE
 
 logger = get_logger(__name__)
+
+#: Seconds before the first retry.
+FIRST = 0.1
+
+
+class Backoff:
+    """Doubles from 0.1 s up to ``most`` seconds, with jitter so that workers do not return as one.
+
+    Jitter takes up to half of each wait away, as in "equal jitter" of the AWS Architecture
+    Blog's article on exponential backoff.
+    """
+
+    def __init__(self, *, most: float) -> None:
+        self._most = most
+        self._tries = 0
+
+    def next(self) -> float:
+        """Seconds to wait now."""
+        wait: float = min(self._most, FIRST * 2 ** min(self._tries, 30))
+        self._tries += 1
+        return wait * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
+
+    def reset(self) -> None:
+        """Begin again, after a success."""
+        self._tries = 0
+
 
 #: Seconds between tries to connect, at most.
 MOST_BACKOFF = 1.0

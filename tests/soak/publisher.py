@@ -17,7 +17,7 @@ from soak.cast import PAID, PLACED
 from soak.lines import Lines
 
 from flask_eventbus import Bus, PublishError
-from flask_eventbus.running import told_by_signal
+from flask_eventbus.bus import told_by_signal
 
 #: Seconds that the end of a publisher waits for Redis.
 FLUSH = 60
