@@ -28,7 +28,7 @@ import redis
 from channel import PAYLOAD, median, microseconds, redis_server
 
 from flask_eventbus import Bus
-from flask_eventbus.publisher.message import StreamWay
+from flask_eventbus.publisher.message import StreamDestination
 
 KEY = "eventbus:{tick}:stream"
 
@@ -91,7 +91,7 @@ class LeastPython:
         host, port = url.removeprefix("redis://").partition("/")[0].split(":")
         self._socket = socket.create_connection((host, int(port)))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._command = StreamWay("tick", KEY, maxlen=100_000).command(BODY)
+        self._command = StreamDestination("tick", KEY, maxlen=100_000).command(BODY)
         self._lock = threading.Lock()
         self._line: list[threading.Lock] = []
         self._done: set[threading.Lock] = set()

@@ -22,7 +22,7 @@ from .cli.services_command import services
 from .cli.status import status
 from .config import Config
 from .node import Node
-from .routing.registry import Declarations
+from .routing.registry import Registry
 
 #: Who publishes where no service is named.
 DEFAULT_SERVICE = "cli"
@@ -54,7 +54,7 @@ class BareProgram(Program):
         environ = {"EVENTBUS_SERVICE": DEFAULT_SERVICE, **self._environ}
         # What a service publishes and hears may name modules, which nobody asked to load.
         config = replace(Config.from_environ(environ), publish=(), subscribe=())
-        return Node(config, Declarations())
+        return Node(config, Registry())
 
 
 @click.group(

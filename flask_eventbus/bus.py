@@ -20,7 +20,7 @@ from .health import Health
 from .logs import get_logger
 from .node import FLUSH_AT_EXIT, Node
 from .routing.loading import load_receivers
-from .routing.registry import Declarations
+from .routing.registry import Registry
 from .typing import Settings
 
 logger = get_logger(__name__)
@@ -94,7 +94,7 @@ def told_by_signal() -> Iterator[threading.Event]:
             signal.signal(caught, previous)
 
 
-class Bus(Declarations):
+class Bus(Registry):
     """Carries signals between this program and services, over Redis.
 
     As a consumer it connects receivers and runs; as a publisher it is used with ``with``,

@@ -22,7 +22,7 @@ from .logs import get_logger
 from .node import FLUSH_AT_EXIT, Node
 from .receivers.dispatcher import name_of
 from .routing.loading import load_receivers
-from .routing.registry import Declarations
+from .routing.registry import Registry
 from .serving import call_when_serving
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class AppSignal:
     signal's, and the function a receiver. Called with anything else it sends.
     """
 
-    def __init__(self, declarations: Declarations, name: str) -> None:
+    def __init__(self, declarations: Registry, name: str) -> None:
         self._declarations = declarations
         #: The blinker signal behind it.
         self.signal: NamedSignal = declarations.signal(name)
@@ -160,7 +160,7 @@ class AppSignal:
 class AppSignals:
     """What ``app.signal`` is: ``app.signal("name")``, or a bare decorator of a function."""
 
-    def __init__(self, declarations: Declarations) -> None:
+    def __init__(self, declarations: Registry) -> None:
         self._declarations = declarations
 
     @overload
@@ -207,7 +207,7 @@ def _flat(bound: inspect.BoundArguments) -> dict[str, Any]:
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-class EventBus(Declarations):
+class EventBus(Registry):
     """Bridges an app's signals to other services, by the app's configuration.
 
     One bus may serve several apps; each has its own node under

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Mapping
 
-from .channels.decoder import Intake
-from .channels.listener import Hearing, Listener
+from .channels.decoder import MessageDecoder
+from .channels.listener import ChannelSubscriptions, Listener
 from .channels.reader import ChannelReader
 from .codec.codec import Codec
 from .config import Config
 from .errors import ConfigError
 from .logs import Counters
 from .receivers.dispatcher import Dispatcher
-from .receivers.workers import Pool
+from .receivers.workers import WorkerThreads
 from .routing.bus_signal import Receiver
 from .routing.subscriptions import Subscription
 from .streams.consumer import Consumer
@@ -39,7 +39,7 @@ def check_subscription(config: Config, subscription: Subscription) -> None:
         )
 
 
-class Inbound:
+class Listening:
     """Hears what a service subscribed to, over channels and streams, as one.
 
     :param subscriptions: what the service hears; asked for whenever it may have changed.
@@ -68,7 +68,7 @@ class Inbound:
         self._channels = Part("stream")
         self._streams = Part("channel")
         self._has_streams = not config.url.startswith("redis+cluster://")
-        self.pool = Pool(
+        self.pool = WorkerThreads(
             config=config,
             dispatcher=dispatcher,
             counters=counters,
@@ -81,13 +81,13 @@ class Inbound:
             config=config,
             reader=reader,
             keys=keys,
-            hearing=Hearing(
+            hearing=ChannelSubscriptions(
                 service=config.service,
                 keys=keys,
                 reader=reader,
                 subscriptions=self._on_channels,
             ),
-            intake=Intake(
+            intake=MessageDecoder(
                 config=config,
                 codec=codec,
                 counters=counters,

@@ -19,21 +19,21 @@ from . import logs
 from .codec.codec import Codec
 from .config import Config
 from .coroutines import in_thread
-from .database.after_commit import Drafts
+from .database.after_commit import AfterCommit
 from .ending import after_fork, catch_sigterm, leave_sigterm, notice_fork, process_ends
 from .errors import PublishError
 from .event import Event
 from .health import Health
-from .listening import Inbound, check_subscription
+from .listening import Listening, check_subscription
 from .logs import Counters, get_logger
-from .publisher.connection import Exchange
-from .publisher.message import Outgoing, check_route
+from .publisher.connection import PublishConnection
+from .publisher.message import Message, check_route
 from .publisher.publisher import ClosedError, Publisher
 from .publisher.writer import WRITE_TIMEOUT
 from .receivers.dispatcher import Dispatcher
 from .routing.bridge import Bridges
 from .routing.bus_signal import Receiver
-from .routing.registry import Declarations
+from .routing.registry import Registry
 from .routing.routes import Route, read_routes
 from .routing.subscriptions import NEW, Subscription, read_subscriptions
 from .signals import wait_until_told
@@ -79,7 +79,7 @@ class Node:
     def __init__(
         self,
         config: Config,
-        declarations: Declarations,
+        declarations: Registry,
         *,
         scope: Callable[[], AbstractContextManager[object]] = lambda: _NOTHING,
         owns: Callable[[Any], bool] = lambda sender: True,
@@ -328,7 +328,7 @@ class Node:
         return Publisher(
             config=self.config,
             codec=self.codec,
-            exchange=Exchange(
+            exchange=PublishConnection(
                 self.connections,
                 timeout=WRITE_TIMEOUT,
                 names=StreamKeys(self.config.prefix).names,
@@ -340,8 +340,8 @@ class Node:
             resend=_resending(self),
         )
 
-    def _make_drafts(self) -> Drafts:
-        return Drafts(
+    def _make_drafts(self) -> AfterCommit:
+        return AfterCommit(
             session=lambda: self.session,
             scope=self._scope,
             draft=lambda *emission: self._publisher.draft(*emission),
@@ -380,9 +380,9 @@ class Node:
                 self.config.service,
             )
 
-    def _make_inbound(self) -> Inbound:
+    def _make_inbound(self) -> Listening:
         publisher = self._publisher
-        return Inbound(
+        return Listening(
             config=self.config,
             connections=self.connections,
             codec=self.codec,
@@ -482,7 +482,7 @@ class Node:
 
         return True
 
-    def resend(self, outgoing: Outgoing) -> None:
+    def resend(self, outgoing: Message) -> None:
         """Publish an event again that was not confirmed, with the same id and the same bytes.
 
         :raises PublishError: it was not confirmed this time either.
@@ -495,7 +495,7 @@ class Node:
             except ClosedError:
                 logger.debug("%r is sent again during a stop.", outgoing.lane.name)
 
-    def _publish_drafts(self, drafts: Sequence[Outgoing]) -> list[Outgoing]:
+    def _publish_drafts(self, drafts: Sequence[Message]) -> list[Message]:
         """Publish what waited for a commit, and return what Redis did not confirm in time."""
         notice_fork()
         deadline = time.monotonic() + self.config.timeout
@@ -510,7 +510,7 @@ class Node:
 
         return self._publisher.await_all(drafts, deadline)
 
-    def _publish_draft(self, draft: Outgoing, deadline: float) -> None:
+    def _publish_draft(self, draft: Message, deadline: float) -> None:
         while True:
             try:
                 return self._publisher.take(draft, deadline)
@@ -521,11 +521,11 @@ class Node:
                 return draft.finish(error)
 
 
-def _resending(node: Node) -> Callable[[Outgoing], None]:
+def _resending(node: Node) -> Callable[[Message], None]:
     """A function that sends an event again, and does not keep ``node`` alive."""
     reference = weakref.ref(node)
 
-    def resend(outgoing: Outgoing) -> None:
+    def resend(outgoing: Message) -> None:
         found = reference()
 
         if found is None:

@@ -37,7 +37,7 @@ from sqlalchemy.orm import (
 from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, PublishError, current_event
-from flask_eventbus.publisher.message import Outgoing
+from flask_eventbus.publisher.message import Message
 from flask_eventbus.publisher.publisher import Publisher
 from flask_eventbus.testing import Isolation
 
@@ -895,7 +895,7 @@ def test_a_time_limit_in_a_commit_that_waits_is_passed_on_and_no_event_is_lost(
     session.commit()
 
 
-def _alarmed(publisher: Publisher, sent: Sequence[Outgoing], deadline: float) -> list[Outgoing]:
+def _alarmed(publisher: Publisher, sent: Sequence[Message], deadline: float) -> list[Message]:
     """Wait for confirmations that do not come, and get an alarm meanwhile."""
     signal.setitimer(signal.ITIMER_REAL, 0.01)
     return _await_all(publisher, sent, deadline)
@@ -909,13 +909,13 @@ def test_a_time_limit_at_one_event_of_a_commit_lets_the_others_leave(
 ) -> None:
     take = Publisher.take
 
-    def limited(publisher: Publisher, draft: Outgoing, deadline: float) -> None:
+    def limited(publisher: Publisher, draft: Message, deadline: float) -> None:
         if not taken:
             taken.append(draft)
             raise TimeLimitError
         take(publisher, draft, deadline)
 
-    taken: list[Outgoing] = []
+    taken: list[Message] = []
     monkeypatch.setattr(Publisher, "take", limited)
     bus = make_bus(shared_redis.url, publish={"user_*": {"after_commit": True}})
     bus.register_session(session)

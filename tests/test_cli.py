@@ -30,7 +30,7 @@ from flask_eventbus import Bus, EventBus, __version__, current_event
 from flask_eventbus.__main__ import main
 from flask_eventbus.cli.app import flask_commands
 from flask_eventbus.cli.commands import COMMANDS
-from flask_eventbus.routing.registry import Declarations
+from flask_eventbus.routing.registry import Registry
 from flask_eventbus.text import read_value
 
 ROOT = Path(__file__).parent.parent
@@ -518,7 +518,7 @@ def test_routes_fits_a_terminal_of_80_columns(till: Flask, monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "80")
     terminal = SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("flask_eventbus.cli.rendering.sys", terminal)
-    bus: Declarations = till.extensions["eventbus"].declarations
+    bus: Registry = till.extensions["eventbus"].declarations
     bus.publishes(flask.request_finished, as_="a_name/that_is_as_long_as_a_line", payload=summary)
 
     @bus.on("a_name/that_is_as_long_as_a_line", from_=["accounts-in-the-north", "accounts-south"])

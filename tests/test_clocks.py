@@ -116,14 +116,14 @@ def test_a_step_of_redis_clock_takes_no_retry_from_a_worker_that_lives(
     wait_until(lambda: receiver.attempts == [1, 2], what="the retry is begun")
 
     # The others look before the worker that lives has renewed its lease.
-    renew = retry_queue.RetryLine.renew
-    monkeypatch.setattr(retry_queue.RetryLine, "renew", lambda line, delivery: True)
+    renew = retry_queue.RetryQueue.renew
+    monkeypatch.setattr(retry_queue.RetryQueue, "renew", lambda line, delivery: True)
     wall_clock.ahead += 3_600
     for bus in buses:
         bus.node._inbound.consumer._keeper.wake()
     for bus in buses:
         wait_until(lambda bus=bus: not is_steady(bus), what="it noticed the step")  # type: ignore[misc]
-    monkeypatch.setattr(retry_queue.RetryLine, "renew", renew)
+    monkeypatch.setattr(retry_queue.RetryQueue, "renew", renew)
     for bus in buses:
         wait_until(lambda bus=bus: is_steady(bus), what="its clock is believed")  # type: ignore[misc]
     receiver.may_end.set()

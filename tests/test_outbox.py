@@ -48,10 +48,10 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.config import Config
 from flask_eventbus.database import outbox
 from flask_eventbus.database.outbox import Entry, Outbox, store
-from flask_eventbus.database.relay import Relay, Turn
+from flask_eventbus.database.relay import Relay, RelayTurn
 from flask_eventbus.event import Event, handling
-from flask_eventbus.publisher.connection import Exchange
-from flask_eventbus.publisher.message import Way, Ways
+from flask_eventbus.publisher.connection import PublishConnection
+from flask_eventbus.publisher.message import Destination, Ways
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import Isolation
 from flask_eventbus.transport import role
@@ -170,13 +170,13 @@ def relaying(server: RedisServer, engine: Engine, prefix: str, batch: int = 100)
         exchange.close()
 
 
-def exchange_with(url: str, prefix: str) -> Exchange:
+def exchange_with(url: str, prefix: str) -> PublishConnection:
     """What a relay publishes with."""
     connections = Connections(url, name="relay")
-    return Exchange(connections, timeout=2, names=f"{prefix}:streams", patience=0.5)
+    return PublishConnection(connections, timeout=2, names=f"{prefix}:streams", patience=0.5)
 
 
-def way(prefix: str) -> Callable[[str, Via], Way]:
+def way(prefix: str) -> Callable[[str, Via], Destination]:
     """How a relay without routes lets events travel."""
     ways = Ways(Config(service="relay", prefix=prefix))
     return lambda name, via: ways.way(name, Route(name=name, via=via))
@@ -192,7 +192,7 @@ def empty(relay: Relay) -> None:
     """Let a relay publish what waits."""
     never = threading.Event()
 
-    while relay.turn(never) is not Turn.EMPTY:
+    while relay.turn(never) is not RelayTurn.EMPTY:
         pass
 
 
@@ -614,7 +614,7 @@ def test_an_empty_outbox_is_not_locked_and_asks_nothing_of_redis(engine: Engine)
     relay = lonely(engine)
     statements = executed(engine)
 
-    assert relay.turn(threading.Event()) is Turn.EMPTY
+    assert relay.turn(threading.Event()) is RelayTurn.EMPTY
     assert len(statements) == 1
     assert "FOR UPDATE" not in statements[0]
 
@@ -653,9 +653,9 @@ def test_an_outage_in_the_middle_of_a_batch_leaves_what_was_confirmed_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fill(engine, 8, size=300_000)
-    publish, batches = Exchange.publish, []
+    publish, batches = PublishConnection.publish, []
 
-    def break_down(self: Exchange, batch: Any) -> Any:
+    def break_down(self: PublishConnection, batch: Any) -> Any:
         batches.append(batch)
 
         if len(batches) == 2:
@@ -663,7 +663,7 @@ def test_an_outage_in_the_middle_of_a_batch_leaves_what_was_confirmed_so(
 
         return publish(self, batch)
 
-    monkeypatch.setattr(Exchange, "publish", break_down)
+    monkeypatch.setattr(PublishConnection, "publish", break_down)
 
     with pytest.raises(redis.ConnectionError):
         relay.turn(threading.Event())
@@ -718,8 +718,8 @@ def test_what_a_newer_version_wrote_is_left_to_a_newer_relay(
     store(session, Entry(event_id="a-1", name="order_paid", via="pigeon", event=b""))
     session.commit()
 
-    assert relay.turn(threading.Event()) is Turn.PUBLISHED
-    assert relay.turn(threading.Event()) is Turn.EMPTY
+    assert relay.turn(threading.Event()) is RelayTurn.PUBLISHED
+    assert relay.turn(threading.Event()) is RelayTurn.EMPTY
     assert (waiting.count(), ear.events) == (1, [])
     assert "too old to publish via 'pigeon'" in caplog.text
 
@@ -842,10 +842,10 @@ if "TEST_DATABASE_URL" in os.environ:
 
         with relaying(shared_redis, engine, prefix) as relay:
             with waiting.take(2):
-                assert relay.turn(threading.Event()) is Turn.LEFT
+                assert relay.turn(threading.Event()) is RelayTurn.LEFT
                 assert relay.published == 0
 
-            assert relay.turn(threading.Event()) is Turn.PUBLISHED
+            assert relay.turn(threading.Event()) is RelayTurn.PUBLISHED
 
         assert ear.ids == list(range(5))
 
@@ -876,7 +876,7 @@ def test_a_relay_publishes_nothing_into_a_replica(
     fill(engine, 2)
 
     with relaying(redis_server, engine, prefix) as relay:
-        assert relay.turn(told) is Turn.PUBLISHED
+        assert relay.turn(told) is RelayTurn.PUBLISHED
         # It keeps its connection, and replicas take PUBLISH.
         redis_server.client.replicaof("127.0.0.1", 1)
         fill(engine, 2, "user_left")
@@ -1153,7 +1153,7 @@ def test_a_database_that_cannot_be_reached_is_told_once_and_comes_back(
     told = threading.Event()
 
     with relaying(redis_server, away.engine, prefix) as relay:
-        assert relay.turn(told) is Turn.PUBLISHED
+        assert relay.turn(told) is RelayTurn.PUBLISHED
         thread = threading.Thread(
             target=relay.run, args=[told], kwargs={"interval": 0.01}, daemon=True
         )
@@ -1181,7 +1181,7 @@ def tries_of(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     tries: list[None] = []
     turn = relay.turn
 
-    def note(told: threading.Event) -> Turn:
+    def note(told: threading.Event) -> RelayTurn:
         tries.append(None)
         return turn(told)
 

@@ -22,12 +22,12 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, PayloadError, PublishError, node, signals
-from flask_eventbus.codec.codec import Seal
+from flask_eventbus.codec.codec import Envelope
 from flask_eventbus.event import Event, handling
 from flask_eventbus.publisher import buffer, writer
 from flask_eventbus.publisher.buffer import Buffer
-from flask_eventbus.publisher.connection import Exchange
-from flask_eventbus.publisher.message import ChannelWay, Lane, Outgoing
+from flask_eventbus.publisher.connection import PublishConnection
+from flask_eventbus.publisher.message import ChannelDestination, Message, RouteState
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import isolated
 from flask_eventbus.typing import Publish
@@ -441,14 +441,14 @@ def test_a_full_buffer_raises_where_the_policy_is_to_raise(
 def test_a_confirmation_that_comes_late_because_much_waits_drops_nothing(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = Exchange.publish
+    publish = PublishConnection.publish
 
-    def slowly(exchange: Exchange, *arguments: Any) -> Any:
+    def slowly(exchange: PublishConnection, *arguments: Any) -> Any:
         time.sleep(0.02)
         return publish(exchange, *arguments)
 
     # What waits takes nearly a second, and there is room again after a fiftieth of one.
-    monkeypatch.setattr(Exchange, "publish", slowly)
+    monkeypatch.setattr(PublishConnection, "publish", slowly)
     monkeypatch.setattr(writer, "BATCH_EVENTS", 50)
     bus = make_bus(
         shared_redis.url,
@@ -516,9 +516,9 @@ def test_events_that_were_dropped_are_missed_by_those_who_listen(
 
 def test_a_withdrawn_event_leaves_the_line_without_a_trace() -> None:
     waiting = Buffer(most_events=10)
-    way = ChannelWay("tick", "tick")
-    lane = Lane(route=Route(name="tick"), way=way, seal=Seal("tests", "tick"))
-    events = [Outgoing(lane, b"\x80", {}, confirm=True) for _ in range(4)]
+    way = ChannelDestination("tick", "tick")
+    lane = RouteState(route=Route(name="tick"), way=way, seal=Envelope("tests", "tick"))
+    events = [Message(lane, b"\x80", {}, confirm=True) for _ in range(4)]
 
     for number, outgoing in enumerate(events, 1):
         outgoing.identify("node", number, 0)

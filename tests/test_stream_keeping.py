@@ -508,7 +508,7 @@ def test_what_a_worker_gives_up_is_not_given_up_by_another_as_well(
     key = store.keys.retry("tick", "mailer")
     store.client.zadd(key, {b"edited by hand": 1})
     # It does not come to tell Redis.
-    monkeypatch.setattr(acknowledger.Settler, "settle", lambda *_: None)
+    monkeypatch.setattr(acknowledger.Acknowledger, "settle", lambda *_: None)
     bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=60)
     listen(bus, lambda sender, n: None)
 

@@ -242,10 +242,10 @@ def test_a_delay_that_is_none_is_a_failure_like_any_other(line: Line, after: Any
 
 
 def test_what_a_worker_keeps_of_retries_that_wait_has_a_bound() -> None:
-    parts = inspect.signature(maintenance.Keeper).parameters
+    parts = inspect.signature(maintenance.Maintenance).parameters
     settler = mock.Mock()
     settler.clock.now.return_value = 1_000_000.25
-    kept = maintenance.Keeper(**{part: mock.Mock() for part in parts} | {"settler": settler})
+    kept = maintenance.Maintenance(**{part: mock.Mock() for part in parts} | {"settler": settler})
 
     for n in range(20_000):
         kept.expect("work", 1_000_000.25 + n / 100)
@@ -727,7 +727,7 @@ def test_a_retry_whose_receiver_goes_away_as_it_begins_is_not_taken_for_handled(
 ) -> None:
     monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.05)
     monkeypatch.setattr(retry_queue, "POSTPONED", 0.2)
-    begin = retry_queue.RetryLine.begin
+    begin = retry_queue.RetryQueue.begin
     begun: list[bool] = []
     ran: list[int] = []
 
@@ -742,11 +742,11 @@ def test_a_retry_whose_receiver_goes_away_as_it_begins_is_not_taken_for_handled(
         line.bus.signal("work").disconnect(receive)
         return begun[-1]
 
-    monkeypatch.setattr(retry_queue.RetryLine, "begin", disconnect_meanwhile)
+    monkeypatch.setattr(retry_queue.RetryQueue, "begin", disconnect_meanwhile)
     line.listen()
     line.send(1)
     wait_until(lambda: begun, what="the retry begins, and its receiver is gone")
-    monkeypatch.setattr(retry_queue.RetryLine, "begin", begin)
+    monkeypatch.setattr(retry_queue.RetryQueue, "begin", begin)
     wait_until(lambda: line.waiting() and not running(line), what="the retry is put back")
     assert ran == [1]
     line.bus.signal("work").connect(receive, weak=False)

@@ -28,8 +28,13 @@ from waiting import wait_until
 from flask_eventbus import Bus, PayloadError, PublishError, signals
 from flask_eventbus.admin.publish import publish_one
 from flask_eventbus.publisher import writer
-from flask_eventbus.publisher.connection import Exchange
-from flask_eventbus.publisher.message import ChannelWay, StreamWay, TooFewReplicasError, Way
+from flask_eventbus.publisher.connection import PublishConnection
+from flask_eventbus.publisher.message import (
+    ChannelDestination,
+    Destination,
+    StreamDestination,
+    TooFewReplicasError,
+)
 from flask_eventbus.signals import wait_until_told
 from flask_eventbus.transport.connections import Connections
 
@@ -411,13 +416,13 @@ def test_senders_at_the_same_time_share_round_trips_and_each_thread_keeps_its_or
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    send = Exchange.send
+    send = PublishConnection.send
 
-    def note(exchange: Exchange, batch: Any, deadline: float) -> None:
+    def note(exchange: PublishConnection, batch: Any, deadline: float) -> None:
         sizes.append(len(batch))
         send(exchange, batch, deadline)
 
-    monkeypatch.setattr(Exchange, "send", note)
+    monkeypatch.setattr(PublishConnection, "send", note)
     bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=20)
 
     outcomes = send_in_threads(bus, threads=16, each=100)
@@ -438,13 +443,13 @@ def test_a_confirmed_send_in_one_thread_wakes_no_other(
     bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"})
     bus.signal("tick").send("test", n=0)
     threads: Counter[bool] = Counter()
-    send = Exchange.send
+    send = PublishConnection.send
 
-    def note(exchange: Exchange, batch: Any, deadline: float) -> None:
+    def note(exchange: PublishConnection, batch: Any, deadline: float) -> None:
         threads[threading.current_thread() is threading.main_thread()] += 1
         send(exchange, batch, deadline)
 
-    monkeypatch.setattr(Exchange, "send", note)
+    monkeypatch.setattr(PublishConnection, "send", note)
     for n in range(1, 200):
         bus.signal("tick").send("test", n=n)
 
@@ -602,11 +607,11 @@ def test_only_what_asked_for_replicas_fails_without_them(
     rules = ["on", ">secret", "~*", "&*", "+@all", *(["-wait"] if refused else [])]
     shared_redis.client.execute_command("ACL", "SETUSER", user, *rules)
     connections = Connections(url.replace("://", f"://{user}:secret@"), name="test")
-    exchange = Exchange(connections, timeout=5, names=f"{prefix}:streams", patience=0.1)
-    ways: list[Way] = [
-        StreamWay("tick", f"{prefix}:{{tick}}:stream", maxlen=10, replicas=1),
-        StreamWay("tock", f"{prefix}:{{tock}}:stream", maxlen=10),
-        ChannelWay("tack", f"{prefix}:{{tack}}:channel"),
+    exchange = PublishConnection(connections, timeout=5, names=f"{prefix}:streams", patience=0.1)
+    ways: list[Destination] = [
+        StreamDestination("tick", f"{prefix}:{{tick}}:stream", maxlen=10, replicas=1),
+        StreamDestination("tock", f"{prefix}:{{tock}}:stream", maxlen=10),
+        ChannelDestination("tack", f"{prefix}:{{tack}}:channel"),
     ]
 
     stored, *others = exchange.publish([(way, b"event") for way in ways])
@@ -1166,20 +1171,20 @@ class Turns:
         self.may_send = threading.Event()
         self.sent: list[int] = []
         self.senders: set[threading.Thread] = set()
-        send, read = Exchange.send, Exchange.read
+        send, read = PublishConnection.send, PublishConnection.read
 
-        def hold_send(exchange: Exchange, batch: Any, deadline: float) -> None:
+        def hold_send(exchange: PublishConnection, batch: Any, deadline: float) -> None:
             assert not self.sent or self.may_send.wait(10)
             self.sent.append(len(batch))
             self.senders.add(threading.current_thread())
             send(exchange, batch, deadline)
 
-        def hold_read(exchange: Exchange, deadline: float | None = None) -> bool:
+        def hold_read(exchange: PublishConnection, deadline: float | None = None) -> bool:
             assert self.may_read.wait(10)
             return read(exchange, deadline)
 
-        monkeypatch.setattr(Exchange, "send", hold_send)
-        monkeypatch.setattr(Exchange, "read", hold_read)
+        monkeypatch.setattr(PublishConnection, "send", hold_send)
+        monkeypatch.setattr(PublishConnection, "read", hold_read)
 
 
 def begin_to_send(bus: Bus, n: int) -> threading.Thread:

@@ -13,8 +13,14 @@ import redis
 
 from ..errors import PublishError
 from ..node import Node
-from ..publisher.connection import Exchange
-from ..publisher.message import Lanes, NoWritesError, Outgoing, TooFewReplicasError, check_route
+from ..publisher.connection import PublishConnection
+from ..publisher.message import (
+    Message,
+    NoWritesError,
+    RouteStates,
+    TooFewReplicasError,
+    check_route,
+)
 from ..publisher.publisher import Emissions
 from ..routing.routes import Route
 from ..transport.connections import OUTAGE, Connections
@@ -71,8 +77,8 @@ def _route(node: Node, name: str, *, stream: bool) -> Route:
     return route
 
 
-def _take_down(node: Node, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
-    lanes = Lanes(node.config, node.codec)
+def _take_down(node: Node, name: str, payload: Mapping[str, Any], route: Route) -> Message:
+    lanes = RouteStates(node.config, node.codec)
     emissions = Emissions(config=node.config, codec=node.codec, lanes=lanes, trace=lambda: None)
     outgoing = emissions.take_down(name, payload, route, confirm=False)
     outgoing.identify(secrets.token_hex(6), 1, time.time_ns())
@@ -80,9 +86,9 @@ def _take_down(node: Node, name: str, payload: Mapping[str, Any], route: Route) 
     return outgoing
 
 
-def _exchange(node: Node, outgoing: Outgoing) -> Any:
+def _exchange(node: Node, outgoing: Message) -> Any:
     connections = Connections(node.config.url, name=CLIENT_NAME)
-    exchange = Exchange(
+    exchange = PublishConnection(
         connections,
         timeout=TIMEOUT,
         names=StreamKeys(node.config.prefix).names,
@@ -110,7 +116,7 @@ def _exchange(node: Node, outgoing: Outgoing) -> Any:
 
 @contextmanager
 def _told(
-    what: str, outgoing: Outgoing, connections: Connections, *, in_doubt: bool = False
+    what: str, outgoing: Message, connections: Connections, *, in_doubt: bool = False
 ) -> Iterator[None]:
     try:
         yield
@@ -122,7 +128,7 @@ def _told(
         ) from outage
 
 
-def _refusal(outgoing: Outgoing, error: Exception) -> PublishError:
+def _refusal(outgoing: Message, error: Exception) -> PublishError:
     name, way = outgoing.lane.name, outgoing.lane.way
 
     if isinstance(error, TooFewReplicasError):

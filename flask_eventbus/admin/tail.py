@@ -52,7 +52,7 @@ class Filter:
         return all(_holds(event, key, text) for key, text in self.values)
 
 
-class Way(Protocol):
+class TailSource(Protocol):
     """Hears events one way: over channels, or over streams."""
 
     way: str
@@ -89,7 +89,7 @@ class Tail:
         self._names = names
         self._tell = tell
         kinds = (ChannelTail,) if url.startswith("redis+cluster://") else (ChannelTail, StreamTail)
-        self._ways: list[Way] = [
+        self._ways: list[TailSource] = [
             kind(self._connections, prefix=prefix, codec=codec, names=names, spectator=self)
             for kind in kinds
         ]
@@ -150,7 +150,7 @@ class Tail:
 
     # -- the threads that hear ------------------------------------------------------------
 
-    def _run(self, way: Way) -> None:
+    def _run(self, way: TailSource) -> None:
         backoff = Backoff(most=MOST_BACKOFF)
 
         while not self._stopping.is_set():
@@ -225,7 +225,7 @@ class Tail:
 
         return "channels were not heard in that time, and streams go on where they were."
 
-    def _lose(self, way: Way, error: Exception) -> None:
+    def _lose(self, way: TailSource, error: Exception) -> None:
         with self._lock:
             self._found.discard(way.way)
             self._refusals = {

@@ -43,7 +43,7 @@ class Finding(Enum):
 
 
 @dataclass(slots=True)
-class _Lane:
+class _RouteState:
     """The events of one signal from one node, as one source."""
 
     last: int
@@ -61,7 +61,7 @@ class Sequences:
     """
 
     def __init__(self) -> None:
-        self._lanes: OrderedDict[tuple[str, str, str], _Lane] = OrderedDict()
+        self._lanes: OrderedDict[tuple[str, str, str], _RouteState] = OrderedDict()
         #: How many hashes all lanes hold.
         self._held = 0
         #: The source that each node named first.
@@ -83,7 +83,7 @@ class Sequences:
         lane = self._lanes.get(key)
 
         if lane is None:
-            lane = self._lanes[key] = _Lane(event.seq)
+            lane = self._lanes[key] = _RouteState(event.seq)
             self._remember(lane, digest)
             return self._check_source(event)
 
@@ -112,7 +112,7 @@ class Sequences:
         _forget_oldest(self._ids)
         return 0 if known is None else Finding.CONFLICT
 
-    def _remember(self, lane: _Lane, digest: int) -> None:
+    def _remember(self, lane: _RouteState, digest: int) -> None:
         self._held += len(lane.bodies) < REPEATABLE
         lane.bodies.append(digest)
 
@@ -127,7 +127,7 @@ class Sequences:
         return 0 if known == event.source else Finding.CONFLICT
 
 
-def _step_back(lane: _Lane, seq: int) -> int | Finding:
+def _step_back(lane: _RouteState, seq: int) -> int | Finding:
     """An event with a number that was heard already, or passed, and with bytes that were not.
 
     One such number changes nothing, so that an old or forged one causes no false gap. Two in
@@ -150,7 +150,7 @@ def _forget_oldest(found: OrderedDict[str, int] | OrderedDict[str, str]) -> None
 SAMPLE = 64
 
 
-class Intake:
+class MessageDecoder:
     """Decodes and checks what came, and lets through what this node is to handle.
 
     :param node: this node's name; its own events are echoes.

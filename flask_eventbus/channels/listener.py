@@ -11,20 +11,20 @@ import redis
 from ..config import Config
 from ..event import Event
 from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.workers import Pool
+from ..receivers.workers import WorkerThreads
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import Subscription
 from ..signals import listener_connected, listener_lost, tell
 from ..transport.connections import OUTAGE
 from ..transport.keys import ChannelKeys
 from ..transport.reconnect import Backoff
-from .decoder import Intake
+from .decoder import MessageDecoder
 from .reader import ChannelReader, Frame
 
 logger = get_logger(__name__)
 
 
-class Hearing:
+class ChannelSubscriptions:
     """Asks for a service's subscriptions, and notes what Redis answers.
 
     Any thread may ask; the one that reads notes.
@@ -231,9 +231,9 @@ class Listener:
         config: Config,
         reader: ChannelReader,
         keys: ChannelKeys,
-        hearing: Hearing,
-        intake: Intake,
-        pool: Pool,
+        hearing: ChannelSubscriptions,
+        intake: MessageDecoder,
+        pool: WorkerThreads,
         counters: Counters,
         node: str,
         wanted: Callable[[], bool],

@@ -14,7 +14,7 @@ from ..bus import told_by_signal
 from ..errors import ConfigError, PublishError
 from ..logs import get_logger
 from ..node import Node
-from ..publisher.connection import Exchange
+from ..publisher.connection import PublishConnection
 from ..publisher.message import Ways
 from ..publisher.writer import WRITE_TIMEOUT
 from ..routing.routes import Route
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..database.outbox import Outbox
     from ..database.relay import Relay
     from ..typing import Via
-from ..publisher.message import Way
+from ..publisher.message import Destination
 
 logger = get_logger(__name__)
 
@@ -208,7 +208,7 @@ def _relay(node: Node, outbox: Outbox, batch: int) -> Iterator[Relay]:
 
     config = node.config
     connections = Connections(config.url, name=f"eventbus-relay:{config.service}")
-    exchange = Exchange(
+    exchange = PublishConnection(
         connections,
         timeout=WRITE_TIMEOUT,
         names=StreamKeys(config.prefix).names,
@@ -221,11 +221,11 @@ def _relay(node: Node, outbox: Outbox, batch: int) -> Iterator[Relay]:
         exchange.close()
 
 
-def _ways(node: Node) -> Callable[[str, Via], Way]:
+def _ways(node: Node) -> Callable[[str, Via], Destination]:
     """How events travel: as their route says, if it has not changed since they were stored."""
     ways = Ways(node.config)
 
-    def way(name: str, via: Via) -> Way:
+    def way(name: str, via: Via) -> Destination:
         route = node.route_for(name)
         return ways.way(name, route if route.via == via else Route(name=name, via=via))
 

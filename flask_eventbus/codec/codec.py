@@ -64,7 +64,7 @@ _TRACEPARENT = _text("traceparent")
 _PARTITIONKEY = _text("partitionkey")
 
 
-class Seal:
+class Envelope:
     """Makes the events of one service and one signal: what they share is packed once."""
 
     __slots__ = ("_heads", "_least", "overhead")
@@ -198,7 +198,7 @@ _MOST_BYTES_AFTER_HEAD = sum(
 )
 
 
-__all__ = ["Codec", "Seal"]
+__all__ = ["Codec", "Envelope"]
 
 T = TypeVar("T")
 
@@ -239,7 +239,7 @@ class Codec:
         return codec
 
     def pack_payload(self, payload: Mapping[str, Any], *, overhead: int = 0) -> bytes:
-        """The bytes of a payload, for a :class:`Seal` to make an event of.
+        """The bytes of a payload, for a :class:`Envelope` to make an event of.
 
         :param overhead: the bytes that come on top of it, so that the event keeps its limit.
         :raises PayloadError: a value cannot travel; the error names its path and its type.
@@ -259,7 +259,7 @@ class Codec:
 
         return data
 
-    def seal(self, source: str, name: str) -> Seal:
+    def seal(self, source: str, name: str) -> Envelope:
         """What writes the events of a service and a signal; made once for a route.
 
         :raises ConfigError: the name of the service or of the signal is not legal.
@@ -275,7 +275,7 @@ class Codec:
                 "'_', '.', '/' and '-', beginning with a letter, a digit or '_'."
             )
 
-        return Seal(source, name)
+        return Envelope(source, name)
 
     def encode(self, event: Event) -> bytes:
         """The bytes of any event.
@@ -397,7 +397,7 @@ class Codec:
             ) from error
 
 
-class _Draft:
+class _PendingEvent:
     """An event that is not frozen yet: filled in a sixth of the time that ``Event()`` takes."""
 
     __slots__ = Event.__slots__
@@ -409,7 +409,7 @@ def _read(attributes: Any, via: str) -> Event:
     if attributes.get("specversion") != SPECVERSION:
         raise _wrong_version(attributes)
 
-    draft: Any = _Draft()
+    draft: Any = _PendingEvent()
     _read_required(attributes, draft)
     _read_optional(attributes, draft)
     draft.via = via

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..logs import BoundedLog, Counters, Whole, get_logger
-from ..publisher.message import Outgoing
+from ..publisher.message import Message
 from ..routing.routes import Route
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 SHOWN = 100
 
 
-class Drafts:
+class AfterCommit:
     """What a node sends inside database transactions, and what becomes of it at their end.
 
     :param session: finds the session, in any form that ``register_session()`` takes; ``None``
@@ -36,9 +36,9 @@ class Drafts:
         *,
         session: Callable[[], Any],
         scope: Callable[[], AbstractContextManager[object]],
-        draft: Callable[[str, Mapping[str, Any], Route], Outgoing],
-        seal: Callable[[str, Mapping[str, Any], Route], Outgoing],
-        publish: Callable[[Sequence[Outgoing]], list[Outgoing]],
+        draft: Callable[[str, Mapping[str, Any], Route], Message],
+        seal: Callable[[str, Mapping[str, Any], Route], Message],
+        publish: Callable[[Sequence[Message]], list[Message]],
         counters: Counters,
     ) -> None:
         self._session = session
@@ -97,7 +97,7 @@ class Drafts:
 
         self._counters.add("stored")
 
-    def committed(self, items: list[Outgoing]) -> None:
+    def committed(self, items: list[Message]) -> None:
         """Publish them. What Redis does is logged: the commit is done, and did not fail.
 
         What interrupts it, such as a time limit that a signal handler raises, is passed on.
@@ -115,7 +115,7 @@ class Drafts:
 
         self._report(unconfirmed)
 
-    def discarded(self, items: list[Outgoing], *, forgotten: bool) -> None:
+    def discarded(self, items: list[Message], *, forgotten: bool) -> None:
         """Let them vanish with their transaction."""
         self._counters.add("discarded", len(items))
 
@@ -143,7 +143,7 @@ class Drafts:
             "bus.register_session(session), or take 'after_commit' and 'outbox' off the route."
         )
 
-    def _report(self, unconfirmed: Sequence[Outgoing]) -> None:
+    def _report(self, unconfirmed: Sequence[Message]) -> None:
         if unconfirmed:
             logger.error(
                 "A transaction is committed, but Redis did not confirm %d of the events that were "
@@ -156,7 +156,7 @@ class Drafts:
 class LateEntries:
     """Outbox entries that were sent after their commit, and are stored when it has ended.
 
-    :param session: finds the session, as for :class:`Drafts`.
+    :param session: finds the session, as for :class:`AfterCommit`.
     :param scope: where a session is found that is not in use.
     """
 
@@ -212,5 +212,5 @@ class LateEntries:
             )
 
 
-def _names(drafts: Sequence[Outgoing]) -> str:
+def _names(drafts: Sequence[Message]) -> str:
     return ", ".join(sorted({draft.lane.name for draft in drafts}))

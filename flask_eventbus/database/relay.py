@@ -13,8 +13,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from ..logs import BoundedLog, get_logger
-from ..publisher.connection import Exchange
-from ..publisher.message import NoWritesError, TooFewReplicasError, Way
+from ..publisher.connection import PublishConnection
+from ..publisher.message import Destination, NoWritesError, TooFewReplicasError
 from ..publisher.writer import BATCH_BYTES, LISTENERS_RETURN
 from ..transport.connections import OUTAGE
 from ..transport.reconnect import Backoff
@@ -42,7 +42,7 @@ REFUSED_AGAIN = 5.0
 WRITE_AGAIN = 2.0
 
 
-class Turn(Enum):
+class RelayTurn(Enum):
     """What a relay did."""
 
     #: Published a batch, or what Redis took of it.
@@ -98,8 +98,8 @@ class Relay:
     def __init__(
         self,
         outbox: Outbox,
-        exchange: Exchange,
-        way: Callable[[str, Via], Way],
+        exchange: PublishConnection,
+        way: Callable[[str, Via], Destination],
         *,
         batch: int,
     ) -> None:
@@ -141,7 +141,7 @@ class Relay:
             else:
                 backoff.reset()
                 self._database.end()
-                told.wait({Turn.EMPTY: interval, Turn.LEFT: AFTER_YOU}.get(turn, 0))
+                told.wait({RelayTurn.EMPTY: interval, RelayTurn.LEFT: AFTER_YOU}.get(turn, 0))
 
     def run_once(self, told: threading.Event, *, until: int | None, patience: float) -> None:
         """Publish what is there, up to the number ``until``; without one there is nothing.
@@ -155,18 +155,18 @@ class Relay:
         while not told.is_set() and until is not None:
             turn = self.turn(told, until=until)
 
-            if turn is Turn.EMPTY or (turn is Turn.LEFT and time.monotonic() > deadline):
+            if turn is RelayTurn.EMPTY or (turn is RelayTurn.LEFT and time.monotonic() > deadline):
                 return
 
-            told.wait(AFTER_YOU if turn is Turn.LEFT else 0)
+            told.wait(AFTER_YOU if turn is RelayTurn.LEFT else 0)
 
-    def turn(self, told: threading.Event, *, until: int | None = None) -> Turn:
+    def turn(self, told: threading.Event, *, until: int | None = None) -> RelayTurn:
         """Publish one batch, if there is something to publish."""
         self._forgive()
 
         # Without a lock: to look at an empty outbox disturbs nobody.
         if self.outbox.first(until=until, without=self.refused) is None:
-            return Turn.EMPTY
+            return RelayTurn.EMPTY
 
         self._ask(told)
 
@@ -176,7 +176,7 @@ class Relay:
         if error is not None:
             raise error
 
-        return Turn.PUBLISHED if batch.entries else Turn.LEFT
+        return RelayTurn.PUBLISHED if batch.entries else RelayTurn.LEFT
 
     def _forgive(self) -> None:
         if self.refused and time.monotonic() > self._refused_until:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..errors import PublishError
 from ..logs import Counters, get_logger
 from ..signals import events_dropped, tell
-from .message import Outgoing
+from .message import Message
 from .outage import Outage
 
 logger = get_logger(__name__)
@@ -43,7 +43,7 @@ class Buffer:
         #: True while Redis takes no stream events: channel events do not wait for them.
         self.holds_streams = False
         #: What is being written.
-        self._in_hand: Sequence[Outgoing] = ()
+        self._in_hand: Sequence[Message] = ()
         #: Threads that wait for something of it to leave.
         self._waiting = 0
         #: How often something has left: who waits in vain can tell a slow Redis from none.
@@ -52,7 +52,7 @@ class Buffer:
     def __len__(self) -> int:
         return len(self._channels.events) + len(self._streams.events) + len(self._in_hand)
 
-    def __iter__(self) -> Iterator[Outgoing]:
+    def __iter__(self) -> Iterator[Message]:
         waiting = [*self._channels.events, *self._streams.events]
         return iter([*self._in_hand, *sorted(waiting, key=_number)])
 
@@ -72,7 +72,7 @@ class Buffer:
         return not (self._channels.events or self._streams.events)
 
     @property
-    def in_hand(self) -> Sequence[Outgoing]:
+    def in_hand(self) -> Sequence[Message]:
         """What is being written."""
         return self._in_hand
 
@@ -86,7 +86,7 @@ class Buffer:
         """Whether something waits for a stream."""
         return bool(self._streams.events)
 
-    def first_writer(self) -> Outgoing | None:
+    def first_writer(self) -> Message | None:
         """The first event whose sender would write what may be written now."""
         waiting = self._channels.events if self.holds_streams else self
         return next((outgoing for outgoing in waiting if outgoing.would_write), None)
@@ -95,7 +95,7 @@ class Buffer:
         """Return True if an event of ``size`` bytes may not fit."""
         return len(self) + 1 >= self._most_events or self.bytes + size > self._most_bytes
 
-    def has_room(self, outgoing: Outgoing) -> bool:
+    def has_room(self, outgoing: Message) -> bool:
         """Return True if an event fits; one that is larger than all has the buffer alone."""
         if self.holds_streams and not outgoing.lane.is_stream:
             return self._channels.has_room(outgoing.size, self._most_events, self._most_bytes)
@@ -103,11 +103,11 @@ class Buffer:
         fits = len(self) < self._most_events and self.bytes + outgoing.size <= self._most_bytes
         return fits or self.is_empty
 
-    def put(self, outgoing: Outgoing) -> None:
+    def put(self, outgoing: Message) -> None:
         """Add an event at the end, whether there is room or not."""
         self._line(outgoing).append(outgoing)
 
-    def can_make_room(self, outgoing: Outgoing) -> bool:
+    def can_make_room(self, outgoing: Message) -> bool:
         """Return True if an event fits once everything is dropped that may be."""
         if self.holds_streams and not outgoing.lane.is_stream:
             return True
@@ -117,7 +117,7 @@ class Buffer:
         fits = count < self._most_events and kept.bytes + outgoing.size <= self._most_bytes
         return fits or not kept.events
 
-    def drop_oldest(self) -> Outgoing | None:
+    def drop_oldest(self) -> Message | None:
         """Give up the oldest channel event that is not being written.
 
         Its number is missed by others. What goes into a stream is never given up.
@@ -130,9 +130,9 @@ class Buffer:
 
         return None
 
-    def take(self, *, most_events: int, most_bytes: int) -> Sequence[Outgoing]:
+    def take(self, *, most_events: int, most_bytes: int) -> Sequence[Message]:
         """Take the next events in hand, until :meth:`settle` or :meth:`put_back`."""
-        batch: list[Outgoing] = []
+        batch: list[Message] = []
         size = 0
         # Now, and each before it leaves its line: who is interrupted here loses none.
         self._in_hand = batch
@@ -149,7 +149,7 @@ class Buffer:
 
         return batch
 
-    def send_off(self) -> Sequence[Outgoing]:
+    def send_off(self) -> Sequence[Message]:
         """Note that what is in hand is being sent, and return it.
 
         What its sender withdrew meanwhile is not sent.
@@ -163,9 +163,9 @@ class Buffer:
 
             return self._in_hand
 
-    def take_stream_event(self) -> Sequence[Outgoing]:
+    def take_stream_event(self) -> Sequence[Message]:
         """Take the first stream event in hand, though such events are held."""
-        batch: list[Outgoing] = []
+        batch: list[Message] = []
         self._in_hand = batch
 
         while not batch and (first := self._streams.first()):
@@ -176,7 +176,7 @@ class Buffer:
 
         return batch
 
-    def put_back(self, left: Sequence[Outgoing] | None = None) -> None:
+    def put_back(self, left: Sequence[Message] | None = None) -> None:
         """Put what is in hand, or what is left of it, back to the heads of the lines."""
         with self.changed:
             for outgoing in reversed(self._in_hand if left is None else left):
@@ -184,7 +184,7 @@ class Buffer:
 
             self._in_hand = ()
 
-    def settle(self, held: Sequence[Outgoing] = ()) -> None:
+    def settle(self, held: Sequence[Message] = ()) -> None:
         """Let go of what is in hand.
 
         :param held: what Redis does not take now: it goes back to the heads of the lines.
@@ -199,7 +199,7 @@ class Buffer:
             if self._waiting:
                 self.changed.notify_all()
 
-    def clear(self) -> list[Outgoing]:
+    def clear(self) -> list[Message]:
         """Give up everything, and return it."""
         with self.changed:
             left = list(self)
@@ -209,7 +209,7 @@ class Buffer:
 
         return left
 
-    def wait_for_room(self, outgoing: Outgoing, timeout: float) -> bool:
+    def wait_for_room(self, outgoing: Message, timeout: float) -> bool:
         """Return True if an event fits within ``timeout`` seconds."""
         return self._wait_for(lambda: self.has_room(outgoing), timeout)
 
@@ -231,10 +231,10 @@ class Buffer:
         finally:
             self._waiting -= 1
 
-    def _line(self, outgoing: Outgoing) -> Line:
+    def _line(self, outgoing: Message) -> Line:
         return self._streams if outgoing.lane.is_stream else self._channels
 
-    def _head(self) -> Outgoing | None:
+    def _head(self) -> Message | None:
         """The next event to write: the older one of the first of both lines."""
         channel = self._channels.first()
 
@@ -255,10 +255,10 @@ class Line:
     __slots__ = ("bytes", "events")
 
     def __init__(self) -> None:
-        self.events: deque[Outgoing] = deque()
+        self.events: deque[Message] = deque()
         self.bytes = 0
 
-    def first(self) -> Outgoing | None:
+    def first(self) -> Message | None:
         """The oldest one."""
         try:
             return self.events[0]
@@ -270,17 +270,17 @@ class Line:
         fits = len(self.events) < most_events and self.bytes + size <= most_bytes
         return fits or not self.events
 
-    def append(self, outgoing: Outgoing) -> None:
+    def append(self, outgoing: Message) -> None:
         """Add one at the end."""
         self.events.append(outgoing)
         self.bytes += outgoing.size
 
-    def push(self, outgoing: Outgoing) -> None:
+    def push(self, outgoing: Message) -> None:
         """Put one back to the head."""
         self.events.appendleft(outgoing)
         self.bytes += outgoing.size
 
-    def remove(self, outgoing: Outgoing) -> bool:
+    def remove(self, outgoing: Message) -> bool:
         """Take the oldest one out; return False if it is not in the line any more."""
         try:
             self.events.remove(outgoing)
@@ -291,7 +291,7 @@ class Line:
         return True
 
 
-def _number(outgoing: Outgoing) -> int:
+def _number(outgoing: Message) -> int:
     return outgoing.number
 
 
@@ -304,7 +304,7 @@ class Overflow:
         self._counters = counters
         self._service = service
 
-    def drop_for(self, outgoing: Outgoing) -> int:
+    def drop_for(self, outgoing: Message) -> int:
         """Make room for an event, and return how many were dropped for it.
 
         A channel event that finds only stream events waiting is dropped itself.
@@ -336,7 +336,7 @@ class Overflow:
 
         tell(events_dropped, self._service, where="buffer", count=count)
 
-    def _drop_until_there_is_room(self, outgoing: Outgoing) -> int:
+    def _drop_until_there_is_room(self, outgoing: Message) -> int:
         dropped = 0
 
         while not self._buffer.has_room(outgoing) and (oldest := self._buffer.drop_oldest()):
@@ -345,7 +345,7 @@ class Overflow:
 
         return dropped
 
-    def _refusal(self, outgoing: Outgoing) -> PublishError:
+    def _refusal(self, outgoing: Message) -> PublishError:
         reason = self._outage.error or "Redis does not answer"
         return PublishError(
             f"The event {outgoing.id} of {outgoing.lane.name!r} was not taken: {reason}, and the "

@@ -20,7 +20,7 @@ from ..transport.connections import (
     takes_no_writes,
     why_no_writes,
 )
-from .message import AgingStreamWay, NoWritesError, TooFewReplicasError, Way, whole
+from .message import AgingStreamDestination, Destination, NoWritesError, TooFewReplicasError, whole
 
 logger = get_logger(__name__)
 
@@ -38,7 +38,7 @@ _PING = whole("PING")
 _ROLE = whole("ROLE")
 
 
-class Exchange:
+class PublishConnection:
     """Writes events in batches; one thread at a time, which may change in the middle of one.
 
     Nothing is sent a second time: after an error Redis may have got any part of a batch.
@@ -62,7 +62,7 @@ class Exchange:
         #: The signals of which Redis does not let this user note the stream.
         self._not_allowed: set[str] = set()
         #: The ways of the batch that trim by age.
-        self._aging: set[AgingStreamWay] = set()
+        self._aging: set[AgingStreamDestination] = set()
         self._compare_at = 0.0
         self._is_skewed = False
         #: When the server was last asked for its role, by the monotonic clock.
@@ -71,7 +71,7 @@ class Exchange:
         self._awaits_role = False
         #: What is on its way: these names, then the events, then the question for replicas.
         self._announcing: dict[str, bytes] = {}
-        self._batch: Sequence[tuple[Way, bytes]] = ()
+        self._batch: Sequence[tuple[Destination, bytes]] = ()
         self._replicas = 0
         self._answers: list[Any] = []
         #: The stream that was last written to: where :meth:`ask` tries to write.
@@ -89,7 +89,7 @@ class Exchange:
         return self._answers[first : first + len(self._batch)]
 
     def publish(
-        self, batch: Sequence[tuple[Way, bytes]], deadline: float | None = None
+        self, batch: Sequence[tuple[Destination, bytes]], deadline: float | None = None
     ) -> list[Exception | None]:
         """Publish events, in order, and tell of each whether Redis took it.
 
@@ -138,7 +138,9 @@ class Exchange:
 
         return deadline
 
-    def send(self, batch: Sequence[tuple[Way, bytes]], deadline: float | None = None) -> None:
+    def send(
+        self, batch: Sequence[tuple[Destination, bytes]], deadline: float | None = None
+    ) -> None:
         """Send events, by the deadline or within the timeout; :meth:`read` reads the answers.
 
         :raises redis.ConnectionError: Redis is away.
@@ -307,7 +309,7 @@ class Exchange:
 
     # -- the names of streams, and replicas -----------------------------------------------
 
-    def _look_at(self, way: Way) -> None:
+    def _look_at(self, way: Destination) -> None:
         name = way.name
         self._stream = way.key
 
@@ -317,7 +319,7 @@ class Exchange:
 
             self._announcing[name] = self._announced[name]
 
-        if way.by_age and isinstance(way, AgingStreamWay):
+        if way.by_age and isinstance(way, AgingStreamDestination):
             self._aging.add(way)
 
         if way.replicas > self._replicas:
@@ -363,7 +365,7 @@ class Exchange:
 
     def _note_ages(self) -> None:
         for (way, _), answer in zip(self._batch, self.answers, strict=False):
-            if isinstance(way, AgingStreamWay) and isinstance(answer, bytes):
+            if isinstance(way, AgingStreamDestination) and isinstance(answer, bytes):
                 way.newest = _milliseconds(answer)
 
     def _compare_clocks(self) -> None:

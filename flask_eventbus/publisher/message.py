@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..codec.codec import PACKED_ID_BYTES, Codec, Seal, packed_bytes
+from ..codec.codec import PACKED_ID_BYTES, Codec, Envelope, packed_bytes
 from ..config import Age, Config
 from ..errors import ConfigError
 from ..routing.routes import Route
@@ -23,7 +23,7 @@ class NoWritesError(Exception):
     """Redis is there, and takes no writes now: it is full, lacks replicas, or cannot save."""
 
 
-class Way(Protocol):
+class Destination(Protocol):
     """Makes commands of events, for a connection to send as they are."""
 
     #: The signal's name.
@@ -41,7 +41,7 @@ class Way(Protocol):
         """The command that publishes an event's bytes, as Redis reads it."""
 
 
-class ChannelWay:
+class ChannelDestination:
     """Over a channel: whoever listens now hears it."""
 
     is_stream = False
@@ -58,7 +58,7 @@ class ChannelWay:
         return b"%b$%d\r\n%b\r\n" % (self._head, len(body), body)
 
 
-class StreamWay:
+class StreamDestination:
     """Into a stream: kept for those who read it later.
 
     :param maxlen: about how many entries the stream keeps.
@@ -78,7 +78,7 @@ class StreamWay:
         return b"%b$%d\r\n%b\r\n" % (self._head, len(body), body)
 
 
-class AgingStreamWay:
+class AgingStreamDestination:
     """Into a stream that keeps what is younger than an age, by Redis's clock.
 
     The clock of this machine may be wrong, and would remove what others have yet to read.
@@ -125,12 +125,12 @@ def _word(word: str) -> bytes:
 _FIELD = _word("*") + _word("event")
 
 
-class Lane:
+class RouteState:
     """The events of one name from one node: what is the same for each, and their count."""
 
     __slots__ = ("is_stream", "name", "numbers", "route", "seal", "way")
 
-    def __init__(self, *, route: Route, way: Way, seal: Seal) -> None:
+    def __init__(self, *, route: Route, way: Destination, seal: Envelope) -> None:
         self.name = way.name
         self.route = route
         self.way = way
@@ -140,7 +140,7 @@ class Lane:
         self.numbers = itertools.count(1)
 
 
-class Outgoing:
+class Message:
     """An event that waits to be written; its envelope is made by the thread that writes it."""
 
     __slots__ = (
@@ -161,7 +161,7 @@ class Outgoing:
     )
 
     def __init__(
-        self, lane: Lane, data: bytes, attributes: dict[str, Any], *, confirm: bool
+        self, lane: RouteState, data: bytes, attributes: dict[str, Any], *, confirm: bool
     ) -> None:
         self.lane = lane
         self.data = data
@@ -189,10 +189,10 @@ class Outgoing:
         if self._bell is not None:
             self._bell.acquire()
 
-    def again(self) -> Outgoing:
+    def again(self) -> Message:
         """The same event for another try of its sender: with its id, and its bytes if it has."""
         confirm = self._bell is not None
-        same = Outgoing(self.lane, self.data, {}, confirm=confirm)
+        same = Message(self.lane, self.data, {}, confirm=confirm)
         same.attributes, same.id, same.body = self.attributes, self.id, self.body
         same.size, same.doubts = self.size, self.doubts
         return same
@@ -263,31 +263,31 @@ class Ways:
         self._channels = ChannelKeys(config.prefix)
         self._streams = StreamKeys(config.prefix)
 
-    def way(self, name: str, route: Route) -> Way:
+    def way(self, name: str, route: Route) -> Destination:
         """The way that ``route`` asks for; settings of the service stand in for its options."""
         if route.via == "channel":
-            return ChannelWay(name, self._channels.key(name))
+            return ChannelDestination(name, self._channels.key(name))
 
         key = self._streams.stream(name)
         kept = self._config.maxlen if route.maxlen is None else route.maxlen
         replicas = self._config.replicas if route.replicas is None else route.replicas
 
         if isinstance(kept, Age):
-            return AgingStreamWay(name, key, age=kept.seconds, replicas=replicas)
+            return AgingStreamDestination(name, key, age=kept.seconds, replicas=replicas)
 
-        return StreamWay(name, key, maxlen=kept, replicas=replicas)
+        return StreamDestination(name, key, maxlen=kept, replicas=replicas)
 
 
-class Lanes:
+class RouteStates:
     """Makes lanes, one for each name and way to travel, with the first event."""
 
     def __init__(self, config: Config, codec: Codec) -> None:
         self._service = config.service
         self._codec = codec
         self._ways = Ways(config)
-        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._lanes: dict[tuple[str, str], RouteState] = {}
 
-    def lane(self, name: str, route: Route) -> Lane:
+    def lane(self, name: str, route: Route) -> RouteState:
         """The lane of a name, as ``route`` has it."""
         key = (name, route.via)
         lane = self._lanes.get(key)
@@ -300,9 +300,9 @@ class Lanes:
 
         return lane
 
-    def _make(self, name: str, route: Route, before: Lane | None = None) -> Lane:
+    def _make(self, name: str, route: Route, before: RouteState | None = None) -> RouteState:
         seal = self._codec.seal(self._service, name)
-        lane = Lane(route=route, way=self._ways.way(name, route), seal=seal)
+        lane = RouteState(route=route, way=self._ways.way(name, route), seal=seal)
 
         if before is not None:
             # Those who listen count on.

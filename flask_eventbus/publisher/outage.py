@@ -13,7 +13,7 @@ from ..errors import PublishError
 from ..logs import BoundedLog, Counters, Whole, get_logger
 from ..signals import events_dropped, publisher_lost, publisher_restored, tell
 from ..transport.reconnect import Backoff
-from .message import NoWritesError, Outgoing, TooFewReplicasError
+from .message import Message, NoWritesError, TooFewReplicasError
 
 logger = get_logger(__name__)
 
@@ -180,7 +180,7 @@ class Outage:
         self._since = time.monotonic()
 
 
-class Settlement:
+class PublishReport:
     """Counts and logs what Redis took and refused and what is lost, and wakes the senders.
 
     :param tells: whether to log each event that Redis took: ``EVENTBUS_LOG_EVENTS``.
@@ -192,7 +192,7 @@ class Settlement:
         self._tells = tells
         self._log = BoundedLog(logger)
 
-    def settle(self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> None:
+    def settle(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
         """Note what Redis answered to each event of a batch; what it may take later waits on."""
         refused = held = 0
 
@@ -217,7 +217,7 @@ class Settlement:
             self._counters.add("refused", refused)
 
     def _tell_published(
-        self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]
+        self, batch: Sequence[Message], outcomes: Sequence[Exception | None]
     ) -> None:
         for outgoing, error in zip(batch, outcomes, strict=True):
             if error is None or isinstance(error, TooFewReplicasError):
@@ -232,7 +232,7 @@ class Settlement:
         """Log what is no outage and no refusal."""
         self._log.error("failed", "The writer failed.", exc_info=error)
 
-    def report_lost(self, left: Sequence[Outgoing], reason: object) -> None:
+    def report_lost(self, left: Sequence[Message], reason: object) -> None:
         """Log by id what was left in the buffer."""
         lost = [outgoing for outgoing in left if not outgoing.withdrawn]
 
@@ -252,7 +252,7 @@ class Settlement:
 
         tell(events_dropped, self._service, where="buffer", count=len(lost))
 
-    def _fields(self, outgoing: Outgoing) -> dict[str, object]:
+    def _fields(self, outgoing: Message) -> dict[str, object]:
         """The fields of log records that tell of an event."""
         return {
             "event_id": outgoing.id,
@@ -260,7 +260,7 @@ class Settlement:
             "service": self._service,
         }
 
-    def _note(self, outgoing: Outgoing, error: Exception) -> bool:
+    def _note(self, outgoing: Message, error: Exception) -> bool:
         """Log an error; whether it means that the event is not published."""
         if isinstance(error, TooFewReplicasError):
             self._log.warning(
@@ -285,7 +285,7 @@ class Settlement:
         return True
 
 
-def _remedy(outgoing: Outgoing, error: Exception) -> str:
+def _remedy(outgoing: Message, error: Exception) -> str:
     """What to do about a refusal, as a sentence after another; empty if it is not known."""
     if not isinstance(error, redis.exceptions.NoPermissionError):
         return ""
@@ -295,9 +295,9 @@ def _remedy(outgoing: Outgoing, error: Exception) -> str:
     return f" Grant its user ({right}) in the ACL."
 
 
-def _shown(lost: Sequence[Outgoing]) -> str:
+def _shown(lost: Sequence[Message]) -> str:
     """Their ids; runs of the same signal as their first and last."""
-    runs: list[list[Outgoing]] = []
+    runs: list[list[Message]] = []
 
     for outgoing in lost:
         if runs and runs[-1][-1].lane is outgoing.lane:

@@ -18,21 +18,21 @@ from ..event import Event, handling
 from ..logs import Counters
 from ..routing.routes import Route
 from .buffer import Buffer, Overflow
-from .connection import Exchange
-from .message import Lane, Lanes, Outgoing, TooFewReplicasError
-from .outage import Outage, Settlement
+from .connection import PublishConnection
+from .message import Message, RouteState, RouteStates, TooFewReplicasError
+from .outage import Outage, PublishReport
 from .writer import Writer
 
 
 class Emissions:
-    """Makes an :class:`.Outgoing` of each emission, in the thread that sends.
+    """Makes an :class:`.Message` of each emission, in the thread that sends.
 
     :param trace: the W3C trace context that came with whatever goes on, a request for example. The
         span of OpenTelemetry that is current goes before it, and so does the event being handled.
     """
 
     def __init__(
-        self, *, config: Config, codec: Codec, lanes: Lanes, trace: Callable[[], str | None]
+        self, *, config: Config, codec: Codec, lanes: RouteStates, trace: Callable[[], str | None]
     ) -> None:
         self._config = config
         self._codec = codec
@@ -41,7 +41,7 @@ class Emissions:
 
     def take_down(
         self, name: str, payload: Mapping[str, Any], route: Route, *, confirm: bool
-    ) -> Outgoing:
+    ) -> Message:
         """An emission as it is now.
 
         :raises PayloadError: a value cannot travel, the key is missing, or the event is too large.
@@ -54,7 +54,7 @@ class Emissions:
         if route.key is not None:
             attributes["key"] = _partition(lane, route.key, payload)
 
-        outgoing = Outgoing(lane, data, attributes, confirm=confirm)
+        outgoing = Message(lane, data, attributes, confirm=confirm)
         self._check_size(outgoing)
         return outgoing
 
@@ -76,7 +76,7 @@ class Emissions:
             "traceparent": _current_span() or cause.traceparent or self._trace(),
         }
 
-    def _check_size(self, outgoing: Outgoing) -> None:
+    def _check_size(self, outgoing: Message) -> None:
         if outgoing.size > self._config.max_event_bytes:
             raise PayloadError(
                 f"An event of {outgoing.lane.name!r} would have up to {outgoing.size:,} bytes, "
@@ -86,7 +86,7 @@ class Emissions:
             )
 
 
-def _partition(lane: Lane, name: str, payload: Mapping[str, Any]) -> str:
+def _partition(lane: RouteState, name: str, payload: Mapping[str, Any]) -> str:
     """The value of the payload's key that keeps events in order among each other, as text."""
     if name not in payload:
         raise PayloadError(
@@ -155,16 +155,16 @@ class Publisher:
         *,
         config: Config,
         codec: Codec,
-        exchange: Exchange,
+        exchange: PublishConnection,
         node: str,
         counters: Counters,
         trace: Callable[[], str | None],
-        resend: Callable[[Outgoing], None],
+        resend: Callable[[Message], None],
     ) -> None:
         self._config = config
         self._resend = resend
         self._node = node
-        self._lanes = Lanes(config, codec)
+        self._lanes = RouteStates(config, codec)
         self._emissions = Emissions(config=config, codec=codec, lanes=self._lanes, trace=trace)
         self._numbers = itertools.count(1)
         #: How many events this node has made.
@@ -178,7 +178,7 @@ class Publisher:
             exchange=exchange,
             buffer=self._buffer,
             outage=self._outage,
-            settlement=Settlement(
+            settlement=PublishReport(
                 counters=counters, service=config.service, tells=config.log_events
             ),
             node=node,
@@ -220,7 +220,7 @@ class Publisher:
 
         return outgoing.id
 
-    def resend(self, outgoing: Outgoing) -> None:
+    def resend(self, outgoing: Message) -> None:
         """Publish an event again that was not confirmed, with the same id and the same bytes.
 
         :raises PublishError: it was not confirmed this time either.
@@ -240,7 +240,7 @@ class Publisher:
         waits = route.confirm or self._buffer.is_full(self._config.max_event_bytes)
         return waits and not self._outage.stops(stream=is_stream)
 
-    def take_down(self, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
+    def take_down(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
         """Take one emission down as it is now, for :meth:`resend` to publish it in any thread.
 
         :raises PayloadError: a value cannot travel, or the event is too large.
@@ -248,7 +248,7 @@ class Publisher:
         """
         return self._emissions.take_down(name, payload, route, confirm=route.confirm)
 
-    def draft(self, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
+    def draft(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
         """Take one emission down as it is now, for :meth:`take` to publish it later or never.
 
         :raises PayloadError: a value cannot travel, or the event is too large.
@@ -260,7 +260,7 @@ class Publisher:
         outgoing.promise(time.time_ns())
         return outgoing
 
-    def seal(self, name: str, payload: Mapping[str, Any], route: Route) -> Outgoing:
+    def seal(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
         """An event with its id and its bytes, for another process to publish.
 
         It is not counted among the events of its name: who publishes it, and when, is not known.
@@ -276,7 +276,7 @@ class Publisher:
         outgoing.sealed()
         return outgoing
 
-    def take(self, draft: Outgoing, deadline: float) -> None:
+    def take(self, draft: Message, deadline: float) -> None:
         """Publish what was drafted, here or by the publisher that the node had before.
 
         :param deadline: until when to wait for room in the buffer.
@@ -285,7 +285,7 @@ class Publisher:
         draft.lane = self._lanes.lane(draft.lane.name, draft.lane.route)
         self._accept(draft, deadline)
 
-    def await_all(self, sent: Sequence[Outgoing], deadline: float) -> list[Outgoing]:
+    def await_all(self, sent: Sequence[Message], deadline: float) -> list[Message]:
         """Wait for confirmations until the deadline; return what lacks one.
 
         Not as long where Redis is known to be away.
@@ -306,7 +306,7 @@ class Publisher:
 
         return [outgoing for outgoing in sent if outgoing in late or outgoing.error is not None]
 
-    def _is_done(self, outgoing: Outgoing, deadline: float) -> bool:
+    def _is_done(self, outgoing: Message, deadline: float) -> bool:
         if self._stops(outgoing):
             deadline = 0.0
 
@@ -354,7 +354,7 @@ class Publisher:
 
     # -- into the buffer ------------------------------------------------------------------
 
-    def _accept(self, outgoing: Outgoing, deadline: float) -> None:
+    def _accept(self, outgoing: Message, deadline: float) -> None:
         with self._buffer.lock:
             dropped = self._put(outgoing, deadline)
             self._writer.wake()
@@ -364,7 +364,7 @@ class Publisher:
 
         self._writer.write_here(self._patience_for(outgoing))
 
-    def _put(self, outgoing: Outgoing, deadline: float) -> int:
+    def _put(self, outgoing: Message, deadline: float) -> int:
         """Add an event to the buffer, by the deadline; return how many were dropped for it."""
         self._refuse_in_outage(outgoing)
         dropped = self._make_room(outgoing, deadline)
@@ -377,18 +377,18 @@ class Publisher:
 
         return dropped
 
-    def _patience_for(self, outgoing: Outgoing) -> float:
+    def _patience_for(self, outgoing: Message) -> float:
         """Seconds that a caller is held: once the timeout, and not at all in a known outage."""
         return 0.0 if self._stops(outgoing) else self._config.timeout
 
-    def _stops(self, outgoing: Outgoing) -> bool:
+    def _stops(self, outgoing: Message) -> bool:
         return self._outage.stops(stream=outgoing.lane.is_stream)
 
-    def _refuse_in_outage(self, outgoing: Outgoing) -> None:
+    def _refuse_in_outage(self, outgoing: Message) -> None:
         if self._config.on_outage == "raise" and self._stops(outgoing) and not outgoing.promised:
             raise self._refusal(outgoing)
 
-    def _identify(self, outgoing: Outgoing) -> None:
+    def _identify(self, outgoing: Message) -> None:
         number = next(self._numbers)
 
         if outgoing.id:
@@ -401,7 +401,7 @@ class Publisher:
         if number > self.issued:
             self.issued = number
 
-    def _make_room(self, outgoing: Outgoing, deadline: float) -> int:
+    def _make_room(self, outgoing: Message, deadline: float) -> int:
         """Wait for room while Redis takes events; drop the oldest while it does not."""
         has_room = self._buffer.has_room(outgoing) or self._room_comes(outgoing, deadline)
 
@@ -419,7 +419,7 @@ class Publisher:
         except PublishError as error:
             raise self._error(str(error), outgoing, in_doubt=outgoing.doubts > 0) from None
 
-    def _room_comes(self, outgoing: Outgoing, deadline: float) -> bool:
+    def _room_comes(self, outgoing: Message, deadline: float) -> bool:
         if self._stops(outgoing) or self._writer.is_this_thread:
             return False
 
@@ -439,7 +439,7 @@ class Publisher:
         """Whether the calling thread is in the middle of a send that waits, or writes."""
         return threading.get_ident() in self._senders or self._writer.is_this_thread
 
-    def _publish_confirmed(self, outgoing: Outgoing) -> None:
+    def _publish_confirmed(self, outgoing: Message) -> None:
         deadline = time.monotonic() + self._patience_for(outgoing)
         departures = self._buffer.departures
         this = threading.get_ident()
@@ -461,7 +461,7 @@ class Publisher:
         elif outgoing.error is not None:
             raise self._failure(outgoing, outgoing.error) from outgoing.error
 
-    def _write_or_wait(self, outgoing: Outgoing, deadline: float) -> bool:
+    def _write_or_wait(self, outgoing: Message, deadline: float) -> bool:
         """Whether it is known by ``deadline`` what became of an event."""
         with self._buffer.lock:
             dropped = self._put(outgoing, deadline)
@@ -488,16 +488,16 @@ class Publisher:
 
         return True
 
-    def _stops_now(self, outgoing: Outgoing) -> bool:
+    def _stops_now(self, outgoing: Message) -> bool:
         """Whether Redis is known to give no answer, however long its sender waits."""
         refuses = outgoing.lane.is_stream and self._outage.refusal is not None
         return self._outage.away or refuses
 
-    def _take_over(self, outgoing: Outgoing) -> Sequence[Outgoing]:
+    def _take_over(self, outgoing: Message) -> Sequence[Message]:
         with self._buffer.lock:
             return self._leader.enlist(outgoing)
 
-    def _give_up(self, outgoing: Outgoing, departures: int) -> None:
+    def _give_up(self, outgoing: Message, departures: int) -> None:
         """Hold its sender no longer; whether it is told depends on the policy."""
         self._leader.step_back(outgoing)
 
@@ -526,7 +526,7 @@ class Publisher:
                 # It may have been this sender's turn to write.
                 self._writer.wake()
 
-    def _refusal(self, outgoing: Outgoing) -> PublishError:
+    def _refusal(self, outgoing: Message) -> PublishError:
         reason = self._outage.error or f"no answer within {self._config.timeout} s"
         which = f"The event {outgoing.id}" if outgoing.id else "An event"
         text = f"{which} of {outgoing.lane.name!r} was not confirmed by Redis: {reason}."
@@ -541,7 +541,7 @@ class Publisher:
 
         return self._error(text, outgoing, in_doubt=outgoing.doubts > 0)
 
-    def _failure(self, outgoing: Outgoing, error: Exception) -> PublishError:
+    def _failure(self, outgoing: Message, error: Exception) -> PublishError:
         which = f"The event {outgoing.id} of {outgoing.lane.name!r}"
         is_stored = isinstance(error, TooFewReplicasError)
         in_doubt = is_stored or outgoing.doubts > 0
@@ -555,7 +555,7 @@ class Publisher:
 
         return self._error(text, outgoing, in_doubt=in_doubt)
 
-    def _error(self, text: str, outgoing: Outgoing, *, in_doubt: bool) -> PublishError:
+    def _error(self, text: str, outgoing: Message, *, in_doubt: bool) -> PublishError:
         # One that waits for a commit belongs to its transaction.
         is_draft = outgoing.lane.route.after_commit and not outgoing.id
         return PublishError(

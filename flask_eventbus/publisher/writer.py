@@ -14,9 +14,9 @@ from ..logs import get_logger
 from ..transport.connections import OUTAGE, is_refused
 from ..transport.reconnect import Backoff
 from .buffer import Buffer
-from .connection import Exchange
-from .message import NoWritesError, Outgoing, TooFewReplicasError
-from .outage import MOST_BACKOFF, Outage, Settlement
+from .connection import PublishConnection
+from .message import Message, NoWritesError, TooFewReplicasError
+from .outage import MOST_BACKOFF, Outage, PublishReport
 
 logger = get_logger(__name__)
 
@@ -64,11 +64,11 @@ class Leader:
     def __init__(
         self,
         *,
-        exchange: Exchange,
+        exchange: PublishConnection,
         buffer: Buffer,
-        turn: Turn,
+        turn: WriteTurn,
         outage: Outage,
-        settlement: Settlement,
+        settlement: PublishReport,
         writer: WritingThread,
     ) -> None:
         self._exchange = exchange
@@ -79,7 +79,7 @@ class Leader:
         self._writer = writer
         self._lock = buffer.lock
 
-    def enlist(self, outgoing: Outgoing) -> Sequence[Outgoing]:
+    def enlist(self, outgoing: Message) -> Sequence[Message]:
         """The batch that the sender of an event in the buffer is to :meth:`lead`, now.
 
         Nothing where somebody writes already, or Redis may not be there: then the thread will.
@@ -94,7 +94,7 @@ class Leader:
 
         return self._begin(outgoing)
 
-    def lead(self, batch: Sequence[Outgoing], deadline: float) -> None:
+    def lead(self, batch: Sequence[Message], deadline: float) -> None:
         """Write a batch, if it is not sent yet, in a sender's thread, and wait for the answers.
 
         When there are none by ``deadline``, the thread goes on to wait for them.
@@ -112,7 +112,7 @@ class Leader:
             else:
                 self._hand_over(None)
 
-    def step_back(self, outgoing: Outgoing) -> None:
+    def step_back(self, outgoing: Message) -> None:
         """When a sender waits no longer: let the thread do what it was to do."""
         with self._lock:
             outgoing.would_write = False
@@ -121,7 +121,7 @@ class Leader:
             if self._is_sent_for(outgoing):
                 self._hand_over(None)
 
-    def abandon(self, outgoing: Outgoing) -> None:
+    def abandon(self, outgoing: Message) -> None:
         """When a sender was interrupted: let the thread send anew what it may have been writing."""
         with self._lock:
             outgoing.would_write = False
@@ -145,17 +145,17 @@ class Leader:
             and not self._outage.stops_all
         )
 
-    def _is_sent_for(self, outgoing: Outgoing) -> bool:
+    def _is_sent_for(self, outgoing: Message) -> bool:
         return self._turn.owner is outgoing and not self._turn.is_sending
 
-    def _send(self, deadline: float) -> Sequence[Outgoing]:
+    def _send(self, deadline: float) -> Sequence[Message]:
         """Send what is in hand, and return it."""
         self._exchange.connect(deadline)
         batch = self._buffer.send_off()
         self._exchange.send([(out.lane.way, out.sealed()) for out in batch], deadline)
         return batch
 
-    def _begin(self, outgoing: Outgoing) -> Sequence[Outgoing]:
+    def _begin(self, outgoing: Message) -> Sequence[Message]:
         """Take what waits in hand, for the sender of an event to write."""
         self._turn.begin(outgoing)
         batch = self._turn.take()
@@ -165,7 +165,7 @@ class Leader:
 
         return batch
 
-    def _conclude(self, batch: Sequence[Outgoing], deadline: float) -> None:
+    def _conclude(self, batch: Sequence[Message], deadline: float) -> None:
         """Send what came meanwhile, and tell the senders of a batch what became of it.
 
         Sending takes until the deadline at most.
@@ -199,7 +199,7 @@ class Leader:
 
                 raise
 
-    def _pass_on(self) -> Outgoing | None:
+    def _pass_on(self) -> Message | None:
         """Give the turn to a sender that waits, or else to the thread if it has to write."""
         waits = self._buffer.is_waiting
         following = self._buffer.first_writer() if waits and self._may_lead else None
@@ -217,7 +217,7 @@ class Leader:
 
         return None
 
-    def _send_for(self, following: Outgoing, deadline: float) -> None:
+    def _send_for(self, following: Message, deadline: float) -> None:
         """Send what is in hand, and let the sender whose turn it is wait for the answers."""
         batch, failure = self._buffer.in_hand, None
 
@@ -271,7 +271,7 @@ BATCH_BYTES = 1024 * 1024
 BATCH_STEP = 8
 
 
-class Turn:
+class WriteTurn:
     """Nobody's, the writing thread's, or that of a sender who waits: one at a time has it.
 
     The buffer's lock is held by whoever begins a turn, ends it or passes it on.
@@ -283,12 +283,12 @@ class Turn:
         self._buffer = buffer
         self._outage = outage
         #: Whose it is: the thread's, or that of the sender of an event.
-        self.owner: Outgoing | threading.Thread | None = None
+        self.owner: Message | threading.Thread | None = None
         #: The thread that writes for it.
         self._thread_id = 0
         #: Whether something is being sent for its owner, by another sender; and what was.
         self.is_sending = False
-        self.sent: Sequence[Outgoing] = ()
+        self.sent: Sequence[Message] = ()
         #: Whether the thread is to go on with a batch that a sender began, and what went wrong.
         self.is_begun = False
         self.failure: Exception | None = None
@@ -301,21 +301,21 @@ class Turn:
         """Whether the calling thread writes."""
         return self._thread_id == threading.get_ident()
 
-    def begin(self, owner: Outgoing | threading.Thread) -> None:
+    def begin(self, owner: Message | threading.Thread) -> None:
         """It is the owner's, and the calling thread writes."""
         # First: who is interrupted with something in hand is known by this.
         self._thread_id = threading.get_ident()
         self.owner = owner
 
-    def take(self) -> Sequence[Outgoing]:
+    def take(self) -> Sequence[Message]:
         """Take in hand what waits, as much as one round trip is to carry."""
         return self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
 
-    def take_stream_event(self) -> Sequence[Outgoing]:
+    def take_stream_event(self) -> Sequence[Message]:
         """Take in hand one event, to find out whether Redis takes stream events again."""
         return self._buffer.take_stream_event()
 
-    def resume(self) -> Sequence[Outgoing]:
+    def resume(self) -> Sequence[Message]:
         """In the thread of its owner, after another sent what is in hand: that."""
         self._thread_id = threading.get_ident()
         return self._buffer.in_hand
@@ -330,7 +330,7 @@ class Turn:
         self._thread_id = 0
         self.sent = ()
 
-    def settle(self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> bool:
+    def settle(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> bool:
         """Let go of what is in hand, and of the turn.
 
         What Redis does not take now goes back to the heads of the lines.
@@ -430,7 +430,7 @@ class Turn:
         self._buffer.changed.notify_all()
 
 
-def _has_write(batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> bool:
+def _has_write(batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> bool:
     """Return True if Redis took an event into a stream."""
     return any(
         outgoing.lane.is_stream and (error is None or isinstance(error, TooFewReplicasError))
@@ -467,15 +467,15 @@ class Writer:
     def __init__(
         self,
         *,
-        exchange: Exchange,
+        exchange: PublishConnection,
         buffer: Buffer,
         outage: Outage,
-        settlement: Settlement,
+        settlement: PublishReport,
         node: str,
     ) -> None:
         self._exchange = exchange
         self._buffer = buffer
-        self._turn = Turn(buffer, outage)
+        self._turn = WriteTurn(buffer, outage)
         self._outage = outage
         self._settlement = settlement
         self._node = node
@@ -484,7 +484,7 @@ class Writer:
         #: The thread, once there is one.
         self.thread: threading.Thread | None = None
         #: The events whose senders wait for a confirmation.
-        self.senders: set[Outgoing] = set()
+        self.senders: set[Message] = set()
         #: Whether to try Redis now, whatever it waits for.
         self._asking = False
         #: Whether it is to end, whatever waits.
@@ -620,7 +620,7 @@ class Writer:
         if self._leave_by is not None:
             self._report_lost()
 
-    def _take(self) -> Sequence[Outgoing] | None:
+    def _take(self) -> Sequence[Message] | None:
         """The next batch, an empty one to ask whether Redis is there; ``None`` at the end."""
         with self._changed:
             self._rest()
@@ -673,7 +673,7 @@ class Writer:
 
         return self._buffer.is_empty or time.monotonic() >= self._leave_by
 
-    def _write(self, batch: Sequence[Outgoing], backoff: Backoff) -> None:
+    def _write(self, batch: Sequence[Message], backoff: Backoff) -> None:
         try:
             outcomes = self._exchange_batch(batch)
         except OUTAGE as error:
@@ -704,7 +704,7 @@ class Writer:
         for outgoing in list(self.senders):
             outgoing.call()
 
-    def _exchange_batch(self, batch: Sequence[Outgoing]) -> Sequence[Exception | None]:
+    def _exchange_batch(self, batch: Sequence[Message]) -> Sequence[Exception | None]:
         if self._turn.is_begun:
             return self._go_on()
 
@@ -741,7 +741,7 @@ class Writer:
         if self._outage.away and self._buffer.has_channel_events:
             self._pause(LISTENERS_RETURN)
 
-    def _give_up(self, batch: Sequence[Outgoing], error: Exception) -> None:
+    def _give_up(self, batch: Sequence[Message], error: Exception) -> None:
         """After a defect, not an outage: of several events, find the one that is to blame."""
         if len(batch) > 1:
             self._turn.go_one_by_one()
@@ -762,7 +762,7 @@ class Writer:
                 timeout=max(0.0, deadline - now),
             )
 
-    def _settle(self, batch: Sequence[Outgoing], outcomes: Sequence[Exception | None]) -> None:
+    def _settle(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
         """Let go of a batch, and of the turn, before its senders are woken: they may write next."""
         with self._lock:
             holds = self._turn.settle(batch, outcomes)

@@ -58,7 +58,7 @@ class Delivery:
         return self.subscription.group
 
 
-class Hand:
+class InFlight:
     """The deliveries that this process has, for whoever renews them or hands them back."""
 
     def __init__(self) -> None:

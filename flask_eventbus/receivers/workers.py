@@ -132,7 +132,7 @@ DELIVERIES = 512
 END = 1.0
 
 
-class Pool:
+class WorkerThreads:
     """As many threads as ``EVENTBUS_CONCURRENCY``; with one, events keep their order.
 
     They serve two lines: events of channels, of which the oldest give way when it is full, and
@@ -241,7 +241,7 @@ class Pool:
         self._rest = threading.Condition(lock)
         self._inbox = Inbox(self._work, self._rest)
         #: What was read of streams.
-        self.lineup = Lineup(self._work, self._rest, width=self._config.concurrency)
+        self.lineup = DeliveryQueue(self._work, self._rest, width=self._config.concurrency)
 
     def _force(self) -> None:
         self._forced = True
@@ -384,7 +384,7 @@ class Portions:
         self._largest = max(1, self._largest // 8, max(sizes, default=self._max_bytes))
 
 
-class Lineup:
+class DeliveryQueue:
     """A line for each thread, and one for all: a key's events wait in the same line.
 
     Nothing is dropped here: whoever reads looks at :attr:`room` first.

@@ -13,7 +13,7 @@ from ..errors import PayloadError
 from ..logs import BoundedLog, get_logger, text_of
 from .bus_signal import BusSignal, Outbound, adopt
 from .options import is_pattern
-from .registry import Declarations
+from .registry import Registry
 from .routes import Route
 
 logger = get_logger(__name__)
@@ -115,7 +115,7 @@ class Bridges:
 
     def __init__(
         self,
-        declarations: Declarations,
+        declarations: Registry,
         configured: Mapping[str, Route],
         publish: Callable[[str, Mapping[str, Any], Route], None],
         publish_async: Callable[[str, Mapping[str, Any], Route], Awaitable[None]],

@@ -12,14 +12,14 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError
-from .registry import Declarations
+from .registry import Registry
 
 #: Where installed packages offer receivers: each entry point names a module with a function
 #: ``register(bus)``, or such a function.
 GROUP = "flask_eventbus.receivers"
 
 
-def load_receivers(bus: Declarations, names: Iterable[str], *, root: Path) -> None:
+def load_receivers(bus: Registry, names: Iterable[str], *, root: Path) -> None:
     """Load what ``EVENTBUS_RECEIVERS`` names and what plug-ins offer, each once per bus.
 
     A name is a module, ``module:function``, or a folder (a name with a ``/``, relative to
@@ -47,7 +47,7 @@ def _plug_ins(left_out: set[str]) -> list[EntryPoint]:
     return [point for point in entry_points(group=GROUP) if point.name not in left_out]
 
 
-def _load_named(name: str, bus: Declarations, root: Path) -> None:
+def _load_named(name: str, bus: Registry, root: Path) -> None:
     if "/" not in name:
         _load_once(f"{name!r}, named in 'EVENTBUS_RECEIVERS',", bus, lambda: _import(name))
         return
@@ -68,7 +68,7 @@ def _reader(path: Path) -> Callable[[], ModuleType]:
     return lambda: _import_file(path)
 
 
-def _load_once(what: str, bus: Declarations, load: Callable[[], Any]) -> None:
+def _load_once(what: str, bus: Registry, load: Callable[[], Any]) -> None:
     if what in bus.loaded:
         return
 
@@ -85,7 +85,7 @@ def _load_once(what: str, bus: Declarations, load: Callable[[], Any]) -> None:
     bus.loaded.add(what)
 
 
-def _register(found: Any, bus: Declarations) -> None:
+def _register(found: Any, bus: Registry) -> None:
     register = getattr(found, "register", None) if isinstance(found, ModuleType) else found
 
     if callable(register):

@@ -141,7 +141,7 @@ class Siblings(dict[str, None]):
         super().clear()
 
 
-class Declarations:
+class Registry:
     """The face that a bus with Flask and one without have in common.
 
     :param namespace: an existing blinker namespace to adopt, ``blinker.default_namespace``

@@ -15,7 +15,7 @@ import redis
 from ..codec.records import DeadLetter
 from ..config import Config
 from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.delivery import Delivery, Hand
+from ..receivers.delivery import Delivery, InFlight
 from ..signals import event_dead_lettered, tell
 from ..transport.clock import RedisClock
 from ..transport.connections import OUTAGE
@@ -39,7 +39,7 @@ MOST_BYTES_AT_ONCE = 4 * 1024 * 1024
 TELL_AGAIN = 5.0
 
 
-class Settler:
+class Acknowledger:
     """Writes outcomes in batches; what Redis did not take waits for the next time.
 
     Any thread may use it.
@@ -53,7 +53,7 @@ class Settler:
         config: Config,
         keys: StreamKeys,
         group: Group,
-        hand: Hand,
+        hand: InFlight,
         counters: Counters,
         expect: Callable[[str, float], None],
     ) -> None:

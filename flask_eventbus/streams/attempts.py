@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import redis
 
 from ..logs import Counters, get_logger
-from ..receivers.delivery import Delivery, Hand
+from ..receivers.delivery import Delivery, InFlight
 from ..receivers.dispatcher import Dispatcher, Status
 from ..receivers.retries import Failure
 from ..transport.connections import OUTAGE
-from .acknowledger import Settler
+from .acknowledger import Acknowledger
 from .group import Group, GroupGoneError
 from .outcomes import Outcomes
-from .retry_queue import RetryLine
+from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
 
@@ -35,10 +35,10 @@ class Attempts:
         *,
         dispatcher: Dispatcher,
         group: Group,
-        hand: Hand,
+        hand: InFlight,
         outcomes: Outcomes,
-        settler: Settler,
-        retries: RetryLine,
+        settler: Acknowledger,
+        retries: RetryQueue,
         counters: Counters,
     ) -> None:
         self._dispatcher = dispatcher

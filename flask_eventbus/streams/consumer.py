@@ -13,28 +13,28 @@ import redis
 from ..codec.codec import Codec
 from ..config import Config
 from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.delivery import Hand
+from ..receivers.delivery import InFlight
 from ..receivers.dispatcher import Dispatcher
-from ..receivers.workers import Pool
+from ..receivers.workers import WorkerThreads
 from ..routing.bus_signal import Receiver
 from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import listener_connected, listener_lost, tell
 from ..transport.connections import OUTAGE, Connections
 from ..transport.keys import StreamKeys
 from ..transport.pipe import Pipe
-from .acknowledger import Settler
+from .acknowledger import Acknowledger
 from .attempts import Attempts
-from .decoder import StreamIntake
+from .decoder import EntryDecoder
 from .duplicates import Duplicates
-from .fanout import Follower
+from .fanout import Fanout
 from .group import Group, GroupGoneError
-from .maintenance import Keeper
-from .membership import Catalogue, Memberships
+from .maintenance import Maintenance
+from .membership import Catalogue, Membership
 from .orphans import Orphans
 from .outcomes import Outcomes, RetryCounts
 from .reader import StreamReader
-from .reclaim import Claims, Trims
-from .retry_queue import RetryLine
+from .reclaim import Reclaimer, Trims
+from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
 
@@ -64,7 +64,7 @@ class Consumer:
         connections: Connections,
         codec: Codec,
         dispatcher: Dispatcher,
-        pool: Pool,
+        pool: WorkerThreads,
         subscriptions: Callable[[], Mapping[str, Subscription]],
         counters: Counters,
         node: str,
@@ -77,7 +77,7 @@ class Consumer:
         self._subscriptions = subscriptions
         self._is_alone = is_alone
         self._log = BoundedLog(logger)
-        self._hand = Hand()
+        self._hand = InFlight()
         self._lost_since: float | None = None
         self._was_connected = False
         self._is_stopping = False
@@ -90,8 +90,8 @@ class Consumer:
         settling = Pipe(connections, timeout=SETTLE)
         self._settling = self._group_on(settling, keys)
         group = self._group_on(reading, keys, unlisted=self._settling.unlisted)
-        intake = StreamIntake(config=config, codec=codec, counters=counters, siblings=siblings)
-        self._settler = Settler(
+        intake = EntryDecoder(config=config, codec=codec, counters=counters, siblings=siblings)
+        self._settler = Acknowledger(
             config=config,
             keys=keys,
             group=self._settling,
@@ -106,7 +106,7 @@ class Consumer:
             failures=dispatcher.failures,
             clock=self._settler.clock,
         )
-        self._retries = RetryLine(
+        self._retries = RetryQueue(
             settling,
             config=config,
             keys=keys,
@@ -126,7 +126,7 @@ class Consumer:
             retries=self._retries,
             counters=counters,
         )
-        claims = Claims(
+        claims = Reclaimer(
             config=config,
             group=self._settling,
             intake=intake,
@@ -140,7 +140,7 @@ class Consumer:
         )
         duplicates = Duplicates(reading, config=config, keys=keys, counters=counters)
         trims = Trims(group, service=config.service, counters=counters)
-        self._memberships = Memberships(
+        self._memberships = Membership(
             config=config,
             catalogue=Catalogue(
                 reading,
@@ -182,7 +182,7 @@ class Consumer:
             found=self._found,
             ended=self._abandoned,
         )
-        self._keeper = Keeper(
+        self._keeper = Maintenance(
             config=config,
             names=lambda: self._memberships.joined,
             group=self._settling,
@@ -203,7 +203,7 @@ class Consumer:
             hand_back=self._conclude,
         )
         following = Pipe(connections, timeout=ANSWER)
-        self._follower = Follower(
+        self._follower = Fanout(
             following,
             config=config,
             catalogue=Catalogue(

@@ -44,7 +44,7 @@ class Sorted:
     trimmed: int = 0
 
 
-class StreamIntake:
+class EntryDecoder:
     """Decodes and checks entries, and lets through what this service is to handle.
 
     :param siblings: nodes of this process whose local receivers ran at ``send()``.

@@ -14,13 +14,13 @@ import redis
 from ..codec.entry_ids import entry_id
 from ..config import Config
 from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.workers import Lineup, Portions
+from ..receivers.workers import DeliveryQueue, Portions
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import Backoff, Reading
 from .alarms import far_ahead
-from .decoder import StreamIntake
+from .decoder import EntryDecoder
 from .group import Entry, behind, fields_of, last_id, passed, remedy
 from .membership import Catalogue
 from .reclaim import report_trimmed, report_trimmed_over
@@ -46,7 +46,7 @@ LOOK_BACK = 16
 LOOK = 5.0
 
 
-class Follower:
+class Fanout:
     """Reads on from where it was, also after a lost connection; acknowledges nothing."""
 
     def __init__(
@@ -56,8 +56,8 @@ class Follower:
         config: Config,
         catalogue: Catalogue,
         keys: StreamKeys,
-        intake: StreamIntake,
-        lineup: Lineup,
+        intake: EntryDecoder,
+        lineup: DeliveryQueue,
         counters: Counters,
         node: str,
         wanted: Callable[[], bool],

@@ -12,17 +12,17 @@ import redis
 
 from ..config import Config
 from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.delivery import Delivery, Hand
-from ..receivers.workers import Lineup, Portions
+from ..receivers.delivery import Delivery, InFlight
+from ..receivers.workers import DeliveryQueue, Portions
 from ..routing.subscriptions import Subscription
 from ..transport.connections import OUTAGE, takes_no_writes
 from ..transport.reconnect import Backoff
-from .acknowledger import Settler
+from .acknowledger import Acknowledger
 from .alarms import foreign_consumers
 from .group import RELEASED, Group, GroupGoneError
 from .orphans import Orphans
-from .reclaim import Claims
-from .retry_queue import RetryLine
+from .reclaim import Reclaimer
+from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
 
@@ -58,7 +58,7 @@ FAR = 60.0
 MOST_BACKOFF = 2.0
 
 
-class Keeper:
+class Maintenance:
     """Keeps what this process has in hand, and takes over what others left.
 
     :param names: the streams that are read, with their subscriptions.
@@ -71,11 +71,11 @@ class Keeper:
         config: Config,
         names: Callable[[], Mapping[str, Subscription]],
         group: Group,
-        hand: Hand,
-        lineup: Lineup,
-        settler: Settler,
-        retries: RetryLine,
-        claims: Claims,
+        hand: InFlight,
+        lineup: DeliveryQueue,
+        settler: Acknowledger,
+        retries: RetryQueue,
+        claims: Reclaimer,
         orphans: Orphans,
         counters: Counters,
         node: str,

@@ -11,19 +11,19 @@ import redis
 from ..codec.entry_ids import before_moment, id_text
 from ..config import SIGNAL_NAME, Config
 from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.delivery import Hand
-from ..receivers.workers import Lineup
+from ..receivers.delivery import InFlight
+from ..receivers.workers import DeliveryQueue
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.keys import StreamKeys
 from ..transport.pipe import Pipe
-from .acknowledger import Settler
+from .acknowledger import Acknowledger
 from .alarms import MOST_NAMES, too_many_names
-from .decoder import StreamIntake
+from .decoder import EntryDecoder
 from .duplicates import Duplicates
 from .group import Group, GroupGoneError
 from .outcomes import Outcomes
-from .reclaim import Claims, Trims
+from .reclaim import Reclaimer, Trims
 
 logger = get_logger(__name__)
 
@@ -236,7 +236,7 @@ _UNKNOWN = tuple(
 ASK_AGAIN = 5.0
 
 
-class Memberships:
+class Membership:
     """Joins the group on each stream subscribed, and makes groups that are missing.
 
     With a group comes what this process, or one that ended, was given of it and had not settled.
@@ -250,12 +250,12 @@ class Memberships:
         catalogue: Catalogue,
         group: Group,
         duplicates: Duplicates,
-        intake: StreamIntake,
-        hand: Hand,
-        lineup: Lineup,
+        intake: EntryDecoder,
+        hand: InFlight,
+        lineup: DeliveryQueue,
         outcomes: Outcomes,
-        settler: Settler,
-        claims: Claims,
+        settler: Acknowledger,
+        claims: Reclaimer,
         trims: Trims,
         counters: Counters,
     ) -> None:

@@ -12,8 +12,8 @@ import redis
 from ..config import SIGNAL_NAME
 from ..logs import BoundedLog, get_logger
 from ..transport.keys import StreamKeys
-from .acknowledger import Settler
-from .retry_queue import RetryLine
+from .acknowledger import Acknowledger
+from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
 
@@ -41,8 +41,8 @@ class Orphans:
         *,
         service: str,
         keys: StreamKeys,
-        retries: RetryLine,
-        settler: Settler,
+        retries: RetryQueue,
+        settler: Acknowledger,
         receives: Callable[[str], bool],
     ) -> None:
         self._service = service

@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 import redis
 
 from ..logs import Counters, get_logger
-from ..receivers.delivery import Hand
-from ..receivers.workers import MOST_BYTES, Lineup, Portions
+from ..receivers.delivery import InFlight
+from ..receivers.workers import MOST_BYTES, DeliveryQueue, Portions
 from ..routing.subscriptions import Subscription
 from ..transport.reconnect import Backoff, Reading
-from .acknowledger import Settler
-from .decoder import StreamIntake
+from .acknowledger import Acknowledger
+from .decoder import EntryDecoder
 from .duplicates import Duplicates
 from .group import Entry, Group, GroupGoneError
-from .membership import Memberships
+from .membership import Membership
 from .outcomes import Outcomes
-from .reclaim import Claims, Trims
+from .reclaim import Reclaimer, Trims
 
 logger = get_logger(__name__)
 
@@ -47,15 +47,15 @@ class StreamReader:
     def __init__(
         self,
         *,
-        memberships: Memberships,
+        memberships: Membership,
         group: Group,
         duplicates: Duplicates,
-        intake: StreamIntake,
-        hand: Hand,
-        lineup: Lineup,
+        intake: EntryDecoder,
+        hand: InFlight,
+        lineup: DeliveryQueue,
         outcomes: Outcomes,
-        settler: Settler,
-        claims: Claims,
+        settler: Acknowledger,
+        claims: Reclaimer,
         trims: Trims,
         counters: Counters,
         max_bytes: int,

@@ -13,14 +13,14 @@ from ..codec.entry_ids import entry_id
 from ..config import Config
 from ..event import Event
 from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.delivery import Delivery, Hand
-from ..receivers.workers import Lineup
+from ..receivers.delivery import Delivery, InFlight
+from ..receivers.workers import DeliveryQueue
 from ..routing.subscriptions import Subscription
 from ..signals import events_trimmed, tell
 from ..transport.connections import OUTAGE
-from .acknowledger import Settler
+from .acknowledger import Acknowledger
 from .alarms import Alarm, far_ahead, past_the_end, set_count, taken_out
-from .decoder import StreamIntake
+from .decoder import EntryDecoder
 from .group import (
     LONG_IDLE,
     RELEASED,
@@ -45,7 +45,7 @@ QUIET = 60.0
 COUNT = 32
 
 
-class Claims:
+class Reclaimer:
     """Claims entries that were handed back, or whose worker is silent for too long.
 
     :param group: on the settler's connection.
@@ -57,11 +57,11 @@ class Claims:
         *,
         config: Config,
         group: Group,
-        intake: StreamIntake,
-        hand: Hand,
-        lineup: Lineup,
+        intake: EntryDecoder,
+        hand: InFlight,
+        lineup: DeliveryQueue,
         outcomes: Outcomes,
-        settler: Settler,
+        settler: Acknowledger,
         trims: Trims,
         counters: Counters,
         retries_of: Callable[[Subscription, Event], int],

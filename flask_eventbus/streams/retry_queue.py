@@ -36,7 +36,7 @@ OVERDUE = 60.0
 POSTPONED = 10.0
 
 
-class RetryLine:
+class RetryQueue:
     """Takes retries that are due, one worker each.
 
     :param turn: what whoever uses the connection holds, callers of its methods included.

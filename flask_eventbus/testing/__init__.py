@@ -46,7 +46,7 @@ from ..transport import connections
 from ..typing import Via
 from .expectations import Expectation, hears, why_unheard, why_unpublished
 from .recording import GivenUp, Recording, diverted, find_out
-from .retries import FailedAttempt, Rehearsal, raise_all
+from .retries import FailedAttempt, RetryRehearsal, raise_all
 
 
 def check_attributes(event: Event) -> None:
@@ -132,7 +132,7 @@ class Isolation:
     def __init__(self, url: str) -> None:
         self._server = connections.memory_server(url)
         self._recording = Recording(url)
-        self._rehearsal = Rehearsal(self._under_test)
+        self._rehearsal = RetryRehearsal(self._under_test)
         self._delivered = 0
         #: The nodes that were met, in the order in which that was.
         self._met: WeakKeyDictionary[Node, int] = WeakKeyDictionary()

@@ -15,7 +15,7 @@ from ..receivers.delivery import Delivery
 from ..receivers.retries import Failure, allowed, judge
 from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import event_dead_lettered, tell_here
-from ..streams.decoder import StreamIntake, readable
+from ..streams.decoder import EntryDecoder, readable
 from ..streams.group import Entry
 from ..streams.retry_queue import GONE_AFTER
 from .expectations import hears
@@ -58,7 +58,7 @@ class Waiting:
     patience: float
 
 
-class Rehearsal:
+class RetryRehearsal:
     """Plays the streams of services to their receivers, and keeps what becomes of failures.
 
     Nothing of it is in Redis, and no time passes but by :meth:`advance`.
@@ -260,7 +260,7 @@ def _subscription(node: Node, event: Event) -> Subscription:
 
 def _delivery(node: Node, event: Event, entry: str) -> Delivery | None:
     """What a node makes of an entry; ``None`` if it leaves it out."""
-    intake = StreamIntake(
+    intake = EntryDecoder(
         config=node.config,
         codec=node.codec,
         counters=node.counters,
