@@ -18,7 +18,7 @@ from .cli.dead import dead
 from .cli.relay import relay
 from .cli.replay import replay
 from .cli.seek import seek
-from .cli.services_command import services
+from .cli.services import services
 from .cli.status import status
 from .config import Config
 from .node import Node

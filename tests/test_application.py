@@ -31,7 +31,7 @@ from flask import Blueprint, Flask, current_app
 from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, current_event
-from flask_eventbus.checks.program_checks import check_program
+from flask_eventbus.checks.program import check_program
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.event import Event, handling
 from flask_eventbus.extension import AppSignals

@@ -517,7 +517,7 @@ def test_in_a_cluster_routes_shows_channels_alone(make_app: Callable[..., Flask]
 def test_routes_fits_a_terminal_of_80_columns(till: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     terminal = SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("flask_eventbus.cli.rendering.sys", terminal)
+    monkeypatch.setattr("flask_eventbus.cli.output.sys", terminal)
     bus: Registry = till.extensions["eventbus"].declarations
     bus.publishes(flask.request_finished, as_="a_name/that_is_as_long_as_a_line", payload=summary)
 

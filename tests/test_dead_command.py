@@ -23,7 +23,7 @@ from flask_eventbus import Bus, EventBus
 from flask_eventbus.admin.dead_letters import Choice, DeadLetters, Letter, Retrials
 from flask_eventbus.admin.streams import StreamAccess
 from flask_eventbus.cli.app import flask_commands
-from flask_eventbus.cli.rendering import as_json
+from flask_eventbus.cli.output import as_json
 from flask_eventbus.codec.records import RetryRecord
 from flask_eventbus.config import Config
 from flask_eventbus.streams.decoder import readable

@@ -26,8 +26,8 @@ from flask_eventbus.__main__ import main
 from flask_eventbus.admin.server import Server
 from flask_eventbus.checks.database import check_database
 from flask_eventbus.checks.doctor import Finding, check
-from flask_eventbus.checks.program_checks import check_program, check_retries
-from flask_eventbus.checks.server_checks import check_clock, check_eviction, check_version
+from flask_eventbus.checks.program import check_program, check_retries
+from flask_eventbus.checks.server import check_clock, check_eviction, check_version
 from flask_eventbus.cli.app import flask_commands
 from flask_eventbus.codec.records import RetryRecord
 from flask_eventbus.database import outbox

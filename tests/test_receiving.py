@@ -170,7 +170,14 @@ def broken_log() -> Iterator[None]:
             raise RuntimeError("Working outside of request context.")
 
     needs_a_request = NeedsARequest()
-    names = ["listener", "outage", "dispatcher", "intake", "hearing", "writer", "lifecycle"]
+    names = [
+        "channels.decoder",
+        "channels.listener",
+        "publisher.outage",
+        "publisher.writer",
+        "receivers.dispatcher",
+        "signals",
+    ]
     loggers = [logging.getLogger(f"flask_eventbus.{name}") for name in names]
     for logger in loggers:
         logger.addFilter(needs_a_request)

@@ -27,7 +27,7 @@ from flask_eventbus.__main__ import main
 from flask_eventbus.admin import tail_sources
 from flask_eventbus.admin.tail import Filter, Tail
 from flask_eventbus.admin.tail_sources import Heard
-from flask_eventbus.cli.rendering import as_json, as_line
+from flask_eventbus.cli.output import as_json, as_line
 from flask_eventbus.codec.codec import Codec
 
 pytestmark = pytest.mark.second_look

@@ -35,7 +35,7 @@ from flask_eventbus import (
     current_event,
 )
 from flask_eventbus.testing import Isolation, isolated
-from flask_eventbus.testing.recording import Recording
+from flask_eventbus.testing.recorder import Recording
 from flask_eventbus.transport import connections
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.pipe import Pipe

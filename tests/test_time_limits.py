@@ -22,7 +22,7 @@ from flask_eventbus.admin.publish import publish_one
 from flask_eventbus.admin.server import census
 from flask_eventbus.admin.streams import StreamAccess
 from flask_eventbus.channels.reader import TICK, ChannelReader
-from flask_eventbus.checks.server_checks import check_server
+from flask_eventbus.checks.server import check_server
 from flask_eventbus.config import Config
 from flask_eventbus.errors import OperationError
 from flask_eventbus.publisher import writer
@@ -274,12 +274,12 @@ def test_the_command_that_publishes_waits_three_seconds_for_all_answers(
 
 @pytest.mark.parametrize(
     ("command", "module"),
-    [("check", "server_checks"), ("routes", "census"), ("status", "status_command")],
+    [("check", "checks.server"), ("routes", "admin.server"), ("status", "cli.status")],
 )
 def test_a_command_that_looks_has_one_time_for_all_answers(
     slow: Proxy, monkeypatch: pytest.MonkeyPatch, command: str, module: str
 ) -> None:
-    monkeypatch.setattr(f"flask_eventbus.{module}.PATIENCE", 1.0, raising=False)
+    monkeypatch.setattr(f"flask_eventbus.{module}.PATIENCE", 1.0)
     slow.pause, slow.dribbles = 0.1, True
 
     with ends_within(1.0):

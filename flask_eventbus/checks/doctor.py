@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..node import Node
 from .database import check_database
 from .findings import Finding
-from .program_checks import check_program, check_retries
-from .server_checks import check_server
+from .program import check_program, check_retries
+from .server import check_server
 
 __all__ = ["Finding", "check"]
 

@@ -24,11 +24,11 @@ from ..node import Node
 from .arguments import read_name, read_names, read_pairs, read_payload, values_of
 from .base import Command, Program, log_to_stderr, pass_program, reader_is_gone
 from .dead import dead
+from .output import as_json, as_line, findings_report, live_report, routes_report
 from .relay import relay
-from .rendering import as_json, as_line, findings_report, live_report, routes_report
 from .replay import replay
 from .seek import seek
-from .services_command import services
+from .services import services
 from .status import status
 
 # -- run ----------------------------------------------------------------------------------

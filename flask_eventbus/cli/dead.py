@@ -23,7 +23,7 @@ from ..codec.records import REASONS
 from ..text import counted, plain, printable
 from .arguments import read_names, read_span
 from .base import Command, Group, Program, pass_program, service_of
-from .rendering import span
+from .output import span
 
 #: What the reasons mean.
 _REASONS = {

@@ -19,7 +19,7 @@ from ..errors import OperationError
 from ..streams.alarms import MOST_NAMES, too_many_names
 from ..text import printable
 from .base import Command, Program, pass_program, reader_is_gone
-from .rendering import fitted_table, span
+from .output import fitted_table, span
 
 _GROUPS = ("Stream", "Events", "Service", "Lag", "Pending", "Oldest", "Retries", "Dead")
 _CONSUMERS = ("Service", "Stream", "Host", "Pid", "Node", "Pending", "Idle")

@@ -45,7 +45,7 @@ from ..receivers.retries import Failure
 from ..transport import connections
 from ..typing import Via
 from .expectations import Expectation, hears, why_unheard, why_unpublished
-from .recording import GivenUp, Recording, diverted, find_out
+from .recorder import GivenUp, Recording, diverted, find_out
 from .retries import FailedAttempt, RetryRehearsal, raise_all
 
 

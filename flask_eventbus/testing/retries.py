@@ -19,7 +19,7 @@ from ..streams.decoder import EntryDecoder, readable
 from ..streams.group import Entry
 from ..streams.retry_queue import GONE_AFTER
 from .expectations import hears
-from .recording import GivenUp, given_up
+from .recorder import GivenUp, given_up
 
 #: What the processes of a service have in common: where their group is, and its name.
 Home = tuple[str, str, str]

@@ -10,7 +10,7 @@ from ..admin.services import Holding, Services, refuse_running
 from ..admin.streams import StreamAccess
 from ..config import SERVICE_NAME
 from .base import Command, Group, Program, pass_program
-from .rendering import fitted_table
+from .output import fitted_table
 
 #: What ``CLIENT LIST`` shows.
 CLIENT_NAME = "eventbus-services"
