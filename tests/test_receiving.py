@@ -170,15 +170,11 @@ def broken_log() -> Iterator[None]:
             raise RuntimeError("Working outside of request context.")
 
     needs_a_request = NeedsARequest()
-    names = [
-        "channels.decoder",
-        "channels.listener",
-        "publisher.outage",
-        "publisher.writer",
-        "receivers.dispatcher",
-        "signals",
-    ]
-    loggers = [logging.getLogger(f"flask_eventbus.{name}") for name in names]
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("flask_eventbus.")]
+    loggers = [logging.getLogger(name) for name in names]
+
+    assert {"flask_eventbus.channels.listener", "flask_eventbus.publisher.outage"} <= set(names)
+
     for logger in loggers:
         logger.addFilter(needs_a_request)
 
