@@ -366,7 +366,7 @@ class Node:
         """Roll back what a receiver that failed left in the database session."""
         # It is imported where a session is known whose commits events wait for; elsewhere the end
         # of the app context is enough.
-        transactions = sys.modules.get(f"{__package__}.transactions")
+        transactions = sys.modules.get(f"{__package__}.database.transactions")
 
         if transactions is None:
             return
