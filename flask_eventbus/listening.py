@@ -87,7 +87,7 @@ class Listening:
                 reader=reader,
                 subscriptions=self._on_channels,
             ),
-            intake=MessageDecoder(
+            decoder=MessageDecoder(
                 config=config,
                 codec=codec,
                 counters=counters,

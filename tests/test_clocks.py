@@ -120,7 +120,7 @@ def test_a_step_of_redis_clock_takes_no_retry_from_a_worker_that_lives(
     monkeypatch.setattr(retry_queue.RetryQueue, "renew", lambda line, delivery: True)
     wall_clock.ahead += 3_600
     for bus in buses:
-        bus.node._inbound.consumer._keeper.wake()
+        bus.node._inbound.consumer._maintenance.wake()
     for bus in buses:
         wait_until(lambda bus=bus: not is_steady(bus), what="it noticed the step")  # type: ignore[misc]
     monkeypatch.setattr(retry_queue.RetryQueue, "renew", renew)
@@ -133,7 +133,7 @@ def test_a_step_of_redis_clock_takes_no_retry_from_a_worker_that_lives(
 
 
 def is_steady(bus: Bus) -> bool:
-    clock: RedisClock = bus.node._inbound.consumer._settler.clock
+    clock: RedisClock = bus.node._inbound.consumer._acknowledger.clock
     return clock._ahead is not None and clock.is_steady
 
 

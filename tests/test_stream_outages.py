@@ -1134,7 +1134,7 @@ def test_events_that_are_trimmed_while_a_receiver_takes_long_are_counted(
     for number in range(1, 201):
         store.add("tick", n=number)
     # It reads no more than it handles before long.
-    wait_until(lambda: not bus.node._inbound.pool.lineup.wait_for_room(0), what="it has enough")
+    wait_until(lambda: not bus.node._inbound.pool.queue.wait_for_room(0), what="it has enough")
     threading.Event().wait(1.2)
     store.client.xtrim(store.keys.stream("tick"), maxlen=50, approximate=False)
     goes_on.set()

@@ -243,9 +243,11 @@ def test_a_delay_that_is_none_is_a_failure_like_any_other(line: Line, after: Any
 
 def test_what_a_worker_keeps_of_retries_that_wait_has_a_bound() -> None:
     parts = inspect.signature(maintenance.Maintenance).parameters
-    settler = mock.Mock()
-    settler.clock.now.return_value = 1_000_000.25
-    kept = maintenance.Maintenance(**{part: mock.Mock() for part in parts} | {"settler": settler})
+    acknowledger = mock.Mock()
+    acknowledger.clock.now.return_value = 1_000_000.25
+    kept = maintenance.Maintenance(
+        **{part: mock.Mock() for part in parts} | {"acknowledger": acknowledger}
+    )
 
     for n in range(20_000):
         kept.expect("work", 1_000_000.25 + n / 100)

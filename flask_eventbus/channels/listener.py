@@ -232,7 +232,7 @@ class Listener:
         reader: ChannelReader,
         keys: ChannelKeys,
         hearing: ChannelSubscriptions,
-        intake: MessageDecoder,
+        decoder: MessageDecoder,
         pool: WorkerThreads,
         counters: Counters,
         node: str,
@@ -243,7 +243,7 @@ class Listener:
         self._reader = reader
         self._keys = keys
         self._hearing = hearing
-        self._intake = intake
+        self._decoder = decoder
         self._pool = pool
         self._counters = counters
         self._node = node
@@ -414,7 +414,7 @@ class Listener:
         if subscription is None:
             return None
 
-        return self._intake.event(name, frame.body, subscription)
+        return self._decoder.event(name, frame.body, subscription)
 
     def _note(self, frame: Frame) -> None:
         self._hearing.note(frame)

@@ -164,7 +164,7 @@ class WorkerThreads:
         self._threads: list[threading.Thread] = []
 
     def __len__(self) -> int:
-        return len(self._inbox) + len(self.lineup)
+        return len(self._inbox) + len(self.queue)
 
     @property
     def is_own_thread(self) -> bool:
@@ -203,7 +203,7 @@ class WorkerThreads:
 
     def finish(self, deadline: float) -> None:
         """Let receivers have what waits on channels, and what runs, until the deadline."""
-        self.lineup.clear()
+        self.queue.clear()
 
         with self._rest:
             left = max(0.0, deadline - time.monotonic())
@@ -228,7 +228,7 @@ class WorkerThreads:
         # Another thread of the parent may hold the lock of those that were inherited.
         self._make_lines()
         self._inbox.close()
-        self.lineup.close()
+        self.queue.close()
 
     @property
     def is_forced(self) -> bool:
@@ -241,7 +241,7 @@ class WorkerThreads:
         self._rest = threading.Condition(lock)
         self._inbox = Inbox(self._work, self._rest)
         #: What was read of streams.
-        self.lineup = DeliveryQueue(self._work, self._rest, width=self._config.concurrency)
+        self.queue = DeliveryQueue(self._work, self._rest, width=self._config.concurrency)
 
     def _force(self) -> None:
         self._forced = True
@@ -284,13 +284,13 @@ class WorkerThreads:
             while True:
                 self._stream_next = not self._stream_next
 
-                if self._stream_next and (deliveries := self.lineup.pick(number, most_deliveries)):
+                if self._stream_next and (deliveries := self.queue.pick(number, most_deliveries)):
                     return [], deliveries
 
                 if events := self._inbox.pick(most):
                     return events, []
 
-                if deliveries := self.lineup.pick(number, most_deliveries):
+                if deliveries := self.queue.pick(number, most_deliveries):
                     return [], deliveries
 
                 if self._inbox.closed:
@@ -308,7 +308,7 @@ class WorkerThreads:
             self._counters.add("handling_failed")
             logger.exception("%d events of streams were not handled.", len(deliveries))
         finally:
-            self.lineup.done(deliveries, time.monotonic() - begin)
+            self.queue.done(deliveries, time.monotonic() - begin)
 
     def _dispatch(self, events: Sequence[Event]) -> None:
         for position, event in enumerate(events, start=1):

@@ -53,14 +53,14 @@ class Acknowledger:
         config: Config,
         keys: StreamKeys,
         group: Group,
-        hand: InFlight,
+        in_flight: InFlight,
         counters: Counters,
         expect: Callable[[str, float], None],
     ) -> None:
         self._config = config
         self._keys = keys
         self._group = group
-        self._hand = hand
+        self._in_flight = in_flight
         self._counters = counters
         self._expect = expect
         self._log = BoundedLog(logger)
@@ -238,7 +238,7 @@ class Acknowledger:
             self._refused(outcomes, answer)
             return
 
-        self._hand.let_go(deliveries)
+        self._in_flight.let_go(deliveries)
         self._counters.add("acked", len(deliveries))
 
     def _settled(self, outcomes: Sequence[Outcome], answer: Any) -> None:
@@ -255,7 +255,7 @@ class Acknowledger:
             return
 
         done = [outcome.delivery for outcome in outcomes if outcome.delivery is not None]
-        self._hand.let_go(done)
+        self._in_flight.let_go(done)
         self._counters.add("acked", len(outcomes))
 
         for outcome in outcomes:

@@ -35,17 +35,17 @@ class Attempts:
         *,
         dispatcher: Dispatcher,
         group: Group,
-        hand: InFlight,
+        in_flight: InFlight,
         outcomes: Outcomes,
-        settler: Acknowledger,
+        acknowledger: Acknowledger,
         retries: RetryQueue,
         counters: Counters,
     ) -> None:
         self._dispatcher = dispatcher
         self._group = group
-        self._hand = hand
+        self._in_flight = in_flight
         self._outcomes = outcomes
-        self._settler = settler
+        self._acknowledger = acknowledger
         self._retries = retries
         self._counters = counters
         self._is_stopping = False
@@ -63,17 +63,17 @@ class Attempts:
                 self._attempt(delivery)
             except BaseException:
                 # They come again, as from a worker that ended.
-                self._hand.let_go(deliveries[number:])
+                self._in_flight.let_go(deliveries[number:])
                 raise
 
             if self._is_disowned:
                 return
 
             if time.monotonic() > due:
-                self._settler.settle()
+                self._acknowledger.settle()
                 due = time.monotonic() + SHARE
 
-        self._settler.settle()
+        self._acknowledger.settle()
 
     def stop(self) -> None:
         """Begin nothing more."""
@@ -101,8 +101,8 @@ class Attempts:
         is_first = delivery.record is None and delivery.begun is None
 
         # Whether it still is this process's, as far as can be known.
-        if not (self._hand.begin(delivery) and (is_first or self._is_noted(delivery))):
-            self._hand.let_go([delivery])
+        if not (self._in_flight.begin(delivery) and (is_first or self._is_noted(delivery))):
+            self._in_flight.let_go([delivery])
             self._counters.add("given_away")
             return
 
@@ -114,15 +114,15 @@ class Attempts:
         if self._is_disowned:
             return
         elif record is not None and result.status is Status.GONE:
-            self._settler.add(self._retries.postponed(delivery, record))
+            self._acknowledger.add(self._retries.postponed(delivery, record))
         elif result.failures or record is not None:
             self._judge(delivery, result.failures)
         else:
-            self._settler.handled(delivery)
+            self._acknowledger.handled(delivery)
 
     def _judge(self, delivery: Delivery, failures: Sequence[Failure]) -> None:
         try:
-            self._settler.add(self._outcomes.of(delivery, failures))
+            self._acknowledger.add(self._outcomes.of(delivery, failures))
         except Exception:
             # It stays pending, and is taken over as from a worker that ended.
             self._counters.add("handling_failed")
@@ -131,15 +131,15 @@ class Attempts:
                 delivery.event.id,
                 extra=delivery.event.fields,
             )
-            self._hand.let_go([delivery])
+            self._in_flight.let_go([delivery])
 
     def _leave_to_others(self, delivery: Delivery) -> None:
         """Hand back an entry whose receivers were disconnected after it was read."""
-        self._hand.let_go([delivery])
+        self._in_flight.let_go([delivery])
         self._counters.add("given_away")
 
         try:
-            with self._settler.turn:
+            with self._acknowledger.turn:
                 if any(found.id == delivery.entry for found in self._group.own(delivery.name)):
                     self._group.release(delivery.name, {delivery.entry: delivery.begun or 0})
         except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
@@ -163,5 +163,5 @@ class Attempts:
 
         times = (delivery.begun or 0) + 1
 
-        with self._settler.turn:
+        with self._acknowledger.turn:
             return self._group.begin(delivery.name, delivery.entry, times=times)

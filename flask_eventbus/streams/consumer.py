@@ -77,7 +77,7 @@ class Consumer:
         self._subscriptions = subscriptions
         self._is_alone = is_alone
         self._log = BoundedLog(logger)
-        self._hand = InFlight()
+        self._in_flight = InFlight()
         self._lost_since: float | None = None
         self._was_connected = False
         self._is_stopping = False
@@ -90,21 +90,21 @@ class Consumer:
         settling = Pipe(connections, timeout=SETTLE)
         self._settling = self._group_on(settling, keys)
         group = self._group_on(reading, keys, unlisted=self._settling.unlisted)
-        intake = EntryDecoder(config=config, codec=codec, counters=counters, siblings=siblings)
-        self._settler = Acknowledger(
+        decoder = EntryDecoder(config=config, codec=codec, counters=counters, siblings=siblings)
+        self._acknowledger = Acknowledger(
             config=config,
             keys=keys,
             group=self._settling,
-            hand=self._hand,
+            in_flight=self._in_flight,
             counters=counters,
-            expect=lambda name, due: self._keeper.expect(name, due),
+            expect=lambda name, due: self._maintenance.expect(name, due),
         )
         outcomes = Outcomes(
             config=config,
             keys=keys,
             retries_of=counts.after,
             failures=dispatcher.failures,
-            clock=self._settler.clock,
+            clock=self._acknowledger.clock,
         )
         self._retries = RetryQueue(
             settling,
@@ -112,35 +112,35 @@ class Consumer:
             keys=keys,
             codec=codec,
             outcomes=outcomes,
-            turn=self._settler.turn,
-            clock=self._settler.clock,
+            turn=self._acknowledger.turn,
+            clock=self._acknowledger.clock,
             knows=lambda event, name: bool(dispatcher.receivers(event, only=name)),
             retries_of=counts.of_receiver,
         )
         self.attempts = Attempts(
             dispatcher=dispatcher,
             group=self._settling,
-            hand=self._hand,
+            in_flight=self._in_flight,
             outcomes=outcomes,
-            settler=self._settler,
+            acknowledger=self._acknowledger,
             retries=self._retries,
             counters=counters,
         )
-        claims = Reclaimer(
+        reclaimer = Reclaimer(
             config=config,
             group=self._settling,
-            intake=intake,
-            hand=self._hand,
-            lineup=pool.lineup,
+            decoder=decoder,
+            in_flight=self._in_flight,
+            queue=pool.queue,
             outcomes=outcomes,
-            settler=self._settler,
+            acknowledger=self._acknowledger,
             trims=Trims(self._settling, service=config.service, counters=counters),
             counters=counters,
             retries_of=counts.of_event,
         )
         duplicates = Duplicates(reading, config=config, keys=keys, counters=counters)
         trims = Trims(group, service=config.service, counters=counters)
-        self._memberships = Membership(
+        self._membership = Membership(
             config=config,
             catalogue=Catalogue(
                 reading,
@@ -152,50 +152,50 @@ class Consumer:
             ),
             group=group,
             duplicates=duplicates,
-            intake=intake,
-            hand=self._hand,
-            lineup=pool.lineup,
+            decoder=decoder,
+            in_flight=self._in_flight,
+            queue=pool.queue,
             outcomes=outcomes,
-            settler=self._settler,
-            claims=claims,
+            acknowledger=self._acknowledger,
+            reclaimer=reclaimer,
             trims=trims,
             counters=counters,
         )
         self._reader = StreamReader(
-            memberships=self._memberships,
+            membership=self._membership,
             group=group,
             duplicates=duplicates,
-            intake=intake,
-            hand=self._hand,
-            lineup=pool.lineup,
+            decoder=decoder,
+            in_flight=self._in_flight,
+            queue=pool.queue,
             outcomes=outcomes,
-            settler=self._settler,
-            claims=claims,
+            acknowledger=self._acknowledger,
+            reclaimer=reclaimer,
             trims=trims,
             counters=counters,
             max_bytes=config.max_event_bytes,
             node=node,
             wanted=wanted,
-            attend=lambda: self._keeper.attend(),
-            given_away=lambda: self._keeper.given_away(),
+            attend=lambda: self._maintenance.attend(),
+            given_away=lambda: self._maintenance.given_away(),
             lost=self._lost,
             found=self._found,
             ended=self._abandoned,
         )
-        self._keeper = Maintenance(
+        self._maintenance = Maintenance(
             config=config,
-            names=lambda: self._memberships.joined,
+            names=lambda: self._membership.joined,
             group=self._settling,
-            hand=self._hand,
-            lineup=pool.lineup,
-            settler=self._settler,
+            in_flight=self._in_flight,
+            queue=pool.queue,
+            acknowledger=self._acknowledger,
             retries=self._retries,
-            claims=claims,
+            reclaimer=reclaimer,
             orphans=Orphans(
                 service=config.service,
                 keys=keys,
                 retries=self._retries,
-                settler=self._settler,
+                acknowledger=self._acknowledger,
                 receives=self._receives,
             ),
             counters=counters,
@@ -203,7 +203,7 @@ class Consumer:
             hand_back=self._conclude,
         )
         following = Pipe(connections, timeout=ANSWER)
-        self._follower = Fanout(
+        self._fanout = Fanout(
             following,
             config=config,
             catalogue=Catalogue(
@@ -215,8 +215,8 @@ class Consumer:
                 has_receivers=dispatcher.has_receivers,
             ),
             keys=keys,
-            intake=intake,
-            lineup=pool.lineup,
+            decoder=decoder,
+            queue=pool.queue,
             counters=counters,
             node=node,
             wanted=wanted,
@@ -241,7 +241,7 @@ class Consumer:
     @property
     def is_own_thread(self) -> bool:
         """Whether the calling thread is one of those that read and look after."""
-        threads = (self._reader, self._keeper, self._follower)
+        threads = (self._reader, self._maintenance, self._fanout)
         return any(found.is_own_thread for found in threads)
 
     @property
@@ -258,7 +258,7 @@ class Consumer:
     def refused(self) -> dict[str, str]:
         """Streams that Redis refuses, and that no channel stands in for, with its reasons."""
         subscriptions = self._subscriptions()
-        refused = {**self._memberships.refused, **self._follower.refused}
+        refused = {**self._membership.refused, **self._fanout.refused}
 
         if self.fatal is not None:
             refused = dict.fromkeys(subscriptions, str(self.fatal))
@@ -272,12 +272,12 @@ class Consumer:
     @property
     def without_receiver(self) -> frozenset[str]:
         """The streams that are not read, because this process has no receiver for them."""
-        return self._memberships.without_receiver | self._follower.without_receiver
+        return self._membership.without_receiver | self._fanout.without_receiver
 
     @property
     def alarms(self) -> dict[str, str]:
         """What somebody did to streams so that their events are not heard, by stream."""
-        return {**self._memberships.alarms, **self._follower.alarms}
+        return {**self._membership.alarms, **self._fanout.alarms}
 
     @property
     def last_heard(self) -> float | None:
@@ -287,7 +287,7 @@ class Consumer:
     @property
     def fatal(self) -> Exception | None:
         """What this Redis will never do, however long it is waited for."""
-        return self._memberships.fatal
+        return self._membership.fatal
 
     @property
     def _reads_all(self) -> bool:
@@ -295,7 +295,7 @@ class Consumer:
 
     @property
     def _follows_all(self) -> bool:
-        return not self._is_grouped(False) or (self._follower.ready and not self.refused)
+        return not self._is_grouped(False) or (self._fanout.ready and not self.refused)
 
     @property
     def _ends(self) -> bool:
@@ -309,25 +309,25 @@ class Consumer:
         """Start the threads that are needed by now."""
         if self._is_grouped(True):
             self._reader.start()
-            self._keeper.start()
+            self._maintenance.start()
 
         if self._is_grouped(False):
-            self._follower.start()
+            self._fanout.start()
 
     def ready(self, timeout: float | None) -> bool:
         """Wait until every stream subscribed is being read; whether it was in time."""
         deadline = None if timeout is None else time.monotonic() + timeout
 
         _wait_for(self._reader.changed, lambda: self._reads_all or self._ends, deadline)
-        _wait_for(self._follower.changed, lambda: self._follows_all or self._ends, deadline)
+        _wait_for(self._fanout.changed, lambda: self._follows_all or self._ends, deadline)
         return self.connected
 
     def stop_reading(self) -> None:
         """Read nothing more, take over nothing more, begin nothing more."""
         self._end()
-        self._keeper.stop()
+        self._maintenance.stop()
         self._reader.stop()
-        self._follower.stop()
+        self._fanout.stop()
 
     def hand_back(self, deadline: float) -> None:
         """Settle what is done, and let other workers have the rest; called when the pool ended.
@@ -337,24 +337,24 @@ class Consumer:
         # A reader that waits for a server that hangs is not waited for to the end.
         readers_end = (time.monotonic() + deadline) / 2
         self._reader.end(readers_end)
-        self._follower.end(readers_end)
-        self._keeper.finish(deadline)
+        self._fanout.end(readers_end)
+        self._maintenance.finish(deadline)
 
     def end(self, deadline: float) -> None:
         """Wait until everything is handed back, or the deadline is over."""
         # The thread itself reports a Redis that is away; it has a moment for it.
-        if not self._keeper.end(deadline + REPORT) and self._hand:
+        if not self._maintenance.end(deadline + REPORT) and self._in_flight:
             self._report_left("it does not answer")
 
     def _abandoned(self) -> None:
         """What the events are for is gone: end by and by, as if somebody had said so."""
         self._end()
-        self._keeper.stop()
-        self._follower.stop()
-        self._pool.lineup.close()
-        self._pool.lineup.clear()
+        self._maintenance.stop()
+        self._fanout.stop()
+        self._pool.queue.close()
+        self._pool.queue.clear()
         self._pool.close()
-        self._keeper.finish(time.monotonic() + SETTLE)
+        self._maintenance.finish(time.monotonic() + SETTLE)
 
     def _end(self) -> None:
         self._is_stopping = True
@@ -365,17 +365,17 @@ class Consumer:
         try:
             self._hand_back()
         except OUTAGE as error:
-            if self._hand:
+            if self._in_flight:
                 self._report_left(error)
         finally:
-            self._settler.close()
+            self._acknowledger.close()
 
     def _report_left(self, reason: object) -> None:
         logger.error(
             "Redis is away (%s): %d events that were read stay pending. Another worker takes them "
             "over after %g s; those that were handled come again.",
             reason,
-            len(self._hand),
+            len(self._in_flight),
             self._config.claim_after,
         )
 
@@ -384,27 +384,27 @@ class Consumer:
         self._is_stopping = True
         self.attempts.disown()
         self._reader.disown()
-        self._keeper.disown()
-        self._follower.disown()
+        self._maintenance.disown()
+        self._fanout.disown()
 
     def _hand_back(self) -> None:
-        if not self._memberships.known:
+        if not self._membership.known:
             return
 
-        self._settler.tell_all()
+        self._acknowledger.tell_all()
 
-        with self._settler.turn:
-            for delivery in self._hand.retries():
+        with self._acknowledger.turn:
+            for delivery in self._in_flight.retries():
                 if not delivery.started:
                     self._retries.put_back(delivery)
 
             # What Redis does not let be read was told already.
-            for name in self._memberships.known - self._memberships.refused.keys():
+            for name in self._membership.known - self._membership.refused.keys():
                 self._release(name)
 
     def _release(self, name: str) -> None:
-        started = {found.entry for found in self._hand.first_attempts(name) if found.started}
-        begun = {found.entry: found.begun or 0 for found in self._hand.first_attempts(name)}
+        started = {found.entry for found in self._in_flight.first_attempts(name) if found.started}
+        begun = {found.entry: found.begun or 0 for found in self._in_flight.first_attempts(name)}
 
         try:
             own = [found for found in self._settling.own(name) if found.id not in started]
@@ -443,10 +443,10 @@ class Consumer:
         lost_since, self._lost_since = self._lost_since, None
         reconnected, self._was_connected = self._was_connected, True
         seconds = 0.0 if lost_since is None else time.monotonic() - lost_since
-        self._keeper.wake()
+        self._maintenance.wake()
 
         if not reconnected:
-            logger.info("Reading the streams of %s.", ", ".join(sorted(self._memberships.joined)))
+            logger.info("Reading the streams of %s.", ", ".join(sorted(self._membership.joined)))
 
         if not self._is_alone():
             return

@@ -56,8 +56,8 @@ class Fanout:
         config: Config,
         catalogue: Catalogue,
         keys: StreamKeys,
-        intake: EntryDecoder,
-        lineup: DeliveryQueue,
+        decoder: EntryDecoder,
+        queue: DeliveryQueue,
         counters: Counters,
         node: str,
         wanted: Callable[[], bool],
@@ -66,8 +66,8 @@ class Fanout:
         self._service = config.service
         self._catalogue = catalogue
         self._keys = keys
-        self._intake = intake
-        self._lineup = lineup
+        self._decoder = decoder
+        self._queue = queue
         self._counters = counters
         self._log = BoundedLog(logger)
         self._reading = Reading(
@@ -168,7 +168,7 @@ class Fanout:
 
             if not names:
                 self._reading.pause(self._block)
-            elif self._lineup.wait_for_room(self._block):
+            elif self._queue.wait_for_room(self._block):
                 self._read(names)
 
             backoff.reset()
@@ -296,7 +296,7 @@ class Fanout:
 
     def _entries(self, names: Collection[str], block: float) -> list[Entry]:
         count = self._portions.count(
-            room=self._lineup.room, memory=self._lineup.memory, streams=len(names)
+            room=self._queue.room, memory=self._queue.memory, streams=len(names)
         )
         keys = [self._keys.stream(name) for name in names]
         ids = [self._positions[name] for name in names]
@@ -326,9 +326,9 @@ class Fanout:
                 )
 
         self._portions.note(map(Entry.size, entries))
-        found = self._intake.sort(entries, names)
+        found = self._decoder.sort(entries, names)
         self._counters.add("received", len(found.deliveries))
-        self._lineup.put(found.deliveries)
+        self._queue.put(found.deliveries)
 
         for entry in entries:
             self._positions[entry.name] = entry.id

@@ -71,11 +71,11 @@ class Maintenance:
         config: Config,
         names: Callable[[], Mapping[str, Subscription]],
         group: Group,
-        hand: InFlight,
-        lineup: DeliveryQueue,
-        settler: Acknowledger,
+        in_flight: InFlight,
+        queue: DeliveryQueue,
+        acknowledger: Acknowledger,
         retries: RetryQueue,
-        claims: Reclaimer,
+        reclaimer: Reclaimer,
         orphans: Orphans,
         counters: Counters,
         node: str,
@@ -85,13 +85,13 @@ class Maintenance:
         self._names = names
         self._hand_back = hand_back
         self._group = group
-        self._hand = hand
-        self._lineup = lineup
-        self._settler = settler
+        self._in_flight = in_flight
+        self._queue = queue
+        self._acknowledger = acknowledger
         self._retries = retries
-        self._claims = claims
+        self._reclaimer = reclaimer
         self._orphans = orphans
-        self._clock = settler.clock
+        self._clock = acknowledger.clock
         self._counters = counters
         self._node = node
         self._log = BoundedLog(logger)
@@ -212,7 +212,7 @@ class Maintenance:
         now = time.monotonic()
 
         if self._draining:
-            return max(0.001, min(self._renew_at - now, 0.05 if self._settler.is_due else 1.0))
+            return max(0.001, min(self._renew_at - now, 0.05 if self._acknowledger.is_due else 1.0))
 
         times = [self._renew_at, self._claim_at, self._released_at, self._consumers_at]
         times.append(self._orphans.look_at)
@@ -229,19 +229,23 @@ class Maintenance:
     @property
     def _soon(self) -> float:
         """Seconds until the next look, for the sake of what is under way."""
-        if self._attending or self._settler.is_due:
+        if self._attending or self._acknowledger.is_due:
             return ATTEND
 
-        if (self._claims.has_more or self._more_retries) and self._lineup.room > 0:
+        if (self._reclaimer.has_more or self._more_retries) and self._queue.room > 0:
             return ATTEND
 
-        return 1.0 if self._claims.has_more or self._more_retries or len(self._settler) else 60.0
+        return (
+            1.0
+            if self._reclaimer.has_more or self._more_retries or len(self._acknowledger)
+            else 60.0
+        )
 
     def _look_after(self, now: float) -> None:
         names = dict(self._names())
 
-        if self._settler.is_due:
-            self._settler.flush()
+        if self._acknowledger.is_due:
+            self._acknowledger.flush()
 
         if now >= self._renew_at:
             self._renew_at = now + self._config.claim_after / 3
@@ -257,12 +261,12 @@ class Maintenance:
 
         # First, so that what is taken in hand meanwhile is not overlooked.
         self._attending = False
-        self._attending = bool(len(self._hand))
+        self._attending = bool(len(self._in_flight))
         self._share()
 
-        if now >= self._claim_at or (self._claims.has_more and self._lineup.room > 0):
+        if now >= self._claim_at or (self._reclaimer.has_more and self._queue.room > 0):
             self._claim_at = now + self._config.claim_after / 2 * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
-            self._claims.take_over(names)
+            self._reclaimer.take_over(names)
 
         if now >= self._released_at:
             self._released_at = now + RELEASED_AGAIN * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
@@ -287,15 +291,15 @@ class Maintenance:
             for command in (self._group.first_released(name), self._retries.first_due(name))
         ]
 
-        with self._settler.turn:
+        with self._acknowledger.turn:
             answers = self._group.pipe.run(questions)
 
         # A refusal is taken for something: whoever takes it reports it.
         released = {name for name, found in zip(names, answers[::2], strict=True) if found}
         due = {name for name, found in zip(names, answers[1::2], strict=True) if found}
-        self._claims.take_released({name: names[name] for name in released})
+        self._reclaimer.take_released({name: names[name] for name in released})
         self._run_retries({name: names[name] for name in due})
-        self._claims.report_granted()
+        self._reclaimer.report_granted()
 
     # -- what is in hand ------------------------------------------------------------------
 
@@ -307,7 +311,7 @@ class Maintenance:
         lease = time.monotonic() + self._config.claim_after
         by_name: dict[str, list[Delivery]] = {}
 
-        for delivery in self._hand.all():
+        for delivery in self._in_flight.all():
             if delivery.record is None:
                 by_name.setdefault(delivery.name, []).append(delivery)
             else:
@@ -321,11 +325,11 @@ class Maintenance:
             if self._retries.renew(delivery):
                 delivery.lease = lease
         except redis.ResponseError as error:
-            self._claims.report_refusal(delivery.name, error)
+            self._reclaimer.report_refusal(delivery.name, error)
 
     def _renew(self, name: str, deliveries: Sequence[Delivery], lease: float) -> None:
         try:
-            with self._settler.turn:
+            with self._acknowledger.turn:
                 kept = self._group.renew(name, [delivery.entry for delivery in deliveries])
                 now = time.monotonic()
                 # Nobody may have claimed these yet, and this process told nothing of them.
@@ -334,12 +338,12 @@ class Maintenance:
                     for delivery in deliveries
                     if delivery.entry not in kept and not delivery.started and now < delivery.lease
                 ]
-                kept |= self._claims.restore(name, lost)
+                kept |= self._reclaimer.restore(name, lost)
         except GroupGoneError:
             # They run, or will: nobody else has them, and they come again with the new group.
             return
         except redis.ResponseError as error:
-            self._claims.report_refusal(name, error)
+            self._reclaimer.report_refusal(name, error)
             return
 
         for delivery in deliveries:
@@ -350,11 +354,11 @@ class Maintenance:
 
     def _share(self) -> None:
         """Let other workers have what waits here behind receivers that take long."""
-        still = self._hand.still
+        still = self._in_flight.still
 
         # What is handed back is found by nobody where Redis does not list it.
-        if still >= LONG and self._lineup.hold() and still >= TOO_LONG and not self._group.unlisted:
-            self._give_away(self._hand.give_away())
+        if still >= LONG and self._queue.hold() and still >= TOO_LONG and not self._group.unlisted:
+            self._give_away(self._in_flight.give_away())
 
     def _give_away(self, deliveries: Sequence[Delivery]) -> None:
         by_name: dict[str, dict[str, int]] = {}
@@ -368,19 +372,19 @@ class Maintenance:
 
         for name, begun in by_name.items():
             try:
-                with self._settler.turn:
+                with self._acknowledger.turn:
                     own = {found.id for found in self._group.own(name)}
                     self._given_away.add(name)
                     self._group.release(name, {id: begun[id] for id in begun if id in own})
             except GroupGoneError as error:
                 logger.debug("Nothing of %r is given away: %s", name, error)
             except redis.ResponseError as error:
-                self._claims.report_refusal(name, error)
+                self._reclaimer.report_refusal(name, error)
 
     def _remove_idle(self, names: Mapping[str, Subscription]) -> None:
         for name in names:
             try:
-                with self._settler.turn:
+                with self._acknowledger.turn:
                     self._group.show_life(name)
                     consumers = self._group.consumers(name)
                     self._look_for_foreign(name, [found for found, _, _ in consumers])
@@ -410,7 +414,7 @@ class Maintenance:
         others = [found for found in consumers if found != RELEASED]
 
         if alarm := foreign_consumers(name, self._config.service, others):
-            self._claims.report(name, alarm)
+            self._reclaimer.report(name, alarm)
 
     def _remove(self, name: str, consumer: str) -> None:
         count = self._group.remove(name, consumer)
@@ -445,21 +449,21 @@ class Maintenance:
                 if self._take_retries(name, subscription):
                     self._more_retries.add(name)
             except redis.ResponseError as error:
-                self._claims.report_refusal(name, error)
+                self._reclaimer.report_refusal(name, error)
 
     def _take_retries(self, name: str, subscription: Subscription) -> bool:
         """Take the retries of a stream that are due; return True if there are more."""
-        while (room := self._lineup.room) > 0:
-            memory = self._lineup.memory
+        while (room := self._queue.room) > 0:
+            memory = self._queue.memory
             most = self._portions.count(room=min(room, RETRIES), memory=memory, streams=1)
 
-            with self._settler.turn:
+            with self._acknowledger.turn:
                 deliveries, given_up, more = self._retries.take(name, subscription, most=most)
 
             self._portions.note(delivery.memory for delivery in deliveries)
-            self._hand.take(deliveries)
-            self._lineup.put(deliveries)
-            self._settler.settle(given_up)
+            self._in_flight.take(deliveries)
+            self._queue.put(deliveries)
+            self._acknowledger.settle(given_up)
 
             if not more or not deliveries:
                 return more

@@ -250,12 +250,12 @@ class Membership:
         catalogue: Catalogue,
         group: Group,
         duplicates: Duplicates,
-        intake: EntryDecoder,
-        hand: InFlight,
-        lineup: DeliveryQueue,
+        decoder: EntryDecoder,
+        in_flight: InFlight,
+        queue: DeliveryQueue,
         outcomes: Outcomes,
-        settler: Acknowledger,
-        claims: Reclaimer,
+        acknowledger: Acknowledger,
+        reclaimer: Reclaimer,
         trims: Trims,
         counters: Counters,
     ) -> None:
@@ -263,12 +263,12 @@ class Membership:
         self._catalogue = catalogue
         self._group = group
         self._duplicates = duplicates
-        self._intake = intake
-        self._hand = hand
-        self._lineup = lineup
+        self._decoder = decoder
+        self._in_flight = in_flight
+        self._queue = queue
         self._outcomes = outcomes
-        self._settler = settler
-        self._claims = claims
+        self._acknowledger = acknowledger
+        self._reclaimer = reclaimer
         self._trims = trims
         self._counters = counters
         self._log = BoundedLog(logger)
@@ -295,7 +295,7 @@ class Membership:
     @property
     def alarms(self) -> dict[str, str]:
         """What somebody did to streams so that their events are not heard, by stream."""
-        return {**self._catalogue.alarms, **self._claims.alarms, **self._trims.alarms}
+        return {**self._catalogue.alarms, **self._reclaimer.alarms, **self._trims.alarms}
 
     @property
     def is_complete(self) -> bool:
@@ -449,7 +449,7 @@ class Membership:
             self.known.add(name)
             # All of this is older than what is read then.
             self._recover(name, subscription)
-            self._claims.take_back({name: subscription})
+            self._reclaimer.take_back({name: subscription})
         except (GroupGoneError, redis.ResponseError) as refusal:
             return refusal
 
@@ -462,21 +462,21 @@ class Membership:
     def _recover(self, name: str, subscription: Subscription) -> None:
         """Take up what Redis gave this consumer in an answer that never arrived."""
         # With the turn, so that nothing is settled or taken over between two looks.
-        with self._settler.turn:
+        with self._acknowledger.turn:
             self._recover_lost(name, subscription)
 
     def _recover_lost(self, name: str, subscription: Subscription) -> None:
-        lost = self._hand.without(name, [found.id for found in self._group.own(name)])
+        lost = self._in_flight.without(name, [found.id for found in self._group.own(name)])
 
         for start in range(0, len(lost), COUNT):
             entries = self._group.look_up(name, lost[start : start + COUNT])
-            found = self._intake.sort(entries, {name: subscription})
+            found = self._decoder.sort(entries, {name: subscription})
             self._trims.count(name, found.trimmed)
             # They are handled in any case; what is sent a second time is to be known.
             self._duplicates.find(found.deliveries)
-            self._hand.take(found.deliveries)
-            self._lineup.put(found.deliveries)
-            self._settler.settle(
+            self._in_flight.take(found.deliveries)
+            self._queue.put(found.deliveries)
+            self._acknowledger.settle(
                 [self._outcomes.skipped(entry) for entry in found.skipped]
                 + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
             )

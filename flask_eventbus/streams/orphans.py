@@ -42,13 +42,13 @@ class Orphans:
         service: str,
         keys: StreamKeys,
         retries: RetryQueue,
-        settler: Acknowledger,
+        acknowledger: Acknowledger,
         receives: Callable[[str], bool],
     ) -> None:
         self._service = service
         self._keys = keys
         self._retries = retries
-        self._settler = settler
+        self._acknowledger = acknowledger
         self._receives = receives
         self._log = BoundedLog(logger)
         #: Signals whose retries this user may not see, so none of them are its own.
@@ -77,7 +77,7 @@ class Orphans:
 
     def _names(self) -> list[str]:
         try:
-            with self._settler.turn:
+            with self._acknowledger.turn:
                 found = self._retries.signals()
         except redis.ResponseError as error:
             self._log.once(
@@ -103,7 +103,7 @@ class Orphans:
         more = True
 
         while more:
-            with self._settler.turn:
+            with self._acknowledger.turn:
                 given_up, more = self._retries.take_orphans(name, most=MOST)
 
-            self._settler.settle(given_up)
+            self._acknowledger.settle(given_up)

@@ -47,15 +47,15 @@ class StreamReader:
     def __init__(
         self,
         *,
-        memberships: Membership,
+        membership: Membership,
         group: Group,
         duplicates: Duplicates,
-        intake: EntryDecoder,
-        hand: InFlight,
-        lineup: DeliveryQueue,
+        decoder: EntryDecoder,
+        in_flight: InFlight,
+        queue: DeliveryQueue,
         outcomes: Outcomes,
-        settler: Acknowledger,
-        claims: Reclaimer,
+        acknowledger: Acknowledger,
+        reclaimer: Reclaimer,
         trims: Trims,
         counters: Counters,
         max_bytes: int,
@@ -67,15 +67,15 @@ class StreamReader:
         found: Callable[[], None],
         ended: Callable[[], None],
     ) -> None:
-        self._memberships = memberships
+        self._membership = membership
         self._group = group
         self._duplicates = duplicates
-        self._intake = intake
-        self._hand = hand
-        self._lineup = lineup
+        self._decoder = decoder
+        self._in_flight = in_flight
+        self._queue = queue
         self._outcomes = outcomes
-        self._settler = settler
-        self._claims = claims
+        self._acknowledger = acknowledger
+        self._reclaimer = reclaimer
         self._trims = trims
         self._counters = counters
         self._attend = attend
@@ -89,7 +89,7 @@ class StreamReader:
             read=self._consume,
             lost=self._lose,
             close=group.pipe.close,
-            wanted=lambda: wanted() and memberships.fatal is None,
+            wanted=lambda: wanted() and membership.fatal is None,
             counters=counters,
             ended=self._conclude,
         )
@@ -113,7 +113,7 @@ class StreamReader:
     @property
     def ready(self) -> bool:
         """Whether Redis is there, and each stream subscribed is read or refused."""
-        return self._reading.lives and self._is_there and self._memberships.is_complete
+        return self._reading.lives and self._is_there and self._membership.is_complete
 
     def start(self) -> None:
         """Start the thread, once."""
@@ -122,7 +122,7 @@ class StreamReader:
     def stop(self) -> None:
         """Stop reading, now."""
         self._reading.stop()
-        self._lineup.close()
+        self._queue.close()
         self._group.pipe.interrupt()
 
         with self.changed:
@@ -139,7 +139,7 @@ class StreamReader:
     # -- the reading thread ---------------------------------------------------------------
 
     def _conclude(self) -> None:
-        if self._memberships.fatal is None:
+        if self._membership.fatal is None:
             self._ended()
             return
 
@@ -152,7 +152,7 @@ class StreamReader:
             self._is_there = False
             # The answer may have been too large.
             self._portions.note(())
-            self._memberships.lose()
+            self._membership.lose()
 
         if not self._reading.is_stopping:
             self._lost(error)
@@ -163,7 +163,7 @@ class StreamReader:
 
             if not names or self._has_unsettled:
                 self._reading.pause(self._block)
-            elif self._lineup.wait_for_room(self._block):
+            elif self._queue.wait_for_room(self._block):
                 self._read(names)
             else:
                 # What comes meanwhile may be trimmed before it is read.
@@ -174,28 +174,28 @@ class StreamReader:
     @property
     def _has_unsettled(self) -> bool:
         """Return True if enough is in hand whose outcome Redis does not take."""
-        unsettled = self._hand.memory - self._lineup.memory + self._settler.memory
-        return len(self._settler) > MOST_UNSETTLED or unsettled > MOST_BYTES
+        unsettled = self._in_flight.memory - self._queue.memory + self._acknowledger.memory
+        return len(self._acknowledger) > MOST_UNSETTLED or unsettled > MOST_BYTES
 
     def _read(self, names: dict[str, Subscription]) -> None:
         try:
             self._trims.look(names)
             self._take_back_given_away(names)
             # What is newer waits until there is room for what is older.
-            names = {name: names[name] for name in names if name not in self._claims.left}
+            names = {name: names[name] for name in names if name not in self._reclaimer.left}
 
             if not names:
                 return
 
             # Redis counts for each stream.
             count = self._portions.count(
-                room=self._lineup.room,
-                memory=max(self._hand.memory, self._lineup.memory) + self._settler.memory,
+                room=self._queue.room,
+                memory=max(self._in_flight.memory, self._queue.memory) + self._acknowledger.memory,
                 streams=self._busy or len(names),
             )
             entries = self._group.read(list(names), count=count, block=self._block)
         except GroupGoneError as error:
-            self._memberships.give_up(error)
+            self._membership.give_up(error)
             return
         except redis.ResponseError as error:
             self._sort_out(names, error)
@@ -212,13 +212,13 @@ class StreamReader:
             self._trims.busy = False
 
     def _take_back_given_away(self, names: Mapping[str, Subscription]) -> None:
-        given_away = self._given_away() | self._claims.left
+        given_away = self._given_away() | self._reclaimer.left
 
         if given_away:
-            self._claims.take_back({name: names[name] for name in given_away if name in names})
+            self._reclaimer.take_back({name: names[name] for name in given_away if name in names})
 
     def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
-        found = self._intake.sort(list(entries), names)
+        found = self._decoder.sort(list(entries), names)
         fresh = found.deliveries
         known = set(self._duplicates.find(fresh))
 
@@ -227,9 +227,9 @@ class StreamReader:
             fresh = [delivery for delivery in fresh if delivery not in known]
 
         self._counters.add("received", len(fresh))
-        self._hand.take(fresh)
+        self._in_flight.take(fresh)
         self._attend()
-        self._lineup.put(fresh)
+        self._queue.put(fresh)
 
         outcomes = [self._outcomes.skipped(entry) for entry in found.skipped]
         outcomes += [
@@ -238,12 +238,12 @@ class StreamReader:
         outcomes += [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
 
         if outcomes:
-            self._settler.settle(outcomes)
+            self._acknowledger.settle(outcomes)
 
     # -- its groups -----------------------------------------------------------------------
 
     def _join(self) -> dict[str, Subscription]:
-        names, is_new = self._memberships.join()
+        names, is_new = self._membership.join()
 
         # A pattern may be known now that was refused before.
         if is_new or not self._is_there or (not self._was_ready and self.ready):
@@ -263,15 +263,15 @@ class StreamReader:
 
     def _sort_out(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
         """Find out which of the streams it is that Redis refuses to have read."""
-        self._memberships.end_without_streams(error)
+        self._membership.end_without_streams(error)
 
         for name, subscription in names.items():
             try:
                 entries = self._group.read([name], count=1, block=0)
             except GroupGoneError as gone:
-                self._memberships.give_up(gone)
+                self._membership.give_up(gone)
                 return
             except redis.ResponseError as refusal:
-                self._memberships.refuse(name, subscription, refusal)
+                self._membership.refuse(name, subscription, refusal)
             else:
                 self._take(entries, names)

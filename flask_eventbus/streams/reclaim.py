@@ -57,24 +57,24 @@ class Reclaimer:
         *,
         config: Config,
         group: Group,
-        intake: EntryDecoder,
-        hand: InFlight,
-        lineup: DeliveryQueue,
+        decoder: EntryDecoder,
+        in_flight: InFlight,
+        queue: DeliveryQueue,
         outcomes: Outcomes,
-        settler: Acknowledger,
+        acknowledger: Acknowledger,
         trims: Trims,
         counters: Counters,
         retries_of: Callable[[Subscription, Event], int],
     ) -> None:
         self._config = config
         self._group = group
-        self._intake = intake
-        self._hand = hand
-        self._lineup = lineup
+        self._decoder = decoder
+        self._in_flight = in_flight
+        self._queue = queue
         self._outcomes = outcomes
-        self._settler = settler
+        self._acknowledger = acknowledger
         self._trims = trims
-        self._clock = settler.clock
+        self._clock = acknowledger.clock
         self._counters = counters
         self._retries_of = retries_of
         self._log = BoundedLog(logger)
@@ -202,8 +202,8 @@ class Reclaimer:
     ) -> None:
         for name, subscription in names.items():
             try:
-                with self._settler.turn:
-                    most = max(0, self._lineup.room) if room is None else room
+                with self._acknowledger.turn:
+                    most = max(0, self._queue.room) if room is None else room
                     self._claim(name, subscription, idle, consumer, most)
             except GroupGoneError as error:
                 # The reader makes it again.
@@ -215,9 +215,9 @@ class Reclaimer:
         self, name: str, subscription: Subscription, idle: float, consumer: str, room: int
     ) -> None:
         # What is in hand is idle, too, where it could not be renewed in time.
-        most = room + len(self._hand) + 1
+        most = room + len(self._in_flight) + 1
         pending = self._group.pending(name, idle=idle, consumer=consumer, most=most)
-        foreign = set(self._hand.without(name, [found.id for found in pending]))
+        foreign = set(self._in_flight.without(name, [found.id for found in pending]))
         stale = [found for found in pending if found.id in foreign]
 
         # What was handed back is nobody's, whatever the clock says.
@@ -228,7 +228,7 @@ class Reclaimer:
         stale = stale[:room]
 
         for start in range(0, len(stale), COUNT):
-            if start and self._lineup.is_heavy:
+            if start and self._queue.is_heavy:
                 self.has_more = True
 
                 if room == MOST_BACK:
@@ -253,14 +253,16 @@ class Reclaimer:
         gone = [entries[found.id] for found in stale if entries[found.id].fields is None]
         mine = self._group.claim(name, present, idle=idle)
         times = {found.id: found.times for found in present}
-        found = self._intake.sort([entries[id] for id in times if id in mine], {name: subscription})
+        found = self._decoder.sort(
+            [entries[id] for id in times if id in mine], {name: subscription}
+        )
 
         if gone:
             self._forget(name, [entry.id for entry in gone])
 
         killers = self._mark(found.deliveries, times, subscription)
         self._take([delivery for delivery in found.deliveries if delivery not in killers], name)
-        self._settler.settle(
+        self._acknowledger.settle(
             [self._outcomes.skipped(entry) for entry in found.skipped]
             + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
             + [self._outcomes.give_up(killer, "killed", _killed(killer)) for killer in killers]
@@ -310,8 +312,8 @@ class Reclaimer:
                 extra={"signal": name, "service": self._config.service},
             )
 
-        self._hand.take(taken)
-        self._lineup.put(taken)
+        self._in_flight.take(taken)
+        self._queue.put(taken)
 
     def _forget(self, name: str, ids: Sequence[str]) -> None:
         """Acknowledge what was trimmed while it was pending; who gets to do it tells of it."""

@@ -260,14 +260,14 @@ def _subscription(node: Node, event: Event) -> Subscription:
 
 def _delivery(node: Node, event: Event, entry: str) -> Delivery | None:
     """What a node makes of an entry; ``None`` if it leaves it out."""
-    intake = EntryDecoder(
+    decoder = EntryDecoder(
         config=node.config,
         codec=node.codec,
         counters=node.counters,
         siblings=node.declarations.siblings,
     )
     came = Entry(event.name, entry, {b"event": node.codec.encode(event)})
-    found = intake.sort([came], {event.name: _subscription(node, event)})
+    found = decoder.sort([came], {event.name: _subscription(node, event)})
     return next(iter(found.deliveries), None)
 
 
