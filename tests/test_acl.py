@@ -402,7 +402,7 @@ def test_workers_may_tell_each_other_of_events_that_were_trimmed(
 
                 owner.xtrim(key, maxlen=3, approximate=False)
 
-        Trims(group, service="mailer", counters=counters).look(["user_registered"])
+        Trims(group, service="mailer", counters=counters).check(["user_registered"])
 
     assert [counters.get("trimmed") for counters in counts] == [7, 0]
     assert refusals() == []

@@ -106,8 +106,8 @@ def test_a_step_of_redis_clock_takes_no_retry_from_a_worker_that_lives(
     make_bus: Make, wall_clock: WallClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries, "FIRST", 0.05)
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.05)
-    monkeypatch.setattr(retry_queue, "POSTPONED", 0.05)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.05)
+    monkeypatch.setattr(retry_queue, "MOST_POSTPONE", 0.05)
     receiver = Held(fails_at=1)
     buses = workers(make_bus, receiver, 3)
     for bus in buses:
@@ -173,7 +173,7 @@ def test_clocks_that_disagree_are_logged_when_it_begins_and_when_it_ends(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.05)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.05)
     store = StreamStore(shared_redis)
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
     wall_clock.ahead = -30.0

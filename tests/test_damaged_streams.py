@@ -31,7 +31,7 @@ LAST = f"{2**64 - 1}-{2**64 - 1}"
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks that come every thirty seconds come every tenth of one."""
-    monkeypatch.setattr(reclaim, "SELDOM", 0.1)
+    monkeypatch.setattr(reclaim, "CHECK_EVERY", 0.1)
     monkeypatch.setattr(membership, "SELDOM", 0.1)
     monkeypatch.setattr(fanout, "LOOK", 0.1)
 

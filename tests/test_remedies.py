@@ -109,13 +109,13 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (clock, duplicates, fanout, membership):
         monkeypatch.setattr(module, "ASK_AGAIN", 0.05)
 
-    monkeypatch.setattr(acknowledger, "TELL_AGAIN", 0.05)
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.1)
-    monkeypatch.setattr(orphans, "LOOK", 0.1)
+    monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.05)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.1)
+    monkeypatch.setattr(orphans, "LOOK_EVERY", 0.1)
     monkeypatch.setattr(membership, "LOOK", 0.1)
     monkeypatch.setattr(listener, "QUIET", 0.1)
     monkeypatch.setattr("flask_eventbus.receivers.retries.FIRST", 0.01)
-    monkeypatch.setattr("flask_eventbus.streams.reclaim.SELDOM", 0.1)
+    monkeypatch.setattr("flask_eventbus.streams.reclaim.CHECK_EVERY", 0.1)
 
 
 @pytest.mark.parametrize("via", ["channel", "stream"])

@@ -34,8 +34,8 @@ Make = Callable[..., Bus]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A receiver that failed is tried again after a tenth of a second."""
     monkeypatch.setattr(retries, "FIRST", 0.1)
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.2)
-    monkeypatch.setattr(acknowledger, "TELL_AGAIN", 0.2)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
+    monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.2)
 
 
 @pytest.fixture

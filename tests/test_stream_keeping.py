@@ -32,7 +32,7 @@ Make = Callable[..., Bus]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for seconds in a service waits for tenths here."""
     monkeypatch.setattr(retries, "FIRST", 0.05)
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_more_retries_than_there_is_room_for_follow_at_once(
 ) -> None:
     monkeypatch.setattr(workers, "MOST_AHEAD", 10)
     # Not found by the next look for what others left.
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 600.0)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 600.0)
     handled: list[int] = []
 
     def receive(sender: str, n: int) -> None:
@@ -257,7 +257,7 @@ def test_more_retries_than_there_is_room_for_follow_at_once(
 def test_retries_of_a_signal_that_is_not_received_any_more_are_dead_letters_after_an_hour(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, subscribe: Any
 ) -> None:
-    monkeypatch.setattr(orphans, "LOOK", 0.1)
+    monkeypatch.setattr(orphans, "LOOK_EVERY", 0.1)
     old_retry(store, "paid", hours=2)
     old_retry(store, "paid", hours=0.5)
     store.client.zadd(store.keys.retry("paid", "mailer"), {b"no record": 1})
@@ -283,7 +283,7 @@ def test_a_user_that_may_not_list_streams_is_told_the_right_that_its_old_retries
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(orphans, "LOOK", 0.1)
+    monkeypatch.setattr(orphans, "LOOK_EVERY", 0.1)
     store = StreamStore(redis_server)
     owner = store.client
     rights = ("on", ">pw", "+@all", "-smembers", f"~{store.prefix}:{{*", "allchannels")
@@ -304,7 +304,7 @@ def test_a_user_that_may_not_list_streams_is_told_the_right_that_its_old_retries
 def test_retries_that_another_process_of_the_service_receives_are_left_to_it(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orphans, "LOOK", 0.1)
+    monkeypatch.setattr(orphans, "LOOK_EVERY", 0.1)
     tried: list[int] = []
 
     def handle(sender: str, n: int) -> None:
@@ -542,7 +542,7 @@ def test_dead_letters_are_trimmed_and_counted_after_an_outage_in_the_middle(
         config=bus.node.config,
         keys=store.keys,
         counters=bus.node.counters,
-        turn=nullcontext(),
+        lock=nullcontext(),
     )
     limit.note("tick")
     limit.enforce()

@@ -71,7 +71,7 @@ bus.run()
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for seconds in a service waits for tenths here."""
     monkeypatch.setattr(retries, "FIRST", 0.1)
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
 
 
 @pytest.fixture
@@ -447,7 +447,7 @@ def test_a_worker_handles_each_event_once_although_redis_takes_no_writes_for_a_w
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(acknowledger, "TELL_AGAIN", 0.1)
+    monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.1)
     store = StreamStore(unwritable.server)
     may_go_on = threading.Event()
     handled: list[int] = []
@@ -509,7 +509,7 @@ def test_entries_in_an_answer_that_was_lost_are_taken_up(
     monkeypatch: pytest.MonkeyPatch,
     silent: bool,
 ) -> None:
-    monkeypatch.setattr(consumer, "ANSWER", 1.5)
+    monkeypatch.setattr(consumer, "ANSWER_TIMEOUT", 1.5)
     store = StreamStore(shared_redis)
     loss, url = lose(b"XREADGROUP", b"event", silent=silent)
     heard = hear(make_bus(url, "mailer", prefix=store.prefix))
@@ -907,8 +907,8 @@ def trims_of(group: Group) -> tuple[Trims, Counters]:
 
 def look(watch: Trims) -> None:
     """Look at once."""
-    watch.look_next()
-    watch.look(["tick"])
+    watch.check_before_next_read()
+    watch.check(["tick"])
 
 
 def add_and_trim(store: StreamStore, count: int = 10) -> None:

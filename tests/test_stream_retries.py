@@ -252,15 +252,15 @@ def test_what_a_worker_keeps_of_retries_that_wait_has_a_bound() -> None:
     for n in range(20_000):
         kept.expect("work", 1_000_000.25 + n / 100)
 
-    assert len(kept._due) <= maintenance.FAR * maintenance.STEPS + 1
+    assert len(kept._due) <= maintenance.EXPECT_WITHIN * maintenance.LOOKS_PER_SECOND + 1
     assert set().union(*kept._due.values()) == {"work"}
 
 
 def test_a_retry_that_waits_long_is_found_by_a_later_look(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maintenance, "FAR", 0.1)
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(maintenance, "EXPECT_WITHIN", 0.1)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
     begun: list[int] = []
 
     @line.bus.on("work")
@@ -697,8 +697,8 @@ def fail(sender, n):
 def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
     line: Line, shared_redis: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.05)
-    monkeypatch.setattr(retry_queue, "POSTPONED", 0.2)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.05)
+    monkeypatch.setattr(retry_queue, "MOST_POSTPONE", 0.2)
     other = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
     lacking = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
     done = threading.Event()
@@ -727,8 +727,8 @@ def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
 def test_a_retry_whose_receiver_goes_away_as_it_begins_is_not_taken_for_handled(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.05)
-    monkeypatch.setattr(retry_queue, "POSTPONED", 0.2)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.05)
+    monkeypatch.setattr(retry_queue, "MOST_POSTPONE", 0.2)
     begin = retry_queue.RetryQueue.begin
     begun: list[bool] = []
     ran: list[int] = []

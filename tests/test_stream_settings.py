@@ -30,10 +30,10 @@ Make = Callable[..., Bus]
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for seconds in a service waits for tenths here."""
     monkeypatch.setattr(retries, "FIRST", 0.02)
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
     monkeypatch.setattr(membership, "ASK_AGAIN", 0.2)
     monkeypatch.setattr(fanout, "ASK_AGAIN", 0.2)
-    monkeypatch.setattr(acknowledger, "TELL_AGAIN", 0.2)
+    monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.2)
 
 
 @pytest.fixture
@@ -602,7 +602,7 @@ def test_a_worker_works_without_a_command_that_it_can_spare_and_says_so_in_one_l
     command: str,
     group: Literal[True] | None,
 ) -> None:
-    for module, name in ((reclaim, "SELDOM"), (clock, "ASK_AGAIN"), (fanout, "LOOK")):
+    for module, name in ((reclaim, "CHECK_EVERY"), (clock, "ASK_AGAIN"), (fanout, "LOOK")):
         monkeypatch.setattr(module, name, 0.05)
     monkeypatch.setattr(maintenance, "IDLE_CONSUMER", 1.0)
     store = lacking(command)
@@ -650,7 +650,7 @@ def test_a_right_that_a_worker_lacks_for_a_part_of_its_work_is_told_once_and_so_
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reclaim, "QUIET", 0.5)
+    monkeypatch.setattr(reclaim, "GRANTED_AFTER", 0.5)
     guard.allow("-watch")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix, claim_after=0.5)
     attempts = failing(bus, retries=1)
@@ -725,8 +725,8 @@ def test_a_slow_event_of_a_worker_without_xpending_is_not_taken_by_another(
 def test_a_worker_without_xpending_keeps_what_waits_behind_a_slow_receiver(
     store: StreamStore, guard: Guard, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maintenance, "LONG", 0.1)
-    monkeypatch.setattr(maintenance, "TOO_LONG", 0.3)
+    monkeypatch.setattr(maintenance, "PAUSE_READING_AFTER", 0.1)
+    monkeypatch.setattr(maintenance, "RELEASE_AFTER", 0.3)
     guard.allow("-xpending")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix)
     done, heard = threading.Event(), []

@@ -482,7 +482,7 @@ def test_a_retry_slower_than_the_claim_time_runs_once(workers: Workers) -> None:
     # Each looks often for what the other may have left.
     slow = """
 from flask_eventbus.transport.keys import maintenance
-maintenance.RELEASED_AGAIN = 0.2
+maintenance.CHECK_RELEASED_EVERY = 0.2
 
 @bus.on("work")
 def count(sender, n):

@@ -253,7 +253,7 @@ def test_events_of_other_keys_do_not_wait_for_a_receiver_that_takes_long(
     keys = [key for key in map(str, range(100)) if lane(key) != lane("slow")]
 
     # Past the time after which other workers would get what waits.
-    for number in range(100, 100 + round(maintenance.TOO_LONG / 0.1) + 10):
+    for number in range(100, 100 + round(maintenance.RELEASE_AFTER / 0.1) + 10):
         send(number, name="keyed", key=keys[number % len(keys)])
         wait_until(lambda n=number: heard[-1:] == [n], what="it is handled at once")  # type: ignore[misc]
         release.wait(0.1)
@@ -294,7 +294,7 @@ def test_an_event_that_fails_does_not_hold_up_those_after_it(
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look for what was handed back several times a second."""
-    monkeypatch.setattr(maintenance, "RELEASED_AGAIN", 0.2)
+    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
 
 
 @pytest.mark.usefixtures("hasty")

@@ -30,13 +30,13 @@ T = TypeVar("T")
 logger = get_logger(__name__)
 
 #: Outcomes that are told in one round trip.
-MOST_AT_ONCE = 500
+MOST_PER_WRITE = 500
 
 #: Bytes after which no more outcomes are told in that round trip: they hold events.
-MOST_BYTES_AT_ONCE = 4 * 1024 * 1024
+MOST_BYTES_PER_WRITE = 4 * 1024 * 1024
 
 #: Seconds after which Redis is told again what it refused.
-TELL_AGAIN = 5.0
+RESEND_AFTER = 5.0
 
 
 class Acknowledger:
@@ -70,10 +70,10 @@ class Acknowledger:
         #: What Redis refused, and when it is told again, by the monotonic clock.
         self._refusals: deque[tuple[float, Outcome]] = deque()
         #: Held by the thread that uses the connection.
-        self.turn = threading.RLock()
-        self.clock = RedisClock(group.pipe, config=config, turn=self.turn)
+        self.lock = threading.RLock()
+        self.clock = RedisClock(group.pipe, config=config, turn=self.lock)
         self._limit = DeadLimit(
-            group.pipe, config=config, keys=keys, counters=counters, turn=self.turn
+            group.pipe, config=config, keys=keys, counters=counters, lock=self.lock
         )
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class Acknowledger:
         first = self._refusals[0][0] if self._refusals else float("inf")
         return first <= time.monotonic()
 
-    def handled(self, delivery: Delivery) -> None:
+    def acknowledge(self, delivery: Delivery) -> None:
         """Keep for :meth:`flush` that no receiver failed at a first attempt."""
         self._handled.append(delivery)
 
@@ -102,7 +102,7 @@ class Acknowledger:
         """Keep an outcome for :meth:`flush`, which the keeper calls before long."""
         self._waiting.append(outcome)
 
-    def settle(self, outcomes: Iterable[Outcome] = ()) -> None:
+    def write(self, outcomes: Iterable[Outcome] = ()) -> None:
         """Tell Redis, now if it is there; else :meth:`flush` does it later."""
         self._waiting.extend(outcomes)
 
@@ -118,13 +118,13 @@ class Acknowledger:
         :raises redis.ConnectionError: Redis is away.
         """
         while self.is_due:
-            with self.turn:
+            with self.lock:
                 self._call_up_refusals()
                 handled, batch = _taken(self._handled), _batch(self._waiting)
 
                 try:
                     batch = self._without_kept(batch)
-                    self._write(handled, batch)
+                    self._send(handled, batch)
                 except BaseException:
                     self._handled.extendleft(reversed(handled))
                     self._put_back(batch)
@@ -134,7 +134,7 @@ class Acknowledger:
 
         self._limit.enforce()
 
-    def tell_all(self) -> None:
+    def write_all(self) -> None:
         """Tell Redis what waits, and what it refused, once more.
 
         :raises redis.ConnectionError: Redis is away.
@@ -145,7 +145,7 @@ class Acknowledger:
 
     def close(self) -> None:
         """Close the connection."""
-        with self.turn:
+        with self.lock:
             self._group.pipe.close()
 
     def _note_taken(self) -> None:
@@ -194,7 +194,7 @@ class Acknowledger:
         key = self._keys.retry(outcome.name, self._config.service)
         return ("ZSCORE", key, outcome.delivery.member)
 
-    def _write(self, handled: Sequence[Delivery], batch: Sequence[Outcome]) -> None:
+    def _send(self, handled: Sequence[Delivery], batch: Sequence[Outcome]) -> None:
         plain: dict[str, list[Outcome]] = {}
         done = [list(found) for _, found in groupby(handled, attrgetter("name"))]
         commands = [
@@ -289,7 +289,7 @@ class Acknowledger:
 
         What became no delivery is found once more when it has been pending for long enough.
         """
-        again = time.monotonic() + TELL_AGAIN
+        again = time.monotonic() + RESEND_AFTER
         kept = [found for found in outcomes if found.delivery is not None or found.is_torn]
         self._refusals.extend((again, outcome) for outcome in kept)
         self._counters.add("unsettled", len(outcomes))
@@ -300,7 +300,7 @@ class Acknowledger:
             len(outcomes),
             outcomes[0].name,
             refusal,
-            TELL_AGAIN,
+            RESEND_AFTER,
             self._group.remedy_of_work(outcomes[0].name, refusal),
             extra={"signal": outcomes[0].name, "service": self._config.service},
         )
@@ -378,9 +378,9 @@ class Acknowledger:
 def _batch(waiting: deque[Outcome]) -> list[Outcome]:
     """As many outcomes as are told at once, by their number and by their bytes, oldest first."""
     batch: list[Outcome] = []
-    room = MOST_BYTES_AT_ONCE
+    room = MOST_BYTES_PER_WRITE
 
-    while waiting and len(batch) < MOST_AT_ONCE and room > 0:
+    while waiting and len(batch) < MOST_PER_WRITE and room > 0:
         batch.append(waiting.popleft())
         room -= batch[-1].size
 
@@ -389,4 +389,4 @@ def _batch(waiting: deque[Outcome]) -> list[Outcome]:
 
 def _taken(waiting: deque[T]) -> list[T]:
     """As many as are told at once, oldest first; other threads may add meanwhile."""
-    return [waiting.popleft() for _ in range(min(len(waiting), MOST_AT_ONCE))]
+    return [waiting.popleft() for _ in range(min(len(waiting), MOST_PER_WRITE))]

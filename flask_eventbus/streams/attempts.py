@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 #: Seconds between two settlements of a batch: short receivers share a round trip, and what a
 #: long one did is known to Redis before the next begins.
-SHARE = 0.005
+WRITE_EVERY = 0.005
 
 
 class Attempts:
@@ -53,7 +53,7 @@ class Attempts:
 
     def run(self, deliveries: Sequence[Delivery]) -> None:
         """Run receivers for deliveries, in order, and settle them."""
-        due = time.monotonic() + SHARE
+        due = time.monotonic() + WRITE_EVERY
 
         for number, delivery in enumerate(deliveries):
             if self._is_stopping:
@@ -70,10 +70,10 @@ class Attempts:
                 return
 
             if time.monotonic() > due:
-                self._acknowledger.settle()
-                due = time.monotonic() + SHARE
+                self._acknowledger.write()
+                due = time.monotonic() + WRITE_EVERY
 
-        self._acknowledger.settle()
+        self._acknowledger.write()
 
     def stop(self) -> None:
         """Begin nothing more."""
@@ -118,7 +118,7 @@ class Attempts:
         elif result.failures or record is not None:
             self._judge(delivery, result.failures)
         else:
-            self._acknowledger.handled(delivery)
+            self._acknowledger.acknowledge(delivery)
 
     def _judge(self, delivery: Delivery, failures: Sequence[Failure]) -> None:
         try:
@@ -139,7 +139,7 @@ class Attempts:
         self._counters.add("given_away")
 
         try:
-            with self._acknowledger.turn:
+            with self._acknowledger.lock:
                 if any(found.id == delivery.entry for found in self._group.own(delivery.name)):
                     self._group.release(delivery.name, {delivery.entry: delivery.begun or 0})
         except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
@@ -163,5 +163,5 @@ class Attempts:
 
         times = (delivery.begun or 0) + 1
 
-        with self._acknowledger.turn:
+        with self._acknowledger.lock:
             return self._group.begin(delivery.name, delivery.entry, times=times)

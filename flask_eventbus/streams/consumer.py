@@ -39,13 +39,13 @@ from .retry_queue import RetryQueue
 logger = get_logger(__name__)
 
 #: Seconds that an answer of Redis may take, the longest wait for an entry included.
-ANSWER = 5.0
+ANSWER_TIMEOUT = 5.0
 
 #: Seconds that Redis has to take what became of events.
-SETTLE = 2.0
+WRITE_TIMEOUT = 2.0
 
 #: Seconds after a deadline for the thread that meets it to log what it left.
-REPORT = 0.2
+REPORT_TIME = 0.2
 
 
 class Consumer:
@@ -86,15 +86,15 @@ class Consumer:
         self._dispatcher = dispatcher
         counts = RetryCounts(config=config, dispatcher=dispatcher, asked=retries_of)
         keys = StreamKeys(config.prefix)
-        reading = Pipe(connections, timeout=ANSWER)
-        settling = Pipe(connections, timeout=SETTLE)
-        self._settling = self._group_on(settling, keys)
-        group = self._group_on(reading, keys, unlisted=self._settling.unlisted)
+        reading = Pipe(connections, timeout=ANSWER_TIMEOUT)
+        settling = Pipe(connections, timeout=WRITE_TIMEOUT)
+        self._group = self._group_on(settling, keys)
+        group = self._group_on(reading, keys, unlisted=self._group.unlisted)
         decoder = EntryDecoder(config=config, codec=codec, counters=counters, siblings=siblings)
         self._acknowledger = Acknowledger(
             config=config,
             keys=keys,
-            group=self._settling,
+            group=self._group,
             in_flight=self._in_flight,
             counters=counters,
             expect=lambda name, due: self._maintenance.expect(name, due),
@@ -112,14 +112,14 @@ class Consumer:
             keys=keys,
             codec=codec,
             outcomes=outcomes,
-            turn=self._acknowledger.turn,
+            lock=self._acknowledger.lock,
             clock=self._acknowledger.clock,
             knows=lambda event, name: bool(dispatcher.receivers(event, only=name)),
             retries_of=counts.of_receiver,
         )
         self.attempts = Attempts(
             dispatcher=dispatcher,
-            group=self._settling,
+            group=self._group,
             in_flight=self._in_flight,
             outcomes=outcomes,
             acknowledger=self._acknowledger,
@@ -128,13 +128,13 @@ class Consumer:
         )
         reclaimer = Reclaimer(
             config=config,
-            group=self._settling,
+            group=self._group,
             decoder=decoder,
             in_flight=self._in_flight,
             queue=pool.queue,
             outcomes=outcomes,
             acknowledger=self._acknowledger,
-            trims=Trims(self._settling, service=config.service, counters=counters),
+            trims=Trims(self._group, service=config.service, counters=counters),
             counters=counters,
             retries_of=counts.of_event,
         )
@@ -176,8 +176,8 @@ class Consumer:
             max_bytes=config.max_event_bytes,
             node=node,
             wanted=wanted,
-            attend=lambda: self._maintenance.attend(),
-            given_away=lambda: self._maintenance.given_away(),
+            attend=lambda: self._maintenance.watch_in_flight(),
+            given_away=lambda: self._maintenance.released_streams(),
             lost=self._lost,
             found=self._found,
             ended=self._abandoned,
@@ -185,7 +185,7 @@ class Consumer:
         self._maintenance = Maintenance(
             config=config,
             names=lambda: self._membership.joined,
-            group=self._settling,
+            group=self._group,
             in_flight=self._in_flight,
             queue=pool.queue,
             acknowledger=self._acknowledger,
@@ -202,7 +202,7 @@ class Consumer:
             node=node,
             hand_back=self._conclude,
         )
-        following = Pipe(connections, timeout=ANSWER)
+        following = Pipe(connections, timeout=ANSWER_TIMEOUT)
         self._fanout = Fanout(
             following,
             config=config,
@@ -343,7 +343,7 @@ class Consumer:
     def end(self, deadline: float) -> None:
         """Wait until everything is handed back, or the deadline is over."""
         # The thread itself reports a Redis that is away; it has a moment for it.
-        if not self._maintenance.end(deadline + REPORT) and self._in_flight:
+        if not self._maintenance.end(deadline + REPORT_TIME) and self._in_flight:
             self._report_left("it does not answer")
 
     def _abandoned(self) -> None:
@@ -354,7 +354,7 @@ class Consumer:
         self._pool.queue.close()
         self._pool.queue.clear()
         self._pool.close()
-        self._maintenance.finish(time.monotonic() + SETTLE)
+        self._maintenance.finish(time.monotonic() + WRITE_TIMEOUT)
 
     def _end(self) -> None:
         self._is_stopping = True
@@ -391,9 +391,9 @@ class Consumer:
         if not self._membership.known:
             return
 
-        self._acknowledger.tell_all()
+        self._acknowledger.write_all()
 
-        with self._acknowledger.turn:
+        with self._acknowledger.lock:
             for delivery in self._in_flight.retries():
                 if not delivery.started:
                     self._retries.put_back(delivery)
@@ -407,11 +407,11 @@ class Consumer:
         begun = {found.entry: found.begun or 0 for found in self._in_flight.first_attempts(name)}
 
         try:
-            own = [found for found in self._settling.own(name) if found.id not in started]
+            own = [found for found in self._group.own(name) if found.id not in started]
             # What was read once and is not in hand did not arrive.
             lost = {found.id: found.times if found.times > 1 else 0 for found in own}
-            self._settling.release(name, {id: begun.get(id, times) for id, times in lost.items()})
-            self._settling.leave(name)
+            self._group.release(name, {id: begun.get(id, times) for id, times in lost.items()})
+            self._group.leave(name)
         except GroupGoneError as error:
             logger.debug("Nothing of %r is handed back: %s", name, error)
         except redis.ResponseError as error:
@@ -421,7 +421,7 @@ class Consumer:
                 name,
                 error,
                 self._config.claim_after,
-                self._settling.remedy_of_work(name, error),
+                self._group.remedy_of_work(name, error),
                 extra={"signal": name, "service": self._config.service},
             )
 

@@ -27,7 +27,7 @@ class DeadLimit:
     A command of its own, beside the transaction that adds a dead letter: only ``XTRIM`` answers
     how many entries it removed.
 
-    :param turn: held by the thread that uses the connection.
+    :param lock: held by the thread that uses the connection.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class DeadLimit:
         config: Config,
         keys: StreamKeys,
         counters: Counters,
-        turn: AbstractContextManager[object],
+        lock: AbstractContextManager[object],
     ) -> None:
         self._pipe = pipe
         self._config = config
         self._keys = keys
         self._counters = counters
-        self._turn = turn
+        self._lock = lock
         self._log = BoundedLog(logger)
         #: Signals that got a dead letter since their stream of dead letters was last trimmed.
         self._grown: set[str] = set()
@@ -59,7 +59,7 @@ class DeadLimit:
         if not self._grown:
             return
 
-        with self._turn:
+        with self._lock:
             dropped = self._trim()
             self._count(dropped)
 

@@ -28,15 +28,15 @@ logger = get_logger(__name__)
 
 #: Seconds between looks for what others handed back, or left to be tried again: all streams in one
 #: round trip, so that their number does not matter.
-RELEASED_AGAIN = 5.0
+CHECK_RELEASED_EVERY = 5.0
 
 #: Seconds between looks at what this process has in hand, while it has something.
-ATTEND = 0.05
+IN_FLIGHT_PAUSE = 0.05
 
 #: Seconds without a receiver that begins, though events wait, after which nothing more is read;
 #: and those after which other workers get what waits: by then a read under way has ended.
-LONG = 1.0
-TOO_LONG = 2.5
+PAUSE_READING_AFTER = 1.0
+RELEASE_AFTER = 2.5
 
 #: Seconds without a sign of life after which a consumer with nothing pending is removed, and
 #: how many signs a consumer gives in that time.
@@ -44,15 +44,15 @@ IDLE_CONSUMER = 600.0
 SIGNS_OF_LIFE = 4
 
 #: Retries that are taken at once, and the bytes that they have about: Redis is told of each.
-RETRIES = 32
-RETRY_BYTES = 4 * 1024 * 1024
+MOST_RETRIES = 32
+MOST_RETRY_BYTES = 4 * 1024 * 1024
 
 #: Looks for retries in each second: those that are due within one step share a look.
-STEPS = 10
+LOOKS_PER_SECOND = 10
 
 #: Seconds until a retry is due beyond which it gets no look of its own: it is found by the look for
 #: what others left.
-FAR = 60.0
+EXPECT_WITHIN = 60.0
 
 #: Seconds between tries while Redis is away, at most.
 MOST_BACKOFF = 2.0
@@ -104,12 +104,12 @@ class Maintenance:
         self._thread: threading.Thread | None = None
         #: When each duty is due, by the monotonic clock.
         self._renew_at = self._claim_at = self._released_at = self._consumers_at = 0.0
-        self._portions = Portions(max_bytes=config.max_event_bytes, most=RETRY_BYTES)
+        self._portions = Portions(max_bytes=config.max_event_bytes, most=MOST_RETRY_BYTES)
         #: The streams with more retries than there was room for.
         self._more_retries: set[str] = set()
-        self._attending = False
+        self._is_watching = False
         #: The streams of which something was given away; whoever reads takes it back first.
-        self._given_away: set[str] = set()
+        self._released_streams: set[str] = set()
 
     @property
     def is_own_thread(self) -> bool:
@@ -153,13 +153,13 @@ class Maintenance:
     def expect(self, name: str, due: float) -> None:
         """Look for retries of ``name`` at the time ``due``, in seconds since 1970.
 
-        What is kept for that has a bound, however many retries wait: see :data:`FAR`.
+        What is kept for that has a bound, however many retries wait: see :data:`EXPECT_WITHIN`.
         """
-        if due - self._clock.now() > FAR:
+        if due - self._clock.now() > EXPECT_WITHIN:
             return
 
         with self._changed:
-            self._due.setdefault(math.ceil(due * STEPS), set()).add(name)
+            self._due.setdefault(math.ceil(due * LOOKS_PER_SECOND), set()).add(name)
             self._changed.notify_all()
 
     def wake(self) -> None:
@@ -168,18 +168,18 @@ class Maintenance:
             self._claim_at = self._released_at = 0.0
             self._changed.notify_all()
 
-    def attend(self) -> None:
+    def watch_in_flight(self) -> None:
         """Look often at what is in hand, until there is nothing any more."""
-        if self._attending:
+        if self._is_watching:
             return
 
         with self._changed:
-            self._attending = True
+            self._is_watching = True
             self._changed.notify_all()
 
-    def given_away(self) -> set[str]:
+    def released_streams(self) -> set[str]:
         """The streams of which something was given away since this was last asked for."""
-        found, self._given_away = self._given_away, set()
+        found, self._released_streams = self._released_streams, set()
         return found
 
     # -- the keeping thread ---------------------------------------------------------------
@@ -224,16 +224,16 @@ class Maintenance:
         with self._changed:
             first = min(self._due, default=None)
 
-        return FAR if first is None else first / STEPS - self._clock.now()
+        return EXPECT_WITHIN if first is None else first / LOOKS_PER_SECOND - self._clock.now()
 
     @property
     def _soon(self) -> float:
         """Seconds until the next look, for the sake of what is under way."""
-        if self._attending or self._acknowledger.is_due:
-            return ATTEND
+        if self._is_watching or self._acknowledger.is_due:
+            return IN_FLIGHT_PAUSE
 
         if (self._reclaimer.has_more or self._more_retries) and self._queue.room > 0:
-            return ATTEND
+            return IN_FLIGHT_PAUSE
 
         return (
             1.0
@@ -260,20 +260,22 @@ class Maintenance:
             return
 
         # First, so that what is taken in hand meanwhile is not overlooked.
-        self._attending = False
-        self._attending = bool(len(self._in_flight))
+        self._is_watching = False
+        self._is_watching = bool(len(self._in_flight))
         self._share()
 
         if now >= self._claim_at or (self._reclaimer.has_more and self._queue.room > 0):
             self._claim_at = now + self._config.claim_after / 2 * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
-            self._reclaimer.take_over(names)
+            self._reclaimer.reclaim_idle(names)
 
         if now >= self._released_at:
-            self._released_at = now + RELEASED_AGAIN * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
+            self._released_at = now + CHECK_RELEASED_EVERY * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
             self._take_what_others_left(names)
 
         if now >= self._consumers_at:
-            self._consumers_at = now + (IDLE_CONSUMER / SIGNS_OF_LIFE if names else RELEASED_AGAIN)
+            self._consumers_at = now + (
+                IDLE_CONSUMER / SIGNS_OF_LIFE if names else CHECK_RELEASED_EVERY
+            )
             self._remove_idle(names)
 
         self._run_due(names)
@@ -291,13 +293,13 @@ class Maintenance:
             for command in (self._group.first_released(name), self._retries.first_due(name))
         ]
 
-        with self._acknowledger.turn:
+        with self._acknowledger.lock:
             answers = self._group.pipe.run(questions)
 
         # A refusal is taken for something: whoever takes it reports it.
         released = {name for name, found in zip(names, answers[::2], strict=True) if found}
         due = {name for name, found in zip(names, answers[1::2], strict=True) if found}
-        self._reclaimer.take_released({name: names[name] for name in released})
+        self._reclaimer.reclaim_released({name: names[name] for name in released})
         self._run_retries({name: names[name] for name in due})
         self._reclaimer.report_granted()
 
@@ -329,7 +331,7 @@ class Maintenance:
 
     def _renew(self, name: str, deliveries: Sequence[Delivery], lease: float) -> None:
         try:
-            with self._acknowledger.turn:
+            with self._acknowledger.lock:
                 kept = self._group.renew(name, [delivery.entry for delivery in deliveries])
                 now = time.monotonic()
                 # Nobody may have claimed these yet, and this process told nothing of them.
@@ -357,7 +359,12 @@ class Maintenance:
         still = self._in_flight.still
 
         # What is handed back is found by nobody where Redis does not list it.
-        if still >= LONG and self._queue.hold() and still >= TOO_LONG and not self._group.unlisted:
+        if (
+            still >= PAUSE_READING_AFTER
+            and self._queue.hold()
+            and still >= RELEASE_AFTER
+            and not self._group.unlisted
+        ):
             self._give_away(self._in_flight.give_away())
 
     def _give_away(self, deliveries: Sequence[Delivery]) -> None:
@@ -372,9 +379,9 @@ class Maintenance:
 
         for name, begun in by_name.items():
             try:
-                with self._acknowledger.turn:
+                with self._acknowledger.lock:
                     own = {found.id for found in self._group.own(name)}
-                    self._given_away.add(name)
+                    self._released_streams.add(name)
                     self._group.release(name, {id: begun[id] for id in begun if id in own})
             except GroupGoneError as error:
                 logger.debug("Nothing of %r is given away: %s", name, error)
@@ -384,7 +391,7 @@ class Maintenance:
     def _remove_idle(self, names: Mapping[str, Subscription]) -> None:
         for name in names:
             try:
-                with self._acknowledger.turn:
+                with self._acknowledger.lock:
                     self._group.show_life(name)
                     consumers = self._group.consumers(name)
                     self._look_for_foreign(name, [found for found, _, _ in consumers])
@@ -435,7 +442,7 @@ class Maintenance:
         now = self._clock.now() if self._due else 0.0
 
         with self._changed:
-            for step in [step for step in self._due if step <= now * STEPS]:
+            for step in [step for step in self._due if step <= now * LOOKS_PER_SECOND]:
                 due |= self._due.pop(step)
 
         self._run_retries({name: names[name] for name in due if name in names})
@@ -455,15 +462,15 @@ class Maintenance:
         """Take the retries of a stream that are due; return True if there are more."""
         while (room := self._queue.room) > 0:
             memory = self._queue.memory
-            most = self._portions.count(room=min(room, RETRIES), memory=memory, streams=1)
+            most = self._portions.count(room=min(room, MOST_RETRIES), memory=memory, streams=1)
 
-            with self._acknowledger.turn:
+            with self._acknowledger.lock:
                 deliveries, given_up, more = self._retries.take(name, subscription, most=most)
 
             self._portions.note(delivery.memory for delivery in deliveries)
             self._in_flight.take(deliveries)
             self._queue.put(deliveries)
-            self._acknowledger.settle(given_up)
+            self._acknowledger.write(given_up)
 
             if not more or not deliveries:
                 return more

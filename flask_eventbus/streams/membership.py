@@ -404,7 +404,7 @@ class Membership:
 
     def _join_new(self, wanted: dict[str, Subscription], new: Sequence[str]) -> None:
         starts = {name: self._start_of(name, wanted[name]) for name in new}
-        self._trims.look_next()
+        self._trims.check_before_next_read()
         refusals = self._group.join(starts)
         joined = dict(self.joined)
         without = self._catalogue.without_receiver
@@ -449,7 +449,7 @@ class Membership:
             self.known.add(name)
             # All of this is older than what is read then.
             self._recover(name, subscription)
-            self._reclaimer.take_back({name: subscription})
+            self._reclaimer.reclaim_all_released({name: subscription})
         except (GroupGoneError, redis.ResponseError) as refusal:
             return refusal
 
@@ -462,7 +462,7 @@ class Membership:
     def _recover(self, name: str, subscription: Subscription) -> None:
         """Take up what Redis gave this consumer in an answer that never arrived."""
         # With the turn, so that nothing is settled or taken over between two looks.
-        with self._acknowledger.turn:
+        with self._acknowledger.lock:
             self._recover_lost(name, subscription)
 
     def _recover_lost(self, name: str, subscription: Subscription) -> None:
@@ -476,7 +476,7 @@ class Membership:
             self._duplicates.find(found.deliveries)
             self._in_flight.take(found.deliveries)
             self._queue.put(found.deliveries)
-            self._acknowledger.settle(
+            self._acknowledger.write(
                 [self._outcomes.skipped(entry) for entry in found.skipped]
                 + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
             )

@@ -18,13 +18,13 @@ from .retry_queue import RetryQueue
 logger = get_logger(__name__)
 
 #: Seconds between two looks; retries wait for an hour anyway.
-LOOK = 300.0
+LOOK_EVERY = 300.0
 
 #: Signals that one look asks about at most.
 MOST_NAMES = 10_000
 
 #: Retries that are given up in one step.
-MOST = 100
+MOST_PER_STEP = 100
 
 
 class Orphans:
@@ -54,7 +54,7 @@ class Orphans:
         #: Signals whose retries this user may not see, so none of them are its own.
         self._forbidden: set[str] = set()
         #: When to look next, by the monotonic clock.
-        self.look_at = time.monotonic() + LOOK * random.uniform(0.1, 1.0)  # noqa: S311 - spreads load
+        self.look_at = time.monotonic() + LOOK_EVERY * random.uniform(0.1, 1.0)  # noqa: S311 - spreads load
 
     def look(self) -> None:
         """Give up what is orphaned, if it is time to look.
@@ -64,7 +64,7 @@ class Orphans:
         if time.monotonic() < self.look_at:
             return
 
-        self.look_at = time.monotonic() + LOOK
+        self.look_at = time.monotonic() + LOOK_EVERY
 
         for name in self._names():
             try:
@@ -77,7 +77,7 @@ class Orphans:
 
     def _names(self) -> list[str]:
         try:
-            with self._acknowledger.turn:
+            with self._acknowledger.lock:
                 found = self._retries.signals()
         except redis.ResponseError as error:
             self._log.once(
@@ -103,7 +103,7 @@ class Orphans:
         more = True
 
         while more:
-            with self._acknowledger.turn:
-                given_up, more = self._retries.take_orphans(name, most=MOST)
+            with self._acknowledger.lock:
+                given_up, more = self._retries.take_orphans(name, most=MOST_PER_STEP)
 
-            self._acknowledger.settle(given_up)
+            self._acknowledger.write(given_up)

@@ -167,7 +167,7 @@ class StreamReader:
                 self._read(names)
             else:
                 # What comes meanwhile may be trimmed before it is read.
-                self._trims.busy = True
+                self._trims.has_backlog = True
 
             backoff.reset()
 
@@ -179,10 +179,10 @@ class StreamReader:
 
     def _read(self, names: dict[str, Subscription]) -> None:
         try:
-            self._trims.look(names)
+            self._trims.check(names)
             self._take_back_given_away(names)
             # What is newer waits until there is room for what is older.
-            names = {name: names[name] for name in names if name not in self._reclaimer.left}
+            names = {name: names[name] for name in names if name not in self._reclaimer.unfinished}
 
             if not names:
                 return
@@ -206,16 +206,18 @@ class StreamReader:
         self._portions.note(map(Entry.size, entries))
 
         if entries:
-            self._trims.busy = len(entries) >= count
+            self._trims.has_backlog = len(entries) >= count
             self._take(entries, names)
         else:
-            self._trims.busy = False
+            self._trims.has_backlog = False
 
     def _take_back_given_away(self, names: Mapping[str, Subscription]) -> None:
-        given_away = self._given_away() | self._reclaimer.left
+        given_away = self._given_away() | self._reclaimer.unfinished
 
         if given_away:
-            self._reclaimer.take_back({name: names[name] for name in given_away if name in names})
+            self._reclaimer.reclaim_all_released(
+                {name: names[name] for name in given_away if name in names}
+            )
 
     def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
         found = self._decoder.sort(list(entries), names)
@@ -238,7 +240,7 @@ class StreamReader:
         outcomes += [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
 
         if outcomes:
-            self._acknowledger.settle(outcomes)
+            self._acknowledger.write(outcomes)
 
     # -- its groups -----------------------------------------------------------------------
 

@@ -36,13 +36,13 @@ from .outcomes import Outcomes
 logger = get_logger(__name__)
 
 #: Entries that were handed back and are taken at once, before what is newer is read.
-MOST_BACK = 100_000
+MOST_RELEASED = 100_000
 
 #: Seconds without a refusal after which Redis is said to let a worker look after a stream again.
-QUIET = 60.0
+GRANTED_AFTER = 60.0
 
 #: Entries that are looked up at once: they may be large.
-COUNT = 32
+LOOK_UP_COUNT = 32
 
 
 class Reclaimer:
@@ -84,8 +84,8 @@ class Reclaimer:
         self.has_more = False
         #: What somebody did to entries of streams, by name, and until when it is an alarm.
         self._alarms: dict[str, tuple[float, str]] = {}
-        #: The streams of which :meth:`take_back` left something, for want of memory.
-        self.left: set[str] = set()
+        #: The streams of which :meth:`reclaim_all_released` left something, for want of memory.
+        self.unfinished: set[str] = set()
 
     @property
     def alarms(self) -> dict[str, str]:
@@ -93,7 +93,7 @@ class Reclaimer:
         now = time.monotonic()
         return {name: text for name, (until, text) in self._alarms.items() if now < until}
 
-    def take_over(self, names: Mapping[str, Subscription]) -> None:
+    def reclaim_idle(self, names: Mapping[str, Subscription]) -> None:
         """Take over what is idle for longer than ``EVENTBUS_CLAIM_AFTER``, as much as has room.
 
         :raises redis.ConnectionError: Redis is away.
@@ -101,23 +101,23 @@ class Reclaimer:
         self.has_more = False
         self._claim_all(names, idle=self._config.claim_after, consumer="")
 
-    def take_released(self, names: Mapping[str, Subscription]) -> None:
+    def reclaim_released(self, names: Mapping[str, Subscription]) -> None:
         """Take over what was handed back, as much as has room.
 
         :raises redis.ConnectionError: Redis is away.
         """
         self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED)
 
-    def take_back(self, names: Mapping[str, Subscription]) -> None:
+    def reclaim_all_released(self, names: Mapping[str, Subscription]) -> None:
         """Take what others, or this process itself, handed back of streams: all that fits.
 
         What is read afterwards is newer: so it is for the thread that reads, which may call this.
-        It reads nothing of the streams in :attr:`left`.
+        It reads nothing of the streams in :attr:`unfinished`.
 
         :raises redis.ConnectionError: Redis is away.
         """
-        self.left -= names.keys()
-        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MOST_BACK)
+        self.unfinished -= names.keys()
+        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MOST_RELEASED)
 
     def restore(self, name: str, deliveries: Sequence[Delivery]) -> set[str]:
         """Make entries pending again that somebody else acknowledged before they were begun.
@@ -181,7 +181,7 @@ class Reclaimer:
     def report_granted(self) -> None:
         """Log of streams that nothing was refused of lately that this worker looks after them."""
         # Some of what it does is refused, and some is not: one success proves nothing.
-        before = time.monotonic() - max(QUIET, self._config.claim_after)
+        before = time.monotonic() - max(GRANTED_AFTER, self._config.claim_after)
 
         for name in [name for name, refused in self._refused_at.items() if refused < before]:
             del self._refused_at[name]
@@ -202,7 +202,7 @@ class Reclaimer:
     ) -> None:
         for name, subscription in names.items():
             try:
-                with self._acknowledger.turn:
+                with self._acknowledger.lock:
                     most = max(0, self._queue.room) if room is None else room
                     self._claim(name, subscription, idle, consumer, most)
             except GroupGoneError as error:
@@ -227,16 +227,16 @@ class Reclaimer:
         self.has_more = self.has_more or len(stale) > room
         stale = stale[:room]
 
-        for start in range(0, len(stale), COUNT):
+        for start in range(0, len(stale), LOOK_UP_COUNT):
             if start and self._queue.is_heavy:
                 self.has_more = True
 
-                if room == MOST_BACK:
-                    self.left.add(name)
+                if room == MOST_RELEASED:
+                    self.unfinished.add(name)
 
                 return
 
-            self._take_over(name, subscription, stale[start : start + COUNT], idle)
+            self._take_over(name, subscription, stale[start : start + LOOK_UP_COUNT], idle)
 
     def _is_believed(self) -> bool:
         """Return True if Redis's clock did not step lately, so that idle entries are abandoned."""
@@ -262,7 +262,7 @@ class Reclaimer:
 
         killers = self._mark(found.deliveries, times, subscription)
         self._take([delivery for delivery in found.deliveries if delivery not in killers], name)
-        self._acknowledger.settle(
+        self._acknowledger.write(
             [self._outcomes.skipped(entry) for entry in found.skipped]
             + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
             + [self._outcomes.give_up(killer, "killed", _killed(killer)) for killer in killers]
@@ -329,10 +329,10 @@ def _killed(delivery: Delivery) -> str:
 
 
 #: Seconds between looks while there is more to read than is read at once.
-OFTEN = 1.0
+CHECK_BACKLOG_EVERY = 1.0
 
 #: Seconds between looks otherwise.
-SELDOM = 30.0
+CHECK_EVERY = 30.0
 
 
 class Trims:
@@ -349,7 +349,7 @@ class Trims:
         self._counters = counters
         self._log = BoundedLog(logger)
         #: Whether the last read left something to be read.
-        self.busy = False
+        self.has_backlog = False
         self._looked = float("-inf")
         #: By stream, where the group stood at the last loss, and how many of the events that Redis
         #: counts as lost are no new loss.
@@ -357,14 +357,14 @@ class Trims:
         #: What somebody did to streams, so that this service gets nothing of them, by name.
         self.alarms: dict[str, str] = {}
 
-    def look(self, names: Iterable[str]) -> None:
+    def check(self, names: Iterable[str]) -> None:
         """Look at streams, if it is time.
 
         :raises redis.ConnectionError: Redis is away.
         """
         now = time.monotonic()
 
-        if now - self._looked < (OFTEN if self.busy else SELDOM):
+        if now - self._looked < (CHECK_BACKLOG_EVERY if self.has_backlog else CHECK_EVERY):
             return
 
         self._looked = now
@@ -374,14 +374,14 @@ class Trims:
         for name in names:
             self._look_at(name)
 
-    def look_next(self) -> None:
+    def check_before_next_read(self) -> None:
         """Look before the next read: a group that reads on no longer shows what it lost."""
         self._looked = float("-inf")
 
     def reset(self) -> None:
         """Start again after streams were deleted: their counts start at zero."""
         self._known.clear()
-        self.look_next()
+        self.check_before_next_read()
 
     def count(self, name: str, count: int | None) -> None:
         """Tell of so many events that are lost; ``None`` where it is not known how many."""

@@ -33,13 +33,13 @@ GONE_AFTER = 3_600.0
 OVERDUE = 60.0
 
 #: Seconds for which a worker that lacks a receiver leaves its retries to the others, at most.
-POSTPONED = 10.0
+MOST_POSTPONE = 10.0
 
 
 class RetryQueue:
     """Takes retries that are due, one worker each.
 
-    :param turn: what whoever uses the connection holds, callers of its methods included.
+    :param lock: what whoever uses the connection holds, callers of its methods included.
     :param knows: whether a receiver of that name is connected for an event.
     :param retries_of: how often the receiver called so is tried again at events of a subscription.
     """
@@ -52,7 +52,7 @@ class RetryQueue:
         keys: StreamKeys,
         codec: Codec,
         outcomes: Outcomes,
-        turn: AbstractContextManager[object],
+        lock: AbstractContextManager[object],
         clock: RedisClock,
         knows: Callable[[Event, str], bool],
         retries_of: Callable[[Subscription, Event, str], int],
@@ -62,7 +62,7 @@ class RetryQueue:
         self._keys = keys
         self._codec = codec
         self._outcomes = outcomes
-        self._turn = turn
+        self._lock = lock
         self._clock = clock
         self._knows = knows
         self._retries_of = retries_of
@@ -162,7 +162,7 @@ class RetryQueue:
         """
         key = self._keys.retry(delivery.name, self._config.service)
 
-        with self._turn:
+        with self._lock:
             score = self._pipe.ask("ZSCORE", key, delivery.member)
 
             if score is not None:
@@ -182,7 +182,7 @@ class RetryQueue:
         running = replace(record, attempts=record.attempts + 1, running=True)
         member = running.packed()
 
-        with self._turn:
+        with self._lock:
             answers = self._pipe.run(
                 [
                     ("MULTI",),
@@ -221,7 +221,7 @@ class RetryQueue:
         """
         key = self._keys.retry(delivery.name, self._config.service)
 
-        with self._turn:
+        with self._lock:
             # Not where another worker has begun it meanwhile, or ended it.
             self._pipe.run([("ZADD", key, "XX", round(self._clock.now() * 1000), delivery.member)])
 
@@ -363,7 +363,7 @@ class RetryQueue:
 
     def _postponed_until(self) -> int:
         # Not for as long each time, so that it is due when another looks.
-        pause = random.uniform(0.2, 1.0) * min(self._config.claim_after, POSTPONED)  # noqa: S311 - spreads load
+        pause = random.uniform(0.2, 1.0) * min(self._config.claim_after, MOST_POSTPONE)  # noqa: S311 - spreads load
         return round((self._clock.now() + pause) * 1000)
 
     def _is_old(self, record: RetryRecord) -> bool:
