@@ -482,16 +482,16 @@ def test_what_cannot_be_begun_now_is_begun_later(
 ) -> None:
     heard: list[int] = []
     refused: list[object] = []
-    begin = Group.begin
+    record_start = Group.record_start
 
     def refuse_once(group: Group, name: str, id: str, *, times: int) -> bool:
         if not refused:
             refused.append(id)
             raise redis.ResponseError("NOREPLICAS Not enough good replicas to write.")
 
-        return begin(group, name, id, times=times)
+        return record_start(group, name, id, times=times)
 
-    monkeypatch.setattr(Group, "begin", refuse_once)
+    monkeypatch.setattr(Group, "record_start", refuse_once)
     store.add("tick", n=1)
     store.group("tick")
     store.client.xreadgroup("mailer", "host-2-dead", {store.keys.stream("tick"): ">"})

@@ -1036,13 +1036,13 @@ def test_a_loss_is_reported_where_redis_is_lost_as_it_is_noted(
     ours.join({"tick": "$"})
     add_and_trim(store)
     watch, _ = trims_of(ours)
-    note = Group.note_loss
+    note = Group.record_trimmed
 
     def note_and_lose(group: Group, *args: Any, **options: Any) -> int | None:
         note(group, *args, **options)
         raise redis.ConnectionError("Connection closed by server.")
 
-    monkeypatch.setattr(Group, "note_loss", note_and_lose)
+    monkeypatch.setattr(Group, "record_trimmed", note_and_lose)
     look(watch)
     look(watch)
 

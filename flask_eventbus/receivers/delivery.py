@@ -28,13 +28,13 @@ class Delivery:
     #: The bytes of memory that it takes, about.
     memory: int = 0
     #: Until when it is this process's, by the monotonic clock; renewed while it is in hand.
-    lease: float
+    claimed_until: float
     #: How often it was begun by workers that did not end it; ``None`` where nobody began it.
-    begun: int | None = None
+    crashes: int | None = None
     #: What is tried again of it; ``None`` for a first attempt.
-    record: RetryRecord | None = None
+    retry: RetryRecord | None = None
     #: The bytes of that in Redis, where the record is packed otherwise.
-    odd: bytes = b""
+    stored_member: bytes = b""
     #: Whether its receivers run, or have run.
     started: bool = False
     #: What is in hand once: an entry, or a retry of one receiver that failed at it.
@@ -47,10 +47,10 @@ class Delivery:
     @property
     def member(self) -> bytes:
         """The bytes of the record in Redis, made anew: the event in them is kept once."""
-        if self.record is None:
+        if self.retry is None:
             return b""
 
-        return self.odd or self.record.packed()
+        return self.stored_member or self.retry.packed()
 
     @property
     def in_group(self) -> bool:
@@ -74,7 +74,7 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._deliveries)
 
-    def take(self, deliveries: Iterable[Delivery]) -> None:
+    def add(self, deliveries: Iterable[Delivery]) -> None:
         """Note what was read."""
         with self._lock:
             if not self._waiting:
@@ -87,16 +87,16 @@ class InFlight:
                 self._deliveries[delivery.identity] = delivery
 
     @property
-    def still(self) -> float:
+    def stalled_for(self) -> float:
         """For how many seconds something waits to be begun, and nothing was; 0 if nothing waits."""
         return time.monotonic() - self._moved if self._waiting else 0.0
 
-    def begin(self, delivery: Delivery) -> bool:
+    def start(self, delivery: Delivery) -> bool:
         """Note that the receivers of a delivery begin; not if it is no more this process's."""
         with self._lock:
             now = time.monotonic()
 
-            if now > delivery.lease:
+            if now > delivery.claimed_until:
                 return False
 
             delivery.started = True
@@ -104,18 +104,18 @@ class InFlight:
             self._moved = now
             return True
 
-    def give_away(self) -> list[Delivery]:
-        """Let go of what was not begun: :meth:`begin` refuses it from now on."""
+    def release_waiting(self) -> list[Delivery]:
+        """Let go of what was not begun: :meth:`start` refuses it from now on."""
         with self._lock:
             waiting = [found for found in self._deliveries.values() if not found.started]
 
             for delivery in waiting:
-                delivery.lease = 0.0
+                delivery.claimed_until = 0.0
 
             self._forget(waiting)
             return waiting
 
-    def let_go(self, deliveries: Iterable[Delivery]) -> None:
+    def remove(self, deliveries: Iterable[Delivery]) -> None:
         """Forget what is settled, or no more this process's."""
         with self._lock:
             self._forget(deliveries)
@@ -132,13 +132,13 @@ class InFlight:
 
     def first_attempts(self, name: str) -> list[Delivery]:
         """What is in hand of a stream, retries left out."""
-        return [found for found in self.all() if found.name == name and found.record is None]
+        return [found for found in self.all() if found.name == name and found.retry is None]
 
     def retries(self) -> list[Delivery]:
         """What is being tried again."""
-        return [found for found in self.all() if found.record is not None]
+        return [found for found in self.all() if found.retry is not None]
 
-    def without(self, name: str, entries: Collection[str]) -> list[str]:
+    def missing(self, name: str, entries: Collection[str]) -> list[str]:
         """Those of ``entries`` that are not in hand."""
         with self._lock:
             return [entry for entry in entries if (name, entry, b"") not in self._deliveries]

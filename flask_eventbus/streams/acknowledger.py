@@ -189,7 +189,7 @@ class Acknowledger:
     def _question(self, outcome: Outcome) -> Command:
         """The command whose answer is empty if what :meth:`_end` ends has ended."""
         if outcome.delivery is None or not outcome.is_retry:
-            return self._group.look_for(outcome.name, outcome.entry)
+            return self._group.pending_command(outcome.name, outcome.entry)
 
         key = self._keys.retry(outcome.name, self._config.service)
         return ("ZSCORE", key, outcome.delivery.member)
@@ -198,7 +198,7 @@ class Acknowledger:
         plain: dict[str, list[Outcome]] = {}
         done = [list(found) for _, found in groupby(handled, attrgetter("name"))]
         commands = [
-            self._group.acknowledge(found[0].name, [delivery.entry for delivery in found])
+            self._group.acknowledge_command(found[0].name, [delivery.entry for delivery in found])
             for found in done
         ]
         #: How many answers each group of outcomes gets.
@@ -216,7 +216,9 @@ class Acknowledger:
                 told.append((1, [outcome]))
 
         for name, outcomes in plain.items():
-            commands.append(self._group.acknowledge(name, [found.entry for found in outcomes]))
+            commands.append(
+                self._group.acknowledge_command(name, [found.entry for found in outcomes])
+            )
             told.append((1, outcomes))
 
         answers = self._group.pipe.run(commands) if commands else []
@@ -238,7 +240,7 @@ class Acknowledger:
             self._refused(outcomes, answer)
             return
 
-        self._in_flight.let_go(deliveries)
+        self._in_flight.remove(deliveries)
         self._counters.add("acked", len(deliveries))
 
     def _settled(self, outcomes: Sequence[Outcome], answer: Any) -> None:
@@ -255,7 +257,7 @@ class Acknowledger:
             return
 
         done = [outcome.delivery for outcome in outcomes if outcome.delivery is not None]
-        self._in_flight.let_go(done)
+        self._in_flight.remove(done)
         self._counters.add("acked", len(outcomes))
 
         for outcome in outcomes:
@@ -301,7 +303,7 @@ class Acknowledger:
             outcomes[0].name,
             refusal,
             RESEND_AFTER,
-            self._group.remedy_of_work(outcomes[0].name, refusal),
+            self._group.worker_remedy(outcomes[0].name, refusal),
             extra={"signal": outcomes[0].name, "service": self._config.service},
         )
 
@@ -359,8 +361,8 @@ class Acknowledger:
             return outcome.undo
 
         if delivery is None or not outcome.is_retry:
-            begun = 0 if delivery is None else delivery.begun or 0
-            return self._group.take_back(outcome.name, outcome.entry, times=begun + 1)
+            begun = 0 if delivery is None else delivery.crashes or 0
+            return self._group.restore_command(outcome.name, outcome.entry, times=begun + 1)
 
         key = self._keys.retry(outcome.name, self._config.service)
         until = round((self.clock.now() + self._config.claim_after) * 1000)
@@ -369,7 +371,7 @@ class Acknowledger:
     def _end(self, outcome: Outcome) -> Command:
         """What takes it out of this process's hands."""
         if outcome.delivery is None or not outcome.is_retry:
-            return self._group.acknowledge(outcome.name, [outcome.entry])
+            return self._group.acknowledge_command(outcome.name, [outcome.entry])
 
         key = self._keys.retry(outcome.name, self._config.service)
         return ("ZREM", key, outcome.delivery.member)

@@ -63,7 +63,7 @@ class Attempts:
                 self._attempt(delivery)
             except BaseException:
                 # They come again, as from a worker that ended.
-                self._in_flight.let_go(deliveries[number:])
+                self._in_flight.remove(deliveries[number:])
                 raise
 
             if self._is_disowned:
@@ -90,7 +90,7 @@ class Attempts:
 
         receivers = None
 
-        if delivery.record is None:
+        if delivery.retry is None:
             receivers = self._dispatcher.receivers(delivery.event)
 
             # Those that are connected may hear other services only.
@@ -98,15 +98,15 @@ class Attempts:
                 self._leave_to_others(delivery)
                 return
 
-        is_first = delivery.record is None and delivery.begun is None
+        is_first = delivery.retry is None and delivery.crashes is None
 
         # Whether it still is this process's, as far as can be known.
-        if not (self._in_flight.begin(delivery) and (is_first or self._is_noted(delivery))):
-            self._in_flight.let_go([delivery])
+        if not (self._in_flight.start(delivery) and (is_first or self._is_noted(delivery))):
+            self._in_flight.remove([delivery])
             self._counters.add("given_away")
             return
 
-        record = delivery.record
+        record = delivery.retry
         only = None if record is None else record.receiver
         result = self._dispatcher.dispatch(delivery.event, only=only, receivers=receivers)
 
@@ -131,17 +131,19 @@ class Attempts:
                 delivery.event.id,
                 extra=delivery.event.fields,
             )
-            self._in_flight.let_go([delivery])
+            self._in_flight.remove([delivery])
 
     def _leave_to_others(self, delivery: Delivery) -> None:
         """Hand back an entry whose receivers were disconnected after it was read."""
-        self._in_flight.let_go([delivery])
+        self._in_flight.remove([delivery])
         self._counters.add("given_away")
 
         try:
             with self._acknowledger.lock:
-                if any(found.id == delivery.entry for found in self._group.own(delivery.name)):
-                    self._group.release(delivery.name, {delivery.entry: delivery.begun or 0})
+                if any(
+                    found.id == delivery.entry for found in self._group.own_pending(delivery.name)
+                ):
+                    self._group.release(delivery.name, {delivery.entry: delivery.crashes or 0})
         except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
             # It stays pending, and another worker claims it after EVENTBUS_CLAIM_AFTER.
             logger.debug("The entry %s is not handed back: %s", delivery.entry, error)
@@ -158,10 +160,10 @@ class Attempts:
             return False
 
     def _note(self, delivery: Delivery) -> bool:
-        if delivery.record is not None:
-            return self._retries.begin(delivery, delivery.record)
+        if delivery.retry is not None:
+            return self._retries.begin(delivery, delivery.retry)
 
-        times = (delivery.begun or 0) + 1
+        times = (delivery.crashes or 0) + 1
 
         with self._acknowledger.lock:
-            return self._group.begin(delivery.name, delivery.entry, times=times)
+            return self._group.record_start(delivery.name, delivery.entry, times=times)

@@ -176,11 +176,11 @@ class Consumer:
             max_bytes=config.max_event_bytes,
             node=node,
             wanted=wanted,
-            attend=lambda: self._maintenance.watch_in_flight(),
-            given_away=lambda: self._maintenance.released_streams(),
-            lost=self._lost,
-            found=self._found,
-            ended=self._abandoned,
+            on_entries=lambda: self._maintenance.watch_in_flight(),
+            released_streams=lambda: self._maintenance.released_streams(),
+            on_lost=self._lost,
+            on_ready=self._found,
+            on_end=self._abandoned,
         )
         self._maintenance = Maintenance(
             config=config,
@@ -404,10 +404,10 @@ class Consumer:
 
     def _release(self, name: str) -> None:
         started = {found.entry for found in self._in_flight.first_attempts(name) if found.started}
-        begun = {found.entry: found.begun or 0 for found in self._in_flight.first_attempts(name)}
+        begun = {found.entry: found.crashes or 0 for found in self._in_flight.first_attempts(name)}
 
         try:
-            own = [found for found in self._group.own(name) if found.id not in started]
+            own = [found for found in self._group.own_pending(name) if found.id not in started]
             # What was read once and is not in hand did not arrive.
             lost = {found.id: found.times if found.times > 1 else 0 for found in own}
             self._group.release(name, {id: begun.get(id, times) for id, times in lost.items()})
@@ -421,7 +421,7 @@ class Consumer:
                 name,
                 error,
                 self._config.claim_after,
-                self._group.remedy_of_work(name, error),
+                self._group.worker_remedy(name, error),
                 extra={"signal": name, "service": self._config.service},
             )
 

@@ -32,7 +32,7 @@ MOST_PAYLOAD = 4_000
 
 
 @dataclass(slots=True)
-class Sorted:
+class DecodedEntries:
     """Entries that were read, by what is to be done with them."""
 
     deliveries: list[Delivery] = field(default_factory=list)
@@ -59,17 +59,21 @@ class EntryDecoder:
         self._siblings = siblings
         self._log = BoundedLog(logger)
 
-    def sort(self, entries: list[Entry], subscription_of: dict[str, Subscription]) -> Sorted:
+    def decode(
+        self, entries: list[Entry], subscription_of: dict[str, Subscription]
+    ) -> DecodedEntries:
         """Sort entries of streams, each by the subscription of its name."""
-        found = Sorted()
-        lease = time.monotonic() + self._config.claim_after
+        found = DecodedEntries()
+        claimed_until = time.monotonic() + self._config.claim_after
 
         for entry in entries:
-            self._sort(entry, subscription_of[entry.name], lease, found)
+            self._decode(entry, subscription_of[entry.name], claimed_until, found)
 
         return found
 
-    def _sort(self, entry: Entry, subscription: Subscription, lease: float, found: Sorted) -> None:
+    def _decode(
+        self, entry: Entry, subscription: Subscription, claimed_until: float, found: DecodedEntries
+    ) -> None:
         if entry.fields is None:
             found.trimmed += 1
             found.skipped.append(entry)
@@ -94,7 +98,7 @@ class EntryDecoder:
                 body=body,
                 memory=memory,
                 subscription=subscription,
-                lease=lease,
+                claimed_until=claimed_until,
             )
         )
 

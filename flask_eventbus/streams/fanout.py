@@ -110,7 +110,7 @@ class Fanout:
     @property
     def ready(self) -> bool:
         """Whether it is known from where each stream is read, and Redis is there."""
-        wanted = self._catalogue.wanted()
+        wanted = self._catalogue.subscribed()
         return self._reading.lives and self._connected and wanted.keys() <= self._answered
 
     @property
@@ -326,7 +326,7 @@ class Fanout:
                 )
 
         self._portions.note(map(Entry.size, entries))
-        found = self._decoder.sort(entries, names)
+        found = self._decoder.decode(entries, names)
         self._counters.add("received", len(found.deliveries))
         self._queue.put(found.deliveries)
 

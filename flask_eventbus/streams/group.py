@@ -339,7 +339,7 @@ class Group:
 
             start = f"({found[-1].id}"
 
-    def own(self, name: str) -> list[Pending]:
+    def own_pending(self, name: str) -> list[Pending]:
         """What this consumer has not acknowledged."""
         return self.pending(name, consumer=self._consumer)
 
@@ -353,7 +353,7 @@ class Group:
 
         return remedy(reason, {self._keys.stream(name): RIGHTS})
 
-    def remedy_of_work(self, name: str, reason: Exception) -> str:
+    def worker_remedy(self, name: str, reason: Exception) -> str:
         """What to do about a refusal of what a worker does after it has read: a sentence."""
         keys, service = self._keys, self._service
         return remedy(
@@ -393,7 +393,7 @@ class Group:
         """
         return self._claim(name, pending, idle=idle, times=lambda found: found.times)
 
-    def begin(self, name: str, id: str, *, times: int) -> bool:
+    def record_start(self, name: str, id: str, *, times: int) -> bool:
         """Note in Redis that the receivers of an entry begin, if it is still this consumer's.
 
         :param times: how often it was delivered then.
@@ -408,7 +408,7 @@ class Group:
 
     def renew(self, name: str, ids: Sequence[str]) -> set[str]:
         """Keep entries that are this consumer's, and return their ids."""
-        owned = {found.id: found for found in self.own(name)}
+        owned = {found.id: found for found in self.own_pending(name)}
 
         if name in self.unlisted:
             # Nobody can tell whether another worker has them; the counts stay as they are.
@@ -436,7 +436,7 @@ class Group:
 
     def leave(self, name: str) -> None:
         """Take this consumer out of the group, if nothing is pending for it."""
-        if not self.own(name):
+        if not self.own_pending(name):
             self.remove(name, self._consumer)
 
     def remove(self, name: str, consumer: str) -> int:
@@ -466,7 +466,7 @@ class Group:
         self.release(name, lost, "FORCE")
         return len(lost)
 
-    def show_life(self, name: str) -> None:
+    def report_alive(self, name: str) -> None:
         """Let Redis note that this consumer lives: before Redis 7.2, waiting is not noted."""
         self.try_to_read(name)
 
@@ -502,7 +502,7 @@ class Group:
 
         return None
 
-    def counts_what_is_skipped(self, name: str) -> bool:
+    def counts_trimmed_as_read(self, name: str) -> bool:
         """Return True if Redis counts as read what was trimmed unread: 7.2 and later, and Valkey.
 
         Known by what came with it, the time since a consumer last got an entry.
@@ -511,7 +511,7 @@ class Group:
         consumers = self.pipe.run([("XINFO", "CONSUMERS", key, self._service)])[0]
         return isinstance(consumers, list) and any(b"inactive" in found for found in consumers)
 
-    def note_loss(self, name: str, place: str, count: int, *, anywhere: bool) -> int | None:
+    def record_trimmed(self, name: str, place: str, count: int, *, anywhere: bool) -> int | None:
         """Note that entries were trimmed before the group got them, for its other workers.
 
         :param place: where the group stands, before the entries that are lost.
@@ -535,24 +535,24 @@ class Group:
         where, noted = done[0]
         return int(noted) if anywhere or where.decode() == place else None
 
-    def note_alarm(self, name: str, text: str) -> None:
+    def record_alarm(self, name: str, text: str) -> None:
         """Note what somebody did to entries of the group, for ``status`` and ``check``."""
         key = self._keys.tampered(name, self._service)
         self._run([("HSET", key, "alarm", text), ("EXPIRE", key, REPORT_KEPT)])
 
-    def look_for(self, name: str, id: str) -> Command:
+    def pending_command(self, name: str, id: str) -> Command:
         """The command whose answer is empty if an entry is pending for nobody."""
         return ("XPENDING", self._keys.stream(name), self._service, id, id, 1)
 
-    def first_released(self, name: str) -> Command:
+    def released_command(self, name: str) -> Command:
         """The command whose answer is empty if no entry was handed back."""
         return ("XPENDING", self._keys.stream(name), self._service, "-", "+", 1, RELEASED)
 
-    def acknowledge(self, name: str, ids: Iterable[str]) -> Command:
+    def acknowledge_command(self, name: str, ids: Iterable[str]) -> Command:
         """The command that tells that entries are handled."""
         return ("XACK", self._keys.stream(name), self._service, *ids)
 
-    def take_back(self, name: str, id: str, *, times: int) -> Command:
+    def restore_command(self, name: str, id: str, *, times: int) -> Command:
         """The command that makes an entry pending for this consumer that was acknowledged.
 
         :param times: how often it was delivered.

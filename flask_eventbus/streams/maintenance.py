@@ -290,7 +290,7 @@ class Maintenance:
         questions = [
             command
             for name in names
-            for command in (self._group.first_released(name), self._retries.first_due(name))
+            for command in (self._group.released_command(name), self._retries.first_due(name))
         ]
 
         with self._acknowledger.lock:
@@ -314,7 +314,7 @@ class Maintenance:
         by_name: dict[str, list[Delivery]] = {}
 
         for delivery in self._in_flight.all():
-            if delivery.record is None:
+            if delivery.retry is None:
                 by_name.setdefault(delivery.name, []).append(delivery)
             else:
                 self._renew_retry(delivery, lease)
@@ -325,7 +325,7 @@ class Maintenance:
     def _renew_retry(self, delivery: Delivery, lease: float) -> None:
         try:
             if self._retries.renew(delivery):
-                delivery.lease = lease
+                delivery.claimed_until = lease
         except redis.ResponseError as error:
             self._reclaimer.report_refusal(delivery.name, error)
 
@@ -338,7 +338,9 @@ class Maintenance:
                 lost = [
                     delivery
                     for delivery in deliveries
-                    if delivery.entry not in kept and not delivery.started and now < delivery.lease
+                    if delivery.entry not in kept
+                    and not delivery.started
+                    and now < delivery.claimed_until
                 ]
                 kept |= self._reclaimer.restore(name, lost)
         except GroupGoneError:
@@ -350,13 +352,13 @@ class Maintenance:
 
         for delivery in deliveries:
             if delivery.entry in kept:
-                delivery.lease = lease
+                delivery.claimed_until = lease
             elif not delivery.started:
-                delivery.lease = 0.0
+                delivery.claimed_until = 0.0
 
     def _share(self) -> None:
         """Let other workers have what waits here behind receivers that take long."""
-        still = self._in_flight.still
+        still = self._in_flight.stalled_for
 
         # What is handed back is found by nobody where Redis does not list it.
         if (
@@ -365,14 +367,14 @@ class Maintenance:
             and still >= RELEASE_AFTER
             and not self._group.unlisted
         ):
-            self._give_away(self._in_flight.give_away())
+            self._give_away(self._in_flight.release_waiting())
 
     def _give_away(self, deliveries: Sequence[Delivery]) -> None:
         by_name: dict[str, dict[str, int]] = {}
 
         for delivery in deliveries:
-            if delivery.record is None:
-                by_name.setdefault(delivery.name, {})[delivery.entry] = delivery.begun or 0
+            if delivery.retry is None:
+                by_name.setdefault(delivery.name, {})[delivery.entry] = delivery.crashes or 0
             else:
                 self._retries.put_back(delivery)
                 self._more_retries.add(delivery.name)
@@ -380,7 +382,7 @@ class Maintenance:
         for name, begun in by_name.items():
             try:
                 with self._acknowledger.lock:
-                    own = {found.id for found in self._group.own(name)}
+                    own = {found.id for found in self._group.own_pending(name)}
                     self._released_streams.add(name)
                     self._group.release(name, {id: begun[id] for id in begun if id in own})
             except GroupGoneError as error:
@@ -392,7 +394,7 @@ class Maintenance:
         for name in names:
             try:
                 with self._acknowledger.lock:
-                    self._group.show_life(name)
+                    self._group.report_alive(name)
                     consumers = self._group.consumers(name)
                     self._look_for_foreign(name, [found for found, _, _ in consumers])
 
@@ -468,7 +470,7 @@ class Maintenance:
                 deliveries, given_up, more = self._retries.take(name, subscription, most=most)
 
             self._portions.note(delivery.memory for delivery in deliveries)
-            self._in_flight.take(deliveries)
+            self._in_flight.add(deliveries)
             self._queue.put(deliveries)
             self._acknowledger.write(given_up)
 

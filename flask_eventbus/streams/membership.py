@@ -84,7 +84,7 @@ class Catalogue:
         alarm = self.alarm
         return {} if alarm is None else dict.fromkeys(self._asked, alarm)
 
-    def wanted(self) -> dict[str, Subscription]:
+    def subscribed(self) -> dict[str, Subscription]:
         """The subscriptions whose streams are read, by name or pattern."""
         return {
             name: found
@@ -100,7 +100,7 @@ class Catalogue:
 
         :raises redis.ConnectionError: Redis is away.
         """
-        wanted = self.wanted()
+        wanted = self.subscribed()
         patterns = [name for name in wanted if is_pattern(name)]
 
         if patterns:
@@ -301,7 +301,7 @@ class Membership:
     def is_complete(self) -> bool:
         """Whether each stream subscribed is read or refused."""
         answered = self.joined.keys() | self.refused.keys() | self._catalogue.patterns | self._left
-        return self._catalogue.wanted().keys() <= answered
+        return self._catalogue.subscribed().keys() <= answered
 
     def join(self) -> tuple[dict[str, Subscription], bool]:
         """Make the groups that are missing.
@@ -466,15 +466,15 @@ class Membership:
             self._recover_lost(name, subscription)
 
     def _recover_lost(self, name: str, subscription: Subscription) -> None:
-        lost = self._in_flight.without(name, [found.id for found in self._group.own(name)])
+        lost = self._in_flight.missing(name, [found.id for found in self._group.own_pending(name)])
 
         for start in range(0, len(lost), COUNT):
             entries = self._group.look_up(name, lost[start : start + COUNT])
-            found = self._decoder.sort(entries, {name: subscription})
+            found = self._decoder.decode(entries, {name: subscription})
             self._trims.count(name, found.trimmed)
             # They are handled in any case; what is sent a second time is to be known.
             self._duplicates.find(found.deliveries)
-            self._in_flight.take(found.deliveries)
+            self._in_flight.add(found.deliveries)
             self._queue.put(found.deliveries)
             self._acknowledger.write(
                 [self._outcomes.skipped(entry) for entry in found.skipped]

@@ -89,7 +89,7 @@ class Outcome:
     @property
     def is_retry(self) -> bool:
         """Whether it is of one receiver that was tried again."""
-        return self.delivery is not None and self.delivery.record is not None
+        return self.delivery is not None and self.delivery.retry is not None
 
 
 class Outcomes:
@@ -134,8 +134,8 @@ class Outcomes:
 
     def give_up(self, delivery: Delivery, reason: str, error: str) -> Outcome:
         """What a delivery comes to that is not even begun."""
-        record = delivery.record
-        letter = self._letter(delivery, reason, error, attempts=delivery.begun or 0)
+        record = delivery.retry
+        letter = self._letter(delivery, reason, error, attempts=delivery.crashes or 0)
 
         if record is not None:
             letter = replace(
@@ -166,11 +166,11 @@ class Outcomes:
         letters: list[DeadLetter],
         due: list[float],
     ) -> None:
-        attempts = 1 if delivery.record is None else delivery.record.attempts
+        attempts = 1 if delivery.retry is None else delivery.retry.attempts
         retries = self._retries_of(delivery, failure)
         verdict = judge(failure.error, attempts=attempts, retries=retries)
         now = self._clock.now()
-        last = "" if delivery.record is None else delivery.record.traceback
+        last = "" if delivery.retry is None else delivery.retry.traceback
         self._failures.judged(
             delivery.event,
             failure,
@@ -192,8 +192,8 @@ class Outcomes:
             traceback=traceback_of(failure.error),
         )
 
-        if delivery.record is not None:
-            letter = replace(letter, first=delivery.record.first)
+        if delivery.retry is not None:
+            letter = replace(letter, first=delivery.retry.first)
 
         letters.append(letter)
         commands.append(self._bury(delivery.name, letter))
@@ -207,7 +207,7 @@ class Outcomes:
             event=delivery.body,
             receiver=failure.name,
             attempts=attempts,
-            first=moment if delivery.record is None else delivery.record.first,
+            first=moment if delivery.retry is None else delivery.retry.first,
             last=moment,
             error=words_of(failure.error),
             traceback=traceback_of(failure.error),

@@ -37,11 +37,11 @@ class StreamReader:
 
     :param max_bytes: the size of the largest event.
     :param wanted: whether there still is what the events are for.
-    :param attend: told that there is something in hand.
-    :param given_away: the streams of which this process handed something back by itself.
-    :param lost: told when Redis is lost, with the error.
-    :param found: told when every stream can be read.
-    :param ended: told when nothing is read any more, though nobody said to stop.
+    :param on_entries: told that there is something in hand.
+    :param released_streams: the streams of which this process handed something back by itself.
+    :param on_lost: told when Redis is lost, with the error.
+    :param on_ready: told when every stream can be read.
+    :param on_end: told when nothing is read any more, though nobody said to stop.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class StreamReader:
         max_bytes: int,
         node: str,
         wanted: Callable[[], bool],
-        attend: Callable[[], None],
-        given_away: Callable[[], set[str]],
-        lost: Callable[[Exception], None],
-        found: Callable[[], None],
-        ended: Callable[[], None],
+        on_entries: Callable[[], None],
+        released_streams: Callable[[], set[str]],
+        on_lost: Callable[[Exception], None],
+        on_ready: Callable[[], None],
+        on_end: Callable[[], None],
     ) -> None:
         self._membership = membership
         self._group = group
@@ -78,11 +78,11 @@ class StreamReader:
         self._reclaimer = reclaimer
         self._trims = trims
         self._counters = counters
-        self._attend = attend
-        self._given_away = given_away
-        self._lost = lost
-        self._found = found
-        self._ended = ended
+        self._on_entries = on_entries
+        self._released_streams = released_streams
+        self._on_lost = on_lost
+        self._on_ready = on_ready
+        self._on_end = on_end
         self._reading = Reading(
             failed="The stream reader failed; it connects anew.",
             thread=f"eventbus-streams-{node}",
@@ -140,7 +140,7 @@ class StreamReader:
 
     def _conclude(self) -> None:
         if self._membership.fatal is None:
-            self._ended()
+            self._on_end()
             return
 
         # Channels are heard all the same.
@@ -155,7 +155,7 @@ class StreamReader:
             self._membership.lose()
 
         if not self._reading.is_stopping:
-            self._lost(error)
+            self._on_lost(error)
 
     def _consume(self, backoff: Backoff) -> None:
         while self._reading.goes_on:
@@ -180,7 +180,7 @@ class StreamReader:
     def _read(self, names: dict[str, Subscription]) -> None:
         try:
             self._trims.check(names)
-            self._take_back_given_away(names)
+            self._take_back_released(names)
             # What is newer waits until there is room for what is older.
             names = {name: names[name] for name in names if name not in self._reclaimer.unfinished}
 
@@ -211,16 +211,16 @@ class StreamReader:
         else:
             self._trims.has_backlog = False
 
-    def _take_back_given_away(self, names: Mapping[str, Subscription]) -> None:
-        given_away = self._given_away() | self._reclaimer.unfinished
+    def _take_back_released(self, names: Mapping[str, Subscription]) -> None:
+        released = self._released_streams() | self._reclaimer.unfinished
 
-        if given_away:
+        if released:
             self._reclaimer.reclaim_all_released(
-                {name: names[name] for name in given_away if name in names}
+                {name: names[name] for name in released if name in names}
             )
 
     def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
-        found = self._decoder.sort(list(entries), names)
+        found = self._decoder.decode(list(entries), names)
         fresh = found.deliveries
         known = set(self._duplicates.find(fresh))
 
@@ -229,8 +229,8 @@ class StreamReader:
             fresh = [delivery for delivery in fresh if delivery not in known]
 
         self._counters.add("received", len(fresh))
-        self._in_flight.take(fresh)
-        self._attend()
+        self._in_flight.add(fresh)
+        self._on_entries()
         self._queue.put(fresh)
 
         outcomes = [self._outcomes.skipped(entry) for entry in found.skipped]
@@ -261,7 +261,7 @@ class StreamReader:
         self._was_ready = self.ready
 
         if self._was_ready:
-            self._found()
+            self._on_ready()
 
     def _sort_out(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
         """Find out which of the streams it is that Redis refuses to have read."""

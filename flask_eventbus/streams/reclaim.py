@@ -125,7 +125,7 @@ class Reclaimer:
         :param deliveries: in hand, and not pending for this consumer.
         :return: the ids of those that were pending for nobody.
         """
-        questions = [self._group.look_for(name, delivery.entry) for delivery in deliveries]
+        questions = [self._group.pending_command(name, delivery.entry) for delivery in deliveries]
         answers = self._group.pipe.run(questions) if questions else []
         gone = [found for found, answer in zip(deliveries, answers, strict=True) if answer == []]
         position = self._group.position(name) if gone else None
@@ -140,8 +140,8 @@ class Reclaimer:
         self.report(name, taken_out(name, self._config.service, len(gone)))
         self._group.pipe.run(
             [
-                self._group.take_back(
-                    name, found.entry, times=1 if found.begun is None else found.begun
+                self._group.restore_command(
+                    name, found.entry, times=1 if found.crashes is None else found.crashes
                 )
                 for found in gone
             ]
@@ -160,7 +160,7 @@ class Reclaimer:
         self._alarms = {**self._alarms, name: (time.monotonic() + REPORT_KEPT, text)}
 
         try:
-            self._group.note_alarm(name, text)
+            self._group.record_alarm(name, text)
         except (redis.ResponseError, *OUTAGE) as error:
             logger.debug("Only this process knows of the alarm: %s", error)
 
@@ -173,7 +173,7 @@ class Reclaimer:
             "left of it, and what is to be tried again, waits. %s",
             name,
             error,
-            self._group.remedy_of_work(name, error),
+            self._group.worker_remedy(name, error),
             level=logging.ERROR,
             extra={"signal": name, "service": self._config.service},
         )
@@ -217,7 +217,7 @@ class Reclaimer:
         # What is in hand is idle, too, where it could not be renewed in time.
         most = room + len(self._in_flight) + 1
         pending = self._group.pending(name, idle=idle, consumer=consumer, most=most)
-        foreign = set(self._in_flight.without(name, [found.id for found in pending]))
+        foreign = set(self._in_flight.missing(name, [found.id for found in pending]))
         stale = [found for found in pending if found.id in foreign]
 
         # What was handed back is nobody's, whatever the clock says.
@@ -253,7 +253,7 @@ class Reclaimer:
         gone = [entries[found.id] for found in stale if entries[found.id].fields is None]
         mine = self._group.claim(name, present, idle=idle)
         times = {found.id: found.times for found in present}
-        found = self._decoder.sort(
+        found = self._decoder.decode(
             [entries[id] for id in times if id in mine], {name: subscription}
         )
 
@@ -283,7 +283,7 @@ class Reclaimer:
                 self.report(delivery.name, alarm)
                 count = 1
 
-            delivery.begun = count
+            delivery.crashes = count
             delivery.event = replace(delivery.event, attempt=count + 1)
 
             if count > most:
@@ -312,19 +312,19 @@ class Reclaimer:
                 extra={"signal": name, "service": self._config.service},
             )
 
-        self._in_flight.take(taken)
+        self._in_flight.add(taken)
         self._queue.put(taken)
 
     def _forget(self, name: str, ids: Sequence[str]) -> None:
         """Acknowledge what was trimmed while it was pending; who gets to do it tells of it."""
-        answer = self._group.pipe.ask(*self._group.acknowledge(name, ids))
+        answer = self._group.pipe.ask(*self._group.acknowledge_command(name, ids))
         self._trims.count(name, int(answer))
 
 
 def _killed(delivery: Delivery) -> str:
     return (
-        f"It was begun {delivery.begun} times, and each time its worker ended before its receivers "
-        "did."
+        f"It was begun {delivery.crashes} times, and each time its worker ended before its "
+        "receivers did."
     )
 
 
@@ -440,12 +440,12 @@ class Trims:
             return 0
 
         # Redis 7.0 counts what is lost at one place at every later place again.
-        adds_up = position.trimmed is not None and not self._group.counts_what_is_skipped(name)
+        adds_up = position.trimmed is not None and not self._group.counts_trimmed_as_read(name)
         count = position.trimmed or 0
         told: int | None = None
 
         try:
-            told = self._group.note_loss(name, here, count, anywhere=adds_up)
+            told = self._group.record_trimmed(name, here, count, anywhere=adds_up)
         except OUTAGE as error:
             # Redis may have noted it: reported twice is better than never.
             logger.debug("A loss is reported that others may report too: %s", error)

@@ -201,7 +201,7 @@ class RetryQueue:
 
                 return False
 
-            delivery.record, delivery.odd = running, b""
+            delivery.retry, delivery.stored_member = running, b""
             return True
 
     def postponed(self, delivery: Delivery, record: RetryRecord) -> Outcome:
@@ -355,9 +355,9 @@ class RetryQueue:
             event=event,
             body=record.event,
             subscription=subscription,
-            lease=time.monotonic() + self._config.claim_after,
-            record=record,
-            odd=odd,
+            claimed_until=time.monotonic() + self._config.claim_after,
+            retry=record,
+            stored_member=odd,
             memory=memory + len(odd),
         )
 

@@ -99,7 +99,7 @@ class RetryRehearsal:
 
     def run(self, node: Node, delivery: Delivery) -> Sequence[Failure]:
         """Run the receivers of a delivery, or the one that is tried again."""
-        only = delivery.record.receiver if delivery.record else None
+        only = delivery.retry.receiver if delivery.retry else None
         return node.dispatcher.dispatch(delivery.event, only=only).failures
 
     def settle(self, node: Node, delivery: Delivery, failures: Sequence[Failure]) -> list[Failure]:
@@ -199,7 +199,7 @@ class RetryRehearsal:
             event=delivery.body,
             receiver=failure.name,
             attempts=delivery.event.attempt,
-            first=now if delivery.record is None else delivery.record.first,
+            first=now if delivery.retry is None else delivery.retry.first,
             last=now,
             error=words_of(failure.error),
         )
@@ -267,7 +267,7 @@ def _delivery(node: Node, event: Event, entry: str) -> Delivery | None:
         siblings=node.declarations.siblings,
     )
     came = Entry(event.name, entry, {b"event": node.codec.encode(event)})
-    found = decoder.sort([came], {event.name: _subscription(node, event)})
+    found = decoder.decode([came], {event.name: _subscription(node, event)})
     return next(iter(found.deliveries), None)
 
 
@@ -280,8 +280,8 @@ def _again(node: Node, record: RetryRecord) -> Delivery:
         event=replace(event, attempt=leased.attempts),
         body=record.event,
         subscription=_subscription(node, event),
-        lease=0.0,
-        record=leased,
+        claimed_until=0.0,
+        retry=leased,
     )
 
 
