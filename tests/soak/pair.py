@@ -8,7 +8,7 @@ from pathlib import Path
 
 import redis
 from servers import RedisServer
-from test_topologies import Watched, is_linked
+from topologies import Watched, is_linked
 from waiting import wait_until
 
 #: Everything that is confirmed is on the disks of both.

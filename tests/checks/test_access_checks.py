@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from servers import RedisServer
-from test_tls import Authority, TlsServer
+from tls_servers import Authority, TlsServer
 
 from flask_eventbus import Bus
 from flask_eventbus.__main__ import main

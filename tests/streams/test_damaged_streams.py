@@ -22,7 +22,7 @@ pytestmark = pytest.mark.second_look
 
 Make = Callable[..., Bus]
 
-PAGE = (Path(__file__).parent.parent / "docs" / "streams.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "streams.md").read_text()
 
 #: The last id that an entry may have.
 LAST = f"{2**64 - 1}-{2**64 - 1}"

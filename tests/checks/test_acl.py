@@ -29,7 +29,7 @@ from flask_eventbus.transport.pipe import Pipe
 
 MakeBus = Callable[..., Bus]
 
-REDIS = Path(__file__).parent.parent / "deploy" / "redis"
+REDIS = Path(__file__).parents[2] / "deploy" / "redis"
 
 SIGNALS = ("user_registered", "price_changed", "api_call", "order_paid")
 

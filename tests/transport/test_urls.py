@@ -11,13 +11,14 @@ import pytest
 import redis
 from redis.connection import parse_url
 from servers import RedisServer, server_executable
-from test_secrets import SECRET
 from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError
 from flask_eventbus.transport.connections import Connections
 
 MASTER = "mymaster"
+
+SECRET = "s3cr3t"  # noqa: S105 - of no server
 
 WRONG_OPTIONS = [
     ("redis://h/0?pasword=x", "it has no option 'pasword'. Did you mean 'password'?"),

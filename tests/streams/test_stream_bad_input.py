@@ -13,9 +13,9 @@ from typing import Any
 import msgpack
 import pytest
 import redis
+from bad_events import BAD, packed
 from servers import RedisServer
 from stream_store import StreamStore
-from test_bad_input import BAD, packed
 from waiting import wait_until
 
 from flask_eventbus import Bus, current_event, signals

@@ -29,7 +29,7 @@ from flask_eventbus.__main__ import main
 from flask_eventbus.admin.status import consumer_of, lag_of
 from flask_eventbus.cli.app import flask_commands
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from flask_eventbus.cli.commands import COMMANDS
 from flask_eventbus.routing.registry import Registry
 from flask_eventbus.text import read_value
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 _numbers = itertools.count()
 

@@ -32,7 +32,7 @@ from flask_eventbus.codec.codec import Codec
 
 pytestmark = pytest.mark.second_look
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 _numbers = itertools.count()
 

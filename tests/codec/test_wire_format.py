@@ -27,7 +27,7 @@ from flask_eventbus.errors import DecodeError
 
 pytestmark = pytest.mark.second_look
 
-PAGE = (Path(__file__).parents[1] / "docs" / "wire-format.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "wire-format.md").read_text()
 VECTORS = wire_vectors.read()
 EVENTS = [vector for vector in VECTORS if "event" in vector]
 REFUSED = [vector for vector in VECTORS if "reason" in vector]

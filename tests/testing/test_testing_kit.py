@@ -1214,7 +1214,7 @@ def test_a_failure_points_at_the_line_of_the_test(pytester: pytest.Pytester) -> 
 
 # -- the page about it --------------------------------------------------------------------
 
-PAGE = (Path(__file__).parent.parent / "docs" / "testing.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
 
 
 def blocks(language: str) -> list[str]:

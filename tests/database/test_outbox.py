@@ -1392,7 +1392,7 @@ def test_the_testing_kit_sees_what_a_relay_publishes(tmp_path: Path, eventbus: I
 
 # -- the page ---------------------------------------------------------------------------------
 
-PAGE = (Path(__file__).parent.parent / "docs" / "transactions.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "transactions.md").read_text()
 SERVICE, AFTER_COMMIT, OTHER_SESSION, OUTBOX, TEST = re.findall(
     r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE
 )
