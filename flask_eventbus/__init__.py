@@ -1,4 +1,4 @@
-"""Carries blinker signals between Flask services, and to plain scripts, over Redis."""
+"""Blinker signals between Flask services and plain scripts, carried by Redis."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = [
     "signals",
 ]
 
-_HOMES = {
+_MODULES = {
     "Bus": "bus",
     "Event": "event",
     "EventBus": "extension",
@@ -53,16 +53,16 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: a script loads no Flask, and pytest's plug-in nothing at all."""
+    """Import a public name on first access, so that a script without Flask loads no Flask."""
     if name == "signals":
         return import_module(f"{__name__}.signals")
 
     if name in __all__:
-        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+        return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
 
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """The public names, also those that were not asked for yet."""
+    """List the public names, including those not imported yet."""
     return [*globals(), *__all__]

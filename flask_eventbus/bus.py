@@ -1,4 +1,4 @@
-"""The bus of a program without Flask: a consumer, a publisher, or both."""
+"""``Bus``: the bus of a program without Flask, and the loop that runs until SIGTERM."""
 
 from __future__ import annotations
 
@@ -26,33 +26,34 @@ from .typing import Settings
 logger = get_logger(__name__)
 
 
-#: Seconds between looks: one that waits without end misses a signal that comes right before.
-LOOK = 0.5
+#: Seconds between checks for a signal. A wait without a timeout can miss a signal that arrives
+#: right before it.
+SIGNAL_CHECK = 0.5
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-#: Handlers that no program has set.
+#: Handlers that are not the program's own.
 _DEFAULTS = (signal.default_int_handler, end_by_signal)
 
 
 def run_until_signal(node: Node) -> None:
-    """Listen until SIGTERM or Ctrl-C, then let receivers finish and flush.
+    """Listen until SIGTERM or Ctrl-C, then let receivers finish and flush the buffer.
 
-    A second signal ends the process at once, with the exit code 128 plus its number. Only
-    the main thread may call this, since only it gets signals. A handler that the program
-    set before is called at the first signal; the node stops even if it raises.
+    A second signal ends the process at once, with exit code 128 plus the signal's number. Call
+    it in the main thread; Python delivers signals only there. A signal handler that the program
+    set before is called as well. The node stops even if that handler raises.
 
-    :raises ConfigError: this Redis will never do what is needed to listen.
+    :raises ConfigError: this Redis has no streams, which the subscriptions need.
     """
-    with told_by_signal() as told:
+    with stop_on_signals() as stopping:
         try:
             node.start()
 
-            while not told.wait(LOOK) and node.fatal is None:
+            while not stopping.wait(SIGNAL_CHECK) and node.fatal is None:
                 pass
         finally:
             fatal = node.fatal
-            logger.info("Finishing what runs, for %g s at most.", node.config.grace)
+            logger.info("Waiting for running receivers, up to %g s.", node.config.grace)
             node.stop()
 
     if fatal is not None:
@@ -63,12 +64,12 @@ def run_until_signal(node: Node) -> None:
 
 
 @contextmanager
-def told_by_signal() -> Iterator[threading.Event]:
-    """Yield what SIGTERM or Ctrl-C sets until the end of the block; a second one ends at once.
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM or Ctrl-C sets; a second signal ends the process at once.
 
-    The program's own handler is called too.
+    The program's own signal handlers are called too, and are restored after the block.
     """
-    told = threading.Event()
+    stopping = threading.Event()
     before: dict[int, Any] = {number: signal.getsignal(number) for number in _SIGNALS}
 
     numbers: list[int] = []
@@ -78,7 +79,7 @@ def told_by_signal() -> Iterator[threading.Event]:
             os._exit(128 + number)
 
         numbers.append(number)
-        call_in_thread(told.set)
+        call_in_thread(stopping.set)
         handler = before.get(number)
 
         if callable(handler) and handler not in _DEFAULTS:
@@ -88,17 +89,16 @@ def told_by_signal() -> Iterator[threading.Event]:
         signal.signal(number, end)
 
     try:
-        yield told
+        yield stopping
     finally:
         for caught, previous in before.items():
             signal.signal(caught, previous)
 
 
 class Bus(Registry):
-    """Carries signals between this program and services, over Redis.
+    """Carries signals between this program and other services, over Redis.
 
-    As a consumer it connects receivers and runs; as a publisher it is used with ``with``,
-    which flushes at the end::
+    A consumer connects receivers and calls :meth:`run`::
 
         bus = Bus("redis://localhost:6379/0", service="audit")
 
@@ -107,9 +107,12 @@ class Bus(Registry):
 
         bus.run()
 
-    :param url: where Redis is.
+    A publisher uses the bus as a context manager, which flushes the buffer at the end.
+
+    :param url: the URL of Redis.
     :param service: this program's stable name.
-    :param settings: the settings of ``docs/configuration.md`` in lower case and without
+    :param namespace: an existing blinker namespace to use; by default the bus has its own.
+    :param settings: the settings of ``docs/configuration.md``, in lower case and without
         ``EVENTBUS_``, for example ``publish=["report_ready"]``.
     :raises ConfigError: a setting is unknown or wrong.
     """
@@ -130,7 +133,7 @@ class Bus(Registry):
     def from_env(
         cls, environ: Mapping[str, str] | None = None, *, namespace: Namespace | None = None
     ) -> Self:
-        """A bus with the settings of the environment: ``EVENTBUS_SERVICE``, ``EVENTBUS_URL``, ...
+        """Create a bus with the settings of the environment, such as ``EVENTBUS_SERVICE``.
 
         :raises ConfigError: a setting is unknown or wrong.
         """
@@ -144,11 +147,11 @@ class Bus(Registry):
         load_receivers(self, config.receivers, root=Path.cwd())
 
     def run(self) -> None:
-        """Listen until SIGTERM or Ctrl-C, then finish what runs and return.
+        """Listen until SIGTERM or Ctrl-C, then let receivers finish, flush and return.
 
-        A second signal ends the process at once. Called in the main thread.
+        A second signal ends the process at once. Call it in the main thread.
 
-        :raises ConfigError: nothing is subscribed.
+        :raises ConfigError: nothing is subscribed, or this Redis lacks the streams it needs.
         """
         if not self.node.subscriptions:
             raise ConfigError(
@@ -159,23 +162,34 @@ class Bus(Registry):
         run_until_signal(self.node)
 
     def start(self) -> None:
-        """Listen from now on, in threads; returns at once."""
+        """Start listening in background threads, and return at once."""
         self.node.start()
 
     def ready(self, timeout: float | None = None) -> bool:
-        """Wait until Redis has confirmed every subscription; whether it was in time."""
+        """Wait until Redis has confirmed every subscription.
+
+        :param timeout: seconds to wait; without it, wait forever.
+        :return: False if the time was over first.
+        """
         return self.node.ready(timeout)
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until everything sent so far is with Redis; whether it was in time."""
+        """Wait until Redis has all events sent so far.
+
+        :param timeout: seconds to wait; ``EVENTBUS_GRACE`` by default.
+        :return: False if the time was over first.
+        """
         return self.node.flush(timeout)
 
     def stop(self, *, flush: float = FLUSH_AT_EXIT) -> None:
-        """Stop listening, let receivers finish, publish what waits."""
+        """Stop listening, let receivers finish, and publish the buffered events.
+
+        :param flush: seconds to wait for Redis to take the buffered events.
+        """
         self.node.stop(flush=flush)
 
     def health(self) -> Health:
-        """How the bus does."""
+        """Return the state of the bus in this process."""
         return self.node.health()
 
     def __enter__(self) -> Self:

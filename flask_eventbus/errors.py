@@ -1,17 +1,17 @@
-"""Every error that flask-eventbus raises on purpose, each tied to a different reaction.
+"""The errors that flask-eventbus raises. Each class asks for a different reaction.
 
 ::
 
     EventBusError
-    ├── ConfigError      a setting is wrong: correct it, the program does not start
-    ├── PayloadError     a payload cannot travel: correct the line that sent it
+    ├── ConfigError      a setting is wrong: correct it; the program does not start
+    ├── PayloadError     a payload cannot be encoded: correct the line that sent it
     ├── PublishError     Redis did not confirm the event: fail the request, or resend()
-    ├── HopLimitError    a chain of events runs in a circle: break the circle
-    ├── DecodeError      bytes from the wire are no event: skipped and counted
+    ├── HopLimitError    events cause each other in a loop: break the loop
+    ├── DecodeError      bytes from Redis are not an event: they are skipped and counted
     ├── ReceiverError    a receiver does not accept a payload: correct the receiver
-    ├── OperationError   Redis refuses what an operator asked for: grant it, or ask for another
-    ├── Reject           raised by a receiver: this event can never be handled, do not try again
-    └── Retry            raised by a receiver: try again, after a time of its choice
+    ├── OperationError   Redis refused a command: grant the right or correct the name
+    ├── Reject           raised by a receiver: do not retry this event
+    └── Retry            raised by a receiver: retry this event, after a delay that it chooses
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-#: Seconds that a receiver may ask to wait at most: a year.
+#: Longest delay that :class:`Retry` accepts, in seconds: one year.
 MOST_AFTER = 31_536_000
 
 
 class EventBusError(Exception):
-    """The root: ``except EventBusError`` catches whatever flask-eventbus raises itself."""
+    """Base class of all errors of flask-eventbus."""
 
 
 class ConfigError(EventBusError):
@@ -32,13 +32,13 @@ class ConfigError(EventBusError):
 
 
 class PayloadError(EventBusError):
-    """A payload holds what cannot travel; the message names its path and its type."""
+    """A payload holds a value that cannot be encoded; the message names its path and its type."""
 
 
 class PublishError(EventBusError):
     """Redis did not confirm the event in time; :meth:`resend` sends the same event again.
 
-    A ``send()`` in place of that makes another event, which is handled as well.
+    Calling ``send()`` again instead creates a second event, and receivers handle both.
     """
 
     def __init__(
@@ -50,20 +50,21 @@ class PublishError(EventBusError):
         resend: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(message)
-        #: The id of the event that was not confirmed, if it had got one.
+        #: The id of the event that was not confirmed; ``None`` if it has no id yet.
         self.event_id = event_id
-        #: True if Redis may have the event: it was sent, and no answer came; or Redis has it, and
-        #: too few replicas do.
+        #: True if Redis may have stored the event: no answer came after it was written, or too few
+        #: replicas confirmed it.
         self.in_doubt = in_doubt
         self._resend = resend
 
     def resend(self) -> None:
-        """Send the same event again, with the same id and the same bytes; wait as ``send()`` does.
+        """Send the same event again, with the same id and bytes, and wait as ``send()`` does.
 
-        Services handle it once, although it may arrive twice. Local receivers do not run again.
+        Other services handle the event once, even if it arrives twice. Local receivers do not run
+        again.
 
-        :raises PublishError: it was not confirmed this time either.
-        :raises RuntimeError: the error comes from another process, or from a command.
+        :raises PublishError: Redis did not confirm the event this time either.
+        :raises RuntimeError: the error was raised in another process, or by a command.
         """
         if self._resend is None:
             raise RuntimeError(
@@ -74,48 +75,48 @@ class PublishError(EventBusError):
         self._resend()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the event behind where the error goes to another process."""
+        """Pickle the error without its event: another process cannot resend it."""
         return (type(self), self.args, {**self.__dict__, "_resend": None})
 
 
 class HopLimitError(EventBusError):
-    """An event caused by an event, caused by an event, past ``EVENTBUS_MAX_HOPS``."""
+    """A chain of events, each caused by the one before, is longer than ``EVENTBUS_MAX_HOPS``."""
 
 
 class DecodeError(EventBusError):
-    """Bytes that are not an event; :attr:`reason` is one word for counters and logs."""
+    """Bytes are not an event; :attr:`reason` names the fault in counters and logs."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
-        #: One of the words of ``docs/wire-format.md``: ``not_msgpack``, ``not_a_map``, ...
+        #: A reason listed in ``docs/wire-format.md``: ``not_msgpack``, ``not_a_map``, ...
         self.reason = reason
 
 
 class ReceiverError(EventBusError):
-    """A receiver does not accept the keys of a payload."""
+    """The parameters of a receiver do not accept the keys of a payload."""
 
     def __init__(self, message: str, *, is_final: bool = False) -> None:
         super().__init__(message)
-        #: True if it can never accept the event, so that no retry helps.
+        #: True if a retry cannot help: the receiver can never accept this event.
         self.is_final = is_final
 
 
 class OperationError(EventBusError):
-    """Redis is away, refuses a command, or has nothing of the name that an operator gave."""
+    """A command failed: Redis is unreachable, refused it, or has nothing of the given name."""
 
 
-class Reject(EventBusError):  # noqa: N818 - a receiver says it: raise Reject("no such user")
-    """Raised by a receiver of a stream event: it goes to the dead letters at once."""
+class Reject(EventBusError):  # noqa: N818 - reads as an instruction: raise Reject("no such user")
+    """Raised by a receiver to store a stream event as a dead letter at once, without a retry."""
 
 
-class Retry(EventBusError):  # noqa: N818 - a receiver says it: raise Retry(after=60)
-    """Raised by a receiver of a stream event: it is tried again after ``after`` seconds.
+class Retry(EventBusError):  # noqa: N818 - reads as an instruction: raise Retry(after=60)
+    """Raised by a receiver of a stream event to be called again after ``after`` seconds.
 
-    It counts as a failure like any other: after ``retries`` of them the event is a dead letter.
+    It counts as a failure: after ``retries`` failures the event becomes a dead letter.
 
-    :param after: seconds, up to a year; those of the backoff by default.
-    :raises ValueError: it is no such number.
-    :raises TypeError: the message is no text.
+    :param after: seconds until the next attempt, up to one year; by default the backoff's delay.
+    :raises ValueError: ``after`` is not a number in this range.
+    :raises TypeError: ``message`` is not a string.
     """
 
     def __init__(self, message: str = "", *, after: float | None = None) -> None:
@@ -131,5 +132,5 @@ class Retry(EventBusError):  # noqa: N818 - a receiver says it: raise Retry(afte
             )
 
         super().__init__(message)
-        #: Seconds until the next attempt.
+        #: Seconds until the next attempt; ``None`` for the backoff's delay.
         self.after = after

@@ -1,4 +1,4 @@
-"""One emission of a signal, on its way; and the one that is being handled now."""
+"""The event as receivers see it, and ``current_event``, the one being handled."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from .typing import Via
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One emission of a signal, as it arrived: what was sent, by whom, when, and why."""
+    """One emission of a signal, as it arrived from Redis."""
 
     #: The signal's name (``type`` on the wire).
     name: str
-    #: The service that emitted it: what receivers get as ``sender``.
+    #: The service that emitted it; receivers get it as ``sender``.
     source: str
-    #: ``NODE-N``: unique, the same however often the event is delivered.
+    #: Unique id, ``NODE-N``. It stays the same if the event is delivered again.
     id: str
-    #: When it was emitted, in UTC.
+    #: Time of the emission, in UTC.
     time: datetime
     #: The keyword arguments the receivers get (``data`` on the wire).
     payload: Mapping[str, Any]
-    #: How it came: ``"channel"`` or ``"stream"``.
+    #: The transport it came over: ``"channel"`` or ``"stream"``.
     via: Via = "channel"
-    #: The running number of the publisher's events of this name; channels only.
+    #: Sequence number among the publisher's events of this name; ``None`` on streams.
     seq: int | None = None
-    #: The id of the first event of the chain that led to this one.
+    #: The id of the first event of the chain that led to this one; ``None`` if unknown.
     correlation_id: str | None = None
-    #: The id of the event that was being handled when this one was emitted.
+    #: The id of the event that was being handled when this one was emitted, if any.
     causation_id: str | None = None
-    #: How many events of the chain came before this one.
+    #: Number of events in the chain before this one.
     hops: int = 0
-    #: The W3C trace context the event was emitted in.
+    #: The W3C trace context in which the event was emitted, if any.
     traceparent: str | None = None
-    #: The value that keeps events in order among each other (``partitionkey`` on the wire).
+    #: Events with the same key are handled in order (``partitionkey`` on the wire).
     key: str | None = None
-    #: Which attempt at handling it this is, from 1.
+    #: Number of this attempt to handle the event, from 1.
     attempt: int = 1
-    #: Whether ``flask eventbus replay`` brought it again.
+    #: True if ``flask eventbus replay`` sent it again.
     replayed: bool = False
 
     @property
     def fields(self) -> dict[str, object]:
-        """The fields of log records that tell of this event."""
+        """The fields that identify this event in log records."""
         return {"event_id": self.id, "signal": self.name, "attempt": self.attempt}
 
     @property
     def node(self) -> str:
-        """The process that emitted it: its id without the running number."""
+        """The name of the node that emitted it: the id without its sequence number."""
         return self.id.rpartition("-")[0]
 
 
 class PackedPayload(Mapping[str, Any]):
-    """A payload that waits as bytes, because it takes far more memory once it is read.
+    """A payload kept as bytes, because the decoded values would take far more memory.
 
-    Each look at it reads the bytes anew: call :func:`opened` first.
+    Every access decodes the bytes again; call :func:`opened` first to decode them once.
     """
 
     __slots__ = ("unpack",)
@@ -77,7 +77,7 @@ class PackedPayload(Mapping[str, Any]):
 
 
 def opened(event: Event) -> Event:
-    """Return the event with its payload read, for receivers."""
+    """Return the event with its payload decoded."""
     payload = event.payload
     return replace(event, payload=payload.unpack()) if type(payload) is PackedPayload else event
 
@@ -89,31 +89,31 @@ handling: ContextVar[Event | None] = ContextVar("flask_eventbus.handling", defau
 if TYPE_CHECKING:
 
     class CurrentEvent(Event):
-        """The event being handled, to a type checker: an :class:`Event` that can be kept."""
+        """The type of :data:`current_event`: an :class:`Event` with :meth:`get`."""
 
         def get(self) -> Event:
-            """Return the event itself, to keep it after the receiver or to hand it on."""
+            """Return the event itself, to keep it after the receiver or to pass it on."""
 
         def __bool__(self) -> bool:
-            """Return False where no event is being handled."""
+            """Return True while an event is being handled."""
 
 
 class _OutsideError(RuntimeError, AttributeError):
-    """There is no event here. For ``hasattr()`` and its like an attribute is missing then."""
+    """No event is being handled. An ``AttributeError`` too, so that ``hasattr()`` is False."""
 
 
 class _CurrentEvent:
-    """Stands for the event being handled, as Flask's ``request`` does for a request."""
+    """A proxy of the event being handled, like Flask's ``request``."""
 
     __slots__ = ()
-    # What dataclasses.replace() and fields() look for.
+    # dataclasses.replace() and fields() read it.
     __dataclass_fields__ = Event.__dataclass_fields__
 
     def get(self) -> Event:
-        """Return the event itself, to keep it after the receiver or to hand it on."""
+        """Return the event itself, to keep it after the receiver or to pass it on."""
         return _handled("get()")
 
-    @property  # type: ignore[misc]  # isinstance() asks for it, and nobody sets it
+    @property  # type: ignore[misc]  # read by isinstance(), never set
     def __class__(self) -> type[Any]:
         return _CurrentEvent if handling.get() is None else Event
 
@@ -132,7 +132,7 @@ class _CurrentEvent:
         return [*dir(handling.get()), "get"] if self else []
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Copy and pickle the event; outside of receivers, this name of the module."""
+        """Copy or pickle the event; outside of receivers, pickle a reference to this proxy."""
         event = handling.get()
         return "current_event" if event is None else event.__reduce_ex__(protocol)
 
@@ -147,13 +147,13 @@ def _handled(name: str) -> Event:
     if event is None:
         raise _OutsideError(
             f"current_event.{name} was read where no event is being handled. Read it inside a "
-            "receiver, or test 'if current_event:' first. A receiver that hands work to another "
-            "thread gives it 'current_event.get()'."
+            "receiver, or test 'if current_event:' first. To use the event in another thread, pass "
+            "'current_event.get()' to it."
         )
 
     return event
 
 
 #: The :class:`Event` that the running receiver handles; ``bool(current_event)`` is false elsewhere.
-#: ``current_event.get()`` is the event itself, which outlives the receiver.
+#: ``current_event.get()`` returns the event itself, which stays valid after the receiver returns.
 current_event: CurrentEvent = cast("CurrentEvent", _CurrentEvent())

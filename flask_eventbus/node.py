@@ -36,7 +36,7 @@ from .routing.bus_signal import Receiver
 from .routing.registry import Registry
 from .routing.routes import Route, read_routes
 from .routing.subscriptions import NEW, Subscription, read_subscriptions
-from .signals import wait_until_told
+from .signals import wait_until_sent
 from .transport.connections import Connections
 from .transport.keys import StreamKeys
 
@@ -636,7 +636,7 @@ def _stop_together(
         for publisher in [*(node._take_publisher() for node in stopping), *others]:
             publisher.close(flush_by, flush_by + WRITER_END)
 
-    wait_until_told(begin + grace + flush + REST - 2 * LATE - time.monotonic())
+    wait_until_sent(begin + grace + flush + REST - 2 * LATE - time.monotonic())
 
 
 @after_fork

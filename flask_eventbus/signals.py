@@ -1,9 +1,9 @@
-"""The bus's own lifecycle, as blinker signals: what a shop hangs its metrics and alarms on.
+"""Lifecycle signals of the bus, for metrics and alarms.
 
-The sender is always the service's name. Receivers run one after the other in a thread that has
-nothing else to do, soon after what they tell of; those of ``receiver_failed`` and
-``receiver_succeeded`` run in the thread of the receiver, right after it. A receiver that raises is
-logged and stops nothing.
+They are blinker signals. The sender is the service's name. Their receivers run one after the
+other in a thread of their own, soon after the change. The receivers of ``receiver_failed`` and
+``receiver_succeeded`` run in the thread of the receiver, right after it. An exception that a
+receiver of a lifecycle signal raises is logged.
 """
 
 from __future__ import annotations
@@ -27,54 +27,56 @@ logger = get_logger(__name__)
 _lifecycle = Namespace()
 
 listener_connected = _lifecycle.signal("listener_connected")
-"""The listener is connected and everything subscribed is confirmed.
+"""The listener is connected and Redis has confirmed every subscription.
 
-``reconnected``: whether a connection was lost before, so that events may have been missed;
-``seconds``: how long.
+``reconnected``: True if the connection was lost before, so that channel events may have been
+missed; ``seconds``: how long it was lost.
 """
 
 listener_lost = _lifecycle.signal("listener_lost")
-"""The listener lost Redis.
+"""The listener lost its connection to Redis.
 
-``error``: the exception that told it.
+``error``: the exception.
 """
 
 publisher_lost = _lifecycle.signal("publisher_lost")
-"""The publisher lost Redis, or Redis takes no writes, so that streams wait.
+"""The publisher lost its connection to Redis, or Redis refuses writes.
 
-``error``: the exception; ``buffered``: how many events wait.
+``error``: the exception; ``buffered``: number of events in the buffer.
 """
 
 publisher_restored = _lifecycle.signal("publisher_restored")
-"""The publisher has Redis again, and it takes everything.
+"""The publisher is connected again, and Redis accepts writes.
 
-``seconds``: how long it did not; ``buffered``: how many events are on their way now.
+``seconds``: how long it was lost; ``buffered``: number of events that it publishes now.
 """
 
 events_missed = _lifecycle.signal("events_missed")
-"""Channel events of a publisher never arrived, told by their sequence.
+"""Channel events of a publisher never arrived: their sequence numbers are missing.
 
-``name``: the signal; ``source`` and ``node``: who published them; ``count``: exactly how many.
+``name``: the signal; ``source`` and ``node``: the service and node that published them;
+``count``: the exact number of missed events.
 """
 
 events_dropped = _lifecycle.signal("events_dropped")
-"""Events were given up because a buffer was full or a process ended.
+"""Events were dropped because a buffer was full or a process ended.
 
-``where``: "buffer" (on the way out), "inbox" (on the way in) or "dead" (the oldest dead letters,
-beyond ``EVENTBUS_DEAD_MAXLEN``); ``count``: how many.
+``where``: "buffer" (events to publish), "inbox" (events that arrived) or "dead" (the oldest dead
+letters, beyond ``EVENTBUS_DEAD_MAXLEN``); ``count``: the number of events.
 """
 
 event_rejected = _lifecycle.signal("event_rejected")
-"""Bytes on a channel were not an event of the bus.
+"""A message was not an event of the bus.
 
-``name``: the signal of the channel; ``reason``: the word of the error; ``error``: the error.
+``name``: the signal of the channel or stream; ``reason``: the reason of the error, as in
+:class:`.DecodeError`; ``error``: the error.
 """
 
 event_conflict = _lifecycle.signal("event_conflict")
-"""An event contradicts another one: one of the two is forged, and both are delivered.
+"""An event contradicts an earlier one, so one of them is forged. Both are delivered.
 
-The same id or number came with other bytes, or its node under another service's name. ``name``: the
-signal; ``event``: the event that came later.
+The same id or sequence number arrived with other bytes, or the same node with another service's
+name. ``name``: the signal; ``event``: the later event.
 """
 
 receiver_succeeded = _lifecycle.signal("receiver_succeeded")
@@ -84,101 +86,105 @@ receiver_succeeded = _lifecycle.signal("receiver_succeeded")
 """
 
 receiver_failed = _lifecycle.signal("receiver_failed")
-"""A receiver raised.
+"""A receiver raised an exception.
 
-``receiver``: the callable; ``event``: the event; ``error``: what it raised.
+``receiver``: the callable; ``event``: the event; ``error``: the exception.
 """
 
 event_dead_lettered = _lifecycle.signal("event_dead_lettered")
-"""A stream event is given up for a receiver.
+"""A stream event became a dead letter for a receiver.
 
-``name``: the signal; ``receiver``: its name, empty if the event was not even read; ``reason``:
-``"retries"``, ``"rejected"``, ``"killed"``, ``"gone"`` or ``"undecodable"``; ``event_id``: its id,
-if it has one; ``error``: the words of the last error.
+``name``: the signal; ``receiver``: the receiver's name, empty if the event could not be decoded;
+``reason``: ``"retries"``, ``"rejected"``, ``"killed"``, ``"gone"`` or ``"undecodable"``;
+``event_id``: the event's id, if it has one; ``error``: the text of the last error.
 """
 
 events_trimmed = _lifecycle.signal("events_trimmed")
-"""A stream was trimmed past events that this service had not handled.
+"""Redis trimmed events from a stream that this service had not handled.
 
-``name``: the signal; ``count``: how many; ``None`` where the server cannot tell.
+``name``: the signal; ``count``: the number of events, ``None`` if the server does not report it.
 """
 
 
-#: Signals that wait for their receivers at most; those that come then are left out.
-MOST_WAITING = 1_000
+#: Length of the queue of lifecycle signals. Further signals are dropped while it is full.
+MAX_QUEUED = 1_000
 
-#: Seconds that a bus which stops waits for receivers of lifecycle signals.
-TOLD = 1.0
+#: Seconds that a bus waits for receivers of lifecycle signals when it stops.
+STOP_TIMEOUT = 1.0
 
 
-class Teller:
-    """The thread in which a process calls the receivers of its lifecycle signals, in order.
+class LifecycleThread:
+    """The thread that calls the receivers of a process's lifecycle signals, in order.
 
-    Whoever sends a signal may hold locks, renew leases or read from Redis, and goes on at once.
+    The threads that send these signals hold locks, renew leases or read from Redis, so they must
+    not wait for receivers.
     """
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        # Reentrant: a signal handler may interrupt the thread that holds it.
+        # Reentrant: a signal handler may interrupt the thread that holds the lock.
         self._changed = threading.Condition(threading.RLock())
-        self._waiting: deque[tuple[NamedSignal, str, dict[str, Any]]] = deque()
+        self._queue: deque[tuple[NamedSignal, str, dict[str, Any]]] = deque()
         self._thread: threading.Thread | None = None
-        #: The signal whose receivers run.
-        self._now: NamedSignal | None = None
-        #: How many were sent and left out since the thread was last done with all.
-        self._left_out = 0
-        #: Whether a wait for it was in vain, and its receiver still runs.
+        #: The signal whose receivers are running.
+        self._current: NamedSignal | None = None
+        #: Number of signals dropped since the queue was last empty.
+        self._dropped = 0
+        #: True if :meth:`wait` timed out and the receiver is still running.
         self._is_stuck = False
 
     @property
     def is_own_thread(self) -> bool:
-        """Return True in the thread that calls the receivers."""
+        """Return True if the calling thread is this one."""
         return threading.current_thread() is self._thread
 
     def put(self, signal: NamedSignal, service: str, values: dict[str, Any]) -> None:
-        """Send a signal soon."""
-        # A receiver that causes what it is told of would be told of it for ever.
-        if self.is_own_thread and self._now is signal:
+        """Queue a signal; drop it and log an error if the queue is full."""
+        # Otherwise a receiver that causes its own signal would be called forever.
+        if self.is_own_thread and self._current is signal:
             return
 
         with self._changed:
-            is_full = len(self._waiting) >= MOST_WAITING
-            is_first = is_full and not self._left_out
+            is_full = len(self._queue) >= MAX_QUEUED
+            is_first = is_full and not self._dropped
 
             if is_full:
-                self._left_out += 1
+                self._dropped += 1
             else:
-                self._waiting.append((signal, service, values))
+                self._queue.append((signal, service, values))
 
             has_thread = self._has_thread()
             self._changed.notify_all()
 
         if is_first:
             logger.error(
-                "A receiver of the lifecycle signal %r takes so long that %d signals wait for "
-                "their receivers. Those that come now are left out. Let the receiver hand its work "
-                "to a thread of its own.",
-                None if self._now is None else self._now.name,
-                MOST_WAITING,
+                "A receiver of the lifecycle signal %r is too slow: %d signals are queued, and new "
+                "ones are dropped. Move the receiver's work to a thread of its own.",
+                None if self._current is None else self._current.name,
+                MAX_QUEUED,
             )
 
         if not has_thread:
-            self._tell_waiting()
+            self._send_queued()
 
     def wait(self, timeout: float) -> bool:
-        """Wait until all receivers were called; return False if that takes longer."""
+        """Wait until all queued signals were sent.
+
+        :param timeout: seconds.
+        :return: False if the time was over first, or in this thread itself.
+        """
         if self.is_own_thread:
             return False
 
         with self._changed:
-            # One that hangs is waited for once, and not by each bus that stops.
-            in_time = self._changed.wait_for(self._is_done, 0 if self._is_stuck else timeout)
+            # Wait once for a receiver that hangs, not again for each bus that stops.
+            in_time = self._changed.wait_for(self._is_idle, 0 if self._is_stuck else timeout)
             self._is_stuck = not in_time
 
         return in_time
 
-    def _is_done(self) -> bool:
-        return not self._waiting and self._now is None
+    def _is_idle(self) -> bool:
+        return not self._queue and self._current is None
 
     def _has_thread(self) -> bool:
         if self._thread is not None:
@@ -192,8 +198,8 @@ class Teller:
         try:
             self._thread.start()
         except RuntimeError as error:
-            # At the end of a process, or when it has all the threads that it may have.
-            logger.debug("There is no thread for lifecycle signals: %s", error)
+            # The process is ending, or it has reached its limit of threads.
+            logger.debug("Cannot start the thread for lifecycle signals: %s", error)
             self._thread = None
 
         return self._thread is not None
@@ -201,41 +207,39 @@ class Teller:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
+                self._changed.wait_for(lambda: self._queue)
 
-            self._tell_waiting()
+            self._send_queued()
 
-    def _tell_waiting(self) -> None:
+    def _send_queued(self) -> None:
         while True:
             with self._changed:
-                if not self._waiting:
-                    self._now = None
+                if not self._queue:
+                    self._current = None
                     self._is_stuck = False
-                    left_out, self._left_out = self._left_out, 0
+                    dropped, self._dropped = self._dropped, 0
                     self._changed.notify_all()
                     break
 
-                signal, service, values = self._waiting.popleft()
-                self._now = signal
+                signal, service, values = self._queue.popleft()
+                self._current = signal
 
-            tell_here(signal, service, **values)
+            emit_now(signal, service, **values)
 
-        if left_out:
-            logger.error(
-                "All lifecycle signals that waited were sent; %d were left out meanwhile.", left_out
-            )
+        if dropped:
+            logger.error("All queued lifecycle signals were sent; %d were dropped.", dropped)
 
 
-def tell(signal: NamedSignal, service: str, **values: Any) -> None:
+def emit(signal: NamedSignal, service: str, **values: Any) -> None:
     """Send ``signal`` from ``service`` soon, in the thread for lifecycle signals."""
     if signal.receivers:
         _current().put(signal, service, values)
 
 
-def tell_here(signal: NamedSignal, service: str, **values: Any) -> None:
-    """Send ``signal`` from ``service`` now, in the calling thread, which holds no lock.
+def emit_now(signal: NamedSignal, service: str, **values: Any) -> None:
+    """Send ``signal`` from ``service`` now, in the calling thread, which must hold no lock.
 
-    A receiver that raises is logged, even ``SystemExit``, and stops no other.
+    An exception that a receiver raises is logged, even ``SystemExit``; the other receivers run.
     """
     if not signal.receivers or signal.is_muted:
         return
@@ -253,29 +257,29 @@ def tell_here(signal: NamedSignal, service: str, **values: Any) -> None:
             logger.exception("A receiver of the lifecycle signal %r raised.", signal.name)
 
 
-def wait_until_told(most: float = math.inf) -> bool:
-    """Wait for the receivers of what was sent so far.
+def wait_until_sent(most: float = math.inf) -> bool:
+    """Wait until the receivers of all lifecycle signals sent so far have returned.
 
-    :param most: how many seconds, if less than :data:`TOLD`.
-    :return: False if that is not enough.
+    :param most: seconds to wait, at most :data:`STOP_TIMEOUT`.
+    :return: False if the time was over first.
     """
-    return _current().wait(min(TOLD, max(0.0, most)))
+    return _current().wait(min(STOP_TIMEOUT, max(0.0, most)))
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether it is somebody's Ctrl-C, which only the main thread gets."""
+    """Return True if ``error`` is a Ctrl-C, which Python raises only in the main thread."""
     in_main = threading.current_thread() is threading.main_thread()
     return in_main and isinstance(error, KeyboardInterrupt)
 
 
-_teller: Teller | None = None
+_thread: LifecycleThread | None = None
 
 
-def _current() -> Teller:
-    """The teller of this process: a forked child has one of its own, and an empty one."""
-    global _teller
+def _current() -> LifecycleThread:
+    """Return the thread of this process; a forked child gets a new one with an empty queue."""
+    global _thread
 
-    if _teller is None or _teller.pid != os.getpid():
-        _teller = Teller()
+    if _thread is None or _thread.pid != os.getpid():
+        _thread = LifecycleThread()
 
-    return _teller
+    return _thread

@@ -20,7 +20,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, Event, EventBus, PayloadError, signals
 from flask_eventbus.event import handling
-from flask_eventbus.signals import wait_until_told
+from flask_eventbus.signals import wait_until_sent
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.keys import ChannelKeys
 from flask_eventbus.transport.pipe import Pipe
@@ -882,7 +882,7 @@ def test_missed_events_are_counted_exactly(
             foreign.publish("tick", seq, n=seq)
 
         heard.wait(5)
-        wait_until(wait_until_told, what="all receivers are told")
+        wait_until(wait_until_sent, what="all receivers are told")
 
     assert heard.values == [5, 6, 9, 10, 20]
     assert told == [("tick", 2), ("tick", 9)]

@@ -15,7 +15,7 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus, Event, Reject, current_event, signals
-from flask_eventbus.signals import tell, wait_until_told
+from flask_eventbus.signals import emit, wait_until_sent
 from flask_eventbus.testing import Isolation
 
 pytestmark = pytest.mark.second_look
@@ -59,7 +59,7 @@ def hold() -> Iterator[Callable[[NamedSignal], Gate]]:
         signal.disconnect(gate)
         gate.open()
 
-    wait_until(wait_until_told, what="all receivers were told")
+    wait_until(wait_until_sent, what="all receivers were told")
 
 
 #: Milliseconds by which two looks at one claim may differ.
@@ -189,9 +189,9 @@ def test_a_receiver_that_raises_keeps_no_other_from_its_lifecycle_signal() -> No
     receivers = [bad, asynchronous, good]
     for receiver in receivers:
         signals.events_trimmed.connect(receiver)
-    tell(signals.events_trimmed, "tests", name="tick", count=1)
+    emit(signals.events_trimmed, "tests", name="tick", count=1)
 
-    wait_until(wait_until_told, what="all receivers were told")
+    wait_until(wait_until_sent, what="all receivers were told")
     assert sorted(told) == ["asynchronous", "good"]
     for receiver in receivers:
         signals.events_trimmed.disconnect(receiver)
@@ -213,28 +213,28 @@ def test_a_receiver_that_causes_what_it_is_told_of_is_not_told_of_it_for_ever(
         wait_until(lambda: not bus.health().publishing, what="the outage is known")
         bus.signal("tick").send("test", n=1)
         bus.signal("tick").send("test", n=2)
-        wait_until(wait_until_told, what="all receivers were told")
+        wait_until(wait_until_sent, what="all receivers were told")
 
     assert told == [1]
 
 
-def test_signals_that_wait_for_a_slow_receiver_are_bounded_and_what_is_left_out_is_logged_once(
+def test_the_queue_of_lifecycle_signals_is_bounded_and_dropped_signals_are_logged_once(
     monkeypatch: pytest.MonkeyPatch,
     hold: Callable[[NamedSignal], Gate],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(signals, "MOST_WAITING", 3)
+    monkeypatch.setattr(signals, "MAX_QUEUED", 3)
     gate = hold(signals.events_missed)
-    tell(signals.events_missed, "tests", n=0)
+    emit(signals.events_missed, "tests", n=0)
     wait_until(lambda: gate.told, what="the receiver runs")
 
     for n in range(1, 6):
-        tell(signals.events_missed, "tests", n=n)
+        emit(signals.events_missed, "tests", n=n)
     gate.open()
 
-    wait_until(wait_until_told, what="all receivers were told")
+    wait_until(wait_until_sent, what="all receivers were told")
     assert [values["n"] for values in gate.told] == [0, 1, 2, 3]
-    wait_until(lambda: "2 were left out meanwhile" in caplog.text, what="its end is logged")
+    wait_until(lambda: "2 were dropped" in caplog.text, what="its end is logged")
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 2
 
@@ -248,12 +248,12 @@ def test_a_bus_that_stops_waits_for_receivers_of_lifecycle_signals_but_not_for_e
         told.append(count)
 
     with signals.events_missed.connected_to(note):
-        tell(signals.events_missed, "tests", count=1)
+        emit(signals.events_missed, "tests", count=1)
         make_bus(url).stop()
         assert told == [1]
 
-    monkeypatch.setattr(signals, "TOLD", 0.01)
+    monkeypatch.setattr(signals, "STOP_TIMEOUT", 0.01)
     gate = hold(signals.events_missed)
-    tell(signals.events_missed, "tests", count=2)
+    emit(signals.events_missed, "tests", count=2)
     wait_until(lambda: gate.told, what="the receiver runs")
     make_bus(url).stop()

@@ -17,7 +17,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, signals
 from flask_eventbus.receivers.workers import Inbox
-from flask_eventbus.signals import wait_until_told
+from flask_eventbus.signals import wait_until_sent
 
 pytestmark = pytest.mark.second_look
 
@@ -154,7 +154,7 @@ def test_a_second_signal_forces_the_end(
 
     program.process.send_signal(signal.SIGTERM)
     wait_until(
-        lambda: any("Finishing what runs" in line for line in program.lines),
+        lambda: any("Waiting for running receivers" in line for line in program.lines),
         what="the first signal is taken",
     )
     program.process.send_signal(signal.SIGTERM)
@@ -186,7 +186,7 @@ import random, signal
 from flask_eventbus import bus
 from flask_eventbus.config import Config
 
-bus.LOOK = 0.01
+bus.SIGNAL_CHECK = 0.01
 
 class Node:
     config = Config(service="signalled")
@@ -357,7 +357,7 @@ def test_a_slow_receiver_does_not_make_redis_cut_the_connection(
         )
         release.set()
         wait_until(lambda: heard[-1:] == [11_999], what="the last event is handled")
-        wait_until(wait_until_told, what="all receivers are told")
+        wait_until(wait_until_sent, what="all receivers are told")
 
     # What did not fit was dropped from the old end, counted and told; nothing was cut off.
     assert len(heard) + sum(told) == 12_000

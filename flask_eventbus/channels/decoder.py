@@ -15,7 +15,7 @@ from ..event import Event
 from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.conflicts import Conflicts
 from ..routing.subscriptions import Subscription
-from ..signals import event_rejected, events_missed, tell
+from ..signals import emit, event_rejected, events_missed
 
 logger = get_logger(__name__)
 
@@ -246,7 +246,7 @@ class MessageDecoder:
             body[:SAMPLE],
             extra={"signal": name, "service": self._config.service},
         )
-        tell(event_rejected, self._config.service, name=name, reason=error.reason, error=error)
+        emit(event_rejected, self._config.service, name=name, reason=error.reason, error=error)
 
     def _count_missed(self, event: Event, count: int) -> None:
         self._counters.add("missed", count)
@@ -260,7 +260,7 @@ class MessageDecoder:
             event.id,
             extra={**event.fields, "service": self._config.service},
         )
-        tell(
+        emit(
             events_missed,
             self._config.service,
             name=event.name,

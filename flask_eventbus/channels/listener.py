@@ -14,7 +14,7 @@ from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.workers import WorkerThreads
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import Subscription
-from ..signals import listener_connected, listener_lost, tell
+from ..signals import emit, listener_connected, listener_lost
 from ..transport.connections import OUTAGE
 from ..transport.keys import ChannelKeys
 from ..transport.reconnect import Backoff
@@ -385,7 +385,7 @@ class Listener:
         self._log.warning(
             "lost", "The listener lost Redis (%s); it connects again by itself.", error
         )
-        tell(listener_lost, self._config.service, error=error)
+        emit(listener_lost, self._config.service, error=error)
 
     def _accept(self, frames: Sequence[Frame]) -> None:
         batch: list[tuple[Event, int]] = []
@@ -437,4 +437,4 @@ class Listener:
                 seconds,
             )
 
-        tell(listener_connected, self._config.service, reconnected=reconnected, seconds=seconds)
+        emit(listener_connected, self._config.service, reconnected=reconnected, seconds=seconds)

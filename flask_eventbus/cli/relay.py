@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..bus import told_by_signal
+from ..bus import stop_on_signals
 from ..errors import ConfigError, PublishError
 from ..logs import get_logger
 from ..node import Node
@@ -103,7 +103,7 @@ def relay(
         _database_errors(),
         _engine(node, database) as engine,
         _relay(node, _outbox(engine, create_table=create_table), batch) as relay,
-        told_by_signal() as told,
+        stop_on_signals() as told,
     ):
         if once:
             _run_once(relay, told)

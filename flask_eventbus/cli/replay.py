@@ -11,7 +11,7 @@ from ..admin.overview import Overview
 from ..admin.places import Place, clock
 from ..admin.replay import Replay
 from ..admin.streams import StreamAccess
-from ..bus import told_by_signal
+from ..bus import stop_on_signals
 from ..codec.entry_ids import MOST, EntryId, entry_id, id_text
 from ..errors import ConfigError
 from ..node import Node
@@ -99,7 +99,7 @@ def replay(
         only=receivers[0] if receiver is not None else None,
     )
 
-    with StreamAccess(node.config, name=CLIENT_NAME) as access, told_by_signal() as told:
+    with StreamAccess(node.config, name=CLIENT_NAME) as access, stop_on_signals() as told:
         first, last = _bounds(first, last, access.now())
         end = _end_of(access, name, last)
 

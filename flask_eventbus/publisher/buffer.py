@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import PublishError
 from ..logs import Counters, get_logger
-from ..signals import events_dropped, tell
+from ..signals import emit, events_dropped
 from .message import Message
 from .outage import Outage
 
@@ -334,7 +334,7 @@ class Overflow:
                 self._buffer.bytes,
             )
 
-        tell(events_dropped, self._service, where="buffer", count=count)
+        emit(events_dropped, self._service, where="buffer", count=count)
 
     def _drop_until_there_is_room(self, outgoing: Message) -> int:
         dropped = 0

@@ -11,7 +11,7 @@ import redis
 
 from ..errors import PublishError
 from ..logs import BoundedLog, Counters, Whole, get_logger
-from ..signals import events_dropped, publisher_lost, publisher_restored, tell
+from ..signals import emit, events_dropped, publisher_lost, publisher_restored
 from ..transport.reconnect import Backoff
 from .message import Message, NoWritesError, TooFewReplicasError
 
@@ -91,7 +91,7 @@ class Outage:
         self._log.warning("lost", "Redis is away (%s); %d events wait for it.", error, buffered)
 
         if not was_known:
-            tell(publisher_lost, self._service, error=error, buffered=buffered)
+            emit(publisher_lost, self._service, error=error, buffered=buffered)
 
     def end(self, buffered: int) -> None:
         """Note that Redis took or answered something; ``buffered`` events are on their way."""
@@ -132,7 +132,7 @@ class Outage:
         )
 
         if not was_known:
-            tell(publisher_lost, self._service, error=error, buffered=buffered)
+            emit(publisher_lost, self._service, error=error, buffered=buffered)
 
     def take_writes(self, buffered: int) -> None:
         """Note that Redis took a write; ``buffered`` events are on their way."""
@@ -173,7 +173,7 @@ class Outage:
     def _tell_restored(self, since: float, buffered: int) -> None:
         if self._since is None and self._refusing_since is None:
             seconds = time.monotonic() - since
-            tell(publisher_restored, self._service, seconds=seconds, buffered=buffered)
+            emit(publisher_restored, self._service, seconds=seconds, buffered=buffered)
 
     def disown(self) -> None:
         """In a forked child: tell nobody of the connection that was the parent's."""
@@ -250,7 +250,7 @@ class PublishReport:
         for outgoing in lost:
             outgoing.finish(PublishError(str(reason), event_id=outgoing.id))
 
-        tell(events_dropped, self._service, where="buffer", count=len(lost))
+        emit(events_dropped, self._service, where="buffer", count=len(lost))
 
     def _fields(self, outgoing: Message) -> dict[str, object]:
         """The fields of log records that tell of an event."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config import Config
 from ..event import Event
 from ..logs import BoundedLog, Counters, get_logger
-from ..signals import event_conflict, tell
+from ..signals import emit, event_conflict
 
 logger = get_logger(__name__)
 
@@ -32,4 +32,4 @@ class Conflicts:
             event.name,
             extra={**event.fields, "service": self._config.service},
         )
-        tell(event_conflict, self._config.service, name=event.name, event=event)
+        emit(event_conflict, self._config.service, name=event.name, event=event)

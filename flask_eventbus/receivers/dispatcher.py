@@ -16,7 +16,7 @@ from ..errors import ReceiverError
 from ..event import Event, handling, opened
 from ..logs import BoundedLog, Counters, get_logger
 from ..routing.bus_signal import Receiver
-from ..signals import receiver_failed, receiver_succeeded, tell_here
+from ..signals import emit_now, receiver_failed, receiver_succeeded
 from .retries import Failure, FailureLog
 
 logger = get_logger(__name__)
@@ -193,14 +193,12 @@ class Dispatcher:
                 extra={**event.fields, "service": self._service, "receiver": name},
             )
 
-        tell_here(
-            receiver_succeeded, self._service, receiver=receiver, event=event, seconds=seconds
-        )
+        emit_now(receiver_succeeded, self._service, receiver=receiver, event=event, seconds=seconds)
 
     def _failed(self, receiver: Receiver, name: str, event: Event, error: BaseException) -> Failure:
         error = explain(receiver, event, error)
         self._counters.add("failed")
-        tell_here(receiver_failed, self._service, receiver=receiver, event=event, error=error)
+        emit_now(receiver_failed, self._service, receiver=receiver, event=event, error=error)
         return Failure(receiver, error, name)
 
     def _name(self, event_name: str, receiver: Receiver) -> str:

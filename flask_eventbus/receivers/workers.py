@@ -13,7 +13,7 @@ from ..config import Config
 from ..coroutines import kept_loop
 from ..event import Event
 from ..logs import BoundedLog, Counters, get_logger
-from ..signals import events_dropped, tell
+from ..signals import emit, events_dropped
 from .delivery import Delivery
 from .dispatcher import Dispatcher
 
@@ -195,7 +195,7 @@ class WorkerThreads:
             "Receivers are slower than events come: the oldest that wait are dropped. Raise "
             "'EVENTBUS_CONCURRENCY', or make the receivers shorter. health() counts them.",
         )
-        tell(events_dropped, self._config.service, where="inbox", count=dropped)
+        emit(events_dropped, self._config.service, where="inbox", count=dropped)
 
     def close(self) -> None:
         """Let the threads end by themselves, once nothing waits for them."""

@@ -16,7 +16,7 @@ from ..codec.records import DeadLetter
 from ..config import Config
 from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.delivery import Delivery, InFlight
-from ..signals import event_dead_lettered, tell
+from ..signals import emit, event_dead_lettered
 from ..transport.clock import RedisClock
 from ..transport.connections import OUTAGE
 from ..transport.keys import StreamKeys
@@ -317,7 +317,7 @@ class Acknowledger:
             self._counters.add("dead_lettered")
             self._limit.note(outcome.name)
             self._report(outcome, letter)
-            tell(
+            emit(
                 event_dead_lettered,
                 self._config.service,
                 name=outcome.name,

@@ -18,7 +18,7 @@ from ..receivers.dispatcher import Dispatcher
 from ..receivers.workers import WorkerThreads
 from ..routing.bus_signal import Receiver
 from ..routing.subscriptions import Subscription, subscription_for
-from ..signals import listener_connected, listener_lost, tell
+from ..signals import emit, listener_connected, listener_lost
 from ..transport.connections import OUTAGE, Connections
 from ..transport.keys import StreamKeys
 from ..transport.pipe import Pipe
@@ -437,7 +437,7 @@ class Consumer:
             self._log.warning(
                 "lost", "The stream reader lost Redis (%s); it connects again by itself.", error
             )
-            tell(listener_lost, self._config.service, error=error)
+            emit(listener_lost, self._config.service, error=error)
 
     def _found(self) -> None:
         lost_since, self._lost_since = self._lost_since, None
@@ -457,7 +457,7 @@ class Consumer:
             )
 
         if lost_since is not None or not reconnected:
-            tell(listener_connected, self._config.service, reconnected=reconnected, seconds=seconds)
+            emit(listener_connected, self._config.service, reconnected=reconnected, seconds=seconds)
 
 
 def _wait_for(

@@ -12,7 +12,7 @@ import redis
 
 from ..config import Config
 from ..logs import BoundedLog, Counters, get_logger
-from ..signals import events_dropped, tell
+from ..signals import emit, events_dropped
 from ..transport.connections import OUTAGE
 from ..transport.keys import StreamKeys
 from ..transport.pipe import Command, Pipe
@@ -146,4 +146,4 @@ class DeadLimit:
             name,
             count,
         )
-        tell(events_dropped, self._config.service, where="dead", count=count)
+        emit(events_dropped, self._config.service, where="dead", count=count)

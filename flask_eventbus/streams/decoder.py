@@ -17,7 +17,7 @@ from ..event import Event, opened
 from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.delivery import Delivery
 from ..routing.subscriptions import Subscription
-from ..signals import event_rejected, tell
+from ..signals import emit, event_rejected
 from ..text import plain
 from ..transport.pipe import SAMPLE, Large
 from .group import Entry
@@ -154,7 +154,7 @@ class EntryDecoder:
             sample,
             extra={"signal": entry.name, "service": self._config.service},
         )
-        tell(
+        emit(
             event_rejected, self._config.service, name=entry.name, reason=error.reason, error=error
         )
         now = round(time.time() * 1000)

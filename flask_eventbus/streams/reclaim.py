@@ -16,7 +16,7 @@ from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.delivery import Delivery, InFlight
 from ..receivers.workers import DeliveryQueue
 from ..routing.subscriptions import Subscription
-from ..signals import events_trimmed, tell
+from ..signals import emit, events_trimmed
 from ..transport.connections import OUTAGE
 from .acknowledger import Acknowledger
 from .alarms import Alarm, far_ahead, past_the_end, set_count, taken_out
@@ -492,7 +492,7 @@ def report_trimmed(
         service,
         extra={"signal": name, "service": service},
     )
-    tell(events_trimmed, service, name=name, count=count)
+    emit(events_trimmed, service, name=name, count=count)
 
 
 def report_trimmed_over(name: str, service: str, log: BoundedLog) -> None:

@@ -15,7 +15,7 @@ from ..codec.codec import Codec
 from ..codec.records import DeadLetter
 from ..event import Event
 from ..node import Node, nodes
-from ..signals import wait_until_told
+from ..signals import wait_until_sent
 from ..transport import connections
 from ..transport.connections import Connections
 from ..transport.pipe import Pipe
@@ -188,7 +188,7 @@ def find_out(found: Sequence[Node], *, there: bool) -> None:
         node.ask()
 
     _wait_until(lambda: all(node.health().publishing is there for node in found))
-    wait_until_told()
+    wait_until_sent()
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

@@ -14,7 +14,7 @@ from ..node import Node
 from ..receivers.delivery import Delivery
 from ..receivers.retries import Failure, allowed, judge
 from ..routing.subscriptions import Subscription, subscription_for
-from ..signals import event_dead_lettered, tell_here
+from ..signals import emit_now, event_dead_lettered
 from ..streams.decoder import EntryDecoder, readable
 from ..streams.group import Entry
 from ..streams.retry_queue import GONE_AFTER
@@ -219,7 +219,7 @@ class RetryRehearsal:
             last=record.last,
         )
         self.given_up.append(given_up(service, letter, event))
-        tell_here(
+        emit_now(
             event_dead_lettered,
             service,
             name=event.name,

@@ -15,7 +15,7 @@ from flask_eventbus import Bus, signals
 from flask_eventbus.channels import decoder
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.event import Event
-from flask_eventbus.signals import wait_until_told
+from flask_eventbus.signals import wait_until_sent
 
 pytestmark = pytest.mark.second_look
 
@@ -82,7 +82,7 @@ def test_bad_bytes_are_counted_told_and_followed_by_the_next_event(
 
     wait_until(lambda: heard, what="the good event arrives")
     assert heard == [("elsewhere", 1)]
-    wait_until(wait_until_told, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers are told")
     assert rejected == [reason]
     counts = consumer.health().counts
     assert counts["rejected"] == counts[f"rejected_{reason}"] == 1
@@ -111,7 +111,7 @@ def test_an_event_under_this_nodes_name_that_it_never_sent_is_a_forgery(
     publish(shared_redis, consumer, packed())
 
     wait_until(lambda: heard, what="the good event arrives")
-    wait_until(wait_until_told, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers are told")
     assert rejected == ["forged_source", "forged_source"]
 
 

@@ -22,7 +22,7 @@ from waiting import wait_until
 pytestmark = [pytest.mark.timeout(1_200), pytest.mark.second_look]
 
 #: What a worker says when it is told to stop.
-ENDS = "Finishing what runs"
+ENDS = "Waiting for running receivers"
 
 _numbers = itertools.count(1)
 

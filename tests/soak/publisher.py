@@ -17,7 +17,7 @@ from soak.cast import PAID, PLACED
 from soak.lines import Lines
 
 from flask_eventbus import Bus, PublishError
-from flask_eventbus.bus import told_by_signal
+from flask_eventbus.bus import stop_on_signals
 
 #: Seconds that the end of a publisher waits for Redis.
 FLUSH = 60
@@ -63,7 +63,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name} %(message)s")
     publisher = Publisher(name, Path(folder))
 
-    with told_by_signal() as told:
+    with stop_on_signals() as told:
         for n in itertools.count(1):
             publisher.send(PLACED if n % 2 else PAID, n)
 

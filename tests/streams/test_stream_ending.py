@@ -37,7 +37,7 @@ def test_a_signal_lets_a_receiver_finish_and_leaves_the_rest_pending(
     workers.wait_for("begun")
 
     program.tell(number)
-    wait_until(lambda: "Finishing what runs" in program.said, what="the signal is taken")
+    wait_until(lambda: "Waiting for running receivers" in program.said, what="the signal is taken")
     workers.release.touch()
 
     assert program.end() == 0
@@ -54,7 +54,7 @@ def test_what_was_handed_back_is_handled_by_another_at_once_and_in_order(
     workers.send(*range(10))
     workers.wait_for("begun")
     program.tell(signal.SIGTERM)
-    wait_until(lambda: "Finishing what runs" in program.said, what="the signal is taken")
+    wait_until(lambda: "Waiting for running receivers" in program.said, what="the signal is taken")
     workers.release.touch()
     program.end()
     workers.send(*range(10, 500))
@@ -72,7 +72,7 @@ def test_a_second_signal_forces_the_end_and_the_event_comes_again(workers: Worke
     workers.wait_for("begun")
 
     program.tell(signal.SIGTERM)
-    wait_until(lambda: "Finishing what runs" in program.said, what="the signal is taken")
+    wait_until(lambda: "Waiting for running receivers" in program.said, what="the signal is taken")
     program.tell(signal.SIGTERM)
 
     assert program.end() == 128 + signal.SIGTERM
@@ -152,7 +152,7 @@ def hold(sender, n):
     workers.send(*range(5))
     workers.wait_for("begun", attempt=2)
     program.tell(signal.SIGTERM)
-    wait_until(lambda: "Finishing what runs" in program.said, what="the signal is taken")
+    wait_until(lambda: "Waiting for running receivers" in program.said, what="the signal is taken")
     workers.release.touch()
     program.end()
 
@@ -180,7 +180,7 @@ def hear(sender, n):
     workers.redis.delete(workers.keys.stream("another"))
     workers.redis.set(workers.keys.stream("another"), "a string")
     program.tell(signal.SIGTERM)
-    wait_until(lambda: "Finishing what runs" in program.said, what="the signal is taken")
+    wait_until(lambda: "Waiting for running receivers" in program.said, what="the signal is taken")
     workers.release.touch()
 
     assert program.end() == 0
