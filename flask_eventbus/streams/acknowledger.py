@@ -71,7 +71,7 @@ class Acknowledger:
         self._refusals: deque[tuple[float, Outcome]] = deque()
         #: Held by the thread that uses the connection.
         self.lock = threading.RLock()
-        self.clock = RedisClock(group.pipe, config=config, turn=self.lock)
+        self.clock = RedisClock(group.pipe, config=config, lock=self.lock)
         self._limit = DeadLimit(
             group.pipe, config=config, keys=keys, counters=counters, lock=self.lock
         )

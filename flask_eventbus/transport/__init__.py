@@ -1,8 +1,15 @@
-"""Connections to Redis, and the names of keys in it.
+"""Make and hold connections to Redis, and name the keys in it.
 
-``urls`` reads ``EVENTBUS_URL``. ``connections`` makes a connection to a server, to a master that
-Sentinels name, or to a node of a cluster; ``role`` refuses one to a replica. ``pipe`` sends a
-batch of commands over one connection, and ``reconnect`` keeps reading over changing ones, with
-the delays of ``backoff``. ``keys`` has the names of keys, ``clock`` Redis's time. ``embedded`` and
-``supervisor`` run the server of ``embedded://``.
+A command passes through the files in this order:
+
+1. ``urls`` parses ``EVENTBUS_URL`` and explains why a connection failed.
+2. ``connections`` opens a connection to a single server, to the master that Sentinels name, or
+   to a node of a cluster. For ``embedded://``, ``embedded`` first starts a development server,
+   and ``supervisor`` ends it after its last user.
+3. ``role`` rejects a connection to a replica.
+4. ``keys`` builds the key names that the command uses.
+5. ``pipe`` sends a batch of commands and reads their replies.
+
+``reconnect`` runs the threads that read, and connects again after an outage. ``clock`` keeps the
+time of the Redis server.
 """

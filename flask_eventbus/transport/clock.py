@@ -1,4 +1,4 @@
-"""Redis's time, by which retries are due and leases end, whatever this machine's clock says."""
+"""The clock of the Redis server, which decides when retries are due and leases expire."""
 
 from __future__ import annotations
 
@@ -14,62 +14,68 @@ from .pipe import Pipe
 
 logger = get_logger(__name__)
 
-#: Seconds by which the clock of this machine may differ from Redis's before it is logged.
+#: Difference in seconds between the clocks of this machine and of Redis above which a warning is
+#: logged.
 MOST_APART = 5.0
 
-#: Seconds after which Redis is asked again for its time: a user may have been granted it.
+#: Seconds before ``TIME`` is sent again after Redis refused it; the right may have been granted.
 ASK_AGAIN = 60.0
 
 
 class RedisClock:
-    """Redis's time, asked now and then and carried on by the monotonic clock in between.
+    """The time of the Redis server, extrapolated with the monotonic clock between two queries.
 
-    Redis itself counts by its clock for how long an entry is idle. A step of that clock makes all
-    entries look abandoned at once, so :attr:`is_steady` says whether to believe it.
+    Redis measures the idle time of an entry with its own clock. If that clock is set forward, all
+    entries look abandoned at once. Check :attr:`is_steady` before you trust an idle time.
 
-    :param turn: held by the thread that uses the connection.
+    :param lock: the lock that guards ``pipe``; held while the clock sends ``TIME``.
     """
 
-    def __init__(self, pipe: Pipe, *, config: Config, turn: AbstractContextManager[object]) -> None:
+    def __init__(self, pipe: Pipe, *, config: Config, lock: AbstractContextManager[object]) -> None:
         self._pipe = pipe
         self._config = config
-        self._turn = turn
+        self._lock = lock
         self._log = BoundedLog(logger)
-        #: The least and the most that Redis's time may be ahead of the monotonic clock.
-        self._ahead: tuple[float, float] | None = None
-        #: Monotonic time from which on Redis's clock is believed.
+        #: Lower and upper bound, in seconds, of Redis's time minus the monotonic clock; ``None``
+        #: until Redis has answered.
+        self._offset: tuple[float, float] | None = None
+        #: Monotonic time from which the idle times of Redis are trusted.
         self._steady_from = float("inf")
+        #: Monotonic time before which ``TIME`` is not sent again.
         self._ask_at = 0.0
         self._is_apart = False
 
     def now(self) -> float:
-        """Redis's time in seconds since 1970; this machine's where Redis does not tell."""
-        if self._ahead is None:
+        """Return Redis's time in seconds since 1970.
+
+        Return the time of this machine if Redis does not answer ``TIME``.
+        """
+        if self._offset is None:
             self._try_to_ask()
 
-        if self._ahead is None:
+        if self._offset is None:
             return time.time()
 
-        least, most = self._ahead
+        least, most = self._offset
         return time.monotonic() + (least + most) / 2
 
     @property
     def is_steady(self) -> bool:
-        """Return True if workers that live had the time to renew their leases since a step.
+        """Return True if live workers have had time to renew their leases since the last step.
 
-        Where Redis does not tell its time, nobody knows of a step: then it is True.
+        Also return True if Redis does not answer ``TIME``, because no step can be detected then.
         """
-        return self._ahead is None or time.monotonic() >= self._steady_from
+        return self._offset is None or time.monotonic() >= self._steady_from
 
     def ask(self) -> None:
-        """Ask Redis for its time.
+        """Send ``TIME`` to Redis and store the answer.
 
-        :raises redis.ConnectionError: Redis is away.
+        :raises redis.ConnectionError: Redis is unavailable.
         """
         if time.monotonic() < self._ask_at:
             return
 
-        with self._turn:
+        with self._lock:
             begin = time.monotonic()
 
             try:
@@ -80,8 +86,8 @@ class RedisClock:
 
             end = time.monotonic()
             answer = int(seconds) + int(microseconds) / 1e6
-            self._note(answer - end, answer - begin, end)
-            self._log.over("refused", "Redis tells its time again; retries go by it.")
+            self._store(answer - end, answer - begin, end)
+            self._log.over("refused", "Redis answers TIME again; retries use its clock.")
 
         self._compare(answer)
 
@@ -89,28 +95,28 @@ class RedisClock:
         try:
             self.ask()
         except OUTAGE as error:
-            logger.debug("Redis is away; the time is that of this machine: %s", error)
+            logger.debug("Redis is unavailable (%s); using the clock of this machine.", error)
             self._ask_at = time.monotonic() + 1.0
 
-    def _note(self, least: float, most: float, now: float) -> None:
-        before, self._ahead = self._ahead, (least, most)
+    def _store(self, least: float, most: float, now: float) -> None:
+        before, self._offset = self._offset, (least, most)
         claim_after = self._config.claim_after
 
         if before is None:
-            # A step just before this process began is unknown to it: workers that live renew their
-            # leases within a third of this time.
+            # The clock may have been set just before this process started. Live workers renew
+            # their leases within a third of ``claim_after``.
             self._steady_from = now + claim_after / 2
             return
 
         step = max(least - before[1], 0.0) or min(most - before[0], 0.0)
 
-        # Leases are renewed long before they end, so a small step does no harm.
+        # Leases are renewed long before they expire, so a small step does no harm.
         if abs(step) > claim_after / 6:
             self._steady_from = now + claim_after
             self._log.warning(
                 "step",
-                "The clock of Redis was set by %+.1f s. What silent workers have in hand is taken "
-                "over in %g s at the earliest, so that those that live can renew their leases.",
+                "The clock of Redis was set by %+.1f s. Entries of silent workers are not "
+                "reclaimed for the next %g s, so that live workers can renew their leases.",
                 step,
                 claim_after,
             )
@@ -122,8 +128,8 @@ class RedisClock:
         if self._is_apart and not was_apart:
             self._log.warning(
                 "apart",
-                "The clock of this machine is %.1f s %s that of Redis. Retries go by Redis's. Let "
-                "NTP set both clocks.",
+                "The clock of this machine is %.1f s %s that of Redis. Retries use the clock of "
+                "Redis. Synchronize both clocks with NTP.",
                 abs(apart),
                 "ahead of" if apart > 0 else "behind",
             )
@@ -132,12 +138,12 @@ class RedisClock:
 
     def _refused(self, error: redis.ResponseError) -> None:
         self._ask_at = time.monotonic() + ASK_AGAIN
-        self._ahead = None
+        self._offset = None
         self._log.once(
             "refused",
-            "Redis does not tell its time (%s): retries go by the clock of this machine, and a "
-            "step of Redis's clock may let an event that is being handled run twice. Grant the "
-            "user of %r (+time) in the ACL.",
+            "Redis refused TIME (%s). Retries use the clock of this machine, and if the clock of "
+            "Redis is set forward, an event in flight may run twice. Grant '+time' to the user "
+            "of %r in the ACL.",
             error,
             self._config.service,
         )

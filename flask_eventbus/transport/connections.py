@@ -1,7 +1,7 @@
-"""The only module that makes Redis clients: one unpooled connection at a time.
+"""Open connections to Redis; the only module that creates redis-py connections.
 
-Each reader and each writer owns its connection: no retry, no reconnect and no timeout
-happens that its owner did not ask for.
+Connections are not pooled. Each reader and each writer owns one, and a connection never retries,
+reconnects or times out unless its owner asks for it.
 """
 
 from __future__ import annotations
@@ -48,23 +48,25 @@ from .urls import (
 
 logger = get_logger(__name__)
 
-#: Seconds between two questions to the Sentinels where the master is, while connections are open.
+#: Seconds between two queries to the Sentinels for the master, while connections are open.
 FOLLOW = 1.0
 
-#: Seconds that a socket waits at least: with none it would not wait at all, and say so differently.
+#: Shortest socket timeout in seconds. A timeout of zero would make the socket non-blocking, and
+#: it would raise another error.
 LEAST = 0.001
 
-#: Seconds that a wait may end late: less need not be told to the system, which takes a while.
+#: Seconds that a wait may exceed its deadline. A socket timeout this close to the deadline is
+#: kept, because setting it costs a system call.
 SLACK = 0.02
 
-#: What is raised when a deadline is over.
-TOO_LATE = "The time to wait for Redis is over."
+#: Error message of a wait that reached its deadline.
+TOO_LATE = "Timed out waiting for Redis."
 
-#: What a connection raises when Redis is away, hung, or not to be used now; or when what
-#: answers in its place does not speak its language, as a proxy that has lost it.
+#: Exceptions of a connection that mean an outage: Redis is unreachable, hangs, or temporarily
+#: refuses commands, or a proxy in front of it sends an invalid reply.
 OUTAGE = (redis.ConnectionError, redis.TimeoutError, redis.InvalidResponse, OSError)
 
-#: Error replies that pass: a server that starts, that is being replaced, or that is busy.
+#: Temporary error replies: the server is starting, failing over, or busy.
 _PASSING = (
     redis.exceptions.BusyLoadingError,
     redis.exceptions.ReadOnlyError,
@@ -73,18 +75,18 @@ _PASSING = (
     redis.exceptions.MasterDownError,
 )
 
-#: How those replies begin where redis-py leaves them as they came: which errors it knows
-#: depends on its release, and on the kind of client.
+#: Prefixes of temporary error replies. redis-py raises some as a plain ``ResponseError``; which
+#: ones depends on its release and on the client class.
 _PASSING_CODES = ("LOADING", "BUSY", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 
-#: Error replies to writes that pass, and how they begin: a server that is full, whose replicas are
-#: not there yet, or whose disk is. It is read from all the same.
+#: Temporary error replies to writes, and their prefixes: the memory limit is reached, replicas are
+#: missing, or the server cannot save to disk. Reads still succeed.
 _NO_WRITES = (redis.exceptions.OutOfMemoryError,)
 _NO_WRITES_CODES = ("OOM", "NOREPLICAS", "MISCONF")
 
 _TCP_OPTIONS = ("socket_connect_timeout", "socket_keepalive")
 
-#: What another attempt would meet as well: see :func:`is_refused`.
+#: Errors that an immediate retry would raise again: see :func:`is_refused`.
 _REFUSALS = (
     ConnectionRefusedError,
     FileNotFoundError,
@@ -94,21 +96,21 @@ _REFUSALS = (
     redis.ResponseError,
 )
 
-#: How fakeredis refuses ``WAIT``.
+#: Prefixes of the error that fakeredis returns for ``WAIT``.
 _NO_WAIT = ("unknown command 'wait'", "unknown command `wait`")
 
-#: The fakeredis servers of this process, by their ``memory://`` URLs.
+#: The fakeredis servers of this process, keyed by ``memory://`` URL.
 memory_servers: dict[str, Any] = {}
 
-#: While a test is isolated: the URL that every connection goes to, whatever it was made for.
+#: URL that replaces the URL of every connection while a test is isolated; ``None`` otherwise.
 diversion: str | None = None
 
 
 class Connection(Protocol):
-    """What the bus uses of a redis-py connection, which has no types of its own."""
+    """The methods of a redis-py connection that the bus calls; redis-py ships no types for it."""
 
     def connect(self) -> None:
-        """Open the socket and shake hands."""
+        """Open the socket and complete the handshake."""
 
     def disconnect(self) -> None:
         """Close the socket."""
@@ -116,46 +118,46 @@ class Connection(Protocol):
     def pack_commands(
         self, commands: Sequence[tuple[str | bytes | int | float, ...]]
     ) -> list[bytes]:
-        """Commands as bytes."""
+        """Return commands as bytes of the Redis protocol."""
 
     def send_packed_command(self, command: list[bytes], check_health: bool = True) -> None:
-        """Send what was packed."""
+        """Send packed commands."""
 
     def send_command(self, *args: str | bytes | int) -> None:
         """Send one command."""
 
     def read_response(self, *, disconnect_on_error: bool = True) -> Any:
-        """The next reply; an error reply is raised."""
+        """Return the next reply, or raise it if it is an error."""
 
     def can_read(self, timeout: float = 0) -> bool:
-        """Whether bytes are there."""
+        """Return True if data arrives within ``timeout`` seconds."""
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether an error reply means "not now" rather than "not ever"."""
+    """Return True if an error reply is temporary, such as ``LOADING`` or ``READONLY``."""
     return isinstance(error, _PASSING) or str(error).partition(" ")[0] in _PASSING_CODES
 
 
 def takes_no_writes(error: Exception) -> bool:
-    """Whether an error reply means that nothing is written now, by nobody."""
+    """Return True if an error reply means that Redis accepts no writes at present."""
     return isinstance(error, _NO_WRITES) or str(error).partition(" ")[0] in _NO_WRITES_CODES
 
 
 def why_no_writes(error: Exception) -> str:
-    """Why Redis takes no writes now, with what to do about it."""
+    """Return why Redis accepts no writes at present, followed by the remedy."""
     text = str(error).rstrip(".")
 
     if text.startswith("NOREPLICAS"):
         return f"{text}: start its replicas, or lower 'min-replicas-to-write'"
 
-    # What Redis says where it cannot save has a remedy.
+    # The text of MISCONF already contains the remedy.
     return text if text.startswith("MISCONF") else f"{text}: raise it, or delete keys"
 
 
 def is_refused(error: BaseException) -> bool:
-    """Return True if another attempt right away would end as this one did.
+    """Return True if an immediate retry would fail in the same way.
 
-    Nothing listens there, there is no such host, or the server does not let this user in.
+    Nothing listens on the port, the host does not exist, or the server rejects the user.
     """
     cause: BaseException | None = error
 
@@ -166,11 +168,12 @@ def is_refused(error: BaseException) -> bool:
 
 
 class Connections:
-    """Opens connections to the Redis that a URL names.
+    """Opens connections to the Redis server of a URL.
 
-    :param url: one of the forms of ``docs/configuration.md``.
-    :param name: what ``CLIENT LIST`` shows for the connections.
-    :param deadline: when all waits on all of them end, by the monotonic clock.
+    :param url: one of the forms described in ``docs/configuration.md``.
+    :param name: name of the connections in ``CLIENT LIST``.
+    :param deadline: monotonic time at which every wait on every connection ends.
+    :raises ConfigError: the URL or one of its options is invalid.
     """
 
     def __init__(self, url: str, *, name: str, deadline: float = math.inf) -> None:
@@ -178,23 +181,25 @@ class Connections:
         self._url = url
         self._name = name
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
-        #: Shared by all connections: what one of them may not ask, the others may not.
+        #: Shared by all connections: if Redis refuses ROLE to one of them, none sends it again.
         self.role = Role()
         self._disowned = False
-        #: True once a server has refused to name a connection: it is not asked again.
+        #: True once a server has refused ``CLIENT SETNAME``; it is not sent again.
         self._nameless = False
         self._naming = threading.Lock()
         self._has_connected = False
-        #: True while a thread follows the master that Sentinels name.
+        #: True while a thread asks the Sentinels for the current master.
         self._is_following = False
         self._following = threading.Lock()
         self._check()
 
     def open(self, *, timeout: float, within: float | None = None) -> Connection:
-        """Return a connection to the master; each wait on it ends after ``timeout`` seconds.
+        """Return an open connection to the master.
 
-        :param within: seconds for all that it takes to connect; the timeout unless given.
-        :raises redis.ConnectionError: Redis cannot be reached, or refuses, or is no master.
+        :param timeout: longest wait for Redis on the connection, in seconds.
+        :param within: seconds allowed to connect; ``timeout`` if not given.
+        :raises redis.ConnectionError: Redis is unreachable, rejects the user, or is a replica.
+        :raises redis.TimeoutError: the deadline of the connections has passed.
         """
         error: Exception | None = None
         within = min(timeout if within is None else within, self.deadline - time.monotonic())
@@ -204,12 +209,12 @@ class Connections:
             raise redis.TimeoutError(TOO_LATE)
 
         if self._disowned:
-            raise redis.ConnectionError("What was inherited over a fork connects no more.")
+            raise redis.ConnectionError("The connections of the parent process cannot be reused.")
 
         candidates = self._candidates(within)
 
         for number, url in enumerate(candidates):
-            # One that hangs leaves its share of the time to each of the others.
+            # Divide the time, so that one server that hangs does not use it all.
             share = max(0.0, deadline - time.monotonic()) / (len(candidates) - number)
             connection = timed_connection(url, timeout)
 
@@ -222,8 +227,7 @@ class Connections:
             except OUTAGE as failure:
                 error = explain(failure, self._url, is_first=not self._has_connected)
             except (redis.ResponseError, UnicodeError) as refusal:
-                # A user who may not so much as name its connection or choose its database;
-                # a host that cannot be one.
+                # Redis refuses AUTH or SELECT, or the host name cannot be encoded.
                 error = redis.ConnectionError(str(refusal))
                 error.__cause__ = refusal
             else:
@@ -236,9 +240,10 @@ class Connections:
         raise error or redis.ConnectionError(f"{self.shown} names no host.")
 
     def disown(self) -> None:
-        """In a forked child: close its copies of what its parent opened, unseen by Redis.
+        """Close the child's copies of the parent's sockets; call it in a forked child.
 
-        Otherwise a parent that is killed would seem to live on, as long as the child does.
+        Redis does not notice. Without this, the connections of a killed parent would stay open
+        for as long as the child lives.
         """
         self._disowned = True
 
@@ -246,25 +251,31 @@ class Connections:
             connection.disconnect()
 
     def asks_role(self, asked: float) -> bool:
-        """Return True if a connection should ask the server for its role with its next command.
+        """Return True if a connection must send ROLE before its next command.
 
-        :param asked: when it last asked, by the monotonic clock.
+        :param asked: monotonic time at which the connection last sent ROLE.
         """
         return self.role.is_due(asked) and self._has_master
 
     @property
     def in_memory(self) -> bool:
-        """Whether the server is in this process now, where a wait cannot be interrupted."""
+        """Return True if the server is a fakeredis of this process.
+
+        A wait for it cannot be interrupted.
+        """
         return (diversion or self._url).startswith("memory://")
 
     @property
     def shown(self) -> str:
-        """Scheme, user, host and path of the URL, for logs and reports; never a password."""
+        """The URL without password and options, for logs and reports."""
         return without_secrets(self._url)
 
     @property
     def _has_master(self) -> bool:
-        """True unless every server will do: fakeredis, and the nodes of a cluster for pub/sub."""
+        """True if the server must be a master; False for fakeredis and for a cluster.
+
+        Any node of a cluster accepts PUBLISH and SUBSCRIBE.
+        """
         return not (diversion or self._url).startswith(("memory://", "redis+cluster://"))
 
     def _connect(self, connection: Connection) -> None:
@@ -276,48 +287,48 @@ class Connections:
                 connection.send_command("ROLE")
                 self.role.check(read_reply(connection))
         except BaseException:
-            # redis-py leaves a socket open where a handshake ends in an unusual way.
+            # redis-py leaves the socket open if the handshake ends with an unusual error.
             connection.disconnect()
             raise
 
     def _show_name(self, connection: Connection) -> None:
-        """Name a connection for ``CLIENT LIST``, where the user may do so."""
+        """Set the name that ``CLIENT LIST`` shows, if the user has the right to."""
         if self._nameless:
             return
 
-        # Not by redis-py, for which a refusal is the end of the connection.
+        # redis-py can send it as well, but it closes the connection if Redis refuses.
         connection.send_command("CLIENT", "SETNAME", self._name)
         answer = read_reply(connection)
 
-        # A server without CLIENT names it in its refusal; another program does not.
+        # Redis quotes CLIENT when it refuses the command; a program that is not Redis does not.
         if isinstance(answer, redis.ResponseError) and "client" in str(answer).lower():
             with self._naming:
                 first, self._nameless = not self._nameless, True
 
-            # Nobody looks for the connection of a command, such as "eventbus-status".
+            # Only nodes are looked up by name, not commands such as "eventbus-status".
             if first and self._name.startswith("eventbus:"):
                 is_unknown = str(answer).startswith("unknown command")
                 logger.warning(
-                    "Redis does not let %r name its connections (%s): 'routes' and 'check' do not "
-                    "see that it listens. %s",
+                    "Redis does not let %r name its connections (%s), so 'routes' and 'check' "
+                    "cannot see that this process listens. %s",
                     self._name,
                     str(answer).rstrip("."),
-                    "Take it out of 'rename-command' in the server's configuration."
+                    "Remove CLIENT from 'rename-command' in the server's configuration."
                     if is_unknown
                     else "Grant this user '+client|setname' in the ACL.",
                 )
         elif answer != b"OK":
-            raise redis.ConnectionError(f"What answers is no Redis: {str(answer)[:100]}")
+            raise redis.ConnectionError(f"The server is not Redis; it sent: {str(answer)[:100]}")
 
     def _check(self) -> None:
-        """Make what the URL asks for, without connecting: what is wrong with it shows now."""
+        """Build the connections of the URL without connecting, to find mistakes in it early."""
         try:
             examples = self._examples(urlsplit(self._url))
 
             for url in examples:
                 timed_connection(without_options(url), 1.0)
         except (ValueError, TypeError, redis.RedisError) as error:
-            # Not from the error, which may quote a part of a password.
+            # Drop the cause: it may quote a part of a password.
             raise self._unreadable(error) from None
 
         if examples:
@@ -325,9 +336,10 @@ class Connections:
             self._check_options(without_options(examples[0]))
 
     def _check_options(self, example: str) -> None:
-        """Try each option alone, so that the wrong one is named and its text is not shown.
+        """Try each option by itself, so that the error can name it without showing its value.
 
         :param example: the URL of a server, without options.
+        :raises ConfigError: an option is unknown, or its value is invalid.
         """
         for name, text in options_of(self._url):
             try:
@@ -349,7 +361,7 @@ class Connections:
             return []
 
         if parts.scheme.endswith("+sentinel"):
-            # Both raise an error for what is missing.
+            # Both raise ConfigError if a part is missing.
             self._master_name()
             hosts_of(parts, 26379)
             return [self._server("host", 6379)]
@@ -377,8 +389,8 @@ class Connections:
         return [self._url]
 
     def _unreadable(self, error: Exception) -> ConfigError:
-        # What the error says may quote a part of the password, or an option that holds one.
-        reason = str(error) if self.shown == self._url else "it does not read"
+        # The text of the error may quote a part of the password, or an option that holds one.
+        reason = str(error) if self.shown == self._url else "it is not a valid URL"
         return ConfigError(
             f"'EVENTBUS_URL' is {self.shown!r}: {reason}. Write it as "
             "'redis://user:password@host:6379/0', and '#', '/', '?', '@' and '%' of a password "
@@ -386,7 +398,7 @@ class Connections:
         )
 
     def _follow_master(self) -> None:
-        """With Sentinels, close connections to a server as soon as another one is the master."""
+        """With Sentinels, start a thread that closes connections to a former master."""
         if diversion is not None or not urlsplit(self._url).scheme.endswith("+sentinel"):
             return
 
@@ -401,9 +413,9 @@ class Connections:
         ).start()
 
     def leave_old_master(self, sentinels: list[Connection]) -> bool:
-        """Close connections to a server that is no master any more, as the Sentinels say.
+        """Close the connections to any server other than the Sentinels' current master.
 
-        Return False once nothing is open, and nothing is followed any more.
+        Return False if no connection is open; the caller then stops.
         """
         with self._following:
             opened = [item for item in list(self._opened) if getattr(item, "_sock", None)]
@@ -415,7 +427,7 @@ class Connections:
         try:
             address = self._ask_for_master(sentinels, FOLLOW)
         except redis.ConnectionError as error:
-            logger.debug("The Sentinels do not tell where the master is: %s", error)
+            logger.debug("No Sentinel returned the address of the master: %s", error)
             return True
 
         for connection in opened:
@@ -425,7 +437,7 @@ class Connections:
         return True
 
     def sentinels(self) -> list[Connection]:
-        """Return connections, not open yet, to the Sentinels that the URL names."""
+        """Return a connection, not open yet, to each Sentinel of the URL."""
         parts = urlsplit(self._url)
         hosts = hosts_of(parts, 26379)
         return [timed_connection(sentinel_url(parts, *each), FOLLOW) for each in hosts]
@@ -434,18 +446,19 @@ class Connections:
         sentinels = self.sentinels()
 
         try:
-            # Each has its share of the time: the first that is asked may hang.
+            # Divide the time, so that one Sentinel that hangs does not use it all.
             return self._server(*self._ask_for_master(sentinels, timeout / (len(sentinels) + 1)))
         finally:
             for each in sentinels:
                 each.disconnect()
 
     def _ask_for_master(self, sentinels: list[Connection], seconds: float) -> tuple[str, int]:
-        """Ask one Sentinel after the other where the master is.
+        """Return host and port of the master, from the first Sentinel that knows them.
 
-        :param sentinels: the first that knows becomes the first of them.
-        :param seconds: how long each of them may take.
-        :raises redis.ConnectionError: none of them knows; each is named with what it said.
+        :param sentinels: asked in order; the Sentinel that answers moves to the front.
+        :param seconds: longest time for each Sentinel, in seconds.
+        :raises redis.ConnectionError: no Sentinel knows the master; the message has the answer
+            of each.
         """
         name = self._master_name()
         said: list[AdvisedError] = []
@@ -486,14 +499,17 @@ class Connections:
         return unquote(name)
 
     def _server(self, host: str, port: int) -> str:
-        """Return the URL of a master that Sentinels named."""
+        """Return the URL of the master at ``host`` and ``port``."""
         parts = urlsplit(self._url)
         database = parts.path.lstrip("/").partition("/")[2]
         return node_url(parts, host, port, f"/{database or 0}")
 
 
 def read_reply(connection: Connection) -> Any:
-    """Read one reply; an error reply is returned, "not now" raised."""
+    """Return the next reply; an error reply is returned as a value.
+
+    :raises redis.ConnectionError: the error reply is temporary, or Redis is unavailable.
+    """
     try:
         return connection.read_response()
     except redis.ResponseError as error:
@@ -501,19 +517,22 @@ def read_reply(connection: Connection) -> Any:
 
 
 def refusal_of(error: redis.ResponseError) -> Exception:
-    """Return an error reply without what it quotes; raise it if it says "not now"."""
+    """Return an error reply without the arguments it quotes.
+
+    :raises redis.ConnectionError: the error reply is temporary.
+    """
     if is_passing(error):
         raise redis.ConnectionError(str(error)) from error
 
-    # Of an unknown command it quotes what was to be written, events among it.
+    # The error for an unknown command quotes its arguments, which may hold payloads.
     text, quotes, _ = str(error).partition(", with args beginning with")
     return type(error)(text) if quotes else error
 
 
 def wire_of(connection: Any) -> BinaryIO | None:
-    """Return what a connection reads, byte by byte; ``None`` of one of fakeredis.
+    """Return the bytes that a connection receives, as a file; ``None`` for fakeredis.
 
-    Whoever reads it reads whole replies, all that were asked for: the connection goes on after.
+    Read every outstanding reply completely; the connection can then be used as before.
     """
     is_real = isinstance(connection._sock, socket.socket)
     return cast(BinaryIO, io.BufferedReader(_Wire(connection))) if is_real else None
@@ -538,11 +557,11 @@ def _follow(reference: weakref.ref[Connections]) -> None:
 
 
 class _Parser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has no types
-    """Reads answers by a deadline, in however many pieces they come."""
+    """Reads replies until a deadline, which holds for all parts of a reply together."""
 
-    #: When all waits end, by the monotonic clock.
+    #: Monotonic time at which every wait ends.
     deadline = math.inf
-    #: Seconds that each wait may take.
+    #: Longest single wait, in seconds.
     timeout = math.inf
 
     def read_from_socket(self, *args: Any, **kwargs: Any) -> Any:
@@ -550,21 +569,21 @@ class _Parser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has n
         return super().read_from_socket(*args, **kwargs)
 
     def begin_wait(self) -> None:
-        """Let the next wait end by the deadline; after it there is none.
+        """Limit the next wait to the deadline.
 
-        :raises redis.TimeoutError: the deadline is over.
+        :raises redis.TimeoutError: the deadline has passed.
         """
         if self.deadline == -math.inf:
             raise redis.TimeoutError(TOO_LATE)
 
         if time.monotonic() >= self.deadline:
-            # What has come by now is read, and nothing after it.
+            # Allow one last read, of the data that has already arrived.
             self.deadline = -math.inf
 
         self.limit(self._sock)
 
     def limit(self, wire: Any) -> None:
-        """Let the next wait on a socket end by the deadline. fakeredis has no such socket."""
+        """Set the timeout of a socket to the time left; do nothing for fakeredis."""
         if isinstance(wire, socket.socket):
             seconds = max(LEAST, min(self.timeout, self.deadline - time.monotonic()))
 
@@ -573,7 +592,7 @@ class _Parser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has n
 
 
 class _Wire(io.RawIOBase):
-    """The bytes that come over a connection, by its deadline."""
+    """The bytes that a connection receives, read until its deadline."""
 
     def __init__(self, connection: Any) -> None:
         self._parser, self._sock = connection._parser, connection._sock
@@ -593,9 +612,9 @@ class _Wire(io.RawIOBase):
 
 
 def timed_connection(url: str, timeout: float) -> Connection:
-    """Return a connection to the server of a URL, not open yet, whose waits have a limit each.
+    """Return a connection to the server of a URL, not open yet.
 
-    :func:`set_deadline` limits all of them.
+    :param timeout: longest single wait, in seconds. :func:`set_deadline` limits all waits together.
     """
     options = _options(timeout)
 
@@ -605,7 +624,7 @@ def timed_connection(url: str, timeout: float) -> Connection:
     pool = redis.ConnectionPool.from_url(url)
 
     if pool.connection_class is redis.UnixDomainSocketConnection:
-        # Options of TCP, which a socket of this machine does not take.
+        # A Unix socket does not accept TCP options.
         options = {key: options[key] for key in options if key not in _TCP_OPTIONS}
 
     pool.connection_kwargs.update(options)
@@ -614,14 +633,14 @@ def timed_connection(url: str, timeout: float) -> Connection:
 
 
 def set_deadline(connection: Any, deadline: float) -> None:
-    """Let all waits on a connection end by a deadline, by the monotonic clock."""
+    """Set the monotonic time at which every wait on a connection ends."""
     connection._parser.deadline = deadline
     connection._parser.limit(connection._sock)
 
 
 @functools.cache
 def _timed(connection_class: Any) -> Any:
-    """Return a class of connections that connect by their deadline, with all that belongs to it."""
+    """Return a subclass of a connection class that completes the handshake by its deadline."""
 
     class TimedConnection(connection_class):  # type: ignore[misc]  # redis-py has no types
         def __init__(self, **options: Any) -> None:
@@ -629,7 +648,7 @@ def _timed(connection_class: Any) -> Any:
             self._parser.timeout = self.socket_timeout
 
         def _connect(self) -> Any:
-            # A name may have several addresses, the first of which may hang.
+            # Divide the time between the addresses of the host: the first may hang.
             name = getattr(self, "host", None)
             found = name and socket.getaddrinfo(name, self.port, 0, socket.SOCK_STREAM)
             left = self._parser.deadline - time.monotonic()
@@ -644,21 +663,24 @@ def _timed(connection_class: Any) -> Any:
 
 
 def shut_down(connection: Connection) -> None:
-    """End a connection under the thread that reads or writes it, which then opens another."""
+    """Shut a connection down from another thread than its own.
+
+    The thread that reads or writes it gets an error and opens another connection.
+    """
     wire = getattr(connection, "_sock", None)
 
     if isinstance(wire, socket.socket):
-        # The other side may have closed it by now.
+        # The server may have closed the socket already.
         with suppress(OSError):
-            # Not what TLS makes of it, which would pull the rug from under the other thread.
+            # Not SSLSocket.shutdown(), which drops the TLS state that the other thread uses.
             socket.socket.shutdown(wire, socket.SHUT_RDWR)
 
 
 def _end_with_socket(connection: Any) -> None:
-    """Let a connection end with its socket.
+    """Keep a connection from opening another socket after its first one closed.
 
-    redis-py would open another one where it finds none, unseen, and a reader would listen for
-    ever on a connection that subscribed to nothing.
+    redis-py would reconnect silently, and a reader would wait forever on a connection without
+    subscriptions.
     """
     connection.connect = connection.connect_check_health = _refuse_to_reconnect
 
@@ -668,7 +690,7 @@ def _refuse_to_reconnect(*args: Any, **kwargs: Any) -> None:
 
 
 def _options(timeout: float) -> dict[str, Any]:
-    """What every connection has, whatever the URL says."""
+    """Return the connection options that the URL cannot change."""
     return {
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
@@ -678,7 +700,7 @@ def _options(timeout: float) -> dict[str, Any]:
         "retry_on_timeout": False,
         "retry_on_error": [],
         "health_check_interval": 0,
-        # RESP3 costs pub/sub readers two to four times more in redis-py 8.1.
+        # With RESP3, pub/sub readers are two to four times slower in redis-py 8.1.
         "protocol": 2,
         "decode_responses": False,
         **_no_library(),
@@ -687,14 +709,20 @@ def _options(timeout: float) -> dict[str, Any]:
 
 @functools.cache
 def _no_library() -> dict[str, None]:
-    """What keeps redis-py from naming itself to the server, for which users need a right."""
+    """Return the options that stop redis-py from sending its name and version.
+
+    Sending them needs the right to ``CLIENT SETINFO``.
+    """
     known = inspect.signature(AbstractConnection.__init__).parameters
     names = ("driver_info",) if "driver_info" in known else ("lib_name", "lib_version")
     return dict.fromkeys(names)
 
 
 def _join_embedded(parts: SplitResult) -> str:
-    """The socket of the embedded server; that it cannot start is an outage like another."""
+    """Return the URL of the embedded server's socket; start the server if it does not run.
+
+    :raises redis.ConnectionError: the server cannot start.
+    """
     try:
         return embedded.join(parts.netloc or "default")
     except ConfigError as error:
@@ -702,7 +730,7 @@ def _join_embedded(parts: SplitResult) -> str:
 
 
 def _cluster_nodes(parts: SplitResult) -> list[str]:
-    """Plain pub/sub reaches every node of a cluster through any of them."""
+    """Return the URLs of the nodes in random order; pub/sub works through any node."""
     urls = [node_url(parts, host, port) for host, port in hosts_of(parts, 6379)]
     random.shuffle(urls)
     return urls
@@ -725,7 +753,7 @@ def _fakeredis() -> Any:
 
 
 def memory_server(url: str) -> Any:
-    """The fakeredis server behind a ``memory://`` URL, made at the first call.
+    """Return the fakeredis server of a ``memory://`` URL; create it at the first call.
 
     :raises ConfigError: fakeredis is not installed.
     """
@@ -742,19 +770,19 @@ def _memory_connection(url: str, options: dict[str, Any]) -> Connection:
 
 @functools.cache
 def _made_alike(connection_class: Any) -> Any:
-    """What fakeredis lacks of what the bus uses: a timeout of its waits, and ``WAIT``.
+    """Return a subclass that adds what fakeredis lacks: a read timeout, and ``WAIT``.
 
-    A server in memory has no replicas. That none is missing is the answer that lets a service
-    be tested with the settings that it runs with.
+    A server in memory has no replicas. ``WAIT`` reports enough of them, so that a service can be
+    tested with its production settings.
     """
 
     class MemoryConnection(connection_class):  # type: ignore[misc]  # fakeredis has no types
         def read_response(self, *args: Any, **kwargs: Any) -> Any:
-            # The selector comes after the handshake, whose answers are there at once.
+            # During the handshake there is no selector yet, and replies are there at once.
             connected = getattr(self, "_selector", None) is not None
 
             if connected and not self.can_read(self.socket_timeout):
-                raise redis.TimeoutError("Nothing came in time.")
+                raise redis.TimeoutError(TOO_LATE)
 
             try:
                 return super().read_response(*args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ChannelKeys:
-    """The names of channels: ``PREFIX:{NAME}:channel``."""
+    """Builds and parses channel names of the form ``PREFIX:{NAME}:channel``."""
 
     def __init__(self, prefix: str) -> None:
         self._start = f"{prefix}:{{"
@@ -12,16 +12,19 @@ class ChannelKeys:
         self._cut = slice(len(self._start.encode()), -len(self._end))
 
     def key(self, name: str) -> str:
-        """The channel of the signal ``name``, or the glob of a pattern of names."""
+        """Return the channel of a signal, or the glob for a pattern of signal names."""
         return f"{self._start}{name}{self._end}"
 
     def name(self, key: bytes) -> str:
-        """The signal whose channel is ``key``."""
+        """Return the name of the signal that a channel belongs to."""
         return key[self._cut].decode(errors="replace")
 
 
 class StreamKeys:
-    """The Redis keys of a prefix: all that belongs to a signal has its name as the hash tag."""
+    """Builds the Redis keys of a prefix.
+
+    All keys of one signal have its name as hash tag, so a cluster keeps them on one node.
+    """
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -30,41 +33,41 @@ class StreamKeys:
 
     @property
     def names(self) -> str:
-        """A set: the signals that have a stream."""
+        """Key of a set: the names of the signals that have a stream."""
         return f"{self._prefix}:streams"
 
     def since(self, service: str) -> str:
-        """A hash: since when, in milliseconds, a service has subscribed to each of its patterns."""
+        """Key of a hash: pattern -> time in milliseconds at which the service subscribed to it."""
         return f"{self._prefix}:since:{service}"
 
     def stream(self, name: str) -> str:
-        """A stream: the events of a signal, each an entry with one field, ``event``."""
+        """Key of a stream: the events of a signal, each an entry with one field, ``event``."""
         return f"{self._start}{name}}}:stream"
 
     def dead(self, name: str, service: str) -> str:
-        """A stream: what a service could not handle."""
+        """Key of a stream: the dead letters of a signal and a service."""
         return f"{self._start}{name}}}:dead:{service}"
 
     def dead_dropped(self, name: str, service: str) -> str:
-        """A number: dead letters that were dropped since somebody last deleted all of them."""
+        """Key of a counter: dead letters dropped since all dead letters were last deleted."""
         return f"{self.dead(name, service)}:dropped"
 
     def retry(self, name: str, service: str) -> str:
-        """A sorted set: what a service is to try again, by when it is due."""
+        """Key of a sorted set: the retries of a signal and a service, scored by their due time."""
         return f"{self._start}{name}}}:retry:{service}"
 
     def seen(self, name: str, service: str, window: int) -> str:
-        """A set: the ids of the events that a service got, of one window of time."""
+        """Key of a set: ids of the events that a service received in one time window."""
         return f"{self._start}{name}}}:seen:{service}:{window}"
 
     def trimmed(self, name: str, service: str) -> str:
-        """A hash: the last loss that a worker reported, and where its group stood."""
+        """Key of a hash: the last reported loss of entries, and the group's position then."""
         return f"{self._start}{name}}}:seen:{service}:trimmed"
 
     def tampered(self, name: str, service: str) -> str:
-        """A hash: what somebody else last did to the entries of a service, as an alarm."""
+        """Key of a hash: the last foreign change to the entries of a service, as an alarm."""
         return f"{self._start}{name}}}:seen:{service}:tampered"
 
     def name(self, key: str) -> str:
-        """The signal whose stream is ``key``."""
+        """Return the name of the signal that a stream belongs to."""
         return key[self._cut]

@@ -1,4 +1,4 @@
-"""A thread that reads until it is told otherwise, and connects again whenever that ends."""
+"""A thread that reads from Redis, and reconnects with a backoff after an outage."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ FIRST = 0.1
 
 
 class Backoff:
-    """Doubles from 0.1 s up to ``most`` seconds, with jitter so that workers do not return as one.
+    """An exponential backoff that doubles from 0.1 seconds, with jitter.
 
-    Jitter takes up to half of each wait away, as in "equal jitter" of the AWS Architecture
-    Blog's article on exponential backoff.
+    The jitter shortens each wait by up to half, so that workers do not reconnect at the same
+    moment: "equal jitter" in the AWS Architecture Blog's article on exponential backoff.
+
+    :param most: longest wait in seconds.
     """
 
     def __init__(self, *, most: float) -> None:
@@ -28,30 +30,31 @@ class Backoff:
         self._tries = 0
 
     def next(self) -> float:
-        """Seconds to wait now."""
+        """Return the seconds to wait before the next attempt."""
         wait: float = min(self._most, FIRST * 2 ** min(self._tries, 30))
         self._tries += 1
         return wait * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
 
     def reset(self) -> None:
-        """Begin again, after a success."""
+        """Start again at the shortest wait; call it after a success."""
         self._tries = 0
 
 
-#: Seconds between tries to connect, at most.
+#: Longest wait between two attempts to connect, in seconds.
 MOST_BACKOFF = 1.0
 
 
 class Reading:
-    """Runs ``read`` in a thread, again and again.
+    """Calls ``read`` in a thread, repeatedly, until it is stopped.
 
-    :param failed: what the log says of a defect.
-    :param read: connects and reads until :attr:`goes_on` is false, or raises; resets the backoff
-        it is given when it gets through.
-    :param lost: told why reading ended; called with an outage, or a defect.
-    :param close: closes the connection, however reading ended.
-    :param wanted: whether there still is what the events are for.
-    :param ended: called when the thread ends though nobody said to stop.
+    :param failed: log message for an unexpected error.
+    :param thread: name of the thread.
+    :param read: connects, and reads until :attr:`goes_on` is False or an error is raised. It
+        resets the given backoff once it is connected.
+    :param lost: called with the error that ended ``read``.
+    :param close: closes the connection; called after every ``read``.
+    :param wanted: returns False once the app is gone; the thread then ends.
+    :param ended: called if the thread ends without :meth:`stop`.
     """
 
     def __init__(
@@ -80,46 +83,51 @@ class Reading:
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the calling thread is the one that reads."""
+        """Return True if the calling thread is the reading thread."""
         return threading.current_thread() is self._thread
 
     @property
     def lives(self) -> bool:
-        """Whether the thread runs."""
+        """Return True if the thread is running."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def is_stopping(self) -> bool:
-        """Whether it was told to stop."""
+        """Return True once :meth:`stop` was called."""
         return self._stopping.is_set()
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is more to read."""
+        """Return True if the thread should continue to read."""
         return not self.is_stopping and self._wanted()
 
     def start(self) -> None:
-        """Start the thread, once."""
+        """Start the thread unless it was started before."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
 
     def pause(self, seconds: float) -> None:
-        """Wait so long, or until it is told to stop."""
+        """Wait for some seconds, or until :meth:`stop` is called."""
         self._stopping.wait(seconds)
 
     def stop(self) -> None:
-        """Let the thread end."""
+        """Tell the thread to end; return immediately."""
         self._stopping.set()
 
     def end(self, deadline: float) -> None:
-        """Wait for the thread's end until the deadline; it may look for a host that is away."""
+        """Wait until the thread has ended, or until the deadline.
+
+        The thread may still run afterwards, for example while it resolves a host name.
+
+        :param deadline: monotonic time.
+        """
         if self._thread is not None:
             self._thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
-        """In a forked child: end what came along of it."""
-        # Another thread of the parent may hold the lock of the one that was inherited.
+        """Mark the thread as stopped; call it in a forked child."""
+        # A thread of the parent may have held the lock of the inherited event.
         self._stopping = threading.Event()
         self._stopping.set()
 
@@ -132,7 +140,7 @@ class Reading:
             except OUTAGE as error:
                 self._lost(error)
             except Exception as error:
-                # A defect of ours, or of what answers: to read no more would be worse.
+                # A defect must not end the thread: the node would receive no more events.
                 self._counters.add("reading_failed")
                 self._log.error("failed", self._failed, exc_info=error)
                 self._lost(error)

@@ -1,4 +1,4 @@
-"""ROLE: whether a server is a master, where its user may ask."""
+"""Check with ROLE that a server is a master."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from ..logs import get_logger
 
 logger = get_logger(__name__)
 
-#: Seconds between two looks at the role of a server that is written to.
+#: Seconds between two ROLE commands on a connection that writes.
 LOOK = 1.0
 
 
 class NotMasterError(redis.ConnectionError):
-    """The server answers, but it is no master: what is written or heard there is not the bus's."""
+    """The server is a replica or a Sentinel, so events must not be written or read there."""
 
 
 class Role:
-    """Asks servers for their role; stops asking where that is refused.
+    """Checks the replies to ROLE, and stops sending ROLE once a server refuses it.
 
-    A replica takes PUBLISH without an error, and only its own subscribers hear it.
+    The check is needed because a replica accepts PUBLISH without an error, but delivers the event
+    to its own subscribers only.
     """
 
     def __init__(self) -> None:
-        #: Why a server refused the question; ``None`` while none has.
+        #: The error reply to ROLE; ``None`` if no server refused it.
         self.refusal: redis.ResponseError | None = None
         self._refusing = threading.Lock()
 
     @property
     def can_ask(self) -> bool:
-        """True until a server refuses the question."""
+        """Return True until a server refuses ROLE."""
         return self.refusal is None
 
     def is_due(self, asked: float) -> bool:
-        """Return True if the role was last asked for :data:`LOOK` seconds ago or earlier.
+        """Return True if ROLE was last sent at least :data:`LOOK` seconds ago.
 
-        :param asked: monotonic time.
+        :param asked: monotonic time at which ROLE was last sent.
         """
         return self.can_ask and time.monotonic() - asked >= LOOK
 
     def check(self, answer: Any) -> None:
-        """Accept an answer to ROLE, or the error reply in its place.
+        """Check a reply to ROLE; an error reply turns later checks off.
 
         :raises NotMasterError: the server is a replica or a Sentinel.
         """
@@ -70,7 +71,7 @@ class Role:
 
         if first:
             logger.warning(
-                "Redis does not answer ROLE (%s), so a master that becomes a replica is noticed "
-                "only when it refuses a write. Grant this user '+role' in the ACL.",
+                "Redis does not answer ROLE (%s). A master that becomes a replica is detected only "
+                "when it refuses a write. Grant '+role' to this user in the ACL.",
                 str(refusal).rstrip("."),
             )

@@ -134,7 +134,7 @@ def test_a_step_of_redis_clock_takes_no_retry_from_a_worker_that_lives(
 
 def is_steady(bus: Bus) -> bool:
     clock: RedisClock = bus.node._inbound.consumer._acknowledger.clock
-    return clock._ahead is not None and clock.is_steady
+    return clock._offset is not None and clock.is_steady
 
 
 def test_a_worker_whose_clock_is_set_back_runs_its_retries_in_time(
