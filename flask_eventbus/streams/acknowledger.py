@@ -1,4 +1,4 @@
-"""Tells Redis how receivers ended: acknowledged, to be tried again, or given up."""
+"""Write outcomes of deliveries to Redis: acknowledgements, retries and dead letters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import redis
 
@@ -25,26 +25,26 @@ from .dead_limit import DeadLimit
 from .group import Group
 from .outcomes import Outcome
 
-T = TypeVar("T")
-
 logger = get_logger(__name__)
 
-#: Outcomes that are told in one round trip.
+#: Most outcomes written in one round trip.
 MOST_PER_WRITE = 500
 
-#: Bytes after which no more outcomes are told in that round trip: they hold events.
+#: Bytes after which a round trip takes no more outcomes. Retries and dead letters hold events.
 MOST_BYTES_PER_WRITE = 4 * 1024 * 1024
 
-#: Seconds after which Redis is told again what it refused.
+#: Seconds before an outcome that Redis refused is written again.
 RESEND_AFTER = 5.0
 
 
 class Acknowledger:
-    """Writes outcomes in batches; what Redis did not take waits for the next time.
+    """Writes outcomes in batches, and keeps those that Redis did not accept.
 
-    Any thread may use it.
+    Any thread may call its methods.
 
-    :param expect: told of the name and the time of each retry that is due.
+    :param group: the consumer group on the write connection.
+    :param expect: called with the signal's name and the due time, in seconds since 1970, of
+        each retry that was written.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Acknowledger:
         self._expect = expect
         self._log = BoundedLog(logger)
         self._waiting: deque[Outcome] = deque()
-        #: First attempts at which no receiver failed: an acknowledgement is all.
+        #: First attempts without a failure. They need an acknowledgement only.
         self._handled: deque[Delivery] = deque()
-        #: What Redis refused, and when it is told again, by the monotonic clock.
+        #: Outcomes that Redis refused, each with the monotonic time of its next attempt.
         self._refusals: deque[tuple[float, Outcome]] = deque()
-        #: Held by the thread that uses the connection.
+        #: Held by the thread that uses the write connection.
         self.lock = threading.RLock()
         self.clock = RedisClock(group.pipe, config=config, lock=self.lock)
         self._limit = DeadLimit(
@@ -81,13 +81,13 @@ class Acknowledger:
 
     @property
     def memory(self) -> int:
-        """The bytes of the outcomes that wait, beside those of their deliveries."""
+        """Bytes of the commands of unwritten outcomes. Their deliveries are not counted."""
         refused = [outcome for _, outcome in list(self._refusals)]
         return sum(outcome.size for outcome in [*self._waiting, *refused])
 
     @property
     def is_due(self) -> bool:
-        """Whether there is something to tell now."""
+        """Return True if an outcome can be written now."""
         if self._handled or self._waiting:
             return True
 
@@ -95,47 +95,47 @@ class Acknowledger:
         return first <= time.monotonic()
 
     def acknowledge(self, delivery: Delivery) -> None:
-        """Keep for :meth:`flush` that no receiver failed at a first attempt."""
+        """Queue the acknowledgement of a first attempt without a failure, for :meth:`flush`."""
         self._handled.append(delivery)
 
     def add(self, outcome: Outcome) -> None:
-        """Keep an outcome for :meth:`flush`, which the keeper calls before long."""
+        """Queue an outcome for :meth:`flush`, which the maintenance thread calls soon."""
         self._waiting.append(outcome)
 
     def write(self, outcomes: Iterable[Outcome] = ()) -> None:
-        """Tell Redis, now if it is there; else :meth:`flush` does it later."""
+        """Write outcomes and those queued. If Redis is away, keep them for :meth:`flush`."""
         self._waiting.extend(outcomes)
 
         try:
             self.flush()
         except OUTAGE as error:
-            # The reader meets the same loss, and tells of it.
-            logger.debug("%d outcomes wait for Redis: %s", len(self), error)
+            # The reader loses Redis as well, and logs it.
+            logger.debug("Redis is away; %d outcomes are written later: %s", len(self), error)
 
     def flush(self) -> None:
-        """Tell Redis what waits.
+        """Write the queued outcomes, and refused ones whose next attempt is due.
 
         :raises redis.ConnectionError: Redis is away.
         """
         while self.is_due:
             with self.lock:
-                self._call_up_refusals()
-                handled, batch = _taken(self._handled), _batch(self._waiting)
+                self._queue_due_refusals()
+                handled, batch = _pop_handled(self._handled), _pop_batch(self._waiting)
 
                 try:
-                    batch = self._without_kept(batch)
+                    batch = self._without_written(batch)
                     self._send(handled, batch)
                 except BaseException:
                     self._handled.extendleft(reversed(handled))
-                    self._put_back(batch)
+                    self._queue_again(batch)
                     raise
 
-        self._note_taken()
+        self._log_recovery()
 
         self._limit.enforce()
 
     def write_all(self) -> None:
-        """Tell Redis what waits, and what it refused, once more.
+        """Write the queued outcomes, and all refused ones without waiting for their time.
 
         :raises redis.ConnectionError: Redis is away.
         """
@@ -144,50 +144,53 @@ class Acknowledger:
         self.flush()
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the write connection."""
         with self.lock:
             self._group.pipe.close()
 
-    def _note_taken(self) -> None:
-        """Log once that Redis took all that it had refused."""
+    def _log_recovery(self) -> None:
+        """Log once that Redis accepted all outcomes it had refused."""
         if not self._refusals:
             self._log.over(
                 "refused",
-                "Redis took the outcomes of all events of %r that it had refused.",
+                "Redis accepted the outcomes of all events of %r that it had rejected.",
                 self._config.service,
                 extra={"service": self._config.service},
             )
 
-    def _call_up_refusals(self) -> None:
+    def _queue_due_refusals(self) -> None:
         now = time.monotonic()
 
         while self._refusals and self._refusals[0][0] <= now:
             self._waiting.append(self._refusals.popleft()[1])
 
-    def _put_back(self, batch: Sequence[Outcome]) -> None:
+    def _queue_again(self, batch: Sequence[Outcome]) -> None:
         for outcome in batch:
-            outcome.doubtful = bool(outcome.commands) and not outcome.is_torn
+            outcome.may_be_written = bool(outcome.commands) and not outcome.is_partly_written
 
         self._waiting.extendleft(reversed(batch))
 
-    def _without_kept(self, batch: list[Outcome]) -> list[Outcome]:
-        """Settle what Redis got, though the answer was lost; what is left."""
-        doubtful = [outcome for outcome in batch if outcome.doubtful]
+    def _without_written(self, batch: list[Outcome]) -> list[Outcome]:
+        """Return the outcomes still to write; finish those that an earlier write stored.
 
-        if not doubtful:
+        The connection may have been lost between a write and its answer.
+        """
+        unsure = [outcome for outcome in batch if outcome.may_be_written]
+
+        if not unsure:
             return batch
 
-        answers = self._group.pipe.run([self._question(outcome) for outcome in doubtful])
+        answers = self._group.pipe.run([self._pending_query(outcome) for outcome in unsure])
 
-        for outcome, answer in zip(doubtful, answers, strict=True):
+        for outcome, answer in zip(unsure, answers, strict=True):
             if answer is None or answer == []:
                 batch.remove(outcome)
-                self._settled([outcome], answer)
+                self._finish([outcome], answer)
 
         return batch
 
-    def _question(self, outcome: Outcome) -> Command:
-        """The command whose answer is empty if what :meth:`_end` ends has ended."""
+    def _pending_query(self, outcome: Outcome) -> Command:
+        """Return a command whose answer is empty if the entry or retry is no longer pending."""
         if outcome.delivery is None or not outcome.is_retry:
             return self._group.pending_command(outcome.name, outcome.entry)
 
@@ -196,64 +199,64 @@ class Acknowledger:
 
     def _send(self, handled: Sequence[Delivery], batch: Sequence[Outcome]) -> None:
         plain: dict[str, list[Outcome]] = {}
-        done = [list(found) for _, found in groupby(handled, attrgetter("name"))]
+        by_stream = [list(found) for _, found in groupby(handled, attrgetter("name"))]
         commands = [
             self._group.acknowledge_command(found[0].name, [delivery.entry for delivery in found])
-            for found in done
+            for found in by_stream
         ]
-        #: How many answers each group of outcomes gets.
-        told: list[tuple[int, list[Outcome]]] = []
+        # The outcomes of each block of commands, with the number of its answers.
+        blocks: list[tuple[int, list[Outcome]]] = []
 
         for outcome in batch:
             if outcome.commands:
-                block = self._transaction(outcome)
-                commands += block
-                told.append((len(block), [outcome]))
+                transaction = self._transaction(outcome)
+                commands += transaction
+                blocks.append((len(transaction), [outcome]))
             elif not outcome.is_retry:
                 plain.setdefault(outcome.name, []).append(outcome)
             else:
-                commands.append(self._end(outcome))
-                told.append((1, [outcome]))
+                commands.append(self._remove_pending(outcome))
+                blocks.append((1, [outcome]))
 
         for name, outcomes in plain.items():
             commands.append(
                 self._group.acknowledge_command(name, [found.entry for found in outcomes])
             )
-            told.append((1, outcomes))
+            blocks.append((1, outcomes))
 
         answers = self._group.pipe.run(commands) if commands else []
 
-        for deliveries, answer in zip(done, answers, strict=False):
-            self._acknowledged(deliveries, answer)
+        for deliveries, answer in zip(by_stream, answers, strict=False):
+            self._finish_handled(deliveries, answer)
 
-        answers = answers[len(done) :]
+        answers = answers[len(by_stream) :]
 
-        for count, outcomes in told:
+        for count, outcomes in blocks:
             own, answers = answers[:count], answers[count:]
-            # A transaction that is refused says why where it is, and not at its end.
+            # The refused command of a transaction names the reason; the answer to EXEC does not.
             refusal = next((answer for answer in own if isinstance(answer, Exception)), None)
-            self._settled(outcomes, refusal or own[-1])
+            self._finish(outcomes, refusal or own[-1])
 
-    def _acknowledged(self, deliveries: Sequence[Delivery], answer: Any) -> None:
+    def _finish_handled(self, deliveries: Sequence[Delivery], answer: Any) -> None:
         if isinstance(answer, Exception):
             outcomes = [Outcome(found.name, found.entry, delivery=found) for found in deliveries]
-            self._refused(outcomes, answer)
+            self._keep_refused(outcomes, answer)
             return
 
         self._in_flight.remove(deliveries)
         self._counters.add("acked", len(deliveries))
 
-    def _settled(self, outcomes: Sequence[Outcome], answer: Any) -> None:
+    def _finish(self, outcomes: Sequence[Outcome], answer: Any) -> None:
         refusal = answer if isinstance(answer, Exception) else None
 
         if isinstance(answer, list):
             refusal = next((part for part in answer if isinstance(part, Exception)), None)
 
             if refusal is not None:
-                self._keep_refused(outcomes[0], answer)
+                self._keep_failed_commands(outcomes[0], answer)
 
         if refusal is not None:
-            self._refused(outcomes, refusal)
+            self._keep_refused(outcomes, refusal)
             return
 
         done = [outcome.delivery for outcome in outcomes if outcome.delivery is not None]
@@ -262,43 +265,45 @@ class Acknowledger:
 
         for outcome in outcomes:
             if outcome.due or outcome.letters:
-                self._tell(outcome)
+                self._announce(outcome)
 
-    def _keep_refused(self, outcome: Outcome, answers: Sequence[Any]) -> None:
-        """Leave of a transaction what has failed: the rest of it took effect, its end as well."""
+    def _keep_failed_commands(self, outcome: Outcome, answers: Sequence[Any]) -> None:
+        """Keep only the commands of a transaction that failed. Redis executed the others."""
         outcome.commands = [
             command
             for command, answer in zip(outcome.commands, answers, strict=False)
             if isinstance(answer, Exception)
         ]
 
-        outcome.is_torn = not isinstance(answers[-1], Exception)
+        outcome.is_partly_written = not isinstance(answers[-1], Exception)
 
-        if outcome.is_torn:
-            self._take_back(outcome)
+        if outcome.is_partly_written:
+            self._restore_pending(outcome)
 
-    def _take_back(self, outcome: Outcome) -> None:
-        """Let Redis have it as what is in this process's hands: it is not to end with it."""
+    def _restore_pending(self, outcome: Outcome) -> None:
+        """Make the entry or retry pending again, so that its outcome outlives this process."""
         try:
-            self._group.pipe.ask(*self._beginning(outcome))
+            self._group.pipe.ask(*self._add_pending(outcome))
         except (redis.ResponseError, *OUTAGE) as error:
-            logger.debug("What is left of %s is in memory only: %s", outcome.entry, error)
+            logger.debug("The outcome of %s is kept in memory only: %s", outcome.entry, error)
         else:
-            outcome.is_torn = False
+            outcome.is_partly_written = False
 
-    def _refused(self, outcomes: Sequence[Outcome], refusal: Exception) -> None:
-        """Keep them in hand, and tell Redis again: what succeeded is not to run twice.
+    def _keep_refused(self, outcomes: Sequence[Outcome], refusal: Exception) -> None:
+        """Keep refused outcomes to write them again, so that no receiver runs twice.
 
-        What became no delivery is found once more when it has been pending for long enough.
+        An outcome without a delivery is dropped: its entry stays pending and is claimed again.
         """
         again = time.monotonic() + RESEND_AFTER
-        kept = [found for found in outcomes if found.delivery is not None or found.is_torn]
+        kept = [
+            found for found in outcomes if found.delivery is not None or found.is_partly_written
+        ]
         self._refusals.extend((again, outcome) for outcome in kept)
         self._counters.add("unsettled", len(outcomes))
         self._log.error(
             "refused",
-            "Redis rejected the outcomes of %d events of %r: %s. They are sent again every %g s "
-            "until it takes them. %s",
+            "Redis rejected the outcomes of %d events of %r: %s. They are written again every %g s "
+            "until Redis accepts them. %s",
             len(outcomes),
             outcomes[0].name,
             refusal,
@@ -307,7 +312,7 @@ class Acknowledger:
             extra={"signal": outcomes[0].name, "service": self._config.service},
         )
 
-    def _tell(self, outcome: Outcome) -> None:
+    def _announce(self, outcome: Outcome) -> None:
         self._counters.add("retries", len(outcome.due))
 
         for due in outcome.due:
@@ -316,7 +321,7 @@ class Acknowledger:
         for letter in outcome.letters:
             self._counters.add("dead_lettered")
             self._limit.note(outcome.name)
-            self._report(outcome, letter)
+            self._log_dead_letter(outcome, letter)
             emit(
                 event_dead_lettered,
                 self._config.service,
@@ -327,8 +332,8 @@ class Acknowledger:
                 error=letter.error,
             )
 
-    def _report(self, outcome: Outcome, letter: DeadLetter) -> None:
-        # What a receiver raised was logged with its attempt.
+    def _log_dead_letter(self, outcome: Outcome, letter: DeadLetter) -> None:
+        # The error of a receiver was logged with its attempt.
         if letter.reason in ("retries", "rejected"):
             return
 
@@ -351,10 +356,10 @@ class Acknowledger:
         )
 
     def _transaction(self, outcome: Outcome) -> list[Command]:
-        return [("MULTI",), *outcome.commands, self._end(outcome), ("EXEC",)]
+        return [("MULTI",), *outcome.commands, self._remove_pending(outcome), ("EXEC",)]
 
-    def _beginning(self, outcome: Outcome) -> Command:
-        """What undoes :meth:`_end`."""
+    def _add_pending(self, outcome: Outcome) -> Command:
+        """Return the command that reverts :meth:`_remove_pending`."""
         delivery = outcome.delivery
 
         if outcome.undo:
@@ -368,8 +373,8 @@ class Acknowledger:
         until = round((self.clock.now() + self._config.claim_after) * 1000)
         return ("ZADD", key, until, delivery.member)
 
-    def _end(self, outcome: Outcome) -> Command:
-        """What takes it out of this process's hands."""
+    def _remove_pending(self, outcome: Outcome) -> Command:
+        """Return the command that ends an entry (``XACK``) or a retry (``ZREM``)."""
         if outcome.delivery is None or not outcome.is_retry:
             return self._group.acknowledge_command(outcome.name, [outcome.entry])
 
@@ -377,8 +382,8 @@ class Acknowledger:
         return ("ZREM", key, outcome.delivery.member)
 
 
-def _batch(waiting: deque[Outcome]) -> list[Outcome]:
-    """As many outcomes as are told at once, by their number and by their bytes, oldest first."""
+def _pop_batch(waiting: deque[Outcome]) -> list[Outcome]:
+    """Remove and return the oldest outcomes that one round trip may carry."""
     batch: list[Outcome] = []
     room = MOST_BYTES_PER_WRITE
 
@@ -389,6 +394,6 @@ def _batch(waiting: deque[Outcome]) -> list[Outcome]:
     return batch
 
 
-def _taken(waiting: deque[T]) -> list[T]:
-    """As many as are told at once, oldest first; other threads may add meanwhile."""
-    return [waiting.popleft() for _ in range(min(len(waiting), MOST_PER_WRITE))]
+def _pop_handled(handled: deque[Delivery]) -> list[Delivery]:
+    """Remove and return the oldest deliveries of one round trip. Other threads may add more."""
+    return [handled.popleft() for _ in range(min(len(handled), MOST_PER_WRITE))]

@@ -84,7 +84,7 @@ class Consumer:
         self.name = f"{socket.gethostname()}-{os.getpid()}-{node}"
         self._pool = pool
         self._dispatcher = dispatcher
-        counts = RetryCounts(config=config, dispatcher=dispatcher, asked=retries_of)
+        counts = RetryCounts(config=config, dispatcher=dispatcher, receiver_retries=retries_of)
         keys = StreamKeys(config.prefix)
         reading = Pipe(connections, timeout=ANSWER_TIMEOUT)
         settling = Pipe(connections, timeout=WRITE_TIMEOUT)

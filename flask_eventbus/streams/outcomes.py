@@ -1,4 +1,4 @@
-"""What deliveries come to: acknowledged, to be tried again, or given up as dead letters."""
+"""Decide the outcome of a delivery: acknowledged, retried, or a dead letter."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from .group import Entry
 
 
 class RetryCounts:
-    """Of what the subscription, the receiver and the settings say, the count that goes first.
+    """Numbers of retries: the subscription's, else the receiver's, else ``EVENTBUS_RETRIES``.
 
-    :param asked: how often a receiver asks to be tried again at an event ``name``.
+    :param receiver_retries: returns the retries that a receiver was connected with for a signal
+        name, or ``None``.
     """
 
     def __init__(
@@ -32,71 +33,71 @@ class RetryCounts:
         *,
         config: Config,
         dispatcher: Dispatcher,
-        asked: Callable[[str, Receiver], int | None],
+        receiver_retries: Callable[[str, Receiver], int | None],
     ) -> None:
         self._config = config
         self._dispatcher = dispatcher
-        self._asked = asked
+        self._receiver_retries = receiver_retries
 
     def after(self, delivery: Delivery, failure: Failure) -> int:
-        """The count of a receiver that failed at a delivery."""
+        """Return the retries of the receiver that failed at a delivery."""
         return self._of(delivery.subscription, delivery.name, failure.receiver)
 
     def of_receiver(self, subscription: Subscription, event: Event, name: str) -> int:
-        """The count of the receiver called so, which is connected."""
+        """Return the retries of the connected receiver ``name``."""
         receivers = self._dispatcher.receivers(event, only=name)
         return self._of(subscription, event.name, receivers[0])
 
     def of_event(self, subscription: Subscription, event: Event) -> int:
-        """The highest count of an event's receivers: how often it may end its worker."""
+        """Return the most retries of an event's receivers: the crashes its workers may have."""
         receivers = self._dispatcher.receivers(event)
         counts = [self._of(subscription, event.name, receiver) for receiver in receivers]
         return max(counts, default=self._config.retries)
 
     def _of(self, subscription: Subscription, name: str, receiver: Receiver) -> int:
-        asked = self._asked(name, receiver)
-        return allowed(subscription.retries, asked, self._config.retries)
+        own = self._receiver_retries(name, receiver)
+        return allowed(subscription.retries, own, self._config.retries)
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What Redis is to be told of one entry, or of one retry."""
+    """The commands that end one entry, or one retry of it, in Redis."""
 
     name: str
     entry: str
-    #: All of them take effect, or none; empty where an acknowledgement is all.
+    #: Commands of the transaction that ends it; empty if it is only acknowledged.
     commands: Sequence[Command] = ()
-    #: What it settles; ``None`` for an entry that became no delivery.
+    #: The delivery that ends; ``None`` for an entry that became no delivery.
     delivery: Delivery | None = None
-    #: What became of the receivers that failed.
+    #: Dead letters among the commands.
     letters: Sequence[DeadLetter] = ()
-    #: When the retries are due, in seconds since 1970.
+    #: Times at which the retries among the commands are due, in seconds since 1970.
     due: Sequence[float] = ()
-    #: Whether Redis may have got it: the answer was lost.
-    doubtful: bool = False
-    #: Whether Redis took the end of it, and not the rest.
-    is_torn: bool = False
-    #: What undoes the end of one without a delivery, if it is no entry of the stream.
+    #: True if the connection was lost before the answer: Redis may have executed the commands.
+    may_be_written: bool = False
+    #: True if the acknowledgement succeeded but another command of the transaction failed.
+    is_partly_written: bool = False
+    #: Command that makes it pending again; empty for an entry or a retry that was delivered.
     undo: Command = ()
 
     @property
     def size(self) -> int:
-        """The bytes that Redis is told: a record of a retry has the event once more."""
+        """Bytes of the commands. A retry and a dead letter each hold the event."""
         return sum(
             len(part) for command in self.commands for part in command if isinstance(part, bytes)
         )
 
     @property
     def is_retry(self) -> bool:
-        """Whether it is of one receiver that was tried again."""
+        """Return True if it ends a retry."""
         return self.delivery is not None and self.delivery.retry is not None
 
 
 class Outcomes:
-    """Judges how receivers ended.
+    """Makes the outcome of a delivery from the failures of its receivers.
 
-    :param retries_of: how often the receiver called so is tried again at a delivery.
-    :param failures: where failures are logged, with what follows.
+    :param retries_of: returns the number of retries allowed after a failure.
+    :param failures: logs each failure, and whether a retry or a dead letter follows.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Outcomes:
         self._clock = clock
 
     def of(self, delivery: Delivery, failures: Sequence[Failure]) -> Outcome:
-        """What a delivery came to."""
+        """Return the outcome of a delivery whose receivers have run."""
         if not failures:
             return Outcome(delivery.name, delivery.entry, (), delivery)
 
@@ -125,15 +126,15 @@ class Outcomes:
 
         for failure in failures:
             if failure.name:
-                self._judge(delivery, failure, commands, letters, due)
+                self._add_failure(delivery, failure, commands, letters, due)
             else:
-                # The receiver is done, and only its teardown failed: nothing is tried again.
+                # The receiver succeeded; only its teardown failed.
                 self._failures.final(delivery.event, failure)
 
         return Outcome(delivery.name, delivery.entry, commands, delivery, letters, due)
 
     def give_up(self, delivery: Delivery, reason: str, error: str) -> Outcome:
-        """What a delivery comes to that is not even begun."""
+        """Return the dead letter of a delivery whose receivers do not run."""
         record = delivery.retry
         letter = self._letter(delivery, reason, error, attempts=delivery.crashes or 0)
 
@@ -147,18 +148,24 @@ class Outcomes:
             )
 
         return Outcome(
-            delivery.name, delivery.entry, [self._bury(delivery.name, letter)], delivery, [letter]
+            delivery.name,
+            delivery.entry,
+            [self._add_dead_letter(delivery.name, letter)],
+            delivery,
+            [letter],
         )
 
     def rejected(self, entry: Entry, letter: DeadLetter) -> Outcome:
-        """What an entry comes to that is no event."""
-        return Outcome(entry.name, entry.id, [self._bury(entry.name, letter)], letters=[letter])
+        """Return the dead letter of an entry that cannot be decoded."""
+        return Outcome(
+            entry.name, entry.id, [self._add_dead_letter(entry.name, letter)], letters=[letter]
+        )
 
     def skipped(self, entry: Entry) -> Outcome:
-        """What an entry comes to that is not for this service."""
+        """Return the acknowledgement of an entry that this service does not handle."""
         return Outcome(entry.name, entry.id)
 
-    def _judge(
+    def _add_failure(
         self,
         delivery: Delivery,
         failure: Failure,
@@ -170,13 +177,13 @@ class Outcomes:
         retries = self._retries_of(delivery, failure)
         verdict = judge(failure.error, attempts=attempts, retries=retries)
         now = self._clock.now()
-        last = "" if delivery.retry is None else delivery.retry.traceback
+        last_traceback = "" if delivery.retry is None else delivery.retry.traceback
         self._failures.judged(
             delivery.event,
             failure,
             verdict,
             due=now + verdict.after,
-            is_known=last == traceback_of(failure.error),
+            is_known=last_traceback == traceback_of(failure.error),
         )
 
         if verdict.reason is None:
@@ -196,19 +203,19 @@ class Outcomes:
             letter = replace(letter, first=delivery.retry.first)
 
         letters.append(letter)
-        commands.append(self._bury(delivery.name, letter))
+        commands.append(self._add_dead_letter(delivery.name, letter))
 
     def _record(
         self, delivery: Delivery, failure: Failure, attempts: int, now: float
     ) -> RetryRecord:
-        moment = round(now * 1000)
+        now_ms = round(now * 1000)
         return RetryRecord(
             entry=delivery.entry,
             event=delivery.body,
             receiver=failure.name,
             attempts=attempts,
-            first=moment if delivery.retry is None else delivery.retry.first,
-            last=moment,
+            first=now_ms if delivery.retry is None else delivery.retry.first,
+            last=now_ms,
             error=words_of(failure.error),
             traceback=traceback_of(failure.error),
         )
@@ -228,6 +235,6 @@ class Outcomes:
             last=now,
         )
 
-    def _bury(self, name: str, letter: DeadLetter) -> Command:
+    def _add_dead_letter(self, name: str, letter: DeadLetter) -> Command:
         key = self._keys.dead(name, self._config.service)
         return ("XADD", key, "*", *letter.as_fields())
