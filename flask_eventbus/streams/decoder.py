@@ -1,4 +1,4 @@
-"""What becomes of one entry of a stream: a delivery, an acknowledgement, or a dead letter."""
+"""Decodes stream entries, and sorts them into deliveries, skipped entries and dead letters."""
 
 from __future__ import annotations
 
@@ -24,28 +24,30 @@ from .group import Entry
 
 logger = get_logger(__name__)
 
-#: Fields of an entry that is too large of which a dead letter keeps samples.
+#: Maximum number of fields of an oversized entry that a dead letter keeps samples of.
 MOST_FIELDS = 8
 
-#: Characters of a payload that are kept in a dead letter for a person to read.
+#: Maximum length in characters of the readable payload in a dead letter.
 MOST_PAYLOAD = 4_000
 
 
 @dataclass(slots=True)
 class DecodedEntries:
-    """Entries that were read, by what is to be done with them."""
+    """The entries of one read, sorted by what happens to them next."""
 
+    #: Events for the receivers.
     deliveries: list[Delivery] = field(default_factory=list)
-    #: What is acknowledged without a receiver: echoes, other sources, what is trimmed.
+    #: Entries to acknowledge without running a receiver: echoes, events from other sources, and
+    #: trimmed entries.
     skipped: list[Entry] = field(default_factory=list)
-    #: What is no event.
+    #: Entries that are not valid events, with their dead letters.
     dead: list[tuple[Entry, DeadLetter]] = field(default_factory=list)
-    #: What was trimmed before it could be read.
+    #: Number of entries that were trimmed before they were read.
     trimmed: int = 0
 
 
 class EntryDecoder:
-    """Decodes and checks entries, and lets through what this service is to handle.
+    """Decodes and checks entries, and selects those that this service handles.
 
     :param siblings: nodes of this process whose local receivers ran at ``send()``.
     """
@@ -62,7 +64,10 @@ class EntryDecoder:
     def decode(
         self, entries: list[Entry], subscription_of: dict[str, Subscription]
     ) -> DecodedEntries:
-        """Sort entries of streams, each by the subscription of its name."""
+        """Decode entries, each for the subscription of its stream.
+
+        :param subscription_of: the subscription of each stream, by signal.
+        """
         found = DecodedEntries()
         claimed_until = time.monotonic() + self._config.claim_after
 
@@ -86,7 +91,7 @@ class EntryDecoder:
             found.dead.append((entry, self._reject(entry, error)))
             return
 
-        if not self._wanted(event, subscription):
+        if not self._accepts(event, subscription):
             found.skipped.append(entry)
             return
 
@@ -118,14 +123,14 @@ class EntryDecoder:
 
         if event.name != entry.name:
             raise DecodeError(
-                f"The event {event.id} in the stream of {entry.name!r} says it is {event.name!r}.",
+                f"The event {event.id} in the stream of {entry.name!r} has the name {event.name!r}.",
                 reason="wrong_channel",
             )
 
         return event, memory
 
-    def _wanted(self, event: Event, subscription: Subscription) -> bool:
-        # Without a group only the process that emitted it has run its receivers.
+    def _accepts(self, event: Event, subscription: Subscription) -> bool:
+        # In a group, any process of the service may have emitted the event and run its receivers.
         is_ours = subscription.group and event.source == self._config.service
 
         if is_ours or event.node in self._siblings:
@@ -146,7 +151,7 @@ class EntryDecoder:
         sample = bytes((entry.fields or {}).get(b"event", b""))[:SAMPLE]
         self._log.warning(
             f"rejected {error.reason}",
-            "The entry %s in the stream of %r is rejected (%s): %s It begins with %r.",
+            "The entry %s in the stream of %r is rejected (%s): %s It starts with %r.",
             entry.id,
             entry.name,
             error.reason,
@@ -161,35 +166,36 @@ class EntryDecoder:
         return DeadLetter(
             reason="undecodable",
             entry=entry.id,
-            fields=self._kept(entry),
+            fields=self._stored_fields(entry),
             error=f"{error.reason}: {error}"[:MOST_ERROR],
             first=now,
             last=now,
         )
 
-    def _kept(self, entry: Entry) -> dict[bytes, bytes]:
-        """Return what a dead letter keeps of an entry: of one above the limit, no field whole.
+    def _stored_fields(self, entry: Entry) -> dict[bytes, bytes]:
+        """Return the fields that a dead letter stores.
 
-        Its worker and Redis would hold a body of any size once more, for as long as it lies there.
+        Of an entry above the size limit, store a sample, the length and the SHA-256 of each field:
+        the whole fields would fill the memory of the worker and of Redis.
         """
         fields = entry.fields or {}
 
         if entry.size() <= self._config.max_event_bytes:
             return {bytes(name): bytes(value) for name, value in fields.items()}
 
-        kept: dict[bytes, bytes] = {}
+        samples: dict[bytes, bytes] = {}
 
         for name, value in itertools.islice(fields.items(), MOST_FIELDS):
-            mark = bytes(name)[:SAMPLE]
-            known = value.sha256 if isinstance(value, Large) else sha256(value).hexdigest()
-            kept[mark + b".sample"] = bytes(value)[:SAMPLE]
-            kept[mark + b".length"] = b"%d" % len(value)
-            kept[mark + b".sha256"] = known.encode()
+            prefix = bytes(name)[:SAMPLE]
+            digest = value.sha256 if isinstance(value, Large) else sha256(value).hexdigest()
+            samples[prefix + b".sample"] = bytes(value)[:SAMPLE]
+            samples[prefix + b".length"] = b"%d" % len(value)
+            samples[prefix + b".sha256"] = digest.encode()
 
-        return kept
+        return samples
 
 
 def readable(event: Event) -> str:
-    """Return a payload as JSON, as ``tail --json`` shows it, cut to :data:`MOST_PAYLOAD`."""
+    """Return the payload as JSON, as in ``tail --json``, cut to :data:`MOST_PAYLOAD`."""
     payload = plain(dict(opened(event).payload))
     return json.dumps(payload, ensure_ascii=False, allow_nan=False)[:MOST_PAYLOAD]

@@ -1,4 +1,4 @@
-"""Bytes over streams: one service's consumer group, command by command."""
+"""The Redis commands of a service's consumer group, one method for each."""
 
 from __future__ import annotations
 
@@ -16,100 +16,100 @@ from ..transport.pipe import SAMPLE, Command, Large, Pipe
 
 logger = get_logger(__name__)
 
-#: The consumer that entries are handed back to by a process that ends: nobody's, for everybody.
+#: Consumer that owns released entries. No worker has this name; every worker may claim them.
 RELEASED = "released"
 
-#: Milliseconds that entries which are handed back count as idle: claimable at once, and by one
-#: worker only, since no other entry was idle for so long.
+#: Idle time of a released entry, in milliseconds. No other entry is idle for so long, so a claim
+#: with this minimum takes released entries only, and only one worker gets each.
 LONG_IDLE = 2**31 - 1
 
-#: What a user needs to be allowed of the stream of a group.
+#: ACL rights that a worker needs on the stream.
 RIGHTS = (
     "+xgroup|create +xgroup|createconsumer +xgroup|delconsumer +xreadgroup +xack +xclaim +xpending "
     "+xrange +xinfo|stream +xinfo|groups +xinfo|consumers"
 )
 
-#: What it needs of the retries of its service, and for the transactions that note them.
+#: ACL rights that a worker needs on the retries of its service, with their transactions.
 RETRY_RIGHTS = "+zrangebyscore +zscore +zadd +zrem +watch +multi +exec"
 
-#: The last id that an entry can have but one: the last of all means ``>`` to Redis.
+#: The second largest entry id. Redis reads the largest one as ``>``.
 LAST_ID = f"{2**64 - 1}-{2**64 - 2}"
 
-#: Entries that are looked at in one command.
+#: Maximum number of entries that one command lists.
 PAGE = 100
 
-#: Entries that are asked for in one round trip, whatever their size: Redis keeps all answers to it.
+#: Maximum number of entries that one round trip looks up. Redis buffers all its answers.
 LOOK_UP = 16
 
-#: Entries that are listed at most when a consumer is removed.
+#: Maximum number of pending entries that are listed when a consumer is removed.
 MOST_PENDING = 10_000
 
-#: Seconds for which it is known in Redis what a worker reported.
+#: Seconds for which Redis keeps the reports of workers.
 REPORT_KEPT = 24 * 60 * 60
 
-#: Entries that are counted at most behind the place where a new group begins.
+#: Maximum number of entries that are counted after the start of a new group.
 MOST_COUNTED = 1_000
 
 
-#: What an entry consists of; what is too large to be read whole is :class:`.Large`.
+#: The fields of an entry. A name or value that is too large to read is a :class:`.Large`.
 Fields = Mapping[bytes | Large, bytes | Large]
 
 
 class GroupGoneError(Exception):
-    """A stream or its group was deleted: Redis was flushed, or restarted without its data."""
+    """The stream or its group does not exist: Redis was flushed, or lost its data."""
 
 
 class Entry(NamedTuple):
-    """An entry of a stream as it came; ``fields`` is ``None`` if it was trimmed meanwhile."""
+    """A stream entry as Redis returned it; ``fields`` is ``None`` if it was trimmed."""
 
     name: str
     id: str
     fields: Fields | None
 
     def size(self) -> int:
-        """Return the bytes of its fields."""
+        """Return the size of the fields in bytes."""
         fields = self.fields or {}
         return sum(map(len, fields)) + sum(map(len, fields.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """An entry that was delivered and is not acknowledged."""
+    """An entry that was delivered and not acknowledged, as ``XPENDING`` lists it."""
 
     id: str
     consumer: str
-    #: Milliseconds since it was delivered, or claimed, or its claim renewed.
+    #: Milliseconds since the entry was delivered or claimed, or the claim was renewed.
     idle: int
-    #: How often it was delivered.
+    #: Number of deliveries.
     times: int
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a group has come in its stream."""
+    """The position of a group in its stream."""
 
-    #: The last entry that was delivered.
+    #: Id of the last delivered entry.
     delivered: str
-    #: The first and the last entry that the stream has, or had.
+    #: Ids of the first and the last entry; both are the last generated id if the stream is empty.
     first: str
     last: str
-    #: Entries that were trimmed before they were delivered; ``None`` where Redis has no count.
+    #: Number of entries that were trimmed before delivery; ``None`` if Redis has no count.
     trimmed: int | None
-    #: True if the stream begins after the last delivered entry.
+    #: True if the first entry of the stream comes after the last delivered one.
     is_behind: bool
-    #: Entries that Redis does not count as read although the group has passed them: Redis 7.0
-    #: leaves out what was trimmed unread. 0 while the group is behind.
+    #: Number of entries that the group has passed and that Redis does not count as read. Redis 7.0
+    #: omits entries that were trimmed unread. 0 while the group is behind.
     miscounted: int = 0
 
 
 class Group:
-    """The consumer group of a service on each of its streams, as one consumer sees it.
+    """The consumer group of a service on each of its streams, used as one consumer.
 
-    :param pipe: its connection; one thread at a time.
-    :param consumer: this process, as ``XINFO CONSUMERS`` shows it.
-    :param unlisted: the streams whose pending entries Redis does not list, where several objects
-        share what they know of it.
-    :param max_bytes: the size of the largest event.
+    :param pipe: the connection. Only one thread may use it at a time.
+    :param consumer: the consumer name of this process, as ``XINFO CONSUMERS`` shows it.
+    :param unlisted: names of the streams whose pending entries this user may not list. Groups on
+        different connections share this set.
+    :param max_bytes: maximum size of an event in bytes.
     """
 
     def __init__(
@@ -128,29 +128,29 @@ class Group:
         self._service = service
         self._consumer = consumer
         self._max_bytes = max_bytes
-        #: Entries that are looked up in one round trip: one, after an answer that was lost.
+        #: Number of entries to look up in the next round trip; 1 after an answer was lost.
         self._page = LOOK_UP
 
     def join(self, starts: Mapping[str, str]) -> dict[str, Exception | None]:
-        """Make the group on each stream where there is none; what refused it, by name.
+        """Create the group on each stream that has none.
 
-        :param starts: where a new group begins, by the stream's signal. A group that is there
-            is left where it is.
-        :return: ``None`` where the group was made or was there.
-        :raises redis.ConnectionError: Redis is away.
+        :param starts: the id at which a new group starts, by signal. An existing group keeps its
+            position.
+        :return: by signal, the error if Redis refused, or ``None`` if the group exists now.
+        :raises redis.ConnectionError: Redis is unreachable.
         """
         if not starts:
             return {}
 
         places = self._places(starts)
         refusals = self._make(places)
-        # Redis 6.2 does not know ENTRIESREAD.
+        # Redis 6.2 does not support ENTRIESREAD.
         again = {name: places[name][:1] for name in refusals if len(places[name]) > 1}
         refusals.update(self._make(again) if any(refusals[name] for name in again) else {})
         return refusals
 
     def _make(self, places: Mapping[str, Command]) -> dict[str, Exception | None]:
-        """Make the group on each stream, at an id and with the options that follow it."""
+        """Create the group on each stream, at an id and with the options after it."""
         commands: list[Command] = []
 
         for name, (id, *options) in places.items():
@@ -158,7 +158,8 @@ class Group:
             create: Command = ("XGROUP", "CREATE", key, self._service, id, "MKSTREAM", *options)
             commands.append(create)
             commands.append(("SADD", self._keys.names, name))
-            # For those who look: before Redis 7.2 its first entry would make it.
+            # Before Redis 7.2, only reading an entry would create the consumer, and `status` would
+            # not show it.
             commands.append(("XGROUP", "CREATECONSUMER", key, self._service, self._consumer))
 
         answers = self.pipe.run(commands)
@@ -168,9 +169,9 @@ class Group:
         }
 
     def _places(self, starts: Mapping[str, str]) -> dict[str, Command]:
-        """Return the id at which each group begins, with ``ENTRIESREAD`` for one that is new.
+        """Return the id at which each group starts, with ``ENTRIESREAD`` for a new group.
 
-        With that number Redis counts what is trimmed before the group reads for the first time.
+        From that number Redis counts the entries trimmed before the group first reads.
         """
         asked = self.pipe.run([("XINFO", "GROUPS", self._keys.stream(name)) for name in starts])
         new = [
@@ -195,7 +196,7 @@ class Group:
         return places
 
     def _is_among(self, groups: Any) -> bool:
-        """Return True if this group is one of ``groups``, or Redis refuses to list them."""
+        """Return True if ``groups`` contains this group, or Redis refused to list them."""
         if isinstance(groups, Exception):
             return True
 
@@ -210,7 +211,7 @@ class Group:
 
         stream = _as_dict(info)
         last = entry_id(stream.get("last-generated-id", b"0-0"))
-        # An id, and not "$": what is added meanwhile is new to the group.
+        # An id instead of "$", so that the group gets entries added in the meantime.
         place = last if start == "$" else entry_id(start)
         read = self._count_before(name, stream, place, last)
         return (id_text(place), *(() if read is None else ("ENTRIESREAD", read)))
@@ -218,7 +219,7 @@ class Group:
     def _count_before(
         self, name: str, stream: Mapping[str, Any], place: EntryId, last: EntryId
     ) -> int | None:
-        """Return how many entries were ever added up to ``place``; ``None`` if that is unknown."""
+        """Return the number of entries ever added up to ``place``; ``None`` if unknown."""
         added: int | None = stream.get("entries-added")
         first = stream.get("first-entry")
 
@@ -235,7 +236,7 @@ class Group:
         return None if after is None else max(0, added - after)
 
     def _count_after(self, name: str, place: EntryId) -> int | None:
-        """Return how many entries lie behind ``place``; ``None`` if they are too many to count."""
+        """Return the number of entries after ``place``; ``None`` above the limit."""
         count, start = 0, place
 
         while count <= MOST_COUNTED:
@@ -251,38 +252,39 @@ class Group:
         return None
 
     def read(self, names: Sequence[str], *, count: int, block: float) -> list[Entry]:
-        """New entries of streams, up to ``count`` of each; often none.
+        """Return new entries of streams, up to ``count`` from each, or an empty list.
 
-        :param block: seconds to wait for one.
-        :raises GroupGoneError: a stream or its group is not there any more.
-        :raises redis.ResponseError: Redis refuses.
+        :param block: maximum time to wait for an entry, in seconds.
+        :raises GroupGoneError: if a stream or its group does not exist.
+        :raises redis.ResponseError: if Redis refuses the command.
         """
         keys = [self._keys.stream(name) for name in names]
         head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", count)
         wait = ("BLOCK", int(block * 1000)) if block else ()
-        return self._entries(self._asked(*head, *wait, "STREAMS", *keys, *(">" for _ in keys)))
+        return self._entries(self._ask(*head, *wait, "STREAMS", *keys, *(">" for _ in keys)))
 
     def try_to_read(self, name: str) -> None:
-        """Find out whether a stream may be read, and read nothing.
+        """Check that this consumer may read a stream, without reading an entry.
 
-        :raises GroupGoneError: the stream or its group is not there.
-        :raises redis.ResponseError: Redis refuses.
+        :raises GroupGoneError: if the stream or its group does not exist.
+        :raises redis.ResponseError: if Redis refuses the command.
         """
-        # What this consumer has pending behind all of it.
+        # Reads this consumer's pending entries after the last possible id: there are none.
         head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", 1)
-        self._asked(*head, "STREAMS", self._keys.stream(name), LAST_ID)
+        self._ask(*head, "STREAMS", self._keys.stream(name), LAST_ID)
 
     def pending(
         self, name: str, *, idle: float = 0.0, consumer: str = "", most: int | None = None
     ) -> list[Pending]:
-        """What was delivered and is not acknowledged, oldest first, all of it.
+        """Return the pending entries of a stream, oldest first.
 
-        Nothing where Redis does not list it, which is logged: a worker does its work without.
+        If this user may not list them, log a warning and return an empty list. A worker can run
+        without the list.
 
-        :param idle: seconds that it is idle at least.
-        :param consumer: whose; everybody's by default.
-        :param most: after how many there is no more looking.
-        :raises GroupGoneError: the stream or its group is not there any more.
+        :param idle: minimum idle time in seconds.
+        :param consumer: return only the entries of this consumer; of all consumers if empty.
+        :param most: stop once this many entries are found.
+        :raises GroupGoneError: if the stream or its group does not exist.
         """
         try:
             found = self._pending(name, idle, consumer, most)
@@ -296,7 +298,7 @@ class Group:
         if name in self.unlisted:
             self.unlisted.discard(name)
             logger.warning(
-                "Redis shows %r again which events of %r are pending.",
+                "Redis lets %r list the pending events of %r again.",
                 self._service,
                 name,
                 extra={"signal": name, "service": self._service},
@@ -310,8 +312,8 @@ class Group:
 
         self.unlisted.add(name)
         logger.warning(
-            "Redis does not show %r which events of %r are pending: %s. What a worker leaves, "
-            "because it ends, dies or loses its connection, waits until Redis does. %s",
+            "Redis does not let %r list the pending events of %r: %s. Events of a worker that "
+            "stopped, died or lost its connection wait until the list is available. %s",
             self._service,
             name,
             error,
@@ -325,7 +327,7 @@ class Group:
 
         while True:
             head: Command = ("XPENDING", self._keys.stream(name), self._service)
-            page = self._asked(
+            page = self._ask(
                 *(*head, "IDLE", int(idle * 1000), start, "+", PAGE),
                 *([consumer] if consumer else []),
             )
@@ -340,21 +342,21 @@ class Group:
             start = f"({found[-1].id}"
 
     def own_pending(self, name: str) -> list[Pending]:
-        """What this consumer has not acknowledged."""
+        """Return the pending entries of this consumer."""
         return self.pending(name, consumer=self._consumer)
 
     def remedy(self, name: str, reason: Exception) -> str:
-        """What to do about a refusal of its stream: a sentence."""
+        """Return one sentence that tells what to do if Redis refuses to read a stream."""
         if takes_no_writes(reason):
             return (
-                "Redis takes no writes now, and to read for a group is a write: events wait in the "
-                "stream, and are read within seconds once Redis takes writes again."
+                "Redis accepts no writes now, and reading for a group is a write. The events stay "
+                "in the stream and are read within seconds once Redis accepts writes again."
             )
 
         return remedy(reason, {self._keys.stream(name): RIGHTS})
 
     def worker_remedy(self, name: str, reason: Exception) -> str:
-        """What to do about a refusal of what a worker does after it has read: a sentence."""
+        """Return one sentence that tells what to do if Redis refuses a worker after a read."""
         keys, service = self._keys, self._service
         return remedy(
             reason,
@@ -366,14 +368,15 @@ class Group:
         )
 
     def look_up(self, name: str, ids: Sequence[str]) -> list[Entry]:
-        """The entries with these ids, without fields where they are trimmed.
+        """Return the entries with these ids; a trimmed entry has no fields.
 
-        What is larger than the largest event is not kept: a worker that ends for want of memory
-        would leave it to the next one, which would end as well.
+        Values above the maximum event size are not kept in memory. An entry that is too large would
+        kill this worker, and then each worker that takes the entry over.
         """
         key = self._keys.stream(name)
         answers: list[Any] = []
-        # Redis cuts a client off whose answers take too much: then one by one, the next time.
+        # Redis disconnects a client whose answers exceed its output buffer. The next call after a
+        # lost answer looks up one entry at a time.
         count, self._page = self._page, 1
 
         for start in range(0, len(ids), count):
@@ -387,63 +390,68 @@ class Group:
         ]
 
     def claim(self, name: str, pending: Sequence[Pending], *, idle: float) -> set[str]:
-        """Take over what is still idle, and return the ids of what is this consumer's now.
+        """Claim entries that are still idle, and return the ids of those that were claimed.
 
-        It counts as delivered as often as before: nobody has begun with it yet.
+        The delivery counts stay as they are, because no receiver has started yet.
+
+        :param idle: minimum idle time in seconds.
         """
         return self._claim(name, pending, idle=idle, times=lambda found: found.times)
 
     def record_start(self, name: str, id: str, *, times: int) -> bool:
-        """Note in Redis that the receivers of an entry begin, if it is still this consumer's.
+        """Record in Redis that the receivers of an entry start.
 
-        :param times: how often it was delivered then.
+        Return False if the entry is no longer pending for this consumer.
+
+        :param times: the new delivery count.
         """
         head: Command = ("XPENDING", self._keys.stream(name), self._service)
 
-        if not self._asked(*head, id, id, 1, self._consumer):
+        if not self._ask(*head, id, id, 1, self._consumer):
             return False
 
         mine = [Pending(id, self._consumer, 0, times)]
         return bool(self._claim(name, mine, idle=0.0, times=lambda found: times))
 
     def renew(self, name: str, ids: Sequence[str]) -> set[str]:
-        """Keep entries that are this consumer's, and return their ids."""
+        """Renew the claim on this consumer's entries, and return the ids it still owns."""
         owned = {found.id: found for found in self.own_pending(name)}
 
         if name in self.unlisted:
-            # Nobody can tell whether another worker has them; the counts stay as they are.
+            # Without the list, the owners and the counts are unknown; JUSTID keeps the counts.
             head = ("XCLAIM", self._keys.stream(name), self._service, self._consumer)
-            return {id.decode() for id in self._asked(*head, 0, *ids, "JUSTID") if id}
+            return {id.decode() for id in self._ask(*head, 0, *ids, "JUSTID") if id}
 
         mine = [owned[id] for id in ids if id in owned]
         self._claim(name, mine, idle=0.0, times=lambda found: found.times)
         return {found.id for found in mine}
 
-    def release(self, name: str, begun: Mapping[str, int], *options: str) -> None:
-        """Hand back entries of this consumer, for others to claim at once.
+    def release(self, name: str, crashes: Mapping[str, int], *options: str) -> None:
+        """Release entries, so that other workers can claim them at once.
 
-        :param begun: how often each was begun by workers that did not end it, by its id.
-        :param options: ``"FORCE"`` for entries that are pending for nobody.
+        :param crashes: by entry id, the number of workers that started the entry and died.
+        :param options: ``"FORCE"`` for entries that are not pending for any consumer.
         """
         head: Command = ("XCLAIM", self._keys.stream(name), self._service, RELEASED, 0)
 
-        for times in set(begun.values()):
-            ids = [id for id, count in begun.items() if count == times]
+        for times in set(crashes.values()):
+            ids = [id for id, count in crashes.items() if count == times]
             tail: Command = ("IDLE", LONG_IDLE, "RETRYCOUNT", times, *options, "JUSTID")
 
             for start in range(0, len(ids), PAGE):
-                self._asked(*head, *ids[start : start + PAGE], *tail)
+                self._ask(*head, *ids[start : start + PAGE], *tail)
 
     def leave(self, name: str) -> None:
-        """Take this consumer out of the group, if nothing is pending for it."""
+        """Remove this consumer from the group, unless it has pending entries."""
         if not self.own_pending(name):
             self.remove(name, self._consumer)
 
     def remove(self, name: str, consumer: str) -> int:
-        """Take a consumer out of the group; return how many entries it had after all.
+        """Remove a consumer from the group; return the number of entries it still had.
 
-        Redis forgets them with the consumer. It may have read them since somebody looked, so they
-        are listed in the same transaction, and handed back. Where they cannot be, it stays.
+        Redis deletes the pending entries of a consumer with it. The consumer may have read since
+        the caller looked, so one transaction lists its entries and removes it; then the entries are
+        released. If this user may not list them, the consumer stays.
         """
         if name in self.unlisted:
             return 0
@@ -467,12 +475,12 @@ class Group:
         return len(lost)
 
     def report_alive(self, name: str) -> None:
-        """Let Redis note that this consumer lives: before Redis 7.2, waiting is not noted."""
+        """Reset the idle time of this consumer; before Redis 7.2, a blocked read does not."""
         self.try_to_read(name)
 
     def consumers(self, name: str) -> list[tuple[str, int, float]]:
-        """The consumers of the group, with how much they have pending and the seconds they idle."""
-        answer = self._asked("XINFO", "CONSUMERS", self._keys.stream(name), self._service)
+        """Return name, number of pending entries and idle time in seconds of each consumer."""
+        answer = self._ask("XINFO", "CONSUMERS", self._keys.stream(name), self._service)
         found = [_as_dict(item) for item in answer]
         return [
             (item["name"].decode(errors="replace"), item["pending"], item["idle"] / 1000)
@@ -480,12 +488,12 @@ class Group:
         ]
 
     def position(self, name: str) -> Position | None:
-        """How far the group has come; ``None`` if there is no stream, or no group.
+        """Return the position of the group; ``None`` if the stream or the group does not exist.
 
-        :raises redis.ResponseError: its user may not ask, or Redis lacks the command.
+        :raises redis.ResponseError: if the user may not use ``XINFO``, or Redis does not have it.
         """
         key = self._keys.stream(name)
-        # XINFO STREAM tells the first entry and the last one, whole.
+        # XINFO STREAM returns the first and the last entry with all fields.
         commands: list[Command] = [("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)]
         stream, groups = self.pipe.run(commands, most=self._max_bytes)
 
@@ -503,20 +511,20 @@ class Group:
         return None
 
     def counts_trimmed_as_read(self, name: str) -> bool:
-        """Return True if Redis counts as read what was trimmed unread: 7.2 and later, and Valkey.
+        """Return True if Redis counts trimmed entries as read: 7.2 and later, and Valkey.
 
-        Known by what came with it, the time since a consumer last got an entry.
+        These versions also report the ``inactive`` time of a consumer.
         """
         key = self._keys.stream(name)
         consumers = self.pipe.run([("XINFO", "CONSUMERS", key, self._service)])[0]
         return isinstance(consumers, list) and any(b"inactive" in found for found in consumers)
 
     def record_trimmed(self, name: str, place: str, count: int, *, anywhere: bool) -> int | None:
-        """Note that entries were trimmed before the group got them, for its other workers.
+        """Record in Redis, for all workers, how many entries were trimmed before delivery.
 
-        :param place: where the group stands, before the entries that are lost.
-        :param anywhere: whether what was noted at other places counts as well.
-        :return: how many entries a worker had noted; ``None`` if none had, or Redis refuses.
+        :param place: position of the group, before the lost entries.
+        :param anywhere: if true, a record for another position counts as well.
+        :return: the count recorded before; ``None`` if there was none, or Redis refuses.
         """
         key = self._keys.trimmed(name, self._service)
         done = self.pipe.run(
@@ -536,26 +544,26 @@ class Group:
         return int(noted) if anywhere or where.decode() == place else None
 
     def record_alarm(self, name: str, text: str) -> None:
-        """Note what somebody did to entries of the group, for ``status`` and ``check``."""
+        """Store an alarm about entries of the group, for ``status`` and ``check``."""
         key = self._keys.tampered(name, self._service)
         self._run([("HSET", key, "alarm", text), ("EXPIRE", key, REPORT_KEPT)])
 
     def pending_command(self, name: str, id: str) -> Command:
-        """The command whose answer is empty if an entry is pending for nobody."""
+        """Return the command whose answer is empty if an entry is not pending."""
         return ("XPENDING", self._keys.stream(name), self._service, id, id, 1)
 
     def released_command(self, name: str) -> Command:
-        """The command whose answer is empty if no entry was handed back."""
+        """Return the command whose answer is empty if the group has no released entry."""
         return ("XPENDING", self._keys.stream(name), self._service, "-", "+", 1, RELEASED)
 
     def acknowledge_command(self, name: str, ids: Iterable[str]) -> Command:
-        """The command that tells that entries are handled."""
+        """Return the command that acknowledges entries."""
         return ("XACK", self._keys.stream(name), self._service, *ids)
 
     def restore_command(self, name: str, id: str, *, times: int) -> Command:
-        """The command that makes an entry pending for this consumer that was acknowledged.
+        """Return the command that makes an acknowledged entry pending for this consumer again.
 
-        :param times: how often it was delivered.
+        :param times: the delivery count to set.
         """
         head: Command = ("XCLAIM", self._keys.stream(name), self._service, self._consumer)
         return (*head, 0, id, "RETRYCOUNT", times, "FORCE", "JUSTID")
@@ -568,7 +576,7 @@ class Group:
         idle: float,
         times: Callable[[Pending], int],
     ) -> set[str]:
-        """One command for all that are to have the same count."""
+        """Claim entries, with one command for all that get the same delivery count."""
         counts: dict[int, list[str]] = {}
 
         for found in pending:
@@ -590,7 +598,7 @@ class Group:
 
         return answers
 
-    def _asked(self, *command: str | bytes | int | float) -> Any:
+    def _ask(self, *command: str | bytes | int | float) -> Any:
         return self._run([command])[0]
 
     def _entries(self, answer: Any) -> list[Entry]:
@@ -604,7 +612,7 @@ class Group:
 
 
 def last_id(info: Any) -> str | None:
-    """The id that a stream gave last, of an answer of ``XINFO STREAM``; ``None`` if none tells."""
+    """Return the last generated id from an ``XINFO STREAM`` answer; ``None`` if refused."""
     if isinstance(info, Exception):
         return "0-0" if "no such key" in str(info) else None
 
@@ -612,16 +620,16 @@ def last_id(info: Any) -> str | None:
 
 
 def lacks_command(reason: Exception) -> bool:
-    """Return True if a user may not use a command, or the server does not have it."""
+    """Return True if the user may not use a command, or the server does not have it."""
     return isinstance(reason, redis.exceptions.NoPermissionError) or str(reason).startswith(
         ("unknown command", "unknown subcommand")
     )
 
 
 def passed(info: Any, position: str) -> int | None:
-    """Return how many entries were added up to the next one that a reader at ``position`` gets.
+    """Return the number of entries ever added before the next one a reader at ``position`` gets.
 
-    ``None`` where it is in the middle of the stream, and where the server does not count.
+    Return ``None`` if the position is inside the stream, or the server does not count.
     """
     stream = _as_dict(info)
     added: int | None = stream.get("entries-added")
@@ -637,9 +645,9 @@ def passed(info: Any, position: str) -> int | None:
 
 
 def remedy(reason: object, rights: Mapping[str, str]) -> str:
-    """What to do about a refusal: a sentence.
+    """Return one sentence that tells what to do about an error of Redis.
 
-    :param rights: what a user needs, by the key that it needs it for.
+    :param rights: the ACL rights that the user needs, by key.
     """
     if isinstance(reason, redis.exceptions.NoPermissionError) or "NOPERM" in str(reason):
         selectors = " ".join(f"({needed} ~{key})" for key, needed in rights.items())
@@ -647,36 +655,36 @@ def remedy(reason: object, rights: Mapping[str, str]) -> str:
 
     if str(reason).startswith("unknown command"):
         return (
-            "Take it out of 'rename-command' in the server's configuration, or use Redis 6.2 or "
-            "later."
+            "Remove the command from 'rename-command' in the server's configuration, or use Redis "
+            "6.2 or later."
         )
 
     if "WRONGTYPE" in str(reason):
         keys = " or ".join(map(repr, rights))
         return (
-            f"Another program keeps something else under {keys}: remove it there, or choose "
-            "another 'EVENTBUS_PREFIX'."
+            f"Another program stores a different type under {keys}. Delete the key, or set "
+            "'EVENTBUS_PREFIX' to another prefix."
         )
 
     if str(reason).startswith(("OOM", "command not allowed when used memory")):
-        return "Raise its 'maxmemory', or free memory."
+        return "Raise 'maxmemory' of the server, or free memory."
 
     if str(reason).startswith("NOREPLICAS"):
-        return "Start its replicas, or lower its 'min-replicas-to-write'."
+        return "Start the replicas, or lower 'min-replicas-to-write' of the server."
 
     if str(reason).startswith("MISCONF"):
-        return "Its log says why it cannot save."
+        return "Read in the server's log why it cannot save, and repair that."
 
-    return "Correct what it complains of."
+    return "Read the server's log, and look up this error in the documentation of Redis."
 
 
 def fields_of(flat: Any) -> Fields:
-    """The fields of an entry as Redis answers them: names and values, one after the other."""
+    """Return the fields of an entry from the flat list of names and values of Redis."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _is_refusal(answer: Any) -> bool:
-    # A group that is there already is what was wanted.
+    # BUSYGROUP: the group exists already.
     return isinstance(answer, Exception) and not str(answer).startswith("BUSYGROUP")
 
 
@@ -685,7 +693,7 @@ def _is_missing(answer: Any) -> bool:
 
 
 def _meaning(error: Exception) -> Exception:
-    # redis-py takes "ERR" off.
+    # redis-py removes "ERR" from the text.
     gone = ("NOGROUP", "UNBLOCKED", "no such key", "The XGROUP subcommand requires the key")
     return GroupGoneError(str(error)) if str(error).startswith(gone) else error
 
@@ -703,7 +711,7 @@ def _as_dict(flat: Any) -> dict[str, Any]:
 
 def _position(stream: Mapping[str, Any], group: Mapping[str, Any]) -> Position:
     entry = stream.get("first-entry")
-    # fakeredis leaves it out of a stream that is empty.
+    # fakeredis omits the last id of an empty stream.
     last = stream.get("last-generated-id", b"0-0").decode()
     first = entry[0].decode() if entry else last
     delivered = group["last-delivered-id"].decode()
@@ -730,14 +738,14 @@ def _miscounted(stream: Mapping[str, Any], group: Mapping[str, Any], *, is_at_en
 
 
 def _trimmed(stream: Mapping[str, Any], group: Mapping[str, Any], is_behind: bool) -> int | None:
-    """Entries that were taken out of the stream before the group had them."""
+    """Return the number of entries that were trimmed before delivery to the group."""
     if not is_behind:
         return 0
 
     added: int | None = stream.get("entries-added")
     read: int | None = group.get("entries-read")
 
-    # Redis 6.2 counts neither; a group that was made at the very beginning has lost nothing yet.
+    # Redis 6.2 has neither count. A group at the start of the stream has lost nothing yet.
     if added is None or (read is None and group["last-delivered-id"] == b"0-0"):
         return 0
 

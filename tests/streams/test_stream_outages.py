@@ -379,7 +379,7 @@ def test_a_worker_that_redis_takes_no_writes_of_says_so_once_and_reads_on_when_i
 
     wait_until(lambda: rejected() > 2, what="it asks again and again")
     assert "NOREPLICAS" in bus.health().refused["tick"]
-    assert caplog.text.count("Redis takes no writes now, and to read for a group is a write") == 1
+    assert caplog.text.count("Redis accepts no writes now, and reading for a group is a write") == 1
     store.client.config_set("min-replicas-to-write", 0)
     store.add("tick", n=1)
 
