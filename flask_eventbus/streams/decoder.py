@@ -123,7 +123,7 @@ class EntryDecoder:
 
         if event.name != entry.name:
             raise DecodeError(
-                f"The event {event.id} in the stream of {entry.name!r} has the name {event.name!r}.",
+                f"The event {event.id} in the stream of {entry.name!r} is named {event.name!r}.",
                 reason="wrong_channel",
             )
 
