@@ -1,4 +1,4 @@
-"""The Flask extension: one node per app, nothing started before the app serves."""
+"""``EventBus``, the Flask extension. Each app has a node, which starts when the app serves."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
 
 
 class AppSignal:
-    """One signal as an app's code meets it.
+    """A signal of an app, as ``app.signal(name)`` returns it.
 
-    Called with a plain function it declares: the function's parameters become the
-    signal's, and the function a receiver. Called with anything else it sends.
+    Call it with a plain function to declare the signal: the function's parameters become the
+    parameters of the signal, and the function becomes a receiver. Call it with anything else
+    to send the signal from that sender.
     """
 
     def __init__(self, declarations: Registry, name: str) -> None:
         self._declarations = declarations
-        #: The blinker signal behind it.
+        #: The underlying blinker signal.
         self.signal: NamedSignal = declarations.signal(name)
 
     @property
@@ -64,7 +65,7 @@ class AppSignal:
     def __call__(self, sender: object, /, *args: Any, **payload: Any) -> Results: ...
 
     def __call__(self, subject: Any, /, *args: Any, **payload: Any) -> Any:
-        """Declare with a plain function, or send from ``subject``.
+        """Declare the signal with a plain function, or send it from ``subject``.
 
         :raises TypeError: the values do not fit the declared parameters.
         """
@@ -74,15 +75,15 @@ class AppSignal:
         return self.send(subject, *args, **payload)
 
     def send(self, sender: Any = None, /, *args: Any, **payload: Any) -> Results:
-        """Send; positional values take the names of the declared parameters, in order.
+        """Send the signal; positional values get the names of the declared parameters, in order.
 
-        :return: blinker's list of receivers and what they returned.
+        :return: the receivers and their results, as blinker returns them.
         :raises TypeError: the values do not fit the declared parameters.
         """
         return self.signal.send(sender, **self._named(args, payload))
 
     def connect(self, receiver: F, sender: Any = ANY) -> F:
-        """Connect a receiver, strongly: a closure made inside a view stays connected."""
+        """Connect a receiver by a strong reference, so that a closure stays connected."""
         return self.signal.connect(receiver, sender=sender, weak=False)
 
     def disconnect(self, receiver: Callable[..., Any], sender: Any = ANY) -> None:
@@ -109,8 +110,8 @@ class AppSignal:
             if parameter.kind in _STARRED:
                 shown = str(parameter.replace(annotation=parameter.empty))
                 raise ConfigError(
-                    f"{name_of(receiver)} declares {shown!r}, which has no name that could "
-                    "travel. Give each value a parameter of its own."
+                    f"{name_of(receiver)} declares {shown!r}, whose values have no name in "
+                    "the payload. Give each value a parameter of its own."
                 )
 
     def _check_fits(
@@ -129,8 +130,8 @@ class AppSignal:
             signature.bind(None, **dict.fromkeys(names))
         except TypeError as error:
             raise ConfigError(
-                f"{name_of(receiver)} does not accept what {self.name!r} was declared with, "
-                f"{declared}: {error}. Give it the same parameters, or let it end with **extra."
+                f"{name_of(receiver)} does not accept the parameters of {self.name!r}, which was "
+                f"declared with {declared}: {error}. Give it the same parameters, or add **extra."
             ) from error
 
     def _named(self, args: tuple[Any, ...], payload: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +159,7 @@ class AppSignal:
 
 
 class AppSignals:
-    """What ``app.signal`` is: ``app.signal("name")``, or a bare decorator of a function."""
+    """The type of ``app.signal``: call it with a name, or use it as a decorator."""
 
     def __init__(self, declarations: Registry) -> None:
         self._declarations = declarations
@@ -170,7 +171,12 @@ class AppSignals:
     def __call__(self, receiver: F, /) -> F: ...
 
     def __call__(self, subject: Any, /) -> Any:
-        """The signal of a name; or declare one named after a function, less ``signal_``."""
+        """Return the signal of a name, or declare one named after the decorated function.
+
+        A prefix ``signal_`` of the function's name is removed.
+
+        :raises TypeError: ``subject`` is neither a name, a signal nor a function.
+        """
         if isinstance(subject, str):
             return AppSignal(self._declarations, subject)
 
@@ -192,7 +198,7 @@ def _without_sender(signature: inspect.Signature) -> inspect.Signature:
 
 
 def _flat(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """The bound values by name, those of ``**extra`` among them."""
+    """Return the bound values by name, with those of ``**extra`` merged in."""
     payload: dict[str, Any] = {}
 
     for name, value in bound.arguments.items():
@@ -208,13 +214,14 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class EventBus(Registry):
-    """Bridges an app's signals to other services, by the app's configuration.
+    """The Flask extension: carries an app's signals to other services and back.
 
-    One bus may serve several apps; each has its own node under
+    It reads the app's configuration. One bus can serve several apps; each has its own node in
     ``app.extensions["eventbus"]``.
 
-    :param app: an app to begin with, as for :meth:`init_app`.
-    :param namespace: an existing blinker namespace to adopt.
+    :param app: passed to :meth:`init_app` if given.
+    :param namespace: an existing blinker namespace to use; by default the bus has its own.
+    :raises ConfigError: a setting of ``app`` is missing or wrong.
     """
 
     def __init__(self, app: Flask | None = None, *, namespace: Namespace | None = None) -> None:
@@ -226,16 +233,17 @@ class EventBus(Registry):
 
     @property
     def app_signal(self) -> AppSignals:
-        """What ``app.signal`` is, for code that a type checker reads: Flask has no such attribute.
+        """The same object as ``app.signal``, for type checkers: Flask declares no such attribute.
 
-        ``bus.app_signal("user_registered")`` is the signal; ``@bus.app_signal`` declares one.
+        ``bus.app_signal("user_registered")`` returns a signal; ``@bus.app_signal`` declares one.
         """
         return AppSignals(self)
 
     def init_app(self, app: Flask) -> None:
-        """Read the app's configuration and give it ``app.signal``; nothing connects yet.
+        """Read the app's configuration and set ``app.signal``; open no connection yet.
 
-        :raises ConfigError: a setting is missing or wrong, or receivers cannot be loaded.
+        :raises ConfigError: a setting is missing or wrong, receivers cannot be loaded, or the app
+            has an event bus already.
         """
         if "eventbus" in app.extensions:
             raise ConfigError(
@@ -244,54 +252,66 @@ class EventBus(Registry):
 
         node = self._node(app)
         app.extensions["eventbus"] = node
-        app.signal = self.app_signal  # type: ignore[attr-defined]  # an app has no such face
+        app.signal = self.app_signal  # type: ignore[attr-defined]  # Flask declares no such attribute
         self._apps.add(app)
 
         try:
             load_receivers(self, node.config.receivers, root=Path(app.root_path))
         except BaseException:
-            # Whoever corrects it may try again with this app.
+            # init_app() can be called again once the fault is corrected.
             del app.extensions["eventbus"]
             self._apps.discard(app)
             raise
 
         if node.routes:
-            app.before_request(_Strangers(node).report_once)
+            app.before_request(_UnpublishedWarning(node).report_once)
 
         if node.config.listen:
             call_when_serving(app, node.start)
 
     def start(self, app: Flask | None = None) -> None:
-        """Listen from now on, in this process; for servers that do not tell when they serve."""
+        """Start listening in this process, under servers that do not start it themselves."""
         self.node(app).start()
 
     def ready(self, timeout: float | None = None, *, app: Flask | None = None) -> bool:
-        """Wait until Redis has confirmed every subscription; whether it was in time."""
+        """Wait until Redis has confirmed every subscription.
+
+        :param timeout: seconds to wait; without it, wait forever.
+        :return: False if the time was over first.
+        """
         return self.node(app).ready(timeout)
 
     def flush(self, timeout: float | None = None, *, app: Flask | None = None) -> bool:
-        """Wait until everything sent so far is with Redis; whether it was in time."""
+        """Wait until Redis has all events sent so far.
+
+        :param timeout: seconds to wait; ``EVENTBUS_GRACE`` by default.
+        :return: False if the time was over first.
+        """
         return self.node(app).flush(timeout)
 
     def stop(self, app: Flask | None = None, *, flush: float = FLUSH_AT_EXIT) -> None:
-        """Stop listening, let receivers finish, publish what waits."""
+        """Stop listening, let receivers finish, and publish the buffered events.
+
+        :param flush: seconds to wait for Redis to take the buffered events.
+        """
         self.node(app).stop(flush=flush)
 
     def health(self, app: Flask | None = None) -> Health:
-        """How the app's node does in this process."""
+        """Return the state of the app's node in this process."""
         return self.node(app).health()
 
     def node(self, app: Flask | None = None) -> Node:
-        """The node of ``app``, of the current app, or of the only one.
+        """Return the node of ``app``, of the current app, or of the only app.
 
-        :raises RuntimeError: it cannot be told which, or the app has none.
+        :raises RuntimeError: several apps use this bus and none is current, or the app does not
+            use this bus.
         """
         app = app or (current_app if current_app else None)
 
         if app is not None:
             return self._node_of(app)
 
-        apps = self._living()
+        apps = self._live_apps()
 
         if len(apps) == 1:
             return self._node_of(apps[0])
@@ -324,12 +344,12 @@ class EventBus(Registry):
             return app.app_context()
 
         def owns(sender: Any) -> bool:
-            emitter = self._emitter(sender)
+            sending_app = self._app_of(sender)
 
-            if emitter is None:
-                return self._is_alone() and reference() is not None
+            if sending_app is None:
+                return self._is_only_app() and reference() is not None
 
-            return emitter is reference()
+            return sending_app is reference()
 
         def under_test() -> bool:
             app = reference()
@@ -350,15 +370,15 @@ class EventBus(Registry):
             session=session,
         )
 
-    def _living(self) -> list[Flask]:
-        """The apps in use; one that was thrown away may only wait to be collected."""
+    def _live_apps(self) -> list[Flask]:
+        """Return the apps in use, without those that are only waiting for garbage collection."""
         if len(self._apps) > 1:
             gc.collect()
 
         return list(self._apps)
 
-    def _is_alone(self) -> bool:
-        count = len(self._living())
+    def _is_only_app(self) -> bool:
+        count = len(self._live_apps())
 
         if count > 1:
             raise RuntimeError(
@@ -369,8 +389,8 @@ class EventBus(Registry):
 
         return True
 
-    def _emitter(self, sender: Any) -> Flask | None:
-        """The app that an emission is one of: the sender, or the current one."""
+    def _app_of(self, sender: Any) -> Flask | None:
+        """Return the app that sends: the sender itself, or the current app."""
         if isinstance(sender, Flask):
             return _real(sender)
 
@@ -380,21 +400,24 @@ class EventBus(Registry):
         return None
 
 
-class _Strangers:
+class _UnpublishedWarning:
     """Warns at an app's first request of signals that look published and are not."""
 
     def __init__(self, node: Node) -> None:
         self._node = weakref.ref(node)
-        self._is_done = False
+        self._has_run = False
 
     def report_once(self) -> None:
-        """Log a warning for each, once. By the first request all modules are imported."""
+        """Log a warning for each such signal, once.
+
+        At the first request all modules of the app are imported.
+        """
         node = self._node()
 
-        if self._is_done or node is None:
+        if self._has_run or node is None:
             return
 
-        self._is_done = True
+        self._has_run = True
 
         for found in Overview(node).strangers():
             logger.warning("%s %s", *found)
@@ -405,13 +428,13 @@ def _real(app: Any) -> Flask:
 
 
 def _session_of(app: Flask) -> Any:
-    """Flask-SQLAlchemy's session, as far as the app has one by now."""
+    """Return Flask-SQLAlchemy's session, or ``None`` if the app has none."""
     database = app.extensions.get("sqlalchemy")
 
     if database is None or current_app:
         return getattr(database, "session", None)
 
-    # It belongs to the app context: where that is missing, nothing goes on in it.
+    # The session belongs to an app context. Without one no transaction is open.
     return lambda: None
 
 

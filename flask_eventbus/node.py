@@ -152,7 +152,7 @@ class Node:
     def born(self, signal: NamedSignal) -> None:
         """Take up a new signal of the bus's own."""
         if self.config.enabled:
-            self._bridges.meet(signal)
+            self._bridges.connect_signal(signal)
 
     def routed(self, route: Route) -> None:
         """Take up a route that was declared."""

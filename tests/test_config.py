@@ -273,7 +273,7 @@ WRONG_ROUTES = [
     ({"a": {"via": "stream", "maxlen": "x"}}, r"\['maxlen'\]. is 'x'. Set it to the number"),
     (
         {"a": {"via": "stream", "replicas": 1, "confirm": False}},
-        "nobody would wait for the replicas. Take one of the two off",
+        "would not wait for the replicas. Remove one of the two",
     ),
     ({"a": {"via": "stream", "replicas": -1}}, r"\['replicas'\]. is -1. Set it to a whole"),
     ({"a": {"confirm": "yes"}}, r"\['confirm'\] is 'yes'. Set it to True or False"),
@@ -284,7 +284,7 @@ WRONG_ROUTES = [
     ({"a": {"payload": "json:nothing"}}, "'json:nothing' cannot be imported"),
     ({"a": {"signal": "json:loads"}}, "which is not a blinker signal"),
     ({"a": {"signal": 7}}, r"\['signal'\] is 7, which is not a blinker signal"),
-    ([blinker.Signal()], "has no name to travel under"),
+    ([blinker.Signal()], "has no name"),
     (["json:loads"], "which is not a blinker signal"),
 ]
 
@@ -353,7 +353,7 @@ WRONG_SUBSCRIPTIONS = [
     ({"a": {"group": None, "retries": 3}}, "has both 'group': None and 'retries'"),
     ({"a": {"retries": "no"}}, r"\['retries'\]. is 'no'. Set it to a whole number"),
     ({"a": {"start": "now"}}, r"\['start'\] is 'now'. Set it to 'new', 'earliest', the id"),
-    ({"a": {"from": []}}, r"\['from'\] is \[\]. Set it to a list of services' names"),
+    ({"a": {"from": []}}, r"\['from'\] is \[\]. Set it to a list of service names"),
     ({"a": {"from": 7}}, r"\['from'\] is 7"),
     ({"a": {"from": ["a b"]}}, r"\['from'\] is \['a b'\]"),
     ({"a": {"eco": True}}, "has no option 'eco'. Did you mean 'echo'"),
@@ -379,7 +379,7 @@ def test_an_option_of_streams_for_the_channel_alone_is_refused(options: dict[str
 
     with pytest.raises(ConfigError, match="belongs to streams, and this subscription hears the ch"):
         Bus("memory://", service="x", subscribe=subscribe)
-    with pytest.raises(ConfigError, match="Take 'via' off, or remove the option"):
+    with pytest.raises(ConfigError, match="Remove 'via', or remove the option"):
         Bus("memory://", service="x").on("tick", via="channel", **options)
 
 

@@ -1,8 +1,12 @@
-"""What a program declares: signals, routes, subscriptions, receivers, and what hooks a signal.
+"""What a program declares: signals, routes, subscriptions and receivers.
 
-``registry`` keeps all declarations of one program. ``bus_signal`` is the signal that
-``app.signal(name)`` returns. ``routes`` and ``subscriptions`` read ``EVENTBUS_PUBLISH`` and
-``EVENTBUS_SUBSCRIBE`` with the ``options`` of each name; ``loading`` imports the modules of
-``EVENTBUS_RECEIVERS`` and of plug-ins. ``bridge`` connects to a signal that a route selects and
-hands each emission to the publisher.
+At the start, ``routes`` and ``subscriptions`` read ``EVENTBUS_PUBLISH`` and
+``EVENTBUS_SUBSCRIBE``, with the ``options`` of each name. ``loading`` imports the modules of
+``EVENTBUS_RECEIVERS`` and of plug-ins. ``registry`` keeps all that is declared in code.
+
+An event that is sent starts at a ``bus_signal``, the signal that ``bus.signal(name)`` returns. It
+calls the local receivers, then its ``bridge``. The bridge exists if a route selects the signal; it
+makes the payload, with ``flask_signals`` for Flask's own signals, and passes it to the publisher.
+
+For an event that arrives, ``registry`` returns the receivers.
 """

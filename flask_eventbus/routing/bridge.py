@@ -1,4 +1,4 @@
-"""Publishes what a signal sends."""
+"""Bridges: they connect signals to the publisher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 
 
 class Bridge(Outbound):
-    """Publishes a signal: one per signal, name on the wire, and node."""
+    """Publishes the emissions of a signal; one per signal, name on the wire and node."""
 
     def __init__(
         self,
@@ -38,14 +38,16 @@ class Bridge(Outbound):
         self._log = BoundedLog(logger)
 
     def __call__(self, sender: Any, /, **payload: Any) -> None:
-        """Publish one emission, if it is one of this node's.
+        """Publish one emission, if its sender belongs to this node.
 
-        A signal of others may be sent while an exception is on its way, as
-        ``got_request_exception`` is. An error of the bus would take its place, so it is logged.
+        A foreign signal may be sent while an exception is handled, as Flask's
+        ``got_request_exception`` is. An error of the bus would replace that exception, so it is
+        logged instead.
 
-        :raises PayloadError: a value cannot travel.
-        :raises PublishError: Redis did not take it, and the route or the policy is to tell.
-        :raises HopLimitError: the chain of causes is too long.
+        :raises PayloadError: a value cannot be encoded.
+        :raises PublishError: Redis did not confirm the event, and the route or
+            ``EVENTBUS_ON_OUTAGE`` asks for an error.
+        :raises HopLimitError: the chain of causes is longer than ``EVENTBUS_MAX_HOPS``.
         """
         with self._keeping_program_error():
             found = self._extract(sender, payload)
@@ -54,7 +56,7 @@ class Bridge(Outbound):
                 self._publish(self.name, found, self.route)
 
     async def publish(self, sender: Any, /, **payload: Any) -> None:
-        """Publish one emission, as :meth:`__call__` does; the event loop goes on meanwhile."""
+        """Publish one emission as :meth:`__call__` does, without blocking the event loop."""
         with self._keeping_program_error():
             found = self._extract(sender, payload)
 
@@ -73,7 +75,7 @@ class Bridge(Outbound):
 
             self._log.error(
                 "not published",
-                "%r was sent while %s was on its way, and was not published: %s: %s",
+                "%r was sent while %s was being handled, and was not published: %s: %s",
                 self.name,
                 type(program_error).__name__,
                 type(error).__name__,
@@ -86,7 +88,7 @@ class Bridge(Outbound):
         return self.route.signal is not None and not isinstance(self.route.signal, BusSignal)
 
     def _extract(self, sender: Any, payload: dict[str, Any]) -> Mapping[str, Any] | None:
-        """The payload of an emission; ``None`` if it is not this node's to publish."""
+        """Return the payload; ``None`` if this node does not publish the emission."""
         if not self._owns(sender):
             return None
 
@@ -105,12 +107,12 @@ class Bridge(Outbound):
 
 
 class Bridges:
-    """Connects a bridge to each signal that a route carries, present and future.
+    """Connects a bridge to each signal that a route selects, present and future.
 
-    :param configured: the routes of the settings, which go before those declared in code.
-    :param publish: publishes one emission by its name, its payload and its route.
-    :param owns: whether an emission by this sender is one of this node's.
-    :param check: refuses a route that cannot be had.
+    :param configured: the routes of the settings; they override those declared in code.
+    :param publish: publishes one emission, given its name, payload and route.
+    :param owns: returns True if emissions of this sender belong to this node.
+    :param check: raises :exc:`.ConfigError` for a route that the server cannot serve.
     """
 
     def __init__(
@@ -128,24 +130,24 @@ class Bridges:
         self._publish_async = publish_async
         self._owns = owns
         self._check = check
-        #: By signal and name; the signals live as long as their routes, and so do their ids.
+        #: Bridges by id of the signal and name. The signals are kept too, so that ids stay unique.
         self._bridges: dict[tuple[int, str], tuple[Signal, Bridge]] = {}
         #: The routes that are patterns, those of the settings first.
         self._patterns: list[Route] = []
 
     @property
     def routes(self) -> dict[str, Route]:
-        """What is published."""
+        """All routes by name; those of the settings override those declared in code."""
         return {**self._declarations.routes, **self._configured}
 
     def connect_all(self) -> None:
-        """Connect whatever is declared by now."""
+        """Connect the signals of all routes."""
         for name in self.routes:
             self.connect(name)
 
     def connect(self, name: str) -> None:
-        """Connect what the route called ``name`` carries."""
-        route = self._route_called(name)
+        """Connect the signals that the route ``name`` selects."""
+        route = self._route_named(name)
 
         if route is None:
             return
@@ -160,11 +162,11 @@ class Bridges:
             self._bridge(self._declarations.make(name), name, route)
 
     def route_for(self, name: str) -> Route | None:
-        """The route called ``name``, else the first pattern for it."""
-        return self._route_called(name) or self._pattern_for(name)
+        """Return the route of this name, else the first pattern that matches it."""
+        return self._route_named(name) or self._pattern_for(name)
 
-    def meet(self, signal: NamedSignal) -> None:
-        """Connect one of the bus's own signals, if a route carries it."""
+    def connect_signal(self, signal: NamedSignal) -> None:
+        """Connect a signal of the bus, if a route selects it."""
         route = self.route_for(signal.name)
 
         if route is not None and route.signal is None:
@@ -175,9 +177,9 @@ class Bridges:
         self._patterns = [r for routes in both for r in routes.values() if is_pattern(r.name)]
 
         for signal in list(self._declarations.namespace.values()):
-            self.meet(signal)
+            self.connect_signal(signal)
 
-    def _route_called(self, name: str) -> Route | None:
+    def _route_named(self, name: str) -> Route | None:
         return self._configured.get(name) or self._declarations.routes.get(name)
 
     def _pattern_for(self, name: str) -> Route | None:
@@ -193,5 +195,5 @@ class Bridges:
         bridge = Bridge(name, route, self._publish, self._publish_async, self._owns)
         self._bridges[key] = (signal, bridge)
 
-        # Weakly, both ways: an app that is thrown away takes its bridges along.
+        # Signals hold bridges weakly: they are freed together with the app.
         adopt(signal).publish_by(bridge)

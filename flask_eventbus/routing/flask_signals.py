@@ -1,6 +1,6 @@
-"""Payloads of Flask's own signals, which carry live objects that cannot travel.
+"""Payloads of Flask's own signals, whose live objects cannot be encoded.
 
-Flask is not imported here: who names one of its signals has loaded it.
+This module does not import Flask: a program that names one of Flask's signals has loaded it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Payload = Callable[..., Mapping[str, Any]]
 
 
 def payload_of(signal: Signal | None) -> Payload | None:
-    """Return what makes plain values of a signal of Flask's; ``None`` for any other signal."""
+    """Return the payload function of a signal of Flask; ``None`` for any other signal."""
     flask_signals = sys.modules.get("flask.signals")
 
     if signal is None or flask_signals is None:
@@ -28,7 +28,7 @@ def payload_of(signal: Signal | None) -> Payload | None:
 
 
 def is_built_in(payload: object) -> bool:
-    """Return True if ``payload`` is one of the functions here."""
+    """Return True if ``payload`` is a payload function of this module."""
     return payload in _PAYLOADS.values()
 
 
@@ -65,7 +65,7 @@ def _message_flashed(sender: Any, *, message: Any, category: Any, **extra: Any) 
 
 
 def _request() -> dict[str, Any]:
-    """The request that goes on, without what a client may have put into its path."""
+    """Return the current request, without values that a client chose, such as its path."""
     flask = sys.modules["flask"]
 
     if not flask.has_request_context():
@@ -81,7 +81,7 @@ def _request() -> dict[str, Any]:
 
 
 def _type_of(error: BaseException | None) -> str | None:
-    """The name of an exception's class, as a traceback has it."""
+    """Return the name of an exception's class as a traceback shows it."""
     if error is None:
         return None
 

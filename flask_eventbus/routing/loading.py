@@ -1,4 +1,4 @@
-"""Finds receivers that a service names by configuration, and those of installed plug-ins."""
+"""Load receivers: the modules of ``EVENTBUS_RECEIVERS``, and installed plug-ins."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import Any
 from ..errors import ConfigError
 from .registry import Registry
 
-#: Where installed packages offer receivers: each entry point names a module with a function
-#: ``register(bus)``, or such a function.
+#: Entry point group of plug-ins. Each entry point names a function that takes the bus, or a module
+#: with a function ``register(bus)``.
 GROUP = "flask_eventbus.receivers"
 
 
 def load_receivers(bus: Registry, names: Iterable[str], *, root: Path) -> None:
-    """Load what ``EVENTBUS_RECEIVERS`` names and what plug-ins offer, each once per bus.
+    """Load the modules of ``EVENTBUS_RECEIVERS`` and the plug-ins, each once per bus.
 
-    A name is a module, ``module:function``, or a folder (a name with a ``/``, relative to
-    ``root``) of modules. ``-NAME`` leaves out the plug-in of that name, ``-*`` all of them.
-    A module may define ``register(bus)``, which is then called.
+    A name is a module, ``module:function``, or a folder of modules. A folder contains a ``/`` and
+    is relative to ``root``. ``-NAME`` excludes the plug-in of that name, ``-*`` all plug-ins. If
+    a module defines ``register(bus)``, it is called.
 
-    :raises ConfigError: one of them cannot be imported or registered; chained to the reason.
+    :raises ConfigError: a module cannot be imported or registered; chained to the original error.
     """
     names = list(names)
-    left_out = {name[1:] for name in names if name.startswith("-")}
+    excluded = {name[1:] for name in names if name.startswith("-")}
 
-    for point in _plug_ins(left_out):
+    for point in _plug_ins(excluded):
         what = f"The plug-in {point.name!r} ({point.value})"
         _load_once(what, bus, point.load)
 
@@ -40,11 +40,11 @@ def load_receivers(bus: Registry, names: Iterable[str], *, root: Path) -> None:
             _load_named(name, bus, root)
 
 
-def _plug_ins(left_out: set[str]) -> list[EntryPoint]:
-    if "*" in left_out:
+def _plug_ins(excluded: set[str]) -> list[EntryPoint]:
+    if "*" in excluded:
         return []
 
-    return [point for point in entry_points(group=GROUP) if point.name not in left_out]
+    return [point for point in entry_points(group=GROUP) if point.name not in excluded]
 
 
 def _load_named(name: str, bus: Registry, root: Path) -> None:
@@ -57,14 +57,14 @@ def _load_named(name: str, bus: Registry, root: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(
             f"'EVENTBUS_RECEIVERS' names the folder {name!r}, but there is no {str(folder)!r}. "
-            "Make it, or correct the name."
+            "Create it, or correct the name."
         )
 
     for path in sorted(folder.glob("[!_]*.py")):
-        _load_once(f"{path}, in a folder of 'EVENTBUS_RECEIVERS',", bus, _reader(path))
+        _load_once(f"{path}, in a folder of 'EVENTBUS_RECEIVERS',", bus, _file_loader(path))
 
 
-def _reader(path: Path) -> Callable[[], ModuleType]:
+def _file_loader(path: Path) -> Callable[[], ModuleType]:
     return lambda: _import_file(path)
 
 
@@ -78,8 +78,8 @@ def _load_once(what: str, bus: Registry, load: Callable[[], Any]) -> None:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{what} cannot be loaded: {type(error).__name__}: {error}. Correct it, or take it "
-            "out of 'EVENTBUS_RECEIVERS'; '-NAME' there leaves an installed plug-in out."
+            f"{what} cannot be loaded: {type(error).__name__}: {error}. Correct it, or remove it "
+            "from 'EVENTBUS_RECEIVERS'; '-NAME' there excludes an installed plug-in."
         ) from error
 
     bus.loaded.add(what)
@@ -121,7 +121,10 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _name_of(path: Path) -> str:
-    """``plugins.newsletter``; with as many folders before it as tell it from another file."""
+    """Return a module name such as ``plugins.newsletter``, unique among loaded modules.
+
+    It starts with as many parent folders as are needed to be unique.
+    """
     name = path.stem
 
     for folder in path.parents:

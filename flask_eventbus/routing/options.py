@@ -1,4 +1,4 @@
-"""How a setting names signals, and the options that routes and subscriptions have in common."""
+"""Read names of signals, patterns and the options that routes and subscriptions share."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _VIAS = get_args(Via)
 
 
 def is_pattern(name: str) -> bool:
-    """Whether ``name`` stands for several signals."""
+    """Return True if ``name`` contains ``*`` or ``?``."""
     return "*" in name or "?" in name
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern``, which may be a plain name, stands for ``name``."""
+    """Return True if ``pattern``, which may be a plain name, matches ``name``."""
     return pattern == name or (is_pattern(pattern) and fnmatchcase(name, pattern))
 
 
 def load(path: str, where: str) -> Any:
-    """The object at the import path ``package.module:name``.
+    """Return the object at the import path ``package.module:name``.
 
-    :raises ConfigError: it cannot be imported; chained to the reason.
+    :raises ConfigError: it cannot be imported; chained to the original error.
     """
     module_name, _, attribute = path.partition(":")
 
@@ -45,16 +45,20 @@ def load(path: str, where: str) -> Any:
         for part in attribute.split("."):
             found = getattr(found, part)
     except Exception as error:
-        # The module's own errors as well: whatever it raises, this setting asked for it.
+        # Any error that the module raises on import is a fault of this setting.
         raise ConfigError(
             f"{where}: {path!r} cannot be imported: {type(error).__name__}: {error}. Write "
-            "'package.module:name' of something that can."
+            "'package.module:name' of an object that can be imported."
         ) from error
 
     return found
 
 
 def entries_of(value: Any, where: str) -> Iterable[tuple[Any, Any]]:
+    """Return the signals that a setting names, each with its options or ``None``.
+
+    :raises ConfigError: ``value`` is not a name, a list or a mapping.
+    """
     if value is None:
         return []
 
@@ -74,6 +78,10 @@ def entries_of(value: Any, where: str) -> Iterable[tuple[Any, Any]]:
 
 
 def options_of(options: Any, known: tuple[str, ...], where: str) -> Mapping[str, Any]:
+    """Return the options of a signal as a mapping; a plain string is its ``via``.
+
+    :raises ConfigError: ``options`` is not a mapping, or has an unknown option.
+    """
     if options is None:
         return {}
 
@@ -103,8 +111,8 @@ def read_via(via: Any, where: str) -> Via | None:
         return cast(Via | None, via)
 
     raise ConfigError(
-        f"{where} asks for via {via!r}. Use 'channel' (whoever listens now hears the event) or "
-        "'stream' (each service hears it once, also when it is down now)."
+        f"{where} asks for via {via!r}. Use 'channel' (only services that listen now receive the "
+        "event) or 'stream' (each service receives it, even if it is down now)."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a service publishes, and how each signal travels: its routes."""
+"""Routes: which signals a service publishes, and with which options."""
 
 from __future__ import annotations
 
@@ -30,41 +30,41 @@ _IMPORT_PATH = re.compile(r"[\w.]+:[\w.]+")
 
 _ROUTE_OPTIONS = tuple(PublishOptions.__annotations__)
 
-#: Options that make no sense on a channel.
+#: Options that only a stream supports.
 _STREAM_ONLY = ("key", "maxlen", "replicas")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """A signal bound to a way to travel."""
+    """A published signal, and how it is published."""
 
-    #: The name on the wire, or a pattern over the bus's own signals.
+    #: The name on the wire, or a pattern that matches signals of the bus.
     name: str
     via: Via = "channel"
-    #: The signal, where it is not the bus's own of that name.
+    #: The signal, unless it is the bus's own signal of this name.
     signal: Signal | None = None
-    #: What makes the payload; for Flask's own signals there is one where none is given.
+    #: Returns the payload; Flask's own signals have a default.
     payload: Extractor | None = None
-    #: Whether ``send()`` waits until Redis has the event; on a stream, unless told otherwise.
+    #: True if ``send()`` waits until Redis has the event; the default on a stream.
     confirm: bool = False
-    #: Whether an event sent inside a database transaction waits for its commit.
+    #: True if an event sent inside a database transaction waits for its commit.
     after_commit: bool = False
-    #: Whether an event is written to the database, and published by a relay.
+    #: True if an event is written to the database, and published by a relay.
     outbox: bool = False
-    #: The key of the payload whose value keeps events in order among each other; streams only.
+    #: The payload key whose value orders events: equal values are handled in order. Streams only.
     key: str | None = None
-    #: How much the stream keeps; ``None`` for ``EVENTBUS_MAXLEN``.
+    #: Number of entries, or their age, that the stream keeps; ``None`` for ``EVENTBUS_MAXLEN``.
     maxlen: int | Age | None = None
-    #: Replicas that are waited for; ``None`` for ``EVENTBUS_REPLICAS``.
+    #: Number of replicas that must confirm an event; ``None`` for ``EVENTBUS_REPLICAS``.
     replicas: int | None = None
 
     def covers(self, name: str) -> bool:
-        """Whether this route carries the bus's own signal ``name``."""
+        """Return True if this route publishes the bus's own signal ``name``."""
         return self.signal is None and matches(self.name, name)
 
 
 def read_routes(value: Any, where: str = "EVENTBUS_PUBLISH") -> dict[str, Route]:
-    """Read what a service publishes: a name, a list of them, or a mapping to options.
+    """Read the routes of a setting: a name, a list of names, or a mapping of names to options.
 
     :raises ConfigError: an entry is wrong; the message names it.
     """
@@ -84,7 +84,7 @@ def read_routes(value: Any, where: str = "EVENTBUS_PUBLISH") -> dict[str, Route]
 def read_route(entry: Any, options: Any, where: str) -> Route:
     """Read one route; ``entry`` is a name, a pattern, a signal or an import path.
 
-    :raises ConfigError: something of it is wrong.
+    :raises ConfigError: the entry or an option is wrong.
     """
     options = options_of(options, _ROUTE_OPTIONS, where)
     signal = _read_signal(options.get("signal"), f"{where}['signal']")
@@ -126,11 +126,11 @@ def _read_confirm(options: Mapping[str, Any], via: str, where: str) -> bool:
 
     if value is False and options.get("replicas"):
         raise ConfigError(
-            f"{where} has 'confirm' False and 'replicas' {options['replicas']!r}: nobody would "
-            "wait for the replicas. Take one of the two off."
+            f"{where} has 'confirm' False and 'replicas' {options['replicas']!r}: send() would "
+            "not wait for the replicas. Remove one of the two."
         )
 
-    # What is confirmed is never lost: on a stream that is the point of it.
+    # Streams are for events that must not be lost, so they are confirmed by default.
     if value is None:
         return via == "stream" and not options.get("outbox")
 
@@ -169,8 +169,7 @@ def _name_of(signal: Signal | None, where: str) -> str:
         return signal.name
 
     raise ConfigError(
-        f"{where}: {signal!r} has no name to travel under. Write "
-        "{'a_name': {'signal': ...}} instead."
+        f"{where}: {signal!r} has no name. Write {{'a_name': {{'signal': ...}}}} instead."
     )
 
 
@@ -179,7 +178,7 @@ def _read_payload(value: Any, where: str) -> Extractor | None:
         value = load(value, f"{where}['payload']")
 
     if value is None or callable(value):
-        return value  # type: ignore[no-any-return]  # whatever is callable may be one
+        return value  # type: ignore[no-any-return]  # any callable may be one
 
     raise ConfigError(
         f"{where}['payload'] is {value!r}. Set it to a function, or to its import path, that "

@@ -1,4 +1,4 @@
-"""What a service hears of others: its subscriptions, by the names of signals."""
+"""Subscriptions: which signals of other services a service receives, and how."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ from .options import (
 
 _SUBSCRIPTION_OPTIONS = tuple(SubscribeOptions.__annotations__)
 
-#: Where a stream is read from by default: behind its last entry.
+#: Default start of a new consumer group: after the last entry of the stream.
 NEW = "$"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subscription:
-    """A signal's name, or a pattern of names, that a service hears from others."""
+    """A signal, or a pattern of signals, that a service receives from other services."""
 
     name: str
-    #: The services it is heard from; ``None`` for all.
+    #: The services whose events are received; ``None`` for all.
     sources: frozenset[str] | None = None
-    #: Whether events come back to where they were emitted: on a channel to the node, on a
-    #: stream to the service.
+    #: True to receive one's own events too: on a channel those of this node, on a stream those
+    #: of this service.
     echo: bool = False
     #: ``"channel"`` or ``"stream"``; ``None`` for both.
     via: Via | None = None
-    #: How often a receiver that failed is tried again; ``None`` for ``EVENTBUS_RETRIES``.
+    #: Number of retries of a receiver that failed; ``None`` for ``EVENTBUS_RETRIES``.
     retries: int | None = None
-    #: Where a stream is read from the first time: ``"$"`` for what comes from then on, or an id.
+    #: Start of a new consumer group: ``"$"`` for later entries only, or an entry id.
     start: str = NEW
-    #: Whether the workers of the service share the events of a stream; each hears all otherwise.
+    #: True if the workers of the service share the events of a stream; False if each gets all.
     group: bool = True
 
     def hears(self, source: str) -> bool:
-        """Whether the service ``source`` is one it is heard from."""
+        """Return True if events of the service ``source`` are received."""
         return self.sources is None or source in self.sources
 
 
 def subscription_for(name: str, subscriptions: Mapping[str, Subscription]) -> Subscription | None:
-    """The subscription that handles ``name``: its own, else the first pattern for it.
+    """Return the subscription that handles ``name``: its own, else the first matching pattern.
 
-    Redis delivers once per subscription that fits; one of them is to count.
+    Redis delivers a channel message once per matching subscription; only this one is used.
     """
     if name in subscriptions:
         return subscriptions[name]
@@ -66,7 +66,7 @@ def subscription_for(name: str, subscriptions: Mapping[str, Subscription]) -> Su
 
 
 def read_subscriptions(value: Any, where: str = "EVENTBUS_SUBSCRIBE") -> dict[str, Subscription]:
-    """Read what a service hears: a name, a list of them, or a mapping to options.
+    """Read the subscriptions of a setting: a name, a list, or a mapping of names to options.
 
     :raises ConfigError: an entry is wrong; the message names it.
     """
@@ -83,7 +83,7 @@ def read_subscriptions(value: Any, where: str = "EVENTBUS_SUBSCRIBE") -> dict[st
 def read_subscription(name: Any, options: Any, where: str) -> Subscription:
     """Read one subscription.
 
-    :raises ConfigError: something of it is wrong.
+    :raises ConfigError: the name or an option is wrong.
     """
     options = options_of(options, _SUBSCRIPTION_OPTIONS, where)
     via = read_via(options.get("via"), where)
@@ -101,14 +101,14 @@ def read_subscription(name: Any, options: Any, where: str) -> Subscription:
 
 
 def unite(first: Subscription, second: Subscription, where: str) -> Subscription:
-    """Two subscriptions of one service to one name, as the one that serves both.
+    """Merge two subscriptions of a service to the same name.
 
-    :raises ConfigError: one is for the group, and the other for every process.
+    :raises ConfigError: only one of them has ``group=None``.
     """
     if first.group is not second.group:
         raise ConfigError(
             f"{where}: one receiver has 'group': None and another has not. A process reads a "
-            "stream in one of the two ways: give both of them the same."
+            "stream either with its group or without: give both receivers the same 'group'."
         )
 
     return replace(
@@ -121,9 +121,9 @@ def unite(first: Subscription, second: Subscription, where: str) -> Subscription
 
 
 def read_retries(key: str, value: Any) -> int:
-    """How often a receiver that failed is tried again.
+    """Read a number of retries.
 
-    :raises ConfigError: it is no whole number from 0.
+    :raises ConfigError: ``value`` is not a whole number from 0 to :data:`.MOST_RETRIES`.
     """
     return read_whole(key, value, 0, MOST_RETRIES)
 
@@ -134,8 +134,8 @@ def _refuse_stream_subscription(options: Mapping[str, Any], via: str | None, whe
 
     if via == "channel" and given:
         raise ConfigError(
-            f"{where}[{given[0]!r}] belongs to streams, and this subscription hears the channel "
-            "alone. Take 'via' off, or remove the option."
+            f"{where}[{given[0]!r}] belongs to streams, and this subscription has 'via': "
+            "'channel'. Remove 'via', or remove the option."
         )
 
 
@@ -153,13 +153,13 @@ def _read_start(value: Any, where: str) -> str:
 
     raise ConfigError(
         f"{where} is {value!r}. Set it to 'new', 'earliest', the id of an entry such as "
-        "'1700000000000-0', or an aware datetime. It counts only when the service subscribes for "
+        "'1700000000000-0', or an aware datetime. It is used only when the service subscribes for "
         "the first time."
     )
 
 
 def _read_id(value: str) -> str | None:
-    """Return where a group begins that is behind an entry, or before a millisecond."""
+    """Return the start after an entry id, or before a millisecond; ``None`` if it is neither."""
     try:
         found = entry_id(value)
     except ValueError:
@@ -184,8 +184,8 @@ def _read_group(options: Mapping[str, Any], where: str) -> bool:
 
     if options.get("retries") is not None:
         raise ConfigError(
-            f"{where} has both 'group': None and 'retries'. Remove one: without a group nothing "
-            "is kept for a receiver that failed."
+            f"{where} has both 'group': None and 'retries'. Remove one: without a group, events "
+            "are not stored for a retry."
         )
 
     return False
@@ -204,5 +204,5 @@ def _read_sources(value: Any, where: str) -> frozenset[str] | None:
             return frozenset(names)
 
     raise ConfigError(
-        f"{where} is {value!r}. Set it to a list of services' names, for example ['accounts']."
+        f"{where} is {value!r}. Set it to a list of service names, for example ['accounts']."
     )
