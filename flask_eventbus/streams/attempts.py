@@ -1,4 +1,4 @@
-"""Runs the receivers of what was read of streams, in the threads of the pool."""
+"""Run the receivers of deliveries, in the worker threads."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
 
-#: Seconds between two settlements of a batch: short receivers share a round trip, and what a
-#: long one did is known to Redis before the next begins.
+#: Seconds after which finished deliveries are written to Redis. Short receivers share a round
+#: trip; the outcome of a long one is stored before the next starts.
 WRITE_EVERY = 0.005
 
 
 class Attempts:
-    """Begins deliveries, one after the other, and passes on how their receivers ended.
+    """Runs receivers for deliveries, one after the other, and queues the outcomes.
 
-    :param group: on the settler's connection.
+    :param group: the consumer group on the write connection.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Attempts:
         self._is_disowned = False
 
     def run(self, deliveries: Sequence[Delivery]) -> None:
-        """Run receivers for deliveries, in order, and settle them."""
+        """Run the receivers of deliveries, in order, and write the outcomes."""
         due = time.monotonic() + WRITE_EVERY
 
         for number, delivery in enumerate(deliveries):
@@ -62,7 +62,7 @@ class Attempts:
             try:
                 self._attempt(delivery)
             except BaseException:
-                # They come again, as from a worker that ended.
+                # They stay pending, and are claimed again as from a worker that died.
                 self._in_flight.remove(deliveries[number:])
                 raise
 
@@ -76,11 +76,11 @@ class Attempts:
         self._acknowledger.write()
 
     def stop(self) -> None:
-        """Begin nothing more."""
+        """Start no further delivery."""
         self._is_stopping = True
 
     def disown(self) -> None:
-        """In a forked child: begin nothing more, and settle nothing, which is the parent's."""
+        """Stop in a forked child. Write no outcome: the deliveries are the parent's."""
         self._is_stopping = self._is_disowned = True
 
     def _attempt(self, delivery: Delivery) -> None:
@@ -93,15 +93,15 @@ class Attempts:
         if delivery.retry is None:
             receivers = self._dispatcher.receivers(delivery.event)
 
-            # Those that are connected may hear other services only.
+            # The connected receivers may accept other services only.
             if not receivers and not self._dispatcher.has_receivers(delivery.name):
-                self._leave_to_others(delivery)
+                self._release(delivery)
                 return
 
         is_first = delivery.retry is None and delivery.crashes is None
 
-        # Whether it still is this process's, as far as can be known.
-        if not (self._in_flight.start(delivery) and (is_first or self._is_noted(delivery))):
+        # False if the claim expired, or if another worker took the entry or the retry.
+        if not (self._in_flight.start(delivery) and (is_first or self._record_start(delivery))):
             self._in_flight.remove([delivery])
             self._counters.add("given_away")
             return
@@ -110,21 +110,21 @@ class Attempts:
         only = None if record is None else record.receiver
         result = self._dispatcher.dispatch(delivery.event, only=only, receivers=receivers)
 
-        # What it came to is not kept here: the next receiver may take long, or end the process.
+        # Queued at once: the next receiver may take long, or end the process.
         if self._is_disowned:
             return
         elif record is not None and result.status is Status.GONE:
             self._acknowledger.add(self._retries.postponed(delivery, record))
         elif result.failures or record is not None:
-            self._judge(delivery, result.failures)
+            self._add_outcome(delivery, result.failures)
         else:
             self._acknowledger.acknowledge(delivery)
 
-    def _judge(self, delivery: Delivery, failures: Sequence[Failure]) -> None:
+    def _add_outcome(self, delivery: Delivery, failures: Sequence[Failure]) -> None:
         try:
             self._acknowledger.add(self._outcomes.of(delivery, failures))
         except Exception:
-            # It stays pending, and is taken over as from a worker that ended.
+            # It stays pending, and is claimed again as from a worker that died.
             self._counters.add("handling_failed")
             logger.exception(
                 "Could not record the outcome of the event %s; it will be delivered again.",
@@ -133,8 +133,8 @@ class Attempts:
             )
             self._in_flight.remove([delivery])
 
-    def _leave_to_others(self, delivery: Delivery) -> None:
-        """Hand back an entry whose receivers were disconnected after it was read."""
+    def _release(self, delivery: Delivery) -> None:
+        """Release an entry whose receivers were disconnected after it was read."""
         self._in_flight.remove([delivery])
         self._counters.add("given_away")
 
@@ -146,22 +146,23 @@ class Attempts:
                     self._group.release(delivery.name, {delivery.entry: delivery.crashes or 0})
         except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
             # It stays pending, and another worker claims it after EVENTBUS_CLAIM_AFTER.
-            logger.debug("The entry %s is not handed back: %s", delivery.entry, error)
+            logger.debug("Could not release the entry %s: %s", delivery.entry, error)
 
-    def _is_noted(self, delivery: Delivery) -> bool:
-        """Note in Redis that it is begun, where it is a retry, or a worker that ended began it.
+    def _record_start(self, delivery: Delivery) -> bool:
+        """Count the start of a retry, or of an entry that ended a worker, in Redis.
 
-        If it ends this process as well, that is to be known.
+        The count shows other workers if this process dies as well. Return False if another
+        worker has the delivery, or if Redis did not store the count.
         """
         try:
-            return self._note(delivery)
+            return self._write_start(delivery)
         except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
-            logger.debug("The entry %s is not begun: %s", delivery.entry, error)
+            logger.debug("The entry %s is not started: %s", delivery.entry, error)
             return False
 
-    def _note(self, delivery: Delivery) -> bool:
+    def _write_start(self, delivery: Delivery) -> bool:
         if delivery.retry is not None:
-            return self._retries.begin(delivery, delivery.retry)
+            return self._retries.record_start(delivery, delivery.retry)
 
         times = (delivery.crashes or 0) + 1
 

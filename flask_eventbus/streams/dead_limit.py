@@ -1,4 +1,4 @@
-"""Keeps the dead letters of a service within ``EVENTBUS_DEAD_MAXLEN``, and counts what it drops."""
+"""Trim the dead letters of a service to ``EVENTBUS_DEAD_MAXLEN``, and count the dropped ones."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ logger = get_logger(__name__)
 
 
 class DeadLimit:
-    """Trims streams of dead letters that got longer than the setting allows.
+    """Trims streams of dead letters that are longer than ``EVENTBUS_DEAD_MAXLEN``.
 
-    A command of its own, beside the transaction that adds a dead letter: only ``XTRIM`` answers
-    how many entries it removed.
+    It uses ``XTRIM``, which returns the number of removed entries. ``XADD MAXLEN`` does not.
 
     :param lock: held by the thread that uses the connection.
     """
@@ -45,17 +44,17 @@ class DeadLimit:
         self._counters = counters
         self._lock = lock
         self._log = BoundedLog(logger)
-        #: Signals that got a dead letter since their stream of dead letters was last trimmed.
+        #: Signals with new dead letters since their stream of dead letters was last trimmed.
         self._grown: set[str] = set()
-        #: Dead letters that were dropped and not counted in Redis yet, by signal.
+        #: Dropped dead letters not yet counted in Redis, by signal.
         self._uncounted: Counter[str] = Counter()
 
     def note(self, name: str) -> None:
-        """Note that a signal got a dead letter."""
+        """Record that a signal has a new dead letter."""
         self._grown.add(name)
 
     def enforce(self) -> None:
-        """Trim what has grown. While Redis is away, the next call does it."""
+        """Trim the streams that grew. If Redis is away, the next call does it."""
         if not self._grown:
             return
 
@@ -64,10 +63,10 @@ class DeadLimit:
             self._count(dropped)
 
         for name, count in dropped.items():
-            self._report(name, count)
+            self._report_dropped(name, count)
 
     def _trim(self) -> dict[str, int]:
-        """Trim what has grown; return how many dead letters were dropped, by signal."""
+        """Trim the streams that grew; return the number of dropped dead letters by signal."""
         names, self._grown = sorted(self._grown), set()
         keys = [self._keys.dead(name, self._config.service) for name in names]
 
@@ -83,7 +82,7 @@ class DeadLimit:
         return {name: count for name, count in zip(names, answers, strict=True) if count}
 
     def _count(self, dropped: Mapping[str, int]) -> None:
-        """Add to the numbers in Redis, which ``status`` shows."""
+        """Add to the counts in Redis, which ``flask eventbus status`` shows."""
         self._uncounted.update(dropped)
 
         names = sorted(self._uncounted)
@@ -101,26 +100,26 @@ class DeadLimit:
             self._grown.update(names)
             return
 
-        # What Redis refuses to count is counted with the next dead letter.
+        # A count that Redis refused is added with the next dead letter.
         for name, answer in zip(names, answers, strict=True):
             if answer is not None:
                 del self._uncounted[name]
 
     def _run(self, commands: Sequence[Command]) -> list[Any]:
-        """The answers to commands; ``None`` for those that Redis refuses, which is logged."""
+        """Return the answers to commands. A refusal is logged, and its answer is ``None``."""
         answers = self._pipe.run(commands) if commands else []
 
         for command, answer in zip(commands, answers, strict=True):
             if isinstance(answer, redis.ResponseError):
-                self._refused(command, answer)
+                self._log_refusal(command, answer)
             else:
                 right, key = str(command[0]), str(command[1])
-                text = "Redis lets %s of %r be done again."
+                text = "Redis lets the bus run %s of %r again."
                 self._log.over(f"refused {right} {key}", text, right, key)
 
         return [None if isinstance(answer, redis.ResponseError) else answer for answer in answers]
 
-    def _refused(self, command: Command, error: redis.ResponseError) -> None:
+    def _log_refusal(self, command: Command, error: redis.ResponseError) -> None:
         right, key = str(command[0]), str(command[1])
         self._log.once(
             f"refused {right} {key}",
@@ -128,14 +127,14 @@ class DeadLimit:
             right,
             key,
             error,
-            "Dead letters have no limit."
+            "'EVENTBUS_DEAD_MAXLEN' has no effect."
             if right == "XTRIM"
-            else "Dead letters that are dropped are not counted.",
+            else "Dropped dead letters are not counted.",
             remedy(error, {key: f"+{right.lower()}"}),
             level=logging.ERROR,
         )
 
-    def _report(self, name: str, count: int) -> None:
+    def _report_dropped(self, name: str, count: int) -> None:
         self._counters.add("dead_dropped", count)
         self._log.error(
             f"dropped {name}",

@@ -1,4 +1,4 @@
-"""Gives up retries of signals that no process of the service receives any more."""
+"""Give up retries of signals that no process of the service receives any more."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
 
-#: Seconds between two looks; retries wait for an hour anyway.
+#: Seconds between two searches. Orphaned retries are kept for an hour, so this may be long.
 LOOK_EVERY = 300.0
 
-#: Signals that one look asks about at most.
+#: Most signals in one search.
 MOST_NAMES = 10_000
 
-#: Retries that are given up in one step.
+#: Most retries given up in one round trip.
 MOST_PER_STEP = 100
 
 
 class Orphans:
-    """Finds retries of signals that this process does not read.
+    """Finds retries of signals that this process does not read, and gives up old ones.
 
-    They are left to other processes of the service until they are overdue and old. All calls are
-    for the keeper's thread.
+    Until they are overdue and old, another process of the service may run them. Only the
+    maintenance thread calls its methods.
 
-    :param receives: True if this process reads the stream of a signal, or may do so soon.
+    :param receives: returns True if this process reads the stream of a signal, or may soon.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Orphans:
         self._acknowledger = acknowledger
         self._receives = receives
         self._log = BoundedLog(logger)
-        #: Signals whose retries this user may not see, so none of them are its own.
+        #: Signals whose retries the Redis user may not read, so none are this service's.
         self._forbidden: set[str] = set()
-        #: When to look next, by the monotonic clock.
+        #: Monotonic time of the next search.
         self.look_at = time.monotonic() + LOOK_EVERY * random.uniform(0.1, 1.0)  # noqa: S311 - spreads load
 
     def look(self) -> None:
-        """Give up what is orphaned, if it is time to look.
+        """Give up orphaned retries, once every :data:`LOOK_EVERY` seconds.
 
         :raises redis.ConnectionError: Redis is away.
         """
@@ -71,9 +71,9 @@ class Orphans:
                 self._give_up(name)
             except redis.exceptions.NoPermissionError as error:
                 self._forbidden.add(name)
-                logger.debug("The retries of %r are not this user's: %s", name, error)
+                logger.debug("The Redis user may not read the retries of %r: %s", name, error)
             except redis.ResponseError as error:
-                logger.debug("The retries of %r cannot be read: %s", name, error)
+                logger.debug("Could not read the retries of %r: %s", name, error)
 
     def _names(self) -> list[str]:
         try:
@@ -82,8 +82,8 @@ class Orphans:
         except redis.ResponseError as error:
             self._log.once(
                 "refused",
-                "Redis does not let %r list the streams (%s), so retries of signals that it no "
-                "longer subscribes to stay. Grant its user (+smembers ~%s) in the ACL.",
+                "Redis does not let %r list the streams (%s). Retries of signals that it no longer "
+                "subscribes to are not given up. Grant its user (+smembers ~%s) in the ACL.",
                 self._service,
                 error,
                 self._keys.names,

@@ -170,7 +170,7 @@ class RetryQueue:
 
         return score is not None
 
-    def begin(self, delivery: Delivery, record: RetryRecord) -> bool:
+    def record_start(self, delivery: Delivery, record: RetryRecord) -> bool:
         """Note in Redis that a retry is being tried; not if another worker has begun it.
 
         If it ends this process, that is to be known.

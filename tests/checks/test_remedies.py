@@ -223,13 +223,16 @@ def test_the_limit_of_dead_letters_names_the_rights_that_it_lacks(
     wait_until(lambda: "Redis refuses XTRIM of" in caplog.text, what="the first right is named")
     assert len(store.dead("tick")) == 251
     key = store.keys.dead("tick", "mailer")
-    assert f"Dead letters have no limit. Grant its user (+xtrim ~{key})" in caplog.text
+    assert f"'EVENTBUS_DEAD_MAXLEN' has no effect. Grant its user (+xtrim ~{key})" in caplog.text
 
     user.grant()
     store.add("tick", n=2)
     wait_until(lambda: "Redis refuses INCRBY of" in caplog.text, what="the second one is named")
     assert len(store.dead("tick")) < 252
-    assert f"dropped are not counted. Grant its user (+incrby ~{key}:dropped)" in caplog.text
+    assert (
+        f"Dropped dead letters are not counted. Grant its user (+incrby ~{key}:dropped)"
+        in caplog.text
+    )
 
     user.grant()
     user.forgive()

@@ -729,7 +729,7 @@ def test_a_retry_whose_receiver_goes_away_as_it_begins_is_not_taken_for_handled(
 ) -> None:
     monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.05)
     monkeypatch.setattr(retry_queue, "MOST_POSTPONE", 0.2)
-    begin = retry_queue.RetryQueue.begin
+    begin = retry_queue.RetryQueue.record_start
     begun: list[bool] = []
     ran: list[int] = []
 
@@ -744,11 +744,11 @@ def test_a_retry_whose_receiver_goes_away_as_it_begins_is_not_taken_for_handled(
         line.bus.signal("work").disconnect(receive)
         return begun[-1]
 
-    monkeypatch.setattr(retry_queue.RetryQueue, "begin", disconnect_meanwhile)
+    monkeypatch.setattr(retry_queue.RetryQueue, "record_start", disconnect_meanwhile)
     line.listen()
     line.send(1)
     wait_until(lambda: begun, what="the retry begins, and its receiver is gone")
-    monkeypatch.setattr(retry_queue.RetryQueue, "begin", begin)
+    monkeypatch.setattr(retry_queue.RetryQueue, "record_start", begin)
     wait_until(lambda: line.waiting() and not running(line), what="the retry is put back")
     assert ran == [1]
     line.bus.signal("work").connect(receive, weak=False)
