@@ -396,7 +396,7 @@ class Consumer:
         with self._acknowledger.lock:
             for delivery in self._in_flight.retries():
                 if not delivery.started:
-                    self._retries.put_back(delivery)
+                    self._retries.release(delivery)
 
             # What Redis does not let be read was told already.
             for name in self._membership.known - self._membership.refused.keys():

@@ -290,7 +290,7 @@ class Maintenance:
         questions = [
             command
             for name in names
-            for command in (self._group.released_command(name), self._retries.first_due(name))
+            for command in (self._group.released_command(name), self._retries.due_command(name))
         ]
 
         with self._acknowledger.lock:
@@ -376,7 +376,7 @@ class Maintenance:
             if delivery.retry is None:
                 by_name.setdefault(delivery.name, {})[delivery.entry] = delivery.crashes or 0
             else:
-                self._retries.put_back(delivery)
+                self._retries.release(delivery)
                 self._more_retries.add(delivery.name)
 
         for name, begun in by_name.items():

@@ -1,4 +1,7 @@
-"""What waits to be tried again: a sorted set of records, each leased while it is tried."""
+"""The retries of a service: a sorted set for each signal, scored by the time a retry is due.
+
+A worker leases a retry: it sets the score to the end of its lease, so that no other takes it.
+"""
 
 from __future__ import annotations
 
@@ -25,23 +28,24 @@ from .outcomes import Outcome, Outcomes
 
 logger = get_logger(__name__)
 
-#: Seconds that a receiver may be unknown to every worker before its retries are given up: a
-#: deployment may take its time.
+#: Seconds since the last attempt after which a retry without a receiver is given up. A
+#: deployment may take as long.
 GONE_AFTER = 3_600.0
 
-#: Seconds after which a retry that is due is taken for one that no worker reads.
+#: Seconds that a retry is due before it counts as read by no worker.
 OVERDUE = 60.0
 
-#: Seconds for which a worker that lacks a receiver leaves its retries to the others, at most.
+#: Most seconds that a worker without the receiver leaves a retry to other workers.
 MOST_POSTPONE = 10.0
 
 
 class RetryQueue:
-    """Takes retries that are due, one worker each.
+    """Leases retries that are due, so that only one worker runs each.
 
-    :param lock: what whoever uses the connection holds, callers of its methods included.
-    :param knows: whether a receiver of that name is connected for an event.
-    :param retries_of: how often the receiver called so is tried again at events of a subscription.
+    :param lock: held by the thread that uses the connection. Callers of :meth:`take`,
+        :meth:`take_orphans` and :meth:`signals` hold it.
+    :param knows: returns True if a receiver with that name is connected for an event.
+    :param retries_of: returns the number of retries that the subscription allows a receiver.
     """
 
     def __init__(
@@ -70,8 +74,9 @@ class RetryQueue:
     def take(
         self, name: str, subscription: Subscription, *, most: int
     ) -> tuple[list[Delivery], list[Outcome], bool]:
-        """Lease retries that are due; what is given up of them instead; whether there are more.
+        """Lease retries that are due.
 
+        :return: the retries to run, the outcomes of those given up, and True if more are due.
         :raises redis.ConnectionError: Redis is away.
         """
         deliveries: list[Delivery] = []
@@ -87,13 +92,14 @@ class RetryQueue:
 
         return deliveries, given_up, count >= most
 
-    def first_due(self, name: str) -> Command:
-        """The command whose answer is empty if no retry is due."""
-        return self._look(name, most=1)
+    def due_command(self, name: str) -> Command:
+        """Return a command whose answer is empty if no retry is due."""
+        return self._find_due(name, most=1)
 
     def take_orphans(self, name: str, *, most: int) -> tuple[list[Outcome], bool]:
-        """Give up retries of a signal that nobody takes; return them, and True if there are more.
+        """Give up old retries of a signal that no worker takes.
 
+        :return: their outcomes, and True if more may follow.
         :raises redis.ConnectionError: Redis is away.
         """
         given_up: list[Outcome] = []
@@ -120,43 +126,44 @@ class RetryQueue:
         most: int,
         overdue: float = 0.0,
     ) -> int | None:
-        """Lease retries that have been due for so many seconds.
+        """Lease retries that have been due for ``overdue`` seconds.
 
-        :return: how many were looked at; ``None`` if another worker was faster.
+        :param lease: returns the commands that lease a member of the sorted set.
+        :return: the number of retries found; ``None`` if another worker changed the set meanwhile.
         """
         key = self._keys.retry(name, self._config.service)
 
-        # They may be large: one tells that there are some.
-        if not _members(self._pipe.ask(*self._look(name, most=1, overdue=overdue))):
+        # Records may be large, so read one before WATCH.
+        if not _list_of(self._pipe.ask(*self._find_due(name, most=1, overdue=overdue))):
             return 0
 
-        look = self._look(name, most=most, overdue=overdue)
-        watched, answer = self._pipe.run([("WATCH", key), look])
+        find = self._find_due(name, most=most, overdue=overdue)
+        watched, answer = self._pipe.run([("WATCH", key), find])
         _check([watched])
-        members = _members(answer)
+        members = _list_of(answer)
         commands: list[Command] = [("MULTI",)]
 
         try:
             for member in members:
                 commands += lease(member)
         except BaseException:
-            # What is watched would make another's transaction void.
+            # Closing ends the WATCH, which would abort the next transaction.
             self._pipe.close()
             raise
 
         answers = self._pipe.run([*commands, ("EXEC",)])
         _check(answers)
 
-        # None: another worker was at it, and the next look finds what it left.
+        # EXEC answers None if another worker changed the set. The next call finds what it left.
         return None if answers[-1] is None else len(members)
 
-    def _look(self, name: str, *, most: int, overdue: float = 0.0) -> Command:
+    def _find_due(self, name: str, *, most: int, overdue: float = 0.0) -> Command:
         key = self._keys.retry(name, self._config.service)
-        until = round((self._clock.now() - overdue) * 1000)
-        return ("ZRANGEBYSCORE", key, "-inf", until, "LIMIT", 0, most)
+        due_until = round((self._clock.now() - overdue) * 1000)
+        return ("ZRANGEBYSCORE", key, "-inf", due_until, "LIMIT", 0, most)
 
     def renew(self, delivery: Delivery) -> bool:
-        """Keep a retry that is being tried; whether it still is there.
+        """Extend the lease of a retry. Return False if another worker ended it.
 
         :raises redis.ConnectionError: Redis is away.
         """
@@ -171,9 +178,9 @@ class RetryQueue:
         return score is not None
 
     def record_start(self, delivery: Delivery, record: RetryRecord) -> bool:
-        """Note in Redis that a retry is being tried; not if another worker has begun it.
+        """Count the attempt in Redis before it runs. Return False if another worker started it.
 
-        If it ends this process, that is to be known.
+        If this process dies in the attempt, other workers see the count.
 
         :raises redis.ConnectionError: Redis is away.
         :raises redis.ResponseError: Redis refuses.
@@ -192,10 +199,11 @@ class RetryQueue:
                 ]
             )
             _check(answers)
-            removed, added = _members(answers[-1])
+            removed, added = _list_of(answers[-1])
 
             if not removed:
-                # Whoever has removed it may have added the very same.
+                # The other worker may have stored the same bytes, so remove the member only if
+                # this call added it.
                 if added:
                     self._pipe.ask("ZREM", key, member)
 
@@ -205,24 +213,24 @@ class RetryQueue:
             return True
 
     def postponed(self, delivery: Delivery, record: RetryRecord) -> Outcome:
-        """The outcome of a retry whose receiver was gone after it had begun: as if it had not.
+        """Return the outcome of a retry whose receiver was disconnected after its start.
 
-        Another worker may have the receiver.
+        The attempt is not counted, and another worker may have the receiver.
         """
         waiting = replace(record, attempts=record.attempts - 1, running=False)
         key = self._keys.retry(delivery.name, self._config.service)
         command: Command = ("ZADD", key, self._postponed_until(), waiting.packed())
         return Outcome(delivery.name, delivery.entry, [command], delivery)
 
-    def put_back(self, delivery: Delivery) -> None:
-        """Undo the lease of a retry that was not begun.
+    def release(self, delivery: Delivery) -> None:
+        """End the lease of a retry that was not started, so that it is due at once.
 
         :raises redis.ConnectionError: Redis is away.
         """
         key = self._keys.retry(delivery.name, self._config.service)
 
         with self._lock:
-            # Not where another worker has begun it meanwhile, or ended it.
+            # XX: another worker may have started or ended it.
             self._pipe.run([("ZADD", key, "XX", round(self._clock.now() * 1000), delivery.member)])
 
     def _lease(
@@ -239,10 +247,10 @@ class RetryQueue:
             record = RetryRecord.unpacked(member)
             event, memory = self._event(name, record)
         except (BadRecordError, DecodeError) as error:
-            given_up.append(self._bad(name, member, error))
-            return [self._keep(key, member)]
+            given_up.append(self._give_up_undecodable(name, member, error))
+            return [self._lease_command(key, member)]
 
-        # Its worker may live, and see its lease end by a step of Redis's clock.
+        # Redis's clock was set, so the lease may have expired although its worker runs.
         if record.running and not self._clock.is_steady:
             return [("ZADD", key, "XX", self._postponed_until(), member)]
 
@@ -254,12 +262,12 @@ class RetryQueue:
         allowed = self._retries_of(subscription, event, record.receiver)
 
         if record.running and record.attempts > allowed:
-            words = f"It was tried {record.attempts} times; the last worker ended before it did."
+            words = f"{record.attempts} attempts were made; the worker died in the last one."
             given_up.append(self._outcomes.give_up(delivery, "killed", words))
-            return [self._keep(key, member)]
+            return [self._lease_command(key, member)]
 
         deliveries.append(delivery)
-        return [self._keep(key, member)]
+        return [self._lease_command(key, member)]
 
     def _lease_orphan(self, name: str, member: bytes, given_up: list[Outcome]) -> list[Command]:
         key = self._keys.retry(name, self._config.service)
@@ -268,17 +276,17 @@ class RetryQueue:
             record = RetryRecord.unpacked(member)
             event, _ = self._event(name, record)
         except (BadRecordError, DecodeError) as error:
-            given_up.append(self._bad(name, member, error))
-            return [self._keep(key, member)]
+            given_up.append(self._give_up_undecodable(name, member, error))
+            return [self._lease_command(key, member)]
 
         if not self._is_old(record):
             return []
 
         subscription = Subscription(name=name, via="stream")
-        given_up.append(self._gone(name, subscription, record, member, event))
-        return [self._keep(key, member)]
+        given_up.append(self._give_up_gone(name, subscription, record, member, event))
+        return [self._lease_command(key, member)]
 
-    def _gone(
+    def _give_up_gone(
         self,
         name: str,
         subscription: Subscription,
@@ -288,20 +296,20 @@ class RetryQueue:
     ) -> Outcome:
         delivery = self._delivery(name, subscription, record, member, event, 0)
         words = (
-            f"No worker of {self._config.service!r} has the receiver {record.receiver!r} any "
-            f"more. Its last error: {record.error}"
+            f"No worker of {self._config.service!r} has the receiver {record.receiver!r}, and its "
+            f"last attempt was over an hour ago. Its last error: {record.error}"
         )
         return self._outcomes.give_up(delivery, "gone", words)
 
-    def _keep(self, key: str, member: bytes) -> Command:
-        """The command that keeps a record from other workers, for as long as a lease lasts."""
+    def _lease_command(self, key: str, member: bytes) -> Command:
+        """Return the command that keeps a record from other workers until the lease expires."""
         return ("ZADD", key, "XX", self._lease_until(), member)
 
     def _event(self, name: str, record: RetryRecord) -> tuple[Event, int]:
         event, memory = self._codec.decode_to_wait(record.event, via="stream")
 
         if event.name != name:
-            raise BadRecordError(f"its event is one of {event.name!r}")
+            raise BadRecordError(f"it holds an event of {event.name!r}")
 
         return event, memory
 
@@ -314,22 +322,22 @@ class RetryQueue:
         event: Event,
         given_up: list[Outcome],
     ) -> list[Command]:
-        """Leave it to a worker that has its receiver, as long as there may be one."""
+        """Leave a retry to a worker that has its receiver; give it up once it is old."""
         key = self._keys.retry(name, self._config.service)
 
         if self._is_old(record):
-            given_up.append(self._gone(name, subscription, record, member, event))
-            return [self._keep(key, member)]
+            given_up.append(self._give_up_gone(name, subscription, record, member, event))
+            return [self._lease_command(key, member)]
 
         return [("ZADD", key, "XX", self._postponed_until(), member)]
 
-    def _bad(self, name: str, member: bytes, error: Exception) -> Outcome:
+    def _give_up_undecodable(self, name: str, member: bytes, error: Exception) -> Outcome:
         now = round(self._clock.now() * 1000)
         letter = DeadLetter(
             reason="undecodable",
             entry="",
             fields={b"record": member},
-            error=f"A record of a retry does not read: {error}"[:MOST_ERROR],
+            error=f"The record of a retry cannot be decoded: {error}"[:MOST_ERROR],
             first=now,
             last=now,
         )
@@ -348,7 +356,7 @@ class RetryQueue:
         event: Event,
         memory: int,
     ) -> Delivery:
-        odd = b"" if record.packed() == member else member
+        stored_member = b"" if record.packed() == member else member
         return Delivery(
             name=name,
             entry=record.entry,
@@ -357,12 +365,12 @@ class RetryQueue:
             subscription=subscription,
             claimed_until=time.monotonic() + self._config.claim_after,
             retry=record,
-            stored_member=odd,
-            memory=memory + len(odd),
+            stored_member=stored_member,
+            memory=memory + len(stored_member),
         )
 
     def _postponed_until(self) -> int:
-        # Not for as long each time, so that it is due when another looks.
+        # Random, so that it is not always this worker that finds it due.
         pause = random.uniform(0.2, 1.0) * min(self._config.claim_after, MOST_POSTPONE)  # noqa: S311 - spreads load
         return round((self._clock.now() + pause) * 1000)
 
@@ -374,13 +382,13 @@ class RetryQueue:
 
 
 def _check(answers: Iterable[object]) -> None:
-    """Raise the first refusal: of a transaction, the one that tells why."""
+    """Raise the first error. In a transaction that one names the reason, and EXEC does not."""
     for answer in answers:
         if isinstance(answer, Exception):
             raise answer
 
 
-def _members(answer: object) -> list[Any]:
+def _list_of(answer: object) -> list[Any]:
     if isinstance(answer, Exception):
         raise answer
 

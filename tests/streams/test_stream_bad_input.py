@@ -307,7 +307,7 @@ def test_a_record_of_a_retry_that_somebody_edited_is_a_dead_letter_and_the_other
     assert "edited" not in heard
     assert letter.reason == "undecodable"
     assert letter.fields == {b"record": member}
-    assert letter.error.startswith("A record of a retry does not read: ")
+    assert letter.error.startswith("The record of a retry cannot be decoded: ")
     goes_on(store, heard)
 
 
