@@ -1,4 +1,4 @@
-"""States of streams that somebody else made, and in which a service hears nothing any more."""
+"""Alarms about damaged streams: states that another program caused, with the remedy."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import NamedTuple
 
 from ..codec.entry_ids import EntryId, id_text
 
-#: Milliseconds by which an id may be ahead of the clock: nobody's clock is wrong by more.
+#: Maximum time by which an entry id may be ahead of the clock, in milliseconds.
 MOST_AHEAD = 24 * 60 * 60 * 1000
 
-#: Milliseconds by which a group may be ahead of the clock: a new one may begin at this moment, by
-#: the clock of Redis.
+#: Maximum time by which a group may be ahead of the clock, in milliseconds. A new group may start
+#: at the present time of Redis, whose clock may differ.
 CLOCKS_APART = 60 * 1000
 
-#: Characters of a name that others chose that an alarm shows.
+#: Maximum number of characters of a consumer's name that an alarm shows.
 MOST_SHOWN = 64
 
-#: Streams that the patterns of a service stand for at most, and that a command looks at.
+#: Maximum number of streams that the patterns of a service match, and that a command reads.
 MOST_NAMES = 1_000
 
 
 class Alarm(NamedTuple):
-    """What is wrong with a stream or with a service's place in it, and what to do."""
+    """A problem of a stream, or of a service's position in it, and its remedy."""
 
     text: str
     remedy: str
@@ -34,12 +34,13 @@ class Alarm(NamedTuple):
 def past_the_end(
     name: str, service: str, delivered: EntryId, last: EntryId, now: float
 ) -> Alarm | None:
-    """Return an alarm for a group that misses the next entries, because it stands in the future.
+    """Return an alarm if a group's position lies in the future, so that it misses new entries.
 
-    A group that began at a moment may be past the last entry too: the next one comes after it.
+    A group that started at the present time may also be past the last entry. That is no alarm: the
+    id of the next entry is larger.
 
-    :param delivered: the last id that the group was given.
-    :param last: the last id that the stream gave to an entry.
+    :param delivered: the last delivered id of the group.
+    :param last: the last generated id of the stream.
     :param now: seconds since 1970.
     """
     if delivered <= last or delivered[0] <= now * 1000 + CLOCKS_APART:
@@ -47,13 +48,14 @@ def past_the_end(
 
     return Alarm(
         f"{service!r} stands at {id_text(delivered)} in the stream of {name!r}, past its end "
-        f"({id_text(last)}): it gets no event until ids have come that far. Somebody moved it.",
-        f"Move it back to where it was: 'eventbus --service {service} seek {name} --to TIME'.",
+        f"({id_text(last)}). It gets no event until the ids of new entries are larger. Another "
+        "program or a person moved it.",
+        f"Move it back to its position: 'eventbus --service {service} seek {name} --to TIME'.",
     )
 
 
 def far_ahead(name: str, last: EntryId, now: float) -> Alarm | None:
-    """Return an alarm for a stream whose last id lies far in the future.
+    """Return an alarm if the last id of a stream lies far in the future.
 
     :param now: seconds since 1970.
     """
@@ -61,36 +63,36 @@ def far_ahead(name: str, last: EntryId, now: float) -> Alarm | None:
         return None
 
     return Alarm(
-        f"The last id of the stream of {name!r} is {id_text(last)}, more than a day in the future: "
-        "Redis gives larger ones only, and refuses every event once there is none.",
-        "Remove the entry and set the id back, see 'A damaged stream' in docs/streams.md.",
+        f"The last id of the stream of {name!r} is {id_text(last)}, more than a day in the future. "
+        "Redis generates larger ids only, and refuses every event after the largest one.",
+        "Remove the entry and reset the id. See 'A damaged stream' in docs/streams.md.",
     )
 
 
 def too_many_names(key: str, count: int) -> Alarm | None:
-    """Return an alarm for more names of streams than patterns stand for."""
+    """Return an alarm if there are more stream names than patterns may match."""
     if count <= MOST_NAMES:
         return None
 
     return Alarm(
-        f"{key!r} has {count:,} names of streams. Patterns stand for {MOST_NAMES:,} of them; the "
-        "streams of the others are not heard.",
-        f"Delete {key!r}: publishers note the names of their streams again within seconds. See 'A "
+        f"{key!r} has {count:,} names of streams. Patterns match {MOST_NAMES:,} of them; the "
+        "other streams are not read.",
+        f"Delete {key!r}. Publishers add the names of their streams again within seconds. See 'A "
         "damaged stream' in docs/streams.md.",
     )
 
 
 def worker_of(consumer: str) -> tuple[str, int, str] | None:
-    """Return the host, pid and node in a consumer's name; ``None`` if no worker is called so."""
+    """Return host, pid and node from a consumer's name; ``None`` if it is no worker's name."""
     host, pid, node = [*consumer.rsplit("-", 2), "", ""][:3]
     is_own = host and node and pid.isascii() and pid.isdecimal() and len(pid) < 12
     return (host, int(pid), node) if is_own else None
 
 
 def foreign_consumers(name: str, service: str, consumers: Iterable[str]) -> Alarm | None:
-    """Return an alarm for consumers of a group that are called like no worker.
+    """Return an alarm if a group has consumers whose names are not those of workers.
 
-    :param consumers: their names, without that of entries that were handed back.
+    :param consumers: names of the consumers, without that of released entries.
     """
     found = sorted(consumer for consumer in consumers if worker_of(consumer) is None)
 
@@ -99,32 +101,33 @@ def foreign_consumers(name: str, service: str, consumers: Iterable[str]) -> Alar
 
     return Alarm(
         f"The consumer {found[0][:MOST_SHOWN]!r} is in the group of {service!r} at the stream of "
-        f"{name!r}, and no worker is called so. What it reads and acknowledges, no worker gets.",
-        f"Find out who it is, with CLIENT LIST and ACL LOG. {_brought_back(name, service)}",
+        f"{name!r}, and no worker has this name. Workers do not get the events that it reads.",
+        f"Find the program with CLIENT LIST and ACL LOG. {_run_again(name, service)}",
     )
 
 
 def set_count(name: str, service: str, id: str, count: int) -> Alarm:
-    """Return an alarm for an entry that was delivered more often than workers can have done it."""
+    """Return an alarm for an entry whose delivery count is too high to be that of workers."""
     return Alarm(
         f"The entry {id} of {name!r} counts as delivered {count} times, which workers of "
-        f"{service!r} cannot have done. Somebody set the count (XCLAIM RETRYCOUNT), or 'retries' "
-        "was lowered. It is handled as if it had been begun once.",
-        "Find out who did it, with CLIENT LIST and ACL LOG.",
+        f"{service!r} cannot have done. Another program set the count (XCLAIM RETRYCOUNT), or "
+        "'retries' was lowered. The entry is handled as if one worker had started it.",
+        "Find the program with CLIENT LIST and ACL LOG.",
     )
 
 
 def taken_out(name: str, service: str, count: int) -> Alarm:
-    """Return an alarm for entries that somebody acknowledged before a worker had handled them."""
+    """Return an alarm for entries that another program acknowledged before their worker did."""
     return Alarm(
-        f"Somebody else acknowledged {count} entries of {name!r} that a worker of {service!r} had "
-        "yet to handle (XACK, XGROUP DELCONSUMER). That worker handles them; others may be lost.",
-        f"Find out who did it, with CLIENT LIST and ACL LOG. {_brought_back(name, service)}",
+        f"Another program acknowledged {count} entries of {name!r} that a worker of {service!r} "
+        "had not handled yet (XACK, XGROUP DELCONSUMER). This worker handles them; other entries "
+        "may be lost.",
+        f"Find the program with CLIENT LIST and ACL LOG. {_run_again(name, service)}",
     )
 
 
-def _brought_back(name: str, service: str) -> str:
+def _run_again(name: str, service: str) -> str:
     return (
-        "To run again what was lost, and all that came after it: 'eventbus --service "
+        "To handle the lost events and all later ones again: 'eventbus --service "
         f"{service} seek {name} --to TIME'."
     )

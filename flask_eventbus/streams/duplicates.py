@@ -1,4 +1,4 @@
-"""Recognizes stream events that come twice, by their ids and their bytes, for a while."""
+"""Finds duplicate stream events by id and bytes, for the length of a time window."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .group import remedy
 
 logger = get_logger(__name__)
 
-#: Seconds after which Redis is asked again to note ids: it may have been full.
+#: Seconds to wait after Redis refused to store ids, before trying again.
 ASK_AGAIN = 60.0
 
-#: Bytes of a digest: enough that nobody finds other bytes with the same one.
+#: Size of a digest in bytes.
 DIGEST_BYTES = 8
 
 
 def _end_of(number: int, window: float, moment: datetime) -> datetime:
-    """A moment up to which the window lasts; ``moment`` itself at the end of the calendar."""
+    """Return the end of a window; ``moment`` itself if the calendar ends before."""
     try:
         return datetime.fromtimestamp((number + 1) * window, UTC)
     except (OverflowError, ValueError, OSError):
@@ -33,12 +33,12 @@ def _end_of(number: int, window: float, moment: datetime) -> datetime:
 
 
 class Duplicates:
-    """Notes the events that a service got in hashes of Redis, one per window of the events' time.
+    """Stores the events that a service received in Redis hashes, one hash for each time window.
 
     A hash maps the id of an event to a digest of its bytes. A duplicate has the same id and the
-    same bytes; the same id with other bytes is a conflict, and is delivered. Both copies of an
-    event bear the same time, so both are looked up in the same hash. A hash is kept for two
-    windows after the last id that it got: about 110 bytes for each event.
+    same bytes. An event with the same id and other bytes is a conflict: it is delivered. The time
+    in the event selects the hash, and it is the same in both copies. A hash expires two windows
+    after its last change. It takes about 110 bytes for each event.
     """
 
     def __init__(self, pipe: Pipe, *, config: Config, keys: StreamKeys, counters: Counters) -> None:
@@ -47,42 +47,44 @@ class Duplicates:
         self._keys = keys
         self._log = BoundedLog(logger)
         self._conflicts = Conflicts(config=config, counters=counters)
-        #: Until when Redis is not asked, by the monotonic clock: it refused.
+        #: Monotonic time until which Redis is not asked, because it refused.
         self._refused_until = 0.0
 
     def find(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        """Note the events of entries that are read for the first time; return the duplicates.
+        """Store the events of deliveries in Redis, and return those that are duplicates.
 
-        :raises redis.ConnectionError: Redis is away.
+        :raises redis.ConnectionError: Redis is unreachable.
         """
         window = self._config.duplicate_window
 
         if not window or not deliveries or time.monotonic() < self._refused_until:
             return []
 
-        sets = self._by_set(deliveries)
+        windows = self._by_window(deliveries)
         commands: list[Command] = []
 
-        for (name, number), found in sets.items():
-            commands += self._note(name, number, found)
+        for (name, number), found in windows.items():
+            commands += self._store(name, number, found)
 
         answers = self._pipe.run(commands)
         self._refused_until = 0.0
-        known = [
+        duplicates = [
             delivery
-            for place, found in enumerate(sets.values())
-            for delivery in self._known(found, answers[place * 5 : place * 5 + 5])
+            for place, found in enumerate(windows.values())
+            for delivery in self._duplicates(found, answers[place * 5 : place * 5 + 5])
         ]
 
         if not self._refused_until:
-            self._log.over("refused", "Redis notes again which events came.")
+            self._log.over("refused", "Redis stores the ids of received events again.")
 
-        return known
+        return duplicates
 
     def forget(self, name: str) -> None:
-        """Let every event of a signal come again: the group that they were noted for is gone.
+        """Delete the stored events of a signal, because its group was deleted.
 
-        :raises redis.ConnectionError: Redis is away.
+        Its new group delivers these events again; they are no duplicates.
+
+        :raises redis.ConnectionError: Redis is unreachable.
         """
         window = self._config.duplicate_window
 
@@ -90,24 +92,24 @@ class Duplicates:
             return
 
         now = int(time.time() // window)
-        # A set is kept for two windows; the clocks of publishers may differ by one.
+        # A hash lives for two windows; the clocks of publishers may differ by one more.
         keys = [self._keys.seen(name, self._config.service, now + n) for n in range(-3, 2)]
         answers = self._pipe.run([("EXPIRE", key, 0) for key in keys])
 
         for refusal in (answer for answer in answers if isinstance(answer, Exception)):
             self._log.warning(
                 "kept",
-                "Redis does not let go of which events of %r came (%s): those of the last %g s do "
-                "not come again. %s",
+                "Redis refuses to delete the ids of received events of %r (%s). The events of the "
+                "last %g s are not delivered again. %s",
                 name,
                 refusal,
                 window,
                 remedy(refusal, {self._pattern(name): "+expire"}),
             )
 
-    def _by_set(self, deliveries: Sequence[Delivery]) -> dict[tuple[str, int], list[Delivery]]:
-        """Deliveries by the set that their events' ids are in: most have that of the one before."""
-        sets: dict[tuple[str, int], list[Delivery]] = {}
+    def _by_window(self, deliveries: Sequence[Delivery]) -> dict[tuple[str, int], list[Delivery]]:
+        """Return the deliveries by signal and number of the time window."""
+        windows: dict[tuple[str, int], list[Delivery]] = {}
         window = self._config.duplicate_window
         name = ""
         first = last = datetime.max.replace(tzinfo=UTC)
@@ -116,21 +118,22 @@ class Duplicates:
         for delivery in deliveries:
             moment = delivery.event.time
 
+            # Most events are in the window of the event before.
             if delivery.name != name or not first <= moment < last:
                 name, number = delivery.name, int(moment.timestamp() // window)
                 first = last = moment
-                found = sets.setdefault((name, number), [])
+                found = windows.setdefault((name, number), [])
                 last = _end_of(number, window, moment)
 
             found.append(delivery)
 
-        return sets
+        return windows
 
-    def _note(self, name: str, number: int, deliveries: Sequence[Delivery]) -> list[Command]:
+    def _store(self, name: str, number: int, deliveries: Sequence[Delivery]) -> list[Command]:
         key = self._keys.seen(name, self._config.service, number)
         ids = [delivery.event.id for delivery in deliveries]
         pairs = [part for each in deliveries for part in (each.event.id, _digest(each.body))]
-        # In one step: of two workers that got the two copies, one is the first.
+        # A transaction, so that of two workers with one copy each, exactly one finds it new.
         return [
             ("MULTI",),
             ("HMGET", key, *ids),
@@ -139,44 +142,49 @@ class Duplicates:
             ("EXEC",),
         ]
 
-    def _known(self, deliveries: Sequence[Delivery], answers: Sequence[object]) -> list[Delivery]:
-        done = answers[-1]
+    def _duplicates(
+        self, deliveries: Sequence[Delivery], answers: Sequence[object]
+    ) -> list[Delivery]:
+        result = answers[-1]
 
-        if not isinstance(done, list) or isinstance(done[0], Exception):
-            reason = next((a for a in answers if isinstance(a, Exception)), done)
-            self._give_up(deliveries[0].name, reason)
+        if not isinstance(result, list) or isinstance(result[0], Exception):
+            reason = next((a for a in answers if isinstance(a, Exception)), result)
+            self._pause(deliveries[0].name, reason)
             return []
 
-        known: list[Delivery] = []
+        duplicates: list[Delivery] = []
+        stored_digests = result[0]
 
-        if not any(done[0]) and len({each.event.id for each in deliveries}) == len(deliveries):
-            return known
+        if not any(stored_digests) and len({each.event.id for each in deliveries}) == len(
+            deliveries
+        ):
+            return duplicates
 
-        # Both copies may come in one batch, too.
+        # One batch may contain both copies.
         digests: dict[str, bytes] = {}
 
-        for delivery, noted in zip(deliveries, done[0], strict=True):
+        for delivery, stored in zip(deliveries, stored_digests, strict=True):
             id, digest = delivery.event.id, _digest(delivery.body)
-            before = digests.get(id, noted)
+            before = digests.get(id, stored)
             digests[id] = digest
 
             if before == digest:
-                known.append(delivery)
+                duplicates.append(delivery)
             elif before is not None:
                 self._conflicts.report(delivery.event)
 
-        return known
+        return duplicates
 
     def _pattern(self, name: str) -> str:
-        """The hashes of a signal, as an ACL names them."""
+        """Return the key pattern of a signal's hashes, as an ACL has it."""
         return self._keys.seen(name, self._config.service, 0)[:-1] + "*"
 
-    def _give_up(self, name: str, reason: object) -> None:
+    def _pause(self, name: str, reason: object) -> None:
         self._refused_until = time.monotonic() + ASK_AGAIN
         self._log.once(
             "refused",
-            "Redis does not note which events came (%s): one that a publisher sends twice is "
-            "handled twice. %s Or set 'EVENTBUS_DUPLICATE_WINDOW' to 0.",
+            "Redis refuses to store the ids of received events (%s). An event that a publisher "
+            "sends twice is handled twice. %s Or set 'EVENTBUS_DUPLICATE_WINDOW' to 0.",
             reason,
             remedy(reason, {self._pattern(name): "+hmget +hset +expire +multi +exec"}),
         )

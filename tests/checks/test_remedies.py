@@ -32,7 +32,7 @@ Make = Callable[..., Bus]
 LEAST = ("reset", "on", ">secret", "-@all", "+client|setname", "+ping", "+auth", "+hello")
 
 #: What a worker logs once it may note the ids of events again.
-NOTED_AGAIN = "Redis notes again which events came"
+NOTED_AGAIN = "Redis stores the ids of received events again"
 
 #: A selector, "(+xadd ~key)", or rules in quotes, "'+role'".
 GRANT = re.compile(r"\([+&~][^()]*\)|(?<=')[+&][^']*(?=')")
@@ -258,7 +258,7 @@ def test_a_group_that_is_gone_names_the_right_to_forget_what_it_got(
     destroy()
     hint = f"Grant its user (+expire ~{store.prefix}:{{tick}}:seen:mailer:*) in the ACL."
     wait_until(lambda: hint in caplog.text, what="the right is named")
-    assert "those of the last 600 s do not come again" in caplog.text
+    assert "The events of the last 600 s are not delivered again" in caplog.text
 
     user.grant()
     user.forgive()

@@ -523,7 +523,7 @@ def test_ids_that_cannot_be_noted_do_not_stop_events(
         store.client.set(store.keys.seen("tick", "mailer", number), "a string")
 
     goes_on(store, heard)
-    assert "Redis does not note which events came" in caplog.text
+    assert "Redis refuses to store the ids of received events" in caplog.text
 
 
 def test_ids_that_could_not_be_noted_once_are_noted_again_later(
