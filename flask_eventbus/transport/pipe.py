@@ -1,4 +1,4 @@
-"""Commands and their answers: a batch in one round trip, on a connection of one's own."""
+"""Send commands to Redis in batches, one round trip each, and read their replies."""
 
 from __future__ import annotations
 
@@ -24,30 +24,35 @@ from .connections import (
 
 logger = get_logger(__name__)
 
-#: Seconds that a server in this process is let wait at most: nothing can interrupt it.
+#: Longest blocking command in seconds for a fakeredis server, whose wait cannot be interrupted.
 WAIT_IN_MEMORY = 0.02
 
-#: Bytes that are kept of a text which is too long, and bytes that are read of it at once.
+#: Bytes kept of a value that is too long to be read whole.
 SAMPLE = 64
+
+#: Bytes read at once of a value that is too long.
 CHUNK = 64 * 1024
 
-#: How many of the longest texts one array may take, and the bytes that each item takes beside.
+#: Number of values of the longest length for which one array has room.
 MOST_LONG = 4
+
+#: Bytes of overhead counted for each item of an array.
 ITEM = 64
 
-#: A command as Redis takes it: ``("XACK", key, group, id)``.
+#: A command and its arguments: ``("XACK", key, group, id)``.
 Command = tuple[str | bytes | int | float, ...]
 
-#: A command as bytes. Not redis-py's own packing, which looks at each argument a second time.
+#: Packs a command into bytes. redis-py's own packing is slower: it inspects each argument twice.
 _packed = cast(Callable[[Command], bytes], pack_command)
 
 _ROLE = _packed(("ROLE",))
 
 
 class Large:
-    """A text of an answer that is too long to be kept: its length, its SHA-256 and its beginning.
+    """Stands for a value of a reply that is too long to be kept in memory.
 
-    ``len()`` and ``bytes()`` return the first and the last of these.
+    ``len()`` returns its full length in bytes, ``bytes()`` its first :data:`SAMPLE` bytes, and
+    ``sha256`` is the hexadecimal hash of the whole value.
     """
 
     __slots__ = ("_length", "_sample", "sha256")
@@ -72,9 +77,9 @@ class Large:
 
 
 class Pipe:
-    """Writes commands in batches, one round trip each; one thread at a time.
+    """Sends batches of commands over its own connection; used by one thread at a time.
 
-    :param timeout: seconds that each wait for Redis may take.
+    :param timeout: longest wait for Redis, in seconds.
     """
 
     def __init__(self, connections: Connections, *, timeout: float) -> None:
@@ -82,17 +87,17 @@ class Pipe:
         self._timeout = timeout
         self._connection: Connection | None = None
         self._deadline = connections.deadline
-        #: When the server last said that it is a master, by the monotonic clock.
+        #: Monotonic time at which ROLE last confirmed that the server is a master.
         self._asked_role = 0.0
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a connection, as far as is known."""
+        """Return True if a connection is open; the server may have closed it unnoticed."""
         return self._connection is not None
 
     @property
     def deadline(self) -> float:
-        """When all waits for Redis end, by the monotonic clock. Any thread may set it."""
+        """Monotonic time at which every wait for Redis ends. Any thread may set it."""
         return self._deadline
 
     @deadline.setter
@@ -104,10 +109,10 @@ class Pipe:
             set_deadline(connection, deadline)
 
     def ask(self, *command: str | bytes | int | float, most: int | None = None) -> Any:
-        """The answer to one command; see :meth:`run`.
+        """Return the reply to one command; see :meth:`run`.
 
-        :raises redis.ConnectionError: Redis is away, or answers "not now".
-        :raises redis.ResponseError: Redis refuses it.
+        :raises redis.ConnectionError: Redis is unavailable, or sends a temporary error.
+        :raises redis.ResponseError: Redis refuses the command.
         """
         answer = self.run([command], most=most)[0]
 
@@ -117,14 +122,15 @@ class Pipe:
         return answer
 
     def run(self, commands: Sequence[Command], *, most: int | None = None) -> list[Any]:
-        """The answers to commands, in order; a refusal is a value among them.
+        """Return the replies to commands, in order; an error reply is one of the values.
 
-        Nothing is sent a second time: after an error Redis may have done any part of it.
+        Commands are never sent twice. After an exception, Redis may have run any part of the
+        batch.
 
-        :param most: bytes above which a text is read as :class:`Large`, so that entries of any
-            size fit into memory. It takes longer.
-        :raises redis.ConnectionError: Redis is away, or answers "not now" to some, or is no
-            master any more.
+        :param most: length in bytes above which a value is read as :class:`Large`, so that
+            entries of any size fit into memory. Reading is slower with it.
+        :raises redis.ConnectionError: Redis is unavailable, sends a temporary error to one of the
+            commands, or is no longer a master.
         """
         if self._connection is None:
             left = self._deadline - time.monotonic()
@@ -154,11 +160,11 @@ class Pipe:
             raise
 
     def wait_at_most(self, seconds: float) -> float:
-        """How long Redis may hold back an answer, where ``seconds`` are wished for."""
+        """Return the seconds that a blocking command may take, ``seconds`` at most."""
         return min(seconds, WAIT_IN_MEMORY) if self._connections.in_memory else seconds
 
     def interrupt(self) -> None:
-        """Let a wait for Redis end at once, in whatever thread: as if Redis were lost."""
+        """Abort the current wait for Redis with a connection error; call it from any thread."""
         connection = self._connection
 
         if connection is not None:
@@ -173,10 +179,9 @@ class Pipe:
 
 
 def _sparing_reader(connection: Connection, most: int) -> Callable[[Connection], Any]:
-    """What reads replies as :func:`.read_reply` does, with :class:`Large` for longer texts."""
+    """Return a variant of :func:`.read_reply` that reads longer values as :class:`Large`."""
     wire = wire_of(connection)
 
-    # fakeredis has none.
     if wire is None:
         return read_reply
 
@@ -218,7 +223,10 @@ def _next_answer(wire: BinaryIO, most: int) -> Any:
 
 
 def _next_items(wire: BinaryIO, count: int, most: int) -> list[Any]:
-    """An array; of more texts than fit into memory, the first ones, in pairs."""
+    """Read an array; return only its first items if all of them would not fit into memory.
+
+    The number of items is even, since field names and values alternate.
+    """
     items: list[Any] = []
     left = MOST_LONG * (most + CHUNK)
 
@@ -238,7 +246,7 @@ def _error(text: bytes) -> Exception:
     parse: Callable[[str], Exception] = DefaultParser.parse_error
     error = parse(text.decode(errors="replace"))
 
-    # "Not now": as redis-py has it, which raises it as well.
+    # redis-py maps temporary errors to ConnectionError, and raises them too.
     if isinstance(error, redis.ConnectionError):
         raise error
 

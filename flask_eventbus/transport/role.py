@@ -57,8 +57,9 @@ class Role:
 
         if kind == "sentinel":
             raise NotMasterError(
-                "The server is a Sentinel, not a master. Begin 'EVENTBUS_URL' with "
-                "'redis+sentinel://', and name the master: 'redis+sentinel://host:26379/mymaster/0'"
+                "The server is a Sentinel, not a master. Start 'EVENTBUS_URL' with "
+                "'redis+sentinel://', and end it with the name of the master: "
+                "'redis+sentinel://host:26379/mymaster/0'"
             )
 
         if kind != "master":

@@ -1,10 +1,12 @@
-"""Runs the embedded server for as long as a process uses it, and takes it along.
+"""Run the embedded server for as long as a process uses it.
 
-A program of its own, ``supervisor.py DIRECTORY EXECUTABLE``, of the standard library alone: it
-is parent of the server and child of nobody, and starts in the time Python takes. Every process
-that uses the server holds a shared lock on the file ``lease`` of the directory; the kernel lets
-go of it when the process ends, however it ends. The supervisor waits for the exclusive lock:
-when it gets it nobody is left, so it ends the server and removes the directory.
+This file is a program, ``supervisor.py DIRECTORY EXECUTABLE``. It imports the standard library
+only, so that it starts fast. It is the parent of the server, and runs in the background.
+
+Every process that uses the server holds a shared lock on the file ``lease`` of the directory. The
+kernel releases the lock when the process ends, even if it is killed. The supervisor waits for the
+exclusive lock. Once it has the lock, the server has no users left: the supervisor ends the server
+and removes the directory.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-#: What the supervisor writes to its standard output once the server answers.
+#: Written to the standard output of the supervisor once the server answers.
 READY = b"ready"
 
-#: How long a server may take to answer a PING before it counts as one that hangs, in seconds.
+#: Seconds to wait for the answer to a PING before the server counts as hanging.
 PING_TIMEOUT = 1.0
 
 _POLL_SECONDS = 0.01
@@ -33,7 +35,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def answers(directory: Path) -> bool:
-    """Whether a server lives there. One that hangs does: its clients have their own deadlines."""
+    """Return True if a server runs in the directory.
+
+    A server that hangs counts as running, because its clients have deadlines of their own.
+    """
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(PING_TIMEOUT)
 
@@ -48,7 +53,10 @@ def answers(directory: Path) -> bool:
 
 
 def lock(file: int, kind: int) -> bool:
-    """Try to lock; never wait in the kernel, where a gevent hub would stand still."""
+    """Lock a file and return True, or return False if it is locked.
+
+    It never waits in the kernel, which would block all greenlets of gevent.
+    """
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -58,7 +66,7 @@ def lock(file: int, kind: int) -> bool:
 
 
 def is_at(file: int, path: Path) -> bool:
-    """Whether the open file is still the one at the path, not removed nor replaced."""
+    """Return True if the open file is still at the path, neither removed nor replaced."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
@@ -66,7 +74,10 @@ def is_at(file: int, path: Path) -> bool:
 
 
 def remove_unless_used(directory: Path, lease: int) -> None:
-    """Remove the directory if this lease is its lease and nobody else holds it."""
+    """Remove the directory if no other process holds its lease.
+
+    :param lease: open lease file of the directory.
+    """
     if not lock(lease, fcntl.LOCK_EX) or not is_at(lease, directory / "lease"):
         return
 
@@ -74,7 +85,7 @@ def remove_unless_used(directory: Path, lease: int) -> None:
         if file.name != "lease":
             file.unlink()
 
-    # Last, for without it whoever joins now begins anew, perhaps before the next line.
+    # Last: once the lease is gone, another process may start a new server in the directory.
     (directory / "lease").unlink()
 
     with contextlib.suppress(OSError):
@@ -82,7 +93,7 @@ def remove_unless_used(directory: Path, lease: int) -> None:
 
 
 def supervise(directory: Path, executable: str) -> None:
-    """Run the server until it ends or until nobody holds the lease any more."""
+    """Run the server until it ends, or until no process holds the lease."""
     lease = os.open(directory / "lease", os.O_RDWR)
     server = _run(directory, executable)
     threading.Thread(target=_end_when_unused, args=(lease, server), daemon=True).start()
@@ -113,7 +124,7 @@ def _run(directory: Path, executable: str) -> subprocess.Popen[bytes]:
 
 
 def _die_with_parent() -> Callable[[], object] | None:
-    """What makes a child die with this process, killed or not; Linux has it, others go without."""
+    """Return a function that makes a child process die with this one; ``None`` except on Linux."""
     if sys.platform != "linux":
         return None
 
@@ -123,7 +134,7 @@ def _die_with_parent() -> Callable[[], object] | None:
 
 def _end_when_unused(lease: int, server: subprocess.Popen[bytes]) -> None:
     fcntl.flock(lease, fcntl.LOCK_EX)
-    # It keeps nothing, so there is nothing for it to finish.
+    # The server saves nothing to disk, so it can be killed.
     server.kill()
 
 
@@ -138,7 +149,7 @@ def _comes_up(server: subprocess.Popen[bytes], directory: Path) -> bool:
 
 
 def _say_ready() -> None:
-    # Whoever started the server may be gone by now; others may have joined.
+    # The process that started the supervisor may be gone, while others use the server.
     with contextlib.suppress(BrokenPipeError):
         os.write(sys.stdout.fileno(), READY)
 
@@ -146,6 +157,6 @@ def _say_ready() -> None:
 
 
 if __name__ == "__main__":
-    # The child goes on, so whoever started the server has no child process to look after.
+    # Continue in the child, so that the process that started the server need not wait for it.
     if os.fork() == 0:
         supervise(Path(sys.argv[1]), sys.argv[2])

@@ -1,4 +1,4 @@
-"""URLs of Redis: what their parts mean, what of them is shown, and why a connection fails."""
+"""Parse ``EVENTBUS_URL``, remove its secrets, and explain why a connection failed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import redis
 
 from ..errors import ConfigError
 
-#: Options that are for Sentinels alone; those of TLS are for both, all others for the master.
+#: Options used for Sentinels only. TLS options are used for Sentinels and the master, all other
+#: options for the master only.
 SENTINEL_OPTIONS = ("sentinel_username", "sentinel_password")
 
-#: Arguments of redis-py that are objects, which no text stands for.
+#: Arguments of redis-py that take an object, so a URL cannot set them.
 _OBJECTS = re.compile(
     r"(kw)?args|retry|parser_class|command_packer|driver_info|socket_keepalive_options"
     r"|connection_class|ssl_ocsp_context|.*_(func|provider|dispatcher|handler|factory|registry)"
@@ -29,15 +30,15 @@ _CLASSES: dict[str, type] = {
     "rediss": redis.SSLConnection,
 }
 
-#: Codes of OpenSSL: the certificate is right, and of another host.
+#: OpenSSL error codes for a valid certificate that was issued for another host.
 _OTHER_HOST = (62, 64)
 
 
 class AdvisedError(redis.ConnectionError):
-    """A connection that failed for a reason that tells what to correct.
+    """A connection error with a remedy.
 
-    :param reason: what happened, without a full stop.
-    :param advice: what to do, in sentences.
+    :param reason: the cause, without a full stop.
+    :param advice: the remedy, as full sentences.
     """
 
     def __init__(self, reason: str, advice: str) -> None:
@@ -47,10 +48,10 @@ class AdvisedError(redis.ConnectionError):
 
 
 def without_secrets(url: str) -> str:
-    """Return scheme, user, host and path of a URL.
+    """Return scheme, user, host and path of a URL; replace the password by ``***``.
 
-    Options are left out: which of them hold a secret depends on their names. A password that was
-    not quoted may hold any character, so where an ``@`` stands after the host nothing is sure.
+    Options are removed, because some hold passwords. If an ``@`` follows the host, the URL may
+    have an unquoted password; then only the scheme is returned.
     """
     scheme, separator, rest = url.partition("://")
     netloc = re.split("[/?#]", rest, maxsplit=1)[0]
@@ -65,9 +66,9 @@ def without_secrets(url: str) -> str:
 
 
 def hosts_of(parts: SplitResult, default_port: int) -> list[tuple[str, int]]:
-    """Return the hosts and ports of a URL that names several.
+    """Return the hosts and ports of a URL with several hosts.
 
-    :raises ConfigError: one of them has no name, or a port that is none.
+    :raises ConfigError: a host is empty, or a port is not a number.
     """
     hosts = []
 
@@ -77,8 +78,8 @@ def hosts_of(parts: SplitResult, default_port: int) -> list[tuple[str, int]]:
 
         if not host or (port and not port.isdecimal()):
             raise ConfigError(
-                f"'EVENTBUS_URL' names the host {item!r}. Write hosts as 'host:port' with commas "
-                "between them."
+                f"'EVENTBUS_URL' names the host {item!r}. Write hosts as 'host:port', separated "
+                "by commas."
             )
 
         hosts.append((host.strip("[]"), int(port or default_port)))
@@ -87,7 +88,7 @@ def hosts_of(parts: SplitResult, default_port: int) -> list[tuple[str, int]]:
 
 
 def node_url(parts: SplitResult, host: str, port: int, path: str = "") -> str:
-    """Return the URL of one server, with the user and the options of a URL that names several."""
+    """Return the URL of one host of a URL with several hosts; keep its user and options."""
     user, at, _ = parts.netloc.rpartition("@")
     options = [
         option
@@ -101,7 +102,7 @@ def node_url(parts: SplitResult, host: str, port: int, path: str = "") -> str:
 
 
 def sentinel_url(parts: SplitResult, host: str, port: int) -> str:
-    """Return the URL of one Sentinel, with the user that its options name, and those of TLS."""
+    """Return the URL of one Sentinel, with its own user and password and the TLS options."""
     given = dict(parse_qsl(parts.query, keep_blank_values=True))
     user, password = (quote(given.get(name, ""), safe="") for name in SENTINEL_OPTIONS)
     userinfo = f"{user}:{password}@" if user or password else ""
@@ -110,9 +111,9 @@ def sentinel_url(parts: SplitResult, host: str, port: int) -> str:
 
 
 def check_database(url: str) -> None:
-    """Refuse a path that is no number of a database, which redis-py takes for database 0.
+    """Check the database number of a URL; redis-py silently uses 0 for an invalid one.
 
-    :raises ConfigError: it is none, or a cluster does not have it.
+    :raises ConfigError: the database is not a number, or not 0 in a cluster.
     """
     parts = urlsplit(url)
     database = parts.path.strip("/")
@@ -125,30 +126,30 @@ def check_database(url: str) -> None:
 
     if not database.isdecimal():
         raise ConfigError(
-            f"'EVENTBUS_URL' is {without_secrets(url)!r}, whose database is no number. End it with "
-            "the number, as in '/0', and write '/' of a password as '%2F'."
+            f"'EVENTBUS_URL' is {without_secrets(url)!r}, and its database is not a number. End "
+            "the URL with a number, as in '/0', and write '/' in a password as '%2F'."
         )
 
     if parts.scheme == "redis+cluster" and int(database):
         raise ConfigError(
-            f"'EVENTBUS_URL' is {without_secrets(url)!r}: a cluster has the database 0 alone. "
+            f"'EVENTBUS_URL' is {without_secrets(url)!r}: a cluster has only the database 0. "
             f"Remove '/{database}'."
         )
 
 
 def without_options(url: str) -> str:
-    """Return a URL up to its options."""
+    """Return a URL without its options."""
     return re.split("[?#]", url, maxsplit=1)[0]
 
 
 def options_of(url: str) -> Iterator[tuple[str, str]]:
-    """Yield the name and the text of each option of a URL.
+    """Yield the name and the value of each option of a URL.
 
     :raises ConfigError: an option does not exist, or belongs to another form of URL.
     """
     parts = urlsplit(url)
     shown = without_secrets(url)
-    # What comes after a password that was not quoted may be a part of it.
+    # After an unquoted password, the name of an option may be a part of the password.
     is_sure = not shown.endswith("://***")
 
     for name, text in parse_qsl(parts.query, keep_blank_values=True):
@@ -166,7 +167,7 @@ def _unsure_about(name: str, parts: SplitResult) -> str | None:
         return None
 
     return (
-        "one of its options does not exist. Write '&' and '@' of a password as '%26' and '%40', "
+        "one of its options does not exist. Write '&' and '@' in a password as '%26' and '%40', "
         "and see docs/configuration.md for the options."
     )
 
@@ -181,7 +182,7 @@ def _problem_with(name: str, scheme: str) -> str | None:
         return f"its option {name!r} belongs to 'redis+sentinel://'. Remove it."
 
     if name in _known("rediss"):
-        remedy = f"Begin the URL with '{_other(scheme)}://'" if _other(scheme) else "Remove it"
+        remedy = f"Start the URL with '{_other(scheme)}://'" if _other(scheme) else "Remove it"
         return f"its option {name!r} belongs to TLS, which '{scheme}://' does not use. {remedy}."
 
     close = difflib.get_close_matches(name.lower().replace("-", "_"), sorted(known), n=1)
@@ -190,7 +191,7 @@ def _problem_with(name: str, scheme: str) -> str | None:
 
 
 def _known(scheme: str) -> set[str]:
-    """Return the names of options that a form of URL takes, with this release of redis-py."""
+    """Return the option names that a URL scheme accepts with this release of redis-py."""
     chosen = _CLASSES.get(scheme.partition("+")[0], redis.Connection)
     makers = [redis.ConnectionPool, *chosen.__mro__[:-1]]
     names = {name for maker in makers for name in inspect.signature(maker).parameters}
@@ -199,16 +200,16 @@ def _known(scheme: str) -> set[str]:
 
 
 def _other(scheme: str) -> str | None:
-    """Return the form of URL with TLS for one without it, and the reverse, if there is one."""
+    """Return the TLS variant of a scheme, or the variant without TLS; ``None`` if none exists."""
     pairs = {"redis": "rediss", "redis+sentinel": "rediss+sentinel"}
     return (pairs | {tls: plain for plain, tls in pairs.items()}).get(scheme)
 
 
 def explain(error: Exception, url: str, *, is_first: bool) -> Exception:
-    """Return what tells more about a connection that failed; ``error`` itself if there is nothing.
+    """Return an :class:`AdvisedError` for a failed connection, or ``error`` if no advice is known.
 
-    :param url: as the setting has it.
-    :param is_first: True if no connection to it ever succeeded: the port may speak otherwise.
+    :param url: the value of ``EVENTBUS_URL``.
+    :param is_first: True if no connection has succeeded yet; the scheme may be wrong then.
     """
     cause = error.__cause__ or error.__context__
     advice = _advice(error, cause, url, is_first)
@@ -235,26 +236,26 @@ def _advice(error: Exception, cause: BaseException | None, url: str, is_first: b
         return None
 
     if is_tls and (getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER" or _timed_out(cause)):
-        return f"If the port does not speak TLS, begin 'EVENTBUS_URL' with '{other}://'."
+        return f"If the port does not speak TLS, start 'EVENTBUS_URL' with '{other}://'."
 
     is_closed = isinstance(cause, ConnectionResetError) or "closed by server" in str(error)
 
     if is_tls and (is_closed or isinstance(cause, ssl.SSLError)) and "ssl_certfile=" not in url:
         return (
-            "If the server asks for a client's certificate, add 'ssl_certfile=FILE' and "
+            "If the server requires a client certificate, add 'ssl_certfile=FILE' and "
             "'ssl_keyfile=FILE' to 'EVENTBUS_URL'."
         )
 
     if is_closed and not is_tls and other:
-        return f"If the port speaks TLS, begin 'EVENTBUS_URL' with '{other}://'."
+        return f"If the port speaks TLS, start 'EVENTBUS_URL' with '{other}://'."
 
     return None
 
 
 def explain_sentinel(error: Exception, address: str) -> AdvisedError:
-    """Return what an error of a Sentinel tells.
+    """Return the error of a Sentinel together with its address and the remedy.
 
-    :param address: the Sentinel's, as ``host:port``.
+    :param address: address of the Sentinel, as ``host:port``.
     """
     text = str(error).rstrip(".")
 
@@ -264,32 +265,32 @@ def explain_sentinel(error: Exception, address: str) -> AdvisedError:
     if isinstance(error, redis.AuthenticationError) or "WRONGPASS" in text:
         return AdvisedError(
             f"The Sentinel at {address} does not let this user in: {text}",
-            "The password of the Sentinels is not the master's: add 'sentinel_password=...', and "
-            "'sentinel_username=...' if they have users, to the options of 'EVENTBUS_URL'.",
+            "Sentinels have a password of their own: add 'sentinel_password=...' to the options of "
+            "'EVENTBUS_URL', and 'sentinel_username=...' if they have users.",
         )
 
     if "unknown command" in text:
         return AdvisedError(
-            f"What answers at {address} is no Sentinel",
-            "Name the ports of the Sentinels in 'EVENTBUS_URL', or begin it with 'redis://'.",
+            f"The server at {address} is not a Sentinel",
+            "Write the ports of the Sentinels in 'EVENTBUS_URL', or start it with 'redis://'.",
         )
 
     return AdvisedError(
-        f"The Sentinel at {address} cannot be asked: {text}",
-        "Start the Sentinels there, or correct 'EVENTBUS_URL'.",
+        f"The Sentinel at {address} cannot be reached: {text}",
+        "Start the Sentinel, or correct its address in 'EVENTBUS_URL'.",
     )
 
 
 def unknown_master(name: str, address: str) -> AdvisedError:
-    """Return what to say where a Sentinel knows no master of that name."""
+    """Return the error for a Sentinel that monitors no master of that name."""
     return AdvisedError(
         f"The Sentinel at {address} knows no master {name!r}",
-        "Write the name in 'EVENTBUS_URL' as 'sentinel monitor NAME' has it.",
+        "Write the name in 'EVENTBUS_URL' as in 'sentinel monitor NAME' of its configuration.",
     )
 
 
 def trouble_of(error: Exception) -> str:
-    """Return why a server cannot be used, and what to do about it, in sentences."""
+    """Return why a server cannot be used, and the remedy, as sentences."""
     reason = " ".join(str(error).split()).rstrip(".")
 
     if isinstance(error, AdvisedError):
@@ -304,26 +305,26 @@ def trouble_of(error: Exception) -> str:
 def _about_certificate(error: ssl.SSLCertVerificationError, url: str) -> str:
     if error.verify_code in _OTHER_HOST and "+sentinel://" in url:
         return (
-            "Write the Sentinels in 'EVENTBUS_URL' as their certificates name them. For the "
-            "master, set 'sentinel announce-hostnames yes', or name its address in its certificate."
+            "Write the hosts of the Sentinels in 'EVENTBUS_URL' as in their certificates. For the "
+            "master, set 'sentinel announce-hostnames yes', or add its address to its certificate."
         )
 
     if error.verify_code in _OTHER_HOST:
-        return "Write the host in 'EVENTBUS_URL' as the server's certificate names it."
+        return "Write the host in 'EVENTBUS_URL' as in the server's certificate."
 
     if "expired" in error.verify_message:
         return "Renew the certificate of the server, or correct the clock of this machine."
 
     return (
-        "Name the file of the authority that signed the server's certificate: "
-        "'ssl_ca_certs=FILE' in 'EVENTBUS_URL'."
+        "Add 'ssl_ca_certs=FILE' to 'EVENTBUS_URL', with the certificate of the authority that "
+        "signed the server's certificate."
     )
 
 
 def _about_files(url: str) -> str | None:
     for name, text in parse_qsl(urlsplit(url).query):
         if name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") and not os.path.exists(text):
-            return f"Correct the path of {name!r} in 'EVENTBUS_URL': {text!r} is not there."
+            return f"Correct the path of {name!r} in 'EVENTBUS_URL': {text!r} does not exist."
 
     return None
 

@@ -855,7 +855,7 @@ def test_events_wait_in_memory_while_redis_is_away_and_arrive_in_order(
         ("redis://nowhere.invalid/0", "connecting to nowhere.invalid"),
         ("redis://nobody:wrong@{address}/0", "invalid username-password pair"),
         ("redis://{address}/99", "DB index is out of range"),
-        ("redis+sentinel://127.0.0.1:1,127.0.0.1:2/mymaster/0", "cannot be asked"),
+        ("redis+sentinel://127.0.0.1:1,127.0.0.1:2/mymaster/0", "cannot be reached"),
     ],
     ids=["port", "socket", "name", "password", "database", "Sentinels"],
 )

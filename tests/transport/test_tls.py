@@ -84,7 +84,7 @@ def test_sentinels_and_the_master_are_reached_over_tls(
         bus = make_bus(url, publish={"tick": "stream"}, on_outage="raise", timeout=5)
         bus.signal("tick").send("test", n=1)
 
-        with pytest.raises(redis.ConnectionError, match=r"begin 'EVENTBUS_URL' with 'rediss\+sent"):
+        with pytest.raises(redis.ConnectionError, match=r"start 'EVENTBUS_URL' with 'rediss\+sent"):
             Connections(plain, name="tests").open(timeout=5)
     finally:
         sentinel.kill()
@@ -111,7 +111,7 @@ def test_tls_to_sentinels_without_it_is_explained(tmp_path: Path, server: TlsSer
     url = f"rediss+sentinel://127.0.0.1:{sentinel.port}/mymaster/0"
 
     try:
-        with pytest.raises(redis.ConnectionError, match=r"does not speak TLS, begin .*'redis.sent"):
+        with pytest.raises(redis.ConnectionError, match=r"does not speak TLS, start .*'redis.sent"):
             Connections(url, name="tests").open(timeout=5)
     finally:
         sentinel.kill()
@@ -170,7 +170,7 @@ def test_a_server_signed_by_an_unknown_authority_is_refused_with_the_reason(
 
     loss = loss_of(bus)
     assert "CERTIFICATE_VERIFY_FAILED" in loss
-    assert "'ssl_ca_certs=FILE' in 'EVENTBUS_URL'" in loss
+    assert "Add 'ssl_ca_certs=FILE' to 'EVENTBUS_URL'" in loss
 
 
 def test_whoever_publishes_past_a_wrong_certificate_learns_why_and_does_not_hang(
@@ -197,7 +197,7 @@ def test_a_server_whose_certificate_names_another_host_is_refused_with_the_reaso
 
     loss = loss_of(bus)
     assert "mismatch" in loss
-    assert "Write the host in 'EVENTBUS_URL' as the server's certificate names it" in loss
+    assert "Write the host in 'EVENTBUS_URL' as in the server's certificate" in loss
 
 
 def test_a_client_without_a_certificate_is_not_let_in(server: TlsServer, make_bus: MakeBus) -> None:
@@ -214,7 +214,7 @@ def test_a_plain_url_on_a_tls_port_is_told_as_a_lost_connection(
 ) -> None:
     bus = make_bus(f"redis://localhost:{server.port}/0", "plain", subscribe=["order_paid"])
 
-    assert "If the port speaks TLS, begin 'EVENTBUS_URL' with 'rediss://'" in loss_of(bus)
+    assert "If the port speaks TLS, start 'EVENTBUS_URL' with 'rediss://'" in loss_of(bus)
 
     begin = time.monotonic()
     bus.stop(flush=0)
@@ -227,7 +227,7 @@ def test_a_tls_url_on_a_plain_port_tells_to_begin_it_otherwise(
     url = shared_redis.url.replace("redis://", "rediss://")
     bus = make_bus(url, "tls-on-plain", subscribe=["order_paid"])
 
-    assert "If the port does not speak TLS, begin 'EVENTBUS_URL' with 'redis://'" in loss_of(bus)
+    assert "If the port does not speak TLS, start 'EVENTBUS_URL' with 'redis://'" in loss_of(bus)
 
 
 def test_a_file_that_is_not_there_is_named(server: TlsServer, make_bus: MakeBus) -> None:
@@ -244,7 +244,7 @@ def test_check_gives_the_advice_in_place_of_starting_the_server(
 
     [finding] = [found for found in check(bus.node) if found.level == "error"]
 
-    assert finding.remedy == "If the port speaks TLS, begin 'EVENTBUS_URL' with 'rediss://'."
+    assert finding.remedy == "If the port speaks TLS, start 'EVENTBUS_URL' with 'rediss://'."
     assert "rediss" not in finding.text
 
 

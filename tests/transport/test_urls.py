@@ -32,8 +32,8 @@ WRONG_OPTIONS = [
         "no option 'sentinel_pasword'. Did you mean 'sentinel_password'?",
     ),
     ("redis://h/0?sentinel_password=x", "'sentinel_password' belongs to 'redis.sentinel://'"),
-    ("redis://h/0?ssl_ca_certs=x", "'ssl_ca_certs' belongs to TLS, .* Begin the URL with 'rediss:"),
-    ("redis+sentinel://h/m/0?ssl_ca_certs=x", "Begin the URL with 'rediss.sentinel://'"),
+    ("redis://h/0?ssl_ca_certs=x", "'ssl_ca_certs' belongs to TLS, .* Start the URL with 'rediss:"),
+    ("redis+sentinel://h/m/0?ssl_ca_certs=x", "Start the URL with 'rediss.sentinel://'"),
     ("redis+cluster://h?ssl_ca_certs=x", "'redis.cluster://' does not use. Remove it"),
     ("redis://h/0?socket_timeout=soon", "the value of its option 'socket_timeout' is not valid"),
     ("redis://h/0?retry=3", "it has no option 'retry'"),
@@ -49,12 +49,15 @@ def test_a_wrong_option_is_named_with_the_remedy(url: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("redis://h/shop", "'redis://h/shop', whose database is no number"),
-        ("rediss://h:6380/0x", "whose database is no number. End it with the number, as in '/0'"),
-        ("redis://h/1/2", "'redis://h/1/2', whose database is no number"),
-        ("redis://ada:1/2@h/0", r"'redis://\*{3}', whose database is no number"),
-        ("redis+sentinel://h/mymaster/shop", "whose database is no number"),
-        ("redis+cluster://h,i/3", "a cluster has the database 0 alone"),
+        ("redis://h/shop", "'redis://h/shop', and its database is not a number"),
+        (
+            "rediss://h:6380/0x",
+            "and its database is not a number. End the URL with a number, as in '/0'",
+        ),
+        ("redis://h/1/2", "'redis://h/1/2', and its database is not a number"),
+        ("redis://ada:1/2@h/0", r"'redis://\*{3}', and its database is not a number"),
+        ("redis+sentinel://h/mymaster/shop", "and its database is not a number"),
+        ("redis+cluster://h,i/3", "a cluster has only the database 0"),
     ],
 )
 def test_a_database_that_is_no_number_is_refused(url: str, words: str) -> None:
@@ -186,6 +189,6 @@ def test_a_sentinel_that_is_none_and_one_that_is_away_are_named(shared_redis: Re
     port = shared_redis.port
     failure = failure_of(f"redis+sentinel://127.0.0.1:{port},127.0.0.1:1/{MASTER}/0")
 
-    assert f"What answers at 127.0.0.1:{port} is no Sentinel" in failure
-    assert "The Sentinel at 127.0.0.1:1 cannot be asked: Error 111" in failure
-    assert "begin it with 'redis://'" in failure
+    assert f"The server at 127.0.0.1:{port} is not a Sentinel" in failure
+    assert "The Sentinel at 127.0.0.1:1 cannot be reached: Error 111" in failure
+    assert "start it with 'redis://'" in failure
