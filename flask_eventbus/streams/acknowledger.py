@@ -299,7 +299,7 @@ class Acknowledger:
             found for found in outcomes if found.delivery is not None or found.is_partly_written
         ]
         self._refusals.extend((again, outcome) for outcome in kept)
-        self._counters.add("unsettled", len(outcomes))
+        self._counters.add("outcomes_refused", len(outcomes))
         self._log.error(
             "refused",
             "Redis rejected the outcomes of %d events of %r: %s. They are written again every %g s "

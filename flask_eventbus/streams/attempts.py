@@ -103,7 +103,7 @@ class Attempts:
         # False if the claim expired, or if another worker took the entry or the retry.
         if not (self._in_flight.start(delivery) and (is_first or self._record_start(delivery))):
             self._in_flight.remove([delivery])
-            self._counters.add("given_away")
+            self._counters.add("released")
             return
 
         record = delivery.retry
@@ -136,7 +136,7 @@ class Attempts:
     def _release(self, delivery: Delivery) -> None:
         """Release an entry whose receivers were disconnected after it was read."""
         self._in_flight.remove([delivery])
-        self._counters.add("given_away")
+        self._counters.add("released")
 
         try:
             with self._acknowledger.lock:

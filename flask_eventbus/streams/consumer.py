@@ -200,7 +200,7 @@ class Consumer:
             ),
             counters=counters,
             node=node,
-            hand_back=self._conclude,
+            release=self._conclude,
         )
         following = Pipe(connections, timeout=ANSWER_TIMEOUT)
         self._fanout = Fanout(

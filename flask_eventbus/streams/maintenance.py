@@ -1,4 +1,4 @@
-"""The thread that looks after a service's streams: claims, renewals, retries, idle consumers."""
+"""A thread that renews claims, reclaims entries, runs due retries and removes idle consumers."""
 
 from __future__ import annotations
 
@@ -26,43 +26,49 @@ from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
 
-#: Seconds between looks for what others handed back, or left to be tried again: all streams in one
-#: round trip, so that their number does not matter.
+#: Seconds between two checks for released entries and due retries. One round trip checks all
+#: streams.
 CHECK_RELEASED_EVERY = 5.0
 
-#: Seconds between looks at what this process has in hand, while it has something.
+#: Seconds between two rounds of the thread while deliveries are in flight.
 IN_FLIGHT_PAUSE = 0.05
 
-#: Seconds without a receiver that begins, though events wait, after which nothing more is read;
-#: and those after which other workers get what waits: by then a read under way has ended.
+#: Pause reading if no receiver has started for this many seconds while deliveries are queued.
 PAUSE_READING_AFTER = 1.0
+
+#: Release queued deliveries to other workers if no receiver has started for this many seconds.
+#: By then a read that was running at the pause has ended.
 RELEASE_AFTER = 2.5
 
-#: Seconds without a sign of life after which a consumer with nothing pending is removed, and
-#: how many signs a consumer gives in that time.
+#: Seconds without a sign of life after which a consumer without pending entries is removed.
 IDLE_CONSUMER = 600.0
+
+#: Number of signs of life that a consumer gives in that time.
 SIGNS_OF_LIFE = 4
 
-#: Retries that are taken at once, and the bytes that they have about: Redis is told of each.
+#: Most retries taken in one round trip.
 MOST_RETRIES = 32
+
+#: Approximate bytes of the retries taken in one round trip.
 MOST_RETRY_BYTES = 4 * 1024 * 1024
 
-#: Looks for retries in each second: those that are due within one step share a look.
+#: Number of times a second that the thread looks for due retries.
 LOOKS_PER_SECOND = 10
 
-#: Seconds until a retry is due beyond which it gets no look of its own: it is found by the look for
-#: what others left.
+#: Seconds ahead for which due times are kept. A later retry is found by the check that runs every
+#: :data:`CHECK_RELEASED_EVERY` seconds.
 EXPECT_WITHIN = 60.0
 
-#: Seconds between tries while Redis is away, at most.
+#: Most seconds between two attempts while Redis is away.
 MOST_BACKOFF = 2.0
 
 
 class Maintenance:
-    """Keeps what this process has in hand, and takes over what others left.
+    """Renews the claims of this process, and takes entries and retries that other workers left.
 
-    :param names: the streams that are read, with their subscriptions.
-    :param hand_back: called in the thread at its end, to settle and hand back what is left.
+    :param group: the consumer group on the write connection.
+    :param names: returns the streams that are read, with their subscriptions.
+    :param release: called in the thread at its end, to write outcomes and release the rest.
     """
 
     def __init__(
@@ -79,11 +85,11 @@ class Maintenance:
         orphans: Orphans,
         counters: Counters,
         node: str,
-        hand_back: Callable[[], None],
+        release: Callable[[], None],
     ) -> None:
         self._config = config
         self._names = names
-        self._hand_back = hand_back
+        self._release_all = release
         self._group = group
         self._in_flight = in_flight
         self._queue = queue
@@ -96,41 +102,43 @@ class Maintenance:
         self._node = node
         self._log = BoundedLog(logger)
         self._changed = threading.Condition()
-        #: The streams with retries that will be due, by the step at which to look for them.
+        #: Streams with retries that will be due, by the time of their look in steps of
+        #: 1 / :data:`LOOKS_PER_SECOND` seconds since 1970.
         self._due: dict[int, set[str]] = {}
         self._draining = False
         self._stopping = False
         self._is_disowned = False
         self._thread: threading.Thread | None = None
-        #: When each duty is due, by the monotonic clock.
-        self._renew_at = self._claim_at = self._released_at = self._consumers_at = 0.0
+        # Monotonic times of the next round of each task.
+        self._renew_at = self._reclaim_at = self._released_at = self._consumers_at = 0.0
         self._portions = Portions(max_bytes=config.max_event_bytes, most=MOST_RETRY_BYTES)
-        #: The streams with more retries than there was room for.
+        #: Streams with more due retries than the queue had room for.
         self._more_retries: set[str] = set()
+        #: True if deliveries are in flight, so that a round follows every 50 ms.
         self._is_watching = False
-        #: The streams of which something was given away; whoever reads takes it back first.
+        #: Streams with entries that this process released. The reader takes those first.
         self._released_streams: set[str] = set()
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the calling thread is this one."""
+        """Return True if called from the maintenance thread."""
         return threading.current_thread() is self._thread
 
     def start(self) -> None:
         """Start the thread, once."""
         if self._thread is None:
-            name = f"eventbus-keeper-{self._node}"
+            name = f"eventbus-maintenance-{self._node}"
             self._thread = threading.Thread(target=self._run, name=name, daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Take nothing over any more; what runs is still kept."""
+        """Take no more entries and retries. Claims of running deliveries are still renewed."""
         with self._changed:
             self._draining = True
             self._changed.notify_all()
 
     def finish(self, deadline: float) -> None:
-        """Let the thread hand back what is left, by a deadline, and end; does not wait for it."""
+        """Let the thread release what is left until the deadline, and end. Return at once."""
         self._group.pipe.deadline = deadline
 
         with self._changed:
@@ -138,7 +146,7 @@ class Maintenance:
             self._changed.notify_all()
 
     def end(self, deadline: float) -> bool:
-        """Wait for the thread's end; return False if it still waits for Redis at the deadline."""
+        """Wait for the end of the thread. Return False if it still runs at the deadline."""
         if self._thread is None:
             return True
 
@@ -146,14 +154,14 @@ class Maintenance:
         return not self._thread.is_alive()
 
     def disown(self) -> None:
-        """In a forked child: end what came along of it."""
+        """Stop in a forked child, where the thread does not run."""
         self._changed = threading.Condition()
         self._stopping = self._is_disowned = True
 
     def expect(self, name: str, due: float) -> None:
-        """Look for retries of ``name`` at the time ``due``, in seconds since 1970.
+        """Look for retries of the signal ``name`` at the time ``due``, in seconds since 1970.
 
-        What is kept for that has a bound, however many retries wait: see :data:`EXPECT_WITHIN`.
+        A time more than :data:`EXPECT_WITHIN` seconds ahead is not kept, which bounds the memory.
         """
         if due - self._clock.now() > EXPECT_WITHIN:
             return
@@ -163,13 +171,13 @@ class Maintenance:
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Look around now: there are new streams."""
+        """Check for idle and released entries now, after streams were joined."""
         with self._changed:
-            self._claim_at = self._released_at = 0.0
+            self._reclaim_at = self._released_at = 0.0
             self._changed.notify_all()
 
     def watch_in_flight(self) -> None:
-        """Look often at what is in hand, until there is nothing any more."""
+        """Run a round every 50 ms until no delivery is in flight."""
         if self._is_watching:
             return
 
@@ -178,27 +186,27 @@ class Maintenance:
             self._changed.notify_all()
 
     def released_streams(self) -> set[str]:
-        """The streams of which something was given away since this was last asked for."""
+        """Return the streams that entries were released of since the last call."""
         found, self._released_streams = self._released_streams, set()
         return found
-
-    # -- the keeping thread ---------------------------------------------------------------
 
     def _run(self) -> None:
         backoff = Backoff(most=MOST_BACKOFF)
 
         while not self._stopping:
             try:
-                self._look_after(time.monotonic())
+                self._run_round(time.monotonic())
                 backoff.reset()
                 pause = self._pause()
             except OUTAGE as error:
-                logger.debug("Keeping waits for Redis: %s", error)
+                logger.debug("Redis is away; maintenance waits: %s", error)
                 pause = backoff.next()
             except Exception as error:
-                # A defect: what is in hand would be another's if nobody renewed it.
-                self._counters.add("keeping_failed")
-                self._log.error("failed", "The keeper failed; it goes on.", exc_info=error)
+                # A defect of the bus. Without renewal other workers would claim the deliveries.
+                self._counters.add("maintenance_failed")
+                self._log.error(
+                    "failed", "The maintenance of streams failed; it goes on.", exc_info=error
+                )
                 pause = backoff.next()
 
             with self._changed:
@@ -206,7 +214,7 @@ class Maintenance:
                     self._changed.wait(pause)
 
         if not self._is_disowned:
-            self._hand_back()
+            self._release_all()
 
     def _pause(self) -> float:
         now = time.monotonic()
@@ -214,13 +222,13 @@ class Maintenance:
         if self._draining:
             return max(0.001, min(self._renew_at - now, 0.05 if self._acknowledger.is_due else 1.0))
 
-        times = [self._renew_at, self._claim_at, self._released_at, self._consumers_at]
+        times = [self._renew_at, self._reclaim_at, self._released_at, self._consumers_at]
         times.append(self._orphans.look_at)
         return max(0.001, min(min(times) - now, self._until_due, self._soon))
 
     @property
     def _until_due(self) -> float:
-        """Seconds until the next look for retries that were expected here."""
+        """Seconds until the first time given to :meth:`expect`."""
         with self._changed:
             first = min(self._due, default=None)
 
@@ -228,7 +236,7 @@ class Maintenance:
 
     @property
     def _soon(self) -> float:
-        """Seconds until the next look, for the sake of what is under way."""
+        """Seconds until the next round for deliveries, outcomes and entries not yet taken."""
         if self._is_watching or self._acknowledger.is_due:
             return IN_FLIGHT_PAUSE
 
@@ -241,7 +249,7 @@ class Maintenance:
             else 60.0
         )
 
-    def _look_after(self, now: float) -> None:
+    def _run_round(self, now: float) -> None:
         names = dict(self._names())
 
         if self._acknowledger.is_due:
@@ -250,7 +258,7 @@ class Maintenance:
         if now >= self._renew_at:
             self._renew_at = now + self._config.claim_after / 3
 
-            # Without a stream nothing is in hand, and there may be no Redis to ask.
+            # Without a stream nothing is in flight, and there may be no Redis.
             if names:
                 self._clock.ask()
 
@@ -259,18 +267,18 @@ class Maintenance:
         if self._draining:
             return
 
-        # First, so that what is taken in hand meanwhile is not overlooked.
+        # Cleared before it is computed: the reader may set it in between.
         self._is_watching = False
         self._is_watching = bool(len(self._in_flight))
-        self._share()
+        self._release_stalled()
 
-        if now >= self._claim_at or (self._reclaimer.has_more and self._queue.room > 0):
-            self._claim_at = now + self._config.claim_after / 2 * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
+        if now >= self._reclaim_at or (self._reclaimer.has_more and self._queue.room > 0):
+            self._reclaim_at = now + self._config.claim_after / 2 * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
             self._reclaimer.reclaim_idle(names)
 
         if now >= self._released_at:
             self._released_at = now + CHECK_RELEASED_EVERY * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
-            self._take_what_others_left(names)
+            self._take_released_and_due(names)
 
         if now >= self._consumers_at:
             self._consumers_at = now + (
@@ -281,60 +289,58 @@ class Maintenance:
         self._run_due(names)
         self._orphans.look()
 
-    def _take_what_others_left(self, names: Mapping[str, Subscription]) -> None:
-        """Take what was handed back, and retries of other workers, of the streams that have any."""
+    def _take_released_and_due(self, names: Mapping[str, Subscription]) -> None:
+        """Take released entries and due retries of the streams that have any."""
         if not names:
             return
 
         self._clock.ask()
-        questions = [
+        queries = [
             command
             for name in names
             for command in (self._group.released_command(name), self._retries.due_command(name))
         ]
 
         with self._acknowledger.lock:
-            answers = self._group.pipe.run(questions)
+            answers = self._group.pipe.run(queries)
 
-        # A refusal is taken for something: whoever takes it reports it.
+        # A refusal counts as found: the call that takes the entries reports it.
         released = {name for name, found in zip(names, answers[::2], strict=True) if found}
         due = {name for name, found in zip(names, answers[1::2], strict=True) if found}
         self._reclaimer.reclaim_released({name: names[name] for name in released})
         self._run_retries({name: names[name] for name in due})
         self._reclaimer.report_granted()
 
-    # -- what is in hand ------------------------------------------------------------------
-
     def renew(self) -> None:
-        """Keep everything in hand from being claimed, and drop what is another's by now.
+        """Renew the claims of all deliveries; expire those that another worker has.
 
         :raises redis.ConnectionError: Redis is away.
         """
-        lease = time.monotonic() + self._config.claim_after
+        claimed_until = time.monotonic() + self._config.claim_after
         by_name: dict[str, list[Delivery]] = {}
 
         for delivery in self._in_flight.all():
             if delivery.retry is None:
                 by_name.setdefault(delivery.name, []).append(delivery)
             else:
-                self._renew_retry(delivery, lease)
+                self._renew_retry(delivery, claimed_until)
 
         for name, deliveries in by_name.items():
-            self._renew(name, deliveries, lease)
+            self._renew(name, deliveries, claimed_until)
 
-    def _renew_retry(self, delivery: Delivery, lease: float) -> None:
+    def _renew_retry(self, delivery: Delivery, claimed_until: float) -> None:
         try:
             if self._retries.renew(delivery):
-                delivery.claimed_until = lease
+                delivery.claimed_until = claimed_until
         except redis.ResponseError as error:
             self._reclaimer.report_refusal(delivery.name, error)
 
-    def _renew(self, name: str, deliveries: Sequence[Delivery], lease: float) -> None:
+    def _renew(self, name: str, deliveries: Sequence[Delivery], claimed_until: float) -> None:
         try:
             with self._acknowledger.lock:
                 kept = self._group.renew(name, [delivery.entry for delivery in deliveries])
                 now = time.monotonic()
-                # Nobody may have claimed these yet, and this process told nothing of them.
+                # No longer pending, although this process did not acknowledge them.
                 lost = [
                     delivery
                     for delivery in deliveries
@@ -344,7 +350,7 @@ class Maintenance:
                 ]
                 kept |= self._reclaimer.restore(name, lost)
         except GroupGoneError:
-            # They run, or will: nobody else has them, and they come again with the new group.
+            # They run nevertheless. A new group delivers them again.
             return
         except redis.ResponseError as error:
             self._reclaimer.report_refusal(name, error)
@@ -352,41 +358,41 @@ class Maintenance:
 
         for delivery in deliveries:
             if delivery.entry in kept:
-                delivery.claimed_until = lease
+                delivery.claimed_until = claimed_until
             elif not delivery.started:
                 delivery.claimed_until = 0.0
 
-    def _share(self) -> None:
-        """Let other workers have what waits here behind receivers that take long."""
-        still = self._in_flight.stalled_for
+    def _release_stalled(self) -> None:
+        """Release queued deliveries to other workers if the receivers here take long."""
+        stalled = self._in_flight.stalled_for
 
-        # What is handed back is found by nobody where Redis does not list it.
+        # Without XPENDING no worker would find released entries.
         if (
-            still >= PAUSE_READING_AFTER
+            stalled >= PAUSE_READING_AFTER
             and self._queue.hold()
-            and still >= RELEASE_AFTER
+            and stalled >= RELEASE_AFTER
             and not self._group.unlisted
         ):
-            self._give_away(self._in_flight.release_waiting())
+            self._release(self._in_flight.release_waiting())
 
-    def _give_away(self, deliveries: Sequence[Delivery]) -> None:
-        by_name: dict[str, dict[str, int]] = {}
+    def _release(self, deliveries: Sequence[Delivery]) -> None:
+        crashes: dict[str, dict[str, int]] = {}
 
         for delivery in deliveries:
             if delivery.retry is None:
-                by_name.setdefault(delivery.name, {})[delivery.entry] = delivery.crashes or 0
+                crashes.setdefault(delivery.name, {})[delivery.entry] = delivery.crashes or 0
             else:
                 self._retries.release(delivery)
                 self._more_retries.add(delivery.name)
 
-        for name, begun in by_name.items():
+        for name, counts in crashes.items():
             try:
                 with self._acknowledger.lock:
                     own = {found.id for found in self._group.own_pending(name)}
                     self._released_streams.add(name)
-                    self._group.release(name, {id: begun[id] for id in begun if id in own})
+                    self._group.release(name, {id: counts[id] for id in counts if id in own})
             except GroupGoneError as error:
-                logger.debug("Nothing of %r is given away: %s", name, error)
+                logger.debug("Nothing of %r is released: %s", name, error)
             except redis.ResponseError as error:
                 self._reclaimer.report_refusal(name, error)
 
@@ -396,7 +402,7 @@ class Maintenance:
                 with self._acknowledger.lock:
                     self._group.report_alive(name)
                     consumers = self._group.consumers(name)
-                    self._look_for_foreign(name, [found for found, _, _ in consumers])
+                    self._report_foreign(name, [found for found, _, _ in consumers])
 
                     for consumer, pending, idle in consumers:
                         if not pending and idle > IDLE_CONSUMER and consumer != RELEASED:
@@ -404,14 +410,15 @@ class Maintenance:
             except GroupGoneError as error:
                 logger.debug("The consumers of %r are gone: %s", name, error)
             except redis.ResponseError as error:
-                # Whoever reads says that of all that it does.
+                # The reader reports a Redis that takes no writes.
                 if takes_no_writes(error):
-                    logger.debug("Nobody looks for idle consumers of %r: %s", name, error)
+                    logger.debug("Idle consumers of %r are not removed: %s", name, error)
                     continue
 
                 self._log.once(
                     f"idle {name}",
-                    "Redis does not let this worker remove idle consumers of %r: %s. They stay. %s",
+                    "Redis does not let this worker remove idle consumers of %r: %s. They stay in "
+                    "the group. %s",
                     name,
                     error,
                     self._group.remedy(name, error),
@@ -419,7 +426,7 @@ class Maintenance:
             else:
                 self._log.over(f"idle {name}", "Idle consumers of %r are removed again.", name)
 
-    def _look_for_foreign(self, name: str, consumers: Sequence[str]) -> None:
+    def _report_foreign(self, name: str, consumers: Sequence[str]) -> None:
         others = [found for found in consumers if found != RELEASED]
 
         if alarm := foreign_consumers(name, self._config.service, others):
@@ -430,14 +437,12 @@ class Maintenance:
 
         if count:
             logger.warning(
-                "The consumer %s of %r was removed while it read %d events: they are handed to "
-                "workers that give signs of life.",
+                "The idle consumer %s of %r was removed while it read %d events. Other workers get "
+                "them.",
                 consumer,
                 name,
                 count,
             )
-
-    # -- retries --------------------------------------------------------------------------
 
     def _run_due(self, names: Mapping[str, Subscription]) -> None:
         due, self._more_retries = self._more_retries, set()
@@ -461,7 +466,7 @@ class Maintenance:
                 self._reclaimer.report_refusal(name, error)
 
     def _take_retries(self, name: str, subscription: Subscription) -> bool:
-        """Take the retries of a stream that are due; return True if there are more."""
+        """Take due retries of a stream. Return True if more are due."""
         while (room := self._queue.room) > 0:
             memory = self._queue.memory
             most = self._portions.count(room=min(room, MOST_RETRIES), memory=memory, streams=1)

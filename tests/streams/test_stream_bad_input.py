@@ -452,7 +452,9 @@ def test_an_outcome_of_which_redis_took_a_part_is_told_again_after_a_lost_connec
     service.start()
     assert service.ready(10)
     store.add("tick", n=1)
-    wait_until(lambda: service.health().counts.get("unsettled"), what="Redis refused a part of it")
+    wait_until(
+        lambda: service.health().counts.get("outcomes_refused"), what="Redis refused a part of it"
+    )
 
     store.client.delete(retries)
     wait_until(lambda: tries == [1, 2], what="it is tried again")
@@ -473,7 +475,7 @@ def test_a_retry_whose_outcome_cannot_be_kept_is_not_lost(store: StreamStore, se
     assert service.ready(10)
     store.add("tick", n=1)
     wait_until(lambda: len(tries) == 2, what="the last attempt fails")
-    wait_until(lambda: service.health().counts.get("unsettled"), what="Redis refused it")
+    wait_until(lambda: service.health().counts.get("outcomes_refused"), what="Redis refused it")
     retries = store.keys.retry("tick", "mailer")
     wait_until(lambda: store.client.zcard(retries) == 1, what="Redis has it as a retry again")
 

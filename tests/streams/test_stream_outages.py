@@ -418,7 +418,7 @@ class Unwritable:
     def is_met_by(self, bus: Bus) -> Callable[[], bool]:
         """Whether a worker got to know that Redis takes no writes, if it has to."""
         # A full Redis lets events be read and acknowledged.
-        name = "acked" if self._why == "OOM" else "unsettled"
+        name = "acked" if self._why == "OOM" else "outcomes_refused"
         return lambda: bus.health().counts.get(name, 0) > 0
 
     @property
