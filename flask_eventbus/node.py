@@ -149,17 +149,17 @@ class Node:
         """What this service hears."""
         return self._subscriptions
 
-    def born(self, signal: NamedSignal) -> None:
+    def signal_created(self, signal: NamedSignal) -> None:
         """Take up a new signal of the bus's own."""
         if self.config.enabled:
             self._bridges.connect_signal(signal)
 
-    def routed(self, route: Route) -> None:
+    def route_declared(self, route: Route) -> None:
         """Take up a route that was declared."""
         if self.config.enabled:
             self._bridges.connect(route.name)
 
-    def subscribed(self, subscription: Subscription) -> None:
+    def subscription_declared(self, subscription: Subscription) -> None:
         """Take up a subscription that was declared."""
         notice_fork()
         merged = _merge(subscription, self._configured.get(subscription.name))
@@ -178,7 +178,7 @@ class Node:
                 check_subscription(self.config, configured)
 
             for subscription in self.declarations.subscriptions.values():
-                self.subscribed(subscription)
+                self.subscription_declared(subscription)
 
             if self.config.enabled:
                 self._bridges.connect_all()
@@ -209,7 +209,7 @@ class Node:
             return
 
         # Others may have made signals in a namespace that was adopted.
-        self.declarations.look_around()
+        self.declarations.find_new_signals()
 
         with self._turning:
             self.listening = True
@@ -406,7 +406,7 @@ class Node:
         """In the child: nothing of the parent's is used, and nothing is started."""
         self.listening = False
         self._turning = threading.RLock()
-        self.declarations.renew_lock()
+        self.declarations.reset_lock()
         self._inbound.disown()
         self._publisher.disown()
         self.connections.disown()

@@ -262,7 +262,7 @@ WRONG_ROUTES = [
     ({"a{b}": "channel"}, "cannot be a signal's name"),
     ({7: "channel"}, "7 cannot be a signal's name"),
     (["a", "a"], "EVENTBUS_PUBLISH names 'a' twice"),
-    ({"a": "chanel"}, r"EVENTBUS_PUBLISH\['a'\] asks for via 'chanel'. Use 'channel' \(whoever"),
+    ({"a": "chanel"}, r"EVENTBUS_PUBLISH\['a'\] asks for via 'chanel'. Use 'channel' \(only"),
     ({"a": 7}, r"EVENTBUS_PUBLISH\['a'\] is 7. Write 'channel', or a mapping"),
     ({"a": {"viaa": "channel"}}, "has no option 'viaa'. Did you mean 'via'"),
     ({"a": {"maxlen": 7}}, r"\['maxlen'\] belongs to streams"),
@@ -377,7 +377,7 @@ def test_a_wrong_subscription_is_named_with_the_remedy(value: Any, words: str) -
 def test_an_option_of_streams_for_the_channel_alone_is_refused(options: dict[str, Any]) -> None:
     subscribe: Any = {"tick": {"via": "channel", **options}}
 
-    with pytest.raises(ConfigError, match="belongs to streams, and this subscription hears the ch"):
+    with pytest.raises(ConfigError, match="belongs to streams, and this subscription has 'via'"):
         Bus("memory://", service="x", subscribe=subscribe)
     with pytest.raises(ConfigError, match="Remove 'via', or remove the option"):
         Bus("memory://", service="x").on("tick", via="channel", **options)

@@ -91,7 +91,7 @@ class Overview:
             return
 
         routes = [each for each in self.routes if each.signal is None and not is_pattern(each.name)]
-        names = {route.name for route in routes} - namespace.asked
+        names = {route.name for route in routes} - namespace.requested
 
         for name, (where, remedy) in sorted(_strangers(names).items()):
             yield _stranger_text(name, where), remedy

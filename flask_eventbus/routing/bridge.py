@@ -196,4 +196,4 @@ class Bridges:
         self._bridges[key] = (signal, bridge)
 
         # Signals hold bridges weakly: they are freed together with the app.
-        adopt(signal).publish_by(bridge)
+        adopt(signal).add_bridge(bridge)

@@ -1,7 +1,7 @@
-"""The bus's own signals, and what the signals of others become once the bus works with them.
+"""Signals of the bus, and foreign blinker signals that the bus publishes.
 
-A bridge publishes what a signal sends. It runs after the local receivers, which therefore run
-even if Redis is away, and ``send()`` returns what it returns without a bridge.
+``send()`` calls the local receivers first, then the bridge, which publishes the event. So local
+receivers run even if Redis is unreachable. The return value is the same as without a bridge.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from ..errors import ConfigError, PayloadError
 Receiver = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Senders whose receivers a signal keeps in mind; their names come from the wire.
-MOST_SENDERS = 100
+#: Number of senders whose receivers a signal caches. Their names come from Redis, so it is bounded.
+MAX_CACHED_SENDERS = 100
 
 
 def _report_at_end(
     name: object, is_ending: Callable[[], bool] = sys.is_finalizing, write: Any = os.write
 ) -> None:
-    """Write a line to stderr if the interpreter ends: it has taken the bridges before ``__del__``.
+    """Write a line to stderr if the interpreter is exiting and has already freed the bridges.
 
-    Logging may be gone by then, and so may this module's names: what it needs is a default.
+    ``__del__`` methods may run that late. Logging and the names of this module may be gone by
+    then, so the functions used here are default arguments.
     """
     if is_ending():
         text = (
-            f"flask-eventbus: An event of {name!r} was sent while the interpreter ended, and is "
-            "not published. Send it in a function that is registered with atexit, not in __del__.\n"
+            f"flask-eventbus: An event of {name!r} was sent while the interpreter was exiting, and "
+            "is not published. Send it in a function registered with atexit, not in __del__.\n"
         )
 
         try:
@@ -47,7 +48,7 @@ def _report_at_end(
 
 
 class Outbound:
-    """A bridge: publishes what a signal sends."""
+    """Base class of bridges, which publish the emissions of a signal."""
 
     def __call__(self, sender: Any, /, **payload: Any) -> None:
         """Publish one emission."""
@@ -59,15 +60,15 @@ class Outbound:
 
 
 class SendingSignal(Signal):
-    """A signal that calls its local receivers first, ``async def`` ones too, then its bridges."""
+    """A signal that calls its local receivers first, including coroutines, then its bridges."""
 
     @property
     def bridges(self) -> Sequence[Outbound]:
         """The bridges that publish this signal."""
         raise NotImplementedError
 
-    def publish_by(self, bridge: Outbound) -> None:
-        """Publish by ``bridge`` from now on, as long as it lives."""
+    def add_bridge(self, bridge: Outbound) -> None:
+        """Add ``bridge``, which publishes the signal; it is held by a weak reference."""
         raise NotImplementedError
 
     def send(
@@ -81,8 +82,8 @@ class SendingSignal(Signal):
         """Call the receivers for ``sender``, ``async def`` ones included, then publish.
 
         :return: what blinker returns: the local receivers and their results.
-        :raises PayloadError: a value cannot travel, or a key is reserved.
-        :raises PublishError: Redis did not take the event, and the route asks for an error.
+        :raises PayloadError: a value cannot be encoded, or a key is reserved.
+        :raises PublishError: Redis did not confirm the event, and the route asks for an error.
         """
         results = super().send(sender, _async_wrapper=_async_wrapper or _to_sync, **kwargs)
 
@@ -112,13 +113,13 @@ class SendingSignal(Signal):
 
 
 class AdoptedSignal(SendingSignal):
-    """A signal of others that the bus publishes, or connects receivers to.
+    """A foreign signal that the bus publishes, or connects receivers to.
 
-    Its bridges are connected as receivers: code that asks ``has_receivers_for()`` before it
-    sends goes on to send.
+    Its bridges are connected as receivers, because code may check ``has_receivers_for()`` before
+    it sends.
     """
 
-    #: True once a route carried it.
+    #: True once a route has selected it.
     _is_published = False
 
     @property
@@ -131,8 +132,8 @@ class AdoptedSignal(SendingSignal):
 
         return found
 
-    def publish_by(self, bridge: Outbound) -> None:
-        """Publish by ``bridge`` from now on, as long as it lives."""
+    def add_bridge(self, bridge: Outbound) -> None:
+        """Add ``bridge``, which publishes the signal; it is held by a weak reference."""
         self._is_published = True
         self.connect(bridge)
 
@@ -142,19 +143,19 @@ class AdoptedSignal(SendingSignal):
 
 
 class BusSignal(SendingSignal, NamedSignal):
-    """One of the bus's own signals; a route of it is invisible to whoever looks at the signal."""
+    """A signal of the bus. Its bridges do not appear among its receivers."""
 
     def __init__(self, name: str, doc: str | None = None) -> None:
         super().__init__(name, doc)
-        #: The local receivers for a sender, as long as nobody connects or disconnects.
-        self._found: dict[str, list[Receiver]] = {}
-        #: True if a local receiver may vanish without notice.
+        #: Cache of the local receivers by sender; cleared when a receiver connects or disconnects.
+        self._cache: dict[str, list[Receiver]] = {}
+        #: True if a local receiver is weakly referenced and may vanish without notice.
         self._has_weak = False
         self._bridges: tuple[weakref.ref[Outbound], ...] = ()
 
     @property
     def bridges(self) -> Sequence[Outbound]:
-        """The bridges of the nodes that live."""
+        """The bridges of nodes that still exist."""
         living = [found for reference in self._bridges if (found := reference()) is not None]
 
         if self._bridges and not living:
@@ -162,8 +163,8 @@ class BusSignal(SendingSignal, NamedSignal):
 
         return living
 
-    def publish_by(self, bridge: Outbound) -> None:
-        """Publish by ``bridge`` from now on, as long as it lives."""
+    def add_bridge(self, bridge: Outbound) -> None:
+        """Add ``bridge``, which publishes the signal; it is held by a weak reference."""
         self._bridges = (*map(weakref.ref, self.bridges), weakref.ref(bridge))
 
     def connect(self, receiver: F, sender: Any = ANY, weak: bool = True) -> F:
@@ -173,29 +174,29 @@ class BusSignal(SendingSignal, NamedSignal):
         try:
             return super().connect(receiver, sender, weak)
         finally:
-            self._found = {}
+            self._cache = {}
 
     def disconnect(self, receiver: Receiver, sender: Any = ANY) -> None:
         """Disconnect ``receiver``, as blinker does."""
         try:
             super().disconnect(receiver, sender)
         finally:
-            self._found = {}
+            self._cache = {}
 
     def _clear_state(self) -> None:
         super()._clear_state()
-        self._found = {}
+        self._cache = {}
 
     def local_receivers(self, sender: str) -> list[Receiver]:
-        """The receivers for a service, kept for the next event."""
-        # Whoever connects meanwhile leaves this one behind.
-        known = self._found
+        """Return the receivers for events of a service, and cache them."""
+        # connect() in another thread replaces the cache; then this entry goes to the old one.
+        known = self._cache
         found = known.get(sender)
 
         if found is None:
             found = list(self.receivers_for(sender))
 
-            if not self._has_weak and len(known) < MOST_SENDERS:
+            if not self._has_weak and len(known) < MAX_CACHED_SENDERS:
                 known[sender] = found
 
         return found
@@ -211,8 +212,8 @@ class BusSignal(SendingSignal, NamedSignal):
         """Call the receivers for ``sender``, ``async def`` ones included, then publish.
 
         :return: what blinker returns: the local receivers and their results.
-        :raises PayloadError: a value cannot travel, or a key is reserved.
-        :raises PublishError: Redis did not take the event, and the route asks for an error.
+        :raises PayloadError: a value cannot be encoded, or a key is reserved.
+        :raises PublishError: Redis did not confirm the event, and the route asks for an error.
         """
         _refuse_reserved(self.name, kwargs, _async_wrapper)
         return super().send(sender, _async_wrapper=_async_wrapper, **kwargs)
@@ -231,42 +232,42 @@ class BusSignal(SendingSignal, NamedSignal):
 
 
 class BusNamespace(Namespace):
-    """Makes :class:`BusSignal` objects, and tells when a new one is born."""
+    """Creates :class:`BusSignal` objects, and notifies watchers of new ones."""
 
     def __init__(self) -> None:
         super().__init__()
-        #: Held while a signal is made and told of, so that there is one of each name.
+        #: Held while a signal is created and announced, so that each name has one signal.
         self.lock = threading.RLock()
         self._watchers: list[WeakMethod[Callable[[NamedSignal], None]]] = []
-        #: The names of signals that the program asked for, in order to send them.
-        self.asked: set[str] = set()
+        #: The names of signals that the program got by :meth:`signal`, in order to send them.
+        self.requested: set[str] = set()
 
     def watch(self, watcher: Callable[[NamedSignal], None]) -> None:
-        """Call ``watcher``, a method, with each new signal as long as its object lives."""
+        """Call the method ``watcher`` with each new signal; it is held by a weak reference."""
         living = [each for each in self._watchers if each() is not None]
         self._watchers = [*living, WeakMethod(watcher)]
 
     def signal(self, name: str, doc: str | None = None) -> NamedSignal:
-        """The signal called ``name``, made at the first call.
+        """Return the signal called ``name``; create it on the first call.
 
-        :raises ConfigError: the name cannot be part of a Redis key.
+        :raises ConfigError: the name has characters that a signal's name cannot have.
         """
         signal = self.make(name, doc)
-        self.asked.add(name)
+        self.requested.add(name)
         return signal
 
     def make(self, name: str, doc: str | None = None) -> NamedSignal:
-        """Return the signal called ``name``, on behalf of a route or a receiver."""
+        """Return the signal called ``name`` for a route or a receiver; create it if needed."""
         with self.lock:
             if name in self:
                 return self[name]
 
             check_signal_name(name, "signal()")
             signal = self[name] = BusSignal(name, doc)
-            self._tell(signal)
+            self._announce(signal)
             return signal
 
-    def _tell(self, signal: NamedSignal) -> None:
+    def _announce(self, signal: NamedSignal) -> None:
         for reference in self._watchers:
             watcher = reference()
 
@@ -275,11 +276,11 @@ class BusNamespace(Namespace):
 
 
 def adopt(signal: Signal) -> SendingSignal:
-    """Let a signal of others send as the bus's own do, and return it.
+    """Make a foreign signal send as the signals of the bus do, and return it.
 
-    blinker has no hook for that. Its ``send_async()`` would refuse the bridge, ``send()`` would
-    refuse ``async def`` receivers and return the bridge among the results, and the order of
-    receivers would be undefined. So the signal gets a subclass of its own class.
+    blinker has no hook for this, so the signal gets a subclass of its own class. With a plain
+    signal, ``send_async()`` would refuse the bridge, and ``send()`` would refuse ``async def``
+    receivers and return the bridge among the results. The order of receivers would be undefined.
     """
     if not isinstance(signal, SendingSignal):
         kind = type(signal)
@@ -293,14 +294,15 @@ def adopt(signal: Signal) -> SendingSignal:
     return cast(SendingSignal, signal)
 
 
-#: The classes that adopted signals get, by those they had.
+#: The subclasses of adopted signals, by their original class.
 _adopted: dict[type, type[Signal]] = {}
 
 
 def check_signal_name(name: object, where: str) -> str:
-    """Return ``name`` if a signal can be called so.
+    """Return ``name`` if it is a valid name of a signal.
 
-    :raises ConfigError: it cannot; ``where`` says who asked.
+    :param where: the setting or call that names it, for the message.
+    :raises ConfigError: the name is not valid.
     """
     if isinstance(name, str) and SIGNAL_NAME.fullmatch(name):
         return name
@@ -313,9 +315,10 @@ def check_signal_name(name: object, where: str) -> str:
 
 
 def _refuse_reserved(name: str, payload: dict[str, Any], wrapper: object) -> None:
-    """Refuse keys that receivers would not get.
+    """Refuse payload keys that receivers would not get.
 
-    :param wrapper: what was sent as the wrapper of blinker's that goes with this way to send.
+    :param wrapper: the value of blinker's ``_async_wrapper`` or ``_sync_wrapper``.
+    :raises PayloadError: the payload has such a key.
     """
     if "sender" in payload:
         raise PayloadError(
@@ -328,7 +331,7 @@ def _refuse_reserved(name: str, payload: dict[str, Any], wrapper: object) -> Non
     if is_value or "_async_wrapper" in payload or "_sync_wrapper" in payload:
         raise PayloadError(
             f"The payload of {name!r} has a key '_async_wrapper' or '_sync_wrapper'. blinker's "
-            "send() and send_async() take those for themselves. Give the value another name."
+            "send() and send_async() use these names. Give the value another name."
         )
 
 
@@ -341,6 +344,6 @@ def _to_sync(receiver: Receiver) -> Receiver:
 
 def _refuse_sync(receiver: Receiver) -> Callable[..., Coroutine[Any, Any, Any]]:
     raise RuntimeError(
-        f"send_async() cannot call {receiver!r}, which is no coroutine function. "
-        "Pass _sync_wrapper, as blinker asks for."
+        f"send_async() cannot call {receiver!r}, which is not a coroutine function. "
+        "Pass _sync_wrapper, as blinker requires."
     )

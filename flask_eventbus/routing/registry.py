@@ -1,4 +1,4 @@
-"""What a program declares: its signals, its receivers, and which of them cross processes."""
+"""The registry of a bus: the signals, routes, subscriptions and receivers declared in code."""
 
 from __future__ import annotations
 
@@ -23,55 +23,58 @@ from .subscriptions import Subscription, read_retries, read_subscription, unite
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
-    """What one receiver asked for; ``None`` where it did not."""
+class ReceiverOptions:
+    """The options of one receiver; ``None`` for the defaults of its subscription."""
 
+    #: Number of retries after a failure.
     retries: int | None = None
-    #: Seconds.
+    #: Seconds after which a coroutine is cancelled.
     timeout: float | None = None
 
     def check(self, receiver: Receiver, where: str) -> None:
-        """Refuse a timeout that could not be kept.
+        """Check that the receiver can be cancelled if it has a timeout.
 
-        :raises ConfigError: the receiver is no coroutine function.
+        :raises ConfigError: it has a timeout and is not a coroutine function.
         """
         if self.timeout is not None and not is_coroutine_function(receiver):
             raise ConfigError(
                 f"{where}: {receiver!r} has a timeout, and Python cannot interrupt a function that "
-                "is no 'async def'. Write it as one, or take the timeout off and set one where it "
-                "waits, for example requests.get(..., timeout=5)."
+                "is not 'async def'. Write it as 'async def', or remove the timeout and set one in "
+                "the call that blocks, for example requests.get(..., timeout=5)."
             )
 
 
-NOTHING = Allowance()
+DEFAULTS = ReceiverOptions()
 
 
-class Allowances:
-    """What the receivers of a bus asked for, by the name or pattern they were connected with."""
+class AllReceiverOptions:
+    """The options of all receivers of a bus, by the name or pattern of their connection."""
 
     def __init__(self) -> None:
-        self._asked: dict[object, list[tuple[str, Receiver, Allowance]]] = {}
+        self._by_receiver: dict[object, list[tuple[str, Receiver, ReceiverOptions]]] = {}
 
-    def note(self, name: str, receiver: Receiver, allowance: Allowance) -> None:
-        """Keep what a receiver asked for when it was connected."""
-        if allowance != NOTHING:
-            self._asked.setdefault(_identity(receiver), []).append((name, receiver, allowance))
+    def add(self, name: str, receiver: Receiver, options: ReceiverOptions) -> None:
+        """Store the options with which a receiver was connected to ``name``."""
+        if options != DEFAULTS:
+            known = self._by_receiver.setdefault(_identity(receiver), [])
+            known.append((name, receiver, options))
 
-    def of(self, name: str, receiver: Receiver) -> Allowance:
-        """What a receiver asked for at events of ``name``; of two, what it asked for last."""
-        asked = self._asked.get(_identity(receiver), ())
-        return next((found for known, _, found in reversed(asked) if matches(known, name)), NOTHING)
+    def find(self, name: str, receiver: Receiver) -> ReceiverOptions:
+        """Return the options of a receiver for events of ``name``; the latest, if several match."""
+        known = self._by_receiver.get(_identity(receiver), ())
+        found = (options for pattern, _, options in reversed(known) if matches(pattern, name))
+        return next(found, DEFAULTS)
 
 
-def read_allowance(retries: object, timeout: object, where: str) -> Allowance:
-    """Check what a receiver asks for.
+def read_receiver_options(retries: object, timeout: object, where: str) -> ReceiverOptions:
+    """Check the options of a receiver and return them.
 
-    :raises ConfigError: one of it is wrong.
+    :raises ConfigError: a value is wrong.
     """
-    asked = None if retries is None else read_retries(f"{where}['retries']", retries)
+    allowed = None if retries is None else read_retries(f"{where}['retries']", retries)
 
     if timeout is None:
-        return Allowance(asked)
+        return ReceiverOptions(allowed)
 
     is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
 
@@ -80,17 +83,17 @@ def read_allowance(retries: object, timeout: object, where: str) -> Allowance:
             f"{where}['timeout'] is {timeout!r}. Set it to a number of seconds, more than 0."
         )
 
-    return Allowance(asked, float(timeout))  # type: ignore[arg-type]  # a number by then
+    return ReceiverOptions(allowed, float(timeout))  # type: ignore[arg-type]  # a number by then
 
 
 def is_coroutine_function(receiver: Receiver) -> bool:
-    """Whether calling it makes a coroutine."""
-    call = getattr(receiver, "__call__", None)  # noqa: B004 - the method itself is looked at
+    """Return True if a call of ``receiver`` returns a coroutine."""
+    call = getattr(receiver, "__call__", None)  # noqa: B004 - the method itself is inspected
     return inspect.iscoroutinefunction(receiver) or inspect.iscoroutinefunction(call)
 
 
 def _identity(receiver: Receiver) -> object:
-    """The same for a method however often it is looked up."""
+    """Return a key that is equal for each access to the same bound method."""
     owner = getattr(receiver, "__self__", None)
     function = getattr(receiver, "__func__", None)
     return id(receiver) if owner is None or function is None else (id(owner), id(function))
@@ -99,40 +102,40 @@ def _identity(receiver: Receiver) -> object:
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
-#: Nodes that are gone whose names a process remembers: their events may still be on the way.
-MOST_GONE = 1000
+#: Number of former node names that a process remembers, because their events may still arrive.
+MAX_FORMER = 1000
 
 
 class Watcher(Protocol):
-    """What wants to know of declarations that come later: a node."""
+    """An object that is notified of later declarations: a node."""
 
-    def born(self, signal: NamedSignal) -> None:
-        """A signal of the bus's own is new."""
+    def signal_created(self, signal: NamedSignal) -> None:
+        """Handle a new signal of the bus."""
 
-    def routed(self, route: Route) -> None:
-        """A route was declared, or declared anew."""
+    def route_declared(self, route: Route) -> None:
+        """Handle a new or changed route."""
 
-    def subscribed(self, subscription: Subscription) -> None:
-        """A subscription was declared, or declared anew."""
+    def subscription_declared(self, subscription: Subscription) -> None:
+        """Handle a new or changed subscription."""
 
 
 class Siblings(dict[str, None]):
-    """The names of nodes of this process: of all that live, and of the last that are gone."""
+    """The names of this process's nodes: all current names, and the most recent former names."""
 
     def __init__(self) -> None:
         super().__init__()
         self._living: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
 
     def add(self, node: object, name: str) -> None:
-        """Add the name that ``node`` has from now on; its events may still come under the old."""
+        """Add the new name of ``node``; keep its former name, whose events may still arrive."""
         self._living[node] = name
         self[name] = None
 
-        if len(self) > MOST_GONE + len(self._living):
-            living = set(self._living.values())
-            gone = [each for each in list(self) if each not in living]
+        if len(self) > MAX_FORMER + len(self._living):
+            current = set(self._living.values())
+            former = [each for each in list(self) if each not in current]
 
-            for each in gone[:-MOST_GONE]:
+            for each in former[:-MAX_FORMER]:
                 self.pop(each, None)
 
     def clear(self) -> None:
@@ -142,54 +145,54 @@ class Siblings(dict[str, None]):
 
 
 class Registry:
-    """The face that a bus with Flask and one without have in common.
+    """Keeps what a program declares; the common base of :class:`.EventBus` and :class:`.Bus`.
 
-    :param namespace: an existing blinker namespace to adopt, ``blinker.default_namespace``
-        for example; otherwise the bus has signals of its own.
+    :param namespace: an existing blinker namespace to use, for example
+        ``blinker.default_namespace``; by default the bus has its own.
     """
 
     def __init__(self, *, namespace: Namespace | None = None) -> None:
         self.namespace: Namespace = BusNamespace() if namespace is None else namespace
-        #: Types that travel beyond those of the wire format.
+        #: The codec, with the types that the program registered.
         self.codec = Codec()
         self.routes: dict[str, Route] = {}
         self.subscriptions: dict[str, Subscription] = {}
-        #: Receivers of patterns, with the services they hear.
+        #: Receivers of patterns, with the services whose events they receive.
         self._patterns: list[tuple[str, Receiver, tuple[Any, ...]]] = []
-        #: The names of the signals that are connected to the receivers of patterns.
-        self._met: set[str] = set()
-        self._allowances = Allowances()
+        #: The names of the signals that the receivers of patterns and the watchers know.
+        self._known: set[str] = set()
+        self._receiver_options = AllReceiverOptions()
         #: The declared parameters of signals, by name.
         self.parameters: dict[str, inspect.Signature] = {}
-        #: What was loaded by configuration, so that two apps do not load it twice.
+        #: Modules and plug-ins already loaded, so that a second app does not load them again.
         self.loaded: set[str] = set()
-        #: What :meth:`register_session` was given.
+        #: The database session of :meth:`register_session`.
         self.session: Any = None
         self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self._lock = threading.RLock()
-        #: The names of the nodes of this process whose signals these are, of other buses that
-        #: adopted the namespace as well: what one of them emits has run the receivers of all.
+        #: The names of all nodes of this process that use this namespace, also those of other
+        #: buses: an event of one of them has already run the local receivers of all.
         self.siblings: Siblings = vars(self.namespace).setdefault("_eventbus_siblings", Siblings())
 
         if isinstance(self.namespace, BusNamespace):
-            self.namespace.watch(self._born)
+            self.namespace.watch(self._signal_created)
 
     @property
     def lock(self) -> AbstractContextManager[bool]:
-        """Held while something is declared, so that watchers miss nothing and see one order."""
+        """Lock held during a declaration, so that all watchers see the same order."""
         return self.namespace.lock if isinstance(self.namespace, BusNamespace) else self._lock
 
-    def renew_lock(self) -> None:
-        """In a forked child: another thread of the parent may have held it."""
+    def reset_lock(self) -> None:
+        """Replace the lock in a forked child: a thread of the parent may have held it."""
         self._lock = threading.RLock()
 
         if isinstance(self.namespace, BusNamespace):
             self.namespace.lock = threading.RLock()
 
     def signal(self, name: str, doc: str | None = None) -> NamedSignal:
-        """The bus's signal called ``name``: a blinker signal, made at the first call.
+        """Return the bus's signal called ``name``, a blinker signal; create it on the first call.
 
-        :raises ConfigError: the name cannot be part of a Redis key.
+        :raises ConfigError: the name has characters that a signal's name cannot have.
         """
         if isinstance(self.namespace, BusNamespace):
             return self.namespace.signal(name, doc)
@@ -197,7 +200,7 @@ class Registry:
         return self.make(name, doc)
 
     def make(self, name: str, doc: str | None = None) -> NamedSignal:
-        """Return the signal called ``name``, on behalf of a route or a receiver."""
+        """Return the signal called ``name`` for a route or a receiver; create it if needed."""
         if isinstance(self.namespace, BusNamespace):
             return self.namespace.make(name, doc)
 
@@ -207,7 +210,7 @@ class Registry:
 
             check_signal_name(name, "signal()")
             signal = self.namespace.signal(name, doc)
-            self._born(signal)
+            self._signal_created(signal)
             return signal
 
     def on(
@@ -222,35 +225,35 @@ class Registry:
         retries: int | None = None,
         timeout: float | None = None,
     ) -> Callable[[F], F]:
-        """Subscribe the service to a signal and connect the decorated receiver, strongly.
+        """Subscribe the service to a signal and connect the decorated receiver, not weakly.
 
         :param signal: its name, a pattern such as ``"order_*"``, or the signal.
-        :param from_: the services to hear; all by default.
-        :param echo: whether events that this node emits come back to it; on a stream, those that
+        :param from_: the services whose events to receive; all by default.
+        :param echo: True to receive events that this node emits as well; on a stream, those that
             this service emits.
-        :param via: ``"channel"`` or ``"stream"`` to hear the signal only so; both by default.
-        :param start: where the service begins to read a stream when it subscribes for the first
-            time: ``"new"``, ``"earliest"``, an entry's id or an aware datetime.
-        :param group: ``None`` to hear every event of a stream in every process of the service.
-        :param retries: how often this receiver is tried again at a stream event that it failed
-            at; ``EVENTBUS_RETRIES`` by default.
-        :param timeout: seconds after which this receiver, a coroutine function, is cancelled and
-            has failed. Python cannot interrupt any other function.
-        :raises ConfigError: something of it is not well formed.
+        :param via: ``"channel"`` or ``"stream"`` to use only this transport; both by default.
+        :param start: where to start reading a stream when the service subscribes for the first
+            time: ``"new"``, ``"earliest"``, an entry id or an aware datetime.
+        :param group: ``None`` to receive every event of a stream in every process of the service.
+        :param retries: number of retries of this receiver after it failed on a stream event;
+            ``EVENTBUS_RETRIES`` by default.
+        :param timeout: seconds after which this receiver is cancelled, which counts as a failure.
+            The receiver must be a coroutine function, since Python cannot interrupt others.
+        :raises ConfigError: an argument is wrong.
         """
         name = signal.name if isinstance(signal, NamedSignal) else signal
         options = {"from": from_, "echo": echo, "via": via, "start": start, "group": group}
         read_subscription(name, {**options, "retries": retries}, f"on({name!r})")
-        # How often is a matter of this receiver, not of the whole service.
+        # The number of retries belongs to this receiver, not to the subscription of the service.
         subscription = read_subscription(name, options, f"on({name!r})")
-        allowance = read_allowance(retries, timeout, f"on({name!r})")
+        receiver_options = read_receiver_options(retries, timeout, f"on({name!r})")
         senders = (ANY,) if subscription.sources is None else tuple(sorted(subscription.sources))
 
         def decorate(receiver: F) -> F:
-            allowance.check(receiver, f"on({name!r})")
+            receiver_options.check(receiver, f"on({name!r})")
 
             with self.lock:
-                self._allowances.note(name, receiver, allowance)
+                self._receiver_options.add(name, receiver, receiver_options)
                 self._connect(name, receiver, senders)
                 self._subscribe(subscription)
 
@@ -275,17 +278,19 @@ class Registry:
         """Publish a signal, one of the bus's or any other, and return it.
 
         :param as_: the name on the wire; the signal's own by default.
-        :param payload: called as a receiver is; returns the payload to publish.
+        :param payload: called like a receiver; returns the payload to publish.
         :param via: ``"channel"`` or ``"stream"``.
-        :param confirm: whether ``send()`` waits until Redis has the event; by default on streams.
-        :param after_commit: whether an event sent inside a database transaction waits for its
+        :param confirm: True if ``send()`` waits until Redis has the event; the default on streams.
+        :param after_commit: True to hold an event sent inside a database transaction until its
             commit; see :meth:`register_session`.
-        :param outbox: whether an event is written to the database with that transaction, and
-            published by ``flask eventbus relay``.
-        :param key: the key of the payload whose value keeps events of a stream in order.
-        :param maxlen: about how many events the stream keeps, or their age, as ``"7d"``.
-        :param replicas: how many replicas must have an event before it is confirmed.
-        :raises ConfigError: something of it is not well formed.
+        :param outbox: True to write an event to the database in the same transaction;
+            ``flask eventbus relay`` then publishes it.
+        :param key: a key of the payload; events of a stream with the same value are handled in
+            order.
+        :param maxlen: approximate number of events that the stream keeps, or their age, for
+            example ``"7d"``.
+        :param replicas: number of replicas that must have an event before it is confirmed.
+        :raises ConfigError: an argument is wrong, or another signal is published under this name.
         """
         options = {
             "via": via,
@@ -319,22 +324,22 @@ class Registry:
         pack: Callable[[T], bytes],
         unpack: Callable[[bytes], T],
     ) -> None:
-        """Let values of ``type_`` travel, as msgpack ext type ``code`` (32 to 127).
+        """Encode values of ``type_`` as msgpack ext type ``code`` (32 to 127).
 
-        Every service that reads them registers the type under the same code.
+        Every service that reads these values must register the type under the same code.
 
         :raises ConfigError: the code or the type is taken.
         """
         self.codec.register_type(code, type_, pack=pack, unpack=unpack)
 
     def register_session(self, session: Any) -> None:
-        """Name the database session whose commits events wait for, where a route asks for it.
+        """Set the database session for routes with ``after_commit`` or ``outbox``.
 
-        In a Flask app, Flask-SQLAlchemy's is known without this.
+        A Flask app uses Flask-SQLAlchemy's session without this call.
 
-        :param session: SQLAlchemy's ``scoped_session``, ``sessionmaker`` or ``Session``, of the
-            asynchronous kind too, or a function that returns the session in use or ``None``.
-        :raises ConfigError: it is none of these, or SQLAlchemy is older than 2.0.
+        :param session: SQLAlchemy's ``scoped_session``, ``sessionmaker`` or ``Session``, their
+            asynchronous variants, or a function that returns the current session or ``None``.
+        :raises ConfigError: ``session`` is none of these, or SQLAlchemy is older than 2.0.
         """
         from ..database.transactions import check  # it needs SQLAlchemy, which is optional
 
@@ -342,15 +347,15 @@ class Registry:
         self.session = session
 
     def receivers_of(self, name: str, source: str) -> list[Receiver]:
-        """The receivers that an event ``name`` from ``source`` is for."""
+        """Return the receivers of an event ``name`` from the service ``source``."""
         signal = self.namespace.get(name)
 
         if signal is None:
             return self._pattern_receivers(name, source)
 
-        if name not in self._met:
-            # An adopted namespace does not tell of the signals that others make in it.
-            self._born(signal)
+        if name not in self._known:
+            # An adopted namespace does not announce signals that other code creates in it.
+            self._signal_created(signal)
 
         if signal.is_muted:
             return []
@@ -361,14 +366,14 @@ class Registry:
         return [r for r in signal.receivers_for(source) if not isinstance(r, Outbound)]
 
     def connected_to(self, name: str) -> list[Receiver]:
-        """All receivers of ``name``, whoever they hear, in the order of their connection."""
+        """Return all receivers of ``name``, from any sender, in the order of their connection."""
         signal = self.namespace.get(name)
 
         if signal is None:
             return self.receivers_of_pattern(name)
 
-        if name not in self._met:
-            self._born(signal)
+        if name not in self._known:
+            self._signal_created(signal)
 
         found = [
             receiver() if isinstance(receiver, weakref.ref) else receiver
@@ -377,28 +382,28 @@ class Registry:
         return [r for r in found if r is not None and not isinstance(r, Outbound)]
 
     def retries_of(self, name: str, receiver: Receiver) -> int | None:
-        """How often ``receiver`` is tried again at an event ``name``, if it says so itself."""
-        return self._allowances.of(name, receiver).retries
+        """Return the retries that ``receiver`` declared for ``name``; ``None`` if it did not."""
+        return self._receiver_options.find(name, receiver).retries
 
     def timeout_of(self, name: str, receiver: Receiver) -> float | None:
-        """The seconds that ``receiver`` has for an event ``name``, if it says so itself."""
-        return self._allowances.of(name, receiver).timeout
+        """Return the timeout in seconds that ``receiver`` declared for ``name``, or ``None``."""
+        return self._receiver_options.find(name, receiver).timeout
 
     def receivers_of_pattern(self, pattern: str) -> list[Receiver]:
-        """The receivers that hear whatever ``pattern`` stands for, from any service or some."""
+        """Return the receivers whose pattern matches all names that ``pattern`` matches."""
         return [receiver for known, receiver, _ in self._patterns if matches(known, pattern)]
 
     def watch(self, watcher: Watcher) -> None:
-        """Tell ``watcher`` of declarations from now on, as long as it lives."""
+        """Notify ``watcher`` of later declarations; it is held by a weak reference."""
         with self.lock:
             self._watchers.add(watcher)
 
-    def look_around(self) -> None:
-        """Take up signals that others made: an adopted namespace does not tell of them."""
+    def find_new_signals(self) -> None:
+        """Find signals that other code created in an adopted namespace."""
         with self.lock:
             for signal in list(self.namespace.values()):
-                if signal.name not in self._met:
-                    self._born(signal)
+                if signal.name not in self._known:
+                    self._signal_created(signal)
 
     def _route(self, route: Route, where: str) -> None:
         known = self.routes.get(route.name)
@@ -412,7 +417,7 @@ class Registry:
         self.routes[route.name] = route
 
         for watcher in list(self._watchers):
-            watcher.routed(route)
+            watcher.route_declared(route)
 
     def _connect(self, name: str, receiver: Receiver, senders: tuple[Any, ...]) -> None:
         if is_pattern(name):
@@ -438,7 +443,7 @@ class Registry:
 
     def _subscribe(self, subscription: Subscription) -> None:
         known = self.subscriptions.get(subscription.name)
-        # Who is heard is a matter of each receiver here, not of the whole service.
+        # The senders belong to each receiver, not to the subscription of the service.
         subscription = replace(subscription, sources=None)
 
         if known is not None:
@@ -447,21 +452,21 @@ class Registry:
         self.subscriptions[subscription.name] = subscription
 
         for watcher in list(self._watchers):
-            watcher.subscribed(subscription)
+            watcher.subscription_declared(subscription)
 
     def _is_own(self, signal: Signal) -> bool:
         return isinstance(signal, NamedSignal) and self.namespace.get(signal.name) is signal
 
-    def _born(self, signal: NamedSignal) -> None:
+    def _signal_created(self, signal: NamedSignal) -> None:
         with self.lock:
-            self._met.add(signal.name)
+            self._known.add(signal.name)
 
             for pattern, receiver, senders in self._patterns:
                 if matches(pattern, signal.name):
                     _connect(signal, receiver, senders)
 
             for watcher in list(self._watchers):
-                watcher.born(signal)
+                watcher.signal_created(signal)
 
 
 def _connect(signal: NamedSignal, receiver: Receiver, senders: tuple[Any, ...]) -> None:

@@ -19,7 +19,7 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, current_event, signals
-from flask_eventbus.routing.bus_signal import MOST_SENDERS, BusSignal, SendingSignal
+from flask_eventbus.routing.bus_signal import MAX_CACHED_SENDERS, BusSignal, SendingSignal
 
 pytestmark = pytest.mark.second_look
 
@@ -318,11 +318,11 @@ def test_who_may_hear_whom_is_kept_in_mind_for_a_bounded_number_of_senders() -> 
     signal = BusSignal("tick")
     signal.connect(print, sender="shop", weak=False)
 
-    found = [signal.local_receivers(f"service-{n}") for n in range(2 * MOST_SENDERS)]
+    found = [signal.local_receivers(f"service-{n}") for n in range(2 * MAX_CACHED_SENDERS)]
 
-    assert found == [[]] * 2 * MOST_SENDERS
+    assert found == [[]] * 2 * MAX_CACHED_SENDERS
     assert signal.local_receivers("shop") == [print]
-    assert len(signal._found) == MOST_SENDERS
+    assert len(signal._cache) == MAX_CACHED_SENDERS
 
 
 def test_a_muted_signal_is_neither_heard_nor_published(

@@ -36,7 +36,7 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.event import Event, handling
 from flask_eventbus.extension import AppSignals
 from flask_eventbus.routing.bus_signal import BusNamespace, BusSignal
-from flask_eventbus.routing.registry import MOST_GONE
+from flask_eventbus.routing.registry import MAX_FORMER
 from flask_eventbus.testing import Isolation
 
 
@@ -198,7 +198,7 @@ def test_a_declaration_without_a_sender_or_with_starred_values_is_refused() -> N
         @app.signal("a")
         def nobody() -> None: ...
 
-    with pytest.raises(ConfigError, match=r"many declares '\*values', which has no name"):
+    with pytest.raises(ConfigError, match=r"many declares '\*values', whose values have no name"):
 
         @app.signal("b")
         def many(sender: Any, *values: Any) -> None: ...
@@ -852,7 +852,7 @@ def test_an_app_is_freed_with_its_last_reference() -> None:
 
 
 def test_the_names_of_buses_that_are_gone_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask_eventbus.routing.registry.MOST_GONE", 5)
+    monkeypatch.setattr("flask_eventbus.routing.registry.MAX_FORMER", 5)
     namespace = blinker.Namespace()
     lasting = Bus("memory://", service="lasting", namespace=namespace)
 
@@ -872,11 +872,11 @@ def test_a_bus_that_stops_remembers_a_bounded_number_of_its_names() -> None:
 
     bus.stop(flush=0)
     assert first in bus.siblings
-    for _ in range(MOST_GONE + 20):
+    for _ in range(MAX_FORMER + 20):
         bus.siblings.add(bus.node, secrets.token_hex(6))
 
     assert first not in bus.siblings
-    assert len(bus.siblings) == MOST_GONE + 1
+    assert len(bus.siblings) == MAX_FORMER + 1
 
 
 def test_a_namespace_keeps_nothing_of_buses_that_are_gone() -> None:
