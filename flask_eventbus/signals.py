@@ -75,8 +75,9 @@ event_rejected = _lifecycle.signal("event_rejected")
 event_conflict = _lifecycle.signal("event_conflict")
 """An event contradicts an earlier one, so one of them is forged. Both are delivered.
 
-The same id or sequence number arrived with other bytes, or the same node with another service's
-name. ``name``: the signal; ``event``: the later event.
+The same id or sequence number arrived with other bytes, the sequence number is further ahead than a
+node can come, or the same node came with another service's name. ``name``: the signal; ``event``:
+the later event.
 """
 
 receiver_succeeded = _lifecycle.signal("receiver_succeeded")

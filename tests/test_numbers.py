@@ -16,7 +16,7 @@ from flask_eventbus.codec import codec, records, values
 from flask_eventbus.config import Config
 from flask_eventbus.database import relay
 from flask_eventbus.publisher import buffer, connection, writer
-from flask_eventbus.receivers import retries, workers
+from flask_eventbus.receivers import conflicts, retries, workers
 from flask_eventbus.streams import (
     alarms,
     attempts,
@@ -104,7 +104,9 @@ SENTENCES = [
         r"remembers the bytes of the last (\S+) events of each",
         channel_decoder.REPEATABLE,
     ),
-    ("wire-format", r"(\S+) such events. A listener skips", channel_decoder.REMEMBERED),
+    ("wire-format", r"(\S+) such events. A listener skips", conflicts.REMEMBERED),
+    ("wire-format", r"a number more than (\S+) beyond the last", channel_decoder.MOST_MISSED),
+    ("streams", r"ids and bytes of the last (\S+) events that", conflicts.REMEMBERED),
     ("wire-format", r"`traceparent` \| text, 1 to (\S+) bytes", codec.MAX_TRACEPARENT_BYTES),
     ("wire-format", r"`partitionkey` \| text, 1 to (\S+) bytes", codec.MAX_KEY_BYTES),
     ("wire-format", r"array or a map of more than (\S+) items", values.MAX_ITEMS),

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 from ..codec.codec import Codec
 from ..config import Config
 from ..errors import DecodeError
 from ..event import Event
 from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.conflicts import Conflicts
+from ..receivers.conflicts import Conflicts, Finding, compare, digest_of
 from ..routing.subscriptions import Subscription
 from ..signals import emit, event_rejected, events_missed
 
 logger = get_logger(__name__)
 
-#: Lanes remembered, and ids of events without a number; the oldest is forgotten first.
+#: Lanes and nodes that are remembered; the oldest is forgotten first.
 REMEMBERED = 10_000
 
 #: Events of one lane whose bytes are remembered. A publisher sends at most one batch of 512
@@ -29,17 +27,9 @@ REPEATABLE = 1_024
 #: Events whose bytes are remembered over all lanes: 40 bytes of memory each.
 MOST_REMEMBERED = 262_144
 
-#: Goes in front of a body before it is hashed, so that nobody can make bytes with the same hash.
-_SECRET = secrets.token_bytes(16)
-
-
-class Finding(Enum):
-    """What is wrong with an event beside those heard before it."""
-
-    #: The same bytes came before.
-    REPEATED = auto()
-    #: Its id, its node or its number contradicts another event: one of the two is forged.
-    CONFLICT = auto()
+#: Events that one event shows to be missing, at most: a node that sends 1,000 a second needs more
+#: than a day for them. A larger gap is forged, and would make the count of missed events worthless.
+MOST_MISSED = 100_000_000
 
 
 @dataclass(slots=True)
@@ -47,7 +37,8 @@ class _RouteState:
     """The events of one signal from one node, as one source."""
 
     last: int
-    #: A number that was not above :attr:`last`; the count goes on from there if the next follows.
+    #: A number that was not above :attr:`last`, or too far; the count goes on from there if the
+    #: next follows.
     stray: int = -1
     #: Hashes of the latest bodies.
     bodies: deque[int] = field(default_factory=lambda: deque(maxlen=REPEATABLE))
@@ -74,10 +65,10 @@ class Sequences:
 
         Before the first event of a node nothing is missing: this process did not listen then.
         """
-        digest = hash(_SECRET + body)
+        digest = digest_of(body)
 
         if event.seq is None:
-            return self._observe_id(event.id, digest)
+            return compare(self._ids, event.id, digest) or 0
 
         key = (event.node, event.name, event.source)
         lane = self._lanes.get(key)
@@ -89,7 +80,7 @@ class Sequences:
 
         missing = event.seq - lane.last - 1
 
-        if missing >= 0:
+        if 0 <= missing <= MOST_MISSED:
             lane.last = event.seq
             self._lanes.move_to_end(key)
             self._remember(lane, digest)
@@ -99,18 +90,7 @@ class Sequences:
             return Finding.REPEATED
 
         self._remember(lane, digest)
-        return _step_back(lane, event.seq)
-
-    def _observe_id(self, id: str, digest: int) -> int | Finding:
-        """Compare an event of a relay, which has no number, by its id."""
-        known = self._ids.get(id)
-
-        if known == digest:
-            return Finding.REPEATED
-
-        self._ids[id] = digest
-        _forget_oldest(self._ids)
-        return 0 if known is None else Finding.CONFLICT
+        return _stray(lane, event.seq)
 
     def _remember(self, lane: _RouteState, digest: int) -> None:
         self._held += len(lane.bodies) < REPEATABLE
@@ -123,15 +103,18 @@ class Sequences:
     def _check_source(self, event: Event) -> int | Finding:
         """A node belongs to one service; a second source for it is a conflict."""
         known = self._sources.setdefault(event.node, event.source)
-        _forget_oldest(self._sources)
+
+        if len(self._sources) > REMEMBERED:
+            self._sources.popitem(last=False)
+
         return 0 if known == event.source else Finding.CONFLICT
 
 
-def _step_back(lane: _RouteState, seq: int) -> int | Finding:
-    """An event with a number that was heard already, or passed, and with bytes that were not.
+def _stray(lane: _RouteState, seq: int) -> int | Finding:
+    """An event with a number that was heard or passed already, or too far, and with new bytes.
 
     One such number changes nothing, so that an old or forged one causes no false gap. Two in
-    a row show that the higher number was forged: the count goes on from them.
+    a row show that the last number was forged, or the count begun anew: it goes on from them.
     """
     if seq == lane.stray + 1:
         lane.last, lane.stray = seq, -1
@@ -139,11 +122,6 @@ def _step_back(lane: _RouteState, seq: int) -> int | Finding:
 
     lane.stray = seq
     return Finding.CONFLICT
-
-
-def _forget_oldest(found: OrderedDict[str, int] | OrderedDict[str, str]) -> None:
-    if len(found) > REMEMBERED:
-        found.popitem(last=False)
 
 
 #: Bytes of a rejected body that are logged.

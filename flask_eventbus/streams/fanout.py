@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import redis
 from ..codec.entry_ids import entry_id
 from ..config import Config
 from ..logs import BoundedLog, Counters, get_logger
+from ..receivers.conflicts import Conflicts, Finding, compare, digest_of
 from ..receivers.workers import DeliveryQueue, Portions
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.keys import StreamKeys
@@ -70,6 +71,9 @@ class Fanout:
         self._queue = queue
         self._counters = counters
         self._log = BoundedLog(logger)
+        self._conflicts = Conflicts(config=config, counters=counters)
+        #: The ids of the events that were read last, with hashes of their bytes.
+        self._known: OrderedDict[str, int] = OrderedDict()
         self._reading = Reading(
             failed="The follower failed; it connects anew.",
             thread=f"eventbus-follower-{node}",
@@ -327,6 +331,13 @@ class Fanout:
 
         self._portions.note(map(Entry.size, entries))
         found = self._decoder.decode(entries, names)
+
+        for delivery in found.deliveries:
+            event, digest = delivery.event, digest_of(delivery.body)
+
+            if compare(self._known, event.id, digest) is Finding.CONFLICT:
+                self._conflicts.report(event)
+
         self._counters.add("received", len(found.deliveries))
         self._queue.put(found.deliveries)
 

@@ -15,6 +15,7 @@ from flask_eventbus import Bus, signals
 from flask_eventbus.channels import decoder
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.event import Event
+from flask_eventbus.receivers import conflicts as by_id
 from flask_eventbus.signals import wait_until_sent
 
 pytestmark = pytest.mark.second_look
@@ -174,6 +175,36 @@ def test_no_event_is_lost_to_a_higher_number_that_somebody_forged(
     wait_until(lambda: conflicts == ["abc-3"], what="the conflict is signalled")
 
 
+def test_a_number_that_no_node_can_have_reached_is_a_conflict_and_no_loss(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
+) -> None:
+    most = 2**64 - 1
+    for n, seq in [(1, 1), (2, 2), (most, most), (3, 3), (most - 9, most - 9), (6, 6), (7, 7)]:
+        publish(shared_redis, consumer, packed(id=f"abc-{n}", seq=seq, data={"n": n}))
+
+    wait_until(lambda: len(heard) == 7, what="all events arrive")
+    assert numbers(heard) == [1, 2, most, 3, most - 9, 6, 7]
+    wait_until(lambda: len(conflicts) == 2, what="the conflicts are signalled")
+    assert conflicts == [f"abc-{most}", f"abc-{most - 9}"]
+    # The honest gap is counted all the same.
+    assert consumer.health().missed == 2
+
+
+def test_the_count_goes_on_from_a_jump_that_another_number_follows(
+    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
+) -> None:
+    far = 1 + decoder.MOST_MISSED + 2
+    for seq in (1, far, far + 1, far + 3):
+        publish(shared_redis, consumer, packed(id=f"abc-{seq}", seq=seq, data={"n": seq}))
+    near = far + 3 + decoder.MOST_MISSED + 1
+    publish(shared_redis, consumer, packed(id=f"abc-{near}", seq=near, data={"n": near}))
+
+    wait_until(lambda: len(heard) == 5, what="all events arrive")
+    wait_until(lambda: conflicts, what="the conflict is signalled")
+    assert conflicts == [f"abc-{far}"]
+    assert consumer.health().missed == 1 + decoder.MOST_MISSED
+
+
 def test_a_lower_number_that_somebody_forged_is_heard_and_hides_no_gap(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
 ) -> None:
@@ -217,6 +248,7 @@ def test_an_id_that_somebody_used_in_advance_hides_no_event_without_a_number(
 
 def test_what_is_remembered_of_other_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "REMEMBERED", 5)
+    monkeypatch.setattr(by_id, "REMEMBERED", 5)
     monkeypatch.setattr(decoder, "MOST_REMEMBERED", 20)
     codec, heard = Codec(), decoder.Sequences()
     bodies = [packed(id=f"n{node}-{n}", seq=n) for node in range(10) for n in range(1, 6)]
@@ -235,7 +267,7 @@ def test_who_is_heard_again_and_again_is_not_the_first_to_be_forgotten(
     monkeypatch.setattr(decoder, "REMEMBERED", 5)
     codec, heard = Codec(), decoder.Sequences()
 
-    def hear(node: str, seq: int) -> int | decoder.Finding:
+    def hear(node: str, seq: int) -> int | by_id.Finding:
         body = packed(id=f"{node}-{seq}", seq=seq)
         return heard.observe(codec.decode(body), body)
 

@@ -516,6 +516,34 @@ def test_an_id_that_somebody_used_in_advance_hides_no_event_of_a_stream(
     assert f"The event {event.id} of 'tick', which says it is from 'accounts'" in caplog.text
 
 
+def test_an_id_with_other_bytes_is_a_conflict_for_a_process_without_a_group_too(
+    store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    event = store.event("tick", n="honest")
+    honest = Codec().encode(event)
+    forged = Codec().encode(replace(event, payload={"n": "forged"}, source="somebody"))
+    conflicts: list[str] = []
+    heard: list[Any] = []
+    service.on("tick", group=None, start="earliest")(lambda sender, n: heard.append(n))
+
+    def note(sender: str, name: str, event: Event) -> None:
+        conflicts.append(f"{event.id} {event.source}")
+
+    for body in (forged, honest, honest):
+        store.add_fields("tick", {b"event": body})
+
+    with signals.event_conflict.connected_to(note):
+        service.start()
+        wait_until(lambda: len(heard) == 3, what="the events arrive")
+        wait_until(lambda: conflicts, what="the conflict is signalled")
+
+    # What is in the stream twice is heard twice, as the page says.
+    assert sorted(heard) == ["forged", "honest", "honest"]
+    assert conflicts == [f"{event.id} accounts"]
+    assert service.health().counts["conflicts"] == 1
+    assert f"The event {event.id} of 'tick', which says it is from 'accounts'" in caplog.text
+
+
 def test_ids_that_cannot_be_noted_do_not_stop_events(
     store: StreamStore, heard: list[Any], service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:
