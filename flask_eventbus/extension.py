@@ -365,7 +365,7 @@ class EventBus(Registry):
             scope=scope,
             owns=owns,
             trace=_traceparent,
-            wanted=lambda: reference() is not None,
+            app_exists=lambda: reference() is not None,
             under_test=under_test,
             session=session,
         )

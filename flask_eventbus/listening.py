@@ -45,7 +45,7 @@ class Listening:
     :param subscriptions: what the service hears; asked for whenever it may have changed.
     :param issued: how many events this node has made.
     :param siblings: nodes of this process whose local receivers ran at ``send()``.
-    :param wanted: whether there still is what the events are for.
+    :param app_exists: returns False once the app is gone; the thread then stops.
     :param retries_of: how often a receiver asks to be tried again at events of a name.
     """
 
@@ -61,7 +61,7 @@ class Listening:
         node: str,
         issued: Callable[[], int],
         siblings: Container[str],
-        wanted: Callable[[], bool],
+        app_exists: Callable[[], bool],
         retries_of: Callable[[str, Receiver], int | None],
     ) -> None:
         self._subscriptions = subscriptions
@@ -98,7 +98,7 @@ class Listening:
             pool=self.pool,
             counters=counters,
             node=node,
-            wanted=wanted,
+            app_exists=app_exists,
         )
         self.consumer = Consumer(
             config=config,
@@ -110,7 +110,7 @@ class Listening:
             counters=counters,
             node=node,
             siblings=siblings,
-            wanted=wanted,
+            app_exists=app_exists,
             retries_of=retries_of,
             is_alone=lambda: not self._on_channels(),
         )
@@ -189,10 +189,10 @@ class Listening:
         self.listener.end(min(deadline, time.monotonic() + LISTENER_END))
         self.pool.finish(deadline)
 
-    def hand_back(self, deadline: float) -> None:
+    def release(self, deadline: float) -> None:
         """Begin to hand back what is left; :meth:`end` waits for it."""
         self.pool.end(deadline)
-        self.consumer.hand_back(deadline)
+        self.consumer.release(deadline)
 
     def end(self, deadline: float) -> None:
         """Wait until what is left is handed back, or the deadline is over."""

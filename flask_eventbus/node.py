@@ -48,7 +48,7 @@ FLUSH_AT_EXIT = 5.0
 #: Seconds that a stop may take beyond the grace and the time to flush, whatever Redis does: to hand
 #: back what was read, then to end the writing thread, and what is left for lifecycle signals.
 REST = 3.0
-HAND_BACK = 2.0
+RELEASE = 2.0
 WRITER_END = 0.5
 
 #: Seconds, of :data:`REST`, to publish what other threads sent while the process ended.
@@ -71,7 +71,7 @@ class Node:
     :param scope: what each event is handled in.
     :param owns: whether an emission by this sender is one of this node's.
     :param trace: the W3C trace context of whatever is going on.
-    :param wanted: whether there still is what events are heard for; it ends to listen otherwise.
+    :param app_exists: returns False once the app is gone; the thread then stops.
     :param under_test: return True while the program is under test.
     :param session: the database session where none is registered; ``None`` if there is none.
     """
@@ -84,7 +84,7 @@ class Node:
         scope: Callable[[], AbstractContextManager[object]] = lambda: _NOTHING,
         owns: Callable[[Any], bool] = lambda sender: True,
         trace: Callable[[], str | None] = lambda: None,
-        wanted: Callable[[], bool] = lambda: True,
+        app_exists: Callable[[], bool] = lambda: True,
         under_test: Callable[[], bool] = lambda: False,
         session: Callable[[], Any] = lambda: None,
     ) -> None:
@@ -93,7 +93,7 @@ class Node:
         self.counters = Counters()
         self._scope = scope
         self._trace = trace
-        self._wanted = wanted
+        self._app_exists = app_exists
         self._under_test = under_test
         #: True once it was logged that a test publishes nothing.
         self._told_of_test = False
@@ -392,7 +392,7 @@ class Node:
             node=self._name,
             issued=lambda: publisher.issued,
             siblings=self.declarations.siblings,
-            wanted=self._wanted,
+            app_exists=self._app_exists,
             retries_of=self.declarations.retries_of,
         )
 
@@ -623,13 +623,13 @@ def _stop_together(
         for node in stopping:
             node._inbound.finish(begin + node.config.grace)
 
-        handed_back_by = time.monotonic() + HAND_BACK
+        release_by = time.monotonic() + RELEASE
 
         for node in stopping:
-            node._inbound.hand_back(handed_back_by)
+            node._inbound.release(release_by)
 
         for node in stopping:
-            node._inbound.end(handed_back_by)
+            node._inbound.end(release_by)
 
         flush_by = time.monotonic() + flush
 

@@ -222,7 +222,7 @@ class Listener:
     :param hearing: the subscriptions of the reader's connection.
     :param intake: makes events of what is read.
     :param pool: where their receivers run.
-    :param wanted: whether there still is what the events are for.
+    :param app_exists: returns False once the app is gone; the thread then stops.
     """
 
     def __init__(
@@ -236,10 +236,10 @@ class Listener:
         pool: WorkerThreads,
         counters: Counters,
         node: str,
-        wanted: Callable[[], bool],
+        app_exists: Callable[[], bool],
     ) -> None:
         self._config = config
-        self._wanted = wanted
+        self._app_exists = app_exists
         self._reader = reader
         self._keys = keys
         self._hearing = hearing
@@ -345,7 +345,7 @@ class Listener:
 
     @property
     def _goes_on(self) -> bool:
-        return not self._stopping.is_set() and self._wanted()
+        return not self._stopping.is_set() and self._app_exists()
 
     def _listen(self, backoff: Backoff) -> None:
         self._reader.connect()

@@ -69,7 +69,7 @@ class Consumer:
         counters: Counters,
         node: str,
         siblings: Container[str],
-        wanted: Callable[[], bool],
+        app_exists: Callable[[], bool],
         retries_of: Callable[[str, Receiver], int | None],
         is_alone: Callable[[], bool],
     ) -> None:
@@ -175,7 +175,7 @@ class Consumer:
             counters=counters,
             max_bytes=config.max_event_bytes,
             node=node,
-            wanted=wanted,
+            app_exists=app_exists,
             on_entries=lambda: self._maintenance.watch_in_flight(),
             released_streams=lambda: self._maintenance.released_streams(),
             on_lost=self._lost,
@@ -219,7 +219,7 @@ class Consumer:
             queue=pool.queue,
             counters=counters,
             node=node,
-            wanted=wanted,
+            app_exists=app_exists,
         )
 
     def _receives(self, name: str) -> bool:
@@ -329,7 +329,7 @@ class Consumer:
         self._reader.stop()
         self._fanout.stop()
 
-    def hand_back(self, deadline: float) -> None:
+    def release(self, deadline: float) -> None:
         """Settle what is done, and let other workers have the rest; called when the pool ended.
 
         It goes on in a thread until the deadline, or until :meth:`end` returns.
@@ -363,7 +363,7 @@ class Consumer:
     def _conclude(self) -> None:
         """In the keeper's thread, at its end."""
         try:
-            self._hand_back()
+            self._release_all()
         except OUTAGE as error:
             if self._in_flight:
                 self._report_left(error)
@@ -387,7 +387,7 @@ class Consumer:
         self._maintenance.disown()
         self._fanout.disown()
 
-    def _hand_back(self) -> None:
+    def _release_all(self) -> None:
         if not self._membership.known:
             return
 

@@ -61,7 +61,7 @@ class Fanout:
         queue: DeliveryQueue,
         counters: Counters,
         node: str,
-        wanted: Callable[[], bool],
+        app_exists: Callable[[], bool],
     ) -> None:
         self._pipe = pipe
         self._service = config.service
@@ -80,7 +80,7 @@ class Fanout:
             read=self._follow,
             lost=self._lose,
             close=self._disconnect,
-            wanted=wanted,
+            app_exists=app_exists,
             counters=counters,
         )
         self._block = pipe.wait_at_most(BLOCK)

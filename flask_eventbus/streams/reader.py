@@ -36,7 +36,7 @@ class StreamReader:
     """Reads streams in a thread of its own, and connects again whenever that ends.
 
     :param max_bytes: the size of the largest event.
-    :param wanted: whether there still is what the events are for.
+    :param app_exists: returns False once the app is gone; the thread then stops.
     :param on_entries: told that there is something in hand.
     :param released_streams: the streams of which this process handed something back by itself.
     :param on_lost: told when Redis is lost, with the error.
@@ -60,7 +60,7 @@ class StreamReader:
         counters: Counters,
         max_bytes: int,
         node: str,
-        wanted: Callable[[], bool],
+        app_exists: Callable[[], bool],
         on_entries: Callable[[], None],
         released_streams: Callable[[], set[str]],
         on_lost: Callable[[Exception], None],
@@ -89,7 +89,7 @@ class StreamReader:
             read=self._consume,
             lost=self._lose,
             close=group.pipe.close,
-            wanted=lambda: wanted() and membership.fatal is None,
+            app_exists=lambda: app_exists() and membership.fatal is None,
             counters=counters,
             ended=self._conclude,
         )

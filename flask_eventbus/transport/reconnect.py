@@ -53,7 +53,7 @@ class Reading:
         resets the given backoff once it is connected.
     :param lost: called with the error that ended ``read``.
     :param close: closes the connection; called after every ``read``.
-    :param wanted: returns False once the app is gone; the thread then ends.
+    :param app_exists: returns False once the app is gone; the thread then stops.
     :param ended: called if the thread ends without :meth:`stop`.
     """
 
@@ -65,7 +65,7 @@ class Reading:
         read: Callable[[Backoff], None],
         lost: Callable[[Exception], None],
         close: Callable[[], None],
-        wanted: Callable[[], bool],
+        app_exists: Callable[[], bool],
         counters: Counters,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
@@ -74,7 +74,7 @@ class Reading:
         self._read = read
         self._lost = lost
         self._close = close
-        self._wanted = wanted
+        self._app_exists = app_exists
         self._counters = counters
         self._ended = ended
         self._log = BoundedLog(logger)
@@ -99,7 +99,7 @@ class Reading:
     @property
     def goes_on(self) -> bool:
         """Return True if the thread should continue to read."""
-        return not self.is_stopping and self._wanted()
+        return not self.is_stopping and self._app_exists()
 
     def start(self) -> None:
         """Start the thread unless it was started before."""
