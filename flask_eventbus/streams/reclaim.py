@@ -1,4 +1,4 @@
-"""Takes over what other workers of a service left of its streams."""
+"""Claim entries that other workers of the service left, and report entries lost by trimming."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from .outcomes import Outcomes
 
 logger = get_logger(__name__)
 
-#: Entries that were handed back and are taken at once, before what is newer is read.
+#: Most released entries of a stream that are claimed before newer ones are read.
 MOST_RELEASED = 100_000
 
-#: Seconds without a refusal after which Redis is said to let a worker look after a stream again.
+#: Seconds without a refusal after which the log says that Redis allows the maintenance again.
 GRANTED_AFTER = 60.0
 
-#: Entries that are looked up at once: they may be large.
+#: Entries read in one round trip. They may be large.
 LOOK_UP_COUNT = 32
 
 
 class Reclaimer:
-    """Claims entries that were handed back, or whose worker is silent for too long.
+    """Claims entries that were released, or that are idle for ``EVENTBUS_CLAIM_AFTER`` seconds.
 
-    :param group: on the settler's connection.
-    :param retries_of: how often an event that kills its worker is begun once more.
+    :param group: the consumer group on the write connection.
+    :param retries_of: returns how many crashes of workers an event may cause before it is given up.
     """
 
     def __init__(
@@ -78,23 +78,23 @@ class Reclaimer:
         self._counters = counters
         self._retries_of = retries_of
         self._log = BoundedLog(logger)
-        #: When Redis last refused something of a stream, by the monotonic clock.
+        #: Monotonic time of the last refusal, by signal.
         self._refused_at: dict[str, float] = {}
-        #: Whether more was left than there was room for.
+        #: True if more entries could be claimed than the queue had room for.
         self.has_more = False
-        #: What somebody did to entries of streams, by name, and until when it is an alarm.
+        #: Alarms by signal, each with the monotonic time at which it expires.
         self._alarms: dict[str, tuple[float, str]] = {}
-        #: The streams of which :meth:`reclaim_all_released` left something, for want of memory.
+        #: Streams with released entries that :meth:`reclaim_all_released` had no memory for.
         self.unfinished: set[str] = set()
 
     @property
     def alarms(self) -> dict[str, str]:
-        """What somebody did to entries of streams in the last day, by name."""
+        """Alarms of the last day about entries that another program changed, by signal."""
         now = time.monotonic()
         return {name: text for name, (until, text) in self._alarms.items() if now < until}
 
     def reclaim_idle(self, names: Mapping[str, Subscription]) -> None:
-        """Take over what is idle for longer than ``EVENTBUS_CLAIM_AFTER``, as much as has room.
+        """Claim entries idle for ``EVENTBUS_CLAIM_AFTER`` seconds, as far as the queue has room.
 
         :raises redis.ConnectionError: Redis is away.
         """
@@ -102,17 +102,17 @@ class Reclaimer:
         self._claim_all(names, idle=self._config.claim_after, consumer="")
 
     def reclaim_released(self, names: Mapping[str, Subscription]) -> None:
-        """Take over what was handed back, as much as has room.
+        """Claim released entries, as far as the queue has room.
 
         :raises redis.ConnectionError: Redis is away.
         """
         self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED)
 
     def reclaim_all_released(self, names: Mapping[str, Subscription]) -> None:
-        """Take what others, or this process itself, handed back of streams: all that fits.
+        """Claim all released entries that fit into memory. The reader calls it before it reads.
 
-        What is read afterwards is newer: so it is for the thread that reads, which may call this.
-        It reads nothing of the streams in :attr:`unfinished`.
+        Released entries are older than unread ones, so the reader skips the streams in
+        :attr:`unfinished`.
 
         :raises redis.ConnectionError: Redis is away.
         """
@@ -120,17 +120,17 @@ class Reclaimer:
         self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MOST_RELEASED)
 
     def restore(self, name: str, deliveries: Sequence[Delivery]) -> set[str]:
-        """Make entries pending again that somebody else acknowledged before they were begun.
+        """Make entries pending again that another program acknowledged before they were started.
 
-        :param deliveries: in hand, and not pending for this consumer.
-        :return: the ids of those that were pending for nobody.
+        :param deliveries: in flight, and not pending for this consumer.
+        :return: the ids of the entries that were pending for no consumer.
         """
-        questions = [self._group.pending_command(name, delivery.entry) for delivery in deliveries]
-        answers = self._group.pipe.run(questions) if questions else []
+        queries = [self._group.pending_command(name, delivery.entry) for delivery in deliveries]
+        answers = self._group.pipe.run(queries) if queries else []
         gone = [found for found, answer in zip(deliveries, answers, strict=True) if answer == []]
         position = self._group.position(name) if gone else None
 
-        # A group that was made again has not come that far.
+        # A group that was created again has not delivered these entries yet.
         if position is not None:
             gone = [found for found in gone if not behind(position.delivered, found.entry)]
 
@@ -149,10 +149,10 @@ class Reclaimer:
         return {found.entry for found in gone}
 
     def report(self, name: str, alarm: Alarm) -> None:
-        """Raise an alarm about what somebody did to a stream's group: it stays for a day."""
+        """Log an alarm about a stream, and keep it for a day for ``health()`` and ``status``."""
         text = str(alarm)
 
-        # What lasts is found again and again.
+        # The same alarm is found in every round.
         if self.alarms.get(name) != text:
             extra = {"signal": name, "service": self._config.service}
             self._log.error(f"alarm {name}", "%s", text, extra=extra)
@@ -162,15 +162,15 @@ class Reclaimer:
         try:
             self._group.record_alarm(name, text)
         except (redis.ResponseError, *OUTAGE) as error:
-            logger.debug("Only this process knows of the alarm: %s", error)
+            logger.debug("The alarm is not stored in Redis: %s", error)
 
     def report_refusal(self, name: str, error: Exception) -> None:
-        """Log once that Redis refuses to let this worker look after a stream."""
+        """Log once that Redis refuses a command that the maintenance of a stream needs."""
         self._refused_at[name] = time.monotonic()
         self._log.once(
             f"refused {name}",
-            "Redis refuses to let this worker look after the stream of %r: %s. What other workers "
-            "left of it, and what is to be tried again, waits. %s",
+            "Redis refuses to let this worker maintain the stream of %r: %s. Its retries and the "
+            "entries that other workers left wait. %s",
             name,
             error,
             self._group.worker_remedy(name, error),
@@ -179,15 +179,15 @@ class Reclaimer:
         )
 
     def report_granted(self) -> None:
-        """Log of streams that nothing was refused of lately that this worker looks after them."""
-        # Some of what it does is refused, and some is not: one success proves nothing.
+        """Log of each stream without a recent refusal that Redis allows its maintenance again."""
+        # Redis may refuse one command and accept the next, so one success proves nothing.
         before = time.monotonic() - max(GRANTED_AFTER, self._config.claim_after)
 
         for name in [name for name, refused in self._refused_at.items() if refused < before]:
             del self._refused_at[name]
             self._log.over(
                 f"refused {name}",
-                "Redis lets this worker look after the stream of %r again.",
+                "Redis lets this worker maintain the stream of %r again.",
                 name,
                 extra={"signal": name, "service": self._config.service},
             )
@@ -206,7 +206,7 @@ class Reclaimer:
                     most = max(0, self._queue.room) if room is None else room
                     self._claim(name, subscription, idle, consumer, most)
             except GroupGoneError as error:
-                # The reader makes it again.
+                # The reader creates it again.
                 logger.debug("Nothing is claimed of %r: %s", name, error)
             except redis.ResponseError as error:
                 self.report_refusal(name, error)
@@ -214,14 +214,14 @@ class Reclaimer:
     def _claim(
         self, name: str, subscription: Subscription, idle: float, consumer: str, room: int
     ) -> None:
-        # What is in hand is idle, too, where it could not be renewed in time.
+        # Deliveries in flight are idle as well if they could not be renewed in time.
         most = room + len(self._in_flight) + 1
         pending = self._group.pending(name, idle=idle, consumer=consumer, most=most)
         foreign = set(self._in_flight.missing(name, [found.id for found in pending]))
         stale = [found for found in pending if found.id in foreign]
 
-        # What was handed back is nobody's, whatever the clock says.
-        if stale and consumer != RELEASED and not self._is_believed():
+        # Released entries have no owner, whatever the clock says.
+        if stale and consumer != RELEASED and not self._is_clock_steady():
             return
 
         self.has_more = self.has_more or len(stale) > room
@@ -236,14 +236,14 @@ class Reclaimer:
 
                 return
 
-            self._take_over(name, subscription, stale[start : start + LOOK_UP_COUNT], idle)
+            self._reclaim(name, subscription, stale[start : start + LOOK_UP_COUNT], idle)
 
-    def _is_believed(self) -> bool:
-        """Return True if Redis's clock did not step lately, so that idle entries are abandoned."""
+    def _is_clock_steady(self) -> bool:
+        """Return True if idle times are right, because Redis's clock was not set lately."""
         self._clock.ask()
         return self._clock.is_steady
 
-    def _take_over(
+    def _reclaim(
         self, name: str, subscription: Subscription, stale: Sequence[Pending], idle: float
     ) -> None:
         entries = {
@@ -258,20 +258,22 @@ class Reclaimer:
         )
 
         if gone:
-            self._forget(name, [entry.id for entry in gone])
+            self._acknowledge_trimmed(name, [entry.id for entry in gone])
 
-        killers = self._mark(found.deliveries, times, subscription)
-        self._take([delivery for delivery in found.deliveries if delivery not in killers], name)
+        killers = self._count_crashes(found.deliveries, times, subscription)
+        self._queue_deliveries(
+            [delivery for delivery in found.deliveries if delivery not in killers], name
+        )
         self._acknowledger.write(
             [self._outcomes.skipped(entry) for entry in found.skipped]
             + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
             + [self._outcomes.give_up(killer, "killed", _killed(killer)) for killer in killers]
         )
 
-    def _mark(
+    def _count_crashes(
         self, deliveries: Sequence[Delivery], times: Mapping[str, int], subscription: Subscription
     ) -> list[Delivery]:
-        """Note on deliveries how often they were begun; those that were begun too often."""
+        """Set ``crashes`` of deliveries; return those that exceeded the limit."""
         killers: list[Delivery] = []
 
         for delivery in deliveries:
@@ -292,21 +294,22 @@ class Reclaimer:
         return killers
 
     def _is_possible(self, id: str, count: int, most: int) -> bool:
-        """Return True if workers may have begun an entry so often, and ended each time.
+        """Return True if workers can have caused this delivery count.
 
-        :param most: after how often it is begun once more, and given up then.
+        :param count: the number of deliveries that Redis shows.
+        :param most: crashes after which a worker starts the entry once more before it gives up.
         """
         age = self._clock.now() - entry_id(id)[0] / 1000
-        # A worker was silent for that long before the next one began.
+        # The next worker claims an entry after that many seconds of silence.
         is_too_young = 0 <= age < (count - 1) * self._config.claim_after
         return count <= most + 1 and not is_too_young
 
-    def _take(self, taken: Sequence[Delivery], name: str) -> None:
+    def _queue_deliveries(self, taken: Sequence[Delivery], name: str) -> None:
         self._counters.add("claimed", len(taken))
 
         if taken:
             logger.info(
-                "%d events of %r that another worker left are taken over.",
+                "Reclaimed %d events of %r that another worker left.",
                 len(taken),
                 name,
                 extra={"signal": name, "service": self._config.service},
@@ -315,32 +318,32 @@ class Reclaimer:
         self._in_flight.add(taken)
         self._queue.put(taken)
 
-    def _forget(self, name: str, ids: Sequence[str]) -> None:
-        """Acknowledge what was trimmed while it was pending; who gets to do it tells of it."""
+    def _acknowledge_trimmed(self, name: str, ids: Sequence[str]) -> None:
+        """Acknowledge entries that were trimmed while pending. Only one worker reports the loss."""
         answer = self._group.pipe.ask(*self._group.acknowledge_command(name, ids))
         self._trims.count(name, int(answer))
 
 
 def _killed(delivery: Delivery) -> str:
     return (
-        f"It was begun {delivery.crashes} times, and each time its worker ended before its "
-        "receivers did."
+        f"{delivery.crashes} workers started the event, and each died before its receivers ended."
     )
 
 
-#: Seconds between looks while there is more to read than is read at once.
+#: Seconds between two checks while the last read left entries unread.
 CHECK_BACKLOG_EVERY = 1.0
 
-#: Seconds between looks otherwise.
+#: Seconds between two checks otherwise.
 CHECK_EVERY = 30.0
 
 
 class Trims:
-    """Compares what a stream has lost with what its group has read.
+    """Detects entries that were trimmed before the group read them.
 
-    Redis 7 counts both. What was pending when it was trimmed is noticed by whoever looks for it.
+    Redis 7 counts the entries of a stream and those that a group has read. A pending entry that was
+    trimmed is noticed by the worker that claims it.
 
-    :param group: looks, on the connection of the thread that asks.
+    :param group: the consumer group on the connection of the calling thread.
     """
 
     def __init__(self, group: Group, *, service: str, counters: Counters) -> None:
@@ -348,54 +351,54 @@ class Trims:
         self._service = service
         self._counters = counters
         self._log = BoundedLog(logger)
-        #: Whether the last read left something to be read.
+        #: True if the last read left entries unread.
         self.has_backlog = False
-        self._looked = float("-inf")
-        #: By stream, where the group stood at the last loss, and how many of the events that Redis
-        #: counts as lost are no new loss.
+        self._checked_at = float("-inf")
+        #: By stream, the position of the group at the last loss, and how many of the entries that
+        #: Redis counts as lost were reported or were no loss.
         self._known: dict[str, tuple[str, int]] = {}
-        #: What somebody did to streams, so that this service gets nothing of them, by name.
+        #: Alarms about positions that let this service miss events, by signal.
         self.alarms: dict[str, str] = {}
 
     def check(self, names: Iterable[str]) -> None:
-        """Look at streams, if it is time.
+        """Check the positions in streams, if a check is due.
 
         :raises redis.ConnectionError: Redis is away.
         """
         now = time.monotonic()
 
-        if now - self._looked < (CHECK_BACKLOG_EVERY if self.has_backlog else CHECK_EVERY):
+        if now - self._checked_at < (CHECK_BACKLOG_EVERY if self.has_backlog else CHECK_EVERY):
             return
 
-        self._looked = now
+        self._checked_at = now
         names = list(names)
         self.alarms = {name: self.alarms[name] for name in names if name in self.alarms}
 
         for name in names:
-            self._look_at(name)
+            self._check_stream(name)
 
     def check_before_next_read(self) -> None:
-        """Look before the next read: a group that reads on no longer shows what it lost."""
-        self._looked = float("-inf")
+        """Make a check due. After the next read Redis no longer shows the loss."""
+        self._checked_at = float("-inf")
 
     def reset(self) -> None:
-        """Start again after streams were deleted: their counts start at zero."""
+        """Forget reported losses after streams were deleted, since Redis counts from zero again."""
         self._known.clear()
         self.check_before_next_read()
 
     def count(self, name: str, count: int | None) -> None:
-        """Tell of so many events that are lost; ``None`` where it is not known how many."""
+        """Report ``count`` lost events; ``None`` if the number is unknown."""
         if count != 0:
             report_trimmed(name, count, self._service, self._counters, self._log)
 
-    def _look_at(self, name: str) -> None:
+    def _check_stream(self, name: str) -> None:
         try:
             position = self._group.position(name)
         except redis.ResponseError as refusal:
             self._log.once(
                 f"refused {name}",
-                "Redis does not tell %r how far it has come in the stream of %r: %s. What is "
-                "trimmed before it is read goes unnoticed. %s",
+                "Redis does not show %r its position in the stream of %r: %s. Entries that are "
+                "trimmed before they are read are not noticed. %s",
                 self._service,
                 name,
                 refusal,
@@ -406,7 +409,7 @@ class Trims:
 
         self._log.over(
             f"refused {name}",
-            "Redis tells %r again how far it has come in the stream of %r.",
+            "Redis shows %r its position in the stream of %r again.",
             self._service,
             name,
             extra={"signal": name, "service": self._service},
@@ -415,7 +418,7 @@ class Trims:
         if position is None:
             return
 
-        self._watch(name, position)
+        self._check_position(name, position)
 
         lost = self._new_loss(name, position)
 
@@ -425,40 +428,40 @@ class Trims:
             report_trimmed_over(name, self._service, self._log)
 
     def _new_loss(self, name: str, position: Position) -> int | None:
-        """Return how many events are lost that no worker reported; ``None`` if some number is."""
-        here = position.delivered
+        """Return the lost events that no worker reported; ``None`` if the number is unknown."""
+        delivered = position.delivered
 
         if not position.is_behind:
-            # Nothing unread is missing: whatever Redis 7.0 counts as unread was lost earlier.
+            # No unread entry is missing. Entries that Redis 7.0 still counts were lost earlier.
             self._known[name] = ("", position.miscounted)
             return 0
 
         place, known = self._known.get(name, ("", 0))
 
-        if (place == here and position.trimmed in (None, known)) or position.trimmed == 0:
-            # Nothing says whether more is lost of what cannot be counted.
+        if (place == delivered and position.trimmed in (None, known)) or position.trimmed == 0:
+            # The loss at this position was reported already.
             return 0
 
-        # Redis 7.0 counts what is lost at one place at every later place again.
+        # Redis 7.0 counts a loss at one position again at every later position.
         adds_up = position.trimmed is not None and not self._group.counts_trimmed_as_read(name)
         count = position.trimmed or 0
-        told: int | None = None
+        noted: int | None = None
 
         try:
-            told = self._group.record_trimmed(name, here, count, anywhere=adds_up)
+            noted = self._group.record_trimmed(name, delivered, count, anywhere=adds_up)
         except OUTAGE as error:
-            # Redis may have noted it: reported twice is better than never.
-            logger.debug("A loss is reported that others may report too: %s", error)
+            # Another worker may report the loss too. Twice is better than never.
+            logger.debug("Could not record a reported loss in Redis: %s", error)
 
-        self._known[name] = (here, count)
+        self._known[name] = (delivered, count)
 
         if position.trimmed is None:
-            return None if told is None else 0
+            return None if noted is None else 0
 
-        known = known if adds_up or place == here else 0
-        return max(0, count - max(known, told or 0))
+        known = known if adds_up or place == delivered else 0
+        return max(0, count - max(known, noted or 0))
 
-    def _watch(self, name: str, position: Position) -> None:
+    def _check_position(self, name: str, position: Position) -> None:
         """Report a group past the end of its stream, and an id far in the future."""
         delivered, last = entry_id(position.delivered), entry_id(position.last)
         now = time.time()
@@ -468,7 +471,7 @@ class Trims:
 
         if alarm is None:
             self.alarms = {other: self.alarms[other] for other in self.alarms if other != name}
-            over = "The stream of %r and the place of %r in it are in order again."
+            over = "The stream of %r and the position of %r in it are in order again."
             self._log.over(f"alarm {name}", over, name, self._service, extra=extra)
             return
 
@@ -481,12 +484,12 @@ class Trims:
 def report_trimmed(
     name: str, count: int | None, service: str, counters: Counters, log: BoundedLog
 ) -> None:
-    """Count, log and signal a loss; ``count`` is ``None`` where nobody knows how many."""
+    """Count, log and signal a loss. ``count`` is ``None`` if the number is unknown."""
     counters.add("trimmed", count or 1)
     log.error(
         f"trimmed {name}",
-        "The stream of %r was trimmed past %s events that %r had not handled: they are lost to "
-        "it. Raise 'maxlen' of the route, or handle them faster.",
+        "The stream of %r was trimmed past %s events that %r had not handled. They are lost to it. "
+        "Raise 'maxlen' of the route, or make the receivers faster.",
         name,
         "an unknown number of" if count is None else count,
         service,
@@ -496,7 +499,7 @@ def report_trimmed(
 
 
 def report_trimmed_over(name: str, service: str, log: BoundedLog) -> None:
-    """Log that a loss which was reported does not go on."""
+    """Log that no more entries are lost after a reported loss."""
     log.over(
         f"trimmed {name}",
         "The stream of %r is no longer trimmed past events that %r has not handled.",

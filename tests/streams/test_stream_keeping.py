@@ -507,8 +507,8 @@ def test_what_a_worker_gives_up_is_not_given_up_by_another_as_well(
 ) -> None:
     key = store.keys.retry("tick", "mailer")
     store.client.zadd(key, {b"edited by hand": 1})
-    # It does not come to tell Redis.
-    monkeypatch.setattr(acknowledger.Acknowledger, "settle", lambda *_: None)
+    # The outcome is not written.
+    monkeypatch.setattr(acknowledger.Acknowledger, "write", lambda *_: None)
     bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=60)
     listen(bus, lambda sender, n: None)
 

@@ -661,12 +661,12 @@ def test_a_right_that_a_worker_lacks_for_a_part_of_its_work_is_told_once_and_so_
 
     [line] = lines_of(caplog, "watch")
     assert "+watch" in line
-    assert "look after the stream of 'tick' again" not in caplog.text
+    assert "maintain the stream of 'tick' again" not in caplog.text
 
     guard.allow("+watch")
     wait_until(lambda: letters(store), what="it is tried again and given up")
-    wait_until(lambda: "look after the stream of 'tick' again" in caplog.text, what="the end")
-    assert caplog.text.count("look after the stream of 'tick'") == 2
+    wait_until(lambda: "maintain the stream of 'tick' again" in caplog.text, what="the end")
+    assert caplog.text.count("maintain the stream of 'tick'") == 2
 
 
 def test_the_line_about_a_missing_xpending_names_what_to_grant_and_it_is_enough(
