@@ -231,7 +231,7 @@ class Node:
     def ask(self) -> None:
         """Find out whether Redis takes events, in the writing thread; :meth:`health` then tells."""
         notice_fork()
-        self._publisher.ask()
+        self._publisher.probe()
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything sent so far is with Redis; whether it was in time."""
@@ -328,7 +328,7 @@ class Node:
         return Publisher(
             config=self.config,
             codec=self.codec,
-            exchange=PublishConnection(
+            connection=PublishConnection(
                 self.connections,
                 timeout=WRITE_TIMEOUT,
                 names=StreamKeys(self.config.prefix).names,
@@ -344,8 +344,8 @@ class Node:
         return AfterCommit(
             session=lambda: self.session,
             scope=self._scope,
-            draft=lambda *emission: self._publisher.draft(*emission),
-            seal=lambda *emission: self._publisher.seal(*emission),
+            draft=lambda *emission: self._publisher.prepare_pending(*emission),
+            seal=lambda *emission: self._publisher.encode(*emission),
             publish=self._publish_drafts,
             counters=self.counters,
         )
@@ -447,7 +447,7 @@ class Node:
             return None
 
         # What the payload is now, whatever other tasks do with it meanwhile.
-        outgoing = publisher.take_down(name, payload, route)
+        outgoing = publisher.prepare(name, payload, route)
         return await in_thread(
             lambda: self.resend(outgoing),
             failed=lambda error: logger.error(
@@ -458,7 +458,7 @@ class Node:
     def _publish(self, name: str, payload: Mapping[str, Any], route: Route, confirm: bool) -> str:
         if self._withholds():
             # What cannot travel is an error all the same.
-            return self._publisher.seal(name, payload, route).id
+            return self._publisher.encode(name, payload, route).id
 
         while True:
             try:
@@ -493,7 +493,7 @@ class Node:
             try:
                 return self._publisher.resend(outgoing)
             except ClosedError:
-                logger.debug("%r is sent again during a stop.", outgoing.lane.name)
+                logger.debug("%r is sent again during a stop.", outgoing.route_state.name)
 
     def _publish_drafts(self, drafts: Sequence[Message]) -> list[Message]:
         """Publish what waited for a commit, and return what Redis did not confirm in time."""
@@ -508,14 +508,16 @@ class Node:
             for draft in reversed(drafts):
                 stack.callback(self._publish_draft, draft, deadline)
 
-        return self._publisher.await_all(drafts, deadline)
+        return self._publisher.wait_for_confirmations(drafts, deadline)
 
     def _publish_draft(self, draft: Message, deadline: float) -> None:
         while True:
             try:
-                return self._publisher.take(draft, deadline)
+                return self._publisher.publish_pending(draft, deadline)
             except ClosedError:
-                logger.debug("%r left during a stop; the next publisher takes it.", draft.lane.name)
+                logger.debug(
+                    "%r left during a stop; the next publisher takes it.", draft.route_state.name
+                )
             except PublishError as error:
                 # There is no room for it, and there may be for the next.
                 return draft.finish(error)

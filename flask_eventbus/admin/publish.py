@@ -21,7 +21,7 @@ from ..publisher.message import (
     TooFewReplicasError,
     check_route,
 )
-from ..publisher.publisher import Emissions
+from ..publisher.publisher import MessageBuilder
 from ..routing.routes import Route
 from ..transport.connections import OUTAGE, Connections
 from ..transport.keys import StreamKeys
@@ -59,7 +59,7 @@ def publish_one(
     """
     outgoing = _take_down(node, name, payload, _route(node, name, stream=stream))
     answer = _exchange(node, outgoing)
-    way = outgoing.lane.way
+    way = outgoing.route_state.destination
 
     if way.is_stream:
         return Receipt(event_id=outgoing.id, key=way.key, entry=answer.decode())
@@ -79,10 +79,12 @@ def _route(node: Node, name: str, *, stream: bool) -> Route:
 
 def _take_down(node: Node, name: str, payload: Mapping[str, Any], route: Route) -> Message:
     lanes = RouteStates(node.config, node.codec)
-    emissions = Emissions(config=node.config, codec=node.codec, lanes=lanes, trace=lambda: None)
-    outgoing = emissions.take_down(name, payload, route, confirm=False)
-    outgoing.identify(secrets.token_hex(6), 1, time.time_ns())
-    outgoing.take_its_turn()
+    emissions = MessageBuilder(
+        config=node.config, codec=node.codec, route_states=lanes, trace=lambda: None
+    )
+    outgoing = emissions.build(name, payload, route, confirm=False)
+    outgoing.assign_id(secrets.token_hex(6), 1, time.time_ns())
+    outgoing.assign_seq()
     return outgoing
 
 
@@ -98,13 +100,15 @@ def _exchange(node: Node, outgoing: Message) -> Any:
     deadline = time.monotonic() + TIMEOUT
 
     try:
-        with _told(f"{outgoing.lane.name!r} was not published", outgoing, connections):
-            exchange.ask(deadline)
+        with _told(f"{outgoing.route_state.name!r} was not published", outgoing, connections):
+            exchange.probe(deadline)
 
         unknown = f"It is not known whether {outgoing.id} was published"
 
         with _told(unknown, outgoing, connections, in_doubt=True):
-            (error,) = exchange.publish([(outgoing.lane.way, outgoing.sealed())], deadline)
+            (error,) = exchange.publish(
+                [(outgoing.route_state.destination, outgoing.encoded())], deadline
+            )
     finally:
         exchange.close()
 
@@ -129,7 +133,7 @@ def _told(
 
 
 def _refusal(outgoing: Message, error: Exception) -> PublishError:
-    name, way = outgoing.lane.name, outgoing.lane.way
+    name, way = outgoing.route_state.name, outgoing.route_state.destination
 
     if isinstance(error, TooFewReplicasError):
         text = f"{name!r} is stored as the event {outgoing.id}, but {error}."

@@ -15,7 +15,7 @@ from ..errors import ConfigError, PublishError
 from ..logs import get_logger
 from ..node import Node
 from ..publisher.connection import PublishConnection
-from ..publisher.message import Ways
+from ..publisher.message import Destinations
 from ..publisher.writer import WRITE_TIMEOUT
 from ..routing.routes import Route
 from ..transport.connections import OUTAGE, Connections
@@ -223,11 +223,11 @@ def _relay(node: Node, outbox: Outbox, batch: int) -> Iterator[Relay]:
 
 def _ways(node: Node) -> Callable[[str, Via], Destination]:
     """How events travel: as their route says, if it has not changed since they were stored."""
-    ways = Ways(node.config)
+    ways = Destinations(node.config)
 
     def way(name: str, via: Via) -> Destination:
         route = node.route_for(name)
-        return ways.way(name, route if route.via == via else Route(name=name, via=via))
+        return ways.find(name, route if route.via == via else Route(name=name, via=via))
 
     return way
 

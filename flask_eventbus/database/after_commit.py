@@ -26,8 +26,8 @@ class AfterCommit:
     :param session: finds the session, in any form that ``register_session()`` takes; ``None``
         if there is none to be found.
     :param scope: where a session is found that is not in use: an app context.
-    :param draft: takes an emission down: :meth:`.Publisher.draft`.
-    :param seal: makes an event of it that another process publishes: :meth:`.Publisher.seal`.
+    :param draft: takes an emission down: :meth:`.Publisher.prepare_pending`.
+    :param seal: makes an event of it that another process publishes: :meth:`.Publisher.encode`.
     :param publish: publishes what was taken down, and returns what Redis did not confirm.
     """
 
@@ -83,7 +83,7 @@ class AfterCommit:
 
         session = begun(self._source(name))
         sealed = self._seal(name, payload, route)
-        entry = Entry(event_id=sealed.id, name=name, via=route.via, event=sealed.sealed())
+        entry = Entry(event_id=sealed.id, name=name, via=route.via, event=sealed.encoded())
 
         if session is not None and is_committed(session):
             hold(session, entry, self._late_owner)
@@ -149,7 +149,7 @@ class AfterCommit:
                 "A transaction is committed, but Redis did not confirm %d of the events that were "
                 "sent in it: %s. What it did not refuse goes on waiting in the buffer.",
                 len(unconfirmed),
-                Whole(", ".join(f"{out.lane.name} {out.id}" for out in unconfirmed[:SHOWN])),
+                Whole(", ".join(f"{out.route_state.name} {out.id}" for out in unconfirmed[:SHOWN])),
             )
 
 
@@ -213,4 +213,4 @@ class LateEntries:
 
 
 def _names(drafts: Sequence[Message]) -> str:
-    return ", ".join(sorted({draft.lane.name for draft in drafts}))
+    return ", ".join(sorted({draft.route_state.name for draft in drafts}))

@@ -184,7 +184,7 @@ class Relay:
 
     def _ask(self, told: threading.Event) -> None:
         """Find out whether Redis is there before the database locks anything for it."""
-        self._exchange.ask()
+        self._exchange.probe()
 
         if self._redis:
             # Listeners hear no past: they come back first.

@@ -38,23 +38,23 @@ class Buffer:
         self.lock = threading.RLock()
         #: The same lock, where something is awaited: notified when there is room again.
         self.changed = threading.Condition(self.lock)
-        self._channels = Line()
-        self._streams = Line()
+        self._channels = MessageQueue()
+        self._streams = MessageQueue()
         #: True while Redis takes no stream events: channel events do not wait for them.
-        self.holds_streams = False
+        self.streams_paused = False
         #: What is being written.
-        self._in_hand: Sequence[Message] = ()
+        self._in_flight: Sequence[Message] = ()
         #: Threads that wait for something of it to leave.
         self._waiting = 0
         #: How often something has left: who waits in vain can tell a slow Redis from none.
         self.departures = 0
 
     def __len__(self) -> int:
-        return len(self._channels.events) + len(self._streams.events) + len(self._in_hand)
+        return len(self._channels.events) + len(self._streams.events) + len(self._in_flight)
 
     def __iter__(self) -> Iterator[Message]:
         waiting = [*self._channels.events, *self._streams.events]
-        return iter([*self._in_hand, *sorted(waiting, key=_number)])
+        return iter([*self._in_flight, *sorted(waiting, key=_number)])
 
     @property
     def bytes(self) -> int:
@@ -64,7 +64,7 @@ class Buffer:
     @property
     def is_waiting(self) -> bool:
         """Return True if there is something to write now that is not being written."""
-        return bool(self._channels.events or (self._streams.events and not self.holds_streams))
+        return bool(self._channels.events or (self._streams.events and not self.streams_paused))
 
     @property
     def is_empty(self) -> bool:
@@ -72,9 +72,9 @@ class Buffer:
         return not (self._channels.events or self._streams.events)
 
     @property
-    def in_hand(self) -> Sequence[Message]:
+    def in_flight(self) -> Sequence[Message]:
         """What is being written."""
-        return self._in_hand
+        return self._in_flight
 
     @property
     def has_channel_events(self) -> bool:
@@ -86,35 +86,35 @@ class Buffer:
         """Whether something waits for a stream."""
         return bool(self._streams.events)
 
-    def first_writer(self) -> Message | None:
+    def next_sender(self) -> Message | None:
         """The first event whose sender would write what may be written now."""
-        waiting = self._channels.events if self.holds_streams else self
-        return next((outgoing for outgoing in waiting if outgoing.would_write), None)
+        waiting = self._channels.events if self.streams_paused else self
+        return next((message for message in waiting if message.may_write), None)
 
     def is_full(self, size: int) -> bool:
         """Return True if an event of ``size`` bytes may not fit."""
         return len(self) + 1 >= self._most_events or self.bytes + size > self._most_bytes
 
-    def has_room(self, outgoing: Message) -> bool:
+    def has_room(self, message: Message) -> bool:
         """Return True if an event fits; one that is larger than all has the buffer alone."""
-        if self.holds_streams and not outgoing.lane.is_stream:
-            return self._channels.has_room(outgoing.size, self._most_events, self._most_bytes)
+        if self.streams_paused and not message.route_state.is_stream:
+            return self._channels.has_room(message.size, self._most_events, self._most_bytes)
 
-        fits = len(self) < self._most_events and self.bytes + outgoing.size <= self._most_bytes
+        fits = len(self) < self._most_events and self.bytes + message.size <= self._most_bytes
         return fits or self.is_empty
 
-    def put(self, outgoing: Message) -> None:
+    def put(self, message: Message) -> None:
         """Add an event at the end, whether there is room or not."""
-        self._line(outgoing).append(outgoing)
+        self._queue_of(message).append(message)
 
-    def can_make_room(self, outgoing: Message) -> bool:
+    def can_make_room(self, message: Message) -> bool:
         """Return True if an event fits once everything is dropped that may be."""
-        if self.holds_streams and not outgoing.lane.is_stream:
+        if self.streams_paused and not message.route_state.is_stream:
             return True
 
         kept = self._streams
-        count = len(kept.events) + len(self._in_hand)
-        fits = count < self._most_events and kept.bytes + outgoing.size <= self._most_bytes
+        count = len(kept.events) + len(self._in_flight)
+        fits = count < self._most_events and kept.bytes + message.size <= self._most_bytes
         return fits or not kept.events
 
     def drop_oldest(self) -> Message | None:
@@ -125,7 +125,7 @@ class Buffer:
         while oldest := self._channels.first():
             # Unless whoever interrupts this dropped it.
             if self._channels.remove(oldest):
-                oldest.take_its_turn()
+                oldest.assign_seq()
                 return oldest
 
         return None
@@ -135,38 +135,38 @@ class Buffer:
         batch: list[Message] = []
         size = 0
         # Now, and each before it leaves its line: who is interrupted here loses none.
-        self._in_hand = batch
+        self._in_flight = batch
 
         while len(batch) < most_events and size < most_bytes and (head := self._head()):
             batch.append(head)
 
             # Whoever interrupts this may have dropped it.
-            if not self._line(head).remove(head) or head.withdrawn:
+            if not self._queue_of(head).remove(head) or head.withdrawn:
                 batch.pop()
             else:
-                head.take_its_turn()
+                head.assign_seq()
                 size += head.size
 
         return batch
 
-    def send_off(self) -> Sequence[Message]:
+    def mark_sent(self) -> Sequence[Message]:
         """Note that what is in hand is being sent, and return it.
 
         What its sender withdrew meanwhile is not sent.
         """
         with self.lock:
-            if any(outgoing.withdrawn for outgoing in self._in_hand):
-                self._in_hand = [out for out in self._in_hand if not out.withdrawn]
+            if any(message.withdrawn for message in self._in_flight):
+                self._in_flight = [message for message in self._in_flight if not message.withdrawn]
 
-            for outgoing in self._in_hand:
-                outgoing.doubts += 1
+            for message in self._in_flight:
+                message.unanswered += 1
 
-            return self._in_hand
+            return self._in_flight
 
     def take_stream_event(self) -> Sequence[Message]:
         """Take the first stream event in hand, though such events are held."""
         batch: list[Message] = []
-        self._in_hand = batch
+        self._in_flight = batch
 
         while not batch and (first := self._streams.first()):
             batch.append(first)
@@ -179,12 +179,12 @@ class Buffer:
     def put_back(self, left: Sequence[Message] | None = None) -> None:
         """Put what is in hand, or what is left of it, back to the heads of the lines."""
         with self.changed:
-            for outgoing in reversed(self._in_hand if left is None else left):
-                self._line(outgoing).push(outgoing)
+            for message in reversed(self._in_flight if left is None else left):
+                self._queue_of(message).push(message)
 
-            self._in_hand = ()
+            self._in_flight = ()
 
-    def settle(self, held: Sequence[Message] = ()) -> None:
+    def finish(self, held: Sequence[Message] = ()) -> None:
         """Let go of what is in hand.
 
         :param held: what Redis does not take now: it goes back to the heads of the lines.
@@ -193,7 +193,7 @@ class Buffer:
             if held:
                 self.put_back(held)
 
-            self._in_hand = ()
+            self._in_flight = ()
             self.departures += 1
 
             if self._waiting:
@@ -203,15 +203,15 @@ class Buffer:
         """Give up everything, and return it."""
         with self.changed:
             left = list(self)
-            self._channels = Line()
-            self._streams = Line()
-            self.settle()
+            self._channels = MessageQueue()
+            self._streams = MessageQueue()
+            self.finish()
 
         return left
 
-    def wait_for_room(self, outgoing: Message, timeout: float) -> bool:
+    def wait_for_room(self, message: Message, timeout: float) -> bool:
         """Return True if an event fits within ``timeout`` seconds."""
-        return self._wait_for(lambda: self.has_room(outgoing), timeout)
+        return self._wait_for(lambda: self.has_room(message), timeout)
 
     def wait_until_left(self, number: int, timeout: float) -> bool:
         """Whether all events up to ``number`` have left within ``timeout`` seconds."""
@@ -220,7 +220,7 @@ class Buffer:
 
     @property
     def _oldest(self) -> float:
-        lines = (self._in_hand, self._channels.events, self._streams.events)
+        lines = (self._in_flight, self._channels.events, self._streams.events)
         return min((line[0].number for line in lines if line), default=float("inf"))
 
     def _wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
@@ -231,14 +231,14 @@ class Buffer:
         finally:
             self._waiting -= 1
 
-    def _line(self, outgoing: Message) -> Line:
-        return self._streams if outgoing.lane.is_stream else self._channels
+    def _queue_of(self, message: Message) -> MessageQueue:
+        return self._streams if message.route_state.is_stream else self._channels
 
     def _head(self) -> Message | None:
         """The next event to write: the older one of the first of both lines."""
         channel = self._channels.first()
 
-        if self.holds_streams:
+        if self.streams_paused:
             return channel
 
         stream = self._streams.first()
@@ -249,7 +249,7 @@ class Buffer:
         return channel if channel.number < stream.number else stream
 
 
-class Line:
+class MessageQueue:
     """Events of one kind in the order in which they were sent, and the bytes of them all."""
 
     __slots__ = ("bytes", "events")
@@ -270,29 +270,29 @@ class Line:
         fits = len(self.events) < most_events and self.bytes + size <= most_bytes
         return fits or not self.events
 
-    def append(self, outgoing: Message) -> None:
+    def append(self, message: Message) -> None:
         """Add one at the end."""
-        self.events.append(outgoing)
-        self.bytes += outgoing.size
+        self.events.append(message)
+        self.bytes += message.size
 
-    def push(self, outgoing: Message) -> None:
+    def push(self, message: Message) -> None:
         """Put one back to the head."""
-        self.events.appendleft(outgoing)
-        self.bytes += outgoing.size
+        self.events.appendleft(message)
+        self.bytes += message.size
 
-    def remove(self, outgoing: Message) -> bool:
+    def remove(self, message: Message) -> bool:
         """Take the oldest one out; return False if it is not in the line any more."""
         try:
-            self.events.remove(outgoing)
+            self.events.remove(message)
         except ValueError:
             return False
 
-        self.bytes -= outgoing.size
+        self.bytes -= message.size
         return True
 
 
-def _number(outgoing: Message) -> int:
-    return outgoing.number
+def _number(message: Message) -> int:
+    return message.number
 
 
 class Overflow:
@@ -304,21 +304,21 @@ class Overflow:
         self._counters = counters
         self._service = service
 
-    def drop_for(self, outgoing: Message) -> int:
+    def drop_for(self, message: Message) -> int:
         """Make room for an event, and return how many were dropped for it.
 
         A channel event that finds only stream events waiting is dropped itself.
 
         :raises PublishError: the event is for a stream, and only such events wait.
         """
-        if self._buffer.can_make_room(outgoing):
-            return self._drop_until_there_is_room(outgoing)
+        if self._buffer.can_make_room(message):
+            return self._drop_until_there_is_room(message)
 
-        if outgoing.lane.is_stream:
-            raise self._refusal(outgoing)
+        if message.route_state.is_stream:
+            raise self._refusal(message)
 
-        outgoing.take_its_turn()
-        outgoing.finish(PublishError("The buffer was full.", event_id=outgoing.id))
+        message.assign_seq()
+        message.finish(PublishError("The buffer was full.", event_id=message.id))
         return 1
 
     def tell(self, count: int) -> None:
@@ -336,20 +336,20 @@ class Overflow:
 
         emit(events_dropped, self._service, where="buffer", count=count)
 
-    def _drop_until_there_is_room(self, outgoing: Message) -> int:
+    def _drop_until_there_is_room(self, message: Message) -> int:
         dropped = 0
 
-        while not self._buffer.has_room(outgoing) and (oldest := self._buffer.drop_oldest()):
+        while not self._buffer.has_room(message) and (oldest := self._buffer.drop_oldest()):
             oldest.finish(PublishError("The buffer was full.", event_id=oldest.id))
             dropped += 1
 
         return dropped
 
-    def _refusal(self, outgoing: Message) -> PublishError:
+    def _refusal(self, message: Message) -> PublishError:
         reason = self._outage.error or "Redis does not answer"
         return PublishError(
-            f"The event {outgoing.id} of {outgoing.lane.name!r} was not taken: {reason}, and the "
-            f"buffer is full with {len(self._buffer)} events for streams, of which none is dropped "
-            "for another. Send it again when Redis is back, or raise 'EVENTBUS_BUFFER_SIZE'.",
-            event_id=outgoing.id,
+            f"The event {message.id} of {message.route_state.name!r} was not taken: {reason}, and "
+            f"the buffer is full with {len(self._buffer)} events for streams, which are never "
+            "dropped. Send it again when Redis is back, or raise 'EVENTBUS_BUFFER_SIZE'.",
+            event_id=message.id,
         )

@@ -69,12 +69,12 @@ class PublishConnection:
         self._asked_role = 0.0
         #: True while the answer to ROLE is still to be read, before those to the events.
         self._awaits_role = False
-        #: What is on its way: these names, then the events, then the question for replicas.
+        #: What is being sent: these names, then the events, then the question for replicas.
         self._announcing: dict[str, bytes] = {}
         self._batch: Sequence[tuple[Destination, bytes]] = ()
         self._replicas = 0
         self._answers: list[Any] = []
-        #: The stream that was last written to: where :meth:`ask` tries to write.
+        #: The stream that was last written to: where :meth:`probe` tries to write.
         self._stream = ""
 
     @property
@@ -107,7 +107,7 @@ class PublishConnection:
 
         return self.outcomes()
 
-    def ask(self, deadline: float | None = None) -> NoWritesError | None:
+    def probe(self, deadline: float | None = None) -> NoWritesError | None:
         """Find out whether Redis is there, and whether it takes writes.
 
         That the connection was closed meanwhile, as servers and firewalls do with idle ones, is no
@@ -153,15 +153,15 @@ class PublishConnection:
         self._replicas = 0
         self._aging.clear()
 
-        for way, _ in batch:
-            if way.is_stream:
-                self._look_at(way)
+        for destination, _ in batch:
+            if destination.is_stream:
+                self._look_at(destination)
 
         for aging in self._aging:
             if aging.newest is None:
                 aging.newest = self._time(connection, deadline)
 
-        commands = [way.command(body) for way, body in batch]
+        commands = [destination.command(body) for destination, body in batch]
         set_deadline(connection, deadline)
         self._send(connection, self._role_first(self._framed(commands)))
 
@@ -309,9 +309,9 @@ class PublishConnection:
 
     # -- the names of streams, and replicas -----------------------------------------------
 
-    def _look_at(self, way: Destination) -> None:
-        name = way.name
-        self._stream = way.key
+    def _look_at(self, destination: Destination) -> None:
+        name = destination.name
+        self._stream = destination.key
 
         if name not in self._announcing and name not in self._not_allowed:
             if name not in self._announced:
@@ -319,11 +319,11 @@ class PublishConnection:
 
             self._announcing[name] = self._announced[name]
 
-        if way.by_age and isinstance(way, AgingStreamDestination):
-            self._aging.add(way)
+        if destination.by_age and isinstance(destination, AgingStreamDestination):
+            self._aging.add(destination)
 
-        if way.replicas > self._replicas:
-            self._replicas = way.replicas
+        if destination.replicas > self._replicas:
+            self._replicas = destination.replicas
 
     def _framed(self, commands: list[bytes]) -> bytes:
         """Commands with what goes before and after them, as bytes."""
@@ -364,9 +364,9 @@ class PublishConnection:
         return int(answer[0]) * 1_000 + int(answer[1]) // 1_000
 
     def _note_ages(self) -> None:
-        for (way, _), answer in zip(self._batch, self.answers, strict=False):
-            if isinstance(way, AgingStreamDestination) and isinstance(answer, bytes):
-                way.newest = _milliseconds(answer)
+        for (destination, _), answer in zip(self._batch, self.answers, strict=False):
+            if isinstance(destination, AgingStreamDestination) and isinstance(answer, bytes):
+                destination.newest = _milliseconds(answer)
 
     def _compare_clocks(self) -> None:
         """Report a clock of this machine that differs from the one that makes entries' ids."""
@@ -390,9 +390,9 @@ class PublishConnection:
             logger.warning("This machine's clock agrees with Redis's again.")
 
     def _judge(self, outcomes: list[Exception | None], count: Any) -> None:
-        for index, (way, _) in enumerate(self._batch):
-            if outcomes[index] is None and way.replicas:
-                outcomes[index] = _verdict(way.replicas, count)
+        for index, (destination, _) in enumerate(self._batch):
+            if outcomes[index] is None and destination.replicas:
+                outcomes[index] = _verdict(destination.replicas, count)
 
 
 def _answer(connection: Connection) -> Any:

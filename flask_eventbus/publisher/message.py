@@ -128,14 +128,14 @@ _FIELD = _word("*") + _word("event")
 class RouteState:
     """The events of one name from one node: what is the same for each, and their count."""
 
-    __slots__ = ("is_stream", "name", "numbers", "route", "seal", "way")
+    __slots__ = ("destination", "envelope", "is_stream", "name", "numbers", "route")
 
-    def __init__(self, *, route: Route, way: Destination, seal: Envelope) -> None:
-        self.name = way.name
+    def __init__(self, *, route: Route, destination: Destination, envelope: Envelope) -> None:
+        self.name = destination.name
         self.route = route
-        self.way = way
-        self.seal = seal
-        self.is_stream = way.is_stream
+        self.destination = destination
+        self.envelope = envelope
+        self.is_stream = destination.is_stream
         #: The running numbers, from 1; an entry of a stream has none, since Redis numbers it.
         self.numbers = itertools.count(1)
 
@@ -144,60 +144,62 @@ class Message:
     """An event that waits to be written; its envelope is made by the thread that writes it."""
 
     __slots__ = (
-        "_bell",
+        "_wakeup",
         "attributes",
         "body",
         "data",
-        "doubts",
         "error",
         "id",
-        "is_settled",
-        "lane",
+        "is_finished",
+        "may_write",
         "number",
         "promised",
+        "route_state",
         "size",
+        "unanswered",
         "withdrawn",
-        "would_write",
     )
 
     def __init__(
-        self, lane: RouteState, data: bytes, attributes: dict[str, Any], *, confirm: bool
+        self, route_state: RouteState, data: bytes, attributes: dict[str, Any], *, confirm: bool
     ) -> None:
-        self.lane = lane
+        self.route_state = route_state
         self.data = data
         self.attributes = attributes
         #: The bytes that the event has; the most that it may have as long as it has no id.
-        self.size = lane.seal.most_bytes(data, attributes, numbered=not lane.is_stream)
+        self.size = route_state.envelope.most_bytes(
+            data, attributes, numbered=not route_state.is_stream
+        )
         #: The running number of the node's events, from 1; none yet.
         self.number = 0
         self.id = ""
         self.body: bytes | None = None
         #: Whether it has left the buffer, with :attr:`error` or without.
-        self.is_settled = False
+        self.is_finished = False
         self.error: Exception | None = None
         #: Whether its sender was told that it is not published.
         self.withdrawn = False
         #: How often it was sent without an answer: Redis may have it.
-        self.doubts = 0
+        self.unanswered = 0
         #: Whether its sender went on in the belief that it will be published.
         self.promised = False
         #: Whether its sender waits, and writes what waits when it is called.
-        self.would_write = False
+        self.may_write = False
         #: Wakes its sender, if one is to wait: a lock costs a tenth of a :class:`threading.Event`.
-        self._bell = threading.Lock() if confirm else None
+        self._wakeup = threading.Lock() if confirm else None
 
-        if self._bell is not None:
-            self._bell.acquire()
+        if self._wakeup is not None:
+            self._wakeup.acquire()
 
     def again(self) -> Message:
         """The same event for another try of its sender: with its id, and its bytes if it has."""
-        confirm = self._bell is not None
-        same = Message(self.lane, self.data, {}, confirm=confirm)
+        confirm = self._wakeup is not None
+        same = Message(self.route_state, self.data, {}, confirm=confirm)
         same.attributes, same.id, same.body = self.attributes, self.id, self.body
-        same.size, same.doubts = self.size, self.doubts
+        same.size, same.unanswered = self.size, self.unanswered
         return same
 
-    def identify(self, node: str, number: int, time_ns: int) -> None:
+    def assign_id(self, node: str, number: int, time_ns: int) -> None:
         """Give it the id that it keeps however often it is sent."""
         self.number = number
         self.id = self.attributes["id"] = f"{node}-{number}"
@@ -209,40 +211,40 @@ class Message:
         self.attributes["time_ns"] = time_ns
         self.promised = True
 
-    def take_its_turn(self) -> None:
-        """Count it among the events of its lane, once."""
-        if not self.lane.is_stream and "seq" not in self.attributes:
-            self.attributes["seq"] = next(self.lane.numbers)
+    def assign_seq(self) -> None:
+        """Count it among the events of its name, once."""
+        if not self.route_state.is_stream and "seq" not in self.attributes:
+            self.attributes["seq"] = next(self.route_state.numbers)
 
-    def sealed(self) -> bytes:
+    def encoded(self) -> bytes:
         """The event's bytes, made once: a second try sends the same."""
         if self.body is None:
-            self.body = self.lane.seal(self.data, **self.attributes)
+            self.body = self.route_state.envelope(self.data, **self.attributes)
 
         return self.body
 
-    def is_done_by(self, deadline: float, *, unless: Callable[[], bool]) -> bool:
+    def wait_until_finished(self, deadline: float, *, unless: Callable[[], bool]) -> bool:
         """Wait until it is settled, if somebody wants to know, or until ``deadline``.
 
         :param unless: asked when its sender is called; True if it is not worth waiting.
         """
-        while self._bell is not None and not self.is_settled:
-            if not self.is_called_by(deadline) or unless():
-                return self.is_settled
+        while self._wakeup is not None and not self.is_finished:
+            if not self.wait_for_wakeup(deadline) or unless():
+                return self.is_finished
 
         return True
 
-    def is_called_by(self, deadline: float) -> bool:
+    def wait_for_wakeup(self, deadline: float) -> bool:
         """Whether its sender is called by ``deadline``: it is settled, or to be written by it."""
-        return self._bell is None or self._bell.acquire(
+        return self._wakeup is None or self._wakeup.acquire(
             timeout=max(0.0, deadline - time.monotonic())
         )
 
-    def call(self) -> None:
+    def wake(self) -> None:
         """Wake its sender."""
-        if self._bell is not None:
+        if self._wakeup is not None:
             try:
-                self._bell.release()
+                self._wakeup.release()
             except RuntimeError:
                 return  # it was called already, and did not come yet
 
@@ -250,12 +252,12 @@ class Message:
         """Tell whoever waits for it how it ended."""
         self.error = error
         # Its sender goes on.
-        self.would_write = False
-        self.is_settled = True
-        self.call()
+        self.may_write = False
+        self.is_finished = True
+        self.wake()
 
 
-class Ways:
+class Destinations:
     """Finds the way that the events of a name go, by their route and the settings."""
 
     def __init__(self, config: Config) -> None:
@@ -263,7 +265,7 @@ class Ways:
         self._channels = ChannelKeys(config.prefix)
         self._streams = StreamKeys(config.prefix)
 
-    def way(self, name: str, route: Route) -> Destination:
+    def find(self, name: str, route: Route) -> Destination:
         """The way that ``route`` asks for; settings of the service stand in for its options."""
         if route.via == "channel":
             return ChannelDestination(name, self._channels.key(name))
@@ -279,36 +281,38 @@ class Ways:
 
 
 class RouteStates:
-    """Makes lanes, one for each name and way to travel, with the first event."""
+    """Makes the state of each route, one for each name and way to travel, with the first event."""
 
     def __init__(self, config: Config, codec: Codec) -> None:
         self._service = config.service
         self._codec = codec
-        self._ways = Ways(config)
-        self._lanes: dict[tuple[str, str], RouteState] = {}
+        self._destinations = Destinations(config)
+        self._route_states: dict[tuple[str, str], RouteState] = {}
 
-    def lane(self, name: str, route: Route) -> RouteState:
+    def find(self, name: str, route: Route) -> RouteState:
         """The lane of a name, as ``route`` has it."""
         key = (name, route.via)
-        lane = self._lanes.get(key)
+        route_state = self._route_states.get(key)
 
-        if lane is None:
-            return self._lanes.setdefault(key, self._make(name, route))
+        if route_state is None:
+            return self._route_states.setdefault(key, self._make(name, route))
 
-        if lane.route is not route and lane.route != route:
-            lane = self._lanes[key] = self._make(name, route, lane)
+        if route_state.route is not route and route_state.route != route:
+            route_state = self._route_states[key] = self._make(name, route, route_state)
 
-        return lane
+        return route_state
 
     def _make(self, name: str, route: Route, before: RouteState | None = None) -> RouteState:
-        seal = self._codec.seal(self._service, name)
-        lane = RouteState(route=route, way=self._ways.way(name, route), seal=seal)
+        envelope = self._codec.seal(self._service, name)
+        route_state = RouteState(
+            route=route, destination=self._destinations.find(name, route), envelope=envelope
+        )
 
         if before is not None:
             # Those who listen count on.
-            lane.numbers = before.numbers
+            route_state.numbers = before.numbers
 
-        return lane
+        return route_state
 
 
 def check_route(config: Config, route: Route) -> None:

@@ -34,7 +34,7 @@ class Outage:
         #: A connection that comes and goes is not to fill the log.
         self._log = BoundedLog(logger)
         #: Lines that are to be logged once no lock is held.
-        self._lines: deque[tuple[Any, ...]] = deque()
+        self._pending_lines: deque[tuple[Any, ...]] = deque()
         #: When Redis was lost, by the monotonic clock; ``None`` while it is there.
         self._since: float | None = None
         self._away_error: Exception | None = None
@@ -122,7 +122,7 @@ class Outage:
             return
 
         self._refusing_since = time.monotonic()
-        self._lines.append(
+        self._pending_lines.append(
             (
                 "refusing",
                 "Redis takes no writes (%s); %d events wait for it. Events of channels go on.",
@@ -142,7 +142,7 @@ class Outage:
         since, self._refusing_since, self.refusal = self._refusing_since, None, None
         self.write_again_at = float("inf")
         self._backoff.reset()
-        self._lines.append(
+        self._pending_lines.append(
             (
                 "accepting",
                 "Redis takes writes again after %.1f s; %d events that waited are being sent.",
@@ -157,9 +157,9 @@ class Outage:
 
         A handler of the program's log may take long, and may send.
         """
-        while self._lines:
+        while self._pending_lines:
             try:
-                line = self._lines.popleft()
+                line = self._pending_lines.popleft()
             except IndexError:
                 # Another thread has just taken it.
                 return
@@ -186,46 +186,46 @@ class PublishReport:
     :param tells: whether to log each event that Redis took: ``EVENTBUS_LOG_EVENTS``.
     """
 
-    def __init__(self, *, counters: Counters, service: str, tells: bool = False) -> None:
+    def __init__(self, *, counters: Counters, service: str, log_events: bool = False) -> None:
         self._counters = counters
         self._service = service
-        self._tells = tells
+        self._log_events = log_events
         self._log = BoundedLog(logger)
 
-    def settle(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
+    def record(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
         """Note what Redis answered to each event of a batch; what it may take later waits on."""
         refused = held = 0
 
-        for outgoing, error in zip(batch, outcomes, strict=True):
+        for message, error in zip(batch, outcomes, strict=True):
             if isinstance(error, NoWritesError):
                 held += 1
                 continue
 
             if error is not None:
                 # An answer leaves no doubt, except about earlier tries.
-                outgoing.doubts -= 1
-                refused += self._note(outgoing, error)
+                message.unanswered -= 1
+                refused += self._note(message, error)
 
-            outgoing.finish(error)
+            message.finish(error)
 
         self._counters.add("published", len(batch) - refused - held)
 
-        if self._tells:
-            self._tell_published(batch, outcomes)
+        if self._log_events:
+            self._log_published(batch, outcomes)
 
         if refused:
             self._counters.add("refused", refused)
 
-    def _tell_published(
+    def _log_published(
         self, batch: Sequence[Message], outcomes: Sequence[Exception | None]
     ) -> None:
-        for outgoing, error in zip(batch, outcomes, strict=True):
+        for message, error in zip(batch, outcomes, strict=True):
             if error is None or isinstance(error, TooFewReplicasError):
                 logger.info(
                     "Published the event %s of %r.",
-                    outgoing.id,
-                    outgoing.lane.name,
-                    extra=self._fields(outgoing),
+                    message.id,
+                    message.route_state.name,
+                    extra=self._fields(message),
                 )
 
     def report_defect(self, error: Exception) -> None:
@@ -234,7 +234,7 @@ class PublishReport:
 
     def report_lost(self, left: Sequence[Message], reason: object) -> None:
         """Log by id what was left in the buffer."""
-        lost = [outgoing for outgoing in left if not outgoing.withdrawn]
+        lost = [message for message in left if not message.withdrawn]
 
         if not lost:
             return
@@ -247,51 +247,51 @@ class PublishReport:
             Whole(_shown(lost)),
         )
 
-        for outgoing in lost:
-            outgoing.finish(PublishError(str(reason), event_id=outgoing.id))
+        for message in lost:
+            message.finish(PublishError(str(reason), event_id=message.id))
 
         emit(events_dropped, self._service, where="buffer", count=len(lost))
 
-    def _fields(self, outgoing: Message) -> dict[str, object]:
+    def _fields(self, message: Message) -> dict[str, object]:
         """The fields of log records that tell of an event."""
         return {
-            "event_id": outgoing.id,
-            "signal": outgoing.lane.name,
+            "event_id": message.id,
+            "signal": message.route_state.name,
             "service": self._service,
         }
 
-    def _note(self, outgoing: Message, error: Exception) -> bool:
+    def _note(self, message: Message, error: Exception) -> bool:
         """Log an error; whether it means that the event is not published."""
         if isinstance(error, TooFewReplicasError):
             self._log.warning(
-                f"replicas {outgoing.lane.name}",
+                f"replicas {message.route_state.name}",
                 "The event %s of %r is stored, but %s.",
-                outgoing.id,
-                outgoing.lane.name,
+                message.id,
+                message.route_state.name,
                 error,
-                extra=self._fields(outgoing),
+                extra=self._fields(message),
             )
             return False
 
         self._log.error(
-            f"refused {outgoing.lane.name}",
+            f"refused {message.route_state.name}",
             "Redis refused the event %s of %r: %s. It is not published.%s",
-            outgoing.id,
-            outgoing.lane.name,
+            message.id,
+            message.route_state.name,
             error,
-            _remedy(outgoing, error),
-            extra=self._fields(outgoing),
+            _remedy(message, error),
+            extra=self._fields(message),
         )
         return True
 
 
-def _remedy(outgoing: Message, error: Exception) -> str:
+def _remedy(message: Message, error: Exception) -> str:
     """What to do about a refusal, as a sentence after another; empty if it is not known."""
     if not isinstance(error, redis.exceptions.NoPermissionError):
         return ""
 
-    way = outgoing.lane.way
-    right = f"+xadd ~{way.key}" if way.is_stream else f"+publish &{way.key}"
+    destination = message.route_state.destination
+    right = f"+xadd ~{destination.key}" if destination.is_stream else f"+publish &{destination.key}"
     return f" Grant its user ({right}) in the ACL."
 
 
@@ -299,13 +299,14 @@ def _shown(lost: Sequence[Message]) -> str:
     """Their ids; runs of the same signal as their first and last."""
     runs: list[list[Message]] = []
 
-    for outgoing in lost:
-        if runs and runs[-1][-1].lane is outgoing.lane:
-            runs[-1].append(outgoing)
+    for message in lost:
+        if runs and runs[-1][-1].route_state is message.route_state:
+            runs[-1].append(message)
         else:
-            runs.append([outgoing])
+            runs.append([message])
 
     return ", ".join(
-        f"{run[0].lane.name} {run[0].id}" + (f" to {run[-1].id} ({len(run)})" if run[1:] else "")
+        f"{run[0].route_state.name} {run[0].id}"
+        + (f" to {run[-1].id} ({len(run)})" if run[1:] else "")
         for run in runs
     )

@@ -24,7 +24,7 @@ from .outage import Outage, PublishReport
 from .writer import Writer
 
 
-class Emissions:
+class MessageBuilder:
     """Makes an :class:`.Message` of each emission, in the thread that sends.
 
     :param trace: the W3C trace context that came with whatever goes on, a request for example. The
@@ -32,14 +32,19 @@ class Emissions:
     """
 
     def __init__(
-        self, *, config: Config, codec: Codec, lanes: RouteStates, trace: Callable[[], str | None]
+        self,
+        *,
+        config: Config,
+        codec: Codec,
+        route_states: RouteStates,
+        trace: Callable[[], str | None],
     ) -> None:
         self._config = config
         self._codec = codec
-        self._lanes = lanes
+        self._route_states = route_states
         self._trace = trace
 
-    def take_down(
+    def build(
         self, name: str, payload: Mapping[str, Any], route: Route, *, confirm: bool
     ) -> Message:
         """An emission as it is now.
@@ -47,16 +52,16 @@ class Emissions:
         :raises PayloadError: a value cannot travel, the key is missing, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
         """
-        lane = self._lanes.lane(name, route)
+        route_state = self._route_states.find(name, route)
         attributes = self._causes(name)
         data = self._codec.pack_payload(payload)
 
         if route.key is not None:
-            attributes["key"] = _partition(lane, route.key, payload)
+            attributes["key"] = _partition(route_state, route.key, payload)
 
-        outgoing = Message(lane, data, attributes, confirm=confirm)
-        self._check_size(outgoing)
-        return outgoing
+        message = Message(route_state, data, attributes, confirm=confirm)
+        self._check_size(message)
+        return message
 
     def _causes(self, name: str) -> dict[str, Any]:
         cause = handling.get()
@@ -76,22 +81,24 @@ class Emissions:
             "traceparent": _current_span() or cause.traceparent or self._trace(),
         }
 
-    def _check_size(self, outgoing: Message) -> None:
-        if outgoing.size > self._config.max_event_bytes:
+    def _check_size(self, message: Message) -> None:
+        limit = self._config.max_event_bytes
+
+        if message.size > limit:
             raise PayloadError(
-                f"An event of {outgoing.lane.name!r} would have up to {outgoing.size:,} bytes, "
-                f"more than the {self._config.max_event_bytes:,} of 'EVENTBUS_MAX_EVENT_BYTES'. "
-                "Send less, for example a reference to where the data is, or raise the limit in "
-                "every service."
+                f"An event of {message.route_state.name!r} would have up to {message.size:,} "
+                f"bytes, more than the {limit:,} of 'EVENTBUS_MAX_EVENT_BYTES'. Send "
+                "less, for example a reference to where the data is, or raise the limit in every "
+                "service."
             )
 
 
-def _partition(lane: RouteState, name: str, payload: Mapping[str, Any]) -> str:
+def _partition(route_state: RouteState, name: str, payload: Mapping[str, Any]) -> str:
     """The value of the payload's key that keeps events in order among each other, as text."""
     if name not in payload:
         raise PayloadError(
-            f"payload.{name}: the route of {lane.name!r} keeps events in order by this key, and "
-            f"it is missing. Send it, or take 'key' off the route."
+            f"payload.{name}: the route of {route_state.name!r} keeps events in order by this key, "
+            "and the key is missing. Send it, or remove 'key' from the route."
         )
 
     value = payload[name]
@@ -99,12 +106,13 @@ def _partition(lane: RouteState, name: str, payload: Mapping[str, Any]) -> str:
 
     if not key:
         raise PayloadError(
-            f"payload.{name}: the route of {lane.name!r} keeps events in order by this key, and "
-            f"{short(value)} is no value to order by. Send another, or take 'key' off the route."
+            f"payload.{name}: the route of {route_state.name!r} keeps events in order by this key, "
+            f"and {short(value)} is not a usable value. Send another value, or remove 'key' "
+            "from the route."
         )
 
     # What cannot travel is to be known now, and not by the thread that writes.
-    lane.seal(b"", id="", time_ns=0, key=key)
+    route_state.envelope(b"", id="", time_ns=0, key=key)
     return key
 
 
@@ -145,7 +153,7 @@ class Publisher:
 
     Nothing here is inherited over a fork: the child makes a publisher of its own.
 
-    :param exchange: writes batches, in a thread of the publisher.
+    :param connection: writes batches, in a thread of the publisher.
     :param trace: the W3C trace context of whatever is going on, outside of receivers.
     :param resend: sends an event again, in the publisher that its node has by then.
     """
@@ -155,7 +163,7 @@ class Publisher:
         *,
         config: Config,
         codec: Codec,
-        exchange: PublishConnection,
+        connection: PublishConnection,
         node: str,
         counters: Counters,
         trace: Callable[[], str | None],
@@ -164,8 +172,10 @@ class Publisher:
         self._config = config
         self._resend = resend
         self._node = node
-        self._lanes = RouteStates(config, codec)
-        self._emissions = Emissions(config=config, codec=codec, lanes=self._lanes, trace=trace)
+        self._route_states = RouteStates(config, codec)
+        self._builder = MessageBuilder(
+            config=config, codec=codec, route_states=self._route_states, trace=trace
+        )
         self._numbers = itertools.count(1)
         #: How many events this node has made.
         self.issued = 0
@@ -175,11 +185,11 @@ class Publisher:
             buffer=self._buffer, outage=self._outage, counters=counters, service=config.service
         )
         self._writer = Writer(
-            exchange=exchange,
+            connection=connection,
             buffer=self._buffer,
             outage=self._outage,
-            settlement=PublishReport(
-                counters=counters, service=config.service, tells=config.log_events
+            report=PublishReport(
+                counters=counters, service=config.service, log_events=config.log_events
             ),
             node=node,
         )
@@ -211,28 +221,30 @@ class Publisher:
         """
         # A signal handler that sends in the middle of a send would wait for itself.
         waits = confirm and not self._is_busy_here
-        outgoing = self._emissions.take_down(name, payload, route, confirm=waits)
+        message = self._builder.build(name, payload, route, confirm=waits)
 
         if waits:
-            self._publish_confirmed(outgoing)
+            self._publish_confirmed(message)
         else:
-            self._accept(outgoing, time.monotonic() + self._config.timeout)
+            self._accept(message, time.monotonic() + self._config.timeout)
 
-        return outgoing.id
+        return message.id
 
-    def resend(self, outgoing: Message) -> None:
+    def resend(self, message: Message) -> None:
         """Publish an event again that was not confirmed, with the same id and the same bytes.
 
         :raises PublishError: it was not confirmed this time either.
         :raises ClosedError: the publisher was closed meanwhile.
         """
-        outgoing = outgoing.again()
-        outgoing.lane = self._lanes.lane(outgoing.lane.name, outgoing.lane.route)
+        message = message.again()
+        message.route_state = self._route_states.find(
+            message.route_state.name, message.route_state.route
+        )
 
-        if outgoing.lane.route.confirm and not self._is_busy_here:
-            self._publish_confirmed(outgoing)
+        if message.route_state.route.confirm and not self._is_busy_here:
+            self._publish_confirmed(message)
         else:
-            self._accept(outgoing, time.monotonic() + self._config.timeout)
+            self._accept(message, time.monotonic() + self._config.timeout)
 
     def may_wait(self, route: Route) -> bool:
         """Return True if an event of a route may have to wait, for Redis or for room."""
@@ -240,27 +252,27 @@ class Publisher:
         waits = route.confirm or self._buffer.is_full(self._config.max_event_bytes)
         return waits and not self._outage.stops(stream=is_stream)
 
-    def take_down(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
+    def prepare(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
         """Take one emission down as it is now, for :meth:`resend` to publish it in any thread.
 
         :raises PayloadError: a value cannot travel, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
         """
-        return self._emissions.take_down(name, payload, route, confirm=route.confirm)
+        return self._builder.build(name, payload, route, confirm=route.confirm)
 
-    def draft(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
-        """Take one emission down as it is now, for :meth:`take` to publish it later or never.
+    def prepare_pending(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
+        """Prepare an event for :meth:`publish_pending`, which may be called later or never.
 
         :raises PayloadError: a value cannot travel, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
         :raises PublishError: the policy is ``"raise"`` and Redis does not take events.
         """
-        outgoing = self._emissions.take_down(name, payload, route, confirm=route.confirm)
-        self._refuse_in_outage(outgoing)
-        outgoing.promise(time.time_ns())
-        return outgoing
+        message = self._builder.build(name, payload, route, confirm=route.confirm)
+        self._refuse_in_outage(message)
+        message.promise(time.time_ns())
+        return message
 
-    def seal(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
+    def encode(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
         """An event with its id and its bytes, for another process to publish.
 
         It is not counted among the events of its name: who publishes it, and when, is not known.
@@ -268,24 +280,26 @@ class Publisher:
         :raises PayloadError: a value cannot travel, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
         """
-        outgoing = self._emissions.take_down(name, payload, route, confirm=False)
+        message = self._builder.build(name, payload, route, confirm=False)
 
         with self._buffer.lock:
-            self._identify(outgoing)
+            self._assign_id(message)
 
-        outgoing.sealed()
-        return outgoing
+        message.encoded()
+        return message
 
-    def take(self, draft: Message, deadline: float) -> None:
+    def publish_pending(self, message: Message, deadline: float) -> None:
         """Publish what was drafted, here or by the publisher that the node had before.
 
         :param deadline: until when to wait for room in the buffer.
         :raises ClosedError: the publisher was closed meanwhile.
         """
-        draft.lane = self._lanes.lane(draft.lane.name, draft.lane.route)
-        self._accept(draft, deadline)
+        message.route_state = self._route_states.find(
+            message.route_state.name, message.route_state.route
+        )
+        self._accept(message, deadline)
 
-    def await_all(self, sent: Sequence[Message], deadline: float) -> list[Message]:
+    def wait_for_confirmations(self, sent: Sequence[Message], deadline: float) -> list[Message]:
         """Wait for confirmations until the deadline; return what lacks one.
 
         Not as long where Redis is known to be away.
@@ -297,25 +311,25 @@ class Publisher:
 
         try:
             self._writer.senders.update(sent)
-            late = [outgoing for outgoing in sent if not self._is_done(outgoing, deadline)]
+            late = [message for message in sent if not self._is_done(message, deadline)]
         finally:
             self._writer.senders.difference_update(sent)
 
-        if any(not self._outage.stops(stream=outgoing.lane.is_stream) for outgoing in late):
+        if any(not self._outage.stops(stream=message.route_state.is_stream) for message in late):
             self._stall_since(departures)
 
-        return [outgoing for outgoing in sent if outgoing in late or outgoing.error is not None]
+        return [message for message in sent if message in late or message.error is not None]
 
-    def _is_done(self, outgoing: Message, deadline: float) -> bool:
-        if self._stops(outgoing):
+    def _is_done(self, message: Message, deadline: float) -> bool:
+        if self._stops(message):
             deadline = 0.0
 
-        return outgoing.is_done_by(deadline, unless=lambda: self._stops_now(outgoing))
+        return message.wait_until_finished(deadline, unless=lambda: self._stops_now(message))
 
-    def ask(self) -> None:
+    def probe(self) -> None:
         """Let the writing thread find out at once whether Redis is there; does not wait for it."""
         with self._buffer.lock:
-            self._writer.ask()
+            self._writer.probe()
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything sent so far has left the buffer, at most ``timeout`` seconds.
@@ -354,56 +368,56 @@ class Publisher:
 
     # -- into the buffer ------------------------------------------------------------------
 
-    def _accept(self, outgoing: Message, deadline: float) -> None:
+    def _accept(self, message: Message, deadline: float) -> None:
         with self._buffer.lock:
-            dropped = self._put(outgoing, deadline)
+            dropped = self._put(message, deadline)
             self._writer.wake()
 
         if dropped:
             self._overflow.tell(dropped)
 
-        self._writer.write_here(self._patience_for(outgoing))
+        self._writer.write_here(self._patience_for(message))
 
-    def _put(self, outgoing: Message, deadline: float) -> int:
+    def _put(self, message: Message, deadline: float) -> int:
         """Add an event to the buffer, by the deadline; return how many were dropped for it."""
-        self._refuse_in_outage(outgoing)
-        dropped = self._make_room(outgoing, deadline)
+        self._refuse_in_outage(message)
+        dropped = self._make_room(message, deadline)
 
-        if not outgoing.number:
-            self._identify(outgoing)
+        if not message.number:
+            self._assign_id(message)
 
-        if not outgoing.is_settled:
-            self._buffer.put(outgoing)
+        if not message.is_finished:
+            self._buffer.put(message)
 
         return dropped
 
-    def _patience_for(self, outgoing: Message) -> float:
+    def _patience_for(self, message: Message) -> float:
         """Seconds that a caller is held: once the timeout, and not at all in a known outage."""
-        return 0.0 if self._stops(outgoing) else self._config.timeout
+        return 0.0 if self._stops(message) else self._config.timeout
 
-    def _stops(self, outgoing: Message) -> bool:
-        return self._outage.stops(stream=outgoing.lane.is_stream)
+    def _stops(self, message: Message) -> bool:
+        return self._outage.stops(stream=message.route_state.is_stream)
 
-    def _refuse_in_outage(self, outgoing: Message) -> None:
-        if self._config.on_outage == "raise" and self._stops(outgoing) and not outgoing.promised:
-            raise self._refusal(outgoing)
+    def _refuse_in_outage(self, message: Message) -> None:
+        if self._config.on_outage == "raise" and self._stops(message) and not message.promised:
+            raise self._refusal(message)
 
-    def _identify(self, outgoing: Message) -> None:
+    def _assign_id(self, message: Message) -> None:
         number = next(self._numbers)
 
-        if outgoing.id:
+        if message.id:
             # It is sent again, and keeps its id.
-            outgoing.number = number
+            message.number = number
         else:
-            outgoing.identify(self._node, number, time.time_ns())
+            message.assign_id(self._node, number, time.time_ns())
 
         # Another one may have been sent in the middle of this, by a signal handler.
         if number > self.issued:
             self.issued = number
 
-    def _make_room(self, outgoing: Message, deadline: float) -> int:
+    def _make_room(self, message: Message, deadline: float) -> int:
         """Wait for room while Redis takes events; drop the oldest while it does not."""
-        has_room = self._buffer.has_room(outgoing) or self._room_comes(outgoing, deadline)
+        has_room = self._buffer.has_room(message) or self._room_comes(message, deadline)
 
         if self._closed:
             raise ClosedError
@@ -411,21 +425,21 @@ class Publisher:
         if has_room:
             return 0
 
-        self._refuse_in_outage(outgoing)
-        self._identify(outgoing)
+        self._refuse_in_outage(message)
+        self._assign_id(message)
 
         try:
-            return self._overflow.drop_for(outgoing)
+            return self._overflow.drop_for(message)
         except PublishError as error:
-            raise self._error(str(error), outgoing, in_doubt=outgoing.doubts > 0) from None
+            raise self._error(str(error), message, in_doubt=message.unanswered > 0) from None
 
-    def _room_comes(self, outgoing: Message, deadline: float) -> bool:
-        if self._stops(outgoing) or self._writer.is_this_thread:
+    def _room_comes(self, message: Message, deadline: float) -> bool:
+        if self._stops(message) or self._writer.is_this_thread:
             return False
 
         departures = self._buffer.departures
         left = max(0.0, deadline - time.monotonic())
-        in_time = self._buffer.wait_for_room(outgoing, left)
+        in_time = self._buffer.wait_for_room(message, left)
 
         if not in_time:
             self._stall_since(departures)
@@ -439,69 +453,69 @@ class Publisher:
         """Whether the calling thread is in the middle of a send that waits, or writes."""
         return threading.get_ident() in self._senders or self._writer.is_this_thread
 
-    def _publish_confirmed(self, outgoing: Message) -> None:
-        deadline = time.monotonic() + self._patience_for(outgoing)
+    def _publish_confirmed(self, message: Message) -> None:
+        deadline = time.monotonic() + self._patience_for(message)
         departures = self._buffer.departures
         this = threading.get_ident()
 
         try:
             # In here: who is interrupted is not to be taken for busy ever after.
             self._senders.add(this)
-            self._writer.senders.add(outgoing)
-            is_told = self._write_or_wait(outgoing, deadline)
+            self._writer.senders.add(message)
+            is_told = self._write_or_wait(message, deadline)
         except BaseException:
-            self._leader.abandon(outgoing)
+            self._leader.abandon(message)
             raise
         finally:
             self._senders.discard(this)
-            self._writer.senders.discard(outgoing)
+            self._writer.senders.discard(message)
 
         if not is_told:
-            self._give_up(outgoing, departures)
-        elif outgoing.error is not None:
-            raise self._failure(outgoing, outgoing.error) from outgoing.error
+            self._give_up(message, departures)
+        elif message.error is not None:
+            raise self._failure(message, message.error) from message.error
 
-    def _write_or_wait(self, outgoing: Message, deadline: float) -> bool:
+    def _write_or_wait(self, message: Message, deadline: float) -> bool:
         """Whether it is known by ``deadline`` what became of an event."""
         with self._buffer.lock:
-            dropped = self._put(outgoing, deadline)
-            outgoing.would_write = True
-            batch = self._leader.enlist(outgoing)
+            dropped = self._put(message, deadline)
+            message.may_write = True
+            batch = self._leader.enlist(message)
 
         if dropped:
             self._overflow.tell(dropped)
 
         if not batch:
-            self._writer.write_here(self._patience_for(outgoing))
+            self._writer.write_here(self._patience_for(message))
 
-        while batch or not outgoing.is_settled:
+        while batch or not message.is_finished:
             if batch:
                 self._leader.lead(batch, deadline)
                 batch = ()
-            elif not outgoing.is_called_by(deadline):
-                return outgoing.is_settled
-            elif not outgoing.is_settled:
-                if self._stops_now(outgoing):
+            elif not message.wait_for_wakeup(deadline):
+                return message.is_finished
+            elif not message.is_finished:
+                if self._stops_now(message):
                     return False
 
-                batch = self._take_over(outgoing)
+                batch = self._take_over(message)
 
         return True
 
-    def _stops_now(self, outgoing: Message) -> bool:
+    def _stops_now(self, message: Message) -> bool:
         """Whether Redis is known to give no answer, however long its sender waits."""
-        refuses = outgoing.lane.is_stream and self._outage.refusal is not None
+        refuses = message.route_state.is_stream and self._outage.refusal is not None
         return self._outage.away or refuses
 
-    def _take_over(self, outgoing: Message) -> Sequence[Message]:
+    def _take_over(self, message: Message) -> Sequence[Message]:
         with self._buffer.lock:
-            return self._leader.enlist(outgoing)
+            return self._leader.enlist(message)
 
-    def _give_up(self, outgoing: Message, departures: int) -> None:
+    def _give_up(self, message: Message, departures: int) -> None:
         """Hold its sender no longer; whether it is told depends on the policy."""
-        self._leader.step_back(outgoing)
+        self._leader.step_back(message)
 
-        if self._stops_now(outgoing):
+        if self._stops_now(message):
             with self._buffer.lock:
                 self._writer.wake()
         else:
@@ -509,9 +523,9 @@ class Publisher:
 
         if self._config.on_outage == "raise":
             with self._buffer.lock:
-                outgoing.withdrawn = True
+                message.withdrawn = True
 
-            raise self._refusal(outgoing)
+            raise self._refusal(message)
 
     def _stall_since(self, departures: int) -> None:
         """Hold no further caller, and let an idle writer ask whether Redis is there.
@@ -526,12 +540,12 @@ class Publisher:
                 # It may have been this sender's turn to write.
                 self._writer.wake()
 
-    def _refusal(self, outgoing: Message) -> PublishError:
+    def _refusal(self, message: Message) -> PublishError:
         reason = self._outage.error or f"no answer within {self._config.timeout} s"
-        which = f"The event {outgoing.id}" if outgoing.id else "An event"
-        text = f"{which} of {outgoing.lane.name!r} was not confirmed by Redis: {reason}."
+        which = f"The event {message.id}" if message.id else "An event"
+        text = f"{which} of {message.route_state.name!r} was not confirmed by Redis: {reason}."
 
-        if outgoing.doubts:
+        if message.unanswered:
             text += f" Redis may have it. {_RESEND}"
         else:
             text += (
@@ -539,12 +553,12 @@ class Publisher:
                 "'EVENTBUS_ON_OUTAGE' to 'buffer' to keep events in memory."
             )
 
-        return self._error(text, outgoing, in_doubt=outgoing.doubts > 0)
+        return self._error(text, message, in_doubt=message.unanswered > 0)
 
-    def _failure(self, outgoing: Message, error: Exception) -> PublishError:
-        which = f"The event {outgoing.id} of {outgoing.lane.name!r}"
+    def _failure(self, message: Message, error: Exception) -> PublishError:
+        which = f"The event {message.id} of {message.route_state.name!r}"
         is_stored = isinstance(error, TooFewReplicasError)
-        in_doubt = is_stored or outgoing.doubts > 0
+        in_doubt = is_stored or message.unanswered > 0
 
         if is_stored:
             text = f"{which} is stored, but {error}. {_RESEND}"
@@ -553,16 +567,16 @@ class Publisher:
         else:
             text = f"{which} was not published: {error}"
 
-        return self._error(text, outgoing, in_doubt=in_doubt)
+        return self._error(text, message, in_doubt=in_doubt)
 
-    def _error(self, text: str, outgoing: Message, *, in_doubt: bool) -> PublishError:
+    def _error(self, text: str, message: Message, *, in_doubt: bool) -> PublishError:
         # One that waits for a commit belongs to its transaction.
-        is_draft = outgoing.lane.route.after_commit and not outgoing.id
+        is_pending = message.route_state.route.after_commit and not message.id
         return PublishError(
             text,
-            event_id=outgoing.id or None,
+            event_id=message.id or None,
             in_doubt=in_doubt,
-            resend=None if is_draft else functools.partial(self._resend, outgoing),
+            resend=None if is_pending else functools.partial(self._resend, message),
         )
 
 

@@ -33,17 +33,17 @@ class WritingThread(Protocol):
         """The thread, once there is one."""
 
     @property
-    def can_be_spared(self) -> bool:
+    def is_idle_thread(self) -> bool:
         """Whether it is there, and nothing waits that only it does."""
 
     @property
-    def has_to_act(self) -> bool:
+    def has_work(self) -> bool:
         """Whether there is something that it has to do."""
 
     def wake(self) -> None:
         """Tell that there is something to write."""
 
-    def call_senders(self) -> None:
+    def wake_senders(self) -> None:
         """Wake the senders that wait for a confirmation."""
 
 
@@ -64,35 +64,35 @@ class Leader:
     def __init__(
         self,
         *,
-        exchange: PublishConnection,
+        connection: PublishConnection,
         buffer: Buffer,
-        turn: WriteTurn,
+        right: WriteRight,
         outage: Outage,
-        settlement: PublishReport,
+        report: PublishReport,
         writer: WritingThread,
     ) -> None:
-        self._exchange = exchange
+        self._connection = connection
         self._buffer = buffer
-        self._turn = turn
+        self._right = right
         self._outage = outage
-        self._settlement = settlement
+        self._report = report
         self._writer = writer
         self._lock = buffer.lock
 
-    def enlist(self, outgoing: Message) -> Sequence[Message]:
+    def enlist(self, message: Message) -> Sequence[Message]:
         """The batch that the sender of an event in the buffer is to :meth:`lead`, now.
 
         Nothing where somebody writes already, or Redis may not be there: then the thread will.
         The buffer's lock is held.
         """
-        if self._is_sent_for(outgoing):
-            return self._turn.resume()
+        if self._is_sent_for(message):
+            return self._right.resume()
 
         if not self._may_lead:
             self._writer.wake()
             return ()
 
-        return self._begin(outgoing)
+        return self._begin(message)
 
     def lead(self, batch: Sequence[Message], deadline: float) -> None:
         """Write a batch, if it is not sent yet, in a sender's thread, and wait for the answers.
@@ -100,10 +100,10 @@ class Leader:
         When there are none by ``deadline``, the thread goes on to wait for them.
         """
         try:
-            if batch is not self._turn.sent:
+            if batch is not self._right.sent:
                 batch = self._send(deadline)
 
-            is_complete = self._exchange.read(deadline)
+            is_complete = self._connection.read(deadline)
         except OUTAGE as error:
             self._hand_over(error)
         else:
@@ -112,56 +112,58 @@ class Leader:
             else:
                 self._hand_over(None)
 
-    def step_back(self, outgoing: Message) -> None:
+    def step_back(self, message: Message) -> None:
         """When a sender waits no longer: let the thread do what it was to do."""
         with self._lock:
-            outgoing.would_write = False
+            message.may_write = False
 
             # While something is being sent for it, whoever sends looks at this afterwards.
-            if self._is_sent_for(outgoing):
+            if self._is_sent_for(message):
                 self._hand_over(None)
 
-    def abandon(self, outgoing: Message) -> None:
+    def abandon(self, message: Message) -> None:
         """When a sender was interrupted: let the thread send anew what it may have been writing."""
         with self._lock:
-            outgoing.would_write = False
+            message.may_write = False
 
-            if self._turn.owner is None:
-                self._turn.give_up()
-            elif self._turn.is_here:
+            if self._right.owner is None:
+                self._right.release_to_thread()
+            elif self._right.is_here:
                 # It may be another's turn, for which this thread was to send.
-                self._turn.is_sending = False
+                self._right.is_sending = False
                 self._send_anew()
-            elif self._is_sent_for(outgoing):
+            elif self._is_sent_for(message):
                 self._hand_over(None)
 
     @property
     def _may_lead(self) -> bool:
         return (
-            self._turn.owner is None
-            and self._writer.can_be_spared
-            and self._exchange.is_open
+            self._right.owner is None
+            and self._writer.is_idle_thread
+            and self._connection.is_open
             and self._buffer.bytes <= LEAD_BYTES
             and not self._outage.stops_all
         )
 
-    def _is_sent_for(self, outgoing: Message) -> bool:
-        return self._turn.owner is outgoing and not self._turn.is_sending
+    def _is_sent_for(self, message: Message) -> bool:
+        return self._right.owner is message and not self._right.is_sending
 
     def _send(self, deadline: float) -> Sequence[Message]:
         """Send what is in hand, and return it."""
-        self._exchange.connect(deadline)
-        batch = self._buffer.send_off()
-        self._exchange.send([(out.lane.way, out.sealed()) for out in batch], deadline)
+        self._connection.connect(deadline)
+        batch = self._buffer.mark_sent()
+        self._connection.send(
+            [(message.route_state.destination, message.encoded()) for message in batch], deadline
+        )
         return batch
 
-    def _begin(self, outgoing: Message) -> Sequence[Message]:
+    def _begin(self, message: Message) -> Sequence[Message]:
         """Take what waits in hand, for the sender of an event to write."""
-        self._turn.begin(outgoing)
-        batch = self._turn.take()
+        self._right.acquire(message)
+        batch = self._right.take()
 
         if not batch:
-            self._turn.end()
+            self._right.release()
 
         return batch
 
@@ -172,54 +174,54 @@ class Leader:
 
         In this order: who is woken needs the interpreter, and Redis does not.
         """
-        outcomes = self._exchange.outcomes()
+        outcomes = self._connection.outcomes()
 
         try:
             self._outage.end(len(self._buffer))
 
             with self._lock:
-                self._turn.grow()
-                holds = self._turn.settle(batch, outcomes)
+                self._right.grow()
+                holds = self._right.finish(batch, outcomes)
                 following = self._pass_on()
 
             if following is not None:
                 self._send_for(following, deadline)
 
             if holds:
-                self._writer.call_senders()
+                self._writer.wake_senders()
         finally:
             try:
-                self._settlement.settle(batch, outcomes)
+                self._report.record(batch, outcomes)
                 self._outage.log_changes()
             except BaseException:
                 # This sender was interrupted, which does it for all of them.
-                for outgoing, error in zip(batch, outcomes, strict=True):
+                for message, error in zip(batch, outcomes, strict=True):
                     if not isinstance(error, NoWritesError):
-                        outgoing.finish(error)
+                        message.finish(error)
 
                 raise
 
     def _pass_on(self) -> Message | None:
         """Give the turn to a sender that waits, or else to the thread if it has to write."""
         waits = self._buffer.is_waiting
-        following = self._buffer.first_writer() if waits and self._may_lead else None
+        following = self._buffer.next_sender() if waits and self._may_lead else None
 
         if following is not None:
-            self._turn.is_sending = True
+            self._right.is_sending = True
 
             if self._begin(following):
                 return following
 
-            self._turn.is_sending = False
+            self._right.is_sending = False
 
-        if self._writer.has_to_act:
-            self._turn.give_up()
+        if self._writer.has_work:
+            self._right.release_to_thread()
 
         return None
 
     def _send_for(self, following: Message, deadline: float) -> None:
         """Send what is in hand, and let the sender whose turn it is wait for the answers."""
-        batch, failure = self._buffer.in_hand, None
+        batch, failure = self._buffer.in_flight, None
 
         try:
             batch = self._send(deadline)
@@ -227,7 +229,7 @@ class Leader:
             failure = error
         except BaseException as error:
             with self._lock:
-                self._turn.is_sending = False
+                self._right.is_sending = False
                 self._send_anew()
 
             # A time limit that a signal handler keeps is this sender's, whatever it was doing.
@@ -239,25 +241,25 @@ class Leader:
             return
 
         with self._lock:
-            self._turn.is_sending = False
-            self._turn.sent = batch
+            self._right.is_sending = False
+            self._right.sent = batch
 
-            if failure is None and following.would_write:
-                following.call()
-                self._turn.leave_to_owner()
+            if failure is None and following.may_write:
+                following.wake()
+                self._right.leave_to_sender()
             else:
                 self._hand_over(failure)
 
     def _send_anew(self) -> None:
         """Let the thread send what is in hand once more, on another connection."""
-        self._turn.is_begun = False
-        self._exchange.close()
+        self._right.is_handed_over = False
+        self._connection.close()
         self._buffer.put_back()
-        self._turn.give_up()
+        self._right.release_to_thread()
 
     def _hand_over(self, error: Exception | None) -> None:
         with self._lock:
-            self._turn.hand_over(self._writer.thread, error)
+            self._right.hand_over(self._writer.thread, error)
 
 
 #: Events in one round trip.
@@ -271,7 +273,7 @@ BATCH_BYTES = 1024 * 1024
 BATCH_STEP = 8
 
 
-class WriteTurn:
+class WriteRight:
     """Nobody's, the writing thread's, or that of a sender who waits: one at a time has it.
 
     The buffer's lock is held by whoever begins a turn, ends it or passes it on.
@@ -290,10 +292,10 @@ class WriteTurn:
         self.is_sending = False
         self.sent: Sequence[Message] = ()
         #: Whether the thread is to go on with a batch that a sender began, and what went wrong.
-        self.is_begun = False
+        self.is_handed_over = False
         self.failure: Exception | None = None
         #: Whether the thread waits for something to do.
-        self.thread_rests = False
+        self.thread_waits = False
         self._batch_events = BATCH_EVENTS
 
     @property
@@ -301,7 +303,7 @@ class WriteTurn:
         """Whether the calling thread writes."""
         return self._thread_id == threading.get_ident()
 
-    def begin(self, owner: Message | threading.Thread) -> None:
+    def acquire(self, owner: Message | threading.Thread) -> None:
         """It is the owner's, and the calling thread writes."""
         # First: who is interrupted with something in hand is known by this.
         self._thread_id = threading.get_ident()
@@ -318,19 +320,19 @@ class WriteTurn:
     def resume(self) -> Sequence[Message]:
         """In the thread of its owner, after another sent what is in hand: that."""
         self._thread_id = threading.get_ident()
-        return self._buffer.in_hand
+        return self._buffer.in_flight
 
-    def leave_to_owner(self) -> None:
+    def leave_to_sender(self) -> None:
         """What is in hand was sent; its owner waits for the answers."""
         self._thread_id = 0
 
-    def end(self) -> None:
+    def release(self) -> None:
         """It is nobody's."""
         self.owner = None
         self._thread_id = 0
         self.sent = ()
 
-    def settle(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> bool:
+    def finish(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> bool:
         """Let go of what is in hand, and of the turn.
 
         What Redis does not take now goes back to the heads of the lines.
@@ -341,23 +343,23 @@ class WriteTurn:
 
         if any(outcomes):
             held = [
-                (outgoing, error)
-                for outgoing, error in zip(batch, outcomes, strict=True)
+                (message, error)
+                for message, error in zip(batch, outcomes, strict=True)
                 if isinstance(error, NoWritesError)
             ]
 
-        for outgoing, _ in held:
+        for message, _ in held:
             # An answer leaves no doubt, except about earlier tries.
-            outgoing.doubts -= 1
+            message.unanswered -= 1
 
         if held:
             self._outage.refuse_writes(held[0][1], len(self._buffer))
         elif self._outage.refusal is not None and _has_write(batch, outcomes):
             self._outage.take_writes(len(self._buffer))
 
-        self._buffer.settle([outgoing for outgoing, _ in held])
-        self.hold_streams()
-        self.end()
+        self._buffer.finish([message for message, _ in held])
+        self.update_pause()
+        self.release()
         return bool(held)
 
     def note_writes(self, refusal: Exception | None) -> None:
@@ -371,46 +373,46 @@ class WriteTurn:
         else:
             self._outage.take_writes(len(self._buffer))
 
-        self.hold_streams()
+        self.update_pause()
 
-    def hold_streams(self) -> None:
+    def update_pause(self) -> None:
         """Hold stream events while Redis takes no writes; channel events go on."""
         holds = self._outage.refusal is not None
 
-        if holds != self._buffer.holds_streams:
-            self._buffer.holds_streams = holds
+        if holds != self._buffer.streams_paused:
+            self._buffer.streams_paused = holds
             # The thread waits as long as the state says, and senders may have room.
             self._buffer.changed.notify_all()
 
-    def end_if_here(self) -> None:
+    def release_if_here(self) -> None:
         """It is nobody's, if the calling thread had it."""
         if self.is_here:
-            self.end()
+            self.release()
 
     def wake_thread(self) -> None:
         """Let the thread do what there is to do, if it waits and nobody else does it."""
-        if self.thread_rests and self.owner is None:
-            self._call_thread()
+        if self.thread_waits and self.owner is None:
+            self._wake_thread()
 
-    def give_up(self) -> None:
+    def release_to_thread(self) -> None:
         """It is nobody's, and the thread looks what there is to do."""
-        self.end()
-        self._call_thread()
+        self.release()
+        self._wake_thread()
 
     def hand_over(self, thread: threading.Thread | None, error: Exception | None) -> None:
         """Let the thread go on with what is in hand.
 
         :param error: what went wrong with it; ``None`` if answers are missing.
         """
-        self.is_begun = True
+        self.is_handed_over = True
         self.failure = error
         self._thread_id = 0
         self.owner = thread
-        self._call_thread()
+        self._wake_thread()
 
     def take_over(self) -> Exception | None:
         """In the thread: what went wrong with what was handed over."""
-        error, self.failure, self.is_begun = self.failure, None, False
+        error, self.failure, self.is_handed_over = self.failure, None, False
         return error
 
     def grow(self) -> None:
@@ -425,16 +427,16 @@ class WriteTurn:
         """One event of a batch is to blame: find out which."""
         self._batch_events = 1
 
-    def _call_thread(self) -> None:
-        self.thread_rests = False
+    def _wake_thread(self) -> None:
+        self.thread_waits = False
         self._buffer.changed.notify_all()
 
 
 def _has_write(batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> bool:
     """Return True if Redis took an event into a stream."""
     return any(
-        outgoing.lane.is_stream and (error is None or isinstance(error, TooFewReplicasError))
-        for outgoing, error in zip(batch, outcomes, strict=True)
+        message.route_state.is_stream and (error is None or isinstance(error, TooFewReplicasError))
+        for message, error in zip(batch, outcomes, strict=True)
     )
 
 
@@ -460,24 +462,24 @@ class Writer:
     are its :attr:`leader`. Where no thread can be had, as at the end of a process, whoever sends
     writes.
 
-    :param exchange: writes one batch.
+    :param connection: writes one batch.
     :param buffer: what it writes; the buffer's lock guards the writer's state as well.
     """
 
     def __init__(
         self,
         *,
-        exchange: PublishConnection,
+        connection: PublishConnection,
         buffer: Buffer,
         outage: Outage,
-        settlement: PublishReport,
+        report: PublishReport,
         node: str,
     ) -> None:
-        self._exchange = exchange
+        self._connection = connection
         self._buffer = buffer
-        self._turn = WriteTurn(buffer, outage)
+        self._right = WriteRight(buffer, outage)
         self._outage = outage
-        self._settlement = settlement
+        self._report = report
         self._node = node
         self._changed = buffer.changed
         self._lock = buffer.lock
@@ -486,7 +488,7 @@ class Writer:
         #: The events whose senders wait for a confirmation.
         self.senders: set[Message] = set()
         #: Whether to try Redis now, whatever it waits for.
-        self._asking = False
+        self._probing = False
         #: Whether it is to end, whatever waits.
         self._ended = False
         #: When it ends, or before if nothing waits any more; ``None`` for never.
@@ -495,11 +497,11 @@ class Writer:
         self._here = threading.Lock()
         #: Lets senders write in place of the thread.
         self.leader = Leader(
-            exchange=exchange,
+            connection=connection,
             buffer=buffer,
-            turn=self._turn,
+            right=self._right,
             outage=outage,
-            settlement=settlement,
+            report=report,
             writer=self,
         )
 
@@ -507,25 +509,25 @@ class Writer:
     def is_this_thread(self) -> bool:
         """Whether the calling thread is the one that writes."""
         thread = self.thread
-        return self._turn.is_here or (thread is not None and thread.ident == threading.get_ident())
+        return self._right.is_here or (thread is not None and thread.ident == threading.get_ident())
 
     @property
-    def can_be_spared(self) -> bool:
+    def is_idle_thread(self) -> bool:
         """Whether the thread is there, and nothing waits that only it does."""
         return (
             self.thread is not None
-            and not self._asking
+            and not self._probing
             and not self._ended
             and self._leave_by is None
         )
 
     @property
-    def has_to_act(self) -> bool:
+    def has_work(self) -> bool:
         """Whether there is something that the thread has to do."""
         return (
             self._is_to_end
             or self._buffer.is_waiting
-            or self._asking
+            or self._probing
             or self._outage.stops_all
             or self._outage.write_is_due
         )
@@ -535,11 +537,11 @@ class Writer:
         if self.thread is None:
             self._start()
         else:
-            self._turn.wake_thread()
+            self._right.wake_thread()
 
-    def ask(self) -> None:
+    def probe(self) -> None:
         """Find out at once whether Redis is there."""
-        self._asking = True
+        self._probing = True
         self.wake()
         self._changed.notify_all()
 
@@ -576,7 +578,7 @@ class Writer:
         if self.thread is not None:
             # It may be waiting for a server that hangs.
             self._join((time.monotonic() + deadline) / 2)
-            self._exchange.interrupt()
+            self._connection.interrupt()
             self._join(deadline)
 
         self._report_lost()
@@ -612,10 +614,10 @@ class Writer:
             while (batch := self._take()) is not None:
                 self._write(batch, backoff)
         finally:
-            self._exchange.close()
+            self._connection.close()
 
             with self._lock:
-                self._turn.end_if_here()
+                self._right.release_if_here()
 
         if self._leave_by is not None:
             self._report_lost()
@@ -623,12 +625,12 @@ class Writer:
     def _take(self) -> Sequence[Message] | None:
         """The next batch, an empty one to ask whether Redis is there; ``None`` at the end."""
         with self._changed:
-            self._rest()
-            self._turn.begin(threading.current_thread())
-            self._turn.thread_rests = self._asking = False
+            self._wait_for_work()
+            self._right.acquire(threading.current_thread())
+            self._right.thread_waits = self._probing = False
 
-            if self._turn.is_begun:
-                return self._buffer.in_hand
+            if self._right.is_handed_over:
+                return self._buffer.in_flight
 
             if self._is_to_end:
                 return None
@@ -638,33 +640,33 @@ class Writer:
                 return ()
 
             if self._outage.write_is_due:
-                return self._turn.take_stream_event()
+                return self._right.take_stream_event()
 
-            return self._turn.take()
+            return self._right.take()
 
-    def _rest(self) -> None:
+    def _wait_for_work(self) -> None:
         """Wait until there is something to do, for :data:`QUIET` seconds at most.
 
         Less while Redis takes no writes: until it is to be asked again.
         """
-        self._turn.end_if_here()
+        self._right.release_if_here()
 
-        while not self._may_act:
+        while not self._may_work:
             # Before each wait: a sender may have taken over what the thread was woken for.
-            self._turn.thread_rests = True
-            was_woken = self._changed.wait(self._most_rest)
+            self._right.thread_waits = True
+            was_woken = self._changed.wait(self._longest_wait)
 
-            if not was_woken and self._turn.owner is None:
+            if not was_woken and self._right.owner is None:
                 return
 
     @property
-    def _most_rest(self) -> float:
+    def _longest_wait(self) -> float:
         left = self._outage.write_again_at - time.monotonic()
         return left if 0 < left < QUIET else QUIET
 
     @property
-    def _may_act(self) -> bool:
-        return self._turn.is_begun or (self._turn.owner is None and self.has_to_act)
+    def _may_work(self) -> bool:
+        return self._right.is_handed_over or (self._right.owner is None and self.has_work)
 
     @property
     def _is_to_end(self) -> bool:
@@ -675,19 +677,19 @@ class Writer:
 
     def _write(self, batch: Sequence[Message], backoff: Backoff) -> None:
         try:
-            outcomes = self._exchange_batch(batch)
+            outcomes = self._publish_batch(batch)
         except OUTAGE as error:
-            self._turn.shrink()
+            self._right.shrink()
             self._buffer.put_back()
             self._outage.begin(error, len(self._buffer))
 
             # A connection that breaks is no proof of an outage: the next one may work.
             if is_refused(error):
-                self.call_senders()
+                self.wake_senders()
 
             self._pause(backoff.next())
         except Exception as error:
-            self._give_up(self._buffer.in_hand, error)
+            self._give_up(self._buffer.in_flight, error)
         else:
             backoff.reset()
             self._give_way()
@@ -695,46 +697,49 @@ class Writer:
 
             # That an empty one got through says nothing.
             if batch:
-                self._turn.grow()
+                self._right.grow()
 
-            self._settle(self._buffer.in_hand, outcomes)
+            self._settle(self._buffer.in_flight, outcomes)
 
-    def call_senders(self) -> None:
+    def wake_senders(self) -> None:
         """Wake the senders that wait for a confirmation: Redis is known not to give one."""
-        for outgoing in list(self.senders):
-            outgoing.call()
+        for message in list(self.senders):
+            message.wake()
 
-    def _exchange_batch(self, batch: Sequence[Message]) -> Sequence[Exception | None]:
-        if self._turn.is_begun:
+    def _publish_batch(self, batch: Sequence[Message]) -> Sequence[Exception | None]:
+        if self._right.is_handed_over:
             return self._go_on()
 
         if batch:
-            deadline = self._exchange.connect(self._leave_by)
-            events = [(out.lane.way, out.sealed()) for out in self._buffer.send_off()]
-            return self._exchange.publish(events, deadline)
+            deadline = self._connection.connect(self._leave_by)
+            events = [
+                (message.route_state.destination, message.encoded())
+                for message in self._buffer.mark_sent()
+            ]
+            return self._connection.publish(events, deadline)
 
-        refusal = self._exchange.ask(self._leave_by)
+        refusal = self._connection.probe(self._leave_by)
 
         with self._lock:
-            self._turn.note_writes(refusal)
+            self._right.note_writes(refusal)
 
         self._outage.log_changes()
 
         if refusal is not None:
-            self.call_senders()
+            self.wake_senders()
 
         return ()
 
     def _go_on(self) -> Sequence[Exception | None]:
         """Read what is missing of the answers to what a sender wrote."""
-        error = self._turn.take_over()
+        error = self._right.take_over()
 
         if error is not None:
-            self._exchange.close()
+            self._connection.close()
             raise error
 
-        self._exchange.read()
-        return self._exchange.outcomes()
+        self._connection.read()
+        return self._connection.outcomes()
 
     def _give_way(self) -> None:
         """Let listeners return before what waited for Redis is sent: they hear no past."""
@@ -744,11 +749,11 @@ class Writer:
     def _give_up(self, batch: Sequence[Message], error: Exception) -> None:
         """After a defect, not an outage: of several events, find the one that is to blame."""
         if len(batch) > 1:
-            self._turn.go_one_by_one()
+            self._right.go_one_by_one()
             self._buffer.put_back()
             return
 
-        self._settlement.report_defect(error)
+        self._report.report_defect(error)
         self._settle(batch, [error] * len(batch))
 
     def _pause(self, seconds: float) -> None:
@@ -758,21 +763,21 @@ class Writer:
 
         with self._changed:
             self._changed.wait_for(
-                lambda: self._is_to_end or self._asking or time.monotonic() >= deadline,
+                lambda: self._is_to_end or self._probing or time.monotonic() >= deadline,
                 timeout=max(0.0, deadline - now),
             )
 
     def _settle(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
         """Let go of a batch, and of the turn, before its senders are woken: they may write next."""
         with self._lock:
-            holds = self._turn.settle(batch, outcomes)
+            holds = self._right.finish(batch, outcomes)
 
         if holds:
-            self.call_senders()
+            self.wake_senders()
 
-        self._settlement.settle(batch, outcomes)
+        self._report.record(batch, outcomes)
         self._outage.log_changes()
 
     def _report_lost(self) -> None:
         reason = self._outage.error or "the time to flush was over"
-        self._settlement.report_lost(self._buffer.clear(), reason)
+        self._report.report_lost(self._buffer.clear(), reason)

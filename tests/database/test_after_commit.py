@@ -867,7 +867,7 @@ def test_a_time_limit_in_a_commit_that_waits_is_passed_on_and_no_event_is_lost(
     def strike(number: int, frame: object) -> None:
         raise TimeLimitError
 
-    monkeypatch.setattr(Publisher, "await_all", _alarmed)
+    monkeypatch.setattr(Publisher, "wait_for_confirmations", _alarmed)
     bus = make_bus(
         redis_server.url,
         publish={"user_added": {"after_commit": True, "confirm": True}},
@@ -890,7 +890,7 @@ def test_a_time_limit_in_a_commit_that_waits_is_passed_on_and_no_event_is_lost(
     assert session.get(User, 1) is not None
     assert bus.flush(20)
     assert bus.health().counts["published"] == 2
-    monkeypatch.setattr(Publisher, "await_all", _await_all)
+    monkeypatch.setattr(Publisher, "wait_for_confirmations", _wait_for_confirmations)
     bus.signal("user_added").send(id=3)
     session.commit()
 
@@ -898,25 +898,25 @@ def test_a_time_limit_in_a_commit_that_waits_is_passed_on_and_no_event_is_lost(
 def _alarmed(publisher: Publisher, sent: Sequence[Message], deadline: float) -> list[Message]:
     """Wait for confirmations that do not come, and get an alarm meanwhile."""
     signal.setitimer(signal.ITIMER_REAL, 0.01)
-    return _await_all(publisher, sent, deadline)
+    return _wait_for_confirmations(publisher, sent, deadline)
 
 
-_await_all = Publisher.await_all
+_wait_for_confirmations = Publisher.wait_for_confirmations
 
 
 def test_a_time_limit_at_one_event_of_a_commit_lets_the_others_leave(
     shared_redis: RedisServer, session: Session, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = Publisher.take
+    publish_pending = Publisher.publish_pending
 
     def limited(publisher: Publisher, draft: Message, deadline: float) -> None:
         if not taken:
             taken.append(draft)
             raise TimeLimitError
-        take(publisher, draft, deadline)
+        publish_pending(publisher, draft, deadline)
 
     taken: list[Message] = []
-    monkeypatch.setattr(Publisher, "take", limited)
+    monkeypatch.setattr(Publisher, "publish_pending", limited)
     bus = make_bus(shared_redis.url, publish={"user_*": {"after_commit": True}})
     bus.register_session(session)
 

@@ -51,7 +51,7 @@ from flask_eventbus.database.outbox import Entry, Outbox, store
 from flask_eventbus.database.relay import Relay, RelayTurn
 from flask_eventbus.event import Event, handling
 from flask_eventbus.publisher.connection import PublishConnection
-from flask_eventbus.publisher.message import Destination, Ways
+from flask_eventbus.publisher.message import Destination, Destinations
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import Isolation
 from flask_eventbus.transport import role
@@ -178,8 +178,8 @@ def exchange_with(url: str, prefix: str) -> PublishConnection:
 
 def way(prefix: str) -> Callable[[str, Via], Destination]:
     """How a relay without routes lets events travel."""
-    ways = Ways(Config(service="relay", prefix=prefix))
-    return lambda name, via: ways.way(name, Route(name=name, via=via))
+    ways = Destinations(Config(service="relay", prefix=prefix))
+    return lambda name, via: ways.find(name, Route(name=name, via=via))
 
 
 @pytest.fixture

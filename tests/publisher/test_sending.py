@@ -389,8 +389,8 @@ def test_what_waits_is_measured_by_its_bytes_on_the_wire(make_bus: Make) -> None
     waiting = list(bus.node._publisher._buffer)
     assert len(waiting) == 123
     for outgoing in waiting:
-        outgoing.take_its_turn()
-        assert outgoing.size == len(outgoing.sealed())
+        outgoing.assign_seq()
+        assert outgoing.size == len(outgoing.encoded())
 
 
 def test_an_event_may_have_as_many_bytes_as_the_limit_and_not_one_more(make_bus: Make) -> None:
@@ -516,12 +516,13 @@ def test_events_that_were_dropped_are_missed_by_those_who_listen(
 
 def test_a_withdrawn_event_leaves_the_line_without_a_trace() -> None:
     waiting = Buffer(most_events=10)
-    way = ChannelDestination("tick", "tick")
-    lane = RouteState(route=Route(name="tick"), way=way, seal=Envelope("tests", "tick"))
-    events = [Message(lane, b"\x80", {}, confirm=True) for _ in range(4)]
+    destination = ChannelDestination("tick", "tick")
+    envelope = Envelope("tests", "tick")
+    state = RouteState(route=Route(name="tick"), destination=destination, envelope=envelope)
+    events = [Message(state, b"\x80", {}, confirm=True) for _ in range(4)]
 
     for number, outgoing in enumerate(events, 1):
-        outgoing.identify("node", number, 0)
+        outgoing.assign_id("node", number, 0)
         waiting.put(outgoing)
     assert waiting.take(most_events=2, most_bytes=1_000) == events[:2]
     waiting.put_back()

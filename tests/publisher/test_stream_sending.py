@@ -364,9 +364,12 @@ def test_the_key_of_a_route_travels_as_text(
 
 
 UNFIT_KEYS: dict[str, tuple[dict[str, Any], str]] = {
-    "missing": ({"n": 1}, r"payload\.user_id: the route of 'tick' .* and it is missing\. Send it"),
-    "None": ({"user_id": None}, r"payload\.user_id: .* None is no value to order by"),
-    "empty": ({"user_id": ""}, "'' is no value to order by. Send another"),
+    "missing": (
+        {"n": 1},
+        r"payload\.user_id: the route of 'tick' .* and the key is missing\. Send it",
+    ),
+    "None": ({"user_id": None}, r"payload\.user_id: .* None is not a usable value"),
+    "empty": ({"user_id": ""}, "'' is not a usable value. Send another"),
     "too long": ({"user_id": "x" * 300}, "has 300 bytes, and 256 can travel. Choose a shorter"),
     "surrogate": ({"user_id": b"\xff".decode(errors="surrogateescape")}, "lone surrogate"),
 }
@@ -1523,7 +1526,7 @@ def test_a_time_limit_that_strikes_while_a_sender_writes_for_another_is_passed_o
     bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"})
     bus.signal("tick").send("test", n=0)
     publisher = bus.node._publisher
-    another = publisher.draft("tick", {"n": 1}, bus.node.route_for("tick"))
+    another = publisher.prepare_pending("tick", {"n": 1}, bus.node.route_for("tick"))
 
     def strike(deadline: float) -> None:
         raise ArithmeticError("what a signal handler raises")

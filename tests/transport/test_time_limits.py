@@ -240,7 +240,7 @@ def test_a_commit_is_held_once_for_all_of_its_events_where_there_is_no_room(
     assert bus.flush(10)
     node = bus.node
     route = node.route_for("tick")
-    drafts = [node._publisher.draft("tick", {"n": number}, route) for number in range(10)]
+    drafts = [node._publisher.prepare_pending("tick", {"n": number}, route) for number in range(10)]
     slow.pause = PAUSE
 
     with ends_within(2 * PAUSE):
@@ -254,7 +254,7 @@ def test_a_commit_that_waits_for_confirmations_ends_as_soon_as_redis_refuses(
     bus.signal("tick").send("test", n=0)
     node = bus.node
     route = node.route_for("tick")
-    drafts = [node._publisher.draft("tick", {"n": number}, route) for number in range(3)]
+    drafts = [node._publisher.prepare_pending("tick", {"n": number}, route) for number in range(3)]
     redis_server.kill()
 
     with ends_within(10):
