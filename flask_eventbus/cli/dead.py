@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
@@ -18,8 +18,10 @@ import click
 from ..admin.dead_letters import Choice, DeadLetters, Letter, Retrial, Retrials, why_not
 from ..admin.places import clock, iso
 from ..admin.streams import StreamAccess
+from ..codec.codec import Codec
 from ..codec.entry_ids import entry_id
-from ..codec.records import REASONS
+from ..codec.records import REASONS, DeadLetter
+from ..errors import DecodeError
 from ..text import counted, plain, printable
 from .arguments import read_names, read_span
 from .base import Command, Group, Program, pass_program, service_of
@@ -72,7 +74,7 @@ def letter_report(letter: Letter) -> Iterator[str]:
         "event": _event(letter),
         "entry": _entry(content.entry),
         "error": content.error,
-        "payload": content.payload,
+        "payload": _marked(content.payload),
     }.items():
         yield f"  {name:<10} {printable(text) or '-'}"
 
@@ -88,9 +90,10 @@ def letter_report(letter: Letter) -> Iterator[str]:
         yield f"    {printable(line)}"
 
 
-def as_json(letter: Letter, service: str) -> str:
+def as_json(letter: Letter, service: str, codec: Codec) -> str:
     """A dead letter as a JSON object in one line; its bytes are base64."""
     content = letter.content
+    payload, cut = _payload(content, codec)
     return json.dumps(
         {
             "id": letter.id,
@@ -107,7 +110,8 @@ def as_json(letter: Letter, service: str) -> str:
             "entry": content.entry or None,
             "error": content.error,
             "traceback": content.traceback,
-            "payload": _payload(content.payload),
+            "payload": payload,
+            "payload_cut": cut,
             "fields": _encoded(content.fields),
         },
         allow_nan=False,
@@ -182,13 +186,35 @@ def _entry(text: str) -> str:
         return text
 
 
-def _payload(text: str) -> object:
+def _payload(content: DeadLetter, codec: Codec) -> tuple[object, str | None]:
+    """Return the payload, and the beginning of one that is cut and cannot be had whole."""
+    if not content.payload:
+        return None, None
+
+    with suppress(ValueError, RecursionError):
+        return _parsed(content.payload), None
+
     try:
-        # Numbers past JSON's, which others and older versions write, become text.
-        return plain(json.loads(text, parse_constant=lambda name: str(float(name))))
+        event = codec.decode(content.fields.get(b"event", b""), via="stream")
+    except DecodeError:
+        return None, content.payload
+
+    return plain(dict(event.payload)), None
+
+
+def _parsed(text: str) -> object:
+    # Numbers past JSON's, which others and older versions write, become text.
+    return plain(json.loads(text, parse_constant=lambda name: str(float(name))))
+
+
+def _marked(text: str) -> str:
+    """Return a payload for people, with a mark if it is cut."""
+    try:
+        _parsed(text or "{}")
     except (ValueError, RecursionError):
-        # Cut, or written by somebody else.
-        return text or None
+        return f"{text} ... (cut; see 'dead list --json')"
+
+    return text
 
 
 def _encoded(fields: Mapping[bytes, bytes]) -> dict[str, str]:
@@ -408,7 +434,9 @@ def list_(
     """
     with _desk(program) as desk:
         letters = desk.letters.find(_choice(ids=ids, **options))
-        in_full = (as_json(letter, desk.service) for letter in islice(letters, limit))
+        in_full = (
+            as_json(letter, desk.service, program.node.codec) for letter in islice(letters, limit)
+        )
 
         for line in in_full if in_json else list_report(letters, desk.service, limit):
             click.echo(line)

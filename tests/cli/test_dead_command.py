@@ -24,6 +24,7 @@ from flask_eventbus.admin.dead_letters import Choice, DeadLetters, Letter, Retri
 from flask_eventbus.admin.streams import StreamAccess
 from flask_eventbus.cli.app import flask_commands
 from flask_eventbus.cli.output import as_json
+from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import RetryRecord
 from flask_eventbus.config import Config
 from flask_eventbus.streams.decoder import readable
@@ -91,6 +92,7 @@ def test_list_in_json_has_everything_of_each(store: StreamStore) -> None:
         "error": letter.error,
         "traceback": letter.traceback,
         "payload": {"user_id": 7},
+        "payload_cut": None,
     }
 
 
@@ -100,7 +102,15 @@ def test_what_is_not_known_is_null_in_json(store: StreamStore) -> None:
     shown = json.loads(store.run("dead", "list", "--json").stdout)
 
     assert shown["fields"] == {"event": "/wBqdW5r", "reason": "aGk="}
-    for name in ("receiver", "event_id", "source", "first_failed", "last_failed", "payload"):
+    for name in (
+        "receiver",
+        "event_id",
+        "source",
+        "first_failed",
+        "last_failed",
+        "payload",
+        "payload_cut",
+    ):
         assert shown[name] is None
 
 
@@ -177,6 +187,39 @@ def test_a_payload_is_the_same_valid_json_in_dead_list_dead_show_and_tail(
     }
     assert listed["payload"] == tailed
     assert text in store.run("dead", "show", "--all").output
+
+
+def test_a_payload_that_the_dead_letter_has_cut_is_whole_in_json_and_marked_in_show(
+    store: StreamStore,
+) -> None:
+    event = store.event("tick", text="x" * 5_000, members={1, 2})
+    store.give_up("tick", payload=readable(event), fields={b"event": Codec().encode(event)})
+
+    listed = json.loads(store.run("dead", "list", "--json").output)
+    shown = store.run("dead", "show", "--all").output
+
+    assert listed["payload"] == json.loads(as_json(event))["data"]
+    assert listed["payload_cut"] is None
+    assert f"{readable(event)} ... (cut; see 'dead list --json')" in shown
+
+
+def test_a_payload_that_is_cut_and_does_not_decode_is_said_to_be_cut_in_json(
+    store: StreamStore,
+) -> None:
+    cut = readable(store.event("tick", text="x" * 5_000))
+    # An event of a type that only the app has registered, for example.
+    store.give_up("tick", payload=cut, fields={b"event": b"\xc7\x00\x05"})
+
+    listed = json.loads(store.run("dead", "list", "--json").output)
+
+    assert listed["payload"] is None
+    assert listed["payload_cut"] == cut
+
+
+def test_a_payload_that_is_not_cut_is_not_marked(store: StreamStore) -> None:
+    store.give_up("tick", payload=readable(store.event("tick", text="x" * 3_000)))
+
+    assert "(cut" not in store.run("dead", "show", "--all").output
 
 
 def test_a_number_that_json_lacks_in_a_dead_letter_of_an_older_version_is_text(
