@@ -1,4 +1,4 @@
-"""How a node does, at one moment."""
+"""``Health``: the state of a node at one moment."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """How a node does, at one moment."""
+    """The state of a node at one moment."""
 
+    #: The name of the service.
     service: str
+    #: The unique name of this node.
     node: str
-    #: Whether this node is to listen now, and to something.
+    #: True if the node was started and has a subscription.
     listening: bool
-    #: Whether everything subscribed is confirmed on a live connection.
+    #: True if Redis has confirmed every subscription on a live connection.
     connected: bool
-    #: Whether nothing says that Redis does not take events.
+    #: False while an outage is known: Redis is unreachable or refuses writes.
     publishing: bool
-    #: Seconds since bytes last came; ``None`` if none ever did.
+    #: Seconds since Redis last sent bytes; ``None`` if it never did.
     last_heard: float | None
-    #: Events that arrived and are not handled yet.
+    #: Number of events that arrived and are not handled yet.
     lag: int
-    #: Events that wait to be published.
+    #: Number of events in the buffer, waiting to be published.
     buffered: int
-    #: Channel events of others that never arrived.
+    #: Number of channel events of other nodes that never arrived.
     missed: int
-    #: Subscriptions that Redis refuses, with its reasons.
+    #: The subscriptions that Redis refuses, each with the reason.
     refused: Mapping[str, str]
-    #: Streams that are subscribed and that this process does not read: it has no receiver for
-    #: them. Their events wait for a process that has one.
+    #: Subscribed streams that this process does not read, because it has no receiver for them.
+    #: Their events wait for a process that has one.
     without_receiver: frozenset[str]
-    #: What somebody did to streams, so that this service does not get their events: by the name of
-    #: the stream, or of the pattern, a sentence that says what to do.
+    #: Faults that keep this service from the events of a stream, by name of the stream or
+    #: pattern. The text says how to correct the fault.
     alarms: Mapping[str, str]
-    #: Everything else that is counted: published, received, handled, failed, rejected, ...
+    #: All counters: ``published``, ``received``, ``handled``, ``failed``, ``rejected``, ...
     counts: Mapping[str, int]

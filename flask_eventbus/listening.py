@@ -1,4 +1,4 @@
-"""The inbound half of a node: what reads channels and streams, and the threads of receivers."""
+"""The receiving half of a node: the listener, the stream consumer and the worker threads."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from .streams.consumer import Consumer
 from .transport.connections import Connections
 from .transport.keys import ChannelKeys
 
-#: Seconds that the listener is waited for, whose last events the receivers have to finish.
+#: Seconds to wait for the listener to end, before its last events must be finished.
 LISTENER_END = 2.0
 
 
 def check_subscription(config: Config, subscription: Subscription) -> None:
-    """Refuse what the server of the settings cannot do.
+    """Check that the server of the settings can serve a subscription.
 
-    :raises ConfigError: the subscription insists on a stream in a cluster.
+    :raises ConfigError: the subscription needs a stream, and the server is a cluster.
     """
-    insists = subscription.via == "stream" or not subscription.group
+    needs_stream = subscription.via == "stream" or not subscription.group
 
-    if insists and config.url.startswith("redis+cluster://"):
+    if needs_stream and config.url.startswith("redis+cluster://"):
         raise ConfigError(
-            f"The subscription to {subscription.name!r} asks for its stream, and 'EVENTBUS_URL' is "
-            "a cluster, for which there are no streams yet. Hear it via 'channel' there, or use "
+            f"The subscription to {subscription.name!r} needs a stream, and 'EVENTBUS_URL' is a "
+            "cluster, for which there are no streams yet. Subscribe with 'via': 'channel', or use "
             "one Redis: 'redis://' or 'redis+sentinel://'."
         )
 
 
 class Listening:
-    """Hears what a service subscribed to, over channels and streams, as one.
+    """Receives the events that a service subscribed to, over channels and streams.
 
-    :param subscriptions: what the service hears; asked for whenever it may have changed.
-    :param issued: how many events this node has made.
-    :param siblings: nodes of this process whose local receivers ran at ``send()``.
+    :param subscriptions: returns the subscriptions of the service, which may change.
+    :param issued: returns the number of events that this node has created.
+    :param siblings: the names of nodes of this process, whose local receivers ran at ``send()``.
     :param app_exists: returns False once the app is gone; the thread then stops.
-    :param retries_of: how often a receiver asks to be tried again at events of a name.
+    :param retries_of: returns the retries that a receiver declared for a signal, or ``None``.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Listening:
         retries_of: Callable[[str, Receiver], int | None],
     ) -> None:
         self._subscriptions = subscriptions
-        self._channels = Part("stream")
-        self._streams = Part("channel")
+        self._channels = TransportFilter(excluded="stream")
+        self._streams = TransportFilter(excluded="channel")
         self._has_streams = not config.url.startswith("redis+cluster://")
         self.pool = WorkerThreads(
             config=config,
@@ -117,19 +117,19 @@ class Listening:
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the calling thread is one of these."""
+        """True if the calling thread is the listener's, the consumer's or a worker."""
         threads = (self.listener, self.consumer, self.pool)
         return any(found.is_own_thread for found in threads)
 
     @property
     def connected(self) -> bool:
-        """Whether everything subscribed is being heard."""
-        hears = not self._on_channels() or self.listener.connected
-        return hears and (not self._on_streams() or self.consumer.connected)
+        """True if Redis has confirmed every subscription on a live connection."""
+        channels_connected = not self._on_channels() or self.listener.connected
+        return channels_connected and (not self._on_streams() or self.consumer.connected)
 
     @property
     def refused(self) -> dict[str, str]:
-        """Subscriptions that Redis refuses, with its reasons."""
+        """The subscriptions that Redis refuses, each with the reason."""
         return {**self.consumer.refused, **self.listener.refused}
 
     @property
@@ -139,27 +139,27 @@ class Listening:
 
     @property
     def alarms(self) -> dict[str, str]:
-        """What somebody did to streams so that their events are not heard, by stream."""
+        """Faults that keep this service from a stream's events, each with its remedy, by stream."""
         return self.consumer.alarms
 
     @property
     def fatal(self) -> Exception | None:
-        """What this Redis will never do."""
+        """The error if this Redis cannot serve streams at all; ``None`` otherwise."""
         return self.consumer.fatal
 
     @property
     def lag(self) -> int:
-        """Events that were read and are not handled yet."""
+        """Number of events that were read and are not handled yet."""
         return len(self.pool)
 
     @property
     def last_heard(self) -> float | None:
-        """When bytes last came, by the monotonic clock."""
+        """Monotonic time at which Redis last sent bytes; ``None`` if it never did."""
         heard = (self.listener.last_heard, self.consumer.last_heard)
         return max((moment for moment in heard if moment is not None), default=None)
 
     def start(self) -> None:
-        """Start the threads that are needed by now."""
+        """Start the threads that the current subscriptions need."""
         self.pool.start()
 
         if self._on_channels():
@@ -170,7 +170,11 @@ class Listening:
             self.consumer.start()
 
     def ready(self, timeout: float | None) -> bool:
-        """Wait until everything subscribed is being heard; whether it was in time."""
+        """Wait until Redis has confirmed every subscription.
+
+        :param timeout: seconds to wait; ``None`` to wait forever.
+        :return: False if the time was over first.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
 
         if self._on_channels() and not self.listener.ready(timeout):
@@ -180,26 +184,35 @@ class Listening:
         return not self._on_streams() or self.consumer.ready(left)
 
     def stop_reading(self) -> None:
-        """Read nothing more; returns at once."""
+        """Stop reading, and return at once."""
         self.consumer.stop_reading()
         self.listener.stop()
 
     def finish(self, deadline: float) -> None:
-        """Let receivers finish what they began, until the deadline."""
+        """Let running receivers finish.
+
+        :param deadline: monotonic time.
+        """
         self.listener.end(min(deadline, time.monotonic() + LISTENER_END))
         self.pool.finish(deadline)
 
     def release(self, deadline: float) -> None:
-        """Begin to hand back what is left; :meth:`end` waits for it."""
+        """Start to release unhandled events for other workers; :meth:`end` waits for it.
+
+        :param deadline: monotonic time.
+        """
         self.pool.end(deadline)
         self.consumer.release(deadline)
 
     def end(self, deadline: float) -> None:
-        """Wait until what is left is handed back, or the deadline is over."""
+        """Wait until unhandled events are released.
+
+        :param deadline: monotonic time.
+        """
         self.consumer.end(deadline)
 
     def disown(self) -> None:
-        """In a forked child: end what came along of it."""
+        """Discard the threads and connections of the parent in a forked child."""
         self.listener.disown()
         self.consumer.disown()
         self.pool.disown()
@@ -211,21 +224,23 @@ class Listening:
         return self._streams(self._subscriptions()) if self._has_streams else {}
 
 
-class Part:
-    """Those of the subscriptions that are heard in one way; asked for with every event.
+class TransportFilter:
+    """Filters subscriptions by transport, and caches the result, since it is needed per event.
 
-    :param other: the way of those that are left out.
+    :param excluded: ``"channel"`` or ``"stream"``; subscriptions with this ``via`` are left out.
     """
 
-    def __init__(self, other: str) -> None:
-        self._other = other
+    def __init__(self, excluded: str) -> None:
+        self._excluded = excluded
         self._all: Mapping[str, Subscription] = {}
         self._found: Mapping[str, Subscription] = {}
 
     def __call__(self, subscriptions: Mapping[str, Subscription]) -> Mapping[str, Subscription]:
-        """What is left of all ``subscriptions``, which are another mapping when they change."""
+        """Return the matching subscriptions. A change is noticed by the identity of the mapping."""
         if subscriptions is not self._all:
-            found = {name: each for name, each in subscriptions.items() if each.via != self._other}
+            found = {
+                name: each for name, each in subscriptions.items() if each.via != self._excluded
+            }
             self._found = found
             self._all = subscriptions
 

@@ -1,4 +1,4 @@
-"""One process of a service: the bridge between its signals and Redis."""
+"""The node: one process of a service. It creates and connects all parts of the bus."""
 
 from __future__ import annotations
 
@@ -42,38 +42,43 @@ from .transport.keys import StreamKeys
 
 logger = get_logger(__name__)
 
-#: Seconds that the end of a process waits for Redis to take what is buffered.
+#: Seconds to wait for Redis to take the buffered events when a process ends.
 FLUSH_AT_EXIT = 5.0
 
-#: Seconds that a stop may take beyond the grace and the time to flush, whatever Redis does: to hand
-#: back what was read, then to end the writing thread, and what is left for lifecycle signals.
-REST = 3.0
+#: Longest time of a stop in seconds, beyond ``EVENTBUS_GRACE`` and the flush, even if Redis hangs.
+#: :data:`RELEASE` of it is for releasing unhandled events, :data:`WRITER_END` for the writer
+#: thread, and the rest for lifecycle signals.
+STOP_OVERHEAD = 3.0
 RELEASE = 2.0
 WRITER_END = 0.5
 
-#: Seconds, of :data:`REST`, to publish what other threads sent while the process ended.
-LATE = 0.2
+#: Seconds, part of :data:`STOP_OVERHEAD`, to publish events that other threads sent while the
+#: process ended.
+LATE_FLUSH = 0.2
 
-#: Seconds that the end of a process may take beyond ``EVENTBUS_GRACE``, with all buses of the
-#: process, whatever Redis does.
-LONGEST_STOP = FLUSH_AT_EXIT + REST
+#: Longest time in seconds, beyond ``EVENTBUS_GRACE``, that all buses of a process take to stop
+#: when it ends, even if Redis hangs.
+LONGEST_STOP = FLUSH_AT_EXIT + STOP_OVERHEAD
 
-#: What events are handled in without Flask: one serves all threads.
-_NOTHING = nullcontext()
+#: The context of receivers without Flask, shared by all threads.
+_NO_CONTEXT = nullcontext()
 
 
 class Node:
-    """Publishes and hears for one service in one process.
+    """Publishes and receives events for one service in one process.
 
-    Nothing connects and no thread starts before the first event or :meth:`start`. After a
-    fork the child's node has a new name, and threads and connections of its own.
+    It opens no connection and starts no thread before the first event or :meth:`start`. After a
+    fork, the node of the child gets a new name, new threads and new connections.
 
-    :param scope: what each event is handled in.
-    :param owns: whether an emission by this sender is one of this node's.
-    :param trace: the W3C trace context of whatever is going on.
-    :param app_exists: returns False once the app is gone; the thread then stops.
-    :param under_test: return True while the program is under test.
-    :param session: the database session where none is registered; ``None`` if there is none.
+    :param config: the settings.
+    :param declarations: the signals, routes, subscriptions and receivers declared in code.
+    :param scope: returns the context in which receivers run, for example an app context.
+    :param owns: returns True if emissions of this sender belong to this node.
+    :param trace: returns the current W3C trace context, or ``None``.
+    :param app_exists: returns False once the app is gone; the node then stops listening.
+    :param under_test: returns True while the program is under test.
+    :param session: returns the database session if none is registered; ``None`` if there is none.
+    :raises ConfigError: a route or a subscription is wrong, or the server cannot serve it.
     """
 
     def __init__(
@@ -81,7 +86,7 @@ class Node:
         config: Config,
         declarations: Registry,
         *,
-        scope: Callable[[], AbstractContextManager[object]] = lambda: _NOTHING,
+        scope: Callable[[], AbstractContextManager[object]] = lambda: _NO_CONTEXT,
         owns: Callable[[Any], bool] = lambda sender: True,
         trace: Callable[[], str | None] = lambda: None,
         app_exists: Callable[[], bool] = lambda: True,
@@ -95,9 +100,9 @@ class Node:
         self._trace = trace
         self._app_exists = app_exists
         self._under_test = under_test
-        #: True once it was logged that a test publishes nothing.
-        self._told_of_test = False
-        self._found_session = session
+        #: True once the warning was logged that a test publishes nothing.
+        self._test_is_logged = False
+        self._default_session = session
         self.codec: Codec = declarations.codec.limited(config.max_event_bytes)
         self._bridges = Bridges(
             declarations,
@@ -109,58 +114,59 @@ class Node:
         )
         self._configured = read_subscriptions(config.subscribe)
         self.listening = False
-        #: Held by who starts or stops the node; a signal handler may be the second.
-        self._turning = threading.RLock()
-        self._abandon: weakref.finalize[..., Node] | None = None
-        self._renew()
+        #: Held while the node starts or stops. Reentrant, since a signal handler may stop it.
+        self._start_stop_lock = threading.RLock()
+        self._finalizer: weakref.finalize[..., Node] | None = None
+        self._create_parts()
         self._subscriptions: Mapping[str, Subscription] = {}
-        self._take_up_declarations()
+        self._apply_declarations()
         nodes.add(self)
         catch_sigterm(stop_all)
 
-        for greet in list(born):
-            greet(self)
-
-    # -- what is carried ------------------------------------------------------------------
+        for callback in list(on_new_node):
+            callback(self)
 
     @property
     def routes(self) -> dict[str, Route]:
-        """What this service publishes; settings go before declarations in code."""
+        """The routes of this service by name; settings override declarations in code."""
         return self._bridges.routes
 
     def route_for(self, name: str) -> Route:
-        """The way that events called ``name`` travel."""
+        """Return the route of events called ``name``; a channel if none is declared."""
         return self._bridges.route_for(name) or Route(name=name)
 
     @property
     def name(self) -> str:
-        """The unique name of this node; a forked child's node has another."""
+        """The unique name of this node; a forked child gets a new one."""
         notice_fork()
         return self._name
 
     @property
     def session(self) -> Any:
-        """The database session whose commits events wait for, in any form; ``None`` for none."""
+        """The database session, as given to ``register_session()``; ``None`` if there is none."""
         registered = self.declarations.session
-        return self._found_session() if registered is None else registered
+        return self._default_session() if registered is None else registered
 
     @property
     def subscriptions(self) -> Mapping[str, Subscription]:
-        """What this service hears."""
+        """The subscriptions of this service by name."""
         return self._subscriptions
 
     def signal_created(self, signal: NamedSignal) -> None:
-        """Take up a new signal of the bus's own."""
+        """Connect a new signal of the bus, if a route selects it."""
         if self.config.enabled:
             self._bridges.connect_signal(signal)
 
     def route_declared(self, route: Route) -> None:
-        """Take up a route that was declared."""
+        """Connect the signals of a route that was declared."""
         if self.config.enabled:
             self._bridges.connect(route.name)
 
     def subscription_declared(self, subscription: Subscription) -> None:
-        """Take up a subscription that was declared."""
+        """Add a subscription that was declared.
+
+        :raises ConfigError: the server of the settings cannot serve it.
+        """
         notice_fork()
         merged = _merge(subscription, self._configured.get(subscription.name))
         check_subscription(self.config, merged)
@@ -169,7 +175,7 @@ class Node:
         if self.listening:
             self._listen()
 
-    def _take_up_declarations(self) -> None:
+    def _apply_declarations(self) -> None:
         with self.declarations.lock:
             self.declarations.watch(self)
             self._subscriptions = {**self._configured}
@@ -184,42 +190,45 @@ class Node:
                 self._bridges.connect_all()
 
     def receivers_of(self, event: Event) -> list[Receiver]:
-        """The receivers that ``event`` is for."""
+        """Return the receivers of ``event``."""
         return self.declarations.receivers_of(event.name, event.source)
-
-    # -- what a program does with it ------------------------------------------------------
 
     def publish(self, name: str, payload: Mapping[str, Any], *, confirm: bool = True) -> str:
         """Publish an event without a signal, and return its id.
 
-        It goes the way of the route for ``name``, over a channel if there is none.
+        It uses the route for ``name``, or a channel if there is none.
 
-        :raises PayloadError: a value cannot travel.
-        :raises PublishError: Redis did not take it in time, with ``EVENTBUS_ON_OUTAGE="raise"``.
+        :param confirm: True to wait until Redis has the event.
+        :raises PayloadError: a value cannot be encoded.
+        :raises PublishError: Redis did not take the event in time, and the route or
+            ``EVENTBUS_ON_OUTAGE="raise"`` asks for an error.
         """
         notice_fork()
         return self._publish(name, payload, self.route_for(name), confirm)
 
     def start(self) -> None:
-        """Listen from now on; returns at once, whether Redis is there or not."""
+        """Start listening, and return at once even if Redis is unreachable."""
         notice_fork()
         catch_sigterm(stop_all)
 
         if not self.config.enabled:
             return
 
-        # Others may have made signals in a namespace that was adopted.
+        # Other code may have created signals in an adopted namespace.
         self.declarations.find_new_signals()
 
-        with self._turning:
+        with self._start_stop_lock:
             self.listening = True
             self._listen()
 
     def ready(self, timeout: float | None = None) -> bool:
-        """Wait until Redis has confirmed every subscription; whether it was in time.
+        """Wait until Redis has confirmed every subscription.
 
-        Nothing is awaited where nothing can come: without a subscription it is ``True`` at
-        once, with ``EVENTBUS_ENABLED=False`` it is ``False``.
+        Return True at once without a subscription, and False at once with
+        ``EVENTBUS_ENABLED=False``.
+
+        :param timeout: seconds to wait; without it, wait forever.
+        :return: False if the time was over first.
         """
         notice_fork()
 
@@ -229,22 +238,27 @@ class Node:
         return self._inbound.ready(timeout)
 
     def ask(self) -> None:
-        """Find out whether Redis takes events, in the writing thread; :meth:`health` then tells."""
+        """Check in the writer thread if Redis takes events; :meth:`health` shows the result."""
         notice_fork()
         self._publisher.probe()
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until everything sent so far is with Redis; whether it was in time."""
+        """Wait until Redis has all events sent so far.
+
+        :param timeout: seconds to wait; ``EVENTBUS_GRACE`` by default.
+        :return: False if the time was over first.
+        """
         notice_fork()
         return self._publisher.flush(self.config.grace if timeout is None else timeout)
 
     def stop(self, *, flush: float = FLUSH_AT_EXIT) -> None:
-        """Stop listening, let receivers finish, publish what waits; then as if new.
+        """Stop listening, let receivers finish, and publish the buffered events.
 
-        It takes as long as ``EVENTBUS_GRACE``, the time to flush and :data:`REST` at most.
+        The node can be used and started again afterwards. This takes at most ``EVENTBUS_GRACE``,
+        plus ``flush``, plus :data:`STOP_OVERHEAD`.
 
-        :param flush: seconds to wait for Redis to take what is buffered.
-        :raises RuntimeError: one of the node's own threads calls it, a receiver for example.
+        :param flush: seconds to wait for Redis to take the buffered events.
+        :raises RuntimeError: a thread of the node calls it, for example a receiver.
         """
         notice_fork()
         self._refuse_own_threads()
@@ -255,33 +269,34 @@ class Node:
         self._inbound.stop_reading()
 
     def _take_publisher(self) -> Publisher:
-        """Return the publisher, and have another: what is sent from now on goes to that.
+        """Replace the publisher, and return the old one for closing.
 
-        So nothing is taken and then not written.
+        Events sent from now on go to the new publisher, so the old one gets none that it would not
+        write.
         """
         publisher = self._publisher
-        self._renew()
+        self._create_parts()
         return publisher
 
     @property
     def may_stop_here(self) -> bool:
-        """False in the threads of the node, for whose end a stop waits."""
+        """False in threads of the node: a stop waits for their end, so it would deadlock."""
         return not (self._inbound.is_own_thread or self._publisher.is_writing_thread)
 
     def _refuse_own_threads(self) -> None:
         if not self.may_stop_here:
             raise RuntimeError(
-                "stop() was called by a receiver, for whose end it would wait. Call it in another "
-                "thread, or end the process by a signal."
+                "stop() was called from a thread of the bus, for example by a receiver. It would "
+                "deadlock. Call it from another thread, or end the process by a signal."
             )
 
     @property
     def fatal(self) -> Exception | None:
-        """Why nothing will ever be heard of streams, however long Redis is waited for."""
+        """The error if this Redis cannot serve streams at all; ``None`` otherwise."""
         return self._inbound.fatal
 
     def health(self) -> Health:
-        """How this node does."""
+        """Return the state of this node."""
         notice_fork()
         heard = self._inbound.last_heard
         return Health(
@@ -300,29 +315,27 @@ class Node:
             counts=self.counters.all(),
         )
 
-    # -- one process's worth of it --------------------------------------------------------
-
-    def _renew(self) -> None:
-        """Make everything that belongs to one process and one start."""
-        self._starting = threading.RLock()
+    def _create_parts(self) -> None:
+        """Create all parts that belong to one process and one start."""
+        self._listen_lock = threading.RLock()
         self._name = secrets.token_hex(6)
         self.declarations.siblings.add(self, self._name)
         self.connections = Connections(
             self.config.url, name=f"eventbus:{self.config.service}:{self._name}"
         )
         self._publisher = self._make_publisher()
-        self._drafts = self._make_drafts()
+        self._after_commit = self._make_after_commit()
         self.dispatcher = self._make_dispatcher()
         self._inbound = self._make_inbound()
-        self._abandon_with_node()
+        self._orphan_publisher_with_node()
 
-    def _abandon_with_node(self) -> None:
-        """Let the writing thread neither keep this node alive nor outlive it for long."""
-        if self._abandon is not None:
-            self._abandon.detach()
+    def _orphan_publisher_with_node(self) -> None:
+        """Let the publisher write its buffer and end once this node is garbage collected."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
 
-        self._abandon = weakref.finalize(self, _let_go, self._publisher)
-        self._abandon.atexit = False
+        self._finalizer = weakref.finalize(self, _orphan, self._publisher)
+        self._finalizer.atexit = False
 
     def _make_publisher(self) -> Publisher:
         return Publisher(
@@ -340,13 +353,13 @@ class Node:
             resend=_resending(self),
         )
 
-    def _make_drafts(self) -> AfterCommit:
+    def _make_after_commit(self) -> AfterCommit:
         return AfterCommit(
             session=lambda: self.session,
             scope=self._scope,
             draft=lambda *emission: self._publisher.prepare_pending(*emission),
             seal=lambda *emission: self._publisher.encode(*emission),
-            publish=self._publish_drafts,
+            publish=self._publish_committed,
             counters=self.counters,
         )
 
@@ -363,9 +376,9 @@ class Node:
         )
 
     def _roll_back(self) -> None:
-        """Roll back what a receiver that failed left in the database session."""
-        # It is imported where a session is known whose commits events wait for; elsewhere the end
-        # of the app context is enough.
+        """Roll back the transaction that a failed receiver left in the database session."""
+        # The module is loaded only if events wait for commits. Otherwise the end of the app
+        # context rolls back.
         transactions = sys.modules.get(f"{__package__}.database.transactions")
 
         if transactions is None:
@@ -375,8 +388,8 @@ class Node:
             transactions.roll_back(self.session)
         except Exception:
             logger.exception(
-                "The transaction that a failed receiver of %r left could not be rolled back. Its "
-                "session may fail until the program closes it.",
+                "The transaction of a failed receiver of %r could not be rolled back. Its session "
+                "may fail until the program closes it.",
                 self.config.service,
             )
 
@@ -396,68 +409,68 @@ class Node:
             retries_of=self.declarations.retries_of,
         )
 
-    def renew_unused(self) -> None:
-        """Make anew what did nothing yet, with locks of the kind that threads have by now."""
+    def recreate_unused(self) -> None:
+        """Create all parts again if they are unused, with the locks of patched threads (gevent)."""
         if not self.listening and not self._publisher.issued:
-            self._turning = threading.RLock()
-            self._renew()
+            self._start_stop_lock = threading.RLock()
+            self._create_parts()
 
     def _after_fork(self) -> None:
-        """In the child: nothing of the parent's is used, and nothing is started."""
+        """Reset the node in a forked child: use nothing of the parent, start nothing."""
         self.listening = False
-        self._turning = threading.RLock()
+        self._start_stop_lock = threading.RLock()
         self.declarations.reset_lock()
         self._inbound.disown()
         self._publisher.disown()
         self.connections.disown()
         self.counters = Counters()
-        self._renew()
+        self._create_parts()
 
     def _listen(self) -> None:
         if not self._subscriptions:
             return
 
-        with self._starting:
+        with self._listen_lock:
             self._inbound.start()
-
-    # -- publishing -----------------------------------------------------------------------
 
     def _emit(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
         notice_fork()
 
         if route.outbox:
-            self._drafts.store(name, payload, route)
-        elif not route.after_commit or not self._drafts.take(name, payload, route):
+            self._after_commit.store(name, payload, route)
+        elif not route.after_commit or not self._after_commit.take(name, payload, route):
             self._publish(name, payload, route, route.confirm)
 
     async def _emit_async(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
         notice_fork()
 
-        # Database sessions belong to the thread of the loop.
+        # A database session belongs to the thread of the event loop.
         if route.outbox:
-            return self._drafts.store(name, payload, route)
+            return self._after_commit.store(name, payload, route)
 
-        if route.after_commit and self._drafts.take(name, payload, route):
+        if route.after_commit and self._after_commit.take(name, payload, route):
             return None
 
         publisher = self._publisher
 
-        if self._withholds() or not publisher.may_wait(route):
+        if self._must_not_publish() or not publisher.may_wait(route):
             self._publish(name, payload, route, route.confirm)
             return None
 
-        # What the payload is now, whatever other tasks do with it meanwhile.
-        outgoing = publisher.prepare(name, payload, route)
+        # Encode the payload now: other tasks may change it while this one waits.
+        message = publisher.prepare(name, payload, route)
         return await in_thread(
-            lambda: self.resend(outgoing),
+            lambda: self.resend(message),
             failed=lambda error: logger.error(
-                "A task that sent an event of %r was cancelled, and then: %s", name, error
+                "A task that sent an event of %r was cancelled, and publishing it failed later: %s",
+                name,
+                error,
             ),
         )
 
     def _publish(self, name: str, payload: Mapping[str, Any], route: Route, confirm: bool) -> str:
-        if self._withholds():
-            # What cannot travel is an error all the same.
+        if self._must_not_publish():
+            # Encode it, so that a payload that cannot be encoded still raises.
             return self._publisher.encode(name, payload, route).id
 
         while True:
@@ -466,13 +479,13 @@ class Node:
             except ClosedError:
                 logger.debug("%r was sent during a stop; the next publisher takes it.", name)
 
-    def _withholds(self) -> bool:
-        """Return True in a test that did not ask for events to leave; log that once."""
+    def _must_not_publish(self) -> bool:
+        """Return True in a test that must not publish; log a warning the first time."""
         if self.config.publish_in_tests or self.connections.in_memory or not self._under_test():
             return False
 
-        if not self._told_of_test:
-            self._told_of_test = True
+        if not self._test_is_logged:
+            self._test_is_logged = True
             logger.warning(
                 "The app of %r is under test (TESTING): its events are not published to %s. Use "
                 "the fixture 'eventbus', or set 'EVENTBUS_PUBLISH_IN_TESTS' to True.",
@@ -482,58 +495,58 @@ class Node:
 
         return True
 
-    def resend(self, outgoing: Message) -> None:
-        """Publish an event again that was not confirmed, with the same id and the same bytes.
+    def resend(self, message: Message) -> None:
+        """Publish an unconfirmed event again, with the same id and bytes.
 
-        :raises PublishError: it was not confirmed this time either.
+        :raises PublishError: Redis did not confirm it this time either.
         """
         notice_fork()
 
         while True:
             try:
-                return self._publisher.resend(outgoing)
+                return self._publisher.resend(message)
             except ClosedError:
-                logger.debug("%r is sent again during a stop.", outgoing.route_state.name)
+                logger.debug("%r is sent again during a stop.", message.route_state.name)
 
-    def _publish_drafts(self, drafts: Sequence[Message]) -> list[Message]:
-        """Publish what waited for a commit, and return what Redis did not confirm in time."""
+    def _publish_committed(self, messages: Sequence[Message]) -> list[Message]:
+        """Publish events after a commit, and return those that Redis did not confirm in time."""
         notice_fork()
         deadline = time.monotonic() + self.config.timeout
 
-        if self._withholds():
+        if self._must_not_publish():
             return []
 
-        # One that is interrupted, by a time limit for example, keeps no other from the buffer.
+        # If one is interrupted, for example by a time limit, the others still reach the buffer.
         with ExitStack() as stack:
-            for draft in reversed(drafts):
-                stack.callback(self._publish_draft, draft, deadline)
+            for message in reversed(messages):
+                stack.callback(self._publish_pending, message, deadline)
 
-        return self._publisher.wait_for_confirmations(drafts, deadline)
+        return self._publisher.wait_for_confirmations(messages, deadline)
 
-    def _publish_draft(self, draft: Message, deadline: float) -> None:
+    def _publish_pending(self, message: Message, deadline: float) -> None:
         while True:
             try:
-                return self._publisher.publish_pending(draft, deadline)
+                return self._publisher.publish_pending(message, deadline)
             except ClosedError:
                 logger.debug(
-                    "%r left during a stop; the next publisher takes it.", draft.route_state.name
+                    "%r left during a stop; the next publisher takes it.", message.route_state.name
                 )
             except PublishError as error:
-                # There is no room for it, and there may be for the next.
-                return draft.finish(error)
+                # The buffer has no room for this event, but may have room for the next.
+                return message.finish(error)
 
 
 def _resending(node: Node) -> Callable[[Message], None]:
-    """A function that sends an event again, and does not keep ``node`` alive."""
+    """Return a function that publishes an event again, and holds ``node`` weakly."""
     reference = weakref.ref(node)
 
-    def resend(outgoing: Message) -> None:
+    def resend(message: Message) -> None:
         found = reference()
 
         if found is None:
-            raise RuntimeError(f"The bus that sent the event {outgoing.id} is gone.")
+            raise RuntimeError(f"The bus that sent the event {message.id} no longer exists.")
 
-        found.resend(outgoing)
+        found.resend(message)
 
     return resend
 
@@ -560,70 +573,71 @@ nodes: weakref.WeakSet[Node] = weakref.WeakSet()
 
 
 def _only_service() -> str | None:
-    """The service of this process; ``None`` where there are several."""
+    """Return the service of this process; ``None`` if there are several."""
     services = {node.config.service for node in list(nodes)}
     return services.pop() if len(services) == 1 else None
 
 
 logs.find_service = _only_service
 
-#: Called with each new node, for the testing kit.
-born: list[Callable[[Node], None]] = []
+#: Functions called with each new node; used by the testing kit.
+on_new_node: list[Callable[[Node], None]] = []
 
 
-#: Publishers whose nodes are gone, and that still have something to write.
-_left: set[Publisher] = set()
+#: Publishers of garbage collected nodes that still have buffered events.
+_orphaned: set[Publisher] = set()
 
 
-def _let_go(publisher: Publisher) -> None:
-    """When a node is gone: let its publisher write what waits."""
+def _orphan(publisher: Publisher) -> None:
+    """Let the publisher of a garbage collected node write its buffered events."""
     publisher.leave()
-    _left.difference_update([other for other in list(_left) if not other.buffered])
+    _orphaned.difference_update([other for other in list(_orphaned) if not other.buffered])
 
     if publisher.buffered:
-        _left.add(publisher)
+        _orphaned.add(publisher)
 
 
 @atexit.register
 def stop_all() -> None:
-    """Stop every node of this process; all of them share the time to publish what waits."""
+    """Stop all nodes of this process; they share the time to publish buffered events."""
     notice_fork()
 
     try:
         _stop_together(
-            [node for node in list(nodes) if node.may_stop_here], FLUSH_AT_EXIT, list(_left)
+            [node for node in list(nodes) if node.may_stop_here], FLUSH_AT_EXIT, list(_orphaned)
         )
     except Exception:
-        logger.exception("A bus of this process was not stopped.")
+        logger.exception("Stopping the buses of this process failed. Buffered events may be lost.")
 
-    # From now on threads that still run write what they send themselves.
+    # From now on, threads that still run write their events themselves.
     process_ends.set()
-    flush_by = time.monotonic() + LATE
+    flush_by = time.monotonic() + LATE_FLUSH
 
     for node in list(nodes):
         if node.may_stop_here and node._publisher.buffered:
-            node._take_publisher().close(flush_by, flush_by + LATE)
+            node._take_publisher().close(flush_by, flush_by + LATE_FLUSH)
 
 
 def _stop_together(
     stopping: Sequence[Node], flush: float, others: Sequence[Publisher] = ()
 ) -> None:
-    """Stop nodes at the same time: each step has one deadline for all of them.
+    """Stop nodes together: each step has one deadline for all of them.
 
-    :param others: publishers without a node, which have the same time to flush.
+    :param flush: seconds to wait for Redis to take the buffered events.
+    :param others: publishers without a node, which have the same deadline to flush.
     """
-    begin = time.monotonic()
+    started = time.monotonic()
     grace = max((node.config.grace for node in stopping), default=0.0)
 
-    with ExitStack() as turning:
+    with ExitStack() as locks:
         for node in stopping:
-            turning.enter_context(node._turning)
+            locks.enter_context(node._start_stop_lock)
 
         for node in stopping:
             node._stop_listening()
 
         for node in stopping:
-            node._inbound.finish(begin + node.config.grace)
+            node._inbound.finish(started + node.config.grace)
 
         release_by = time.monotonic() + RELEASE
 
@@ -638,16 +652,16 @@ def _stop_together(
         for publisher in [*(node._take_publisher() for node in stopping), *others]:
             publisher.close(flush_by, flush_by + WRITER_END)
 
-    wait_until_sent(begin + grace + flush + REST - 2 * LATE - time.monotonic())
+    wait_until_sent(started + grace + flush + STOP_OVERHEAD - 2 * LATE_FLUSH - time.monotonic())
 
 
 @after_fork
-def _renew_all() -> None:
+def _reset_nodes_after_fork() -> None:
     process_ends.clear()
-    _left.clear()
+    _orphaned.clear()
 
     for node in list(nodes):
-        # The parent's names are those of another process now: its events are to be heard.
+        # The parent is another process now, so its events must be received.
         node.declarations.siblings.clear()
 
     for node in list(nodes):
@@ -657,12 +671,12 @@ def _renew_all() -> None:
 
 
 def _stop_with_pools() -> None:
-    """In a child of multiprocessing, billiard or Celery, which may end without atexit."""
+    """Stop the nodes in pool workers, which end without running atexit functions."""
     for name in ("multiprocessing.util", "billiard.util"):
         if util := sys.modules.get(name):
             util.register_after_fork(nodes, _finalizer(util))
 
-    # A pool's child ends by os._exit(); Celery announces that.
+    # Celery sends a signal before a pool worker ends with os._exit().
     if celery := sys.modules.get("celery.signals"):
         celery.worker_process_shutdown.connect(
             _stop_with_celery, weak=False, dispatch_uid="flask_eventbus"

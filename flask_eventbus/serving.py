@@ -127,7 +127,7 @@ class _WorkerBegins:
         self._before(worker)
 
         for node in list(nodes):
-            node.renew_unused()
+            node.recreate_unused()
 
         _begin_all()
 

@@ -334,7 +334,7 @@ def test_a_stream_in_a_cluster_is_refused(declared: bool) -> None:
 @pytest.mark.parametrize("option", [{"via": "stream"}, {"group": None}], ids=["via", "group"])
 def test_a_subscription_to_a_stream_in_a_cluster_is_refused(declared: bool, option: Any) -> None:
     subscribe: Subscribe = {} if declared else {"a": option}
-    message = "The subscription to 'a' asks for its stream, and 'EVENTBUS_URL' is a cluster"
+    message = "The subscription to 'a' needs a stream, and 'EVENTBUS_URL' is a cluster"
 
     with pytest.raises(ConfigError, match=message):
         Bus("redis+cluster://localhost", service="x", subscribe=subscribe).on("a", **option)(print)

@@ -71,7 +71,7 @@ SENTENCES = [
     ("serving", r"publishes what waits, for (\S+) seconds at most", node.FLUSH_AT_EXIT),
     ("deploying", r"(\S+) s for what is still to be published", node.FLUSH_AT_EXIT),
     ("deploying", r"for receivers that run and (\S+) s more, at most", node.LONGEST_STOP),
-    ("deploying", r"and (\S+) s to hand back what was read", node.REST),
+    ("deploying", r"and (\S+) s to hand back what was read", node.STOP_OVERHEAD),
     ("deploying", r"while receivers are slow \| (\S+) \|", workers.MOST_EVENTS),
     ("deploying", r"while receivers are slow \| \S+ \| (\S+) MiB", workers.MOST_BYTES / MIB),
     ("deploying", r"while Redis is away \| \S+, \S+ \| (\S+) MiB", buffer.MOST_BYTES / MIB),

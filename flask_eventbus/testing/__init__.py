@@ -40,7 +40,7 @@ from ..codec.codec import Codec
 from ..coroutines import kept_loop
 from ..errors import ConfigError, DecodeError
 from ..event import Event
-from ..node import Node, born, nodes
+from ..node import Node, nodes, on_new_node
 from ..receivers.retries import Failure
 from ..transport import connections
 from ..typing import Via
@@ -117,12 +117,12 @@ def isolated() -> Iterator[Isolation]:
 
     with diverted(url), kept_loop():
         isolation = Isolation(url)
-        born.append(isolation.meet)
+        on_new_node.append(isolation.meet)
 
         try:
             yield isolation
         finally:
-            born.remove(isolation.meet)
+            on_new_node.remove(isolation.meet)
             isolation.close()
 
 

@@ -260,7 +260,7 @@ def test_stop_in_the_writing_thread_is_refused_and_changes_nothing(
     wait_until(lambda: refused, what="it is refused")
     logger.removeHandler(handler)
 
-    assert refused[0].startswith("stop() was called by a receiver")
+    assert refused[0].startswith("stop() was called from a thread of the bus")
     redis_server.start()
     assert bus.ready(10)
     assert bus.health().listening

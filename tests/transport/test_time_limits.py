@@ -244,7 +244,7 @@ def test_a_commit_is_held_once_for_all_of_its_events_where_there_is_no_room(
     slow.pause = PAUSE
 
     with ends_within(2 * PAUSE):
-        node._publish_drafts(drafts)
+        node._publish_committed(drafts)
 
 
 def test_a_commit_that_waits_for_confirmations_ends_as_soon_as_redis_refuses(
@@ -258,7 +258,7 @@ def test_a_commit_that_waits_for_confirmations_ends_as_soon_as_redis_refuses(
     redis_server.kill()
 
     with ends_within(10):
-        assert node._publish_drafts(drafts) == drafts
+        assert node._publish_committed(drafts) == drafts
 
 
 def test_the_command_that_publishes_waits_three_seconds_for_all_answers(
