@@ -1,7 +1,12 @@
-"""From ``send()`` to Redis.
+"""Publish events: the path from ``send()`` to Redis.
 
-``publisher`` makes an event of an emission and its ``message``; ``buffer`` holds messages that
-wait. ``writer``, or the sender itself as ``leader``, takes a batch from the buffer and gives it
-to ``connection``, which writes it and judges the answers. ``outage`` decides what happens while
-Redis is away.
+An event passes through the files in this order:
+
+1. ``publisher`` packs the payload and creates a ``message`` with its destination, a channel or a
+   stream.
+2. ``buffer`` holds the message until it is written, and drops old channel events if it is full.
+3. ``writer`` takes a batch from the buffer. Its thread writes the batch, or a sender that waits
+   for a confirmation does.
+4. ``connection`` sends the batch to Redis and reads the replies.
+5. ``outage`` counts and logs the results, and tracks whether Redis is unavailable.
 """

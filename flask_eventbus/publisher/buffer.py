@@ -1,4 +1,4 @@
-"""The events of a node that wait to be written, bounded in number and in bytes."""
+"""Hold the events of a node in memory until they are written to Redis."""
 
 from __future__ import annotations
 
@@ -15,38 +15,41 @@ from .outage import Outage
 logger = get_logger(__name__)
 
 
-#: Bytes that wait in memory at most, whatever ``EVENTBUS_BUFFER_SIZE`` counts.
+#: Size limit of the buffer in bytes. ``EVENTBUS_BUFFER_SIZE`` limits the number of events.
 MOST_BYTES = 64 * 1024 * 1024
 
 
 class Buffer:
-    """The events of a node that wait to be written, in the order in which they were sent.
+    """Holds the events of a node until they are written, in the order in which they were sent.
 
-    Events for channels and events for streams have a line each, so that the oldest channel
-    event is found at once, however many stream events wait before it. Both lines are bounded
-    together; while stream events are held, channel events have the bound for themselves.
+    Channel events and stream events have a queue each, so that the oldest channel event is found
+    fast. The limits apply to both queues together. While streams are paused, the limits apply to
+    channel events alone.
 
-    A signal handler, or a finalizer, may send in the very thread that is in here and holds
-    the lock: so it is reentrant, each statement leaves things whole, and an event is counted
-    among those of its lane only when it leaves its line.
+    A signal handler or a finalizer may send an event while its own thread holds the lock. The lock
+    is therefore reentrant, and each statement leaves the buffer in a valid state. An event gets its
+    ``seq`` only when it leaves its queue.
+
+    :param most_events: largest number of events.
+    :param most_bytes: largest size of all events, in bytes.
     """
 
     def __init__(self, *, most_events: int, most_bytes: int = MOST_BYTES) -> None:
         self._most_events = most_events
         self._most_bytes = most_bytes
-        #: Guards the lines.
+        #: Guards the queues, and the state of the writer.
         self.lock = threading.RLock()
-        #: The same lock, where something is awaited: notified when there is room again.
+        #: Condition on :attr:`lock`; notified when events have left, and by the writer.
         self.changed = threading.Condition(self.lock)
         self._channels = MessageQueue()
         self._streams = MessageQueue()
-        #: True while Redis takes no stream events: channel events do not wait for them.
+        #: True while Redis accepts no writes; only channel events are then taken.
         self.streams_paused = False
-        #: What is being written.
+        #: The batch that is being written.
         self._in_flight: Sequence[Message] = ()
-        #: Threads that wait for something of it to leave.
+        #: Number of threads that wait for events to leave.
         self._waiting = 0
-        #: How often something has left: who waits in vain can tell a slow Redis from none.
+        #: Number of batches that have left. If it grows during a wait, Redis is slow but present.
         self.departures = 0
 
     def __len__(self) -> int:
@@ -58,36 +61,36 @@ class Buffer:
 
     @property
     def bytes(self) -> int:
-        """The bytes of those that are not being written."""
+        """Size in bytes of the events that are not in flight."""
         return self._channels.bytes + self._streams.bytes
 
     @property
     def is_waiting(self) -> bool:
-        """Return True if there is something to write now that is not being written."""
+        """Return True if an event can be written now and is not in flight."""
         return bool(self._channels.events or (self._streams.events and not self.streams_paused))
 
     @property
     def is_empty(self) -> bool:
-        """Return True if nothing waits, not even what is held."""
+        """Return True if both queues are empty, paused streams included."""
         return not (self._channels.events or self._streams.events)
 
     @property
     def in_flight(self) -> Sequence[Message]:
-        """What is being written."""
+        """The batch that is being written."""
         return self._in_flight
 
     @property
     def has_channel_events(self) -> bool:
-        """Whether something waits for those who listen now."""
+        """Return True if a channel event is queued."""
         return bool(self._channels.events)
 
     @property
     def has_stream_events(self) -> bool:
-        """Whether something waits for a stream."""
+        """Return True if a stream event is queued."""
         return bool(self._streams.events)
 
     def next_sender(self) -> Message | None:
-        """The first event whose sender would write what may be written now."""
+        """Return the first event whose blocked sender may be woken to write the next batch."""
         waiting = self._channels.events if self.streams_paused else self
         return next((message for message in waiting if message.may_write), None)
 
@@ -96,7 +99,7 @@ class Buffer:
         return len(self) + 1 >= self._most_events or self.bytes + size > self._most_bytes
 
     def has_room(self, message: Message) -> bool:
-        """Return True if an event fits; one that is larger than all has the buffer alone."""
+        """Return True if an event fits; an event of any size fits into an empty buffer."""
         if self.streams_paused and not message.route_state.is_stream:
             return self._channels.has_room(message.size, self._most_events, self._most_bytes)
 
@@ -104,11 +107,11 @@ class Buffer:
         return fits or self.is_empty
 
     def put(self, message: Message) -> None:
-        """Add an event at the end, whether there is room or not."""
+        """Append an event without checking the limits."""
         self._queue_of(message).append(message)
 
     def can_make_room(self, message: Message) -> bool:
-        """Return True if an event fits once everything is dropped that may be."""
+        """Return True if an event fits after all channel events have been dropped."""
         if self.streams_paused and not message.route_state.is_stream:
             return True
 
@@ -118,12 +121,12 @@ class Buffer:
         return fits or not kept.events
 
     def drop_oldest(self) -> Message | None:
-        """Give up the oldest channel event that is not being written.
+        """Remove and return the oldest queued channel event; ``None`` if there is none.
 
-        Its number is missed by others. What goes into a stream is never given up.
+        The event gets a ``seq``, so that listeners detect the gap.
         """
         while oldest := self._channels.first():
-            # Unless whoever interrupts this dropped it.
+            # False if a signal handler has dropped it in the meantime.
             if self._channels.remove(oldest):
                 oldest.assign_seq()
                 return oldest
@@ -131,16 +134,20 @@ class Buffer:
         return None
 
     def take(self, *, most_events: int, most_bytes: int) -> Sequence[Message]:
-        """Take the next events in hand, until :meth:`settle` or :meth:`put_back`."""
+        """Move the next events from their queues to :attr:`in_flight`, and return them.
+
+        They stay in flight until :meth:`finish` or :meth:`put_back`.
+        """
         batch: list[Message] = []
         size = 0
-        # Now, and each before it leaves its line: who is interrupted here loses none.
+        # Each event joins the batch before it leaves its queue, so that none is lost if a signal
+        # handler raises here.
         self._in_flight = batch
 
         while len(batch) < most_events and size < most_bytes and (head := self._head()):
             batch.append(head)
 
-            # Whoever interrupts this may have dropped it.
+            # A signal handler may have dropped it in the meantime.
             if not self._queue_of(head).remove(head) or head.withdrawn:
                 batch.pop()
             else:
@@ -150,10 +157,7 @@ class Buffer:
         return batch
 
     def mark_sent(self) -> Sequence[Message]:
-        """Note that what is in hand is being sent, and return it.
-
-        What its sender withdrew meanwhile is not sent.
-        """
+        """Mark the batch in flight as sent, and return it without withdrawn events."""
         with self.lock:
             if any(message.withdrawn for message in self._in_flight):
                 self._in_flight = [message for message in self._in_flight if not message.withdrawn]
@@ -164,7 +168,7 @@ class Buffer:
             return self._in_flight
 
     def take_stream_event(self) -> Sequence[Message]:
-        """Take the first stream event in hand, though such events are held."""
+        """Move the first stream event to :attr:`in_flight`, although streams are paused."""
         batch: list[Message] = []
         self._in_flight = batch
 
@@ -177,7 +181,10 @@ class Buffer:
         return batch
 
     def put_back(self, left: Sequence[Message] | None = None) -> None:
-        """Put what is in hand, or what is left of it, back to the heads of the lines."""
+        """End the batch in flight; put it back at the front of the queues.
+
+        :param left: the events to put back, if not all of the batch.
+        """
         with self.changed:
             for message in reversed(self._in_flight if left is None else left):
                 self._queue_of(message).push(message)
@@ -185,9 +192,9 @@ class Buffer:
             self._in_flight = ()
 
     def finish(self, held: Sequence[Message] = ()) -> None:
-        """Let go of what is in hand.
+        """End the batch in flight.
 
-        :param held: what Redis does not take now: it goes back to the heads of the lines.
+        :param held: events that Redis did not accept; they return to the front of the queues.
         """
         with self.lock:
             if held:
@@ -200,7 +207,7 @@ class Buffer:
                 self.changed.notify_all()
 
     def clear(self) -> list[Message]:
-        """Give up everything, and return it."""
+        """Remove and return all events, the batch in flight included."""
         with self.changed:
             left = list(self)
             self._channels = MessageQueue()
@@ -214,14 +221,14 @@ class Buffer:
         return self._wait_for(lambda: self.has_room(message), timeout)
 
     def wait_until_left(self, number: int, timeout: float) -> bool:
-        """Whether all events up to ``number`` have left within ``timeout`` seconds."""
+        """Return True if all events up to ``number`` have left within ``timeout`` seconds."""
         with self.changed:
             return self._wait_for(lambda: self._oldest > number, timeout)
 
     @property
     def _oldest(self) -> float:
-        lines = (self._in_flight, self._channels.events, self._streams.events)
-        return min((line[0].number for line in lines if line), default=float("inf"))
+        queues = (self._in_flight, self._channels.events, self._streams.events)
+        return min((queue[0].number for queue in queues if queue), default=float("inf"))
 
     def _wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
         self._waiting += 1
@@ -235,7 +242,7 @@ class Buffer:
         return self._streams if message.route_state.is_stream else self._channels
 
     def _head(self) -> Message | None:
-        """The next event to write: the older one of the first of both lines."""
+        """Return the oldest event that can be written now."""
         channel = self._channels.first()
 
         if self.streams_paused:
@@ -250,7 +257,7 @@ class Buffer:
 
 
 class MessageQueue:
-    """Events of one kind in the order in which they were sent, and the bytes of them all."""
+    """A queue of channel events or of stream events, and their size in bytes."""
 
     __slots__ = ("bytes", "events")
 
@@ -259,29 +266,29 @@ class MessageQueue:
         self.bytes = 0
 
     def first(self) -> Message | None:
-        """The oldest one."""
+        """Return the oldest event; ``None`` if the queue is empty."""
         try:
             return self.events[0]
         except IndexError:
             return None
 
     def has_room(self, size: int, most_events: int, most_bytes: int) -> bool:
-        """Return True if an event of ``size`` bytes fits, or the line is empty."""
+        """Return True if an event of ``size`` bytes fits, or the queue is empty."""
         fits = len(self.events) < most_events and self.bytes + size <= most_bytes
         return fits or not self.events
 
     def append(self, message: Message) -> None:
-        """Add one at the end."""
+        """Append an event."""
         self.events.append(message)
         self.bytes += message.size
 
     def push(self, message: Message) -> None:
-        """Put one back to the head."""
+        """Put an event back at the front."""
         self.events.appendleft(message)
         self.bytes += message.size
 
     def remove(self, message: Message) -> bool:
-        """Take the oldest one out; return False if it is not in the line any more."""
+        """Remove an event; return False if it is no longer in the queue."""
         try:
             self.events.remove(message)
         except ValueError:
@@ -296,7 +303,7 @@ def _number(message: Message) -> int:
 
 
 class Overflow:
-    """Drops the oldest channel events for new ones; what is for a stream is never dropped."""
+    """Drops the oldest channel events if the buffer is full; never drops stream events."""
 
     def __init__(self, *, buffer: Buffer, outage: Outage, counters: Counters, service: str) -> None:
         self._buffer = buffer
@@ -305,11 +312,11 @@ class Overflow:
         self._service = service
 
     def drop_for(self, message: Message) -> int:
-        """Make room for an event, and return how many were dropped for it.
+        """Make room for an event, and return the number of dropped events.
 
-        A channel event that finds only stream events waiting is dropped itself.
+        If only stream events are queued, a channel event is itself dropped.
 
-        :raises PublishError: the event is for a stream, and only such events wait.
+        :raises PublishError: the event is a stream event, and only stream events are queued.
         """
         if self._buffer.can_make_room(message):
             return self._drop_until_there_is_room(message)
@@ -321,15 +328,15 @@ class Overflow:
         message.finish(PublishError("The buffer was full.", event_id=message.id))
         return 1
 
-    def tell(self, count: int) -> None:
-        """Count, log and signal that events were dropped."""
+    def report(self, count: int) -> None:
+        """Count, log and signal that ``count`` events were dropped."""
         self._counters.add("dropped", count)
 
         if not self._outage.overflowed:
             self._outage.overflowed = True
             logger.error(
-                "The buffer is full with %d events of %d bytes: from now on the oldest are dropped "
-                "until Redis takes events again. health() counts them.",
+                "The buffer is full with %d events of %d bytes. The oldest channel events are "
+                "dropped until Redis accepts events again; health() counts them.",
                 len(self._buffer),
                 self._buffer.bytes,
             )
@@ -348,8 +355,8 @@ class Overflow:
     def _refusal(self, message: Message) -> PublishError:
         reason = self._outage.error or "Redis does not answer"
         return PublishError(
-            f"The event {message.id} of {message.route_state.name!r} was not taken: {reason}, and "
-            f"the buffer is full with {len(self._buffer)} events for streams, which are never "
+            f"The event {message.id} of {message.route_state.name!r} was not accepted: {reason}, "
+            f"and the buffer is full with {len(self._buffer)} stream events, which are never "
             "dropped. Send it again when Redis is back, or raise 'EVENTBUS_BUFFER_SIZE'.",
             event_id=message.id,
         )

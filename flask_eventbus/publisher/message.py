@@ -1,4 +1,4 @@
-"""An event on its way out, and what is the same for all of its name."""
+"""An event that waits to be written, its destination, and the state of its route."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from ..transport.keys import ChannelKeys, StreamKeys
 
 
 class TooFewReplicasError(Exception):
-    """Redis has an event, and not enough of its replicas do."""
+    """Redis stored the event, but too few replicas have confirmed it."""
 
 
 class NoWritesError(Exception):
-    """Redis is there, and takes no writes now: it is full, lacks replicas, or cannot save."""
+    """Redis answers but accepts no writes: it is full, lacks replicas, or cannot save."""
 
 
 class Destination(Protocol):
-    """Makes commands of events, for a connection to send as they are."""
+    """The channel or stream that an event is published to; builds the Redis command for it."""
 
-    #: The signal's name.
+    #: Name of the signal.
     name: str
-    #: The Redis key: a channel or a stream.
+    #: Redis key of the channel or the stream.
     key: str
-    #: Whether Redis keeps the events: nothing of it is dropped unseen.
+    #: True for a stream, False for a channel.
     is_stream: bool
-    #: How many replicas are to have an event before it counts as confirmed.
+    #: Number of replicas that must have an event before it counts as confirmed.
     replicas: int
-    #: True if the stream keeps events by their age.
+    #: True if the stream is trimmed by the age of its entries.
     by_age: bool
 
     def command(self, body: bytes) -> bytes:
-        """The command that publishes an event's bytes, as Redis reads it."""
+        """Return the command that publishes an encoded event, as bytes of the Redis protocol."""
 
 
 class ChannelDestination:
-    """Over a channel: whoever listens now hears it."""
+    """A channel: Redis delivers the event to the current listeners and does not store it."""
 
     is_stream = False
     by_age = False
@@ -54,14 +54,15 @@ class ChannelDestination:
         self._head = head(3, "PUBLISH", key)
 
     def command(self, body: bytes) -> bytes:
-        """``PUBLISH key body``."""
+        """Return ``PUBLISH key body``."""
         return b"%b$%d\r\n%b\r\n" % (self._head, len(body), body)
 
 
 class StreamDestination:
-    """Into a stream: kept for those who read it later.
+    """A stream that is trimmed by its length.
 
-    :param maxlen: about how many entries the stream keeps.
+    :param maxlen: approximate number of entries that the stream keeps.
+    :param replicas: number of replicas that must confirm an event.
     """
 
     is_stream = True
@@ -74,16 +75,17 @@ class StreamDestination:
         self._head = head(8, "XADD", key, "MAXLEN", "~", str(maxlen)) + _FIELD
 
     def command(self, body: bytes) -> bytes:
-        """``XADD key MAXLEN ~ n * event body``."""
+        """Return ``XADD key MAXLEN ~ n * event body``."""
         return b"%b$%d\r\n%b\r\n" % (self._head, len(body), body)
 
 
 class AgingStreamDestination:
-    """Into a stream that keeps what is younger than an age, by Redis's clock.
+    """A stream that is trimmed by the age of its entries, measured with the clock of Redis.
 
-    The clock of this machine may be wrong, and would remove what others have yet to read.
+    The clock of this machine may be wrong, and could trim entries that are not read yet.
 
-    :param age: seconds.
+    :param age: seconds for which the stream keeps an entry.
+    :param replicas: number of replicas that must confirm an event.
     """
 
     is_stream = True
@@ -94,25 +96,25 @@ class AgingStreamDestination:
         self.key = key
         self.replicas = replicas
         self._age_ms = age * 1_000
-        #: The time of Redis, in milliseconds since 1970, or of the last id that it gave;
-        #: ``None`` until something is known, and nothing is trimmed.
+        #: Time of Redis in milliseconds since 1970, from ``TIME`` or the newest entry id; ``None``
+        #: while unknown, and then nothing is trimmed.
         self.newest: int | None = None
         self._head = head(8, "XADD", key, "MINID", "~")
 
     def command(self, body: bytes) -> bytes:
-        """``XADD key MINID ~ ms * event body``."""
+        """Return ``XADD key MINID ~ ms * event body``."""
         oldest = b"%d" % max(0, (self.newest or 0) - self._age_ms)
         start = b"%b$%d\r\n%b\r\n" % (self._head, len(oldest), oldest)
         return b"%b%b$%d\r\n%b\r\n" % (start, _FIELD, len(body), body)
 
 
 def head(count: int, *words: str) -> bytes:
-    """The first words of a command of ``count`` words."""
+    """Return the start of a command that has ``count`` arguments in total."""
     return b"*%d\r\n" % count + b"".join(map(_word, words))
 
 
 def whole(*words: str) -> bytes:
-    """A command."""
+    """Return a complete command, as bytes of the Redis protocol."""
     return head(len(words), *words)
 
 
@@ -121,12 +123,12 @@ def _word(word: str) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(raw), raw)
 
 
-#: The id is Redis's to give, and what follows is the value of the only field.
+#: ``*`` lets Redis choose the entry id. ``event`` is the entry's only field; its value follows.
 _FIELD = _word("*") + _word("event")
 
 
 class RouteState:
-    """The events of one name from one node: what is the same for each, and their count."""
+    """Data shared by all events of one signal and route from one node, and their counter."""
 
     __slots__ = ("destination", "envelope", "is_stream", "name", "numbers", "route")
 
@@ -136,12 +138,17 @@ class RouteState:
         self.destination = destination
         self.envelope = envelope
         self.is_stream = destination.is_stream
-        #: The running numbers, from 1; an entry of a stream has none, since Redis numbers it.
+        #: Values of ``seq``, from 1; used for channel events only.
         self.numbers = itertools.count(1)
 
 
 class Message:
-    """An event that waits to be written; its envelope is made by the thread that writes it."""
+    """An event that waits to be written; the thread that writes it also encodes it.
+
+    :param data: the packed payload.
+    :param attributes: attributes of the event, such as ``key`` and ``traceparent``.
+    :param confirm: True if the sender waits for the result.
+    """
 
     __slots__ = (
         "_wakeup",
@@ -166,67 +173,77 @@ class Message:
         self.route_state = route_state
         self.data = data
         self.attributes = attributes
-        #: The bytes that the event has; the most that it may have as long as it has no id.
+        #: Upper bound of the encoded size in bytes; refined once the event has an id.
         self.size = route_state.envelope.most_bytes(
             data, attributes, numbered=not route_state.is_stream
         )
-        #: The running number of the node's events, from 1; none yet.
+        #: Position among all events of the node, from 1; 0 until it is assigned.
         self.number = 0
         self.id = ""
         self.body: bytes | None = None
-        #: Whether it has left the buffer, with :attr:`error` or without.
+        #: True once the event has left the buffer, successfully or with :attr:`error`.
         self.is_finished = False
         self.error: Exception | None = None
-        #: Whether its sender was told that it is not published.
+        #: True once ``send()`` has raised for this event, so that it must not be written.
         self.withdrawn = False
-        #: How often it was sent without an answer: Redis may have it.
+        #: Number of times the event was sent without a reply; if not 0, Redis may have it.
         self.unanswered = 0
-        #: Whether its sender went on in the belief that it will be published.
+        #: True if ``send()`` has returned, so that an outage must not raise for this event.
         self.promised = False
-        #: Whether its sender waits, and writes what waits when it is called.
+        #: True if the blocked sender may be woken to write the next batch.
         self.may_write = False
-        #: Wakes its sender, if one is to wait: a lock costs a tenth of a :class:`threading.Event`.
+        #: Wakes the sender; ``None`` if it does not wait. A lock is ten times faster than
+        #: :class:`threading.Event`.
         self._wakeup = threading.Lock() if confirm else None
 
         if self._wakeup is not None:
             self._wakeup.acquire()
 
-    def again(self) -> Message:
-        """The same event for another try of its sender: with its id, and its bytes if it has."""
+    def copy(self) -> Message:
+        """Return a copy that the sender can send again, with the same id and encoded bytes."""
         confirm = self._wakeup is not None
-        same = Message(self.route_state, self.data, {}, confirm=confirm)
-        same.attributes, same.id, same.body = self.attributes, self.id, self.body
-        same.size, same.unanswered = self.size, self.unanswered
-        return same
+        copy = Message(self.route_state, self.data, {}, confirm=confirm)
+        copy.attributes, copy.id, copy.body = self.attributes, self.id, self.body
+        copy.size, copy.unanswered = self.size, self.unanswered
+        return copy
 
     def assign_id(self, node: str, number: int, time_ns: int) -> None:
-        """Give it the id that it keeps however often it is sent."""
+        """Set the id ``NODE-NUMBER``, which the event keeps when it is sent again.
+
+        :param time_ns: nanoseconds since 1970, unless the event has a time already.
+        """
         self.number = number
         self.id = self.attributes["id"] = f"{node}-{number}"
         self.size -= PACKED_ID_BYTES - packed_bytes(self.id)
         self.attributes.setdefault("time_ns", time_ns)
 
     def promise(self, time_ns: int) -> None:
-        """Keep the time at which it was sent: it leaves later, whatever Redis does then."""
+        """Set the time of the event, and mark it as accepted from its sender.
+
+        :param time_ns: nanoseconds since 1970.
+        """
         self.attributes["time_ns"] = time_ns
         self.promised = True
 
     def assign_seq(self) -> None:
-        """Count it among the events of its name, once."""
+        """Set ``seq``, the position among the channel events of its route, unless it is set."""
         if not self.route_state.is_stream and "seq" not in self.attributes:
             self.attributes["seq"] = next(self.route_state.numbers)
 
     def encoded(self) -> bytes:
-        """The event's bytes, made once: a second try sends the same."""
+        """Return the encoded event; encode it at the first call only."""
         if self.body is None:
             self.body = self.route_state.envelope(self.data, **self.attributes)
 
         return self.body
 
     def wait_until_finished(self, deadline: float, *, unless: Callable[[], bool]) -> bool:
-        """Wait until it is settled, if somebody wants to know, or until ``deadline``.
+        """Wait for the result; return False if there is none by ``deadline``.
 
-        :param unless: asked when its sender is called; True if it is not worth waiting.
+        Return True at once if the sender does not wait for the result.
+
+        :param deadline: monotonic time.
+        :param unless: called after each wakeup; the wait ends if it returns True.
         """
         while self._wakeup is not None and not self.is_finished:
             if not self.wait_for_wakeup(deadline) or unless():
@@ -235,30 +252,35 @@ class Message:
         return True
 
     def wait_for_wakeup(self, deadline: float) -> bool:
-        """Whether its sender is called by ``deadline``: it is settled, or to be written by it."""
+        """Return True if the sender is woken by ``deadline``.
+
+        It is woken when its event is finished, or when it must write the next batch.
+        """
         return self._wakeup is None or self._wakeup.acquire(
             timeout=max(0.0, deadline - time.monotonic())
         )
 
     def wake(self) -> None:
-        """Wake its sender."""
+        """Wake the sender if it waits."""
         if self._wakeup is not None:
             try:
                 self._wakeup.release()
             except RuntimeError:
-                return  # it was called already, and did not come yet
+                return  # it was woken before, and has not run yet
 
     def finish(self, error: Exception | None = None) -> None:
-        """Tell whoever waits for it how it ended."""
+        """Store the result and wake the sender.
+
+        :param error: why the event was not published; ``None`` if it was.
+        """
         self.error = error
-        # Its sender goes on.
         self.may_write = False
         self.is_finished = True
         self.wake()
 
 
 class Destinations:
-    """Finds the way that the events of a name go, by their route and the settings."""
+    """Creates the destination of a signal from its route and the settings."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -266,7 +288,7 @@ class Destinations:
         self._streams = StreamKeys(config.prefix)
 
     def find(self, name: str, route: Route) -> Destination:
-        """The way that ``route`` asks for; settings of the service stand in for its options."""
+        """Return the destination; the settings are used for options that the route leaves out."""
         if route.via == "channel":
             return ChannelDestination(name, self._channels.key(name))
 
@@ -281,7 +303,7 @@ class Destinations:
 
 
 class RouteStates:
-    """Makes the state of each route, one for each name and way to travel, with the first event."""
+    """Creates and keeps one :class:`RouteState` for each signal and ``via``."""
 
     def __init__(self, config: Config, codec: Codec) -> None:
         self._service = config.service
@@ -290,7 +312,7 @@ class RouteStates:
         self._route_states: dict[tuple[str, str], RouteState] = {}
 
     def find(self, name: str, route: Route) -> RouteState:
-        """The lane of a name, as ``route`` has it."""
+        """Return the state of a signal's route; create it at the first call."""
         key = (name, route.via)
         route_state = self._route_states.get(key)
 
@@ -309,19 +331,20 @@ class RouteStates:
         )
 
         if before is not None:
-            # Those who listen count on.
+            # Listeners expect ``seq`` to continue.
             route_state.numbers = before.numbers
 
         return route_state
 
 
 def check_route(config: Config, route: Route) -> None:
-    """Refuse what the server of the settings cannot do.
+    """Check that the server of ``EVENTBUS_URL`` supports a route.
 
-    :raises ConfigError: the route asks for a stream in a cluster.
+    :raises ConfigError: the route uses a stream, and the server is a cluster.
     """
     if route.via == "stream" and config.url.startswith("redis+cluster://"):
         raise ConfigError(
             f"The route of {route.name!r} asks for via 'stream', and 'EVENTBUS_URL' is a cluster, "
-            "for which there are no streams yet. Use 'channel' there, or one Redis: 'redis://' or 'redis+sentinel://'."
+            "which does not support streams yet. Use via 'channel', or a single Redis: "
+            "'redis://' or 'redis+sentinel://'."
         )

@@ -1,4 +1,4 @@
-"""What is known of whether Redis takes events, and who is told when that changes."""
+"""Track whether Redis accepts events, and report the results of publishing."""
 
 from __future__ import annotations
 
@@ -17,70 +17,73 @@ from .message import Message, NoWritesError, TooFewReplicasError
 
 logger = get_logger(__name__)
 
-#: Seconds between tries at most: what waits in memory should not wait long after Redis is back.
+#: Longest wait between two attempts in seconds; short, so that events leave soon after an outage.
 MOST_BACKOFF = 2.0
 
 
 class Outage:
-    """Knows two states: Redis is away; or it is there, and takes no writes.
+    """Tracks two states: Redis is away, or Redis answers but accepts no writes.
 
-    Each is logged once when it begins and once when it ends. The first takes nothing, the second
-    takes channel events alone. ``publisher_lost`` is sent when Redis stops to take everything, and
-    ``publisher_restored`` when it takes everything again.
+    While Redis is away, no event can be published. While it accepts no writes, only channel
+    events can. The start and the end of each state are logged once. The signal ``publisher_lost``
+    is sent when the first of them starts, ``publisher_restored`` when both have ended.
     """
 
     def __init__(self, service: str) -> None:
         self._service = service
-        #: A connection that comes and goes is not to fill the log.
+        #: Limits the number of lines, in case the connection breaks repeatedly.
         self._log = BoundedLog(logger)
-        #: Lines that are to be logged once no lock is held.
+        #: Log lines to be written when no lock is held.
         self._pending_lines: deque[tuple[Any, ...]] = deque()
-        #: When Redis was lost, by the monotonic clock; ``None`` while it is there.
+        #: Monotonic time at which Redis was lost; ``None`` while it is available.
         self._since: float | None = None
         self._away_error: Exception | None = None
-        #: When Redis began to refuse writes; ``None`` while it takes them.
+        #: Monotonic time at which Redis first refused a write; ``None`` while it accepts writes.
         self._refusing_since: float | None = None
-        #: Why Redis takes no writes now; ``None`` while it does.
+        #: Why Redis accepts no writes; ``None`` while it does.
         self.refusal: Exception | None = None
         self._backoff = Backoff(most=MOST_BACKOFF)
-        #: When to find out again whether Redis takes writes, by the monotonic clock.
+        #: Monotonic time of the next attempt to write while Redis accepts no writes.
         self.write_again_at = float("inf")
-        #: Whether a caller waited in vain since Redis last took something.
+        #: True if a sender has timed out since Redis last accepted an event.
         self.stalled = False
-        #: Whether events were dropped since Redis last took something.
+        #: True if events were dropped since Redis last accepted an event.
         self.overflowed = False
 
     @property
     def away(self) -> bool:
-        """Whether Redis was lost and did not answer since."""
+        """Return True if Redis was lost and has not answered since."""
         return self._since is not None
 
     @property
     def known(self) -> bool:
-        """Whether anything says that Redis does not take events of some kind now."""
+        """Return True if any events, of channels or of streams, cannot be published now."""
         return self.stops_all or self.refusal is not None
 
     @property
     def stops_all(self) -> bool:
-        """Whether anything says that Redis takes no event at all now."""
+        """Return True if no event at all can be published now."""
         return self.stalled or self._since is not None
 
     def stops(self, *, stream: bool) -> bool:
-        """Whether anything says that Redis does not take such events now."""
+        """Return True if stream events, or channel events, cannot be published now."""
         return self.stalled or self._since is not None or (stream and self.refusal is not None)
 
     @property
     def error(self) -> Exception | None:
-        """What told that Redis is away, or takes no writes."""
+        """The error of the current outage; ``None`` if there is none."""
         return self._away_error or self.refusal
 
     @property
     def write_is_due(self) -> bool:
-        """Whether to find out now if Redis takes writes again."""
+        """Return True if it is time to try a write again."""
         return self.refusal is not None and time.monotonic() >= self.write_again_at
 
     def begin(self, error: Exception, buffered: int) -> None:
-        """Note that Redis is away; ``buffered`` events wait."""
+        """Record that Redis is away.
+
+        :param buffered: number of events that wait.
+        """
         self._away_error = error
 
         if self._since is not None:
@@ -94,9 +97,12 @@ class Outage:
             emit(publisher_lost, self._service, error=error, buffered=buffered)
 
     def end(self, buffered: int) -> None:
-        """Note that Redis took or answered something; ``buffered`` events are on their way."""
+        """Record that Redis answered.
+
+        :param buffered: number of events that wait.
+        """
         self.stalled = False
-        # While streams are held, a channel event that gets through ends no overflow.
+        # A channel event that is published does not end an overflow while streams are paused.
         self.overflowed = self.overflowed and self.refusal is not None
 
         if self._since is None:
@@ -113,7 +119,11 @@ class Outage:
         self._tell_restored(since, buffered)
 
     def refuse_writes(self, error: Exception, buffered: int) -> None:
-        """Note that Redis takes no writes now; ``buffered`` events wait."""
+        """Record that Redis accepts no writes.
+
+        :param error: the error reply.
+        :param buffered: number of events that wait.
+        """
         was_known = self.away or self.refusal is not None
         self.refusal = error
         self.write_again_at = time.monotonic() + self._backoff.next()
@@ -125,7 +135,7 @@ class Outage:
         self._pending_lines.append(
             (
                 "refusing",
-                "Redis takes no writes (%s); %d events wait for it. Events of channels go on.",
+                "Redis takes no writes (%s); %d events wait. Channel events are still published.",
                 error,
                 buffered,
             )
@@ -135,7 +145,10 @@ class Outage:
             emit(publisher_lost, self._service, error=error, buffered=buffered)
 
     def take_writes(self, buffered: int) -> None:
-        """Note that Redis took a write; ``buffered`` events are on their way."""
+        """Record that Redis accepted a write.
+
+        :param buffered: number of events that wait.
+        """
         if self._refusing_since is None:
             return
 
@@ -153,21 +166,21 @@ class Outage:
         self._tell_restored(since, buffered)
 
     def log_changes(self) -> None:
-        """Log what :meth:`refuse_writes` and :meth:`take_writes` noted; call it without a lock.
+        """Log the changes that :meth:`refuse_writes` and :meth:`take_writes` recorded.
 
-        A handler of the program's log may take long, and may send.
+        Call it without a lock: a log handler of the program may be slow, or may send an event.
         """
         while self._pending_lines:
             try:
                 line = self._pending_lines.popleft()
             except IndexError:
-                # Another thread has just taken it.
+                # Another thread has logged it in the meantime.
                 return
 
             self._log.warning(*line)
 
     def write_now(self) -> None:
-        """Find out at once whether Redis takes writes again."""
+        """Make the next attempt to write due now."""
         self.write_again_at = min(self.write_again_at, time.monotonic())
 
     def _tell_restored(self, since: float, buffered: int) -> None:
@@ -176,14 +189,14 @@ class Outage:
             emit(publisher_restored, self._service, seconds=seconds, buffered=buffered)
 
     def disown(self) -> None:
-        """In a forked child: tell nobody of the connection that was the parent's."""
+        """Suppress later reports about the parent's connection; call it in a forked child."""
         self._since = time.monotonic()
 
 
 class PublishReport:
-    """Counts and logs what Redis took and refused and what is lost, and wakes the senders.
+    """Counts and logs published, refused and lost events, and wakes their senders.
 
-    :param tells: whether to log each event that Redis took: ``EVENTBUS_LOG_EVENTS``.
+    :param log_events: True to log each published event: ``EVENTBUS_LOG_EVENTS``.
     """
 
     def __init__(self, *, counters: Counters, service: str, log_events: bool = False) -> None:
@@ -193,7 +206,12 @@ class PublishReport:
         self._log = BoundedLog(logger)
 
     def record(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
-        """Note what Redis answered to each event of a batch; what it may take later waits on."""
+        """Record the result of each event of a batch, and wake its sender.
+
+        Events with a :class:`.NoWritesError` are skipped, because they are still queued.
+
+        :param outcomes: for each event ``None``, or the reason why it was not published.
+        """
         refused = held = 0
 
         for message, error in zip(batch, outcomes, strict=True):
@@ -202,7 +220,7 @@ class PublishReport:
                 continue
 
             if error is not None:
-                # An answer leaves no doubt, except about earlier tries.
+                # Redis answered this attempt; earlier ones may still be unanswered.
                 message.unanswered -= 1
                 refused += self._note(message, error)
 
@@ -229,11 +247,11 @@ class PublishReport:
                 )
 
     def report_defect(self, error: Exception) -> None:
-        """Log what is no outage and no refusal."""
+        """Log an unexpected error of the writer."""
         self._log.error("failed", "The writer failed.", exc_info=error)
 
     def report_lost(self, left: Sequence[Message], reason: object) -> None:
-        """Log by id what was left in the buffer."""
+        """Count the events left in the buffer as dropped, log their ids and wake their senders."""
         lost = [message for message in left if not message.withdrawn]
 
         if not lost:
@@ -253,7 +271,7 @@ class PublishReport:
         emit(events_dropped, self._service, where="buffer", count=len(lost))
 
     def _fields(self, message: Message) -> dict[str, object]:
-        """The fields of log records that tell of an event."""
+        """Return the extra fields of a log record about an event."""
         return {
             "event_id": message.id,
             "signal": message.route_state.name,
@@ -261,7 +279,7 @@ class PublishReport:
         }
 
     def _note(self, message: Message, error: Exception) -> bool:
-        """Log an error; whether it means that the event is not published."""
+        """Log the error of an event; return True if the event is not published."""
         if isinstance(error, TooFewReplicasError):
             self._log.warning(
                 f"replicas {message.route_state.name}",
@@ -286,7 +304,7 @@ class PublishReport:
 
 
 def _remedy(message: Message, error: Exception) -> str:
-    """What to do about a refusal, as a sentence after another; empty if it is not known."""
+    """Return the remedy for a refusal as a sentence with a leading space; empty if unknown."""
     if not isinstance(error, redis.exceptions.NoPermissionError):
         return ""
 
@@ -296,7 +314,7 @@ def _remedy(message: Message, error: Exception) -> str:
 
 
 def _shown(lost: Sequence[Message]) -> str:
-    """Their ids; runs of the same signal as their first and last."""
+    """Return signals and ids of events; consecutive events of a signal as first and last id."""
     runs: list[list[Message]] = []
 
     for message in lost:

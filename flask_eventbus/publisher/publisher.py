@@ -236,7 +236,7 @@ class Publisher:
         :raises PublishError: it was not confirmed this time either.
         :raises ClosedError: the publisher was closed meanwhile.
         """
-        message = message.again()
+        message = message.copy()
         message.route_state = self._route_states.find(
             message.route_state.name, message.route_state.route
         )
@@ -374,7 +374,7 @@ class Publisher:
             self._writer.wake()
 
         if dropped:
-            self._overflow.tell(dropped)
+            self._overflow.report(dropped)
 
         self._writer.write_here(self._patience_for(message))
 
@@ -483,7 +483,7 @@ class Publisher:
             batch = self._leader.enlist(message)
 
         if dropped:
-            self._overflow.tell(dropped)
+            self._overflow.report(dropped)
 
         if not batch:
             self._writer.write_here(self._patience_for(message))
