@@ -1,9 +1,18 @@
-"""Events over Redis Streams, which reach each service once.
+"""Consumer groups: events over Redis Streams, each delivered once to every service.
 
-``consumer`` puts the parts together. ``membership`` joins the groups of the streams in its
-``catalogue``; ``reader`` reads entries, ``fanout`` those that every process gets. ``decoder``
-makes events of entries and drops ``duplicates``. When receivers have run,
-``outcomes`` decides whether an event is done, retried or a dead letter, and ``acknowledger``
-writes that to Redis. ``retry_queue`` brings what is due again, ``reclaim`` what workers left that
-died, and ``maintenance`` keeps claims and groups alive.
+``consumer`` puts the parts together, and starts and stops their threads. An event passes through
+the files in this order:
+
+1. ``membership`` finds the streams that the service subscribes to and joins their ``group``.
+2. ``reader`` reads new entries of the group. ``fanout`` reads the streams of subscriptions without
+   a group, where every process gets each event.
+3. ``decoder`` makes a delivery of each entry. ``duplicates`` finds events published twice.
+4. ``attempts`` runs the receivers of a delivery, in a worker thread.
+5. ``outcomes`` decides: acknowledge the entry, retry a failed receiver, or add a dead letter.
+6. ``acknowledger`` writes outcomes to Redis in batches. ``dead_limit`` trims the dead letters.
+
+The ``maintenance`` thread does the rest. It renews the claims of running deliveries, takes due
+retries from the ``retry_queue``, claims entries of dead workers with ``reclaim``, and gives up
+``orphans``: retries of signals that no worker subscribes to any more. ``alarms`` describe streams
+and groups that another program changed.
 """

@@ -1,4 +1,4 @@
-"""What a node does with streams: who reads them, runs receivers, settles, looks after the rest."""
+"""Consume the streams of a node: put the parts of this package together, start and stop them."""
 
 from __future__ import annotations
 
@@ -38,23 +38,25 @@ from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
 
-#: Seconds that an answer of Redis may take, the longest wait for an entry included.
+#: Seconds that Redis may take to answer a read, including the wait for an entry.
 ANSWER_TIMEOUT = 5.0
 
-#: Seconds that Redis has to take what became of events.
+#: Seconds that Redis may take to answer a write of outcomes.
 WRITE_TIMEOUT = 2.0
 
-#: Seconds after a deadline for the thread that meets it to log what it left.
+#: Seconds after a deadline in which the maintenance thread may log the events it left pending.
 REPORT_TIME = 0.2
 
 
 class Consumer:
-    """The stream half of a node that listens.
+    """The stream consumer of a node: it reads entries, runs receivers and writes outcomes.
 
-    :param subscriptions: what the service hears; asked for whenever it may have changed.
-    :param pool: where receivers run.
-    :param retries_of: how often a receiver asks to be tried again at an event ``name``.
-    :param is_alone: whether nobody else tells of a Redis that is lost.
+    :param subscriptions: returns the subscriptions of the service to streams, which may change.
+    :param pool: the threads in which receivers run.
+    :param siblings: nodes of this process whose local receivers ran at ``send()``.
+    :param app_exists: returns False once the app is gone; the threads then end.
+    :param retries_of: returns the retries that a receiver was connected with for a signal name.
+    :param is_alone: returns True if no channel listener reports a lost connection.
     """
 
     def __init__(
@@ -86,10 +88,10 @@ class Consumer:
         self._dispatcher = dispatcher
         counts = RetryCounts(config=config, dispatcher=dispatcher, receiver_retries=retries_of)
         keys = StreamKeys(config.prefix)
-        reading = Pipe(connections, timeout=ANSWER_TIMEOUT)
-        settling = Pipe(connections, timeout=WRITE_TIMEOUT)
-        self._group = self._group_on(settling, keys)
-        group = self._group_on(reading, keys, unlisted=self._group.unlisted)
+        read_pipe = Pipe(connections, timeout=ANSWER_TIMEOUT)
+        write_pipe = Pipe(connections, timeout=WRITE_TIMEOUT)
+        self._group = self._group_on(write_pipe, keys)
+        group = self._group_on(read_pipe, keys, unlisted=self._group.unlisted)
         decoder = EntryDecoder(config=config, codec=codec, counters=counters, siblings=siblings)
         self._acknowledger = Acknowledger(
             config=config,
@@ -107,7 +109,7 @@ class Consumer:
             clock=self._acknowledger.clock,
         )
         self._retries = RetryQueue(
-            settling,
+            write_pipe,
             config=config,
             keys=keys,
             codec=codec,
@@ -138,12 +140,12 @@ class Consumer:
             counters=counters,
             retries_of=counts.of_event,
         )
-        duplicates = Duplicates(reading, config=config, keys=keys, counters=counters)
+        duplicates = Duplicates(read_pipe, config=config, keys=keys, counters=counters)
         trims = Trims(group, service=config.service, counters=counters)
         self._membership = Membership(
             config=config,
             catalogue=Catalogue(
-                reading,
+                read_pipe,
                 config=config,
                 keys=keys,
                 subscriptions=subscriptions,
@@ -178,9 +180,9 @@ class Consumer:
             app_exists=app_exists,
             on_entries=lambda: self._maintenance.watch_in_flight(),
             released_streams=lambda: self._maintenance.released_streams(),
-            on_lost=self._lost,
-            on_ready=self._found,
-            on_end=self._abandoned,
+            on_lost=self._on_lost,
+            on_ready=self._on_ready,
+            on_end=self._end_with_app,
         )
         self._maintenance = Maintenance(
             config=config,
@@ -200,14 +202,14 @@ class Consumer:
             ),
             counters=counters,
             node=node,
-            release=self._conclude,
+            release=self._end_maintenance,
         )
-        following = Pipe(connections, timeout=ANSWER_TIMEOUT)
+        fanout_pipe = Pipe(connections, timeout=ANSWER_TIMEOUT)
         self._fanout = Fanout(
-            following,
+            fanout_pipe,
             config=config,
             catalogue=Catalogue(
-                following,
+                fanout_pipe,
                 config=config,
                 keys=keys,
                 subscriptions=subscriptions,
@@ -240,23 +242,18 @@ class Consumer:
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the calling thread is one of those that read and look after."""
+        """Return True if called from the reader, the fan-out reader or the maintenance thread."""
         threads = (self._reader, self._maintenance, self._fanout)
         return any(found.is_own_thread for found in threads)
 
     @property
-    def hears(self) -> bool:
-        """Whether anything subscribed is heard over streams."""
-        return any(found.via != "channel" for found in self._subscriptions().values())
-
-    @property
     def connected(self) -> bool:
-        """Whether every stream subscribed is being read."""
-        return self._reads_all and self._follows_all
+        """Return True if every subscribed stream is read."""
+        return self._groups_ready and self._fanout_ready
 
     @property
     def refused(self) -> dict[str, str]:
-        """Streams that Redis refuses, and that no channel stands in for, with its reasons."""
+        """Reasons why Redis refuses a stream, by signal, unless a channel carries it too."""
         subscriptions = self._subscriptions()
         refused = {**self._membership.refused, **self._fanout.refused}
 
@@ -271,34 +268,34 @@ class Consumer:
 
     @property
     def without_receiver(self) -> frozenset[str]:
-        """The streams that are not read, because this process has no receiver for them."""
+        """Streams that are not read because this process has no receiver for them."""
         return self._membership.without_receiver | self._fanout.without_receiver
 
     @property
     def alarms(self) -> dict[str, str]:
-        """What somebody did to streams so that their events are not heard, by stream."""
+        """Alarms about streams that another program changed, by signal."""
         return {**self._membership.alarms, **self._fanout.alarms}
 
     @property
     def last_heard(self) -> float | None:
-        """When Redis last answered a read, by the monotonic clock."""
+        """Monotonic time of the last answer to a read; ``None`` before the first."""
         return self._reader.last_heard
 
     @property
     def fatal(self) -> Exception | None:
-        """What this Redis will never do, however long it is waited for."""
+        """The reason why this Redis can never serve streams; ``None`` if it can."""
         return self._membership.fatal
 
     @property
-    def _reads_all(self) -> bool:
+    def _groups_ready(self) -> bool:
         return not self._is_grouped(True) or (self._reader.ready and not self.refused)
 
     @property
-    def _follows_all(self) -> bool:
+    def _fanout_ready(self) -> bool:
         return not self._is_grouped(False) or (self._fanout.ready and not self.refused)
 
     @property
-    def _ends(self) -> bool:
+    def _is_ending(self) -> bool:
         return self._is_stopping or self.fatal is not None
 
     def _is_grouped(self, grouped: bool) -> bool:
@@ -306,7 +303,7 @@ class Consumer:
         return any(found.via != "channel" and found.group is grouped for found in subscriptions)
 
     def start(self) -> None:
-        """Start the threads that are needed by now."""
+        """Start the threads that the present subscriptions need."""
         if self._is_grouped(True):
             self._reader.start()
             self._maintenance.start()
@@ -315,40 +312,40 @@ class Consumer:
             self._fanout.start()
 
     def ready(self, timeout: float | None) -> bool:
-        """Wait until every stream subscribed is being read; whether it was in time."""
+        """Wait until every subscribed stream is read. Return False after ``timeout`` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
 
-        _wait_for(self._reader.changed, lambda: self._reads_all or self._ends, deadline)
-        _wait_for(self._fanout.changed, lambda: self._follows_all or self._ends, deadline)
+        _wait_for(self._reader.changed, lambda: self._groups_ready or self._is_ending, deadline)
+        _wait_for(self._fanout.changed, lambda: self._fanout_ready or self._is_ending, deadline)
         return self.connected
 
     def stop_reading(self) -> None:
-        """Read nothing more, take over nothing more, begin nothing more."""
-        self._end()
+        """Stop reading and reclaiming entries, and start no further delivery."""
+        self._stop_starting()
         self._maintenance.stop()
         self._reader.stop()
         self._fanout.stop()
 
     def release(self, deadline: float) -> None:
-        """Settle what is done, and let other workers have the rest; called when the pool ended.
+        """Write outcomes and release the other entries, after the worker threads have ended.
 
-        It goes on in a thread until the deadline, or until :meth:`end` returns.
+        The maintenance thread does it until the deadline; :meth:`end` waits for it.
         """
-        # A reader that waits for a server that hangs is not waited for to the end.
+        # Half of the time at most: a reader may wait for a server that does not answer.
         readers_end = (time.monotonic() + deadline) / 2
         self._reader.end(readers_end)
         self._fanout.end(readers_end)
         self._maintenance.finish(deadline)
 
     def end(self, deadline: float) -> None:
-        """Wait until everything is handed back, or the deadline is over."""
-        # The thread itself reports a Redis that is away; it has a moment for it.
+        """Wait until all entries are released, or until the deadline."""
+        # The thread itself reports a Redis that is away, shortly after the deadline.
         if not self._maintenance.end(deadline + REPORT_TIME) and self._in_flight:
-            self._report_left("it does not answer")
+            self._report_pending("it does not answer")
 
-    def _abandoned(self) -> None:
-        """What the events are for is gone: end by and by, as if somebody had said so."""
-        self._end()
+    def _end_with_app(self) -> None:
+        """Stop everything after the app is gone, without :meth:`stop_reading`."""
+        self._stop_starting()
         self._maintenance.stop()
         self._fanout.stop()
         self._pool.queue.close()
@@ -356,31 +353,31 @@ class Consumer:
         self._pool.close()
         self._maintenance.finish(time.monotonic() + WRITE_TIMEOUT)
 
-    def _end(self) -> None:
+    def _stop_starting(self) -> None:
         self._is_stopping = True
         self.attempts.stop()
 
-    def _conclude(self) -> None:
-        """In the keeper's thread, at its end."""
+    def _end_maintenance(self) -> None:
+        """Write outcomes and release entries, in the maintenance thread at its end."""
         try:
             self._release_all()
         except OUTAGE as error:
             if self._in_flight:
-                self._report_left(error)
+                self._report_pending(error)
         finally:
             self._acknowledger.close()
 
-    def _report_left(self, reason: object) -> None:
+    def _report_pending(self, reason: object) -> None:
         logger.error(
-            "Redis is away (%s): %d events that were read stay pending. Another worker takes them "
-            "over after %g s; those that were handled come again.",
+            "Redis is away (%s): %d events that were read stay pending. Another worker claims them "
+            "after %g s, and those already handled are delivered again.",
             reason,
             len(self._in_flight),
             self._config.claim_after,
         )
 
     def disown(self) -> None:
-        """In a forked child: end what came along of it; to settle is the parent's."""
+        """Stop in a forked child. Its entries and connections are the parent's."""
         self._is_stopping = True
         self.attempts.disown()
         self._reader.disown()
@@ -398,26 +395,28 @@ class Consumer:
                 if not delivery.started:
                     self._retries.release(delivery)
 
-            # What Redis does not let be read was told already.
+            # Refused streams were reported already.
             for name in self._membership.known - self._membership.refused.keys():
                 self._release(name)
 
     def _release(self, name: str) -> None:
         started = {found.entry for found in self._in_flight.first_attempts(name) if found.started}
-        begun = {found.entry: found.crashes or 0 for found in self._in_flight.first_attempts(name)}
+        crashes = {
+            found.entry: found.crashes or 0 for found in self._in_flight.first_attempts(name)
+        }
 
         try:
             own = [found for found in self._group.own_pending(name) if found.id not in started]
-            # What was read once and is not in hand did not arrive.
+            # An entry that was read once and is not in flight did not arrive, so it did not crash.
             lost = {found.id: found.times if found.times > 1 else 0 for found in own}
-            self._group.release(name, {id: begun.get(id, times) for id, times in lost.items()})
+            self._group.release(name, {id: crashes.get(id, times) for id, times in lost.items()})
             self._group.leave(name)
         except GroupGoneError as error:
-            logger.debug("Nothing of %r is handed back: %s", name, error)
+            logger.debug("Nothing of %r is released: %s", name, error)
         except redis.ResponseError as error:
             logger.error(
-                "Redis refuses to take back what was read of %r: %s. Another worker takes it over "
-                "after %g s. %s",
+                "Redis refuses to release the entries of %r: %s. Another worker claims them after "
+                "%g s. %s",
                 name,
                 error,
                 self._config.claim_after,
@@ -425,9 +424,7 @@ class Consumer:
                 extra={"signal": name, "service": self._config.service},
             )
 
-    # -- whether Redis is there -----------------------------------------------------------
-
-    def _lost(self, error: Exception) -> None:
+    def _on_lost(self, error: Exception) -> None:
         if self._lost_since is not None:
             return
 
@@ -435,11 +432,11 @@ class Consumer:
 
         if self._is_alone():
             self._log.warning(
-                "lost", "The stream reader lost Redis (%s); it connects again by itself.", error
+                "lost", "The stream reader lost Redis (%s); it reconnects by itself.", error
             )
             emit(listener_lost, self._config.service, error=error)
 
-    def _found(self) -> None:
+    def _on_ready(self) -> None:
         lost_since, self._lost_since = self._lost_since, None
         reconnected, self._was_connected = self._was_connected, True
         seconds = 0.0 if lost_since is None else time.monotonic() - lost_since
@@ -453,7 +450,9 @@ class Consumer:
 
         if lost_since is not None:
             self._log.warning(
-                "connected", "The stream reader is back after %.1f s; nothing is missed.", seconds
+                "connected",
+                "The stream reader is connected again after %.1f s; no event is lost.",
+                seconds,
             )
 
         if lost_since is not None or not reconnected:

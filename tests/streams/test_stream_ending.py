@@ -184,7 +184,7 @@ def hear(sender, n):
     workers.release.touch()
 
     assert program.end() == 0
-    assert "Redis refuses to take back what was read of 'another': WRONGTYPE" in program.said
+    assert "Redis refuses to release the entries of 'another': WRONGTYPE" in program.said
     assert "Traceback" not in program.said
     workers.redis.delete(workers.keys.stream("another"))
     workers.worker(COUNTING, EVENTBUS_CLAIM_AFTER="60")
