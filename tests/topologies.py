@@ -91,6 +91,16 @@ class Watched:
         with self._sentinels[0].client as client:
             return int(client.sentinel_get_master_addr_by_name(MASTER)[1])
 
+    def failovers(self) -> int:
+        """A number that grows with each failover, also where the first master is back."""
+        epochs = []
+
+        for sentinel in self._sentinels:
+            with sentinel.client as client:
+                epochs.append(int(client.sentinel_master(MASTER)["config-epoch"]))
+
+        return max(epochs)
+
     def is_at_rest(self) -> bool:
         """Return True if the master is there and no failover is going on."""
         for sentinel in self._sentinels:

@@ -43,6 +43,10 @@ class Pair:
         """A client of the master."""
         return self.master.client
 
+    def failovers(self) -> int:
+        """A number that grows with each failover."""
+        return self._watched.failovers()
+
     def start(self) -> None:
         """Start all, and wait until they know each other."""
         self._watched.start()
