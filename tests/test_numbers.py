@@ -84,7 +84,7 @@ SENTENCES = [
     ("what-happens-when", r"after 1 s, 2 s, up to (\S+) minutes", retries.MOST / 60),
     ("streams", r"and will be are found within (\S+) seconds", membership.LOOK),
     ("streams", r"a pattern stands for (\S+) streams and hears", alarms.MOST_NAMES),
-    ("streams", r"finds them, within (\S+) minutes after that hour", orphans.LOOK_EVERY / 60),
+    ("streams", r"finds them, within (\S+) minutes after that hour", orphans.SEARCH_EVERY / 60),
     ("deploying", r"its first (\S+) characters, on one line, and the last", logs.MOST_ERROR),
     ("deploying", r"on one line, and the last (\S+) of its", logs.MOST_TRACEBACK),
     ("deploying", r"Of each kind of line (\S+) a minute are logged", logs.LINES_PER_MINUTE),

@@ -131,7 +131,6 @@ class Acknowledger:
                     raise
 
         self._log_recovery()
-
         self._limit.enforce()
 
     def write_all(self) -> None:
@@ -198,7 +197,7 @@ class Acknowledger:
         return ("ZSCORE", key, outcome.delivery.member)
 
     def _send(self, handled: Sequence[Delivery], batch: Sequence[Outcome]) -> None:
-        plain: dict[str, list[Outcome]] = {}
+        acknowledged: dict[str, list[Outcome]] = {}
         by_stream = [list(found) for _, found in groupby(handled, attrgetter("name"))]
         commands = [
             self._group.acknowledge_command(found[0].name, [delivery.entry for delivery in found])
@@ -213,12 +212,12 @@ class Acknowledger:
                 commands += transaction
                 blocks.append((len(transaction), [outcome]))
             elif not outcome.is_retry:
-                plain.setdefault(outcome.name, []).append(outcome)
+                acknowledged.setdefault(outcome.name, []).append(outcome)
             else:
                 commands.append(self._remove_pending(outcome))
                 blocks.append((1, [outcome]))
 
-        for name, outcomes in plain.items():
+        for name, outcomes in acknowledged.items():
             commands.append(
                 self._group.acknowledge_command(name, [found.entry for found in outcomes])
             )
@@ -247,6 +246,10 @@ class Acknowledger:
         self._counters.add("acked", len(deliveries))
 
     def _finish(self, outcomes: Sequence[Outcome], answer: Any) -> None:
+        """Forget outcomes that Redis accepted, and keep those that it refused.
+
+        :param answer: of ``XACK`` or ``ZREM``, or the list of answers of a transaction.
+        """
         refusal = answer if isinstance(answer, Exception) else None
 
         if isinstance(answer, list):
@@ -366,8 +369,8 @@ class Acknowledger:
             return outcome.undo
 
         if delivery is None or not outcome.is_retry:
-            begun = 0 if delivery is None else delivery.crashes or 0
-            return self._group.restore_command(outcome.name, outcome.entry, times=begun + 1)
+            crashes = 0 if delivery is None else delivery.crashes or 0
+            return self._group.restore_command(outcome.name, outcome.entry, times=crashes + 1)
 
         key = self._keys.retry(outcome.name, self._config.service)
         until = round((self.clock.now() + self._config.claim_after) * 1000)

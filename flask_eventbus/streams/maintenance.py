@@ -102,8 +102,8 @@ class Maintenance:
         self._node = node
         self._log = BoundedLog(logger)
         self._changed = threading.Condition()
-        #: Streams with retries that will be due, by the time of their look in steps of
-        #: 1 / :data:`LOOKS_PER_SECOND` seconds since 1970.
+        #: Streams with retries that will be due, by the time to look for them: seconds since 1970
+        #: multiplied by :data:`LOOKS_PER_SECOND`.
         self._due: dict[int, set[str]] = {}
         self._draining = False
         self._stopping = False
@@ -114,7 +114,7 @@ class Maintenance:
         self._portions = Portions(max_bytes=config.max_event_bytes, most=MOST_RETRY_BYTES)
         #: Streams with more due retries than the queue had room for.
         self._more_retries: set[str] = set()
-        #: True if deliveries are in flight, so that a round follows every 50 ms.
+        #: True while deliveries are in flight: a round follows every :data:`IN_FLIGHT_PAUSE` s.
         self._is_watching = False
         #: Streams with entries that this process released. The reader takes those first.
         self._released_streams: set[str] = set()
@@ -177,7 +177,7 @@ class Maintenance:
             self._changed.notify_all()
 
     def watch_in_flight(self) -> None:
-        """Run a round every 50 ms until no delivery is in flight."""
+        """Run a round every :data:`IN_FLIGHT_PAUSE` seconds until no delivery is in flight."""
         if self._is_watching:
             return
 
@@ -186,7 +186,7 @@ class Maintenance:
             self._changed.notify_all()
 
     def released_streams(self) -> set[str]:
-        """Return the streams that entries were released of since the last call."""
+        """Return the streams whose entries this process released since the last call."""
         found, self._released_streams = self._released_streams, set()
         return found
 
@@ -223,7 +223,7 @@ class Maintenance:
             return max(0.001, min(self._renew_at - now, 0.05 if self._acknowledger.is_due else 1.0))
 
         times = [self._renew_at, self._reclaim_at, self._released_at, self._consumers_at]
-        times.append(self._orphans.look_at)
+        times.append(self._orphans.search_at)
         return max(0.001, min(min(times) - now, self._until_due, self._soon))
 
     @property
@@ -243,11 +243,8 @@ class Maintenance:
         if (self._reclaimer.has_more or self._more_retries) and self._queue.room > 0:
             return IN_FLIGHT_PAUSE
 
-        return (
-            1.0
-            if self._reclaimer.has_more or self._more_retries or len(self._acknowledger)
-            else 60.0
-        )
+        is_waiting = self._reclaimer.has_more or self._more_retries or len(self._acknowledger)
+        return 1.0 if is_waiting else 60.0
 
     def _run_round(self, now: float) -> None:
         names = dict(self._names())
@@ -287,7 +284,7 @@ class Maintenance:
             self._remove_idle(names)
 
         self._run_due(names)
-        self._orphans.look()
+        self._orphans.search()
 
     def _take_released_and_due(self, names: Mapping[str, Subscription]) -> None:
         """Take released entries and due retries of the streams that have any."""

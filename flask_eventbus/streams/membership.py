@@ -471,7 +471,7 @@ class Membership:
         for start in range(0, len(lost), COUNT):
             entries = self._group.look_up(name, lost[start : start + COUNT])
             found = self._decoder.decode(entries, {name: subscription})
-            self._trims.count(name, found.trimmed)
+            self._trims.report(name, found.trimmed)
             # They are handled in any case; what is sent a second time is to be known.
             self._duplicates.find(found.deliveries)
             self._in_flight.add(found.deliveries)

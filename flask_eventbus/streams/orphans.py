@@ -18,7 +18,7 @@ from .retry_queue import RetryQueue
 logger = get_logger(__name__)
 
 #: Seconds between two searches. Orphaned retries are kept for an hour, so this may be long.
-LOOK_EVERY = 300.0
+SEARCH_EVERY = 300.0
 
 #: Most signals in one search.
 MOST_NAMES = 10_000
@@ -54,17 +54,17 @@ class Orphans:
         #: Signals whose retries the Redis user may not read, so none are this service's.
         self._forbidden: set[str] = set()
         #: Monotonic time of the next search.
-        self.look_at = time.monotonic() + LOOK_EVERY * random.uniform(0.1, 1.0)  # noqa: S311 - spreads load
+        self.search_at = time.monotonic() + SEARCH_EVERY * random.uniform(0.1, 1.0)  # noqa: S311 - spreads load
 
-    def look(self) -> None:
-        """Give up orphaned retries, once every :data:`LOOK_EVERY` seconds.
+    def search(self) -> None:
+        """Give up orphaned retries, once every :data:`SEARCH_EVERY` seconds.
 
         :raises redis.ConnectionError: Redis is away.
         """
-        if time.monotonic() < self.look_at:
+        if time.monotonic() < self.search_at:
             return
 
-        self.look_at = time.monotonic() + LOOK_EVERY
+        self.search_at = time.monotonic() + SEARCH_EVERY
 
         for name in self._names():
             try:

@@ -321,7 +321,7 @@ class Reclaimer:
     def _acknowledge_trimmed(self, name: str, ids: Sequence[str]) -> None:
         """Acknowledge entries that were trimmed while pending. Only one worker reports the loss."""
         answer = self._group.pipe.ask(*self._group.acknowledge_command(name, ids))
-        self._trims.count(name, int(answer))
+        self._trims.report(name, int(answer))
 
 
 def _killed(delivery: Delivery) -> str:
@@ -386,7 +386,7 @@ class Trims:
         self._known.clear()
         self.check_before_next_read()
 
-    def count(self, name: str, count: int | None) -> None:
+    def report(self, name: str, count: int | None) -> None:
         """Report ``count`` lost events; ``None`` if the number is unknown."""
         if count != 0:
             report_trimmed(name, count, self._service, self._counters, self._log)
@@ -423,7 +423,7 @@ class Trims:
         lost = self._new_loss(name, position)
 
         if lost != 0:
-            self.count(name, lost)
+            self.report(name, lost)
         elif position.trimmed is not None:
             report_trimmed_over(name, self._service, self._log)
 

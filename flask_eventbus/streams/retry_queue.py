@@ -262,8 +262,8 @@ class RetryQueue:
         allowed = self._retries_of(subscription, event, record.receiver)
 
         if record.running and record.attempts > allowed:
-            words = f"{record.attempts} attempts were made; the worker died in the last one."
-            given_up.append(self._outcomes.give_up(delivery, "killed", words))
+            text = f"{record.attempts} attempts were made; the worker died in the last one."
+            given_up.append(self._outcomes.give_up(delivery, "killed", text))
             return [self._lease_command(key, member)]
 
         deliveries.append(delivery)
@@ -295,11 +295,11 @@ class RetryQueue:
         event: Event,
     ) -> Outcome:
         delivery = self._delivery(name, subscription, record, member, event, 0)
-        words = (
+        text = (
             f"No worker of {self._config.service!r} has the receiver {record.receiver!r}, and its "
             f"last attempt was over an hour ago. Its last error: {record.error}"
         )
-        return self._outcomes.give_up(delivery, "gone", words)
+        return self._outcomes.give_up(delivery, "gone", text)
 
     def _lease_command(self, key: str, member: bytes) -> Command:
         """Return the command that keeps a record from other workers until the lease expires."""

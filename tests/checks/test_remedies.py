@@ -111,7 +111,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.05)
     monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.1)
-    monkeypatch.setattr(orphans, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(orphans, "SEARCH_EVERY", 0.1)
     monkeypatch.setattr(membership, "LOOK", 0.1)
     monkeypatch.setattr(listener, "QUIET", 0.1)
     monkeypatch.setattr("flask_eventbus.receivers.retries.FIRST", 0.01)

@@ -257,7 +257,7 @@ def test_more_retries_than_there_is_room_for_follow_at_once(
 def test_retries_of_a_signal_that_is_not_received_any_more_are_dead_letters_after_an_hour(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, subscribe: Any
 ) -> None:
-    monkeypatch.setattr(orphans, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(orphans, "SEARCH_EVERY", 0.1)
     old_retry(store, "paid", hours=2)
     old_retry(store, "paid", hours=0.5)
     store.client.zadd(store.keys.retry("paid", "mailer"), {b"no record": 1})
@@ -283,7 +283,7 @@ def test_a_user_that_may_not_list_streams_is_told_the_right_that_its_old_retries
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(orphans, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(orphans, "SEARCH_EVERY", 0.1)
     store = StreamStore(redis_server)
     owner = store.client
     rights = ("on", ">pw", "+@all", "-smembers", f"~{store.prefix}:{{*", "allchannels")
@@ -304,7 +304,7 @@ def test_a_user_that_may_not_list_streams_is_told_the_right_that_its_old_retries
 def test_retries_that_another_process_of_the_service_receives_are_left_to_it(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orphans, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(orphans, "SEARCH_EVERY", 0.1)
     tried: list[int] = []
 
     def handle(sender: str, n: int) -> None:
