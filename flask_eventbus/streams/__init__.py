@@ -1,11 +1,11 @@
-"""Consumer groups: events over Redis Streams, each delivered once to every service.
+"""Events over Redis Streams, which every service handles at least once.
 
 ``consumer`` puts the parts together, and starts and stops their threads. An event passes through
 the files in this order:
 
 1. ``membership`` finds the streams that the service subscribes to and joins their ``group``.
 2. ``reader`` reads new entries of the group. ``fanout`` reads the streams of subscriptions without
-   a group, where every process gets each event.
+   a group, where every process gets each event. ``group`` has the Redis commands.
 3. ``decoder`` makes a delivery of each entry. ``duplicates`` finds events published twice.
 4. ``attempts`` runs the receivers of a delivery, in a worker thread.
 5. ``outcomes`` decides: acknowledge the entry, retry a failed receiver, or add a dead letter.

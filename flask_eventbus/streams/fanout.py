@@ -1,4 +1,4 @@
-"""The thread that reads streams for every process by itself: for what each worker must hear."""
+"""The thread that reads streams without a group, so that each process gets every event."""
 
 from __future__ import annotations
 
@@ -28,27 +28,32 @@ from .reclaim import report_trimmed, report_trimmed_over
 
 logger = get_logger(__name__)
 
-#: Seconds that Redis holds a read back where there is nothing to read.
+#: Seconds that a read blocks if there is no entry.
 BLOCK = 1.0
 
-#: What a user needs to be allowed of a stream.
+#: ACL rights that a reader needs on a stream.
 RIGHTS = "+xread +xrevrange +xinfo|stream"
 
-#: Seconds after which a stream that Redis refuses is asked for again.
+#: Seconds to wait before reading a refused stream again.
 ASK_AGAIN = 5.0
 
-#: Ids of read entries that are remembered for each stream: what may be lost with a master.
+#: Number of entry ids remembered for each stream, to find those that a replaced master lost.
 REMEMBERED = 10_000
 
-#: Entries that are looked at together in search of the last common one.
+#: Number of entries that one command returns in the search for the last common entry.
 LOOK_BACK = 16
 
-#: Seconds between looks whether a stream is another one by now.
+#: Seconds between two checks for a stream that was deleted and created again.
 LOOK = 5.0
 
 
 class Fanout:
-    """Reads on from where it was, also after a lost connection; acknowledges nothing."""
+    """Reads streams with ``XREAD``, and keeps its position when the connection is lost.
+
+    It acknowledges nothing: without a group, Redis keeps no pending entries.
+
+    :param app_exists: returns False once the app is gone; the thread then stops.
+    """
 
     def __init__(
         self,
@@ -75,51 +80,51 @@ class Fanout:
         #: The ids of the events that were read last, with hashes of their bytes.
         self._known: OrderedDict[str, int] = OrderedDict()
         self._reading = Reading(
-            failed="The follower failed; it connects anew.",
-            thread=f"eventbus-follower-{node}",
-            read=self._follow,
+            failed="The fanout reader failed; it reconnects.",
+            thread=f"eventbus-fanout-{node}",
+            read=self._run,
             lost=self._lose,
             close=self._disconnect,
             app_exists=app_exists,
             counters=counters,
         )
         self._block = pipe.wait_at_most(BLOCK)
-        #: The last entry that was read of each stream.
+        #: Id of the last entry read, by stream.
         self._positions: dict[str, str] = {}
-        #: The ids of the entries of each stream that were read last.
+        #: Ids of the last entries read, by stream.
         self._read_ids: dict[str, deque[str]] = defaultdict(partial(deque, maxlen=REMEMBERED))
-        #: The entries that were added up to that one, by stream; only those that Redis counted.
+        #: Number of entries ever added up to the position, for the streams whose server counts.
         self._passed: dict[str, int] = {}
-        #: Streams that were read over another connection: this server may lack some entries.
-        self._unsure: set[str] = set()
+        #: Streams that were read over an earlier connection. This server may lack some entries.
+        self._unchecked: set[str] = set()
         self._connected = False
         self._looked = 0.0
         self._max_bytes = config.max_event_bytes
         self._portions = Portions(max_bytes=config.max_event_bytes)
-        #: Whether the next read keeps nothing that is larger than an event may be.
-        self._is_careful = True
-        #: Streams that Redis refuses, with its reasons.
+        #: True if the next read must not keep values above the maximum event size.
+        self._limits_size = True
+        #: Streams that Redis refuses, with the errors.
         self.refused: dict[str, str] = {}
-        #: What somebody did to streams, so that nothing more of them is heard, by name.
+        #: Alarms about damaged streams, by name.
         self._alarms: dict[str, str] = {}
         self._ask_again = 0.0
-        #: Notified when it is known from where streams are read.
+        #: Notified when the position of each stream is known, and at the end.
         self.changed = threading.Condition()
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the calling thread is the one that reads."""
+        """Return True if the calling thread is the reading thread."""
         return self._reading.is_own_thread
 
     @property
     def ready(self) -> bool:
-        """Whether it is known from where each stream is read, and Redis is there."""
-        wanted = self._catalogue.subscribed()
-        return self._reading.lives and self._connected and wanted.keys() <= self._answered
+        """Return True if Redis answers, and each subscribed stream has a position or is refused."""
+        subscribed = self._catalogue.subscribed()
+        return self._reading.lives and self._connected and subscribed.keys() <= self._answered
 
     @property
     def alarms(self) -> dict[str, str]:
-        """What somebody did to streams so that their events are not heard, by stream."""
+        """Alarms about streams whose events do not arrive, by stream or pattern."""
         return {**self._catalogue.alarms, **self._alarms}
 
     @property
@@ -132,11 +137,11 @@ class Fanout:
         return self._positions.keys() | self.refused.keys() | self._catalogue.patterns
 
     def start(self) -> None:
-        """Start the thread, once."""
+        """Start the thread unless it was started before."""
         self._reading.start()
 
     def stop(self) -> None:
-        """Stop reading, now."""
+        """Tell the thread to stop, and interrupt a blocked read."""
         self._reading.stop()
         self._pipe.interrupt()
 
@@ -144,25 +149,25 @@ class Fanout:
             self.changed.notify_all()
 
     def end(self, deadline: float) -> None:
-        """Wait for the thread's end until the deadline."""
+        """Wait until the thread has ended, or until the deadline."""
         self._reading.end(deadline)
 
     def disown(self) -> None:
-        """In a forked child: end what came along of it."""
+        """Mark the thread as stopped; call it in a forked child."""
         self._reading.disown()
 
     # -- the reading thread ---------------------------------------------------------------
 
     def _lose(self, error: Exception) -> None:
-        logger.debug("Following waits for Redis: %s", error)
+        logger.debug("The fanout reader waits for Redis: %s", error)
 
     def _disconnect(self) -> None:
         self._connected = False
         self._pipe.close()
 
-    def _follow(self, backoff: Backoff) -> None:
-        self._unsure = set(self._positions)
-        self._is_careful = True
+    def _run(self, backoff: Backoff) -> None:
+        self._unchecked = set(self._positions)
+        self._limits_size = True
 
         while self._reading.goes_on:
             names = self._allowed()
@@ -194,7 +199,7 @@ class Fanout:
                 except redis.ResponseError as error:
                     self._refuse(name, error)
 
-            elif name in self._unsure:
+            elif name in self._unchecked:
                 try:
                     self._go_back(name)
                 except redis.ResponseError as error:
@@ -206,7 +211,7 @@ class Fanout:
 
     def _start_of(self, name: str, subscription: Subscription) -> str:
         start = self._catalogue.start_of(name, subscription)
-        # An id, not "what comes from now on": that would be another now each time.
+        # An id instead of "$", which would skip the entries added between two reads.
         return self._last(name) if start == NEW else start
 
     def _last(self, name: str) -> str:
@@ -219,22 +224,22 @@ class Fanout:
             found = self._pipe.ask(*head, "COUNT", 1, most=SAMPLE)
             return str(found[0][0].decode()) if found else "0-0"
 
-        # Of what is added from now on nothing is to go before it is read.
-        now = 0 if isinstance(info, Exception) else passed(info, last)
+        # From this count on, entries that are trimmed before they are read are reported.
+        count = 0 if isinstance(info, Exception) else passed(info, last)
 
-        if now is not None:
-            self._passed[name] = now
+        if count is not None:
+            self._passed[name] = count
 
         return last
 
     def _go_back(self, name: str) -> None:
-        """Go back to the last entry that was read and that this server has.
+        """Move the position back to the last entry that was read and that this server has.
 
-        A replica that became the master lacks the last entries of the old one, and so does a
-        server that lost the end of its log. What it adds then may have smaller ids than those.
+        A promoted replica may lack the last entries of the old master, and so may a server that
+        restarted without the end of its log. Its next entries may then have smaller ids.
         """
         position, common = self._positions[name], self._last_common(name)
-        self._unsure.discard(name)
+        self._unchecked.discard(name)
 
         if common == position:
             return
@@ -250,8 +255,8 @@ class Fanout:
         self._passed.pop(name, None)
         self._log.warning(
             f"lost {name}",
-            "Redis has lost the last %d entries of the stream of %r that were read here, up to "
-            "%s: with a master that was replaced, or in a restart. %r reads on after %s.",
+            "Redis has lost the last %d entries of the stream of %r that this process has read, up "
+            "to %s: its master was replaced, or it restarted. %r continues after %s.",
             lost,
             name,
             position,
@@ -267,7 +272,7 @@ class Fanout:
             return position
 
         known = {*read}
-        end, count, unread = position, 1, False
+        end, count, has_unread = position, 1, False
 
         while found := self._pipe.ask(
             *("XREVRANGE", self._keys.stream(name), end, read[0], "COUNT", count), most=SAMPLE
@@ -276,10 +281,10 @@ class Fanout:
                 if id.decode() in known:
                     return str(id.decode())
 
-            unread = True
+            has_unread = True
             end, count = f"({found[-1][0].decode()}", LOOK_BACK
 
-        return read[0] if unread else position
+        return read[0] if has_unread else position
 
     def _read(self, names: dict[str, Subscription]) -> None:
         self._look_for_flush(names)
@@ -287,11 +292,11 @@ class Fanout:
         try:
             self._take(self._entries(names, self._block), names)
         except redis.ResponseError as error:
-            logger.debug("One of the streams is refused: %s", error)
-            self._sort_out(names)
+            logger.debug("Redis refuses to read one of the streams: %s", error)
+            self._find_refused(names)
 
-    def _sort_out(self, names: dict[str, Subscription]) -> None:
-        """Find out which of the streams it is that Redis refuses to have read."""
+    def _find_refused(self, names: dict[str, Subscription]) -> None:
+        """Read the streams one at a time, to find those that Redis refuses."""
         for name, subscription in names.items():
             try:
                 self._take(self._entries([name], 0), {name: subscription})
@@ -305,10 +310,10 @@ class Fanout:
         keys = [self._keys.stream(name) for name in names]
         ids = [self._positions[name] for name in names]
         wait = ("BLOCK", int(block * 1000)) if block else ()
-        # The last answer may have been lost for want of memory, and the next one is the same.
-        most = self._max_bytes if self._is_careful else None
+        # The last answer may have been lost because it was too large; this one is the same.
+        most = self._max_bytes if self._limits_size else None
         answer = self._pipe.ask("XREAD", "COUNT", count, *wait, "STREAMS", *keys, *ids, most=most)
-        self._is_careful = False
+        self._limits_size = False
         return [
             Entry(self._keys.name(key.decode()), id.decode(), fields_of(fields))
             for key, found in answer or ()
@@ -323,7 +328,7 @@ class Fanout:
             for name in granted:
                 self._log.over(
                     f"refused {name}",
-                    "Redis lets %r follow the stream of %r again.",
+                    "Redis lets %r read the stream of %r again.",
                     self._service,
                     name,
                     extra={"signal": name, "service": self._service},
@@ -349,7 +354,7 @@ class Fanout:
                 self._passed[entry.name] += 1
 
     def _look_for_flush(self, names: Iterable[str]) -> None:
-        """Begin again where a stream is a new one, whose ids are smaller."""
+        """Start at the first entry if a stream was created again, with smaller ids."""
         if time.monotonic() - self._looked < LOOK:
             return
 
@@ -363,7 +368,7 @@ class Fanout:
             if last is None:
                 continue
 
-            self._watch(name, last)
+            self._check_last(name, last)
 
             if behind(last, self._positions[name]):
                 self._positions[name] = "0-0"
@@ -372,13 +377,13 @@ class Fanout:
             elif not isinstance(info, Exception):
                 self._look_for_trims(name, passed(info, self._positions[name]))
 
-    def _look_for_trims(self, name: str, now: int | None) -> None:
-        """Report entries that went between the last one that was read and the next one."""
-        if now is None:
+    def _look_for_trims(self, name: str, count: int | None) -> None:
+        """Report entries that were trimmed between the last one read and the next one."""
+        if count is None:
             return
 
-        lost = now - self._passed.get(name, now)
-        self._passed[name] = now
+        lost = count - self._passed.get(name, count)
+        self._passed[name] = count
 
         if lost > 0:
             report_trimmed(name, lost, self._service, self._counters, self._log)
@@ -386,16 +391,16 @@ class Fanout:
             report_trimmed_over(name, self._service, self._log)
 
     def _last_of(self, name: str, answer: Any) -> str | None:
-        """Return the id that a stream gave last; ``None`` where Redis does not tell it."""
+        """Return the last generated id of a stream; ``None`` if Redis refuses to report it."""
         key = self._keys.stream(name)
         last = last_id(answer)
         extra = {"signal": name, "service": self._service}
 
         if last is None:
             self._log.once(
-                f"untold {name}",
-                "Redis does not tell %r the last id of the stream of %r: %s. If Redis loses its "
-                "data, this process does not notice it and hears nothing new. %s",
+                f"last id {name}",
+                "Redis refuses to tell %r the last id of the stream of %r: %s. If Redis loses its "
+                "data, this process does not notice, and it gets no new events. %s",
                 self._service,
                 name,
                 answer,
@@ -404,12 +409,12 @@ class Fanout:
             )
         else:
             text = "Redis tells %r the last id of the stream of %r again."
-            self._log.over(f"untold {name}", text, self._service, name, extra=extra)
+            self._log.over(f"last id {name}", text, self._service, name, extra=extra)
 
         return last
 
-    def _watch(self, name: str, last: str) -> None:
-        """Report an id far in the future, behind which nothing is heard."""
+    def _check_last(self, name: str, last: str) -> None:
+        """Report a last id far in the future, after which no entry can be added."""
         alarm = far_ahead(name, entry_id(last), time.time())
         extra = {"signal": name, "service": self._service}
         others = {other: self._alarms[other] for other in self._alarms if other != name}
@@ -435,7 +440,7 @@ class Fanout:
         self.refused = {**self.refused, name: str(reason)}
         self._log.error(
             f"refused {name}",
-            "Redis refuses to let %r follow the stream of %r: %s. %s",
+            "Redis refuses to let %r read the stream of %r: %s. %s",
             self._service,
             name,
             reason,

@@ -1,4 +1,4 @@
-"""The groups of a service that this process reads for."""
+"""Finds the streams of a service's subscriptions, and joins the consumer group on each."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from .reclaim import Reclaimer, Trims
 
 logger = get_logger(__name__)
 
-#: Digits of a moment in milliseconds, at most: enough for 30,000 years.
+#: Maximum number of digits of a stored time in milliseconds.
 MOST_DIGITS = 15
 
-#: Seconds between looks for streams that patterns stand for.
+#: Seconds between two searches for streams that match patterns.
 LOOK = 2.0
 
-#: Seconds between them while there are more names than patterns stand for.
+#: Seconds between two searches while there are more streams than patterns may match.
 SELDOM = 30.0
 
 
 class Catalogue:
-    """Finds the streams of subscriptions, and where each begins.
+    """Finds the streams of the subscriptions, and the id at which to start each.
 
-    :param subscriptions: what the service hears; asked for whenever it may have changed.
-    :param grouped: whether this is about what the workers share, or about what each hears.
-    :param has_receivers: True if a receiver of a signal is connected in this process.
+    :param subscriptions: returns the subscriptions of the service, by name or pattern.
+    :param grouped: True for subscriptions with a consumer group, False for those without.
+    :param has_receivers: returns True if this process has a receiver for a signal.
     """
 
     def __init__(
@@ -61,31 +61,32 @@ class Catalogue:
         self._subscriptions = subscriptions
         self._grouped = grouped
         self._has_receivers = has_receivers
-        #: The streams that this process leaves to others: it has no receiver for them.
+        #: Streams that this process does not read, because it has no receiver for them.
         self.without_receiver: frozenset[str] = frozenset()
-        #: Why not every stream that a pattern stands for is read.
+        #: The alarm that the patterns match too many streams; ``None`` if they do not.
         self.alarm: str | None = None
+        #: Streams that match the patterns.
         self._found: set[str] = set()
         self._looked = 0.0
-        #: The patterns that it was looked for.
-        self._asked: set[str] = set()
+        #: The patterns of the last search.
+        self._searched: set[str] = set()
         self._log = BoundedLog(logger)
-        #: Since when the service has subscribed to each pattern, in milliseconds since 1970.
+        #: Time at which the service first subscribed to each pattern, in milliseconds since 1970.
         self._since: dict[str, int] = {}
 
     @property
     def patterns(self) -> Set[str]:
-        """The patterns of which it is known since when they are subscribed."""
+        """The patterns whose first subscription time is known."""
         return self._since.keys()
 
     @property
     def alarms(self) -> dict[str, str]:
-        """Why not every stream that a pattern stands for is read, by the patterns."""
+        """The alarm that patterns match too many streams, by pattern."""
         alarm = self.alarm
-        return {} if alarm is None else dict.fromkeys(self._asked, alarm)
+        return {} if alarm is None else dict.fromkeys(self._searched, alarm)
 
     def subscribed(self) -> dict[str, Subscription]:
-        """The subscriptions whose streams are read, by name or pattern."""
+        """Return the subscriptions to streams, by name or pattern."""
         return {
             name: found
             for name, found in self._subscriptions().items()
@@ -93,27 +94,27 @@ class Catalogue:
         }
 
     def names(self) -> dict[str, Subscription]:
-        """Return the streams subscribed, each with its subscription.
+        """Return the subscribed streams, each with its subscription.
 
-        A name that has no receiver here is among them, and in :attr:`without_receiver`; one that
-        only a pattern stands for is left out then.
+        A stream without a receiver in this process is listed in :attr:`without_receiver`. The
+        result contains it if it is subscribed by name, and omits it if only a pattern matches it.
 
-        :raises redis.ConnectionError: Redis is away.
+        :raises redis.ConnectionError: Redis is unreachable.
         """
-        wanted = self.subscribed()
-        patterns = [name for name in wanted if is_pattern(name)]
+        subscribed = self.subscribed()
+        patterns = [name for name in subscribed if is_pattern(name)]
 
         if patterns:
-            self._try_to_look(patterns)
+            self._try_to_search(patterns)
 
         every = self._subscriptions()
-        names = {name: found for name, found in wanted.items() if not is_pattern(name)}
+        names = {name: found for name, found in subscribed.items() if not is_pattern(name)}
 
         for name in sorted(self._found - every.keys()):
             pattern = next((found for found in patterns if matches(found, name)), None)
 
             if pattern is not None:
-                names[name] = wanted[pattern]
+                names[name] = subscribed[pattern]
 
         without = frozenset(name for name in names if not self._has_receivers(name))
 
@@ -131,9 +132,9 @@ class Catalogue:
         for name in sorted(new):
             self._log.error(
                 f"without {name}",
-                "Nothing here receives %r, so this process of %r does not read its stream: the "
-                "events wait for a process that has a receiver. Connect one with @bus.on(%r), "
-                "name its module in 'EVENTBUS_RECEIVERS', or take the name out of "
+                "Nothing here receives %r, so this process of %r does not read its stream. The "
+                "events wait for a process with a receiver. Connect one with @bus.on(%r), "
+                "add its module to 'EVENTBUS_RECEIVERS', or remove the name from "
                 "'EVENTBUS_SUBSCRIBE'.",
                 name,
                 self._config.service,
@@ -141,31 +142,29 @@ class Catalogue:
             )
 
         for name in sorted(over):
-            text = "%r has a receiver here now, or is not subscribed any more."
+            text = "%r has a receiver here now, or is no longer subscribed."
             self._log.over(f"without {name}", text, name)
 
     def start_of(self, name: str, subscription: Subscription) -> str:
-        """Where the group of a stream begins that has none yet."""
+        """Return the id at which a new group of a stream starts."""
         if subscription.start == NEW and is_pattern(subscription.name):
-            # Its first events may be older than the look that found it.
+            # The first events of the stream may be older than the search that found it.
             return id_text(before_moment(self._since[subscription.name]))
 
         return subscription.start
 
-    def _try_to_look(self, patterns: list[str]) -> None:
+    def _try_to_search(self, patterns: list[str]) -> None:
         try:
-            self._look(patterns)
-            self._log.over(
-                "refused", "Redis tells again which streams there are for %s.", ", ".join(patterns)
-            )
+            self._search(patterns)
+            self._log.over("refused", "Redis lists the streams for %s again.", ", ".join(patterns))
         except redis.ResponseError as error:
-            # What is subscribed by name does not depend on it.
+            # Streams subscribed by name do not depend on the search.
             self._looked = time.monotonic()
             self._log.once(
                 "refused",
-                "Redis refuses to tell which streams there are for %s: %s. Patterns hear no stream "
-                "that is not known yet. Grant the user of %r (+smembers +hsetnx +hget +time ~%s "
-                "~%s) in the ACL, or remove what another program keeps there.",
+                "Redis refuses to list the streams for %s: %s. Patterns do not find new streams. "
+                "Grant the user of %r (+smembers +hsetnx +hget +time ~%s ~%s) in the ACL. Delete "
+                "these keys if another program wrote them.",
                 ", ".join(patterns),
                 error,
                 self._config.service,
@@ -174,19 +173,19 @@ class Catalogue:
                 level=logging.ERROR,
             )
 
-    def _look(self, patterns: list[str]) -> None:
+    def _search(self, patterns: list[str]) -> None:
         pause = LOOK if self.alarm is None else SELDOM
 
-        if time.monotonic() - self._looked < pause and self._asked >= set(patterns):
+        if time.monotonic() - self._looked < pause and self._searched >= set(patterns):
             return
 
-        self._asked = set(patterns)
+        self._searched = set(patterns)
 
-        self._remember([name for name in patterns if name not in self._since])
+        self._store_since([name for name in patterns if name not in self._since])
         self._looked = time.monotonic()
         key = self._keys.names
         found = {name.decode(errors="replace") for name in self._pipe.ask("SMEMBERS", key)}
-        self._note(
+        self._add(
             {
                 name
                 for name in found
@@ -194,24 +193,24 @@ class Catalogue:
             }
         )
 
-    def _note(self, found: set[str]) -> None:
-        """Add streams to those that are read, up to a bound; the ones that are read stay."""
+    def _add(self, found: set[str]) -> None:
+        """Add streams to those that are read, up to the limit; known streams stay."""
         alarm = too_many_names(self._keys.names, len(found))
 
         if alarm is not None and self.alarm is None:
             self._log.error("names", "%s", alarm)
 
         if alarm is None and self.alarm is not None:
-            # Somebody removed names that belong to no stream.
+            # The names of streams that do not exist were removed.
             self._found &= found
-            self._log.over("names", "Patterns stand for every stream of theirs again.")
+            self._log.over("names", "Patterns match all their streams again.")
 
         self.alarm = alarm and str(alarm)
         room = max(0, MOST_NAMES - len(self._found))
-        # What was there is still looked for: Redis may have been flushed.
+        # Known streams stay even if they are not found: Redis may have been flushed.
         self._found |= set(sorted(found - self._found)[:room])
 
-    def _remember(self, patterns: list[str]) -> None:
+    def _store_since(self, patterns: list[str]) -> None:
         key = self._keys.since(self._config.service)
 
         for pattern in patterns:
@@ -219,28 +218,28 @@ class Catalogue:
             now = int(seconds) * 1000 + int(micro) // 1000
             self._pipe.ask("HSETNX", key, pattern, now)
             since = self._pipe.ask("HGET", key, pattern)
-            # Redis may have been flushed this moment, or somebody wrote something else there.
-            is_moment = since and since.isdigit() and len(since) <= MOST_DIGITS
-            self._since[pattern] = int(since) if is_moment else now
+            # The value is missing after a flush, and invalid if another program wrote it.
+            is_valid = since and since.isdigit() and len(since) <= MOST_DIGITS
+            self._since[pattern] = int(since) if is_valid else now
 
 
-#: Entries that are looked up at once.
+#: Number of entries that one step looks up.
 COUNT = 64
 
-#: How a server that has no streams answers.
+#: Errors of a server without streams.
 _UNKNOWN = tuple(
     f"unknown command {quote}{command}" for quote in "'`" for command in ("XREADGROUP", "XGROUP")
 )
 
-#: Seconds after which a stream that Redis refuses is asked for again.
+#: Seconds to wait before trying a refused stream again.
 ASK_AGAIN = 5.0
 
 
 class Membership:
-    """Joins the group on each stream subscribed, and makes groups that are missing.
+    """Joins the group on each subscribed stream, and creates missing groups.
 
-    With a group comes what this process, or one that ended, was given of it and had not settled.
-    For one thread, the one that reads.
+    When it joins a group, it also takes the entries that Redis sent to this consumer in a lost
+    answer, and the entries that other workers released. Only the reading thread may use it.
     """
 
     def __init__(
@@ -272,19 +271,19 @@ class Membership:
         self._trims = trims
         self._counters = counters
         self._log = BoundedLog(logger)
-        #: The streams that are read, by name.
+        #: The subscriptions whose streams are read, by name.
         self.joined: dict[str, Subscription] = {}
-        #: Streams that Redis refuses, with its reasons; and those that only their channel serves.
+        #: Streams that Redis refuses, with the errors.
         self.refused: dict[str, str] = {}
         self._ask_again = 0.0
-        #: Streams whose group was made, and that are not read here: no receiver is connected.
-        self._left: frozenset[str] = frozenset()
-        #: What was told of streams that are refused: it is told once.
-        self._told: dict[str, str] = {}
-        #: The streams that were read, or whose group was made, at any time: if their group is gone,
-        #: it is made again at the start.
+        #: Streams with a group that this process does not read, because it has no receiver.
+        self._unread: frozenset[str] = frozenset()
+        #: The refusals that were logged, by stream, so that each is logged once.
+        self._logged: dict[str, str] = {}
+        #: Streams whose group this process has joined or created before. If the group is gone, a
+        #: new one starts at the first entry.
         self.known: set[str] = set()
-        #: What no server of this kind will ever do.
+        #: The error of a server that has no streams; reading ends for good.
         self.fatal: Exception | None = None
 
     @property
@@ -294,49 +293,51 @@ class Membership:
 
     @property
     def alarms(self) -> dict[str, str]:
-        """What somebody did to streams so that their events are not heard, by stream."""
+        """Alarms about streams whose events do not arrive, by stream or pattern."""
         return {**self._catalogue.alarms, **self._reclaimer.alarms, **self._trims.alarms}
 
     @property
     def is_complete(self) -> bool:
-        """Whether each stream subscribed is read or refused."""
-        answered = self.joined.keys() | self.refused.keys() | self._catalogue.patterns | self._left
+        """Return True if each subscribed stream is read or refused."""
+        answered = (
+            self.joined.keys() | self.refused.keys() | self._catalogue.patterns | self._unread
+        )
         return self._catalogue.subscribed().keys() <= answered
 
     def join(self) -> tuple[dict[str, Subscription], bool]:
-        """Make the groups that are missing.
+        """Join the groups of streams that are new, and create missing groups.
 
-        :return: the streams that can be read, and whether Redis was asked for any.
-        :raises redis.ConnectionError: Redis is away.
+        :return: the streams to read, and True if there were new ones.
+        :raises redis.ConnectionError: Redis is unreachable.
         """
-        wanted = self._catalogue.names()
+        subscribed = self._catalogue.names()
         without = self._catalogue.without_receiver
-        self._left &= without
+        self._unread &= without
 
         if without & self.joined.keys():
             self.joined = {name: self.joined[name] for name in self.joined if name not in without}
 
         refused = () if time.monotonic() > self._ask_again else self.refused
-        known = {*self.joined, *refused, *self._left}
-        new = [name for name in wanted if name not in known]
+        known = {*self.joined, *refused, *self._unread}
+        new = [name for name in subscribed if name not in known]
 
         if new:
-            self._join_new(wanted, new)
+            self._join_new(subscribed, new)
 
-        return {name: self.joined[name] for name in wanted if name in self.joined}, bool(new)
+        return {name: self.joined[name] for name in subscribed if name in self.joined}, bool(new)
 
-    def lose(self) -> None:
-        """Redis is lost, and what it refused may be granted when it is back."""
+    def reset(self) -> None:
+        """Forget the groups and the refusals, after the connection was lost."""
         self.joined = {}
-        self._left = frozenset()
+        self._unread = frozenset()
         self.refused = {}
 
-    def give_up(self, error: GroupGoneError) -> None:
-        """Be in no group any more, so that :meth:`join` makes those again that are gone."""
+    def leave_all(self, error: GroupGoneError) -> None:
+        """Leave all groups after one was deleted; :meth:`join` creates missing groups again."""
         logger.warning(
-            "A stream or the group of %r is gone (%s): it is made again at the beginning of what "
-            "the stream has. Redis was flushed, or restarted without its data, or somebody "
-            "deleted it.",
+            "A stream or the group of %r is gone (%s). A new group is created at the first entry "
+            "of the stream. Redis was flushed, or restarted without its data, or the group was "
+            "deleted.",
             self._config.service,
             error,
             extra={"service": self._config.service},
@@ -351,22 +352,22 @@ class Membership:
         self.joined = {}
 
     def refuse(self, name: str, subscription: Subscription, reason: Exception) -> None:
-        """Be out of the group of a stream that Redis refuses, and say so once."""
+        """Leave the group of a stream that Redis refuses, and log the refusal once."""
         self.end_without_streams(reason)
         self.joined = {known: sub for known, sub in self.joined.items() if known != name}
         self._ask_again = time.monotonic() + ASK_AGAIN
         self.refused = {**self.refused, name: str(reason)}
 
-        if self._told.get(name) == str(reason):
+        if self._logged.get(name) == str(reason):
             return
 
-        self._told[name] = str(reason)
+        self._logged[name] = str(reason)
 
         if subscription.via == "stream":
             self._log.error(
                 f"refused {name}",
-                "Redis refuses to let %r read the stream of %r: %s. This service does not hear it. "
-                "%s",
+                "Redis refuses to let %r read the stream of %r: %s. This service gets no events "
+                "from it. %s",
                 self._config.service,
                 name,
                 reason,
@@ -376,8 +377,8 @@ class Membership:
         else:
             self._log.warning(
                 f"refused {name}",
-                "Redis refuses to let %r read the stream of %r: %s. It hears the channel alone. "
-                "%s Or subscribe with 'via': 'channel'.",
+                "Redis refuses to let %r read the stream of %r: %s. The service listens to the "
+                "channel only. %s Or subscribe with 'via': 'channel'.",
                 self._config.service,
                 name,
                 reason,
@@ -386,54 +387,57 @@ class Membership:
             )
 
     def end_without_streams(self, error: Exception) -> None:
-        """Give up for good where Redis knows no streams.
+        """Set :attr:`fatal` if the error says that this server has no streams.
 
-        :raises redis.ConnectionError: it does not.
+        :raises redis.ConnectionError: if it has none.
         """
-        # redis-py takes "ERR" off. Any other command may be missing by 'rename-command'.
+        # redis-py removes "ERR" from the text. 'rename-command' may have removed other commands.
         if not str(error).startswith(_UNKNOWN):
             return
 
         self.fatal = error
         logger.critical(
-            "This Redis has no streams (%s): %r hears none. Use Redis 6.2 or later, or Valkey.",
+            "This Redis has no streams (%s), so %r cannot read any. Use Redis 6.2 or later, or "
+            "Valkey.",
             error,
             self._config.service,
         )
         raise redis.ConnectionError(str(error)) from error
 
-    def _join_new(self, wanted: dict[str, Subscription], new: Sequence[str]) -> None:
-        starts = {name: self._start_of(name, wanted[name]) for name in new}
+    def _join_new(self, subscribed: dict[str, Subscription], new: Sequence[str]) -> None:
+        starts = {name: self._start_of(name, subscribed[name]) for name in new}
         self._trims.check_before_next_read()
         refusals = self._group.join(starts)
         joined = dict(self.joined)
         without = self._catalogue.without_receiver
-        # Events wait there until a receiver is connected, here or in another process.
-        self._left |= without & refusals.keys()
+        # Their groups exist, so that events wait until some process connects a receiver.
+        self._unread |= without & refusals.keys()
 
         for name, refusal in refusals.items():
             if name in without:
-                # Should it be gone by then, everything in the stream has waited.
+                # If the group is deleted before it is read, all entries of the stream are unread.
                 if refusal is None:
                     self.known.add(name)
 
                 continue
 
-            obstacle = self._take_up(name, wanted[name])
-            # Where the group is there, it does not matter that another may not be made.
+            obstacle = self._recover(name, subscribed[name])
+            # If reading works, the group exists, and a refused XGROUP CREATE does not matter.
             refusal = obstacle and (refusal or obstacle)
 
             if refusal is None:
-                joined[name] = wanted[name]
+                joined[name] = subscribed[name]
                 self._note_granted(name)
-                self.refused = {one: self.refused[one] for one in self.refused if one != name}
+                self.refused = {
+                    other: self.refused[other] for other in self.refused if other != name
+                }
             elif not isinstance(refusal, GroupGoneError):
-                self.refuse(name, wanted[name], refusal)
+                self.refuse(name, subscribed[name], refusal)
 
         self.joined = joined
 
     def _note_granted(self, name: str) -> None:
-        if self._told.pop(name, None) is not None:
+        if self._logged.pop(name, None) is not None:
             self._log.over(
                 f"refused {name}",
                 "Redis lets %r read the stream of %r again.",
@@ -442,13 +446,16 @@ class Membership:
                 extra={"signal": name, "service": self._config.service},
             )
 
-    def _take_up(self, name: str, subscription: Subscription) -> Exception | None:
-        """Take up what this consumer has of a stream; what refused it."""
+    def _recover(self, name: str, subscription: Subscription) -> Exception | None:
+        """Take this consumer's pending entries and the released ones; return a refusal."""
         try:
             self._group.try_to_read(name)
             self.known.add(name)
-            # All of this is older than what is read then.
-            self._recover(name, subscription)
+
+            # Under the lock, so that no entry is acknowledged or claimed in between.
+            with self._acknowledger.lock:
+                self._recover_pending(name, subscription)
+
             self._reclaimer.reclaim_all_released({name: subscription})
         except (GroupGoneError, redis.ResponseError) as refusal:
             return refusal
@@ -456,23 +463,18 @@ class Membership:
         return None
 
     def _start_of(self, name: str, subscription: Subscription) -> str:
-        # Where a group was and is gone, so is the knowledge of how far it had come.
+        # The position of a deleted group is lost, so the new one starts at the first entry.
         return "0" if name in self.known else self._catalogue.start_of(name, subscription)
 
-    def _recover(self, name: str, subscription: Subscription) -> None:
-        """Take up what Redis gave this consumer in an answer that never arrived."""
-        # With the turn, so that nothing is settled or taken over between two looks.
-        with self._acknowledger.lock:
-            self._recover_lost(name, subscription)
-
-    def _recover_lost(self, name: str, subscription: Subscription) -> None:
+    def _recover_pending(self, name: str, subscription: Subscription) -> None:
+        """Take the entries that Redis sent to this consumer in a lost answer."""
         lost = self._in_flight.missing(name, [found.id for found in self._group.own_pending(name)])
 
         for start in range(0, len(lost), COUNT):
             entries = self._group.look_up(name, lost[start : start + COUNT])
             found = self._decoder.decode(entries, {name: subscription})
             self._trims.report(name, found.trimmed)
-            # They are handled in any case; what is sent a second time is to be known.
+            # These entries are handled in any case. Store them, so that a copy is a duplicate.
             self._duplicates.find(found.deliveries)
             self._in_flight.add(found.deliveries)
             self._queue.put(found.deliveries)
@@ -485,5 +487,5 @@ class Membership:
         try:
             return self._group.position(name) is None
         except redis.ResponseError as error:
-            logger.debug("Redis does not tell whether %r is gone: %s", name, error)
+            logger.debug("Redis refuses to report the group of %r: %s", name, error)
             return True

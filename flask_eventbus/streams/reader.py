@@ -1,4 +1,4 @@
-"""The thread that reads what the workers of a service share: their groups' streams."""
+"""The thread that reads new stream entries for the consumer groups of a service."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ from .reclaim import Reclaimer, Trims
 
 logger = get_logger(__name__)
 
-#: Seconds that Redis holds a read back where there is nothing to read; less than the five after
-#: which a server that hangs is given up.
+#: Seconds that a read blocks if there is no entry. Less than the five seconds after which an
+#: answer counts as lost.
 BLOCK = 1.0
 
-#: Events whose outcome Redis does not take, from which on no more are read; their memory has the
-#: bound of what is read ahead.
-MOST_UNSETTLED = 1_000
+#: Number of unacknowledged outcomes above which reading pauses, while Redis rejects them. Their
+#: memory is limited as well, to that of the events read ahead.
+MOST_UNWRITTEN = 1_000
 
 
 class StreamReader:
-    """Reads streams in a thread of its own, and connects again whenever that ends.
+    """Reads streams in its own thread, and reconnects after an outage.
 
-    :param max_bytes: the size of the largest event.
+    :param max_bytes: maximum size of an event in bytes.
     :param app_exists: returns False once the app is gone; the thread then stops.
-    :param on_entries: told that there is something in hand.
-    :param released_streams: the streams of which this process handed something back by itself.
-    :param on_lost: told when Redis is lost, with the error.
-    :param on_ready: told when every stream can be read.
-    :param on_end: told when nothing is read any more, though nobody said to stop.
+    :param on_entries: called after deliveries were added to ``in_flight``.
+    :param released_streams: returns the names of the streams of which this process has released
+        entries since the last call.
+    :param on_lost: called with the error when the connection to Redis is lost.
+    :param on_ready: called when every subscribed stream can be read.
+    :param on_end: called if the thread ends without :meth:`stop`.
     """
 
     def __init__(
@@ -84,43 +85,45 @@ class StreamReader:
         self._on_ready = on_ready
         self._on_end = on_end
         self._reading = Reading(
-            failed="The stream reader failed; it connects anew.",
+            failed="The stream reader failed; it reconnects.",
             thread=f"eventbus-streams-{node}",
             read=self._consume,
             lost=self._lose,
             close=group.pipe.close,
             app_exists=lambda: app_exists() and membership.fatal is None,
             counters=counters,
-            ended=self._conclude,
+            ended=self._finish,
         )
         self._block = group.pipe.wait_at_most(BLOCK)
-        #: Notified when it is known of more streams whether they can be read.
+        #: Notified when more streams are read or refused, and when the connection is lost.
         self.changed = threading.Condition()
-        #: Whether Redis is there, and was asked for what there is to be read.
-        self._is_there = False
-        #: Whether all of it could be read when that was last looked at.
+        #: True while Redis answers, once the groups were joined.
+        self._is_connected = False
+        #: True if every subscribed stream could be read after the last join.
         self._was_ready = False
+        #: Monotonic time of the last answer to a read.
         self.last_heard: float | None = None
-        #: Of how many streams the last read got something; after a pause, all may have.
-        self._busy: int | None = None
+        #: Number of streams with entries in the last answer; ``None`` after an empty one, because
+        #: then the next answer may have entries of all streams.
+        self._active_streams: int | None = None
         self._portions = Portions(max_bytes=max_bytes)
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the calling thread is the one that reads."""
+        """Return True if the calling thread is the reading thread."""
         return self._reading.is_own_thread
 
     @property
     def ready(self) -> bool:
-        """Whether Redis is there, and each stream subscribed is read or refused."""
-        return self._reading.lives and self._is_there and self._membership.is_complete
+        """Return True if Redis answers, and each subscribed stream is read or refused."""
+        return self._reading.lives and self._is_connected and self._membership.is_complete
 
     def start(self) -> None:
-        """Start the thread, once."""
+        """Start the thread unless it was started before."""
         self._reading.start()
 
     def stop(self) -> None:
-        """Stop reading, now."""
+        """Tell the thread to stop, and interrupt a blocked read."""
         self._reading.stop()
         self._queue.close()
         self._group.pipe.interrupt()
@@ -129,30 +132,30 @@ class StreamReader:
             self.changed.notify_all()
 
     def end(self, deadline: float) -> None:
-        """Wait for the thread's end until the deadline."""
+        """Wait until the thread has ended, or until the deadline."""
         self._reading.end(deadline)
 
     def disown(self) -> None:
-        """In a forked child: end what came along of it."""
+        """Mark the thread as stopped; call it in a forked child."""
         self._reading.disown()
 
     # -- the reading thread ---------------------------------------------------------------
 
-    def _conclude(self) -> None:
+    def _finish(self) -> None:
         if self._membership.fatal is None:
             self._on_end()
             return
 
-        # Channels are heard all the same.
+        # This Redis has no streams. The node still listens to its channels.
         with self.changed:
             self.changed.notify_all()
 
     def _lose(self, error: Exception) -> None:
         with self.changed:
-            self._is_there = False
-            # The answer may have been too large.
+            self._is_connected = False
+            # The answer may have been too large: the next read asks for fewer entries.
             self._portions.note(())
-            self._membership.lose()
+            self._membership.reset()
 
         if not self._reading.is_stopping:
             self._on_lost(error)
@@ -161,48 +164,48 @@ class StreamReader:
         while self._reading.goes_on:
             names = self._join()
 
-            if not names or self._has_unsettled:
+            if not names or self._is_overloaded:
                 self._reading.pause(self._block)
             elif self._queue.wait_for_room(self._block):
                 self._read(names)
             else:
-                # What comes meanwhile may be trimmed before it is read.
+                # Entries added now may be trimmed before they are read.
                 self._trims.has_backlog = True
 
             backoff.reset()
 
     @property
-    def _has_unsettled(self) -> bool:
-        """Return True if enough is in hand whose outcome Redis does not take."""
-        unsettled = self._in_flight.memory - self._queue.memory + self._acknowledger.memory
-        return len(self._acknowledger) > MOST_UNSETTLED or unsettled > MOST_BYTES
+    def _is_overloaded(self) -> bool:
+        """Return True if too many outcomes wait to be written to Redis."""
+        unwritten = self._in_flight.memory - self._queue.memory + self._acknowledger.memory
+        return len(self._acknowledger) > MOST_UNWRITTEN or unwritten > MOST_BYTES
 
     def _read(self, names: dict[str, Subscription]) -> None:
         try:
             self._trims.check(names)
             self._take_back_released(names)
-            # What is newer waits until there is room for what is older.
+            # New entries of a stream wait until its released entries are claimed.
             names = {name: names[name] for name in names if name not in self._reclaimer.unfinished}
 
             if not names:
                 return
 
-            # Redis counts for each stream.
+            # COUNT applies to each stream.
             count = self._portions.count(
                 room=self._queue.room,
                 memory=max(self._in_flight.memory, self._queue.memory) + self._acknowledger.memory,
-                streams=self._busy or len(names),
+                streams=self._active_streams or len(names),
             )
             entries = self._group.read(list(names), count=count, block=self._block)
         except GroupGoneError as error:
-            self._membership.give_up(error)
+            self._membership.leave_all(error)
             return
         except redis.ResponseError as error:
-            self._sort_out(names, error)
+            self._find_refused(names, error)
             return
 
         self.last_heard = time.monotonic()
-        self._busy = len({entry.name for entry in entries}) or None
+        self._active_streams = len({entry.name for entry in entries}) or None
         self._portions.note(map(Entry.size, entries))
 
         if entries:
@@ -221,41 +224,42 @@ class StreamReader:
 
     def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
         found = self._decoder.decode(list(entries), names)
-        fresh = found.deliveries
-        known = set(self._duplicates.find(fresh))
+        deliveries = found.deliveries
+        duplicates = set(self._duplicates.find(deliveries))
 
-        if known:
-            self._counters.add("duplicates", len(known))
-            fresh = [delivery for delivery in fresh if delivery not in known]
+        if duplicates:
+            self._counters.add("duplicates", len(duplicates))
+            deliveries = [delivery for delivery in deliveries if delivery not in duplicates]
 
-        self._counters.add("received", len(fresh))
-        self._in_flight.add(fresh)
+        self._counters.add("received", len(deliveries))
+        self._in_flight.add(deliveries)
         self._on_entries()
-        self._queue.put(fresh)
+        self._queue.put(deliveries)
 
         outcomes = [self._outcomes.skipped(entry) for entry in found.skipped]
         outcomes += [
-            self._outcomes.skipped(Entry(delivery.name, delivery.entry, None)) for delivery in known
+            self._outcomes.skipped(Entry(delivery.name, delivery.entry, None))
+            for delivery in duplicates
         ]
         outcomes += [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
 
         if outcomes:
             self._acknowledger.write(outcomes)
 
-    # -- its groups -----------------------------------------------------------------------
+    # -- the groups -----------------------------------------------------------------------
 
     def _join(self) -> dict[str, Subscription]:
         names, is_new = self._membership.join()
 
-        # A pattern may be known now that was refused before.
-        if is_new or not self._is_there or (not self._was_ready and self.ready):
-            self._arrive()
+        # A pattern that was refused before may be granted now, without a new stream.
+        if is_new or not self._is_connected or (not self._was_ready and self.ready):
+            self._note_joined()
 
         return names
 
-    def _arrive(self) -> None:
+    def _note_joined(self) -> None:
         with self.changed:
-            self._is_there = True
+            self._is_connected = True
             self.changed.notify_all()
 
         self._was_ready = self.ready
@@ -263,15 +267,15 @@ class StreamReader:
         if self._was_ready:
             self._on_ready()
 
-    def _sort_out(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
-        """Find out which of the streams it is that Redis refuses to have read."""
+    def _find_refused(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
+        """Read the streams one at a time, to find those that Redis refuses."""
         self._membership.end_without_streams(error)
 
         for name, subscription in names.items():
             try:
                 entries = self._group.read([name], count=1, block=0)
             except GroupGoneError as gone:
-                self._membership.give_up(gone)
+                self._membership.leave_all(gone)
                 return
             except redis.ResponseError as refusal:
                 self._membership.refuse(name, subscription, refusal)

@@ -439,7 +439,7 @@ def test_an_outcome_of_which_redis_took_a_part_is_told_again_after_a_lost_connec
 
     monkeypatch.setattr(Pipe, "run", lose_once)
     # It is acknowledged, and nobody can make it pending again.
-    monkeypatch.setattr(Group, "take_back", lambda *_, **__: ("NOSUCHCOMMAND",))
+    monkeypatch.setattr(Group, "restore_command", lambda *_, **__: ("NOSUCHCOMMAND",))
 
     @service.on("tick", via="stream", start="earliest")
     def fail_once(sender: str, n: int) -> None:
@@ -604,7 +604,7 @@ def test_a_pattern_that_cannot_be_noted_keeps_no_name_from_being_heard(
     store.add("tick", n=1)
 
     wait_until(lambda: heard == [1], what="what is subscribed by name is heard")
-    assert "Redis refuses to tell which streams there are for ta*: WRONGTYPE" in caplog.text
+    assert "Redis refuses to list the streams for ta*: WRONGTYPE" in caplog.text
     store.client.delete(store.keys.since("mailer"))
     assert service.ready(10)
     store.add("tack", n=2)

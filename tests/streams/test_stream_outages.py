@@ -169,9 +169,9 @@ def test_what_is_published_after_a_stream_or_its_group_vanished_is_handled_once(
         program.process.terminate()
 
     assert [program.end() for program in programs] == [0] * 5
-    assert any("it is made again at the beginning" in program.said for program in programs) or (
-        vanish is restart
-    )
+    assert any(
+        "A new group is created at the first entry" in program.said for program in programs
+    ) or (vanish is restart)
 
 
 def test_workers_that_start_all_at_once_make_one_group(

@@ -332,7 +332,7 @@ def test_a_process_that_follows_a_stream_misses_nothing_while_redis_refuses_it(
 
     store.client.rename(stream, "elsewhere")
     store.client.set(stream, "a string")
-    wait_until(lambda: "Redis refuses to let 'mailer' follow" in caplog.text, what="it is told")
+    wait_until(lambda: "Redis refuses to let 'mailer' read" in caplog.text, what="it is told")
     store.client.xadd("elsewhere", {b"event": Codec().encode(store.event("tick", n=2))})
 
     with store.client.pipeline(transaction=True) as both:
@@ -687,7 +687,10 @@ def test_the_line_about_a_missing_xpending_names_what_to_grant_and_it_is_enough(
     guard.allow(right)
 
     wait_until(lambda: heard == [2, 1], what="what a worker left is taken over")
-    wait_until(lambda: "shows 'mailer' again" in caplog.text, what="the end is told")
+    wait_until(
+        lambda: "lets 'mailer' list the pending events of 'tick' again" in caplog.text,
+        what="the end is told",
+    )
 
 
 def test_a_slow_event_of_a_worker_without_xpending_is_not_taken_by_another(
