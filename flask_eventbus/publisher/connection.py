@@ -1,4 +1,4 @@
-"""Events to Redis and its answers: a batch in one round trip, on a connection of one's own."""
+"""Send events to Redis in batches, one round trip each, and interpret the replies."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from .message import AgingStreamDestination, Destination, NoWritesError, TooFewR
 
 logger = get_logger(__name__)
 
-#: Seconds that replicas are waited for at most: less than a connection waits for an answer.
+#: Longest wait for replicas in seconds; shorter than the timeout of the connection.
 MOST_WAIT = 1.0
 
-#: The part of a sender's patience that replicas have.
+#: Fraction of a sender's timeout that is spent waiting for replicas.
 REPLICAS_SHARE = 0.8
 
-#: Seconds that the clocks may differ, and seconds between two comparisons.
+#: Difference between the clocks in seconds above which a warning is logged.
 MOST_SKEW = 10.0
+
+#: Seconds between two comparisons of the clocks.
 COMPARE_AGAIN = 60.0
 
 _PING = whole("PING")
@@ -39,13 +41,14 @@ _ROLE = whole("ROLE")
 
 
 class PublishConnection:
-    """Writes events in batches; one thread at a time, which may change in the middle of one.
+    """Publishes batches of events over its own connection.
 
-    Nothing is sent a second time: after an error Redis may have got any part of a batch.
+    It is used by one thread at a time. One thread may send a batch, and another may read the
+    replies. Nothing is sent twice: after an error, Redis may have any part of the batch.
 
-    :param timeout: seconds that a round trip may take, connecting included.
-    :param names: the Redis key of the set of signals that have a stream.
-    :param patience: seconds that a sender waits, of which replicas get a part.
+    :param timeout: longest round trip in seconds, connecting included.
+    :param names: Redis key of the set of signals that have a stream.
+    :param patience: seconds that a sender waits; limits the wait for replicas.
     """
 
     def __init__(
@@ -56,47 +59,49 @@ class PublishConnection:
         self._names = names
         self._replicas_ms = math.ceil(min(patience * REPLICAS_SHARE, MOST_WAIT) * 1_000)
         self._connection: Connection | None = None
-        #: The signals whose stream was announced on this connection, with the command for it.
-        #: It goes with each batch, since Redis may have been flushed.
+        #: ``SADD`` commands that register the stream of a signal, keyed by signal. They are sent
+        #: with each batch, since Redis may have been flushed.
         self._announced: dict[str, bytes] = {}
-        #: The signals of which Redis does not let this user note the stream.
+        #: Signals whose stream this user has no right to register.
         self._not_allowed: set[str] = set()
-        #: The ways of the batch that trim by age.
+        #: Destinations of the batch that are trimmed by age.
         self._aging: set[AgingStreamDestination] = set()
         self._compare_at = 0.0
         self._is_skewed = False
-        #: When the server was last asked for its role, by the monotonic clock.
+        #: Monotonic time at which ROLE was last sent.
         self._asked_role = 0.0
-        #: True while the answer to ROLE is still to be read, before those to the events.
+        #: True while the reply to ROLE has not been read; it precedes those to the events.
         self._awaits_role = False
-        #: What is being sent: these names, then the events, then the question for replicas.
+        #: The current round trip: these ``SADD`` commands, then the batch, then ``WAIT`` if
+        #: replicas must confirm it.
         self._announcing: dict[str, bytes] = {}
         self._batch: Sequence[tuple[Destination, bytes]] = ()
         self._replicas = 0
         self._answers: list[Any] = []
-        #: The stream that was last written to: where :meth:`probe` tries to write.
+        #: Key of the stream last written to; :meth:`probe` tries to write there.
         self._stream = ""
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a connection, as far as is known."""
+        """Return True if a connection is open; the server may have closed it unnoticed."""
         return self._connection is not None
 
     @property
     def answers(self) -> list[Any]:
-        """What Redis answered to each event: its entry's id, or how many listeners got it."""
+        """The replies to the events: an entry id for a stream, a number of listeners else."""
         first = len(self._announcing)
         return self._answers[first : first + len(self._batch)]
 
     def publish(
         self, batch: Sequence[tuple[Destination, bytes]], deadline: float | None = None
     ) -> list[Exception | None]:
-        """Publish events, in order, and tell of each whether Redis took it.
+        """Publish events in order, and return the result of each.
 
-        :param deadline: when to give up, if that is earlier than the timeout.
-        :return: for each event ``None``, or why Redis did not take it: a :class:`NoWritesError`
-            if it may take it later.
-        :raises redis.ConnectionError: Redis is away; it may have got any part of the batch.
+        :param deadline: monotonic time at which to give up, if earlier than the timeout.
+        :return: for each event ``None``, or why it was not published: a :class:`NoWritesError` if
+            Redis may accept it later.
+        :raises redis.ConnectionError: Redis is unavailable; it may have any part of the batch.
+        :raises redis.TimeoutError: Redis did not reply in time; the same applies.
         """
         deadline = self._earlier(deadline)
         self.send(batch, deadline)
@@ -108,13 +113,13 @@ class PublishConnection:
         return self.outcomes()
 
     def probe(self, deadline: float | None = None) -> NoWritesError | None:
-        """Find out whether Redis is there, and whether it takes writes.
+        """Check whether Redis is available, and whether it accepts writes.
 
-        That the connection was closed meanwhile, as servers and firewalls do with idle ones, is no
-        answer: then it asks on another.
+        If the connection is closed, open another one and try again, because servers and firewalls
+        close idle connections.
 
-        :return: why Redis takes no writes; ``None`` if it does, or no stream was written to yet.
-        :raises redis.ConnectionError: Redis is away.
+        :return: why Redis accepts no writes; ``None`` if it does, or if no stream was written to.
+        :raises redis.ConnectionError: Redis is unavailable.
         """
         deadline = self._earlier(deadline)
 
@@ -127,9 +132,9 @@ class PublishConnection:
         return self._ping(self._open(deadline), deadline)
 
     def connect(self, deadline: float | None = None) -> float:
-        """Open a connection, if there is none; return the deadline for what is sent on it.
+        """Open a connection unless one is open; return the deadline of the next round trip.
 
-        :raises redis.ConnectionError: Redis is away; nothing was sent.
+        :raises redis.ConnectionError: Redis is unavailable; nothing was sent.
         """
         deadline = self._earlier(deadline)
 
@@ -141,9 +146,10 @@ class PublishConnection:
     def send(
         self, batch: Sequence[tuple[Destination, bytes]], deadline: float | None = None
     ) -> None:
-        """Send events, by the deadline or within the timeout; :meth:`read` reads the answers.
+        """Send events; call :meth:`read` for the replies.
 
-        :raises redis.ConnectionError: Redis is away.
+        :param deadline: monotonic time at which to give up, if earlier than the timeout.
+        :raises redis.ConnectionError: Redis is unavailable.
         """
         deadline = self._earlier(deadline)
         connection = self._connection or self._open(deadline)
@@ -155,7 +161,7 @@ class PublishConnection:
 
         for destination, _ in batch:
             if destination.is_stream:
-                self._look_at(destination)
+                self._add_stream(destination)
 
         for aging in self._aging:
             if aging.newest is None:
@@ -166,12 +172,13 @@ class PublishConnection:
         self._send(connection, self._role_first(self._framed(commands)))
 
     def read(self, deadline: float | None = None) -> bool:
-        """Read the answers to what was sent; return False if not all came by ``deadline``.
+        """Read the replies to a batch; return False if some are missing at the deadline.
 
-        Without a deadline it ends after the timeout, with an error. What is left can be read later,
-        in any thread.
+        Call it again for the missing replies, from any thread.
 
-        :raises redis.ConnectionError: Redis is away.
+        :param deadline: monotonic time; if not given, the timeout applies, and raises an error.
+        :raises redis.ConnectionError: Redis is unavailable.
+        :raises redis.TimeoutError: no deadline was given, and the timeout has passed.
         """
         connection = self._connection
 
@@ -195,7 +202,7 @@ class PublishConnection:
         return True
 
     def outcomes(self) -> list[Exception | None]:
-        """What became of each event, once all answers are there."""
+        """Return the result of each event, after :meth:`read` has returned True."""
         outcomes = [
             _error(answer) if isinstance(answer, Exception) else None for answer in self.answers
         ]
@@ -215,7 +222,7 @@ class PublishConnection:
         return outcomes
 
     def interrupt(self) -> None:
-        """Let a wait for Redis end at once, in whatever thread: as if Redis were lost."""
+        """Abort the current wait for Redis with a connection error; call it from any thread."""
         connection = self._connection
 
         if connection is not None:
@@ -229,7 +236,7 @@ class PublishConnection:
             connection.disconnect()
 
     def _earlier(self, deadline: float | None) -> float:
-        """Return the end of a round trip that begins now."""
+        """Return the deadline of a round trip that starts now."""
         end = time.monotonic() + self._timeout
         return end if deadline is None else min(end, deadline)
 
@@ -251,7 +258,7 @@ class PublishConnection:
             commands.append(whole("SADD", self._names, *names))
 
         if self._stream:
-            # No entry can have this id: it is refused for that where writes are taken.
+            # Redis always refuses this id, but it checks first whether it accepts writes.
             commands.append(whole("XADD", self._stream, "NOMKSTREAM", "0-0", "event", ""))
 
         set_deadline(connection, deadline)
@@ -266,7 +273,7 @@ class PublishConnection:
             self.close()
             raise
 
-        logger.debug("Redis is there, and answers %s.", answers)
+        logger.debug("Redis is available; it replied %s.", answers)
         refusal = answers[-1] if self._stream else None
 
         if isinstance(refusal, Exception) and takes_no_writes(refusal):
@@ -275,9 +282,10 @@ class PublishConnection:
         return None
 
     def _role_first(self, data: bytes) -> bytes:
-        """Commands, with the question for the server's role ahead of them from time to time.
+        """Return commands, preceded by ROLE if the last check of the role is too old.
 
-        Ahead, so that a batch that a replica took is not settled.
+        The reply to ROLE is read first, so that a batch sent to a replica does not count as
+        published.
         """
         if not self._connections.asks_role(self._asked_role):
             return data
@@ -307,9 +315,7 @@ class PublishConnection:
         while len(answers) < count:
             answers.append(_answer(connection))
 
-    # -- the names of streams, and replicas -----------------------------------------------
-
-    def _look_at(self, destination: Destination) -> None:
+    def _add_stream(self, destination: Destination) -> None:
         name = destination.name
         self._stream = destination.key
 
@@ -326,7 +332,7 @@ class PublishConnection:
             self._replicas = destination.replicas
 
     def _framed(self, commands: list[bytes]) -> bytes:
-        """Commands with what goes before and after them, as bytes."""
+        """Return all commands of a round trip as bytes: ``SADD``, the events and ``WAIT``."""
         if self._announcing:
             commands[:0] = self._announcing.values()
 
@@ -338,12 +344,10 @@ class PublishConnection:
     def _note_announcements(self) -> None:
         for name, answer in zip(self._announcing, self._answers, strict=False):
             if isinstance(answer, redis.exceptions.NoPermissionError):
-                # Who reads a stream names it as well.
+                # Not an error: the services that read the stream register it as well.
                 self._announced.pop(name, None)
                 self._not_allowed.add(name)
-                logger.debug("Redis does not let this user note the stream of %r: %s", name, answer)
-
-    # -- clocks ---------------------------------------------------------------------------
+                logger.debug("This user cannot register the stream of %r: %s", name, answer)
 
     def _time(self, connection: Connection, deadline: float) -> int | None:
         """Return Redis's time in milliseconds; ``None`` if this user may not ask for it."""
@@ -357,8 +361,8 @@ class PublishConnection:
             raise
 
         if isinstance(answer, Exception):
-            # The answer to the first event has it as well.
-            logger.debug("Redis does not tell its time: %s", answer)
+            # The entry id of the first event has the time as well.
+            logger.debug("Redis refused TIME: %s", answer)
             return None
 
         return int(answer[0]) * 1_000 + int(answer[1]) // 1_000
@@ -369,7 +373,7 @@ class PublishConnection:
                 destination.newest = _milliseconds(answer)
 
     def _compare_clocks(self) -> None:
-        """Report a clock of this machine that differs from the one that makes entries' ids."""
+        """Log a warning if the clock of this machine differs from that of Redis."""
         found = [answer for answer in self.answers if isinstance(answer, bytes)]
 
         if not found:
@@ -382,7 +386,7 @@ class PublishConnection:
         if self._is_skewed and not was_skewed:
             logger.warning(
                 "This machine's clock is %.0f s %s Redis's. Events carry this machine's time; "
-                "what streams keep goes by Redis's. Set both clocks by NTP.",
+                "streams are trimmed by Redis's. Synchronize both clocks with NTP.",
                 abs(skew),
                 "ahead of" if skew > 0 else "behind",
             )
@@ -396,9 +400,11 @@ class PublishConnection:
 
 
 def _answer(connection: Connection) -> Any:
-    """The next answer; a refusal as it is, one of "not now" raised.
+    """Return the next reply; an error reply is returned as a value.
 
-    What arrived of an answer when the time was over stays, for the next to go on with.
+    After a timeout, the part of a reply that has arrived is kept for the next call.
+
+    :raises redis.ConnectionError: the error reply is temporary.
     """
     try:
         return connection.read_response(disconnect_on_error=False)
@@ -419,7 +425,7 @@ def _milliseconds(id: bytes) -> int:
 
 def _verdict(wanted: int, count: Any) -> TooFewReplicasError | None:
     if isinstance(count, Exception):
-        return TooFewReplicasError(f"Redis does not tell how many replicas have it: {count}")
+        return TooFewReplicasError(f"Redis did not report how many replicas have it: {count}")
 
     if count >= wanted:
         return None

@@ -1,4 +1,4 @@
-"""The outbound half: takes what is sent, and keeps it for the thread that writes."""
+"""Accept events from ``send()``, buffer them, and wait for confirmations."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .writer import Writer
 
 
 class MessageBuilder:
-    """Makes an :class:`.Message` of each emission, in the thread that sends.
+    """Creates a :class:`.Message` from a signal and its payload, in the thread that sends.
 
-    :param trace: the W3C trace context that came with whatever goes on, a request for example. The
-        span of OpenTelemetry that is current goes before it, and so does the event being handled.
+    :param trace: returns the W3C trace context of the current request; ``None`` if there is none.
+        The current span of OpenTelemetry and the event being handled take precedence over it.
     """
 
     def __init__(
@@ -47,9 +47,11 @@ class MessageBuilder:
     def build(
         self, name: str, payload: Mapping[str, Any], route: Route, *, confirm: bool
     ) -> Message:
-        """An emission as it is now.
+        """Return a message with a copy of the payload as it is now.
 
-        :raises PayloadError: a value cannot travel, the key is missing, or the event is too large.
+        :param confirm: True if the sender waits for the result.
+        :raises PayloadError: a value cannot be encoded, the key is missing, or the event is too
+            large.
         :raises HopLimitError: the chain of causes is too long.
         """
         route_state = self._route_states.find(name, route)
@@ -94,7 +96,10 @@ class MessageBuilder:
 
 
 def _partition(route_state: RouteState, name: str, payload: Mapping[str, Any]) -> str:
-    """The value of the payload's key that keeps events in order among each other, as text."""
+    """Return the value of the route's ordering key in a payload, as text.
+
+    :raises PayloadError: the key is missing, its value is empty, or it cannot be encoded.
+    """
     if name not in payload:
         raise PayloadError(
             f"payload.{name}: the route of {route_state.name!r} keeps events in order by this key, "
@@ -111,15 +116,15 @@ def _partition(route_state: RouteState, name: str, payload: Mapping[str, Any]) -
             "from the route."
         )
 
-    # What cannot travel is to be known now, and not by the thread that writes.
+    # Raise an encoding error now, in the sender's thread, and not later in the writer thread.
     route_state.envelope(b"", id="", time_ns=0, key=key)
     return key
 
 
 def _current_span() -> str | None:
-    """The trace context of OpenTelemetry's current span; ``None`` where there is none.
+    """Return the trace context of OpenTelemetry's current span; ``None`` if there is none.
 
-    It is not imported: a program that has a span has loaded it.
+    OpenTelemetry is not imported here: a program with a span has already loaded it.
     """
     trace = sys.modules.get("opentelemetry.trace")
     find_span = getattr(trace, "get_current_span", None)
@@ -138,24 +143,25 @@ def _current_span() -> str | None:
 def _chain(name: str, cause: Event, limit: int) -> str:
     return (
         f"An event of {name!r} would be number {cause.hops + 2} of a chain: "
-        f"{cause.correlation_id or cause.id} began it, ... -> {cause.name!r} from "
+        f"{cause.correlation_id or cause.id} started it, ... -> {cause.name!r} from "
         f"{cause.source!r} ({cause.id}) -> {name!r}. 'EVENTBUS_MAX_HOPS' allows {limit} hops. "
-        "Find the receivers that answer each other's signals and break the circle."
+        "Find the receivers that answer each other's signals, and break the loop."
     )
 
 
 class ClosedError(Exception):
-    """The publisher was closed, and its node has another by now."""
+    """The publisher is closed; send the event with the node's new publisher."""
 
 
 class Publisher:
-    """Buffers a node's events, which leave in the order they were sent.
+    """Buffers and publishes the events of a node, in the order in which they were sent.
 
-    Nothing here is inherited over a fork: the child makes a publisher of its own.
+    A forked child does not use it, but creates a publisher of its own.
 
-    :param connection: writes batches, in a thread of the publisher.
-    :param trace: the W3C trace context of whatever is going on, outside of receivers.
-    :param resend: sends an event again, in the publisher that its node has by then.
+    :param connection: writes the batches.
+    :param node: id of the node.
+    :param trace: returns the W3C trace context of the current request.
+    :param resend: sends an event again with the node's current publisher.
     """
 
     def __init__(
@@ -177,7 +183,7 @@ class Publisher:
             config=config, codec=codec, route_states=self._route_states, trace=trace
         )
         self._numbers = itertools.count(1)
-        #: How many events this node has made.
+        #: Highest event number that has been assigned.
         self.issued = 0
         self._buffer = Buffer(most_events=config.buffer_size)
         self._outage = Outage(config.service)
@@ -195,31 +201,31 @@ class Publisher:
         )
         self._leader = self._writer.leader
         self._closed = False
-        #: The threads that are in the middle of a send that waits.
+        #: Ids of the threads that currently wait for a confirmation.
         self._senders: set[int] = set()
 
     @property
     def connected(self) -> bool:
-        """Whether nothing says that Redis is away."""
+        """Return True if no outage is known."""
         return not self._outage.known
 
     @property
     def buffered(self) -> int:
-        """How many events wait, those on their way included."""
+        """Number of events in the buffer, those in flight included."""
         return len(self._buffer)
 
     def publish(self, name: str, payload: Mapping[str, Any], route: Route, *, confirm: bool) -> str:
-        """Take one emission and return its id; the writing thread does the rest.
+        """Publish an event and return its id.
 
-        :param confirm: whether to wait until Redis has it.
-        :raises PayloadError: a value cannot travel, or the event is too large.
+        :param confirm: True to wait until Redis has the event.
+        :raises PayloadError: a value cannot be encoded, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
-        :raises PublishError: the policy is ``"raise"`` and Redis does not take events; or it
-            refused this one, or has it on too few replicas, and a confirmation was asked for;
-            or it is for a stream and the buffer is full.
-        :raises ClosedError: the publisher was closed meanwhile.
+        :raises PublishError: Redis is away and the policy is ``"raise"``; or the event must be
+            confirmed, and Redis refused it or too few replicas have it; or it is a stream event,
+            and the buffer is full.
+        :raises ClosedError: the publisher is closed.
         """
-        # A signal handler that sends in the middle of a send would wait for itself.
+        # A signal handler that interrupts a waiting send in this thread must not wait itself.
         waits = confirm and not self._is_busy_here
         message = self._builder.build(name, payload, route, confirm=waits)
 
@@ -231,10 +237,10 @@ class Publisher:
         return message.id
 
     def resend(self, message: Message) -> None:
-        """Publish an event again that was not confirmed, with the same id and the same bytes.
+        """Publish an unconfirmed event again, with the same id and the same encoded bytes.
 
-        :raises PublishError: it was not confirmed this time either.
-        :raises ClosedError: the publisher was closed meanwhile.
+        :raises PublishError: the event was not confirmed again.
+        :raises ClosedError: the publisher is closed.
         """
         message = message.copy()
         message.route_state = self._route_states.find(
@@ -247,25 +253,25 @@ class Publisher:
             self._accept(message, time.monotonic() + self._config.timeout)
 
     def may_wait(self, route: Route) -> bool:
-        """Return True if an event of a route may have to wait, for Redis or for room."""
+        """Return True if sending an event of a route may block, for Redis or for buffer space."""
         is_stream = route.via == "stream"
         waits = route.confirm or self._buffer.is_full(self._config.max_event_bytes)
         return waits and not self._outage.stops(stream=is_stream)
 
     def prepare(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
-        """Take one emission down as it is now, for :meth:`resend` to publish it in any thread.
+        """Prepare an event with its current payload, for :meth:`resend` in any thread.
 
-        :raises PayloadError: a value cannot travel, or the event is too large.
+        :raises PayloadError: a value cannot be encoded, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
         """
         return self._builder.build(name, payload, route, confirm=route.confirm)
 
     def prepare_pending(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
-        """Prepare an event for :meth:`publish_pending`, which may be called later or never.
+        """Prepare an event that waits for a commit; publish it with :meth:`publish_pending`.
 
-        :raises PayloadError: a value cannot travel, or the event is too large.
+        :raises PayloadError: a value cannot be encoded, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
-        :raises PublishError: the policy is ``"raise"`` and Redis does not take events.
+        :raises PublishError: Redis is away and the policy is ``"raise"``.
         """
         message = self._builder.build(name, payload, route, confirm=route.confirm)
         self._refuse_in_outage(message)
@@ -273,11 +279,11 @@ class Publisher:
         return message
 
     def encode(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
-        """An event with its id and its bytes, for another process to publish.
+        """Return an encoded event with an id, for another process to publish.
 
-        It is not counted among the events of its name: who publishes it, and when, is not known.
+        It has no ``seq``, because the order in which other processes publish is unknown.
 
-        :raises PayloadError: a value cannot travel, or the event is too large.
+        :raises PayloadError: a value cannot be encoded, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
         """
         message = self._builder.build(name, payload, route, confirm=False)
@@ -289,10 +295,11 @@ class Publisher:
         return message
 
     def publish_pending(self, message: Message, deadline: float) -> None:
-        """Publish what was drafted, here or by the publisher that the node had before.
+        """Publish an event of :meth:`prepare_pending`, also one of the node's former publisher.
 
-        :param deadline: until when to wait for room in the buffer.
-        :raises ClosedError: the publisher was closed meanwhile.
+        :param deadline: monotonic time until which to wait for buffer space.
+        :raises PublishError: it is a stream event, and the buffer is full.
+        :raises ClosedError: the publisher is closed.
         """
         message.route_state = self._route_states.find(
             message.route_state.name, message.route_state.route
@@ -300,9 +307,11 @@ class Publisher:
         self._accept(message, deadline)
 
     def wait_for_confirmations(self, sent: Sequence[Message], deadline: float) -> list[Message]:
-        """Wait for confirmations until the deadline; return what lacks one.
+        """Wait for the confirmations of events; return the unconfirmed ones.
 
-        Not as long where Redis is known to be away.
+        The wait is shorter if Redis is known to be away.
+
+        :param deadline: monotonic time.
         """
         if self._writer.is_this_thread:
             return []
@@ -327,22 +336,24 @@ class Publisher:
         return message.wait_until_finished(deadline, unless=lambda: self._stops_now(message))
 
     def probe(self) -> None:
-        """Let the writing thread find out at once whether Redis is there; does not wait for it."""
+        """Make the writer thread check at once whether Redis is available; do not wait for it."""
         with self._buffer.lock:
             self._writer.probe()
 
     def flush(self, timeout: float) -> bool:
-        """Wait until everything sent so far has left the buffer, at most ``timeout`` seconds.
+        """Wait until all events sent so far have left the buffer, at most ``timeout`` seconds.
 
-        :return: whether it has.
+        :return: True if they have left.
         """
         return self._buffer.wait_until_left(self.issued, timeout)
 
     def close(self, flush_by: float, end_by: float) -> None:
-        """Take nothing more, flush, stop writing; what could not be written is logged by id.
+        """Accept no more events, flush the buffer, and end the writer.
 
-        :param flush_by: until when Redis may take what waits, by the monotonic clock.
-        :param end_by: until when the writing thread is waited for.
+        Events that could not be written are logged with their ids.
+
+        :param flush_by: monotonic time until which buffered events are written.
+        :param end_by: monotonic time until which to wait for the writer thread.
         """
         with self._buffer.lock:
             self._closed = True
@@ -353,20 +364,18 @@ class Publisher:
             self._writer.end(end_by)
 
     def leave(self) -> None:
-        """Let what waits be written, and the writing thread end by itself."""
+        """Let the writer thread write the buffered events and then end; do not wait for it."""
         self._writer.leave()
 
     def disown(self) -> None:
-        """In a forked child: end what came along of it, which for greenlets is everything."""
+        """Close the copy of the parent's publisher; call it in a forked child."""
         self._closed = True
         self._writer.disown()
 
     @property
     def is_writing_thread(self) -> bool:
-        """Whether the calling thread is the one that writes."""
+        """Return True if the calling thread currently writes."""
         return self._writer.is_this_thread
-
-    # -- into the buffer ------------------------------------------------------------------
 
     def _accept(self, message: Message, deadline: float) -> None:
         with self._buffer.lock:
@@ -379,7 +388,10 @@ class Publisher:
         self._writer.write_here(self._patience_for(message))
 
     def _put(self, message: Message, deadline: float) -> int:
-        """Add an event to the buffer, by the deadline; return how many were dropped for it."""
+        """Add an event to the buffer; return the number of events dropped for it.
+
+        :param deadline: monotonic time until which to wait for buffer space.
+        """
         self._refuse_in_outage(message)
         dropped = self._make_room(message, deadline)
 
@@ -392,7 +404,7 @@ class Publisher:
         return dropped
 
     def _patience_for(self, message: Message) -> float:
-        """Seconds that a caller is held: once the timeout, and not at all in a known outage."""
+        """Return the seconds that a sender may wait: the timeout, or 0 during an outage."""
         return 0.0 if self._stops(message) else self._config.timeout
 
     def _stops(self, message: Message) -> bool:
@@ -406,17 +418,17 @@ class Publisher:
         number = next(self._numbers)
 
         if message.id:
-            # It is sent again, and keeps its id.
+            # The event is sent again, and keeps its id.
             message.number = number
         else:
             message.assign_id(self._node, number, time.time_ns())
 
-        # Another one may have been sent in the middle of this, by a signal handler.
+        # A signal handler may have sent another event since next().
         if number > self.issued:
             self.issued = number
 
     def _make_room(self, message: Message, deadline: float) -> int:
-        """Wait for room while Redis takes events; drop the oldest while it does not."""
+        """Wait for buffer space while Redis is available; else drop the oldest channel events."""
         has_room = self._buffer.has_room(message) or self._room_comes(message, deadline)
 
         if self._closed:
@@ -446,11 +458,9 @@ class Publisher:
 
         return in_time
 
-    # -- confirmation ---------------------------------------------------------------------
-
     @property
     def _is_busy_here(self) -> bool:
-        """Whether the calling thread is in the middle of a send that waits, or writes."""
+        """Return True if the calling thread already waits for a confirmation, or writes."""
         return threading.get_ident() in self._senders or self._writer.is_this_thread
 
     def _publish_confirmed(self, message: Message) -> None:
@@ -459,10 +469,10 @@ class Publisher:
         this = threading.get_ident()
 
         try:
-            # In here: who is interrupted is not to be taken for busy ever after.
+            # Inside the try block, so that an interrupt cannot leave this thread marked as busy.
             self._senders.add(this)
             self._writer.senders.add(message)
-            is_told = self._write_or_wait(message, deadline)
+            has_result = self._write_or_wait(message, deadline)
         except BaseException:
             self._leader.abandon(message)
             raise
@@ -470,13 +480,13 @@ class Publisher:
             self._senders.discard(this)
             self._writer.senders.discard(message)
 
-        if not is_told:
+        if not has_result:
             self._give_up(message, departures)
         elif message.error is not None:
             raise self._failure(message, message.error) from message.error
 
     def _write_or_wait(self, message: Message, deadline: float) -> bool:
-        """Whether it is known by ``deadline`` what became of an event."""
+        """Return True if an event has a result by ``deadline``; write batches until then."""
         with self._buffer.lock:
             dropped = self._put(message, deadline)
             message.may_write = True
@@ -503,7 +513,7 @@ class Publisher:
         return True
 
     def _stops_now(self, message: Message) -> bool:
-        """Whether Redis is known to give no answer, however long its sender waits."""
+        """Return True if waiting is pointless, because Redis is known not to accept the event."""
         refuses = message.route_state.is_stream and self._outage.refusal is not None
         return self._outage.away or refuses
 
@@ -512,7 +522,10 @@ class Publisher:
             return self._leader.enlist(message)
 
     def _give_up(self, message: Message, departures: int) -> None:
-        """Hold its sender no longer; whether it is told depends on the policy."""
+        """End the wait of a sender.
+
+        :raises PublishError: the policy is ``"raise"``.
+        """
         self._leader.step_back(message)
 
         if self._stops_now(message):
@@ -528,16 +541,18 @@ class Publisher:
             raise self._refusal(message)
 
     def _stall_since(self, departures: int) -> None:
-        """Hold no further caller, and let an idle writer ask whether Redis is there.
+        """Mark Redis as stalled, so that no other sender waits and the writer checks Redis.
 
-        Unless something has left meanwhile: then Redis takes events, if slowly.
+        Do nothing of this if events have left since, because Redis is then slow but available.
+
+        :param departures: :attr:`.Buffer.departures` at the start of the wait.
         """
         with self._buffer.lock:
             if self._buffer.departures == departures:
                 self._outage.stalled = True
                 self._buffer.changed.notify_all()
             else:
-                # It may have been this sender's turn to write.
+                # The next batch may have been assigned to this sender.
                 self._writer.wake()
 
     def _refusal(self, message: Message) -> PublishError:
@@ -570,7 +585,7 @@ class Publisher:
         return self._error(text, message, in_doubt=in_doubt)
 
     def _error(self, text: str, message: Message, *, in_doubt: bool) -> PublishError:
-        # One that waits for a commit belongs to its transaction.
+        # An event that waits for a commit belongs to its transaction, so it has no resend().
         is_pending = message.route_state.route.after_commit and not message.id
         return PublishError(
             text,
@@ -581,6 +596,6 @@ class Publisher:
 
 
 _RESEND = (
-    "Call resend() of this error: it sends the event with the same id, so that services handle it "
-    "once."
+    "Call resend() of this error: it sends the event with the same id, so that each service "
+    "handles it once."
 )

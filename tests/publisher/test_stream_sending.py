@@ -122,7 +122,7 @@ def test_a_publisher_whose_clock_is_ahead_removes_nothing_that_is_young(
 
     assert length(shared_redis, prefix) == 303
     assert caplog.text.count("s ahead of Redis's") == 1
-    assert "Set both clocks by NTP" in caplog.text
+    assert "Synchronize both clocks with NTP" in caplog.text
 
 
 @pytest.mark.parametrize("count", [1, 2])
