@@ -1,5 +1,16 @@
 """The commands ``flask eventbus ...`` and ``python -m flask_eventbus ...``, and their output.
 
-``app`` is the group that Flask loads; ``base`` is what commands have in common. Nothing that a
-web page would need as well is here: that is in :mod:`flask_eventbus.admin`.
+A command passes through the files in this order:
+
+1. ``app`` is the command group that Flask loads; ``flask_eventbus.__main__`` is the one without
+   Flask. Both provide the program that the command works on.
+2. ``base`` holds that program and the base classes: they turn errors into one line and an exit
+   code. ``arguments`` parses names, ``KEY=VALUE`` pairs, JSON, times and ages.
+3. ``commands`` has ``run``, ``tail``, ``publish``, ``routes`` and ``check``, and lists the other
+   commands, which have files of their own: ``relay``, ``status``, ``dead``, ``replay``, ``seek``
+   and ``services``.
+4. ``output`` formats events, tables and findings.
+
+The work itself is done in :mod:`flask_eventbus.admin` and :mod:`flask_eventbus.checks`, without a
+terminal, so that a web page can use it too.
 """

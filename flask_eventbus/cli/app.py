@@ -1,4 +1,4 @@
-"""``flask eventbus ...``: the commands, working on the app that the ``flask`` command loads."""
+"""The group ``flask eventbus``: its commands work on the app that ``flask`` loads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .commands import COMMANDS
 
 
 class AppProgram(Program):
-    """The app of a ``flask`` command, in whose context the command runs."""
+    """The app that ``flask`` loads; the command runs in its app context."""
 
     def __init__(self, context: click.Context, info: ScriptInfo) -> None:
         self._context = context
@@ -31,19 +31,19 @@ class AppProgram(Program):
 
 
 class _FlaskGroup(Group, AppGroup):
-    """A group whose commands run in the context of the app."""
+    """A group whose commands run in the app context."""
 
 
 @click.group(
     "eventbus",
     cls=_FlaskGroup,
-    short_help="See and check the event bus, or listen to it.",
+    short_help="Inspect, check and run the event bus.",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="'flask eventbus COMMAND --help' has examples and exit codes.",
 )
 @click.pass_context
 def flask_commands(context: click.Context) -> None:
-    """See and check what this app's event bus carries, or listen to it."""
+    """Inspect, check and run the event bus of this app."""
     context.obj = AppProgram(context, context.ensure_object(ScriptInfo))
 
 
@@ -58,5 +58,5 @@ def _node_of(app: Flask) -> Node:
         return node
 
     raise ConfigError(
-        f"The app {app.name!r} has no event bus. Call bus.init_app(app) where it is made."
+        f"The app {app.name!r} has no event bus. Call bus.init_app(app) where the app is created."
     )

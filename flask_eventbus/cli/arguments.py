@@ -1,4 +1,4 @@
-"""Reads what is written on a command line: names, key=value pairs, JSON."""
+"""Parse command line arguments: names, ``KEY=VALUE`` pairs, JSON, times and ages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from ..text import read_value
 
 
 def read_name(ctx: click.Context, param: click.Parameter, name: str) -> str:
-    """A signal's name."""
+    """Return a signal's name.
+
+    :raises click.BadParameter: the name is not valid.
+    """
     try:
         return check_signal_name(name, "NAME")
     except ConfigError as error:
@@ -27,7 +30,10 @@ def read_name(ctx: click.Context, param: click.Parameter, name: str) -> str:
 def read_names(
     ctx: click.Context, param: click.Parameter, names: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Signals' names and patterns; all signals where none is given."""
+    """Return names and patterns of signals, without duplicates; ``*`` if none is given.
+
+    :raises click.BadParameter: a name is not valid.
+    """
     for name in names:
         try:
             read_subscription(name, None, "NAME")
@@ -38,7 +44,10 @@ def read_names(
 
 
 def read_moment(ctx: click.Context, param: click.Parameter, text: str | None) -> Place | None:
-    """Return a place in a stream."""
+    """Return a place in a stream: an entry, a time or an age.
+
+    :raises click.BadParameter: the text is none of these.
+    """
     try:
         return None if text is None else read_place(text)
     except ValueError as error:
@@ -46,7 +55,10 @@ def read_moment(ctx: click.Context, param: click.Parameter, text: str | None) ->
 
 
 def read_span(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
-    """Return the milliseconds of an age that is written as ``7d``."""
+    """Return an age such as ``7d`` in milliseconds.
+
+    :raises click.BadParameter: the text is not an age.
+    """
     try:
         return None if text is None else read_age(text)
     except ValueError as error:
@@ -56,12 +68,18 @@ def read_span(ctx: click.Context, param: click.Parameter, text: str | None) -> i
 def read_pairs(
     ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
-    """Keys and what stands behind their ``=``, as it is written."""
+    """Return each ``KEY=VALUE`` as a key and the text after ``=``.
+
+    :raises click.BadParameter: a text has no key or no ``=``.
+    """
     return tuple(_pair(text) for text in texts)
 
 
 def read_payload(ctx: click.Context, param: click.Parameter, text: str | None) -> dict[str, Any]:
-    """A JSON object, from stdin where ``-`` is written."""
+    """Return a JSON object; ``-`` reads it from stdin.
+
+    :raises click.BadParameter: the text is not a JSON object.
+    """
     if text is None:
         return {}
 
@@ -76,11 +94,13 @@ def read_payload(ctx: click.Context, param: click.Parameter, text: str | None) -
     if isinstance(value, dict):
         return value
 
-    raise click.BadParameter(f"{short(text)} is no JSON object. Write for example '{{\"a\": 1}}'.")
+    raise click.BadParameter(
+        f"{short(text)} is not a JSON object. Write for example '{{\"a\": 1}}'."
+    )
 
 
 def values_of(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """The values that pairs stand for.
+    """Return the payload that pairs of keys and texts stand for.
 
     :raises click.UsageError: a key is given twice.
     """
@@ -101,4 +121,4 @@ def _pair(text: str) -> tuple[str, str]:
     if key and equals:
         return key, value
 
-    raise click.BadParameter(f"{text!r} is no KEY=VALUE. Write for example 'user_id=7'.")
+    raise click.BadParameter(f"{text!r} is not KEY=VALUE. Write for example 'user_id=7'.")

@@ -1,4 +1,4 @@
-"""What every command has in common: a program to work on, and an end in order."""
+"""Base classes of all commands: the program they work on, and how errors end them."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ import click
 from ..errors import ConfigError, EventBusError
 from ..node import Node
 
-#: What a write to stdout fails with, unless nobody reads it any more.
+#: Errors of a write to stdout when the disk is full or broken; a closed pipe is not among them.
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
-#: Handlers of characters with which a stream refuses to write some of them.
+#: Error handlers with which a text stream raises on characters its encoding lacks.
 _FAILING = ("strict", "surrogateescape")
 
 
 class Program:
-    """What the commands work on; loaded when a command first asks, since ``--help`` need not."""
+    """The program that a command works on, loaded on first use: ``--help`` does not load it."""
 
-    #: Whether there is a program with routes and receivers, and not only a server.
+    #: True if the program has routes and receivers; False if there is only a server.
     declares = True
-    #: Whether it is said which service this is, and not only taken for one that publishes.
+    #: True if the service was named; False if the name is the default for publishing.
     names_service = True
 
     @cached_property
     def node(self) -> Node:
-        """The program's node, not started.
+        """Return the program's node, not started.
 
-        :raises ConfigError: the program cannot be loaded as it is set.
+        :raises ConfigError: the program cannot be loaded.
         """
         return self.load()
 
@@ -47,21 +47,21 @@ class Program:
 
 
 def service_of(program: Program) -> str:
-    """The service that is worked on.
+    """Return the name of the service that the command works on.
 
-    :raises ConfigError: it is not said which; or the program cannot be loaded.
+    :raises ConfigError: no service was named, or the program cannot be loaded.
     """
     if program.names_service:
         return program.node.config.service
 
     raise ConfigError(
-        "It is not said whose they are. Name the service: '--service mailer' before the command, "
-        "or 'EVENTBUS_SERVICE' in the environment."
+        "No service given. Pass '--service NAME' before the command, or set 'EVENTBUS_SERVICE' in "
+        "the environment."
     )
 
 
 class _Orderly(click.Command):
-    """A command that says in one line what went wrong, and ends quietly when told to."""
+    """A command that reports an error in one line, and ends quietly on Ctrl-C or a closed pipe."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the arguments, and show the help or the version if they ask for it."""
@@ -69,7 +69,7 @@ class _Orderly(click.Command):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an error of the bus becomes its message and the exit code 1."""
+        """Run the command; an error of the bus is printed, and the command exits with 1."""
         with _orderly():
             return super().invoke(ctx)
 
@@ -99,8 +99,8 @@ def _orderly() -> Iterator[None]:
 
         _forget_output()
         raise click.ClickException(
-            f"The output cannot be written: {error.strerror}. Make room for it, or write it "
-            "elsewhere."
+            f"Could not write the output: {error.strerror}. Free disk space, or write to another "
+            "place."
         ) from error
     except KeyboardInterrupt:
         raise click.exceptions.Exit(130) from None
@@ -110,7 +110,7 @@ pass_program = click.make_pass_decorator(Program)
 
 
 def log_to_stderr() -> None:
-    """Log what the bus does to stderr, unless the program has a log of its own."""
+    """Log to stderr at level INFO, unless the program configured logging itself."""
     logger = logging.getLogger("flask_eventbus")
 
     if not logger.hasHandlers():
@@ -123,24 +123,24 @@ def log_to_stderr() -> None:
 
 
 def reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as after ``| head``."""
+    """Return True if stdout is a pipe whose reader has exited, as after ``| head``."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), select.POLLERR)
     except (AttributeError, OSError):
-        # A system without poll(), or a stdout that is no file.
+        # The system has no poll(), or stdout is not a file.
         return False
 
     return bool(poll.poll(0))
 
 
 def _write_anything() -> None:
-    """Let stdout show characters that its encoding lacks as escape sequences, as stderr does."""
+    """Print characters that stdout's encoding lacks as escape sequences, as stderr does."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in _FAILING:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _forget_output() -> None:
-    """Let what is still buffered for a closed pipe or a full disk go nowhere."""
+    """Discard output that is still buffered for a closed pipe or a full disk."""
     with open(os.devnull, "w") as nowhere, suppress(OSError):
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The commands themselves, for a program with Flask and for none: ``cli`` and ``__main__``."""
+"""The commands run, tail, publish, routes and check, and the list of all commands."""
 
 from __future__ import annotations
 
@@ -31,40 +31,38 @@ from .seek import seek
 from .services import services
 from .status import status
 
-# -- run ----------------------------------------------------------------------------------
-
 
 @click.command(
     cls=Command,
-    short_help="Listen, and do nothing else.",
+    short_help="Run a worker that only listens.",
     epilog="""Examples:
 
     \b
       flask --app mailer eventbus run
       flask --app mailer eventbus run --concurrency 8
 
-    Exit codes: 0 after SIGTERM or Ctrl-C, 1 if there is nothing to listen to or a
-    setting is wrong, 2 for a mistake in the command. A second signal ends at once,
-    with 128 and the signal's number.""",
+    Exit codes: 0 after SIGTERM or Ctrl-C; 1 if there is nothing to listen to or a
+    setting is wrong; 2 for a wrong argument. A second signal ends the process at once, with
+    128 plus the signal's number.""",
 )
 @click.option(
     "--concurrency",
     type=click.IntRange(1, 1_000),
     metavar="N",
-    help="How many receivers run at the same time; 'EVENTBUS_CONCURRENCY' unless given.",
+    help="Run at most N receivers at the same time.  [default: EVENTBUS_CONCURRENCY]",
 )
 @pass_program
 def run(program: Program, concurrency: int | None) -> None:
-    """Listen, and do nothing else, until SIGTERM or Ctrl-C.
+    """Run a worker: listen to events and run receivers, until SIGTERM or Ctrl-C.
 
-    Then what runs gets 'EVENTBUS_GRACE' seconds to finish. Redis may be away: the
-    listener comes back to it by itself.
+    Receivers then get 'EVENTBUS_GRACE' seconds to finish. If Redis is not available, the
+    worker reconnects by itself.
     """
     node = program.node
 
     if not node.config.enabled:
         raise ConfigError(
-            "'EVENTBUS_ENABLED' is False: nothing would be heard. Set it to True to listen."
+            "'EVENTBUS_ENABLED' is False, so no event would be received. Set it to True to listen."
         )
 
     if not node.subscriptions:
@@ -75,14 +73,11 @@ def run(program: Program, concurrency: int | None) -> None:
 
     if concurrency is not None:
         node.config = replace(node.config, concurrency=concurrency)
-        # A node that is stopped is as new, with its settings as they are now.
+        # Stopping the node makes it read its settings again at the next start.
         node.stop()
 
     log_to_stderr()
     run_until_signal(node)
-
-
-# -- tail ---------------------------------------------------------------------------------
 
 
 @click.command(
@@ -97,13 +92,15 @@ def run(program: Program, concurrency: int | None) -> None:
       flask eventbus tail --json price_changed | jq .data.price
       flask eventbus tail --count 1 --seconds 30 user_registered
 
-    Exit codes: 0 when it ended as asked, by Ctrl-C too; 1 if Redis refuses, was never
-    reached, or fewer events came than --count; 2 for a mistake in the command.""",
+    Exit codes: 0 after --count, --seconds or Ctrl-C; 1 if Redis refuses, was never
+    reached, or fewer than --count events came; 2 for a wrong argument.""",
 )
 @click.argument("names", nargs=-1, metavar="[NAME]...", callback=read_names)
-@click.option("--json", "in_json", is_flag=True, help="One JSON object per line, in full.")
 @click.option(
-    "--source", "sources", multiple=True, metavar="SERVICE", help="Only what SERVICE sent."
+    "--json", "in_json", is_flag=True, help="Print each event as one JSON object per line, in full."
+)
+@click.option(
+    "--source", "sources", multiple=True, metavar="SERVICE", help="Only events from SERVICE."
 )
 @click.option(
     "--match",
@@ -113,12 +110,12 @@ def run(program: Program, concurrency: int | None) -> None:
     callback=read_pairs,
     help="Only events whose payload has VALUE under KEY.",
 )
-@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N events.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="Exit after N events.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
     metavar="S",
-    help="End after S seconds.",
+    help="Exit after S seconds.",
 )
 @pass_program
 def tail(
@@ -130,21 +127,20 @@ def tail(
     count: int | None,
     seconds: float | None,
 ) -> None:
-    """Show events as they come, one line each: time, way, name, source, id, payload.
+    """Show live events, one line each: time, transport, name, source, id, payload.
 
-    NAME is a signal or a pattern such as 'order_*'; all signals unless given. The way is
-    'channel' or 'stream': both are heard. This is a spectator: it hears what this service
-    itself publishes as well, runs no receiver, takes nothing from a stream that others
-    are to get, and outlives a Redis that goes and comes back. What it has to say of
-    itself, such as bytes that are no event, goes to stderr.
+    NAME is a signal or a pattern such as 'order_*'; the default is all signals. The transport
+    is 'channel' or 'stream', and the command shows both. It also shows this service's own
+    events, runs no receiver, leaves streams unchanged, and reconnects if Redis goes away.
+    Notices, such as bytes that are not an event, go to stderr.
     """
     spectator = _spectator(program.node, names)
-    wanted = Filter(sources=sources, values=pairs)
+    shown_events = Filter(sources=sources, values=pairs)
     shown = 0
 
     with suppress(KeyboardInterrupt):
         for heard in _until_gone(spectator.events(seconds)):
-            if wanted.accepts(heard.event):
+            if shown_events.accepts(heard.event):
                 line = as_line(heard.event)
                 click.echo(as_json(heard.event, heard.entry) if in_json else line)
                 shown += 1
@@ -168,22 +164,22 @@ def _spectator(node: Node, names: tuple[str, ...]) -> Tail:
 
 
 def _until_gone(batches: Iterator[list[Heard]]) -> Iterator[Heard]:
-    """What is heard, until nobody reads stdout any more."""
+    """Yield events until the reader of stdout exits.
+
+    :raises BrokenPipeError: the reader of stdout has exited.
+    """
     for heard in batches:
         yield from heard
 
         if reader_is_gone():
-            raise BrokenPipeError("Nobody reads what is shown.")
-
-
-# -- publish ------------------------------------------------------------------------------
+            raise BrokenPipeError("The reader of stdout has exited.")
 
 
 @click.command(
     cls=Command,
     short_help="Publish one event.",
-    epilog="""A value is what JSON makes of it where it is a number, true, false, null, a
-    list or an object, and text otherwise. For the text "7", use --json.
+    epilog="""A VALUE that is a JSON number, true, false, null, a list or an object is read as
+    JSON. Any other VALUE is text. For the text "7", use --json.
 
     Examples:
 
@@ -194,8 +190,8 @@ def _until_gone(batches: Iterator[list[Heard]]) -> Iterator[Heard]:
       cat event.json | flask eventbus publish price_changed --json -
       python -m flask_eventbus publish --stream user_registered user_id=7
 
-    Exit codes: 0 when Redis has it, whoever listens; 1 when it is not published, or that is
-    not known, or too few replicas have it; 2 for a mistake in the command.""",
+    Exit codes: 0 if Redis has the event, with or without listeners; 1 if it was not
+    published, if that is not known, or if too few replicas have it; 2 for a wrong argument.""",
 )
 @click.argument("name", metavar="NAME", callback=read_name)
 @click.argument("pairs", nargs=-1, metavar="[KEY=VALUE]...", callback=read_pairs)
@@ -204,12 +200,12 @@ def _until_gone(batches: Iterator[list[Heard]]) -> Iterator[Heard]:
     "payload",
     metavar="OBJECT",
     callback=read_payload,
-    help="The payload as a JSON object; '-' reads it from stdin. KEY=VALUE adds to it.",
+    help="Payload as a JSON object; '-' reads it from stdin. KEY=VALUE adds keys to it.",
 )
 @click.option(
     "--stream",
     is_flag=True,
-    help="Into the stream, where the app has no route that says so, or there is no app.",
+    help="Publish to the stream, even if the app has no such route, or there is no app.",
 )
 @pass_program
 def publish(
@@ -219,16 +215,16 @@ def publish(
     payload: dict[str, Any],
     stream: bool,
 ) -> None:
-    """Publish one event as this service, and tell its id.
+    """Publish one event as this service, and print its id.
 
-    It goes the way of the app's route for NAME, over a channel if there is none. Of a channel
-    it is told how many listeners got it, of a stream where in it the event is.
+    The event takes the app's route for NAME, or a channel if there is none. For a channel the
+    command prints how many listeners got the event; for a stream, the id of its entry.
     """
     node = program.node
 
     if not node.config.enabled:
         raise ConfigError(
-            "'EVENTBUS_ENABLED' is False: nothing is published. Set it to True to publish."
+            "'EVENTBUS_ENABLED' is False, so nothing is published. Set it to True to publish."
         )
 
     receipt = publish_one(node, name, {**payload, **values_of(pairs)}, stream=stream)
@@ -237,22 +233,19 @@ def publish(
 
 
 def _kept(receipt: Receipt) -> str:
-    return f"It is {receipt.entry} in the stream {receipt.key!r}."
+    return f"Entry {receipt.entry} in the stream {receipt.key!r}."
 
 
 def _heard(listeners: int) -> str:
     if not listeners:
-        return "Nobody listens to it now."
+        return "No listener got it."
 
     return "1 listener got it." if listeners == 1 else f"{listeners} listeners got it."
 
 
-# -- routes -------------------------------------------------------------------------------
-
-
 @click.command(
     cls=Command,
-    short_help="Show what is published and heard.",
+    short_help="List routes, subscriptions and receivers.",
     epilog="""Examples:
 
     \b
@@ -260,16 +253,16 @@ def _heard(listeners: int) -> str:
       flask eventbus routes --json | jq '.subscribes[].name'
       python -m flask_eventbus --url redis://localhost:6379/0 routes
 
-    Exit codes: 0, or 1 if the app cannot be loaded or Redis cannot be asked; 2 for a
-    mistake in the command.""",
+    Exit codes: 0; 1 if the app cannot be loaded or Redis is not available; 2 for a wrong
+    argument.""",
 )
-@click.option("--json", "in_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "in_json", is_flag=True, help="Print one JSON object.")
 @pass_program
 def routes(program: Program, in_json: bool) -> None:
-    """Show what this app publishes, what it hears, and its receivers.
+    """List what this app publishes and subscribes to, and its receivers.
 
-    Nothing is asked of Redis. Without an app, it shows which channels have listeners
-    now, which streams there are and whose groups read them, and which services listen.
+    The command does not connect to Redis. Without an app, it connects, and lists the channels
+    that have listeners now, the streams with their groups, and the services that listen.
     """
     node = program.node
     found = Overview(node).as_json() if program.declares else census(node)
@@ -277,12 +270,9 @@ def routes(program: Program, in_json: bool) -> None:
     click.echo(json.dumps(found, indent=2) if in_json else "\n".join(report(found)))
 
 
-# -- check --------------------------------------------------------------------------------
-
-
 @click.command(
     cls=Command,
-    short_help="Find what is wrong, and what to do.",
+    short_help="Find mistakes in the app and in Redis, and how to fix them.",
     epilog="""Examples:
 
     \b
@@ -290,16 +280,16 @@ def routes(program: Program, in_json: bool) -> None:
       flask eventbus check --strict
       python -m flask_eventbus --url redis://localhost:6379/0 check
 
-    Exit codes: 0 without errors (with --strict: without warnings too), 1 with some,
-    2 for a mistake in the command.""",
+    Exit codes: 0 without errors (with --strict: without warnings too); 1 with some; 2 for
+    a wrong argument.""",
 )
 @click.option("--strict", is_flag=True, help="Exit with 1 on warnings too.")
-@click.option("--json", "in_json", is_flag=True, help="A JSON list of findings.")
+@click.option("--json", "in_json", is_flag=True, help="Print a JSON list of findings.")
 @pass_program
 def check(program: Program, strict: bool, in_json: bool) -> None:
-    """Look this app and its Redis over: what is wrong, and what to do.
+    """Check this app and its Redis, and print what is wrong and how to fix it.
 
-    Nothing is published, no receiver runs, and this service does not begin to listen.
+    The command publishes nothing, runs no receiver, and does not start to listen.
     """
     findings = _findings(program)
     bad = {"error", "warning"} if strict else {"error"}
@@ -317,7 +307,11 @@ def _findings(program: Program) -> list[Finding]:
     try:
         node = program.node
     except ConfigError as error:
-        return [error_finding(str(error), "Nothing else was looked at: correct this first.")]
+        return [
+            error_finding(
+                str(error), "Fix this first, then run the check again: nothing else was checked."
+            )
+        ]
 
     return check_node(node, program=program.declares)
 

@@ -1,4 +1,4 @@
-"""The command ``dead``: what a service could not handle, and what is to become of it."""
+"""The commands ``dead list``, ``show``, ``retry``, ``drop`` and ``purge``."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from .arguments import read_names, read_span
 from .base import Command, Group, Program, pass_program, service_of
 from .output import span
 
-#: What the reasons mean.
+#: What each reason means.
 _REASONS = {
-    "retries": "it failed at every attempt that it had",
+    "retries": "every attempt failed",
     "rejected": "the receiver rejected it",
-    "killed": "its worker died each time",
-    "gone": "no such receiver is connected any more",
-    "undecodable": "it does not read as an event",
+    "killed": "its worker died at every attempt",
+    "gone": "the receiver is not connected any more",
+    "undecodable": "it cannot be decoded",
 }
 
 
 def nothing(service: str) -> str:
-    """That there is none."""
+    """Return the sentence that nothing was found."""
     return f"{service!r} has no such dead letters."
 
 
 def list_report(letters: Iterable[Letter], service: str, limit: int | None = None) -> Iterator[str]:
-    """The lines of `dead list`: two for each, and how many they are.
+    """Yield the lines of `dead list`: two for each dead letter, then their number.
 
-    :param limit: how many are shown at most; the last line says so if there are more.
+    :param limit: the most dead letters to show; the last line says if there are more.
     """
     counts = itertools.count()
 
@@ -62,7 +62,7 @@ def list_report(letters: Iterable[Letter], service: str, limit: int | None = Non
 
 
 def letter_report(letter: Letter) -> Iterator[str]:
-    """The lines of `dead show`: everything that is known of one."""
+    """Yield the lines of `dead show` for one dead letter."""
     content = letter.content
     yield f"{letter.id}  {letter.name}"
 
@@ -80,7 +80,7 @@ def letter_report(letter: Letter) -> Iterator[str]:
 
     for field, value in content.fields.items():
         if field != b"event" or not content.payload:
-            # As Python writes bytes: nothing else shows what cannot be read.
+            # As a bytes literal: an undecodable value cannot be shown as text.
             yield f"  {_bytes(field):<10} {_bytes(value)}"
 
     if content.traceback:
@@ -91,7 +91,7 @@ def letter_report(letter: Letter) -> Iterator[str]:
 
 
 def as_json(letter: Letter, service: str, codec: Codec) -> str:
-    """A dead letter as a JSON object in one line; its bytes are base64."""
+    """Return a dead letter as a JSON object in one line; bytes are base64."""
     content = letter.content
     payload, cut = _payload(content, codec)
     return json.dumps(
@@ -119,7 +119,7 @@ def as_json(letter: Letter, service: str, codec: Codec) -> str:
 
 
 def retrial_report(retrial: Retrial, service: str, seconds: float) -> str:
-    """What became of a dead letter that was put back."""
+    """Return one line about the retry of a dead letter: its outcome so far."""
     return f"{printable(retrial.letter.shown)}: {_outcome(retrial, service, seconds)}"
 
 
@@ -139,8 +139,8 @@ def _outcome(retrial: Retrial, service: str, seconds: float) -> str:
         return f"still running after {seconds:g} s."
 
     return (
-        f"put back, but no worker of {service!r} took it within {seconds:g} s. One that listens "
-        "will: flask eventbus run"
+        f"put back, but no worker of {service!r} took it within {seconds:g} s. Start a worker: "
+        "flask eventbus run"
     )
 
 
@@ -154,7 +154,7 @@ def _receiver(letter: Letter) -> str:
 
 
 def _fitted(line: str) -> str:
-    """The line, in a terminal no longer than that is wide."""
+    """Cut the line to the width of the terminal, if there is one."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else len(line)
     return line if len(line) <= width else f"{line[: width - 3]}..."
 
@@ -182,12 +182,12 @@ def _entry(text: str) -> str:
     try:
         return f"{text}, added {clock(entry_id(text)[0])}"
     except ValueError:
-        # Somebody may have edited it.
+        # Another program may have written it.
         return text
 
 
 def _payload(content: DeadLetter, codec: Codec) -> tuple[object, str | None]:
-    """Return the payload, and the beginning of one that is cut and cannot be had whole."""
+    """Return the payload, or the text of a truncated one that cannot be decoded."""
     if not content.payload:
         return None, None
 
@@ -203,12 +203,12 @@ def _payload(content: DeadLetter, codec: Codec) -> tuple[object, str | None]:
 
 
 def _parsed(text: str) -> object:
-    # Numbers past JSON's, which others and older versions write, become text.
+    # NaN and Infinity, which older versions wrote, become text.
     return plain(json.loads(text, parse_constant=lambda name: str(float(name))))
 
 
 def _marked(text: str) -> str:
-    """Return a payload for people, with a mark if it is cut."""
+    """Return a payload as text, marked if it is truncated."""
     try:
         _parsed(text or "{}")
     except (ValueError, RecursionError):
@@ -234,7 +234,7 @@ CLIENT_NAME = "eventbus-dead"
 
 @click.group(
     cls=Group,
-    short_help="List dead letters, and retry or drop them.",
+    short_help="List, retry and delete dead letters.",
     epilog="""Examples:
 
     \b
@@ -244,20 +244,19 @@ CLIENT_NAME = "eventbus-dead"
       flask eventbus dead purge --older-than 30d
       python -m flask_eventbus --service mailer dead list --json
 
-    Exit codes: 0 when it is done; 1 when it is not, in part or at all, which is said; 2 for
-    a mistake in the command. 'flask eventbus dead COMMAND --help' has more.""",
+    Exit codes: 0 if all was done; 1 if some or all was not, with the reason on stderr; 2 for
+    a wrong argument. 'flask eventbus dead COMMAND --help' has more.""",
 )
 def dead() -> None:
-    """Look at the dead letters of this service, and decide what becomes of them.
+    """List, retry and delete the dead letters of this service.
 
-    A dead letter is an event that one receiver was not able to handle, after all its retries or
-    because it said so; or an entry of a stream that does not read. It stays until somebody
-    retries it, drops it or purges it.
+    A dead letter is an event that one receiver failed at every retry or rejected, or a stream
+    entry that cannot be decoded. It stays until it is retried, dropped or purged.
     """
 
 
-def _choosing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say which dead letters are meant."""
+def _filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that select dead letters."""
     for option in reversed(
         (
             click.option(
@@ -280,19 +279,19 @@ def _choosing(function: Callable[..., Any]) -> Callable[..., Any]:
                 "reasons",
                 multiple=True,
                 type=click.Choice(REASONS),
-                help="Only those given up for this reason.",
+                help="Only with this reason.",
             ),
             click.option(
                 "--older-than",
                 metavar="AGE",
                 callback=read_span,
-                help="Only those given up longer ago, for example '7d', '12h' or '30m'.",
+                help="Only older than AGE, for example '7d', '12h' or '30m'.",
             ),
             click.option(
                 "--newer-than",
                 metavar="AGE",
                 callback=read_span,
-                help="Only those given up since then.",
+                help="Only newer than AGE.",
             ),
         )
     ):
@@ -326,8 +325,8 @@ def _read_signals(
     return read_names(ctx, param, names) if names else ()
 
 
-class _Desk:
-    """The dead letters of a program's service, and those of them that are meant."""
+class _Selection:
+    """Finds the dead letters of a service that a command selects."""
 
     def __init__(self, access: StreamAccess, service: str) -> None:
         self.access = access
@@ -335,9 +334,9 @@ class _Desk:
         self.letters = DeadLetters(access, service)
 
     def find(self, choice: Choice) -> list[Letter]:
-        """Those that are meant.
+        """Return the selected dead letters.
 
-        :raises click.ClickException: one that was named is not there, or may be another.
+        :raises click.ClickException: an id was not found, or is the id of several dead letters.
         """
         found = list(self.letters.find(choice))
         self._refuse_namesakes(choice, found)
@@ -349,59 +348,62 @@ class _Desk:
 
         if missing:
             raise click.ClickException(
-                "Nothing was done. See what there is: flask eventbus dead list"
+                "Nothing was done. To list the dead letters: flask eventbus dead list"
             )
 
         return found
 
     def _refuse_namesakes(self, choice: Choice, found: Sequence[Letter]) -> None:
-        """Two signals may have a dead letter of the same id: one of them is meant."""
+        """Raise if an id belongs to dead letters of several signals."""
         for name in choice.ids:
             signals = sorted(letter.name for letter in found if letter.id == name)
 
             if len(signals) > 1:
                 raise click.ClickException(
-                    f"{name} is the id of several dead letters: of {', '.join(signals)}. Say which "
-                    "with --signal."
+                    f"{name} is the id of several dead letters: of {', '.join(signals)}. Select "
+                    "one with --signal."
                 )
 
 
 @contextmanager
-def _desk(program: Program) -> Iterator[_Desk]:
+def _selection(program: Program) -> Iterator[_Selection]:
     service = service_of(program)
 
     with StreamAccess(program.node.config, name=CLIENT_NAME) as access:
-        yield _Desk(access, service)
+        yield _Selection(access, service)
 
 
 def _chosen(ids: Sequence[str], of_all: bool, **options: Any) -> Choice:
-    """What is meant, said in some way.
+    """Return which dead letters the arguments select.
 
-    :raises click.UsageError: nothing is said, or both something and everything.
+    :raises click.UsageError: the arguments select nothing, or combine --all with a filter.
     """
     choice = _choice(ids=ids, **options)
 
     if of_all and choice:
-        raise click.UsageError("--all goes with no id and no other choice. Leave one out.")
+        raise click.UsageError(
+            "--all cannot be combined with ids or filters. Remove --all, or the others."
+        )
 
     if not of_all and not choice:
         raise click.UsageError(
-            "It is not said which. Name their ids, choose them by an option such as --signal, or "
-            "take --all."
+            "No dead letters selected. Pass ids, a filter such as --signal, or --all."
         )
 
     return choice
 
 
-_all_option = click.option("--all", "of_all", is_flag=True, help="All of this service's.")
+_all_option = click.option(
+    "--all", "of_all", is_flag=True, help="Select all dead letters of this service."
+)
 _ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
-_yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+_yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 
 @dead.command(
     "list",
     cls=Command,
-    short_help="List them.",
+    short_help="List dead letters.",
     epilog="""Examples:
 
     \b
@@ -410,15 +412,20 @@ _yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
       flask eventbus dead list --limit 20
       flask eventbus dead list --json | jq -r .error | sort | uniq -c
 
-    Exit codes: 0, also when there is none; 1 if Redis cannot be asked; 2 for a mistake in
-    the command.""",
+    Exit codes: 0, also if there is none; 1 if Redis is not available; 2 for a wrong
+    argument.""",
 )
 @_ids_argument
-@_choosing
+@_filter_options
 @click.option(
-    "--limit", type=click.IntRange(1), metavar="N", help="Read and show the first N only."
+    "--limit", type=click.IntRange(1), metavar="N", help="Read and show only the first N."
 )
-@click.option("--json", "in_json", is_flag=True, help="One JSON object per line, in full.")
+@click.option(
+    "--json",
+    "in_json",
+    is_flag=True,
+    help="Print each dead letter as one JSON object per line, in full.",
+)
 @pass_program
 def list_(
     program: Program,
@@ -430,21 +437,22 @@ def list_(
 ) -> None:
     """List dead letters, the oldest of each signal first.
 
-    ID is that of a dead letter, or of an event.
+    ID is the id of a dead letter or of an event.
     """
-    with _desk(program) as desk:
-        letters = desk.letters.find(_choice(ids=ids, **options))
+    with _selection(program) as selection:
+        letters = selection.letters.find(_choice(ids=ids, **options))
         in_full = (
-            as_json(letter, desk.service, program.node.codec) for letter in islice(letters, limit)
+            as_json(letter, selection.service, program.node.codec)
+            for letter in islice(letters, limit)
         )
 
-        for line in in_full if in_json else list_report(letters, desk.service, limit):
+        for line in in_full if in_json else list_report(letters, selection.service, limit):
             click.echo(line)
 
 
 @dead.command(
     cls=Command,
-    short_help="Show everything of some.",
+    short_help="Show dead letters in full.",
     epilog="""Examples:
 
     \b
@@ -452,31 +460,30 @@ def list_(
       flask eventbus dead show 3f2a9c1b2d3e-17
       flask eventbus dead show --reason undecodable
 
-    Exit codes: 0; 1 if one that is named is not there, or Redis cannot be asked; 2 for a
-    mistake in the command.""",
+    Exit codes: 0; 1 if an ID was not found, or Redis is not available; 2 for a wrong
+    argument.""",
 )
 @_ids_argument
-@_choosing
+@_filter_options
 @_all_option
 @pass_program
 def show(program: Program, /, ids: tuple[str, ...], of_all: bool, **options: Any) -> None:
     """Show dead letters in full: the payload, the error, and the traceback.
 
-    ID is that of a dead letter, or of an event. Nothing in them can move the cursor of a
-    terminal.
+    ID is the id of a dead letter or of an event. Control characters are escaped.
     """
     choice = _chosen(ids, of_all, **options)
 
-    with _desk(program) as desk:
-        letters = desk.find(choice)
+    with _selection(program) as selection:
+        letters = selection.find(choice)
 
     shown = "\n\n".join("\n".join(letter_report(letter)) for letter in letters)
-    click.echo(shown or nothing(desk.service))
+    click.echo(shown or nothing(selection.service))
 
 
 @dead.command(
     cls=Command,
-    short_help="Let the receivers that failed run again.",
+    short_help="Run the receivers that failed again.",
     epilog="""Examples:
 
     \b
@@ -484,11 +491,11 @@ def show(program: Program, /, ids: tuple[str, ...], of_all: bool, **options: Any
       flask eventbus dead retry --receiver send_welcome --newer-than 1d
       flask eventbus dead retry --all --wait 60
 
-    Exit codes: 0 only if all of them were handled; 1 if not, or Redis cannot be asked; 2 for
-    a mistake in the command.""",
+    Exit codes: 0 if all were handled within --wait; 1 if not, or Redis is not available;
+    2 for a wrong argument.""",
 )
 @_ids_argument
-@_choosing
+@_filter_options
 @_all_option
 @click.option(
     "--wait",
@@ -496,33 +503,33 @@ def show(program: Program, /, ids: tuple[str, ...], of_all: bool, **options: Any
     default=10.0,
     show_default=True,
     metavar="S",
-    help="Seconds to watch what becomes of them.",
+    help="Seconds to wait for the outcomes.",
 )
 @pass_program
 def retry(
     program: Program, /, ids: tuple[str, ...], of_all: bool, wait: float, **options: Any
 ) -> None:
-    """Put dead letters back to be run, each for only the receiver that failed.
+    """Put dead letters back, each for the one receiver that failed.
 
-    A worker of the service runs it, with all its retries before it; this command runs no
-    receiver, watches, and says what became of each.
+    A worker of the service runs the receiver, with all its retries again. This command runs no
+    receiver: it waits, and prints the outcome of each dead letter.
     """
     choice = _chosen(ids, of_all, **options)
 
-    with _desk(program) as desk:
-        letters = desk.find(choice)
+    with _selection(program) as selection:
+        letters = selection.find(choice)
 
         if not letters:
-            click.echo(nothing(desk.service))
+            click.echo(nothing(selection.service))
             return
 
-        if _retry(desk, letters, wait) < len(letters):
+        if _retry(selection, letters, wait) < len(letters):
             raise click.exceptions.Exit(1)
 
 
-def _retry(desk: _Desk, letters: Sequence[Letter], wait: float) -> int:
-    """Put letters back, say what becomes of each, and return how many were handled."""
-    retrials = Retrials(desk.access, desk.service)
+def _retry(selection: _Selection, letters: Sequence[Letter], wait: float) -> int:
+    """Put dead letters back, print the outcome of each, and return how many were handled."""
+    retrials = Retrials(selection.access, selection.service)
     put_back = []
 
     for letter in letters:
@@ -531,51 +538,53 @@ def _retry(desk: _Desk, letters: Sequence[Letter], wait: float) -> int:
         elif retrial := retrials.put_back(letter):
             put_back.append(retrial)
         else:
-            click.echo(f"{printable(letter.shown)}: is gone; somebody else has seen to it.")
+            click.echo(
+                f"{printable(letter.shown)}: no longer exists; it was retried or deleted meanwhile."
+            )
 
     for retrial in retrials.settled(put_back, wait):
-        click.echo(retrial_report(retrial, desk.service, wait))
+        click.echo(retrial_report(retrial, selection.service, wait))
 
     for retrial in put_back:
         if not retrial.is_settled:
-            click.echo(retrial_report(retrial, desk.service, wait))
+            click.echo(retrial_report(retrial, selection.service, wait))
 
     return sum(retrial.state == "handled" for retrial in put_back)
 
 
 @dead.command(
     cls=Command,
-    short_help="Delete some.",
+    short_help="Delete selected dead letters.",
     epilog="""Examples:
 
     \b
       flask eventbus dead drop 1763848800000-0
       flask eventbus dead drop --receiver send_welcome --yes
 
-    Exit codes: 0 when they are deleted, or there was none; 1 if one that is named is not
-    there, the answer was no, or Redis cannot be asked; 2 for a mistake in the command.""",
+    Exit codes: 0 if they were deleted, or there was none; 1 if an ID was not found, you
+    answered no, or Redis is not available; 2 for a wrong argument.""",
 )
 @_ids_argument
-@_choosing
+@_filter_options
 @_all_option
 @_yes_option
 @pass_program
 def drop(
     program: Program, /, ids: tuple[str, ...], of_all: bool, yes: bool, **options: Any
 ) -> None:
-    """Delete dead letters, after asking. They cannot be brought back.
+    """Delete dead letters for good, after asking.
 
-    ID is that of a dead letter, or of an event.
+    ID is the id of a dead letter or of an event.
     """
     choice = _chosen(ids, of_all, **options)
 
-    with _desk(program) as desk:
-        _drop(desk, desk.find(choice), yes)
+    with _selection(program) as selection:
+        _drop(selection, selection.find(choice), yes)
 
 
 @dead.command(
     cls=Command,
-    short_help="Delete old ones, or all.",
+    short_help="Delete old dead letters, or all.",
     epilog="""Examples:
 
     \b
@@ -583,35 +592,35 @@ def drop(
       flask eventbus dead purge --reason undecodable --yes
       flask eventbus dead purge
 
-    Exit codes: 0 when they are deleted, or there was none; 1 if the answer was no, or Redis
-    cannot be asked; 2 for a mistake in the command.""",
+    Exit codes: 0 if they were deleted, or there was none; 1 if you answered no, or Redis
+    is not available; 2 for a wrong argument.""",
 )
-@_choosing
+@_filter_options
 @_yes_option
 @pass_program
 def purge(program: Program, /, yes: bool, **options: Any) -> None:
-    """Delete all dead letters of this service that fit, after asking.
+    """Delete all dead letters of this service that match the options, after asking.
 
-    Without an option those are all, and the count of dropped ones in 'status' begins anew. They
-    cannot be brought back.
+    Without an option, all are deleted, and 'status' counts dropped dead letters from zero
+    again. Deleted dead letters cannot be restored.
     """
     choice = _choice(**options)
 
-    with _desk(program) as desk:
-        _drop(desk, desk.find(choice), yes)
+    with _selection(program) as selection:
+        _drop(selection, selection.find(choice), yes)
 
         if not choice:
-            desk.letters.forget_dropped()
+            selection.letters.forget_dropped()
 
 
-def _drop(desk: _Desk, letters: Sequence[Letter], yes: bool) -> None:
+def _drop(selection: _Selection, letters: Sequence[Letter], yes: bool) -> None:
     if not letters:
-        click.echo(nothing(desk.service))
+        click.echo(nothing(selection.service))
         return
 
     what = counted(len(letters), "dead letter")
 
     if not yes:
-        click.confirm(f"Delete {what} of {desk.service!r} for good?", abort=True)
+        click.confirm(f"Delete {what} of {selection.service!r} for good?", abort=True)
 
-    click.echo(f"Deleted {counted(desk.letters.drop(letters), 'dead letter')}.")
+    click.echo(f"Deleted {counted(selection.letters.drop(letters), 'dead letter')}.")

@@ -1,4 +1,4 @@
-"""Events and tables as text, for people and for programs."""
+"""Format events, tables and findings as text and as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..checks.findings import Finding
 from ..event import Event
 from ..text import counted, plain, printable, read_value
 
-#: Characters of one value, and of a whole payload, in a line for people.
+#: Characters of one value, and of a whole payload, in a line of `tail`.
 MOST_OF_A_VALUE = 60
 MOST_OF_A_PAYLOAD = 240
 
@@ -25,9 +25,9 @@ _PLAIN_WORD = re.compile(r"[\w@.,+:/-]+")
 
 
 def as_line(event: Event) -> str:
-    """The event in one line: local time, way, name, source, id, and the payload in short.
+    """Return an event as one line: local time, transport, name, source, id, short payload.
 
-    Nothing of it can move a terminal's cursor, whatever the payload holds.
+    Control characters are escaped, so that a payload cannot move the cursor of a terminal.
     """
     payload = " ".join(f"{_word(key)}={_short(value)}" for key, value in event.payload.items())
     line = f"{_clock(event.time)} {event.via:7} {event.name} {event.source} {event.id}"
@@ -35,9 +35,9 @@ def as_line(event: Event) -> str:
 
 
 def as_json(event: Event, entry: str | None = None) -> str:
-    """The whole event as a JSON object in one line, with the names of CloudEvents.
+    """Return the whole event as a JSON object in one line, with the names of CloudEvents.
 
-    :param entry: the id of its entry, where it came over a stream.
+    :param entry: the id of its stream entry; ``None`` if it came over a channel.
     """
     attributes = {
         "specversion": "1.0",
@@ -62,7 +62,7 @@ def as_json(event: Event, entry: str | None = None) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table whose columns are as wide as what stands in them."""
+    """Return the lines of a table; each column is as wide as its widest cell."""
     lines = [heads, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
     return [
@@ -75,7 +75,7 @@ def _clock(moment: datetime) -> str:
     try:
         moment = moment.astimezone()
     except (OverflowError, ValueError, OSError):
-        # So early or late that this place's time cannot be told: the wire allows it.
+        # The wire format allows times that the local time zone cannot represent.
         return f"{moment:%H:%M:%S}Z"
 
     return f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03}"
@@ -87,7 +87,7 @@ def _short(value: Any) -> str:
 
 
 def _word(text: str) -> str:
-    """The text as it could be written in a command: bare where that is not ambiguous."""
+    """Return the text as one would type it in a command: unquoted if it stays text."""
     bare = _PLAIN_WORD.fullmatch(text) and isinstance(read_value(text), str)
     return _cut(text if bare else _as_json_text(text), MOST_OF_A_VALUE)
 
@@ -100,16 +100,16 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-#: The fewest characters that a name is cut to, for a table to fit a terminal.
+#: Names in a table are not cut below this number of characters.
 LEAST_OF_A_NAME = 12
 
 
 def fitted_table(
     heads: Sequence[str], rows: Sequence[Sequence[str]], *, names: Sequence[int]
 ) -> Iterator[str]:
-    """The lines of a table, its head in bold; in a terminal no wider than that, if possible.
+    """Yield the lines of a table with a bold head, cut to the width of the terminal if possible.
 
-    :param names: the columns that may be cut; what stands in the others is a number or short.
+    :param names: the columns with names, which may be cut; the others hold short values.
     """
     if sys.stdout.isatty():
         rows = _fitted(heads, rows, names, shutil.get_terminal_size().columns)
@@ -121,7 +121,7 @@ def fitted_table(
 
 
 def span(seconds: float | None) -> str:
-    """A time as it is said: in the largest unit of which there are two."""
+    """Return a duration such as ``90 s`` or ``2 h``: in the largest unit that it has two of."""
     if seconds is None:
         return "-"
 
@@ -133,7 +133,7 @@ def span(seconds: float | None) -> str:
 
 
 def _aligned(lines: Sequence[Sequence[str]], names: Sequence[int]) -> list[list[str]]:
-    """Lines whose numbers stand with their last digits one under the other."""
+    """Align the columns with numbers to the right."""
     widths = _widths(lines)
     return [
         [
@@ -147,7 +147,7 @@ def _aligned(lines: Sequence[Sequence[str]], names: Sequence[int]) -> list[list[
 def _fitted(
     heads: Sequence[str], rows: Sequence[Sequence[str]], names: Sequence[int], most: int
 ) -> list[list[str]]:
-    """Rows whose names are cut, the longest first, until the table fits."""
+    """Cut the names in rows, the longest column first, until the table fits."""
     widths = _widths([heads, *rows])
 
     while sum(widths) + 2 * (len(widths) - 1) > most:
@@ -169,7 +169,7 @@ def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _without_middle(text: str, most: int) -> str:
-    """The text without its middle: names differ at their ends."""
+    """Cut the middle out of a text, since names differ at their ends."""
     if len(text) <= most:
         return text
 
@@ -177,18 +177,18 @@ def _without_middle(text: str, most: int) -> str:
     return f"{text[: most - 3 - tail]}...{text[-tail:]}"
 
 
-#: How findings are marked in a terminal.
+#: Colour of each level of a finding.
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
-#: Units of an age, the largest first, with their seconds.
+#: Units of an age with their seconds, the largest first.
 _UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
 
-#: Characters before the text of a finding: the longest mark and a space.
+#: Characters before the text of a finding: the longest level and a space.
 _MARGIN = len("warning ") + 1
 
 
 def routes_report(found: dict[str, Any]) -> Iterator[str]:
-    """The lines of `routes` for a program: what it publishes, hears, and keeps to itself."""
+    """Yield the lines of `routes` for an app: routes, subscriptions and local signals."""
     yield f"Service {found['service']}"
     yield from _section(
         ("Publishes", "Via", "Leaves", "Confirmed", "Of signal", "Payload by"),
@@ -251,7 +251,7 @@ def _receivers(heard: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             "-" if retries is None else f"{retries}",
             "-" if timeout is None else f"{timeout:g} s",
         )
-        # Said once: the eye finds the names.
+        # Show the name once, on the first line.
         name = ""
 
     if not heard["receivers"]:
@@ -285,7 +285,7 @@ def _leaves(route: dict[str, Any]) -> str:
 
 
 def _kept(stream: dict[str, Any]) -> str:
-    """How much a stream keeps: a number of events, or their age as settings have it."""
+    """Return the limit of a stream: a number of events, or an age such as ``7d``."""
     if stream["maxlen"] is not None:
         return f"{stream['maxlen']:,}"
 
@@ -299,11 +299,11 @@ def _yes(value: bool) -> str:
 
 
 def live_report(found: dict[str, Any]) -> Iterator[str]:
-    """The lines of `routes` without a program: who listens now, and which streams there are."""
+    """Yield the lines of `routes` without an app: channels, streams and services in Redis."""
     channels, streams, services = found["channels"], found["streams"], found["services"]
 
     if not channels and not services and not streams:
-        yield "No channel has listeners now, and there is no stream."
+        yield "No channel has listeners, and there is no stream."
 
     yield from _section(("Channel of", "Listeners"), _counts(channels), numbers=(1,))
     yield from _section(
@@ -318,12 +318,15 @@ def live_report(found: dict[str, Any]) -> Iterator[str]:
 
     if streams is None:
         yield (
-            "Which streams there are cannot be told: this user may not ask. Allow '+smembers +xlen "
+            "Could not list the streams: this user has no right to. Grant '+smembers +xlen "
             "+xinfo|groups' in the ACL."
         )
 
     if services is None:
-        yield "Which services listen cannot be told: this user may not ask for CLIENT LIST."
+        yield (
+            "Could not list the services: this user has no right to CLIENT LIST. Grant "
+            "'+client|list' in the ACL."
+        )
 
 
 def _counts(found: dict[str, int]) -> list[tuple[str, str]]:
@@ -331,7 +334,7 @@ def _counts(found: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def findings_report(findings: Sequence[Finding]) -> Iterator[str]:
-    """The lines of `check`: each finding, what to do about it, and the sum."""
+    """Yield the lines of `check`: each finding with its remedy, then the totals."""
     for finding in findings:
         mark = click.style(finding.level.ljust(_MARGIN), fg=_COLOURS[finding.level])
         yield mark + _wrapped(finding.text, _MARGIN)
@@ -345,7 +348,7 @@ def findings_report(findings: Sequence[Finding]) -> Iterator[str]:
 
 
 def _wrapped(text: str, indent: int) -> str:
-    """The text on one line, or, in a terminal, on as many as it is wide for."""
+    """Wrap the text at the width of the terminal; return it unchanged if there is none."""
     if not sys.stdout.isatty():
         return text
 

@@ -15,7 +15,7 @@ from ..errors import ConfigError, PublishError
 from ..logs import get_logger
 from ..node import Node
 from ..publisher.connection import PublishConnection
-from ..publisher.message import Destinations
+from ..publisher.message import Destination, Destinations
 from ..publisher.writer import WRITE_TIMEOUT
 from ..routing.routes import Route
 from ..transport.connections import OUTAGE, Connections
@@ -28,17 +28,16 @@ if TYPE_CHECKING:
     from ..database.outbox import Outbox
     from ..database.relay import Relay
     from ..typing import Via
-from ..publisher.message import Destination
 
 logger = get_logger(__name__)
 
-#: Seconds that ``--once`` leaves another relay to publish what it has in hand.
+#: Seconds that ``--once`` waits for another relay to publish the events it has locked.
 PATIENCE = 10.0
 
 
 @click.command(
     cls=Command,
-    short_help="Publish what waits in the outbox.",
+    short_help="Publish the events in the outbox.",
     epilog="""Examples:
 
     \b
@@ -47,18 +46,20 @@ PATIENCE = 10.0
       flask --app accounts eventbus relay --once
       python -m flask_eventbus relay --database sqlite:///shop.db
 
-    Exit codes: 0 after SIGTERM or Ctrl-C, and with --once when nothing waits any more; 1
-    if something still waits, or a setting is wrong; 2 for a mistake in the command. A
-    second signal ends at once, with 128 and the signal's number.""",
+    Exit codes: 0 after SIGTERM or Ctrl-C, and with --once if all events were published; 1
+    if some were not, or a setting is wrong; 2 for a wrong argument. A second signal ends
+    the process at once, with 128 plus the signal's number.""",
 )
-@click.option("--once", is_flag=True, help="Publish what waits now, and end.")
+@click.option(
+    "--once", is_flag=True, help="Publish the events that are in the outbox now, and exit."
+)
 @click.option(
     "--batch",
     type=click.IntRange(1, 10_000),
     default=100,
     show_default=True,
     metavar="N",
-    help="How many events are taken in hand at once.",
+    help="Publish at most N events in one database transaction.",
 )
 @click.option(
     "--interval",
@@ -66,16 +67,14 @@ PATIENCE = 10.0
     default=1.0,
     show_default=True,
     metavar="S",
-    help="Seconds between looks at an empty outbox.",
+    help="Seconds between reads of an empty outbox.",
 )
-@click.option(
-    "--create-table", is_flag=True, help="Create the table first, unless it is there already."
-)
+@click.option("--create-table", is_flag=True, help="Create the table first if it does not exist.")
 @click.option(
     "--database",
     metavar="URL",
-    help="SQLAlchemy's URL of the database; unless given, that of the app's session, and without "
-    "an app DATABASE_URL in the environment.",
+    help="SQLAlchemy URL of the database. The default is the database of the app's session; "
+    "without an app, DATABASE_URL in the environment.",
 )
 @pass_program
 def relay(
@@ -86,51 +85,51 @@ def relay(
     create_table: bool,
     database: str | None,
 ) -> None:
-    """Publish what waits in the outbox, in order, until SIGTERM or Ctrl-C.
+    """Publish the events in the outbox, in order, until SIGTERM or Ctrl-C.
 
-    An event is deleted from the table 'eventbus_outbox' after Redis has confirmed it. Redis may
-    be away at the start and later. Several relays may run: one publishes, the others
+    The relay deletes an event from the table 'eventbus_outbox' after Redis has confirmed it. If
+    Redis is not available, the relay retries. Several relays may run: one publishes, the others
     stand by.
     """
     node = program.node
 
     if not node.config.enabled:
         raise ConfigError(
-            "'EVENTBUS_ENABLED' is False: nothing is published. Set it to True to relay."
+            "'EVENTBUS_ENABLED' is False, so nothing is published. Set it to True to relay."
         )
 
     with (
         _database_errors(),
         _engine(node, database) as engine,
         _relay(node, _outbox(engine, create_table=create_table), batch) as relay,
-        stop_on_signals() as told,
+        stop_on_signals() as stopping,
     ):
         if once:
-            _run_once(relay, told)
+            _run_once(relay, stopping)
         else:
-            _run(relay, told, interval, node.connections.shown)
+            _run(relay, stopping, interval, node.connections.shown)
 
 
-def _run(relay: Relay, told: threading.Event, interval: float, redis: str) -> None:
+def _run(relay: Relay, stopping: threading.Event, interval: float, redis: str) -> None:
     log_to_stderr()
     logger.info("Relaying the outbox in %s to %s.", relay.outbox.shown, redis)
-    relay.run(told, interval=interval)
+    relay.run(stopping, interval=interval)
     logger.info("Published %d events.", relay.published)
 
 
-def _run_once(relay: Relay, told: threading.Event) -> None:
+def _run_once(relay: Relay, stopping: threading.Event) -> None:
     last = relay.outbox.last()
 
     try:
-        relay.run_once(told, until=last, patience=PATIENCE)
+        relay.run_once(stopping, until=last, patience=PATIENCE)
     except OUTAGE as error:
         left = relay.outbox.count(last)
         raise PublishError(
-            f"{_published(relay)} {left} wait: Redis cannot be used: {error}"
+            f"{_published(relay)} {left} left in the outbox: Redis cannot be used: {error}"
         ) from error
 
     if left := relay.outbox.count(last):
-        raise PublishError(f"{_published(relay)} {left} wait: {_why(relay)}")
+        raise PublishError(f"{_published(relay)} {left} left in the outbox: {_why(relay)}")
 
     click.echo(_published(relay))
 
@@ -140,8 +139,10 @@ def _published(relay: Relay) -> str:
 
 
 def _why(relay: Relay) -> str:
-    reasons = [f"{name!r} is refused: {reason}." for name, reason in sorted(relay.refused.items())]
-    return " ".join(reasons) or "another relay has them in hand, or this one was told to end."
+    reasons = [
+        f"Redis refuses {name!r}: {reason}." for name, reason in sorted(relay.refused.items())
+    ]
+    return " ".join(reasons) or "another relay has locked them, or this one was stopped."
 
 
 def _outbox(engine: Engine, *, create_table: bool) -> Outbox:
@@ -180,8 +181,8 @@ def _engine(node: Node, database: str | None) -> Iterator[Engine]:
         yield _refuse_async(_engine_of(session))
     else:
         raise ConfigError(
-            "There is no database. Name it with --database URL, or its session with "
-            "bus.register_session(session); db.init_app(app) of Flask-SQLAlchemy does, too."
+            "No database given. Pass --database URL, register a session with "
+            "bus.register_session(session), or call db.init_app(app) of Flask-SQLAlchemy."
         )
 
 
@@ -195,8 +196,8 @@ def _engine_of(session: Any) -> Engine:
 def _refuse_async(engine: Engine) -> Engine:
     if engine.dialect.is_async:
         raise ConfigError(
-            f"{engine.url.drivername!r} is an asynchronous driver, and the relay is not. Name the "
-            "database with --database URL and another driver."
+            f"{engine.url.drivername!r} is an asynchronous driver; the relay needs a synchronous "
+            "one. Pass --database URL with such a driver."
         )
 
     return engine
@@ -216,30 +217,36 @@ def _relay(node: Node, outbox: Outbox, batch: int) -> Iterator[Relay]:
     )
 
     try:
-        yield Relay(outbox, exchange, _ways(node), batch=batch)
+        yield Relay(outbox, exchange, _destinations(node), batch=batch)
     finally:
         exchange.close()
 
 
-def _ways(node: Node) -> Callable[[str, Via], Destination]:
-    """How events travel: as their route says, if it has not changed since they were stored."""
-    ways = Destinations(node.config)
+def _destinations(node: Node) -> Callable[[str, Via], Destination]:
+    """Return a function that finds the destination of an event.
 
-    def way(name: str, via: Via) -> Destination:
+    The route of its signal applies, unless its transport has changed since the event was stored.
+    """
+    destinations = Destinations(node.config)
+
+    def destination(name: str, via: Via) -> Destination:
         route = node.route_for(name)
-        return ways.find(name, route if route.via == via else Route(name=name, via=via))
+        return destinations.find(name, route if route.via == via else Route(name=name, via=via))
 
-    return way
+    return destination
 
 
 @contextmanager
 def _database_errors() -> Iterator[None]:
-    """Say in one line what a database has to say."""
+    """Turn errors of the database into one line.
+
+    :raises ConfigError: SQLAlchemy is missing, or the database cannot be used.
+    """
     try:
         from ..database.relay import DATABASE_OUTAGE, reason_of
     except ImportError as error:
         raise ConfigError(
-            f"The outbox needs SQLAlchemy, which cannot be imported: {error}. Install it with: "
+            f"The outbox needs SQLAlchemy, and importing it failed: {error}. Install it with: "
             "pip install 'sqlalchemy>=2.0'"
         ) from error
 

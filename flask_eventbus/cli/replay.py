@@ -26,9 +26,9 @@ CLIENT_NAME = "eventbus-replay"
 
 @click.command(
     cls=Command,
-    short_help="Bring past events again.",
-    epilog="""A place is the id of an entry, a time, an age, or 'earliest'. A time without an
-    offset is this machine's.
+    short_help="Run receivers for past events again.",
+    epilog="""PLACE is the id of an entry, a time, an age, or 'earliest'. A time without an offset
+    is local time.
 
     Examples:
 
@@ -38,8 +38,8 @@ CLIENT_NAME = "eventbus-replay"
       flask eventbus replay price_changed --from earliest --rate 50
       flask eventbus replay order_paid --from 1d --receiver bill
 
-    Exit codes: 0 when all of them were handled; 1 when a receiver failed, or it ended before
-    the end; 2 for a mistake in the command. A second Ctrl-C ends at once, with 130.""",
+    Exit codes: 0 if all events were handled; 1 if a receiver failed, or the replay was
+    stopped early; 2 for a wrong argument. A second Ctrl-C ends at once, with 130.""",
 )
 @click.argument("name", metavar="NAME", callback=read_name)
 @click.option(
@@ -48,26 +48,26 @@ CLIENT_NAME = "eventbus-replay"
     required=True,
     metavar="PLACE",
     callback=read_moment,
-    help="Where in the stream to begin.",
+    help="First event to replay.",
 )
 @click.option(
     "--to",
     "last",
     metavar="PLACE",
     callback=read_moment,
-    help="Where to end; with what is there now unless given.",
+    help="Last event to replay; by default the newest one when the command starts.",
 )
 @click.option(
     "--receiver",
     metavar="NAME",
-    help="Run only this one: 'mailer.receivers.send_welcome' or 'send_welcome'.",
+    help="Run only this receiver: 'mailer.receivers.send_welcome' or 'send_welcome'.",
 )
-@click.option("--dry-run", "dry", is_flag=True, help="Only count what would be brought.")
+@click.option("--dry-run", "dry", is_flag=True, help="Count the events, and run no receiver.")
 @click.option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
     metavar="N",
-    help="Events per second, at most.",
+    help="Replay at most N events per second.",
 )
 @pass_program
 def replay(
@@ -79,11 +79,11 @@ def replay(
     dry: bool,
     rate: float | None,
 ) -> None:
-    """Bring past events of a stream again to this service's receivers, in order.
+    """Run this service's receivers again for past events of a stream, in order.
 
-    They run in this process, beside what workers do: the position of the service, what is
-    pending and what counts as a duplicate stay as they are, and nothing is tried again.
-    'current_event.replayed' is true meanwhile. Ctrl-C ends after the event that runs.
+    Receivers run in this process, and workers are not affected: the position of the service,
+    its pending events and its known duplicates stay as they are. A receiver that fails is not
+    retried. 'current_event.replayed' is True in receivers. Ctrl-C stops after the current event.
     """
     node = _node_of(program)
     receivers = _receivers_of(node, name, receiver)
@@ -99,24 +99,25 @@ def replay(
         only=receivers[0] if receiver is not None else None,
     )
 
-    with StreamAccess(node.config, name=CLIENT_NAME) as access, stop_on_signals() as told:
+    with StreamAccess(node.config, name=CLIENT_NAME) as access, stop_on_signals() as stopping:
         first, last = _bounds(first, last, access.now())
         end = _end_of(access, name, last)
 
         try:
-            work.run(access, first.first, end, told=told, rate=rate, dry=dry)
+            work.run(access, first.first, end, told=stopping, rate=rate, dry=dry)
         finally:
             click.echo("\n".join(_report(work, receivers, dry=dry)))
 
-        if told.is_set():
+        if stopping.is_set():
             raise click.ClickException(
-                f"It was told to end, after {work.last or 'nothing'}. Go on with: --from "
+                f"Stopped early, after {work.last or 'no entry'}. To continue, pass: --from "
                 f"{_next(work.last) or id_text(first.first)}"
             )
 
     if not node.flush():
         raise click.ClickException(
-            "Not everything that receivers sent is with Redis. What is lost is logged by id."
+            "Some events that receivers sent did not reach Redis. The log has the ids of those "
+            "that are lost."
         )
 
     if work.failures:
@@ -126,26 +127,29 @@ def replay(
 def _node_of(program: Program) -> Node:
     if not program.declares:
         raise ConfigError(
-            "There are no receivers: replay runs them in its own process. Name the app, as in "
-            "'flask --app mailer eventbus replay', or a module of receivers with --receivers."
+            "There are no receivers to run: replay runs them in its own process. Name the app, as "
+            "in 'flask --app mailer eventbus replay', or a module of receivers with --receivers."
         )
 
     if not program.node.config.enabled:
         raise ConfigError(
-            "'EVENTBUS_ENABLED' is False: no receiver would run. Set it to True to replay."
+            "'EVENTBUS_ENABLED' is False, so no receiver would run. Set it to True to replay."
         )
 
     return program.node
 
 
 def _receivers_of(node: Node, name: str, wanted: str | None) -> list[str]:
-    """The names of the receivers of a signal that are to run."""
+    """Return the names of the receivers to run.
+
+    :raises ConfigError: no receiver has the name ``wanted``, or several have it.
+    """
     known = sorted({found.name for found in Overview(node).receivers_of(Subscription(name=name))})
 
     if not known:
         raise ConfigError(
-            f"Nothing here receives {name!r}. Connect a receiver with @bus.on({name!r}), or name "
-            "its module in 'EVENTBUS_RECEIVERS'."
+            f"Nothing here receives {name!r}. Connect a receiver with @bus.on({name!r}), or "
+            "name its module in 'EVENTBUS_RECEIVERS'."
         )
 
     found = [each for each in known if wanted is None or is_called(each, [wanted])]
@@ -155,7 +159,7 @@ def _receivers_of(node: Node, name: str, wanted: str | None) -> list[str]:
 
     raise ConfigError(
         f"{printable(wanted)!r} is the name of {'several receivers' if found else 'no receiver'} "
-        f"of {name!r} here. Write one of: {', '.join(found or known)}."
+        f"of {name!r}. Write one of: {', '.join(found or known)}."
     )
 
 
@@ -166,31 +170,34 @@ def _subscription_of(node: Node, name: str, service: str) -> Subscription:
         return found
 
     raise ConfigError(
-        f"{service!r} does not subscribe to {name!r}: no event of it would ever reach its "
-        f"receivers. Subscribe with @bus.on({name!r}), or in 'EVENTBUS_SUBSCRIBE'."
+        f"{service!r} does not subscribe to {name!r}, so its receivers never get an event of it. "
+        f"Subscribe with @bus.on({name!r}), or in 'EVENTBUS_SUBSCRIBE'."
     )
 
 
 def _bounds(first: Place, last: Place | None, now: int) -> tuple[Place, Place | None]:
-    """Both places, with ages as they are at the time ``now``, in milliseconds.
+    """Return both places, with ages counted back from ``now``, in milliseconds since 1970.
 
-    :raises click.UsageError: the end lies before the beginning.
+    :raises click.UsageError: ``last`` is before ``first``.
     """
     first, last = first.at(now), None if last is None else last.at(now)
 
     if last is not None and last.last < first.first:
-        raise click.UsageError("--to lies before --from: nothing is between them.")
+        raise click.UsageError("--to is before --from. Swap them.")
 
     return first, last
 
 
 def _end_of(access: StreamAccess, name: str, last: Place | None) -> EntryId:
-    """The last entry to bring: of what is there now, so that it comes to an end."""
+    """Return the id of the last entry to replay, at most the newest one now, so that it ends.
+
+    :raises click.ClickException: the signal has no stream.
+    """
     stream = access.stream_of(name)
 
     if not stream:
         raise click.ClickException(
-            f"There is no stream of {name!r} at this prefix: nothing was published by stream yet, "
+            f"There is no stream of {name!r} under this prefix: nothing was published to it yet, "
             "or Redis lost it."
         )
 
@@ -213,7 +220,7 @@ def _report(work: Replay, receivers: list[str], *, dry: bool) -> Iterator[str]:
         yield f"Receivers: {', '.join(map(printable, receivers))}."
 
     for entry, reason in work.unreadable.items():
-        yield f"  {entry} ({clock(entry_id(entry)[0])}) does not read: {printable(reason)}"
+        yield f"  {entry} ({clock(entry_id(entry)[0])}) cannot be decoded: {printable(reason)}"
 
     for receiver, failures in sorted(work.failed.items()):
         yield f"{printable(receiver)} failed at {counted(len(failures), 'event')}:"
@@ -223,8 +230,8 @@ def _report(work: Replay, receivers: list[str], *, dry: bool) -> Iterator[str]:
 
 
 def _sum(work: Replay, dry: bool) -> str:
-    parts = [f"{work.handled} {'would be brought' if dry else 'handled'}"]
+    parts = [f"{work.handled} {'would be replayed' if dry else 'handled'}"]
     parts += [f"{work.failures} failed"] if work.failures else []
     parts += [f"{len(work.unreadable)} unreadable"] if work.unreadable else []
-    parts += [f"{work.others} of services that are not heard"] if work.others else []
+    parts += [f"{work.others} from services that no receiver hears"] if work.others else []
     return f"Read {counted(work.read, 'event')} of {work.name!r}: {', '.join(parts)}."

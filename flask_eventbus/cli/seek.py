@@ -22,10 +22,10 @@ def _read_target(ctx: click.Context, param: click.Parameter, text: str) -> Place
 
 @click.command(
     cls=Command,
-    short_help="Move this service in a stream.",
-    epilog="""A place is 'new' (behind all there is), 'earliest' (before all there is), the id of
-    an entry (behind it), or a time or an age (before what came since). A time without an
-    offset is this machine's.
+    short_help="Move a service to another place in a stream.",
+    epilog="""PLACE is 'new' (after the last event), 'earliest' (before the first event), the id of
+    an entry (after that entry), or a time or an age (before the first event since then). A
+    time without an offset is local time.
 
     Examples:
 
@@ -35,8 +35,8 @@ def _read_target(ctx: click.Context, param: click.Parameter, text: str) -> Place
       flask eventbus seek price_changed --to new --yes
       python -m flask_eventbus --service mailer seek paid --to earliest
 
-    Exit codes: 0 when it is there; 1 when it was not moved: the answer was no, there is no
-    such group, or Redis cannot be asked; 2 for a mistake in the command.""",
+    Exit codes: 0 if the service is at PLACE now; 1 if it was not moved, since you answered
+    no, it has no group at this stream, or Redis is not available; 2 for a wrong argument.""",
 )
 @click.argument("name", metavar="NAME", callback=read_name)
 @click.option(
@@ -45,15 +45,16 @@ def _read_target(ctx: click.Context, param: click.Parameter, text: str) -> Place
     required=True,
     metavar="PLACE",
     callback=_read_target,
-    help="Where it is to go on.",
+    help="Where the service continues.",
 )
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @pass_program
 def seek(program: Program, name: str, place: Place | None, yes: bool) -> None:
-    """Move this service in the stream of a signal, after saying what that skips or repeats.
+    """Move this service to another place in the stream of a signal.
 
-    All workers of the service go on from there; they may run meanwhile. What they have in hand,
-    what is to be tried again and the dead letters stay. Nothing else ever moves a service.
+    The command shows how many events are skipped or repeated, and asks. All workers of the
+    service continue from there; they may keep running. Pending events, retries and dead letters
+    stay as they are.
     """
     service = service_of(program)
 
@@ -77,14 +78,14 @@ def _lines(move: Move) -> list[str]:
     where = f"{move.service!r} in the stream of {move.name!r}"
 
     if move.here == move.target:
-        return [f"{where} stands at {_shown(move.here)} already."]
+        return [f"{where} is at {_shown(move.here)} already."]
 
     return [
         f"{where}",
-        f"  stands at  {_shown(move.here)}",
-        f"  goes to    {_shown(move.target)}",
+        f"  from  {_shown(move.here)}",
+        f"  to    {_shown(move.target)}",
         _effect(move),
-        *([f"{_come(move.pending)} pending: workers keep them."] if move.pending else []),
+        *([f"{_come(move.pending)} pending: workers finish them."] if move.pending else []),
     ]
 
 
@@ -93,7 +94,7 @@ def _effect(move: Move) -> str:
         return f"{_come(move.skipped)} skipped: no worker will get them."
 
     if move.repeated:
-        return f"{_come(move.repeated)} repeated: the receivers run for them again."
+        return f"{_come(move.repeated)} repeated: receivers run for them again."
 
     return "No event is skipped or repeated."
 
@@ -106,6 +107,6 @@ def _shown(found: EntryId) -> str:
     if found == EARLIEST:
         return "the beginning"
 
-    # Behind the last that an instant could have is the next one, which somebody named.
+    # Seeking to a time puts the group at the last possible id of the millisecond before it.
     is_moment = found[1] == MOST
     return clock(found[0] + 1) if is_moment else f"{id_text(found)} ({clock(found[0])})"

@@ -23,42 +23,43 @@ def _read_service(ctx: click.Context, param: click.Parameter, name: str) -> str:
         return name
 
     raise click.BadParameter(
-        f"{name!r} cannot be a service's name. Use letters, digits, '_', '-' and '.', at most 64."
+        f"{name!r} is not a valid name of a service. Use letters, digits, '_', '-' and '.', at "
+        "most 64."
     )
 
 
 @click.group(
     cls=Group,
-    short_help="Remove or rename a service that was taken out of use.",
+    short_help="Remove or rename a service that no longer runs.",
     epilog="""Examples:
 
     \b
       flask eventbus services forget old_mailer --dry-run
       flask eventbus services rename mailer notifier
 
-    Exit codes: 0 when it is done; 1 when it is not, and it says why; 2 for a mistake in the
-    command.""",
+    Exit codes: 0 if it was done; 1 if it was not, with the reason on stderr; 2 for a wrong
+    argument.""",
 )
 def services() -> None:
-    """Remove what Redis keeps of a service, or give it another name."""
+    """Remove or rename a service's groups, retries and dead letters in Redis."""
 
 
 @services.command(
     cls=Command,
     short_help="Remove a service's groups, retries and dead letters.",
-    epilog="""Exit codes: 0 when it is removed, or with --dry-run; 1 when it was not: the answer
-    was no, its workers run, Redis keeps nothing of it, or Redis cannot be asked; 2 for a mistake
-    in the command.""",
+    epilog="""Exit codes: 0 if it was removed, and with --dry-run; 1 if it was not, since you
+    answered no, its workers run, Redis has nothing of it, or Redis is not available; 2 for a
+    wrong argument.""",
 )
 @click.argument("name", metavar="NAME", callback=_read_service)
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @pass_program
 def forget(program: Program, name: str, dry_run: bool, yes: bool) -> None:
-    """Remove all that Redis keeps of the service NAME in streams, after showing it and asking.
+    """Remove the service NAME from all streams, after showing what is removed and asking.
 
-    Its groups, retries, dead letters and known ids are deleted. The streams and the events in
-    them stay. Stop the service's workers first.
+    The command deletes its groups, retries, dead letters and known ids. The streams and their
+    events stay. Stop the service's workers first.
     """
     with StreamAccess(program.node.config, name=CLIENT_NAME) as access:
         found = Services(access)
@@ -70,30 +71,31 @@ def forget(program: Program, name: str, dry_run: bool, yes: bool) -> None:
         refuse_running(name, holdings)
 
         if not yes:
-            click.confirm(f"Remove all of this? {name!r} cannot get it back", abort=True)
+            click.confirm("Remove all of this for good?", abort=True)
 
         found.forget(name, holdings)
 
-    click.echo(f"Redis keeps nothing of {name!r} any more.")
+    click.echo(f"Removed {name!r} from Redis.")
 
 
 @services.command(
     cls=Command,
-    short_help="Give a service's groups, retries and dead letters to another name.",
-    epilog="""Exit codes: 0 when it is renamed, or with --dry-run; 1 when it was not: the answer
-    was no, workers of either name run, the new name has a group or dead letters already, Redis
-    keeps nothing of the old one, or Redis cannot be asked; 2 for a mistake in the command.""",
+    short_help="Move a service's groups, retries and dead letters to another name.",
+    epilog="""Exit codes: 0 if it was renamed, and with --dry-run; 1 if it was not, since you
+    answered no, workers of either name run, NEW has a group or dead letters already, Redis has
+    nothing of OLD, or Redis is not available; 2 for a wrong argument.""",
 )
 @click.argument("old", metavar="OLD", callback=_read_service)
 @click.argument("new", metavar="NEW", callback=_read_service)
 @click.option("--dry-run", is_flag=True, help="Only show what would be moved.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @pass_program
 def rename(program: Program, old: str, new: str, dry_run: bool, yes: bool) -> None:
-    """Let the service NEW go on where OLD stopped, after showing what is moved and asking.
+    """Rename the service OLD to NEW, after showing what is moved and asking.
 
-    NEW gets groups at the same places, the events that were pending, the retries, the dead
-    letters and the known ids. Stop OLD's workers first, and start NEW's workers afterwards.
+    NEW continues where OLD stopped: it gets OLD's groups at the same places, its pending events,
+    retries, dead letters and known ids. Stop OLD's workers first, and start NEW's workers
+    afterwards.
     """
     if old == new:
         raise click.UsageError("OLD and NEW are the same name.")
@@ -111,24 +113,26 @@ def rename(program: Program, old: str, new: str, dry_run: bool, yes: bool) -> No
         refuse_running(new, taken)
 
         if not yes:
-            click.confirm(f"Give all of this to {new!r}?", abort=True)
+            click.confirm(f"Move all of this to {new!r}?", abort=True)
 
         found.rename(old, new, holdings)
 
-    click.echo(f"{old!r} is {new!r} now. Start its workers with 'EVENTBUS_SERVICE' set to {new!r}.")
+    click.echo(
+        f"Renamed {old!r} to {new!r}. Start its workers with 'EVENTBUS_SERVICE' set to {new!r}."
+    )
 
 
 def _shown(found: Services, service: str) -> list[Holding]:
-    """Show what Redis keeps of a service, and return it.
+    """Print what Redis has of a service, and return it.
 
-    :raises click.ClickException: it keeps nothing.
+    :raises click.ClickException: Redis has nothing of it.
     """
     holdings = found.holdings(service)
 
     if not holdings:
         known = ", ".join(map(repr, found.known())) or "none"
         raise click.ClickException(
-            f"Redis keeps nothing of {service!r}. Services with a group at a stream: {known}."
+            f"Redis has nothing of {service!r}. Services with a group at a stream: {known}."
         )
 
     click.echo("\n".join(fitted_table(_HEADS, list(_rows(holdings)), names=(0,))))
@@ -153,7 +157,7 @@ def _refuse_both(new: str, old: Sequence[Holding], taken: Sequence[Holding]) -> 
 
     if names:
         raise click.ClickException(
-            f"Redis keeps something of {new!r} already, for {', '.join(map(repr, names))}: "
-            f"two services cannot be merged. If {new!r} may lose it, run first: services forget "
-            f"{new}"
+            f"{new!r} has groups, retries or dead letters of {', '.join(map(repr, names))} "
+            f"already, and two services cannot be merged. If {new!r} may lose them, run first: "
+            f"services forget {new}"
         )

@@ -26,7 +26,7 @@ _CONSUMERS = ("Service", "Stream", "Host", "Pid", "Node", "Pending", "Idle")
 
 
 def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
-    """The lines of `status`: one for each service at a stream, then one for each consumer."""
+    """Yield the lines of `status`: one per service of each stream, then one per consumer."""
     rows = [row for status in statuses for row in _group_rows(status)]
     yield from fitted_table(_GROUPS, rows, names=(0, 2))
 
@@ -57,7 +57,7 @@ def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
 
 
 def as_json(statuses: Sequence[StreamStatus], excess: Sequence[str]) -> dict[str, Any]:
-    """All of it, of plain values; what cannot be known is ``None``."""
+    """Return the statuses as plain values; ``None`` stands for an unknown value."""
     return {
         "streams": [
             {
@@ -75,7 +75,7 @@ def as_json(statuses: Sequence[StreamStatus], excess: Sequence[str]) -> dict[str
 def excess_of(
     statuses: Sequence[StreamStatus], *, lag: int | None, dead: int | None
 ) -> Iterator[str]:
-    """A sentence for each thing that there is more of than ``lag`` and ``dead`` allow."""
+    """Yield a sentence for each limit, ``lag`` or ``dead``, that a service exceeds."""
     for status in statuses:
         if lag is not None:
             yield from (printable(str(alarm)) for alarm in status.alarms)
@@ -89,7 +89,7 @@ def excess_of(
             if lag is not None and not group.exists:
                 yield (
                     f"'{printable(group.service)}' has no group at {status.name!r}, so its lag is "
-                    "not known: start it, or see what happened to Redis."
+                    "unknown. Start the service; if it runs, check whether Redis lost its data."
                 )
 
             if lag is not None and group.exists:
@@ -110,7 +110,7 @@ def _loss_of(name: str, group: GroupStatus) -> str:
 def _dropped_of(name: str, group: GroupStatus) -> str:
     return (
         f"{group.dead_dropped} dead letters of '{printable(group.service)}' at {name!r} were "
-        "dropped: there were more than EVENTBUS_DEAD_MAXLEN."
+        "dropped: there were more than EVENTBUS_DEAD_MAXLEN allows."
     )
 
 
@@ -118,10 +118,9 @@ def _excess_of_lag(lag: int | None, length: int, place: str, most: int) -> Itera
     if lag is not None and lag > most:
         yield f"The lag {place} is {lag}, more than {most}."
     elif lag is None and length > most + 1:
-        # The group has got one entry at least, or the lag would be known.
+        # The group has read at least one entry, or its lag would be known.
         yield (
-            f"The lag {place} is not known to this server, and may be up to {length - 1}, more "
-            f"than {most}."
+            f"Redis does not know the lag {place}; it may be up to {length - 1}, more than {most}."
         )
 
 
@@ -130,7 +129,7 @@ def _group_rows(status: StreamStatus) -> Iterator[tuple[str, ...]]:
 
     for group in status.groups:
         yield name, length, printable(group.service), *_numbers(group)
-        # Said once: the eye finds the streams.
+        # Show the stream once, on its first line.
         name = length = ""
 
     if not status.groups:
@@ -186,10 +185,10 @@ CLIENT_NAME = "eventbus-status"
 
 @click.command(
     cls=Command,
-    short_help="Show how far each service is with its streams.",
-    epilog="""Lag: events that no worker has got yet; '?' where the server cannot tell. Pending:
-    got and not finished, and the age of the oldest. Retries: receivers that are to be tried
-    again. Dead: dead letters.
+    short_help="Show lag, pending events, retries and dead letters.",
+    epilog="""Lag: events that no worker has read yet; '?' if Redis does not know. Pending: events
+    that were read and not acknowledged. Oldest: the age of the oldest of these. Retries:
+    receivers that will run again. Dead: dead letters.
 
     Examples:
 
@@ -200,25 +199,32 @@ CLIENT_NAME = "eventbus-status"
       flask eventbus status --json | jq '.streams[].groups[].lag'
       python -m flask_eventbus --service mailer status
 
-    Exit codes: 0 when shown, and after Ctrl-C; 1 when there is more than --max-lag or
-    --max-dead, or Redis cannot be asked; 2 for a mistake in the command.""",
+    Exit codes: 0 if shown, and after Ctrl-C; 1 if --max-lag or --max-dead is exceeded, or
+    Redis is not available; 2 for a wrong argument.""",
 )
-@click.option("--all", "of_all", is_flag=True, help="Every stream, and every service at it.")
-@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+@click.option(
+    "--all",
+    "of_all",
+    is_flag=True,
+    help="Show every stream, and every service that has a group there.",
+)
+@click.option("--watch", is_flag=True, help="Repeat until Ctrl-C.")
 @click.option(
     "--interval",
     type=click.FloatRange(min=0.1, max=3_600),
     default=2.0,
     show_default=True,
     metavar="S",
-    help="Seconds between two looks with --watch.",
+    help="Seconds between updates with --watch.",
 )
-@click.option("--json", "in_json", is_flag=True, help="One JSON object; one a line with --watch.")
+@click.option(
+    "--json", "in_json", is_flag=True, help="Print one JSON object; one per line with --watch."
+)
 @click.option(
     "--max-lag",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Exit with 1 if the lag of a service at a stream is more.",
+    help="Exit with 1 if the lag of a service at a stream is larger.",
 )
 @click.option(
     "--max-dead",
@@ -236,23 +242,23 @@ def status(
     max_lag: int | None,
     max_dead: int | None,
 ) -> None:
-    """Show how far this service is with each of its streams, and its workers.
+    """Show this service's lag, pending events, retries and dead letters, and its workers.
 
-    Its streams are those it hears and those it publishes. Without an app they are those
-    that the service named has a part in; without a service it is as with --all. Nothing is
-    changed.
+    There is a line for each stream that the app subscribes to or publishes. Without an app, it
+    is each stream where the service has a group, retries or dead letters; without a service,
+    --all applies. Nothing is changed.
     """
-    look = _Look(program, of_all=of_all, in_json=in_json, max_lag=max_lag, max_dead=max_dead)
+    report = _Report(program, of_all=of_all, in_json=in_json, max_lag=max_lag, max_dead=max_dead)
 
     if watch:
         with suppress(KeyboardInterrupt):
-            look.again_and_again(interval)
-    elif look.once():
+            report.watch(interval)
+    elif report.show():
         raise click.exceptions.Exit(1)
 
 
-class _Look:
-    """Looks at streams, and shows them."""
+class _Report:
+    """Reads the status of streams and prints it, once or again and again."""
 
     def __init__(
         self,
@@ -270,10 +276,10 @@ class _Look:
         self._max_lag = max_lag
         self._max_dead = max_dead
 
-    def once(self) -> bool:
-        """Show it; whether there is too much of something.
+    def show(self) -> bool:
+        """Print the status; return True if a limit is exceeded.
 
-        :raises OperationError: Redis cannot be asked.
+        :raises OperationError: Redis is not available.
         """
         statuses, excess = self._read()
         click.echo(
@@ -287,16 +293,16 @@ class _Look:
 
         return bool(excess)
 
-    def again_and_again(self, interval: float) -> None:
-        """Show it until nobody looks any more, whatever happens to Redis."""
+    def watch(self, interval: float) -> None:
+        """Print the status every ``interval`` seconds, until the reader of stdout exits."""
         while not reader_is_gone():
             try:
                 statuses, excess = self._read()
             except OperationError as error:
-                self._show_again(str(error), is_error=True)
+                self._print_update(str(error), is_error=True)
             else:
                 shown = self._as_line(statuses, excess)
-                self._show_again(shown)
+                self._print_update(shown)
 
             time.sleep(interval)
 
@@ -307,7 +313,7 @@ class _Look:
         warnings = [click.style(sentence, fg="red") for sentence in excess]
         return "\n".join([self._as_text(statuses), *warnings])
 
-    def _show_again(self, text: str, *, is_error: bool = False) -> None:
+    def _print_update(self, text: str, *, is_error: bool = False) -> None:
         if self._in_json:
             click.echo(text, err=is_error)
             return
@@ -315,7 +321,7 @@ class _Look:
         if sys.stdout.isatty():
             click.clear()
 
-        click.echo(f"{time.strftime('%H:%M:%S')}  Ctrl-C ends.\n\n{text}\n")
+        click.echo(f"{time.strftime('%H:%M:%S')}  Press Ctrl-C to exit.\n\n{text}\n")
 
     def _read(self) -> tuple[list[StreamStatus], list[str]]:
         deadline = time.monotonic() + PATIENCE
@@ -323,10 +329,10 @@ class _Look:
         with StreamAccess(self._node.config, name=CLIENT_NAME, deadline=deadline) as access:
             names = access.names()
             flood = too_many_names(access.keys.names, len(names))
-            statuses = read_statuses(access, self._wanted(names[:MOST_NAMES]))
+            statuses = read_statuses(access, self._services(names[:MOST_NAMES]))
 
         if not self._of_all and not self._declares:
-            # Of a service that only has a name, nothing tells which streams are its own.
+            # Without an app, only its groups tell which streams are the service's.
             statuses = [status for status in statuses if status.groups]
 
         excess = list(excess_of(statuses, lag=self._max_lag, dead=self._max_dead))
@@ -335,13 +341,13 @@ class _Look:
             excess.append(str(flood))
 
         if not statuses and (self._max_lag is not None or self._max_dead is not None):
-            # A name that is misspelt is not to look like a service that does well.
-            excess.append(f"{self._nothing()} So there is nothing to judge.")
+            # A misspelt name must not pass as a healthy service.
+            excess.append(f"{self._nothing()} No limit could be checked.")
 
         return statuses, excess
 
-    def _wanted(self, names: Sequence[str]) -> Mapping[str, Sequence[str] | None]:
-        """The services to look at, for each signal; ``None`` for all."""
+    def _services(self, names: Sequence[str]) -> Mapping[str, Sequence[str] | None]:
+        """Return the services to show for each signal; ``None`` stands for all."""
         own = heard(self._node, names)
 
         if self._of_all:
@@ -366,5 +372,5 @@ class _Look:
 
         return (
             f"The service {self._node.config.service!r} has no stream under the prefix {prefix!r} "
-            "yet. Those of all services: --all"
+            "yet. To show all services, pass --all."
         )

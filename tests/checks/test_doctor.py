@@ -1234,7 +1234,7 @@ def test_a_service_without_a_name_is_a_finding_and_no_traceback() -> None:
         result.output
         == """\
 error    'EVENTBUS_SERVICE' is not set. Set it to this service's name, for example 'accounts'.
-         -> Nothing else was looked at: correct this first.
+         -> Fix this first, then run the check again: nothing else was checked.
 1 error, 0 warnings.
 """
     )

@@ -113,7 +113,7 @@ def test_publish_succeeds_and_says_so_when_nobody_listens(bare: Run) -> None:
     result = bare("publish", "user_registered")
 
     assert result.exit_code == 0
-    assert result.output.endswith(". Nobody listens to it now.\n")
+    assert result.output.endswith(". No listener got it.\n")
 
 
 def test_what_is_published_without_an_app_comes_from_the_service_named_or_from_cli(
@@ -179,11 +179,11 @@ def test_a_payload_may_be_a_json_object_from_stdin_too(
     [
         (["user registered"], "'user registered' cannot be a signal's name"),
         (["order_*"], "'order_*' cannot be a signal's name"),
-        (["paid", "amount"], "'amount' is no KEY=VALUE. Write for example 'user_id=7'."),
-        (["paid", "=7"], "'=7' is no KEY=VALUE"),
+        (["paid", "amount"], "'amount' is not KEY=VALUE. Write for example 'user_id=7'."),
+        (["paid", "=7"], "'=7' is not KEY=VALUE"),
         (["paid", "a=1", "a=2"], "'a' is given twice. Write one list: 'a=[1, 2]'."),
         (["paid", "--json", "{a: 1}"], "'{a: 1}' is not JSON"),
-        (["paid", "--json", "[1]"], "'[1]' is no JSON object. Write for example '{\"a\": 1}'."),
+        (["paid", "--json", "[1]"], "'[1]' is not a JSON object. Write for example '{\"a\": 1}'."),
         ([], "Missing argument 'NAME'"),
     ],
 )
@@ -234,7 +234,7 @@ def test_publish_into_a_stream_prints_where_the_event_is(
     found = client.xrange(f"{prefix}:{{paid}}:stream")
     assert [result.exit_code for result in results] == [0, 0]
     assert [result.output.partition(". ")[2] for result in results] == [
-        f"It is {entry.decode()} in the stream '{prefix}:{{paid}}:stream'.\n" for entry, _ in found
+        f"Entry {entry.decode()} in the stream '{prefix}:{{paid}}:stream'.\n" for entry, _ in found
     ]
 
 
@@ -314,7 +314,7 @@ def test_publish_does_nothing_where_the_bus_is_switched_off(
 
     assert result.exit_code == 1
     assert result.output == (
-        "Error: 'EVENTBUS_ENABLED' is False: nothing is published. Set it to True to publish.\n"
+        "Error: 'EVENTBUS_ENABLED' is False, so nothing is published. Set it to True to publish.\n"
     )
 
 
@@ -577,7 +577,7 @@ def test_routes_without_an_app_says_when_nobody_listens(redis_server: RedisServe
 
     assert (result.exit_code, result.output) == (
         0,
-        "No channel has listeners now, and there is no stream.\n",
+        "No channel has listeners, and there is no stream.\n",
     )
 
 
@@ -608,8 +608,8 @@ def test_routes_without_an_app_shows_what_it_may_ask(redis_server: RedisServer) 
     result = CliRunner().invoke(main, ["--url", redis_server.url, "routes"])
 
     assert result.exit_code == 0
-    assert "Which streams there are cannot be told: this user may not ask." in result.output
-    assert "this user may not ask for CLIENT LIST" in result.output
+    assert "Could not list the streams: this user has no right to." in result.output
+    assert "this user has no right to CLIENT LIST" in result.output
 
 
 def test_routes_without_an_app_fails_when_redis_cannot_be_asked(redis_server: RedisServer) -> None:
@@ -808,7 +808,7 @@ def test_run_fails_when_there_is_nothing_to_listen_to(
 
     assert [each.exit_code for each in (in_app, switched_off, nameless, alone)] == [1, 1, 1, 1]
     assert in_app.output.startswith("Error: There is nothing to listen to. Connect a receiver")
-    assert "'EVENTBUS_ENABLED' is False: nothing would be heard." in switched_off.output
+    assert "'EVENTBUS_ENABLED' is False, so no event would be received." in switched_off.output
     assert nameless.output.startswith("Error: 'EVENTBUS_SERVICE' is not set.")
     assert alone.output == in_app.output
 
@@ -918,7 +918,7 @@ def test_an_app_without_a_bus_is_told_what_it_lacks() -> None:
 
     assert result.exit_code == 1
     assert result.output == (
-        "Error: The app 'shop' has no event bus. Call bus.init_app(app) where it is made.\n"
+        "Error: The app 'shop' has no event bus. Call bus.init_app(app) where the app is created.\n"
     )
 
 

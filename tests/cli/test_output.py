@@ -109,7 +109,7 @@ def test_a_full_disk_is_a_message_and_an_exit_code(
 
     assert program.returncode == 1, err
     assert err.splitlines()[-1] == (
-        "Error: The output cannot be written: No space left on device. Make room for it, or "
-        "write it elsewhere."
+        "Error: Could not write the output: No space left on device. Free disk space, or write to "
+        "another place."
     )
     assert "Traceback" not in err

@@ -242,7 +242,7 @@ def test_what_does_not_read_is_counted_and_told_and_no_failure(
     lines = result.output.splitlines()
     assert lines[0] == "Read 5 events of 'paid': 2 handled, 3 unreadable."
     assert lines[1].startswith(f"  {junk} (")
-    assert "does not read: It is not msgpack" in lines[1]
+    assert "cannot be decoded: It is not msgpack" in lines[1]
     assert lines[2].startswith(f"  {empty} (")
     assert lines[2].endswith("It has no field 'event'.")
     assert lines[3].startswith(f"  {wrong} (")
@@ -268,7 +268,7 @@ def test_events_of_services_that_are_not_heard_are_left_out(
 
     assert result.exit_code == 0, result.output
     assert result.output == (
-        "Read 3 events of 'paid': 1 handled, 2 of services that are not heard.\n"
+        "Read 3 events of 'paid': 1 handled, 2 from services that no receiver hears.\n"
     )
     assert numbers == [1]
 
@@ -295,7 +295,7 @@ def test_a_dry_run_counts_and_runs_nothing(
 
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    assert lines[0] == "Read 4 events of 'paid': 3 would be brought, 1 unreadable."
+    assert lines[0] == "Read 4 events of 'paid': 3 would be replayed, 1 unreadable."
     assert lines[1].startswith("Receivers: ")
     assert "Heard.bill, " in lines[1]
     assert (heard.events, heard.counts) == ([], [])
@@ -337,8 +337,8 @@ def test_replay_needs_receivers_and_says_how_to_name_them(store: StreamStore) ->
 
     assert result.exit_code == 1
     assert result.output == (
-        "Error: There are no receivers: replay runs them in its own process. Name the app, as in "
-        "'flask --app mailer eventbus replay', or a module of receivers with --receivers.\n"
+        "Error: There are no receivers to run: replay runs them in its own process. Name the app, "
+        "as in 'flask --app mailer eventbus replay', or a module of receivers with --receivers.\n"
     )
 
 
@@ -379,9 +379,9 @@ def test_a_receiver_that_is_not_here_or_not_the_only_one_is_told(
     several = replay(app, *ALL, "--receiver", "count")
 
     assert (nobody.exit_code, several.exit_code) == (1, 1)
-    assert "is the name of no receiver of 'paid' here. Write one of: " in nobody.output
+    assert "is the name of no receiver of 'paid'. Write one of: " in nobody.output
     assert "\x1b" not in nobody.output
-    assert "'count' is the name of several receivers of 'paid' here." in several.output
+    assert "'count' is the name of several receivers of 'paid'." in several.output
     assert "Heard.count" in several.output
     assert "Other.count" in several.output
 
@@ -390,7 +390,7 @@ def test_a_stream_that_is_not_there_is_told(make_app: Make, heard: Heard) -> Non
     result = replay(make_app(heard.bus), *ALL)
 
     assert result.exit_code == 1
-    assert result.output.startswith("Error: There is no stream of 'paid' at this prefix")
+    assert result.output.startswith("Error: There is no stream of 'paid' under this prefix")
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_a_stream_that_is_not_there_is_told(make_app: Make, heard: Heard) -> Non
         (["--from", "yesterday"], "'yesterday' is no place in a stream. Write an entry's id such"),
         (["--from", "5-"], "'5-' is no place in a stream"),
         (["--from", f"{2**64}-0"], "is too large for an entry's id"),
-        (["--from", "1h", "--to", "2h"], "--to lies before --from"),
+        (["--from", "1h", "--to", "2h"], "--to is before --from"),
         (["--from", "1h", "--rate", "0"], "0.0 is not in the range x>0"),
         (["--from", "\x1b[2J"], r"'\x1b[2J' is no place"),
     ],
@@ -456,7 +456,7 @@ def test_ctrl_c_ends_after_the_event_that_runs_and_says_where_to_go_on(
         "got 1 True\n"
         "got 2 True\n"
         "Read 2 events of 'paid': 2 handled.\n"
-        f"Error: It was told to end, after {ids[1]}. Go on with: --from "
+        f"Error: Stopped early, after {ids[1]}. To continue, pass: --from "
         f"{milliseconds}-{int(number) + 1}\n"
     )
 

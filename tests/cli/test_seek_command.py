@@ -53,8 +53,8 @@ def test_seek_says_what_it_skips_and_moves_after_a_yes(store: StreamStore) -> No
     stamp = r"\(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\)"
     assert re.fullmatch(
         rf"""'mailer' in the stream of 'paid'
-  stands at  {ids[3]} {stamp}
-  goes to    {ids[9]} {stamp}
+  from  {ids[3]} {stamp}
+  to    {ids[9]} {stamp}
 6 events are skipped: no worker will get them\.
 Move 'mailer'\? \[y/N\]: y
 Moved 'mailer' to {ids[9]} {stamp}\.
@@ -72,9 +72,9 @@ def test_seek_says_what_it_repeats_and_what_is_pending(store: StreamStore) -> No
     result = store.run("seek", "paid", "--to", "earliest", "--yes")
 
     assert result.exit_code == 0, result.output
-    assert "  goes to    the beginning\n" in result.output
-    assert "4 events are repeated: the receivers run for them again.\n" in result.output
-    assert "1 event is pending: workers keep them.\n" in result.output
+    assert "  to    the beginning\n" in result.output
+    assert "4 events are repeated: receivers run for them again.\n" in result.output
+    assert "1 event is pending: workers finish them.\n" in result.output
     assert pending == [ids[3]]
     assert left(store) == ids
 
@@ -145,7 +145,7 @@ def test_an_entry_of_exactly_that_time_comes_again(store: StreamStore, place: st
     result = store.run("seek", "paid", "--to", place, "--yes")
 
     assert result.exit_code == 0, result.output
-    assert re.search(r"  goes to    2023-11-1\d \d\d:13:20\n", result.output)
+    assert re.search(r"  to    2023-11-1\d \d\d:13:20\n", result.output)
     assert left(store) == ids
 
 
@@ -220,7 +220,7 @@ def test_a_group_that_is_there_already_is_not_asked_about(store: StreamStore) ->
     result = store.run("seek", "paid", "--to", ids[3])
 
     assert result.exit_code == 0
-    assert result.output.startswith(f"'mailer' in the stream of 'paid' stands at {ids[3]} (")
+    assert result.output.startswith(f"'mailer' in the stream of 'paid' is at {ids[3]} (")
     assert result.output.endswith(") already.\n")
 
 
@@ -298,7 +298,7 @@ def test_who_moves_has_to_be_said(store: StreamStore) -> None:
     result = store.run("seek", "paid", "--to", "new", service=None)
 
     assert result.exit_code == 1
-    assert "Name the service: '--service mailer' before the command" in result.output
+    assert "Pass '--service NAME' before the command" in result.output
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_a_service_that_is_forgotten_leaves_nothing_and_alarms_no_more(store: St
 
     assert result.exit_code == 0, result.output
     assert "paid      yes    2        1        1     1" in result.output
-    assert "Remove all of this? 'mailer' cannot get it back [y/N]: y" in result.output
+    assert "Remove all of this for good? [y/N]: y" in result.output
     left = state(store)
     assert not left["keys"] & keys_of(store, "mailer")
     assert [group["name"] for group in left["groups"]["paid"]] == [b"audit"]
@@ -156,7 +156,7 @@ def test_a_name_that_redis_does_not_know_is_answered_with_those_it_knows(
     result = store.run("services", *words, "--yes")
 
     assert result.exit_code == 1
-    assert "Redis keeps nothing of 'mailr'" in result.output
+    assert "Redis has nothing of 'mailr'" in result.output
     assert "Services with a group at a stream: 'audit', 'mailer'." in result.output
 
 
@@ -173,7 +173,7 @@ def test_a_service_that_is_renamed_goes_on_where_it_was(
     result = store.run("services", "rename", "mailer", "notifier", "--yes")
 
     assert result.exit_code == 0, result.output
-    assert "'mailer' is 'notifier' now." in result.output
+    assert "Renamed 'mailer' to 'notifier'." in result.output
     found = state(store)
     assert not found["keys"] & keys_of(store, "mailer")
     assert found["keys"] >= keys_of(store, "notifier")
@@ -216,7 +216,7 @@ def test_two_services_are_not_merged(store: StreamStore) -> None:
     result = store.run("services", "rename", "mailer", "audit", "--yes")
 
     assert result.exit_code == 1
-    assert "Redis keeps something of 'audit' already, for 'paid'" in result.output
+    assert "'audit' has groups, retries or dead letters of 'paid' already" in result.output
     assert "services forget audit" in result.output
     assert state(store) == before
 

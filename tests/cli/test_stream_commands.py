@@ -154,7 +154,7 @@ def test_where_there_is_nothing_to_judge_a_monitor_is_told(store: StreamStore, o
 
     assert result.exit_code == 1
     assert "has no stream under the prefix" in result.stderr
-    assert "there is nothing to judge" in result.stderr
+    assert "No limit could be checked" in result.stderr
 
 
 def test_a_group_that_is_gone_is_more_lag_than_any(store: StreamStore) -> None:
@@ -164,7 +164,7 @@ def test_a_group_that_is_gone_is_more_lag_than_any(store: StreamStore) -> None:
     result = store.run("status", "--max-lag", "1000")
 
     assert result.exit_code == 1
-    assert "'mailer' has no group at 'user_registered', so its lag is not known" in result.stderr
+    assert "'mailer' has no group at 'user_registered', so its lag is unknown" in result.stderr
 
 
 def test_status_without_a_service_or_with_all_shows_every_service(store: StreamStore) -> None:
@@ -243,8 +243,8 @@ def test_status_says_that_there_is_nothing(
     assert every.output == f"There is no stream under the prefix '{store.prefix}' yet.\n"
     assert own.output == others.output
     assert own.output == (
-        f"The service 'mailer' has no stream under the prefix '{store.prefix}' yet. Those of all "
-        "services: --all\n"
+        f"The service 'mailer' has no stream under the prefix '{store.prefix}' yet. To show all "
+        "services, pass --all.\n"
     )
     assert (every.exit_code, own.exit_code, others.exit_code) == (0, 0, 0)
 
@@ -299,8 +299,7 @@ def test_lag_is_unknown_where_the_server_cannot_tell(store: StreamStore) -> None
     assert enough.exit_code == 0, enough.output
     assert too_much.exit_code == 1
     assert too_much.stderr == (
-        "The lag of 'mailer' at 'paid' is not known to this server, and may be up to 4, more than "
-        "3.\n"
+        "Redis does not know the lag of 'mailer' at 'paid'; it may be up to 4, more than 3.\n"
     )
 
 

@@ -1249,7 +1249,7 @@ def test_once_tells_by_its_exit_code_whether_everything_is_published(
     redis_server.kill()
     failed = shop.relay("--once")
     assert failed.end() == 1
-    assert "Published 0 events. 2 wait: Redis cannot be used: " in failed.said
+    assert "Published 0 events. 2 left in the outbox: Redis cannot be used: " in failed.said
 
     redis_server.start()
     done = shop.relay("--once")
@@ -1264,7 +1264,7 @@ def test_once_says_what_is_refused(shop: Shop, engine: Engine, session: Session)
     relay = shop.relay("--once")
 
     assert relay.end() == 1
-    assert "Published 2 events. 1 wait: 'order_paid' is refused: " in relay.said
+    assert "Published 2 events. 1 left in the outbox: Redis refuses 'order_paid': " in relay.said
 
 
 def test_the_table_is_created_where_it_is_missing(
@@ -1325,7 +1325,7 @@ def test_without_an_app_the_environment_may_name_the_database(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "There is no database. Name it with --database URL"),
+        ([], "No database given. Pass --database URL"),
         (["--database", "shop"], "--database cannot be used: Could not parse"),
         (["--database", "nosuch://shop"], "install its driver"),
         (["--database", "sqlite+aiosqlite:///shop.db"], "is an asynchronous driver"),

@@ -96,7 +96,7 @@ def test_a_group_that_somebody_moved_past_the_end_is_an_alarm_until_it_is_moved_
     wait_until(lambda: bus.health().alarms, what="the worker notices")
     assert "past its end" in bus.health().alarms["tick"]
     [found] = errors(bus)
-    assert f"'mailer' stands at {place} in the stream of 'tick', past its end" in found
+    assert f"'mailer' is at {place} in the stream of 'tick', past its end" in found
     status = store.run("status", "--max-lag", "100")
     assert status.exit_code == 1
     assert "eventbus --service mailer seek tick --to TIME" in status.output
