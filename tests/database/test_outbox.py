@@ -905,7 +905,8 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import DeclarativeBase
-from flask_eventbus import EventBus, outbox
+from flask_eventbus import EventBus
+from flask_eventbus.database import outbox
 
 class Base(DeclarativeBase):
     pass
