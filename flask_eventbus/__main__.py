@@ -1,4 +1,4 @@
-"""``eventbus``, or ``python -m flask_eventbus``: the commands without an app, and without Flask."""
+"""``eventbus`` or ``python -m flask_eventbus``: the commands without an app and without Flask."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .config import Config
 from .node import Node
 from .routing.registry import Registry
 
-#: Who publishes where no service is named.
+#: The service that publishes if none is given.
 DEFAULT_SERVICE = "cli"
 
 
 class BareProgram(Program):
-    """Settings from options and the environment, and receivers only where they are named."""
+    """A program from options and the environment; it loads receivers only if they are named."""
 
     def __init__(self, settings: dict[str, str]) -> None:
         self._environ = {**os.environ, **settings}
@@ -44,7 +44,7 @@ class BareProgram(Program):
             self._environ["EVENTBUS_RECEIVERS"] = json.dumps(names)
 
     def load(self) -> Node:
-        """A node of these settings.
+        """Return a node with these settings.
 
         :raises ConfigError: a setting is wrong, or receivers cannot be loaded.
         """
@@ -52,7 +52,7 @@ class BareProgram(Program):
             return Bus.from_env(self._environ).node
 
         environ = {"EVENTBUS_SERVICE": DEFAULT_SERVICE, **self._environ}
-        # What a service publishes and hears may name modules, which nobody asked to load.
+        # The settings of routes and subscriptions may name modules, which must not be loaded.
         config = replace(Config.from_environ(environ), publish=(), subscribe=())
         return Node(config, Registry())
 
@@ -73,19 +73,19 @@ class BareProgram(Program):
       python -m flask_eventbus check""",
 )
 @click.version_option(__version__, message="flask-eventbus %(version)s")
-@click.option("--url", envvar="EVENTBUS_URL", show_envvar=True, help="Where Redis is.")
+@click.option("--url", envvar="EVENTBUS_URL", show_envvar=True, help="URL of Redis.")
 @click.option(
     "--service",
     metavar="NAME",
     envvar="EVENTBUS_SERVICE",
     show_envvar=True,
-    help=f"Whose events 'publish' sends, and who runs; {DEFAULT_SERVICE!r} unless given.",
+    help=f"Name of the service that publishes or runs; {DEFAULT_SERVICE!r} unless given.",
 )
 @click.option(
     "--prefix",
     envvar="EVENTBUS_PREFIX",
     show_envvar=True,
-    help="What the keys in Redis begin with; 'eventbus' unless given.",
+    help="Prefix of the keys in Redis; 'eventbus' unless given.",
 )
 @click.pass_context
 def main(context: click.Context, /, **options: str | None) -> None:
@@ -105,7 +105,7 @@ def _add_receivers(
 
 
 def _with_receivers(command: click.Command) -> click.Command:
-    """The command, with an option that loads receivers first."""
+    """Return a copy of the command with the option ``--receivers``."""
     option: Any = click.Option(
         ["--receivers"],
         multiple=True,

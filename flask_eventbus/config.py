@@ -1,4 +1,4 @@
-"""What a program set, read once and checked: one frozen :class:`Config` per node."""
+"""Read and check the settings: one frozen :class:`Config` per node."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, cast
 from .errors import ConfigError
 from .text import did_you_mean
 
-#: A service's name: what receivers get as ``sender``.
+#: A valid name of a service, which receivers get as ``sender``.
 SERVICE_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
-#: A signal's name.
+#: A valid name of a signal.
 SIGNAL_NAME = re.compile(r"\w[\w./-]{0,127}", re.ASCII)
 
 
@@ -31,31 +31,31 @@ _SCHEMES = (
     "memory",
 )
 
-#: How often a receiver can be tried again; with the longest wait between, that is a month.
+#: Largest number of retries of a receiver; with the longest backoff they take a month.
 MOST_RETRIES = 10_000
 
-#: How many replicas can be waited for.
+#: Largest number of replicas that can confirm an event.
 MOST_REPLICAS = 100
 
 _AGE = re.compile(r"(\d{1,6})([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
-#: Settings that belong to parts this version does not have. Ignoring one would be a lie.
+#: Settings of features that this version does not have. They are refused, not ignored.
 _NOT_YET = {
     "EVENTBUS_SIGNING_KEY": "signed events",
     "EVENTBUS_SIGNING_KEY_FALLBACKS": "signed events",
 }
 
 
-#: Names of environment variables of a Kubernetes Service whose name begins with ``eventbus``; one
-#: that could be a setting's is known by its value too.
+#: Environment variables that Kubernetes sets for a Service whose name begins with ``eventbus``. If
+#: the name could also be a setting, the value decides.
 _SERVICE_LINK = re.compile(
     r"EVENTBUS(_\w+?)??_(SERVICE_HOST|SERVICE_PORT(_\w+)?|(?P<address>PORT(_\d+_(TCP|UDP|SCTP))?)"
     r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR))"
 )
 
 
-#: How a setting that is true or false is written in the environment.
+#: The words for True and False in the environment.
 _WORDS = {
     **dict.fromkeys(("true", "1", "yes", "on"), True),
     **dict.fromkeys(("false", "0", "no", "off"), False),
@@ -64,14 +64,14 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Age:
-    """What a stream keeps, as the age of its oldest event."""
+    """The age of the oldest event that a stream keeps."""
 
     seconds: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The settings of one node; section by section in ``docs/configuration.md``."""
+    """The settings of one node; ``docs/configuration.md`` describes them."""
 
     service: str
     url: str = "redis://localhost:6379/0"
@@ -82,35 +82,35 @@ class Config:
     enabled: bool = True
     listen: bool = True
     concurrency: int = 1
-    #: Seconds a caller of ``send()`` is held at most.
+    #: Longest time that ``send()`` blocks, in seconds.
     timeout: float = 0.5
     on_outage: str = "buffer"
-    #: Events kept in memory while Redis is away.
+    #: Number of events kept in memory while Redis is unreachable.
     buffer_size: int = 10_000
     max_event_bytes: int = 1024 * 1024
     max_hops: int = 16
-    #: Seconds that running receivers get to finish when the process ends.
+    #: Seconds that running receivers have to finish when the process ends.
     grace: float = 25.0
-    #: How often a receiver that failed at a stream event is tried again.
+    #: Number of retries of a receiver that failed on a stream event.
     retries: int = 5
-    #: Seconds after which the stream events of a worker that is silent go to another.
+    #: Seconds after which another worker claims the stream events of a silent worker.
     claim_after: float = 60.0
-    #: How much a stream keeps: about so many events, or those of so many seconds.
+    #: Approximate number of events that a stream keeps, or their age.
     maxlen: int | Age = 100_000
-    #: How many dead letters of each signal a service keeps.
+    #: Number of dead letters of each signal that a service keeps.
     dead_maxlen: int = 100_000
-    #: Replicas that have a stream event before it counts as confirmed.
+    #: Number of replicas that must have a stream event before it is confirmed.
     replicas: int = 0
-    #: Seconds in which an event that comes twice over a stream is recognized.
+    #: Seconds during which a second delivery of a stream event is recognized.
     duplicate_window: float = 600.0
-    #: Whether each event that is published and each that is handled is logged.
+    #: True to log each published and each handled event.
     log_events: bool = False
-    #: Whether an app with ``TESTING`` publishes to a server that is not in memory.
+    #: True if an app with ``TESTING`` publishes to a real server.
     publish_in_tests: bool = False
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
-        """Read the keys of ``mapping`` that begin with ``EVENTBUS_``, a Flask config for example.
+        """Read the keys of ``mapping``, such as a Flask config, that begin with ``EVENTBUS_``.
 
         :raises ConfigError: a key is unknown or a value is wrong.
         """
@@ -123,7 +123,7 @@ class Config:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Config:
-        """Read environment variables as Flask does: as JSON where they are, else as text.
+        """Read environment variables as Flask does: as JSON if they are JSON, else as text.
 
         :raises ConfigError: a key is unknown or a value is wrong.
         """
@@ -156,9 +156,9 @@ class Config:
 
 
 def _is_service_link(key: str, value: object) -> bool:
-    """Return True for what Kubernetes puts into the environment for a Service called ``eventbus``.
+    """Return True for a variable that Kubernetes sets for a Service called ``eventbus``.
 
-    Each pod gets ``EVENTBUS_PORT=tcp://10.0.0.1:6379``, ``EVENTBUS_SERVICE_HOST`` and the like.
+    Each pod gets for example ``EVENTBUS_PORT=tcp://10.0.0.1:6379`` and ``EVENTBUS_SERVICE_HOST``.
     """
     match = _SERVICE_LINK.fullmatch(key)
 
@@ -182,7 +182,7 @@ def _check_known(key: str) -> None:
 
 
 def _from_text(text: str) -> Any:
-    """Return what a text in the environment means, as ``app.config.from_prefixed_env()`` has it."""
+    """Parse a variable as Flask's ``app.config.from_prefixed_env()`` does."""
     try:
         return json.loads(text)
     except ValueError:
@@ -190,7 +190,7 @@ def _from_text(text: str) -> Any:
 
 
 def _structured(key: str, value: Any) -> Any:
-    """Return lists and mappings as they are, and read a text as one of them."""
+    """Return lists and mappings unchanged; parse a string as one of them."""
     if not isinstance(value, str):
         return value
 
@@ -202,17 +202,17 @@ def _structured(key: str, value: Any) -> Any:
     except ValueError as error:
         raise ConfigError(
             f"{key!r} is {value!r}, which is not JSON: {error}. Write a JSON list or object, or "
-            "names with commas between them."
+            "names separated by commas."
         ) from error
 
 
 def _name(value: Any) -> Any:
-    """Return a name of digits as text, though the environment has it as a number."""
+    """Return an integer as a string: JSON turns a name of digits into a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _wrong(key: str, value: object, wanted: str) -> ConfigError:
-    return ConfigError(f"{key!r} is {value!r}. {wanted}")
+def _wrong(key: str, value: object, remedy: str) -> ConfigError:
+    return ConfigError(f"{key!r} is {value!r}. {remedy}")
 
 
 def _service(key: str, value: Any) -> str:
@@ -238,7 +238,7 @@ def _url(key: str, value: Any) -> str:
     # The value may hold a password: only its scheme is shown.
     shown = scheme if separator else "a value without '://'"
     raise ConfigError(
-        f"{key!r} begins with {shown!r}, which is not a way to reach Redis. Begin it with one of "
+        f"{key!r} begins with {shown!r}, which is not a URL of Redis. Begin it with one of "
         + ", ".join(f"'{known}://'" for known in _SCHEMES)
         + ", for example 'redis://localhost:6379/0'."
     )
@@ -261,7 +261,7 @@ def _boolean(key: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
 
-    # Numbers as well: the environment has 0 as one.
+    # JSON turns 0 and 1 in the environment into numbers.
     if isinstance(value, str | int) and str(value).lower() in _WORDS:
         return _WORDS[str(value).lower()]
 
@@ -322,10 +322,10 @@ def _receivers(key: str, value: Any) -> tuple[str, ...]:
 
 
 def read_maxlen(key: str, value: Any) -> int | Age:
-    """What a stream keeps: a number of events, or an age such as ``"7d"`` or ``"12h"``.
+    """Read how much a stream keeps: a number of events, or an age such as ``"7d"`` or ``"12h"``.
 
-    :param key: the setting, for the error.
-    :raises ConfigError: it is neither.
+    :param key: the name of the setting, for the error.
+    :raises ConfigError: ``value`` is neither.
     """
     found = _AGE.fullmatch(value) if isinstance(value, str) else None
 
@@ -346,9 +346,9 @@ def read_maxlen(key: str, value: Any) -> int | Age:
 
 
 def read_whole(key: str, value: Any, least: int, most: int) -> int:
-    """A whole number from ``least`` to ``most``.
+    """Read a whole number from ``least`` to ``most``.
 
-    :raises ConfigError: it is none.
+    :raises ConfigError: ``value`` is not such a number.
     """
     return _whole(least, most)(key, value)
 

@@ -1,4 +1,4 @@
-"""Runs ``async def`` receivers from threads that have no event loop of their own."""
+"""Run coroutines from threads without an event loop, and blocking calls from event loops."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _threads = threading.local()
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run ``coroutine`` to its end and return its result, in the caller's context.
+    """Run ``coroutine`` in the caller's context, and return its result.
 
-    Inside of :func:`kept_loop` one loop serves all coroutines of the thread; elsewhere
-    each has its own. Where a loop runs already, in an async view for example, the
-    coroutine gets a thread of its own, since loops cannot nest.
+    Within :func:`kept_loop` all coroutines of the thread share a loop; otherwise each gets its
+    own. If a loop is running in this thread, for example in an async view, the coroutine runs in
+    a new thread, since event loops cannot be nested.
     """
     context = contextvars.copy_context()
     gevent = _gevent()
@@ -40,10 +40,10 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
 async def in_thread(call: Callable[[], None], *, failed: Callable[[BaseException], None]) -> None:
     """Run ``call`` in a thread of the event loop's pool, in a copy of the context, and wait for it.
 
-    It runs to its end although the waiting task is cancelled. Where there is no loop of asyncio, or
-    its pool has ended, it runs here.
+    If the waiting task is cancelled, ``call`` still runs to its end. Without an asyncio loop, or
+    once its pool has ended, it runs in this thread.
 
-    :param failed: called with what ``call`` raised once nobody waits for it any more.
+    :param failed: called with the exception of ``call`` if the task was cancelled before.
     """
     context = contextvars.copy_context()
 
@@ -66,8 +66,8 @@ async def in_thread(call: Callable[[], None], *, failed: Callable[[BaseException
 
 @contextmanager
 def kept_loop() -> Iterator[None]:
-    """Keep one event loop for this thread, so that a client made in one event serves the next."""
-    # The runner makes its loop when it is first used.
+    """Keep one event loop for this thread, so that receivers can keep clients across events."""
+    # The runner creates its loop on first use.
     runner = _threads.runner = asyncio.Runner(loop_factory=_make_loop)
 
     try:
@@ -78,7 +78,7 @@ def kept_loop() -> Iterator[None]:
 
 
 def _is_in_loop() -> bool:
-    # By itself, so that its error is not the context of what a coroutine raises.
+    # A separate function, so that this error is not the context of a coroutine's exception.
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -99,12 +99,12 @@ def _run_here(coroutine: Coroutine[Any, Any, Any], context: contextvars.Context)
 
 
 def _make_loop() -> asyncio.AbstractEventLoop:
-    """A loop that a forked child can let go of; an ``epoll`` would be one with the parent's."""
+    """Return a loop that a forked child can discard; it would share an ``epoll`` with the parent."""
     return asyncio.SelectorEventLoop(selectors.PollSelector())
 
 
 def _gevent() -> Any:
-    """gevent, where it has made greenlets of all threads."""
+    """Return gevent if it has replaced threads by greenlets, else ``None``."""
     monkey = sys.modules.get("gevent.monkey")
 
     if monkey is not None and monkey.is_module_patched("threading"):
@@ -116,10 +116,10 @@ def _gevent() -> Any:
 def _run_in_real_thread(
     gevent: Any, coroutine: Coroutine[Any, Any, Any], context: contextvars.Context
 ) -> Any:
-    """Greenlets share one place for a running loop; a thread beside them has its own.
+    """Run a coroutine in a real thread, since all greenlets share one running loop.
 
-    The loop ends with its coroutine: threads that it starts are greenlets, too, and nothing
-    runs those between two coroutines.
+    The loop ends with its coroutine: its threads are greenlets too, and nothing would run them
+    between two coroutines.
     """
     future: Future[Any] = Future()
 
@@ -136,5 +136,5 @@ def _run_in_real_thread(
 
 @after_fork
 def _forget_runner() -> None:
-    """In a forked child: the loop of the thread that forked is the parent's."""
+    """Discard the loop of the parent in a forked child."""
     _threads.__dict__.pop("runner", None)

@@ -1,4 +1,4 @@
-"""The end of this process: whether it has come, and what SIGTERM does before it."""
+"""Forks and the end of this process: steps after a fork, and the handler of SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from types import FrameType
 from typing import Any
 
 _steps: list[Callable[[], None]] = []
-#: The process whose steps have run, or run right now in the thread that holds the lock.
-_begun = os.getpid()
-#: The process whose steps have all run.
+#: The process id for which the steps ran, or are running in the thread that holds the lock.
+_child_started = os.getpid()
+#: The process id for which all steps have run.
 _process = os.getpid()
-#: One lock per process: a parent's lock may have been held when it forked.
+#: One lock per process id: the parent's lock may have been held when it forked.
 _locks: dict[int, threading.RLock] = {}
 
 
 def after_fork(step: Callable[[], None]) -> Callable[[], None]:
-    """Let ``step`` run in each forked child, after those that were registered before."""
+    """Run ``step`` in each forked child, after the steps registered before it."""
     _steps.append(step)
     return step
 
 
 def notice_fork() -> None:
-    """Run the steps, once, if this process was forked since they last ran.
+    """Run the steps once if this process was forked since they last ran.
 
-    It costs a system call, a tenth of a microsecond: call it once per ``send()``, not in loops.
+    A call costs a system call, 0.1 microseconds: call it once per ``send()``, not in loops.
     """
     if os.getpid() != _process:
-        _begin_child()
+        _run_steps()
 
 
-def _begin_child() -> None:
-    global _begun, _process
+def _run_steps() -> None:
+    global _child_started, _process
     this = os.getpid()
 
-    # Another thread of the child may come at the same time, and waits here until all is done.
+    # Another thread of the child may call this at the same time; it waits for the steps.
     with _locks.setdefault(this, threading.RLock()):
-        if _begun == this:
+        if _child_started == this:
             return
 
-        _begun = this
+        _child_started = this
 
         for step in _steps:
             step()
@@ -55,30 +55,30 @@ def _begin_child() -> None:
 
 
 def _forked() -> None:
-    global _begun
-    # In a namespace of its own, a child may have the process id of its parent.
-    _begun = 0
-    _begin_child()
+    global _child_started
+    # In a new PID namespace a child may have the same process id as its parent.
+    _child_started = 0
+    _run_steps()
 
 
 os.register_at_fork(after_in_child=_forked)
 
 
-#: Set once the buses of the process were stopped for its end: nobody waits any more for a
-#: thread that starts now.
+#: Set once the buses were stopped at the end of the process. Threads that start later are not
+#: waited for.
 process_ends = threading.Event()
 
-#: Called before SIGTERM ends the process, once :func:`catch_sigterm` was.
+#: Called before SIGTERM ends the process; set by :func:`catch_sigterm`.
 _stop: Callable[[], None] | None = None
 
 
 def catch_sigterm(stop: Callable[[], None]) -> None:
-    """Call ``stop`` before SIGTERM ends the process, if the program leaves it at its default.
+    """Call ``stop`` before SIGTERM ends the process, unless the program handles SIGTERM itself.
 
-    A handler that the program, or its server, has set or sets later is left alone. Without
-    effect outside of the main thread, where Python sets no handlers, under mod_wsgi, which refuses
-    them, and in children of multiprocessing and billiard: ``terminate()`` is to end those at once,
-    also in the moment before they wait for a lock, where Python calls no handler.
+    A handler that the program or its server sets, now or later, is not replaced. This does
+    nothing outside of the main thread, where Python cannot set handlers, and under mod_wsgi, which
+    refuses them. It does nothing in children of multiprocessing and billiard either, because
+    ``terminate()`` must end those at once: a child that waits for a lock runs no Python handler.
     """
     global _stop
 
@@ -96,32 +96,33 @@ def catch_sigterm(stop: Callable[[], None]) -> None:
 
 
 def leave_sigterm() -> None:
-    """Undo :func:`catch_sigterm`, for a child that inherits the handler."""
+    """Undo :func:`catch_sigterm` in a child that inherited the handler."""
     if signal.getsignal(signal.SIGTERM) is end_by_signal:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _has_parent(processes: Any) -> bool:
-    """Return True in a process that this module for processes has started."""
+    """Return True if this process was started by the given module, such as multiprocessing."""
     return processes is not None and processes.current_process()._parent_pid is not None
 
 
 def end_by_signal(number: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM: stop the buses, then let the signal end the process. A second one does so
-    at once.
+    """Handle SIGTERM: stop the buses, then let the signal end the process.
+
+    A second SIGTERM ends the process at once.
     """
     signal.signal(number, _exit if _is_first() else signal.SIG_DFL)
 
-    # Python starts no thread while it ends, and the buses stop with it.
+    # Python cannot start threads while it exits; atexit stops the buses then.
     with suppress(RuntimeError):
         call_in_thread(_stop_and_end, number)
 
 
 def call_in_thread(function: Callable[..., None], *args: Any) -> None:
-    """Call a function from a signal handler: in a thread, whose begin is not waited for.
+    """Call a function from a signal handler, in a new thread, without waiting for it to start.
 
-    The program may be interrupted where it holds a lock that the function takes, or in the hub of
-    gevent, where nothing may wait.
+    The signal may have interrupted code that holds a lock which the function needs, or the hub of
+    gevent, which must not block.
     """
     _thread.start_new_thread(function, args)
 
@@ -138,7 +139,7 @@ def _stop_and_end(number: int) -> None:
 
 
 def _is_first() -> bool:
-    """Return True in the first process of a container: Linux ignores the default of its signals."""
+    """Return True for process 1 of a container, where Linux ignores default signal actions."""
     return os.getpid() == 1
 
 
@@ -146,12 +147,12 @@ def _exit(number: int, frame: FrameType | None = None) -> None:
     os._exit(128 + number)
 
 
-#: The signals that each thread blocked before it forked.
+#: The signals that each thread had blocked before it forked.
 _masks = threading.local()
 
 
 def _hold_sigterm() -> None:
-    """Before a fork: Python forgets a signal that the child gets before its first step."""
+    """Block SIGTERM during a fork: Python loses a signal that the child gets too early."""
     if signal.getsignal(signal.SIGTERM) is end_by_signal:
         _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 

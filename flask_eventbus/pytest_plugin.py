@@ -1,4 +1,4 @@
-"""The ``eventbus`` fixture, for pytest to find; it imports the rest when a test asks for it."""
+"""The ``eventbus`` fixture. It imports the testing kit only when a test uses it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def eventbus() -> Iterator[Isolation]:
-    """Every bus of this process on a Redis in memory: what was published, and deliver()."""
+    """Run all buses of this process on a Redis in memory; record and deliver events."""
     from .testing import isolated
 
     with isolated() as isolation:

@@ -1,9 +1,8 @@
-"""Finds out whether and when a process serves, so that exactly those listen.
+"""Detect when a process serves an app, so that only serving processes listen.
 
-werkzeug's development server is served by ``flask run`` and ``app.run()`` alike, and begins in
-``serve_forever()``: in the process that serves, not in the one that watches files for it.
-gunicorn has hooks for the begin and the end of each worker. Any other server is known by the
-first request it brings.
+Werkzeug's development server, used by ``flask run`` and ``app.run()``, calls ``serve_forever()``
+in the process that serves, not in the one that watches files. gunicorn has hooks for the start
+and the end of each worker. Under any other server, the first request starts listening.
 """
 
 from __future__ import annotations
@@ -22,34 +21,34 @@ from werkzeug.serving import BaseWSGIServer
 from .ending import after_fork
 from .node import nodes, stop_all
 
-#: Of these, every server's request has one, and a request context made by hand has none.
+#: Requests of every server have at least one of these; a request context made by hand has none.
 _OF_SERVERS = ("SERVER_SOFTWARE", "REMOTE_ADDR", "HTTP_USER_AGENT")
 
 
 def call_when_serving(app: Flask, start: Callable[[], None]) -> None:
-    """Call ``start`` in each process that serves ``app``, when all of the app is loaded.
+    """Call ``start`` in each process that serves ``app``, once the app is loaded.
 
-    Not for an app under test, neither for ``TESTING`` nor for requests of a test client.
-    ``start`` has to bear being called twice, by two first requests at once.
+    It is not called with ``TESTING``, or for requests of a test client. Two first requests at
+    once may call ``start`` twice.
     """
     serving = _Serving(app, start)
-    app.before_request(serving.begin_at_request)
+    app.before_request(serving.start_at_request)
     _servings.add(serving)
     _hook_werkzeug()
     _hook_gunicorn()
 
 
 class _Serving:
-    """Whether this process serves an app; a forked child begins by itself."""
+    """Starts an app's node once in each process that serves the app."""
 
     def __init__(self, app: Flask, start: Callable[[], None]) -> None:
-        #: Weakly: the app holds this object, and is freed with its last reference.
+        #: A weak reference, because the app holds this object.
         self._app = weakref.ref(app)
         self._start = start
         self._process: int | None = None
 
-    def begin(self) -> None:
-        """Start, unless this process has or the app is under test."""
+    def start(self) -> None:
+        """Start the node, unless it was started in this process or the app is under test."""
         app = self._app()
 
         if self._process == os.getpid() or app is None or app.testing:
@@ -58,23 +57,23 @@ class _Serving:
         self._process = os.getpid()
         self._start()
 
-    def begin_at_request(self) -> None:
-        """Start at a request, if it is one that a server brings."""
-        if self._process != os.getpid() and not _is_made_up():
-            self.begin()
+    def start_at_request(self) -> None:
+        """Start the node at the first request that comes from a server."""
+        if self._process != os.getpid() and not _is_artificial():
+            self.start()
 
 
-#: Those of the apps that live; each app holds its own.
+#: One for each live app, which holds it.
 _servings: weakref.WeakSet[_Serving] = weakref.WeakSet()
 
 
-def _begin_all() -> None:
+def _start_all() -> None:
     for serving in list(_servings):
-        serving.begin()
+        serving.start()
 
 
-def _is_made_up() -> bool:
-    """Whether a test client makes the request, or code that wanted a request context."""
+def _is_artificial() -> bool:
+    """Return True if the request is from a test client, or from a context made by hand."""
     if all(key not in request.environ for key in _OF_SERVERS):
         return True
 
@@ -92,16 +91,13 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-# -- werkzeug -----------------------------------------------------------------------------
-
-
 @functools.cache
 def _hook_werkzeug() -> None:
     serve = BaseWSGIServer.serve_forever
 
     def serve_forever(self: BaseWSGIServer, poll_interval: float = 0.5) -> None:
         if not _serves_an_error(self):
-            _begin_all()
+            _start_all()
 
         serve(self, poll_interval)
 
@@ -109,16 +105,13 @@ def _hook_werkzeug() -> None:
 
 
 def _serves_an_error(server: BaseWSGIServer) -> bool:
-    """Whether ``flask run`` shows why the app cannot be loaded, until somebody mends it."""
+    """Return True if ``flask run`` only shows the error that prevents loading the app."""
     application = getattr(server.app, "app", server.app)
     return getattr(application, "__module__", None) == "flask.cli"
 
 
-# -- gunicorn -----------------------------------------------------------------------------
-
-
-class _WorkerBegins:
-    """gunicorn's ``post_worker_init``: the app is loaded, and threads are what they will be."""
+class _WorkerStart:
+    """gunicorn's ``post_worker_init`` hook: the app is loaded, and threads are patched."""
 
     def __init__(self, before: Callable[[Any], Any]) -> None:
         self._before = before
@@ -129,17 +122,17 @@ class _WorkerBegins:
         for node in list(nodes):
             node.recreate_unused()
 
-        _begin_all()
+        _start_all()
 
 
-class _WorkerEnds:
-    """gunicorn's ``worker_exit``: requests are done; the interpreter still has all its means."""
+class _WorkerEnd:
+    """gunicorn's ``worker_exit`` hook: requests are done, and threads can still be started."""
 
     def __init__(self, before: Callable[[Any, Any], Any]) -> None:
         self._before = before
 
     def __call__(self, arbiter: Any, worker: Any) -> None:
-        # The master calls it as well, for a worker that it finds gone.
+        # The master calls this hook too, for a worker that died.
         if worker.pid == os.getpid():
             stop_all()
 
@@ -147,15 +140,15 @@ class _WorkerEnds:
 
 
 def _hook_gunicorn() -> None:
-    """In gunicorn, begin and end with each worker, after what its configuration asks for."""
+    """Start and stop listening with each gunicorn worker, along with hooks of its settings."""
     config = _gunicorn_config()
 
     if config is not None:
-        _wrap(config, "post_worker_init", _WorkerBegins)
-        _wrap(config, "worker_exit", _WorkerEnds)
+        _wrap(config, "post_worker_init", _WorkerStart)
+        _wrap(config, "worker_exit", _WorkerEnd)
 
 
-def _wrap(config: Any, name: str, hook: type[_WorkerBegins] | type[_WorkerEnds]) -> None:
+def _wrap(config: Any, name: str, hook: type[_WorkerStart] | type[_WorkerEnd]) -> None:
     before = getattr(config, name)
 
     if not isinstance(before, hook):
@@ -163,7 +156,7 @@ def _wrap(config: Any, name: str, hook: type[_WorkerBegins] | type[_WorkerEnds])
 
 
 def _gunicorn_config() -> Any:
-    """The configuration of the gunicorn that loads the app or forks a worker right now."""
+    """Return the settings of the gunicorn that is loading the app or forking a worker."""
     base = sys.modules.get("gunicorn.app.base")
     arbiter = sys.modules.get("gunicorn.arbiter")
 
@@ -179,6 +172,6 @@ def _gunicorn_config() -> Any:
     return None
 
 
-# An app that was loaded before its worker was forked meets settings that may have been read
-# anew since; one that gunicorn did not load itself meets them here for the first time.
+# After the fork of a worker: gunicorn may have reloaded its settings since a preloaded app was
+# loaded, and an app that gunicorn did not load itself was not hooked before.
 after_fork(_hook_gunicorn)

@@ -1,4 +1,4 @@
-"""Values as text for people, and text as values; used wherever something is printed."""
+"""Format values as text for people, and parse values from text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """Return the text with every character that a terminal could obey written as an escape.
+    """Return the text with every non-printable character escaped, such as terminal controls.
 
-    :param most: characters to keep; a longer text is cut, and its length added.
+    :param most: number of characters to keep; a longer text is cut, and its length appended.
     """
     if most is not None and len(text) > most:
         text = f"{text[:most]}... ({len(text)} characters)"
@@ -28,14 +28,14 @@ def printable(text: str, most: int | None = None) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """Return ``1 event``, ``2 events``."""
+    """Return a number with its noun: ``1 event``, ``2 events``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def did_you_mean(word: str, known: Sequence[str], *, prefix: str = "") -> str:
-    """Return ``Did you mean 'x'?`` for the nearest known word, else the list of all of them.
+    """Return ``Did you mean 'x'?`` for the most similar known word, else a list of all words.
 
-    :param prefix: what all of them begin with, which makes none of them nearer.
+    :param prefix: the common prefix of all words, which is ignored in the comparison.
     """
     rests = [name.removeprefix(prefix) for name in known]
     close = difflib.get_close_matches(word.upper().removeprefix(prefix), rests, n=1)
@@ -48,7 +48,7 @@ def did_you_mean(word: str, known: Sequence[str], *, prefix: str = "") -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it: bytes as base64, and whatever else JSON lacks as text."""
+    """Return a value that JSON can represent: bytes as base64, other types as text."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
 
@@ -62,10 +62,10 @@ def plain(value: Any) -> Any:
 
 
 def read_value(text: str) -> Any:
-    """Return the value that ``text`` stands for on a command line.
+    """Parse a value of a command line.
 
-    A JSON number, ``true``, ``false``, ``null``, a JSON list or object is that; anything
-    else is text, a quoted JSON string and ``NaN`` included.
+    A JSON number, ``true``, ``false``, ``null``, list or object is parsed. Anything else is
+    returned as text, including a quoted JSON string and ``NaN``.
     """
     try:
         value = json.loads(text, parse_constant=_refuse_constant)

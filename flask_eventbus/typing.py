@@ -1,4 +1,4 @@
-"""The types of options and settings, for programs that a type checker reads."""
+"""Types of options and settings, for type checkers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Literal, TypedDict
 from blinker import NamedSignal, Signal
 
 Via = Literal["channel", "stream"]
-"""How an event travels: whoever listens now hears it, or each service hears it once."""
+"""The transport of an event: a channel reaches current listeners, a stream each service."""
 
 OnOutage = Literal["buffer", "raise"]
-"""What ``send()`` does while Redis is away: keep the event in memory, or raise."""
+"""What ``send()`` does while Redis is unreachable: keep the event in memory, or raise."""
 
 Extractor = Callable[..., Mapping[str, Any] | None]
-"""Makes plain values of a live emission: called as a receiver is.
+"""A function that is called like a receiver and returns the payload.
 
-It returns the payload, or ``None`` if this emission is not published.
+It returns ``None`` if this emission must not be published.
 """
 
 
@@ -35,7 +35,7 @@ class PublishOptions(TypedDict, total=False):
     replicas: int | None
 
 
-# 'from' is no name that a class could give.
+# 'from' is a keyword, so the class syntax cannot define it.
 SubscribeOptions = TypedDict(
     "SubscribeOptions",
     {
@@ -50,8 +50,8 @@ SubscribeOptions = TypedDict(
 )
 """The options of one signal in ``EVENTBUS_SUBSCRIBE``."""
 
-# Not Iterable: a mapping is one, of its keys, so its values would not be checked. A mapping's keys
-# may be names, signals or both: Mapping is invariant in them, so their type is Any.
+# Not Iterable: a mapping is an Iterable of its keys, so its values would not be checked. Mapping is
+# invariant in its keys, which may be names, signals or both, so their type is Any.
 Publish = (
     str
     | Signal
@@ -72,7 +72,7 @@ Subscribe = (
 
 
 class Settings(TypedDict, total=False):
-    """The settings of ``Bus(...)``, beside its URL and its service."""
+    """The settings of ``Bus(...)``, except its URL and its service."""
 
     prefix: str
     publish: Publish
