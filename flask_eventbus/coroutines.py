@@ -99,7 +99,7 @@ def _run_here(coroutine: Coroutine[Any, Any, Any], context: contextvars.Context)
 
 
 def _make_loop() -> asyncio.AbstractEventLoop:
-    """Return a loop that a forked child can discard; it would share an ``epoll`` with the parent."""
+    """Return a loop that a forked child can discard, since it would share an ``epoll``."""
     return asyncio.SelectorEventLoop(selectors.PollSelector())
 
 
