@@ -1,6 +1,9 @@
-"""Runs receivers.
+"""Runs the receivers of events that were read from channels or streams.
 
-``delivery`` is one event for one process, ``workers`` are the threads that run receivers, and
-``dispatcher`` calls the receivers of an event. ``failures`` and ``retries`` decide what follows
-when one of them fails.
+1. ``workers`` queues the events and runs the worker threads that take them. ``delivery`` is a
+   stream event with its state in this process.
+2. ``dispatcher`` calls each receiver of an event in its own scope, and collects the failures.
+3. ``retries`` decides whether a failed receiver runs again, and logs the failure.
+
+``conflicts`` finds and reports events that contradict each other.
 """

@@ -1,4 +1,4 @@
-"""Finds events that contradict others. All are delivered: nobody knows which of them is true."""
+"""Finds events that contradict each other. They are delivered, because either may be genuine."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from ..signals import emit, event_conflict
 
 logger = get_logger(__name__)
 
-#: Ids of events that are remembered with a hash of their bytes; the oldest is forgotten first.
+#: Maximum number of event ids remembered with a hash of their bytes; the oldest is dropped first.
 REMEMBERED = 10_000
 
-#: Goes in front of a body before it is hashed, so that nobody can make bytes with the same hash.
+#: Prefix of each body before it is hashed, so that no publisher can construct equal hashes.
 _SECRET = secrets.token_bytes(16)
 
 
 class Finding(Enum):
-    """What is wrong with an event beside those heard before it."""
+    """The result of comparing an event with the earlier ones."""
 
-    #: The same bytes came before.
+    #: An event with the same bytes came before.
     REPEATED = auto()
-    #: Its id, its node or its number contradicts another event: one of the two is forged.
+    #: The id, the node or the number contradicts another event: one of the two is forged.
     CONFLICT = auto()
 
 
 def digest_of(body: bytes) -> int:
-    """Return a hash of an event's bytes, of use in this process alone."""
+    """Return a hash of an event's bytes. It differs in each process."""
     return hash(_SECRET + body)
 
 
 def compare(known: OrderedDict[str, int], id: str, digest: int) -> Finding | None:
-    """Compare an event with the one of the same id in ``known``, and note it there."""
+    """Compare an event with the one of the same id in ``known``, and store it there.
+
+    Return ``None`` if ``known`` has no event with this id.
+    """
     before = known.get(id)
 
     if before == digest:
@@ -50,7 +53,7 @@ def compare(known: OrderedDict[str, int], id: str, digest: int) -> Finding | Non
 
 
 class Conflicts:
-    """Counts, logs and signals conflicts, for channels and for streams."""
+    """Counts and logs conflicts, and sends the signal ``event_conflict``."""
 
     def __init__(self, *, config: Config, counters: Counters) -> None:
         self._config = config
@@ -58,14 +61,14 @@ class Conflicts:
         self._log = BoundedLog(logger)
 
     def report(self, event: Event) -> None:
-        """Report an event with the id, the node or the number of another one."""
+        """Report an event that contradicts another one by its id, node or number."""
         self._counters.add("conflicts")
         self._log.error(
             f"conflict {event.name}",
-            "The event %s of %r, which says it is from %r, contradicts another one: the same id or "
-            "number came with other bytes, its number is further ahead than a node can come, or "
-            "its node was another service's. One of them is forged. Both are delivered. Find out "
-            "who may publish %r.",
+            "The event %s of %r, which says it is from %r, contradicts another one. The same id or "
+            "number came with other bytes, or its number is impossibly high, or its node belongs "
+            "to another service. One of the two is forged. Both are delivered. Check in the ACL "
+            "which users may publish %r.",
             event.id,
             event.name,
             event.source,

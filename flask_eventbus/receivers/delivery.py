@@ -1,4 +1,4 @@
-"""What a process has in hand of the streams: read, and neither acknowledged nor handed back."""
+"""Deliveries: stream events that a process has read and not yet acknowledged or released."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from ..routing.subscriptions import Subscription
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Delivery:
-    """An event of a stream that this process is to handle."""
+    """A stream entry, or one retry of it, read by this process and not yet acknowledged."""
 
-    #: The signal whose stream it came from.
+    #: Name of the signal.
     name: str
-    #: The id of its entry in the stream.
+    #: Id of the entry in the stream.
     entry: str
     event: Event
-    #: The event's bytes, as they came.
+    #: The encoded event, as it was read.
     body: bytes
     subscription: Subscription
-    #: The bytes of memory that it takes, about.
+    #: Approximate memory use in bytes.
     memory: int = 0
-    #: Until when it is this process's, by the monotonic clock; renewed while it is in hand.
+    #: Monotonic time at which the claim expires; renewed while the delivery is in flight.
     claimed_until: float
-    #: How often it was begun by workers that did not end it; ``None`` where nobody began it.
+    #: Number of workers that started this entry and died; ``None`` if none started it.
     crashes: int | None = None
-    #: What is tried again of it; ``None`` for a first attempt.
+    #: The retry to run; ``None`` for a first attempt.
     retry: RetryRecord | None = None
-    #: The bytes of that in Redis, where the record is packed otherwise.
+    #: The retry's bytes in Redis, if encoding :attr:`retry` again gives other bytes.
     stored_member: bytes = b""
-    #: Whether its receivers run, or have run.
+    #: True once the receivers have started.
     started: bool = False
-    #: What is in hand once: an entry, or a retry of one receiver that failed at it.
+    #: Signal, entry and retry. :class:`InFlight` holds one delivery for each identity.
     identity: tuple[str, str, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Delivery:
 
     @property
     def member(self) -> bytes:
-        """The bytes of the record in Redis, made anew: the event in them is kept once."""
+        """The bytes of the retry in Redis, encoded on demand to keep the event in memory once."""
         if self.retry is None:
             return b""
 
@@ -54,31 +54,31 @@ class Delivery:
 
     @property
     def in_group(self) -> bool:
-        """Whether it is acknowledged; without a group there is nobody who would know."""
+        """True if the entry belongs to a consumer group, and so must be acknowledged."""
         return self.subscription.group
 
 
 class InFlight:
-    """The deliveries that this process has, for whoever renews them or hands them back."""
+    """The deliveries of this process that are not yet acknowledged. Any thread may use it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._deliveries: dict[tuple[str, str, bytes], Delivery] = {}
-        #: The bytes of memory that all of it takes, about.
+        #: Approximate memory use of all deliveries, in bytes.
         self.memory = 0
-        #: How many were not begun yet.
+        #: Number of deliveries that have not started.
         self._waiting = 0
-        #: When something was begun, or was there to begin with, by the monotonic clock.
-        self._moved = 0.0
+        #: Monotonic time at which the last delivery started, or the first began to wait.
+        self._progressed = 0.0
 
     def __len__(self) -> int:
         return len(self._deliveries)
 
     def add(self, deliveries: Iterable[Delivery]) -> None:
-        """Note what was read."""
+        """Add deliveries that were read."""
         with self._lock:
             if not self._waiting:
-                self._moved = time.monotonic()
+                self._progressed = time.monotonic()
 
             for delivery in deliveries:
                 before = self._deliveries.get(delivery.identity)
@@ -88,11 +88,11 @@ class InFlight:
 
     @property
     def stalled_for(self) -> float:
-        """For how many seconds something waits to be begun, and nothing was; 0 if nothing waits."""
-        return time.monotonic() - self._moved if self._waiting else 0.0
+        """Seconds since the last delivery started while others wait; 0 if none waits."""
+        return time.monotonic() - self._progressed if self._waiting else 0.0
 
     def start(self, delivery: Delivery) -> bool:
-        """Note that the receivers of a delivery begin; not if it is no more this process's."""
+        """Mark a delivery as started; return False if its claim has expired."""
         with self._lock:
             now = time.monotonic()
 
@@ -101,11 +101,14 @@ class InFlight:
 
             delivery.started = True
             self._waiting -= 1
-            self._moved = now
+            self._progressed = now
             return True
 
     def release_waiting(self) -> list[Delivery]:
-        """Let go of what was not begun: :meth:`start` refuses it from now on."""
+        """Remove and return the deliveries that have not started.
+
+        Their claims expire at once, so that :meth:`start` returns False for them.
+        """
         with self._lock:
             waiting = [found for found in self._deliveries.values() if not found.started]
 
@@ -116,7 +119,7 @@ class InFlight:
             return waiting
 
     def remove(self, deliveries: Iterable[Delivery]) -> None:
-        """Forget what is settled, or no more this process's."""
+        """Remove deliveries that were acknowledged, or that another worker has claimed."""
         with self._lock:
             self._forget(deliveries)
 
@@ -124,26 +127,26 @@ class InFlight:
         known = self._deliveries
 
         for delivery in deliveries:
-            # Another of the same entry may have come since.
+            # A later delivery may have the same identity.
             if known.get(delivery.identity) is delivery:
                 del known[delivery.identity]
                 self.memory -= delivery.memory
                 self._waiting -= not delivery.started
 
     def first_attempts(self, name: str) -> list[Delivery]:
-        """What is in hand of a stream, retries left out."""
+        """Return the first attempts of a stream."""
         return [found for found in self.all() if found.name == name and found.retry is None]
 
     def retries(self) -> list[Delivery]:
-        """What is being tried again."""
+        """Return the retries of all streams."""
         return [found for found in self.all() if found.retry is not None]
 
     def missing(self, name: str, entries: Collection[str]) -> list[str]:
-        """Those of ``entries`` that are not in hand."""
+        """Return those ids of ``entries`` whose first attempt is not in flight."""
         with self._lock:
             return [entry for entry in entries if (name, entry, b"") not in self._deliveries]
 
     def all(self) -> list[Delivery]:
-        """Everything in hand."""
+        """Return all deliveries."""
         with self._lock:
             return list(self._deliveries.values())

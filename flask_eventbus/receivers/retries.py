@@ -1,4 +1,4 @@
-"""What becomes of a receiver that failed at a stream event: tried again, or given up."""
+"""Decides what follows when a receiver fails: a retry or a dead letter; and logs the failure."""
 
 from __future__ import annotations
 
@@ -14,33 +14,39 @@ from ..routing.bus_signal import Receiver
 logger = get_logger(__name__)
 
 
-#: Seconds before the first retry, doubled for each that follows, and the most of them.
+#: Shortest and longest delay of a retry, in seconds. The delay doubles with each attempt.
 FIRST = 1.0
 MOST = 300.0
 
-#: By how much a delay is lengthened at most, so that what failed together returns one by one.
+#: Maximum random increase of a delay, as a fraction of it, so that retries spread out.
 JITTER = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Either a reason to give up, one of :data:`.records.REASONS`, or seconds until a retry."""
+    """The decision after a failure: a dead letter with a reason, or a retry after a delay."""
 
+    #: Reason of the dead letter, one of :data:`.records.REASONS`; ``None`` for a retry.
     reason: str | None = None
+    #: Delay of the retry in seconds.
     after: float = 0.0
 
 
 def allowed(subscription: int | None, receiver: int | None, default: int) -> int:
-    """How many retries a receiver has: what its subscription says goes before what it asked for."""
+    """Return the number of retries of a receiver.
+
+    The subscription's number takes precedence over the receiver's, and that over the default.
+    """
     asked = receiver if subscription is None else subscription
     return default if asked is None else asked
 
 
 def judge(error: BaseException, *, attempts: int, retries: int, jitter: float = JITTER) -> Verdict:
-    """What follows from the failure of attempt number ``attempts``.
+    """Decide what follows after a receiver failed.
 
-    :param error: what the receiver raised.
-    :param retries: how many retries it is allowed.
+    :param error: the exception that the receiver raised.
+    :param attempts: number of the failed attempt, from 1.
+    :param retries: maximum number of retries.
     """
     if isinstance(error, Reject):
         return Verdict(reason="rejected")
@@ -55,7 +61,7 @@ def judge(error: BaseException, *, attempts: int, retries: int, jitter: float = 
 
 
 def delay(attempts: int, *, jitter: float = JITTER) -> float:
-    """Seconds to wait after attempt number ``attempts``: 1, 2, 4, ... up to five minutes."""
+    """Return the seconds to wait after attempt ``attempts``: 1, 2, 4, ... up to 300."""
     wait = min(MOST, FIRST * 2.0 ** min(attempts - 1, 30))
     longer: float = wait * random.uniform(1.0, 1.0 + jitter)  # noqa: S311 - spreads load
     return min(MOST, longer)
@@ -63,18 +69,18 @@ def delay(attempts: int, *, jitter: float = JITTER) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A receiver and what it raised."""
+    """A receiver and the exception that it raised."""
 
     receiver: Receiver
     error: BaseException
-    #: The receiver's name; empty if a teardown failed, and not the receiver.
+    #: Name of the receiver; empty if the teardown after the receiver failed.
     name: str = ""
 
 
 class FailureLog:
-    """Writes one record for each attempt that failed, within a bound per minute and receiver.
+    """Logs each failed attempt, up to a limit per minute and receiver.
 
-    :param service: this service.
+    :param service: name of this service.
     """
 
     def __init__(self, service: str) -> None:
@@ -82,7 +88,7 @@ class FailureLog:
         self._log = BoundedLog(logger)
 
     def final(self, event: Event, failure: Failure) -> None:
-        """Log a failure after which nothing is tried again."""
+        """Log a failure that is not retried."""
         if failure.name:
             text = "The receiver %s failed at the event %s of %r from %r: %s"
         else:
@@ -103,10 +109,10 @@ class FailureLog:
         due: float,
         is_known: bool = False,
     ) -> None:
-        """Log a failure of a receiver of a stream, and what follows.
+        """Log a failure at a stream event, and the decision about it.
 
-        :param due: when it is tried again, in seconds since 1970.
-        :param is_known: whether the traceback of the attempt before is the same.
+        :param due: time of the retry, in seconds since 1970.
+        :param is_known: True if the attempt before had the same traceback; it is not logged again.
         """
         fields = self._fields(event, failure)
         text = "The receiver %s {} %s of %r from %r, attempt {}, {}: %s"
@@ -129,7 +135,7 @@ class FailureLog:
             )
 
     def _line(self, event: Event, failure: Failure, text: str) -> tuple[str, str, *tuple[str, ...]]:
-        """What :class:`.BoundedLog` takes: the kind, the text, and its arguments."""
+        """Return the arguments for :class:`.BoundedLog`: the kind, the text, and its arguments."""
         kind = f"{text[:20]} {failure.name} {event.name}"
         said = f"{type(failure.error).__name__}: {text_of(failure.error)}"
         return kind, text, failure.name, event.id, event.name, event.source, said
