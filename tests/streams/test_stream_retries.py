@@ -587,7 +587,7 @@ def test_retry_with_a_number_that_is_not_called_after_is_refused() -> None:
 def test_a_timeout_that_python_could_not_keep_is_refused(line: Line) -> None:
     def receive(sender: str, n: int) -> None: ...
 
-    with pytest.raises(ConfigError, match="Python cannot interrupt a function that is no 'async"):
+    with pytest.raises(ConfigError, match="Python cannot interrupt a function that is not 'async"):
         line.bus.on("work", timeout=5)(receive)
 
 
