@@ -622,7 +622,7 @@ def test_only_what_asked_for_replicas_fails_without_them(
     exchange.close()
     shared_redis.client.execute_command("ACL", "DELUSER", user)
     assert isinstance(stored, TooFewReplicasError)
-    assert ("does not tell" in str(stored)) is refused
+    assert ("did not report" in str(stored)) is refused
     assert others == [None, None]
 
 
