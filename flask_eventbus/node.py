@@ -369,7 +369,7 @@ class Node:
             receivers=self.declarations.receivers_of,
             scope=self._scope,
             undo=self._roll_back,
-            tells=self.config.log_events,
+            logs_events=self.config.log_events,
             counters=self.counters,
             timeout=self.declarations.timeout_of,
             connected=self.declarations.connected_to,

@@ -1,4 +1,4 @@
-"""The inbound half: runs a service's receivers for an event, each by itself."""
+"""Runs the receivers of an event, each in its own scope."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ logger = get_logger(__name__)
 
 
 class Status(Enum):
-    """How the receivers of an event ended."""
+    """The outcome of running the receivers of an event."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    #: There is no receiver, so nothing ran.
+    #: No receiver is connected, so none ran.
     GONE = "gone"
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How the receivers of an event ended, with an entry for each error."""
+    """The outcome of running the receivers of an event, with all failures."""
 
     status: Status
-    #: Failed receivers, and teardowns that raised. The latter do not make the status FAILED.
+    #: Failed receivers, and failed teardowns. A failed teardown alone leaves the status SUCCEEDED.
     failures: Sequence[Failure] = ()
 
 
@@ -45,16 +45,16 @@ _GONE = Result(Status.GONE)
 
 
 class Dispatcher:
-    """Re-emits events as local signals, so that no receiver can stop another.
+    """Calls the receivers of an event one by one; a failure does not stop the next receiver.
 
-    :param service: this service, for logs.
-    :param receivers: the receivers here of an event, by its name and its source.
-    :param scope: what each receiver runs in: in Flask, a fresh app context. What the receiver
-        raises passes through it.
-    :param tells: whether to log each event that a receiver handled: ``EVENTBUS_LOG_EVENTS``.
-    :param undo: called in the scope of a receiver that failed; never raises.
-    :param connected: the receivers of a name, in the order in which they were connected.
-    :param timeout: the seconds that a receiver which is a coroutine function has; ``None`` for all.
+    :param service: name of this service, for logs.
+    :param receivers: returns the local receivers for a signal's name and a source.
+    :param scope: returns the context manager in which a receiver runs; in Flask, a new app context.
+        Exceptions of the receiver pass through it.
+    :param timeout: returns the time limit of an ``async def`` receiver in seconds, or ``None``.
+    :param connected: returns the receivers of a signal, in the order in which they connected.
+    :param undo: called in the scope of a receiver that failed; must not raise.
+    :param logs_events: True to log each handled event, as ``EVENTBUS_LOG_EVENTS`` asks.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Dispatcher:
         timeout: Callable[[str, Receiver], float | None] = lambda name, receiver: None,
         connected: Callable[[str], Sequence[Receiver]] = lambda name: (),
         undo: Callable[[], None] = lambda: None,
-        tells: bool = False,
+        logs_events: bool = False,
     ) -> None:
         self._service = service
         self._receivers = receivers
@@ -75,20 +75,20 @@ class Dispatcher:
         self._timeout = timeout
         self._connected = connected
         self._undo = undo
-        self._tells = tells
+        self._logs_events = logs_events
         self._counters = counters
         self._log = BoundedLog(logger)
-        #: Where callers of :meth:`dispatch` log what failed, once they know what follows.
+        #: Callers of :meth:`dispatch` log the failures here, once they have decided about a retry.
         self.failures = FailureLog(service)
 
     def has_receivers(self, name: str) -> bool:
-        """Return True if anything here receives ``name``, from any service or some."""
+        """Return True if this process has a receiver for ``name``, from any source."""
         return bool(self._connected(name))
 
     def receivers(self, event: Event, *, only: str | None = None) -> Sequence[Receiver]:
-        """The receivers of ``event`` that are to run here.
+        """Return the receivers to run for ``event``.
 
-        :param only: the name of the one that is asked for.
+        :param only: return the receiver with this name only.
         """
         found = self._receivers(event.name, event.source)
 
@@ -100,12 +100,12 @@ class Dispatcher:
     def dispatch(
         self, event: Event, *, only: str | None = None, receivers: Sequence[Receiver] | None = None
     ) -> Result:
-        """Run every receiver for ``event``, each in a scope of its own; never raises.
+        """Run the receivers for ``event``, each in its own scope. Never raises.
 
-        The caller logs the failures in :attr:`failures`: it knows what follows.
+        The caller logs the failures with :attr:`failures`.
 
-        :param only: the name of the receiver that is to run alone.
-        :param receivers: what :meth:`receivers` returned, if the caller asked for it.
+        :param only: run the receiver with this name only.
+        :param receivers: the result of :meth:`receivers`, if the caller has it already.
         """
         if receivers is None:
             receivers = self.receivers(event, only=only)
@@ -135,7 +135,7 @@ class Dispatcher:
         return Result(Status.FAILED if has_failed else Status.SUCCEEDED, failures)
 
     def dispatch_once(self, event: Event, *, only: str | None = None) -> Sequence[Failure]:
-        """Run receivers as :meth:`dispatch` does, and log failures as final."""
+        """Run receivers as :meth:`dispatch` does, and log the failures as final."""
         failures = self.dispatch(event, only=only).failures
 
         for failure in failures:
@@ -144,25 +144,25 @@ class Dispatcher:
         return failures
 
     def _run(self, receiver: Receiver, event: Event, failures: list[Failure]) -> None:
-        """Run one receiver in its scope, and note what went wrong."""
-        begin = time.monotonic()
-        has_begun = False
+        """Run one receiver in its scope, and append its failures."""
+        start = time.monotonic()
+        has_started = False
         raised: BaseException | None = None
 
         try:
             with self._scope():
-                has_begun = True
+                has_started = True
 
                 try:
                     self._call(receiver, event)
                 except BaseException as error:
-                    # Even SystemExit: a receiver cannot end the process that others depend on.
+                    # Also SystemExit: a receiver must not end the process.
                     raised = error
                     self._undo()
                     raise
         except BaseException as error:
-            if raised is None and not has_begun:
-                # Without its scope the receiver cannot run.
+            if raised is None and not has_started:
+                # The scope failed, so the receiver did not run.
                 raised = error
             elif error is not raised:
                 failures.append(self._failed(receiver, "", event, error))
@@ -170,8 +170,8 @@ class Dispatcher:
         if raised is not None:
             name = self._name(event.name, receiver)
             failures.append(self._failed(receiver, name, event, raised))
-        elif self._tells or receiver_succeeded.receivers:
-            self._succeeded(receiver, event, time.monotonic() - begin)
+        elif self._logs_events or receiver_succeeded.receivers:
+            self._succeeded(receiver, event, time.monotonic() - start)
 
     def _call(self, receiver: Receiver, event: Event) -> None:
         result = receiver(event.source, **event.payload)
@@ -181,7 +181,7 @@ class Dispatcher:
             run_coroutine(result if timeout is None else _in_time(result, timeout))
 
     def _succeeded(self, receiver: Receiver, event: Event, seconds: float) -> None:
-        if self._tells:
+        if self._logs_events:
             name = self._name(event.name, receiver)
             logger.info(
                 "Handled the event %s of %r from %r with %s in %.1f ms.",
@@ -202,10 +202,9 @@ class Dispatcher:
         return Failure(receiver, error, name)
 
     def _name(self, event_name: str, receiver: Receiver) -> str:
-        """What tells a receiver from the others of an event, in every process of the service.
+        """Return a unique name of a receiver, which is the same in each process of the service.
 
-        Where several have one name, as functions that a decorator made may, those after the first
-        get a number.
+        If several receivers have one name, as closures may, all but the first get a number.
         """
         name = name_of(receiver)
         same = [found for found in self._connected(event_name) if name_of(found) == name]
@@ -214,7 +213,7 @@ class Dispatcher:
 
     def _skip(self, event: Event) -> None:
         if self.has_receivers(event.name):
-            # They hear other services only, or the signal is muted.
+            # The receivers accept other sources only, or the signal is muted.
             self._counters.add("passed_over")
             return
 
@@ -222,7 +221,7 @@ class Dispatcher:
         self._log.warning(
             f"unknown {event.name}",
             "Nothing here receives %r: the event %s from %r is skipped. Connect a receiver with "
-            "bus.on(%r), or take the name out of 'EVENTBUS_SUBSCRIBE'.",
+            "bus.on(%r), or remove the name from 'EVENTBUS_SUBSCRIBE'.",
             event.name,
             event.id,
             event.source,
@@ -232,21 +231,21 @@ class Dispatcher:
 
 
 def name_of(receiver: object) -> str:
-    """The receiver as a reader of logs would look for it: ``module.qualname``."""
+    """Return the name of a receiver for logs: ``module.qualname``."""
     try:
         function = inspect.unwrap(receiver) if callable(receiver) else receiver
         function = getattr(function, "__func__", function)
         name = getattr(function, "__qualname__", None)
         return f"{function.__module__}.{name}" if name else repr(receiver)
     except Exception:
-        # It may be any object, and do anything when it is asked for its name.
+        # A receiver may be any object, and its attributes may raise.
         return object.__repr__(receiver)
 
 
 async def _in_time(coroutine: Coroutine[Any, Any, Any], seconds: float) -> None:
-    """Await a receiver, and cancel it when its time is over.
+    """Await a receiver, and cancel it after ``seconds``.
 
-    :raises TimeoutError: it is.
+    :raises TimeoutError: if it took longer.
     """
     limit = asyncio.timeout(seconds)
 
@@ -254,7 +253,7 @@ async def _in_time(coroutine: Coroutine[Any, Any, Any], seconds: float) -> None:
         async with limit:
             await coroutine
     except TimeoutError:
-        # It may be one of its own.
+        # The receiver itself may have raised a TimeoutError.
         if limit.expired():
             raise TimeoutError(f"It took longer than its timeout of {seconds:g} s.") from None
 
@@ -262,7 +261,10 @@ async def _in_time(coroutine: Coroutine[Any, Any, Any], seconds: float) -> None:
 
 
 def explain(receiver: Receiver, event: Event, error: BaseException) -> BaseException:
-    """A :class:`ReceiverError` in place of a ``TypeError`` when the payload does not fit."""
+    """Return a :class:`ReceiverError` for a ``TypeError`` if the payload does not fit.
+
+    Return every other error unchanged.
+    """
     if not isinstance(error, TypeError):
         return error
 
@@ -273,9 +275,9 @@ def explain(receiver: Receiver, event: Event, error: BaseException) -> BaseExcep
 
     unfit = unfit_signature(receiver, event.payload)
     advice = (
-        "Send what is missing, or give the parameter a default"
+        "Send the missing key, or give the parameter a default"
         if misfit.startswith("missing")
-        else "Let the receiver take them, or let it end with **extra"
+        else "Add a parameter for each key, or '**extra', to the receiver"
     )
     reason, advice = unfit or (misfit, advice)
     explained = ReceiverError(
@@ -288,23 +290,26 @@ def explain(receiver: Receiver, event: Event, error: BaseException) -> BaseExcep
 
 
 def unfit_signature(receiver: Receiver, payload: Iterable[str] = ()) -> tuple[str, str] | None:
-    """Return why ``receiver`` can take no event with these keys, and the remedy."""
+    """Return why ``receiver`` cannot take any event with these keys, and the remedy.
+
+    Return ``None`` if it can, or if its signature is unknown.
+    """
     try:
         signature = inspect.signature(receiver)
         parameters = list(signature.parameters.values())
     except Exception:
-        # It has none, or it is an object that does anything when it is asked for it.
+        # A receiver may be any object, with or without a signature.
         return None
 
     try:
         signature.bind_partial(None)
     except TypeError:
-        return "it has no parameter for the sender", "Let it begin with 'sender'"
+        return "it has no parameter for the sender", "Add 'sender' as its first parameter"
 
     for parameter in parameters[1:]:
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             reason = f"it needs {parameter.name!r} by position, and payloads come by name"
-            return reason, "Take the '/' out of its parameters"
+            return reason, "Remove the '/' from its parameters"
 
     first = parameters[0]
 
@@ -312,18 +317,18 @@ def unfit_signature(receiver: Receiver, payload: Iterable[str] = ()) -> tuple[st
         return (
             f"its first parameter is {first.name!r}, which gets the sender, and the payload has a "
             "value of that name too",
-            f"Let it begin with 'sender', followed by {first.name!r}",
+            f"Add 'sender' as its first parameter, before {first.name!r}",
         )
 
     return None
 
 
 def misfit_of(receiver: Receiver, payload: Iterable[str]) -> str | None:
-    """What keeps ``receiver`` from being called with ``payload``'s keys; ``None`` if nothing."""
+    """Return why ``receiver`` cannot be called with the keys of ``payload``, or ``None``."""
     try:
         signature = inspect.signature(receiver)
     except Exception:
-        # It has none, or it is an object that does anything when it is asked for it.
+        # A receiver may be any object, with or without a signature.
         return None
 
     try:

@@ -278,7 +278,7 @@ def test_a_first_parameter_that_is_a_key_of_the_payload_is_found_before_any_even
 
     [unfit] = [found for found in findings if found.level == "error"]
     assert "its first parameter is 'number', which gets the sender" in unfit.text
-    assert unfit.remedy == "Let it begin with 'sender', followed by 'number'."
+    assert unfit.remedy == "Add 'sender' as its first parameter, before 'number'."
     [doubtful] = [found for found in findings if found.level == "note"]
     assert "<lambda> is 'user_id', and it gets the sender." in doubtful.text
 
