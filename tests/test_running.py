@@ -16,7 +16,7 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, signals
-from flask_eventbus.receivers.workers import Inbox
+from flask_eventbus.receivers.workers import EventQueue
 from flask_eventbus.signals import wait_until_sent
 
 pytestmark = pytest.mark.second_look
@@ -365,24 +365,24 @@ def test_a_slow_receiver_does_not_make_redis_cut_the_connection(
     assert bus.health().missed == 0
 
 
-def test_an_inbox_is_bounded_in_bytes_too() -> None:
+def test_the_event_queue_is_bounded_in_bytes_too() -> None:
     changed = threading.Condition()
-    inbox = Inbox(changed, changed, most_events=100, most_bytes=1_000)
+    queue = EventQueue(changed, changed, most_events=100, most_bytes=1_000)
     event: Any = object()
 
-    assert inbox.put([(event, 400), (event, 400)]) == 0
-    assert inbox.put([(event, 400)]) == 1
-    assert inbox.put([(event, 5_000)]) == 2  # one that is larger than all stays alone
-    assert len(inbox) == 1
+    assert queue.put([(event, 400), (event, 400)]) == 0
+    assert queue.put([(event, 400)]) == 1
+    assert queue.put([(event, 5_000)]) == 2  # one that is larger than all stays alone
+    assert len(queue) == 1
 
 
 def test_a_thread_takes_few_large_events_at_once() -> None:
     changed = threading.Condition()
-    inbox = Inbox(changed, changed)
+    queue = EventQueue(changed, changed)
     event: Any = object()
-    inbox.put([(event, 400_000)] * 64)
+    queue.put([(event, 400_000)] * 64)
 
-    assert len(inbox.pick()) == 3
+    assert len(queue.pick()) == 3
 
 
 OWN_HANDLER = """

@@ -1,4 +1,4 @@
-"""The threads in which receivers run, and the events that wait for them."""
+"""The worker threads that run receivers, and the queues of events that wait for them."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .dispatcher import Dispatcher
 
 logger = get_logger(__name__)
 
-#: Events that wait at most, and the memory that they take: what Redis would otherwise hold for
-#: a slow reader, before it cuts it off at 32 MB.
+#: Maximum number of queued events, and their maximum memory use in bytes. Events that are not
+#: read stay in the output buffer of Redis, which disconnects a subscriber at 32 MB.
 MOST_EVENTS = 10_000
 MOST_BYTES = 64 * 1024 * 1024
 
-#: Events a dispatching thread takes at once when it is alone.
+#: Maximum number of channel events that a single worker thread takes at once.
 BATCH = 64
 
-#: Bytes of memory after which it takes no more at once.
+#: Memory use in bytes above which it takes no more events at once.
 BATCH_BYTES = 1024 * 1024
 
 
-class Inbox:
-    """A bounded line of events; when it is full, the oldest give way.
+class EventQueue:
+    """A bounded queue of channel events; when it is full, the oldest events are dropped.
 
-    On a channel the newest word counts: a cache that hears late hears the last price.
+    On a channel the newest events matter most: a slow price display shows the latest price.
 
-    :param work: notified when there is something for the takers; its lock guards the line,
-        together with what else they wait for.
-    :param rest: a condition of the same lock, notified when nothing is left.
+    :param work: notified when an event is added. Its lock guards this queue and the other queues
+        of the threads.
+    :param rest: a condition with the same lock, notified when no event is left.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Inbox:
         self._events: deque[tuple[Event, int]] = deque()
         self._bytes = 0
         self._taken = 0
-        #: Whether its takers are to end once nothing is left.
+        #: True if the worker threads should end once the queue is empty.
         self.closed = False
 
     def __len__(self) -> int:
         return len(self._events) + self._taken
 
     def put(self, batch: Sequence[tuple[Event, int]]) -> int:
-        """Add events with the memory they take; return how many older ones gave way."""
+        """Add events, each with its memory use in bytes; return how many were dropped."""
         with self._work:
             self._events.extend(batch)
             self._bytes += sum(size for _, size in batch)
@@ -73,9 +73,11 @@ class Inbox:
         return dropped
 
     def pick(self, most: int = BATCH) -> list[Event]:
-        """Some events, in order; each is to be given back to :meth:`done`.
+        """Remove and return events, in order. Call :meth:`done` with their number later.
 
         The caller holds the lock.
+
+        :param most: maximum number of events.
         """
         picked: list[Event] = []
         room = BATCH_BYTES
@@ -90,7 +92,7 @@ class Inbox:
         return picked
 
     def done(self, count: int) -> None:
-        """Tell that ``count`` events which were taken are dispatched."""
+        """Report that ``count`` of the events that were taken are dispatched."""
         with self._work:
             self._taken -= count
 
@@ -98,13 +100,13 @@ class Inbox:
                 self._rest.notify_all()
 
     def close(self) -> None:
-        """Let the takers end once nothing is left."""
+        """Let the worker threads end once the queue is empty."""
         with self._work:
             self.closed = True
             self._work.notify_all()
 
     def clear(self) -> int:
-        """Drop what waits, and return how many events that was."""
+        """Drop all queued events, and return their number."""
         with self._work:
             count = len(self._events)
             self._events.clear()
@@ -125,20 +127,21 @@ class Inbox:
         return dropped
 
 
-#: Deliveries of streams that a thread takes at once when it is alone: they are settled together.
+#: Maximum number of stream deliveries that a single worker thread takes at once. They are
+#: acknowledged together.
 DELIVERIES = 512
 
-#: Seconds that threads get to end once nothing is left for them: an event loop closes.
+#: Seconds to wait for the threads to end once the queues are empty, while event loops close.
 END = 1.0
 
 
 class WorkerThreads:
-    """As many threads as ``EVENTBUS_CONCURRENCY``; with one, events keep their order.
+    """``EVENTBUS_CONCURRENCY`` worker threads; a single thread keeps the order of events.
 
-    They serve two lines: events of channels, of which the oldest give way when it is full, and
-    deliveries of streams, which are handed back when the threads end before they began.
+    The threads take work from two queues. When the queue of channel events is full, the oldest
+    events are dropped. Stream deliveries that wait when the threads end are released.
 
-    :param handle: handles deliveries of streams, and settles them.
+    :param handle: runs the receivers of stream deliveries and acknowledges them.
     """
 
     def __init__(
@@ -156,23 +159,23 @@ class WorkerThreads:
         self._node = node
         self._log = BoundedLog(logger)
         self._handle = handle
-        self._make_lines()
+        self._make_queues()
         self._stream_next = True
         self._forced = False
-        #: Events of channels that the only thread has taken and not begun.
-        self._not_begun = 0
+        #: Number of channel events that the single thread has taken and not started.
+        self._not_started = 0
         self._threads: list[threading.Thread] = []
 
     def __len__(self) -> int:
-        return len(self._inbox) + len(self.queue)
+        return len(self._event_queue) + len(self.queue)
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the calling thread is one of them."""
+        """Return True if the calling thread is a worker thread."""
         return threading.current_thread() in self._threads
 
     def start(self) -> None:
-        """Start the threads, once."""
+        """Start the threads unless they were started before."""
         if self._threads:
             return
 
@@ -183,8 +186,8 @@ class WorkerThreads:
             self._threads.append(thread)
 
     def put(self, batch: Sequence[tuple[Event, int]]) -> None:
-        """Let receivers run for events, given with the memory they take, in bytes."""
-        dropped = self._inbox.put(batch)
+        """Queue channel events, each with its memory use in bytes."""
+        dropped = self._event_queue.put(batch)
 
         if not dropped:
             return
@@ -192,17 +195,20 @@ class WorkerThreads:
         self._counters.add("dropped", dropped)
         self._log.warning(
             "dropped",
-            "Receivers are slower than events come: the oldest that wait are dropped. Raise "
-            "'EVENTBUS_CONCURRENCY', or make the receivers shorter. health() counts them.",
+            "Receivers are slower than events come. The oldest queued events are dropped; health() "
+            "counts them. Raise 'EVENTBUS_CONCURRENCY', or make the receivers faster.",
         )
         emit(events_dropped, self._config.service, where="inbox", count=dropped)
 
     def close(self) -> None:
-        """Let the threads end by themselves, once nothing waits for them."""
-        self._inbox.close()
+        """Let the threads end once the queues are empty."""
+        self._event_queue.close()
 
     def finish(self, deadline: float) -> None:
-        """Let receivers have what waits on channels, and what runs, until the deadline."""
+        """Run the queued channel events until the deadline, and drop queued deliveries.
+
+        :param deadline: monotonic time.
+        """
         self.queue.clear()
 
         with self._rest:
@@ -215,42 +221,45 @@ class WorkerThreads:
         self.close()
 
     def end(self, deadline: float) -> None:
-        """Wait for the end of the threads: for a moment, and not longer than to the deadline."""
-        # Those that run in vain are not waited for; of the others, an event loop may have to close.
+        """Wait up to :data:`END` seconds for the threads to end, and not past the deadline.
+
+        :param deadline: monotonic time.
+        """
+        # After the grace, receivers may run on for long: do not wait for them.
         end = time.monotonic() + (0.1 if self._forced else END)
 
         for thread in self._threads:
             thread.join(timeout=max(0.0, min(end, deadline) - time.monotonic()))
 
     def disown(self) -> None:
-        """In a forked child: let the thread that forked end, if it is one of these."""
+        """Drop all work; call it in a forked child, which may be a fork of a worker thread."""
         self._forced = True
-        # Another thread of the parent may hold the lock of those that were inherited.
-        self._make_lines()
-        self._inbox.close()
+        # A thread of the parent may have held the inherited lock.
+        self._make_queues()
+        self._event_queue.close()
         self.queue.close()
 
     @property
     def is_forced(self) -> bool:
-        """Whether the grace is over: nothing is begun any more."""
+        """True once the grace is over; then no receiver starts any more."""
         return self._forced
 
-    def _make_lines(self) -> None:
+    def _make_queues(self) -> None:
         lock = threading.RLock()
         self._work = threading.Condition(lock)
         self._rest = threading.Condition(lock)
-        self._inbox = Inbox(self._work, self._rest)
-        #: What was read of streams.
+        self._event_queue = EventQueue(self._work, self._rest)
+        #: The queue of stream deliveries.
         self.queue = DeliveryQueue(self._work, self._rest, width=self._config.concurrency)
 
     def _force(self) -> None:
         self._forced = True
-        left = self._inbox.clear() + self._not_begun
+        left = self._event_queue.clear() + self._not_started
         self._counters.add("dropped", left)
         logger.error(
-            "Receivers were still running after the grace of %g s. Events of streams come again, "
-            "and %d of channels that had arrived are not handled. Raise 'EVENTBUS_GRACE', or make "
-            "the receivers shorter.",
+            "Receivers were still running after the grace of %g s. Stream events are delivered "
+            "again; %d channel events that had arrived are lost. Raise 'EVENTBUS_GRACE', or make "
+            "the receivers faster.",
             self._config.grace,
             left,
         )
@@ -266,18 +275,18 @@ class WorkerThreads:
                     self._handle_all(deliveries)
                 elif events:
                     self._dispatch(events)
-                    self._inbox.done(len(events))
+                    self._event_queue.done(len(events))
 
-                    if not len(self._inbox):
+                    if not len(self._event_queue):
                         self._log.over("dropped", "Receivers have caught up; no event is dropped.")
                 else:
                     return
 
-                # Not kept while the thread waits for the next.
+                # Free the memory while the thread waits.
                 del events, deliveries
 
     def _take(self, number: int, alone: bool) -> tuple[list[Event], list[Delivery]]:
-        """What is next, of one line or the other; nothing of both at the end."""
+        """Return the next events or deliveries; two empty lists tell the thread to end."""
         most, most_deliveries = (BATCH, DELIVERIES) if alone else (1, 1)
 
         with self._work:
@@ -287,28 +296,28 @@ class WorkerThreads:
                 if self._stream_next and (deliveries := self.queue.pick(number, most_deliveries)):
                     return [], deliveries
 
-                if events := self._inbox.pick(most):
+                if events := self._event_queue.pick(most):
                     return events, []
 
                 if deliveries := self.queue.pick(number, most_deliveries):
                     return [], deliveries
 
-                if self._inbox.closed:
+                if self._event_queue.closed:
                     return [], []
 
                 self._work.wait()
 
     def _handle_all(self, deliveries: Sequence[Delivery]) -> None:
-        begin = time.monotonic()
+        start = time.monotonic()
 
         try:
             self._handle(deliveries)
         except Exception:
-            # A defect: the thread is needed for the next. What was not settled stays pending.
+            # A defect must not end the thread. Entries that are not acknowledged stay pending.
             self._counters.add("handling_failed")
-            logger.exception("%d events of streams were not handled.", len(deliveries))
+            logger.exception("%d stream events were not handled.", len(deliveries))
         finally:
-            self.queue.done(deliveries, time.monotonic() - begin)
+            self.queue.done(deliveries, time.monotonic() - start)
 
     def _dispatch(self, events: Sequence[Event]) -> None:
         for position, event in enumerate(events, start=1):
@@ -316,7 +325,7 @@ class WorkerThreads:
                 return
 
             # With several threads, each takes one event at a time.
-            self._not_begun = len(events) - position
+            self._not_started = len(events) - position
 
             try:
                 self._dispatcher.dispatch_once(event)
@@ -329,39 +338,37 @@ class WorkerThreads:
                 )
 
 
-#: Seconds of work that one process takes on ahead: what others could do meanwhile, if it is slow.
+#: Seconds of work that a process reads ahead. Other workers could do this work meanwhile.
 AHEAD = 0.25
 
-#: Deliveries that wait at most, however fast they are handled.
+#: Maximum number of queued deliveries.
 MOST_AHEAD = 1_000
 
-#: Bytes of memory that deliveries take at most which wait or run.
-
-
-#: Entries of one stream that are asked for at once: of the largest events that
-#: ``EVENTBUS_MAX_EVENT_BYTES`` allows by default, those are :data:`MOST_BYTES`.
+#: Maximum number of entries of one stream in one answer. With the default of
+#: ``EVENTBUS_MAX_EVENT_BYTES``, so many of the largest events take :data:`MOST_BYTES`.
 MOST_READ = 64
 
-#: Bytes that one answer is to have at most, by the largest entry of those before: Redis cuts off a
-#: client whose answer is larger than ``client-output-buffer-limit normal``.
+#: Maximum size of one answer in bytes, estimated from the entries before. Redis disconnects a
+#: client whose answer exceeds ``client-output-buffer-limit normal``.
 READ_BYTES = 16 * 1024 * 1024
 
-#: Bytes of memory after which a thread takes no more deliveries at once.
+#: Memory use in bytes above which a thread takes no more deliveries at once.
 PICK_BYTES = 4 * 1024 * 1024
 
-#: Seconds that handling is taken to last before the first was handled.
+#: Assumed duration of one delivery in seconds, until the first was handled.
 GUESS = 0.02
 
 _MEMORY = attrgetter("memory")
 
 
 class Portions:
-    """How many entries to ask Redis for, so that they fit into memory.
+    """Computes how many entries to read at once, so that they fit into memory.
 
-    Redis counts entries, not bytes: the largest of the last answers stands for those to come.
+    ``COUNT`` limits the number of entries, not their size. The largest entry of the last answers
+    is the estimate for the next answer.
 
-    :param max_bytes: the size of the largest event: what the first answer may be full of.
-    :param most: bytes that one answer is to have at most.
+    :param max_bytes: maximum size of an event in bytes; the estimate for the first answer.
+    :param most: maximum size of an answer in bytes.
     """
 
     def __init__(self, *, max_bytes: int, most: int = READ_BYTES) -> None:
@@ -370,29 +377,31 @@ class Portions:
         self._largest = max_bytes
 
     def count(self, *, room: int, memory: int, streams: int) -> int:
-        """How many entries of each of so many streams.
+        """Return the number of entries to read from each stream.
 
-        :param room: how many deliveries may be added.
-        :param memory: the bytes that those take which are there.
+        :param room: number of deliveries that the queue has room for.
+        :param memory: memory use of the present deliveries in bytes.
+        :param streams: number of streams to read.
         """
         fitting = min(MOST_BYTES - memory, self._most) // self._largest
         return max(1, min(MOST_READ, min(room, fitting) // streams))
 
     def note(self, sizes: Iterable[int]) -> None:
-        """Note the sizes in bytes of the events of an answer; of none, if it is empty."""
-        # What comes after a pause may be anything.
+        """Update the estimate with the sizes in bytes of the entries of an answer."""
+        # After an empty answer, the next entry may have any size.
         self._largest = max(1, self._largest // 8, max(sizes, default=self._max_bytes))
 
 
 class DeliveryQueue:
-    """A line for each thread, and one for all: a key's events wait in the same line.
+    """The queue of stream deliveries: one line for each thread, and one shared by all threads.
 
-    Nothing is dropped here: whoever reads looks at :attr:`room` first.
+    Events with the same key wait in the line of one thread, so that they keep their order. The
+    queue drops nothing: a reader checks :attr:`room` before it reads.
 
-    :param work: notified when there is something for the threads; its lock guards the lines,
-        together with what else the threads wait for.
-    :param rest: a condition of the same lock, notified when something is done.
-    :param width: how many threads there are.
+    :param work: notified when a delivery is added. Its lock guards this queue and the other queues
+        of the threads.
+    :param rest: a condition with the same lock, notified when deliveries are done.
+    :param width: number of threads.
     """
 
     def __init__(self, work: threading.Condition, rest: threading.Condition, *, width: int) -> None:
@@ -404,13 +413,14 @@ class DeliveryQueue:
         self._own_next = [True] * width
         self._waiting = 0
         self._taken = 0
-        #: The bytes of memory that all of them take, about.
+        #: Approximate memory use of all deliveries, in bytes.
         self.memory = 0
-        #: Seconds that one delivery lasts, about.
+        #: Approximate duration of one delivery, in seconds.
         self._pace = GUESS
         self._closed = False
-        #: How many threads are at it, and whether all of them have been for long.
+        #: Number of threads that handle deliveries.
         self._busy = 0
+        #: True while reading pauses, because all threads have been busy for long.
         self._held = False
 
     def __len__(self) -> int:
@@ -418,9 +428,9 @@ class DeliveryQueue:
 
     @property
     def room(self) -> int:
-        """How many more may be read: as much as is handled in :data:`AHEAD` seconds.
+        """Number of deliveries that may be read: those handled in :data:`AHEAD` seconds.
 
-        Nothing while what is here takes :data:`MOST_BYTES`, unless a thread has nothing to do.
+        0 while the deliveries take :data:`MOST_BYTES` of memory and some of them wait.
         """
         if self._held or (self.is_heavy and self._waiting):
             return 0
@@ -430,16 +440,16 @@ class DeliveryQueue:
 
     @property
     def is_heavy(self) -> bool:
-        """Return True if what is here takes as much memory as it may."""
+        """True if the deliveries take :data:`MOST_BYTES` of memory or more."""
         return self.memory >= MOST_BYTES
 
     def wait_for_room(self, timeout: float) -> bool:
-        """Whether more may be read within ``timeout`` seconds."""
+        """Wait up to ``timeout`` seconds; return True if the reader should read."""
         with self._rest:
-            return self._rest.wait_for(lambda: self._is_inviting, timeout)
+            return self._rest.wait_for(lambda: self._has_enough_room, timeout)
 
     def put(self, deliveries: Sequence[Delivery]) -> None:
-        """Add deliveries, in order; after the end nothing is added, and they are handed back."""
+        """Add deliveries, in order; add none once the queue is closed."""
         if not deliveries:
             return
 
@@ -452,17 +462,19 @@ class DeliveryQueue:
 
             self._waiting += len(deliveries)
             self.memory += sum(map(_MEMORY, deliveries))
-            # Which thread is to wake is a matter of keys.
+            # Wake all threads: the keys decide which of them has work.
             self._work.notify_all()
 
     def pick(self, number: int, most: int) -> list[Delivery]:
-        """Some that thread ``number`` is to handle; to be given back to :meth:`done`.
+        """Remove and return deliveries for thread ``number``. Pass them to :meth:`done` later.
 
         The caller holds the lock.
+
+        :param most: maximum number of deliveries.
         """
         own, line = self._own[number], self._line
 
-        # Turn about, so that neither waits for an end of the other.
+        # Alternate between the two lines, so that neither starves.
         if own and (self._own_next[number] or not line):
             line = own
 
@@ -480,29 +492,29 @@ class DeliveryQueue:
         return picked
 
     def done(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Tell that what was picked is handled, and how long that took."""
+        """Report that deliveries are handled, and how many seconds that took."""
         count = len(deliveries)
 
         with self._rest:
             self._taken -= count
             self.memory -= sum(map(_MEMORY, deliveries))
             self._busy -= 1
-            # Slow at once, fast by and by: a single slow one is a reason to read less.
+            # A slow delivery counts at once and fast ones gradually, so that less is read ahead.
             pace = seconds / count
             self._pace = max(pace, 0.7 * self._pace + 0.3 * pace)
             self._held = False
 
-            if self._is_inviting or not len(self):
+            if self._has_enough_room or not len(self):
                 self._rest.notify_all()
 
     def hold(self) -> bool:
-        """If all threads are busy, let nothing be read until one is done; whether they are."""
+        """If all threads are busy, pause reading until one is done, and return True."""
         with self._rest:
             self._held = self._busy >= self._width
             return self._held
 
     def clear(self) -> list[Delivery]:
-        """Give up what waits, and return it."""
+        """Remove and return the deliveries that wait."""
         with self._rest:
             left = [delivery for line in (*self._own, self._line) for delivery in line]
 
@@ -516,14 +528,14 @@ class DeliveryQueue:
         return left
 
     def close(self) -> None:
-        """Take nothing more, and let nobody wait for room."""
+        """Accept no more deliveries, and wake the readers that wait for room."""
         with self._rest:
             self._closed = True
             self._rest.notify_all()
 
     @property
-    def _is_inviting(self) -> bool:
-        # Half empty, so that each read is worth its round trip.
+    def _has_enough_room(self) -> bool:
+        # Wait until the queue is half empty, so that each round trip reads many entries.
         return self._closed or (
             self.room > self._waiting and (self.memory < MOST_BYTES // 2 or not self._waiting)
         )
