@@ -15,6 +15,7 @@ from ..transport.connections import OUTAGE
 from .acknowledger import Acknowledger
 from .group import Group, GroupGoneError
 from .outcomes import Outcomes
+from .reclaim import Reclaimer
 from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
@@ -39,6 +40,7 @@ class Attempts:
         outcomes: Outcomes,
         acknowledger: Acknowledger,
         retries: RetryQueue,
+        reclaimer: Reclaimer,
         counters: Counters,
     ) -> None:
         self._dispatcher = dispatcher
@@ -47,6 +49,7 @@ class Attempts:
         self._outcomes = outcomes
         self._acknowledger = acknowledger
         self._retries = retries
+        self._reclaimer = reclaimer
         self._counters = counters
         self._is_stopping = False
         self._is_disowned = False
@@ -164,7 +167,15 @@ class Attempts:
         if delivery.retry is not None:
             return self._retries.record_start(delivery, delivery.retry)
 
-        times = (delivery.crashes or 0) + 1
+        name, times = delivery.name, (delivery.crashes or 0) + 1
 
         with self._acknowledger.lock:
-            return self._group.record_start(delivery.name, delivery.entry, times=times)
+            if self._group.record_start(name, delivery.entry, times=times):
+                return True
+
+            # Past its time another worker may have handled it.
+            return (
+                time.monotonic() < delivery.claimed_until
+                and bool(self._reclaimer.restore(name, [delivery]))
+                and self._group.record_start(name, delivery.entry, times=times)
+            )

@@ -137,7 +137,8 @@ class Reclaimer:
         if position is None or not gone:
             return set()
 
-        self.report(name, taken_out(name, self._config.service, len(gone)))
+        are_claimed = any(found.crashes for found in gone)
+        self.report(name, taken_out(name, self._config.service, len(gone), are_claimed=are_claimed))
         self._group.pipe.run(
             [
                 self._group.restore_command(
