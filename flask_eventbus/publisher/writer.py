@@ -1,11 +1,14 @@
-"""The thread that writes what waits in the buffer, a batch in one round trip."""
+"""Write the buffered events to Redis, a batch in each round trip.
+
+One thread at a time writes: the writer thread (:class:`Writer`), or a sender that waits for a
+confirmation (:class:`Leader`). :class:`WriteRight` records which of them it is.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import redis
 
@@ -20,45 +23,25 @@ from .outage import MOST_BACKOFF, Outage, PublishReport
 
 logger = get_logger(__name__)
 
-#: Bytes that a sender writes itself: so few that a connection at rest takes them at once, and
-#: only the answer is waited for.
+#: Largest batch in bytes that a sender writes itself. It fits into the socket buffer of an idle
+#: connection, so that sending does not block.
 LEAD_BYTES = 16 * 1024
 
 
-class WritingThread(Protocol):
-    """What a leader asks of the thread; the buffer's lock is held."""
-
-    @property
-    def thread(self) -> threading.Thread | None:
-        """The thread, once there is one."""
-
-    @property
-    def is_idle_thread(self) -> bool:
-        """Whether it is there, and nothing waits that only it does."""
-
-    @property
-    def has_work(self) -> bool:
-        """Whether there is something that it has to do."""
-
-    def wake(self) -> None:
-        """Tell that there is something to write."""
-
-    def wake_senders(self) -> None:
-        """Wake the senders that wait for a confirmation."""
-
-
-#: What writing raises where an event, and not Redis or a signal handler, is to blame.
+#: Errors caused by an event, as opposed to Redis or a signal handler.
 DEFECTS = (TypeError, ValueError, OverflowError, redis.RedisError)
 
 
 class Leader:
-    """Lets a sender who waits for a confirmation write, its own event among what waits.
+    """Lets a sender that waits for a confirmation write a batch, its own event included.
 
-    When it has the answers, it sends what came meanwhile as well, before it wakes anybody; one
-    of those senders waits for the answers to that, and so on. Only when that takes too long, or
-    fails, the thread goes on with it: reads the answers that are missing, or sends the batch again.
+    This saves the switch to the writer thread and back. Once the sender has the replies, it sends the next batch on
+    behalf of another waiting sender, and only then wakes the senders of its own batch. The other
+    sender reads the replies to that batch, and so on.
 
-    An exception may strike a sender anywhere. Then the thread sends what was in hand anew.
+    If a sender reaches its deadline or meets an outage, the writer thread takes over: it reads
+    the missing replies, or sends the batch again. If an exception interrupts a sender, for example
+    in a signal handler, the writer thread sends the batch in flight again.
     """
 
     def __init__(
@@ -69,7 +52,7 @@ class Leader:
         right: WriteRight,
         outage: Outage,
         report: PublishReport,
-        writer: WritingThread,
+        writer: Writer,
     ) -> None:
         self._connection = connection
         self._buffer = buffer
@@ -80,10 +63,10 @@ class Leader:
         self._lock = buffer.lock
 
     def enlist(self, message: Message) -> Sequence[Message]:
-        """The batch that the sender of an event in the buffer is to :meth:`lead`, now.
+        """Return the batch that the sender of a buffered event must :meth:`lead` now.
 
-        Nothing where somebody writes already, or Redis may not be there: then the thread will.
-        The buffer's lock is held.
+        Return an empty batch and wake the writer thread if another thread writes already, or if
+        Redis may be away. The caller holds the buffer's lock.
         """
         if self._is_sent_for(message):
             return self._right.resume()
@@ -95,9 +78,9 @@ class Leader:
         return self._begin(message)
 
     def lead(self, batch: Sequence[Message], deadline: float) -> None:
-        """Write a batch, if it is not sent yet, in a sender's thread, and wait for the answers.
+        """Write a batch in the sender's thread, unless it is sent already, and read the replies.
 
-        When there are none by ``deadline``, the thread goes on to wait for them.
+        :param deadline: monotonic time at which the writer thread takes over.
         """
         try:
             if batch is not self._right.sent:
@@ -113,25 +96,25 @@ class Leader:
                 self._hand_over(None)
 
     def step_back(self, message: Message) -> None:
-        """When a sender waits no longer: let the thread do what it was to do."""
+        """Let the writer thread take over from a sender that stops waiting."""
         with self._lock:
             message.may_write = False
 
-            # While something is being sent for it, whoever sends looks at this afterwards.
+            # A thread that is sending on its behalf checks ``may_write`` afterwards.
             if self._is_sent_for(message):
                 self._hand_over(None)
 
     def abandon(self, message: Message) -> None:
-        """When a sender was interrupted: let the thread send anew what it may have been writing."""
+        """Let the writer thread send the batch of an interrupted sender again."""
         with self._lock:
             message.may_write = False
 
             if self._right.owner is None:
                 self._right.release_to_thread()
             elif self._right.is_here:
-                # It may be another's turn, for which this thread was to send.
+                # This thread may have been sending on behalf of another sender.
                 self._right.is_sending = False
-                self._send_anew()
+                self._send_again()
             elif self._is_sent_for(message):
                 self._hand_over(None)
 
@@ -139,7 +122,7 @@ class Leader:
     def _may_lead(self) -> bool:
         return (
             self._right.owner is None
-            and self._writer.is_idle_thread
+            and self._writer.allows_leading
             and self._connection.is_open
             and self._buffer.bytes <= LEAD_BYTES
             and not self._outage.stops_all
@@ -149,7 +132,7 @@ class Leader:
         return self._right.owner is message and not self._right.is_sending
 
     def _send(self, deadline: float) -> Sequence[Message]:
-        """Send what is in hand, and return it."""
+        """Send the batch in flight, and return it."""
         self._connection.connect(deadline)
         batch = self._buffer.mark_sent()
         self._connection.send(
@@ -158,7 +141,7 @@ class Leader:
         return batch
 
     def _begin(self, message: Message) -> Sequence[Message]:
-        """Take what waits in hand, for the sender of an event to write."""
+        """Acquire the right to write for the sender of an event, and take a batch."""
         self._right.acquire(message)
         batch = self._right.take()
 
@@ -168,11 +151,12 @@ class Leader:
         return batch
 
     def _conclude(self, batch: Sequence[Message], deadline: float) -> None:
-        """Send what came meanwhile, and tell the senders of a batch what became of it.
+        """Send the next batch for another sender, then report the results of a batch.
 
-        Sending takes until the deadline at most.
+        The next batch is sent first, because Redis can work on it while the woken senders wait for
+        the interpreter lock.
 
-        In this order: who is woken needs the interpreter, and Redis does not.
+        :param deadline: monotonic time at which sending ends.
         """
         outcomes = self._connection.outcomes()
 
@@ -181,20 +165,20 @@ class Leader:
 
             with self._lock:
                 self._right.grow()
-                holds = self._right.finish(batch, outcomes)
+                has_held = self._right.finish(batch, outcomes)
                 following = self._pass_on()
 
             if following is not None:
                 self._send_for(following, deadline)
 
-            if holds:
+            if has_held:
                 self._writer.wake_senders()
         finally:
             try:
                 self._report.record(batch, outcomes)
                 self._outage.log_changes()
             except BaseException:
-                # This sender was interrupted, which does it for all of them.
+                # A signal handler has interrupted this sender; the others still need the result.
                 for message, error in zip(batch, outcomes, strict=True):
                     if not isinstance(error, NoWritesError):
                         message.finish(error)
@@ -202,7 +186,10 @@ class Leader:
                 raise
 
     def _pass_on(self) -> Message | None:
-        """Give the turn to a sender that waits, or else to the thread if it has to write."""
+        """Pass the right to write to a waiting sender, or to the writer thread if it has work.
+
+        :return: the event of the waiting sender; ``None`` if there is none.
+        """
         waits = self._buffer.is_waiting
         following = self._buffer.next_sender() if waits and self._may_lead else None
 
@@ -220,7 +207,7 @@ class Leader:
         return None
 
     def _send_for(self, following: Message, deadline: float) -> None:
-        """Send what is in hand, and let the sender whose turn it is wait for the answers."""
+        """Send the batch in flight; the sender of ``following`` then reads the replies."""
         batch, failure = self._buffer.in_flight, None
 
         try:
@@ -230,13 +217,13 @@ class Leader:
         except BaseException as error:
             with self._lock:
                 self._right.is_sending = False
-                self._send_anew()
+                self._send_again()
 
-            # A time limit that a signal handler keeps is this sender's, whatever it was doing.
+            # An exception of a signal handler, such as a time limit, belongs to this sender.
             if not isinstance(error, DEFECTS):
                 raise
 
-            # The thread meets it again, and finds out which event it is.
+            # The writer thread sends the batch again, and finds the event that causes the error.
             logger.debug("%d events were not sent: %s", len(batch), error)
             return
 
@@ -250,8 +237,8 @@ class Leader:
             else:
                 self._hand_over(failure)
 
-    def _send_anew(self) -> None:
-        """Let the thread send what is in hand once more, on another connection."""
+    def _send_again(self) -> None:
+        """Let the writer thread send the batch in flight again, on a new connection."""
         self._right.is_handed_over = False
         self._connection.close()
         self._buffer.put_back()
@@ -262,82 +249,82 @@ class Leader:
             self._right.hand_over(self._writer.thread, error)
 
 
-#: Events in one round trip.
+#: Largest number of events in one round trip.
 BATCH_EVENTS = 512
 
-#: Bytes in one round trip, so that a batch of large events fits into the timeout.
+#: Largest size of a round trip in bytes, so that a batch of large events meets the timeout.
 BATCH_BYTES = 1024 * 1024
 
-#: By what a batch shrinks that did not get through, and grows again after one that did: a
-#: connection that breaks in the middle of a large one lets a small one pass.
+#: Factor by which batches shrink after a failure, and grow after a success. Small batches may
+#: succeed on a connection that breaks during large ones.
 BATCH_STEP = 8
 
 
 class WriteRight:
-    """Nobody's, the writing thread's, or that of a sender who waits: one at a time has it.
+    """The exclusive right to use the write connection; held by the writer thread or one sender.
 
-    The buffer's lock is held by whoever begins a turn, ends it or passes it on.
-
-    :param buffer: what is written.
+    The caller holds the buffer's lock to acquire the right, release it or pass it on.
     """
 
     def __init__(self, buffer: Buffer, outage: Outage) -> None:
         self._buffer = buffer
         self._outage = outage
-        #: Whose it is: the thread's, or that of the sender of an event.
+        #: The holder: the writer thread, or the event whose sender writes; ``None`` if it is free.
         self.owner: Message | threading.Thread | None = None
-        #: The thread that writes for it.
+        #: Id of the thread that uses the connection; 0 if none does.
         self._thread_id = 0
-        #: Whether something is being sent for its owner, by another sender; and what was.
+        #: True while another sender is sending a batch on behalf of the owner.
         self.is_sending = False
+        #: The batch that another sender has sent on behalf of the owner.
         self.sent: Sequence[Message] = ()
-        #: Whether the thread is to go on with a batch that a sender began, and what went wrong.
+        #: True if the writer thread must continue with a batch that a sender started.
         self.is_handed_over = False
+        #: The error of the batch that was handed over; ``None`` if only replies are missing.
         self.failure: Exception | None = None
-        #: Whether the thread waits for something to do.
+        #: True while the writer thread waits for work.
         self.thread_waits = False
         self._batch_events = BATCH_EVENTS
 
     @property
     def is_here(self) -> bool:
-        """Whether the calling thread writes."""
+        """Return True if the calling thread uses the connection."""
         return self._thread_id == threading.get_ident()
 
     def acquire(self, owner: Message | threading.Thread) -> None:
-        """It is the owner's, and the calling thread writes."""
-        # First: who is interrupted with something in hand is known by this.
+        """Give the right to ``owner``; the calling thread uses the connection."""
+        # Set this first: an interrupted sender with a batch in flight is recognized by it.
         self._thread_id = threading.get_ident()
         self.owner = owner
 
     def take(self) -> Sequence[Message]:
-        """Take in hand what waits, as much as one round trip is to carry."""
+        """Take the next batch from the buffer."""
         return self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
 
     def take_stream_event(self) -> Sequence[Message]:
-        """Take in hand one event, to find out whether Redis takes stream events again."""
+        """Take one stream event, to check whether Redis accepts writes again."""
         return self._buffer.take_stream_event()
 
     def resume(self) -> Sequence[Message]:
-        """In the thread of its owner, after another sent what is in hand: that."""
+        """Return the batch that another sender has sent; call it in the owner's thread."""
         self._thread_id = threading.get_ident()
         return self._buffer.in_flight
 
     def leave_to_sender(self) -> None:
-        """What is in hand was sent; its owner waits for the answers."""
+        """Leave the batch that was sent to its owner, which reads the replies."""
         self._thread_id = 0
 
     def release(self) -> None:
-        """It is nobody's."""
+        """Release the right."""
         self.owner = None
         self._thread_id = 0
         self.sent = ()
 
     def finish(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> bool:
-        """Let go of what is in hand, and of the turn.
+        """End the batch in flight and release the right.
 
-        What Redis does not take now goes back to the heads of the lines.
+        Events that Redis may accept later return to the front of the queues.
 
-        :return: whether there is something of that.
+        :return: True if there are such events.
         """
         held = []
 
@@ -349,7 +336,7 @@ class WriteRight:
             ]
 
         for message, _ in held:
-            # An answer leaves no doubt, except about earlier tries.
+            # Redis answered this attempt; earlier ones may still be unanswered.
             message.unanswered -= 1
 
         if held:
@@ -363,7 +350,12 @@ class WriteRight:
         return bool(held)
 
     def note_writes(self, refusal: Exception | None) -> None:
-        """Note whether Redis takes writes; where events wait for that, one is tried at once."""
+        """Record whether Redis accepts writes.
+
+        If it seems to, and stream events are queued, make the next attempt to write due now.
+
+        :param refusal: why Redis accepts no writes; ``None`` if it seems to.
+        """
         if refusal is not None:
             self._outage.refuse_writes(refusal, len(self._buffer))
         elif self._outage.refusal is None:
@@ -376,33 +368,33 @@ class WriteRight:
         self.update_pause()
 
     def update_pause(self) -> None:
-        """Hold stream events while Redis takes no writes; channel events go on."""
-        holds = self._outage.refusal is not None
+        """Pause stream events while Redis accepts no writes; channel events continue."""
+        is_paused = self._outage.refusal is not None
 
-        if holds != self._buffer.streams_paused:
-            self._buffer.streams_paused = holds
-            # The thread waits as long as the state says, and senders may have room.
+        if is_paused != self._buffer.streams_paused:
+            self._buffer.streams_paused = is_paused
+            # The wait of the writer thread and the buffer space of senders depend on it.
             self._buffer.changed.notify_all()
 
     def release_if_here(self) -> None:
-        """It is nobody's, if the calling thread had it."""
+        """Release the right if the calling thread uses the connection."""
         if self.is_here:
             self.release()
 
     def wake_thread(self) -> None:
-        """Let the thread do what there is to do, if it waits and nobody else does it."""
+        """Wake the writer thread if it waits and the right is free."""
         if self.thread_waits and self.owner is None:
             self._wake_thread()
 
     def release_to_thread(self) -> None:
-        """It is nobody's, and the thread looks what there is to do."""
+        """Release the right, and wake the writer thread."""
         self.release()
         self._wake_thread()
 
     def hand_over(self, thread: threading.Thread | None, error: Exception | None) -> None:
-        """Let the thread go on with what is in hand.
+        """Pass the right and the batch in flight to the writer thread.
 
-        :param error: what went wrong with it; ``None`` if answers are missing.
+        :param error: the error of the batch; ``None`` if only replies are missing.
         """
         self.is_handed_over = True
         self.failure = error
@@ -411,20 +403,20 @@ class WriteRight:
         self._wake_thread()
 
     def take_over(self) -> Exception | None:
-        """In the thread: what went wrong with what was handed over."""
+        """Accept a batch in the writer thread; return its error, or ``None``."""
         error, self.failure, self.is_handed_over = self.failure, None, False
         return error
 
     def grow(self) -> None:
-        """A batch got through: the next may be larger."""
+        """Increase the batch size after a success."""
         self._batch_events = min(BATCH_EVENTS, self._batch_events * BATCH_STEP)
 
     def shrink(self) -> None:
-        """A batch did not get through: the next is to be smaller."""
+        """Reduce the batch size after a failure."""
         self._batch_events = max(1, self._batch_events // BATCH_STEP)
 
     def go_one_by_one(self) -> None:
-        """One event of a batch is to blame: find out which."""
+        """Reduce the batch size to one event, to find the event that causes an error."""
         self._batch_events = 1
 
     def _wake_thread(self) -> None:
@@ -433,37 +425,37 @@ class WriteRight:
 
 
 def _has_write(batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> bool:
-    """Return True if Redis took an event into a stream."""
+    """Return True if Redis stored an event of the batch in a stream."""
     return any(
         message.route_state.is_stream and (error is None or isinstance(error, TooFewReplicasError))
         for message, error in zip(batch, outcomes, strict=True)
     )
 
 
-#: Seconds a round trip may take before Redis counts as away.
+#: Seconds that a round trip may take before Redis counts as away.
 WRITE_TIMEOUT = 2.0
 
-#: Seconds from Redis's return to the first event that waited: a little more than the
-#: longest wait of a listener before it connects again.
+#: Seconds to wait after an outage before buffered channel events are sent: a little more than the
+#: longest wait of a listener before it reconnects.
 LISTENERS_RETURN = 1.5
 
-#: Seconds without events after which Redis is asked whether it is there: so that the next
-#: event does not have to find out, and no connection is cut for its silence.
+#: Seconds without events after which the writer sends a PING. It detects an outage before the next
+#: event, and keeps firewalls from closing an idle connection.
 QUIET = 5.0
 
-#: Seconds that a writer has for what waits when the one it writes for is gone.
+#: Seconds that the writer has to write the buffered events after its node is gone.
 LEAVE = 5.0
 
 
 class Writer:
-    """Writes what a buffer holds, in order; starts its thread with the first event.
+    """Writes the events of a buffer in order; its thread starts with the first event.
 
-    Who sends and waits for a confirmation need not wait for the thread as well: such senders
-    are its :attr:`leader`. Where no thread can be had, as at the end of a process, whoever sends
-    writes.
+    Senders that wait for a confirmation can write as well: see :attr:`leader`. If no thread can
+    be started, for example at the end of a process, every sender writes.
 
-    :param connection: writes one batch.
-    :param buffer: what it writes; the buffer's lock guards the writer's state as well.
+    :param connection: writes one batch at a time.
+    :param buffer: the events; its lock guards the state of the writer as well.
+    :param node: id of the node, for the name of the thread.
     """
 
     def __init__(
@@ -483,19 +475,20 @@ class Writer:
         self._node = node
         self._changed = buffer.changed
         self._lock = buffer.lock
-        #: The thread, once there is one.
+        #: The writer thread; ``None`` until it has started.
         self.thread: threading.Thread | None = None
         #: The events whose senders wait for a confirmation.
         self.senders: set[Message] = set()
-        #: Whether to try Redis now, whatever it waits for.
+        #: True to check Redis now, without waiting for the next attempt.
         self._probing = False
-        #: Whether it is to end, whatever waits.
+        #: True to end immediately, even if events are buffered.
         self._ended = False
-        #: When it ends, or before if nothing waits any more; ``None`` for never.
+        #: Monotonic time at which the writer ends; it ends earlier if the buffer is empty.
+        #: ``None`` to run without an end.
         self._leave_by: float | None = None
-        #: Held by a thread that writes in place of the writing thread.
+        #: Held by the sender that writes because there is no writer thread.
         self._here = threading.Lock()
-        #: Lets senders write in place of the thread.
+        #: Lets waiting senders write.
         self.leader = Leader(
             connection=connection,
             buffer=buffer,
@@ -507,13 +500,13 @@ class Writer:
 
     @property
     def is_this_thread(self) -> bool:
-        """Whether the calling thread is the one that writes."""
+        """Return True if the calling thread is the writer thread, or currently writes."""
         thread = self.thread
         return self._right.is_here or (thread is not None and thread.ident == threading.get_ident())
 
     @property
-    def is_idle_thread(self) -> bool:
-        """Whether the thread is there, and nothing waits that only it does."""
+    def allows_leading(self) -> bool:
+        """Return True if a sender may write: the thread runs, and has nothing else to do."""
         return (
             self.thread is not None
             and not self._probing
@@ -523,9 +516,9 @@ class Writer:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is something that the thread has to do."""
+        """Return True if the writer thread has something to do."""
         return (
-            self._is_to_end
+            self._should_end
             or self._buffer.is_waiting
             or self._probing
             or self._outage.stops_all
@@ -533,20 +526,25 @@ class Writer:
         )
 
     def wake(self) -> None:
-        """Tell that there is something to write."""
+        """Start or wake the writer thread."""
         if self.thread is None:
             self._start()
         else:
             self._right.wake_thread()
 
     def probe(self) -> None:
-        """Find out at once whether Redis is there."""
+        """Make the writer thread check at once whether Redis is available."""
         self._probing = True
         self.wake()
         self._changed.notify_all()
 
     def write_here(self, timeout: float) -> None:
-        """Where there is no thread: write in this one. One at a time does it for all."""
+        """Write all buffered events in the calling thread if there is no writer thread.
+
+        Return at once if another sender does so already.
+
+        :param timeout: seconds after which to give up.
+        """
         if self.thread is not None:
             return
 
@@ -556,27 +554,27 @@ class Writer:
             try:
                 self._run()
             finally:
-                # A thread may be had for the next event, and is to stay.
+                # The next event may start a writer thread, which must not end by this deadline.
                 self._leave_by = leave_by
                 self._here.release()
 
     def leave(self) -> None:
-        """End once what waits is written, or after :data:`LEAVE` seconds."""
+        """End once the buffered events are written, or after :data:`LEAVE` seconds."""
         with self._changed:
             self._leave_by = time.monotonic() + LEAVE
             self._changed.notify_all()
 
     def end(self, deadline: float) -> None:
-        """End now; what could not be written is logged by id.
+        """End now; log the ids of events that could not be written.
 
-        :param deadline: when the thread is no longer waited for.
+        :param deadline: monotonic time until which to wait for the thread.
         """
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
         if self.thread is not None:
-            # It may be waiting for a server that hangs.
+            # The thread may be waiting for a server that hangs.
             self._join((time.monotonic() + deadline) / 2)
             self._connection.interrupt()
             self._join(deadline)
@@ -588,7 +586,10 @@ class Writer:
             self.thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
-        """In a forked child: end what came along of it, which for greenlets is everything."""
+        """End the copy of the parent's writer; call it in a forked child.
+
+        With greenlets, the writer's thread is copied as well.
+        """
         self._ended = True
         self._buffer = Buffer(most_events=0)
         self._outage.disown()
@@ -603,8 +604,8 @@ class Writer:
         try:
             self.thread.start()
         except RuntimeError as error:
-            # At the end of a process, or when it has all the threads that it may have.
-            logger.debug("There is no thread to write in: %s", error)
+            # The process is ending, or has reached its limit of threads.
+            logger.debug("The writer thread cannot be started: %s", error)
             self.thread = None
 
     def _run(self) -> None:
@@ -623,7 +624,7 @@ class Writer:
             self._report_lost()
 
     def _take(self) -> Sequence[Message] | None:
-        """The next batch, an empty one to ask whether Redis is there; ``None`` at the end."""
+        """Return the next batch; an empty one to check Redis, ``None`` to end."""
         with self._changed:
             self._wait_for_work()
             self._right.acquire(threading.current_thread())
@@ -632,10 +633,10 @@ class Writer:
             if self._right.is_handed_over:
                 return self._buffer.in_flight
 
-            if self._is_to_end:
+            if self._should_end:
                 return None
 
-            # While Redis is away it is asked first: no event is sent ahead of its listeners.
+            # After an outage, check Redis first, so that listeners can reconnect before events.
             if self._outage.away:
                 return ()
 
@@ -645,14 +646,14 @@ class Writer:
             return self._right.take()
 
     def _wait_for_work(self) -> None:
-        """Wait until there is something to do, for :data:`QUIET` seconds at most.
+        """Wait until there is work, for :data:`QUIET` seconds at most.
 
-        Less while Redis takes no writes: until it is to be asked again.
+        While Redis accepts no writes, wait no longer than until the next attempt.
         """
         self._right.release_if_here()
 
         while not self._may_work:
-            # Before each wait: a sender may have taken over what the thread was woken for.
+            # Set before each wait, since a sender may have done the work of the last wakeup.
             self._right.thread_waits = True
             was_woken = self._changed.wait(self._longest_wait)
 
@@ -669,7 +670,7 @@ class Writer:
         return self._right.is_handed_over or (self._right.owner is None and self.has_work)
 
     @property
-    def _is_to_end(self) -> bool:
+    def _should_end(self) -> bool:
         if self._leave_by is None or self._ended:
             return self._ended
 
@@ -683,7 +684,7 @@ class Writer:
             self._buffer.put_back()
             self._outage.begin(error, len(self._buffer))
 
-            # A connection that breaks is no proof of an outage: the next one may work.
+            # After a broken connection the next one may work: then the senders keep waiting.
             if is_refused(error):
                 self.wake_senders()
 
@@ -692,17 +693,17 @@ class Writer:
             self._give_up(self._buffer.in_flight, error)
         else:
             backoff.reset()
-            self._give_way()
+            self._wait_for_listeners()
             self._outage.end(len(self._buffer))
 
-            # That an empty one got through says nothing.
+            # A successful PING says nothing about the batch size.
             if batch:
                 self._right.grow()
 
-            self._settle(self._buffer.in_flight, outcomes)
+            self._finish(self._buffer.in_flight, outcomes)
 
     def wake_senders(self) -> None:
-        """Wake the senders that wait for a confirmation: Redis is known not to give one."""
+        """Wake all senders that wait for a confirmation, so that they notice the outage."""
         for message in list(self.senders):
             message.wake()
 
@@ -731,7 +732,10 @@ class Writer:
         return ()
 
     def _go_on(self) -> Sequence[Exception | None]:
-        """Read what is missing of the answers to what a sender wrote."""
+        """Read the missing replies to a batch that a sender wrote.
+
+        :raises redis.ConnectionError: the sender met an outage.
+        """
         error = self._right.take_over()
 
         if error is not None:
@@ -741,20 +745,20 @@ class Writer:
         self._connection.read()
         return self._connection.outcomes()
 
-    def _give_way(self) -> None:
-        """Let listeners return before what waited for Redis is sent: they hear no past."""
+    def _wait_for_listeners(self) -> None:
+        """Let listeners reconnect after an outage, before buffered channel events are sent."""
         if self._outage.away and self._buffer.has_channel_events:
             self._pause(LISTENERS_RETURN)
 
     def _give_up(self, batch: Sequence[Message], error: Exception) -> None:
-        """After a defect, not an outage: of several events, find the one that is to blame."""
+        """Handle an unexpected error: retry the events one by one, then drop the faulty one."""
         if len(batch) > 1:
             self._right.go_one_by_one()
             self._buffer.put_back()
             return
 
         self._report.report_defect(error)
-        self._settle(batch, [error] * len(batch))
+        self._finish(batch, [error] * len(batch))
 
     def _pause(self, seconds: float) -> None:
         now = time.monotonic()
@@ -763,16 +767,16 @@ class Writer:
 
         with self._changed:
             self._changed.wait_for(
-                lambda: self._is_to_end or self._probing or time.monotonic() >= deadline,
+                lambda: self._should_end or self._probing or time.monotonic() >= deadline,
                 timeout=max(0.0, deadline - now),
             )
 
-    def _settle(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
-        """Let go of a batch, and of the turn, before its senders are woken: they may write next."""
+    def _finish(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
+        """End a batch, release the right to write, and then wake the senders, which may write."""
         with self._lock:
-            holds = self._right.finish(batch, outcomes)
+            has_held = self._right.finish(batch, outcomes)
 
-        if holds:
+        if has_held:
             self.wake_senders()
 
         self._report.record(batch, outcomes)
