@@ -35,9 +35,9 @@ DEFECTS = (TypeError, ValueError, OverflowError, redis.RedisError)
 class Leader:
     """Lets a sender that waits for a confirmation write a batch, its own event included.
 
-    This saves the switch to the writer thread and back. Once the sender has the replies, it sends the next batch on
-    behalf of another waiting sender, and only then wakes the senders of its own batch. The other
-    sender reads the replies to that batch, and so on.
+    This saves the switch to the writer thread and back. Once the sender has the replies, it sends
+    the next batch on behalf of another waiting sender, and only then wakes the senders of its own
+    batch. The other sender reads the replies to the next batch, and so on.
 
     If a sender reaches its deadline or meets an outage, the writer thread takes over: it reads
     the missing replies, or sends the batch again. If an exception interrupts a sender, for example

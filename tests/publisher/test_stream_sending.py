@@ -287,7 +287,7 @@ def test_a_name_that_may_not_be_noted_in_the_set_is_published_all_the_same(
         bus.signal("tick").send("test", n=n)
 
     assert values(redis_server) == [0, 1, 2]
-    assert caplog.text.count("Redis does not let this user note the stream of 'tick'") == 1
+    assert caplog.text.count("This user cannot register the stream of 'tick'") == 1
     assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
 
 
@@ -1694,7 +1694,7 @@ def test_the_publish_command_puts_an_event_into_a_stream(redis_server: RedisServ
 
     [event] = entries(redis_server)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"Published {event['id']}. It is ")
+    assert done.stdout.startswith(f"Published {event['id']}. Entry ")
     assert done.stdout.endswith(" in the stream 'eventbus:{tick}:stream'.\n")
     assert event["data"] == {"n": 7}
     assert "seq" not in event
@@ -1716,7 +1716,7 @@ def test_the_publish_command_goes_the_way_of_the_route(
     assert (into_stream.event_id, event["partitionkey"]) == (event["id"], "7")
     assert (over_channel.entry, over_channel.listeners) == (None, 0)
     assert (told_to.entry is None, len(entries(redis_server, "price"))) == (False, 1)
-    with pytest.raises(PayloadError, match="it is missing"):
+    with pytest.raises(PayloadError, match="the key is missing"):
         publish_one(bus.node, "tick", {})
 
 
