@@ -1,4 +1,4 @@
-"""What becomes of one body from a channel: an event for the receivers, or a number that grows."""
+"""Decodes messages from channels, and counts the events that never arrived."""
 
 from __future__ import annotations
 
@@ -17,53 +17,54 @@ from ..signals import emit, event_rejected, events_missed
 
 logger = get_logger(__name__)
 
-#: Lanes and nodes that are remembered; the oldest is forgotten first.
+#: Maximum number of routes and of nodes that are remembered; the oldest is dropped first.
 REMEMBERED = 10_000
 
-#: Events of one lane whose bytes are remembered. A publisher sends at most one batch of 512
-#: events again, when it does not know whether Redis took them.
+#: Number of events of one route whose hashes are remembered. If a publisher does not know whether
+#: Redis accepted a batch, it sends that batch again: 512 events at most.
 REPEATABLE = 1_024
 
-#: Events whose bytes are remembered over all lanes: 40 bytes of memory each.
+#: Maximum number of hashes of all routes. Each takes 40 bytes of memory.
 MOST_REMEMBERED = 262_144
 
-#: Events that one event shows to be missing, at most: a node that sends 1,000 a second needs more
-#: than a day for them. A larger gap is forged, and would make the count of missed events worthless.
+#: Maximum number of events missing before one event. A node that sends 1,000 events a second takes
+#: more than a day for them. A larger gap is forged, and would make the count useless.
 MOST_MISSED = 100_000_000
 
 
 @dataclass(slots=True)
 class _RouteState:
-    """The events of one signal from one node, as one source."""
+    """The sequence of one signal's events from one node and source."""
 
+    #: Sequence number of the last event.
     last: int
-    #: A number that was not above :attr:`last`, or too far; the count goes on from there if the
-    #: next follows.
+    #: Last number out of sequence: below :attr:`last`, or too far above it. If the next event has
+    #: the number after it, the sequence continues from there.
     stray: int = -1
-    #: Hashes of the latest bodies.
+    #: Hashes of the last bodies.
     bodies: deque[int] = field(default_factory=lambda: deque(maxlen=REPEATABLE))
 
 
 class Sequences:
-    """The last number heard from each node for each signal.
+    """Tracks the sequence number of each node for each signal, to find missing events.
 
-    An event only says what its node, its source and its number are. So only the same bytes make
-    a repetition; an event that contradicts another one is reported, never dropped.
+    A publisher can write any node, source and number into an event. So only an event with the same
+    bytes is a repetition. An event that contradicts another one is reported and not dropped.
     """
 
     def __init__(self) -> None:
-        self._lanes: OrderedDict[tuple[str, str, str], _RouteState] = OrderedDict()
-        #: How many hashes all lanes hold.
-        self._held = 0
-        #: The source that each node named first.
+        self._routes: OrderedDict[tuple[str, str, str], _RouteState] = OrderedDict()
+        #: Number of hashes of all routes.
+        self._hashes = 0
+        #: The first source of each node.
         self._sources: OrderedDict[str, str] = OrderedDict()
-        #: The ids of events without a number, and the hashes of their bytes.
+        #: Hashes of events without a number, by event id.
         self._ids: OrderedDict[str, int] = OrderedDict()
 
     def observe(self, event: Event, body: bytes) -> int | Finding:
-        """Return how many events are missing right before this one, or what is wrong with it.
+        """Return the number of events missing directly before this one, or a :class:`.Finding`.
 
-        Before the first event of a node nothing is missing: this process did not listen then.
+        No event is missing before the first one of a node: this process did not listen before.
         """
         digest = digest_of(body)
 
@@ -71,37 +72,37 @@ class Sequences:
             return compare(self._ids, event.id, digest) or 0
 
         key = (event.node, event.name, event.source)
-        lane = self._lanes.get(key)
+        route = self._routes.get(key)
 
-        if lane is None:
-            lane = self._lanes[key] = _RouteState(event.seq)
-            self._remember(lane, digest)
+        if route is None:
+            route = self._routes[key] = _RouteState(event.seq)
+            self._remember(route, digest)
             return self._check_source(event)
 
-        missing = event.seq - lane.last - 1
+        missing = event.seq - route.last - 1
 
         if 0 <= missing <= MOST_MISSED:
-            lane.last = event.seq
-            self._lanes.move_to_end(key)
-            self._remember(lane, digest)
+            route.last = event.seq
+            self._routes.move_to_end(key)
+            self._remember(route, digest)
             return missing
 
-        if digest in lane.bodies:
+        if digest in route.bodies:
             return Finding.REPEATED
 
-        self._remember(lane, digest)
-        return _stray(lane, event.seq)
+        self._remember(route, digest)
+        return _stray(route, event.seq)
 
-    def _remember(self, lane: _RouteState, digest: int) -> None:
-        self._held += len(lane.bodies) < REPEATABLE
-        lane.bodies.append(digest)
+    def _remember(self, route: _RouteState, digest: int) -> None:
+        self._hashes += len(route.bodies) < REPEATABLE
+        route.bodies.append(digest)
 
-        if self._held > MOST_REMEMBERED or len(self._lanes) > REMEMBERED:
-            _, forgotten = self._lanes.popitem(last=False)
-            self._held -= len(forgotten.bodies)
+        if self._hashes > MOST_REMEMBERED or len(self._routes) > REMEMBERED:
+            _, forgotten = self._routes.popitem(last=False)
+            self._hashes -= len(forgotten.bodies)
 
     def _check_source(self, event: Event) -> int | Finding:
-        """A node belongs to one service; a second source for it is a conflict."""
+        """Return a conflict if the node has sent events of another source before."""
         known = self._sources.setdefault(event.node, event.source)
 
         if len(self._sources) > REMEMBERED:
@@ -110,29 +111,30 @@ class Sequences:
         return 0 if known == event.source else Finding.CONFLICT
 
 
-def _stray(lane: _RouteState, seq: int) -> int | Finding:
-    """An event with a number that was heard or passed already, or too far, and with new bytes.
+def _stray(route: _RouteState, seq: int) -> int | Finding:
+    """Handle a number out of sequence, of an event that is no repetition.
 
-    One such number changes nothing, so that an old or forged one causes no false gap. Two in
-    a row show that the last number was forged, or the count begun anew: it goes on from them.
+    A single one is a conflict and leaves the sequence as it is, so that an old or forged event
+    causes no false gap. Two consecutive ones show that the last number was forged, or that the node
+    restarted its count. The sequence then continues from them.
     """
-    if seq == lane.stray + 1:
-        lane.last, lane.stray = seq, -1
+    if seq == route.stray + 1:
+        route.last, route.stray = seq, -1
         return 0
 
-    lane.stray = seq
+    route.stray = seq
     return Finding.CONFLICT
 
 
-#: Bytes of a rejected body that are logged.
+#: Number of bytes of a rejected body that are logged.
 SAMPLE = 64
 
 
 class MessageDecoder:
-    """Decodes and checks what came, and lets through what this node is to handle.
+    """Decodes and checks messages, and selects the events that this node handles.
 
-    :param node: this node's name; its own events are echoes.
-    :param issued: how many events this node has made.
+    :param node: name of this node; its own events are echoes.
+    :param issued: returns the number of events that this node has created.
     :param siblings: nodes of this process whose local receivers ran at ``send()``.
     """
 
@@ -157,9 +159,9 @@ class MessageDecoder:
         self._conflicts = Conflicts(config=config, counters=counters)
 
     def event(self, name: str, body: bytes, subscription: Subscription) -> tuple[Event, int] | None:
-        """The event that came on the channel of ``name``, if it is one to handle.
+        """Decode a message from the channel of ``name``.
 
-        :return: the event, and the bytes of memory that it takes while it waits.
+        :return: the event and its memory use in bytes; ``None`` if this node does not handle it.
         """
         try:
             event, size = self._codec.decode_to_wait(body)
@@ -178,12 +180,12 @@ class MessageDecoder:
         elif found:
             self._count_missed(event, found)
 
-        return (event, size) if self._wanted(event, subscription) else None
+        return (event, size) if self._accepts(event, subscription) else None
 
     def _check(self, event: Event, name: str) -> None:
         if event.name != name:
             raise DecodeError(
-                f"The event {event.id} on the channel of {name!r} says it is {event.name!r}.",
+                f"The event {event.id} on the channel of {name!r} is named {event.name!r}.",
                 reason="wrong_channel",
             )
 
@@ -194,12 +196,12 @@ class MessageDecoder:
 
         if event.source != self._config.service or number > self._issued():
             raise DecodeError(
-                f"The event {event.id} from {event.source!r} bears this node's name, but this "
-                "node did not make it.",
+                f"The event {event.id} from {event.source!r} has this node's name, but this node "
+                "did not send it.",
                 reason="forged_source",
             )
 
-    def _wanted(self, event: Event, subscription: Subscription) -> bool:
+    def _accepts(self, event: Event, subscription: Subscription) -> bool:
         if event.node == self._node or event.node in self._siblings:
             if not subscription.echo:
                 self._counters.add("echoes")
@@ -217,7 +219,7 @@ class MessageDecoder:
         self._counters.add(f"rejected_{error.reason}")
         self._log.warning(
             f"rejected {error.reason}",
-            "Bytes on the channel of %r are rejected (%s): %s They begin with %r.",
+            "Bytes on the channel of %r are rejected (%s): %s They start with %r.",
             name,
             error.reason,
             error,
@@ -230,7 +232,7 @@ class MessageDecoder:
         self._counters.add("missed", count)
         self._log.warning(
             f"missed {event.name}",
-            "%d events of %r from %r (node %s) never arrived; the next one is %s.",
+            "%d events of %r from %r (node %s) never arrived. The next event is %s.",
             count,
             event.name,
             event.source,
