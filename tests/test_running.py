@@ -178,7 +178,7 @@ def test_receivers_that_outlast_the_grace_are_left_and_told(
     assert program.end() == 0
     (line,) = [line for line in program.lines if "still running after the grace" in line]
     assert "after the grace of 0.2 s" in line
-    assert "and 3 of channels that had arrived are not handled" in line
+    assert "3 channel events that had arrived are lost" in line
 
 
 SIGNALLED = """

@@ -256,8 +256,8 @@ def test_what_is_remembered_of_other_nodes_is_bounded(monkeypatch: pytest.Monkey
     for body in bodies:
         heard.observe(codec.decode(body), body)
 
-    assert len(heard._lanes) <= 5
-    assert sum(len(lane.bodies) for lane in heard._lanes.values()) == heard._held <= 20
+    assert len(heard._routes) <= 5
+    assert sum(len(route.bodies) for route in heard._routes.values()) == heard._hashes <= 20
     assert len(heard._ids) == len(heard._sources) == 5
 
 
