@@ -250,15 +250,13 @@ class Acknowledger:
 
         :param answer: of ``XACK`` or ``ZREM``, or the list of answers of a transaction.
         """
-        refusal = answer if isinstance(answer, Exception) else None
-
-        if isinstance(answer, list):
-            refusal = next((part for part in answer if isinstance(part, Exception)), None)
-
-            if refusal is not None:
-                self._keep_failed_commands(outcomes[0], answer)
+        answers = answer if isinstance(answer, list) else [answer]
+        refusal = next((found for found in answers if isinstance(found, Exception)), None)
 
         if refusal is not None:
+            if isinstance(answer, list):
+                self._keep_failed_commands(outcomes[0], answer)
+
             self._keep_refused(outcomes, refusal)
             return
 

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..codec.codec import Codec
@@ -37,6 +37,17 @@ OVERDUE = 60.0
 
 #: Most seconds that a worker without the receiver leaves a retry to other workers.
 MOST_POSTPONE = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredRetry:
+    """A member of the sorted set, decoded."""
+
+    member: bytes
+    record: RetryRecord
+    event: Event
+    #: Approximate bytes of memory that the event takes.
+    memory: int
 
 
 class RetryQueue:
@@ -241,95 +252,81 @@ class RetryQueue:
         deliveries: list[Delivery],
         given_up: list[Outcome],
     ) -> list[Command]:
-        key = self._keys.retry(name, self._config.service)
+        stored = self._decode(name, member, given_up)
 
-        try:
-            record = RetryRecord.unpacked(member)
-            event, memory = self._event(name, record)
-        except (BadRecordError, DecodeError) as error:
-            given_up.append(self._give_up_undecodable(name, member, error))
-            return [self._lease_command(key, member)]
+        if stored is None:
+            return [self._lease_command(name, member)]
+
+        record, event = stored.record, stored.event
 
         # Redis's clock was set, so the lease may have expired although its worker runs.
         if record.running and not self._clock.is_steady:
-            return [("ZADD", key, "XX", self._postponed_until(), member)]
+            return [self._postpone_command(name, member)]
 
         if not self._knows(event, record.receiver):
-            return self._postpone(name, subscription, record, member, event, given_up)
+            # Another worker may have the receiver.
+            if not self._is_old(record):
+                return [self._postpone_command(name, member)]
 
-        delivery = self._delivery(name, subscription, record, member, event, memory)
+            given_up.append(self._give_up_gone(name, subscription, stored))
+            return [self._lease_command(name, member)]
+
+        delivery = self._delivery(name, subscription, stored)
         delivery.event = replace(event, attempt=record.attempts + 1)
         allowed = self._retries_of(subscription, event, record.receiver)
 
         if record.running and record.attempts > allowed:
             text = f"{record.attempts} attempts were made; the worker died in the last one."
             given_up.append(self._outcomes.give_up(delivery, "killed", text))
-            return [self._lease_command(key, member)]
+        else:
+            deliveries.append(delivery)
 
-        deliveries.append(delivery)
-        return [self._lease_command(key, member)]
+        return [self._lease_command(name, member)]
 
     def _lease_orphan(self, name: str, member: bytes, given_up: list[Outcome]) -> list[Command]:
-        key = self._keys.retry(name, self._config.service)
+        stored = self._decode(name, member, given_up)
 
+        if stored is not None:
+            if not self._is_old(stored.record):
+                return []
+
+            subscription = Subscription(name=name, via="stream")
+            given_up.append(self._give_up_gone(name, subscription, stored))
+
+        return [self._lease_command(name, member)]
+
+    def _decode(self, name: str, member: bytes, given_up: list[Outcome]) -> _StoredRetry | None:
+        """Decode a member of the sorted set, or give it up and return ``None``."""
         try:
             record = RetryRecord.unpacked(member)
-            event, _ = self._event(name, record)
+            event, memory = self._codec.decode_to_wait(record.event, via="stream")
+
+            if event.name != name:
+                raise BadRecordError(f"it holds an event of {event.name!r}")
         except (BadRecordError, DecodeError) as error:
             given_up.append(self._give_up_undecodable(name, member, error))
-            return [self._lease_command(key, member)]
+            return None
 
-        if not self._is_old(record):
-            return []
+        return _StoredRetry(member, record, event, memory)
 
-        subscription = Subscription(name=name, via="stream")
-        given_up.append(self._give_up_gone(name, subscription, record, member, event))
-        return [self._lease_command(key, member)]
-
-    def _give_up_gone(
-        self,
-        name: str,
-        subscription: Subscription,
-        record: RetryRecord,
-        member: bytes,
-        event: Event,
-    ) -> Outcome:
-        delivery = self._delivery(name, subscription, record, member, event, 0)
+    def _give_up_gone(self, name: str, subscription: Subscription, stored: _StoredRetry) -> Outcome:
+        record = stored.record
         text = (
             f"No worker of {self._config.service!r} has the receiver {record.receiver!r}, and its "
             f"last attempt was over an hour ago. Its last error: {record.error}"
         )
+        delivery = self._delivery(name, subscription, stored)
         return self._outcomes.give_up(delivery, "gone", text)
 
-    def _lease_command(self, key: str, member: bytes) -> Command:
+    def _lease_command(self, name: str, member: bytes) -> Command:
         """Return the command that keeps a record from other workers until the lease expires."""
+        key = self._keys.retry(name, self._config.service)
         return ("ZADD", key, "XX", self._lease_until(), member)
 
-    def _event(self, name: str, record: RetryRecord) -> tuple[Event, int]:
-        event, memory = self._codec.decode_to_wait(record.event, via="stream")
-
-        if event.name != name:
-            raise BadRecordError(f"it holds an event of {event.name!r}")
-
-        return event, memory
-
-    def _postpone(
-        self,
-        name: str,
-        subscription: Subscription,
-        record: RetryRecord,
-        member: bytes,
-        event: Event,
-        given_up: list[Outcome],
-    ) -> list[Command]:
-        """Leave a retry to a worker that has its receiver; give it up once it is old."""
+    def _postpone_command(self, name: str, member: bytes) -> Command:
+        """Return the command that leaves a record to other workers for some seconds."""
         key = self._keys.retry(name, self._config.service)
-
-        if self._is_old(record):
-            given_up.append(self._give_up_gone(name, subscription, record, member, event))
-            return [self._lease_command(key, member)]
-
-        return [("ZADD", key, "XX", self._postponed_until(), member)]
+        return ("ZADD", key, "XX", self._postponed_until(), member)
 
     def _give_up_undecodable(self, name: str, member: bytes, error: Exception) -> Outcome:
         now = round(self._clock.now() * 1000)
@@ -347,26 +344,20 @@ class RetryQueue:
         outcome.undo = ("ZADD", key, self._lease_until(), member)
         return outcome
 
-    def _delivery(
-        self,
-        name: str,
-        subscription: Subscription,
-        record: RetryRecord,
-        member: bytes,
-        event: Event,
-        memory: int,
-    ) -> Delivery:
-        stored_member = b"" if record.packed() == member else member
+    def _delivery(self, name: str, subscription: Subscription, stored: _StoredRetry) -> Delivery:
+        record = stored.record
+        # Another program may have packed the same record differently.
+        stored_member = b"" if record.packed() == stored.member else stored.member
         return Delivery(
             name=name,
             entry=record.entry,
-            event=event,
+            event=stored.event,
             body=record.event,
             subscription=subscription,
             claimed_until=time.monotonic() + self._config.claim_after,
             retry=record,
             stored_member=stored_member,
-            memory=memory + len(stored_member),
+            memory=stored.memory + len(stored_member),
         )
 
     def _postponed_until(self) -> int:
