@@ -20,7 +20,7 @@ from ..transport.connections import (
     takes_no_writes,
     why_no_writes,
 )
-from .message import AgingStreamDestination, Destination, NoWritesError, TooFewReplicasError, whole
+from .message import AgingStreamDestination, Destination, NoWritesError, TooFewReplicasError, pack
 
 logger = get_logger(__name__)
 
@@ -36,8 +36,8 @@ MOST_SKEW = 10.0
 #: Seconds between two comparisons of the clocks.
 COMPARE_AGAIN = 60.0
 
-_PING = whole("PING")
-_ROLE = whole("ROLE")
+_PING = pack("PING")
+_ROLE = pack("ROLE")
 
 
 class PublishConnection:
@@ -255,11 +255,11 @@ class PublishConnection:
         commands = [_PING]
 
         if names:
-            commands.append(whole("SADD", self._names, *names))
+            commands.append(pack("SADD", self._names, *names))
 
         if self._stream:
             # Redis always refuses this id, but it checks first whether it accepts writes.
-            commands.append(whole("XADD", self._stream, "NOMKSTREAM", "0-0", "event", ""))
+            commands.append(pack("XADD", self._stream, "NOMKSTREAM", "0-0", "event", ""))
 
         set_deadline(connection, deadline)
         self._send(connection, self._role_first(b"".join(commands)))
@@ -321,7 +321,7 @@ class PublishConnection:
 
         if name not in self._announcing and name not in self._not_allowed:
             if name not in self._announced:
-                self._announced[name] = whole("SADD", self._names, name)
+                self._announced[name] = pack("SADD", self._names, name)
 
             self._announcing[name] = self._announced[name]
 
@@ -337,7 +337,7 @@ class PublishConnection:
             commands[:0] = self._announcing.values()
 
         if self._replicas:
-            commands.append(whole("WAIT", str(self._replicas), str(self._replicas_ms)))
+            commands.append(pack("WAIT", str(self._replicas), str(self._replicas_ms)))
 
         return b"".join(commands)
 
@@ -352,7 +352,7 @@ class PublishConnection:
     def _time(self, connection: Connection, deadline: float) -> int | None:
         """Return Redis's time in milliseconds; ``None`` if this user may not ask for it."""
         set_deadline(connection, deadline)
-        self._send(connection, whole("TIME"))
+        self._send(connection, pack("TIME"))
 
         try:
             answer = _answer(connection)

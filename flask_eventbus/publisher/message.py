@@ -51,7 +51,7 @@ class ChannelDestination:
     def __init__(self, name: str, key: str) -> None:
         self.name = name
         self.key = key
-        self._head = head(3, "PUBLISH", key)
+        self._head = pack_start(3, "PUBLISH", key)
 
     def command(self, body: bytes) -> bytes:
         """Return ``PUBLISH key body``."""
@@ -72,7 +72,7 @@ class StreamDestination:
         self.name = name
         self.key = key
         self.replicas = replicas
-        self._head = head(8, "XADD", key, "MAXLEN", "~", str(maxlen)) + _FIELD
+        self._head = pack_start(8, "XADD", key, "MAXLEN", "~", str(maxlen)) + _FIELD
 
     def command(self, body: bytes) -> bytes:
         """Return ``XADD key MAXLEN ~ n * event body``."""
@@ -99,7 +99,7 @@ class AgingStreamDestination:
         #: Time of Redis in milliseconds since 1970, from ``TIME`` or the newest entry id; ``None``
         #: while unknown, and then nothing is trimmed.
         self.newest: int | None = None
-        self._head = head(8, "XADD", key, "MINID", "~")
+        self._head = pack_start(8, "XADD", key, "MINID", "~")
 
     def command(self, body: bytes) -> bytes:
         """Return ``XADD key MINID ~ ms * event body``."""
@@ -108,14 +108,14 @@ class AgingStreamDestination:
         return b"%b%b$%d\r\n%b\r\n" % (start, _FIELD, len(body), body)
 
 
-def head(count: int, *words: str) -> bytes:
+def pack_start(count: int, *words: str) -> bytes:
     """Return the start of a command that has ``count`` arguments in total."""
     return b"*%d\r\n" % count + b"".join(map(_word, words))
 
 
-def whole(*words: str) -> bytes:
+def pack(*words: str) -> bytes:
     """Return a complete command, as bytes of the Redis protocol."""
-    return head(len(words), *words)
+    return pack_start(len(words), *words)
 
 
 def _word(word: str) -> bytes:

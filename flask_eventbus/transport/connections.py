@@ -185,12 +185,12 @@ class Connections:
         self.role = Role()
         self._disowned = False
         #: True once a server has refused ``CLIENT SETNAME``; it is not sent again.
-        self._nameless = False
-        self._naming = threading.Lock()
+        self._naming_refused = False
+        self._naming_lock = threading.Lock()
         self._has_connected = False
         #: True while a thread asks the Sentinels for the current master.
         self._is_following = False
-        self._following = threading.Lock()
+        self._follow_lock = threading.Lock()
         self._check()
 
     def open(self, *, timeout: float, within: float | None = None) -> Connection:
@@ -293,7 +293,7 @@ class Connections:
 
     def _show_name(self, connection: Connection) -> None:
         """Set the name that ``CLIENT LIST`` shows, if the user has the right to."""
-        if self._nameless:
+        if self._naming_refused:
             return
 
         # redis-py can send it as well, but it closes the connection if Redis refuses.
@@ -302,8 +302,8 @@ class Connections:
 
         # Redis quotes CLIENT when it refuses the command; a program that is not Redis does not.
         if isinstance(answer, redis.ResponseError) and "client" in str(answer).lower():
-            with self._naming:
-                first, self._nameless = not self._nameless, True
+            with self._naming_lock:
+                first, self._naming_refused = not self._naming_refused, True
 
             # Only nodes are looked up by name, not commands such as "eventbus-status".
             if first and self._name.startswith("eventbus:"):
@@ -402,7 +402,7 @@ class Connections:
         if diversion is not None or not urlsplit(self._url).scheme.endswith("+sentinel"):
             return
 
-        with self._following:
+        with self._follow_lock:
             if self._is_following:
                 return
 
@@ -417,7 +417,7 @@ class Connections:
 
         Return False if no connection is open; the caller then stops.
         """
-        with self._following:
+        with self._follow_lock:
             opened = [item for item in list(self._opened) if getattr(item, "_sock", None)]
 
             if not opened or self._disowned:
@@ -764,12 +764,12 @@ def memory_server(url: str) -> Any:
 def _memory_connection(url: str, options: dict[str, Any]) -> Connection:
     pool = _fakeredis().FakeRedis(server=memory_server(url)).connection_pool
     pool.connection_kwargs.update(options)
-    pool.connection_class = _made_alike(pool.connection_class)
+    pool.connection_class = _memory_class(pool.connection_class)
     return cast(Connection, pool.make_connection())
 
 
 @functools.cache
-def _made_alike(connection_class: Any) -> Any:
+def _memory_class(connection_class: Any) -> Any:
     """Return a subclass that adds what fakeredis lacks: a read timeout, and ``WAIT``.
 
     A server in memory has no replicas. ``WAIT`` reports enough of them, so that a service can be

@@ -148,7 +148,7 @@ class Pipe:
             packed = _ROLE + packed if asks_role else packed
             connection.send_packed_command([packed], check_health=False)
 
-            read = read_reply if most is None else _sparing_reader(connection, most)
+            read = read_reply if most is None else _limited_reader(connection, most)
 
             if asks_role:
                 self._connections.role.check(read(connection))
@@ -178,7 +178,7 @@ class Pipe:
             connection.disconnect()
 
 
-def _sparing_reader(connection: Connection, most: int) -> Callable[[Connection], Any]:
+def _limited_reader(connection: Connection, most: int) -> Callable[[Connection], Any]:
     """Return a variant of :func:`.read_reply` that reads longer values as :class:`Large`."""
     wire = wire_of(connection)
 

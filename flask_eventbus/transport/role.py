@@ -30,7 +30,7 @@ class Role:
     def __init__(self) -> None:
         #: The error reply to ROLE; ``None`` if no server refused it.
         self.refusal: redis.ResponseError | None = None
-        self._refusing = threading.Lock()
+        self._lock = threading.Lock()
 
     @property
     def can_ask(self) -> bool:
@@ -67,7 +67,7 @@ class Role:
             raise NotMasterError(f"The server is a replica of {host}:{port}, not a master")
 
     def _give_up(self, refusal: redis.ResponseError) -> None:
-        with self._refusing:
+        with self._lock:
             first, self.refusal = self.can_ask, refusal
 
         if first:
