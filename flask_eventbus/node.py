@@ -345,7 +345,7 @@ class Node:
                 self.connections,
                 timeout=WRITE_TIMEOUT,
                 names=StreamKeys(self.config.prefix).names,
-                patience=self.config.timeout,
+                sender_timeout=self.config.timeout,
             ),
             node=self._name,
             counters=self.counters,

@@ -94,7 +94,7 @@ def _exchange(node: Node, outgoing: Message) -> Any:
         connections,
         timeout=TIMEOUT,
         names=StreamKeys(node.config.prefix).names,
-        patience=node.config.timeout,
+        sender_timeout=node.config.timeout,
     )
 
     deadline = time.monotonic() + TIMEOUT

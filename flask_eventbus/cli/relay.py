@@ -213,7 +213,7 @@ def _relay(node: Node, outbox: Outbox, batch: int) -> Iterator[Relay]:
         connections,
         timeout=WRITE_TIMEOUT,
         names=StreamKeys(config.prefix).names,
-        patience=config.timeout,
+        sender_timeout=config.timeout,
     )
 
     try:

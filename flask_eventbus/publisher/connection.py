@@ -48,16 +48,16 @@ class PublishConnection:
 
     :param timeout: longest round trip in seconds, connecting included.
     :param names: Redis key of the set of signals that have a stream.
-    :param patience: seconds that a sender waits; limits the wait for replicas.
+    :param sender_timeout: seconds that a sender waits; limits the wait for replicas.
     """
 
     def __init__(
-        self, connections: Connections, *, timeout: float, names: str, patience: float
+        self, connections: Connections, *, timeout: float, names: str, sender_timeout: float
     ) -> None:
         self._connections = connections
         self._timeout = timeout
         self._names = names
-        self._replicas_ms = math.ceil(min(patience * REPLICAS_SHARE, MOST_WAIT) * 1_000)
+        self._replicas_ms = math.ceil(min(sender_timeout * REPLICAS_SHARE, MOST_WAIT) * 1_000)
         self._connection: Connection | None = None
         #: ``SADD`` commands that register the stream of a signal, keyed by signal. They are sent
         #: with each batch, since Redis may have been flushed.

@@ -111,7 +111,7 @@ def directory_of(name: str) -> Path:
         return directory
 
     digest = hashlib.blake2b(os.fsencode(directory), digest_size=8).hexdigest()
-    return Path("/tmp") / directory.parent.name / digest  # noqa: S108 - _own() checks it
+    return Path("/tmp") / directory.parent.name / digest  # noqa: S108 - _make_private() checks it
 
 
 @after_fork
@@ -229,12 +229,12 @@ def _ensure_server(directory: Path, deadline: float) -> None:
     if answers(directory):
         return
 
-    with _alone(directory, deadline):
+    with _start_lock(directory, deadline):
         if not answers(directory):
             _start(directory, deadline)
 
 
-def _own(root: Path) -> None:
+def _make_private(root: Path) -> None:
     """Create the user's directory.
 
     :raises ConfigError: the directory belongs to another user, or others may write to it.
@@ -242,7 +242,7 @@ def _own(root: Path) -> None:
     with contextlib.suppress(FileExistsError):
         root.mkdir(mode=0o700)
 
-    fault = _fault_of(root.lstat())
+    fault = _why_unsafe(root.lstat())
 
     if fault:
         raise ConfigError(
@@ -251,7 +251,7 @@ def _own(root: Path) -> None:
         )
 
 
-def _fault_of(status: os.stat_result) -> str | None:
+def _why_unsafe(status: os.stat_result) -> str | None:
     if not stat.S_ISDIR(status.st_mode):
         return "it is not a directory"
 
@@ -266,7 +266,7 @@ def _fault_of(status: os.stat_result) -> str | None:
 
 def _take_lease(directory: Path) -> int | None:
     """Return the lease file, open and locked; ``None`` while a supervisor removes the directory."""
-    _own(directory.parent)
+    _make_private(directory.parent)
 
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -282,7 +282,7 @@ def _take_lease(directory: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _alone(directory: Path, deadline: float) -> Iterator[None]:
+def _start_lock(directory: Path, deadline: float) -> Iterator[None]:
     """Hold the exclusive lock for starting the server.
 
     The caller holds the lease, so the directory is not removed meanwhile.

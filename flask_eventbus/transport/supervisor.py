@@ -98,8 +98,8 @@ def supervise(directory: Path, executable: str) -> None:
     server = _run(directory, executable)
     threading.Thread(target=_end_when_unused, args=(lease, server), daemon=True).start()
 
-    if _comes_up(server, directory):
-        _say_ready()
+    if _wait_until_answering(server, directory):
+        _report_ready()
 
     server.wait()
     remove_unless_used(directory, lease)
@@ -138,7 +138,7 @@ def _end_when_unused(lease: int, server: subprocess.Popen[bytes]) -> None:
     server.kill()
 
 
-def _comes_up(server: subprocess.Popen[bytes], directory: Path) -> bool:
+def _wait_until_answering(server: subprocess.Popen[bytes], directory: Path) -> bool:
     while server.poll() is None:
         if answers(directory):
             return True
@@ -148,7 +148,7 @@ def _comes_up(server: subprocess.Popen[bytes], directory: Path) -> bool:
     return False
 
 
-def _say_ready() -> None:
+def _report_ready() -> None:
     # The process that started the supervisor may be gone, while others use the server.
     with contextlib.suppress(BrokenPipeError):
         os.write(sys.stdout.fileno(), READY)

@@ -610,7 +610,9 @@ def test_only_what_asked_for_replicas_fails_without_them(
     rules = ["on", ">secret", "~*", "&*", "+@all", *(["-wait"] if refused else [])]
     shared_redis.client.execute_command("ACL", "SETUSER", user, *rules)
     connections = Connections(url.replace("://", f"://{user}:secret@"), name="test")
-    exchange = PublishConnection(connections, timeout=5, names=f"{prefix}:streams", patience=0.1)
+    exchange = PublishConnection(
+        connections, timeout=5, names=f"{prefix}:streams", sender_timeout=0.1
+    )
     ways: list[Destination] = [
         StreamDestination("tick", f"{prefix}:{{tick}}:stream", maxlen=10, replicas=1),
         StreamDestination("tock", f"{prefix}:{{tock}}:stream", maxlen=10),
