@@ -47,7 +47,7 @@ def past_the_end(
         return None
 
     return Alarm(
-        f"{service!r} stands at {id_text(delivered)} in the stream of {name!r}, past its end "
+        f"{service!r} is at {id_text(delivered)} in the stream of {name!r}, past its end "
         f"({id_text(last)}). It gets no event until the ids of new entries are larger. Another "
         "program or a person moved it.",
         f"Move it back to its position: 'eventbus --service {service} seek {name} --to TIME'.",
