@@ -81,7 +81,7 @@ class Listening:
             config=config,
             reader=reader,
             keys=keys,
-            hearing=ChannelSubscriptions(
+            subscriptions=ChannelSubscriptions(
                 service=config.service,
                 keys=keys,
                 reader=reader,

@@ -1,4 +1,4 @@
-"""The supervised loop of a node that listens: it reads, and hands on what it reads."""
+"""Subscribes to channels, and reads their messages in a thread that reconnects."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ logger = get_logger(__name__)
 
 
 class ChannelSubscriptions:
-    """Asks for a service's subscriptions, and notes what Redis answers.
+    """Subscribes one connection to the channels of a service, and records the answers of Redis.
 
-    Any thread may ask; the one that reads notes.
+    Any thread may subscribe. The reading thread calls :meth:`note` with the answers.
 
-    :param subscriptions: what to hear, by name; asked for whenever it may have changed.
+    :param subscriptions: returns the subscriptions of the service, by name or pattern.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ChannelSubscriptions:
         self._keys = keys
         self._reader = reader
         self._subscriptions = subscriptions
-        #: Guards what follows, and is notified whenever any of it changes.
+        #: Guards the attributes below; notified when one of them changes.
         self.changed = threading.Condition()
         self._open = False
         self._asked: set[str] = set()
@@ -55,34 +55,37 @@ class ChannelSubscriptions:
         self._refused: dict[str, str] = {}
 
     @property
-    def complete(self) -> bool:
-        """Whether everything subscribed is confirmed."""
+    def all_confirmed(self) -> bool:
+        """True if Redis has confirmed every subscription."""
         return self._open and _holds(self._confirmed, self._subscriptions())
 
     @property
-    def settled(self) -> bool:
-        """Whether everything subscribed is confirmed or refused."""
+    def all_answered(self) -> bool:
+        """True if Redis has confirmed or refused every subscription."""
         return self._open and _holds(self._answered, self._subscriptions())
 
     @property
     def names(self) -> list[str]:
-        """What is subscribed, confirmed or not."""
+        """The names and patterns to subscribe to, sorted."""
         return sorted(self._subscriptions())
 
     @property
     def refused(self) -> dict[str, str]:
-        """Subscriptions that Redis refuses, with its reasons."""
+        """Subscriptions that Redis refuses, with the errors."""
         return dict(self._refused)
 
     def open(self) -> None:
-        """Begin with a new connection: ask for everything."""
+        """Subscribe to everything on a new connection.
+
+        :raises redis.ConnectionError: if the connection is lost.
+        """
         with self.changed:
             self._open = True
 
         self.ask()
 
     def close(self) -> None:
-        """The connection is gone, and everything with it."""
+        """Forget all answers, after the connection was closed."""
         with self.changed:
             self._open = False
             self._asked.clear()
@@ -92,9 +95,9 @@ class ChannelSubscriptions:
             self.changed.notify_all()
 
     def ask(self) -> None:
-        """Ask for what was subscribed since; nothing without a connection.
+        """Subscribe to what was added; do nothing without a connection.
 
-        :raises redis.ConnectionError: the connection is lost.
+        :raises redis.ConnectionError: if the connection is lost.
         """
         with self.changed:
             if not self._open:
@@ -105,9 +108,9 @@ class ChannelSubscriptions:
             self._request(sorted(new))
 
     def ask_again(self) -> None:
-        """Ask once more for what was refused: an ACL may have changed.
+        """Subscribe again to what was refused, because the ACL may have changed.
 
-        :raises redis.ConnectionError: the connection is lost.
+        :raises redis.ConnectionError: if the connection is lost.
         """
         with self.changed:
             self._asked -= self._refused.keys()
@@ -115,15 +118,15 @@ class ChannelSubscriptions:
         self.ask()
 
     def refresh(self) -> None:
-        """Ask for what was subscribed since, in any thread."""
+        """Subscribe to what was added; ignore a lost connection."""
         try:
             self.ask()
         except OUTAGE as error:
-            # The reading thread meets the same loss and asks for everything anew.
+            # The reading thread notices the loss too, and subscribes to everything again.
             logger.debug("Subscribing waits for the next connection: %s", error)
 
     def note(self, frame: Frame) -> None:
-        """Take up an answer of Redis."""
+        """Record an answer of Redis."""
         if frame.kind not in ("subscribe", "psubscribe", "refused"):
             return
 
@@ -142,10 +145,10 @@ class ChannelSubscriptions:
             self.changed.notify_all()
 
     def subscription_of(self, frame: Frame, name: str) -> Subscription | None:
-        """The subscription that handles the event ``name`` in a frame, if it is to be handled.
+        """Return the subscription that handles the event ``name`` in a frame, or ``None``.
 
-        Redis delivers once per subscription that fits. One of those it has confirmed is to
-        count: that of the name itself, else the first pattern.
+        Redis delivers a message once for each matching subscription. Only one of these copies is
+        handled: that of the name itself, or else that of the first confirmed pattern.
         """
         if frame.kind == "message":
             return self._subscriptions().get(name)
@@ -154,8 +157,8 @@ class ChannelSubscriptions:
             return None
 
         pattern = next((found for found in self._patterns if matches(found.name, name)), None)
-        is_its = pattern and pattern.name == self._keys.name(_as_bytes(frame.subscribed))
-        return pattern if is_its else None
+        is_match = pattern and pattern.name == self._keys.name(_as_bytes(frame.subscribed))
+        return pattern if is_match else None
 
     def _request(self, names: Sequence[str]) -> None:
         plain = [self._keys.key(name) for name in names if not is_pattern(name)]
@@ -188,8 +191,8 @@ class ChannelSubscriptions:
 
         self._refused[name] = reason
         logger.error(
-            "Redis refuses to let %r listen to %r: %s. This service does not hear it. Grant its "
-            "user (+%s &%s) in the ACL.",
+            "Redis refuses to let %r listen to %r: %s. This service does not receive its events. "
+            "Grant its user (+%s &%s) in the ACL.",
             self._service,
             name,
             reason,
@@ -207,21 +210,21 @@ def _as_bytes(key: str | bytes) -> bytes:
     return key.encode() if isinstance(key, str) else key
 
 
-#: Seconds of silence after which the server is asked for a sign of life, and seconds it
-#: has to answer: a peer that hangs is noticed after both.
+#: Seconds without a message after which the server gets a PING, and seconds it has to answer.
+#: A server that hangs is noticed after the sum of both.
 QUIET = 5.0
 DEADLINE = 5.0
 
-#: Seconds between tries to connect, at most: whoever comes back late has missed events.
+#: Longest wait between two attempts to connect, in seconds. Events sent meanwhile are missed.
 MOST_BACKOFF = 1.0
 
 
 class Listener:
-    """Reads what a service subscribed to, and connects again whenever that ends.
+    """Reads messages in its own thread, queues their events, and reconnects after an outage.
 
-    :param hearing: the subscriptions of the reader's connection.
-    :param intake: makes events of what is read.
-    :param pool: where their receivers run.
+    :param subscriptions: the subscriptions of the reader's connection.
+    :param decoder: decodes the messages.
+    :param pool: the worker threads that run the receivers.
     :param app_exists: returns False once the app is gone; the thread then stops.
     """
 
@@ -231,7 +234,7 @@ class Listener:
         config: Config,
         reader: ChannelReader,
         keys: ChannelKeys,
-        hearing: ChannelSubscriptions,
+        subscriptions: ChannelSubscriptions,
         decoder: MessageDecoder,
         pool: WorkerThreads,
         counters: Counters,
@@ -242,38 +245,38 @@ class Listener:
         self._app_exists = app_exists
         self._reader = reader
         self._keys = keys
-        self._hearing = hearing
+        self._subscriptions = subscriptions
         self._decoder = decoder
         self._pool = pool
         self._counters = counters
         self._node = node
-        #: A connection that comes and goes is not to fill the log.
+        # Bounded, so that an unstable connection does not fill the log.
         self._log = BoundedLog(logger)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._lost_since: float | None = None
         self._was_connected = False
-        #: When bytes last came, by the monotonic clock.
+        #: Monotonic time at which the last bytes arrived.
         self.last_heard: float | None = None
 
     @property
     def is_own_thread(self) -> bool:
-        """Whether the calling thread is the one that reads."""
+        """Return True if the calling thread is the reading thread."""
         return threading.current_thread() is self._thread
 
     @property
     def connected(self) -> bool:
-        """Whether everything subscribed is confirmed on a connection that answers."""
+        """True if the thread runs, and Redis has confirmed every subscription."""
         lives = self._thread is not None and self._thread.is_alive()
-        return lives and self._hearing.complete
+        return lives and self._subscriptions.all_confirmed
 
     @property
     def refused(self) -> dict[str, str]:
-        """Subscriptions that Redis refuses, with its reasons."""
-        return self._hearing.refused
+        """Subscriptions that Redis refuses, with the errors."""
+        return self._subscriptions.refused
 
     def start(self) -> None:
-        """Start the threads, once."""
+        """Start the thread unless it was started before."""
         if self._thread is not None:
             return
 
@@ -282,20 +285,23 @@ class Listener:
         self._thread.start()
 
     def refresh(self) -> None:
-        """Subscribe to what was added meanwhile."""
-        self._hearing.refresh()
+        """Subscribe to what was added."""
+        self._subscriptions.refresh()
 
     def ready(self, timeout: float | None) -> bool:
-        """Wait until everything subscribed is confirmed; whether it was in time."""
-        with self._hearing.changed:
-            self._hearing.changed.wait_for(
+        """Wait until Redis has confirmed every subscription; return False if it has not.
+
+        :param timeout: maximum time to wait in seconds; ``None`` to wait without limit.
+        """
+        with self._subscriptions.changed:
+            self._subscriptions.changed.wait_for(
                 lambda: self.connected or self._stopping.is_set(), timeout
             )
 
         return self.connected
 
     def stop(self) -> None:
-        """Let the thread stop reading. What was read waits in the pool."""
+        """Tell the thread to stop reading. Events that were read stay queued in the pool."""
         if self._thread is None:
             return
 
@@ -303,25 +309,33 @@ class Listener:
         self._wake()
 
     def end(self, deadline: float) -> None:
-        """Wait for the thread's end until the deadline; it may wait for a server that hangs."""
+        """Wait until the thread has ended, or until the deadline.
+
+        The thread may still run afterwards, for example while a server hangs.
+
+        :param deadline: monotonic time.
+        """
         if self._thread is not None:
             self._thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
-        """In a forked child: end what came along of it, which for greenlets is everything."""
+        """Mark the thread as stopped; call it in a forked child.
+
+        With greenlets, the thread itself is copied into the child.
+        """
         self._stopping = threading.Event()
         self._stopping.set()
-        # Nobody is to be told of the connection that is lost with this.
+        # So that the child does not report the connection as lost.
         self._lost_since = time.monotonic()
 
     def _wake(self) -> None:
-        with self._hearing.changed:
-            self._hearing.changed.notify_all()
+        with self._subscriptions.changed:
+            self._subscriptions.changed.notify_all()
 
         try:
             self._reader.ping()
         except OUTAGE as error:
-            logger.debug("The reader wakes by itself: %s", error)
+            logger.debug("Could not wake the reader with a PING: %s", error)
 
     # -- the reading thread ---------------------------------------------------------------
 
@@ -334,7 +348,7 @@ class Listener:
             except OUTAGE as error:
                 self._lost(error)
             except Exception as error:
-                self._log.error("failed", "The listener failed; it connects anew.", exc_info=error)
+                self._log.error("failed", "The listener failed; it reconnects.", exc_info=error)
                 self._lost(error)
             finally:
                 self._close()
@@ -349,7 +363,7 @@ class Listener:
 
     def _listen(self, backoff: Backoff) -> None:
         self._reader.connect()
-        self._hearing.open()
+        self._subscriptions.open()
         heard = asked_again = time.monotonic()
         asked: float | None = None
 
@@ -368,23 +382,21 @@ class Listener:
             elif asked is not None and now - asked >= DEADLINE:
                 raise redis.TimeoutError(f"Redis did not answer a PING within {DEADLINE:g} s.")
 
-            if self._hearing.refused and now - asked_again >= QUIET:
+            if self._subscriptions.refused and now - asked_again >= QUIET:
                 asked_again = now
-                self._hearing.ask_again()
+                self._subscriptions.ask_again()
 
     def _close(self) -> None:
-        self._hearing.close()
+        self._subscriptions.close()
         self._reader.close()
 
     def _lost(self, error: Exception) -> None:
         if self._lost_since is not None:
             return
 
-        # A server that hung, or that was replaced unseen, said nothing since it was last heard.
+        # If the server hung or was replaced, events are missing since its last bytes.
         self._lost_since = time.monotonic() if self.last_heard is None else self.last_heard
-        self._log.warning(
-            "lost", "The listener lost Redis (%s); it connects again by itself.", error
-        )
+        self._log.warning("lost", "The listener lost Redis (%s); it reconnects by itself.", error)
         emit(listener_lost, self._config.service, error=error)
 
     def _accept(self, frames: Sequence[Frame]) -> None:
@@ -403,13 +415,16 @@ class Listener:
                 self._counters.add("received", len(batch))
 
     def _event(self, frame: Frame) -> tuple[Event, int] | None:
-        """The event of a frame and its memory, if it is one that this service is to handle."""
+        """Return the event of a frame and its memory use in bytes.
+
+        Return ``None`` if the frame has no event, or this service does not handle it.
+        """
         if frame.kind not in ("message", "pmessage"):
             self._note(frame)
             return None
 
         name = self._keys.name(frame.channel)
-        subscription = self._hearing.subscription_of(frame, name)
+        subscription = self._subscriptions.subscription_of(frame, name)
 
         if subscription is None:
             return None
@@ -417,9 +432,11 @@ class Listener:
         return self._decoder.event(name, frame.body, subscription)
 
     def _note(self, frame: Frame) -> None:
-        self._hearing.note(frame)
+        self._subscriptions.note(frame)
 
-        if self._hearing.settled and (self._lost_since is not None or not self._was_connected):
+        if self._subscriptions.all_answered and (
+            self._lost_since is not None or not self._was_connected
+        ):
             self._connected()
 
     def _connected(self) -> None:
@@ -428,12 +445,12 @@ class Listener:
         seconds = 0.0 if lost_since is None else time.monotonic() - lost_since
 
         if not reconnected:
-            logger.info("Listening to %s.", ", ".join(self._hearing.names))
+            logger.info("Listening to %s.", ", ".join(self._subscriptions.names))
 
         if lost_since is not None:
             self._log.warning(
                 "connected",
-                "The listener is back after %.1f s; channel events of that time may be missed.",
+                "The listener is back after %.1f s. Channel events sent meanwhile may be missed.",
                 seconds,
             )
 

@@ -1,4 +1,4 @@
-"""Bytes over pub/sub: the names of channels, and a connection that listens."""
+"""A pub/sub connection: subscribes to channels and reads their messages."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from ..transport.role import NotMasterError
 
 logger = get_logger(__name__)
 
-#: Seconds one read waits for bytes: how often an idle reader looks around.
+#: Seconds that one read waits for bytes. After each, the reading thread checks whether to stop.
 TICK = 1.0
 
-#: Seconds that it may take to connect.
+#: Maximum time to connect, in seconds.
 CONNECT = 2.0
 
-#: Messages taken from the wire at once, so that one lock serves many of them.
+#: Maximum number of messages that one read returns, to lock the queue once for all of them.
 BATCH = 256
 
-#: Bytes of messages after which no more are taken at once.
+#: Size of the messages in bytes above which a read returns.
 BATCH_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a reader got: a body on a channel, or the server's answer to a command."""
+    """A message from a channel, or the server's answer to a command."""
 
-    #: ``message``, ``pmessage``, or ``subscribe``, ``pong``, ...; ``refused`` for an error.
+    #: ``message``, ``pmessage``, ``subscribe``, ``pong``, ...; ``refused`` for an error.
     kind: str
-    #: The channel or pattern that was subscribed.
+    #: The channel or pattern of the subscription.
     subscribed: str | bytes
     channel: bytes = b""
-    #: The event's bytes, or the error's text.
+    #: The encoded event, or the text of the error.
     body: bytes = b""
 
 
@@ -58,42 +58,42 @@ class ChannelReader:
         self._connections = connections
         self._connection: Connection | None = None
         self._sending = threading.Lock()
-        #: What was asked and not answered yet: the server answers in order.
+        #: Channels and patterns whose answer is outstanding. The server answers in order.
         self._asked: deque[str] = deque()
-        #: A second connection, to ask for the server's role: one that subscribed may not.
+        #: A second connection for ``ROLE``, which a subscribed connection may not send.
         self._aside: Connection | None = None
 
     def connect(self) -> None:
-        """Connect anew.
+        """Close the connection and open a new one.
 
-        :raises redis.ConnectionError: Redis cannot be reached, or refuses.
+        :raises redis.ConnectionError: if Redis is unreachable or refuses the connection.
         """
         self.close()
         self._asked.clear()
         self._connection = self._connections.open(timeout=TICK, within=CONNECT)
 
     def subscribe(self, keys: Iterable[str], *, patterns: bool) -> None:
-        """Ask for channels, each by itself, so that one refusal does not refuse the others."""
+        """Subscribe to channels, with one command for each, so that each may be refused alone."""
         command = "PSUBSCRIBE" if patterns else "SUBSCRIBE"
         self._send([(command, key) for key in keys])
 
     def ping(self) -> None:
-        """Ask for a sign of life, which also wakes the reading thread."""
+        """Send a PING. Its answer shows that the server is alive, and wakes the reading thread."""
         self._send([("PING",)])
 
     def check_role(self) -> None:
-        """Find out whether the server is a master; only the reading thread may.
+        """Check that the server is still a master. Only the reading thread may call this.
 
-        That there is no answer says nothing: the PING finds a server that hangs.
+        A missing answer is ignored: the PING detects a server that hangs.
 
-        :raises NotMasterError: it is a replica by now.
+        :raises NotMasterError: if the server is a replica now.
         """
         if not self._connections.asks_role(0.0):
             return
 
         try:
             if self._aside is None:
-                # This asks as well.
+                # Opening a connection checks the role, too.
                 self._aside = self._connections.open(timeout=TICK)
                 return
 
@@ -103,16 +103,15 @@ class ChannelReader:
         except NotMasterError:
             raise
         except OUTAGE as error:
-            logger.debug("The server does not tell its role: %s", error)
+            logger.debug("Could not get the role of the server: %s", error)
             self._close_aside()
 
     def read(self) -> list[Frame]:
-        """Wait up to :data:`TICK` seconds and return what came, in order; often nothing.
+        """Wait up to :data:`TICK` seconds for messages, and return them in order.
 
-        What arrived of a message when the wait ended stays, and the next call goes on
-        with it.
+        The first part of a message that is still incomplete is kept for the next call.
 
-        :raises redis.ConnectionError: the connection is lost.
+        :raises redis.ConnectionError: if the connection is lost.
         """
         connection = self._connection
 
@@ -129,14 +128,14 @@ class ChannelReader:
                 frames.append(self._frame(connection))
                 size += len(frames[-1].body)
         except redis.TimeoutError:
-            # Nothing more within the tick; an unfinished message waits in the parser.
+            # No more messages in time. The parser keeps an incomplete one.
             return frames
 
         return frames
 
     def close(self) -> None:
-        """Close the connection. Only the reading thread may."""
-        # Sending on a connection that was closed would open it again, and nobody would read it.
+        """Close the connection. Only the reading thread may call this."""
+        # redis-py reopens a closed connection when something is sent, and no thread would read it.
         with self._sending:
             connection, self._connection = self._connection, None
 
@@ -174,7 +173,9 @@ class ChannelReader:
         try:
             return self._frame_of(reply)
         except (AttributeError, LookupError, TypeError) as error:
-            raise redis.InvalidResponse(f"{short(reply)} is no answer to a listener.") from error
+            raise redis.InvalidResponse(
+                f"{short(reply)} is not a pub/sub message or an answer to SUBSCRIBE or PING."
+            ) from error
 
     def _frame_of(self, reply: Any) -> Frame:
         if isinstance(reply, bytes):
