@@ -173,7 +173,7 @@ class Attempts:
             if self._group.record_start(name, delivery.entry, times=times):
                 return True
 
-            # Past its time another worker may have handled it.
+            # After the claim expired, another worker may have handled the entry.
             return (
                 time.monotonic() < delivery.claimed_until
                 and bool(self._reclaimer.restore(name, [delivery]))

@@ -218,8 +218,8 @@ class Reclaimer:
         # Deliveries in flight are idle as well if they could not be renewed in time.
         most = room + len(self._in_flight) + 1
         pending = self._group.pending(name, idle=idle, consumer=consumer, most=most)
-        foreign = set(self._in_flight.missing(name, [found.id for found in pending]))
-        stale = [found for found in pending if found.id in foreign]
+        missing = set(self._in_flight.missing(name, [found.id for found in pending]))
+        stale = [found for found in pending if found.id in missing]
 
         # Released entries have no owner, whatever the clock says.
         if stale and consumer != RELEASED and not self._is_clock_steady():
@@ -254,34 +254,34 @@ class Reclaimer:
         gone = [entries[found.id] for found in stale if entries[found.id].fields is None]
         mine = self._group.claim(name, present, idle=idle)
         times = {found.id: found.times for found in present}
-        found = self._decoder.decode(
+        decoded = self._decoder.decode(
             [entries[id] for id in times if id in mine], {name: subscription}
         )
 
         if gone:
             self._acknowledge_trimmed(name, [entry.id for entry in gone])
 
-        killers = self._count_crashes(found.deliveries, times, subscription)
+        given_up = self._count_crashes(decoded.deliveries, times, subscription)
         self._queue_deliveries(
-            [delivery for delivery in found.deliveries if delivery not in killers], name
+            [delivery for delivery in decoded.deliveries if delivery not in given_up], name
         )
         self._acknowledger.write(
-            [self._outcomes.skipped(entry) for entry in found.skipped]
-            + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
-            + [self._outcomes.give_up(killer, "killed", _killed(killer)) for killer in killers]
+            [self._outcomes.skipped(entry) for entry in decoded.skipped]
+            + [self._outcomes.rejected(entry, letter) for entry, letter in decoded.dead]
+            + [self._outcomes.give_up(found, "killed", _killed(found)) for found in given_up]
         )
 
     def _count_crashes(
         self, deliveries: Sequence[Delivery], times: Mapping[str, int], subscription: Subscription
     ) -> list[Delivery]:
         """Set ``crashes`` of deliveries; return those that exceeded the limit."""
-        killers: list[Delivery] = []
+        given_up: list[Delivery] = []
 
         for delivery in deliveries:
             count = times[delivery.entry]
             most = max(1, self._retries_of(subscription, delivery.event))
 
-            if not self._is_possible(delivery.entry, count, most):
+            if not self._is_possible_count(delivery.entry, count, most):
                 alarm = set_count(delivery.name, self._config.service, delivery.entry, count)
                 self.report(delivery.name, alarm)
                 count = 1
@@ -290,11 +290,11 @@ class Reclaimer:
             delivery.event = replace(delivery.event, attempt=count + 1)
 
             if count > most:
-                killers.append(delivery)
+                given_up.append(delivery)
 
-        return killers
+        return given_up
 
-    def _is_possible(self, id: str, count: int, most: int) -> bool:
+    def _is_possible_count(self, id: str, count: int, most: int) -> bool:
         """Return True if workers can have caused this delivery count.
 
         :param count: the number of deliveries that Redis shows.
