@@ -1,4 +1,4 @@
-"""Asks a server whether a user may do with streams what a service does with them."""
+"""Check who may connect to a server, and the rights of a user for streams."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from ..transport.keys import StreamKeys
 from ..transport.pipe import Command
 from .findings import Finding, error, note, ok, warning
 
-#: Commands whose rights are given by their second word.
+#: Commands whose rights name their subcommand as well.
 _CONTAINERS = ("XINFO", "XGROUP")
 
-#: Commands without which a worker reads, and does not look after what it reads.
+#: Commands without which a worker still reads, and does not maintain the group.
 _SPARED = frozenset({"XINFO", "XPENDING"})
 
-#: How a server answers what it would do if it were meant: a number that is none, a transaction
-#: that has not begun, and what cannot be said inside of one.
+#: Words of errors that show that the user has the right: the ACL let the command pass, and an
+#: argument that is invalid on purpose was refused.
 _HARMLESS = (
     *("not an integer", "Invalid stream ID", "requires the key to exist"),
     *("without MULTI", "inside MULTI", "inside a transaction"),
 )
 
-#: What is in the place of an id, or of a number, in a command that is never done.
+#: An id, and an invalid number, in commands that are never executed.
 _ID = "0-1"
 _NO_NUMBER = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A command that a service uses, and what has to be granted for it in the ACL."""
+    """A command that a service uses, and the keys that the ACL must grant for it."""
 
     command: Command
     #: The keys, as a pattern; empty for a command that has none.
@@ -50,32 +50,32 @@ class Need:
 
     @property
     def right(self) -> str:
-        """``+xadd``, ``+xinfo|stream``."""
+        """The right as the ACL writes it: ``+xadd``, ``+xinfo|stream``."""
         words = self.command[: 1 + (self.command[0] in _CONTAINERS)]
         return "+" + "|".join(map(str, words)).lower()
 
     @property
     def shown(self) -> str:
-        """``XADD``, ``XINFO STREAM``."""
+        """The command as shown to users: ``XADD``, ``XINFO STREAM``."""
         return self.right[1:].replace("|", " ").upper()
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why something that a service needs is not to be had."""
+    """A command that a service needs, and the error with which Redis refuses it."""
 
     need: Need
     reason: redis.ResponseError
 
     @property
     def is_unknown(self) -> bool:
-        """Whether the server does not know the command."""
+        """True if the server does not know the command."""
         return "unknown command" in str(self.reason)
 
     @property
     def is_right(self) -> bool:
-        """Whether a right in the ACL is all that is missing."""
-        # Of EXEC it is only said that the transaction is discarded because of it.
+        """True if the user lacks a right in the ACL."""
+        # For EXEC the error only mentions it: the transaction was discarded because of NOPERM.
         return (
             isinstance(self.reason, redis.exceptions.NoPermissionError)
             or "NOPERM" in f"{self.reason}"
@@ -83,9 +83,9 @@ class Refusal:
 
 
 def check_stream_rights(open_server: Callable[[], Server], node: Node) -> Iterator[Finding]:
-    """Try what the routes and subscriptions of a node need; nothing of it is done.
+    """Check the rights that the routes and subscriptions of a node need, without any effect.
 
-    :param open_server: connects; each connection is closed in the middle of a transaction.
+    :param open_server: opens a connection; each is closed in the middle of a transaction.
     """
     overview = Overview(node)
     published = overview.published_names(via="stream")
@@ -98,9 +98,6 @@ def check_stream_rights(open_server: Callable[[], Server], node: Node) -> Iterat
     if read:
         with open_server() as server:
             yield from _check_read(server, node.config, read)
-
-
-# -- what is published --------------------------------------------------------------------
 
 
 def _check_published(server: Server, node: Node, names: Iterable[str]) -> Iterator[Finding]:
@@ -120,7 +117,7 @@ def _check_published(server: Server, node: Node, names: Iterable[str]) -> Iterat
 def _needs_of_publisher(node: Node, keys: StreamKeys, name: str) -> Iterator[Need]:
     key = keys.stream(name)
     replicas = node.route_for(name).replicas
-    # A limit that is no number is refused by the command itself, after the ACL has let it pass.
+    # The command refuses an invalid limit itself, after the ACL has let it pass.
     yield Need(("XADD", key, "MAXLEN", "~", _NO_NUMBER, "*", "event", ""), key)
 
     if node.config.replicas if replicas is None else replicas:
@@ -129,13 +126,10 @@ def _needs_of_publisher(node: Node, keys: StreamKeys, name: str) -> Iterator[Nee
 
 def _unannounced(found: list[Refusal]) -> Finding:
     return warning(
-        f"It does not let this user note the names of its streams: {_why(found)}. Patterns, 'tail' "
-        "and 'status' find them once somebody else has.",
+        f"It does not let this user register its streams: {_why(found)}. Patterns, 'tail' and "
+        "'status' do not find them until another publisher has registered them.",
         _remedy(found),
     )
-
-
-# -- what is read -------------------------------------------------------------------------
 
 
 def _check_read(
@@ -155,12 +149,12 @@ def _check_read(
 def _is_kept_out(
     server: Server, subscription: Subscription, keys: StreamKeys, config: Config
 ) -> bool:
-    """Whether a signal is heard over its channel alone, since this user may make no group."""
+    """Return True if the service hears only the channel, since it may not create a group."""
     if subscription.via is not None or not subscription.group:
         return False
 
     key = keys.stream(subscription.name)
-    # Made for nobody: the place that it is to begin at is none.
+    # The start is invalid on purpose, so that no group is created.
     made = Need(("XGROUP", "CREATE", key, config.service, _NO_NUMBER), key)
     return any(refusal.is_right for refusal in _refusals(server, [made]))
 
@@ -173,18 +167,19 @@ def _kept_out(subscription: Subscription, keys: StreamKeys, config: Config) -> F
         *(Need(("MULTI",)), Need(("EXEC",))),
     ]
     return warning(
-        f"It does not let this user read the stream of {name!r}, which is heard over its channel "
-        "alone.",
-        f"Hear it via 'channel', or grant the user in the ACL: {_listed_grants(needs)}.",
+        f"It does not let this user read the stream of {name!r}, so the service hears only its "
+        "channel.",
+        "Set via='channel' in the subscription, or grant the user in the ACL: "
+        f"{_listed_grants(needs)}.",
     )
 
 
 def _check_inside(
     server: Server, config: Config, subscriptions: list[Subscription]
 ) -> Iterator[Finding]:
-    """Try the commands inside of a transaction, where they are only looked at."""
+    """Try the commands in a transaction, where Redis checks them and does not run them."""
     keys = StreamKeys(config.prefix)
-    # Before the transaction: inside of it one would be meant, and the other is not looked at.
+    # Before MULTI: inside, EXEC would run the transaction, and WATCH is not checked.
     found = _refusals(server, [Need(("EXEC",))])
     unwatched = {
         each.name: _refusals(server, [_watch(keys.retry(each.name, config.service))])
@@ -194,12 +189,12 @@ def _check_inside(
     begins = _refusals(server, [Need(("MULTI",))])
 
     if any(each.group for each in subscriptions) and (found or begins):
-        yield _finding("It does not let this user settle events of streams", found + begins)
+        yield _finding("It does not let this user acknowledge events of streams", found + begins)
 
     if begins:
         yield note(
-            "Which streams this user may read cannot be known without a transaction.",
-            "To have it checked, allow '+multi' in the ACL.",
+            "The right to read streams was not checked, since that takes a transaction.",
+            "To check it, grant '+multi' in the ACL.",
         )
         return
 
@@ -224,8 +219,8 @@ def _check_each(
         if found and all(refusal.need.command[0] in _SPARED for refusal in found):
             yield warning(
                 f"It lets this user read the stream of {subscription.name!r} {reader}, and not "
-                f"look after it: {_why(found)}. What other workers leave, or what is trimmed, goes "
-                "unnoticed.",
+                f"maintain its group: {_why(found)}. The service does not notice events that dead "
+                "workers left, or that were trimmed.",
                 _remedy(found),
             )
         elif found:
@@ -245,7 +240,7 @@ def _needs_of(subscription: Subscription, keys: StreamKeys, config: Config) -> I
 
     yield from _needs_of_group(keys.stream(name), service)
     yield Need(("SADD", keys.names, name), keys.names)
-    # Retries of signals that the service no longer subscribes to are found by it.
+    # Finds retries of signals that the service no longer subscribes to.
     yield Need(("SMEMBERS", keys.names), keys.names)
     yield Need(("TIME",))
 
@@ -311,11 +306,8 @@ def _needs_of_retries(key: str) -> Iterator[Need]:
     return (Need(command, key) for command in commands)
 
 
-# -- how it is asked ----------------------------------------------------------------------
-
-
 def _begins(server: Server) -> bool:
-    """Begin a transaction, in which everything is only looked at; whether it was allowed to."""
+    """Start a transaction, in which commands are only checked; return True if Redis allows it."""
     return not _refusals(server, [Need(("MULTI",))])
 
 
@@ -339,16 +331,24 @@ def _remedy(found: list[Refusal]) -> str:
         if all(refusal.need.command[0] in _SPARED for refusal in unknown):
             return "Take the command out of 'rename-command' in the server's configuration."
 
-        return "Use Redis 6.2 or later, or Valkey: this server has no such streams."
+        return "Use Redis 6.2 or later, or Valkey: this server does not know the command."
 
     if grants := _grants(found):
         return f"Grant the user in the ACL: {grants}."
 
-    return "Correct what it complains of."
+    reasons = " ".join(str(refusal.reason) for refusal in found)
+
+    if "WRONGTYPE" in reasons:
+        return "Set another 'EVENTBUS_PREFIX', or delete the key that another program has written."
+
+    if "OOM" in reasons:
+        return "Raise 'maxmemory' of the server, or delete what fills it."
+
+    return "Fix what the error names; the log of the Redis server may say more. Then check again."
 
 
 def _why(found: list[Refusal]) -> str:
-    """What the server says of the first, and the commands of all."""
+    """Return the first error that is not a missing right; otherwise the missing rights."""
     first = next((refusal for refusal in found if not refusal.is_right), None)
 
     if first is not None:
@@ -364,7 +364,7 @@ def _grants(found: list[Refusal]) -> str:
 
 
 def _listed_grants(needs: Iterable[Need]) -> str:
-    """The rights for each pattern of keys: what an ACL takes as a selector."""
+    """Return the rights for each pattern of keys, as the ACL takes them."""
     by_keys: dict[str, dict[str, None]] = {}
 
     for need in needs:
@@ -380,20 +380,23 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-#: What a server says to whoever reaches it and may do everything.
+#: Text of the finding that a server has no password.
 _ALL_RIGHTS = (
-    "Whoever reaches it is let in as 'default', without a password, and may do everything: read, "
-    "change and delete every stream."
+    "Anyone who can connect to it becomes 'default', without a password, and may do everything: "
+    "read, change and delete every stream."
 )
 
 _CLOSE = (
-    "Give each service a user of its own, and close this one: 'user default off resetpass ~* &* "
+    "Give each service a user of its own, and disable 'default': 'user default off resetpass ~* &* "
     "+@all'. See docs/deploying.md."
 )
 
 
 def check_access(url: str, deadline: float = math.inf) -> Iterator[Finding]:
-    """Look at how a URL reaches its server, and at who else is let in there, by a deadline."""
+    """Check the encryption of a connection, and whether the server needs a password.
+
+    :param deadline: monotonic time at which waiting for the server ends.
+    """
     scheme = urlsplit(url).scheme
 
     if scheme in ("embedded", "memory"):
@@ -403,12 +406,12 @@ def check_access(url: str, deadline: float = math.inf) -> Iterator[Finding]:
     yield from check_transport(url, is_here=is_here)
 
     if scheme in ("redis", "rediss", "unix") and is_open(url, deadline):
-        # Other programs of this machine may do so, and those are usually one's own.
+        # On this machine only local programs can connect, which is usual in development.
         yield note(_ALL_RIGHTS, _CLOSE) if is_here else warning(_ALL_RIGHTS, _CLOSE)
 
 
 def check_transport(url: str, *, is_here: bool) -> Iterator[Finding]:
-    """Look at what a URL says about TLS.
+    """Check the TLS options of a URL.
 
     :param is_here: True if the server is on this machine.
     """
@@ -420,25 +423,24 @@ def check_transport(url: str, *, is_here: bool) -> Iterator[Finding]:
         if options.get("ssl_cert_reqs", "required") not in ("required", "2", "cert_required"):
             yield warning(
                 "The server's certificate is not verified ('ssl_cert_reqs' in 'EVENTBUS_URL'): "
-                "whoever is between may pass for the server, and learns the password.",
-                "Take 'ssl_cert_reqs' out, and name the authority: "
+                "an attacker in the network can impersonate the server and read the password.",
+                "Remove 'ssl_cert_reqs', and name the certificate authority: "
                 "'ssl_ca_certs=/etc/eventbus/ca.crt'.",
             )
         elif options.get("ssl_check_hostname", "true") in ("false", "0", "no", "off"):
             yield warning(
                 "The name in the server's certificate is not compared with the host "
-                "('ssl_check_hostname' in 'EVENTBUS_URL'): any certificate of the authority will "
-                "do.",
+                "('ssl_check_hostname' in 'EVENTBUS_URL'): any certificate of the authority is "
+                "accepted.",
                 "Set 'ssl_check_hostname=true'.",
             )
     elif not is_here:
         yield warning(
             f"'EVENTBUS_URL' begins with '{parts.scheme}://', and its server is not on this "
             "machine: passwords and events travel unencrypted.",
-            f"Use '{parts.scheme.replace('redis', 'rediss')}://', or a network in which nobody "
-            "else is."
+            f"Use '{parts.scheme.replace('redis', 'rediss')}://', or a private network."
             if parts.scheme != "redis+cluster"
-            else "It does not speak TLS in this version: use a network in which nobody else is.",
+            else "'redis+cluster' has no TLS in this version: use a private network.",
         )
 
 
@@ -449,7 +451,7 @@ def hosts_of(url: str) -> list[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Return True if a host is this machine itself; a name is one only as 'localhost'."""
+    """Return True if a host is a loopback address, or the name 'localhost'."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -457,7 +459,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_open(url: str, deadline: float) -> bool:
-    """Return True if the server lets anybody in without a password, with all rights."""
+    """Return True if the server gives all rights to users without a password."""
     parts = urlsplit(url)
     query = "&".join(
         option
@@ -479,6 +481,6 @@ def is_open(url: str, deadline: float) -> bool:
 
     facts = dict(zip(answer[::2], answer[1::2], strict=True))
     keys = facts[b"keys"]
-    # A list before Redis 7.
+    # A list of keys before Redis 7, a string since.
     is_everywhere = b"*" in (key.strip(b"~") for key in getattr(keys, "split", lambda: keys)())
     return facts[b"commands"].split() == [b"+@all"] and is_everywhere

@@ -1,4 +1,4 @@
-"""Whether there is a database for what waits for its commits, and a table for the outbox."""
+"""Check the database session and the outbox table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .findings import Finding, error, note, ok
 
 
 def check_database(node: Node) -> Iterator[Finding]:
-    """Look at what the routes with ``after_commit`` and ``outbox`` need."""
+    """Check what routes with ``after_commit`` or ``outbox`` need."""
     waiting = [route for route in node.routes.values() if route.after_commit or route.outbox]
 
     if not waiting:
@@ -30,10 +30,10 @@ def check_database(node: Node) -> Iterator[Finding]:
 def _no_session(routes: Sequence[Route]) -> Finding:
     names = ", ".join(sorted(repr(route.name) for route in routes))
     return error(
-        f"There is no database session, for whose commit {names} "
-        f"{'waits' if len(routes) == 1 else 'wait'}: sending fails.",
-        "Call db.init_app(app) of Flask-SQLAlchemy, name the session with "
-        "bus.register_session(session), or take 'after_commit' and 'outbox' off the route.",
+        f"{names} {'waits' if len(routes) == 1 else 'wait'} for a database commit, and there is no "
+        "database session: sending fails.",
+        "Call db.init_app(app) of Flask-SQLAlchemy, register the session with "
+        "bus.register_session(session), or remove 'after_commit' and 'outbox' from the route.",
     )
 
 
@@ -45,14 +45,14 @@ def _check_outbox(session: Any) -> Iterator[Finding]:
     try:
         engine = engine_of(session, TABLE)
     except ConfigError as unknown:
-        yield note(f"The outbox was not looked at. {unknown}")
+        yield note(f"The outbox was not checked. {unknown}")
         return
 
     outbox = Outbox(engine)
 
     if engine.dialect.is_async:
         yield note(
-            f"The outbox in {outbox.shown} was not looked at: {engine.url.drivername!r} is an "
+            f"The outbox in {outbox.shown} was not checked: {engine.url.drivername!r} is an "
             "asynchronous driver."
         )
         return
@@ -62,10 +62,9 @@ def _check_outbox(session: Any) -> Iterator[Finding]:
             yield from _check_waiting(outbox)
         else:
             yield error(
-                f"{outbox.shown} has no table {NAME!r}: sending what goes by the outbox fails.",
+                f"{outbox.shown} has no table {NAME!r}: sending events of the outbox fails.",
                 "Create it by a migration, from flask_eventbus.database.outbox.table(metadata), or "
-                "with "
-                "'flask eventbus relay --create-table'.",
+                "with 'flask eventbus relay --create-table'.",
             )
     except DATABASE_OUTAGE as failure:
         yield error(
@@ -80,5 +79,5 @@ def _check_waiting(outbox: Any) -> Iterator[Finding]:
     if count := outbox.count():
         yield note(
             f"There {'is' if count == 1 else 'are'} {counted(count, 'event')} in the outbox.",
-            "A relay publishes them: flask eventbus relay",
+            "Run a relay to publish them: flask eventbus relay",
         )

@@ -1,4 +1,4 @@
-"""Looks a program and its server over, and says what is wrong and what to do."""
+"""Run all checks of a program and its server."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Finding", "check"]
 
 
 def check(node: Node, *, program: bool = True) -> list[Finding]:
-    """Everything that can be known of a node before an event passes.
+    """Return the findings about a node's program, database and server.
 
-    Nothing is published, no receiver runs, and the service does not begin to listen.
+    Nothing is published, no receiver runs, and the service does not start to listen.
 
-    :param program: whether the node has a program whose routes and receivers count;
-        without one only the server is looked at, and the listeners of all services.
+    :param program: True if the node has routes and receivers to check. If False, only the server
+        and the listeners of all services are checked.
     """
     service = node.config.service if program else None
     about_program = _check_program(node) if program else []

@@ -1,4 +1,4 @@
-"""What a check found: how bad it is, what it is, and what to do."""
+"""A finding of a check: its level, its text and its remedy."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ Level = Literal["error", "warning", "note", "ok"]
 class Finding:
     """One fact about a program or its server.
 
-    ``error``: something will not work. ``warning``: it may surprise. ``note``: good to know,
-    or could not be looked at. ``ok``: looked at, and as it should be.
+    ``error``: something does not work. ``warning``: something may go wrong later. ``note``: good
+    to know, or not checked. ``ok``: checked and fine.
     """
 
     level: Level
     text: str
-    #: What to do; empty where nothing is to be done.
+    #: How to fix it; empty if there is nothing to fix.
     remedy: str = ""
 
 
 def error(text: str, remedy: str) -> Finding:
-    """Something will not work."""
+    """Return a finding that something does not work."""
     return Finding("error", text, remedy)
 
 
 def warning(text: str, remedy: str) -> Finding:
-    """Something may surprise."""
+    """Return a finding that something may go wrong later."""
     return Finding("warning", text, remedy)
 
 
 def note(text: str, remedy: str = "") -> Finding:
-    """Something good to know, or that could not be looked at."""
+    """Return a finding that is good to know, or that something was not checked."""
     return Finding("note", text, remedy)
 
 
 def ok(text: str) -> Finding:
-    """Something is as it should be."""
+    """Return a finding that something is fine."""
     return Finding("ok", text)

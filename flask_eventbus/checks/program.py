@@ -1,4 +1,4 @@
-"""What can be known of a program before any event: its routes, its receivers, their parameters."""
+"""Check settings, routes, subscriptions and the parameters of receivers, without Redis."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from ..routing.routes import Route
 from ..routing.subscriptions import Subscription
 from .findings import Finding, error, note, ok, warning
 
-#: What a process does with events of a channel for which it has no receiver.
+#: What happens to events of a channel that have no receiver.
 _SKIPPED = "its events are skipped"
 
-#: What a first parameter may be called, beside whatever begins with an underscore.
+#: Names of a first parameter that expect the sender; names with a leading underscore do, too.
 _SENDERS = frozenset({"sender", "source", "service", "origin", "app", "publisher"})
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def check_program(node: Node) -> Iterator[Finding]:
-    """Look at what a node's program declares; nothing connects."""
+    """Check what a node's program declares; no connection is opened."""
     overview = Overview(node)
     yield from _check_settings(node, overview)
     yield from _check_routes(overview)
@@ -60,13 +60,13 @@ def _check_settings(node: Node, overview: Overview) -> Iterator[Finding]:
     if not config.enabled:
         yield warning(
             "'EVENTBUS_ENABLED' is False: nothing is published and nothing is heard.",
-            "Set it to True where that is not intended.",
+            "Set it to True, unless this is intended.",
         )
 
     if hears and not config.listen:
         yield note(
-            "'EVENTBUS_LISTEN' is False: what serves the app does not listen.",
-            "Run 'flask eventbus run' beside it.",
+            "'EVENTBUS_LISTEN' is False: processes that serve the app do not listen.",
+            "Run 'flask eventbus run' as well.",
         )
 
 
@@ -78,7 +78,7 @@ def _check_routes(overview: Overview) -> Iterator[Finding]:
         if is_pattern(route.name) and not overview.covered_by(route):
             yield warning(
                 f"The route {route.name!r} covers no signal: nothing is published by it.",
-                "Make the signals with bus.signal(name) when the program starts, or correct the "
+                "Create the signals with bus.signal(name) when the program starts, or correct the "
                 "pattern.",
             )
         elif route.signal is not None and route.signal not in overview.signals:
@@ -86,13 +86,13 @@ def _check_routes(overview: Overview) -> Iterator[Finding]:
 
 
 def _check_foreign(route: Route) -> Iterator[Finding]:
-    """Look at the route of a signal whose sender knows nothing of the bus."""
+    """Check the route of a signal of Flask or of another package."""
     if is_built_in(route.payload):
         yield ok(f"The route {route.name!r} publishes plain values of a signal of Flask's.")
     elif route.payload is None:
         yield note(
-            f"The route {route.name!r} publishes a signal of another package as it is: send() "
-            "fails there if the signal carries an object that cannot travel.",
+            f"The route {route.name!r} publishes a signal of another package unchanged: its send() "
+            "fails if the signal has an argument that cannot be encoded.",
             "Give the route a payload= function that returns plain values.",
         )
 
@@ -105,8 +105,8 @@ def _check_subscription(overview: Overview, subscription: Subscription) -> Itera
         yield error(
             f"Nothing here receives {name!r}, which is subscribed: {what}.",
             f"Connect a receiver with @bus.on({name!r}), name its module in "
-            "'EVENTBUS_RECEIVERS', or take the name out of 'EVENTBUS_SUBSCRIBE'. One that was "
-            "connected weakly inside a function may be gone already.",
+            "'EVENTBUS_RECEIVERS', or remove the name from 'EVENTBUS_SUBSCRIBE'. A receiver that "
+            "was connected weakly inside a function may be deleted already.",
         )
 
 
@@ -125,14 +125,14 @@ def _check_receivers(node: Node, overview: Overview) -> Iterator[Finding]:
 def _check_hold(signal: NamedSignal, connected: Connected) -> Iterator[Finding]:
     if connected.weak and not _is_in_a_module(connected.receiver):
         yield warning(
-            f"{connected.name} is connected to {signal.name!r} weakly: it vanishes as soon as "
-            "nothing else holds it.",
+            f"{connected.name} is connected to {signal.name!r} weakly: Python deletes it as soon "
+            "as nothing else refers to it.",
             f"Connect it with @bus.on({signal.name!r}), or with connect(receiver, weak=False).",
         )
 
 
 def _is_in_a_module(receiver: Any) -> bool:
-    """Whether the receiver is held by its module, as functions on the top level are."""
+    """Return True if the receiver's module refers to it, as it does to top-level functions."""
     found: Any = sys.modules.get(getattr(receiver, "__module__", None) or "")
 
     for part in getattr(receiver, "__qualname__", "<none>").split("."):
@@ -143,12 +143,12 @@ def _is_in_a_module(receiver: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Needs:
-    """What a receiver wants of a payload."""
+    """The keys that a receiver needs and accepts in a payload."""
 
     receiver: Receiver
     required: frozenset[str]
     accepted: frozenset[str]
-    #: Whether it takes any further key, by ``**extra``.
+    #: True if the receiver accepts any key, by ``**extra``.
     is_open: bool
 
     @property
@@ -156,11 +156,11 @@ class _Needs:
         return name_of(self.receiver)
 
     def lacks(self, keys: frozenset[str]) -> list[str]:
-        """The keys it needs that are not among ``keys``."""
+        """Return the required keys that are not among ``keys``."""
         return sorted(self.required - keys)
 
     def refuses(self, keys: frozenset[str]) -> list[str]:
-        """Those of ``keys`` that it does not take."""
+        """Return those of ``keys`` that the receiver does not accept."""
         return [] if self.is_open else sorted(keys - self.accepted)
 
 
@@ -187,7 +187,7 @@ def _check_signatures(
 
 
 def _fault_of(receiver: Receiver, declared: inspect.Signature | None) -> Finding | None:
-    """What keeps the receiver from being called with any payload, or may do so."""
+    """Return the reason why the receiver fails at every event, or may fail."""
     keys = () if declared is None else declared.parameters
     unfit = unfit_signature(receiver, keys)
 
@@ -203,8 +203,8 @@ def _fault_of(receiver: Receiver, declared: inspect.Signature | None) -> Finding
 
     return note(
         f"The first parameter of {name_of(receiver)} is {first.name!r}, and it gets the sender. "
-        "An event that has a value of that name fails.",
-        "Let the receiver begin with 'sender', or give the parameter that name.",
+        "Events whose payload has that key fail.",
+        "Rename the parameter to 'sender', or add 'sender' before it.",
     )
 
 
@@ -246,7 +246,7 @@ def _check_declared(
         if missing:
             yield error(
                 f"{need.name} needs {_listed(missing)}, and {signal.name!r} is declared with "
-                f"{declared}: no payload fills it.",
+                f"{declared}: every event fails in it.",
                 "Give the parameter a default, or declare the signal with it.",
             )
 
@@ -254,12 +254,12 @@ def _check_declared(
             yield error(
                 f"{need.name} does not take {_listed(need.refuses(keys))}, and {signal.name!r} is "
                 f"declared with {declared}: every event fails in it.",
-                "Let it take them, or let it end with **extra.",
+                "Add these parameters, or **extra, to the receiver.",
             )
 
 
 def _check_together(signal: NamedSignal, needs: list[_Needs]) -> Iterator[Finding]:
-    """One payload goes to all receivers that hear every sender: it has to fit all of them."""
+    """Check that one payload can fit all receivers that hear every sender."""
     for_all = {id(found) for found in signal.receivers_for(object())}
 
     for one, other in combinations([need for need in needs if id(need.receiver) in for_all], 2):
@@ -270,7 +270,7 @@ def _check_together(signal: NamedSignal, needs: list[_Needs]) -> Iterator[Findin
                 yield error(
                     f"No payload of {signal.name!r} fits both {closed.name} and {needy.name}: "
                     f"the second needs {_listed(clash)}, which the first does not take.",
-                    f"Let {closed.name} end with **extra.",
+                    f"Add **extra to the parameters of {closed.name}.",
                 )
 
 
@@ -278,7 +278,7 @@ def _signature(receiver: Receiver) -> inspect.Signature | None:
     try:
         return inspect.signature(receiver)
     except (TypeError, ValueError):
-        # Some callables written in C do not tell their parameters.
+        # Some callables written in C have no signature.
         return None
 
 
@@ -287,7 +287,7 @@ def _listed(names: list[str]) -> str:
 
 
 def check_retries(node: Node) -> Iterator[Finding]:
-    """Look at the receivers of streams that are tried again, and at how long they have."""
+    """Check names, time limits and the grace period of receivers that are retried."""
     overview = Overview(node)
     shared = [
         found for found in overview.subscriptions if overview.reads_stream(found) and found.group
@@ -316,21 +316,21 @@ def _check_names(
         if counts[name] > 1:
             yield warning(
                 f"{counts[name]} receivers of {signal!r} are called {name}: a retry tells them "
-                f"apart by the order of their connection ('{name}#2'). Where that is another one "
-                "in another worker, the wrong one is tried again.",
-                "Give each a name of its own.",
+                f"apart by the order in which they were connected ('{name}#2'). If another worker "
+                "connects them in another order, the wrong receiver is retried.",
+                "Give each receiver a name of its own.",
             )
         elif " at 0x" in name:
             yield warning(
-                f"{name}, which receives {signal!r}, has no name that another process knows it "
-                "by: its retries become dead letters there ('gone').",
-                "Connect a function with a name of its own that calls it.",
+                f"{name}, which receives {signal!r}, has no name that another process could "
+                "find it by: its retries become dead letters there ('gone').",
+                "Connect a named function that calls it.",
             )
         elif name.endswith("<lambda>"):
             yield note(
                 f"{name}, which receives {signal!r}, is a lambda: a retry finds it by this name, "
-                "which another one that is connected before it would take away.",
-                "Make it a function with a name of its own.",
+                "and another lambda that is connected before it gets the same name.",
+                "Replace it with a named function.",
             )
 
 
@@ -346,7 +346,7 @@ def _check_timeouts(
             yield warning(
                 f"{each.name} may take {timeout:g} s, longer than 'EVENTBUS_CLAIM_AFTER' "
                 f"({claim_after:g} s). {_WHY}",
-                f"Set 'EVENTBUS_CLAIM_AFTER' to more than {timeout:g}, or give it less time.",
+                f"Set 'EVENTBUS_CLAIM_AFTER' to more than {timeout:g}, or lower its timeout.",
             )
 
 
@@ -362,8 +362,8 @@ def _check_grace(node: Node) -> Iterator[Finding]:
         )
 
 
-#: What happens to a receiver that runs for longer than that.
+#: Why a receiver should not run for longer than ``EVENTBUS_CLAIM_AFTER``.
 _WHY = (
-    "It keeps its event by saying so in Redis: where Redis is away for so long meanwhile, another "
+    "The worker renews its claim on the event in Redis. If Redis is away for so long, another "
     "worker takes the event over, and the receiver runs twice."
 )

@@ -1,4 +1,4 @@
-"""What a server says of itself, and what it lets a service do."""
+"""Check a server: its version, settings, rights for channels, and what waits in streams."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from ..transport.urls import AdvisedError, without_secrets
 from .acl import check_access, check_stream_rights
 from .findings import Finding, error, note, ok, warning
 
-#: What ``CLIENT LIST`` shows: never one of a service's listeners.
+#: Name of the connection in ``CLIENT LIST``; it does not count as a listener.
 CLIENT_NAME = "eventbus-check"
 
 #: The oldest Redis that the bus works with.
 OLDEST = (6, 2)
 
-#: Seconds that the clocks may differ.
+#: Seconds by which the clocks may differ.
 MOST_SKEW = 5.0
 
-#: Events of the largest size, and bytes, that a listener should be allowed to be behind
-#: before the server cuts it off.
+#: Output buffer that a listener should have before the server disconnects it: a number of
+#: events of the largest size, and at least so many bytes.
 LEAST_BEHIND = 8
 LEAST_BUFFER = 8 * 1024 * 1024
 
 
 def check_server(node: Node, *, service: str | None) -> Iterator[Finding]:
-    """Look at the server of a node, and at what the node's user may do there.
+    """Check the server of a node, and the rights of the node's user there.
 
-    :param service: whose listeners are counted; those of all services by default.
+    :param service: the service whose listeners are counted; ``None`` for all services.
     """
     config = node.config
 
     if config.url.startswith("memory://"):
         yield warning(
-            "'EVENTBUS_URL' is 'memory://', which lives inside one process: no other one hears.",
-            "Set it to a server, for example 'redis://localhost:6379/0', outside of tests.",
+            "'EVENTBUS_URL' is 'memory://', which lives in one process: no other one gets events.",
+            "Outside of tests, set it to a server, for example 'redis://localhost:6379/0'.",
         )
         return
 
@@ -78,17 +78,17 @@ def check_server(node: Node, *, service: str | None) -> Iterator[Finding]:
 
 
 def _unreachable(connections: Connections, failure: Exception) -> Finding:
-    told = f"The server at {connections.shown} cannot be used"
-    text = f"{told}: {reason_of(failure)}."
+    problem = f"The server at {connections.shown} cannot be used"
+    text = f"{problem}: {reason_of(failure)}."
 
     if isinstance(failure, AdvisedError):
-        return error(f"{told}: {failure.reason}.", failure.advice)
+        return error(f"{problem}: {failure.reason}.", failure.advice)
 
     if isinstance(failure, redis.AuthenticationError):
         return error(text, "Correct the user and the password in 'EVENTBUS_URL'.")
 
     if isinstance(failure, redis.TimeoutError | TimeoutError):
-        return error(text, "See whether it hangs, or whether a firewall keeps it from answering.")
+        return error(text, "Check that the server is not blocked and no firewall drops packets.")
 
     return error(text, "Start it there, or correct 'EVENTBUS_URL'.")
 
@@ -98,14 +98,14 @@ def _check_role(connections: Connections) -> Iterator[Finding]:
 
     if refusal is not None:
         yield warning(
-            f"It does not answer ROLE: {reason_of(refusal)}. A master that becomes a replica is "
-            "noticed only when it refuses a write.",
+            f"It does not answer ROLE: {reason_of(refusal)}. The bus notices that a master became "
+            "a replica only when it refuses a write.",
             "Grant the user in the ACL: '+role'.",
         )
 
 
 def _streams(server: Server, node: Node, service: str | None) -> set[str]:
-    """The signals whose streams are used: by the service, or by anybody."""
+    """Return the signals whose streams the service uses, or all services if it is ``None``."""
     overview = Overview(node)
 
     if not overview.has_streams:
@@ -118,7 +118,7 @@ def _streams(server: Server, node: Node, service: str | None) -> set[str]:
     try:
         return set(server.streams(StreamKeys(node.config.prefix)))
     except redis.ResponseError:
-        # What is found then is no more than a warning.
+        # Without the names, a finding about streams is a warning.
         return set()
 
 
@@ -128,22 +128,22 @@ def _check_facts(
     config = node.config
     checks: list[tuple[str, str, Callable[[], Iterator[Finding]]]] = [
         ("its version", "+info", lambda: check_version(server)),
-        ("whether it evicts keys", "+info", lambda: check_eviction(server, streams)),
+        ("eviction of keys", "+info", lambda: check_eviction(server, streams)),
         ("its clock", "+time", lambda: check_clock(server)),
-        ("how far behind a listener may be", "+config|get", lambda: check_buffer(server, config)),
-        ("how large an event may be", "+config|get", lambda: check_argument(server, config)),
-        ("who listens", "+client|list", lambda: check_listeners(server, node, service)),
+        ("the buffer of a listener", "+config|get", lambda: check_buffer(server, config)),
+        ("the largest event", "+config|get", lambda: check_argument(server, config)),
+        ("the listeners", "+client|list", lambda: check_listeners(server, node, service)),
     ]
 
     if streams and not config.url.startswith("embedded://"):
-        kept = ("what it keeps on disk", "+info +config|get")
+        kept = ("persistence", "+info +config|get")
         checks.append((*kept, lambda: check_persistence(server, streams)))
         keys = StreamKeys(config.prefix)
-        reads = ("what it reads of that when it starts", "+info +acl|dryrun")
+        reads = ("loading of its append-only file", "+info +acl|dryrun")
         checks.append((*reads, lambda: check_log_reader(server, keys, streams)))
 
     if streams:
-        checks.append(("whether it is a cluster", "+info", lambda: check_cluster(server, streams)))
+        checks.append(("cluster mode", "+info", lambda: check_cluster(server, streams)))
 
     refused: dict[str, list[tuple[str, str]]] = {}
 
@@ -156,13 +156,13 @@ def _check_facts(
     for reason, asked in refused.items():
         grants = dict.fromkeys(" ".join(grant for _, grant in asked).split())
         yield note(
-            f"This user may not ask {', '.join(what for what, _ in asked)}: {reason}.",
-            f"To have it checked, allow '{' '.join(grants)}' in the ACL, or check as another user.",
+            f"This user has no right to check {', '.join(what for what, _ in asked)}: {reason}.",
+            f"To check it, grant '{' '.join(grants)}' in the ACL, or check as another user.",
         )
 
 
 def check_version(server: Server) -> Iterator[Finding]:
-    """Redis 6.2 or later, or any Valkey.
+    """Check that the server is Redis 6.2 or later, or Valkey.
 
     :raises redis.ResponseError: this user may not ask.
     """
@@ -184,7 +184,7 @@ def check_version(server: Server) -> Iterator[Finding]:
 
 
 def check_clock(server: Server, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
-    """Whether the server and this machine agree on the time, which events carry.
+    """Check that the clock of the server agrees with this machine's, since events carry times.
 
     :raises redis.ResponseError: this user may not ask.
     """
@@ -200,12 +200,12 @@ def check_clock(server: Server, *, clock: Callable[[], float] = time.time) -> It
     yield warning(
         f"This machine's clock is {abs(skew):,.0f} s {'ahead of' if skew > 0 else 'behind'} the "
         "server's: the times of events from different machines cannot be compared.",
-        "Set both clocks by NTP.",
+        "Synchronize both clocks by NTP.",
     )
 
 
 def check_buffer(server: Server, config: Config) -> Iterator[Finding]:
-    """Whether a listener may be a few large events behind before it is cut off.
+    """Check that a listener may be a few large events behind before it is disconnected.
 
     :raises redis.ResponseError: this user may not ask.
     """
@@ -215,14 +215,14 @@ def check_buffer(server: Server, config: Config) -> Iterator[Finding]:
 
     if 0 < hard < wanted:
         yield note(
-            f"It cuts a listener off that is {hard:,} bytes behind "
+            f"It disconnects a listener that is {hard:,} bytes behind "
             "('client-output-buffer-limit pubsub').",
-            f"Allow {wanted:,} bytes or more: {LEAST_BEHIND} events of the largest size.",
+            f"Set it to {wanted:,} bytes or more: {LEAST_BEHIND} events of the largest size.",
         )
 
 
 def check_argument(server: Server, config: Config) -> Iterator[Finding]:
-    """Whether the server takes events of the largest size, a few of which may share a message.
+    """Check that the server accepts an event of the largest size.
 
     :raises redis.ResponseError: this user may not ask.
     """
@@ -232,20 +232,20 @@ def check_argument(server: Server, config: Config) -> Iterator[Finding]:
     if 0 < most < wanted:
         yield error(
             f"It takes {most:,} bytes at once ('proto-max-bulk-len'), and an event may have "
-            f"{config.max_event_bytes:,} ('EVENTBUS_MAX_EVENT_BYTES'): it cuts off who sends one.",
-            f"Set 'proto-max-bulk-len' to {wanted:,} or more, or 'EVENTBUS_MAX_EVENT_BYTES' lower.",
+            f"{config.max_event_bytes:,} ('EVENTBUS_MAX_EVENT_BYTES'): it disconnects the sender.",
+            f"Set 'proto-max-bulk-len' to {wanted:,} or more, or lower 'EVENTBUS_MAX_EVENT_BYTES'.",
         )
 
 
 def check_listeners(server: Server, node: Node, service: str | None) -> Iterator[Finding]:
-    """How many processes of one service listen to channels.
+    """Report services of which several processes listen to channels.
 
     :raises redis.ResponseError: this user may not ask.
     """
     if service is not None and _wants_channels(node):
         return
 
-    # Nobody knows here what the receivers of other services do.
+    # This program does not know what the receivers of other services do.
     level = note if service is None else warning
     on_channels = [found for found in server.listening() if found.channels or found.patterns]
 
@@ -254,18 +254,18 @@ def check_listeners(server: Server, node: Node, service: str | None) -> Iterator
             yield level(
                 f"{count} processes of {name!r} listen: each of them runs its receivers for "
                 "every channel event.",
-                "That is right for a cache in each process: say so with via='channel' in the "
-                "subscription. Work to be done once travels by stream: via='stream'.",
+                "For a cache in each process this is right: set via='channel' in the subscription. "
+                "For work that must be done once, set via='stream'.",
             )
 
 
 def _wants_channels(node: Node) -> bool:
-    """Return True if every subscription heard over a channel says that it is to be."""
+    """Return True if every subscription that is heard over a channel sets ``via``."""
     return all(found.via is not None for found in node.subscriptions.values())
 
 
 def _check_publishing(connections: Connections, node: Node) -> Iterator[Finding]:
-    """Ask for each channel inside a transaction that never ends: nothing is published."""
+    """Check the right to publish, in a transaction that is never executed."""
     names = Overview(node).published_names(via="channel")
 
     if not names:
@@ -276,9 +276,9 @@ def _check_publishing(connections: Connections, node: Node) -> Iterator[Finding]
             server.ask("MULTI")
         except redis.ResponseError as refusal:
             yield note(
-                "Whether this user may publish cannot be known without publishing: "
+                "The right to publish was not checked, since that takes a transaction: "
                 f"{reason_of(refusal)}.",
-                "To have it checked, allow '+multi' in the ACL.",
+                "To check it, grant '+multi' in the ACL.",
             )
             return
 
@@ -298,7 +298,7 @@ def _try_channels(server: Server, node: Node, names: list[str]) -> Iterator[Find
 
 
 def _check_subscribing(connections: Connections, node: Node) -> Iterator[Finding]:
-    """Subscribe to all of it for a moment, on a connection that no service owns."""
+    """Check the right to subscribe, by doing so for a moment on a connection of its own."""
     keys = ChannelKeys(node.config.prefix)
     names = sorted(name for name, found in node.subscriptions.items() if found.via != "stream")
 
@@ -323,7 +323,7 @@ def _check_subscribing(connections: Connections, node: Node) -> Iterator[Finding
 def _check_streams(
     connections: Connections, node: Node, service: str | None, streams: set[str]
 ) -> Iterator[Finding]:
-    """Look at what this user may do with streams, and at what waits in them."""
+    """Check the rights of this user for streams, and what waits in them."""
     overview = Overview(node)
 
     if not overview.has_streams:
@@ -348,7 +348,7 @@ def _check_streams(
 
 
 def _program(config: Config) -> str:
-    """Return how the command is called for a service, where no app says which server it means."""
+    """Return the start of a command for a service, with the options it needs without an app."""
     given = Config(service=config.service)
     is_plain = without_secrets(config.url) == config.url
     words = ["eventbus"]
@@ -374,7 +374,7 @@ def _note_cluster(overview: Overview) -> Iterator[Finding]:
 def _services(
     access: StreamAccess, node: Node, service: str | None
 ) -> dict[str, Sequence[str] | None]:
-    """The streams to look at, each with the services to look at: this one, or all."""
+    """Return the streams to check, each with the services to check; ``None`` stands for all."""
     if service is None:
         return dict.fromkeys(access.names()[:MOST_NAMES])
 
@@ -383,13 +383,13 @@ def _services(
 
 
 def _refusal(reader: ChannelReader, key: str, is_pattern: bool) -> str | None:
-    """Why a subscription is refused; ``None`` if it is not.
+    """Return why Redis refuses a subscription; ``None`` if it does not.
 
-    :raises redis.TimeoutError: no answer came.
+    :raises redis.TimeoutError: Redis does not answer.
     """
     reader.subscribe([key], patterns=is_pattern)
 
-    # Events may come before the answer.
+    # Events may arrive before the answer.
     while frames := reader.read():
         for frame in frames:
             if frame.kind == "refused":
@@ -417,12 +417,12 @@ def _listed(names: list[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-#: Names that a finding lists.
+#: Names that a finding shows at most.
 NAMES_SHOWN = 5
 
 
 def check_eviction(server: Server, streams: Collection[str] = ()) -> Iterator[Finding]:
-    """Whether the server may throw keys away, which streams cannot bear.
+    """Check that the server evicts no keys, since streams are keys.
 
     :param streams: the signals whose streams are used here.
     :raises redis.ResponseError: this user may not ask.
@@ -438,9 +438,9 @@ def check_eviction(server: Server, streams: Collection[str] = ()) -> Iterator[Fi
     if streams:
         yield error(
             f"{text}, and streams are keys: events of {listed(streams)}, their retries and dead "
-            "letters would be lost without a word.",
-            "Set 'maxmemory-policy noeviction', or have another Redis for the bus. What may be "
-            "missed can be heard via 'channel'.",
+            "letters would be lost without notice.",
+            "Set 'maxmemory-policy noeviction', or use another Redis for the bus. Events that may "
+            "be missed can go via 'channel'.",
         )
     else:
         yield warning(
@@ -451,7 +451,7 @@ def check_eviction(server: Server, streams: Collection[str] = ()) -> Iterator[Fi
 
 
 def check_persistence(server: Server, streams: Collection[str]) -> Iterator[Finding]:
-    """Whether what streams hold outlives the server's process.
+    """Check that streams survive a restart of the server.
 
     :raises redis.ResponseError: this user may not ask.
     """
@@ -459,24 +459,25 @@ def check_persistence(server: Server, streams: Collection[str]) -> Iterator[Find
         yield ok("It keeps streams in a log on disk.")
     elif server.setting("save"):
         yield note(
-            "It keeps streams in snapshots: what came after the last of them is lost when it ends "
-            "without a warning, confirmed events of streams included.",
-            "Set 'appendonly yes': then it loses a second at most.",
+            "It saves streams in snapshots. If it crashes, it loses all events since the last "
+            "snapshot, confirmed ones included.",
+            "Set 'appendonly yes': then it loses one second at most.",
         )
     else:
         yield warning(
-            f"It keeps nothing on disk: when it ends, events of {listed(streams)} that wait in "
-            "their streams are lost, with retries, dead letters and how far each service was.",
-            "Set 'appendonly yes' and give it a volume.",
+            f"It keeps nothing on disk: when it stops, the streams of {listed(streams)} are lost, "
+            "with their events, retries, dead letters and the position of each service.",
+            "Set 'appendonly yes', and give it a volume.",
         )
 
 
 def check_log_reader(
     server: Server, keys: StreamKeys, streams: Collection[str]
 ) -> Iterator[Finding]:
-    """Whether Redis may run again, as its user ``default``, the transactions of its log.
+    """Check that the user ``default`` may run the transactions in the append-only file.
 
-    That user is asked for each command of a transaction while the log is read (redis#14541).
+    Redis checks the rights of that user for each command of a transaction while it loads the
+    file (redis#14541).
 
     :raises redis.ResponseError: this user may not ask.
     """
@@ -487,16 +488,16 @@ def check_log_reader(
 
     if refused:
         yield error(
-            f"Its user 'default' may not use {refused[0][0]} at {refused[0][1]!r}, and Redis reads "
-            "its log on disk as that user: it leaves out every transaction. Retries, dead letters "
+            f"Its user 'default' may not use {refused[0][0]} at {refused[0][1]!r}, and Redis loads "
+            "its append-only file as that user: it skips every transaction. Retries, dead letters "
             f"and acknowledgements of {listed(streams)} are lost when it restarts.",
-            "Give 'default' all rights and let nobody in as it: "
+            "Give 'default' all rights, and disable it for logins: "
             "'user default off resetpass ~* &* +@all'.",
         )
 
 
 def _transactions(keys: StreamKeys) -> list[tuple[str, ...]]:
-    """Commands of the transactions that note what became of an event."""
+    """Return the commands of transactions that record the outcome of an event."""
     name, service = "a", "b"
     return [
         ("XADD", keys.dead(name, service), "*", "a", "b"),
@@ -513,23 +514,23 @@ def _may_default(server: Server, command: tuple[str, ...]) -> bool:
         if isinstance(refusal, redis.exceptions.NoPermissionError):
             raise
 
-    # Redis 6.2 has no DRYRUN.
+    # Redis 6.2 has no ACL DRYRUN.
     found = server.ask("ACL", "GETUSER", "default")
     facts = dict(zip(found[::2], found[1::2], strict=True))
     return b"+@all" in facts[b"commands"].split() and b"*" in facts[b"keys"]
 
 
 def check_cluster(server: Server, streams: Collection[str]) -> Iterator[Finding]:
-    """Whether it is one server, as streams need, and no node of a cluster.
+    """Check that the server is not a node of a cluster, which streams do not support.
 
     :raises redis.ResponseError: this user may not ask.
     """
     if server.info("cluster").get("cluster_enabled") == "1":
         yield error(
-            "It is a node of a Redis Cluster: the streams of other nodes cannot be reached, such "
-            f"as perhaps those of {listed(streams)}.",
-            "Use one Redis for streams, 'redis://' or 'redis+sentinel://', or channels with "
-            "'redis+cluster://'.",
+            "It is a node of a Redis Cluster: streams on other nodes cannot be reached, perhaps "
+            f"those of {listed(streams)}.",
+            "For streams, use a single Redis ('redis://' or 'redis+sentinel://'). For channels "
+            "only, use 'redis+cluster://'.",
         )
 
 
@@ -541,18 +542,19 @@ def check_backlog(
     deadline: float,
     program: str,
 ) -> Iterator[Finding]:
-    """What waits for services: events, retries and dead letters.
+    """Report the events, retries and dead letters that wait for services.
 
-    :param services: for each signal the services to look at; ``None`` for all of them.
-    :param program: how a command begins for whoever reads this; ``{}`` stands for the service.
-    :param patterns: True if streams are found by their names, as those of patterns are.
+    :param services: returns the services to check for each signal; ``None`` stands for all.
+    :param patterns: True if the set of stream names is used, as patterns do.
+    :param deadline: monotonic time at which waiting for Redis ends.
+    :param program: the start of the commands in remedies; ``{}`` stands for the service.
     """
     try:
         with StreamAccess(config, name="eventbus-check", deadline=deadline) as access:
             statuses = read_statuses(access, services(access))
             flood = too_many_names(access.keys.names, len(access.names())) if patterns else None
     except OperationError as refusal:
-        yield note(f"What waits in streams cannot be told. {refusal!s}")
+        yield note(f"Could not check what waits in streams. {refusal!s}")
         return
 
     for alarm in (flood, *(alarm for status in statuses for alarm in status.alarms)):
@@ -565,7 +567,7 @@ def check_backlog(
 
 
 def check_written(config: Config, names: Collection[str], deadline: float) -> Iterator[Finding]:
-    """Whether somebody damaged streams that the service writes and does not read.
+    """Report damage to streams that the service publishes to and does not read.
 
     :param names: the signals of those streams.
     """
@@ -573,7 +575,7 @@ def check_written(config: Config, names: Collection[str], deadline: float) -> It
         with StreamAccess(config, name="eventbus-check", deadline=deadline) as access:
             statuses = read_statuses(access, dict.fromkeys(names, ()))
     except OperationError:
-        # Whoever writes a stream need not have the right to ask about it.
+        # A publisher needs no right to inspect its streams.
         return
 
     for status in statuses:
@@ -585,25 +587,24 @@ def _check_group(name: str, group: GroupStatus, program: str) -> Iterator[Findin
     if group.dead:
         yield note(
             f"{group.service!r} has {counted(group.dead, 'dead letter')} of {name!r}.",
-            f"Look at them: {program} dead list --signal {name}",
+            f"To list them: {program} dead list --signal {name}",
         )
 
     if group.retries:
         yield note(
-            f"{group.service!r} is to try {counted(group.retries, 'failed receiver')} of {name!r} "
-            "again.",
-            f"See how that goes: {program} status",
+            f"{group.service!r} retries {counted(group.retries, 'failed receiver')} of {name!r}.",
+            f"To follow them: {program} status",
         )
 
     if group.lag:
         yield note(
             f"{group.service!r} has yet to read {counted(group.lag, 'event')} of {name!r}.",
-            f"See whether that becomes less: {program} status --watch",
+            f"To see whether the lag falls: {program} status --watch",
         )
 
 
 def listed(names: Collection[str]) -> str:
-    """The names, or the first of them and how many there are."""
+    """Return the names, at most :data:`NAMES_SHOWN`, and the number of those left out."""
     shown = ", ".join(map(repr, sorted(names)[:NAMES_SHOWN]))
     more = len(names) - NAMES_SHOWN
     return f"{shown} and {more} more" if more > 0 else shown

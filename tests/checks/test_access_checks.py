@@ -19,7 +19,7 @@ pytestmark = pytest.mark.second_look
 
 Make = Callable[..., Bus]
 
-OPEN = "Whoever reaches it is let in as 'default'"
+OPEN = "Anyone who can connect to it becomes 'default'"
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_a_service_that_listens_elsewhere_is_told_where() -> None:
 
     [finding] = [each for each in check_program(bus.node) if each.level == "note"]
 
-    assert finding.remedy == "Run 'flask eventbus run' beside it."
+    assert finding.remedy == "Run 'flask eventbus run' as well."
 
 
 def test_a_route_of_flasks_own_signal_needs_no_payload_function() -> None:
@@ -158,7 +158,7 @@ def test_a_closure_that_is_connected_weakly_is_warned_of() -> None:
 
     [finding] = [each for each in check_program(bus.node) if each.level == "warning"]
 
-    assert "<lambda> is connected to 'user_registered' weakly: it vanishes" in finding.text
+    assert "<lambda> is connected to 'user_registered' weakly: Python deletes it" in finding.text
     assert finding.remedy == (
         "Connect it with @bus.on('user_registered'), or with connect(receiver, weak=False)."
     )
@@ -245,7 +245,7 @@ def test_receivers_that_no_payload_can_fit_together_are_an_error() -> None:
 
     assert finding.text.startswith("No payload of 'user_registered' fits both ")
     assert finding.text.endswith("the second needs 'username', which the first does not take.")
-    assert finding.remedy.endswith("closed end with **extra.")
+    assert finding.remedy.startswith("Add **extra to the parameters of ")
 
 
 def test_receivers_of_different_senders_need_not_fit_together() -> None:
@@ -335,7 +335,7 @@ def test_receivers_of_one_name_are_warned_of(subscribed: str) -> None:
     assert {finding.level for finding in findings} == {"warning"}
     assert findings[0].text.startswith("2 receivers of 'user_registered' are called ")
     assert "made.<locals>.receive_one#2')" in findings[0].text
-    assert findings[0].remedy == "Give each a name of its own."
+    assert findings[0].remedy == "Give each receiver a name of its own."
 
 
 def test_receivers_of_one_name_at_different_signals_are_told_apart() -> None:
@@ -357,8 +357,8 @@ def test_a_receiver_that_no_other_process_knows_by_its_name_is_warned_of(receive
 
     assert level == "warning"
     assert text.endswith(
-        ", which receives 'user_registered', has no name that another process knows it by: its "
-        "retries become dead letters there ('gone')."
+        ", which receives 'user_registered', has no name that another process could find it by: "
+        "its retries become dead letters there ('gone')."
     )
 
 
@@ -402,7 +402,7 @@ def test_a_receiver_that_may_take_longer_than_a_claim_lasts_is_warned_of() -> No
         "receive_slowly may take 45 s, longer than 'EVENTBUS_CLAIM_AFTER' (30 s). " in finding.text
     )
     assert finding.text.endswith("worker takes the event over, and the receiver runs twice.")
-    assert finding.remedy == "Set 'EVENTBUS_CLAIM_AFTER' to more than 45, or give it less time."
+    assert finding.remedy == "Set 'EVENTBUS_CLAIM_AFTER' to more than 45, or lower its timeout."
 
 
 @pytest.mark.parametrize(("via", "count"), [(None, 1), ("channel", 0)])
@@ -427,7 +427,7 @@ def test_a_route_that_waits_for_a_commit_without_a_session_is_an_error(option: s
 
     assert finding.level == "error"
     assert finding.text == (
-        "There is no database session, for whose commit 'order_paid' waits: sending fails."
+        "'order_paid' waits for a database commit, and there is no database session: sending fails."
     )
     assert "bus.register_session(session)" in finding.remedy
 
@@ -449,7 +449,7 @@ def test_an_outbox_without_its_table_is_an_error_and_what_waits_in_it_is_noted(
 
     assert missing.level == "error"
     assert missing.text.endswith(
-        "shop.db has no table 'eventbus_outbox': sending what goes by the outbox fails."
+        "shop.db has no table 'eventbus_outbox': sending events of the outbox fails."
     )
     assert "'flask eventbus relay --create-table'" in missing.remedy
     assert there.level == "ok"
@@ -474,7 +474,7 @@ def test_a_session_that_is_not_known_here_is_noted() -> None:
     [finding] = check_database(bus.node)
 
     assert finding.level == "note"
-    assert finding.text.startswith("The outbox was not looked at. ")
+    assert finding.text.startswith("The outbox was not checked. ")
 
 
 def test_what_waits_for_a_commit_alone_needs_no_table(tmp_path: Path) -> None:
@@ -577,7 +577,7 @@ def test_a_server_that_hangs_is_an_error(redis_server: RedisServer, make_bus: Ma
 
     [finding] = [each for each in check(bus.node) if each.level == "error"]
 
-    assert "See whether it hangs" in finding.remedy
+    assert "Check that the server is not blocked" in finding.remedy
 
 
 def test_a_bus_inside_one_process_is_warned_of(make_bus: Make) -> None:
@@ -586,7 +586,7 @@ def test_a_bus_inside_one_process_is_warned_of(make_bus: Make) -> None:
     assert bad(check(bus.node)) == [
         (
             "warning",
-            "'EVENTBUS_URL' is 'memory://', which lives inside one process: no other one hears.",
+            "'EVENTBUS_URL' is 'memory://', which lives in one process: no other one gets events.",
         )
     ]
 
@@ -674,8 +674,8 @@ def test_a_server_that_cuts_listeners_off_early_is_noted(tmp_path: Path, make_bu
     server.kill()
 
     [finding] = [each for each in findings if each.level == "note"]
-    assert "cuts a listener off that is 1,048,576 bytes behind" in finding.text
-    assert finding.remedy == "Allow 8,388,608 bytes or more: 8 events of the largest size."
+    assert "disconnects a listener that is 1,048,576 bytes behind" in finding.text
+    assert finding.remedy == "Set it to 8,388,608 bytes or more: 8 events of the largest size."
 
 
 def test_a_server_that_takes_no_event_of_the_largest_size_is_an_error(
@@ -715,7 +715,7 @@ def test_a_log_whose_transactions_are_refused_at_a_restart_is_an_error(
     findings = check(make_bus(url, publish={"order_paid": "stream"}).node)
     server.kill()
 
-    found = [each for each in findings if "leaves out every transaction" in each.text]
+    found = [each for each in findings if "skips every transaction" in each.text]
     assert [each.level for each in found] == ["error"] * is_found
     assert all("user default off resetpass ~* &* +@all" in each.remedy for each in found)
 
@@ -839,10 +839,10 @@ def test_what_a_user_may_not_ask_is_noted_and_fails_nothing(
 
     notes = [finding.text.partition(":")[0] for finding in findings if finding.level == "note"]
     assert notes == [
-        "This user may not ask its version, whether it evicts keys",
-        "This user may not ask its clock",
-        "This user may not ask how far behind a listener may be, how large an event may be",
-        "Whether this user may publish cannot be known without publishing",
+        "This user has no right to check its version, eviction of keys",
+        "This user has no right to check its clock",
+        "This user has no right to check the buffer of a listener, the largest event",
+        "The right to publish was not checked, since that takes a transaction",
     ]
     assert {level for level, _ in bad(findings)} == {"note"}
     assert "cmdstat_publish" not in redis_server.client.info("commandstats")
@@ -892,8 +892,12 @@ def test_a_check_without_a_program_looks_at_the_streams_that_there_are(
 @pytest.mark.parametrize(
     ("save", "level", "words"),
     [
-        ("", "warning", "It keeps nothing on disk: when it ends, events of 'mail_sent' that wait"),
-        ("3600 1", "note", "It keeps streams in snapshots: what came after the last of them is"),
+        ("", "warning", "It keeps nothing on disk: when it stops, the streams of 'mail_sent' are"),
+        (
+            "3600 1",
+            "note",
+            "It saves streams in snapshots. If it crashes, it loses all events since",
+        ),
     ],
     ids=["nothing", "snapshots"],
 )
@@ -920,7 +924,7 @@ def test_streams_on_a_node_of_a_cluster_are_an_error(tmp_path: Path, make_bus: M
     texts = [text for level, text in bad(check(bus.node)) if level == "error"]
     server.kill()
 
-    assert texts[0].startswith("It is a node of a Redis Cluster: the streams of other nodes cannot")
+    assert texts[0].startswith("It is a node of a Redis Cluster: streams on other nodes cannot")
 
 
 def test_in_a_cluster_it_is_noted_that_channels_alone_are_heard(
@@ -968,15 +972,15 @@ def test_what_waits_in_streams_is_noted_with_the_command_to_look(
     assert found == [
         (
             "'mailer' has 1 dead letter of 'user_registered'.",
-            "Look at them: flask eventbus dead list --signal user_registered",
+            "To list them: flask eventbus dead list --signal user_registered",
         ),
         (
-            "'mailer' is to try 1 failed receiver of 'user_registered' again.",
-            "See how that goes: flask eventbus status",
+            "'mailer' retries 1 failed receiver of 'user_registered'.",
+            "To follow them: flask eventbus status",
         ),
         (
             "'mailer' has yet to read 2 events of 'user_registered'.",
-            "See whether that becomes less: flask eventbus status --watch",
+            "To see whether the lag falls: flask eventbus status --watch",
         ),
     ]
     assert "note     'audit' has yet to read 3 events of 'user_registered'.\n" in of_all
@@ -1084,8 +1088,8 @@ def test_a_stream_that_may_not_be_written_is_an_error(
         ),
         (
             "warning",
-            "It does not let this user note the names of its streams: no right to SADD. Patterns, "
-            "'tail' and 'status' find them once somebody else has.",
+            "It does not let this user register its streams: no right to SADD. Patterns, 'tail' "
+            "and 'status' do not find them until another publisher has registered them.",
             "Grant the user in the ACL: '+sadd ~eventbus:streams'.",
         ),
     ]
@@ -1102,11 +1106,11 @@ def test_a_signal_that_goes_on_over_its_channel_is_warned_of(
 
     text = "It does not let this user read the stream of"
     assert [(each.level, each.text.partition(" as ")[0]) for each in found] == [
-        ("warning", f"{text} 'user_registered', which is heard over its channel alone."),
+        ("warning", f"{text} 'user_registered', so the service hears only its channel."),
         ("error", f"{text} 'user_deleted'"),
     ]
     assert found[0].remedy.startswith(
-        "Hear it via 'channel', or grant the user in the ACL: '+xgroup|create "
+        "Set via='channel' in the subscription, or grant the user in the ACL: '+xgroup|create "
     )
 
 
@@ -1145,7 +1149,10 @@ def test_a_server_that_takes_no_writes_is_an_error(tmp_path: Path, make_bus: Mak
     server.kill()
 
     assert "'mail_sent': XADD: NOREPLICAS Not enough good replicas to write" in finding.text
-    assert finding.remedy == "Correct what it complains of."
+    assert (
+        finding.remedy
+        == "Fix what the error names; the log of the Redis server may say more. Then check again."
+    )
 
 
 def test_a_user_without_transactions_cannot_settle_events(
