@@ -364,22 +364,22 @@ class Listener:
     def _listen(self, backoff: Backoff) -> None:
         self._reader.connect()
         self._subscriptions.open()
-        heard = asked_again = time.monotonic()
-        asked: float | None = None
+        received = asked_again = time.monotonic()
+        pinged: float | None = None
 
         while self._goes_on:
             frames = self._reader.read()
             now = time.monotonic()
 
             if frames:
-                heard, asked = now, None
+                received, pinged = now, None
                 self._accept(frames)
                 backoff.reset()
-            elif asked is None and now - heard >= QUIET:
-                asked = now
+            elif pinged is None and now - received >= QUIET:
+                pinged = now
                 self._reader.ping()
                 self._reader.check_role()
-            elif asked is not None and now - asked >= DEADLINE:
+            elif pinged is not None and now - pinged >= DEADLINE:
                 raise redis.TimeoutError(f"Redis did not answer a PING within {DEADLINE:g} s.")
 
             if self._subscriptions.refused and now - asked_again >= QUIET:

@@ -361,7 +361,7 @@ GUESS = 0.02
 _MEMORY = attrgetter("memory")
 
 
-class Portions:
+class BatchSize:
     """Computes how many entries to read at once, so that they fit into memory.
 
     ``COUNT`` limits the number of entries, not their size. The largest entry of the last answers
@@ -386,7 +386,7 @@ class Portions:
         fitting = min(MOST_BYTES - memory, self._most) // self._largest
         return max(1, min(MOST_READ, min(room, fitting) // streams))
 
-    def note(self, sizes: Iterable[int]) -> None:
+    def update(self, sizes: Iterable[int]) -> None:
         """Update the estimate with the sizes in bytes of the entries of an answer."""
         # After an empty answer, the next entry may have any size.
         self._largest = max(1, self._largest // 8, max(sizes, default=self._max_bytes))

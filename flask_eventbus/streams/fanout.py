@@ -15,7 +15,7 @@ from ..codec.entry_ids import entry_id
 from ..config import Config
 from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.conflicts import Conflicts, Finding, compare, digest_of
-from ..receivers.workers import DeliveryQueue, Portions
+from ..receivers.workers import BatchSize, DeliveryQueue
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
@@ -100,7 +100,7 @@ class Fanout:
         self._connected = False
         self._looked = 0.0
         self._max_bytes = config.max_event_bytes
-        self._portions = Portions(max_bytes=config.max_event_bytes)
+        self._batch_size = BatchSize(max_bytes=config.max_event_bytes)
         #: True if the next read must not keep values above the maximum event size.
         self._limits_size = True
         #: Streams that Redis refuses, with the errors.
@@ -304,7 +304,7 @@ class Fanout:
                 self._refuse(name, error)
 
     def _entries(self, names: Collection[str], block: float) -> list[Entry]:
-        count = self._portions.count(
+        count = self._batch_size.count(
             room=self._queue.room, memory=self._queue.memory, streams=len(names)
         )
         keys = [self._keys.stream(name) for name in names]
@@ -334,7 +334,7 @@ class Fanout:
                     extra={"signal": name, "service": self._service},
                 )
 
-        self._portions.note(map(Entry.size, entries))
+        self._batch_size.update(map(Entry.size, entries))
         found = self._decoder.decode(entries, names)
 
         for delivery in found.deliveries:

@@ -13,7 +13,7 @@ import redis
 from ..config import Config
 from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.delivery import Delivery, InFlight
-from ..receivers.workers import DeliveryQueue, Portions
+from ..receivers.workers import BatchSize, DeliveryQueue
 from ..routing.subscriptions import Subscription
 from ..transport.connections import OUTAGE, takes_no_writes
 from ..transport.reconnect import Backoff
@@ -111,7 +111,7 @@ class Maintenance:
         self._thread: threading.Thread | None = None
         # Monotonic times of the next round of each task.
         self._renew_at = self._reclaim_at = self._released_at = self._consumers_at = 0.0
-        self._portions = Portions(max_bytes=config.max_event_bytes, most=MOST_RETRY_BYTES)
+        self._batch_size = BatchSize(max_bytes=config.max_event_bytes, most=MOST_RETRY_BYTES)
         #: Streams with more due retries than the queue had room for.
         self._more_retries: set[str] = set()
         #: True while deliveries are in flight: a round follows every :data:`IN_FLIGHT_PAUSE` s.
@@ -466,12 +466,12 @@ class Maintenance:
         """Take due retries of a stream. Return True if more are due."""
         while (room := self._queue.room) > 0:
             memory = self._queue.memory
-            most = self._portions.count(room=min(room, MOST_RETRIES), memory=memory, streams=1)
+            most = self._batch_size.count(room=min(room, MOST_RETRIES), memory=memory, streams=1)
 
             with self._acknowledger.lock:
                 deliveries, given_up, more = self._retries.take(name, subscription, most=most)
 
-            self._portions.note(delivery.memory for delivery in deliveries)
+            self._batch_size.update(delivery.memory for delivery in deliveries)
             self._in_flight.add(deliveries)
             self._queue.put(deliveries)
             self._acknowledger.write(given_up)

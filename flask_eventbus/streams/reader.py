@@ -10,7 +10,7 @@ import redis
 
 from ..logs import Counters, get_logger
 from ..receivers.delivery import InFlight
-from ..receivers.workers import MOST_BYTES, DeliveryQueue, Portions
+from ..receivers.workers import MOST_BYTES, BatchSize, DeliveryQueue
 from ..routing.subscriptions import Subscription
 from ..transport.reconnect import Backoff, Reading
 from .acknowledger import Acknowledger
@@ -106,7 +106,7 @@ class StreamReader:
         #: Number of streams with entries in the last answer; ``None`` after an empty one, because
         #: then the next answer may have entries of all streams.
         self._active_streams: int | None = None
-        self._portions = Portions(max_bytes=max_bytes)
+        self._batch_size = BatchSize(max_bytes=max_bytes)
 
     @property
     def is_own_thread(self) -> bool:
@@ -154,7 +154,7 @@ class StreamReader:
         with self.changed:
             self._is_connected = False
             # The answer may have been too large: the next read asks for fewer entries.
-            self._portions.note(())
+            self._batch_size.update(())
             self._membership.reset()
 
         if not self._reading.is_stopping:
@@ -191,7 +191,7 @@ class StreamReader:
                 return
 
             # COUNT applies to each stream.
-            count = self._portions.count(
+            count = self._batch_size.count(
                 room=self._queue.room,
                 memory=max(self._in_flight.memory, self._queue.memory) + self._acknowledger.memory,
                 streams=self._active_streams or len(names),
@@ -206,7 +206,7 @@ class StreamReader:
 
         self.last_heard = time.monotonic()
         self._active_streams = len({entry.name for entry in entries}) or None
-        self._portions.note(map(Entry.size, entries))
+        self._batch_size.update(map(Entry.size, entries))
 
         if entries:
             self._trims.has_backlog = len(entries) >= count
