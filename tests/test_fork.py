@@ -263,10 +263,10 @@ def locks_of(thing, seen):
     seen.add(id(thing))
 
     for part in vars(thing).values():
-        if hasattr(part, "acquire"):
-            yield part
-        elif hasattr(part, "__dict__") and type(part).__module__.startswith("flask_eventbus"):
+        if hasattr(part, "__dict__") and type(part).__module__.startswith("flask_eventbus"):
             yield from locks_of(part, seen)
+        elif hasattr(part, "acquire"):
+            yield part
 
 def hold():
     taken = []
