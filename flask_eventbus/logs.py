@@ -1,4 +1,4 @@
-"""Loggers that cannot disturb what they tell of, and that nobody can forge records with."""
+"""Loggers that never raise, escape untrusted text, and limit repeated lines; and counters."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 from .text import printable
 
-#: Characters that are logged of an error's text, and of any other text.
+#: Number of characters logged of an error's text, and of any other text.
 MOST_ERROR = 500
 MOST_TEXT = 2_000
 
-#: Characters that are logged of a traceback: its end.
+#: Number of characters logged of a traceback, counted from its end.
 MOST_TRACEBACK = 4_000
 
 
@@ -25,22 +25,22 @@ def _no_service() -> str | None:
     return None
 
 
-#: Finds the service of this process, for records whose writer does not know it.
+#: Returns the service of this process, for records without one.
 find_service: Callable[[], str | None] = _no_service
 
 
 class Whole(str):
-    """A text that the bus itself has made, such as a list of ids: it is logged in full."""
+    """A text that the bus made, such as a list of ids, which is logged in full."""
 
     __slots__ = ()
 
 
 class Logger(logging.LoggerAdapter[logging.Logger]):
-    """Logs, whatever the program's filters and handlers do, and whatever is in the texts.
+    """A logger that catches errors of the program's filters and handlers, and escapes arguments.
 
-    A filter that looks for a request where there is none would otherwise end the thread
-    that had something to say. Texts from outside are made printable and cut, those of tracebacks
-    too: a newline in one would let its sender write records of its own.
+    A filter that needs a request, for example, raises in the bus's threads and would end them.
+    Texts from outside are escaped and cut, also in tracebacks. Otherwise a sender could forge log
+    records with a newline.
     """
 
     def log(
@@ -53,16 +53,16 @@ class Logger(logging.LoggerAdapter[logging.Logger]):
         stacklevel: int = 1,
         **kwargs: Any,
     ) -> None:
-        """Log; what raises on the way is shown where :mod:`logging` shows such errors.
+        """Log a record; errors of filters and handlers go to :meth:`logging.Handler.handleError`.
 
         :param extra: fields of the record: ``event_id``, ``signal``, ``service``, ``receiver`` and
-            ``attempt``, as far as they are known.
+            ``attempt``, if known.
         """
         if not self.isEnabledFor(level):
             return
 
         try:
-            # The line is that of the caller, not of this method.
+            # The record shows the line of the caller, not of this method.
             record = self._record(level, msg, args, exc_info, extra, stacklevel + 2)
             self.logger.handle(record)
         except Exception:
@@ -89,40 +89,40 @@ class Logger(logging.LoggerAdapter[logging.Logger]):
         )
 
         if error:
-            # What formatters show in the place of the traceback that they would make.
+            # Formatters use this text instead of formatting the traceback.
             record.exc_text = traceback_of(error)
 
         return record
 
 
 def get_logger(name: str) -> Logger:
-    """The logger called ``name``."""
+    """Return the logger called ``name``."""
     return Logger(logging.getLogger(name), None)
 
 
 def text_of(error: BaseException) -> str:
-    """What an error says, printable and cut."""
+    """Return the text of an error, escaped and cut."""
     try:
         return printable(str(error), MOST_ERROR)
     except Exception as second:
-        return f"(its text cannot be had: {type(second).__name__})"
+        return f"(str() of the error raised {type(second).__name__})"
 
 
 def traceback_of(error: BaseException) -> str:
-    """The end of an error's traceback; the texts of errors in it are printable and cut."""
+    """Return the end of an error's traceback, with the texts of errors escaped and cut."""
     try:
         found = traceback.TracebackException.from_exception(error)
         _mark_notes(found)
         parts = list(found.format())
     except Exception as second:
-        parts = [f"(the traceback cannot be had: {type(second).__name__})"]
+        parts = [f"(formatting the traceback raised {type(second).__name__})"]
 
     text = "\n".join(_shown_part(part) for part in parts)
     return text if len(text) <= MOST_TRACEBACK else f"...{text[3 - MOST_TRACEBACK :]}"
 
 
 def _mark_notes(found: traceback.TracebackException) -> None:
-    """Let no note of an error begin a line as it likes."""
+    """Prefix and escape the notes of an error, so that they cannot look like other lines."""
     notes = getattr(found, "__notes__", None)
 
     if notes:
@@ -136,11 +136,11 @@ def _mark_notes(found: traceback.TracebackException) -> None:
 
 
 def _shown_part(part: str) -> str:
-    """A part of a traceback: a frame of several lines, or what an error says, on one."""
-    # Within a group of exceptions parts stand behind a margin.
+    """Escape a part of a traceback: a frame of several lines, or the text of an error."""
+    # In an exception group, each part has a margin.
     if part.lstrip(" |+-").startswith('File "'):
         lines = part.rstrip("\n").split("\n")
-        # Only the name of a file makes a line that is not indented.
+        # A line that is not indented can only come from a newline in a file name.
         indented = (line if line.startswith(" ") else f"  {line}" for line in lines)
         return "\n".join(printable(line, MOST_TEXT) for line in indented)
 
@@ -148,7 +148,7 @@ def _shown_part(part: str) -> str:
 
 
 def _shown(arg: object) -> object:
-    """An argument of a log line as it may be shown."""
+    """Return an argument of a log line, escaped and cut."""
     if arg is None or isinstance(arg, int | float):
         return arg
 
@@ -161,61 +161,61 @@ def _shown(arg: object) -> object:
     return printable(str(arg), sys.maxsize if isinstance(arg, Whole) else MOST_TEXT)
 
 
-#: Lines of one kind that are logged in one minute; the rest is only counted.
+#: Number of lines of one kind logged per minute; further lines are only counted.
 LINES_PER_MINUTE = 10
 
-#: Kinds that are told apart; some have names from the wire, which must not pile up.
+#: Largest number of kinds. Some contain names from Redis, so the number is bounded.
 KINDS = 1_000
 
 
 class Counters:
-    """Named numbers that only grow; one lock, taken once per batch where it matters."""
+    """Named counters that only grow."""
 
     def __init__(self) -> None:
-        # Reentrant, as all locks here: a signal handler may interrupt the thread that holds it.
+        # Reentrant: a signal handler may interrupt the thread that holds the lock.
         self._lock = threading.RLock()
         self._counts: defaultdict[str, int] = defaultdict(int)
 
     def add(self, name: str, count: int = 1) -> None:
-        """Add ``count`` to the number called ``name``."""
+        """Add ``count`` to the counter ``name``."""
         with self._lock:
             self._counts[name] += count
 
     def get(self, name: str) -> int:
-        """The number called ``name``; 0 if nothing was counted."""
+        """Return the counter ``name``; 0 if nothing was counted."""
         return self._counts.get(name, 0)
 
     def all(self) -> dict[str, int]:
-        """A copy of all numbers."""
+        """Return a copy of all counters."""
         with self._lock:
             return dict(self._counts)
 
 
 class BoundedLog:
-    """Logs at most :data:`LINES_PER_MINUTE` of a kind, then says how many it left out.
+    """Logs at most :data:`LINES_PER_MINUTE` lines of a kind, and then the number left out.
 
-    A kind may be a state that lasts: :meth:`over` logs its end.
+    For a state that lasts, :meth:`once` logs its start and :meth:`over` its end.
     """
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
         self._lock = threading.RLock()
         self._windows: dict[str, tuple[float, int]] = {}
-        #: Kinds that were logged since they were last over.
-        self._going_on: set[str] = set()
+        #: Kinds of states that were logged and have not ended.
+        self._open_states: set[str] = set()
 
     def info(
         self, kind: str, text: str, *args: object, extra: Mapping[str, object] | None = None
     ) -> None:
-        """Log ``text`` as information, unless enough of its kind were logged this minute."""
+        """Log ``text`` at level INFO, unless the limit of its kind is reached."""
         self._write(logging.INFO, kind, text, *args, extra=extra)
 
     def warning(
         self, kind: str, text: str, *args: object, extra: Mapping[str, object] | None = None
     ) -> None:
-        """Log ``text`` as a warning, unless enough of its kind were logged this minute.
+        """Log ``text`` as a warning, unless the limit of its kind is reached.
 
-        :param extra: fields of the record, see :class:`.logs.Logger`.
+        :param extra: fields of the record, see :meth:`.Logger.log`.
         """
         self._write(logging.WARNING, kind, text, *args, extra=extra)
 
@@ -227,7 +227,7 @@ class BoundedLog:
         exc_info: BaseException | None = None,
         extra: Mapping[str, object] | None = None,
     ) -> None:
-        """Log ``text`` as an error, unless enough of its kind were logged this minute."""
+        """Log ``text`` as an error, unless the limit of its kind is reached."""
         self._write(logging.ERROR, kind, text, *args, exc_info=exc_info, extra=extra)
 
     def once(
@@ -238,16 +238,16 @@ class BoundedLog:
         level: int = logging.WARNING,
         extra: Mapping[str, object] | None = None,
     ) -> None:
-        """Log that a state begins that lasts: not again before it is :meth:`over`."""
-        if kind not in self._going_on:
+        """Log the start of a state, and not again before :meth:`over` was called."""
+        if kind not in self._open_states:
             self._write(level, kind, text, *args, extra=extra)
 
     def over(
         self, kind: str, text: str, *args: object, extra: Mapping[str, object] | None = None
     ) -> None:
-        """Log the end of a state as a warning, if its kind was logged since the last end."""
-        if kind in self._going_on:
-            self._going_on.discard(kind)
+        """Log the end of a state as a warning, if its start was logged."""
+        if kind in self._open_states:
+            self._open_states.discard(kind)
             self._write(logging.WARNING, f"end of {kind}", text, *args, extra=extra)
 
     def _write(
@@ -264,8 +264,8 @@ class BoundedLog:
         if left_out is None:
             return
 
-        if len(self._going_on) < KINDS:
-            self._going_on.add(kind)
+        if len(self._open_states) < KINDS:
+            self._open_states.add(kind)
 
         if left_out:
             text += f" ({left_out} more like this were counted and not logged)"
@@ -273,7 +273,7 @@ class BoundedLog:
         self._logger.log(level, text, *args, exc_info=exc_info, extra=extra, stacklevel=3)
 
     def _admit(self, kind: str) -> int | None:
-        """How many lines were left out before this one, or ``None`` to leave it out too."""
+        """Return the number of lines left out before this one, or ``None`` to leave it out too."""
         now = time.monotonic()
 
         with self._lock:

@@ -88,7 +88,7 @@ SENTENCES = [
     ("deploying", r"its first (\S+) characters, on one line, and the last", logs.MOST_ERROR),
     ("deploying", r"on one line, and the last (\S+) of its", logs.MOST_TRACEBACK),
     ("deploying", r"Of each kind of line (\S+) a minute are logged", logs.LINES_PER_MINUTE),
-    ("deploying", r"(\S+) KiB once it is read, or that has", codec.MOST_WAITING / 1024),
+    ("deploying", r"(\S+) KiB once it is read, or that has", codec.MAX_DECODED / 1024),
     ("deploying", r"Of each stream at most (\S+) entries are read", workers.MOST_READ),
     ("wire-format", r"what it failed with, (\S+) characters at most", records.MOST_ERROR),
     ("wire-format", r"end of its traceback, (\S+) characters at most", records.MOST_TRACEBACK),

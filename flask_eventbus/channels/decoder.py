@@ -164,7 +164,7 @@ class MessageDecoder:
         :return: the event and its memory use in bytes; ``None`` if this node does not handle it.
         """
         try:
-            event, size = self._codec.decode_to_wait(body)
+            event, size = self._codec.decode_for_queue(body)
             self._check(event, name)
         except DecodeError as error:
             self._reject(name, body, error)

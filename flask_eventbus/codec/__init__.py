@@ -1,7 +1,10 @@
-"""Events to bytes and back.
+"""Encode events as bytes, and decode bytes as events.
 
-``codec`` packs an event: ``envelope`` writes and reads its attributes, ``values`` its payload,
-with the types that msgpack lacks in ``forms``. ``records`` are the bytes of retries and dead
-letters. ``faults`` names what is wrong with bytes that are no event. ``entry_ids`` reads the ids
-of stream entries.
+To send an event, ``codec`` encodes its payload with ``values``, which knows the types that msgpack
+lacks. If that fails, ``faults`` finds the value at fault and its path. The ``Envelope`` of
+``codec`` then adds the attributes. To receive an event, ``codec`` decodes and checks the
+attributes, and ``values`` the payload.
+
+``records`` encodes and decodes retries and dead letters. ``entry_ids`` parses the ids of stream
+entries.
 """

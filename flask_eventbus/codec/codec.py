@@ -1,4 +1,4 @@
-"""Events as bytes, and bytes as events, within the limits of the wire."""
+"""Encode events as bytes, and decode bytes as events, within the limits of the wire format."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from ..event import Event, PackedPayload
 from .faults import find_fault
 from .values import UnfitError, Values, memory_of
 
-#: The version of the wire.
+#: The version of the wire format.
 SPECVERSION: Final = "1.0"
-#: An event's id: the node's name and its running number.
+#: A valid id of an event: the name of its node and a sequence number.
 EVENT_ID = re.compile(r"[\w.-]{1,64}-\d{1,20}", re.ASCII)
-#: How long an id may be, in bytes.
+#: Largest size of an id, in bytes.
 MAX_ID_BYTES = 64 + 1 + 20
-#: How long a ``traceparent`` may be, in bytes.
+#: Largest size of a ``traceparent``, in bytes.
 MAX_TRACEPARENT_BYTES = 128
-#: How long a ``partitionkey`` may be, in bytes.
+#: Largest size of a ``partitionkey``, in bytes.
 MAX_KEY_BYTES = 256
 #: The largest ``hops``.
 MAX_HOPS = 65_535
 #: The largest ``seq``.
 MAX_SEQ = 2**64 - 1
 
-#: The most bytes of an id as it is packed.
+#: Largest size of an encoded id, in bytes.
 PACKED_ID_BYTES = 2 + MAX_ID_BYTES
 
 _FIXSTR = tuple(bytes([0xA0 | length]) for length in range(32))
@@ -44,7 +44,7 @@ _COUNT = struct.Struct(">5sQ").pack
 
 
 def _text(value: str) -> bytes:
-    """Text as msgpack writes it, without the cost of a packer where it is short."""
+    """Encode a string as msgpack, without the cost of a packer if it is short."""
     raw = value.encode()
 
     if len(raw) < 32:
@@ -65,19 +65,19 @@ _PARTITIONKEY = _text("partitionkey")
 
 
 class Envelope:
-    """Makes the events of one service and one signal: what they share is packed once."""
+    """Encodes the events of one service and signal; the attributes they share are encoded once."""
 
     __slots__ = ("_heads", "_least", "overhead")
 
     def __init__(self, source: str, name: str) -> None:
         shared = packb({"specversion": SPECVERSION, "source": source, "type": name})[1:] + _ID
 
-        # The start of an event that has 0, 1, ... 6 optional attributes.
+        # The first bytes of an event with 0, 1, ... 6 optional attributes.
         self._heads = tuple(bytes([0x86 + optional]) + shared for optional in range(7))
 
-        #: The most bytes that an event has beyond those of its payload.
+        #: Largest size of an event without its payload, in bytes.
         self.overhead: int = len(self._heads[0]) + _MOST_BYTES_AFTER_HEAD
-        #: The bytes that each event has beyond those of its payload, and the most for its id.
+        #: Smallest size of an event without its payload, but with the longest id, in bytes.
         self._least = len(self._heads[0]) + PACKED_ID_BYTES + len(_time(0)) + len(_DATA)
 
     def __call__(
@@ -93,9 +93,9 @@ class Envelope:
         traceparent: str | None = None,
         key: str | None = None,
     ) -> bytes:
-        """The bytes of an event.
+        """Encode an event.
 
-        :param data: the payload, from :meth:`.Codec.pack_payload`.
+        :param data: the encoded payload, from :meth:`.Codec.pack_payload`.
         :param time_ns: nanoseconds since 1970, as from :func:`time.time_ns`.
         :raises PayloadError: the key is too long.
         """
@@ -118,10 +118,10 @@ class Envelope:
         return b"".join((head, _text(id), _time(time_ns), _DATA, data, *optional))
 
     def most_bytes(self, data: bytes, attributes: Mapping[str, Any], *, numbered: bool) -> int:
-        """The bytes of an event that has no id yet; only the id may turn out shorter.
+        """Return the size in bytes of an event without an id; only the id may make it shorter.
 
-        :param attributes: the optional ones.
-        :param numbered: whether it will have a ``seq``.
+        :param attributes: the optional attributes.
+        :param numbered: True if the event will have a ``seq``.
         """
         size = self._least + len(data)
 
@@ -136,7 +136,7 @@ class Envelope:
 
 
 def packed_bytes(value: str | int) -> int:
-    """The bytes of a text, or of a small number, as msgpack writes it."""
+    """Return the encoded size of a string or a small number, in bytes."""
     if isinstance(value, int):
         return len(packb(value))
 
@@ -145,7 +145,7 @@ def packed_bytes(value: str | int) -> int:
 
 
 def _time(time_ns: int) -> bytes:
-    """``time`` as a msgpack timestamp: of 64 bits, or of 96 before 1970 and from 2514."""
+    """Encode ``time`` as a msgpack timestamp of 64 bits, or 96 bits before 1970 and from 2514."""
     seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
 
     if seconds >> 34:
@@ -160,13 +160,13 @@ def _key(key: str) -> bytes:
     except UnicodeEncodeError as error:
         raise PayloadError(
             f"The key {short(key)} holds a lone surrogate, which no other program can read. "
-            "Choose a key of plain text."
+            "Choose a key without it."
         ) from error
 
     if len(key.encode()) > MAX_KEY_BYTES:
         raise PayloadError(
-            f"The key {short(key)} has {len(key.encode())} bytes, and {MAX_KEY_BYTES} can "
-            "travel. Choose a shorter one, for example an id."
+            f"The key {short(key)} has {len(key.encode())} bytes, and the limit is "
+            f"{MAX_KEY_BYTES}. Choose a shorter key, for example an id."
         )
 
     return packed
@@ -174,7 +174,7 @@ def _key(key: str) -> bytes:
 
 _SEQ_BYTES = len(_COUNT(b"\xa3seq\xcf", MAX_SEQ))
 
-#: The bytes of the names of optional attributes.
+#: Encoded size of the names of optional attributes, in bytes.
 _NAME_BYTES = {
     "correlation_id": len(_CORRELATIONID),
     "causation_id": len(_CAUSATIONID),
@@ -202,20 +202,20 @@ __all__ = ["Codec", "Envelope"]
 
 T = TypeVar("T")
 
-#: Bytes of memory that an event takes beside its payload and its bytes.
+#: Bytes of memory that an event takes besides its payload.
 EVENT_MEMORY = 800
 
-#: Bytes of memory from which on a payload waits as it came, and is read again for a receiver.
-MOST_WAITING = 256 * 1024
+#: Payloads that take more bytes of memory than this are kept encoded until a receiver runs.
+MAX_DECODED = 256 * 1024
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 
 class Codec:
-    """Turns events into bytes and bytes into events. One serves all threads.
+    """Encodes and decodes events. It may be used by several threads.
 
-    :param max_bytes: the size of the largest event, both ways (``EVENTBUS_MAX_EVENT_BYTES``).
+    :param max_bytes: largest size of an event in bytes (``EVENTBUS_MAX_EVENT_BYTES``).
     """
 
     def __init__(self, *, max_bytes: int = 1024 * 1024) -> None:
@@ -225,30 +225,30 @@ class Codec:
     def register_type(
         self, code: int, type_: type[T], *, pack: Callable[[T], bytes], unpack: Callable[[bytes], T]
     ) -> None:
-        """Let values of a type travel, and come back as that type where it is registered too.
+        """Encode values of a type, and decode them in services that register it too.
 
-        :param code: the ext code on the wire, 32 to 127, the same in every service.
-        :raises ConfigError: the code is out of range or taken, or the type travels already.
+        :param code: the msgpack ext code, 32 to 127, the same in every service.
+        :raises ConfigError: the code is out of range or taken, or the type is supported already.
         """
         self._values.register(code, type_, pack, unpack)
 
     def limited(self, max_bytes: int) -> Codec:
-        """A codec with another limit that shares this one's types, present and future."""
+        """Return a codec with another limit that shares this one's registered types."""
         codec = Codec(max_bytes=max_bytes)
         codec._values = self._values
         return codec
 
     def pack_payload(self, payload: Mapping[str, Any], *, overhead: int = 0) -> bytes:
-        """The bytes of a payload, for a :class:`Envelope` to make an event of.
+        """Encode a payload, for an :class:`Envelope`.
 
-        :param overhead: the bytes that come on top of it, so that the event keeps its limit.
-        :raises PayloadError: a value cannot travel; the error names its path and its type.
+        :param overhead: size in bytes of the rest of the event, which counts towards its limit.
+        :raises PayloadError: a value cannot be encoded; the error names its path and its type.
         """
         plain = payload if type(payload) is dict else _as_dict(payload)
 
         if "sender" in plain:
             raise PayloadError(
-                "payload.sender: it would clash with the sender every receiver gets. "
+                "payload.sender: every receiver already gets the sender as its first argument. "
                 "Give the value another name."
             )
 
@@ -259,34 +259,34 @@ class Codec:
 
         return data
 
-    def seal(self, source: str, name: str) -> Envelope:
-        """What writes the events of a service and a signal; made once for a route.
+    def envelope(self, source: str, name: str) -> Envelope:
+        """Return the envelope of a service and a signal; create it once per route.
 
-        :raises ConfigError: the name of the service or of the signal is not legal.
+        :raises ConfigError: the name of the service or of the signal is not valid.
         """
         if not SERVICE_NAME.fullmatch(source):
             raise ConfigError(
-                f"The service name {source!r} is not legal. Use 1 to 64 ASCII letters, digits, "
+                f"The service name {source!r} is not valid. Use 1 to 64 ASCII letters, digits, "
                 "'_', '.' and '-'."
             )
         if not SIGNAL_NAME.fullmatch(name):
             raise ConfigError(
-                f"The signal name {name!r} is not legal. Use 1 to 128 ASCII letters, digits, "
+                f"The signal name {name!r} is not valid. Use 1 to 128 ASCII letters, digits, "
                 "'_', '.', '/' and '-', beginning with a letter, a digit or '_'."
             )
 
         return Envelope(source, name)
 
     def encode(self, event: Event) -> bytes:
-        """The bytes of any event.
+        """Encode an event.
 
-        :raises PayloadError: its payload cannot travel.
-        :raises ConfigError: its source or its name is not legal.
+        :raises PayloadError: its payload cannot be encoded.
+        :raises ConfigError: its source or its name is not valid.
         """
-        seal = self.seal(event.source, event.name)
+        envelope = self.envelope(event.source, event.name)
 
-        return seal(
-            self.pack_payload(event.payload, overhead=seal.overhead),
+        return envelope(
+            self.pack_payload(event.payload, overhead=envelope.overhead),
             id=event.id,
             time_ns=(event.time - _EPOCH) // _MICROSECOND * 1000,
             seq=event.seq,
@@ -298,9 +298,9 @@ class Codec:
         )
 
     def check_size(self, size: int) -> None:
-        """Refuse an event of so many bytes if that is above the limit.
+        """Check the size of an event in bytes.
 
-        :raises DecodeError: it is too large.
+        :raises DecodeError: it is above the limit.
         """
         if size > self._max_bytes:
             raise DecodeError(
@@ -310,35 +310,35 @@ class Codec:
             )
 
     def decode(self, body: bytes, *, via: str = "channel") -> Event:
-        """The event that some bytes are. They may come from anyone.
+        """Decode an event from untrusted bytes.
 
-        :raises DecodeError: they are no event, whatever they are. Its ``reason`` is
+        :raises DecodeError: the bytes are not an event. Its ``reason`` is
             ``too_large``, ``not_msgpack``, ``not_a_map``, ``version``, ``missing_attribute``,
             ``bad_attribute`` or ``bad_payload``.
         """
         return self._decode(body, via)[0]
 
     def _decode(self, body: bytes, via: str) -> tuple[Event, set[type]]:
-        """The event that some bytes are, with what :func:`survey` found in its payload."""
+        """Decode an event; return it with the result of :func:`survey` for its payload."""
         self.check_size(len(body))
         event = _read(self._unpack(body), via)
         return event, self._check(event.payload)
 
-    def decode_to_wait(self, body: bytes, *, via: str = "channel") -> tuple[Event, int]:
-        """Decode an event that waits for a receiver; return it with the memory it takes, in bytes.
+    def decode_for_queue(self, body: bytes, *, via: str = "channel") -> tuple[Event, int]:
+        """Decode an event that waits in a queue; return it with its memory in bytes.
 
-        A payload that takes much memory, or may do so, is left as bytes: :func:`.opened` reads it.
+        A payload above :data:`MAX_DECODED` stays encoded; :func:`.opened` decodes it.
 
-        :raises DecodeError: as :meth:`decode` does.
+        :raises DecodeError: the bytes are not an event.
         """
         event, found = self._decode(body, via)
         size = memory_of(event.payload, found=found, packed=len(body))  # type: ignore[arg-type]  # it is a dict
 
-        if size > MOST_WAITING:
+        if size > MAX_DECODED:
             packed = PackedPayload(partial(self._payload, body))
             return replace(event, payload=packed), EVENT_MEMORY + len(body)
 
-        # What waits in a stream keeps its bytes as well: they are stored where it fails.
+        # A stream event keeps its bytes too: a retry or a dead letter stores them.
         return event, EVENT_MEMORY + size + (len(body) if via == "stream" else 0)
 
     def _payload(self, body: bytes) -> Mapping[str, Any]:
@@ -350,8 +350,8 @@ class Codec:
         except Exception as error:
             first = error
 
-        # A signal handler may raise anywhere, a time limit for example. That is no fault of the
-        # payload: it packs at the second try, and the error is passed on as it is.
+        # A signal handler may raise anywhere, for example a time limit. Then the payload is not at
+        # fault: encoding succeeds at the second try, and the error is raised unchanged.
         try:
             self._packed(payload)
         except Exception as error:
@@ -378,7 +378,7 @@ class Codec:
         try:
             return self._values.unpack(body)
         except UnfitError as error:
-            raise DecodeError(f"It does not read: {error}", reason="bad_payload") from error
+            raise DecodeError(f"It cannot be decoded: {error}", reason="bad_payload") from error
         except Exception as error:
             message = f"It is not msgpack: {type(error).__name__}: {error}"
             raise DecodeError(message, reason="not_msgpack") from error
@@ -393,12 +393,12 @@ class Codec:
             return self._values.check(payload)
         except UnfitError as error:
             raise DecodeError(
-                f"The payload does not read: {error}", reason="bad_payload"
+                f"The payload cannot be decoded: {error}", reason="bad_payload"
             ) from error
 
 
 class _PendingEvent:
-    """An event that is not frozen yet: filled in a sixth of the time that ``Event()`` takes."""
+    """An event that is not frozen yet. Filling it takes a sixth of the time of ``Event()``."""
 
     __slots__ = Event.__slots__
 
@@ -409,14 +409,14 @@ def _read(attributes: Any, via: str) -> Event:
     if attributes.get("specversion") != SPECVERSION:
         raise _wrong_version(attributes)
 
-    draft: Any = _PendingEvent()
-    _read_required(attributes, draft)
-    _read_optional(attributes, draft)
-    draft.via = via
-    draft.attempt = 1
-    draft.replayed = False
-    draft.__class__ = Event
-    event: Event = draft
+    pending: Any = _PendingEvent()
+    _read_required(attributes, pending)
+    _read_optional(attributes, pending)
+    pending.via = via
+    pending.attempt = 1
+    pending.replayed = False
+    pending.__class__ = Event
+    event: Event = pending
     return event
 
 
@@ -428,13 +428,13 @@ def _wrong_version(attributes: dict[Any, Any]) -> DecodeError:
     return DecodeError(f"Its specversion is {version}, not {SPECVERSION!r}.", reason="version")
 
 
-def _read_required(attributes: dict[Any, Any], draft: Any) -> None:
+def _read_required(attributes: dict[Any, Any], pending: Any) -> None:
     try:
-        draft.source = source = attributes["source"]
-        draft.name = name = attributes["type"]
-        draft.id = id = attributes["id"]
-        draft.time = time = attributes["time"]
-        draft.payload = attributes["data"]
+        pending.source = source = attributes["source"]
+        pending.name = name = attributes["type"]
+        pending.id = id = attributes["id"]
+        pending.time = time = attributes["time"]
+        pending.payload = attributes["data"]
     except KeyError as error:
         raise DecodeError(f"It has no {error}.", reason="missing_attribute") from error
 
@@ -448,14 +448,14 @@ def _read_required(attributes: dict[Any, Any], draft: Any) -> None:
         raise _bad("time", time)
 
 
-def _read_optional(attributes: dict[Any, Any], draft: Any) -> None:
-    draft.seq = seq = attributes.get("seq")
-    draft.correlation_id = correlation_id = attributes.get("correlationid")
-    draft.causation_id = causation_id = attributes.get("causationid")
+def _read_optional(attributes: dict[Any, Any], pending: Any) -> None:
+    pending.seq = seq = attributes.get("seq")
+    pending.correlation_id = correlation_id = attributes.get("correlationid")
+    pending.causation_id = causation_id = attributes.get("causationid")
     hops = attributes.get("hops")
-    draft.hops = 0 if hops is None else hops
-    draft.traceparent = traceparent = attributes.get("traceparent")
-    draft.key = key = attributes.get("partitionkey")
+    pending.hops = 0 if hops is None else hops
+    pending.traceparent = traceparent = attributes.get("traceparent")
+    pending.key = key = attributes.get("partitionkey")
 
     if seq is not None and not _is_count(seq, 1, MAX_SEQ):
         raise _bad("seq", seq)
@@ -484,11 +484,11 @@ def _is_text(value: Any, most_bytes: int) -> bool:
 
 
 def _bad(attribute: str, value: Any) -> DecodeError:
-    return DecodeError(f"Its {attribute!r} is not legal: {short(value)}.", reason="bad_attribute")
+    return DecodeError(f"Its {attribute!r} is not valid: {short(value)}.", reason="bad_attribute")
 
 
 def _cause_of(error: Exception) -> Exception:
-    """What made a value unfit, if the error says no more than that it is."""
+    """Return the cause of an :class:`UnfitError`, or the error itself if it has none."""
     cause = error.__cause__
     return (
         _cause_of(cause)

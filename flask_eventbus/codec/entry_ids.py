@@ -1,41 +1,41 @@
-"""The ids of stream entries, as Redis writes and orders them."""
+"""Parse, compare and format the ids of stream entries."""
 
 from __future__ import annotations
 
 import re
 
-#: An entry's id as its two numbers, which sort as Redis does.
+#: An entry id as a pair of numbers, which sorts like ids in Redis.
 EntryId = tuple[int, int]
 
-#: Each of an id's numbers has 64 bits.
+#: Largest value of each of the two numbers.
 MOST = 2**64 - 1
 
-#: Before the first entry.
+#: The id before the first entry.
 EARLIEST: EntryId = (0, 0)
 
 _ID = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII)
 
 
 def entry_id(text: str | bytes) -> EntryId:
-    """Read an id; without its second number it is the first id of its millisecond.
+    """Parse an id; without a second number it is the first id of its millisecond.
 
-    :raises ValueError: the text is no id.
+    :raises ValueError: the text is not an entry id.
     """
     found = _ID.fullmatch(text if isinstance(text, str) else text.decode(errors="replace"))
 
     if found is None:
-        raise ValueError(f"{text!r} is no id of an entry")
+        raise ValueError(f"{text!r} is not an entry id")
 
     numbers = int(found[1]), int(found[2] or 0)
 
     if max(numbers) > MOST:
-        raise ValueError(f"{text!r} is no id of an entry: its numbers have 64 bits each")
+        raise ValueError(f"{text!r} is not an entry id: its numbers have 64 bits each")
 
     return numbers
 
 
 def is_entry_id(text: str) -> bool:
-    """Return True if a text is an entry's id with both numbers, as Redis writes it."""
+    """Return True if ``text`` is an entry id with both numbers, as Redis writes it."""
     try:
         return id_text(entry_id(text)) == text
     except ValueError:
@@ -48,9 +48,9 @@ def id_text(found: EntryId) -> str:
 
 
 def id_before(found: EntryId) -> EntryId:
-    """Return the id directly before another.
+    """Return the id directly before ``found``.
 
-    Groups and ``XREAD`` read what comes *after* an id, so this is where to begin with ``found``.
+    Groups and ``XREAD`` read the entries *after* an id, so start here to read ``found`` first.
     """
     if found[1]:
         return found[0], found[1] - 1
@@ -59,5 +59,5 @@ def id_before(found: EntryId) -> EntryId:
 
 
 def before_moment(milliseconds: int) -> EntryId:
-    """Return the place before all entries of a millisecond (since 1970) and of later ones."""
+    """Return the id before all entries of a moment, in milliseconds since 1970."""
     return id_before((max(0, milliseconds), 0))

@@ -1,4 +1,4 @@
-"""Where in a payload the fault lies: walked only after packing has failed."""
+"""Find the value in a payload that cannot be encoded. Used only after encoding failed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 def find_fault(values: Values, payload: dict[Any, Any], error: Exception) -> str:
-    """The first value that cannot travel: its path, what is wrong with it, what to do.
+    """Return the path of the first value that cannot be encoded, the reason and the remedy.
 
-    :param error: what packing raised; told as it is where no single value is at fault.
+    :param error: the error of the encoding, used if no single value is at fault.
     """
     faults = _faults(values, "payload", payload, ())
-    return next(faults, f"payload: {_in_words(payload, error)}")
+    return next(faults, f"payload: {_describe(payload, error)}")
 
 
 def _faults(values: Values, path: str, value: Any, above: tuple[int, ...]) -> Iterator[str]:
     if id(value) in above:
-        yield f"{path}: {_kind(value)} contains itself. Send an id in the place of the reference."
+        yield f"{path}: {_kind(value)} contains itself. Send an id instead of the reference."
         return
 
     try:
-        plain = values.stand_in(value)
+        plain = values.to_plain(value)
     except Exception as error:
-        yield f"{path}: {_in_words(value, error)}"
+        yield f"{path}: {_describe(value, error)}"
         return
 
     if type(plain) in _CONTAINERS:
@@ -45,7 +45,7 @@ def _container_faults(
         return
     if len(container) > MAX_ITEMS:
         yield (
-            f"{path}: {len(container)} items, and one {_kind(container)} can carry {MAX_ITEMS}. "
+            f"{path}: {len(container)} items, and a {_kind(container)} can have {MAX_ITEMS}. "
             "Send them in several events, or a reference to them."
         )
         return
@@ -62,7 +62,7 @@ def _key_faults(path: str, container: dict[Any, Any]) -> Iterator[str]:
     for key in container:
         if not isinstance(key, str):
             yield (
-                f"{path}: the key {short(key)} is of type {_kind(key)}, and keys are text. "
+                f"{path}: the key {short(key)} is of type {_kind(key)}, and keys must be strings. "
                 "Convert it with str()."
             )
         elif not _is_unicode(key):
@@ -86,7 +86,7 @@ def _packing_faults(values: Values, path: str, value: Any) -> Iterator[str]:
     try:
         values.check({"value": values.unpack(values.pack(value))})
     except Exception as error:
-        yield f"{path}: {_in_words(value, error)}"
+        yield f"{path}: {_describe(value, error)}"
 
 
 _SURROGATE = (
@@ -95,13 +95,13 @@ _SURROGATE = (
 )
 
 
-def _in_words(value: Any, error: Exception) -> str:
+def _describe(value: Any, error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
         return f"the text {short(value)} {_SURROGATE}"
     if isinstance(error, UnfitError):
         return str(error)
 
-    return f"{_kind(value)} cannot travel: {type(error).__name__}: {error}"
+    return f"{_kind(value)} cannot be encoded: {type(error).__name__}: {error}"
 
 
 def _is_unicode(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""What is kept of a stream event that was not handled: to be tried again, or for a person."""
+"""Records of stream events that were not handled: retries and dead letters."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from typing import Any, Self
 
 import msgpack
 
-#: Characters that are kept of an error's text, and of its traceback.
+#: Number of characters stored of an error's text, and of its traceback.
 MOST_ERROR = 500
 MOST_TRACEBACK = 4_000
 
-#: Why something is a dead letter, for a person to read: see :data:`.event_dead_lettered`.
+#: The reasons of dead letters: see :data:`.event_dead_lettered`.
 REASONS = ("retries", "rejected", "killed", "gone", "undecodable")
 
 
 class BadRecordError(Exception):
-    """A record that was changed by somebody else, and does not read any more."""
+    """The bytes of a retry cannot be decoded: another program changed them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryRecord:
-    """A receiver that failed at an event: a member of the sorted set ``...:retry:SERVICE``."""
+    """A retry of an event for one receiver: a member of the sorted set ``...:retry:SERVICE``."""
 
     #: The id of the entry in the stream.
     entry: str
-    #: The event's bytes, as they came.
+    #: The bytes of the event, as they arrived.
     event: bytes
     #: The receiver's name: ``module.qualname``.
     receiver: str
-    #: How many attempts were made, the one that is being made included.
+    #: Number of attempts, including the running one.
     attempts: int
-    #: When the first and the last of them failed, in milliseconds since 1970.
+    #: Times at which the first and the last attempt failed, in milliseconds since 1970.
     first: int
     last: int
-    #: What the last one raised, in words.
+    #: Type and text of the last error.
     error: str
     #: The end of its traceback.
     traceback: str = ""
-    #: Whether an attempt is being made: until the time of its score it is left alone.
+    #: True while an attempt runs; other workers leave the record alone until its score.
     running: bool = False
 
     def packed(self) -> bytes:
-        """Its bytes: one msgpack map."""
+        """Return the record as one msgpack map."""
         body: bytes = msgpack.packb({name: getattr(self, name) for name in self.__slots__})
         return body
 
     @classmethod
     def unpacked(cls, body: bytes) -> Self:
-        """The record that some bytes are.
+        """Decode a record.
 
-        :raises BadRecordError: they are none.
+        :raises BadRecordError: the bytes are not a record.
         """
         try:
             found = msgpack.unpackb(body)
@@ -83,20 +83,20 @@ _KINDS: dict[str, type] = {
     "running": bool,
 }
 
-#: What numbers are at most: attempts to come, and the last second of the calendar.
+#: Largest values; for times, the last second that :class:`~datetime.datetime` can represent.
 _MOST = {"attempts": 1_000_000, "first": 253_402_300_799_000, "last": 253_402_300_799_000}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """What a service gave up: an entry of the stream ``...:dead:SERVICE``, readable as it is."""
+    """A dead letter: an entry of the stream ``...:dead:SERVICE``, whose fields people can read."""
 
     reason: str
     #: The id of the entry in the signal's stream.
     entry: str
-    #: Its fields, as they came: for an event ``{b"event": ...}``.
+    #: The fields of that entry; for an event ``{b"event": ...}``.
     fields: Mapping[bytes, bytes]
-    #: The event's id, its source and its payload as JSON; empty if they could not be read.
+    #: The event's id, its source, and its payload as JSON; empty if they could not be decoded.
     event_id: str = ""
     source: str = ""
     payload: str = ""
@@ -105,12 +105,12 @@ class DeadLetter:
     error: str = ""
     traceback: str = ""
     attempts: int = 0
-    #: When the first and the last attempt failed, in milliseconds since 1970.
+    #: Times at which the first and the last attempt failed, in milliseconds since 1970; 0 if none.
     first: int = 0
     last: int = 0
 
     def as_fields(self) -> list[str | bytes]:
-        """Field names and values, one after the other, as ``XADD`` takes them."""
+        """Return field names and values in one list, as ``XADD`` takes them."""
         words = {
             "reason": self.reason,
             "receiver": self.receiver,
@@ -129,14 +129,14 @@ class DeadLetter:
         for name, value in words.items():
             fields += (name, value.encode(errors="replace"))
         for field, content in self.fields.items():
-            # Another's fields keep their names, behind a mark: they may be called as ours are.
+            # Prefix foreign fields, since they may have the same names as the fields above.
             fields += (field if field == b"event" else b"entry." + field, content)
 
         return fields
 
     @classmethod
     def from_fields(cls, fields: Mapping[bytes, bytes]) -> Self:
-        """The dead letter that the fields of an entry are; what is missing is empty."""
+        """Decode the fields of an entry; missing fields are empty."""
 
         def text(name: str) -> str:
             return fields.get(name.encode(), b"").decode(errors="replace")
@@ -158,17 +158,17 @@ class DeadLetter:
 
 
 def words_of(error: BaseException) -> str:
-    """An error as it is kept: its type and its text, bounded."""
+    """Return the type and text of an error, bounded, as it is stored."""
     try:
         text = f"{type(error).__name__}: {error}"
     except Exception as second:
-        text = f"{type(error).__name__} (its text cannot be had: {type(second).__name__})"
+        text = f"{type(error).__name__} (str() of it raised {type(second).__name__})"
 
-    return travelling(text)[:MOST_ERROR]
+    return escape_surrogates(text)[:MOST_ERROR]
 
 
-def travelling(text: str) -> str:
-    """A text without what is no Unicode: the rest of a file's name in another encoding."""
+def escape_surrogates(text: str) -> str:
+    """Escape lone surrogates, which file names in another encoding contain."""
     return text.encode(errors="backslashreplace").decode()
 
 

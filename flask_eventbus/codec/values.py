@@ -1,8 +1,8 @@
-"""What a payload may hold: every value as msgpack, and back as it was.
+"""Encode the values of a payload as msgpack, and decode them to the same values.
 
-Beyond msgpack's own types (text, bytes, numbers, ``None``, lists, maps) the bus carries
-those of :data:`EXTENSIONS`, and those a program registers. ``docs/wire-format.md``
-describes the bytes. Nothing here executes what it reads.
+Besides msgpack's own types (strings, bytes, numbers, ``None``, lists, maps), it supports those of
+:data:`EXTENSIONS` and those that a program registers. ``docs/wire-format.md`` describes the
+bytes. Decoding never executes code from the bytes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from msgpack import ExtType, Packer, StackError, unpackb
 
 from ..errors import ConfigError
 
-#: How long an integer may be, in bytes. Python writes none past 1,785 bytes as text, so a
-#: longer one would raise wherever it is logged.
+#: Largest size of an integer, in bytes. Python refuses to format integers of more than 1,785 bytes,
+#: so a longer one would raise in every log line.
 MAX_INTEGER_BYTES = 1024
 
-#: The types beyond msgpack's own and the ext code of each.
+#: The ext codes of types that msgpack lacks.
 EXTENSIONS: dict[type, int] = {
     datetime: 1,
     date: 2,
@@ -46,12 +46,12 @@ _DURATION = struct.Struct(">iII")
 
 
 class UnfitError(Exception):
-    """A value that cannot travel, or came as it should not; the text says why."""
+    """A value cannot be encoded, or decoded bytes break a rule; the text gives the reason."""
 
 
 def ext(code: int, data: bytes) -> ExtType:
-    """An ext value."""
-    # ExtType(...) checks its arguments in Python, for half a microsecond.
+    """Return a msgpack ext value."""
+    # ExtType(...) checks its arguments in Python, which takes half a microsecond.
     return tuple.__new__(ExtType, (code, data))
 
 
@@ -64,7 +64,7 @@ def _pack_integer(value: int) -> int | ExtType:
     size = (plain if plain >= 0 else ~plain).bit_length() // 8 + 1
     if size > MAX_INTEGER_BYTES:
         raise UnfitError(
-            f"An integer of {size} bytes is too long, {MAX_INTEGER_BYTES} can travel. "
+            f"An integer of {size} bytes is too long, the limit is {MAX_INTEGER_BYTES}. "
             "Send it as bytes."
         )
 
@@ -111,9 +111,9 @@ def _unpack_uuid(data: bytes) -> UUID:
 
 
 def dataclass_fields(value: Any) -> dict[str, Any]:
-    """A dataclass as a map of its fields.
+    """Return the fields of a dataclass as a dict.
 
-    :raises UnfitError: it hides a field from its ``repr()``, as one does with a password.
+    :raises UnfitError: a field is hidden from ``repr()``, as passwords are.
     """
     shows = value.__dataclass_params__.repr
     hidden = [field.name for field in fields(value) if not (shows and field.repr)]
@@ -121,23 +121,23 @@ def dataclass_fields(value: Any) -> dict[str, Any]:
     if hidden:
         raise UnfitError(
             f"{name_of_type(type(value))} hides {', '.join(map(repr, hidden))} from its repr(), so "
-            "it does not travel as a whole. Give the route a payload= function that picks what "
-            "may leave, or teach the bus the type with bus.register_type()."
+            "it is not sent as a whole. Give the route a payload= function that selects the "
+            "fields to send, or register the type with bus.register_type()."
         )
 
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def name_of_type(kind: type) -> str:
-    """The name of a type as a reader would import it: ``numpy.int64``."""
+    """Return the import path of a type, for example ``numpy.int64``."""
     is_plain = kind.__module__ in ("builtins", "__main__")
     return kind.__qualname__ if is_plain else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _pack_moment(value: datetime) -> ExtType:
-    # Not a time and nanoseconds are pandas's: NaT is a datetime, of the year 1.
+    # pandas has NaT, a datetime that is not equal to itself, and timestamps with nanoseconds.
     if value != value:
-        raise UnfitError(f"{value!r} is no moment. Send None.")
+        raise UnfitError(f"{value!r} is not a time. Send None.")
     if getattr(value, "nanosecond", 0):
         raise UnfitError(
             f"{value!r} has nanoseconds, and a datetime has microseconds. Round it, for example "
@@ -150,8 +150,8 @@ def _pack_moment(value: datetime) -> ExtType:
 def _pack_zoned(code: int, to_text: Callable[[Any], str], value: Any) -> ExtType:
     if value.tzinfo is not None and value.utcoffset() is None:
         raise UnfitError(
-            f"{value!r} has a zone whose offset from UTC is not known, and would lose it. Send an "
-            "aware datetime, or the time without a zone and the zone's name."
+            f"{value!r} has a time zone whose offset from UTC is unknown, so the zone would be "
+            "lost. Send an aware datetime, or the time without a zone and the name of the zone."
         )
 
     return _pack_text(code, to_text, value)
@@ -160,8 +160,8 @@ def _pack_zoned(code: int, to_text: Callable[[Any], str], value: Any) -> ExtType
 def _pack_dict(value: dict[Any, Any]) -> dict[Any, Any]:
     if hasattr(value, "getlist"):
         raise UnfitError(
-            f"{name_of_type(type(value))} has several values for a key, and a map has one. Send "
-            ".to_dict(flat=False) of it, or .to_dict() for the first of each."
+            f"{name_of_type(type(value))} can have several values for a key, and a map has one. "
+            "Send .to_dict(flat=False), or .to_dict() for the first value of each key."
         )
 
     return dict(value)
@@ -171,8 +171,8 @@ def _same(value: Any) -> Any:
     return value
 
 
-#: What msgpack is given in place of a value of each type.
-STAND_INS: dict[type, Callable[[Any], Any]] = {
+#: Functions that convert a value of each type to one that msgpack can encode.
+CONVERTERS: dict[type, Callable[[Any], Any]] = {
     NoneType: _same,
     bool: _same,
     int: _pack_integer,
@@ -192,7 +192,7 @@ STAND_INS: dict[type, Callable[[Any], Any]] = {
     UUID: _pack_uuid,
 }
 
-#: What makes the value of each ext code.
+#: Functions that decode the value of each ext code.
 UNPACKERS: dict[int, Callable[[bytes], Any]] = {
     EXTENSIONS[datetime]: partial(_unpack_text, datetime.fromisoformat),
     EXTENSIONS[date]: partial(_unpack_text, date.fromisoformat),
@@ -206,16 +206,16 @@ UNPACKERS: dict[int, Callable[[bytes], Any]] = {
 
 T = TypeVar("T")
 
-#: How deep lists, maps and sets may be nested; the payload itself is the first level.
+#: Largest nesting of lists, maps and sets; the payload itself is the first level.
 MAX_DEPTH = 32
-#: How many items one list, map or set may have.
+#: Largest number of items in a list, map or set.
 MAX_ITEMS = 100_000
-#: How many lists, maps and sets, and values of registered types, one payload may hold.
+#: Largest number of lists, maps, sets and values of registered types in a payload.
 MAX_CONTAINERS = 100_000
-#: How many sets may lie in one another.
+#: Largest nesting of sets within sets.
 MAX_SET_NESTING = 2
-#: How many members of a set may share one hash. Those are compared with one another, so a
-#: hostile set of thousands of them would take minutes to build.
+#: Largest number of members of a set with the same hash. Python compares those with each other, so
+#: a malicious set of thousands of them would take minutes to build.
 MAX_COLLISIONS = 8
 
 #: The ext codes for :meth:`Values.register`.
@@ -231,50 +231,50 @@ _PLAIN = _CONTAINERS | _SCALARS | {bytearray, memoryview}
 
 
 class Values:
-    """Turns values into bytes and back: the rules of the wire, and the registered types."""
+    """Encodes and decodes values, and holds the registered types."""
 
     def __init__(self) -> None:
         self._registered: dict[type, Callable[[Any], ExtType]] = {}
-        self._stand_ins = STAND_INS | {
+        self._converters = CONVERTERS | {
             set: partial(self._pack_set, set),
             frozenset: partial(self._pack_set, frozenset),
         }
         self._unpackers = dict(UNPACKERS)
         self._idle_packers: list[Packer] = []
-        # What unpacks an ext type, by the number of sets that it lies in.
+        # The hooks that decode ext types, by the number of enclosing sets.
         self._hooks = [partial(self._unpack_ext, n) for n in range(MAX_SET_NESTING + 1)]
 
     def register(
         self, code: int, type_: type[T], pack: Callable[[T], bytes], unpack: Callable[[bytes], T]
     ) -> None:
-        """Let values of a type travel, as ext type ``code`` (32 to 127).
+        """Encode values of a type as ext type ``code`` (32 to 127).
 
-        :raises ConfigError: the code is out of range or taken, or the type travels already.
+        :raises ConfigError: the code is out of range or taken, or the type is supported already.
         """
         if code not in REGISTERED_CODES:
             raise ConfigError(f"register_type({code!r}, ...): choose a code from 32 to 127.")
         if code in self._unpackers:
             raise ConfigError(f"register_type({code}, ...): the code is taken. Choose another.")
-        if type_ in self._registered or type_ in self._stand_ins:
+        if type_ in self._registered or type_ in self._converters:
             raise ConfigError(
-                f"register_type({code}, {type_.__name__}, ...): {type_.__name__} travels "
-                "already. Register each type once, and none of the built-in ones."
+                f"register_type({code}, {type_.__name__}, ...): {type_.__name__} is supported "
+                "already. Register each type once, and no built-in types."
             )
 
         self._registered[type_] = partial(_pack_registered, code, pack)
         self._unpackers[code] = partial(_unpack_registered, type_, unpack)
 
     def pack(self, value: Any) -> bytes:
-        """The bytes of a value.
+        """Encode a value.
 
-        :raises Exception: what msgpack or a registered ``pack=`` raised.
+        :raises Exception: the error of msgpack or of a registered ``pack=``.
         """
-        # A packer serves one caller at a time. Taking it from the list is safe with threads,
-        # and when the garbage collector sends an event in the middle of this one.
+        # A packer serves one caller at a time. Popping it from the list is safe with threads, and
+        # if the garbage collector runs a __del__ that sends an event here.
         try:
             packer = self._idle_packers.pop()
         except IndexError:
-            packer = Packer(default=self._stand_in, strict_types=True)
+            packer = Packer(default=self._to_plain, strict_types=True)
 
         data: bytes = packer.pack(value)
 
@@ -284,10 +284,10 @@ class Values:
         return data
 
     def unpack(self, data: bytes) -> Any:
-        """The value of some bytes; :func:`survey` has yet to look at it.
+        """Decode a value; call :meth:`check` with it afterwards.
 
-        :raises UnfitError: they are msgpack, and break a rule of the wire.
-        :raises Exception: what msgpack raised: they are not msgpack.
+        :raises UnfitError: the bytes are msgpack, but break a rule of the wire format.
+        :raises Exception: the error of msgpack, if the bytes are not msgpack.
         """
         most = min(len(data), MAX_ITEMS)
 
@@ -300,14 +300,14 @@ class Values:
                 max_map_len=most,
             )
         except (ValueError, OverflowError) as error:
-            if _breaks_a_rule(error):
-                raise UnfitError(str(error) or "It is nested too deep.") from error
+            if _is_refused_value(error):
+                raise UnfitError(str(error) or "It is nested too deeply.") from error
             raise
 
     def check(self, payload: dict[str, Any]) -> set[type]:
-        """Look at a payload that was unpacked; return what :func:`survey` found.
+        """Check a decoded payload, and return the result of :func:`survey`.
 
-        :raises UnfitError: it breaks a rule of the wire.
+        :raises UnfitError: it breaks a rule of the wire format.
         """
         found = survey(payload)
 
@@ -321,28 +321,28 @@ class Values:
         return found
 
     def check_packed(self, payload: dict[str, Any], data: bytes) -> None:
-        """Look at a payload that is to leave: readers would refuse what raises here.
+        """Check an encoded payload before it is sent, as its readers will.
 
-        :raises UnfitError: it breaks a rule of the wire.
+        :raises UnfitError: it breaks a rule of the wire format.
         """
         if not survey(payload) <= _PLAIN:
             self.check(self.unpack(data))
 
-    def stand_in(self, value: Any) -> Any:
-        """What travels in the place of a value: a plain one as it is, a dataclass as a dict."""
-        return value if type(value) in _PLAIN else self._stand_in(value)
+    def to_plain(self, value: Any) -> Any:
+        """Return a value that msgpack can encode; a plain value is returned unchanged."""
+        return value if type(value) in _PLAIN else self._to_plain(value)
 
-    def _stand_in(self, value: Any) -> Any:
+    def _to_plain(self, value: Any) -> Any:
         kind = type(value)
-        convert = self._registered.get(kind) or self._stand_ins.get(kind) or self._find(kind)
+        convert = self._registered.get(kind) or self._converters.get(kind) or self._find(kind)
 
         if convert is None:
-            raise UnfitError(_cannot_travel(kind))
+            raise UnfitError(_cannot_encode(kind))
 
         return convert(value)
 
     def _find(self, kind: type) -> Callable[[Any], Any] | None:
-        """How a class travels that is not listed itself: by the nearest rule that fits it."""
+        """Return the converter of a class without one: that of its nearest base class."""
         for base in kind.__mro__:
             if base in self._registered:
                 return self._registered[base]
@@ -352,20 +352,20 @@ class Values:
         if is_dataclass(kind):
             return dataclass_fields
 
-        return next((self._stand_ins[b] for b in kind.__mro__ if b in self._stand_ins), None)
+        return next((self._converters[b] for b in kind.__mro__ if b in self._converters), None)
 
     def _enum_value(self, member: Enum) -> Any:
-        return self._stand_in(member.value)
+        return self._to_plain(member.value)
 
     def _pack_set(self, kind: type, members: set[Any] | frozenset[Any]) -> ExtType:
-        # Read back at once: a member travels as what it becomes, and that may be no member.
+        # Decode it at once: an encoded member may become a value that a set cannot hold.
         data = self.pack(list(members))
-        arrives = self._unpack_set(kind, 0, data)
+        decoded = self._unpack_set(kind, 0, data)
 
-        if len(arrives) != len(members):
+        if len(decoded) != len(members):
             raise UnfitError(
-                f"{len(members)} members of a set become {len(arrives)}: two of them are equal on "
-                "the wire, as a member of an Enum and its value are. Send a list."
+                f"{len(members)} members of a set become {len(decoded)}: two of them are equal if "
+                "encoded, like a member of an Enum and its value. Send a list."
             )
 
         return ext(EXTENSIONS[kind], data)
@@ -379,18 +379,18 @@ class Values:
         try:
             return self._unpackers[code](data)
         except Exception as error:
-            raise UnfitError(f"Ext type {code} does not read: {error}") from error
+            raise UnfitError(f"Ext type {code} cannot be decoded: {error}") from error
 
     def _unpack_set(self, kind: type, nesting: int, data: bytes) -> Any:
         if nesting == MAX_SET_NESTING:
-            raise UnfitError(f"More than {MAX_SET_NESTING} sets lie in one another. Send lists.")
+            raise UnfitError(f"More than {MAX_SET_NESTING} sets are nested. Send lists.")
 
         try:
             members = self._unpack_members(nesting, data)
             return kind(members)
         except TypeError as error:
             raise UnfitError(
-                f"A set has a member no set can hold: {error}. Send a list."
+                f"A set has a member that is not hashable: {error}. Send a list."
             ) from error
 
     def _unpack_members(self, nesting: int, data: bytes) -> tuple[Any, ...]:
@@ -406,16 +406,16 @@ class Values:
                 max_map_len=most,
             )
         except (ValueError, OverflowError) as error:
-            raise UnfitError(f"A set does not read: {error}") from error
+            raise UnfitError(f"A set cannot be decoded: {error}") from error
 
         return _checked_members(members)
 
 
 def survey(payload: dict[str, Any]) -> set[type]:
-    """The types in a payload beyond the scalar ones: none for a flat one.
+    """Return the non-scalar types in a payload; the set is empty for a flat payload.
 
-    :raises UnfitError: it is nested too deep, a map has a key that is no text, or it holds
-        too much.
+    :raises UnfitError: it is nested too deeply, a map has a key that is not a string, or it has
+        too many items.
     """
     found: list[type] = []
     _survey(payload, MAX_DEPTH, found)
@@ -460,25 +460,25 @@ def _check_key(key: Any) -> None:
         raise UnfitError(f"A key is of type {type(key).__name__}, not text.")
 
 
-#: An event of at most so many bytes is not measured value by value where its payload is flat.
+#: Events up to this size in bytes are not measured value by value if their payload is flat.
 SMALL = 1024
 
-#: Bytes of memory that a key and its value take in a dict, without the characters of their texts;
-#: and the most that a byte of packed text takes: four, where one character needs them.
+#: Bytes of memory that a key and its value take in a dict, without the characters of strings; and
+#: the most that an encoded byte of a string takes: four, if one character needs four.
 ITEM_MEMORY = 200
 MOST_TEXT_MEMORY = 4
 
-#: More than there is.
+#: Stands for an unknown amount; larger than any memory.
 UNKNOWN = 2**62
 
 
 def memory_of(payload: dict[str, Any], *, found: set[type], packed: int) -> int:
-    """Return the bytes of memory that a payload takes, about.
+    """Return the approximate memory of a payload in bytes.
 
-    :data:`UNKNOWN` with a value of a registered type: what that refers to nobody can tell.
+    It is :data:`UNKNOWN` with a value of a registered type, which may refer to anything.
 
-    :param found: what :func:`survey` found in it.
-    :param packed: the bytes of the event that it came in.
+    :param found: the result of :func:`survey`.
+    :param packed: size of the encoded event in bytes.
     """
     if packed <= SMALL and not found:
         return len(payload) * ITEM_MEMORY + packed * MOST_TEXT_MEMORY
@@ -495,7 +495,7 @@ def memory_of(payload: dict[str, Any], *, found: set[type], packed: int) -> int:
             total += sum(map(sys.getsizeof, container))
             values = container.values()
 
-        # Flat ones, which most are, without a look at each value.
+        # Most containers are flat: add up their values without a loop.
         if _SCALARS.issuperset(map(type, values)):
             total += sum(map(sys.getsizeof, values))
             continue
@@ -523,7 +523,7 @@ def _unknown_codes(container: Any) -> Iterator[int]:
 
 def _checked_members(members: Any) -> tuple[Any, ...]:
     if type(members) is not tuple:
-        raise UnfitError("A set is not made of an array.")
+        raise UnfitError("A set is not encoded as an array.")
     if len(members) > MAX_COLLISIONS:
         _check_hashes(members)
 
@@ -537,28 +537,28 @@ def _check_hashes(members: tuple[Any, ...]) -> None:
         )
 
 
-def _breaks_a_rule(error: Exception) -> bool:
-    """Whether msgpack read the bytes but refused what they say, which only its words tell."""
+def _is_refused_value(error: Exception) -> bool:
+    """Return True if msgpack read the bytes but refused a value; only its text shows it."""
     words = str(error)
 
     if "max_array_len" in words or "max_map_len" in words:
-        # "4294967295 exceeds max_map_len(5)"; what is within the limit was only cut short.
+        # "4294967295 exceeds max_map_len(5)". A size within MAX_ITEMS means truncated bytes.
         return int(words.split()[0]) > MAX_ITEMS
 
     return isinstance(error, StackError | OverflowError) or "strict_map_key" in words
 
 
-def _cannot_travel(kind: type) -> str:
+def _cannot_encode(kind: type) -> str:
     name = name_of_type(kind)
 
-    # As the scalars of numpy have it, and of most that follow it.
+    # Scalars and arrays of numpy, and of libraries like it.
     if callable(getattr(kind, "item", None)):
         plain = ".tolist()" if hasattr(kind, "__len__") else ".item()"
-        return f"{name} cannot travel. Send a plain value, which {plain} returns."
+        return f"{name} cannot be encoded. Send a plain value, which {plain} returns."
 
     return (
-        f"{name} cannot travel. Give the route a payload= function that returns plain values, or "
-        "teach the bus the type with bus.register_type()."
+        f"{name} cannot be encoded. Give the route a payload= function that returns plain values, "
+        "or register the type with bus.register_type()."
     )
 
 

@@ -325,7 +325,7 @@ class RouteStates:
         return route_state
 
     def _make(self, name: str, route: Route, before: RouteState | None = None) -> RouteState:
-        envelope = self._codec.seal(self._service, name)
+        envelope = self._codec.envelope(self._service, name)
         route_state = RouteState(
             route=route, destination=self._destinations.find(name, route), envelope=envelope
         )

@@ -119,7 +119,7 @@ class EntryDecoder:
         return bytes(body)
 
     def _event(self, entry: Entry, body: bytes) -> tuple[Event, int]:
-        event, memory = self._codec.decode_to_wait(body, via="stream")
+        event, memory = self._codec.decode_for_queue(body, via="stream")
 
         if event.name != entry.name:
             raise DecodeError(

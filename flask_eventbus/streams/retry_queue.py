@@ -299,7 +299,7 @@ class RetryQueue:
         """Decode a member of the sorted set, or give it up and return ``None``."""
         try:
             record = RetryRecord.unpacked(member)
-            event, memory = self._codec.decode_to_wait(record.event, via="stream")
+            event, memory = self._codec.decode_for_queue(record.event, via="stream")
 
             if event.name != name:
                 raise BadRecordError(f"it holds an event of {event.name!r}")

@@ -17,7 +17,7 @@ from flask_eventbus.codec.values import MAX_CONTAINERS
 from flask_eventbus.errors import PayloadError
 
 ADVICE = (
-    "Give the route a payload= function that returns plain values, or teach the bus the type "
+    "Give the route a payload= function that returns plain values, or register the type "
     "with bus.register_type()."
 )
 
@@ -71,63 +71,62 @@ def ring_of_dataclasses() -> Branch:
 FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     "an object": (
         lambda: {"user": {"address": Address()}},
-        f"payload.user.address: {__name__}.Address cannot travel. {ADVICE}",
+        f"payload.user.address: {__name__}.Address cannot be encoded. {ADVICE}",
     ),
     "an object in a list": (
         lambda: {"users": [{"name": "Ada"}, {"name": "Bob", "home address": Address()}]},
-        f"payload.users[1]['home address']: {__name__}.Address cannot travel. {ADVICE}",
+        f"payload.users[1]['home address']: {__name__}.Address cannot be encoded. {ADVICE}",
     ),
     "an object in a tuple of a dataclass": (
         lambda: {"person": Person("Ada", (1, Address()))},
-        f"payload.person.home[1]: {__name__}.Address cannot travel. {ADVICE}",
+        f"payload.person.home[1]: {__name__}.Address cannot be encoded. {ADVICE}",
     ),
     "an object in a set": (
         lambda: {"tags": {Address()}},
-        f"payload.tags[member]: {__name__}.Address cannot travel. {ADVICE}",
+        f"payload.tags[member]: {__name__}.Address cannot be encoded. {ADVICE}",
     ),
     "an object behind an enum": (
         lambda: {"choice": Choice.OBJECT},
-        f"payload.choice: object cannot travel. {ADVICE}",
+        f"payload.choice: object cannot be encoded. {ADVICE}",
     ),
-    "a class": (lambda: {"kind": Address}, f"payload.kind: type cannot travel. {ADVICE}"),
-    "a function": (lambda: {"call": nested}, f"payload.call: function cannot travel. {ADVICE}"),
+    "a class": (lambda: {"kind": Address}, f"payload.kind: type cannot be encoded. {ADVICE}"),
+    "a function": (lambda: {"call": nested}, f"payload.call: function cannot be encoded. {ADVICE}"),
     "a deque": (
         lambda: {"last": deque([1])},
-        f"payload.last: collections.deque cannot travel. {ADVICE}",
+        f"payload.last: collections.deque cannot be encoded. {ADVICE}",
     ),
-    "a complex number": (lambda: {"z": 1j}, f"payload.z: complex cannot travel. {ADVICE}"),
+    "a complex number": (lambda: {"z": 1j}, f"payload.z: complex cannot be encoded. {ADVICE}"),
     "sender": (
         lambda: {"sender": "me"},
-        "payload.sender: it would clash with the sender every receiver gets. "
+        "payload.sender: every receiver already gets the sender as its first argument. "
         "Give the value another name.",
     ),
     "a name that is no text": (
         lambda: {7: 1},
-        "payload: the key 7 is of type int, and keys are text. Convert it with str().",
+        "payload: the key 7 is of type int, and keys must be strings. Convert it with str().",
     ),
     "a key that is no text": (
         lambda: {"prices": [{"EUR": 1}, {None: 2}]},
-        "payload.prices[1]: the key None is of type NoneType, and keys are text. "
+        "payload.prices[1]: the key None is of type NoneType, and keys must be strings. "
         "Convert it with str().",
     ),
     "a key of bytes": (
         lambda: {"prices": {b"EUR": 1}},
-        "payload.prices: the key b'EUR' is of type bytes, and keys are text. "
+        "payload.prices: the key b'EUR' is of type bytes, and keys must be strings. "
         "Convert it with str().",
     ),
     "a ring": (
         lambda: {"ring": ring()},
-        "payload.ring[1]: list contains itself. Send an id in the place of the reference.",
+        "payload.ring[1]: list contains itself. Send an id instead of the reference.",
     ),
     "a ring of dataclasses": (
         lambda: {"tree": ring_of_dataclasses()},
-        "payload.tree.leaves.first: Branch contains itself. "
-        "Send an id in the place of the reference.",
+        "payload.tree.leaves.first: Branch contains itself. Send an id instead of the reference.",
     ),
     "a ring of sets": (
         lambda: {"tree": ring_of_sets()},
         "payload.tree[member].leaves[member]: Branch contains itself. "
-        "Send an id in the place of the reference.",
+        "Send an id instead of the reference.",
     ),
     "33 levels": (
         lambda: {"deep": nested(32)},
@@ -144,22 +143,22 @@ FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a long list": (
         lambda: {"rows": [None] * 100_001},
-        "payload.rows: 100001 items, and one list can carry 100000. "
+        "payload.rows: 100001 items, and a list can have 100000. "
         "Send them in several events, or a reference to them.",
     ),
     "a long tuple": (
         lambda: {"rows": (None,) * 100_001},
-        "payload.rows: 100001 items, and one tuple can carry 100000. "
+        "payload.rows: 100001 items, and a tuple can have 100000. "
         "Send them in several events, or a reference to them.",
     ),
     "a long map": (
         lambda: {"rows": OrderedDict.fromkeys(map(str, range(100_001)))},
-        "payload.rows: 100001 items, and one dict can carry 100000. "
+        "payload.rows: 100001 items, and a dict can have 100000. "
         "Send them in several events, or a reference to them.",
     ),
     "a long set": (
         lambda: {"rows": set(range(100_001))},
-        "payload.rows: 100001 items, and one set can carry 100000. "
+        "payload.rows: 100001 items, and a set can have 100000. "
         "Send them in several events, or a reference to them.",
     ),
     "many containers": (
@@ -172,11 +171,12 @@ FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a set of what becomes a map": (
         lambda: {"people": {Person("Ada")}},
-        "payload.people: A set has a member no set can hold: unhashable type: 'dict'. Send a list.",
+        "payload.people: A set has a member that is not hashable: unhashable type: 'dict'. "
+        "Send a list.",
     ),
     "sets in sets in sets": (
         lambda: {"tags": {frozenset({frozenset({1})})}},
-        "payload.tags: More than 2 sets lie in one another. Send lists.",
+        "payload.tags: More than 2 sets are nested. Send lists.",
     ),
     "a lone surrogate": (
         lambda: {"file": ["caf\udce9"]},
@@ -190,12 +190,12 @@ FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a long integer": (
         lambda: {"n": 1 << 8 * 1024},
-        "payload.n: An integer of 1025 bytes is too long, 1024 can travel. Send it as bytes.",
+        "payload.n: An integer of 1025 bytes is too long, the limit is 1024. Send it as bytes.",
     ),
     "a memoryview with holes": (
         lambda: {"pixels": memoryview(b"abcd")[::2]},
-        "payload.pixels: memoryview cannot travel: BufferError: memoryview: underlying buffer is "
-        "not C-contiguous",
+        "payload.pixels: memoryview cannot be encoded: BufferError: memoryview: underlying buffer "
+        "is not C-contiguous",
     ),
     "no mapping": (
         lambda: ["user_id", 7],
@@ -206,7 +206,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize(("make", "message"), FAULTS.values(), ids=FAULTS)
-def test_a_payload_that_cannot_travel_is_told_by_path_reason_and_remedy(
+def test_a_payload_that_cannot_be_encoded_is_refused_with_path_reason_and_remedy(
     make: Callable[[], Any], message: str
 ) -> None:
     with pytest.raises(PayloadError) as caught:
@@ -237,7 +237,7 @@ def test_a_registered_function_that_raises_is_told_by_path() -> None:
     codec = Codec()
     codec.register_type(40, Address, pack=lambda _: bytes(1 // 0), unpack=lambda _: Address())
 
-    message = re.escape("payload.homes[1]: Address cannot travel: ZeroDivisionError")
+    message = re.escape("payload.homes[1]: Address cannot be encoded: ZeroDivisionError")
     with pytest.raises(PayloadError, match=message) as caught:
         codec.pack_payload({"homes": [None, Address()]})
 
@@ -248,7 +248,9 @@ def test_a_type_that_would_not_be_read_here_is_not_sent_from_here() -> None:
     codec = Codec()
     codec.register_type(40, Address, pack=lambda _: b"", unpack=lambda _: None)  # type: ignore[arg-type,return-value]  # the mistake
 
-    message = re.escape("payload.home: Ext type 40 does not read: its unpack= returned NoneType")
+    message = re.escape(
+        "payload.home: Ext type 40 cannot be decoded: its unpack= returned NoneType"
+    )
     with pytest.raises(PayloadError, match=message):
         codec.pack_payload({"home": Address()})
 
@@ -347,5 +349,7 @@ def test_a_type_that_never_packs_is_the_payloads_fault_whatever_it_raises() -> N
 
     codec.register_type(40, Address, pack=pack, unpack=lambda data: Address())
 
-    with pytest.raises(PayloadError, match=r"payload\.home: Address cannot travel: TimeLimitError"):
+    with pytest.raises(
+        PayloadError, match=r"payload\.home: Address cannot be encoded: TimeLimitError"
+    ):
         codec.pack_payload({"home": Address()})

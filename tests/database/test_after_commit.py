@@ -185,7 +185,7 @@ def test_what_cannot_travel_is_an_error_at_send(
     user = User(id=1, email="ada")
     session.add(user)
 
-    with pytest.raises(PayloadError, match=r"payload\.user: .*\.User cannot travel"):
+    with pytest.raises(PayloadError, match=r"payload\.user: .*\.User cannot be encoded"):
         bus.signal("user_added").send(user=user)
 
     session.commit()

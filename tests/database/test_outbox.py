@@ -201,7 +201,7 @@ def fill(
 ) -> None:
     """Write events into the outbox as a service would."""
     codec = Codec()
-    seal = codec.seal("shop", name)
+    seal = codec.envelope("shop", name)
 
     with Session(engine) as session, session.begin():
         for number in range(count):

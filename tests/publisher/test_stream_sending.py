@@ -370,7 +370,7 @@ UNFIT_KEYS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "None": ({"user_id": None}, r"payload\.user_id: .* None is not a usable value"),
     "empty": ({"user_id": ""}, "'' is not a usable value. Send another"),
-    "too long": ({"user_id": "x" * 300}, "has 300 bytes, and 256 can travel. Choose a shorter"),
+    "too long": ({"user_id": "x" * 300}, "has 300 bytes, and the limit is 256. Choose a shorter"),
     "surrogate": ({"user_id": b"\xff".decode(errors="surrogateescape")}, "lone surrogate"),
 }
 

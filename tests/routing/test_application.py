@@ -933,7 +933,7 @@ def test_a_receiver_gets_an_app_context_of_its_own_at_each_event_that_is_torn_do
 def dispatch(bus: EventBus, app: Flask, **payload: Any) -> list[Any]:
     """Dispatch as the listener would, in this thread."""
     codec = Codec()
-    body = codec.seal("elsewhere", "ping")(codec.pack_payload(payload), id="abc-1", time_ns=1)
+    body = codec.envelope("elsewhere", "ping")(codec.pack_payload(payload), id="abc-1", time_ns=1)
     event: Event = codec.decode(body)
     return list(bus.node(app).dispatcher.dispatch(event).failures)
 
