@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from flask_eventbus import Bus
 from flask_eventbus.node import nodes
 
 pytest_plugins = ["pytester"]
+
+# A shell starts what it runs in the background, and nohup, with SIGINT ignored: so would be the
+# programs that tests end by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

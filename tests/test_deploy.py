@@ -165,7 +165,7 @@ def test_the_health_of_the_page_follows_redis(
 def test_the_log_lines_of_the_page_are_those_of_the_package() -> None:
     rows = re.findall(r"^\| `([^`]+)` \| (?:warning|error) \|", PAGE, re.MULTILINE)
     sources = "".join(
-        path.read_text() for path in Path(flask_eventbus.__file__).parent.glob("*.py")
+        path.read_text() for path in Path(flask_eventbus.__file__).parent.rglob("*.py")
     )
     said = re.sub(r'"\s+f?"', "", sources)
 
