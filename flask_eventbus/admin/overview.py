@@ -15,7 +15,7 @@ from ..config import Age
 from ..node import Node
 from ..receivers.dispatcher import name_of
 from ..receivers.retries import allowed
-from ..routing.bus_signal import BusNamespace, Outbound, Receiver, SendingSignal
+from ..routing.bus_signal import BridgeBase, BusNamespace, Receiver, SendingSignal
 from ..routing.options import is_pattern, matches
 from ..routing.routes import Route
 from ..routing.subscriptions import NEW, Subscription, subscription_for
@@ -300,7 +300,7 @@ def connected_to(signal: Signal) -> list[Connected]:
     return [
         connected
         for connected in _all_connected(signal)
-        if not isinstance(connected.receiver, Outbound)
+        if not isinstance(connected.receiver, BridgeBase)
     ]
 
 

@@ -133,7 +133,7 @@ class Replay:
 
     def _is_for_here(self, event: Event) -> bool:
         is_own = event.source == self.config.service
-        heard = self.subscription.hears(event.source) and (self.subscription.echo or not is_own)
+        heard = self.subscription.accepts(event.source) and (self.subscription.echo or not is_own)
         return heard and bool(self.dispatcher.receivers(event, only=self.only))
 
     def _note(self, entry: str, event: Event, failures: Sequence[Failure]) -> None:

@@ -208,7 +208,7 @@ class MessageDecoder:
 
             return subscription.echo
 
-        if not subscription.hears(event.source):
+        if not subscription.accepts(event.source):
             self._counters.add("filtered")
             return False
 

@@ -11,7 +11,7 @@ from blinker import NamedSignal, Signal
 
 from ..errors import PayloadError
 from ..logs import BoundedLog, get_logger, text_of
-from .bus_signal import BusSignal, Outbound, adopt
+from .bus_signal import BridgeBase, BusSignal, adopt
 from .options import is_pattern
 from .registry import Registry
 from .routes import Route
@@ -19,7 +19,7 @@ from .routes import Route
 logger = get_logger(__name__)
 
 
-class Bridge(Outbound):
+class Bridge(BridgeBase):
     """Publishes the emissions of a signal; one per signal, name on the wire and node."""
 
     def __init__(

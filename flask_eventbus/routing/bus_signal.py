@@ -47,7 +47,7 @@ def _report_at_end(
             return
 
 
-class Outbound:
+class BridgeBase:
     """Base class of bridges, which publish the emissions of a signal."""
 
     def __call__(self, sender: Any, /, **payload: Any) -> None:
@@ -63,11 +63,11 @@ class SendingSignal(Signal):
     """A signal that calls its local receivers first, including coroutines, then its bridges."""
 
     @property
-    def bridges(self) -> Sequence[Outbound]:
+    def bridges(self) -> Sequence[BridgeBase]:
         """The bridges that publish this signal."""
         raise NotImplementedError
 
-    def add_bridge(self, bridge: Outbound) -> None:
+    def add_bridge(self, bridge: BridgeBase) -> None:
         """Add ``bridge``, which publishes the signal; it is held by a weak reference."""
         raise NotImplementedError
 
@@ -123,23 +123,25 @@ class AdoptedSignal(SendingSignal):
     _is_published = False
 
     @property
-    def bridges(self) -> Sequence[Outbound]:
+    def bridges(self) -> Sequence[BridgeBase]:
         """The bridges among the connected receivers."""
-        found = [each for each in super().receivers_for(ANY) if isinstance(each, Outbound)]
+        found = [each for each in super().receivers_for(ANY) if isinstance(each, BridgeBase)]
 
         if self._is_published and not found:
             _report_at_end(getattr(self, "name", self))
 
         return found
 
-    def add_bridge(self, bridge: Outbound) -> None:
+    def add_bridge(self, bridge: BridgeBase) -> None:
         """Add ``bridge``, which publishes the signal; it is held by a weak reference."""
         self._is_published = True
         self.connect(bridge)
 
     def receivers_for(self, sender: Any) -> Generator[Receiver, None, None]:
         """Yield the local receivers for ``sender``."""
-        return (found for found in super().receivers_for(sender) if not isinstance(found, Outbound))
+        return (
+            found for found in super().receivers_for(sender) if not isinstance(found, BridgeBase)
+        )
 
 
 class BusSignal(SendingSignal, NamedSignal):
@@ -151,10 +153,10 @@ class BusSignal(SendingSignal, NamedSignal):
         self._cache: dict[str, list[Receiver]] = {}
         #: True if a local receiver is weakly referenced and may vanish without notice.
         self._has_weak = False
-        self._bridges: tuple[weakref.ref[Outbound], ...] = ()
+        self._bridges: tuple[weakref.ref[BridgeBase], ...] = ()
 
     @property
-    def bridges(self) -> Sequence[Outbound]:
+    def bridges(self) -> Sequence[BridgeBase]:
         """The bridges of nodes that still exist."""
         living = [found for reference in self._bridges if (found := reference()) is not None]
 
@@ -163,7 +165,7 @@ class BusSignal(SendingSignal, NamedSignal):
 
         return living
 
-    def add_bridge(self, bridge: Outbound) -> None:
+    def add_bridge(self, bridge: BridgeBase) -> None:
         """Add ``bridge``, which publishes the signal; it is held by a weak reference."""
         self._bridges = (*map(weakref.ref, self.bridges), weakref.ref(bridge))
 

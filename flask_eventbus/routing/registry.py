@@ -16,7 +16,7 @@ from blinker import ANY, NamedSignal, Namespace, Signal
 from ..codec.codec import Codec
 from ..errors import ConfigError
 from ..typing import Extractor, Via
-from .bus_signal import BusNamespace, BusSignal, Outbound, Receiver, adopt, check_signal_name
+from .bus_signal import BridgeBase, BusNamespace, BusSignal, Receiver, adopt, check_signal_name
 from .options import is_pattern, matches
 from .routes import Route, read_route
 from .subscriptions import Subscription, read_retries, read_subscription, unite
@@ -363,7 +363,7 @@ class Registry:
         if isinstance(signal, BusSignal):
             return signal.local_receivers(source)
 
-        return [r for r in signal.receivers_for(source) if not isinstance(r, Outbound)]
+        return [r for r in signal.receivers_for(source) if not isinstance(r, BridgeBase)]
 
     def connected_to(self, name: str) -> list[Receiver]:
         """Return all receivers of ``name``, from any sender, in the order of their connection."""
@@ -379,7 +379,7 @@ class Registry:
             receiver() if isinstance(receiver, weakref.ref) else receiver
             for receiver in list(signal.receivers.values())
         ]
-        return [r for r in found if r is not None and not isinstance(r, Outbound)]
+        return [r for r in found if r is not None and not isinstance(r, BridgeBase)]
 
     def retries_of(self, name: str, receiver: Receiver) -> int | None:
         """Return the retries that ``receiver`` declared for ``name``; ``None`` if it did not."""
@@ -434,9 +434,9 @@ class Registry:
         found: list[Receiver] = []
 
         for pattern, receiver, senders in self._patterns:
-            heard = matches(pattern, name) and (ANY in senders or source in senders)
+            is_match = matches(pattern, name) and (ANY in senders or source in senders)
 
-            if heard and receiver not in found:
+            if is_match and receiver not in found:
                 found.append(receiver)
 
         return found

@@ -49,7 +49,7 @@ class Subscription:
     #: True if the workers of the service share the events of a stream; False if each gets all.
     group: bool = True
 
-    def hears(self, source: str) -> bool:
+    def accepts(self, source: str) -> bool:
         """Return True if events of the service ``source`` are received."""
         return self.sources is None or source in self.sources
 
@@ -179,7 +179,7 @@ def _read_group(options: Mapping[str, Any], where: str) -> bool:
     if options["group"] is not None:
         raise ConfigError(
             f"{where}['group'] is {options['group']!r}. The group is the service, so leave it out; "
-            "or set it to None, so that every process of the service hears every event."
+            "or set it to None, so that every process of the service gets every event."
         )
 
     if options.get("retries") is not None:

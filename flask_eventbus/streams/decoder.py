@@ -139,7 +139,7 @@ class EntryDecoder:
 
             return subscription.echo
 
-        if not subscription.hears(event.source):
+        if not subscription.accepts(event.source):
             self._counters.add("filtered")
             return False
 

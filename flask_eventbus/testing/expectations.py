@@ -93,7 +93,7 @@ def why_unheard(event: Event, nodes: Sequence[Node]) -> str:
 def hears(node: Node, event: Event) -> bool:
     """Whether an event from elsewhere runs receivers in a node, as far as settings say."""
     subscription = subscription_for(event.name, node.subscriptions)
-    subscribed = subscription is not None and subscription.hears(event.source)
+    subscribed = subscription is not None and subscription.accepts(event.source)
     reached = node.config.enabled and subscribed and is_reached(node, event)
     return reached and bool(node.receivers_of(event))
 
@@ -182,7 +182,7 @@ def _why_deaf(node: Node, event: Event) -> str | None:
     if not node.config.enabled:
         return f"{service!r} would, but its 'EVENTBUS_ENABLED' is False."
 
-    if not subscription.hears(event.source):
+    if not subscription.accepts(event.source):
         sources = ", ".join(sorted(subscription.sources or ()))
         return f"{service!r} hears it only from {sources}: deliver it with source=."
 
