@@ -543,7 +543,7 @@ class Publisher:
     def _stall_since(self, departures: int) -> None:
         """Mark Redis as stalled, so that no other sender waits and the writer checks Redis.
 
-        Do nothing of this if events have left since, because Redis is then slow but available.
+        If events have left since, Redis is slow but available: only wake the writer.
 
         :param departures: :attr:`.Buffer.departures` at the start of the wait.
         """
