@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 #: Longest delay that :class:`Retry` accepts, in seconds: one year.
-MOST_AFTER = 31_536_000
+MAX_RETRY_DELAY = 31_536_000
 
 
 class EventBusError(Exception):
@@ -125,10 +125,10 @@ class Retry(EventBusError):  # noqa: N818 - reads as an instruction: raise Retry
 
         is_number = isinstance(after, int | float) and not isinstance(after, bool)
 
-        if after is not None and not (is_number and 0 <= after <= MOST_AFTER):
+        if after is not None and not (is_number and 0 <= after <= MAX_RETRY_DELAY):
             raise ValueError(
                 f"Retry has 'after' {after!r}. Set it to a number of seconds from 0 to "
-                f"{MOST_AFTER:,}, or leave it out."
+                f"{MAX_RETRY_DELAY:,}, or leave it out."
             )
 
         super().__init__(message)

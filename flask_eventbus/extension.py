@@ -45,10 +45,10 @@ class AppSignal:
     to send the signal from that sender.
     """
 
-    def __init__(self, declarations: Registry, name: str) -> None:
-        self._declarations = declarations
+    def __init__(self, registry: Registry, name: str) -> None:
+        self._registry = registry
         #: The underlying blinker signal.
-        self.signal: NamedSignal = declarations.signal(name)
+        self.signal: NamedSignal = registry.signal(name)
 
     @property
     def name(self) -> str:
@@ -93,7 +93,7 @@ class AppSignal:
     def _declare(self, receiver: F) -> F:
         signature = inspect.signature(receiver)
         self._check(receiver, signature)
-        declared = self._declarations.parameters.setdefault(self.name, _without_sender(signature))
+        declared = self._registry.parameters.setdefault(self.name, _without_sender(signature))
         self._check_fits(receiver, signature, declared)
         return self.connect(receiver)
 
@@ -135,7 +135,7 @@ class AppSignal:
             ) from error
 
     def _named(self, args: tuple[Any, ...], payload: dict[str, Any]) -> dict[str, Any]:
-        declared = self._declarations.parameters.get(self.name)
+        declared = self._registry.parameters.get(self.name)
 
         if declared is None:
             return self._undeclared(args, payload)
@@ -161,8 +161,8 @@ class AppSignal:
 class AppSignals:
     """The type of ``app.signal``: call it with a name, or use it as a decorator."""
 
-    def __init__(self, declarations: Registry) -> None:
-        self._declarations = declarations
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
 
     @overload
     def __call__(self, signal: str | NamedSignal, /) -> AppSignal: ...
@@ -178,10 +178,10 @@ class AppSignals:
         :raises TypeError: ``subject`` is neither a name, a signal nor a function.
         """
         if isinstance(subject, str):
-            return AppSignal(self._declarations, subject)
+            return AppSignal(self._registry, subject)
 
         if isinstance(subject, NamedSignal):
-            return AppSignal(self._declarations, subject.name)
+            return AppSignal(self._registry, subject.name)
 
         if not inspect.isfunction(subject):
             raise TypeError(
@@ -189,7 +189,7 @@ class AppSignals:
             )
 
         name = subject.__name__.removeprefix("signal_")
-        return AppSignal(self._declarations, name)(subject)
+        return AppSignal(self._registry, name)(subject)
 
 
 def _without_sender(signature: inspect.Signature) -> inspect.Signature:

@@ -14,11 +14,11 @@ from typing import Any
 from .text import printable
 
 #: Number of characters logged of an error's text, and of any other text.
-MOST_ERROR = 500
-MOST_TEXT = 2_000
+MAX_ERROR_CHARS = 500
+MAX_TEXT_CHARS = 2_000
 
 #: Number of characters logged of a traceback, counted from its end.
-MOST_TRACEBACK = 4_000
+MAX_TRACEBACK_CHARS = 4_000
 
 
 def _no_service() -> str | None:
@@ -103,7 +103,7 @@ def get_logger(name: str) -> Logger:
 def text_of(error: BaseException) -> str:
     """Return the text of an error, escaped and cut."""
     try:
-        return printable(str(error), MOST_ERROR)
+        return printable(str(error), MAX_ERROR_CHARS)
     except Exception as second:
         return f"(str() of the error raised {type(second).__name__})"
 
@@ -118,7 +118,7 @@ def traceback_of(error: BaseException) -> str:
         parts = [f"(formatting the traceback raised {type(second).__name__})"]
 
     text = "\n".join(_shown_part(part) for part in parts)
-    return text if len(text) <= MOST_TRACEBACK else f"...{text[3 - MOST_TRACEBACK :]}"
+    return text if len(text) <= MAX_TRACEBACK_CHARS else f"...{text[3 - MAX_TRACEBACK_CHARS :]}"
 
 
 def _mark_notes(found: traceback.TracebackException) -> None:
@@ -127,7 +127,7 @@ def _mark_notes(found: traceback.TracebackException) -> None:
 
     if notes:
         texts = notes if isinstance(notes, Iterable) else [notes]
-        marked = [f"note: {printable(str(text), MOST_ERROR)}" for text in texts]
+        marked = [f"note: {printable(str(text), MAX_ERROR_CHARS)}" for text in texts]
         vars(found)["__notes__"] = marked
 
     for inner in (found.__cause__, found.__context__, *(found.exceptions or ())):
@@ -142,9 +142,9 @@ def _shown_part(part: str) -> str:
         lines = part.rstrip("\n").split("\n")
         # A line that is not indented can only come from a newline in a file name.
         indented = (line if line.startswith(" ") else f"  {line}" for line in lines)
-        return "\n".join(printable(line, MOST_TEXT) for line in indented)
+        return "\n".join(printable(line, MAX_TEXT_CHARS) for line in indented)
 
-    return printable(part.strip("\n"), MOST_ERROR)
+    return printable(part.strip("\n"), MAX_ERROR_CHARS)
 
 
 def _shown(arg: object) -> object:
@@ -156,9 +156,9 @@ def _shown(arg: object) -> object:
         return text_of(arg)
 
     if isinstance(arg, bytes):
-        return arg[:MOST_TEXT]
+        return arg[:MAX_TEXT_CHARS]
 
-    return printable(str(arg), sys.maxsize if isinstance(arg, Whole) else MOST_TEXT)
+    return printable(str(arg), sys.maxsize if isinstance(arg, Whole) else MAX_TEXT_CHARS)
 
 
 #: Number of lines of one kind logged per minute; further lines are only counted.

@@ -71,7 +71,7 @@ class Node:
     fork, the node of the child gets a new name, new threads and new connections.
 
     :param config: the settings.
-    :param declarations: the signals, routes, subscriptions and receivers declared in code.
+    :param registry: the signals, routes, subscriptions and receivers declared in code.
     :param scope: returns the context in which receivers run, for example an app context.
     :param owns: returns True if emissions of this sender belong to this node.
     :param trace: returns the current W3C trace context, or ``None``.
@@ -84,7 +84,7 @@ class Node:
     def __init__(
         self,
         config: Config,
-        declarations: Registry,
+        registry: Registry,
         *,
         scope: Callable[[], AbstractContextManager[object]] = lambda: _NO_CONTEXT,
         owns: Callable[[Any], bool] = lambda sender: True,
@@ -94,7 +94,7 @@ class Node:
         session: Callable[[], Any] = lambda: None,
     ) -> None:
         self.config = config
-        self.declarations = declarations
+        self.registry = registry
         self.counters = Counters()
         self._scope = scope
         self._trace = trace
@@ -103,9 +103,9 @@ class Node:
         #: True once the warning was logged that a test publishes nothing.
         self._test_is_logged = False
         self._default_session = session
-        self.codec: Codec = declarations.codec.limited(config.max_event_bytes)
+        self.codec: Codec = registry.codec.limited(config.max_event_bytes)
         self._bridges = Bridges(
-            declarations,
+            registry,
             read_routes(config.publish),
             self._emit,
             self._emit_async,
@@ -144,7 +144,7 @@ class Node:
     @property
     def session(self) -> Any:
         """The database session, as given to ``register_session()``; ``None`` if there is none."""
-        registered = self.declarations.session
+        registered = self.registry.session
         return self._default_session() if registered is None else registered
 
     @property
@@ -176,14 +176,14 @@ class Node:
             self._listen()
 
     def _apply_declarations(self) -> None:
-        with self.declarations.lock:
-            self.declarations.watch(self)
+        with self.registry.lock:
+            self.registry.watch(self)
             self._subscriptions = {**self._configured}
 
             for configured in self._configured.values():
                 check_subscription(self.config, configured)
 
-            for subscription in self.declarations.subscriptions.values():
+            for subscription in self.registry.subscriptions.values():
                 self.subscription_declared(subscription)
 
             if self.config.enabled:
@@ -191,7 +191,7 @@ class Node:
 
     def receivers_of(self, event: Event) -> list[Receiver]:
         """Return the receivers of ``event``."""
-        return self.declarations.receivers_of(event.name, event.source)
+        return self.registry.receivers_of(event.name, event.source)
 
     def publish(self, name: str, payload: Mapping[str, Any], *, confirm: bool = True) -> str:
         """Publish an event without a signal, and return its id.
@@ -215,7 +215,7 @@ class Node:
             return
 
         # Other code may have created signals in an adopted namespace.
-        self.declarations.find_new_signals()
+        self.registry.find_new_signals()
 
         with self._start_stop_lock:
             self.listening = True
@@ -319,7 +319,7 @@ class Node:
         """Create all parts that belong to one process and one start."""
         self._listen_lock = threading.RLock()
         self._name = secrets.token_hex(6)
-        self.declarations.siblings.add(self, self._name)
+        self.registry.siblings.add(self, self._name)
         self.connections = Connections(
             self.config.url, name=f"eventbus:{self.config.service}:{self._name}"
         )
@@ -366,13 +366,13 @@ class Node:
     def _make_dispatcher(self) -> Dispatcher:
         return Dispatcher(
             service=self.config.service,
-            receivers=self.declarations.receivers_of,
+            receivers=self.registry.receivers_of,
             scope=self._scope,
             undo=self._roll_back,
             logs_events=self.config.log_events,
             counters=self.counters,
-            timeout=self.declarations.timeout_of,
-            connected=self.declarations.connected_to,
+            timeout=self.registry.timeout_of,
+            connected=self.registry.connected_to,
         )
 
     def _roll_back(self) -> None:
@@ -404,9 +404,9 @@ class Node:
             counters=self.counters,
             node=self._name,
             issued=lambda: publisher.issued,
-            siblings=self.declarations.siblings,
+            siblings=self.registry.siblings,
             app_exists=self._app_exists,
-            retries_of=self.declarations.retries_of,
+            retries_of=self.registry.retries_of,
         )
 
     def recreate_unused(self) -> None:
@@ -419,7 +419,7 @@ class Node:
         """Reset the node in a forked child: use nothing of the parent, start nothing."""
         self.listening = False
         self._start_stop_lock = threading.RLock()
-        self.declarations.reset_lock()
+        self.registry.reset_lock()
         self._inbound.disown()
         self._publisher.disown()
         self.connections.disown()
@@ -662,7 +662,7 @@ def _reset_nodes_after_fork() -> None:
 
     for node in list(nodes):
         # The parent is another process now, so its events must be received.
-        node.declarations.siblings.clear()
+        node.registry.siblings.clear()
 
     for node in list(nodes):
         node._after_fork()

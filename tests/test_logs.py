@@ -18,7 +18,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, Event, Reject, Retry, current_event, logs, signals
 from flask_eventbus.codec.records import DeadLetter
-from flask_eventbus.logs import MOST_TRACEBACK, BoundedLog, get_logger, traceback_of
+from flask_eventbus.logs import MAX_TRACEBACK_CHARS, BoundedLog, get_logger, traceback_of
 from flask_eventbus.receivers import retries
 from flask_eventbus.receivers.workers import MOST_EVENTS
 from flask_eventbus.testing import Isolation
@@ -377,7 +377,7 @@ def test_a_dead_letter_keeps_the_end_of_a_traceback(
 
     ((_, found),) = store.client.xrange(store.keys.dead("tick", "mailer"))
     letter = DeadLetter.from_fields(found)
-    assert len(letter.traceback) == MOST_TRACEBACK
+    assert len(letter.traceback) == MAX_TRACEBACK_CHARS
     assert letter.traceback.startswith("...")
     assert "in last_of_all" in letter.traceback
     assert "ValueError: AAAA" in letter.traceback.splitlines()[-1]

@@ -42,7 +42,7 @@ class Overview:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._declarations = node.declarations
+        self._registry = node.registry
 
     @property
     def routes(self) -> list[Route]:
@@ -66,7 +66,7 @@ class Overview:
     @property
     def signals(self) -> list[NamedSignal]:
         """The bus's own signals, by name."""
-        namespace = self._declarations.namespace
+        namespace = self._registry.namespace
         return [namespace[name] for name in sorted(namespace)]
 
     @property
@@ -85,7 +85,7 @@ class Overview:
 
         There is another signal of its name, and whoever sends that one publishes nothing.
         """
-        namespace = self._declarations.namespace
+        namespace = self._registry.namespace
 
         if not isinstance(namespace, BusNamespace):
             return
@@ -112,7 +112,7 @@ class Overview:
         found = [connected for signal in signals for connected in connected_to(signal)]
 
         if is_pattern(name) or not signals:
-            found += map(Connected, self._declarations.receivers_of_pattern(name))
+            found += map(Connected, self._registry.receivers_of_pattern(name))
 
         return list({id(connected.receiver): connected for connected in found}.values())
 
@@ -125,7 +125,7 @@ class Overview:
                 yield signal.name, connected_to(signal)
 
         if is_pattern(name):
-            yield name, list(map(Connected, self._declarations.receivers_of_pattern(name)))
+            yield name, list(map(Connected, self._registry.receivers_of_pattern(name)))
 
     def as_json(self) -> dict[str, Any]:
         """All of it, of plain values."""
@@ -149,12 +149,12 @@ class Overview:
         if not self.reads_stream(subscription) or not subscription.group:
             return None
 
-        asked = self._declarations.retries_of(subscription.name, receiver)
+        asked = self._registry.retries_of(subscription.name, receiver)
         return allowed(subscription.retries, asked, self._node.config.retries)
 
     def timeout_of(self, subscription: Subscription, receiver: Receiver) -> float | None:
         """The seconds that a receiver has; ``None`` for as many as it takes."""
-        return self._declarations.timeout_of(subscription.name, receiver)
+        return self._registry.timeout_of(subscription.name, receiver)
 
     def _route_as_json(self, route: Route) -> dict[str, Any]:
         return {

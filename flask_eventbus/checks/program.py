@@ -111,7 +111,7 @@ def _check_subscription(overview: Overview, subscription: Subscription) -> Itera
 
 
 def _check_receivers(node: Node, overview: Overview) -> Iterator[Finding]:
-    parameters = node.declarations.parameters
+    parameters = node.registry.parameters
 
     for signal in overview.signals:
         connected = connected_to(signal)

@@ -157,7 +157,7 @@ def _spectator(node: Node, names: tuple[str, ...]) -> Tail:
     return Tail(
         url=config.url,
         prefix=config.prefix,
-        codec=node.declarations.codec.limited(config.max_event_bytes),
+        codec=node.registry.codec.limited(config.max_event_bytes),
         names=names,
         tell=lambda sentence: click.echo(sentence, err=True),
     )

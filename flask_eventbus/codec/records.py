@@ -10,8 +10,8 @@ from typing import Any, Self
 import msgpack
 
 #: Number of characters stored of an error's text, and of its traceback.
-MOST_ERROR = 500
-MOST_TRACEBACK = 4_000
+MAX_ERROR_CHARS = 500
+MAX_TRACEBACK_CHARS = 4_000
 
 #: The reasons of dead letters: see :data:`.event_dead_lettered`.
 REASONS = ("retries", "rejected", "killed", "gone", "undecodable")
@@ -114,7 +114,7 @@ class DeadLetter:
         words = {
             "reason": self.reason,
             "receiver": self.receiver,
-            "error": self.error[:MOST_ERROR],
+            "error": self.error[:MAX_ERROR_CHARS],
             "attempts": str(self.attempts),
             "first_failed": _moment(self.first),
             "last_failed": _moment(self.last),
@@ -122,7 +122,7 @@ class DeadLetter:
             "id": self.event_id,
             "source": self.source,
             "payload": self.payload,
-            "traceback": self.traceback[-MOST_TRACEBACK:],
+            "traceback": self.traceback[-MAX_TRACEBACK_CHARS:],
         }
         fields: list[str | bytes] = []
 
@@ -164,7 +164,7 @@ def words_of(error: BaseException) -> str:
     except Exception as second:
         text = f"{type(error).__name__} (str() of it raised {type(second).__name__})"
 
-    return escape_surrogates(text)[:MOST_ERROR]
+    return escape_surrogates(text)[:MAX_ERROR_CHARS]
 
 
 def escape_surrogates(text: str) -> str:

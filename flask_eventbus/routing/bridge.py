@@ -117,14 +117,14 @@ class Bridges:
 
     def __init__(
         self,
-        declarations: Registry,
+        registry: Registry,
         configured: Mapping[str, Route],
         publish: Callable[[str, Mapping[str, Any], Route], None],
         publish_async: Callable[[str, Mapping[str, Any], Route], Awaitable[None]],
         owns: Callable[[Any], bool],
         check: Callable[[Route], None] = lambda route: None,
     ) -> None:
-        self._declarations = declarations
+        self._registry = registry
         self._configured = configured
         self._publish = publish
         self._publish_async = publish_async
@@ -138,7 +138,7 @@ class Bridges:
     @property
     def routes(self) -> dict[str, Route]:
         """All routes by name; those of the settings override those declared in code."""
-        return {**self._declarations.routes, **self._configured}
+        return {**self._registry.routes, **self._configured}
 
     def connect_all(self) -> None:
         """Connect the signals of all routes."""
@@ -159,7 +159,7 @@ class Bridges:
         elif is_pattern(name):
             self._connect_pattern()
         else:
-            self._bridge(self._declarations.make(name), name, route)
+            self._bridge(self._registry.make(name), name, route)
 
     def route_for(self, name: str) -> Route | None:
         """Return the route of this name, else the first pattern that matches it."""
@@ -173,14 +173,14 @@ class Bridges:
             self._bridge(signal, signal.name, route)
 
     def _connect_pattern(self) -> None:
-        both = (self._configured, self._declarations.routes)
+        both = (self._configured, self._registry.routes)
         self._patterns = [r for routes in both for r in routes.values() if is_pattern(r.name)]
 
-        for signal in list(self._declarations.namespace.values()):
+        for signal in list(self._registry.namespace.values()):
             self.connect_signal(signal)
 
     def _route_named(self, name: str) -> Route | None:
-        return self._configured.get(name) or self._declarations.routes.get(name)
+        return self._configured.get(name) or self._registry.routes.get(name)
 
     def _pattern_for(self, name: str) -> Route | None:
         return next((route for route in self._patterns if route.covers(name)), None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from ..codec.codec import Codec
-from ..codec.records import MOST_ERROR, DeadLetter
+from ..codec.records import MAX_ERROR_CHARS, DeadLetter
 from ..config import Config
 from ..errors import DecodeError
 from ..event import Event, opened
@@ -167,7 +167,7 @@ class EntryDecoder:
             reason="undecodable",
             entry=entry.id,
             fields=self._stored_fields(entry),
-            error=f"{error.reason}: {error}"[:MOST_ERROR],
+            error=f"{error.reason}: {error}"[:MAX_ERROR_CHARS],
             first=now,
             last=now,
         )

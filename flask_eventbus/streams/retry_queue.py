@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..codec.codec import Codec
-from ..codec.records import MOST_ERROR, BadRecordError, DeadLetter, RetryRecord
+from ..codec.records import MAX_ERROR_CHARS, BadRecordError, DeadLetter, RetryRecord
 from ..config import Config
 from ..errors import DecodeError
 from ..event import Event
@@ -334,7 +334,7 @@ class RetryQueue:
             reason="undecodable",
             entry="",
             fields={b"record": member},
-            error=f"The record of a retry cannot be decoded: {error}"[:MOST_ERROR],
+            error=f"The record of a retry cannot be decoded: {error}"[:MAX_ERROR_CHARS],
             first=now,
             last=now,
         )

@@ -167,7 +167,7 @@ def _why_waiting(name: str, nodes: Sequence[Node]) -> list[str]:
 def _published_by(node: Node) -> set[str]:
     """The names that a node's routes publish, those of its signals so far in place of patterns."""
     routes = node.routes.values()
-    signals = {name for name in node.declarations.namespace if any(r.covers(name) for r in routes)}
+    signals = {name for name in node.registry.namespace if any(r.covers(name) for r in routes)}
     return signals | {route.name for route in routes if not is_pattern(route.name)}
 
 

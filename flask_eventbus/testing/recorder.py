@@ -67,7 +67,7 @@ class Recording:
 
     def learn(self, node: Node) -> None:
         """Remember the types that travel in a node's events; the node itself may go."""
-        self._codecs.append((node.declarations.siblings, node.codec))
+        self._codecs.append((node.registry.siblings, node.codec))
 
     def read(self) -> None:
         """Take up what was published since, and what was given up.

@@ -264,7 +264,7 @@ def _delivery(node: Node, event: Event, entry: str) -> Delivery | None:
         config=node.config,
         codec=node.codec,
         counters=node.counters,
-        siblings=node.declarations.siblings,
+        siblings=node.registry.siblings,
     )
     came = Entry(event.name, entry, {b"event": node.codec.encode(event)})
     found = decoder.decode([came], {event.name: _subscription(node, event)})
@@ -295,5 +295,5 @@ def _waiting(node: Node, delivery: Delivery, record: RetryRecord) -> Waiting:
 
 
 def _retries_for(node: Node, delivery: Delivery, failure: Failure) -> int:
-    asked = node.declarations.retries_of(delivery.name, failure.receiver)
+    asked = node.registry.retries_of(delivery.name, failure.receiver)
     return allowed(delivery.subscription.retries, asked, node.config.retries)

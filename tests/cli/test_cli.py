@@ -518,7 +518,7 @@ def test_routes_fits_a_terminal_of_80_columns(till: Flask, monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "80")
     terminal = SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("flask_eventbus.cli.output.sys", terminal)
-    bus: Registry = till.extensions["eventbus"].declarations
+    bus: Registry = till.extensions["eventbus"].registry
     bus.publishes(flask.request_finished, as_="a_name/that_is_as_long_as_a_line", payload=summary)
 
     @bus.on("a_name/that_is_as_long_as_a_line", from_=["accounts-in-the-north", "accounts-south"])
