@@ -447,7 +447,7 @@ def test_a_command_for_people_that_needs_a_renamed_command_says_what_to_change(
     outcome = store.run("status")
 
     assert outcome.exit_code == 1
-    assert "unknown command 'XPENDING'. Take it out of 'rename-command'" in outcome.output
+    assert "unknown command 'XPENDING'. Remove it from 'rename-command'" in outcome.output
 
 
 def test_a_name_that_does_not_resolve_is_tried_until_it_does(

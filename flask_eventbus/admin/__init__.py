@@ -1,7 +1,14 @@
 """What an operator does, as functions without a terminal.
 
-``streams`` asks and changes streams, ``server`` asks the server. ``status`` and ``overview`` show
-where each service stands, ``dead_letters`` and ``dead_retry`` what it gave up, ``replay`` and
-``seek`` go back to a place in a stream, ``tail`` shows events as they come, ``publish`` sends
-one, and ``services`` forgets or renames a service.
+A command opens a connection with ``streams`` (streams and their groups) or ``server`` (the server
+itself), and passes it to one of these:
+
+- ``overview`` lists the routes, subscriptions and receivers of a program, without Redis.
+- ``status`` reads lag, pending events, retries and dead letters of each service.
+- ``dead_letters`` finds, deletes and retries dead letters.
+- ``places`` parses a place in a stream; ``replay`` runs receivers again from there, and ``seek``
+  moves a consumer group there.
+- ``tail`` shows live events, which ``tail_sources`` reads from channels and streams.
+- ``publish`` publishes one event and waits for the answer.
+- ``services`` removes or renames a service.
 """

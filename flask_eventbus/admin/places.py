@@ -1,4 +1,4 @@
-"""Where in a stream something is, as a person writes it: an entry's id, a time, or an age."""
+"""Parse a place in a stream: an entry's id, a time, or an age."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ID = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII)
 _AGE = re.compile(r"(\d{1,6})([smhd])", re.ASCII)
 _SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
-#: Digits that milliseconds since 1970 have in our time; 20261122 is meant to be a date.
+#: Least digits of milliseconds since 1970; a shorter number such as 20261122 is a date.
 _DIGITS = 12
 
 _EXAMPLES = (
@@ -29,32 +29,32 @@ class Place:
 
     first: EntryId
     last: EntryId
-    #: Whether it is a moment, and not an entry that somebody named.
+    #: True for a time; False for the id of an entry.
     is_moment: bool = False
-    #: For an age: the milliseconds before now at which the moment is; see :meth:`at`.
+    #: The age in milliseconds, for :meth:`at`; ``None`` if the place is not an age.
     age: int | None = None
 
     def at(self, now: int) -> Place:
-        """The place itself, or the moment that an age means at the time ``now``, in milliseconds.
+        """Return the place; an age is counted back from ``now``, in milliseconds since 1970.
 
-        Ids of entries are Redis's time, so this is to be, too.
+        ``now`` must be Redis's time, as the ids of entries are.
         """
         return self if self.age is None else _moment(now - self.age)
 
     @property
     def position(self) -> EntryId:
-        """Where a group stands for which this is next: behind a named entry, before a moment."""
+        """Last delivered id of a group at this place: after an entry, before a time."""
         return before_moment(self.first[0]) if self.is_moment else self.first
 
 
 def clock(milliseconds: int) -> str:
-    """A time in milliseconds since 1970 as this machine's clock shows it, to the second."""
+    """Return milliseconds since 1970 as local time, to the second."""
     moment = _utc(milliseconds)
     return f"{milliseconds} ms" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def iso(milliseconds: int) -> str | None:
-    """A time in milliseconds since 1970 as programs read it; ``None`` if there is none."""
+    """Return milliseconds since 1970 in ISO 8601, in UTC; ``None`` for 0."""
     moment = _utc(milliseconds) if milliseconds else None
     return None if moment is None else moment.isoformat(timespec="milliseconds")
 
@@ -75,22 +75,22 @@ def read_place(text: str) -> Place:
 
     try:
         moment = datetime.fromisoformat(text)
-        # Without an offset it is this machine's time, as clocks here show it.
+        # A time without an offset is local time.
         return _moment(int(moment.timestamp() * 1000))
     except (ValueError, OverflowError, OSError) as error:
-        raise ValueError(f"{short(text)} is no place in a stream. {_EXAMPLES}") from error
+        raise ValueError(f"{short(text)} is not a place in a stream. {_EXAMPLES}") from error
 
 
 def read_age(text: str) -> int:
-    """Return the milliseconds of an age that is written as ``7d``.
+    """Return an age such as ``7d`` in milliseconds.
 
-    :raises ValueError: the text is no age.
+    :raises ValueError: the text is not an age.
     """
     found = _AGE.fullmatch(text)
 
     if found is None:
         raise ValueError(
-            f"{short(text)} is no age. Write a number and a unit: '30s', '15m', '12h' or '7d'."
+            f"{short(text)} is not an age. Write a number and a unit: '30s', '15m', '12h' or '7d'."
         )
 
     return _milliseconds(found)
@@ -121,8 +121,8 @@ def _milliseconds(age: re.Match[str]) -> int:
 def _utc(milliseconds: int) -> datetime | None:
     try:
         moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
-        # Whether this place's time can be told, too.
+        # Raises if local time cannot represent it.
         return moment.astimezone().astimezone(UTC)
     except (OverflowError, ValueError, OSError):
-        # An id may be any number: somebody may have chosen it.
+        # An id may be any number, if a program chose it.
         return None

@@ -1,4 +1,4 @@
-"""Publishes one event at a time and tells who got it: what a command does, not a service."""
+"""Publish one event and return what Redis answered, for the command ``publish``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Receipt:
     event_id: str
     #: The channel or the stream.
     key: str
-    #: How many listeners of a channel got it; in a cluster, those of one of its nodes.
+    #: Number of listeners of a channel that got it; in a cluster, those of one node.
     listeners: int = 0
     #: The id of its entry in a stream.
     entry: str | None = None
@@ -48,13 +48,13 @@ class Receipt:
 def publish_one(
     node: Node, name: str, payload: Mapping[str, Any], *, stream: bool = False
 ) -> Receipt:
-    """Publish an event as the node's service, from a node of its own, and wait for the answer.
+    """Publish an event as the node's service, from a node id of its own, and wait for the answer.
 
-    It goes the way of the node's route for the name.
+    The event takes the node's route for the name.
 
-    :param stream: whether it goes into a stream, whatever the route says.
-    :raises ConfigError: there are no streams where it is to go.
-    :raises PayloadError: a value cannot travel.
+    :param stream: True to publish to the stream, even if the route says otherwise.
+    :raises ConfigError: the event cannot go to a stream at this URL.
+    :raises PayloadError: a value cannot be encoded.
     :raises PublishError: Redis did not take it, or did not say so within 3 seconds.
     """
     outgoing = _take_down(node, name, payload, _route(node, name, stream=stream))

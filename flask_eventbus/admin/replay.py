@@ -1,4 +1,4 @@
-"""Brings events of a stream again to a service's receivers, beside its consumer group."""
+"""Run a service's receivers again for past events of a stream, without its consumer group."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .streams import Entry, StreamAccess
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """An event that a receiver failed at."""
+    """An event for which a receiver failed."""
 
     event_id: str
     entry: str
@@ -30,13 +30,12 @@ class Failed:
 
 @dataclass(slots=True)
 class Replay:
-    """Which events are brought again, to whom, and what came of it.
+    """A replay of one signal's events, and its results.
 
-    Nothing of it is known to the group: its position, what is pending, and what counts as a
-    duplicate stay as they are.
+    The group is not affected: its position, pending events and known duplicates stay.
 
     :param name: the signal.
-    :param only: the name of the receiver that is to run alone.
+    :param only: the name of the only receiver to run; ``None`` for all.
     """
 
     config: Config
@@ -47,13 +46,13 @@ class Replay:
     only: str | None = None
     read: int = 0
     handled: int = 0
-    #: Entries that do not read as an event, by id, with the reason.
+    #: The reason why each undecodable entry could not be decoded, by its id.
     unreadable: dict[str, str] = field(default_factory=dict)
-    #: Events that are for none of the receivers: of services that they do not hear.
+    #: Number of events from services that no receiver hears.
     others: int = 0
-    #: By the receiver's name.
+    #: Failed events by the name of the receiver.
     failed: dict[str, list[Failed]] = field(default_factory=dict)
-    #: The last entry that was brought, or left out.
+    #: Id of the last entry that was replayed or skipped.
     last: str = ""
 
     def run(
@@ -62,35 +61,35 @@ class Replay:
         first: EntryId,
         last: EntryId,
         *,
-        told: threading.Event,
+        stopping: threading.Event,
         rate: float | None = None,
         dry: bool = False,
     ) -> None:
-        """Bring the events from one id to another, one after the other, until ``told`` to end.
+        """Replay the events from ``first`` to ``last``, until ``stopping`` is set.
 
         :param rate: events per second at most.
-        :param dry: whether to look only, and run nothing.
-        :raises click.ClickException: Redis cannot be asked; what was done until then stays done.
+        :param dry: True to count events and run no receiver.
+        :raises OperationError: Redis is not available; receivers may have run before.
         """
-        begun = time.monotonic()
+        started = time.monotonic()
 
         for entry, event in self._events(access, first, last):
             if rate is not None and not dry:
-                told.wait(begun + self.handled_or_failed / rate - time.monotonic())
+                stopping.wait(started + self.handled_or_failed / rate - time.monotonic())
 
-            if told.is_set():
+            if stopping.is_set():
                 return
 
             self._take(entry, event, dry)
 
     @property
     def handled_or_failed(self) -> int:
-        """How many events receivers ran for."""
+        """Number of events for which receivers ran."""
         return self.read - self.others - len(self.unreadable)
 
     @property
     def failures(self) -> int:
-        """How many events were not handled."""
+        """Number of events for which a receiver failed."""
         return self.handled_or_failed - self.handled
 
     def _events(
@@ -99,7 +98,7 @@ class Replay:
         key, most = access.keys.stream(self.name), self.config.max_event_bytes
 
         for page in access.pages(key, first, last, most=most):
-            # Receivers may take so long that an idle connection would be cut.
+            # Receivers may run for so long that the server would close an idle connection.
             access.close()
 
             for entry in page:

@@ -1,4 +1,4 @@
-"""Moves a service's consumer group in a stream: the only thing that does."""
+"""Move a service's consumer group to another place in a stream."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..transport.pipe import Command
 from .places import Place
 from .streams import StreamAccess
 
-#: Keys that one step of a scan looks at.
+#: ``COUNT`` of each ``SCAN``.
 SCAN = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """From where to where a group is to go, and what that means for its events."""
+    """A planned move of a group, and its effect on events."""
 
     name: str
     service: str
@@ -25,23 +25,23 @@ class Move:
     target: EntryId
     #: Events that no worker will ever get.
     skipped: int
-    #: Events that come again.
+    #: Events that workers get again.
     repeated: int
-    #: Events that workers have in hand: they keep them.
+    #: Events that workers have read and not acknowledged; the move leaves them as they are.
     pending: int
-    #: How many events the group has behind it then; ``None`` if the server does not count.
+    #: Number of entries before the target; ``None`` if the server does not count entries.
     entries_read: int | None
 
 
 class Seek:
-    """Plans a move and makes it."""
+    """Plans and makes the moves of one service."""
 
     def __init__(self, access: StreamAccess, service: str) -> None:
         self._access = access
         self._service = service
 
     def plan(self, name: str, place: Place | None) -> Move:
-        """What a move would do.
+        """Return the move to a place, without making it.
 
         :param place: ``None`` for the end of the stream.
         :raises OperationError: there is no such group or place, or Redis cannot be asked.
@@ -52,8 +52,8 @@ class Seek:
         if group is None or not stream:
             raise OperationError(
                 f"{self._service!r} has no group at the stream of {name!r}, so there is nothing to "
-                "move. It is made when the service listens for the first time, and begins where "
-                "'start' of its subscription says."
+                "move. The service creates it when it first listens, at the place that 'start' of "
+                "its subscription sets."
             )
 
         here, last = entry_id(group["last-delivered-id"]), entry_id(stream["last-generated-id"])
@@ -72,9 +72,9 @@ class Seek:
         )
 
     def make(self, move: Move) -> None:
-        """Move the group; what comes again is not taken for a duplicate.
+        """Move the group, and delete its known ids, so that repeated events are not duplicates.
 
-        Where it has passed the place meanwhile, and was to go forward, it stays.
+        A group that has passed the target meanwhile is not moved back.
 
         :raises OperationError: the group is gone, or Redis cannot be asked.
         """
@@ -84,15 +84,15 @@ class Seek:
         key = self._access.keys.stream(move.name)
         target: Command = ("XGROUP", "SETID", key, self._service, id_text(move.target))
         count = () if move.entries_read is None else ("ENTRIESREAD", move.entries_read)
-        # Workers go on to read: something may come again though nothing was to.
+        # Workers keep reading: events may be repeated even if the plan says none are.
         seen = list(self._seen(move.name))
         forget: list[Command] = [("DEL", *seen)] if seen else []
         answers = self._access.together([(*target, *count), *forget])
 
         if not answers or answers[0] is None:
             raise OperationError(
-                f"The group of {self._service!r} at the stream of {move.name!r} is gone: nothing "
-                "was moved."
+                f"The group of {self._service!r} at the stream of {move.name!r} no longer exists: "
+                "nothing was moved."
             )
 
     def _position(self, name: str) -> EntryId:
@@ -100,14 +100,14 @@ class Seek:
         return (0, 0) if group is None else entry_id(group["last-delivered-id"])
 
     def _count(self, name: str, here: EntryId, target: EntryId, last: EntryId) -> tuple[int, int]:
-        """How many entries are behind one place, and behind the other."""
+        """Return the number of entries after ``here`` and after ``target``."""
         first = min(here, target)
         key = self._access.keys.stream(name)
         ids = list(self._access.ids(key, first, last))
         return sum(found > here for found in ids), sum(found > target for found in ids)
 
     def _seen(self, name: str) -> Iterator[bytes]:
-        """The keys that hold which events the service got lately."""
+        """Yield the keys that hold the ids of events which the service got lately."""
         pattern = self._access.keys.seen(name, self._service, 0).removesuffix("0") + "*"
         cursor = b"0"
 
@@ -128,6 +128,6 @@ def _target(place: Place, last: EntryId, now: int) -> EntryId:
         return min(target, last)
 
     raise OperationError(
-        f"{id_text(place.first)} lies after the last event, {id_text(last)}: events would not come "
-        "until their ids are past it. To skip all there is, write: --to new"
+        f"{id_text(place.first)} is after the last event, {id_text(last)}: the service would get "
+        "no event with a lower id. To skip all events so far, pass: --to new"
     )

@@ -1,4 +1,4 @@
-"""What Redis keeps of a service in streams, and how to remove it or give it another name."""
+"""Remove or rename a service: its groups, retries, dead letters and known ids."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..transport.pipe import Command
 from .status import GroupStatus, read_statuses
 from .streams import StreamAccess
 
-#: Seconds without a sign of life after which a consumer counts as gone: workers give one every
-#: two and a half minutes.
+#: Seconds of idleness after which a consumer counts as gone; workers send a command at least
+#: every 150 seconds.
 GONE = 300.0
 
-#: Keys that one step of a scan looks at.
+#: ``COUNT`` of each ``SCAN``.
 SCAN = 1_000
 
 #: Pending entries that are listed, and claimed, in one command.
@@ -26,29 +26,29 @@ PAGE = 100
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What Redis keeps of a service for one signal."""
+    """What Redis has of a service for one signal."""
 
     name: str
-    #: Its group, and how many retries and dead letters there are.
+    #: Its group, and the numbers of its retries and dead letters.
     status: GroupStatus
     #: The keys of its retries, dead letters and known ids.
     keys: Sequence[str]
 
     @property
     def running(self) -> list[str]:
-        """The consumers that gave a sign of life lately."""
+        """Names of the consumers that were active in the last :data:`GONE` seconds."""
         consumers = self.status.consumers
         return [each.name for each in consumers if each.idle < GONE and each.name != RELEASED]
 
 
 class Services:
-    """Removes and renames services, none of whose workers run."""
+    """Removes and renames services whose workers are stopped."""
 
     def __init__(self, access: StreamAccess) -> None:
         self._access = access
 
     def holdings(self, service: str) -> list[Holding]:
-        """Return what Redis keeps of a service, signal by signal.
+        """Return what Redis has of a service, signal by signal.
 
         :raises OperationError: Redis cannot be asked.
         """
@@ -86,7 +86,7 @@ class Services:
         self._access.run([("DEL", self._access.keys.since(service))])
 
     def rename(self, old: str, new: str, holdings: Iterable[Holding]) -> None:
-        """Give what Redis keeps of a service to another name; each signal at once.
+        """Rename a service, in one transaction for each signal.
 
         :raises OperationError: Redis cannot be asked, or refuses.
         """
@@ -99,7 +99,7 @@ class Services:
         self._access.run([("RENAMENX", since(old), since(new))])
 
     def _move_group(self, name: str, old: str, new: str) -> Iterator[Command]:
-        """Yield the commands that make a group at the same place, with what is pending."""
+        """Yield the commands that move a group, with its pending entries, to a new name."""
         stream = self._access.keys.stream(name)
         group = self._access.groups_of(name).get(old)
 
@@ -117,7 +117,7 @@ class Services:
         yield ("XGROUP", "DESTROY", stream, old)
 
     def _pending(self, stream: str, service: str) -> Iterator[tuple[int, list[str]]]:
-        """Yield the ids of pending entries that were delivered equally often, some at a time."""
+        """Yield delivery counts, each with a page of ids of pending entries that have it."""
         start = "-"
 
         while True:
@@ -154,15 +154,15 @@ class Services:
 
 
 def refuse_running(service: str, holdings: Iterable[Holding]) -> None:
-    """Refuse to change a service whose workers run: they would make its groups again.
+    """Raise if workers of a service run: they would create its groups again.
 
-    :raises OperationError: a worker gave a sign of life lately.
+    :raises OperationError: a worker was active in the last :data:`GONE` seconds.
     """
     running = sorted({consumer for holding in holdings for consumer in holding.running})
 
     if running:
         raise OperationError(
-            f"{counted(len(running), 'worker')} of {service!r} gave a sign of life in the last "
+            f"{counted(len(running), 'worker')} of {service!r} showed activity in the last "
             f"{GONE / 60:.0f} minutes: {', '.join(running[:5])}. Stop the workers of the service "
             "first. A worker that was killed counts as gone after that time."
         )

@@ -1,4 +1,4 @@
-"""Asks and changes what streams are made of, for commands; what keeps them from it is told."""
+"""Read and change streams for commands, with errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ logger = get_logger(__name__)
 #: Seconds a server has to answer each question.
 TIMEOUT = 3.0
 
-#: Entries that are read in one round trip; each may be as large as an event.
+#: Entries read in one round trip; each may be as large as an event.
 PAGE = 100
 
 #: An entry of a stream: its id and its fields.
 Entry = tuple[EntryId, dict[bytes, bytes]]
 
-#: Commands whose rights are given by their second word.
+#: Commands whose rights name their subcommand as well.
 _CONTAINERS = ("XINFO", "XGROUP")
 
 
 class StreamAccess:
     """One connection to the streams of a prefix, open while it is used in a ``with`` block.
 
-    :param name: what ``CLIENT LIST`` shows.
-    :param deadline: when all waits for Redis end, by the monotonic clock.
-    :raises ConfigError: there are no streams behind such a URL.
+    :param name: the name of the connection in ``CLIENT LIST``.
+    :param deadline: monotonic time at which all waiting for Redis ends.
+    :raises ConfigError: the URL is that of a Redis Cluster, which has no streams.
     """
 
     def __init__(self, config: Config, *, name: str, deadline: float = math.inf) -> None:
         if urlsplit(config.url).scheme == "redis+cluster":
             raise ConfigError(
-                "'EVENTBUS_URL' names a Redis Cluster, where this version has no streams. Name a "
-                "single server, or one behind Sentinel."
+                "'EVENTBUS_URL' names a Redis Cluster, and this version has no streams there. "
+                "Set it to a single server, or to one behind Sentinel."
             )
 
         self.keys = StreamKeys(config.prefix)
@@ -58,14 +58,14 @@ class StreamAccess:
         self._pipe = Pipe(self._connections, timeout=TIMEOUT)
 
     def ask(self, *command: str | bytes | int | float, most: int | None = None) -> Any:
-        """The answer to one command.
+        """Return the answer to one command.
 
-        :raises OperationError: Redis is away, or refuses it.
+        :raises OperationError: Redis is not available, or refuses the command.
         """
         return self.run([command], most=most)[0]
 
     def run(self, commands: Sequence[Command], *, most: int | None = None) -> list[Any]:
-        """The answers to commands, in one round trip; ``None`` where there is no such key or group.
+        """Return the answers to commands, in one round trip; ``None`` if a key or group is missing.
 
         :param most: as :meth:`.Pipe.run` takes it.
         :raises OperationError: Redis is away, or refuses one of them.
@@ -82,7 +82,7 @@ class StreamAccess:
         ]
 
     def try_to_run(self, commands: Sequence[Command]) -> list[Any]:
-        """The same; ``None`` for what Redis refuses as well.
+        """Return the answers to commands; ``None`` for each that Redis refuses.
 
         :raises OperationError: Redis is away.
         """
@@ -92,7 +92,7 @@ class StreamAccess:
         return [None if isinstance(answer, Exception) else answer for answer in answers]
 
     def together(self, commands: Sequence[Command]) -> list[Any] | None:
-        """The answers to commands that are done together; ``None`` if what was watched changed.
+        """Run commands in a transaction; return ``None`` if a watched key has changed.
 
         :raises OperationError: Redis is away, or refuses one of them.
         """
@@ -107,7 +107,7 @@ class StreamAccess:
         ]
 
     def now(self) -> int:
-        """Redis's time in milliseconds; this machine's where the user may not ask for it.
+        """Return Redis's time in milliseconds; this machine's if the ACL forbids ``TIME``.
 
         :raises OperationError: Redis is away.
         """
@@ -121,7 +121,7 @@ class StreamAccess:
 
     @contextmanager
     def until(self, deadline: float) -> Iterator[None]:
-        """Let all waits for Redis in a block end by a deadline."""
+        """Set the monotonic time at which waiting for Redis ends, for a ``with`` block."""
         before, self._pipe.deadline = self._pipe.deadline, deadline
 
         try:
@@ -130,7 +130,7 @@ class StreamAccess:
             self._pipe.deadline = before
 
     def names(self) -> list[str]:
-        """The signals that have a stream.
+        """Return the signals that have a stream.
 
         :raises OperationError: Redis cannot be asked.
         """
@@ -139,7 +139,7 @@ class StreamAccess:
         for name in found:
             if not SIGNAL_NAME.fullmatch(name):
                 logger.warning(
-                    "%r has a name that no signal can have; it is left out: '%s'.",
+                    "%r has an entry that is not a valid name of a signal; skipping it: '%s'.",
                     self.keys.names,
                     printable(name[:128]),
                 )
@@ -149,7 +149,7 @@ class StreamAccess:
     def pages(
         self, key: str, first: EntryId, last: EntryId, *, most: int | None = None
     ) -> Iterator[list[Entry]]:
-        """The entries of a stream from one id to another, both included, some at a time.
+        """Yield the entries of a stream from one id to another, both included, page by page.
 
         :param most: as :meth:`.Pipe.run` takes it.
         :raises OperationError: Redis cannot be asked.
@@ -166,7 +166,7 @@ class StreamAccess:
             start = f"({found[-1][0].decode()}"
 
     def entries(self, key: str, first: EntryId, last: EntryId) -> Iterator[Entry]:
-        """The same, one by one.
+        """Yield the entries of a stream from one id to another, both included.
 
         :raises OperationError: Redis cannot be asked.
         """
@@ -174,7 +174,7 @@ class StreamAccess:
             yield from page
 
     def ids(self, key: str, first: EntryId, last: EntryId) -> Iterator[EntryId]:
-        """The ids of the same.
+        """Yield the ids of the entries from one id to another, both included.
 
         :raises OperationError: Redis cannot be asked.
         """
@@ -182,7 +182,7 @@ class StreamAccess:
             yield from (found for found, _ in page)
 
     def stream_of(self, name: str) -> dict[str, Any]:
-        """What ``XINFO STREAM`` says of a signal's stream; nothing if there is none.
+        """Return ``XINFO STREAM`` of a signal's stream; an empty mapping if there is none.
 
         :raises OperationError: Redis cannot be asked.
         """
@@ -190,7 +190,7 @@ class StreamAccess:
         return {} if found is None else as_texts(found)
 
     def groups_of(self, name: str) -> dict[str, dict[str, Any]]:
-        """What ``XINFO GROUPS`` says of each group of a signal's stream, by its name.
+        """Return ``XINFO GROUPS`` of a signal's stream, by the name of the group.
 
         :raises OperationError: Redis cannot be asked.
         """
@@ -224,7 +224,7 @@ class StreamAccess:
             if "no permissions" in str(error):
                 raise OperationError(
                     f"Redis at {self._connections.shown} does not let this user connect: "
-                    f"{_reason(error)}. Grant it that in the ACL."
+                    f"{_reason(error)}. Grant it the right to connect in the ACL."
                 ) from error
 
             raise OperationError(
@@ -235,7 +235,7 @@ class StreamAccess:
         if not isinstance(answer, Exception):
             return answer
 
-        # A stream, or a group of it, that is not there, or not any more.
+        # The stream or its group does not exist.
         if "no such key" in str(answer).lower() or str(answer).startswith("NOGROUP"):
             return None
 
@@ -246,40 +246,40 @@ class StreamAccess:
         is_container = words[0] in _CONTAINERS
         name = "|".join(words[: 1 + is_container]).lower()
         key = " ".join(words[1 + is_container : 2 + is_container])
-        told = f"Redis refuses {' '.join(words[: 1 + is_container])} of '{printable(key)}'"
+        problem = f"Redis refuses {' '.join(words[: 1 + is_container])} of '{printable(key)}'"
 
         if isinstance(refusal, redis.exceptions.NoPermissionError):
             return (
-                f"{told} to this user: {_reason(refusal)}. Grant it '+{name}' and "
+                f"{problem} to this user: {_reason(refusal)}. Grant it '+{name}' and "
                 f"'~{self._prefix}:*' in the ACL, or name another user in 'EVENTBUS_URL'."
             )
 
         if "WRONGTYPE" in str(refusal):
             return (
-                f"{told}: another program keeps something else under this key. Choose another "
-                "'EVENTBUS_PREFIX', or remove that key."
+                f"{problem}: another program has written another type of value to this key. Set "
+                "another 'EVENTBUS_PREFIX', or delete the key."
             )
 
         remedy = ""
 
         if str(refusal).startswith("unknown command"):
-            remedy = " Take it out of 'rename-command' in the server's configuration."
+            remedy = " Remove it from 'rename-command' in the server's configuration."
 
-        return f"{told}: {_reason(refusal)}.{remedy}"
+        return f"{problem}: {_reason(refusal)}.{remedy}"
 
 
 def by_name(found: Any) -> dict[str, dict[str, Any]]:
-    """A list of ``XINFO`` as a mapping by the names in it; nothing for ``None``."""
+    """Return the items of an ``XINFO`` list by their names; an empty mapping for ``None``."""
     return {_as_text(each["name"]): each for each in map(as_texts, found or [])}
 
 
 def as_texts(pairs: Sequence[Any]) -> dict[str, Any]:
-    """Names and values, one after the other, as a mapping of texts to values."""
+    """Return a flat list of names and values as a mapping with text keys."""
     return {_as_text(name): value for name, value in zip(pairs[::2], pairs[1::2], strict=True)}
 
 
 def as_mapping(pairs: Sequence[bytes] | None) -> dict[bytes, bytes]:
-    """The fields of an entry."""
+    """Return the fields of an entry, from a flat list, as a mapping."""
     return {} if not pairs else dict(zip(pairs[::2], pairs[1::2], strict=True))
 
 

@@ -104,7 +104,7 @@ def replay(
         end = _end_of(access, name, last)
 
         try:
-            work.run(access, first.first, end, told=stopping, rate=rate, dry=dry)
+            work.run(access, first.first, end, stopping=stopping, rate=rate, dry=dry)
         finally:
             click.echo("\n".join(_report(work, receivers, dry=dry)))
 

@@ -464,8 +464,8 @@ def test_one_that_is_named_and_is_not_there_is_told_and_nothing_is_done(
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--older-than", "7"], "'7' is no age. Write a number and a unit: '30s', '15m',"),
-        (["--newer-than", "-1d"], "'-1d' is no age."),
+        (["--older-than", "7"], "'7' is not an age. Write a number and a unit: '30s', '15m',"),
+        (["--newer-than", "-1d"], "'-1d' is not an age."),
         (["--signal", "a b"], "'a b' cannot be a signal's name"),
         (["--reason", "bad"], "'bad' is not one of 'retries', 'rejected', 'killed', 'gone'"),
     ],
@@ -732,7 +732,7 @@ def test_a_letter_that_cannot_be_put_back_stays_where_it_is(store: StreamStore) 
     result = store.run("dead", "retry", "--all", "--wait", "0")
 
     assert result.exit_code == 1
-    assert "another program keeps something else under this key" in result.output
+    assert "another program has written another type of value to this key" in result.output
     assert store.dead("user_registered") == [id]
 
 

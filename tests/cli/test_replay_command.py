@@ -397,12 +397,15 @@ def test_a_stream_that_is_not_there_is_told(make_app: Make, heard: Heard) -> Non
     ("words", "text"),
     [
         ([], "Missing option '--from'"),
-        (["--from", "yesterday"], "'yesterday' is no place in a stream. Write an entry's id such"),
-        (["--from", "5-"], "'5-' is no place in a stream"),
+        (
+            ["--from", "yesterday"],
+            "'yesterday' is not a place in a stream. Write an entry's id such",
+        ),
+        (["--from", "5-"], "'5-' is not a place in a stream"),
         (["--from", f"{2**64}-0"], "is too large for an entry's id"),
         (["--from", "1h", "--to", "2h"], "--to is before --from"),
         (["--from", "1h", "--rate", "0"], "0.0 is not in the range x>0"),
-        (["--from", "\x1b[2J"], r"'\x1b[2J' is no place"),
+        (["--from", "\x1b[2J"], r"'\x1b[2J' is not a place"),
     ],
     ids=["none", "word", "half", "large", "before", "rate", "hostile"],
 )

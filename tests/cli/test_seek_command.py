@@ -278,8 +278,8 @@ def test_a_place_after_the_last_event_is_refused(store: StreamStore, place: str)
     result = store.run("seek", "paid", "--to", place.format(ahead=ahead), "--yes")
 
     assert result.exit_code == 1
-    assert "lies after the last event" in result.output
-    assert "To skip all there is, write: --to new" in result.output
+    assert "is after the last event" in result.output
+    assert "To skip all events so far, pass: --to new" in result.output
     assert store.position("paid") == ids[3]
 
 
@@ -305,8 +305,8 @@ def test_who_moves_has_to_be_said(store: StreamStore) -> None:
     ("words", "text"),
     [
         (["paid"], "Missing option '--to'"),
-        (["paid", "--to", "later"], "'later' is no place in a stream"),
-        (["paid", "--to", "12"], "'12' is no place in a stream"),
+        (["paid", "--to", "later"], "'later' is not a place in a stream"),
+        (["paid", "--to", "12"], "'12' is not a place in a stream"),
         (["order_*", "--to", "new"], "'order_*' cannot be a signal's name"),
     ],
     ids=["none", "word", "short", "pattern"],

@@ -142,7 +142,7 @@ def test_a_service_whose_workers_run_is_left_alone(
     result = store.run("services", *words, "--yes")
 
     assert result.exit_code == 1
-    assert "1 worker of 'mailer' gave a sign of life in the last 5 minutes" in result.output
+    assert "1 worker of 'mailer' showed activity in the last 5 minutes" in result.output
     assert "Stop the workers of the service first" in result.output
     assert store.position("paid")
 
