@@ -77,7 +77,7 @@ class Fanout:
         self._counters = counters
         self._log = BoundedLog(logger)
         self._conflicts = Conflicts(config=config, counters=counters)
-        #: The ids of the events that were read last, with hashes of their bytes.
+        #: Hashes of the last events, by event id, to find conflicts.
         self._known: OrderedDict[str, int] = OrderedDict()
         self._reading = Reading(
             failed="The fanout reader failed; it reconnects.",
