@@ -106,7 +106,7 @@ def foreign_consumers(name: str, service: str, consumers: Iterable[str]) -> Alar
     )
 
 
-def set_count(name: str, service: str, id: str, count: int) -> Alarm:
+def impossible_count(name: str, service: str, id: str, count: int) -> Alarm:
     """Return an alarm for an entry whose delivery count is too high to be that of workers."""
     return Alarm(
         f"The entry {id} of {name!r} counts as delivered {count} times, which workers of "
@@ -116,7 +116,7 @@ def set_count(name: str, service: str, id: str, count: int) -> Alarm:
     )
 
 
-def taken_out(name: str, service: str, count: int, *, are_claimed: bool) -> Alarm:
+def foreign_acknowledgements(name: str, service: str, count: int, *, are_claimed: bool) -> Alarm:
     """Return an alarm for entries that another program acknowledged before their worker did.
 
     :param are_claimed: whether a worker that seemed dead had them before, and may have done it.

@@ -142,14 +142,14 @@ class Group:
         if not starts:
             return {}
 
-        places = self._places(starts)
-        refusals = self._make(places)
+        places = self._start_arguments(starts)
+        refusals = self._create(places)
         # Redis 6.2 does not support ENTRIESREAD.
         again = {name: places[name][:1] for name in refusals if len(places[name]) > 1}
-        refusals.update(self._make(again) if any(refusals[name] for name in again) else {})
+        refusals.update(self._create(again) if any(refusals[name] for name in again) else {})
         return refusals
 
-    def _make(self, places: Mapping[str, Command]) -> dict[str, Exception | None]:
+    def _create(self, places: Mapping[str, Command]) -> dict[str, Exception | None]:
         """Create the group on each stream, at an id and with the options after it."""
         commands: list[Command] = []
 
@@ -168,7 +168,7 @@ class Group:
             for name, answer in zip(places, answers[::3], strict=True)
         }
 
-    def _places(self, starts: Mapping[str, str]) -> dict[str, Command]:
+    def _start_arguments(self, starts: Mapping[str, str]) -> dict[str, Command]:
         """Return the id at which each group starts, with ``ENTRIESREAD`` for a new group.
 
         From that number Redis counts the entries trimmed before the group first reads.
@@ -189,7 +189,7 @@ class Group:
         places: dict[str, Command] = {name: (start,) for name, start in starts.items()}
         places.update(
             {
-                name: self._place(name, starts[name], info)
+                name: self._start_argument(name, starts[name], info)
                 for name, info in zip(new, infos, strict=True)
             }
         )
@@ -202,7 +202,7 @@ class Group:
 
         return any(_as_dict(found)["name"] == self._service.encode() for found in groups)
 
-    def _place(self, name: str, start: str, info: Any) -> Command:
+    def _start_argument(self, name: str, start: str, info: Any) -> Command:
         if _is_missing(info):
             return ("0-0", "ENTRIESREAD", 0)
 
@@ -468,7 +468,7 @@ class Group:
 
         for answer in answers:
             if isinstance(answer, Exception):
-                raise _meaning(answer) from answer
+                raise _group_error(answer) from answer
 
         lost = {id.decode(): times if times > 1 else 0 for id, _, _, times in answers[0]}
         self.release(name, lost, "FORCE")
@@ -594,7 +594,7 @@ class Group:
 
         for answer in answers:
             if isinstance(answer, Exception):
-                raise _meaning(answer) from answer
+                raise _group_error(answer) from answer
 
         return answers
 
@@ -692,7 +692,7 @@ def _is_missing(answer: Any) -> bool:
     return isinstance(answer, Exception) and "no such key" in str(answer)
 
 
-def _meaning(error: Exception) -> Exception:
+def _group_error(error: Exception) -> Exception:
     # redis-py removes "ERR" from the text.
     gone = ("NOGROUP", "UNBLOCKED", "no such key", "The XGROUP subcommand requires the key")
     return GroupGoneError(str(error)) if str(error).startswith(gone) else error

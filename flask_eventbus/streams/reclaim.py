@@ -19,7 +19,7 @@ from ..routing.subscriptions import Subscription
 from ..signals import emit, events_trimmed
 from ..transport.connections import OUTAGE
 from .acknowledger import Acknowledger
-from .alarms import Alarm, far_ahead, past_the_end, set_count, taken_out
+from .alarms import Alarm, far_ahead, foreign_acknowledgements, impossible_count, past_the_end
 from .decoder import EntryDecoder
 from .group import (
     LONG_IDLE,
@@ -138,7 +138,12 @@ class Reclaimer:
             return set()
 
         are_claimed = any(found.crashes for found in gone)
-        self.report(name, taken_out(name, self._config.service, len(gone), are_claimed=are_claimed))
+        self.report(
+            name,
+            foreign_acknowledgements(
+                name, self._config.service, len(gone), are_claimed=are_claimed
+            ),
+        )
         self._group.pipe.run(
             [
                 self._group.restore_command(
@@ -282,7 +287,7 @@ class Reclaimer:
             most = max(1, self._retries_of(subscription, delivery.event))
 
             if not self._is_possible_count(delivery.entry, count, most):
-                alarm = set_count(delivery.name, self._config.service, delivery.entry, count)
+                alarm = impossible_count(delivery.name, self._config.service, delivery.entry, count)
                 self.report(delivery.name, alarm)
                 count = 1
 
