@@ -412,7 +412,7 @@ def test_a_server_without_the_command_client_is_used_all_the_same(
     wait_until(lambda: sorted(heard) == [1, 2], what="both events arrive")
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 2, "one of each bus"
-    assert all("Remove the command from 'rename-command' in the server's" in line for line in lines)
+    assert all("Remove CLIENT from 'rename-command' in the server's" in line for line in lines)
 
 
 def test_a_command_for_people_needs_no_name_and_says_nothing_of_it(

@@ -329,7 +329,7 @@ def _finding(text: str, found: list[Refusal]) -> Finding:
 def _remedy(found: list[Refusal]) -> str:
     if unknown := [refusal for refusal in found if refusal.is_unknown]:
         if all(refusal.need.command[0] in _SPARED for refusal in unknown):
-            return "Take the command out of 'rename-command' in the server's configuration."
+            return "Remove the command from 'rename-command' in the server's configuration."
 
         return "Use Redis 6.2 or later, or Valkey: this server does not know the command."
 

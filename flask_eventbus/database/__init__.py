@@ -1,5 +1,8 @@
-"""Events and database transactions, with SQLAlchemy.
+"""Publish events when a database transaction commits, with SQLAlchemy.
 
-``after_commit`` holds events until the commit, ``outbox`` stores them in the same transaction, and
-``relay`` publishes what the outbox has. ``transactions`` finds the session of a program.
+1. ``transactions`` finds the session of a program and hooks its commits and rollbacks.
+2. ``after_commit`` holds events of a transaction; it publishes them after the commit and drops
+   them after a rollback.
+3. ``outbox`` stores events of routes with ``outbox`` in a table, in the same transaction.
+4. ``relay`` publishes the events of that table, and deletes each one after Redis confirmed it.
 """

@@ -1,4 +1,4 @@
-"""Empties an outbox: publishes what was committed, and deletes it once Redis has it."""
+"""Publish the committed events of an outbox, and delete those that Redis has confirmed."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from .outbox import Batch, Entry, Outbox
 
 logger = get_logger(__name__)
 
-#: What the database raises when it is away, or locked for too long.
+#: Errors of a database that is not available, or locked for too long.
 DATABASE_OUTAGE = (DBAPIError, PoolTimeoutError)
 
-#: Seconds between tries while Redis or the database is away, at most.
+#: Longest pause in seconds between tries while Redis or the database is not available.
 MOST_BACKOFF = 2.0
 
-#: The ways that events are published by this version.
+#: Transports that this version can publish to.
 VIAS = frozenset({"channel", "stream"})
 
-#: Seconds before another look where another relay is at work.
+#: Seconds before the next read of the table while another relay has locked the events.
 AFTER_YOU = 0.1
 
-#: Seconds after which what Redis refused is tried again.
+#: Seconds before an event that Redis refused is published again.
 REFUSED_AGAIN = 5.0
 
-#: Seconds after which Redis is tried again where it takes no writes.
+#: Seconds before the next write to a Redis that accepts no writes.
 WRITE_AGAIN = 2.0
 
 
 class RelayTurn(Enum):
-    """What a relay did."""
+    """Result of one round of a relay."""
 
-    #: Published a batch, or what Redis took of it.
+    #: Published a batch, or the part of it that Redis accepted.
     PUBLISHED = auto()
-    #: Left the events to another relay, which has them in hand.
+    #: Skipped the events, since another relay has locked them.
     LEFT = auto()
     #: Found nothing to publish.
     EMPTY = auto()
@@ -58,26 +58,26 @@ _BACK = "%s can be used again after %.1f s."
 
 
 class Absence:
-    """Logs when something cannot be used, and when it can again, once each."""
+    """Logs the start and the end of an outage, once each."""
 
     def __init__(self, what: str, *, begins: str = _AWAY, ends: str = _BACK) -> None:
         self._what = what
         self._begins = begins
         self._ends = ends
-        #: Since when, by the monotonic clock; ``None`` while it can be used.
+        #: Monotonic time at which the outage started; ``None`` if there is none.
         self._since: float | None = None
 
     def __bool__(self) -> bool:
         return self._since is not None
 
     def begin(self, reason: object) -> None:
-        """Note that it cannot be used now."""
+        """Log the start of an outage, unless there is one already."""
         if self._since is None:
             self._since = time.monotonic()
             logger.warning(self._begins, self._what, reason)
 
     def end(self) -> None:
-        """Note that it could be used."""
+        """Log the end of the outage, if there is one."""
         if self._since is not None:
             seconds = time.monotonic() - self._since
             self._since = None
@@ -87,12 +87,12 @@ class Absence:
 class Relay:
     """Publishes the events of one outbox in order, a batch in one round trip.
 
-    An event is deleted after Redis has confirmed it. What dies between the two, this
-    process or a connection, lets the event be published again, with the same bytes.
+    An event is deleted after Redis has confirmed it. If the process dies or a connection is lost
+    in between, the event is published again, with the same bytes.
 
     :param exchange: writes to Redis.
-    :param way: how an event travels, by its name and its ``via``.
-    :param batch: how many events are taken in hand at once.
+    :param way: returns the destination of an event by its name and its transport.
+    :param batch: number of events to publish at most in one database transaction.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Tests services without a Redis: tells what they published, and plays the other services.
+"""Test services without Redis: assert what they publish, and deliver events to them.
 
 ::
 
@@ -16,9 +16,13 @@
 
         [letter] = eventbus.dead_letters
 
-The ``eventbus`` fixture comes with the package; elsewhere ``with isolated() as eventbus:`` does
-the same. Events go through everything they go through in earnest, down to their bytes; only
-the server is fakeredis.
+The package has the pytest fixture ``eventbus``; without pytest, use ``with isolated() as
+eventbus:``. Events take the same path as in production, down to their bytes; only the server is
+fakeredis.
+
+A published event passes ``recorder``, which reads what the services write to the server in
+memory; ``expectations`` compares it with the assertion of the test. A delivered event runs the
+receivers in the thread of the test; ``retries`` plays their retries and dead letters.
 """
 
 from __future__ import annotations
@@ -50,56 +54,56 @@ from .retries import FailedAttempt, RetryRehearsal, raise_all
 
 
 def check_attributes(event: Event) -> None:
-    """Refuse attributes that cannot travel: most likely they are meant for the payload."""
+    """Raise :exc:`TypeError` if an attribute is invalid: it is probably meant for the payload."""
     try:
         plain = Codec()
         plain.decode(plain.encode(replace(event, payload={})))
     except (AttributeError, TypeError, DecodeError) as error:
         raise TypeError(
-            f"deliver() cannot make an event of this: {error} 'id', 'time', 'hops' and the like "
-            "are the event's own. Payload keys of these names go into payload={...}."
+            f"deliver() cannot create this event: {error} 'id', 'time', 'hops' and the like are "
+            "attributes of the event. Pass payload keys of these names in payload={...}."
         ) from error
 
 
 def check_via(via: str, method: str) -> None:
-    """Refuse a way that there is not."""
+    """Raise :exc:`TypeError` if ``via`` is not the name of a transport."""
     __tracebackhide__ = True
 
     if via not in ("channel", "stream"):
         raise TypeError(
-            f"{method}() cannot tell an event via {via!r}: give 'channel' or 'stream'. A payload "
-            "key of this name goes into payload={...}."
+            f"{method}() got via={via!r}: pass 'channel' or 'stream'. Pass a payload key of this "
+            "name in payload={...}."
         )
 
 
 def check_retry(retry: bool, via: str | None) -> None:
-    """Refuse what is no wish to try again, or one that cannot be met."""
+    """Raise :exc:`TypeError` if ``retry`` is not a bool, or does not fit ``via``."""
     __tracebackhide__ = True
 
     if not isinstance(retry, bool):
         raise TypeError(
-            f"deliver(retry={retry!r}) is neither True nor False. A payload key of this name goes "
-            "into payload={...}."
+            f"deliver(retry={retry!r}) is neither True nor False. Pass a payload key of this name "
+            "in payload={...}."
         )
 
     if retry and via not in (None, "stream"):
         raise TypeError(
-            f"deliver(via={via!r}, retry=True) cannot be: only what came over a stream is tried "
-            "again. Take one of them away."
+            f"deliver(via={via!r}, retry=True) is not possible: only events of a stream are "
+            "retried. Remove one of the two."
         )
 
 
 def name_of(signal: str | NamedSignal) -> str:
-    """The name that a test means."""
+    """Return the name of a signal."""
     return signal.name if isinstance(signal, NamedSignal) else signal
 
 
 def merge(payload: Mapping[str, Any] | None, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """A payload that was given in two parts."""
+    """Return one payload from the ``payload`` argument and the keyword arguments."""
     return {**(payload or {}), **keys}
 
 
-#: Seconds that a writing thread may take for what takes it a millisecond.
+#: Seconds to wait for the writer thread, which usually takes a millisecond.
 PATIENCE = 5.0
 
 
@@ -107,8 +111,8 @@ PATIENCE = 5.0
 def isolated() -> Iterator[Isolation]:
     """Give every bus of this process a Redis in memory until the end of the block.
 
-    Buses made before go back to their own Redis afterwards, and those that listened listen
-    again. One block at a time: it is the process that is isolated, not the thread.
+    Afterwards, buses that existed before use their own Redis again, and listen again if they
+    did. Use one block at a time: it isolates the process, not the thread.
 
     :raises ConfigError: fakeredis is not installed.
     """
@@ -127,24 +131,24 @@ def isolated() -> Iterator[Isolation]:
 
 
 class Isolation:
-    """What a test sees of the buses under test: events that left, and a way to bring some in."""
+    """The fixture ``eventbus``: returns published events, and delivers events to receivers."""
 
     def __init__(self, url: str) -> None:
         self._server = connections.memory_server(url)
         self._recording = Recording(url)
         self._rehearsal = RetryRehearsal(self._under_test)
         self._delivered = 0
-        #: The nodes that were met, in the order in which that was.
+        #: The known nodes, numbered in the order in which they were found.
         self._met: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
         self._arrivals = itertools.count()
-        #: Nodes that need no second look whether they are still there: one cannot be too many.
+        #: Up to so many nodes, no garbage collection is needed to find the dead ones.
         self._alive = 1
 
         for node in list(nodes):
             self.meet(node)
 
     def published(self, name: str | NamedSignal = "*", *, via: Via | None = None) -> list[Event]:
-        """The events published so far, in order, as other services would read them.
+        """Return the events published so far, in order, as other services would read them.
 
         :param name: the signal, its name, or a pattern such as ``"order_*"``.
         :param via: ``"channel"`` or ``"stream"``; both by default.
@@ -165,13 +169,13 @@ class Isolation:
     ) -> list[Event]:
         """Assert that such an event was published, and return all of them.
 
-        The payload may have more keys than are asked for. Values are compared by ``==``, so
-        ``unittest.mock.ANY`` and ``pytest.approx`` do; a function is asked.
+        The payload may have more keys than are given. Values are compared by ``==``, so
+        ``unittest.mock.ANY`` and ``pytest.approx`` work; a function is called with the value.
 
         :param times: exactly how often; at least once by default.
-        :param exact: whether the payload has these keys and no others.
+        :param exact: True if the payload must have these keys and no others.
         :param via: ``"channel"`` or ``"stream"``; either by default.
-        :param payload: keys that are parameters here, ``times`` for example.
+        :param payload: keys with the name of a parameter, for example ``times``.
         """
         __tracebackhide__ = True
         wanted = _expectation(
@@ -194,23 +198,23 @@ class Isolation:
         payload: Mapping[str, Any] | None = None,
         **keys: Any,
     ) -> None:
-        """Assert that no such event was published; without a name, none at all."""
+        """Assert that no such event was published; without a name, that no event was."""
         __tracebackhide__ = True
         self.assert_published(name, times=0, via=via, payload=merge(payload, keys))
 
     @property
     def failures(self) -> list[FailedAttempt]:
-        """The receivers that failed at events of ``deliver(..., retry=True)``, in order."""
+        """Failed attempts of receivers at events of ``deliver(..., retry=True)``, in order."""
         return list(self._rehearsal.failures)
 
     @property
     def dead_letters(self) -> list[GivenUp]:
-        """What services gave up, those that listen to the server in memory included."""
+        """Dead letters of all services, including those that listen to the server in memory."""
         self._read()
         return self._rehearsal.given_up + self._recording.given_up
 
     def clear(self) -> None:
-        """Forget what was published, what failed and what was given up so far."""
+        """Forget all published events, failed attempts and dead letters so far."""
         self._read()
         self._recording.clear()
         self._rehearsal.clear()

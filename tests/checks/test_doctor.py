@@ -1061,7 +1061,7 @@ def test_a_command_that_the_server_has_renamed_and_a_worker_can_spare_is_a_warni
     [finding] = [each for each in found if "XPENDING" in each.text]
     assert finding.level == "warning"
     assert finding.remedy == (
-        "Take the command out of 'rename-command' in the server's configuration."
+        "Remove the command from 'rename-command' in the server's configuration."
     )
 
 
