@@ -519,7 +519,7 @@ def test_attributes_that_are_meant_for_the_payload_are_told(
     bus = make_bus(NOWHERE)
     bus.on("tick")(lambda sender, **payload: None)
 
-    with pytest.raises(TypeError, match=r"go into payload=\{\.\.\.\}"):
+    with pytest.raises(TypeError, match=r"in payload=\{\.\.\.\}"):
         eventbus.deliver("tick", **wrong)
 
 

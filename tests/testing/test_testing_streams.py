@@ -788,8 +788,8 @@ def test_clear_forgets_failures_but_not_what_waits(make_bus: Make, eventbus: Iso
     ("wrong", "words"),
     [
         ({"via": "email"}, r"deliver\(\) got via='email'"),
-        ({"via": "email"}, r"goes into payload=\{\.\.\.\}"),
-        ({"via": "channel", "retry": True}, "only what came over a stream is tried again"),
+        ({"via": "email"}, r"in payload=\{\.\.\.\}"),
+        ({"via": "channel", "retry": True}, "only events of a stream are retried"),
         ({"via": "stream", "retry": 3}, r"retry=3\) is neither True nor False"),
     ],
     ids=["via", "via-payload", "retry-channel", "retry-number"],
