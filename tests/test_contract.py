@@ -882,7 +882,7 @@ def test_missed_events_are_counted_exactly(
             foreign.publish("tick", seq, n=seq)
 
         heard.wait(5)
-        wait_until(wait_until_sent, what="all receivers are told")
+        wait_until(wait_until_sent, what="all receivers have run")
 
     assert heard.values == [5, 6, 9, 10, 20]
     assert told == [("tick", 2), ("tick", 9)]

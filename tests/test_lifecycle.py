@@ -59,7 +59,7 @@ def hold() -> Iterator[Callable[[NamedSignal], Gate]]:
         signal.disconnect(gate)
         gate.open()
 
-    wait_until(wait_until_sent, what="all receivers were told")
+    wait_until(wait_until_sent, what="all receivers have run")
 
 
 #: Milliseconds by which two looks at one claim may differ.
@@ -191,7 +191,7 @@ def test_a_receiver_that_raises_keeps_no_other_from_its_lifecycle_signal() -> No
         signals.events_trimmed.connect(receiver)
     emit(signals.events_trimmed, "tests", name="tick", count=1)
 
-    wait_until(wait_until_sent, what="all receivers were told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert sorted(told) == ["asynchronous", "good"]
     for receiver in receivers:
         signals.events_trimmed.disconnect(receiver)
@@ -213,7 +213,7 @@ def test_a_receiver_that_causes_what_it_is_told_of_is_not_told_of_it_for_ever(
         wait_until(lambda: not bus.health().publishing, what="the outage is known")
         bus.signal("tick").send("test", n=1)
         bus.signal("tick").send("test", n=2)
-        wait_until(wait_until_sent, what="all receivers were told")
+        wait_until(wait_until_sent, what="all receivers have run")
 
     assert told == [1]
 
@@ -232,7 +232,7 @@ def test_the_queue_of_lifecycle_signals_is_bounded_and_dropped_signals_are_logge
         emit(signals.events_missed, "tests", n=n)
     gate.open()
 
-    wait_until(wait_until_sent, what="all receivers were told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert [values["n"] for values in gate.told] == [0, 1, 2, 3]
     wait_until(lambda: "2 were dropped" in caplog.text, what="its end is logged")
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]

@@ -357,7 +357,7 @@ def test_a_slow_receiver_does_not_make_redis_cut_the_connection(
         )
         release.set()
         wait_until(lambda: heard[-1:] == [11_999], what="the last event is handled")
-        wait_until(wait_until_sent, what="all receivers are told")
+        wait_until(wait_until_sent, what="all receivers have run")
 
     # What did not fit was dropped from the old end, counted and told; nothing was cut off.
     assert len(heard) + sum(told) == 12_000

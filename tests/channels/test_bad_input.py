@@ -83,7 +83,7 @@ def test_bad_bytes_are_counted_told_and_followed_by_the_next_event(
 
     wait_until(lambda: heard, what="the good event arrives")
     assert heard == [("elsewhere", 1)]
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert rejected == [reason]
     counts = consumer.health().counts
     assert counts["rejected"] == counts[f"rejected_{reason}"] == 1
@@ -112,7 +112,7 @@ def test_an_event_under_this_nodes_name_that_it_never_sent_is_a_forgery(
     publish(shared_redis, consumer, packed())
 
     wait_until(lambda: heard, what="the good event arrives")
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert rejected == ["forged_source", "forged_source"]
 
 

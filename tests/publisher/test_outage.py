@@ -122,7 +122,7 @@ def test_events_sent_while_redis_is_away_arrive_in_order_when_it_is_back(
     wait_until(lambda: heard[-1:] == [5], what="the last event arrives")
     assert heard == [0, 1, 2, 3, 4, 5]
     assert publisher.health().buffered == 0
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert told.count("publisher_lost") == 1
     assert told.count("publisher_restored") == 1
 
@@ -145,7 +145,7 @@ def test_a_listener_hears_again_after_a_restart_and_tells_both_once(
     publisher.signal("tick").send("test", n=1)
 
     wait_until(lambda: heard == [1], what="the event arrives")
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert told == ["listener_connected", "listener_lost", "listener_connected"]
     texts = [r.getMessage() for r in caplog.records if r.name == "flask_eventbus.channels.listener"]
     assert sum("lost Redis" in text for text in texts) == 1
@@ -369,7 +369,7 @@ def test_the_count_of_missed_events_is_exact(
 
     wait_until(lambda: heard == [0, 4], what="the event after the gap arrives")
     assert consumer.health().missed == 3
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert "events_missed 3" in told
 
 

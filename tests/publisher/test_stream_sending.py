@@ -725,14 +725,14 @@ def test_a_send_raises_at_once_while_redis_takes_no_writes_and_each_change_is_to
 
     # It finds out again and again, and each time it is so.
     wait_until(lambda: refused_writes(redis_server) > before + 4, what="writes are tried")
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert (changes, bus.health().publishing) == (["lost"], False)
     assert caplog.text.count("Redis takes no writes (") == 1
 
     take_writes(redis_server, state)
     wait_until(lambda: bus.health().publishing, what="it is known that writes are taken")
     bus.signal("tick").send("test", n=10)
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert changes == ["lost", "restored"]
     assert caplog.text.count("Redis takes writes again after") == 1
     assert "Redis is away" not in caplog.text
@@ -775,7 +775,7 @@ def test_channel_events_go_on_while_redis_takes_no_stream_events(
     take_writes(redis_server, state)
     assert bus.flush(10)
     assert values(redis_server) == list(range(11))
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert changes == ["lost", "restored"]
     assert "dropped" not in bus.health().counts
 
@@ -826,7 +826,7 @@ def test_a_redis_that_comes_back_without_taking_writes_is_one_outage_for_who_is_
     redis_server._options = ("--maxmemory", "1")
     redis_server.start()
     wait_until(lambda: not bus.node._publisher._outage.away, what="Redis is found")
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert (changes, bus.health().publishing) == (["lost"], False)
     take_writes(redis_server, "full")
 

@@ -785,7 +785,7 @@ def test_events_that_were_trimmed_unread_are_counted_logged_and_signalled(
     heard = hear(bus)
 
     wait_until(lambda: heard == [7, 8, 9], what="what is left is handled")
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == [("tick", 3)]
     assert bus.health().counts["trimmed"] == 3
     assert "The stream of 'tick' was trimmed past 3 events that 'mailer' had not" in caplog.text
@@ -871,7 +871,7 @@ def test_what_is_trimmed_before_the_first_read_of_a_group_is_counted(
     heard = hear(bus, start=start)
 
     wait_until(lambda: heard == [7, 8, 9], what="what is left is handled")
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == [("tick", lost)]
     assert bus.health().counts["trimmed"] == lost
 
@@ -936,7 +936,7 @@ def test_a_loss_is_reported_once_however_often_it_is_looked_for(
         assert len(group.read(["tick"], count=100, block=0)) == 3
         look(watch)
 
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == [("tick", 7), ("tick", 7)]
 
 
@@ -963,7 +963,7 @@ def test_one_of_the_workers_of_a_service_reports_a_loss(
     for watch, _ in (late, *reversed(workers)):
         look(watch)
 
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     # One of the three that were left after two were read is lost, and seven of the next ten.
     assert trimmed == [("tick", 7), ("tick", 10), ("tick", 8)]
     assert [counters.get("trimmed") for _, counters in (*workers, late)] == [17, 0, 0, 8]
@@ -984,7 +984,7 @@ def test_a_service_that_falls_behind_again_and_again_counts_each_event_it_lost(
         heard += len(group.read(["tick"], count=1, block=0))
 
     assert heard == 4
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     # Two entries are left.
     assert counters.get("trimmed") == 31 - 4 - 2
     assert trimmed == [("tick", 7), ("tick", 5), ("tick", 8), ("tick", 5)]
@@ -1020,7 +1020,7 @@ def test_workers_that_may_not_note_a_loss_report_it_each(
                 look(watch)
 
     store.client.execute_command("ACL", "DELUSER", user)
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     times = 1 if refused == "xinfo|consumers" else 2
     assert trimmed == [("tick", lost) for lost in (7, 5, 7) for _ in range(times)]
 
@@ -1046,7 +1046,7 @@ def test_a_loss_is_reported_where_redis_is_lost_as_it_is_noted(
     look(watch)
     look(watch)
 
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == [("tick", 7)]
 
 
@@ -1071,7 +1071,7 @@ def test_a_loss_that_cannot_be_counted_is_reported_once_without_a_number(
         look(watch)
         look(another)
 
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == [("tick", None)]
 
     # What it has read since, and lost behind it, is another loss.
@@ -1083,7 +1083,7 @@ def test_a_loss_that_cannot_be_counted_is_reported_once_without_a_number(
     look(watch)
     look(another)
 
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == [("tick", None), ("tick", None)]
     assert counters.get("trimmed") == 2
 
@@ -1166,7 +1166,7 @@ def test_entries_that_were_trimmed_while_a_dead_worker_had_them_are_counted_and_
 
     wait_until(lambda: sorted(heard) == [6, 7, 8, 9], what="the rest is taken over")
     wait_until(lambda: trimmed, what="the loss is told")
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == [("tick", 6)]
     assert bus.health().counts["trimmed"] == 6
     assert "trimmed past 6 events" in caplog.text
@@ -1191,7 +1191,7 @@ def test_a_stream_of_which_everything_was_handled_may_be_trimmed(
     store.add("tick", n=11)
 
     wait_until(lambda: heard == [11], what="the next event arrives")
-    wait_until(wait_until_sent, what="all receivers are told")
+    wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == []
 
 
