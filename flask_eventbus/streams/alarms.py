@@ -116,16 +116,12 @@ def impossible_count(name: str, service: str, id: str, count: int) -> Alarm:
     )
 
 
-def foreign_acknowledgements(name: str, service: str, count: int, *, are_claimed: bool) -> Alarm:
-    """Return an alarm for entries that another program acknowledged before their worker did.
-
-    :param are_claimed: whether a worker that seemed dead had them before, and may have done it.
-    """
-    late = ", or a worker that stood still for longer than EVENTBUS_CLAIM_AFTER,"
+def foreign_acknowledgements(name: str, service: str, count: int) -> Alarm:
+    """Return an alarm for entries that another program acknowledged before their worker did."""
     return Alarm(
-        f"Another program{late if are_claimed else ''} acknowledged {count} entries of "
-        f"{name!r} that a worker of {service!r} had not handled yet (XACK, XGROUP DELCONSUMER). "
-        "This worker handles them; other entries may be lost.",
+        f"Another program acknowledged {count} entries of {name!r} that a worker of {service!r} "
+        "had not handled yet (XACK, XGROUP DELCONSUMER). This worker handles them; other entries "
+        "may be lost.",
         f"Find the program with CLIENT LIST and ACL LOG. {_run_again(name, service)}",
     )
 

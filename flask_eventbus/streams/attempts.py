@@ -15,7 +15,6 @@ from ..transport.connections import OUTAGE
 from .acknowledger import Acknowledger
 from .group import Group, GroupGoneError
 from .outcomes import Outcomes
-from .reclaim import Reclaimer
 from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
@@ -40,7 +39,6 @@ class Attempts:
         outcomes: Outcomes,
         acknowledger: Acknowledger,
         retries: RetryQueue,
-        reclaimer: Reclaimer,
         counters: Counters,
     ) -> None:
         self._dispatcher = dispatcher
@@ -49,7 +47,6 @@ class Attempts:
         self._outcomes = outcomes
         self._acknowledger = acknowledger
         self._retries = retries
-        self._reclaimer = reclaimer
         self._counters = counters
         self._is_stopping = False
         self._is_disowned = False
@@ -167,15 +164,7 @@ class Attempts:
         if delivery.retry is not None:
             return self._retries.record_start(delivery, delivery.retry)
 
-        name, times = delivery.name, (delivery.crashes or 0) + 1
+        times = (delivery.crashes or 0) + 1
 
         with self._acknowledger.lock:
-            if self._group.record_start(name, delivery.entry, times=times):
-                return True
-
-            # After the claim expired, another worker may have handled the entry.
-            return (
-                time.monotonic() < delivery.claimed_until
-                and bool(self._reclaimer.restore(name, [delivery]))
-                and self._group.record_start(name, delivery.entry, times=times)
-            )
+            return self._group.record_start(delivery.name, delivery.entry, times=times)

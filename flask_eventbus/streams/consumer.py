@@ -119,6 +119,15 @@ class Consumer:
             knows=lambda event, name: bool(dispatcher.receivers(event, only=name)),
             retries_of=counts.of_receiver,
         )
+        self.attempts = Attempts(
+            dispatcher=dispatcher,
+            group=self._group,
+            in_flight=self._in_flight,
+            outcomes=outcomes,
+            acknowledger=self._acknowledger,
+            retries=self._retries,
+            counters=counters,
+        )
         reclaimer = Reclaimer(
             config=config,
             group=self._group,
@@ -130,16 +139,6 @@ class Consumer:
             trims=Trims(self._group, service=config.service, counters=counters),
             counters=counters,
             retries_of=counts.of_event,
-        )
-        self.attempts = Attempts(
-            dispatcher=dispatcher,
-            group=self._group,
-            in_flight=self._in_flight,
-            outcomes=outcomes,
-            acknowledger=self._acknowledger,
-            retries=self._retries,
-            reclaimer=reclaimer,
-            counters=counters,
         )
         duplicates = Duplicates(read_pipe, config=config, keys=keys, counters=counters)
         trims = Trims(group, service=config.service, counters=counters)

@@ -337,12 +337,14 @@ class Maintenance:
             with self._acknowledger.lock:
                 kept = self._group.renew(name, [delivery.entry for delivery in deliveries])
                 now = time.monotonic()
-                # No longer pending, although this process did not acknowledge them.
+                # No longer pending, although this process did not acknowledge them. An entry that
+                # was claimed may be acknowledged by the worker that had it, after a long pause.
                 lost = [
                     delivery
                     for delivery in deliveries
                     if delivery.entry not in kept
                     and not delivery.started
+                    and delivery.crashes is None
                     and now < delivery.claimed_until
                 ]
                 kept |= self._reclaimer.restore(name, lost)

@@ -122,7 +122,7 @@ class Reclaimer:
     def restore(self, name: str, deliveries: Sequence[Delivery]) -> set[str]:
         """Make entries pending again that another program acknowledged before they were started.
 
-        :param deliveries: in flight, and not pending for this consumer.
+        :param deliveries: in flight, read by this consumer first, and not pending for it.
         :return: the ids of the entries that were pending for no consumer.
         """
         queries = [self._group.pending_command(name, delivery.entry) for delivery in deliveries]
@@ -137,20 +137,9 @@ class Reclaimer:
         if position is None or not gone:
             return set()
 
-        are_claimed = any(found.crashes for found in gone)
-        self.report(
-            name,
-            foreign_acknowledgements(
-                name, self._config.service, len(gone), are_claimed=are_claimed
-            ),
-        )
+        self.report(name, foreign_acknowledgements(name, self._config.service, len(gone)))
         self._group.pipe.run(
-            [
-                self._group.restore_command(
-                    name, found.entry, times=1 if found.crashes is None else found.crashes
-                )
-                for found in gone
-            ]
+            [self._group.restore_command(name, found.entry, times=1) for found in gone]
         )
         return {found.entry for found in gone}
 

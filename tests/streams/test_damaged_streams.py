@@ -313,35 +313,6 @@ def test_events_that_wait_in_a_worker_are_handled_though_somebody_acknowledged_t
     assert (status.exit_code, "Another program acknowledged" in status.output) == (1, True)
 
 
-def test_a_claimed_event_is_handled_though_it_was_acknowledged_just_before_it_began(
-    store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
-) -> None:
-    store.group("tick")
-    for number in (1, 2):
-        store.add("tick", number=number)
-    key, dead_worker = store.keys.stream("tick"), "web-1-4711-3f2a9c1b2d3e"
-    ids = take_all(store, dead_worker)
-    head = ("XCLAIM", key, "mailer", dead_worker, 0)
-    store.client.execute_command(*head, *ids, "IDLE", 10**9, "RETRYCOUNT", 1)
-    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=4, concurrency=1)
-    heard: list[int] = []
-
-    @bus.on("tick", via="stream", start="earliest")
-    def receive(sender: str, number: int) -> None:
-        heard.append(number)
-        # Both were claimed together; the other one is begun right after this one.
-        store.client.xack(key, "mailer", *(ids if len(heard) == 1 else ()), "0-1")
-
-    bus.start()
-
-    wait_until(lambda: len(heard) == 2, what="both are handled")
-    assert sorted(heard) == [1, 2]
-    assert "acknowledged 1 entries of 'tick'" in bus.health().alarms["tick"]
-    # Nobody can tell the two apart.
-    assert "or a worker that stood still" in caplog.text
-    wait_until(lambda: store.client.xpending(key, "mailer")["pending"] == 0)
-
-
 @pytest.mark.parametrize(
     ("id", "count"),
     [("*", 1_000), ("*", 6), ("1000-0", 7)],
