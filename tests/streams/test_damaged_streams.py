@@ -313,6 +313,43 @@ def test_events_that_wait_in_a_worker_are_handled_though_somebody_acknowledged_t
     assert (status.exit_code, "Another program acknowledged" in status.output) == (1, True)
 
 
+def test_a_claimed_event_that_its_paused_worker_acknowledges_in_the_end_is_no_alarm(
+    store: StreamStore, make_bus: Make
+) -> None:
+    store.group("tick")
+    paused = [store.add("tick", number=number)[0] for number in (1, 2)]
+    assert store.read("tick", 2) == paused
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1.5)
+    heard: list[int] = []
+    goes_on = threading.Event()
+
+    @bus.on("tick", via="stream")
+    def receive(sender: str, number: int) -> None:
+        goes_on.wait(20)
+        heard.append(number)
+
+    bus.start()
+    key = store.keys.stream("tick")
+    wait_until(lambda: bus.health().lag == 2, what="both are claimed")
+    last, _ = store.add("tick", number=3)
+    wait_until(lambda: bus.health().lag == 3, what="the last is read")
+
+    assert store.client.xack(key, "mailer", *paused) == 2
+    idle = [0]
+
+    def renewed() -> bool:
+        (found,) = store.client.xpending_range(key, "mailer", last, last, 1)
+        idle.append(found["time_since_delivered"])
+        return idle[-1] < idle[-2]
+
+    wait_until(renewed, what="the worker looks at what it has")
+    goes_on.set()
+
+    wait_until(lambda: bus.health().lag == 0, what="nothing is left")
+    assert heard == [1, 3]
+    assert bus.health().alarms == {}
+
+
 @pytest.mark.parametrize(
     ("id", "count"),
     [("*", 1_000), ("*", 6), ("1000-0", 7)],
