@@ -1,4 +1,4 @@
-"""What a service could not handle, for a person who looks at it and decides."""
+"""Find, delete and retry the dead letters of a service."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..errors import OperationError
 from ..routing.options import is_pattern, matches
 from .streams import PAGE, TIMEOUT, StreamAccess, as_mapping
 
-#: Digits that are read of a number of attempts: somebody may have edited it.
+#: Most digits read of a number of attempts, which another program may have written.
 _DIGITS = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Letter:
-    """A dead letter where it lies."""
+    """A dead letter, with its signal and its id."""
 
     #: The signal.
     name: str
@@ -30,26 +30,26 @@ class Letter:
 
     @property
     def shown(self) -> str:
-        """What it is called where there are several: its id, its signal, and its receiver."""
+        """The dead letter as shown in a list: its id, signal and receiver."""
         return " ".join(part for part in (self.id, self.name, self.content.receiver) if part)
 
     def is_in(self, bounds: tuple[EntryId, EntryId]) -> bool:
-        """Return True if its id is not before the first nor after the last one."""
+        """Return True if its id is between the two bounds, both included."""
         return bounds[0] <= entry_id(self.id) <= bounds[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Which dead letters are meant: those that fit everything that is said."""
+    """A filter of dead letters: those that match all of its fields."""
 
-    #: Of dead letters or of events; none means all.
+    #: Ids of dead letters or of events; empty for all.
     ids: Sequence[str] = ()
     #: Signals and patterns.
     signals: Sequence[str] = ()
-    #: Names of receivers, ``module.qualname`` or an end of it.
+    #: Names of receivers: ``module.qualname`` or its last parts.
     receivers: Sequence[str] = ()
     reasons: Sequence[str] = ()
-    #: How long ago they were given up at least, and at most, in milliseconds.
+    #: Least and greatest age in milliseconds.
     older_than: int | None = None
     newer_than: int | None = None
 
@@ -57,7 +57,7 @@ class Choice:
         return self != Choice()
 
     def fits(self, letter: Letter) -> bool:
-        """Whether a letter is one of those that are meant."""
+        """Return True if a dead letter matches; signals and ages are checked elsewhere."""
         content = letter.content
         return (
             (not self.ids or letter.id in self.ids or content.event_id in self.ids)
@@ -66,13 +66,13 @@ class Choice:
         )
 
     def bounds(self, now: int) -> tuple[EntryId, EntryId]:
-        """The first and the last id that may fit at the time ``now``, in milliseconds."""
+        """Return the first and last id that match the ages at ``now``, in milliseconds."""
         first = 0 if self.newer_than is None else max(0, now - self.newer_than)
         last = (MOST, MOST) if self.older_than is None else (max(0, now - self.older_than), 0)
         return (first, 0), last
 
     def names(self, known: Iterable[str]) -> list[str]:
-        """The signals whose dead letters may fit: those of the known, and those that are named."""
+        """Return the signals whose dead letters may match: known ones, and those given by name."""
         named = {name for name in self.signals if not is_pattern(name)}
         return sorted(
             named
@@ -92,12 +92,11 @@ class DeadLetters:
         self._service = service
 
     def find(self, choice: Choice) -> Iterator[Letter]:
-        """Those that are meant, signal by signal, the oldest first.
+        """Yield the dead letters that match, signal by signal, the oldest first.
 
-        Dead letters that are named by their own ids are read one by one; all others are read in
-        pages and looked through.
+        If all ids are ids of dead letters, only those are read; otherwise all are, page by page.
 
-        :raises click.ClickException: Redis cannot be asked.
+        :raises OperationError: Redis is not available.
         """
         names = choice.names(self._access.names())
         named = self._named(names, choice.ids)
@@ -115,9 +114,9 @@ class DeadLetters:
                 yield from filter(choice.fits, self._all(name, first, last))
 
     def drop(self, letters: Iterable[Letter]) -> int:
-        """Delete them, and return how many were still there.
+        """Delete dead letters, and return how many existed.
 
-        :raises click.ClickException: Redis cannot be asked, or refuses.
+        :raises OperationError: Redis is not available, or refuses.
         """
         deleted = 0
 
@@ -135,15 +134,15 @@ class DeadLetters:
         return deleted
 
     def forget_dropped(self) -> None:
-        """Count anew what is dropped because there are more than ``EVENTBUS_DEAD_MAXLEN``.
+        """Reset the count of dead letters that exceeded ``EVENTBUS_DEAD_MAXLEN``.
 
-        :raises click.ClickException: Redis cannot be asked, or refuses.
+        :raises OperationError: Redis is not available, or refuses.
         """
         dropped = self._access.keys.dead_dropped
         self._access.run([("DEL", dropped(name, self._service)) for name in self._access.names()])
 
     def key(self, name: str) -> str:
-        """Where the dead letters of a signal are."""
+        """Return the key of a signal's dead letters."""
         return self._access.keys.dead(name, self._service)
 
     def _named(self, names: Sequence[str], ids: Iterable[str]) -> list[Letter]:
@@ -170,19 +169,19 @@ class DeadLetters:
 
 
 def read_letter(fields: Mapping[bytes, bytes]) -> DeadLetter:
-    """The dead letter that the fields of an entry are, whoever wrote them."""
+    """Return the dead letter in the fields of an entry, which another program may have written."""
     return DeadLetter.from_fields({**fields, b"attempts": fields.get(b"attempts", b"")[:_DIGITS]})
 
 
 def is_called(receiver: str, names: Iterable[str]) -> bool:
-    """Whether a receiver has one of the names, in full or by their end: ``send_welcome``."""
+    """Return True if a name is the receiver's full name or its last parts: ``send_welcome``."""
     return any(receiver == name or receiver.endswith(f".{name}") for name in names)
 
 
-#: Seconds between two looks.
+#: Seconds between reads of the outcomes.
 LOOK = 0.1
 
-#: How often a letter is tried to be put back while others are added to the dead letters.
+#: Most tries to put a dead letter back while others are added meanwhile.
 MOST_TRIES = 100
 
 
@@ -192,23 +191,23 @@ class Retrial:
 
     letter: Letter
     record: RetryRecord
-    #: The last dead letter of its signal at that time: what comes after it is new.
+    #: Id of the signal's last dead letter at that time; later ones are new.
     before: str
-    #: ``waiting`` for a worker, ``running``, ``failed`` and to be tried again, ``dead`` again
-    #: or ``handled``.
+    #: ``waiting`` for a worker, ``running``, ``failed`` (with a retry), ``dead`` again, or
+    #: ``handled``.
     state: str = "waiting"
-    #: What it failed at this time.
+    #: Error of the last attempt.
     error: str = ""
     #: Seconds until its next attempt.
     after: float = 0.0
 
     @property
     def is_settled(self) -> bool:
-        """Whether an attempt was made, and has ended."""
+        """True if an attempt has ended."""
         return self.state not in ("waiting", "running")
 
     def is_it(self, entry: str, receiver: str) -> bool:
-        """Whether it is about this receiver at this entry."""
+        """Return True if it is the retry of this receiver for this entry."""
         return (entry, receiver) == (self.record.entry, self.record.receiver)
 
 
@@ -223,7 +222,7 @@ class Retrials:
         self._clock = clock
 
     def put_back(self, letter: Letter) -> Retrial | None:
-        """Let a letter be due now, as if nobody had tried; ``None`` if it is not there any more.
+        """Schedule a dead letter as a retry due now, with all attempts; ``None`` if it is gone.
 
         :raises OperationError: Redis cannot be asked, or refuses.
         """
@@ -239,14 +238,14 @@ class Retrials:
                 return retrial
 
         raise OperationError(
-            f"{letter.shown} was not put back: the dead letters of {letter.name!r} change all the "
-            "time. Try again when fewer events fail."
+            f"{letter.shown} was not put back: dead letters of {letter.name!r} are added too fast. "
+            "Try again when fewer events fail."
         )
 
     def settled(self, retrials: Sequence[Retrial], seconds: float) -> Iterator[Retrial]:
         """Yield each as soon as an attempt at it has ended, until ``seconds`` have passed.
 
-        The last look takes :data:`.TIMEOUT` seconds more at most.
+        The last read may take :data:`.TIMEOUT` seconds longer.
 
         :raises OperationError: Redis cannot be asked.
         """
@@ -263,14 +262,14 @@ class Retrials:
             left = [retrial for retrial in left if not retrial.is_settled]
 
     def _watched(self, letter: Letter) -> str | None:
-        """The last dead letter of the signal, and a watch over all of them."""
+        """Watch the dead letters of the signal; return the id of the last one, ``None`` if gone."""
         key = self._dead(letter.name)
         _, found, last, _ = self._access.run(
             [
                 ("WATCH", key),
                 ("XRANGE", key, letter.id, letter.id),
                 ("XREVRANGE", key, "+", "-", "COUNT", 1),
-                # Redis undoes nothing: what it would refuse then is to be known now.
+                # Redis does not roll back: a refusal of this key must show before the transaction.
                 ("ZSCORE", self._retry(letter.name), letter.id),
             ]
         )
@@ -293,10 +292,10 @@ class Retrials:
         return answers is not None
 
     def _look(self, retrials: Sequence[Retrial]) -> None:
-        """See what became of those that were put back.
+        """Update the states of retrials.
 
-        Where their records are as they were, or as a worker marks what it runs, that is all
-        there is to know. Otherwise everything is read that might be about them.
+        An unchanged record is waiting, and a record with the mark of a worker is running. For all
+        others, the retries and new dead letters of the signal are read.
         """
         forms = [
             ("ZSCORE", self._retry(retrial.letter.name), record.packed())
@@ -351,7 +350,7 @@ class Retrials:
 
 
 def why_not(letter: Letter) -> str:
-    """Why a dead letter cannot be put back, and what to do instead; empty if it can."""
+    """Return why a dead letter cannot be put back, with the remedy; empty if it can."""
     content = letter.content
 
     if b"event" not in content.fields:
@@ -366,26 +365,26 @@ def why_not(letter: Letter) -> str:
 
     if content.event_id and not content.receiver and content.entry:
         return (
-            "its worker died before it was known which receiver was to blame. Bring it to all of "
-            f"them again: flask eventbus replay {letter.name} --from {content.entry} --to "
+            "its worker died, and it is not known in which receiver. Replay it for all "
+            f"receivers: flask eventbus replay {letter.name} --from {content.entry} --to "
             f"{content.entry}"
         )
 
     if not content.receiver or not content.entry:
-        return "it was never read as an event, and no receiver failed at it. Drop it."
+        return "it could not be decoded, and no receiver ran for it. Drop it."
 
     return ""
 
 
 def record_of(content: DeadLetter) -> RetryRecord:
-    """The record that lets a dead letter's receiver be run, with all its attempts before it."""
+    """Return the retry record of a dead letter, with all attempts left."""
     return RetryRecord(
         entry=content.entry,
         event=content.fields[b"event"],
         receiver=content.receiver,
         attempts=0,
         first=content.first,
-        # Now: workers give a receiver up that none of them knows, an hour after this.
+        # Now, since workers give up an unknown receiver one hour after this time.
         last=round(time.time() * 1000),
         error=content.error,
         traceback=content.traceback,
@@ -403,6 +402,6 @@ def _take_up_letters(retrial: Retrial, letters: Sequence[tuple[str, DeadLetter]]
 
 def _records(members: Sequence[bytes]) -> Iterator[tuple[RetryRecord, float]]:
     for member, due in zip(members[::2], members[1::2], strict=True):
-        # What somebody edited is about none of those that were put back: that is the worker's.
+        # Another program has written it; the worker handles it.
         with suppress(BadRecordError):
             yield RetryRecord.unpacked(member), float(due)

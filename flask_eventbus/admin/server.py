@@ -1,4 +1,4 @@
-"""Asks a server about itself, for commands that look at it from outside."""
+"""Query a server about itself: settings, listeners, channels and streams."""
 
 from __future__ import annotations
 
@@ -22,36 +22,35 @@ from ..transport.urls import trouble_of
 #: Seconds a server has to answer each question.
 TIMEOUT = 3.0
 
-#: Seconds that a command which only looks waits for a server, all questions together.
+#: Seconds that a command which only reads waits for a server in total.
 PATIENCE = 30.0
 
 
-#: The last command of a connection that reads streams, as ``CLIENT LIST`` shows it; of those that
-#: write none has one of these.
+#: Last commands in ``CLIENT LIST`` of connections that read streams; publishers use none of them.
 _READS = ("xreadgroup", "xread", "smembers")
 
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """A connection that listens, as ``CLIENT LIST`` shows it."""
+    """A connection of a listener, from ``CLIENT LIST``."""
 
     service: str
-    #: The process.
+    #: Id of the process's node.
     node: str
-    #: How many channels and how many patterns it listens to.
+    #: Numbers of channels and of patterns that it listens to.
     channels: int
     patterns: int
-    #: Whether it reads streams.
+    #: True if it reads streams.
     streams: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StreamFacts:
-    """What a server has of a signal's stream."""
+    """The length and the groups of a signal's stream."""
 
-    #: Events that it holds.
+    #: Number of events in it.
     events: int
-    #: The services that have a group there.
+    #: Services that have a group there.
     groups: Sequence[str]
 
 
@@ -65,48 +64,48 @@ class Server:
         self._connection = connections.open(timeout=timeout)
 
     def ask(self, *command: str | bytes) -> Any:
-        """The answer to one command.
+        """Return the answer to one command.
 
-        :raises redis.ResponseError: the server refuses it, to this user for example.
+        :raises redis.ResponseError: the server refuses the command.
         """
         self._connection.send_command(*command)
         return self._connection.read_response()
 
     def ask_all(self, commands: Sequence[tuple[str, ...]]) -> list[Any]:
-        """The answers to commands, in one round trip; a refusal is a value among them."""
+        """Return the answers to commands, in one round trip; refusals are exceptions."""
         packed = self._connection.pack_commands(commands)
         self._connection.send_packed_command(packed, check_health=False)
         return [read_reply(self._connection) for _ in commands]
 
     def info(self, section: str) -> Mapping[str, str]:
-        """The fields of one section of ``INFO``.
+        """Return the fields of one section of ``INFO``.
 
-        :raises redis.ResponseError: this user may not ask.
+        :raises redis.ResponseError: this user has no right to ask.
         """
         lines = _text(self.ask("INFO", section)).splitlines()
         return dict(line.split(":", 1) for line in lines if ":" in line)
 
     def setting(self, name: str) -> str | None:
-        """A setting of the server, if it has it.
+        """Return a setting of the server; ``None`` if it has no such setting.
 
-        :raises redis.ResponseError: this user may not ask.
+        :raises redis.ResponseError: this user has no right to ask.
         """
         answer = self.ask("CONFIG", "GET", name)
         return _text(answer[1]) if answer else None
 
     def listening(self) -> list[Listening]:
-        """The listeners of services that are connected now.
+        """Return the connected listeners of all services.
 
-        :raises redis.ResponseError: this user may not ask.
+        :raises redis.ResponseError: this user has no right to ask.
         """
         lines = _text(self.ask("CLIENT", "LIST")).splitlines()
         clients = [dict(field.partition("=")[::2] for field in line.split()) for line in lines]
         return [found for client in clients if (found := _listening(client))]
 
     def channels(self, keys: ChannelKeys) -> dict[str, int]:
-        """How many listen to the channel of each signal; those that nobody hears are left out.
+        """Return the number of listeners of each channel, without channels that have none.
 
-        :raises redis.ResponseError: this user may not ask.
+        :raises redis.ResponseError: this user has no right to ask.
         """
         found: Sequence[bytes] = self.ask("PUBSUB", "CHANNELS", keys.key("*"))
         counts = self.ask("PUBSUB", "NUMSUB", *sorted(found)) if found else []
@@ -117,9 +116,9 @@ class Server:
         }
 
     def streams(self, keys: StreamKeys) -> dict[str, StreamFacts]:
-        """The streams of the signals that have one, by the signal's name.
+        """Return the streams by the names of their signals.
 
-        :raises redis.ResponseError: this user may not ask.
+        :raises redis.ResponseError: this user has no right to ask.
         """
         found = sorted(name.decode(errors="replace") for name in self.ask("SMEMBERS", keys.names))
         names = [name for name in found[:MOST_NAMES] if SIGNAL_NAME.fullmatch(name)]
@@ -147,12 +146,12 @@ class Server:
 
 
 def processes_of(listening: Sequence[Listening]) -> Counter[str]:
-    """How many processes of each service listen."""
+    """Return the number of listening processes of each service."""
     return Counter(service for service, _ in {(found.service, found.node) for found in listening})
 
 
 def reason_of(error: Exception) -> str:
-    """What a server or a socket says, as the end of a sentence of ours."""
+    """Return the text of an error without a full stop, to end a sentence with."""
     text, _, _ = str(error).partition(", with args beginning with")
     return " ".join(text.split()).rstrip(".")
 
@@ -172,7 +171,7 @@ def _listening(client: Mapping[str, str]) -> Listening | None:
 
 
 def _groups(answer: Any) -> list[str]:
-    # The stream was deleted, and its name is still there.
+    # The stream was deleted, but not its entry in the set of names.
     if isinstance(answer, Exception) and "no such key" in str(answer):
         return []
 
@@ -195,7 +194,7 @@ CLIENT_NAME = "eventbus-routes"
 
 
 def census(node: Node) -> dict[str, Any]:
-    """Who listens to the channels of the node's prefix and reads its streams, by name and service.
+    """Return the channels, streams and services of the node's prefix, for `routes`.
 
     :raises OperationError: Redis cannot be asked.
     """
@@ -215,12 +214,13 @@ def census(node: Node) -> dict[str, Any]:
         ) from error
     except redis.ResponseError as error:
         raise OperationError(
-            f"This user may not ask for channels: {reason_of(error)}. Allow '+pubsub' in the ACL."
+            f"This user has no right to list channels: {reason_of(error)}. Grant '+pubsub' in the "
+            "ACL."
         ) from error
 
 
 def _streams(server: Server, config: Config) -> dict[str, Any] | None:
-    """The streams and their groups; ``None`` where this user may not ask."""
+    """Return the streams and their groups; ``None`` if this user has no right to."""
     if config.url.startswith("redis+cluster://"):
         return {}
 
@@ -233,7 +233,7 @@ def _streams(server: Server, config: Config) -> dict[str, Any] | None:
 
 
 def _services(server: Server) -> dict[str, int] | None:
-    """How many processes of each service listen; ``None`` where this user may not ask."""
+    """Return the number of processes of each service; ``None`` if this user has no right to."""
     try:
         return dict(sorted(processes_of(server.listening()).items()))
     except redis.ResponseError:

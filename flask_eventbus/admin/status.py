@@ -1,4 +1,4 @@
-"""How streams and their groups do, at one moment, as Redis has it."""
+"""Read the status of streams and their groups from Redis."""
 
 from __future__ import annotations
 
@@ -19,32 +19,31 @@ class ConsumerStatus:
     """One consumer of a group: a process that reads, or that did."""
 
     name: str
-    #: What the name says, where it is one of the bus's own.
+    #: Parts of the name, if it is a worker of the bus.
     host: str
     pid: int | None
     node: str
     #: Seconds since it last asked for events.
     idle: float
-    #: Events that it has in hand.
+    #: Entries that it has read and not acknowledged.
     pending: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupStatus:
-    """A service at a stream."""
+    """The status of a service at a stream."""
 
     service: str
-    #: Whether there is a group; without one the service has not begun, or the stream was deleted.
+    #: False if the service never listened, or the stream was deleted.
     exists: bool
-    #: Events that no worker has got yet; ``None`` where the server cannot tell.
+    #: Events that no worker has read yet; ``None`` if Redis does not know.
     lag: int | None
-    #: Events that were trimmed before any worker got them, as far as the server can tell.
+    #: Events that were trimmed before any worker read them, as far as Redis knows.
     lost: int
-    #: Events that a worker has got and not finished, and how many seconds ago the oldest of
-    #: them was published.
+    #: Events that workers have read and not acknowledged, and the age of the oldest in seconds.
     pending: int
     oldest: float | None
-    #: Receivers that are to be tried again, each at one event.
+    #: Retries that are scheduled, each of one receiver for one event.
     retries: int
     #: Dead letters.
     dead: int
@@ -68,10 +67,10 @@ class StreamStatus:
 def read_statuses(
     access: StreamAccess, services: Mapping[str, Sequence[str] | None]
 ) -> list[StreamStatus]:
-    """How the streams of some signals do; what Redis knows nothing of is left out.
+    """Return the status of streams, without those that do not exist.
 
-    :param services: for each signal the services to look at; ``None`` for all that have a group.
-    :raises click.ClickException: Redis cannot be asked.
+    :param services: the services to read for each signal; ``None`` for all that have a group.
+    :raises OperationError: Redis is not available.
     """
     found = _streams(access, services)
     wanted = [
@@ -236,10 +235,10 @@ def _questions(
 def lag_of(
     group: Mapping[str, Any], length: int, first: EntryId | None, last: EntryId | None
 ) -> int | None:
-    """How many entries a group has not got yet; ``None`` where that cannot be known.
+    """Return the number of entries that a group has not read; ``None`` if it is unknown.
 
-    Redis counts since 7.0 only, loses count when an entry is deleted, and on some versions
-    counts what was trimmed. At both ends of the stream there is no doubt.
+    Redis counts since 7.0 only, loses the count when an entry is deleted, and counts trimmed
+    entries in some versions. At both ends of the stream the number is certain.
 
     :param group: what ``XINFO GROUPS`` says.
     :param first: the id of the first entry of the stream, if it has one.
@@ -254,12 +253,12 @@ def lag_of(
         return length
 
     counted: int | None = group.get("lag")
-    # It has got the first entry and not the last: no other number can be true.
+    # The group has read the first entry and not the last, so other numbers are wrong.
     return counted if counted is not None and 0 < counted < length else None
 
 
 def lost_of(group: Mapping[str, Any], length: int, first: EntryId | None) -> int:
-    """How many entries were trimmed before a group got them, as far as Redis tells.
+    """Return how many entries were trimmed before a group read them, as far as Redis knows.
 
     :param group: what ``XINFO GROUPS`` says.
     :param first: the id of the first entry of the stream, if it has one.
@@ -272,7 +271,7 @@ def lost_of(group: Mapping[str, Any], length: int, first: EntryId | None) -> int
 
 
 def consumer_of(name: str, facts: Mapping[str, Any]) -> ConsumerStatus:
-    """A consumer as ``XINFO CONSUMERS`` has it; the bus calls its own ``HOST-PID-NODE``."""
+    """Return a consumer from ``XINFO CONSUMERS``; workers are named ``HOST-PID-NODE``."""
     host, pid, node = worker_of(name) or ("", None, "")
     return ConsumerStatus(
         name=name,
@@ -285,7 +284,7 @@ def consumer_of(name: str, facts: Mapping[str, Any]) -> ConsumerStatus:
 
 
 def _number_in(text: bytes | None) -> int:
-    # Somebody may have written something else there.
+    # Another program may have written another value.
     return int(text) if text and text.isdigit() else 0
 
 
@@ -295,5 +294,5 @@ def _id_in(entries: Sequence[Any]) -> EntryId | None:
 
 def _age(pending: Sequence[Any], *, clock: Callable[[], float] = time.time) -> float | None:
     oldest = _id_in(pending)
-    # Another machine may have chosen the id, by a clock that is ahead.
+    # A clock that is ahead may have chosen the id.
     return None if oldest is None else max(0.0, clock() - oldest[0] / 1000)

@@ -1,4 +1,4 @@
-"""Hears live events as a spectator: no service's listener, and no receiver runs."""
+"""Read live events for `tail`, without being a listener and without running receivers."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from ..transport.connections import OUTAGE, Connections
 from ..transport.reconnect import Backoff
 from .tail_sources import ChannelTail, Heard, StreamTail
 
-#: What ``CLIENT LIST`` shows: never one of a service's listeners.
+#: Name of the connections in ``CLIENT LIST``; they do not count as listeners.
 CLIENT_NAME = "eventbus-tail"
 
-#: Seconds between tries to connect, at most.
+#: Longest pause in seconds between tries to connect.
 MOST_BACKOFF = 2.0
 
-#: Seconds after which whoever waits for events gets nothing, to look around.
+#: Seconds after which an empty batch is yielded if no event came.
 TICK = 1.0
 
-#: Batches of events that wait to be shown. Behind these nothing more is read.
+#: Batches of events that may wait to be shown; reading pauses when there are more.
 MOST_WAITING = 16
 
-#: Seconds that the threads get to end.
+#: Seconds to wait for the threads to end.
 END = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """Which events are shown: those from one of the sources, with all of the values."""
+    """Selects events from one of the sources and with all of the values."""
 
-    #: Services; none means all.
+    #: Services; empty for all.
     sources: Sequence[str] = ()
-    #: Keys of the payload and what they hold, as written on the command line.
+    #: Keys of the payload and their values, as given on the command line.
     values: Sequence[tuple[str, str]] = ()
 
     def accepts(self, event: Event) -> bool:
-        """Whether the event is to be shown."""
+        """Return True if the event is selected."""
         if self.sources and event.source not in self.sources:
             return False
 
@@ -53,27 +53,27 @@ class Filter:
 
 
 class TailSource(Protocol):
-    """Hears events one way: over channels, or over streams."""
+    """Reads events of one transport: channels or streams."""
 
     way: str
 
     def listen(self, stopping: threading.Event, backoff: Backoff) -> None:
-        """Connect and hear until it is told to stop."""
+        """Connect and read until ``stopping`` is set."""
 
     def wake(self) -> None:
-        """Let a wait for Redis end soon, in whatever thread."""
+        """End a wait for Redis soon; any thread may call it."""
 
     def close(self) -> None:
-        """Close the connection. Only the thread that listens may."""
+        """Close the connection; only the thread of :meth:`listen` may call it."""
 
 
 class Tail:
-    """Hears channels and streams, whatever happens to Redis, each in a thread of its own.
+    """Reads channels and streams, each in a thread of its own, and reconnects if Redis is lost.
 
-    What they have to say is said in the thread that asks for events.
+    Notices are passed on in the thread that iterates over :meth:`events`.
 
     :param names: signals and patterns.
-    :param tell: takes sentences about what happens: connected, lost, bytes that are no event.
+    :param tell: called with each notice: connected, lost, bytes that are not an event.
     """
 
     def __init__(
@@ -98,17 +98,17 @@ class Tail:
         self._lock = threading.RLock()
         self._found: set[str] = set()
         self._lost_since: float | None = None
-        #: Why something is refused, by name and way; and what of it was said.
+        #: Refusals by name and transport, and those that were already shown.
         self._refusals: dict[tuple[str, str], str] = {}
         self._said: set[str] = set()
-        #: Whether everything was heard at least once.
+        #: True once all transports have been connected.
         self.connected = False
 
     def events(self, seconds: float | None = None) -> Iterator[list[Heard]]:
-        """Yield what came, at least every other second, often nothing. It is called once.
+        """Yield batches of events, an empty one after a second without events. Call it once.
 
-        :param seconds: after how many to end; for ever by default.
-        :raises ConfigError: Redis refuses this user, or a signal to it in every way.
+        :param seconds: seconds after which to end; never by default.
+        :raises ConfigError: Redis refuses this user, or a signal over every transport.
         """
         ends = None if seconds is None else time.monotonic() + seconds
         threads = [
@@ -162,7 +162,7 @@ class Tail:
             except OUTAGE as error:
                 self._lose(way, error)
             except Exception as error:
-                # Raised again where events are asked for.
+                # Raised again in the thread that iterates over events.
                 self._put(error)
                 return
             finally:
@@ -171,15 +171,15 @@ class Tail:
             self._stopping.wait(backoff.next())
 
     def show(self, heard: Sequence[Heard]) -> None:
-        """Let events be shown; waits while too many others are waiting for that."""
+        """Queue events to be shown; block while the queue is full."""
         self._put(heard)
 
     def tell(self, sentence: str) -> None:
-        """Let a sentence be said, between the events that came before and after."""
+        """Queue a notice, in order with the events."""
         self._put(sentence)
 
     def found(self, way: str) -> None:
-        """Note that one way is heard, and say so when all are."""
+        """Record that a transport is connected; show it once all are."""
         with self._lock:
             self._found.add(way)
 
@@ -188,7 +188,7 @@ class Tail:
                 self._tell_found()
 
     def refuse(self, way: str, name: str, sentence: str) -> None:
-        """Note what Redis refuses: it is said, or ends all if no way to the signal is left."""
+        """Record a refusal; raise it if every transport of the signal is refused."""
         with self._lock:
             self._refusals[name, way] = sentence
 

@@ -164,7 +164,7 @@ def _check_facts(
 def check_version(server: Server) -> Iterator[Finding]:
     """Check that the server is Redis 6.2 or later, or Valkey.
 
-    :raises redis.ResponseError: this user may not ask.
+    :raises redis.ResponseError: this user has no right to ask.
     """
     found = server.info("server")
 
@@ -186,7 +186,7 @@ def check_version(server: Server) -> Iterator[Finding]:
 def check_clock(server: Server, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
     """Check that the clock of the server agrees with this machine's, since events carry times.
 
-    :raises redis.ResponseError: this user may not ask.
+    :raises redis.ResponseError: this user has no right to ask.
     """
     before = clock()
     seconds, microseconds = map(int, server.ask("TIME"))
@@ -207,7 +207,7 @@ def check_clock(server: Server, *, clock: Callable[[], float] = time.time) -> It
 def check_buffer(server: Server, config: Config) -> Iterator[Finding]:
     """Check that a listener may be a few large events behind before it is disconnected.
 
-    :raises redis.ResponseError: this user may not ask.
+    :raises redis.ResponseError: this user has no right to ask.
     """
     words = (server.setting("client-output-buffer-limit") or "").split()
     hard = int(words[words.index("pubsub") + 1]) if "pubsub" in words else 0
@@ -224,7 +224,7 @@ def check_buffer(server: Server, config: Config) -> Iterator[Finding]:
 def check_argument(server: Server, config: Config) -> Iterator[Finding]:
     """Check that the server accepts an event of the largest size.
 
-    :raises redis.ResponseError: this user may not ask.
+    :raises redis.ResponseError: this user has no right to ask.
     """
     most = int(server.setting("proto-max-bulk-len") or 0)
     wanted = config.max_event_bytes + BATCH_BYTES
@@ -240,7 +240,7 @@ def check_argument(server: Server, config: Config) -> Iterator[Finding]:
 def check_listeners(server: Server, node: Node, service: str | None) -> Iterator[Finding]:
     """Report services of which several processes listen to channels.
 
-    :raises redis.ResponseError: this user may not ask.
+    :raises redis.ResponseError: this user has no right to ask.
     """
     if service is not None and _wants_channels(node):
         return
@@ -425,7 +425,7 @@ def check_eviction(server: Server, streams: Collection[str] = ()) -> Iterator[Fi
     """Check that the server evicts no keys, since streams are keys.
 
     :param streams: the signals whose streams are used here.
-    :raises redis.ResponseError: this user may not ask.
+    :raises redis.ResponseError: this user has no right to ask.
     """
     policy = server.info("memory").get("maxmemory_policy", "noeviction")
 
@@ -453,7 +453,7 @@ def check_eviction(server: Server, streams: Collection[str] = ()) -> Iterator[Fi
 def check_persistence(server: Server, streams: Collection[str]) -> Iterator[Finding]:
     """Check that streams survive a restart of the server.
 
-    :raises redis.ResponseError: this user may not ask.
+    :raises redis.ResponseError: this user has no right to ask.
     """
     if server.info("persistence").get("aof_enabled") == "1":
         yield ok("It keeps streams in a log on disk.")
@@ -479,7 +479,7 @@ def check_log_reader(
     Redis checks the rights of that user for each command of a transaction while it loads the
     file (redis#14541).
 
-    :raises redis.ResponseError: this user may not ask.
+    :raises redis.ResponseError: this user has no right to ask.
     """
     if server.info("persistence").get("aof_enabled") != "1":
         return
@@ -523,7 +523,7 @@ def _may_default(server: Server, command: tuple[str, ...]) -> bool:
 def check_cluster(server: Server, streams: Collection[str]) -> Iterator[Finding]:
     """Check that the server is not a node of a cluster, which streams do not support.
 
-    :raises redis.ResponseError: this user may not ask.
+    :raises redis.ResponseError: this user has no right to ask.
     """
     if server.info("cluster").get("cluster_enabled") == "1":
         yield error(

@@ -695,8 +695,8 @@ def test_retry_says_per_entry_what_became_of_it(store: StreamStore) -> None:
             f"{found[1]} paid b.fails: failed again, next attempt in 30 s: OSError: again",
             rf"{found[2]} paid c.rejected: a dead letter again: Reject: no \x1b[2J such user",
             f"{found[3]} paid d.slow: still running after 1 s.",
-            f"{unread} paid: cannot be retried, it was never read as an event, and no receiver "
-            "failed at it. Drop it.",
+            f"{unread} paid: cannot be retried, it could not be decoded, and no receiver "
+            "ran for it. Drop it.",
         ]
     )
     assert unread in store.dead("paid")
