@@ -1,4 +1,4 @@
-"""Events that wait for the commit of the database transaction they were sent in."""
+"""Hold events until the database transaction in which they were sent commits."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-#: Ids that are logged of one transaction; a bulk job may send many events.
+#: Most ids to log of one transaction, which may have many events.
 SHOWN = 100
 
 
 class AfterCommit:
-    """What a node sends inside database transactions, and what becomes of it at their end.
+    """Holds or stores the events that a node sends in database transactions.
 
-    :param session: finds the session, in any form that ``register_session()`` takes; ``None``
-        if there is none to be found.
-    :param scope: where a session is found that is not in use: an app context.
-    :param draft: takes an emission down: :meth:`.Publisher.prepare_pending`.
-    :param seal: makes an event of it that another process publishes: :meth:`.Publisher.encode`.
-    :param publish: publishes what was taken down, and returns what Redis did not confirm.
+    :param session: returns the session, in any form that ``register_session()`` takes, or
+        ``None`` if there is none.
+    :param scope: enters an app context, for a session outside of a request.
+    :param draft: creates a pending event: :meth:`.Publisher.prepare_pending`.
+    :param seal: creates an event for the outbox: :meth:`.Publisher.encode`.
+    :param publish: publishes pending events, and returns those that Redis did not confirm.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class AfterCommit:
         self._late_owner = LateEntries(session=session, scope=scope, counters=counters)
 
     def take(self, name: str, payload: Mapping[str, Any], route: Route) -> bool:
-        """Hold an emission until the commit of what goes on; whether anything does.
+        """Hold an event until the current transaction commits; return False if there is none.
 
-        :raises ConfigError: no session is to be found.
-        :raises PayloadError: a value cannot travel.
+        :raises ConfigError: there is no session.
+        :raises PayloadError: a value cannot be encoded.
         :raises PublishError: Redis is known to be away and the policy is ``"raise"``.
         """
         from .transactions import begun, hold  # they need SQLAlchemy, which is optional
@@ -68,15 +68,15 @@ class AfterCommit:
         return True
 
     def store(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
-        """Write an emission into the outbox: in the transaction that goes on, or in its own.
+        """Write an event to the outbox, in the current transaction or in one of its own.
 
-        It gets its own where none goes on, and where it is sent after the commit: in
-        ``after_commit`` a session takes no statement.
+        It gets one of its own if there is no transaction, and if it is sent after the commit,
+        since a session accepts no statement in ``after_commit``.
 
-        :raises ConfigError: no session is to be found, or it is an asynchronous one that
-            cannot be used from here.
-        :raises PayloadError: a value cannot travel.
-        :raises sqlalchemy.exc.DBAPIError: the database does not take it.
+        :raises ConfigError: there is no session, or it is an asynchronous one that cannot be
+            used from here.
+        :raises PayloadError: a value cannot be encoded.
+        :raises sqlalchemy.exc.DBAPIError: the database refuses the row.
         """
         from .outbox import Entry, store, store_alone  # they need SQLAlchemy, which is optional
         from .transactions import begun, hold, is_committed
@@ -98,9 +98,9 @@ class AfterCommit:
         self._counters.add("stored")
 
     def committed(self, items: list[Message]) -> None:
-        """Publish them. What Redis does is logged: the commit is done, and did not fail.
+        """Publish the events of a committed transaction; log those that Redis did not confirm.
 
-        What interrupts it, such as a time limit that a signal handler raises, is passed on.
+        An interruption, such as a time limit that a signal handler raises, is raised again.
         """
         try:
             unconfirmed = self._publish(items)
@@ -116,7 +116,7 @@ class AfterCommit:
         self._report(unconfirmed)
 
     def discarded(self, items: list[Message], *, forgotten: bool) -> None:
-        """Let them vanish with their transaction."""
+        """Drop the events of a transaction that was rolled back or closed."""
         self._counters.add("discarded", len(items))
 
         if not forgotten:
@@ -154,10 +154,10 @@ class AfterCommit:
 
 
 class LateEntries:
-    """Outbox entries that were sent after their commit, and are stored when it has ended.
+    """Stores outbox entries that were sent after a commit, when that commit has ended.
 
-    :param session: finds the session, as for :class:`AfterCommit`.
-    :param scope: where a session is found that is not in use.
+    :param session: returns the session, as for :class:`AfterCommit`.
+    :param scope: enters an app context, as for :class:`AfterCommit`.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class LateEntries:
         self._warned: set[str] = set()
 
     def committed(self, items: list[Entry]) -> None:
-        """Store each in a transaction of its own. Whatever happens is logged: the commit stands."""
+        """Store each entry in a transaction of its own; log errors, since the commit is done."""
         for entry in items:
             self._warn(entry.name)
 
@@ -191,7 +191,7 @@ class LateEntries:
                 self._counters.add("stored")
 
     def discarded(self, items: list[Entry], *, forgotten: bool) -> None:
-        """Let them vanish: they were sent after a savepoint, and its transaction is gone."""
+        """Drop entries sent after a savepoint whose transaction was rolled back."""
         self._counters.add("discarded", len(items))
 
     def _store(self, entry: Entry) -> None:

@@ -49,7 +49,7 @@ except ImportError:
     # Its name before SQLAlchemy 2.1.
     from sqlalchemy.util import await_only as await_
 
-#: The name of the table.
+#: Name of the table.
 NAME = "eventbus_outbox"
 
 #: Databases that let a relay skip the rows that another one has locked.
@@ -60,15 +60,15 @@ SKIPPING = frozenset({"postgresql", "mysql", "mariadb", "oracle"})
 class Entry:
     """An event in the outbox."""
 
-    #: Its place in the table; ``None`` before it is written.
+    #: Number of its row; ``None`` before it is written.
     number: int | None = None
-    #: The id of the event, the same however often it is published.
+    #: Id of the event, the same each time it is published.
     event_id: str
     #: The signal's name.
     name: str
-    #: How it travels.
+    #: Its transport: ``"channel"`` or ``"stream"``.
     via: str
-    #: The event itself: the bytes that are published.
+    #: The encoded event.
     event: bytes
 
 
@@ -101,7 +101,7 @@ TABLE = table(MetaData())
 
 
 def create(engine: Engine) -> None:
-    """Create the table unless it is there, for who has no migrations."""
+    """Create the table if it does not exist, for programs without migrations."""
     with engine.begin() as connection:
         connection.execute(CreateTable(TABLE, if_not_exists=True))
 
@@ -152,7 +152,7 @@ def store_alone(source: Any, entry: Entry) -> None:
 
 
 class Outbox:
-    """The outbox of one database, as a relay empties it."""
+    """The outbox of one database, for a relay."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -163,22 +163,22 @@ class Outbox:
         return self._engine.url.render_as_string(hide_password=True)
 
     def is_there(self) -> bool:
-        """Whether the table exists."""
+        """Return True if the table exists."""
         return inspect(self._engine).has_table(NAME)
 
     def count(self, until: int | None = None) -> int:
-        """How many events wait, of those up to the number ``until``."""
+        """Return the number of events in the outbox, up to the row number ``until``."""
         with self._engine.connect() as connection:
             return connection.scalar(select(func.count()).where(_up_to(until))) or 0
 
     def last(self) -> int | None:
-        """The number of the newest event."""
+        """Return the row number of the newest event."""
         with self._engine.connect() as connection:
             number: int | None = connection.scalar(select(func.max(TABLE.c.number)))
             return number
 
     def first(self, *, until: int | None = None, without: Collection[str] = ()) -> int | None:
-        """The number of the oldest event, leaving out the names ``without``."""
+        """Return the row number of the oldest event, except those of the signals ``without``."""
         with self._engine.connect() as connection:
             return _first(connection, _up_to(until) & ~TABLE.c.name.in_(without))
 
@@ -186,7 +186,7 @@ class Outbox:
     def take(
         self, most: int, *, until: int | None = None, without: Collection[str] = ()
     ) -> Iterator[Batch]:
-        """Take the oldest events in hand until the end of the block.
+        """Lock the oldest events until the end of the ``with`` block.
 
         Where another relay has one in hand, nothing behind it is taken: that one goes first.
         """
@@ -208,7 +208,7 @@ class Outbox:
 
 
 class Batch:
-    """Events that a relay has in hand, and deletes once they are published."""
+    """Events that a relay has locked, and deletes after they are published."""
 
     def __init__(self, connection: Connection, entries: list[Entry]) -> None:
         self._connection = connection
