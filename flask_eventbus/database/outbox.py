@@ -188,7 +188,7 @@ class Outbox:
     ) -> Iterator[Batch]:
         """Lock the oldest events until the end of the ``with`` block.
 
-        Where another relay has one in hand, nothing behind it is taken: that one goes first.
+        Events after the first one that another relay has locked are not taken, to keep the order.
         """
         wanted = _up_to(until) & ~TABLE.c.name.in_(without)
 

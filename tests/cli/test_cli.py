@@ -304,7 +304,7 @@ def test_publish_into_a_stream_of_a_cluster_fails() -> None:
     result = CliRunner().invoke(main, words)
 
     assert result.exit_code == 1
-    assert "there are no streams yet" in result.output
+    assert "does not support streams yet" in result.output
 
 
 def test_publish_does_nothing_where_the_bus_is_switched_off(
@@ -621,7 +621,7 @@ def test_routes_without_an_app_fails_when_redis_cannot_be_asked(redis_server: Re
     assert (away.exit_code, refused.exit_code) == (1, 1)
     assert "s3cret" not in away.output
     assert "cannot be used" in away.output
-    assert "Allow '+pubsub' in the ACL." in refused.output
+    assert "Grant '+pubsub' in the ACL." in refused.output
 
 
 # -- run ----------------------------------------------------------------------------------
