@@ -297,7 +297,7 @@ def trouble_of(error: Exception) -> str:
         return f"{reason}."
 
     if isinstance(error, redis.TimeoutError | TimeoutError):
-        return f"{reason}. See whether it hangs, or whether a firewall keeps it from answering."
+        return f"{reason}. Check that the server is not blocked and no firewall drops packets."
 
     return f"{reason}. Start it there, or correct 'EVENTBUS_URL'."
 

@@ -239,7 +239,7 @@ def test_a_receiver_may_declare_connect_and_send(
     send("later", n=2)
 
     wait_until(lambda: later == [2], what="what it subscribed arrives")
-    assert caused == [(1, 1)]
+    wait_until(lambda: caused == [(1, 1)], what="what it sent arrives")
     assert "failed" not in consumer.health().counts
 
 
