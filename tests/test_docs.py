@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import itertools
 import os
 import re
@@ -15,6 +16,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,23 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "benchmarks/README.md",
 ]
+
+
+def test_what_the_page_on_architecture_names_is_where_it_says() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = set(re.findall(r"`((?:\w+/)*\w+)\.py`", page))
+    modules = [import_module(f"flask_eventbus.{path.replace('/', '.')}") for path in files]
+    found = {name: value for module in modules for name, value in vars(module).items()}
+    named = re.findall(r"`([A-Z][a-z]\w+)(?:\.([a-z]\w+))?`", page)
+
+    assert len(files) > 12
+    assert len(named) > 30
+
+    for name, attribute in named:
+        source = inspect.getsource(found[name])
+        assert not attribute or re.search(rf"def {attribute}\b|self\.{attribute} = ", source), (
+            f"{name}.{attribute}"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
