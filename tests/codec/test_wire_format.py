@@ -27,7 +27,11 @@ from flask_eventbus.errors import DecodeError
 
 pytestmark = pytest.mark.second_look
 
-PAGE = (Path(__file__).parents[2] / "docs" / "wire-format.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = "\n".join(
+    (DOCS / f"{name}.md").read_text()
+    for name in ("wire-format", "stream-format", "other-languages")
+)
 VECTORS = wire_vectors.read()
 EVENTS = [vector for vector in VECTORS if "event" in vector]
 REFUSED = [vector for vector in VECTORS if "reason" in vector]
