@@ -12,6 +12,7 @@ from flask_eventbus import logs, node
 from flask_eventbus.admin import server, services, streams
 from flask_eventbus.channels import decoder as channel_decoder
 from flask_eventbus.channels import listener
+from flask_eventbus.checks import server as checks_server
 from flask_eventbus.codec import codec, records, values
 from flask_eventbus.config import Config
 from flask_eventbus.database import relay
@@ -49,8 +50,8 @@ MIB = 1024 * 1024
 #: A page, a sentence of it with its number in parentheses, and what the code has in that place.
 SENTENCES = [
     ("commands", r"Redis has (\S+) seconds to begin each answer", streams.TIMEOUT),
-    ("commands", r"wait for it (\S+) seconds at most, all questions", server.PATIENCE),
-    ("commands", r"dead retry --wait S` takes (\S+) seconds more", streams.TIMEOUT),
+    ("commands", r"update of `status` wait (\S+) seconds at most in total", server.PATIENCE),
+    ("commands", r"dead retry --wait S` takes at most (\S+) seconds longer", streams.TIMEOUT),
     ("streams", r"done in the last (\S+) milliseconds may not be", attempts.WRITE_EVERY * 1_000),
     ("streams", r"tried again after (\S+) second, then 2, 4, 8", retries.FIRST),
     ("streams", r"and so on up to (\S+) minutes, each", retries.MOST / 60),
@@ -116,8 +117,12 @@ SENTENCES = [
     ("wire-format", r"an array or a map has more than (\S+) items", values.MAX_ITEMS),
     ("configuration", r"it travels as text, of (\S+) bytes at most", codec.MAX_KEY_BYTES),
     ("commands", r"Redis has (\S+) seconds to begin each answer", server.TIMEOUT),
-    ("commands", r"each look of `status` wait for it (\S+) seconds", server.PATIENCE),
-    ("commands", r"killed after (\S+) minutes without a sign of life", services.GONE / 60),
+    ("commands", r"in total, and `publish` (\S+) seconds", server.TIMEOUT),
+    ("check", r"this machine's by more than (\S+) seconds", checks_server.MOST_SKEW),
+    ("check", r"less than (\S+) large events behind", checks_server.LEAST_BEHIND),
+    ("status", r"was killed is removed after (\S+) minutes", maintenance.IDLE_CONSUMER / 60),
+    ("status", r"more than (\S+) names of streams exist", alarms.MOST_NAMES),
+    ("stream-commands", r"killed counts as gone after (\S+) minutes", services.GONE / 60),
     ("transactions", r"is tried again every (\S+) seconds", relay.REFUSED_AGAIN),
 ]
 

@@ -947,7 +947,8 @@ def unwrapped(text: str) -> str:
 
 # -- the page -----------------------------------------------------------------------------
 
-PAGE = (ROOT / "docs" / "commands.md").read_text()
+PAGES = ("commands", "check", "status", "stream-commands")
+PAGE = "\n".join((ROOT / "docs" / f"{name}.md").read_text() for name in PAGES)
 
 #: The commands that go on, or need more than a Redis.
 ENDLESS = {"tail", "run", "relay"}

@@ -599,7 +599,8 @@ def test_in_a_terminal_the_tables_are_as_wide_as_it_is(
 
 # -- the page -----------------------------------------------------------------------------
 
-PAGE = (ROOT / "docs" / "commands.md").read_text()
+PAGES = ("commands", "status", "stream-commands")
+PAGE = "\n".join((ROOT / "docs" / f"{name}.md").read_text() for name in PAGES)
 
 #: What differs from run to run: ids, times, ages, and how wide that makes a column.
 _VARIES = [
