@@ -1212,13 +1212,17 @@ def test_a_failure_points_at_the_line_of_the_test(pytester: pytest.Pytester) -> 
     outcome.stdout.no_fnmatch_line("*testing.py*")
 
 
-# -- the page about it --------------------------------------------------------------------
+# -- the pages about it -------------------------------------------------------------------
 
-PAGE = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = "\n".join(
+    (DOCS / f"{name}.md").read_text()
+    for name in ("testing", "testing-retries", "testing-isolation")
+)
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of the page."""
+    """The fenced blocks of the pages."""
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
