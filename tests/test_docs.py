@@ -37,7 +37,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 FAILURES = (ROOT / "docs" / "what-happens-when.md").read_text()
-STREAMS = (ROOT / "docs" / "streams.md").read_text()
+STREAMS = "".join(
+    (ROOT / "docs" / f"{page}.md").read_text() for page in ("streams", "stream-subscriptions")
+)
 IDEMPOTENCY = (ROOT / "docs" / "idempotency.md").read_text()
 
 
@@ -231,7 +233,7 @@ def test_the_readme_says_which_pythons_the_package_asks_for() -> None:
 
 @pytest.fixture
 def streams_page(redis_server: RedisServer) -> Iterator[dict[str, Any]]:
-    """The programs of the page on streams, loaded against a real server, listening."""
+    """The programs of the pages on streams, loaded against a real server, listening."""
     names: dict[str, Any] = {"__name__": "shipping"}
 
     for text in blocks(STREAMS):

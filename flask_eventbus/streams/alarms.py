@@ -65,7 +65,7 @@ def far_ahead(name: str, last: EntryId, now: float) -> Alarm | None:
     return Alarm(
         f"The last id of the stream of {name!r} is {id_text(last)}, more than a day in the future. "
         "Redis generates larger ids only, and refuses every event after the largest one.",
-        "Remove the entry and reset the id. See 'A damaged stream' in docs/streams.md.",
+        "Remove the entry and reset the id. See docs/damaged-streams.md.",
     )
 
 
@@ -77,8 +77,8 @@ def too_many_names(key: str, count: int) -> Alarm | None:
     return Alarm(
         f"{key!r} has {count:,} names of streams. Patterns match {MOST_NAMES:,} of them; the "
         "other streams are not read.",
-        f"Delete {key!r}. Publishers add the names of their streams again within seconds. See 'A "
-        "damaged stream' in docs/streams.md.",
+        f"Delete {key!r}. Publishers add the names of their streams again within seconds. See "
+        "docs/damaged-streams.md.",
     )
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.second_look
 
 Make = Callable[..., Bus]
 
-PAGE = (Path(__file__).parents[2] / "docs" / "streams.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "damaged-streams.md").read_text()
 
 #: The last id that an entry may have.
 LAST = f"{2**64 - 1}-{2**64 - 1}"
@@ -174,7 +174,7 @@ def test_a_process_without_a_group_raises_the_alarm_too(store: StreamStore, make
 def commands_of_the_page(store: StreamStore) -> list[list[str]]:
     """What the page says to do, with the key and the ids of the test."""
     [(first, _)] = store.client.xrange(store.keys.stream("tick"), count=1)
-    section = PAGE[PAGE.index("## A damaged stream") :]
+    section = PAGE[PAGE.index("## An id far in the future") :]
     lines = re.findall(r"^\$ (.*)$", section[: section.index("\n## ")], re.MULTILINE)
     shown = {
         "eventbus:{user_registered}:stream": store.keys.stream("tick"),
