@@ -127,7 +127,7 @@ SENTENCES = [
     ("status", r"was killed is removed after (\S+) minutes", maintenance.IDLE_CONSUMER / 60),
     ("status", r"more than (\S+) names of streams exist", alarms.MOST_NAMES),
     ("stream-commands", r"killed counts as gone after (\S+) minutes", services.GONE / 60),
-    ("transactions", r"is tried again every (\S+) seconds", relay.REFUSED_AGAIN),
+    ("outbox", r"is tried again every (\S+) seconds", relay.REFUSED_AGAIN),
 ]
 
 

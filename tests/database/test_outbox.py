@@ -1391,9 +1391,10 @@ def test_the_testing_kit_sees_what_a_relay_publishes(tmp_path: Path, eventbus: I
         db.engine.dispose()
 
 
-# -- the page ---------------------------------------------------------------------------------
+# -- the pages --------------------------------------------------------------------------------
 
-PAGE = (Path(__file__).parents[2] / "docs" / "transactions.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = "\n".join((DOCS / f"{name}.md").read_text() for name in ("transactions", "outbox"))
 SERVICE, AFTER_COMMIT, OTHER_SESSION, OUTBOX, TEST = re.findall(
     r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE
 )
@@ -1459,7 +1460,7 @@ def test_the_test_of_the_page_passes(
 ) -> None:
     names = page(OUTBOX + TEST)
 
-    names["test_registering_tells_the_others"](eventbus, names["app"])
+    names["test_registering_publishes_an_event"](eventbus, names["app"])
 
 
 def test_the_page_has_every_column_of_the_table() -> None:
