@@ -1,8 +1,8 @@
-"""The outbox: a table of events that were committed with the rows they are about.
+"""The outbox: a table of events, committed together with the rows that they are about.
 
-A route with ``"outbox": True`` writes there, in the transaction of whoever sends, and
-``flask eventbus relay`` publishes what was committed. SQLAlchemy is optional: only such a
-route and the relay load this module.
+A route with ``"outbox": True`` writes its events there, in the transaction of the sender. ``flask
+eventbus relay`` publishes them after the commit. SQLAlchemy is optional: only such routes and the
+relay load this module.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class Entry:
 
 
 def table(metadata: MetaData) -> Table:
-    """The outbox as a table of ``metadata``, for migrations and ``create_all()``.
+    """Return the outbox as a table of ``metadata``, for migrations and ``create_all()``.
 
-    It is in the default schema of the connection, whatever that of ``metadata`` is.
+    It is in the default schema of the connection, even if ``metadata`` has another schema.
     """
     if NAME in metadata.tables:
         return metadata.tables[NAME]
@@ -88,15 +88,15 @@ def table(metadata: MetaData) -> Table:
         Column("name", String(128), nullable=False),
         Column("via", String(16), nullable=False),
         Column("created", DateTime(timezone=True), nullable=False),
-        # A BLOB of MySQL has room for 64 KiB only.
+        # A BLOB of MySQL holds at most 64 KiB.
         Column("event", LargeBinary().with_variant(LONGBLOB, "mysql", "mariadb"), nullable=False),
         schema=BLANK_SCHEMA,
-        # A number that was deleted is not given again.
+        # Otherwise SQLite may reuse the number of a deleted row.
         sqlite_autoincrement=True,
     )
 
 
-#: The table by itself: for statements its name is enough, whosever metadata made it.
+#: The table for statements, which need only its names and not the program's metadata.
 TABLE = table(MetaData())
 
 
@@ -107,9 +107,10 @@ def create(engine: Engine) -> None:
 
 
 def store(session: Session, entry: Entry) -> None:
-    """Write an event into the outbox, in the transaction that goes on in ``session``.
+    """Write an event to the outbox, in the current transaction of ``session``.
 
-    :raises ConfigError: the session is an asynchronous one that cannot be used from here.
+    :raises ConfigError: the session is asynchronous and cannot be used outside of ``run_sync()``.
+    :raises sqlalchemy.exc.DBAPIError: the database refuses the row.
     """
     values = {
         "event_id": entry.event_id,
@@ -142,17 +143,18 @@ def store(session: Session, entry: Entry) -> None:
 
 
 def store_alone(source: Any, entry: Entry) -> None:
-    """Write an event into the outbox, in a transaction of its own.
+    """Write an event to the outbox, in a transaction of its own.
 
-    :param source: the sessions whose database has the outbox: what ``register_session()`` takes.
-    :raises ConfigError: the database is not known, or its driver is an asynchronous one.
+    :param source: a session in any form that ``register_session()`` takes; its database has the
+        outbox.
+    :raises ConfigError: ``source`` returns no session here, or its driver is asynchronous.
     """
     with Session(engine_of(source, TABLE)) as session, session.begin():
         store(session, entry)
 
 
 class Outbox:
-    """The outbox of one database, for a relay."""
+    """The outbox of one database, as the relay reads it."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -200,7 +202,7 @@ class Outbox:
     def _connect(self) -> Connection:
         connection = self._engine.connect()
 
-        # What MySQL locks by default would hold up whoever writes to the outbox.
+        # At its default level, MySQL also locks the gaps between rows, which blocks senders.
         if self._engine.dialect.name in SKIPPING:
             return connection.execution_options(isolation_level="READ COMMITTED")
 
@@ -212,25 +214,25 @@ class Batch:
 
     def __init__(self, connection: Connection, entries: list[Entry]) -> None:
         self._connection = connection
-        #: In the order of their numbers.
+        #: The locked events, ordered by row number.
         self.entries = entries
 
     def delete(self, entries: Collection[Entry]) -> None:
-        """Delete events, once the block that took them ends in order."""
+        """Delete events when the block of :meth:`Outbox.take` ends without an exception."""
         if entries:
             numbers = [entry.number for entry in entries]
             self._connection.execute(delete(TABLE).where(TABLE.c.number.in_(numbers)))
 
 
 class _Nothing:
-    """What is awaited without a wait."""
+    """An awaitable that is done at once."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield from ()
 
 
 def _refuse_coroutine(name: str) -> None:
-    """Refuse a place where SQLAlchemy cannot wait for its driver, before it begins to."""
+    """Raise :exc:`ConfigError` where SQLAlchemy cannot await its driver."""
     try:
         await_(_Nothing())
     except MissingGreenlet as error:
@@ -241,7 +243,7 @@ def _refuse_coroutine(name: str) -> None:
 
 
 def _lock(connection: Connection) -> None:
-    """SQLite has one lock for all; a statement that writes takes it, whatever it changes."""
+    """Lock a SQLite database, whose only lock is taken by any statement that writes."""
     if connection.dialect.name == "sqlite":
         connection.execute(update(TABLE).values(name="").where(false()))
 
@@ -256,7 +258,7 @@ def _oldest(connection: Connection, wanted: ColumnElement[bool], most: int) -> l
 def _without_gaps(
     connection: Connection, wanted: ColumnElement[bool], entries: list[Entry]
 ) -> list[Entry]:
-    """The first of the entries, up to one that is missing: another relay has locked it."""
+    """Return the entries before the first one that is missing, locked by another relay."""
     numbers = select(TABLE.c.number).where(wanted).order_by(TABLE.c.number).limit(len(entries))
     pairs = zip(entries, connection.scalars(numbers), strict=False)
     return [entry for entry, _ in takewhile(lambda pair: pair[0].number == pair[1], pairs)]

@@ -91,7 +91,7 @@ class Relay:
     in between, the event is published again, with the same bytes.
 
     :param exchange: writes to Redis.
-    :param way: returns the destination of an event by its name and its transport.
+    :param destination: returns the destination of an event by its name and its transport.
     :param batch: number of events to publish at most in one database transaction.
     """
 
@@ -99,19 +99,20 @@ class Relay:
         self,
         outbox: Outbox,
         exchange: PublishConnection,
-        way: Callable[[str, Via], Destination],
+        destination: Callable[[str, Via], Destination],
         *,
         batch: int,
     ) -> None:
         self.outbox = outbox
         self._exchange = exchange
-        self._way = functools.cache(way)
+        self._destination = functools.cache(destination)
         self._batch = batch
         self._log = BoundedLog(logger)
-        #: How many events it has published.
+        #: Number of events published so far.
         self.published = 0
-        #: The names that Redis refuses, with its reasons, and until when they are left out.
+        #: Names of the signals that are skipped for now, each with the reason.
         self.refused: dict[str, str] = {}
+        #: Monotonic time at which they are tried again.
         self._refused_until = 0.0
         self._redis = Absence("Redis")
         self._database = Absence("The database")
@@ -122,53 +123,54 @@ class Relay:
             ends="%s takes writes again after %.1f s.",
         )
 
-    def run(self, told: threading.Event, *, interval: float) -> None:
-        """Publish what is there and what comes, until ``told``.
+    def run(self, stopping: threading.Event, *, interval: float) -> None:
+        """Publish events until ``stopping`` is set.
 
-        :param interval: seconds between looks at an empty outbox.
+        :param interval: seconds between two reads of an empty outbox.
         """
         backoff = Backoff(most=MOST_BACKOFF)
 
-        while not told.is_set():
+        while not stopping.is_set():
             try:
-                turn = self.turn(told)
+                turn = self.turn(stopping)
             except OUTAGE as error:
                 self._redis.begin(error)
-                told.wait(backoff.next())
+                stopping.wait(backoff.next())
             except DATABASE_OUTAGE as error:
                 self._database.begin(reason_of(error))
-                told.wait(backoff.next())
+                stopping.wait(backoff.next())
             else:
                 backoff.reset()
                 self._database.end()
-                told.wait({RelayTurn.EMPTY: interval, RelayTurn.LEFT: AFTER_YOU}.get(turn, 0))
+                stopping.wait({RelayTurn.EMPTY: interval, RelayTurn.LEFT: AFTER_YOU}.get(turn, 0))
 
-    def run_once(self, told: threading.Event, *, until: int | None, patience: float) -> None:
-        """Publish what is there, up to the number ``until``; without one there is nothing.
+    def run_once(self, stopping: threading.Event, *, until: int | None, patience: float) -> None:
+        """Publish the events up to the row number ``until``, then return.
 
-        :param patience: seconds for another relay that has it in hand.
-        :raises redis.ConnectionError: Redis is away.
-        :raises sqlalchemy.exc.DBAPIError: the database is away.
+        :param until: row number of the newest event; ``None`` if the outbox is empty.
+        :param patience: seconds to wait for events that another relay has locked.
+        :raises redis.ConnectionError: Redis is not available.
+        :raises sqlalchemy.exc.DBAPIError: the database is not available.
         """
         deadline = time.monotonic() + patience
 
-        while not told.is_set() and until is not None:
-            turn = self.turn(told, until=until)
+        while not stopping.is_set() and until is not None:
+            turn = self.turn(stopping, until=until)
 
             if turn is RelayTurn.EMPTY or (turn is RelayTurn.LEFT and time.monotonic() > deadline):
                 return
 
-            told.wait(AFTER_YOU if turn is RelayTurn.LEFT else 0)
+            stopping.wait(AFTER_YOU if turn is RelayTurn.LEFT else 0)
 
-    def turn(self, told: threading.Event, *, until: int | None = None) -> RelayTurn:
-        """Publish one batch, if there is something to publish."""
-        self._forgive()
+    def turn(self, stopping: threading.Event, *, until: int | None = None) -> RelayTurn:
+        """Publish one batch of events, up to the row number ``until``."""
+        self._retry_refused()
 
-        # Without a lock: to look at an empty outbox disturbs nobody.
+        # This read takes no lock, so that polling an empty outbox blocks no sender.
         if self.outbox.first(until=until, without=self.refused) is None:
             return RelayTurn.EMPTY
 
-        self._ask(told)
+        self._probe(stopping)
 
         with self.outbox.take(self._batch, until=until, without=self.refused) as batch:
             error = self._publish(batch)
@@ -178,33 +180,33 @@ class Relay:
 
         return RelayTurn.PUBLISHED if batch.entries else RelayTurn.LEFT
 
-    def _forgive(self) -> None:
+    def _retry_refused(self) -> None:
         if self.refused and time.monotonic() > self._refused_until:
             self.refused = {}
 
-    def _ask(self, told: threading.Event) -> None:
-        """Find out whether Redis is there before the database locks anything for it."""
+    def _probe(self, stopping: threading.Event) -> None:
+        """Raise an error if Redis is not available, before the database locks any rows."""
         self._exchange.probe()
 
         if self._redis:
-            # Listeners hear no past: they come back first.
-            told.wait(LISTENERS_RETURN)
+            # Pub/sub keeps no events: let the listeners reconnect first.
+            stopping.wait(LISTENERS_RETURN)
             self._redis.end()
 
     def _publish(self, batch: Batch) -> Exception | None:
-        """Publish what is in hand; an outage in the middle leaves what was confirmed so."""
+        """Publish a batch, delete the confirmed events, and return the error of an outage."""
         for entries in _portions(self._publishable(batch.entries)):
             try:
                 errors = self._exchange.publish(
                     [
-                        (self._way(entry.name, cast(Via, entry.via)), entry.event)
+                        (self._destination(entry.name, cast(Via, entry.via)), entry.event)
                         for entry in entries
                     ]
                 )
             except OUTAGE as error:
                 return error
 
-            self._settle(batch, entries, errors)
+            self._record(batch, entries, errors)
 
         return None
 
@@ -213,12 +215,13 @@ class Relay:
             if entry.via in VIAS:
                 yield entry
             else:
-                # Written by a newer version of the program than this is.
+                # A newer version of the program wrote it.
                 self._refuse(entry, f"this relay is too old to publish via {entry.via!r}")
 
-    def _settle(
+    def _record(
         self, batch: Batch, entries: Sequence[Entry], errors: Sequence[Exception | None]
     ) -> None:
+        """Delete the published events, and log those that were refused or too little replicated."""
         outcomes = list(zip(entries, errors, strict=True))
         published = [entry for entry, error in outcomes if not _is_refusal(error)]
         batch.delete(published)
@@ -233,9 +236,9 @@ class Relay:
             elif error is not None and _is_refusal(error):
                 self._refuse(entry, str(error))
             elif error is not None:
-                self._tell_of_replicas(entry, error)
+                self._log_replicas(entry, error)
 
-    def _tell_of_replicas(self, entry: Entry, error: Exception) -> None:
+    def _log_replicas(self, entry: Entry, error: Exception) -> None:
         self._log.warning(
             f"replicas {entry.name}",
             "The event %s of %r is stored, but %s.",
@@ -246,12 +249,13 @@ class Relay:
         )
 
     def _hold(self, entry: Entry, error: NoWritesError) -> None:
-        """Leave out the events of a name for a while; those of channels go on."""
+        """Skip events of a stream for a while, since Redis accepts no writes."""
         self._writes.begin(error)
         self._refused_until = time.monotonic() + WRITE_AGAIN
         self.refused[entry.name] = str(error)
 
     def _refuse(self, entry: Entry, reason: str) -> None:
+        """Skip the events of a signal for a while, to keep their order."""
         self._refused_until = time.monotonic() + REFUSED_AGAIN
         self.refused[entry.name] = reason
         self._log.error(
@@ -266,17 +270,17 @@ class Relay:
 
 
 def _is_refusal(error: Exception | None) -> bool:
-    """Whether an event is not published; on too few replicas it is."""
+    """Return True if the event is not published. On too few replicas it is published."""
     return error is not None and not isinstance(error, TooFewReplicasError)
 
 
 def reason_of(error: Exception) -> object:
-    """What a driver has to say, without the statement that it says it of."""
+    """Return the error of the database driver, without the SQL statement."""
     return error.orig if isinstance(error, DBAPIError) else error
 
 
 def _portions(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """As many at a time as go into one round trip."""
+    """Yield lists of entries, each of which goes to Redis in one round trip."""
     portion: list[Entry] = []
     size = 0
 

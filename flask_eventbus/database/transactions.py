@@ -1,6 +1,6 @@
-"""The transactions of SQLAlchemy sessions, and what waits for their commit.
+"""Hold items until the transaction of a SQLAlchemy session commits.
 
-SQLAlchemy is optional: only a route that waits for a commit loads this module.
+SQLAlchemy is optional: only routes with ``after_commit`` or ``outbox`` load this module.
 """
 
 from __future__ import annotations
@@ -34,34 +34,37 @@ if int(__version__.partition(".")[0]) < 2:
         "Upgrade it with: pip install 'sqlalchemy>=2.0'"
     )
 
-#: Where a session keeps what waits for its commit: a key of ``Session.info``.
+#: Key of ``Session.info`` under which a session keeps its :class:`Held`.
 KEY = "flask_eventbus.held"
 
-#: The sessions of makers that began a transaction in this thread or task, the latest last.
+#: Sessions of session factories that began a transaction in this thread or task, newest last.
 _begun: ContextVar[tuple[weakref.ref[Session], ...]] = ContextVar(
     "flask_eventbus.begun", default=()
 )
 
-#: The classes of sessions whose transactions are noted. SQLAlchemy knows a class by its id, which
-#: another has when it is gone.
+#: Session classes that :func:`_watch` has hooked. ``event.contains()`` cannot replace this set:
+#: SQLAlchemy identifies a class by its ``id()``, which a later class may reuse.
 _watched: weakref.WeakSet[type[Session]] = weakref.WeakSet()
 
 
 class Owner(Protocol):
-    """Whose items wait for a commit, and what becomes of them.
+    """Adds items to a transaction, and is called with them when the transaction ends.
 
-    Neither method raises, but for what interrupts it: a time limit, or Ctrl-C.
+    Its methods raise nothing except interruptions, such as a time limit or Ctrl-C.
     """
 
     def committed(self, items: list[Any]) -> None:
-        """Their transaction is committed, and its connection given back."""
+        """Handle items of a committed transaction, after its connection was released."""
 
     def discarded(self, items: list[Any], *, forgotten: bool) -> None:
-        """Their transaction is over; ``forgotten`` if nobody committed or rolled it back."""
+        """Handle items of a transaction that ended without a commit.
+
+        :param forgotten: True if the session was closed without a commit or a rollback.
+        """
 
 
 class Held:
-    """What waits for the commit of one session, in the order it came."""
+    """Items that wait for the commit of one session, in the order in which they were added."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Owner, SessionTransaction, Any]] = []
@@ -69,11 +72,11 @@ class Held:
         self._rolled_back = False
 
     def add(self, item: Any, owner: Owner, transaction: SessionTransaction) -> None:
-        """Let ``item`` wait for the end of ``transaction``."""
+        """Hold ``item`` until ``transaction`` ends."""
         self._waiting.append((owner, transaction, item))
 
     def commit(self, transaction: SessionTransaction) -> None:
-        """The database has committed ``transaction``; its end follows."""
+        """Record that the database committed ``transaction``; :meth:`end` is called next."""
         self._committed = transaction
 
     def is_committed(self, transaction: SessionTransaction | None) -> bool:
@@ -81,17 +84,20 @@ class Held:
         return transaction is not None and transaction is self._committed
 
     def roll_back(self) -> None:
-        """The database has rolled the outermost transaction back; its end follows."""
+        """Record that the database rolled back the outermost transaction."""
         self._rolled_back = True
 
     def end(self, transaction: SessionTransaction) -> None:
-        """Let go of what waited for ``transaction``, or let it wait for the one around it."""
+        """Release the items of ``transaction`` to their owners.
+
+        Items of a committed savepoint move to the transaction around it.
+        """
         if transaction is not self._committed:
             self._discard(transaction)
         elif transaction.parent is not None:
-            self._hand_up(transaction, _boundary(transaction.parent))
+            self._move(transaction, _boundary(transaction.parent))
         else:
-            self._leave()
+            self._release()
 
     def _discard(self, transaction: SessionTransaction) -> None:
         gone = [entry for entry in self._waiting if entry[1] is transaction]
@@ -101,41 +107,41 @@ class Held:
         for owner, items in _by_owner(gone):
             owner.discarded(items, forgotten=forgotten)
 
-    def _hand_up(self, transaction: SessionTransaction, around: SessionTransaction) -> None:
+    def _move(self, transaction: SessionTransaction, around: SessionTransaction) -> None:
         self._waiting = [
             (owner, around if held is transaction else held, item)
             for owner, held, item in self._waiting
         ]
 
-    def _leave(self) -> None:
+    def _release(self) -> None:
         waiting, self._waiting = self._waiting, []
 
-        # One that is interrupted, by a time limit for example, keeps no other from its items.
+        # All owners get their items, even if one is interrupted, for example by a time limit.
         with ExitStack() as stack:
             for owner, items in reversed(list(_by_owner(waiting))):
                 stack.callback(owner.committed, items)
 
 
 def begun(source: Any) -> Session | None:
-    """The session of ``source`` that has a transaction going on here, if there is one.
+    """Return the session of ``source`` that is in a transaction here; ``None`` if none is.
 
-    :param source: what :func:`check` accepts.
+    :param source: a session in any form that :func:`check` accepts.
     """
     session = _current(source)
     return session if session is not None and session.in_transaction() else None
 
 
 def roll_back(source: Any) -> None:
-    """Roll back the transaction that goes on here in the session of ``source``, if there is one.
+    """Roll back the current transaction of the session of ``source``, if there is one.
 
-    :raises sqlalchemy.exc.SQLAlchemyError: the database cannot.
+    :raises sqlalchemy.exc.SQLAlchemyError: the rollback failed.
     """
     session = begun(source)
 
     if session is None:
         return
 
-    # Who has an asynchronous session has imported this.
+    # A program with an AsyncSession has imported this module already.
     extension = sys.modules.get("sqlalchemy.ext.asyncio")
     asynchronous = None if extension is None else extension.async_session(session)
 
@@ -146,9 +152,11 @@ def roll_back(source: Any) -> None:
 
 
 def engine_of(source: Any, table: Table) -> Engine:
-    """Where the sessions of ``source`` have ``table``, whether one of them is in use or not.
+    """Return the engine that the sessions of ``source`` use for ``table``.
 
-    :raises ConfigError: there is no session to tell it.
+    No session has to be in use.
+
+    :raises ConfigError: ``source`` is a function that returns no session here.
     """
     session = _any(source)
 
@@ -176,28 +184,29 @@ def connect(url: str) -> Engine:
 
 
 def hold(session: Session, item: Any, owner: Owner) -> None:
-    """Keep ``item`` until the outermost transaction of ``session`` is over.
+    """Hold ``item`` until the outermost transaction of ``session`` ends.
 
-    A savepoint that is rolled back takes along what was held within it.
+    If a savepoint is rolled back, the items that were added in it are discarded.
     """
     transaction = _innermost(session)
-    assert transaction is not None  # noqa: S101 - begun() asked
+    assert transaction is not None  # noqa: S101 - begun() checked it
     _held(session).add(item, owner, transaction)
 
 
 def is_committed(session: Session) -> bool:
-    """Return True if the transaction of ``session`` is committed and takes no statement any more.
+    """Return True if the transaction of ``session`` is committed and accepts no more statements.
 
-    That is the state in which SQLAlchemy tells of a commit.
+    This is so while SQLAlchemy calls the ``after_commit`` listeners.
     """
     held: Held | None = session.info.get(KEY)
     return held is not None and held.is_committed(_innermost(session))
 
 
 def check(source: Any) -> None:
-    """Accept a session, a scoped session, a maker of sessions, or a function that returns one.
+    """Check that ``source`` is a session, a scoped session, a session factory or a function.
 
-    Which session of a maker is meant is known by its transactions, from this call on.
+    A session factory is a ``sessionmaker``, an ``async_sessionmaker`` or a session class. Its
+    transactions are recorded from this call on, which tells the session in use.
 
     :raises ConfigError: it is something else.
     """
@@ -216,34 +225,34 @@ def check(source: Any) -> None:
 
 def _current(source: Any) -> Session | None:
     if source is None or isinstance(_sync(source), Session):
-        return _sync(source)  # type: ignore[no-any-return]  # one of both
+        return _sync(source)  # type: ignore[no-any-return]  # a session or None
 
     if _is_maker(source):
         return _latest(source)
 
     registry = _registry(source)
 
-    # To ask a scoped session for one that is not there yet would make it.
+    # Calling a scoped session creates a session if the scope has none.
     if registry is not None and not registry.has():
         return None
 
-    return _sync(source())  # type: ignore[no-any-return]  # check() had a look
+    return _sync(source())  # type: ignore[no-any-return]  # check() accepted it
 
 
 def _any(source: Any) -> Session | None:
-    """A session of ``source``; to make one does not connect."""
+    """Return a session of ``source``; create one if necessary, which does not connect."""
     registry = _registry(source)
 
     if isinstance(_sync(source), Session):
-        return _sync(source)  # type: ignore[no-any-return]  # it is one
+        return _sync(source)  # type: ignore[no-any-return]  # a session
 
-    # A scope keeps what is made in it: this one is not to be kept.
+    # A scope would keep the session that is created here; its factory does not.
     make = source if registry is None or registry.has() else source.session_factory
-    return _sync(make())  # type: ignore[no-any-return]  # check() had a look
+    return _sync(make())  # type: ignore[no-any-return]  # check() accepted it
 
 
 def _sync(source: Any) -> Any:
-    """The session itself, behind an ``AsyncSession`` as well."""
+    """Return the session inside an ``AsyncSession``; return anything else unchanged."""
     if isinstance(source, type) or _registry(source) is not None:
         return source
 
@@ -251,21 +260,18 @@ def _sync(source: Any) -> Any:
 
 
 def _registry(source: Any) -> Any:
-    """That of a scoped session, of an asynchronous one too."""
+    """Return the registry of a scoped session, also an asynchronous one; ``None`` without."""
     registry = getattr(source, "registry", None)
     return registry if isinstance(registry, ScopedRegistry) else None
 
 
-# -- makers: whichever of their sessions began last, here -----------------------------------
-
-
 def _is_maker(source: Any) -> bool:
-    """Whether it is a class of sessions, or a ``sessionmaker`` of either kind."""
+    """Return True for a session class, a ``sessionmaker`` or an ``async_sessionmaker``."""
     return isinstance(source, type) or isinstance(getattr(source, "class_", None), type)
 
 
 def _class_of(maker: Any) -> type[Session]:
-    """The class of its sessions, for an ``AsyncSession`` of those behind it."""
+    """Return the class of the sessions; for an ``AsyncSession``, that of the session inside."""
     made = maker if isinstance(maker, type) else maker.class_
     options = getattr(maker, "kw", {})
     plain: Any = options.get("sync_session_class") or getattr(made, "sync_session_class", made)
@@ -297,13 +303,10 @@ def _is_going_on(session: Session | None) -> bool:
     return session is not None and session.in_transaction()
 
 
-# -- what SQLAlchemy tells -----------------------------------------------------------------
-
-
 def _note_commit(session: Session) -> None:
     transaction = _innermost(session)
 
-    # Something may come yet: another listener may send.
+    # Even without items: another after_commit listener may still send an event.
     if transaction is not None:
         _held(session).commit(transaction)
 
@@ -327,7 +330,7 @@ def _note_end(session: Session, transaction: SessionTransaction) -> None:
     held.end(transaction)
 
 
-# First of all listeners: one of the program's own that raises makes no commit undone.
+# Before the program's own listeners: if one of them raises, the commit is still recorded.
 event.listen(Session, "after_commit", _note_commit, insert=True)
 event.listen(Session, "after_rollback", _note_rollback, insert=True)
 event.listen(Session, "after_transaction_end", _note_end, insert=True)
@@ -339,12 +342,12 @@ def _held(session: Session) -> Held:
 
 
 def _innermost(session: Session) -> SessionTransaction | None:
-    """The savepoint or the transaction that what happens now belongs to."""
+    """Return the current savepoint, or else the current transaction."""
     return session.get_nested_transaction() or session.get_transaction()
 
 
 def _boundary(transaction: SessionTransaction) -> SessionTransaction:
-    """The savepoint or the transaction that a flush within it belongs to."""
+    """Return the savepoint or transaction around a transaction that a flush began."""
     while not transaction.nested and transaction.parent is not None:
         transaction = transaction.parent
 

@@ -1,4 +1,4 @@
-"""Reads along what goes over a server in memory."""
+"""Record events and dead letters from a Redis server in memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..transport import connections
 from ..transport.connections import Connections
 from ..transport.pipe import Pipe
 
-#: The channels and the streams of events, whatever the prefix. Channels are told from what
-#: fakeredis publishes about its keys.
+#: Key patterns of channels, streams and dead letters with any prefix. The pattern of channels
+#: does not match the keyspace notifications of fakeredis.
 CHANNELS = "*}:channel"
 STREAMS = "*}:stream"
 DEAD = "*}:dead:*"
@@ -29,51 +29,51 @@ DEAD = "*}:dead:*"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenUp:
-    """An event that a service gave up: what ``eventbus.dead_letters`` has."""
+    """A dead letter, as ``eventbus.dead_letters`` returns it."""
 
-    #: The service that gave it up.
+    #: The service whose receiver did not handle the event.
     service: str
-    #: ``"retries"``, ``"rejected"`` or another word of :data:`.event_dead_lettered`.
+    #: ``"retries"``, ``"rejected"`` or another reason of :data:`.event_dead_lettered`.
     reason: str
-    #: The name of the receiver that failed, ``module.qualname``; empty if none did.
+    #: The name of the receiver that failed, ``module.qualname``; empty if none failed.
     receiver: str
-    #: The event; ``None`` where the entry was none.
+    #: The event; ``None`` if the stream entry was not an event.
     event: Event | None
-    #: What the receiver raised at last: ``"ValueError: no such user"``.
+    #: The last error of the receiver: ``"ValueError: no such user"``.
     error: str
-    #: How many attempts were made.
+    #: Number of attempts.
     attempts: int
 
 
 class Recording:
-    """Everything published on a ``memory://`` server from now on, as the events that it is.
+    """Records what is published on a ``memory://`` server from now on.
 
-    :param url: the server's.
+    :param url: the URL of the server.
     """
 
     def __init__(self, url: str) -> None:
         self.events: list[Event] = []
-        #: What services that listen gave up.
+        #: Dead letters of the services that listen to the server.
         self.given_up: list[GivenUp] = []
         self._reading = threading.Lock()
         self._codecs: list[tuple[Container[str], Codec]] = []
         connections = Connections(url, name="eventbus:testing")
         self._pipe = Pipe(connections, timeout=1.0)
-        #: The last entry that was read of each stream.
+        #: Id of the last entry read from each stream, by key.
         self._positions: dict[str, str] = {}
         self._connection = connections.open(timeout=1.0)
         self._connection.send_command("PSUBSCRIBE", CHANNELS)
         self._connection.read_response()
 
     def learn(self, node: Node) -> None:
-        """Remember the types that travel in a node's events; the node itself may go."""
+        """Remember the codec of a node, which has its registered types, but not the node."""
         self._codecs.append((node.registry.siblings, node.codec))
 
     def read(self) -> None:
-        """Take up what was published since, and what was given up.
+        """Record the events and dead letters since the last call.
 
-        Each channel and each stream keeps its order; among each other, events come in the
-        order of their times.
+        Events of one channel or stream keep their order. Events of several are ordered by their
+        times.
         """
         with self._reading:
             streams = [self._stream(key) for key in self._keys(STREAMS)]
@@ -83,12 +83,12 @@ class Recording:
                 self.given_up += [self._read_letter(key, fields) for fields in self._entries(key)]
 
     def clear(self) -> None:
-        """Forget all of it."""
+        """Forget the recorded events and dead letters."""
         self.events.clear()
         self.given_up.clear()
 
     def close(self) -> None:
-        """Let go of the server."""
+        """Close the connections to the server."""
         self._connection.disconnect()
         self._pipe.close()
 
@@ -110,7 +110,7 @@ class Recording:
     def _read_letter(self, key: str, fields: dict[bytes, bytes]) -> GivenUp:
         letter = DeadLetter.from_fields(fields)
         codec = self._codec_of(letter.event_id)
-        # What is no event is given up without an id.
+        # The dead letter of an entry that is not an event has no event id.
         event = codec.decode(fields[b"event"], via="stream") if letter.event_id else None
         return given_up(key.rpartition("}:dead:")[2], letter, event)
 
@@ -118,7 +118,7 @@ class Recording:
         return sorted(key.decode() for key in self._pipe.ask("KEYS", pattern))
 
     def _entries(self, key: str) -> Iterator[dict[bytes, bytes]]:
-        """The entries that are new in a stream."""
+        """Yield the fields of the entries that were added to a stream since the last call."""
         begin = self._positions.get(key)
 
         for id, flat in self._pipe.ask("XRANGE", key, f"({begin}" if begin else "-", "+"):
@@ -131,7 +131,7 @@ class Recording:
 
 
 def given_up(service: str, letter: DeadLetter, event: Event | None) -> GivenUp:
-    """A dead letter of a service, as a test sees it."""
+    """Return a dead letter in the form that tests get."""
     return GivenUp(
         service=service,
         reason=letter.reason,
@@ -142,18 +142,18 @@ def given_up(service: str, letter: DeadLetter, event: Event | None) -> GivenUp:
     )
 
 
-#: Seconds that events sent before get to reach the server they were sent to.
+#: Seconds to wait for events sent earlier, which go to the node's own server.
 LEAVE = 1.0
 
-#: Seconds that nodes may take to find out what takes them a millisecond.
+#: Seconds to wait until nodes notice an outage, which usually takes a millisecond.
 PATIENCE = 5.0
 
 
 @contextmanager
 def diverted(url: str) -> Iterator[None]:
-    """Let all nodes, present and future, use the server at ``url`` until the end of the block.
+    """Connect all nodes, present and future, to the server at ``url`` until the block ends.
 
-    Nodes that listen go on listening there, and afterwards on their own server again.
+    Nodes that listen continue to listen there, and on their own server after the block.
     """
     before = connections.diversion
     listening = [node for node in nodes if node.listening]
@@ -167,10 +167,10 @@ def diverted(url: str) -> Iterator[None]:
 
 
 def _divert(url: str | None, listening: Iterable[Node]) -> None:
-    # What was sent so far goes where it was meant to go.
+    # Events sent so far still go to the earlier server.
     _stop_all()
     connections.diversion = url
-    # What another thread began between the two begins anew.
+    # Another thread may have started a node with the earlier URL in between.
     _stop_all()
 
     for node in listening:
@@ -183,7 +183,7 @@ def _stop_all() -> None:
 
 
 def find_out(found: Sequence[Node], *, there: bool) -> None:
-    """Let nodes find out whether Redis is there, and wait until they have."""
+    """Make nodes probe Redis, and wait until their health says ``there``."""
     for node in found:
         node.ask()
 
