@@ -36,6 +36,7 @@ pytestmark = pytest.mark.second_look
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
+PUBLISH_AND_SUBSCRIBE = (ROOT / "docs" / "publish-and-subscribe.md").read_text()
 FAILURES = (ROOT / "docs" / "what-happens-when.md").read_text()
 STREAMS = "".join(
     (ROOT / "docs" / f"{page}.md").read_text() for page in ("streams", "stream-subscriptions")
@@ -160,8 +161,8 @@ def read_default(told: str) -> object:
         return None
 
 
-@pytest.mark.parametrize("text", blocks(CONFIGURATION))
-def test_the_examples_of_the_configuration_page_are_read(text: str) -> None:
+@pytest.mark.parametrize("text", blocks(PUBLISH_AND_SUBSCRIBE))
+def test_the_examples_of_the_page_on_publishing_and_subscribing_are_read(text: str) -> None:
     names: dict[str, Any] = {}
     exec(text.replace('"accounts.hooks:api_call"', '"json:loads"'), names)  # noqa: S102
 
