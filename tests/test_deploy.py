@@ -25,7 +25,10 @@ pytestmark = pytest.mark.second_look
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
-PAGE = (ROOT / "docs" / "deploying.md").read_text()
+PAGE = "".join(
+    (ROOT / "docs" / f"{page}.md").read_text()
+    for page in ("deploying", "compose", "redis", "monitoring")
+)
 
 
 @pytest.fixture
@@ -123,7 +126,7 @@ def test_make_secrets_writes_a_password_for_each_user_and_keeps_those_there(tmp_
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of the page."""
+    """The fenced blocks of the pages on deploying."""
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 

@@ -388,7 +388,7 @@ _ALL_RIGHTS = (
 
 _CLOSE = (
     "Give each service a user of its own, and disable 'default': 'user default off resetpass ~* &* "
-    "+@all'. See docs/deploying.md."
+    "+@all'. See docs/redis.md."
 )
 
 

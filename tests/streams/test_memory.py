@@ -1,4 +1,4 @@
-"""What waits in a process has the bound that ``docs/deploying.md`` gives it, in a real process."""
+"""What waits in a process has the bound that ``docs/sizing.md`` gives it, in a real process."""
 
 from __future__ import annotations
 
