@@ -42,13 +42,13 @@ REFUSED_AGAIN = 5.0
 WRITE_AGAIN = 2.0
 
 
-class RelayTurn(Enum):
-    """Result of one round of a relay."""
+class BatchResult(Enum):
+    """Result of :meth:`Relay.publish_batch`."""
 
     #: Published a batch, or the part of it that Redis accepted.
     PUBLISHED = auto()
     #: Skipped the events, since another relay has locked them.
-    LEFT = auto()
+    SKIPPED = auto()
     #: Found nothing to publish.
     EMPTY = auto()
 
@@ -132,7 +132,7 @@ class Relay:
 
         while not stopping.is_set():
             try:
-                turn = self.turn(stopping)
+                result = self.publish_batch(stopping)
             except OUTAGE as error:
                 self._redis.begin(error)
                 stopping.wait(backoff.next())
@@ -142,7 +142,9 @@ class Relay:
             else:
                 backoff.reset()
                 self._database.end()
-                stopping.wait({RelayTurn.EMPTY: interval, RelayTurn.LEFT: AFTER_YOU}.get(turn, 0))
+                stopping.wait(
+                    {BatchResult.EMPTY: interval, BatchResult.SKIPPED: AFTER_YOU}.get(result, 0)
+                )
 
     def run_once(self, stopping: threading.Event, *, until: int | None, patience: float) -> None:
         """Publish the events up to the row number ``until``, then return.
@@ -155,20 +157,22 @@ class Relay:
         deadline = time.monotonic() + patience
 
         while not stopping.is_set() and until is not None:
-            turn = self.turn(stopping, until=until)
+            result = self.publish_batch(stopping, until=until)
 
-            if turn is RelayTurn.EMPTY or (turn is RelayTurn.LEFT and time.monotonic() > deadline):
+            if result is BatchResult.EMPTY or (
+                result is BatchResult.SKIPPED and time.monotonic() > deadline
+            ):
                 return
 
-            stopping.wait(AFTER_YOU if turn is RelayTurn.LEFT else 0)
+            stopping.wait(AFTER_YOU if result is BatchResult.SKIPPED else 0)
 
-    def turn(self, stopping: threading.Event, *, until: int | None = None) -> RelayTurn:
+    def publish_batch(self, stopping: threading.Event, *, until: int | None = None) -> BatchResult:
         """Publish one batch of events, up to the row number ``until``."""
         self._retry_refused()
 
         # This read takes no lock, so that polling an empty outbox blocks no sender.
         if self.outbox.first(until=until, without=self.refused) is None:
-            return RelayTurn.EMPTY
+            return BatchResult.EMPTY
 
         self._probe(stopping)
 
@@ -178,7 +182,7 @@ class Relay:
         if error is not None:
             raise error
 
-        return RelayTurn.PUBLISHED if batch.entries else RelayTurn.LEFT
+        return BatchResult.PUBLISHED if batch.entries else BatchResult.SKIPPED
 
     def _retry_refused(self) -> None:
         if self.refused and time.monotonic() > self._refused_until:

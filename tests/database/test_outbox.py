@@ -48,7 +48,7 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.config import Config
 from flask_eventbus.database import outbox
 from flask_eventbus.database.outbox import Entry, Outbox, store
-from flask_eventbus.database.relay import Relay, RelayTurn
+from flask_eventbus.database.relay import BatchResult, Relay
 from flask_eventbus.event import Event, handling
 from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import Destination, Destinations
@@ -192,7 +192,7 @@ def empty(relay: Relay) -> None:
     """Let a relay publish what waits."""
     never = threading.Event()
 
-    while relay.turn(never) is not RelayTurn.EMPTY:
+    while relay.publish_batch(never) is not BatchResult.EMPTY:
         pass
 
 
@@ -614,7 +614,7 @@ def test_an_empty_outbox_is_not_locked_and_asks_nothing_of_redis(engine: Engine)
     relay = lonely(engine)
     statements = executed(engine)
 
-    assert relay.turn(threading.Event()) is RelayTurn.EMPTY
+    assert relay.publish_batch(threading.Event()) is BatchResult.EMPTY
     assert len(statements) == 1
     assert "FOR UPDATE" not in statements[0]
 
@@ -625,7 +625,7 @@ def test_nothing_is_locked_for_a_redis_that_is_away(engine: Engine) -> None:
     statements = executed(engine)
 
     with pytest.raises(redis.ConnectionError):
-        relay.turn(threading.Event())
+        relay.publish_batch(threading.Event())
 
     assert len(statements) == 1
     assert "FOR UPDATE" not in statements[0]
@@ -666,7 +666,7 @@ def test_an_outage_in_the_middle_of_a_batch_leaves_what_was_confirmed_so(
     monkeypatch.setattr(PublishConnection, "publish", break_down)
 
     with pytest.raises(redis.ConnectionError):
-        relay.turn(threading.Event())
+        relay.publish_batch(threading.Event())
 
     left = waiting.count()
     empty(relay)
@@ -699,7 +699,7 @@ def test_what_redis_refuses_waits_and_holds_up_no_other_signal(
     relay = Relay(Outbox(engine), exchange, way(prefix), batch=3)
     never = threading.Event()
 
-    wait_until(lambda: relay.turn(never) and relay.published == 6)
+    wait_until(lambda: relay.publish_batch(never) and relay.published == 6)
     assert waiting.count() == 6
     assert {found.name for found in ear.events} == {"user_added"}
     assert "'user_changed' is refused: this user has no permissions" in caplog.text
@@ -707,7 +707,7 @@ def test_what_redis_refuses_waits_and_holds_up_no_other_signal(
     with shared_redis.client as client:
         client.execute_command("ACL", "SETUSER", "relay", "allchannels")
 
-    wait_until(lambda: relay.turn(never) and not waiting.count())
+    wait_until(lambda: relay.publish_batch(never) and not waiting.count())
     exchange.close()
     assert ear.ids[6:] == [0, 1] * 3
 
@@ -718,8 +718,8 @@ def test_what_a_newer_version_wrote_is_left_to_a_newer_relay(
     store(session, Entry(event_id="a-1", name="order_paid", via="pigeon", event=b""))
     session.commit()
 
-    assert relay.turn(threading.Event()) is RelayTurn.PUBLISHED
-    assert relay.turn(threading.Event()) is RelayTurn.EMPTY
+    assert relay.publish_batch(threading.Event()) is BatchResult.PUBLISHED
+    assert relay.publish_batch(threading.Event()) is BatchResult.EMPTY
     assert (waiting.count(), ear.events) == (1, [])
     assert "too old to publish via 'pigeon'" in caplog.text
 
@@ -747,12 +747,12 @@ def test_an_event_that_is_published_twice_is_heard_once(
 def test_several_relays_publish_each_event_once_and_in_order(
     shared_redis: RedisServer, engine: Engine, prefix: str, waiting: Outbox, ear: Ear
 ) -> None:
-    told = threading.Event()
+    stopping = threading.Event()
     published = []
 
     def work() -> None:
         with relaying(shared_redis, engine, prefix, batch=7) as relay:
-            relay.run(told, interval=0.01)
+            relay.run(stopping, interval=0.01)
             published.append(relay.published)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -764,7 +764,7 @@ def test_several_relays_publish_each_event_once_and_in_order(
         fill(engine, 100, f"user_added{start}")
 
     wait_until(lambda: not waiting.count(), timeout=60)
-    told.set()
+    stopping.set()
 
     for thread in threads:
         thread.join()
@@ -842,10 +842,10 @@ if "TEST_DATABASE_URL" in os.environ:
 
         with relaying(shared_redis, engine, prefix) as relay:
             with waiting.take(2):
-                assert relay.turn(threading.Event()) is RelayTurn.LEFT
+                assert relay.publish_batch(threading.Event()) is BatchResult.SKIPPED
                 assert relay.published == 0
 
-            assert relay.turn(threading.Event()) is RelayTurn.PUBLISHED
+            assert relay.publish_batch(threading.Event()) is BatchResult.PUBLISHED
 
         assert ear.ids == list(range(5))
 
@@ -872,16 +872,16 @@ def test_a_relay_publishes_nothing_into_a_replica(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(role, "LOOK", 0.0)
-    told = threading.Event()
+    stopping = threading.Event()
     fill(engine, 2)
 
     with relaying(redis_server, engine, prefix) as relay:
-        assert relay.turn(told) is RelayTurn.PUBLISHED
+        assert relay.publish_batch(stopping) is BatchResult.PUBLISHED
         # It keeps its connection, and replicas take PUBLISH.
         redis_server.client.replicaof("127.0.0.1", 1)
         fill(engine, 2, "user_left")
         thread = threading.Thread(
-            target=relay.run, args=[told], kwargs={"interval": 0.01}, daemon=True
+            target=relay.run, args=[stopping], kwargs={"interval": 0.01}, daemon=True
         )
         thread.start()
 
@@ -890,7 +890,7 @@ def test_a_relay_publishes_nothing_into_a_replica(
 
         redis_server.client.replicaof("NO", "ONE")
         wait_until(lambda: not waiting.count(), what="the others are published")
-        told.set()
+        stopping.set()
         thread.join()
 
     assert near.ids == [0, 1, 0, 1]
@@ -1083,17 +1083,17 @@ def test_while_redis_takes_no_writes_a_relay_publishes_over_channels(
     ear = Ear(redis_server, prefix)
     client: Any = redis_server.client
     client.config_set("maxmemory", 1)
-    told = threading.Event()
+    stopping = threading.Event()
 
     # A batch is smaller than what waits for the stream.
     with relaying(redis_server, engine, prefix, batch=2) as relay:
-        thread = threading.Thread(target=relay.run, args=[told], kwargs={"interval": 0.01})
+        thread = threading.Thread(target=relay.run, args=[stopping], kwargs={"interval": 0.01})
         thread.start()
         wait_until(lambda: ear.ids == [0, 1, 2], what="the channel events are published")
         assert client.xlen(f"{prefix}:{{paid}}:stream") == 0
         client.config_set("maxmemory", 0)
         wait_until(lambda: relay.published == 13, what="the rest is published")
-        told.set()
+        stopping.set()
         thread.join()
 
     engine.dispose()
@@ -1114,11 +1114,11 @@ def test_a_database_that_is_locked_is_told_once_and_comes_back(
     engine = create_engine(f"sqlite:///{tmp_path}/locked.db?timeout=0.01")
     outbox.create(engine)
     fill(engine, 2)
-    told = threading.Event()
+    stopping = threading.Event()
 
     with relaying(redis_server, engine, prefix) as relay:
         thread = threading.Thread(
-            target=relay.run, args=[told], kwargs={"interval": 0.01}, daemon=True
+            target=relay.run, args=[stopping], kwargs={"interval": 0.01}, daemon=True
         )
 
         with engine.connect() as another, another.begin():
@@ -1128,7 +1128,7 @@ def test_a_database_that_is_locked_is_told_once_and_comes_back(
             wait_until(lambda: len(tries) > 2 and "database is locked" in caplog.text)
 
         wait_until(lambda: relay.published == 2)
-        told.set()
+        stopping.set()
         thread.join()
 
     engine.dispose()
@@ -1151,12 +1151,12 @@ def test_a_database_that_cannot_be_reached_is_told_once_and_comes_back(
 ) -> None:
     fill(engine, 2)
     away = Departure(database, tmp_path)
-    told = threading.Event()
+    stopping = threading.Event()
 
     with relaying(redis_server, away.engine, prefix) as relay:
-        assert relay.turn(told) is RelayTurn.PUBLISHED
+        assert relay.publish_batch(stopping) is BatchResult.PUBLISHED
         thread = threading.Thread(
-            target=relay.run, args=[told], kwargs={"interval": 0.01}, daemon=True
+            target=relay.run, args=[stopping], kwargs={"interval": 0.01}, daemon=True
         )
 
         with away:
@@ -1166,7 +1166,7 @@ def test_a_database_that_cannot_be_reached_is_told_once_and_comes_back(
 
         fill(engine, 2)
         wait_until(lambda: relay.published == 4)
-        told.set()
+        stopping.set()
         thread.join()
 
     away.engine.dispose()
@@ -1180,13 +1180,13 @@ def test_a_database_that_cannot_be_reached_is_told_once_and_comes_back(
 def tries_of(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """A list that grows with each look of the relay at its outbox."""
     tries: list[None] = []
-    turn = relay.turn
+    publish_batch = relay.publish_batch
 
-    def note(told: threading.Event) -> RelayTurn:
+    def note(stopping: threading.Event) -> BatchResult:
         tries.append(None)
-        return turn(told)
+        return publish_batch(stopping)
 
-    monkeypatch.setattr(relay, "turn", note)
+    monkeypatch.setattr(relay, "publish_batch", note)
 
     return tries
 
