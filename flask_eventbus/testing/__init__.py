@@ -138,10 +138,10 @@ class Isolation:
         self._recording = Recording(url)
         self._rehearsal = RetryRehearsal(self._under_test)
         self._delivered = 0
-        #: The known nodes, numbered in the order in which they were found.
+        #: Known nodes, with numbers in the order in which they were found.
         self._met: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
         self._arrivals = itertools.count()
-        #: Up to so many nodes, no garbage collection is needed to find the dead ones.
+        #: Number of nodes after the last garbage collection; collect again if there are more.
         self._alive = 1
 
         for node in list(nodes):
@@ -153,8 +153,8 @@ class Isolation:
         :param name: the signal, its name, or a pattern such as ``"order_*"``.
         :param via: ``"channel"`` or ``"stream"``; both by default.
         """
-        wanted = _expectation("published", name_of(name), {}, via=via)
-        return [event for event in self._read() if wanted.is_met_by(event)]
+        expected = _expectation("published", name_of(name), {}, via=via)
+        return [event for event in self._read() if expected.is_met_by(event)]
 
     def assert_published(
         self,
@@ -178,16 +178,16 @@ class Isolation:
         :param payload: keys with the name of a parameter, for example ``times``.
         """
         __tracebackhide__ = True
-        wanted = _expectation(
+        expected = _expectation(
             "assert_published", name_of(name), merge(payload, keys), exact=exact, via=via
         )
         events = self._read()
-        found = [event for event in events if wanted.is_met_by(event)]
+        found = [event for event in events if expected.is_met_by(event)]
 
         if len(found) == times or (times is None and found):
             return found
 
-        raise AssertionError(why_unpublished(wanted, times, events, _living()))
+        raise AssertionError(why_unpublished(expected, times, events, _living()))
 
     def assert_not_published(
         self,
@@ -236,20 +236,20 @@ class Isolation:
         payload: Mapping[str, Any] | None = None,
         **keys: Any,
     ) -> Event:
-        """Act as another service that emits an event, and return the event.
+        """Deliver an event as if another service had published it, and return the event.
 
-        The receivers of every bus under test run before this returns, each as it would for
-        an event from Redis, and what one raises is raised here.
+        The receivers of every bus under test run before this returns, as they do for an event
+        from Redis. The error of a receiver is raised here.
 
-        :param via: how it comes: over a ``"channel"``, to all, or over a ``"stream"``, to one
-            process of each service. By default over a channel, unless only streams are heard.
-        :param retry: leave receivers that fail to the bus, as an event of a stream does: nothing
-            is raised, :attr:`failures` and :attr:`dead_letters` tell of them, and
-            :meth:`advance` and :meth:`run_retries` try them again.
-        :param source: the service that emits it.
-        :param payload: keys that are parameters here, ``source`` or ``time`` for example.
-        :raises AssertionError: nothing receives it.
-        :raises PayloadError: a value cannot travel.
+        :param via: ``"channel"`` delivers to all nodes, ``"stream"`` to one node of each service.
+            The default is a channel, or a stream if only streams are subscribed to.
+        :param retry: deliver over a stream, and handle errors of receivers as a worker does:
+            none is raised here. See :attr:`failures` and :attr:`dead_letters`, and run retries
+            with :meth:`advance` or :meth:`run_retries`.
+        :param source: the service that publishes the event.
+        :param payload: keys with the name of a parameter, for example ``source`` or ``time``.
+        :raises AssertionError: no receiver gets the event.
+        :raises PayloadError: a value cannot be encoded.
         :raises ExceptionGroup: several receivers failed.
         """
         __tracebackhide__ = True
@@ -266,16 +266,16 @@ class Isolation:
             traceparent=traceparent,
         )
         check_attributes(event)
-        event = self._on_its_way(event, "stream" if retry else via)
+        event = self._routed(event, "stream" if retry else via)
         raise_all(event, self._dispatch(event, retry=retry))
         return event
 
     def advance(self, seconds: float) -> int:
-        """Let time pass for retries, and run those that become due; nothing is waited for.
+        """Move the clock of retries, and run those that become due, without waiting.
 
         The delays are those of a worker, without their random part: 1, 2, 4, ... seconds.
 
-        :return: how many attempts were made.
+        :return: the number of attempts.
         """
         __tracebackhide__ = True
 
@@ -285,9 +285,9 @@ class Isolation:
         return self._rehearsal.advance(seconds)
 
     def run_retries(self) -> int:
-        """Let time pass until no retry waits any more: all succeeded, or are dead letters.
+        """Run retries until none is left: each has succeeded or is a dead letter.
 
-        :return: how many attempts were made.
+        :return: the number of attempts.
         """
         __tracebackhide__ = True
         attempts = 0
@@ -299,9 +299,10 @@ class Isolation:
 
     @contextmanager
     def redis_away(self) -> Iterator[None]:
-        """Let Redis be away until the end of the block; every bus knows it from the start.
+        """Simulate an outage of Redis until the end of the block.
 
-        What is buffered meanwhile is published when it is back.
+        Every bus knows of the outage when the block starts. Events that are buffered in the block
+        are published after it.
         """
         self._read()
         self._server.connected = False
@@ -314,7 +315,7 @@ class Isolation:
             find_out(list(nodes), there=True)
 
     def meet(self, node: Node) -> None:
-        """Take a new node into account."""
+        """Add a node: read its events, and deliver events to it."""
         self._met[node] = next(self._arrivals)
         self._recording.learn(node)
 
@@ -336,30 +337,30 @@ class Isolation:
         self._delivered += 1
         return f"{source}-{self._delivered}"
 
-    def _on_its_way(self, event: Event, via: Via | None) -> Event:
-        """The event as it comes: as asked for, or in the way that is heard."""
+    def _routed(self, event: Event, via: Via | None) -> Event:
+        """Return the event with its transport: ``via``, or one that a node listens to."""
         __tracebackhide__ = True
 
         if via is not None:
             check_via(via, "deliver")
             return replace(event, via=via)
 
-        ways = [replace(event, via=way) for way in ("channel", "stream")]
-        heard = [found for found in ways if any(hears(node, found) for node in nodes)]
-        return (heard or ways)[0]
+        choices = [replace(event, via=transport) for transport in ("channel", "stream")]
+        heard = [choice for choice in choices if any(hears(node, choice) for node in nodes)]
+        return (heard or choices)[0]
 
     def _dispatch(self, event: Event, *, retry: bool) -> list[Failure]:
-        """Run receivers, and return the failures that are the test's own."""
+        """Run receivers, and return the failures that are raised in the test."""
         __tracebackhide__ = True
 
         if event.via == "stream":
-            return self._play(event, retry=retry)
+            return self._dispatch_stream(event, retry=retry)
 
         hearing = [node for node in self._under_test() if hears(node, event)]
         _require(hearing, event)
         return [failure for node in hearing for failure in _handle(node, event)]
 
-    def _play(self, event: Event, *, retry: bool) -> list[Failure]:
+    def _dispatch_stream(self, event: Event, *, retry: bool) -> list[Failure]:
         __tracebackhide__ = True
         deliveries = self._rehearsal.deliveries(event)
         _require(deliveries, event)
@@ -367,8 +368,7 @@ class Isolation:
 
         for node, delivery in deliveries:
             failures = self._rehearsal.run(node, delivery)
-
-            raised += self._rehearsal.settle(node, delivery, failures) if retry else failures
+            raised += self._rehearsal.record(node, delivery, failures) if retry else failures
 
         return raised
 
@@ -380,7 +380,7 @@ class Isolation:
 
 
 def _living() -> list[Node]:
-    """The nodes that are in use, without those of earlier tests that wait to be collected."""
+    """Return the nodes in use, after a garbage collection of those of earlier tests."""
     gc.collect()
     return list(nodes)
 

@@ -1,4 +1,4 @@
-"""What a test expects of events, and what it is told when they were others."""
+"""Compare events with the expectations of a test, and explain the differences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import subscription_for
 from ..text import did_you_mean
 
-#: Events that a failure shows.
+#: Most events to list in a failure message.
 SHOWN = 10
 
 _short = Repr()
@@ -28,19 +28,19 @@ class Expectation:
 
     #: A signal's name, or a pattern of names.
     name: str
-    #: Values, matchers such as ``unittest.mock.ANY``, or functions that are asked.
+    #: Values, matchers such as ``unittest.mock.ANY``, or functions that take the value.
     payload: Mapping[str, Any]
-    #: Whether the payload has no keys but these.
+    #: True if the payload must have no other keys.
     exact: bool = False
     #: ``"channel"`` or ``"stream"``; ``None`` for either.
     via: str | None = None
 
     def is_met_by(self, event: Event) -> bool:
-        """Whether ``event`` is one."""
+        """Return True if ``event`` has the name, the payload and the transport."""
         return matches(self.name, event.name) and not self.misfits(event)
 
     def misfits(self, event: Event) -> list[str]:
-        """What of an event is not as expected, in words."""
+        """Describe each difference between an event and this expectation."""
         found = [] if self.via in (None, event.via) else [f"it went via {event.via!r}"]
         found += [
             _misfit(key, value, event.payload)
@@ -66,7 +66,7 @@ class Expectation:
 def why_unpublished(
     expectation: Expectation, times: int | None, events: Sequence[Event], nodes: Sequence[Node]
 ) -> str:
-    """The failure of an expectation: what was published instead, the nearest first."""
+    """Return the failure message of an assertion, with the published events, nearest first."""
     found = sum(expectation.is_met_by(event) for event in events)
     sentences = [f"{expectation} was {_how_often(found, times)}."]
 
@@ -78,7 +78,7 @@ def why_unpublished(
 
 
 def why_unheard(event: Event, nodes: Sequence[Node]) -> str:
-    """The failure of a delivery that nothing receives."""
+    """Return the failure message of a delivery that no receiver gets."""
     reasons = [reason for node in nodes if (reason := _why_deaf(node, event)) is not None]
 
     if not reasons:
@@ -91,7 +91,7 @@ def why_unheard(event: Event, nodes: Sequence[Node]) -> str:
 
 
 def hears(node: Node, event: Event) -> bool:
-    """Whether an event from elsewhere runs receivers in a node, as far as settings say."""
+    """Return True if the settings and receivers of a node let the event run a receiver."""
     subscription = subscription_for(event.name, node.subscriptions)
     subscribed = subscription is not None and subscription.accepts(event.source)
     reached = node.config.enabled and subscribed and is_reached(node, event)
@@ -99,7 +99,7 @@ def hears(node: Node, event: Event) -> bool:
 
 
 def is_reached(node: Node, event: Event) -> bool:
-    """Whether a node listens where the event comes: on its channel, or to its stream."""
+    """Return True if a node listens to the channel or the stream of the event."""
     subscription = subscription_for(event.name, node.subscriptions)
 
     if subscription is None:
@@ -112,7 +112,7 @@ def is_reached(node: Node, event: Event) -> bool:
 
 
 def has_no_streams(node: Node) -> bool:
-    """Whether the node's own Redis is one where streams are not read."""
+    """Return True if the node's own Redis is a cluster, where streams are not read."""
     return node.config.url.startswith("redis+cluster://")
 
 
@@ -165,14 +165,14 @@ def _why_waiting(name: str, nodes: Sequence[Node]) -> list[str]:
 
 
 def _published_by(node: Node) -> set[str]:
-    """The names that a node's routes publish, those of its signals so far in place of patterns."""
+    """Return the names that a node publishes; for patterns, the signals that exist so far."""
     routes = node.routes.values()
     signals = {name for name in node.registry.namespace if any(r.covers(name) for r in routes)}
     return signals | {route.name for route in routes if not is_pattern(route.name)}
 
 
 def _why_deaf(node: Node, event: Event) -> str | None:
-    """Why a node that has to do with the event does not hear it; ``None`` if it has not."""
+    """Explain why a node does not get the event; ``None`` if it has nothing for that signal."""
     subscription = subscription_for(event.name, node.subscriptions)
     service = node.config.service
 

@@ -1,4 +1,4 @@
-"""Runs receivers as a stream does, and tries those that fail again, in a time of its own."""
+"""Run receivers as for events of a stream, and retry failed ones on a simulated clock."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from ..streams.retry_queue import GONE_AFTER
 from .expectations import hears
 from .recorder import GivenUp, given_up
 
-#: What the processes of a service have in common: where their group is, and its name.
-Home = tuple[str, str, str]
+#: Identifies the consumer group of a service: Redis URL, prefix and service.
+GroupKey = tuple[str, str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedAttempt:
-    """A receiver that failed at an event of a stream: what ``eventbus.failures`` has."""
+    """A failed attempt of a receiver, as ``eventbus.failures`` returns it."""
 
-    #: The service whose receiver it is.
+    #: The service of the receiver.
     service: str
     #: The receiver's name: ``module.qualname``.
     receiver: str
-    #: The event as the receiver saw it.
+    #: The event that the receiver got.
     event: Event
-    #: What it raised.
+    #: The exception that it raised.
     error: BaseException
-    #: Seconds until it is tried again; ``None`` where it is not.
+    #: Seconds until the next attempt; ``None`` if there is none.
     after: float | None
 
     @property
     def attempt(self) -> int:
-        """Which attempt it was, from 1."""
+        """Number of the attempt, from 1."""
         return self.event.attempt
 
 
@@ -50,42 +50,43 @@ class FailedAttempt:
 class Waiting:
     """A retry that is not due yet."""
 
-    home: Home
+    group: GroupKey
     event: Event
-    #: The bytes that Redis would keep of it.
+    #: The packed :class:`.RetryRecord`, as in Redis.
     record: bytes
-    #: Seconds until the next look, where no worker has its receiver.
-    patience: float
+    #: Seconds until the next try if no node has the receiver.
+    postpone: float
 
 
 class RetryRehearsal:
-    """Plays the streams of services to their receivers, and keeps what becomes of failures.
+    """Runs receivers and their retries without a worker, and keeps failures and dead letters.
 
-    Nothing of it is in Redis, and no time passes but by :meth:`advance`.
+    It stores nothing in Redis. Its clock moves only in :meth:`advance`.
 
-    :param nodes: the nodes under test, the latest last.
+    :param nodes: returns the nodes under test, the newest last.
     """
 
     def __init__(self, nodes: Callable[[], list[Node]]) -> None:
         self._nodes = nodes
         self._entries = itertools.count(1)
         self._numbers = itertools.count()
-        #: Seconds that passed so far.
+        #: The simulated time, in seconds.
         self._now = 0.0
-        #: What waits, with the time when it is due, and a number that keeps the order.
-        self._line: list[tuple[float, int, Waiting]] = []
+        #: Heap of retries by their due times; the number keeps the order of equal times.
+        self._queue: list[tuple[float, int, Waiting]] = []
         self.failures: list[FailedAttempt] = []
         self.given_up: list[GivenUp] = []
 
     def clear(self) -> None:
-        """Forget failures and dead letters; what waits still does."""
+        """Forget failures and dead letters, but keep the retries that are not due yet."""
         self.failures.clear()
         self.given_up.clear()
 
-    # -- attempts -------------------------------------------------------------------------
-
     def deliveries(self, event: Event) -> list[tuple[Node, Delivery]]:
-        """Who gets an event of a stream: one node of each service, or all without a group."""
+        """Return the nodes that get an event of a stream, each with its delivery.
+
+        That is the newest node of each service, or every node that reads without a group.
+        """
         entry = f"{next(self._entries)}-0"
         found: dict[object, tuple[Node, Delivery]] = {}
 
@@ -93,51 +94,52 @@ class RetryRehearsal:
             delivery = _delivery(node, event, entry) if hears(node, event) else None
 
             if delivery is not None:
-                found[_home_of(node) if delivery.in_group else node] = node, delivery
+                found[_group_of(node) if delivery.in_group else node] = node, delivery
 
         return list(found.values())
 
     def run(self, node: Node, delivery: Delivery) -> Sequence[Failure]:
-        """Run the receivers of a delivery, or the one that is tried again."""
+        """Run the receivers of a delivery, or the one receiver of a retry; return the failures."""
         only = delivery.retry.receiver if delivery.retry else None
         return node.dispatcher.dispatch(delivery.event, only=only).failures
 
-    def settle(self, node: Node, delivery: Delivery, failures: Sequence[Failure]) -> list[Failure]:
-        """Decide what follows from failures, as a worker does; those that are the test's own."""
+    def record(self, node: Node, delivery: Delivery, failures: Sequence[Failure]) -> list[Failure]:
+        """Schedule retries or create dead letters, as a worker does.
+
+        :return: the failures that are raised in the test instead, such as ``pytest.fail()``.
+        """
         for failure in failures:
             if not _is_of_the_test(failure):
-                self._settle(node, delivery, failure)
+                self._record_failure(node, delivery, failure)
 
         return [failure for failure in failures if _is_of_the_test(failure)]
 
-    # -- time -----------------------------------------------------------------------------
-
     @property
     def next_due(self) -> float | None:
-        """Seconds until something is due; ``None`` where nothing waits."""
-        return max(0.0, self._line[0][0] - self._now) if self._line else None
+        """Seconds until the next retry is due; ``None`` if there is no retry."""
+        return max(0.0, self._queue[0][0] - self._now) if self._queue else None
 
     def advance(self, seconds: float) -> int:
-        """Let time pass, and run what becomes due, in its order; how many attempts that were."""
+        """Move the clock, run the retries that become due, and return the number of attempts."""
         until = self._now + seconds
         attempts = 0
 
-        while self._line and self._line[0][0] <= until:
-            self._now, _, waiting = heappop(self._line)
-            attempts += self._try_again(waiting)
+        while self._queue and self._queue[0][0] <= until:
+            self._now, _, waiting = heappop(self._queue)
+            attempts += self._retry(waiting)
 
         self._now = until
         return attempts
 
-    def _try_again(self, waiting: Waiting) -> bool:
-        """Run a receiver once more, in a node that has it; whether there is one."""
+    def _retry(self, waiting: Waiting) -> bool:
+        """Run a retry; postpone it and return False if no node has the receiver."""
         record = RetryRecord.unpacked(waiting.record)
-        found = [node for node in self._nodes() if _home_of(node) == waiting.home]
+        found = [node for node in self._nodes() if _group_of(node) == waiting.group]
 
         for node in reversed(found):
             if node.dispatcher.receivers(waiting.event, only=record.receiver):
                 delivery = _again(node, record)
-                raised = self.settle(node, delivery, self.run(node, delivery))
+                raised = self.record(node, delivery, self.run(node, delivery))
                 raise_all(delivery.event, raised)
                 return True
 
@@ -145,20 +147,18 @@ class RetryRehearsal:
         return False
 
     def _postpone(self, waiting: Waiting, record: RetryRecord) -> None:
-        """Leave it to a worker that has its receiver, as long as there may be one."""
+        """Wait for a node that has the receiver; give up after ``GONE_AFTER`` seconds."""
         if self._now - record.last / 1000 > GONE_AFTER:
-            self._give_up(waiting.home[-1], waiting.event, record, "gone")
+            self._give_up(waiting.group[-1], waiting.event, record, "gone")
         else:
-            self._wait(waiting, waiting.patience)
+            self._schedule(waiting, waiting.postpone)
 
-    def _wait(self, waiting: Waiting, seconds: float) -> None:
-        heappush(self._line, (self._now + seconds, next(self._numbers), waiting))
+    def _schedule(self, waiting: Waiting, seconds: float) -> None:
+        heappush(self._queue, (self._now + seconds, next(self._numbers), waiting))
 
-    # -- what follows ---------------------------------------------------------------------
-
-    def _settle(self, node: Node, delivery: Delivery, failure: Failure) -> None:
+    def _record_failure(self, node: Node, delivery: Delivery, failure: Failure) -> None:
         if not delivery.in_group:
-            # Nothing is kept of what every process hears.
+            # Without a group there are no retries and no dead letters.
             node.dispatcher.failures.final(delivery.event, failure)
             self._note(node, delivery, failure, None)
             return
@@ -169,14 +169,14 @@ class RetryRehearsal:
             retries=_retries_for(node, delivery, failure),
             jitter=0.0,
         )
-        record = self._record(delivery, failure)
+        record = self._retry_record(delivery, failure)
         node.dispatcher.failures.judged(
             delivery.event, failure, verdict, due=time.time() + verdict.after
         )
 
         if verdict.reason is None:
             self._note(node, delivery, failure, verdict.after)
-            self._wait(_waiting(node, delivery, record), verdict.after)
+            self._schedule(_waiting(node, delivery, record), verdict.after)
         else:
             self._note(node, delivery, failure, None)
             self._give_up(node.config.service, delivery.event, record, verdict.reason)
@@ -192,7 +192,7 @@ class RetryRehearsal:
             )
         )
 
-    def _record(self, delivery: Delivery, failure: Failure) -> RetryRecord:
+    def _retry_record(self, delivery: Delivery, failure: Failure) -> RetryRecord:
         now = round(self._now * 1000)
         return RetryRecord(
             entry=delivery.entry,
@@ -231,9 +231,9 @@ class RetryRehearsal:
 
 
 def raise_all(event: Event, failures: Sequence[Failure]) -> None:
-    """Raise in the test what receivers raised, if they did.
+    """Raise the errors of receivers in the test, if there are any.
 
-    :raises BaseExceptionGroup: several did.
+    :raises BaseExceptionGroup: several receivers failed.
     """
     __tracebackhide__ = True
 
@@ -246,11 +246,11 @@ def raise_all(event: Event, failures: Sequence[Failure]) -> None:
 
 
 def _is_of_the_test(failure: Failure) -> bool:
-    """Whether it is nothing that a bus tries again: the end of a scope, Ctrl-C, pytest.fail()."""
+    """Return True for errors that a bus does not retry: of a scope, Ctrl-C, ``pytest.fail()``."""
     return not failure.name or not isinstance(failure.error, Exception | SystemExit)
 
 
-def _home_of(node: Node) -> Home:
+def _group_of(node: Node) -> GroupKey:
     return node.config.url, node.config.prefix, node.config.service
 
 
@@ -259,38 +259,38 @@ def _subscription(node: Node, event: Event) -> Subscription:
 
 
 def _delivery(node: Node, event: Event, entry: str) -> Delivery | None:
-    """What a node makes of an entry; ``None`` if it leaves it out."""
+    """Decode an event as a node does; return None if the node skips it."""
     decoder = EntryDecoder(
         config=node.config,
         codec=node.codec,
         counters=node.counters,
         siblings=node.registry.siblings,
     )
-    came = Entry(event.name, entry, {b"event": node.codec.encode(event)})
-    found = decoder.decode([came], {event.name: _subscription(node, event)})
+    new = Entry(event.name, entry, {b"event": node.codec.encode(event)})
+    found = decoder.decode([new], {event.name: _subscription(node, event)})
     return next(iter(found.deliveries), None)
 
 
 def _again(node: Node, record: RetryRecord) -> Delivery:
     event = node.codec.decode(record.event, via="stream")
-    leased = replace(record, attempts=record.attempts + 1, running=True)
+    running = replace(record, attempts=record.attempts + 1, running=True)
     return Delivery(
         name=event.name,
         entry=record.entry,
-        event=replace(event, attempt=leased.attempts),
+        event=replace(event, attempt=running.attempts),
         body=record.event,
         subscription=_subscription(node, event),
         claimed_until=0.0,
-        retry=leased,
+        retry=running,
     )
 
 
 def _waiting(node: Node, delivery: Delivery, record: RetryRecord) -> Waiting:
     return Waiting(
-        home=_home_of(node),
+        group=_group_of(node),
         event=delivery.event,
         record=record.packed(),
-        patience=node.config.claim_after,
+        postpone=node.config.claim_after,
     )
 
 
