@@ -175,16 +175,29 @@ def test_the_examples_of_the_page_on_publishing_and_subscribing_are_read(text: s
 def test_every_line_of_what_happens_when_names_a_test_that_exists() -> None:
     rows = [line for line in FAILURES.splitlines() if line.startswith("| ")]
     rows = [row for row in rows if not row.startswith(("| What", "|---"))]
-    known = set()
-
-    for path in [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "services").rglob("test_*.py")]:
-        known |= set(re.findall(r"^ *def (test_\w+)", path.read_text(), re.MULTILINE))
+    known = names_of_tests()
 
     assert len(rows) > 25
     for row in rows:
         named = re.findall(r"`(test_\w+)`", row)
         assert named, row
         assert set(named) <= known, row
+
+
+def test_every_test_that_the_page_on_serving_names_exists() -> None:
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "serving.md").read_text())
+
+    assert len(named) > 30
+    assert set(named) <= names_of_tests()
+
+
+def names_of_tests() -> set[str]:
+    paths = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "services").rglob("test_*.py")]
+    return {
+        name
+        for path in paths
+        for name in re.findall(r"^ *def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
 
 
 PAGES = [
