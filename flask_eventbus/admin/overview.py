@@ -1,4 +1,4 @@
-"""What a program publishes, hears and keeps to itself: the facts behind `routes` and `check`."""
+"""Show what a program publishes and subscribes to, for the commands `routes` and `check`."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from ..routing.options import is_pattern, matches
 from ..routing.routes import Route
 from ..routing.subscriptions import NEW, Subscription, subscription_for
 
-#: Where a stream is read from, as settings name it.
+#: Names of the start of a stream in settings, by the value in a subscription.
 _START = {NEW: "new", "0": "earliest"}
 
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """A receiver, and whether only a weak reference keeps it connected."""
+    """A connected receiver of a signal."""
 
     receiver: Receiver
+    #: True if blinker holds only a weak reference to the receiver.
     weak: bool = False
 
     @property
     def name(self) -> str:
-        """``module.qualname``, as logs have it."""
+        """Name of the receiver in logs: ``module.qualname``."""
         return name_of(self.receiver)
 
 
 class Overview:
-    """A node's routes, subscriptions and receivers, without starting anything."""
+    """The routes, subscriptions and receivers of a node, read without starting it."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -46,44 +47,45 @@ class Overview:
 
     @property
     def routes(self) -> list[Route]:
-        """What is published, by name."""
+        """Routes, ordered by name."""
         return [route for _, route in sorted(self._node.routes.items())]
 
     @property
     def subscriptions(self) -> list[Subscription]:
-        """What is heard, by name."""
+        """Subscriptions, ordered by name."""
         return [found for _, found in sorted(self._node.subscriptions.items())]
 
     @property
     def has_streams(self) -> bool:
-        """Whether there are streams where the node's events go."""
+        """False if the node uses a Redis Cluster, where streams are not supported."""
         return not self._node.config.url.startswith("redis+cluster://")
 
     def reads_stream(self, subscription: Subscription) -> bool:
-        """Whether a subscription is heard over streams, too or only."""
+        """Return True if the node reads a stream for a subscription."""
         return self.has_streams and subscription.via != "channel"
 
     @property
     def signals(self) -> list[NamedSignal]:
-        """The bus's own signals, by name."""
+        """Signals in the namespace of the bus, ordered by name."""
         namespace = self._registry.namespace
         return [namespace[name] for name in sorted(namespace)]
 
     @property
     def local(self) -> list[NamedSignal]:
-        """The bus's own signals that have receivers here and cross no process."""
+        """Signals of the bus with receivers here that are neither published nor subscribed to."""
         return [
             signal for signal in self.signals if connected_to(signal) and not self._crosses(signal)
         ]
 
     def covered_by(self, route: Route) -> list[str]:
-        """The bus's own signals that a route carries."""
+        """Return the names of the bus's signals that a route publishes."""
         return [signal.name for signal in self.signals if route.covers(signal.name)]
 
     def strangers(self) -> Iterator[tuple[str, str]]:
-        """Yield what is wrong with a route whose signal no code asked for, and what to do.
+        """Yield the problem and the remedy of each route that publishes the wrong signal.
 
-        There is another signal of its name, and whoever sends that one publishes nothing.
+        Its signal was never requested with ``bus.signal()``, and another signal of the same name
+        exists. Sending the other signal publishes nothing.
         """
         namespace = self._registry.namespace
 
@@ -97,7 +99,7 @@ class Overview:
             yield _stranger_text(name, where), remedy
 
     def published_names(self, *, via: str) -> list[str]:
-        """The names on the wire that this program publishes one way, patterns resolved."""
+        """Return the names that this program publishes over ``via``, with patterns resolved."""
         names: set[str] = set()
 
         for route in (route for route in self.routes if route.via == via):
@@ -106,7 +108,7 @@ class Overview:
         return sorted(names)
 
     def receivers_of(self, subscription: Subscription) -> list[Connected]:
-        """The receivers that a subscription feeds."""
+        """Return the receivers of the events of a subscription."""
         name = subscription.name
         signals = [signal for signal in self.signals if matches(name, signal.name)]
         found = [connected for signal in signals for connected in connected_to(signal)]
@@ -117,7 +119,7 @@ class Overview:
         return list({id(connected.receiver): connected for connected in found}.values())
 
     def audiences_of(self, subscription: Subscription) -> Iterator[tuple[str, list[Connected]]]:
-        """The signals that a subscription feeds, each with its receivers."""
+        """Yield each signal that a subscription's events are sent to, with its receivers."""
         name, own = subscription.name, self._node.subscriptions
 
         for signal in self.signals:
@@ -128,7 +130,7 @@ class Overview:
             yield name, list(map(Connected, self._registry.receivers_of_pattern(name)))
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, of plain values."""
+        """Return the overview as values that JSON can represent."""
         return {
             "service": self._node.config.service,
             "publishes": [self._route_as_json(route) for route in self.routes],
@@ -145,7 +147,7 @@ class Overview:
         ) or any(matches(subscription.name, signal.name) for subscription in self.subscriptions)
 
     def retries_of(self, subscription: Subscription, receiver: Receiver) -> int | None:
-        """How often a receiver is tried again; ``None`` where nothing is kept for that."""
+        """Return how many retries a receiver has; ``None`` without a consumer group."""
         if not self.reads_stream(subscription) or not subscription.group:
             return None
 
@@ -153,7 +155,7 @@ class Overview:
         return allowed(subscription.retries, asked, self._node.config.retries)
 
     def timeout_of(self, subscription: Subscription, receiver: Receiver) -> float | None:
-        """The seconds that a receiver has; ``None`` for as many as it takes."""
+        """Return the time limit of a receiver in seconds; ``None`` if it has no limit."""
         return self._registry.timeout_of(subscription.name, receiver)
 
     def _route_as_json(self, route: Route) -> dict[str, Any]:
@@ -183,7 +185,7 @@ class Overview:
         sources, reads = subscription.sources, self.reads_stream(subscription)
         return {
             "name": subscription.name,
-            "via": self._ways_of(subscription),
+            "via": self._transports_of(subscription),
             "from": None if sources is None else sorted(sources),
             "echo": subscription.echo,
             "start": _START.get(subscription.start, subscription.start) if reads else None,
@@ -194,7 +196,7 @@ class Overview:
             ],
         }
 
-    def _ways_of(self, subscription: Subscription) -> list[str]:
+    def _transports_of(self, subscription: Subscription) -> list[str]:
         channel = ["channel"] if subscription.via != "stream" else []
         return [*channel, *(["stream"] if self.reads_stream(subscription) else [])]
 
@@ -207,15 +209,15 @@ class Overview:
 
 
 def _strangers(names: Set[str]) -> dict[str, tuple[str, str]]:
-    """Find blinker's signals of these names: where one of each is, and how it is published."""
+    """Return where a signal of blinker's own has one of these names, and the remedy, by name."""
     found: dict[str, tuple[str, str]] = {}
-    # A path of its own says more than the namespace that a signal is in as well.
+    # Used only for signals without a variable of their own, whose path is clearer.
     by_namespace: dict[str, tuple[str, str]] = {}
 
     if not names:
         return found
 
-    # A package before its modules: it shows what is meant for others.
+    # Packages before their modules: a package imports what other code is meant to use.
     for module_name in sorted(sys.modules, key=lambda name: name.count(".")):
         module = sys.modules.get(module_name)
 
@@ -239,7 +241,7 @@ def _strangers(names: Set[str]) -> dict[str, tuple[str, str]]:
 
 _ADOPT = "EventBus(namespace=...)"
 
-#: A signal that no module and no class holds by a name.
+#: Place and remedy of a signal that is no attribute of a module or a class.
 _UNNAMED = (
     "A signal in an object or a function",
     "Name the signal itself in the route, {'signal': SIGNAL}, or give the bus the namespace of "
@@ -252,7 +254,7 @@ def _held(
 ) -> Iterator[tuple[str, NamedSignal | Namespace]]:
     """Yield the signals and namespaces that a module and its classes hold, each with its path."""
     for attribute, value in list(space.items()):
-        # Its type, since a proxy may do anything when it is asked for its class.
+        # type(), since isinstance() on a proxy may run any code.
         kind = type(value)
         path = f"{prefix}{attribute}"
 
@@ -266,28 +268,28 @@ def _held(
 
 
 def _is_stranger(signal: NamedSignal, names: Set[str]) -> bool:
-    # Another thread may be about to make it.
+    # Another thread may be creating the signal, so that it has no name yet.
     return not isinstance(signal, SendingSignal) and getattr(signal, "name", None) in names
 
 
 def _living(names: Set[str]) -> set[str]:
-    """Return those of ``names`` that a signal anywhere in this process has."""
+    """Return the ``names`` for which a signal exists anywhere in this process."""
 
     def look() -> set[str]:
-        # Their types, as above; objects that the program has frozen are not among them.
+        # type() as above. Objects of gc.freeze() are not found.
         signals = [found for found in gc.get_objects() if issubclass(type(found), NamedSignal)]
         return {signal.name for signal in signals if _is_stranger(signal, names)}
 
     if not names or not look():
         return set()
 
-    # It may be one that is gone, and not collected yet.
+    # The signal may be garbage that is not collected yet.
     gc.collect()
     return look()
 
 
 def _stranger_text(name: str, where: str) -> str:
-    """What is wrong with a route whose signal no code asked for."""
+    """Describe the problem of a route whose signal was never requested."""
     return (
         f"The route {name!r} publishes the bus's own signal, which no code has asked for with "
         f"bus.signal({name!r}). {where} is another signal of that name: what "
@@ -296,7 +298,7 @@ def _stranger_text(name: str, where: str) -> str:
 
 
 def connected_to(signal: Signal) -> list[Connected]:
-    """The receivers of a signal that do not publish it."""
+    """Return the receivers of a signal, without the bridge that publishes it."""
     return [
         connected
         for connected in _all_connected(signal)
@@ -305,12 +307,12 @@ def connected_to(signal: Signal) -> list[Connected]:
 
 
 def name_of_signal(signal: Signal) -> str:
-    """A signal's name, or what stands for it where it has none."""
+    """Return the name of a signal; its ``repr()`` if it has no name."""
     return signal.name if isinstance(signal, NamedSignal) else repr(signal)
 
 
 def _all_connected(signal: Signal) -> Iterator[Connected]:
-    # blinker offers no other way to tell a weak receiver from a strong one.
+    # blinker has no public API that tells weak receivers from strong ones.
     for reference in list(signal.receivers.values()):
         if not isinstance(reference, weakref.ref):
             yield Connected(reference)
@@ -327,7 +329,7 @@ def _names(connected: list[Connected]) -> list[str]:
 
 
 def heard(node: Node, names: Iterable[str]) -> set[str]:
-    """The signals that a service may hear over streams, those of ``names`` its patterns fit too."""
+    """Return the names of the streams that a service reads; its patterns select from ``names``."""
     by_stream = {
         name: found for name, found in node.subscriptions.items() if found.via != "channel"
     }
@@ -336,6 +338,6 @@ def heard(node: Node, names: Iterable[str]) -> set[str]:
 
 
 def published(node: Node, names: Iterable[str]) -> set[str]:
-    """Those of ``names`` that a service publishes over streams."""
+    """Return the ``names`` that a service publishes over streams."""
     patterns = [route.name for route in node.routes.values() if route.via == "stream"]
     return {name for name in names if any(matches(pattern, name) for pattern in patterns)}

@@ -17,7 +17,7 @@ from ..event import Event
 from ..text import plain, read_value
 from ..transport.connections import OUTAGE, Connections
 from ..transport.reconnect import Backoff
-from .tail_sources import ChannelTail, Heard, StreamTail
+from .tail_sources import ChannelTail, StreamTail, TailEvent
 
 #: Name of the connections in ``CLIENT LIST``; they do not count as listeners.
 CLIENT_NAME = "eventbus-tail"
@@ -55,7 +55,7 @@ class Filter:
 class TailSource(Protocol):
     """Reads events of one transport: channels or streams."""
 
-    way: str
+    via: str
 
     def listen(self, stopping: threading.Event, backoff: Backoff) -> None:
         """Connect and read until ``stopping`` is set."""
@@ -73,7 +73,7 @@ class Tail:
     Notices are passed on in the thread that iterates over :meth:`events`.
 
     :param names: signals and patterns.
-    :param tell: called with each notice: connected, lost, bytes that are not an event.
+    :param notify: called with each notice: connected, lost, bytes that are not an event.
     """
 
     def __init__(
@@ -83,28 +83,30 @@ class Tail:
         prefix: str,
         codec: Codec,
         names: Sequence[str],
-        tell: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
         self._connections = Connections(url, name=CLIENT_NAME)
         self._names = names
-        self._tell = tell
+        self._notify = notify
         kinds = (ChannelTail,) if url.startswith("redis+cluster://") else (ChannelTail, StreamTail)
-        self._ways: list[TailSource] = [
-            kind(self._connections, prefix=prefix, codec=codec, names=names, spectator=self)
+        self._sources: list[TailSource] = [
+            kind(self._connections, prefix=prefix, codec=codec, names=names, output=self)
             for kind in kinds
         ]
-        self._waiting: queue.Queue[Sequence[Heard] | str | Exception] = queue.Queue(MOST_WAITING)
+        self._waiting: queue.Queue[Sequence[TailEvent] | str | Exception] = queue.Queue(
+            MOST_WAITING
+        )
         self._stopping = threading.Event()
         self._lock = threading.RLock()
-        self._found: set[str] = set()
+        self._ready: set[str] = set()
         self._lost_since: float | None = None
         #: Refusals by name and transport, and those that were already shown.
         self._refusals: dict[tuple[str, str], str] = {}
-        self._said: set[str] = set()
+        self._shown: set[str] = set()
         #: True once all transports have been connected.
         self.connected = False
 
-    def events(self, seconds: float | None = None) -> Iterator[list[Heard]]:
+    def events(self, seconds: float | None = None) -> Iterator[list[TailEvent]]:
         """Yield batches of events, an empty one after a second without events. Call it once.
 
         :param seconds: seconds after which to end; never by default.
@@ -112,7 +114,8 @@ class Tail:
         """
         ends = None if seconds is None else time.monotonic() + seconds
         threads = [
-            threading.Thread(target=self._run, args=[way], daemon=True) for way in self._ways
+            threading.Thread(target=self._run, args=[source], daemon=True)
+            for source in self._sources
         ]
 
         for thread in threads:
@@ -124,7 +127,7 @@ class Tail:
         finally:
             self._stop(threads)
 
-    def _next(self, seconds: float) -> list[Heard]:
+    def _next(self, seconds: float) -> list[TailEvent]:
         try:
             found = self._waiting.get(timeout=seconds)
         except queue.Empty:
@@ -134,7 +137,7 @@ class Tail:
             raise found
 
         if isinstance(found, str):
-            self._tell(found)
+            self._notify(found)
             return []
 
         return list(found)
@@ -142,72 +145,70 @@ class Tail:
     def _stop(self, threads: Sequence[threading.Thread]) -> None:
         self._stopping.set()
 
-        for way in self._ways:
-            way.wake()
+        for source in self._sources:
+            source.wake()
 
         for thread in threads:
             thread.join(timeout=END)
 
-    # -- the threads that hear ------------------------------------------------------------
-
-    def _run(self, way: TailSource) -> None:
+    def _run(self, source: TailSource) -> None:
         backoff = Backoff(most=MOST_BACKOFF)
 
         while not self._stopping.is_set():
             try:
-                way.listen(self._stopping, backoff)
+                source.listen(self._stopping, backoff)
             except redis.AuthenticationError as error:
-                self._put(self._not_let_in(error))
+                self._put(self._login_error(error))
                 return
             except OUTAGE as error:
-                self._lose(way, error)
+                self._lose(source, error)
             except Exception as error:
                 # Raised again in the thread that iterates over events.
                 self._put(error)
                 return
             finally:
-                way.close()
+                source.close()
 
             self._stopping.wait(backoff.next())
 
-    def show(self, heard: Sequence[Heard]) -> None:
+    def show(self, events: Sequence[TailEvent]) -> None:
         """Queue events to be shown; block while the queue is full."""
-        self._put(heard)
+        self._put(events)
 
-    def tell(self, sentence: str) -> None:
+    def notify(self, notice: str) -> None:
         """Queue a notice, in order with the events."""
-        self._put(sentence)
+        self._put(notice)
 
-    def found(self, way: str) -> None:
+    def ready(self, via: str) -> None:
         """Record that a transport is connected; show it once all are."""
         with self._lock:
-            self._found.add(way)
+            self._ready.add(via)
 
-            if len(self._found) == len(self._ways):
-                self._tell_refusals()
-                self._tell_found()
+            if len(self._ready) == len(self._sources):
+                self._report_refusals()
+                self._report_ready()
 
-    def refuse(self, way: str, name: str, sentence: str) -> None:
+    def refused(self, via: str, name: str, notice: str) -> None:
         """Record a refusal; raise it if every transport of the signal is refused."""
         with self._lock:
-            self._refusals[name, way] = sentence
+            self._refusals[name, via] = notice
 
-            if len(self._found) == len(self._ways):
-                self._tell_refusals()
+            if len(self._ready) == len(self._sources):
+                self._report_refusals()
 
-    def _tell_refusals(self) -> None:
+    def _report_refusals(self) -> None:
         for name in self._names:
-            refused = [self._refusals.get((name, way.way)) for way in self._ways]
+            refused = [self._refusals.get((name, source.via)) for source in self._sources]
 
             if all(refused):
                 raise ConfigError(" ".join(filter(None, refused)))
 
-        for sentence in self._refusals.values():
-            if sentence not in self._said:
-                self._said.add(sentence)
-                self._put(sentence)
+        for notice in self._refusals.values():
+            if notice not in self._shown:
+                self._shown.add(notice)
+                self._put(notice)
 
-    def _tell_found(self) -> None:
+    def _report_ready(self) -> None:
         if not self.connected:
             names = ", ".join(self._names)
             self._put(f"Hearing {names} on {self._connections.shown}. Ctrl-C ends.")
@@ -220,16 +221,16 @@ class Tail:
 
     @property
     def _missed(self) -> str:
-        if len(self._ways) == 1:
+        if len(self._sources) == 1:
             return "events of that time were not heard."
 
         return "channels were not heard in that time, and streams go on where they were."
 
-    def _lose(self, way: TailSource, error: Exception) -> None:
+    def _lose(self, source: TailSource, error: Exception) -> None:
         with self._lock:
-            self._found.discard(way.way)
+            self._ready.discard(source.via)
             self._refusals = {
-                key: sentence for key, sentence in self._refusals.items() if key[1] != way.way
+                key: notice for key, notice in self._refusals.items() if key[1] != source.via
             }
 
             if self._lost_since is None and not self._stopping.is_set():
@@ -239,7 +240,7 @@ class Tail:
                     "Trying again until it is back."
                 )
 
-    def _not_let_in(self, error: Exception) -> ConfigError:
+    def _login_error(self, error: Exception) -> ConfigError:
         refusal = ConfigError(
             f"Redis at {self._connections.shown} does not let this user in: {error}. "
             "Correct the user and the password in 'EVENTBUS_URL'."
@@ -247,7 +248,7 @@ class Tail:
         refusal.__cause__ = error
         return refusal
 
-    def _put(self, item: Sequence[Heard] | str | Exception) -> None:
+    def _put(self, item: Sequence[TailEvent] | str | Exception) -> None:
         while not self._stopping.is_set():
             try:
                 return self._waiting.put(item, timeout=TICK)

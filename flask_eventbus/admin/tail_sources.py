@@ -1,4 +1,4 @@
-"""What is heard for `tail`, and what those who hear tell the one who shows it."""
+"""Read channels and streams for `tail`, and report events and refusals."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ from ..transport.reconnect import Backoff
 logger = get_logger(__name__)
 
 
-#: Bytes that are shown of what is no event.
+#: Bytes to show of data that is not an event.
 SHOWN_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """An event, and the id of its entry where it came over a stream."""
+class TailEvent:
+    """An event, and the id of its entry if it came over a stream."""
 
     event: Event
     entry: str | None = None
 
 
-class Spectator(Protocol):
-    """Takes what is heard over channels and over streams; any thread may call it."""
+class TailOutput(Protocol):
+    """Receives the results of the tail sources; any thread may call its methods."""
 
-    def show(self, heard: Sequence[Heard]) -> None:
-        """Events came."""
+    def show(self, events: Sequence[TailEvent]) -> None:
+        """Show events."""
 
-    def tell(self, sentence: str) -> None:
-        """Something is to be said to the person who watches."""
+    def notify(self, notice: str) -> None:
+        """Show a notice to the user."""
 
-    def found(self, way: str) -> None:
-        """All that is wanted is heard over ``way`` from now on, or is refused."""
+    def ready(self, via: str) -> None:
+        """Note that every subscription of this transport is confirmed or refused."""
 
-    def refuse(self, way: str, name: str, sentence: str) -> None:
-        """Redis does not let this user hear ``name`` over ``way``."""
+    def refused(self, via: str, name: str, notice: str) -> None:
+        """Note that Redis does not permit this user to read ``name`` over this transport."""
 
 
 def read_event(codec: Codec, name: str, body: bytes, *, via: str) -> Event:
-    """The event of which ``body`` is the bytes.
+    """Decode an event.
 
-    :raises DecodeError: it is none, or it is one of another name.
+    :raises DecodeError: ``body`` is not an event, or an event of another signal.
     """
     event = codec.decode(body, via=via)
 
@@ -69,20 +69,22 @@ def read_event(codec: Codec, name: str, body: bytes, *, via: str) -> Event:
     return event
 
 
-def no_event(where: str, body: bytes, error: DecodeError) -> str:
-    """A sentence about bytes that are no event."""
+def describe_invalid(where: str, body: bytes, error: DecodeError) -> str:
+    """Return a notice about bytes that are not an event."""
     return f"Not an event {where} ({error.reason}): {error} It begins with {body[:SHOWN_BYTES]!r}."
 
 
-#: Seconds of silence after which the server is asked for a sign of life, and seconds it has.
+#: Seconds without a message after which a PING is sent.
 QUIET = 5.0
+
+#: Seconds that Redis has to answer the PING.
 DEADLINE = 5.0
 
 
 class ChannelTail:
     """Listens to the channels of names and patterns."""
 
-    way = "channel"
+    via = "channel"
 
     def __init__(
         self,
@@ -91,47 +93,47 @@ class ChannelTail:
         prefix: str,
         codec: Codec,
         names: Sequence[str],
-        spectator: Spectator,
+        output: TailOutput,
     ) -> None:
         self._reader = ChannelReader(connections)
         self._keys = ChannelKeys(prefix)
         self._codec = codec
         self._names = names
-        self._spectator = spectator
+        self._output = output
         self._answered = 0
 
     def listen(self, stopping: threading.Event, backoff: Backoff) -> None:
-        """Connect and hear until it is told to stop.
+        """Connect and listen until ``stopping`` is set.
 
-        :raises redis.ConnectionError: the connection is lost, or there is none.
+        :raises redis.ConnectionError: the connection is lost, or cannot be made.
         """
         self._connect()
-        heard = time.monotonic()
-        asked: float | None = None
+        last_frame = time.monotonic()
+        pinged: float | None = None
 
         while not stopping.is_set():
             frames = self._reader.read()
             now = time.monotonic()
 
             if frames:
-                heard, asked = now, None
+                last_frame, pinged = now, None
                 backoff.reset()
                 self._take(frames)
-            elif asked is None and now - heard >= QUIET:
-                asked = now
+            elif pinged is None and now - last_frame >= QUIET:
+                pinged = now
                 self._reader.ping()
-            elif asked is not None and now - asked >= DEADLINE:
+            elif pinged is not None and now - pinged >= DEADLINE:
                 raise redis.TimeoutError(f"no answer to a PING within {DEADLINE:g} s")
 
     def wake(self) -> None:
-        """Let a wait for Redis end soon, in whatever thread."""
+        """End a wait for Redis soon; any thread may call it."""
         try:
             self._reader.ping()
         except OUTAGE as error:
             logger.debug("The reader wakes by itself: %s", error)
 
     def close(self) -> None:
-        """Close the connection. Only the thread that listens may."""
+        """Close the connection; only the thread of :meth:`listen` may call it."""
         self._reader.close()
 
     def _connect(self) -> None:
@@ -142,12 +144,12 @@ class ChannelTail:
             self._reader.subscribe([self._keys.key(name)], patterns=is_pattern(name))
 
     def _take(self, frames: Sequence[Frame]) -> None:
-        heard = [found for frame in frames for found in self._heard(frame)]
+        events = [event for frame in frames for event in self._events(frame)]
 
-        if heard:
-            self._spectator.show(heard)
+        if events:
+            self._output.show(events)
 
-    def _heard(self, frame: Frame) -> Iterator[Heard]:
+    def _events(self, frame: Frame) -> Iterator[TailEvent]:
         if frame.kind not in ("message", "pmessage"):
             self._note(frame)
             return
@@ -158,12 +160,12 @@ class ChannelTail:
             return
 
         try:
-            yield Heard(read_event(self._codec, name, frame.body, via=self.way))
+            yield TailEvent(read_event(self._codec, name, frame.body, via=self.via))
         except DecodeError as error:
-            self._spectator.tell(no_event(f"on the channel of {name!r}", frame.body, error))
+            self._output.notify(describe_invalid(f"on the channel of {name!r}", frame.body, error))
 
     def _first_match(self, name: str) -> str | None:
-        """The one of the names that counts: Redis delivers once for each that fits."""
+        """Return the subscription that shows the event; Redis delivers it once for each match."""
         return next((pattern for pattern in self._names if matches(pattern, name)), None)
 
     def _note(self, frame: Frame) -> None:
@@ -175,14 +177,14 @@ class ChannelTail:
         self._answered += 1
 
         if self._answered == len(self._names):
-            self._spectator.found(self.way)
+            self._output.ready(self.via)
 
     def _refused(self, name: str, reason: str) -> None:
         if is_passing(redis.ResponseError(reason)):
             raise redis.ConnectionError(reason)
 
-        self._spectator.refuse(
-            self.way,
+        self._output.refused(
+            self.via,
             name,
             f"Redis refuses to let this user listen to {name!r}: {reason.rstrip('.')}. Grant it "
             f"the channel in the ACL, '&{self._keys.key(name)}', or name only signals that it may "
@@ -194,29 +196,29 @@ def _as_bytes(key: str | bytes) -> bytes:
     return key.encode() if isinstance(key, str) else key
 
 
-#: Seconds that Redis holds a read back where there is nothing to read.
+#: Seconds that a read blocks if there are no entries.
 BLOCK = 1.0
 
-#: Seconds that Redis has to answer anything.
+#: Seconds that Redis has to answer a command.
 TIMEOUT = 5.0
 
-#: Entries of one stream that are read at once.
+#: Most entries of one stream to read at once.
 COUNT = 100
 
-#: Seconds between looks for streams that patterns stand for.
-LOOK = 1.0
+#: Seconds between two searches for streams that match a pattern.
+SEARCH_INTERVAL = 1.0
 
-#: Seconds after which a stream that Redis refuses is asked for again.
-ASK_AGAIN = 5.0
+#: Seconds before a stream that Redis refused is read again.
+RETRY_REFUSED = 5.0
 
 
 class StreamTail:
     """Reads the streams of names and patterns, from their ends on.
 
-    After a lost connection it goes on where it was, as far as Redis still has it.
+    After a lost connection it continues after the last entry that it read.
     """
 
-    way = "stream"
+    via = "stream"
 
     def __init__(
         self,
@@ -225,32 +227,34 @@ class StreamTail:
         prefix: str,
         codec: Codec,
         names: Sequence[str],
-        spectator: Spectator,
+        output: TailOutput,
     ) -> None:
         self._pipe = Pipe(connections, timeout=TIMEOUT)
         self._keys = StreamKeys(prefix)
         self._codec = codec
         self._names = {name for name in names if not is_pattern(name)}
         self._patterns = [name for name in names if is_pattern(name)]
-        self._spectator = spectator
+        self._output = output
         self._block = self._pipe.wait_at_most(BLOCK)
-        #: The last entry that was read of each stream.
+        #: Id of the last entry read from each stream, by name.
         self._positions: dict[str, EntryId] = {}
-        #: The streams that Redis refuses now, and those that it refused at any time.
+        #: Streams that Redis refuses now.
         self._refused: set[str] = set()
+        #: Streams that Redis has refused at any time, and invalid names.
         self._was_refused: set[str] = set()
-        self._looked = self._ask_again = float("-inf")
-        #: Before all that was added since streams were last looked for, if that was ever.
+        #: Monotonic times of the last search, and of the next read of refused streams.
+        self._searched = self._retry_at = float("-inf")
+        #: Entry id before all entries added since the last search; ``None`` before the first.
         self._since: EntryId | None = None
 
     def listen(self, stopping: threading.Event, backoff: Backoff) -> None:
-        """Connect and read until it is told to stop.
+        """Connect and read until ``stopping`` is set.
 
-        :raises redis.ConnectionError: the connection is lost, or there is none.
+        :raises redis.ConnectionError: the connection is lost, or cannot be made.
         """
         self._resume()
-        self._look()
-        self._spectator.found(self.way)
+        self._search()
+        self._output.ready(self.via)
 
         while not stopping.is_set():
             if self._positions:
@@ -260,36 +264,35 @@ class StreamTail:
 
             backoff.reset()
 
-            if time.monotonic() - self._looked >= LOOK:
-                self._look()
+            if time.monotonic() - self._searched >= SEARCH_INTERVAL:
+                self._search()
 
     def wake(self) -> None:
-        """Let a wait for Redis end now, in whatever thread."""
+        """End a wait for Redis now; any thread may call it."""
         self._pipe.interrupt()
 
     def close(self) -> None:
-        """Close the connection. Only the thread that reads may."""
+        """Close the connection; only the thread of :meth:`listen` may call it."""
         self._pipe.close()
 
-    # -- which streams, and from where ----------------------------------------------------
-
     def _resume(self) -> None:
-        """Go on where it was; where Redis has forgotten that much, with what it adds now."""
+        """Continue after the last entries read, or at the ends of streams that were reset."""
         names = list(self._positions)
 
         for name, last in zip(names, self._ends(names), strict=True):
             if not isinstance(last, Exception):
                 self._positions[name] = min(last, self._positions[name])
 
-    def _look(self) -> None:
-        self._looked = time.monotonic()
+    def _search(self) -> None:
+        """Search for new streams, and set the position at which each is read from."""
+        self._searched = time.monotonic()
 
-        if self._looked >= self._ask_again:
+        if self._searched >= self._retry_at:
             self._refused.clear()
 
         since = self._since
-        wanted = self._names | self._discovered()
-        new = sorted(wanted - self._positions.keys() - self._refused)
+        selected = self._names | self._discovered()
+        new = sorted(selected - self._positions.keys() - self._refused)
 
         for name, end in zip(new, self._ends(new), strict=True):
             if isinstance(end, Exception):
@@ -297,11 +300,11 @@ class StreamTail:
             elif since is None or name in self._was_refused:
                 self._positions[name] = end
             else:
-                # It was not there at the last look: all that is younger is new.
+                # The stream was created after the last search: read all newer entries.
                 self._positions[name] = since
 
     def _discovered(self) -> set[str]:
-        """The signals that have a stream and that a pattern stands for."""
+        """Return the names of existing streams that match a pattern."""
         if not self._patterns:
             return set()
 
@@ -313,9 +316,9 @@ class StreamTail:
             return set()
 
         names = {name.decode(errors="replace") for name in found}
-        return {name for name in names if self._is_wanted(name)}
+        return {name for name in names if self._is_selected(name)}
 
-    def _is_wanted(self, name: str) -> bool:
+    def _is_selected(self, name: str) -> bool:
         if not any(matches(pattern, name) for pattern in self._patterns):
             return False
 
@@ -324,7 +327,7 @@ class StreamTail:
 
         if name not in self._was_refused:
             self._was_refused.add(name)
-            self._spectator.tell(
+            self._output.notify(
                 f"{self._keys.names!r} has a name that no signal can have; it is left out: "
                 f"'{printable(name[:128])}'."
             )
@@ -332,26 +335,24 @@ class StreamTail:
         return False
 
     def _ends(self, names: Sequence[str]) -> list[EntryId | Exception]:
-        """The id of the last entry of each stream; or why Redis does not tell it."""
+        """Return the id of the last entry of each stream, or the error of Redis."""
         commands: list[Command] = [
             ("XREVRANGE", self._keys.stream(name), "+", "-", "COUNT", 1) for name in names
         ]
         answers = self._pipe.run(commands, most=SAMPLE) if commands else []
         return [_end(answer) for answer in answers]
 
-    # -- reading --------------------------------------------------------------------------
-
     def _read(self) -> None:
         names = list(self._positions)
         (answer,) = self._pipe.run([self._command(names, "BLOCK", int(self._block * 1000))])
 
         if isinstance(answer, Exception):
-            self._sort_out(names)
+            self._read_singly(names)
         else:
             self._take(answer)
 
-    def _sort_out(self, names: Sequence[str]) -> None:
-        """Find out which of the streams it is that Redis refuses to have read."""
+    def _read_singly(self, names: Sequence[str]) -> None:
+        """Read each stream on its own, to find those that Redis refuses."""
         answers = self._pipe.run([self._command([name]) for name in names])
 
         for name, answer in zip(names, answers, strict=True):
@@ -368,55 +369,53 @@ class StreamTail:
     def _take(self, answer: Any) -> None:
         for key, entries in answer or ():
             name = self._keys.name(key.decode())
-            heard = [
-                found
+            events = [
+                event
                 for id, fields in entries
-                for found in self._heard(name, id.decode(), dict(_pairs(fields)))
+                for event in self._events(name, id.decode(), dict(_pairs(fields)))
             ]
             self._positions[name] = entry_id(entries[-1][0])
 
-            if heard:
-                self._spectator.show(heard)
+            if events:
+                self._output.show(events)
 
-    def _heard(self, name: str, id: str, fields: dict[bytes, bytes]) -> Iterator[Heard]:
+    def _events(self, name: str, id: str, fields: dict[bytes, bytes]) -> Iterator[TailEvent]:
         where = f"in the stream of {name!r}, entry {id}"
         body = fields.get(b"event")
 
         if body is None:
-            self._spectator.tell(
+            self._output.notify(
                 f"Not an event {where} (missing_attribute): It has no field 'event', but "
                 f"{short(list(fields))}."
             )
             return
 
         try:
-            yield Heard(read_event(self._codec, name, body, via=self.way), id)
+            yield TailEvent(read_event(self._codec, name, body, via=self.via), id)
         except DecodeError as error:
-            self._spectator.tell(no_event(where, body, error))
-
-    # -- what Redis refuses ---------------------------------------------------------------
+            self._output.notify(describe_invalid(where, body, error))
 
     def _refuse(self, name: str, reason: Exception) -> None:
         key = self._keys.stream(name)
         self._positions.pop(name, None)
         self._refused.add(name)
         self._was_refused.add(name)
-        self._ask_again = self._looked + ASK_AGAIN
-        self._spectator.refuse(
-            self.way,
+        self._retry_at = self._searched + RETRY_REFUSED
+        self._output.refused(
+            self.via,
             name,
-            f"Redis refuses to let this user read the stream of {name!r}: {_said(reason)}. "
+            f"Redis refuses to let this user read the stream of {name!r}: {_one_line(reason)}. "
             f"{_remedy(reason, key)}",
         )
 
     def _refuse_patterns(self, reason: Exception) -> None:
         for pattern in self._patterns:
-            self._spectator.refuse(
-                self.way,
+            self._output.refused(
+                self.via,
                 pattern,
                 f"Redis refuses to tell this user which streams {pattern!r} stands for: "
-                f"{_said(reason)}. Grant it '+smembers ~{self._keys.names}' in the ACL, or name "
-                "the signals.",
+                f"{_one_line(reason)}. Grant it '+smembers ~{self._keys.names}' in the ACL, or "
+                "name the signals.",
             )
 
 
@@ -428,7 +427,7 @@ def _end(answer: Any) -> EntryId | Exception:
 
 
 def _before(clock: Sequence[bytes]) -> EntryId:
-    """A place before all that is added from this time of the server on."""
+    """Return an entry id before all entries added from this time of the server on."""
     return before_moment(int(clock[0]) * 1000 + int(clock[1]) // 1000)
 
 
@@ -436,7 +435,7 @@ def _pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
     return zip(flat[::2], flat[1::2], strict=True)
 
 
-def _said(reason: Exception) -> str:
+def _one_line(reason: Exception) -> str:
     return printable(" ".join(str(reason).split()).rstrip("."))
 
 

@@ -14,7 +14,7 @@ from ..admin.overview import Overview
 from ..admin.publish import Receipt, publish_one
 from ..admin.server import census
 from ..admin.tail import Filter, Tail
-from ..admin.tail_sources import Heard
+from ..admin.tail_sources import TailEvent
 from ..bus import run_until_signal
 from ..checks.doctor import check as check_node
 from ..checks.findings import Finding
@@ -134,12 +134,12 @@ def tail(
     events, runs no receiver, leaves streams unchanged, and reconnects if Redis goes away.
     Notices, such as bytes that are not an event, go to stderr.
     """
-    spectator = _spectator(program.node, names)
+    source = _tail(program.node, names)
     shown_events = Filter(sources=sources, values=pairs)
     shown = 0
 
     with suppress(KeyboardInterrupt):
-        for heard in _until_gone(spectator.events(seconds)):
+        for heard in _until_gone(source.events(seconds)):
             if shown_events.accepts(heard.event):
                 line = as_line(heard.event)
                 click.echo(as_json(heard.event, heard.entry) if in_json else line)
@@ -148,22 +148,22 @@ def tail(
             if shown == count:
                 return
 
-    if count is not None or not spectator.connected:
+    if count is not None or not source.connected:
         raise click.exceptions.Exit(1)
 
 
-def _spectator(node: Node, names: tuple[str, ...]) -> Tail:
+def _tail(node: Node, names: tuple[str, ...]) -> Tail:
     config = node.config
     return Tail(
         url=config.url,
         prefix=config.prefix,
         codec=node.registry.codec.limited(config.max_event_bytes),
         names=names,
-        tell=lambda sentence: click.echo(sentence, err=True),
+        notify=lambda notice: click.echo(notice, err=True),
     )
 
 
-def _until_gone(batches: Iterator[list[Heard]]) -> Iterator[Heard]:
+def _until_gone(batches: Iterator[list[TailEvent]]) -> Iterator[TailEvent]:
     """Yield events until the reader of stdout exits.
 
     :raises BrokenPipeError: the reader of stdout has exited.

@@ -26,7 +26,7 @@ from flask_eventbus import Bus, ConfigError, Event
 from flask_eventbus.__main__ import main
 from flask_eventbus.admin import tail_sources
 from flask_eventbus.admin.tail import Filter, Tail
-from flask_eventbus.admin.tail_sources import Heard
+from flask_eventbus.admin.tail_sources import TailEvent
 from flask_eventbus.cli.output import as_json, as_line
 from flask_eventbus.codec.codec import Codec
 
@@ -318,7 +318,7 @@ def test_a_server_that_hangs_is_noticed(
     monkeypatch.setattr(tail_sources, "DEADLINE", 0.1)
     told: list[str] = []
     tail = Tail(
-        url=redis_server.url, prefix="eventbus", codec=Codec(), names=["*"], tell=told.append
+        url=redis_server.url, prefix="eventbus", codec=Codec(), names=["*"], notify=told.append
     )
     batches = tail.events(seconds=60)
     wait_until(lambda: next(batches) == [] and tail.connected)
@@ -345,7 +345,7 @@ def test_events_of_a_registered_type_are_shown_where_the_type_is_known(
 
     def tail(codec: Codec) -> Tail:
         return Tail(
-            url=redis_server.url, prefix="eventbus", codec=codec, names=["*"], tell=told.append
+            url=redis_server.url, prefix="eventbus", codec=codec, names=["*"], notify=told.append
         )
 
     knowing, strange = tail(bus.codec), tail(Codec())
@@ -478,7 +478,7 @@ def test_json_has_what_json_lacks_as_text_and_bytes_as_base64() -> None:
 
 def test_a_tail_refuses_a_url_that_reads_as_none() -> None:
     with pytest.raises(ConfigError, match="EVENTBUS_URL"):
-        Tail(url="redis://x:port/", prefix="p", codec=Codec(), names=["*"], tell=print)
+        Tail(url="redis://x:port/", prefix="p", codec=Codec(), names=["*"], notify=print)
 
 
 # -- streams ------------------------------------------------------------------------------
@@ -489,13 +489,13 @@ class Seen:
 
     def __init__(self, url: str, *names: str, prefix: str = "eventbus") -> None:
         self.told: list[str] = []
-        self.heard: list[Heard] = []
+        self.heard: list[TailEvent] = []
         self.tail = Tail(
             url=url,
             prefix=prefix,
             codec=Codec(),
             names=names or ["*"],
-            tell=self.told.append,
+            notify=self.told.append,
         )
         self._batches = self.tail.events(60)
 
@@ -714,7 +714,7 @@ def test_whoever_may_not_ask_which_streams_there_are_is_told_so(
 def test_a_stream_that_is_refused_is_told_once_and_asked_for_again(
     see: Callable[..., Seen], store: StreamStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tail_sources, "ASK_AGAIN", 0.0)
+    monkeypatch.setattr(tail_sources, "RETRY_REFUSED", 0.0)
     key = store.keys.stream("noted")
     store.client.sadd(store.keys.names, "noted", "bad name\x1b", "fine")
     store.client.set(key, "something else")
