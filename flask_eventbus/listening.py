@@ -8,16 +8,14 @@ from collections.abc import Callable, Container, Mapping
 from .channels.decoder import MessageDecoder
 from .channels.listener import ChannelSubscriptions, Listener
 from .channels.reader import ChannelReader
-from .codec.codec import Codec
 from .config import Config
 from .errors import ConfigError
-from .logs import Counters
 from .receivers.dispatcher import Dispatcher
 from .receivers.workers import WorkerThreads
 from .routing.bus_signal import Receiver
 from .routing.subscriptions import Subscription
 from .streams.consumer import Consumer
-from .transport.connections import Connections
+from .transport.context import Context
 from .transport.keys import ChannelKeys
 
 #: Seconds to wait for the listener to end, before its last events must be finished.
@@ -45,25 +43,20 @@ class Listening:
     :param subscriptions: returns the subscriptions of the service, which may change.
     :param issued: returns the number of events that this node has created.
     :param siblings: the names of nodes of this process, whose local receivers ran at ``send()``.
-    :param app_exists: returns False once the app is gone; the thread then stops.
     :param retries_of: returns the retries that a receiver declared for a signal, or ``None``.
     """
 
     def __init__(
         self,
+        context: Context,
         *,
-        config: Config,
-        connections: Connections,
-        codec: Codec,
         dispatcher: Dispatcher,
         subscriptions: Callable[[], Mapping[str, Subscription]],
-        counters: Counters,
-        node: str,
         issued: Callable[[], int],
         siblings: Container[str],
-        app_exists: Callable[[], bool],
         retries_of: Callable[[str, Receiver], int | None],
     ) -> None:
+        config = context.config
         self._subscriptions = subscriptions
         self._channels = TransportFilter(excluded="stream")
         self._streams = TransportFilter(excluded="channel")
@@ -71,46 +64,36 @@ class Listening:
         self.pool = WorkerThreads(
             config=config,
             dispatcher=dispatcher,
-            counters=counters,
-            node=node,
+            counters=context.counters,
+            node=context.node,
             handle=lambda deliveries: self.consumer.attempts.run(deliveries),
         )
-        reader = ChannelReader(connections)
-        keys = ChannelKeys(config.prefix)
+        reader = ChannelReader(context.connections)
         self.listener = Listener(
-            config=config,
+            context,
             reader=reader,
-            keys=keys,
             subscriptions=ChannelSubscriptions(
                 service=config.service,
-                keys=keys,
+                keys=ChannelKeys(config.prefix),
                 reader=reader,
                 subscriptions=self._on_channels,
             ),
             decoder=MessageDecoder(
                 config=config,
-                codec=codec,
-                counters=counters,
-                node=node,
+                codec=context.codec,
+                counters=context.counters,
+                node=context.node,
                 issued=issued,
                 siblings=siblings,
             ),
             pool=self.pool,
-            counters=counters,
-            node=node,
-            app_exists=app_exists,
         )
         self.consumer = Consumer(
-            config=config,
-            connections=connections,
-            codec=codec,
+            context,
             dispatcher=dispatcher,
             pool=self.pool,
             subscriptions=self._on_streams,
-            counters=counters,
-            node=node,
             siblings=siblings,
-            app_exists=app_exists,
             retries_of=retries_of,
             is_alone=lambda: not self._on_channels(),
         )

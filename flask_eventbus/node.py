@@ -38,6 +38,7 @@ from .routing.routes import Route, read_routes
 from .routing.subscriptions import NEW, Subscription, read_subscriptions
 from .signals import wait_until_sent
 from .transport.connections import Connections
+from .transport.context import Context
 from .transport.keys import StreamKeys
 
 logger = get_logger(__name__)
@@ -395,17 +396,20 @@ class Node:
 
     def _make_inbound(self) -> Listening:
         publisher = self._publisher
-        return Listening(
+        context = Context(
             config=self.config,
             connections=self.connections,
             codec=self.codec,
-            dispatcher=self.dispatcher,
-            subscriptions=lambda: self._subscriptions,
             counters=self.counters,
             node=self._name,
+            app_exists=self._app_exists,
+        )
+        return Listening(
+            context,
+            dispatcher=self.dispatcher,
+            subscriptions=lambda: self._subscriptions,
             issued=lambda: publisher.issued,
             siblings=self.registry.siblings,
-            app_exists=self._app_exists,
             retries_of=self.registry.retries_of,
         )
 

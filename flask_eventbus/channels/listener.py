@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import redis
 
-from ..config import Config
 from ..event import Event
-from ..logs import BoundedLog, Counters, get_logger
+from ..logs import BoundedLog, get_logger
 from ..receivers.workers import WorkerThreads
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import Subscription
 from ..signals import emit, listener_connected, listener_lost
 from ..transport.connections import OUTAGE
+from ..transport.context import Context
 from ..transport.keys import ChannelKeys
 from ..transport.reconnect import Backoff
 from .decoder import MessageDecoder
@@ -225,31 +225,26 @@ class Listener:
     :param subscriptions: the subscriptions of the reader's connection.
     :param decoder: decodes the messages.
     :param pool: the worker threads that run the receivers.
-    :param app_exists: returns False once the app is gone; the thread then stops.
     """
 
     def __init__(
         self,
+        context: Context,
         *,
-        config: Config,
         reader: ChannelReader,
-        keys: ChannelKeys,
         subscriptions: ChannelSubscriptions,
         decoder: MessageDecoder,
         pool: WorkerThreads,
-        counters: Counters,
-        node: str,
-        app_exists: Callable[[], bool],
     ) -> None:
-        self._config = config
-        self._app_exists = app_exists
+        self._config = context.config
+        self._counters = context.counters
+        self._node = context.node
+        self._app_exists = context.app_exists
+        self._keys = ChannelKeys(context.config.prefix)
         self._reader = reader
-        self._keys = keys
         self._subscriptions = subscriptions
         self._decoder = decoder
         self._pool = pool
-        self._counters = counters
-        self._node = node
         # Bounded, so that an unstable connection does not fill the log.
         self._log = BoundedLog(logger)
         self._thread: threading.Thread | None = None

@@ -13,13 +13,12 @@ from typing import Any
 import redis
 
 from ..codec.records import DeadLetter
-from ..config import Config
-from ..logs import BoundedLog, Counters, get_logger
+from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import Delivery, InFlight
 from ..signals import emit, event_dead_lettered
 from ..transport.clock import RedisClock
 from ..transport.connections import OUTAGE
-from ..transport.keys import StreamKeys
+from ..transport.context import Context
 from ..transport.pipe import Command
 from .dead_limit import DeadLimit
 from .group import Group
@@ -49,19 +48,17 @@ class Acknowledger:
 
     def __init__(
         self,
+        context: Context,
         *,
-        config: Config,
-        keys: StreamKeys,
         group: Group,
         in_flight: InFlight,
-        counters: Counters,
         expect: Callable[[str, float], None],
     ) -> None:
-        self._config = config
-        self._keys = keys
+        self._config = context.config
+        self._keys = context.keys
+        self._counters = context.counters
         self._group = group
         self._in_flight = in_flight
-        self._counters = counters
         self._expect = expect
         self._log = BoundedLog(logger)
         self._waiting: deque[Outcome] = deque()
@@ -71,9 +68,13 @@ class Acknowledger:
         self._refusals: deque[tuple[float, Outcome]] = deque()
         #: Held by the thread that uses the write connection.
         self.lock = threading.RLock()
-        self.clock = RedisClock(group.pipe, config=config, lock=self.lock)
+        self.clock = RedisClock(group.pipe, config=self._config, lock=self.lock)
         self._limit = DeadLimit(
-            group.pipe, config=config, keys=keys, counters=counters, lock=self.lock
+            group.pipe,
+            config=self._config,
+            keys=self._keys,
+            counters=self._counters,
+            lock=self.lock,
         )
 
     def __len__(self) -> int:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import redis
 
-from ..logs import Counters, get_logger
-from ..receivers.delivery import Delivery, InFlight
+from ..logs import get_logger
+from ..receivers.delivery import Delivery
 from ..receivers.dispatcher import Dispatcher, Status
 from ..receivers.retries import Failure
 from ..transport.connections import OUTAGE
-from .acknowledger import Acknowledger
+from ..transport.context import Context
 from .group import Group, GroupGoneError
-from .outcomes import Outcomes
+from .intake import Intake
 from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
@@ -32,22 +32,20 @@ class Attempts:
 
     def __init__(
         self,
+        context: Context,
         *,
         dispatcher: Dispatcher,
         group: Group,
-        in_flight: InFlight,
-        outcomes: Outcomes,
-        acknowledger: Acknowledger,
+        intake: Intake,
         retries: RetryQueue,
-        counters: Counters,
     ) -> None:
+        self._counters = context.counters
         self._dispatcher = dispatcher
         self._group = group
-        self._in_flight = in_flight
-        self._outcomes = outcomes
-        self._acknowledger = acknowledger
+        self._in_flight = intake.in_flight
+        self._outcomes = intake.outcomes
+        self._acknowledger = intake.acknowledger
         self._retries = retries
-        self._counters = counters
         self._is_stopping = False
         self._is_disowned = False
 

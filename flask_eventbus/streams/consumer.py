@@ -10,17 +10,15 @@ from collections.abc import Callable, Container, Mapping
 
 import redis
 
-from ..codec.codec import Codec
-from ..config import Config
-from ..logs import BoundedLog, Counters, get_logger
+from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import InFlight
 from ..receivers.dispatcher import Dispatcher
 from ..receivers.workers import WorkerThreads
 from ..routing.bus_signal import Receiver
 from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import emit, listener_connected, listener_lost
-from ..transport.connections import OUTAGE, Connections
-from ..transport.keys import StreamKeys
+from ..transport.connections import OUTAGE
+from ..transport.context import Context
 from ..transport.pipe import Pipe
 from .acknowledger import Acknowledger
 from .attempts import Attempts
@@ -28,6 +26,7 @@ from .decoder import EntryDecoder
 from .duplicates import Duplicates
 from .fanout import Fanout
 from .group import Group, GroupGoneError
+from .intake import Intake
 from .maintenance import Maintenance
 from .membership import Catalogue, Membership
 from .orphans import Orphans
@@ -61,167 +60,159 @@ class Consumer:
 
     def __init__(
         self,
+        context: Context,
         *,
-        config: Config,
-        connections: Connections,
-        codec: Codec,
         dispatcher: Dispatcher,
         pool: WorkerThreads,
         subscriptions: Callable[[], Mapping[str, Subscription]],
-        counters: Counters,
-        node: str,
         siblings: Container[str],
-        app_exists: Callable[[], bool],
         retries_of: Callable[[str, Receiver], int | None],
         is_alone: Callable[[], bool],
     ) -> None:
-        self._config = config
+        self._config = config = context.config
+        self._dispatcher = dispatcher
+        self._pool = pool
         self._subscriptions = subscriptions
         self._is_alone = is_alone
         self._log = BoundedLog(logger)
-        self._in_flight = InFlight()
         self._lost_since: float | None = None
         self._was_connected = False
         self._is_stopping = False
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{node}"
-        self._pool = pool
-        self._dispatcher = dispatcher
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{context.node}"
         counts = RetryCounts(config=config, dispatcher=dispatcher, receiver_retries=retries_of)
-        keys = StreamKeys(config.prefix)
-        read_pipe = Pipe(connections, timeout=ANSWER_TIMEOUT)
-        write_pipe = Pipe(connections, timeout=WRITE_TIMEOUT)
-        self._group = self._group_on(write_pipe, keys)
-        group = self._group_on(read_pipe, keys, unlisted=self._group.unlisted)
-        decoder = EntryDecoder(config=config, codec=codec, counters=counters, siblings=siblings)
+        decoder = EntryDecoder(
+            config=config, codec=context.codec, counters=context.counters, siblings=siblings
+        )
+        self._in_flight = InFlight()
+        intake, reclaimer = self._create_write_side(context, decoder, counts)
+        self._create_read_side(context, decoder, intake, reclaimer)
+
+    def _create_write_side(
+        self, context: Context, decoder: EntryDecoder, counts: RetryCounts
+    ) -> tuple[Intake, Reclaimer]:
+        """Create what handles entries: outcomes, retries and claims, over one connection."""
+        self._group = self._group_on(context, WRITE_TIMEOUT)
         self._acknowledger = Acknowledger(
-            config=config,
-            keys=keys,
+            context,
             group=self._group,
             in_flight=self._in_flight,
-            counters=counters,
             expect=lambda name, due: self._maintenance.expect(name, due),
         )
         outcomes = Outcomes(
-            config=config,
-            keys=keys,
+            context,
             retries_of=counts.after,
-            failures=dispatcher.failures,
+            failures=self._dispatcher.failures,
             clock=self._acknowledger.clock,
         )
-        self._retries = RetryQueue(
-            write_pipe,
-            config=config,
-            keys=keys,
-            codec=codec,
+        intake = Intake(
+            decoder=decoder,
+            in_flight=self._in_flight,
+            queue=self._pool.queue,
             outcomes=outcomes,
-            lock=self._acknowledger.lock,
-            clock=self._acknowledger.clock,
-            knows=lambda event, name: bool(dispatcher.receivers(event, only=name)),
+            acknowledger=self._acknowledger,
+        )
+        self._retries = RetryQueue(
+            self._group.pipe,
+            context,
+            outcomes=outcomes,
+            acknowledger=self._acknowledger,
+            knows=lambda event, name: bool(self._dispatcher.receivers(event, only=name)),
             retries_of=counts.of_receiver,
         )
         self.attempts = Attempts(
-            dispatcher=dispatcher,
+            context,
+            dispatcher=self._dispatcher,
             group=self._group,
-            in_flight=self._in_flight,
-            outcomes=outcomes,
-            acknowledger=self._acknowledger,
+            intake=intake,
             retries=self._retries,
-            counters=counters,
         )
         reclaimer = Reclaimer(
-            config=config,
+            context,
             group=self._group,
-            decoder=decoder,
-            in_flight=self._in_flight,
-            queue=pool.queue,
-            outcomes=outcomes,
-            acknowledger=self._acknowledger,
-            trims=Trims(self._group, service=config.service, counters=counters),
-            counters=counters,
+            intake=intake,
+            trims=self._trims_of(self._group, context),
             retries_of=counts.of_event,
         )
-        duplicates = Duplicates(read_pipe, config=config, keys=keys, counters=counters)
-        trims = Trims(group, service=config.service, counters=counters)
-        self._membership = Membership(
-            config=config,
-            catalogue=Catalogue(
-                read_pipe,
-                config=config,
-                keys=keys,
-                subscriptions=subscriptions,
-                grouped=True,
-                has_receivers=dispatcher.has_receivers,
-            ),
-            group=group,
-            duplicates=duplicates,
-            decoder=decoder,
-            in_flight=self._in_flight,
-            queue=pool.queue,
-            outcomes=outcomes,
-            acknowledger=self._acknowledger,
-            reclaimer=reclaimer,
-            trims=trims,
-            counters=counters,
-        )
-        self._reader = StreamReader(
-            membership=self._membership,
-            group=group,
-            duplicates=duplicates,
-            decoder=decoder,
-            in_flight=self._in_flight,
-            queue=pool.queue,
-            outcomes=outcomes,
-            acknowledger=self._acknowledger,
-            reclaimer=reclaimer,
-            trims=trims,
-            counters=counters,
-            max_bytes=config.max_event_bytes,
-            node=node,
-            app_exists=app_exists,
-            on_entries=lambda: self._maintenance.watch_in_flight(),
-            released_streams=lambda: self._maintenance.released_streams(),
-            on_lost=self._on_lost,
-            on_ready=self._on_ready,
-            on_end=self._end_with_app,
-        )
+        return intake, reclaimer
+
+    def _create_read_side(
+        self, context: Context, decoder: EntryDecoder, intake: Intake, reclaimer: Reclaimer
+    ) -> None:
+        """Create what reads streams, with the group and without one: a connection for each."""
+        self._membership = self._member(context, intake, reclaimer)
         self._maintenance = Maintenance(
-            config=config,
-            names=lambda: self._membership.joined,
+            context,
+            membership=self._membership,
             group=self._group,
-            in_flight=self._in_flight,
-            queue=pool.queue,
-            acknowledger=self._acknowledger,
+            intake=intake,
             retries=self._retries,
             reclaimer=reclaimer,
-            orphans=Orphans(
-                service=config.service,
-                keys=keys,
-                retries=self._retries,
-                acknowledger=self._acknowledger,
-                receives=self._receives,
-            ),
-            counters=counters,
-            node=node,
+            orphans=self._orphans(context),
             release=self._end_maintenance,
         )
-        fanout_pipe = Pipe(connections, timeout=ANSWER_TIMEOUT)
+        self._reader = StreamReader(
+            context,
+            consumer=self,
+            membership=self._membership,
+            intake=intake,
+            reclaimer=reclaimer,
+            maintenance=self._maintenance,
+        )
+        pipe = Pipe(context.connections, timeout=ANSWER_TIMEOUT)
         self._fanout = Fanout(
-            fanout_pipe,
-            config=config,
-            catalogue=Catalogue(
-                fanout_pipe,
-                config=config,
-                keys=keys,
-                subscriptions=subscriptions,
-                grouped=False,
-                has_receivers=dispatcher.has_receivers,
-            ),
-            keys=keys,
+            pipe,
+            context,
+            catalogue=self._catalogue(pipe, context, grouped=False),
             decoder=decoder,
-            queue=pool.queue,
-            counters=counters,
-            node=node,
-            app_exists=app_exists,
+            queue=self._pool.queue,
+        )
+
+    def _member(self, context: Context, intake: Intake, reclaimer: Reclaimer) -> Membership:
+        group = self._group_on(context, ANSWER_TIMEOUT, unlisted=self._group.unlisted)
+        duplicates = Duplicates(
+            group.pipe, config=context.config, keys=context.keys, counters=context.counters
+        )
+        return Membership(
+            context,
+            catalogue=self._catalogue(group.pipe, context, grouped=True),
+            group=group,
+            duplicates=duplicates,
+            intake=intake,
+            reclaimer=reclaimer,
+            trims=self._trims_of(group, context),
+        )
+
+    def _orphans(self, context: Context) -> Orphans:
+        return Orphans(
+            service=context.config.service,
+            keys=context.keys,
+            retries=self._retries,
+            acknowledger=self._acknowledger,
+            receives=self._receives,
+        )
+
+    def _catalogue(self, pipe: Pipe, context: Context, *, grouped: bool) -> Catalogue:
+        return Catalogue(
+            pipe,
+            context,
+            subscriptions=self._subscriptions,
+            grouped=grouped,
+            has_receivers=self._dispatcher.has_receivers,
+        )
+
+    def _trims_of(self, group: Group, context: Context) -> Trims:
+        return Trims(group, service=context.config.service, counters=context.counters)
+
+    def _group_on(
+        self, context: Context, timeout: float, unlisted: set[str] | None = None
+    ) -> Group:
+        return Group(
+            Pipe(context.connections, timeout=timeout),
+            keys=context.keys,
+            service=context.config.service,
+            consumer=self.name,
+            unlisted=unlisted,
+            max_bytes=context.config.max_event_bytes,
         )
 
     def _receives(self, name: str) -> bool:
@@ -229,16 +220,6 @@ class Consumer:
         found = subscription_for(name, self._subscriptions())
         is_read = found is not None and found.via != "channel" and found.group
         return is_read and self._dispatcher.has_receivers(name)
-
-    def _group_on(self, pipe: Pipe, keys: StreamKeys, unlisted: set[str] | None = None) -> Group:
-        return Group(
-            pipe,
-            keys=keys,
-            service=self._config.service,
-            consumer=self.name,
-            unlisted=unlisted,
-            max_bytes=self._config.max_event_bytes,
-        )
 
     @property
     def is_own_thread(self) -> bool:
@@ -343,7 +324,7 @@ class Consumer:
         if not self._maintenance.end(deadline + REPORT_TIME) and self._in_flight:
             self._report_pending("it does not answer")
 
-    def _end_with_app(self) -> None:
+    def end_with_app(self) -> None:
         """Stop everything after the app is gone, without :meth:`stop_reading`."""
         self._stop_starting()
         self._maintenance.stop()
@@ -424,7 +405,7 @@ class Consumer:
                 extra={"signal": name, "service": self._config.service},
             )
 
-    def _on_lost(self, error: Exception) -> None:
+    def on_lost(self, error: Exception) -> None:
         if self._lost_since is not None:
             return
 
@@ -436,7 +417,7 @@ class Consumer:
             )
             emit(listener_lost, self._config.service, error=error)
 
-    def _on_ready(self) -> None:
+    def on_ready(self) -> None:
         lost_since, self._lost_since = self._lost_since, None
         reconnected, self._was_connected = self._was_connected, True
         seconds = 0.0 if lost_since is None else time.monotonic() - lost_since

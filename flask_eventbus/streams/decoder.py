@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -62,7 +62,7 @@ class EntryDecoder:
         self._log = BoundedLog(logger)
 
     def decode(
-        self, entries: list[Entry], subscription_of: dict[str, Subscription]
+        self, entries: Sequence[Entry], subscription_of: Mapping[str, Subscription]
     ) -> DecodedEntries:
         """Decode entries, each for the subscription of its stream.
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
 import redis
 
 from ..codec.entry_ids import entry_id
-from ..config import Config
-from ..logs import BoundedLog, Counters, get_logger
+from ..logs import BoundedLog, get_logger
 from ..receivers.conflicts import Conflicts, Finding, compare, digest_of
 from ..receivers.workers import BatchSize, DeliveryQueue
 from ..routing.subscriptions import NEW, Subscription
-from ..transport.keys import StreamKeys
+from ..transport.context import Context
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import Backoff, Reading
 from .alarms import far_ahead
@@ -51,27 +50,22 @@ class Fanout:
     """Reads streams with ``XREAD``, and keeps its position when the connection is lost.
 
     It acknowledges nothing: without a group, Redis keeps no pending entries.
-
-    :param app_exists: returns False once the app is gone; the thread then stops.
     """
 
     def __init__(
         self,
         pipe: Pipe,
+        context: Context,
         *,
-        config: Config,
         catalogue: Catalogue,
-        keys: StreamKeys,
         decoder: EntryDecoder,
         queue: DeliveryQueue,
-        counters: Counters,
-        node: str,
-        app_exists: Callable[[], bool],
     ) -> None:
+        config, counters = context.config, context.counters
         self._pipe = pipe
         self._service = config.service
         self._catalogue = catalogue
-        self._keys = keys
+        self._keys = context.keys
         self._decoder = decoder
         self._queue = queue
         self._counters = counters
@@ -81,11 +75,11 @@ class Fanout:
         self._known: OrderedDict[str, int] = OrderedDict()
         self._reading = Reading(
             failed="The fanout reader failed; it reconnects.",
-            thread=f"eventbus-fanout-{node}",
+            thread=f"eventbus-fanout-{context.node}",
             read=self._run,
             lost=self._lose,
             close=self._disconnect,
-            app_exists=app_exists,
+            app_exists=context.app_exists,
             counters=counters,
         )
         self._block = pipe.wait_at_most(BLOCK)

@@ -10,16 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import redis
 
-from ..config import Config
-from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.delivery import Delivery, InFlight
-from ..receivers.workers import BatchSize, DeliveryQueue
+from ..logs import BoundedLog, get_logger
+from ..receivers.delivery import Delivery
+from ..receivers.workers import BatchSize
 from ..routing.subscriptions import Subscription
 from ..transport.connections import OUTAGE, takes_no_writes
+from ..transport.context import Context
 from ..transport.reconnect import Backoff
-from .acknowledger import Acknowledger
 from .alarms import foreign_consumers
 from .group import RELEASED, Group, GroupGoneError
+from .intake import Intake
+from .membership import Membership
 from .orphans import Orphans
 from .reclaim import Reclaimer
 from .retry_queue import RetryQueue
@@ -67,39 +68,34 @@ class Maintenance:
     """Renews the claims of this process, and takes entries and retries that other workers left.
 
     :param group: the consumer group on the write connection.
-    :param names: returns the streams that are read, with their subscriptions.
     :param release: called in the thread at its end, to write outcomes and release the rest.
     """
 
     def __init__(
         self,
+        context: Context,
         *,
-        config: Config,
-        names: Callable[[], Mapping[str, Subscription]],
+        membership: Membership,
         group: Group,
-        in_flight: InFlight,
-        queue: DeliveryQueue,
-        acknowledger: Acknowledger,
+        intake: Intake,
         retries: RetryQueue,
         reclaimer: Reclaimer,
         orphans: Orphans,
-        counters: Counters,
-        node: str,
         release: Callable[[], None],
     ) -> None:
-        self._config = config
-        self._names = names
+        self._config = context.config
+        self._counters = context.counters
+        self._node = context.node
+        self._membership = membership
         self._release_all = release
         self._group = group
-        self._in_flight = in_flight
-        self._queue = queue
-        self._acknowledger = acknowledger
+        self._in_flight = intake.in_flight
+        self._queue = intake.queue
+        self._acknowledger = intake.acknowledger
+        self._clock = intake.acknowledger.clock
         self._retries = retries
         self._reclaimer = reclaimer
         self._orphans = orphans
-        self._clock = acknowledger.clock
-        self._counters = counters
-        self._node = node
         self._log = BoundedLog(logger)
         self._changed = threading.Condition()
         #: Streams with retries that will be due, by the time to look for them: seconds since 1970
@@ -111,7 +107,9 @@ class Maintenance:
         self._thread: threading.Thread | None = None
         # Monotonic times of the next round of each task.
         self._renew_at = self._reclaim_at = self._released_at = self._consumers_at = 0.0
-        self._batch_size = BatchSize(max_bytes=config.max_event_bytes, most=MOST_RETRY_BYTES)
+        self._batch_size = BatchSize(
+            max_bytes=context.config.max_event_bytes, most=MOST_RETRY_BYTES
+        )
         #: Streams with more due retries than the queue had room for.
         self._more_retries: set[str] = set()
         #: True while deliveries are in flight: a round follows every :data:`IN_FLIGHT_PAUSE` s.
@@ -247,7 +245,7 @@ class Maintenance:
         return 1.0 if is_waiting else 60.0
 
     def _run_round(self, now: float) -> None:
-        names = dict(self._names())
+        names = dict(self._membership.joined)
 
         if self._acknowledger.is_due:
             self._acknowledger.flush()

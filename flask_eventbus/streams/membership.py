@@ -9,20 +9,16 @@ from collections.abc import Callable, Mapping, Sequence, Set
 import redis
 
 from ..codec.entry_ids import before_moment, id_text
-from ..config import SIGNAL_NAME, Config
-from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.delivery import InFlight
-from ..receivers.workers import DeliveryQueue
+from ..config import SIGNAL_NAME
+from ..logs import BoundedLog, get_logger
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import NEW, Subscription
-from ..transport.keys import StreamKeys
+from ..transport.context import Context
 from ..transport.pipe import Pipe
-from .acknowledger import Acknowledger
 from .alarms import MOST_NAMES, too_many_names
-from .decoder import EntryDecoder
 from .duplicates import Duplicates
 from .group import Group, GroupGoneError
-from .outcomes import Outcomes
+from .intake import Intake
 from .reclaim import Reclaimer, Trims
 
 logger = get_logger(__name__)
@@ -48,16 +44,15 @@ class Catalogue:
     def __init__(
         self,
         pipe: Pipe,
+        context: Context,
         *,
-        config: Config,
-        keys: StreamKeys,
         subscriptions: Callable[[], Mapping[str, Subscription]],
         grouped: bool,
         has_receivers: Callable[[str], bool],
     ) -> None:
         self._pipe = pipe
-        self._config = config
-        self._keys = keys
+        self._config = context.config
+        self._keys = context.keys
         self._subscriptions = subscriptions
         self._grouped = grouped
         self._has_receivers = has_receivers
@@ -244,32 +239,24 @@ class Membership:
 
     def __init__(
         self,
+        context: Context,
         *,
-        config: Config,
         catalogue: Catalogue,
         group: Group,
         duplicates: Duplicates,
-        decoder: EntryDecoder,
-        in_flight: InFlight,
-        queue: DeliveryQueue,
-        outcomes: Outcomes,
-        acknowledger: Acknowledger,
+        intake: Intake,
         reclaimer: Reclaimer,
         trims: Trims,
-        counters: Counters,
     ) -> None:
-        self._config = config
+        self._config = context.config
+        self._counters = context.counters
         self._catalogue = catalogue
-        self._group = group
-        self._duplicates = duplicates
-        self._decoder = decoder
-        self._in_flight = in_flight
-        self._queue = queue
-        self._outcomes = outcomes
-        self._acknowledger = acknowledger
+        self.group = group
+        self.duplicates = duplicates
+        self._intake = intake
+        self._acknowledger = intake.acknowledger
         self._reclaimer = reclaimer
-        self._trims = trims
-        self._counters = counters
+        self.trims = trims
         self._log = BoundedLog(logger)
         #: The subscriptions whose streams are read, by name.
         self.joined: dict[str, Subscription] = {}
@@ -294,7 +281,7 @@ class Membership:
     @property
     def alarms(self) -> dict[str, str]:
         """Alarms about streams whose events do not arrive, by stream or pattern."""
-        return {**self._catalogue.alarms, **self._reclaimer.alarms, **self._trims.alarms}
+        return {**self._catalogue.alarms, **self._reclaimer.alarms, **self.trims.alarms}
 
     @property
     def is_complete(self) -> bool:
@@ -343,11 +330,11 @@ class Membership:
             extra={"service": self._config.service},
         )
         self._counters.add("groups_lost")
-        self._trims.reset()
+        self.trims.reset()
 
         for name in self.joined:
             if self._is_gone(name):
-                self._duplicates.forget(name)
+                self.duplicates.forget(name)
 
         self.joined = {}
 
@@ -371,7 +358,7 @@ class Membership:
                 self._config.service,
                 name,
                 reason,
-                self._group.remedy(name, reason),
+                self.group.remedy(name, reason),
                 extra={"signal": name, "service": self._config.service},
             )
         else:
@@ -382,7 +369,7 @@ class Membership:
                 self._config.service,
                 name,
                 reason,
-                self._group.remedy(name, reason),
+                self.group.remedy(name, reason),
                 extra={"signal": name, "service": self._config.service},
             )
 
@@ -406,8 +393,8 @@ class Membership:
 
     def _join_new(self, subscribed: dict[str, Subscription], new: Sequence[str]) -> None:
         starts = {name: self._start_of(name, subscribed[name]) for name in new}
-        self._trims.check_before_next_read()
-        refusals = self._group.join(starts)
+        self.trims.check_before_next_read()
+        refusals = self.group.join(starts)
         joined = dict(self.joined)
         without = self._catalogue.without_receiver
         # Their groups exist, so that events wait until some process connects a receiver.
@@ -449,7 +436,7 @@ class Membership:
     def _recover(self, name: str, subscription: Subscription) -> Exception | None:
         """Take this consumer's pending entries and the released ones; return a refusal."""
         try:
-            self._group.try_to_read(name)
+            self.group.try_to_read(name)
             self.known.add(name)
 
             # Under the lock, so that no entry is acknowledged or claimed in between.
@@ -468,24 +455,22 @@ class Membership:
 
     def _recover_pending(self, name: str, subscription: Subscription) -> None:
         """Take the entries that Redis sent to this consumer in a lost answer."""
-        lost = self._in_flight.missing(name, [found.id for found in self._group.own_pending(name)])
+        lost = self._intake.in_flight.missing(
+            name, [found.id for found in self.group.own_pending(name)]
+        )
 
         for start in range(0, len(lost), COUNT):
-            entries = self._group.look_up(name, lost[start : start + COUNT])
-            found = self._decoder.decode(entries, {name: subscription})
-            self._trims.report(name, found.trimmed)
+            entries = self.group.look_up(name, lost[start : start + COUNT])
+            found = self._intake.decode(entries, {name: subscription})
+            self.trims.report(name, found.trimmed)
             # These entries are handled in any case. Store them, so that a copy is a duplicate.
-            self._duplicates.find(found.deliveries)
-            self._in_flight.add(found.deliveries)
-            self._queue.put(found.deliveries)
-            self._acknowledger.write(
-                [self._outcomes.skipped(entry) for entry in found.skipped]
-                + [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
-            )
+            self.duplicates.find(found.deliveries)
+            self._intake.add(found.deliveries)
+            self._intake.end(found)
 
     def _is_gone(self, name: str) -> bool:
         try:
-            return self._group.position(name) is None
+            return self.group.position(name) is None
         except redis.ResponseError as error:
             logger.debug("Redis refuses to report the group of %r: %s", name, error)
             return True

@@ -15,7 +15,7 @@ from ..receivers.retries import Failure, FailureLog, allowed, judge
 from ..routing.bus_signal import Receiver
 from ..routing.subscriptions import Subscription
 from ..transport.clock import RedisClock
-from ..transport.keys import StreamKeys
+from ..transport.context import Context
 from ..transport.pipe import Command
 from .decoder import readable
 from .group import Entry
@@ -102,15 +102,14 @@ class Outcomes:
 
     def __init__(
         self,
+        context: Context,
         *,
-        config: Config,
-        keys: StreamKeys,
         retries_of: Callable[[Delivery, Failure], int],
         failures: FailureLog,
         clock: RedisClock,
     ) -> None:
-        self._config = config
-        self._keys = keys
+        self._config = context.config
+        self._keys = context.keys
         self._retries_of = retries_of
         self._failures = failures
         self._clock = clock

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import redis
 
-from ..logs import Counters, get_logger
-from ..receivers.delivery import InFlight
-from ..receivers.workers import MOST_BYTES, BatchSize, DeliveryQueue
+from ..logs import get_logger
+from ..receivers.workers import MOST_BYTES, BatchSize
 from ..routing.subscriptions import Subscription
+from ..transport.context import Context
 from ..transport.reconnect import Backoff, Reading
-from .acknowledger import Acknowledger
-from .decoder import EntryDecoder
-from .duplicates import Duplicates
-from .group import Entry, Group, GroupGoneError
+from .group import Entry, GroupGoneError
+from .intake import Intake
+from .maintenance import Maintenance
 from .membership import Membership
-from .outcomes import Outcomes
-from .reclaim import Reclaimer, Trims
+from .reclaim import Reclaimer
+
+if TYPE_CHECKING:
+    from .consumer import Consumer
 
 logger = get_logger(__name__)
 
@@ -35,66 +37,43 @@ MOST_UNWRITTEN = 1_000
 class StreamReader:
     """Reads streams in its own thread, and reconnects after an outage.
 
-    :param max_bytes: maximum size of an event in bytes.
-    :param app_exists: returns False once the app is gone; the thread then stops.
-    :param on_entries: called after deliveries were added to ``in_flight``.
-    :param released_streams: returns the names of the streams of which this process has released
-        entries since the last call.
-    :param on_lost: called with the error when the connection to Redis is lost.
-    :param on_ready: called when every subscribed stream can be read.
-    :param on_end: called if the thread ends without :meth:`stop`.
+    :param consumer: learns when the connection is lost, when every subscribed stream can be read,
+        and when the thread ends without :meth:`stop`.
     """
 
     def __init__(
         self,
+        context: Context,
         *,
+        consumer: Consumer,
         membership: Membership,
-        group: Group,
-        duplicates: Duplicates,
-        decoder: EntryDecoder,
-        in_flight: InFlight,
-        queue: DeliveryQueue,
-        outcomes: Outcomes,
-        acknowledger: Acknowledger,
+        intake: Intake,
         reclaimer: Reclaimer,
-        trims: Trims,
-        counters: Counters,
-        max_bytes: int,
-        node: str,
-        app_exists: Callable[[], bool],
-        on_entries: Callable[[], None],
-        released_streams: Callable[[], set[str]],
-        on_lost: Callable[[Exception], None],
-        on_ready: Callable[[], None],
-        on_end: Callable[[], None],
+        maintenance: Maintenance,
     ) -> None:
+        self._consumer = consumer
         self._membership = membership
-        self._group = group
-        self._duplicates = duplicates
-        self._decoder = decoder
-        self._in_flight = in_flight
-        self._queue = queue
-        self._outcomes = outcomes
-        self._acknowledger = acknowledger
+        self._group = membership.group
+        self._duplicates = membership.duplicates
+        self._trims = membership.trims
+        self._intake = intake
+        self._in_flight = intake.in_flight
+        self._queue = intake.queue
+        self._acknowledger = intake.acknowledger
         self._reclaimer = reclaimer
-        self._trims = trims
-        self._counters = counters
-        self._on_entries = on_entries
-        self._released_streams = released_streams
-        self._on_lost = on_lost
-        self._on_ready = on_ready
-        self._on_end = on_end
+        self._maintenance = maintenance
+        self._counters = context.counters
         self._reading = Reading(
             failed="The stream reader failed; it reconnects.",
-            thread=f"eventbus-streams-{node}",
+            thread=f"eventbus-streams-{context.node}",
             read=self._consume,
             lost=self._lose,
-            close=group.pipe.close,
-            app_exists=lambda: app_exists() and membership.fatal is None,
-            counters=counters,
+            close=self._group.pipe.close,
+            app_exists=lambda: context.app_exists() and membership.fatal is None,
+            counters=context.counters,
             ended=self._finish,
         )
-        self._block = group.pipe.wait_at_most(BLOCK)
+        self._block = self._group.pipe.wait_at_most(BLOCK)
         #: Notified when more streams are read or refused, and when the connection is lost.
         self.changed = threading.Condition()
         #: True while Redis answers, once the groups were joined.
@@ -106,7 +85,7 @@ class StreamReader:
         #: Number of streams with entries in the last answer; ``None`` after an empty one, because
         #: then the next answer may have entries of all streams.
         self._active_streams: int | None = None
-        self._batch_size = BatchSize(max_bytes=max_bytes)
+        self._batch_size = BatchSize(max_bytes=context.config.max_event_bytes)
 
     @property
     def is_own_thread(self) -> bool:
@@ -143,7 +122,7 @@ class StreamReader:
 
     def _finish(self) -> None:
         if self._membership.fatal is None:
-            self._on_end()
+            self._consumer.end_with_app()
             return
 
         # This Redis has no streams. The node still listens to its channels.
@@ -158,7 +137,7 @@ class StreamReader:
             self._membership.reset()
 
         if not self._reading.is_stopping:
-            self._on_lost(error)
+            self._consumer.on_lost(error)
 
     def _consume(self, backoff: Backoff) -> None:
         while self._reading.goes_on:
@@ -215,7 +194,7 @@ class StreamReader:
             self._trims.has_backlog = False
 
     def _take_back_released(self, names: Mapping[str, Subscription]) -> None:
-        released = self._released_streams() | self._reclaimer.unfinished
+        released = self._maintenance.released_streams() | self._reclaimer.unfinished
 
         if released:
             self._reclaimer.reclaim_all_released(
@@ -223,7 +202,7 @@ class StreamReader:
             )
 
     def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
-        found = self._decoder.decode(list(entries), names)
+        found = self._intake.decode(entries, names)
         deliveries = found.deliveries
         duplicates = set(self._duplicates.find(deliveries))
 
@@ -232,19 +211,15 @@ class StreamReader:
             deliveries = [delivery for delivery in deliveries if delivery not in duplicates]
 
         self._counters.add("received", len(deliveries))
-        self._in_flight.add(deliveries)
-        self._on_entries()
-        self._queue.put(deliveries)
-
-        outcomes = [self._outcomes.skipped(entry) for entry in found.skipped]
-        outcomes += [
-            self._outcomes.skipped(Entry(delivery.name, delivery.entry, None))
-            for delivery in duplicates
-        ]
-        outcomes += [self._outcomes.rejected(entry, letter) for entry, letter in found.dead]
-
-        if outcomes:
-            self._acknowledger.write(outcomes)
+        self._intake.add(deliveries)
+        self._maintenance.watch_in_flight()
+        self._intake.end(
+            found,
+            [
+                self._intake.outcomes.skipped(Entry(delivery.name, delivery.entry, None))
+                for delivery in duplicates
+            ],
+        )
 
     # -- the groups -----------------------------------------------------------------------
 
@@ -265,7 +240,7 @@ class StreamReader:
         self._was_ready = self.ready
 
         if self._was_ready:
-            self._on_ready()
+            self._consumer.on_ready()
 
     def _find_refused(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
         """Read the streams one at a time, to find those that Redis refuses."""

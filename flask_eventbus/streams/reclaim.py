@@ -10,17 +10,14 @@ from dataclasses import replace
 import redis
 
 from ..codec.entry_ids import entry_id
-from ..config import Config
 from ..event import Event
 from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.delivery import Delivery, InFlight
-from ..receivers.workers import DeliveryQueue
+from ..receivers.delivery import Delivery
 from ..routing.subscriptions import Subscription
 from ..signals import emit, events_trimmed
 from ..transport.connections import OUTAGE
-from .acknowledger import Acknowledger
+from ..transport.context import Context
 from .alarms import Alarm, far_ahead, foreign_acknowledgements, impossible_count, past_the_end
-from .decoder import EntryDecoder
 from .group import (
     LONG_IDLE,
     RELEASED,
@@ -31,7 +28,7 @@ from .group import (
     Position,
     behind,
 )
-from .outcomes import Outcomes
+from .intake import Intake
 
 logger = get_logger(__name__)
 
@@ -54,28 +51,22 @@ class Reclaimer:
 
     def __init__(
         self,
+        context: Context,
         *,
-        config: Config,
         group: Group,
-        decoder: EntryDecoder,
-        in_flight: InFlight,
-        queue: DeliveryQueue,
-        outcomes: Outcomes,
-        acknowledger: Acknowledger,
+        intake: Intake,
         trims: Trims,
-        counters: Counters,
         retries_of: Callable[[Subscription, Event], int],
     ) -> None:
-        self._config = config
+        self._config = context.config
+        self._counters = context.counters
         self._group = group
-        self._decoder = decoder
-        self._in_flight = in_flight
-        self._queue = queue
-        self._outcomes = outcomes
-        self._acknowledger = acknowledger
+        self._intake = intake
+        self._in_flight = intake.in_flight
+        self._queue = intake.queue
+        self._acknowledger = intake.acknowledger
+        self._clock = intake.acknowledger.clock
         self._trims = trims
-        self._clock = acknowledger.clock
-        self._counters = counters
         self._retries_of = retries_of
         self._log = BoundedLog(logger)
         #: Monotonic time of the last refusal, by signal.
@@ -248,7 +239,7 @@ class Reclaimer:
         gone = [entries[found.id] for found in stale if entries[found.id].fields is None]
         mine = self._group.claim(name, present, idle=idle)
         times = {found.id: found.times for found in present}
-        decoded = self._decoder.decode(
+        decoded = self._intake.decode(
             [entries[id] for id in times if id in mine], {name: subscription}
         )
 
@@ -259,10 +250,9 @@ class Reclaimer:
         self._queue_deliveries(
             [delivery for delivery in decoded.deliveries if delivery not in given_up], name
         )
-        self._acknowledger.write(
-            [self._outcomes.skipped(entry) for entry in decoded.skipped]
-            + [self._outcomes.rejected(entry, letter) for entry, letter in decoded.dead]
-            + [self._outcomes.give_up(found, "killed", _killed(found)) for found in given_up]
+        outcomes = self._intake.outcomes
+        self._intake.end(
+            decoded, [outcomes.give_up(found, "killed", _killed(found)) for found in given_up]
         )
 
     def _count_crashes(
@@ -310,8 +300,7 @@ class Reclaimer:
                 extra={"signal": name, "service": self._config.service},
             )
 
-        self._in_flight.add(taken)
-        self._queue.put(taken)
+        self._intake.add(taken)
 
     def _acknowledge_trimmed(self, name: str, ids: Sequence[str]) -> None:
         """Acknowledge entries that were trimmed while pending. Only one worker reports the loss."""

@@ -8,21 +8,18 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..codec.codec import Codec
 from ..codec.records import MAX_ERROR_CHARS, BadRecordError, DeadLetter, RetryRecord
-from ..config import Config
 from ..errors import DecodeError
 from ..event import Event
 from ..logs import get_logger
 from ..receivers.delivery import Delivery
 from ..routing.subscriptions import Subscription
-from ..transport.clock import RedisClock
-from ..transport.keys import StreamKeys
+from ..transport.context import Context
 from ..transport.pipe import Command, Pipe
+from .acknowledger import Acknowledger
 from .group import Entry
 from .outcomes import Outcome, Outcomes
 
@@ -62,23 +59,20 @@ class RetryQueue:
     def __init__(
         self,
         pipe: Pipe,
+        context: Context,
         *,
-        config: Config,
-        keys: StreamKeys,
-        codec: Codec,
         outcomes: Outcomes,
-        lock: AbstractContextManager[object],
-        clock: RedisClock,
+        acknowledger: Acknowledger,
         knows: Callable[[Event, str], bool],
         retries_of: Callable[[Subscription, Event, str], int],
     ) -> None:
         self._pipe = pipe
-        self._config = config
-        self._keys = keys
-        self._codec = codec
+        self._config = context.config
+        self._keys = context.keys
+        self._codec = context.codec
         self._outcomes = outcomes
-        self._lock = lock
-        self._clock = clock
+        self._lock = acknowledger.lock
+        self._clock = acknowledger.clock
         self._knows = knows
         self._retries_of = retries_of
 

@@ -243,11 +243,9 @@ def test_a_delay_that_is_none_is_a_failure_like_any_other(line: Line, after: Any
 
 def test_what_a_worker_keeps_of_retries_that_wait_has_a_bound() -> None:
     parts = inspect.signature(maintenance.Maintenance).parameters
-    acknowledger = mock.Mock()
-    acknowledger.clock.now.return_value = 1_000_000.25
-    kept = maintenance.Maintenance(
-        **{part: mock.Mock() for part in parts} | {"acknowledger": acknowledger}
-    )
+    intake = mock.Mock()
+    intake.acknowledger.clock.now.return_value = 1_000_000.25
+    kept = maintenance.Maintenance(**{part: mock.Mock() for part in parts} | {"intake": intake})
 
     for n in range(20_000):
         kept.expect("work", 1_000_000.25 + n / 100)
