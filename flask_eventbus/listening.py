@@ -40,7 +40,7 @@ def check_subscription(config: Config, subscription: Subscription) -> None:
 class Listening:
     """Receives the events that a service subscribed to, over channels and streams.
 
-    :param subscriptions: returns the subscriptions of the service, which may change.
+    :param subscriptions: the subscriptions of the service; :meth:`update` replaces them.
     :param issued: returns the number of events that this node has created.
     :param siblings: the names of nodes of this process, whose local receivers ran at ``send()``.
     :param retries_of: returns the retries that a receiver declared for a signal, or ``None``.
@@ -51,16 +51,14 @@ class Listening:
         context: Context,
         *,
         dispatcher: Dispatcher,
-        subscriptions: Callable[[], Mapping[str, Subscription]],
+        subscriptions: Mapping[str, Subscription],
         issued: Callable[[], int],
         siblings: Container[str],
         retries_of: Callable[[str, Receiver], int | None],
     ) -> None:
         config = context.config
-        self._subscriptions = subscriptions
-        self._channels = TransportFilter(excluded="stream")
-        self._streams = TransportFilter(excluded="channel")
         self._has_streams = not config.url.startswith("redis+cluster://")
+        self.update(subscriptions)
         self.pool = WorkerThreads(
             config=config,
             dispatcher=dispatcher,
@@ -76,7 +74,7 @@ class Listening:
                 service=config.service,
                 keys=ChannelKeys(config.prefix),
                 reader=reader,
-                subscriptions=self._on_channels,
+                subscriptions=lambda: self._on_channels,
             ),
             decoder=MessageDecoder(
                 config=config,
@@ -92,11 +90,22 @@ class Listening:
             context,
             dispatcher=dispatcher,
             pool=self.pool,
-            subscriptions=self._on_streams,
+            subscriptions=lambda: self._on_streams,
             siblings=siblings,
             retries_of=retries_of,
-            is_alone=lambda: not self._on_channels(),
+            is_alone=lambda: not self._on_channels,
         )
+
+    def update(self, subscriptions: Mapping[str, Subscription]) -> None:
+        """Use other subscriptions from now on; :meth:`start` subscribes to what was added."""
+        self._on_channels = {
+            name: found for name, found in subscriptions.items() if found.via != "stream"
+        }
+        self._on_streams = {
+            name: found
+            for name, found in subscriptions.items()
+            if self._has_streams and found.via != "channel"
+        }
 
     @property
     def is_own_thread(self) -> bool:
@@ -107,8 +116,8 @@ class Listening:
     @property
     def connected(self) -> bool:
         """True if Redis has confirmed every subscription on a live connection."""
-        channels_connected = not self._on_channels() or self.listener.connected
-        return channels_connected and (not self._on_streams() or self.consumer.connected)
+        channels_connected = not self._on_channels or self.listener.connected
+        return channels_connected and (not self._on_streams or self.consumer.connected)
 
     @property
     def refused(self) -> dict[str, str]:
@@ -145,11 +154,11 @@ class Listening:
         """Start the threads that the current subscriptions need."""
         self.pool.start()
 
-        if self._on_channels():
+        if self._on_channels:
             self.listener.start()
             self.listener.refresh()
 
-        if self._on_streams():
+        if self._on_streams:
             self.consumer.start()
 
     def ready(self, timeout: float | None) -> bool:
@@ -160,11 +169,11 @@ class Listening:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
 
-        if self._on_channels() and not self.listener.ready(timeout):
+        if self._on_channels and not self.listener.ready(timeout):
             return False
 
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return not self._on_streams() or self.consumer.ready(left)
+        return not self._on_streams or self.consumer.ready(left)
 
     def stop_reading(self) -> None:
         """Stop reading, and return at once."""
@@ -199,32 +208,3 @@ class Listening:
         self.listener.disown()
         self.consumer.disown()
         self.pool.disown()
-
-    def _on_channels(self) -> Mapping[str, Subscription]:
-        return self._channels(self._subscriptions())
-
-    def _on_streams(self) -> Mapping[str, Subscription]:
-        return self._streams(self._subscriptions()) if self._has_streams else {}
-
-
-class TransportFilter:
-    """Filters subscriptions by transport, and caches the result, since it is needed per event.
-
-    :param excluded: ``"channel"`` or ``"stream"``; subscriptions with this ``via`` are left out.
-    """
-
-    def __init__(self, excluded: str) -> None:
-        self._excluded = excluded
-        self._all: Mapping[str, Subscription] = {}
-        self._found: Mapping[str, Subscription] = {}
-
-    def __call__(self, subscriptions: Mapping[str, Subscription]) -> Mapping[str, Subscription]:
-        """Return the matching subscriptions. A change is noticed by the identity of the mapping."""
-        if subscriptions is not self._all:
-            found = {
-                name: each for name, each in subscriptions.items() if each.via != self._excluded
-            }
-            self._found = found
-            self._all = subscriptions
-
-        return self._found

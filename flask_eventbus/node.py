@@ -118,8 +118,8 @@ class Node:
         #: Held while the node starts or stops. Reentrant, since a signal handler may stop it.
         self._start_stop_lock = threading.RLock()
         self._finalizer: weakref.finalize[..., Node] | None = None
-        self._create_parts()
         self._subscriptions: Mapping[str, Subscription] = {}
+        self._create_parts()
         self._apply_declarations()
         nodes.add(self)
         catch_sigterm(stop_all)
@@ -171,15 +171,19 @@ class Node:
         notice_fork()
         merged = _merge(subscription, self._configured.get(subscription.name))
         check_subscription(self.config, merged)
-        self._subscriptions = {**self._subscriptions, merged.name: merged}
+        self._set_subscriptions({**self._subscriptions, merged.name: merged})
 
         if self.listening:
             self._listen()
 
+    def _set_subscriptions(self, subscriptions: Mapping[str, Subscription]) -> None:
+        self._subscriptions = subscriptions
+        self._inbound.update(subscriptions)
+
     def _apply_declarations(self) -> None:
         with self.registry.lock:
             self.registry.watch(self)
-            self._subscriptions = {**self._configured}
+            self._set_subscriptions({**self._configured})
 
             for configured in self._configured.values():
                 check_subscription(self.config, configured)
@@ -407,7 +411,7 @@ class Node:
         return Listening(
             context,
             dispatcher=self.dispatcher,
-            subscriptions=lambda: self._subscriptions,
+            subscriptions=self._subscriptions,
             issued=lambda: publisher.issued,
             siblings=self.registry.siblings,
             retries_of=self.registry.retries_of,
