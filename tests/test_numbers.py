@@ -15,7 +15,7 @@ from flask_eventbus.channels import listener
 from flask_eventbus.checks import server as checks_server
 from flask_eventbus.codec import codec, records, values
 from flask_eventbus.config import Config
-from flask_eventbus.database import relay
+from flask_eventbus.database import after_commit, relay
 from flask_eventbus.publisher import buffer, connection, writer
 from flask_eventbus.receivers import conflicts, retries, workers
 from flask_eventbus.streams import (
@@ -131,6 +131,8 @@ SENTENCES = [
     ("status", r"more than (\S+) names of streams exist", alarms.MOST_NAMES),
     ("stream-commands", r"killed counts as gone after (\S+) minutes", services.GONE / 60),
     ("outbox", r"is tried again every (\S+) seconds", relay.REFUSED_AGAIN),
+    ("outbox", r"are tried again every (\S+) seconds", relay.WRITE_AGAIN),
+    ("transactions", r"the ids of the first (\S+)\. ", after_commit.SHOWN),
 ]
 
 
