@@ -151,8 +151,8 @@ def _refusal(outgoing: Message, error: Exception) -> PublishError:
         )
     else:
         text = (
-            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. Correct what it "
-            "complains of."
+            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. See what "
+            f"{way.key!r} is with the Redis command TYPE: another program may have written it."
         )
 
     in_doubt = isinstance(error, TooFewReplicasError)
