@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 PUBLISH_AND_SUBSCRIBE = (ROOT / "docs" / "publish-and-subscribe.md").read_text()
-FAILURES = (ROOT / "docs" / "what-happens-when.md").read_text()
+FAILURES = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("what-happens-*.md")))
 STREAMS = "".join(
     (ROOT / "docs" / f"{page}.md").read_text() for page in ("streams", "stream-subscriptions")
 )
@@ -172,16 +172,15 @@ def test_the_examples_of_the_page_on_publishing_and_subscribing_are_read(text: s
         assert subscriptions.read_subscriptions(names["EVENTBUS_SUBSCRIBE"])
 
 
-def test_every_line_of_what_happens_when_names_a_test_that_exists() -> None:
-    rows = [line for line in FAILURES.splitlines() if line.startswith("| ")]
-    rows = [row for row in rows if not row.startswith(("| What", "|---"))]
+def test_every_case_of_what_happens_when_names_a_test_that_exists() -> None:
+    cases = re.findall(r"^- \*\*.*?(?=\n- |\n\n|\Z)", FAILURES, re.DOTALL | re.MULTILINE)
     known = names_of_tests()
 
-    assert len(rows) > 25
-    for row in rows:
-        named = re.findall(r"`(test_\w+)`", row)
-        assert named, row
-        assert set(named) <= known, row
+    assert len(cases) > 150
+    for case in cases:
+        named = re.findall(r"`(test_\w+)`", case)
+        assert named, case
+        assert set(named) <= known, case
 
 
 def test_every_test_that_the_page_on_serving_names_exists() -> None:

@@ -89,7 +89,7 @@ SENTENCES = [
     ("what-happens-when", r"It waits (\S+) seconds, then logs the ids", node.FLUSH_AT_EXIT),
     ("what-happens-when", r"sign of life after (\S+) seconds of silence", listener.QUIET),
     ("what-happens-when", r"and connects anew after (\S+) more", listener.DEADLINE),
-    ("what-happens-when", r"after 1 s, 2 s, up to (\S+) minutes", retries.MOST / 60),
+    ("what-happens-to-streams", r"after 1 s, 2 s, up to (\S+) minutes", retries.MOST / 60),
     ("stream-subscriptions", r"finds the streams that match within (\S+) seconds", membership.LOOK),
     ("damaged-streams", r"a pattern stands for (\S+) streams and hears", alarms.MOST_NAMES),
     ("streams", r"finds them, within (\S+) minutes after that hour", orphans.SEARCH_EVERY / 60),
