@@ -114,7 +114,7 @@ class Replay:
             return error
 
         if event.name != self.name:
-            return DecodeError(f"It says it is {event.name!r}.", reason="bad_attribute")
+            return DecodeError(f"The event is of signal {event.name!r}.", reason="bad_attribute")
 
         return replace(event, replayed=True)
 

@@ -211,10 +211,10 @@ class Tail:
     def _report_ready(self) -> None:
         if not self.connected:
             names = ", ".join(self._names)
-            self._put(f"Hearing {names} on {self._connections.shown}. Ctrl-C ends.")
+            self._put(f"Listening to {names} on {self._connections.shown}. Press Ctrl-C to stop.")
         elif self._lost_since is not None:
             seconds = time.monotonic() - self._lost_since
-            self._put(f"Redis is back after {seconds:.1f} s; {self._missed}")
+            self._put(f"Redis is back after {seconds:.1f} s. {self._missed}")
 
         self.connected = True
         self._lost_since = None
@@ -222,9 +222,9 @@ class Tail:
     @property
     def _missed(self) -> str:
         if len(self._sources) == 1:
-            return "events of that time were not heard."
+            return "Events sent in that time are missed."
 
-        return "channels were not heard in that time, and streams go on where they were."
+        return "Channel events sent in that time are missed; streams continue where they stopped."
 
     def _lose(self, source: TailSource, error: Exception) -> None:
         with self._lock:
@@ -237,7 +237,7 @@ class Tail:
                 self._lost_since = time.monotonic()
                 self._put(
                     f"Redis at {self._connections.shown} is away: {str(error).rstrip('.')}. "
-                    "Trying again until it is back."
+                    "Reconnecting until it is back."
                 )
 
     def _login_error(self, error: Exception) -> ConfigError:

@@ -53,7 +53,7 @@ class TailOutput(Protocol):
         """Note that every subscription of this transport is confirmed or refused."""
 
     def refused(self, via: str, name: str, notice: str) -> None:
-        """Note that Redis does not permit this user to read ``name`` over this transport."""
+        """Note that the Redis user may not read ``name`` over this transport."""
 
 
 def read_event(codec: Codec, name: str, body: bytes, *, via: str) -> Event:
@@ -64,7 +64,7 @@ def read_event(codec: Codec, name: str, body: bytes, *, via: str) -> Event:
     event = codec.decode(body, via=via)
 
     if event.name != name:
-        raise DecodeError(f"It says it is {event.name!r}.", reason="wrong_channel")
+        raise DecodeError(f"The event is of signal {event.name!r}.", reason="wrong_channel")
 
     return event
 
@@ -186,9 +186,8 @@ class ChannelTail:
         self._output.refused(
             self.via,
             name,
-            f"Redis refuses to let this user listen to {name!r}: {reason.rstrip('.')}. Grant it "
-            f"the channel in the ACL, '&{self._keys.key(name)}', or name only signals that it may "
-            "hear.",
+            f"The Redis user cannot listen to {name!r}: {reason.rstrip('.')}. Grant "
+            f"it '&{self._keys.key(name)}' in the ACL, or name only signals that it may listen to.",
         )
 
 
@@ -328,7 +327,7 @@ class StreamTail:
         if name not in self._was_refused:
             self._was_refused.add(name)
             self._output.notify(
-                f"{self._keys.names!r} has a name that no signal can have; it is left out: "
+                f"{self._keys.names!r} has a name that is not valid for a signal. Skipping it: "
                 f"'{printable(name[:128])}'."
             )
 
@@ -385,8 +384,8 @@ class StreamTail:
 
         if body is None:
             self._output.notify(
-                f"Not an event {where} (missing_attribute): It has no field 'event', but "
-                f"{short(list(fields))}."
+                f"Not an event {where} (missing_attribute): It has no field 'event'; "
+                f"its fields are {short(list(fields))}."
             )
             return
 
@@ -404,7 +403,7 @@ class StreamTail:
         self._output.refused(
             self.via,
             name,
-            f"Redis refuses to let this user read the stream of {name!r}: {_one_line(reason)}. "
+            f"The Redis user cannot read the stream of {name!r}: {_one_line(reason)}. "
             f"{_remedy(reason, key)}",
         )
 
@@ -413,7 +412,7 @@ class StreamTail:
             self._output.refused(
                 self.via,
                 pattern,
-                f"Redis refuses to tell this user which streams {pattern!r} stands for: "
+                f"The Redis user cannot list the streams for {pattern!r}: "
                 f"{_one_line(reason)}. Grant it '+smembers ~{self._keys.names}' in the ACL, or "
                 "name the signals.",
             )
@@ -443,4 +442,4 @@ def _remedy(reason: Exception, key: str) -> str:
     if isinstance(reason, redis.exceptions.NoPermissionError):
         return f"Grant it '+xread +xrevrange ~{key}' in the ACL."
 
-    return f"See what {key!r} is: no stream of the bus, it seems."
+    return f"Check the key {key!r}: it does not seem to be a stream of the bus."

@@ -106,8 +106,8 @@ class AfterCommit:
             unconfirmed = self._publish(items)
         except BaseException:
             logger.exception(
-                "A transaction is committed, and publishing the %d events that were sent in it was "
-                "interrupted: %s. Those that are in the buffer are published.",
+                "Publishing the %d events of a committed transaction was interrupted: %s. Events "
+                "that are already in the buffer are still published.",
                 len(items),
                 _names(items),
             )
@@ -120,13 +120,13 @@ class AfterCommit:
         self._counters.add("discarded", len(items))
 
         if not forgotten:
-            logger.debug("%d events vanish with their transaction: %s", len(items), _names(items))
+            logger.debug("Dropped %d events of a rollback: %s", len(items), _names(items))
             return
 
         self._log.warning(
             "forgotten",
             "A session was closed without a commit: %d events that were sent in its transaction "
-            "are not published: %s. Commit it, or take 'after_commit' off the route.",
+            "are not published: %s. Commit it, or remove 'after_commit' from the route.",
             len(items),
             _names(items),
         )
@@ -138,16 +138,16 @@ class AfterCommit:
             return source
 
         raise ConfigError(
-            f"Events of {name!r} are to wait for a commit, but there is no database session. Call "
-            "db.init_app(app) of Flask-SQLAlchemy, name the session with "
-            "bus.register_session(session), or take 'after_commit' and 'outbox' off the route."
+            f"Events of {name!r} wait for a commit, but there is no database session. Call "
+            "db.init_app(app) of Flask-SQLAlchemy, register the session with "
+            "bus.register_session(session), or remove 'after_commit' and 'outbox' from the route."
         )
 
     def _report(self, unconfirmed: Sequence[Message]) -> None:
         if unconfirmed:
             logger.error(
-                "A transaction is committed, but Redis did not confirm %d of the events that were "
-                "sent in it: %s. What it did not refuse goes on waiting in the buffer.",
+                "Redis did not confirm %d of the events of a committed transaction: %s. Those that "
+                "it did not refuse stay in the buffer.",
                 len(unconfirmed),
                 Whole(", ".join(f"{out.route_state.name} {out.id}" for out in unconfirmed[:SHOWN])),
             )
@@ -181,8 +181,8 @@ class LateEntries:
                 self._store(entry)
             except Exception:
                 logger.exception(
-                    "The event %s of %r was sent after a commit, and could not be written into the "
-                    "outbox: it is lost. Send it inside the transaction, before the commit.",
+                    "The event %s of %r was sent after a commit, and could not be written to the "
+                    "outbox. It is lost. Send it inside the transaction, before the commit.",
                     entry.event_id,
                     entry.name,
                     extra={"event_id": entry.event_id, "signal": entry.name},
@@ -204,10 +204,10 @@ class LateEntries:
         if name not in self._warned:
             self._warned.add(name)
             logger.warning(
-                "%r has 'outbox' on its route and is sent after the commit: its row gets a "
-                "transaction of its own, and a crash in between loses the event. Publish a signal "
+                "%r is sent after the commit, but its route has 'outbox'. Its events are stored in "
+                "transactions of their own, and a crash before that loses them. Publish a signal "
                 "that is sent before the commit ('before_models_committed' of Flask-SQLAlchemy), "
-                "or set 'after_commit' in the place of 'outbox'.",
+                "or replace 'outbox' by 'after_commit'.",
                 name,
             )
 

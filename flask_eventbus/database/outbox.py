@@ -127,16 +127,15 @@ def store(session: Session, entry: Entry) -> None:
         session.execute(insert(TABLE), values)
     except DBAPIError as error:
         error.add_note(
-            f"It is flask_eventbus that writes to {NAME!r}. If the table is missing, create it by "
-            "a migration, from flask_eventbus.database.outbox.table(metadata), or with 'flask "
-            "eventbus "
-            "relay --create-table'."
+            f"flask_eventbus writes to {NAME!r}. If the table is missing, create it by a migration "
+            "from flask_eventbus.database.outbox.table(metadata), or run 'flask eventbus relay "
+            "--create-table'."
         )
         raise
     except InvalidRequestError as error:
         error.add_note(
-            f"It is flask_eventbus that writes {entry.name!r} to {NAME!r}, because its route has "
-            "'outbox'. Send it where the session takes statements: not in 'after_begin' or "
+            f"flask_eventbus writes {entry.name!r} to {NAME!r}, because its route has 'outbox'. "
+            "Send it while the session accepts statements, not in 'after_begin' or "
             "'after_rollback'."
         )
         raise
@@ -237,8 +236,8 @@ def _refuse_coroutine(name: str) -> None:
         await_(_Nothing())
     except MissingGreenlet as error:
         raise ConfigError(
-            f"{name!r} was sent where an asynchronous session cannot write it into the outbox. "
-            "Send it by 'await session.run_sync(lambda session: signal.send(...))'."
+            f"{name!r} was sent where an asynchronous session cannot write it to the outbox. "
+            "Send it with 'await session.run_sync(lambda session: signal.send(...))'."
         ) from error
 
 

@@ -118,8 +118,8 @@ class Relay:
         self._database = Absence("The database")
         self._writes = Absence(
             "Redis",
-            begins="%s takes no writes: %s. Events for streams wait in the outbox; those of "
-            "channels go on.",
+            begins="%s takes no writes: %s. Stream events wait in the outbox; channel events are "
+            "still published.",
             ends="%s takes writes again after %.1f s.",
         )
 
@@ -264,11 +264,12 @@ class Relay:
         self.refused[entry.name] = reason
         self._log.error(
             f"refused {entry.name}",
-            "The event %s of %r is refused: %s. It waits in the outbox, and so do those of its "
-            "name that come after it.",
+            "The event %s of %r is refused: %s. It stays in the outbox, and so do later events of "
+            "this signal. Retrying every %g s.",
             entry.event_id,
             entry.name,
             reason,
+            REFUSED_AGAIN,
             extra={"event_id": entry.event_id, "signal": entry.name},
         )
 

@@ -162,8 +162,8 @@ def engine_of(source: Any, table: Table) -> Engine:
 
     if session is None:
         raise ConfigError(
-            "The function that was given to register_session() returns no session here, so the "
-            "database is not known. Give a scoped_session or a sessionmaker."
+            "The function passed to register_session() returns no session here, so the database "
+            "is not known. Pass a scoped_session or a sessionmaker."
         )
 
     return session.get_bind(clause=table).engine
@@ -218,7 +218,7 @@ def check(source: Any) -> None:
         return
 
     raise ConfigError(
-        f"register_session() got {source!r}, which is no session. Give it a scoped_session, a "
+        f"register_session() got {source!r}, which is not a session. Pass a scoped_session, a "
         "sessionmaker, a Session, or a function that returns the session in use or None."
     )
 

@@ -246,7 +246,7 @@ def test_what_does_not_read_is_counted_and_told_and_no_failure(
     assert lines[2].startswith(f"  {empty} (")
     assert lines[2].endswith("It has no field 'event'.")
     assert lines[3].startswith(f"  {wrong} (")
-    assert lines[3].endswith("It says it is 'sold'.")
+    assert lines[3].endswith("The event is of signal 'sold'.")
     assert "\x1b" not in result.output
 
 

@@ -67,7 +67,9 @@ class Watching:
 
     def wait_until_it_hears(self) -> None:
         """Wait until Redis has confirmed its subscriptions."""
-        wait_until(lambda: any(line.startswith("Hearing ") for line in self.said), what="it hears")
+        wait_until(
+            lambda: any(line.startswith("Listening to ") for line in self.said), what="it hears"
+        )
 
     def end(self, number: signal.Signals | None = None) -> int:
         """Send it a signal, wait for its end and return its exit code."""
@@ -191,7 +193,7 @@ def test_tail_outlives_a_restart_of_redis_and_says_so(
     wait_until(lambda: watching.lines)
     assert watching.lines[0].endswith("user_id=8")
     assert [" ".join(line.split()[:2]) for line in watching.said] == [
-        "Hearing user_registered",
+        "Listening to user_registered",
         "Redis at",
         "Redis is",
     ]
@@ -208,7 +210,7 @@ def test_tail_waits_for_a_redis_that_is_not_there_yet(
     watching.wait_until_it_hears()
 
     assert "is away: " in watching.said[0]
-    assert watching.said[1] == f"Hearing * on {redis_server.url}. Ctrl-C ends."
+    assert watching.said[1] == f"Listening to * on {redis_server.url}. Press Ctrl-C to stop."
 
 
 def test_tail_shows_bytes_that_are_no_event_as_one_line_on_stderr(
@@ -226,7 +228,7 @@ def test_tail_shows_bytes_that_are_no_event_as_one_line_on_stderr(
     assert len(watching.said) == 3
     assert watching.said[1].startswith("Not an event on the channel of 'noted' (not_msgpack): ")
     assert watching.said[1].endswith(r"It begins with b'\x1b[31mhello'.")
-    assert "(wrong_channel): It says it is 'other'." in watching.said[2]
+    assert "(wrong_channel): The event is of signal 'other'." in watching.said[2]
 
 
 def test_tail_ends_quietly_on_ctrl_c(
@@ -236,7 +238,7 @@ def test_tail_ends_quietly_on_ctrl_c(
     watching.wait_until_it_hears()
 
     assert watching.end(signal.SIGINT) == 0
-    assert watching.said == [f"Hearing * on {redis_server.url}. Ctrl-C ends."]
+    assert watching.said == [f"Listening to * on {redis_server.url}. Press Ctrl-C to stop."]
 
 
 def test_tail_ends_quietly_and_soon_when_nobody_reads_it_any_more(
@@ -250,7 +252,7 @@ def test_tail_ends_quietly_and_soon_when_nobody_reads_it_any_more(
     with process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("Hearing ")
+        assert process.stderr.readline().startswith("Listening to ")
         process.stdout.close()
 
         assert process.wait(timeout=30) == 0
@@ -292,8 +294,8 @@ def test_tail_ends_with_a_clear_error_where_redis_refuses(redis_server: RedisSer
     unknown = tail("ada:wrong-s3cret")
 
     assert (allowed.exit_code, refused.exit_code, unknown.exit_code) == (0, 1, 1)
-    assert "Error: Redis refuses to let this user listen to '*': " in refused.output
-    assert "'&eventbus:{*}:channel', or name only signals that it may hear." in refused.output
+    assert "Error: The Redis user cannot listen to '*': " in refused.output
+    assert "Grant it '&eventbus:{*}:channel' in the ACL, or name only signals" in refused.output
     assert "does not let this user in" in unknown.output
     assert "s3cret" not in unknown.output
 
@@ -510,7 +512,7 @@ class Seen:
 
     def until_it_hears(self) -> Seen:
         """Listen until it says that it hears."""
-        self.until(lambda: self.told and self.told[-1].startswith("Hearing "))
+        self.until(lambda: self.told and self.told[-1].startswith("Listening to "))
         return self
 
     @property
@@ -623,7 +625,7 @@ def test_after_a_lost_connection_streams_go_on_without_a_gap(
     assert sorted(filter(None, seen.entries)) == [first, *missed, last]
     assert len(seen.told) == 3
     assert seen.told[-1].endswith(
-        " s; channels were not heard in that time, and streams go on where they were."
+        " s. Channel events sent in that time are missed; streams continue where they stopped."
     )
 
 
@@ -657,9 +659,12 @@ def test_entries_that_are_no_event_are_told_and_the_rest_is_shown(
     assert seen.told[1].startswith(f"{where} {first} (not_msgpack): ")
     assert seen.told[1].endswith(r"It begins with b'\x1b[31mhello'.")
     assert seen.told[2] == (
-        f"{where} {second} (missing_attribute): It has no field 'event', but [b'colour']."
+        f"{where} {second} (missing_attribute): "
+        "It has no field 'event'; its fields are [b'colour']."
     )
-    assert seen.told[3].startswith(f"{where} {third} (wrong_channel): It says it is 'other'.")
+    assert seen.told[3].startswith(
+        f"{where} {third} (wrong_channel): The event is of signal 'other'."
+    )
 
 
 def test_a_spectator_leaves_nothing_behind_in_redis(
@@ -691,9 +696,9 @@ def test_a_signal_that_may_be_heard_one_way_is_heard_that_way_and_the_other_is_t
     publish(redis_server.url, "noted")
     by_channel.until(lambda: by_channel.heard)
 
-    assert "refuses to let this user listen to 'noted': " in by_stream.told[0]
+    assert "The Redis user cannot listen to 'noted': " in by_stream.told[0]
     assert "'&eventbus:{noted}:channel'" in by_stream.told[0]
-    assert "refuses to let this user read the stream of 'noted': " in by_channel.told[0]
+    assert "The Redis user cannot read the stream of 'noted': " in by_channel.told[0]
     assert by_channel.told[0].endswith(
         "Grant it '+xread +xrevrange ~eventbus:{noted}:stream' in the ACL."
     )
@@ -707,7 +712,7 @@ def test_whoever_may_not_ask_which_streams_there_are_is_told_so(
 
     seen = see(redis_server.url.replace("127", "ada:pw@127", 1)).until_it_hears()
 
-    assert seen.told[0].startswith("Redis refuses to tell this user which streams '*' stands for: ")
+    assert seen.told[0].startswith("The Redis user cannot list the streams for '*': ")
     assert "'+smembers ~eventbus:streams'" in seen.told[0]
 
 
@@ -726,12 +731,12 @@ def test_a_stream_that_is_refused_is_told_once_and_asked_for_again(
     seen.until(lambda: store.add("noted") and len(seen.heard) > 1)
 
     assert sorted(seen.told) == [
-        f"'{store.keys.names}' has a name that no signal can have; it is left out: "
+        f"'{store.keys.names}' has a name that is not valid for a signal. Skipping it: "
         "'bad name\\x1b'.",
-        f"Hearing * on {store.url}. Ctrl-C ends.",
-        "Redis refuses to let this user read the stream of 'noted': WRONGTYPE Operation against a "
-        f"key holding the wrong kind of value. See what {key!r} is: no stream of the bus, it "
-        "seems.",
+        f"Listening to * on {store.url}. Press Ctrl-C to stop.",
+        "The Redis user cannot read the stream of 'noted': WRONGTYPE Operation "
+        f"against a key holding the wrong kind of value. Check the key {key!r}: it does not seem "
+        "to be a stream of the bus.",
     ]
     assert seen.entries[0] == first
 

@@ -624,7 +624,9 @@ def test_what_is_no_session_is_refused(make_bus: Make) -> None:
     db = SQLAlchemy(model_class=Base)
 
     for wrong in (db, "session", None, 7):
-        with pytest.raises(ConfigError, match=r"register_session\(\) got .* which is no session"):
+        with pytest.raises(
+            ConfigError, match=r"register_session\(\) got .* which is not a session"
+        ):
             make_bus("memory://").register_session(wrong)
 
 

@@ -281,7 +281,7 @@ def test_an_event_that_is_sent_after_the_commit_is_stored_and_the_commit_stands(
     assert waiting.count() == 2
     with Session(engine) as other:
         assert other.query(User).count() == 2
-    assert caplog.text.count("'user_added' has 'outbox' on its route and is sent after") == 1
+    assert caplog.text.count("'user_added' is sent after the commit, but its route has") == 1
     assert bus.health().counts["stored"] == 2
 
 
