@@ -280,7 +280,7 @@ class Isolation:
         __tracebackhide__ = True
 
         if seconds < 0:
-            raise ValueError(f"advance({seconds!r}) goes back in time. Give it seconds from 0.")
+            raise ValueError(f"advance({seconds!r}) goes back in time. Pass 0 or more seconds.")
 
         return self._rehearsal.advance(seconds)
 
@@ -389,7 +389,7 @@ def _flush() -> None:
     for node in list(nodes):
         if not node.flush(PATIENCE):
             raise RuntimeError(
-                f"Events of {node.config.service!r} still wait after {PATIENCE:g} s: its writing "
+                f"Events of {node.config.service!r} still wait after {PATIENCE:g} s: its writer "
                 "thread is stuck."
             )
 

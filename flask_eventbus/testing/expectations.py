@@ -73,13 +73,13 @@ def why_unpublished(
     if not any(matches(expectation.name, event.name) for event in events):
         sentences += _why_nothing(expectation.name, nodes)
 
-    sentences.append("Published were, nearest first:" if events else "Nothing was published.")
+    sentences.append("Published events, nearest first:" if events else "Nothing was published.")
     return "\n  ".join([" ".join(sentences), *_nearest(expectation, events)])
 
 
 def why_unheard(event: Event, nodes: Sequence[Node]) -> str:
     """Return the failure message of a delivery that no receiver gets."""
-    reasons = [reason for node in nodes if (reason := _why_deaf(node, event)) is not None]
+    reasons = [reason for node in nodes if (reason := _why_not_delivered(node, event)) is not None]
 
     if not reasons:
         known = {name for node in nodes for name in node.subscriptions}
@@ -138,7 +138,7 @@ def _how_often(found: int, times: int | None) -> str:
 
 def _why_nothing(name: str, nodes: Sequence[Node]) -> list[str]:
     if not nodes:
-        return ["There is no bus in this process: make the app or the bus first."]
+        return ["There is no bus in this process: create the app or the bus first."]
 
     silent = sorted({node.config.service for node in nodes if not node.config.enabled})
     known = {name for node in nodes if node.config.enabled for name in _published_by(node)}
@@ -156,10 +156,10 @@ def _why_waiting(name: str, nodes: Sequence[Node]) -> list[str]:
     found = [route for node in nodes for route in node.routes.values() if matches(route.name, name)]
 
     if any(route.outbox for route in found):
-        return [f"{name!r} goes into the outbox: run 'flask eventbus relay --once' before."]
+        return [f"{name!r} is stored in the outbox: run 'flask eventbus relay --once' first."]
 
     if any(route.after_commit for route in found):
-        return [f"{name!r} leaves after the commit of its transaction: commit before."]
+        return [f"{name!r} is published after the commit of its transaction: commit first."]
 
     return []
 
@@ -171,7 +171,7 @@ def _published_by(node: Node) -> set[str]:
     return signals | {route.name for route in routes if not is_pattern(route.name)}
 
 
-def _why_deaf(node: Node, event: Event) -> str | None:
+def _why_not_delivered(node: Node, event: Event) -> str | None:
     """Explain why a node does not get the event; ``None`` if it has nothing for that signal."""
     subscription = subscription_for(event.name, node.subscriptions)
     service = node.config.service
@@ -180,28 +180,28 @@ def _why_deaf(node: Node, event: Event) -> str | None:
         return _why_unsubscribed(node, event)
 
     if not node.config.enabled:
-        return f"{service!r} would, but its 'EVENTBUS_ENABLED' is False."
+        return f"{service!r} subscribes to it, but its 'EVENTBUS_ENABLED' is False."
 
     if not subscription.accepts(event.source):
         sources = ", ".join(sorted(subscription.sources or ()))
-        return f"{service!r} hears it only from {sources}: deliver it with source=."
+        return f"{service!r} subscribes to it only from {sources}: pass source=."
 
     if not node.receivers_of(event):
         return (
-            f"{service!r} subscribes to it, but has no receiver for it from there: connect one, "
-            "or deliver it with the source= that its receivers are for."
+            f"{service!r} subscribes to it, but has no receiver for this source: connect one, "
+            "or pass the source= of its receivers."
         )
 
     if has_no_streams(node) and event.via == "stream":
-        return f"{service!r} reads no streams: its 'EVENTBUS_URL' is that of a cluster."
+        return f"{service!r} reads no streams: its 'EVENTBUS_URL' names a Redis Cluster."
 
     if not is_reached(node, event):
         other = "stream" if event.via == "channel" else "channel"
-        return f"{service!r} hears it via {other!r} alone: deliver it with via={other!r}."
+        return f"{service!r} subscribes to it only via {other!r}: pass via={other!r}."
 
     return (
-        f"{service!r} leaves out what comes back from itself: deliver it with the source= of "
-        "another service, or subscribe with 'echo': True."
+        f"{service!r} ignores its own events: pass the source= of another service, or "
+        "subscribe with 'echo': True."
     )
 
 

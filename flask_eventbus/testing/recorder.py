@@ -196,6 +196,8 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
     while not condition():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"The buses did not take note of Redis within {PATIENCE:g} s.")
+            raise RuntimeError(
+                f"The buses did not notice the state of Redis within {PATIENCE:g} s."
+            )
 
         time.sleep(0.001)

@@ -123,7 +123,7 @@ def test_the_testing_kit_says_why_it_sees_nothing_before_the_commit(
     session.begin()
     bus.signal("user_added").send(id=1)
 
-    with pytest.raises(AssertionError, match="leaves after the commit of its transaction: commit"):
+    with pytest.raises(AssertionError, match="after the commit of its transaction: commit first"):
         eventbus.assert_published("user_added")
 
 

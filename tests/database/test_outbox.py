@@ -1379,7 +1379,7 @@ def test_the_testing_kit_sees_what_a_relay_publishes(tmp_path: Path, eventbus: I
     bus.signal("user_added").send(app, id=2)
     eventbus.assert_not_published()
 
-    with pytest.raises(AssertionError, match="'user_added' goes into the outbox: run"):
+    with pytest.raises(AssertionError, match="'user_added' is stored in the outbox: run"):
         eventbus.assert_published("user_added")
 
     done = app.test_cli_runner().invoke(flask_commands, ["relay", "--once"])

@@ -344,7 +344,7 @@ def test_a_failure_shows_what_was_published_nearest_first(
 
     assert said.splitlines() == [
         "'user_registered' with user_id=7, email='ada@example.com' was not published. "
-        "Published were, nearest first:",
+        "Published events, nearest first:",
         "  user_registered(user_id=8, email='ada@example.com') from 'accounts': "
         "user_id is 8, not 7",
         "  user_registered(user_id=8, email='bob@example.com') from 'accounts': "
@@ -801,8 +801,8 @@ def test_a_subscription_to_other_services_is_told(
 
     said = failure(eventbus.deliver, "tick", source="accounts")
 
-    assert "'mailer' hears it only from clock: deliver it with source=." in said
-    assert "'audit' subscribes to it, but has no receiver for it from there" in said
+    assert "'mailer' subscribes to it only from clock: pass source=." in said
+    assert "'audit' subscribes to it, but has no receiver for this source" in said
     eventbus.deliver("tick", source="clock")
 
 
@@ -810,7 +810,7 @@ def test_a_bus_that_is_switched_off_is_told(make_bus: Make, eventbus: Isolation)
     bus = make_bus(NOWHERE, "mailer", enabled=False)
     bus.on("tick")(lambda sender: None)
 
-    assert "'mailer' would, but its 'EVENTBUS_ENABLED' is False." in failure(
+    assert "'mailer' subscribes to it, but its 'EVENTBUS_ENABLED' is False." in failure(
         eventbus.deliver, "tick"
     )
 
