@@ -362,8 +362,8 @@ class Node:
         return AfterCommit(
             session=lambda: self.session,
             scope=self._scope,
-            draft=lambda *emission: self._publisher.prepare_pending(*emission),
-            seal=lambda *emission: self._publisher.encode(*emission),
+            prepare=lambda *emission: self._publisher.prepare_pending(*emission),
+            encode=lambda *emission: self._publisher.encode(*emission),
             publish=self._publish_committed,
             counters=self.counters,
         )

@@ -26,8 +26,8 @@ class AfterCommit:
     :param session: returns the session, in any form that ``register_session()`` takes, or
         ``None`` if there is none.
     :param scope: enters an app context, for a session outside of a request.
-    :param draft: creates a pending event: :meth:`.Publisher.prepare_pending`.
-    :param seal: creates an event for the outbox: :meth:`.Publisher.encode`.
+    :param prepare: creates a pending event: :meth:`.Publisher.prepare_pending`.
+    :param encode: creates an event for the outbox: :meth:`.Publisher.encode`.
     :param publish: publishes pending events, and returns those that Redis did not confirm.
     """
 
@@ -36,15 +36,15 @@ class AfterCommit:
         *,
         session: Callable[[], Any],
         scope: Callable[[], AbstractContextManager[object]],
-        draft: Callable[[str, Mapping[str, Any], Route], Message],
-        seal: Callable[[str, Mapping[str, Any], Route], Message],
+        prepare: Callable[[str, Mapping[str, Any], Route], Message],
+        encode: Callable[[str, Mapping[str, Any], Route], Message],
         publish: Callable[[Sequence[Message]], list[Message]],
         counters: Counters,
     ) -> None:
         self._session = session
         self._scope = scope
-        self._draft = draft
-        self._seal = seal
+        self._prepare = prepare
+        self._encode = encode
         self._publish = publish
         self._counters = counters
         self._log = BoundedLog(logger)
@@ -64,7 +64,7 @@ class AfterCommit:
         if session is None:
             return False
 
-        hold(session, self._draft(name, payload, route), self)
+        hold(session, self._prepare(name, payload, route), self)
         return True
 
     def store(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
@@ -82,8 +82,8 @@ class AfterCommit:
         from .transactions import begun, hold, is_committed
 
         session = begun(self._source(name))
-        sealed = self._seal(name, payload, route)
-        entry = Entry(event_id=sealed.id, name=name, via=route.via, event=sealed.encoded())
+        message = self._encode(name, payload, route)
+        entry = Entry(event_id=message.id, name=name, via=route.via, event=message.encoded())
 
         if session is not None and is_committed(session):
             hold(session, entry, self._late_owner)
@@ -212,5 +212,5 @@ class LateEntries:
             )
 
 
-def _names(drafts: Sequence[Message]) -> str:
-    return ", ".join(sorted({draft.route_state.name for draft in drafts}))
+def _names(messages: Sequence[Message]) -> str:
+    return ", ".join(sorted({message.route_state.name for message in messages}))

@@ -90,7 +90,7 @@ class Relay:
     An event is deleted after Redis has confirmed it. If the process dies or a connection is lost
     in between, the event is published again, with the same bytes.
 
-    :param exchange: writes to Redis.
+    :param connection: writes to Redis.
     :param destination: returns the destination of an event by its name and its transport.
     :param batch: number of events to publish at most in one database transaction.
     """
@@ -98,13 +98,13 @@ class Relay:
     def __init__(
         self,
         outbox: Outbox,
-        exchange: PublishConnection,
+        connection: PublishConnection,
         destination: Callable[[str, Via], Destination],
         *,
         batch: int,
     ) -> None:
         self.outbox = outbox
-        self._exchange = exchange
+        self._connection = connection
         self._destination = functools.cache(destination)
         self._batch = batch
         self._log = BoundedLog(logger)
@@ -190,7 +190,7 @@ class Relay:
 
     def _probe(self, stopping: threading.Event) -> None:
         """Raise an error if Redis is not available, before the database locks any rows."""
-        self._exchange.probe()
+        self._connection.probe()
 
         if self._redis:
             # Pub/sub keeps no events: let the listeners reconnect first.
@@ -201,7 +201,7 @@ class Relay:
         """Publish a batch, delete the confirmed events, and return the error of an outage."""
         for entries in _portions(self._publishable(batch.entries)):
             try:
-                errors = self._exchange.publish(
+                errors = self._connection.publish(
                     [
                         (self._destination(entry.name, cast(Via, entry.via)), entry.event)
                         for entry in entries

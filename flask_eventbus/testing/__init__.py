@@ -49,7 +49,7 @@ from ..receivers.retries import Failure
 from ..transport import connections
 from ..typing import Via
 from .expectations import Expectation, hears, why_unheard, why_unpublished
-from .recorder import GivenUp, Recording, diverted, find_out
+from .recorder import GivenUp, Recording, await_health, diverted
 from .retries import FailedAttempt, RetryRehearsal, raise_all
 
 
@@ -121,12 +121,12 @@ def isolated() -> Iterator[Isolation]:
 
     with diverted(url), kept_loop():
         isolation = Isolation(url)
-        on_new_node.append(isolation.meet)
+        on_new_node.append(isolation.add_node)
 
         try:
             yield isolation
         finally:
-            on_new_node.remove(isolation.meet)
+            on_new_node.remove(isolation.add_node)
             isolation.close()
 
 
@@ -139,13 +139,13 @@ class Isolation:
         self._rehearsal = RetryRehearsal(self._under_test)
         self._delivered = 0
         #: Known nodes, with numbers in the order in which they were found.
-        self._met: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
-        self._arrivals = itertools.count()
+        self._nodes: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
+        self._numbers = itertools.count()
         #: Number of nodes after the last garbage collection; collect again if there are more.
-        self._alive = 1
+        self._collect_above = 1
 
         for node in list(nodes):
-            self.meet(node)
+            self.add_node(node)
 
     def published(self, name: str | NamedSignal = "*", *, via: Via | None = None) -> list[Event]:
         """Return the events published so far, in order, as other services would read them.
@@ -308,19 +308,19 @@ class Isolation:
         self._server.connected = False
 
         try:
-            find_out(list(nodes), there=False)
+            await_health(list(nodes), available=False)
             yield
         finally:
             self._server.connected = True
-            find_out(list(nodes), there=True)
+            await_health(list(nodes), available=True)
 
-    def meet(self, node: Node) -> None:
+    def add_node(self, node: Node) -> None:
         """Add a node: read its events, and deliver events to it."""
-        self._met[node] = next(self._arrivals)
+        self._nodes[node] = next(self._numbers)
         self._recording.learn(node)
 
         if not self._server.connected:
-            find_out([node], there=False)
+            await_health([node], available=False)
 
     def close(self) -> None:
         """Stop recording."""
@@ -356,9 +356,9 @@ class Isolation:
         if event.via == "stream":
             return self._dispatch_stream(event, retry=retry)
 
-        hearing = [node for node in self._under_test() if hears(node, event)]
-        _require(hearing, event)
-        return [failure for node in hearing for failure in _handle(node, event)]
+        receiving = [node for node in self._under_test() if hears(node, event)]
+        _require(receiving, event)
+        return [failure for node in receiving for failure in _handle(node, event)]
 
     def _dispatch_stream(self, event: Event, *, retry: bool) -> list[Failure]:
         __tracebackhide__ = True
@@ -373,10 +373,10 @@ class Isolation:
         return raised
 
     def _under_test(self) -> list[Node]:
-        if len(nodes) > self._alive:
-            self._alive = len(_living())
+        if len(nodes) > self._collect_above:
+            self._collect_above = len(_living())
 
-        return sorted(nodes, key=lambda node: self._met.get(node, -1))
+        return sorted(nodes, key=lambda node: self._nodes.get(node, -1))
 
 
 def _living() -> list[Node]:

@@ -182,12 +182,12 @@ def _stop_all() -> None:
         node.stop(flush=LEAVE)
 
 
-def find_out(found: Sequence[Node], *, there: bool) -> None:
-    """Make nodes probe Redis, and wait until their health says ``there``."""
-    for node in found:
+def await_health(watched: Sequence[Node], *, available: bool) -> None:
+    """Make nodes probe Redis, and wait until their health shows whether it is available."""
+    for node in watched:
         node.ask()
 
-    _wait_until(lambda: all(node.health().publishing is there for node in found))
+    _wait_until(lambda: all(node.health().publishing is available for node in watched))
     wait_until_sent()
 
 
