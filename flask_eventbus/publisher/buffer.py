@@ -167,6 +167,14 @@ class Buffer:
 
             return self._in_flight
 
+    def withdraw(self, message: Message) -> None:
+        """Remove an event whose sender gets an error; one in flight leaves with its batch."""
+        with self.changed:
+            message.withdrawn = True
+
+            if self._queue_of(message).remove(message) and self._waiting:
+                self.changed.notify_all()
+
     def take_stream_event(self) -> Sequence[Message]:
         """Move the first stream event to :attr:`in_flight`, although streams are paused."""
         batch: list[Message] = []
@@ -183,11 +191,14 @@ class Buffer:
     def put_back(self, left: Sequence[Message] | None = None) -> None:
         """End the batch in flight; put it back at the front of the queues.
 
+        Withdrawn events leave the buffer.
+
         :param left: the events to put back, if not all of the batch.
         """
         with self.changed:
             for message in reversed(self._in_flight if left is None else left):
-                self._queue_of(message).push(message)
+                if not message.withdrawn:
+                    self._queue_of(message).push(message)
 
             self._in_flight = ()
 

@@ -535,9 +535,7 @@ class Publisher:
             self._stall_since(departures)
 
         if self._config.on_outage == "raise":
-            with self._buffer.lock:
-                message.withdrawn = True
-
+            self._buffer.withdraw(message)
             raise self._refusal(message)
 
     def _stall_since(self, departures: int) -> None:
@@ -556,7 +554,7 @@ class Publisher:
                 self._writer.wake()
 
     def _refusal(self, message: Message) -> PublishError:
-        reason = self._outage.error or f"no answer within {self._config.timeout} s"
+        reason = str(self._outage.error or f"no answer within {self._config.timeout} s").rstrip(".")
         which = f"The event {message.id}" if message.id else "An event"
         text = f"{which} of {message.route_state.name!r} was not confirmed by Redis: {reason}."
 

@@ -533,6 +533,25 @@ def test_a_withdrawn_event_leaves_the_line_without_a_trace() -> None:
     assert waiting.bytes == 0
 
 
+def test_a_withdrawn_event_does_not_count_as_buffered() -> None:
+    waiting = Buffer(most_events=10)
+    destination = ChannelDestination("tick", "tick")
+    envelope = Envelope("tests", "tick")
+    state = RouteState(route=Route(name="tick"), destination=destination, envelope=envelope)
+    events = [Message(state, b"\x80", {}, confirm=True) for _ in range(3)]
+
+    for number, outgoing in enumerate(events, 1):
+        outgoing.assign_id("node", number, 0)
+        waiting.put(outgoing)
+    waiting.take(most_events=1, most_bytes=1_000)
+    waiting.withdraw(events[0])
+    waiting.withdraw(events[1])
+    assert list(waiting) == [events[0], events[2]]
+
+    waiting.put_back()
+    assert list(waiting) == [events[2]]
+
+
 # -- many threads, and the ends of things -------------------------------------------------
 
 
