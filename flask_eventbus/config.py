@@ -236,9 +236,9 @@ def _url(key: str, value: Any) -> str:
         return value
 
     # The value may hold a password: only its scheme is shown.
-    shown = scheme if separator else "a value without '://'"
+    what = f"begins with {scheme!r}" if separator else "has no '://'"
     raise ConfigError(
-        f"{key!r} begins with {shown!r}, which is not a URL of Redis. Begin it with one of "
+        f"{key!r} {what}, so it is not a URL of Redis. Begin it with one of "
         + ", ".join(f"'{known}://'" for known in _SCHEMES)
         + ", for example 'redis://localhost:6379/0'."
     )

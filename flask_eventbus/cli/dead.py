@@ -37,14 +37,17 @@ _REASONS = {
 }
 
 
-def nothing(service: str) -> str:
+def nothing(service: str, choice: Choice) -> str:
     """Return the sentence that nothing was found."""
-    return f"{service!r} has no such dead letters."
+    return f"{service!r} has no {'such ' if choice else ''}dead letters."
 
 
-def list_report(letters: Iterable[Letter], service: str, limit: int | None = None) -> Iterator[str]:
+def list_report(
+    letters: Iterable[Letter], service: str, choice: Choice, limit: int | None = None
+) -> Iterator[str]:
     """Yield the lines of `dead list`: two for each dead letter, then their number.
 
+    :param choice: the filter that selected the dead letters.
     :param limit: the most dead letters to show; the last line says if there are more.
     """
     counts = itertools.count()
@@ -58,7 +61,7 @@ def list_report(letters: Iterable[Letter], service: str, limit: int | None = Non
         yield _fitted(f"  {printable(letter.content.reason)}: {printable(letter.content.error)}")
 
     count = next(counts)
-    yield f"{counted(count, 'dead letter')}." if count else nothing(service)
+    yield f"{counted(count, 'dead letter')}." if count else nothing(service, choice)
 
 
 def letter_report(letter: Letter) -> Iterator[str]:
@@ -440,13 +443,16 @@ def list_(
     ID is the id of a dead letter or of an event.
     """
     with _selection(program) as selection:
-        letters = selection.letters.find(_choice(ids=ids, **options))
+        choice = _choice(ids=ids, **options)
+        letters = selection.letters.find(choice)
         in_full = (
             as_json(letter, selection.service, program.node.codec)
             for letter in islice(letters, limit)
         )
 
-        for line in in_full if in_json else list_report(letters, selection.service, limit):
+        report = list_report(letters, selection.service, choice, limit)
+
+        for line in in_full if in_json else report:
             click.echo(line)
 
 
@@ -478,7 +484,7 @@ def show(program: Program, /, ids: tuple[str, ...], of_all: bool, **options: Any
         letters = selection.find(choice)
 
     shown = "\n\n".join("\n".join(letter_report(letter)) for letter in letters)
-    click.echo(shown or nothing(selection.service))
+    click.echo(shown or nothing(selection.service, choice))
 
 
 @dead.command(
@@ -520,7 +526,7 @@ def retry(
         letters = selection.find(choice)
 
         if not letters:
-            click.echo(nothing(selection.service))
+            click.echo(nothing(selection.service, choice))
             return
 
         if _retry(selection, letters, wait) < len(letters):
@@ -579,7 +585,7 @@ def drop(
     choice = _chosen(ids, of_all, **options)
 
     with _selection(program) as selection:
-        _drop(selection, selection.find(choice), yes)
+        _drop(selection, choice, yes)
 
 
 @dead.command(
@@ -607,15 +613,17 @@ def purge(program: Program, /, yes: bool, **options: Any) -> None:
     choice = _choice(**options)
 
     with _selection(program) as selection:
-        _drop(selection, selection.find(choice), yes)
+        _drop(selection, choice, yes)
 
         if not choice:
             selection.letters.forget_dropped()
 
 
-def _drop(selection: _Selection, letters: Sequence[Letter], yes: bool) -> None:
+def _drop(selection: _Selection, choice: Choice, yes: bool) -> None:
+    letters = selection.find(choice)
+
     if not letters:
-        click.echo(nothing(selection.service))
+        click.echo(nothing(selection.service, choice))
         return
 
     what = counted(len(letters), "dead letter")

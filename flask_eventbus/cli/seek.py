@@ -85,18 +85,26 @@ def _lines(move: Move) -> list[str]:
         f"  from  {_shown(move.here)}",
         f"  to    {_shown(move.target)}",
         _effect(move),
-        *([f"{_come(move.pending)} pending: workers finish them."] if move.pending else []),
+        *([_pending(move.pending)] if move.pending else []),
     ]
+
+
+def _pending(count: int) -> str:
+    return f"{_come(count)} pending: workers finish {_them(count)}."
 
 
 def _effect(move: Move) -> str:
     if move.skipped:
-        return f"{_come(move.skipped)} skipped: no worker will get them."
+        return f"{_come(move.skipped)} skipped: no worker will get {_them(move.skipped)}."
 
     if move.repeated:
-        return f"{_come(move.repeated)} repeated: receivers run for them again."
+        return f"{_come(move.repeated)} repeated: receivers run for {_them(move.repeated)} again."
 
     return "No event is skipped or repeated."
+
+
+def _them(count: int) -> str:
+    return "it" if count == 1 else "them"
 
 
 def _come(count: int) -> str:

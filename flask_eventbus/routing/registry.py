@@ -241,6 +241,12 @@ class Registry:
             The receiver must be a coroutine function, since Python cannot interrupt others.
         :raises ConfigError: an argument is wrong.
         """
+        if inspect.isfunction(signal):
+            raise ConfigError(
+                f"'@bus.on' of {signal.__qualname__}() names no signal. Name it, for example "
+                "@bus.on('user_registered')."
+            )
+
         name = signal.name if isinstance(signal, NamedSignal) else signal
         options = {"from": from_, "echo": echo, "via": via, "start": start, "group": group}
         read_subscription(name, {**options, "retries": retries}, f"on({name!r})")

@@ -340,6 +340,12 @@ def test_there_may_be_none(store: StreamStore, words: list[str]) -> None:
     result = store.run("dead", *words)
 
     assert result.exit_code == 0
+    assert result.output == "'mailer' has no dead letters.\n"
+
+
+def test_a_filter_may_match_none(store: StreamStore) -> None:
+    result = store.run("dead", "list", "--reason", "killed")
+
     assert result.output == "'mailer' has no such dead letters.\n"
 
 

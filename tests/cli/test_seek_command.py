@@ -74,7 +74,7 @@ def test_seek_says_what_it_repeats_and_what_is_pending(store: StreamStore) -> No
     assert result.exit_code == 0, result.output
     assert "  to    the beginning\n" in result.output
     assert "4 events are repeated: receivers run for them again.\n" in result.output
-    assert "1 event is pending: workers finish them.\n" in result.output
+    assert "1 event is pending: workers finish it.\n" in result.output
     assert pending == [ids[3]]
     assert left(store) == ids
 

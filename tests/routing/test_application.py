@@ -88,6 +88,13 @@ def test_a_bare_decorator_names_the_signal_after_the_function() -> None:
     assert received == ["ada", 7]
 
 
+def test_bus_on_without_a_name_says_how_to_name_the_signal() -> None:
+    def greet(sender: Any, **payload: Any) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"greet\(\) names no signal\. Name it, for example"):
+        EventBus().on(greet)  # type: ignore[arg-type]
+
+
 def test_a_closure_made_inside_a_view_stays_connected() -> None:
     app = make_app()
     received = []
