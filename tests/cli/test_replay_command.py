@@ -436,6 +436,8 @@ def register(bus):
 """
 
 
+# The signal takes effect in a thread, which a busy machine may start after the event has ended.
+@pytest.mark.second_look
 def test_ctrl_c_ends_after_the_event_that_runs_and_says_where_to_go_on(
     store: StreamStore, tmp_path: Path
 ) -> None:
