@@ -100,12 +100,14 @@ def _exchange(node: Node, outgoing: Message) -> Any:
     deadline = time.monotonic() + TIMEOUT
 
     try:
-        with _told(f"{outgoing.route_state.name!r} was not published", outgoing, connections):
+        with _publish_errors(
+            f"{outgoing.route_state.name!r} was not published", outgoing, connections
+        ):
             exchange.probe(deadline)
 
         unknown = f"It is not known whether {outgoing.id} was published"
 
-        with _told(unknown, outgoing, connections, in_doubt=True):
+        with _publish_errors(unknown, outgoing, connections, in_doubt=True):
             (error,) = exchange.publish(
                 [(outgoing.route_state.destination, outgoing.encoded())], deadline
             )
@@ -119,7 +121,7 @@ def _exchange(node: Node, outgoing: Message) -> Any:
 
 
 @contextmanager
-def _told(
+def _publish_errors(
     what: str, outgoing: Message, connections: Connections, *, in_doubt: bool = False
 ) -> Iterator[None]:
     try:

@@ -73,7 +73,7 @@ class StreamAccess:
         if not commands:
             return []
 
-        with self._told():
+        with self._operation_errors():
             answers = self._pipe.run(commands, most=most)
 
         return [
@@ -86,7 +86,7 @@ class StreamAccess:
 
         :raises OperationError: Redis is away.
         """
-        with self._told():
+        with self._operation_errors():
             answers = self._pipe.run(commands) if commands else []
 
         return [None if isinstance(answer, Exception) else answer for answer in answers]
@@ -111,7 +111,7 @@ class StreamAccess:
 
         :raises OperationError: Redis is away.
         """
-        with self._told():
+        with self._operation_errors():
             (answer,) = self._pipe.run([("TIME",)])
 
         if isinstance(answer, Exception):
@@ -212,7 +212,7 @@ class StreamAccess:
         self.close()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _operation_errors(self) -> Iterator[None]:
         try:
             yield
         except redis.AuthenticationError as error:

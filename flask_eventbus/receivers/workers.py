@@ -239,11 +239,6 @@ class WorkerThreads:
         self._event_queue.close()
         self.queue.close()
 
-    @property
-    def is_forced(self) -> bool:
-        """True once the grace is over; then no receiver starts any more."""
-        return self._forced
-
     def _make_queues(self) -> None:
         lock = threading.RLock()
         self._work = threading.Condition(lock)
