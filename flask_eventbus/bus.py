@@ -21,6 +21,7 @@ from .logs import get_logger
 from .node import FLUSH_AT_EXIT, Node
 from .routing.loading import load_receivers
 from .routing.registry import Registry
+from .timing import Timing
 from .typing import Settings
 
 logger = get_logger(__name__)
@@ -123,26 +124,32 @@ class Bus(Registry):
         *,
         service: str | None = None,
         namespace: Namespace | None = None,
+        _timing: Timing | None = None,
         **settings: Unpack[Settings],
     ) -> None:
         values: dict[str, Any] = {"url": url, "service": service, **settings}
         config = Config.from_mapping({f"EVENTBUS_{k.upper()}": v for k, v in values.items()})
-        self._set_up(config, namespace)
+        self._set_up(config, namespace, _timing)
 
     @classmethod
     def from_env(
-        cls, environ: Mapping[str, str] | None = None, *, namespace: Namespace | None = None
+        cls,
+        environ: Mapping[str, str] | None = None,
+        *,
+        namespace: Namespace | None = None,
+        _timing: Timing | None = None,
     ) -> Self:
         """Create a bus with the settings of the environment, such as ``EVENTBUS_SERVICE``.
 
         :raises ConfigError: a setting is unknown or wrong.
         """
         bus = cls.__new__(cls)
-        bus._set_up(Config.from_environ(os.environ if environ is None else environ), namespace)
+        config = Config.from_environ(os.environ if environ is None else environ)
+        bus._set_up(config, namespace, _timing)
         return bus
 
-    def _set_up(self, config: Config, namespace: Namespace | None) -> None:
-        super().__init__(namespace=namespace)
+    def _set_up(self, config: Config, namespace: Namespace | None, timing: Timing | None) -> None:
+        super().__init__(namespace=namespace, _timing=timing)
         self.node = Node(config, self)
         load_receivers(self, config.receivers, root=Path.cwd())
 

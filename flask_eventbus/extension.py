@@ -24,6 +24,7 @@ from .receivers.dispatcher import name_of
 from .routing.loading import load_receivers
 from .routing.registry import Registry
 from .serving import call_when_serving
+from .timing import Timing
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -224,8 +225,14 @@ class EventBus(Registry):
     :raises ConfigError: a setting of ``app`` is missing or wrong.
     """
 
-    def __init__(self, app: Flask | None = None, *, namespace: Namespace | None = None) -> None:
-        super().__init__(namespace=namespace)
+    def __init__(
+        self,
+        app: Flask | None = None,
+        *,
+        namespace: Namespace | None = None,
+        _timing: Timing | None = None,
+    ) -> None:
+        super().__init__(namespace=namespace, _timing=_timing)
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
 
         if app is not None:

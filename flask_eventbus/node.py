@@ -405,6 +405,7 @@ class Node:
             connections=self.connections,
             codec=self.codec,
             counters=self.counters,
+            timing=self.registry.timing,
             node=self._name,
             app_exists=self._app_exists,
         )

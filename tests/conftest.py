@@ -13,6 +13,7 @@ from workers import Workers
 
 from flask_eventbus import Bus
 from flask_eventbus.node import nodes
+from flask_eventbus.timing import Timing
 
 pytest_plugins = ["pytester"]
 
@@ -49,12 +50,23 @@ def workers(tmp_path: Path, shared_redis: RedisServer) -> Iterator[Workers]:
 
 
 @pytest.fixture
-def make_bus() -> Iterator[Callable[..., Bus]]:
+def timing(request: pytest.FixtureRequest) -> Timing:
+    """The times and sizes that ``@pytest.mark.timing`` sets, on the test or on its module."""
+    marks = list(request.node.iter_markers("timing"))
+    values = {name: value for mark in reversed(marks) for name, value in mark.kwargs.items()}
+    return Timing(**values)
+
+
+@pytest.fixture
+def make_bus(timing: Timing) -> Iterator[Callable[..., Bus]]:
     """Make buses that are stopped when the test ends."""
     buses: list[Bus] = []
+    timing_of_test = timing
 
-    def make(url: str, service: str = "tests", **settings: Any) -> Bus:
-        bus = Bus(url, service=service, **settings)
+    def make(
+        url: str, service: str = "tests", *, timing: Timing = timing_of_test, **settings: Any
+    ) -> Bus:
+        bus = Bus(url, service=service, _timing=timing, **settings)
         buses.append(bus)
         return bus
 

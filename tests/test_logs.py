@@ -19,7 +19,6 @@ from waiting import wait_until
 from flask_eventbus import Bus, Event, Reject, Retry, current_event, logs, signals
 from flask_eventbus.codec.records import DeadLetter
 from flask_eventbus.logs import MAX_TRACEBACK_CHARS, BoundedLog, get_logger, traceback_of
-from flask_eventbus.receivers import retries
 from flask_eventbus.receivers.workers import MOST_EVENTS
 from flask_eventbus.testing import Isolation
 
@@ -56,13 +55,12 @@ def fields(record: logging.LogRecord) -> dict[str, Any]:
 # -- each failure once ----------------------------------------------------------------------
 
 
+@pytest.mark.timing(first_retry=0.01)
 def test_each_attempt_that_fails_is_one_error_and_the_same_traceback_is_logged_once(
     make_bus: Make,
     shared_redis: RedisServer,
     infos: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(retries, "FIRST", 0.01)
     store = StreamStore(shared_redis)
     bus = make_bus(store.url, "mailer", prefix=store.prefix, retries=2)
 

@@ -29,6 +29,7 @@ from flask_eventbus.streams import (
     membership,
     orphans,
 )
+from flask_eventbus.timing import TIMING
 from flask_eventbus.transport import clock, pipe
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ SENTENCES = [
     ("commands", r"update of `status` wait (\S+) seconds at most in total", server.PATIENCE),
     ("commands", r"dead retry --wait S` takes at most (\S+) seconds longer", streams.TIMEOUT),
     ("streams", r"done in the last (\S+) milliseconds may not be", attempts.WRITE_EVERY * 1_000),
-    ("streams", r"failed receiver after (\S+) second, then 2, 4, 8", retries.FIRST),
+    ("streams", r"failed receiver after (\S+) second, then 2, 4, 8", TIMING.first_retry),
     ("streams", r"and so on up to (\S+) minutes\. A", retries.MOST / 60),
     ("streams", r"but not beyond (\S+) minutes", retries.MOST / 60),
     (

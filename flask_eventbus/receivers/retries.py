@@ -10,12 +10,12 @@ from ..errors import ReceiverError, Reject, Retry
 from ..event import Event
 from ..logs import BoundedLog, get_logger, text_of
 from ..routing.bus_signal import Receiver
+from ..timing import TIMING
 
 logger = get_logger(__name__)
 
 
-#: Shortest and longest delay of a retry, in seconds. The delay doubles with each attempt.
-FIRST = 1.0
+#: Longest delay of a retry in seconds.
 MOST = 300.0
 
 #: Maximum random increase of a delay, as a fraction of it, so that retries spread out.
@@ -41,12 +41,20 @@ def allowed(subscription: int | None, receiver: int | None, default: int) -> int
     return default if asked is None else asked
 
 
-def judge(error: BaseException, *, attempts: int, retries: int, jitter: float = JITTER) -> Verdict:
+def judge(
+    error: BaseException,
+    *,
+    attempts: int,
+    retries: int,
+    jitter: float = JITTER,
+    first: float = TIMING.first_retry,
+) -> Verdict:
     """Decide what follows after a receiver failed.
 
     :param error: the exception that the receiver raised.
     :param attempts: number of the failed attempt, from 1.
     :param retries: maximum number of retries.
+    :param first: delay of the first retry in seconds.
     """
     if isinstance(error, Reject):
         return Verdict(reason="rejected")
@@ -57,12 +65,12 @@ def judge(error: BaseException, *, attempts: int, retries: int, jitter: float = 
     if isinstance(error, Retry) and error.after is not None:
         return Verdict(after=max(0.0, error.after))
 
-    return Verdict(after=delay(attempts, jitter=jitter))
+    return Verdict(after=delay(attempts, jitter=jitter, first=first))
 
 
-def delay(attempts: int, *, jitter: float = JITTER) -> float:
+def delay(attempts: int, *, jitter: float = JITTER, first: float = TIMING.first_retry) -> float:
     """Return the seconds to wait after attempt ``attempts``: 1, 2, 4, ... up to 300."""
-    wait = min(MOST, FIRST * 2.0 ** min(attempts - 1, 30))
+    wait = min(MOST, first * 2.0 ** min(attempts - 1, 30))
     longer: float = wait * random.uniform(1.0, 1.0 + jitter)  # noqa: S311 - spreads load
     return min(MOST, longer)
 

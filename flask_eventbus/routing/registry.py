@@ -15,6 +15,7 @@ from blinker import ANY, NamedSignal, Namespace, Signal
 
 from ..codec.codec import Codec
 from ..errors import ConfigError
+from ..timing import TIMING, Timing
 from ..typing import Extractor, Via
 from .bus_signal import BridgeBase, BusNamespace, BusSignal, Receiver, adopt, check_signal_name
 from .options import is_pattern, matches
@@ -151,7 +152,10 @@ class Registry:
         ``blinker.default_namespace``; by default the bus has its own.
     """
 
-    def __init__(self, *, namespace: Namespace | None = None) -> None:
+    def __init__(
+        self, *, namespace: Namespace | None = None, _timing: Timing | None = None
+    ) -> None:
+        self.timing = _timing or TIMING
         self.namespace: Namespace = BusNamespace() if namespace is None else namespace
         #: The codec, with the types that the program registered.
         self.codec = Codec()

@@ -27,10 +27,6 @@ from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
 
-#: Seconds between two checks for released entries and due retries. One round trip checks all
-#: streams.
-CHECK_RELEASED_EVERY = 5.0
-
 #: Seconds between two rounds of the thread while deliveries are in flight.
 IN_FLIGHT_PAUSE = 0.05
 
@@ -57,7 +53,7 @@ MOST_RETRY_BYTES = 4 * 1024 * 1024
 LOOKS_PER_SECOND = 10
 
 #: Seconds ahead for which due times are kept. A later retry is found by the check that runs every
-#: :data:`CHECK_RELEASED_EVERY` seconds.
+#: ``Timing.check_released_every`` seconds.
 EXPECT_WITHIN = 60.0
 
 #: Most seconds between two attempts while Redis is away.
@@ -85,6 +81,7 @@ class Maintenance:
     ) -> None:
         self._config = context.config
         self._counters = context.counters
+        self._timing = context.timing
         self._node = context.node
         self._membership = membership
         self._release_all = release
@@ -272,12 +269,12 @@ class Maintenance:
             self._reclaimer.reclaim_idle(names)
 
         if now >= self._released_at:
-            self._released_at = now + CHECK_RELEASED_EVERY * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
+            self._released_at = now + self._timing.check_released_every * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
             self._take_released_and_due(names)
 
         if now >= self._consumers_at:
             self._consumers_at = now + (
-                IDLE_CONSUMER / SIGNS_OF_LIFE if names else CHECK_RELEASED_EVERY
+                IDLE_CONSUMER / SIGNS_OF_LIFE if names else self._timing.check_released_every
             )
             self._remove_idle(names)
 

@@ -109,6 +109,7 @@ class Outcomes:
         clock: RedisClock,
     ) -> None:
         self._config = context.config
+        self._first_retry = context.timing.first_retry
         self._keys = context.keys
         self._retries_of = retries_of
         self._failures = failures
@@ -174,7 +175,7 @@ class Outcomes:
     ) -> None:
         attempts = 1 if delivery.retry is None else delivery.retry.attempts
         retries = self._retries_of(delivery, failure)
-        verdict = judge(failure.error, attempts=attempts, retries=retries)
+        verdict = judge(failure.error, attempts=attempts, retries=retries, first=self._first_retry)
         now = self._clock.now()
         last_traceback = "" if delivery.retry is None else delivery.retry.traceback
         self._failures.judged(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Config
 from ..logs import Counters
+from ..timing import Timing
 from .connections import Connections
 from .keys import StreamKeys
 
@@ -23,6 +24,7 @@ class Context:
     connections: Connections
     codec: Codec
     counters: Counters
+    timing: Timing
     #: The unique name of the node.
     node: str
     #: Returns False once the app is gone; the threads of the node then end.

@@ -1178,16 +1178,15 @@ def grants_in(findings: list[Finding]) -> list[str]:
     return [f"({grant})" if "~" in grant else grant for grant in grants]
 
 
+@pytest.mark.timing(first_retry=0.01)
 @pytest.mark.parametrize("group", [True, None], ids=["group", "each_process"])
 @pytest.mark.parametrize("name", ["user_registered", "user_*"])
 def test_the_grants_that_a_check_asks_for_are_enough_to_work_with(
     lasting_redis: RedisServer,
     make_bus: Make,
-    monkeypatch: pytest.MonkeyPatch,
     group: Literal[True] | None,
     name: str,
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.receivers.retries.FIRST", 0.01)
     rights = ["-@all", "+client|setname", "+ping", "+multi"]
     handled: list[str] = []
 

@@ -18,13 +18,15 @@ from flask_eventbus.streams import (
     acknowledger,
     duplicates,
     fanout,
-    maintenance,
     membership,
     orphans,
 )
 from flask_eventbus.transport import clock
 
-pytestmark = pytest.mark.second_look
+pytestmark = [
+    pytest.mark.second_look,
+    pytest.mark.timing(check_released_every=0.1, first_retry=0.01),
+]
 
 Make = Callable[..., Bus]
 
@@ -110,11 +112,9 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ASK_AGAIN", 0.05)
 
     monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.05)
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.1)
     monkeypatch.setattr(orphans, "SEARCH_EVERY", 0.1)
     monkeypatch.setattr(membership, "LOOK", 0.1)
     monkeypatch.setattr(listener, "QUIET", 0.1)
-    monkeypatch.setattr("flask_eventbus.receivers.retries.FIRST", 0.01)
     monkeypatch.setattr("flask_eventbus.streams.reclaim.CHECK_EVERY", 0.1)
 
 

@@ -22,10 +22,11 @@ from flask_eventbus import Bus, current_event, signals
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.event import Event
-from flask_eventbus.receivers import retries
-from flask_eventbus.streams import acknowledger, duplicates, maintenance
+from flask_eventbus.streams import acknowledger, duplicates
 from flask_eventbus.streams.group import Group
 from flask_eventbus.transport.pipe import Command, Pipe
+
+pytestmark = pytest.mark.timing(first_retry=0.1, check_released_every=0.2)
 
 Make = Callable[..., Bus]
 
@@ -33,8 +34,6 @@ Make = Callable[..., Bus]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A receiver that failed is tried again after a tenth of a second."""
-    monkeypatch.setattr(retries, "FIRST", 0.1)
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
     monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.2)
 
 

@@ -17,22 +17,18 @@ from waiting import wait_until
 from flask_eventbus import Bus, Reject, current_event
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
-from flask_eventbus.receivers import retries, workers
+from flask_eventbus.receivers import workers
 from flask_eventbus.streams import acknowledger, attempts, maintenance, orphans, outcomes
 from flask_eventbus.streams.dead_limit import DeadLimit
 from flask_eventbus.streams.group import Group
 from flask_eventbus.transport.pipe import Command, Pipe
 
-pytestmark = pytest.mark.second_look
+pytestmark = [
+    pytest.mark.second_look,
+    pytest.mark.timing(first_retry=0.05, check_released_every=0.2),
+]
 
 Make = Callable[..., Bus]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits for seconds in a service waits for tenths here."""
-    monkeypatch.setattr(retries, "FIRST", 0.05)
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
 
 
 @pytest.fixture
@@ -223,12 +219,12 @@ def old_retry(store: StreamStore, name: str, *, hours: float, key: str = "mailer
     store.client.sadd(store.keys.names, name)
 
 
+@pytest.mark.timing(check_released_every=600.0)
 def test_more_retries_than_there_is_room_for_follow_at_once(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "MOST_AHEAD", 10)
     # Not found by the next look for what others left.
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 600.0)
     handled: list[int] = []
 
     def receive(sender: str, n: int) -> None:

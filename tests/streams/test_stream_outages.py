@@ -21,15 +21,17 @@ from waiting import wait_until
 from flask_eventbus import Bus, PublishError, Reject, signals
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.logs import Counters
-from flask_eventbus.receivers import retries
 from flask_eventbus.routing.subscriptions import read_subscription
 from flask_eventbus.signals import wait_until_sent
-from flask_eventbus.streams import acknowledger, consumer, fanout, group, maintenance, membership
+from flask_eventbus.streams import acknowledger, consumer, fanout, group, membership
 from flask_eventbus.streams.group import Group
 from flask_eventbus.streams.reclaim import Trims
 from flask_eventbus.transport.pipe import Command, Pipe
 
-pytestmark = pytest.mark.second_look
+pytestmark = [
+    pytest.mark.second_look,
+    pytest.mark.timing(first_retry=0.1, check_released_every=0.2),
+]
 
 Make = Callable[..., Bus]
 
@@ -65,13 +67,6 @@ bus.ready()
 report("ready")
 bus.run()
 """
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits for seconds in a service waits for tenths here."""
-    monkeypatch.setattr(retries, "FIRST", 0.1)
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from flask_eventbus import Bus, ConfigError, EventBus, Reject, Retry, current_ev
 from flask_eventbus.codec.records import RetryRecord
 from flask_eventbus.receivers import retries
 from flask_eventbus.streams import maintenance, retry_queue
+from flask_eventbus.timing import Timing
 from flask_eventbus.transport.keys import StreamKeys
 
 pytestmark = pytest.mark.second_look
@@ -33,6 +34,9 @@ pytestmark = pytest.mark.second_look
 Make = Callable[..., Bus]
 
 _numbers = itertools.count()
+
+#: The backoff begins with a hundredth of a second.
+quick = pytest.mark.timing(first_retry=0.01)
 
 
 class Line:
@@ -90,16 +94,10 @@ def line(shared_redis: RedisServer, make_bus: Make) -> Iterator[Line]:
     found.redis.close()
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begin the backoff with a hundredth of a second."""
-    monkeypatch.setattr(retries, "FIRST", 0.01)
-
-
 # -- only what failed, and when -----------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick")
+@quick
 def test_only_the_receivers_that_failed_are_tried_again(line: Line) -> None:
     ran: list[tuple[str, int]] = []
 
@@ -145,7 +143,7 @@ def wrapped(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-@pytest.mark.usefixtures("quick")
+@quick
 def test_receivers_of_the_same_name_are_told_from_each_other(line: Line) -> None:
     ran: list[tuple[str, int]] = []
 
@@ -254,11 +252,11 @@ def test_what_a_worker_keeps_of_retries_that_wait_has_a_bound() -> None:
     assert set().union(*kept._due.values()) == {"work"}
 
 
+@pytest.mark.timing(check_released_every=0.2)
 def test_a_retry_that_waits_long_is_found_by_a_later_look(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(maintenance, "EXPECT_WITHIN", 0.1)
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
     begun: list[int] = []
 
     @line.bus.on("work")
@@ -274,7 +272,7 @@ def test_a_retry_that_waits_long_is_found_by_a_later_look(
     line.wait_until_settled()
 
 
-@pytest.mark.usefixtures("quick")
+@quick
 def test_hundreds_of_retries_that_are_due_at_once_are_not_kept_waiting(line: Line) -> None:
     done: list[int] = []
 
@@ -317,7 +315,7 @@ def test_two_workers_share_many_retries_and_run_each_once(
 # -- given up -----------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick")
+@quick
 def test_after_its_retries_an_event_is_a_dead_letter_with_everything(line: Line) -> None:
     told: list[dict[str, Any]] = []
     attempts: list[int] = []
@@ -473,7 +471,8 @@ def _silence() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.usefixtures("quick", "_silence")
+@quick
+@pytest.mark.usefixtures("_silence")
 @pytest.mark.parametrize("bad", BAD)
 def test_whatever_a_receiver_raises_it_is_tried_again_and_then_a_dead_letter(
     line: Line, bad: str
@@ -498,7 +497,7 @@ def test_whatever_a_receiver_raises_it_is_tried_again_and_then_a_dead_letter(
 # -- how often ----------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick")
+@quick
 @pytest.mark.parametrize(
     ("setting", "subscription", "receiver", "attempts"),
     [(1, None, None, 2), (1, None, 3, 4), (1, 2, 3, 3), (5, 0, None, 1), (5, None, 0, 1)],
@@ -543,7 +542,7 @@ def test_retries_of_a_receiver_that_are_no_number_are_refused(line: Line, wrong:
 # -- how long -----------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick")
+@quick
 def test_an_async_receiver_that_takes_too_long_is_ended_and_has_failed(line: Line) -> None:
     ended: list[int] = []
 
@@ -564,7 +563,7 @@ def test_an_async_receiver_that_takes_too_long_is_ended_and_has_failed(line: Lin
     assert "During handling of the above" not in letter["traceback"]
 
 
-@pytest.mark.usefixtures("quick")
+@quick
 def test_a_timeout_that_an_async_receiver_raises_itself_is_as_it_says(line: Line) -> None:
     @line.bus.on("work", timeout=60, retries=0)
     async def receive(sender: str, n: int) -> None:
@@ -599,7 +598,7 @@ def test_a_timeout_that_is_no_number_of_seconds_is_refused(line: Line, wrong: An
 
 
 @pytest.fixture
-def app(line: Line, shared_redis: RedisServer) -> Iterator[tuple[Flask, EventBus]]:
+def app(line: Line, shared_redis: RedisServer, timing: Timing) -> Iterator[tuple[Flask, EventBus]]:
     """An app that hears the stream."""
     app = Flask(__name__)
     app.config.from_mapping(
@@ -607,13 +606,13 @@ def app(line: Line, shared_redis: RedisServer) -> Iterator[tuple[Flask, EventBus
         EVENTBUS_URL=shared_redis.url,
         EVENTBUS_PREFIX=line.bus.node.config.prefix,
     )
-    bus = EventBus()
+    bus = EventBus(_timing=timing)
     bus.init_app(app)
     yield app, bus
     bus.node(app).stop(flush=0)
 
 
-@pytest.mark.usefixtures("quick")
+@quick
 def test_each_attempt_has_an_app_context_of_its_own(
     line: Line, app: tuple[Flask, EventBus]
 ) -> None:
@@ -692,10 +691,10 @@ def fail(sender, n):
     assert 2 <= second["at"] - first["at"] < 9
 
 
+@pytest.mark.timing(check_released_every=0.05)
 def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
     line: Line, shared_redis: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.05)
     monkeypatch.setattr(retry_queue, "MOST_POSTPONE", 0.2)
     other = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
     lacking = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
@@ -722,10 +721,10 @@ def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
     assert line.letters()[0]["attempts"] == "2"
 
 
+@pytest.mark.timing(check_released_every=0.05)
 def test_a_retry_whose_receiver_goes_away_as_it_begins_is_not_taken_for_handled(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.05)
     monkeypatch.setattr(retry_queue, "MOST_POSTPONE", 0.2)
     begin = retry_queue.RetryQueue.record_start
     begun: list[bool] = []

@@ -17,11 +17,13 @@ from waiting import wait_until
 from flask_eventbus import Bus, ConfigError, Reject, Retry, current_event
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter
-from flask_eventbus.receivers import retries
 from flask_eventbus.streams import acknowledger, fanout, maintenance, membership, reclaim
 from flask_eventbus.transport import clock
 
-pytestmark = pytest.mark.second_look
+pytestmark = [
+    pytest.mark.second_look,
+    pytest.mark.timing(first_retry=0.02, check_released_every=0.2),
+]
 
 Make = Callable[..., Bus]
 
@@ -29,8 +31,6 @@ Make = Callable[..., Bus]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for seconds in a service waits for tenths here."""
-    monkeypatch.setattr(retries, "FIRST", 0.02)
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
     monkeypatch.setattr(membership, "ASK_AGAIN", 0.2)
     monkeypatch.setattr(fanout, "ASK_AGAIN", 0.2)
     monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.2)

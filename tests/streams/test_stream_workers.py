@@ -481,8 +481,8 @@ def test_what_redis_refuses_to_renew_keeps_nothing_else_from_it(workers: Workers
 def test_a_retry_slower_than_the_claim_time_runs_once(workers: Workers) -> None:
     # Each looks often for what the other may have left.
     slow = """
-from flask_eventbus.streams import maintenance
-maintenance.CHECK_RELEASED_EVERY = 0.2
+from flask_eventbus.timing import Timing
+bus = Bus.from_env(_timing=Timing(check_released_every=0.2))
 
 @bus.on("work")
 def count(sender, n):

@@ -291,13 +291,11 @@ def test_an_event_that_fails_does_not_hold_up_those_after_it(
 # -- what waits behind a long receiver ----------------------------------------------------
 
 
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look for what was handed back several times a second."""
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.2)
+#: Look for what was handed back several times a second.
+hasty = pytest.mark.timing(check_released_every=0.2)
 
 
-@pytest.mark.usefixtures("hasty")
+@hasty
 def test_another_worker_gets_what_waits_behind_a_receiver_that_takes_long(
     make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
 ) -> None:
@@ -323,7 +321,7 @@ def test_another_worker_gets_what_waits_behind_a_receiver_that_takes_long(
     assert Counter(heard) == Counter(range(20))
 
 
-@pytest.mark.usefixtures("hasty")
+@hasty
 def test_a_worker_that_is_alone_keeps_the_order_behind_a_receiver_that_takes_long(
     make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
 ) -> None:

@@ -14,7 +14,6 @@ from flask import Flask, current_app, g
 from waiting import wait_until
 
 from flask_eventbus import Bus, EventBus, PublishError, Reject, Retry, current_event, signals
-from flask_eventbus.receivers import retries
 from flask_eventbus.testing import Isolation, isolated
 from flask_eventbus.typing import Via
 
@@ -920,10 +919,10 @@ def test_what_a_listening_bus_gives_up_is_told_too(make_bus: Make, eventbus: Iso
     assert eventbus.dead_letters == []
 
 
+@pytest.mark.timing(first_retry=0.01)
 def test_the_kit_and_a_worker_make_the_same_of_failures(
-    make_bus: Make, eventbus: Isolation, monkeypatch: pytest.MonkeyPatch
+    make_bus: Make, eventbus: Isolation
 ) -> None:
-    monkeypatch.setattr(retries, "FIRST", 0.01)
     bus = make_bus(NOWHERE, "mailer", retries=3, subscribe={"tock": {"retries": 1}})
     seen: list[Any] = []
 

@@ -14,8 +14,7 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus, current_event
-from flask_eventbus.receivers import retries
-from flask_eventbus.streams import maintenance, retry_queue
+from flask_eventbus.streams import retry_queue
 from flask_eventbus.transport.clock import RedisClock
 
 pytestmark = pytest.mark.second_look
@@ -102,11 +101,10 @@ def test_a_step_of_redis_clock_takes_no_event_from_a_worker_that_lives(
     assert receiver.attempts == [1]
 
 
+@pytest.mark.timing(first_retry=0.05, check_released_every=0.05)
 def test_a_step_of_redis_clock_takes_no_retry_from_a_worker_that_lives(
     make_bus: Make, wall_clock: WallClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retries, "FIRST", 0.05)
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.05)
     monkeypatch.setattr(retry_queue, "MOST_POSTPONE", 0.05)
     receiver = Held(fails_at=1)
     buses = workers(make_bus, receiver, 3)
@@ -137,13 +135,12 @@ def is_steady(bus: Bus) -> bool:
     return clock._offset is not None and clock.is_steady
 
 
+@pytest.mark.timing(first_retry=0.2)
 def test_a_worker_whose_clock_is_set_back_runs_its_retries_in_time(
     shared_redis: RedisServer,
     make_bus: Make,
     wall_clock: WallClock,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(retries, "FIRST", 0.2)
     store = StreamStore(shared_redis)
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
     attempts: list[int] = []
@@ -166,14 +163,13 @@ def test_a_worker_whose_clock_is_set_back_runs_its_retries_in_time(
     assert not store.client.zcard(key)
 
 
+@pytest.mark.timing(check_released_every=0.05)
 def test_clocks_that_disagree_are_logged_when_it_begins_and_when_it_ends(
     shared_redis: RedisServer,
     make_bus: Make,
     wall_clock: WallClock,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(maintenance, "CHECK_RELEASED_EVERY", 0.05)
     store = StreamStore(shared_redis)
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
     wall_clock.ahead = -30.0
@@ -188,13 +184,12 @@ def test_clocks_that_disagree_are_logged_when_it_begins_and_when_it_ends(
     assert caplog.text.count("that of Redis.") == 1
 
 
+@pytest.mark.timing(first_retry=0.01)
 def test_a_redis_that_does_not_tell_its_time_is_read_all_the_same_and_the_remedy_is_logged(
     redis_server: RedisServer,
     make_bus: Make,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(retries, "FIRST", 0.01)
     redis_server.client.execute_command("ACL", "SETUSER", "default", "-time")
     bus = make_bus(redis_server.url, "mailer")
     attempts: list[int] = []
