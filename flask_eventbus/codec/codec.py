@@ -9,15 +9,15 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from reprlib import repr as short
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NoReturn, TypeVar, cast
 
-from msgpack import packb
+from msgpack import ExtType, packb
 
 from ..config import SERVICE_NAME, SIGNAL_NAME
 from ..errors import ConfigError, DecodeError, PayloadError
 from ..event import Event, PackedPayload
 from .faults import find_fault
-from .values import UnfitError, Values, memory_of
+from .values import PLAIN, UnfitError, Values, check, memory_of, survey, unknown_type
 
 #: The version of the wire format.
 SPECVERSION: Final = "1.0"
@@ -38,8 +38,8 @@ MAX_SEQ = 2**64 - 1
 PACKED_ID_BYTES = 2 + MAX_ID_BYTES
 
 _FIXSTR = tuple(bytes([0xA0 | length]) for length in range(32))
-_TIMESTAMP_64 = struct.Struct(">7sQ").pack
-_TIMESTAMP_96 = struct.Struct(">8sIq").pack
+_TIMESTAMP_64 = struct.Struct(">7sQ")
+_TIMESTAMP_96 = struct.Struct(">8sIq")
 _COUNT = struct.Struct(">5sQ").pack
 
 
@@ -78,7 +78,7 @@ class Envelope:
         #: Largest size of an event without its payload, in bytes.
         self.overhead: int = len(self._heads[0]) + _MOST_BYTES_AFTER_HEAD
         #: Smallest size of an event without its payload, but with the longest id, in bytes.
-        self._least = len(self._heads[0]) + PACKED_ID_BYTES + len(_time(0)) + len(_DATA)
+        self._least = len(self._heads[0]) + PACKED_ID_BYTES + _TIMESTAMP_64.size + len(_DATA)
 
     def __call__(
         self,
@@ -115,7 +115,15 @@ class Envelope:
             optional.append(_PARTITIONKEY + _key(key))
 
         head = self._heads[len(optional)]
-        return b"".join((head, _text(id), _time(time_ns), _DATA, data, *optional))
+        seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
+
+        # A msgpack timestamp has 64 bits, or 96 bits before 1970 and from 2514.
+        if seconds >> 34:
+            time = _TIMESTAMP_96.pack(b"\xa4time\xc7\x0c\xff", nanoseconds, seconds)
+        else:
+            time = _TIMESTAMP_64.pack(b"\xa4time\xd7\xff", nanoseconds << 34 | seconds)
+
+        return b"".join((head, _text(id), time, _DATA, data, *optional))
 
     def most_bytes(self, data: bytes, attributes: Mapping[str, Any], *, numbered: bool) -> int:
         """Return the size in bytes of an event without an id; only the id may make it shorter.
@@ -142,16 +150,6 @@ def packed_bytes(value: str | int) -> int:
 
     length = len(value) if value.isascii() else len(value.encode())
     return length + (1 if length < 32 else 2 if length < 256 else 3)
-
-
-def _time(time_ns: int) -> bytes:
-    """Encode ``time`` as a msgpack timestamp of 64 bits, or 96 bits before 1970 and from 2514."""
-    seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
-
-    if seconds >> 34:
-        return _TIMESTAMP_96(b"\xa4time\xc7\x0c\xff", nanoseconds, seconds)
-
-    return _TIMESTAMP_64(b"\xa4time\xd7\xff", nanoseconds << 34 | seconds)
 
 
 def _key(key: str) -> bytes:
@@ -186,7 +184,7 @@ _NAME_BYTES = {
 _MOST_BYTES_AFTER_HEAD = sum(
     (
         PACKED_ID_BYTES,
-        len(_time(-1)),
+        _TIMESTAMP_96.size,
         len(_DATA),
         _SEQ_BYTES,
         len(_CORRELATIONID) + 2 + MAX_ID_BYTES,
@@ -252,12 +250,21 @@ class Codec:
                 "Give the value another name."
             )
 
-        data = self._pack(plain)
+        try:
+            data = self._packed(plain)
+        except Exception as error:
+            failure = error
+        else:
+            if len(data) + overhead > self._max_bytes:
+                raise PayloadError(
+                    f"payload: {len(data)} bytes, and up to {overhead} for the rest of the event, "
+                    f"are more than the {self._max_bytes} of EVENTBUS_MAX_EVENT_BYTES. Send a "
+                    "reference to the data, or raise that setting in every service."
+                )
 
-        if len(data) + overhead > self._max_bytes:
-            raise PayloadError(self._too_large(len(data), overhead))
+            return data
 
-        return data
+        self._raise_fault(plain, failure)
 
     def envelope(self, source: str, name: str) -> Envelope:
         """Return the envelope of a service and a signal; create it once per route.
@@ -320,9 +327,30 @@ class Codec:
 
     def _decode(self, body: bytes, via: str) -> tuple[Event, set[type]]:
         """Decode an event; return it with the result of :func:`survey` for its payload."""
-        self.check_size(len(body))
-        event = _read(self._unpack(body), via)
-        return event, self._check(event.payload)
+        if len(body) > self._max_bytes:
+            self.check_size(len(body))
+
+        try:
+            attributes = self._values.unpack(body)
+        except UnfitError as error:
+            raise DecodeError(f"It cannot be decoded: {error}", reason="bad_payload") from error
+        except Exception as error:
+            message = f"It is not msgpack: {type(error).__name__}: {error}"
+            raise DecodeError(message, reason="not_msgpack") from error
+
+        event = _read(attributes, via)
+
+        try:
+            found = survey(event.payload)
+
+            if ExtType in found:
+                raise unknown_type(event.payload)
+        except UnfitError as error:
+            raise DecodeError(
+                f"The payload cannot be decoded: {error}", reason="bad_payload"
+            ) from error
+
+        return event, found
 
     def decode_for_queue(self, body: bytes, *, via: str = "channel") -> tuple[Event, int]:
         """Decode an event that waits in a queue; return it with its memory in bytes.
@@ -332,7 +360,7 @@ class Codec:
         :raises DecodeError: the bytes are not an event.
         """
         event, found = self._decode(body, via)
-        size = memory_of(event.payload, found=found, packed=len(body))  # type: ignore[arg-type]  # it is a dict
+        size = memory_of(event.payload, found=found, packed=len(body))
 
         if size > MAX_DECODED:
             packed = PackedPayload(partial(self._payload, body))
@@ -344,14 +372,21 @@ class Codec:
     def _payload(self, body: bytes) -> Mapping[str, Any]:
         return self.decode(body).payload
 
-    def _pack(self, payload: dict[str, Any]) -> bytes:
-        try:
-            return self._packed(payload)
-        except Exception as error:
-            first = error
+    def _packed(self, payload: dict[str, Any]) -> bytes:
+        data = self._values.pack(payload)
 
-        # A signal handler may raise anywhere, for example a time limit. Then the payload is not at
-        # fault: encoding succeeds at the second try, and the error is raised unchanged.
+        if not survey(payload) <= PLAIN:
+            # Check it as its readers will: a converted value may break a rule.
+            check(self._values.unpack(data))
+
+        return data
+
+    def _raise_fault(self, payload: dict[str, Any], first: Exception) -> NoReturn:
+        """Raise the error of a payload that cannot be encoded.
+
+        A signal handler may raise anywhere, for example a time limit. Then the payload is not at
+        fault: encoding succeeds at the second try, and the error is raised unchanged.
+        """
         try:
             self._packed(payload)
         except Exception as error:
@@ -361,40 +396,6 @@ class Codec:
             raise PayloadError(find_fault(self._values, payload, first)) from first
 
         raise _cause_of(first)
-
-    def _packed(self, payload: dict[str, Any]) -> bytes:
-        data = self._values.pack(payload)
-        self._values.check_packed(payload, data)
-        return data
-
-    def _too_large(self, size: int, overhead: int) -> str:
-        return (
-            f"payload: {size} bytes, and up to {overhead} for the rest of the event, are more "
-            f"than the {self._max_bytes} of EVENTBUS_MAX_EVENT_BYTES. Send a reference to the "
-            "data, or raise that setting in every service."
-        )
-
-    def _unpack(self, body: bytes) -> Any:
-        try:
-            return self._values.unpack(body)
-        except UnfitError as error:
-            raise DecodeError(f"It cannot be decoded: {error}", reason="bad_payload") from error
-        except Exception as error:
-            message = f"It is not msgpack: {type(error).__name__}: {error}"
-            raise DecodeError(message, reason="not_msgpack") from error
-
-    def _check(self, payload: Any) -> set[type]:
-        if type(payload) is not dict:
-            raise DecodeError(f"'data' is not a map: {short(payload)}.", reason="bad_payload")
-        if "sender" in payload:
-            raise DecodeError("The payload has a key 'sender'.", reason="bad_payload")
-
-        try:
-            return self._values.check(payload)
-        except UnfitError as error:
-            raise DecodeError(
-                f"The payload cannot be decoded: {error}", reason="bad_payload"
-            ) from error
 
 
 class _PendingEvent:
@@ -410,11 +411,52 @@ def _read(attributes: Any, via: str) -> Event:
         raise _wrong_version(attributes)
 
     pending: Any = _PendingEvent()
-    _read_required(attributes, pending)
-    _read_optional(attributes, pending)
+
+    try:
+        pending.source = source = attributes["source"]
+        pending.name = name = attributes["type"]
+        pending.id = id = attributes["id"]
+        pending.time = time = attributes["time"]
+        pending.payload = payload = attributes["data"]
+    except KeyError as error:
+        raise DecodeError(f"It has no {error}.", reason="missing_attribute") from error
+
+    pending.seq = seq = attributes.get("seq")
+    pending.correlation_id = correlation_id = attributes.get("correlationid")
+    pending.causation_id = causation_id = attributes.get("causationid")
+    hops = attributes.get("hops")
+    pending.hops = 0 if hops is None else hops
+    pending.traceparent = traceparent = attributes.get("traceparent")
+    pending.key = key = attributes.get("partitionkey")
     pending.via = via
     pending.attempt = 1
     pending.replayed = False
+
+    if type(source) is not str or not SERVICE_NAME.fullmatch(source):
+        raise _bad("source", source)
+    if type(name) is not str or not SIGNAL_NAME.fullmatch(name):
+        raise _bad("type", name)
+    if type(id) is not str or not EVENT_ID.fullmatch(id):
+        raise _bad("id", id)
+    if type(time) is not datetime or time.tzinfo is not UTC:
+        raise _bad("time", time)
+    if seq is not None and (type(seq) is not int or not 1 <= seq <= MAX_SEQ):
+        raise _bad("seq", seq)
+    if correlation_id is not None and not _is_id(correlation_id):
+        raise _bad("correlationid", correlation_id)
+    if causation_id is not None and not _is_id(causation_id):
+        raise _bad("causationid", causation_id)
+    if hops is not None and (type(hops) is not int or not 0 <= hops <= MAX_HOPS):
+        raise _bad("hops", hops)
+    if traceparent is not None and not _is_text(traceparent, MAX_TRACEPARENT_BYTES):
+        raise _bad("traceparent", traceparent)
+    if key is not None and not _is_text(key, MAX_KEY_BYTES):
+        raise _bad("partitionkey", key)
+    if type(payload) is not dict:
+        raise DecodeError(f"'data' is not a map: {short(payload)}.", reason="bad_payload")
+    if "sender" in payload:
+        raise DecodeError("The payload has a key 'sender'.", reason="bad_payload")
+
     pending.__class__ = Event
     event: Event = pending
     return event
@@ -426,53 +468,6 @@ def _wrong_version(attributes: dict[Any, Any]) -> DecodeError:
 
     version = short(attributes["specversion"])
     return DecodeError(f"Its specversion is {version}, not {SPECVERSION!r}.", reason="version")
-
-
-def _read_required(attributes: dict[Any, Any], pending: Any) -> None:
-    try:
-        pending.source = source = attributes["source"]
-        pending.name = name = attributes["type"]
-        pending.id = id = attributes["id"]
-        pending.time = time = attributes["time"]
-        pending.payload = attributes["data"]
-    except KeyError as error:
-        raise DecodeError(f"It has no {error}.", reason="missing_attribute") from error
-
-    if type(source) is not str or not SERVICE_NAME.fullmatch(source):
-        raise _bad("source", source)
-    if type(name) is not str or not SIGNAL_NAME.fullmatch(name):
-        raise _bad("type", name)
-    if type(id) is not str or not EVENT_ID.fullmatch(id):
-        raise _bad("id", id)
-    if type(time) is not datetime or time.tzinfo is not UTC:
-        raise _bad("time", time)
-
-
-def _read_optional(attributes: dict[Any, Any], pending: Any) -> None:
-    pending.seq = seq = attributes.get("seq")
-    pending.correlation_id = correlation_id = attributes.get("correlationid")
-    pending.causation_id = causation_id = attributes.get("causationid")
-    hops = attributes.get("hops")
-    pending.hops = 0 if hops is None else hops
-    pending.traceparent = traceparent = attributes.get("traceparent")
-    pending.key = key = attributes.get("partitionkey")
-
-    if seq is not None and not _is_count(seq, 1, MAX_SEQ):
-        raise _bad("seq", seq)
-    if correlation_id is not None and not _is_id(correlation_id):
-        raise _bad("correlationid", correlation_id)
-    if causation_id is not None and not _is_id(causation_id):
-        raise _bad("causationid", causation_id)
-    if hops is not None and not _is_count(hops, 0, MAX_HOPS):
-        raise _bad("hops", hops)
-    if traceparent is not None and not _is_text(traceparent, MAX_TRACEPARENT_BYTES):
-        raise _bad("traceparent", traceparent)
-    if key is not None and not _is_text(key, MAX_KEY_BYTES):
-        raise _bad("partitionkey", key)
-
-
-def _is_count(value: Any, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most
 
 
 def _is_id(value: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from reprlib import repr as short
 from typing import Any
 
-from .values import MAX_DEPTH, MAX_ITEMS, UnfitError, Values
+from .values import MAX_DEPTH, MAX_ITEMS, UnfitError, Values, check
 
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
@@ -84,7 +84,7 @@ def _key_step(key: Any) -> str:
 
 def _packing_faults(values: Values, path: str, value: Any) -> Iterator[str]:
     try:
-        values.check({"value": values.unpack(values.pack(value))})
+        check({"value": values.unpack(values.pack(value))})
     except Exception as error:
         yield f"{path}: {_describe(value, error)}"
 

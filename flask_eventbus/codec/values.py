@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -227,7 +227,9 @@ _CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
 _SCALARS = frozenset(
     {NoneType, bool, int, float, str, bytes, datetime, date, time, timedelta, Decimal, UUID}
 )
-_PLAIN = _CONTAINERS | _SCALARS | {bytearray, memoryview}
+#: The types that need no conversion.
+PLAIN = _CONTAINERS | _SCALARS | {bytearray, memoryview}
+_TEXT = frozenset({str})
 
 
 class Values:
@@ -284,7 +286,7 @@ class Values:
         return data
 
     def unpack(self, data: bytes) -> Any:
-        """Decode a value; call :meth:`check` with it afterwards.
+        """Decode a value; call :func:`check` with it afterwards.
 
         :raises UnfitError: the bytes are msgpack, but break a rule of the wire format.
         :raises Exception: the error of msgpack, if the bytes are not msgpack.
@@ -304,33 +306,9 @@ class Values:
                 raise UnfitError(str(error) or "It is nested too deeply.") from error
             raise
 
-    def check(self, payload: dict[str, Any]) -> set[type]:
-        """Check a decoded payload, and return the result of :func:`survey`.
-
-        :raises UnfitError: it breaks a rule of the wire format.
-        """
-        found = survey(payload)
-
-        if ExtType in found:
-            codes = sorted(set(_unknown_codes(payload)))
-            raise UnfitError(
-                f"It holds ext type {codes[0]}, unknown here. "
-                "Register the type with bus.register_type() in this service too."
-            )
-
-        return found
-
-    def check_packed(self, payload: dict[str, Any], data: bytes) -> None:
-        """Check an encoded payload before it is sent, as its readers will.
-
-        :raises UnfitError: it breaks a rule of the wire format.
-        """
-        if not survey(payload) <= _PLAIN:
-            self.check(self.unpack(data))
-
     def to_plain(self, value: Any) -> Any:
         """Return a value that msgpack can encode; a plain value is returned unchanged."""
-        return value if type(value) in _PLAIN else self._to_plain(value)
+        return value if type(value) in PLAIN else self._to_plain(value)
 
     def _to_plain(self, value: Any) -> Any:
         kind = type(value)
@@ -411,12 +389,38 @@ class Values:
         return _checked_members(members)
 
 
-def survey(payload: dict[str, Any]) -> set[type]:
+def check(payload: Mapping[str, Any]) -> None:
+    """Check a decoded payload.
+
+    :raises UnfitError: it breaks a rule of the wire format.
+    """
+    if ExtType in survey(payload):
+        raise unknown_type(payload)
+
+
+def unknown_type(payload: Mapping[str, Any]) -> UnfitError:
+    """Return the error of a payload that holds ext types which no type is registered for."""
+    codes = sorted(set(_unknown_codes(payload)))
+    return UnfitError(
+        f"It holds ext type {codes[0]}, unknown here. "
+        "Register the type with bus.register_type() in this service too."
+    )
+
+
+def survey(payload: Mapping[str, Any]) -> set[type]:
     """Return the non-scalar types in a payload; the set is empty for a flat payload.
 
     :raises UnfitError: it is nested too deeply, a map has a key that is not a string, or it has
         too many items.
     """
+    # Most payloads are flat: check them without a loop.
+    if (
+        len(payload) <= MAX_ITEMS
+        and _TEXT.issuperset(map(type, payload))
+        and _SCALARS.issuperset(map(type, payload.values()))
+    ):
+        return set()
+
     found: list[type] = []
     _survey(payload, MAX_DEPTH, found)
     return set(found)
@@ -472,7 +476,7 @@ MOST_TEXT_MEMORY = 4
 UNKNOWN = 2**62
 
 
-def memory_of(payload: dict[str, Any], *, found: set[type], packed: int) -> int:
+def memory_of(payload: Mapping[str, Any], *, found: set[type], packed: int) -> int:
     """Return the approximate memory of a payload in bytes.
 
     It is :data:`UNKNOWN` with a value of a registered type, which may refer to anything.

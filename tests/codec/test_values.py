@@ -29,6 +29,7 @@ from flask_eventbus.codec.values import (
     MAX_ITEMS,
     UnfitError,
     Values,
+    check,
     survey,
 )
 from flask_eventbus.errors import ConfigError
@@ -272,7 +273,7 @@ def test_a_type_that_this_service_did_not_register_is_named_by_its_code(
     arrived = values.unpack(with_money.pack({"lines": [{"price": Money(250, "EUR")}]}))
 
     with pytest.raises(UnfitError, match=r"ext type 40, unknown here\. Register the type"):
-        values.check(arrived)
+        check(arrived)
 
 
 @pytest.mark.parametrize("code", [-1, 0, 1, 31, 128, "40", 40.5])
