@@ -19,15 +19,11 @@ from flask_eventbus.database import after_commit, relay
 from flask_eventbus.publisher import buffer, connection, writer
 from flask_eventbus.receivers import conflicts, retries, workers
 from flask_eventbus.streams import (
-    alarms,
     attempts,
     decoder,
     duplicates,
     fanout,
-    group,
     maintenance,
-    membership,
-    orphans,
 )
 from flask_eventbus.timing import TIMING
 from flask_eventbus.transport import clock, pipe
@@ -60,17 +56,17 @@ SENTENCES = [
     (
         "stream-workers",
         r"no sign of life for (\S+) minutes is removed",
-        maintenance.IDLE_CONSUMER / 60,
+        TIMING.idle_consumer_after / 60,
     ),
     (
         "stream-workers",
         r"A worker gives one every ([a-z ]+) minutes",
-        maintenance.IDLE_CONSUMER / maintenance.SIGNS_OF_LIFE / 60,
+        TIMING.idle_consumer_after / maintenance.SIGNS_OF_LIFE / 60,
     ),
     ("stream-workers", r"a difference of more than (\S+) seconds when", clock.MOST_APART),
     ("stream-losses", r"differs from it by more than (\S+) seconds", connection.MOST_SKEW),
     ("stream-losses", r"and (\S+) bytes of a digest", duplicates.DIGEST_BYTES),
-    ("stream-losses", r"with more than (\S+) events behind it, such a loss", group.MOST_COUNTED),
+    ("stream-losses", r"with more than (\S+) events behind it, such a loss", TIMING.max_counted),
     ("stream-subscriptions", r"that both have, of the (\S+) that it read last", fanout.REMEMBERED),
     ("configuration", r"from one second to (\S+) minutes", retries.MOST / 60),
     ("configuration", r"or more than (\S+) MiB of them", buffer.MOST_BYTES / MIB),
@@ -91,9 +87,17 @@ SENTENCES = [
     ("what-happens-when", r"sign of life after (\S+) seconds of silence", listener.QUIET),
     ("what-happens-when", r"and connects anew after (\S+) more", listener.DEADLINE),
     ("what-happens-to-streams", r"after 1 s, 2 s, up to (\S+) minutes", retries.MOST / 60),
-    ("stream-subscriptions", r"finds the streams that match within (\S+) seconds", membership.LOOK),
-    ("damaged-streams", r"a pattern stands for (\S+) streams and hears", alarms.MOST_NAMES),
-    ("streams", r"finds them, within (\S+) minutes after that hour", orphans.SEARCH_EVERY / 60),
+    (
+        "stream-subscriptions",
+        r"finds the streams that match within (\S+) seconds",
+        TIMING.list_streams_every,
+    ),
+    ("damaged-streams", r"a pattern stands for (\S+) streams and hears", TIMING.max_names),
+    (
+        "streams",
+        r"finds them, within (\S+) minutes after that hour",
+        TIMING.search_orphans_every / 60,
+    ),
     ("monitoring", r"its first (\S+) characters, on one line, and the last", logs.MAX_ERROR_CHARS),
     ("monitoring", r"on one line, and the last (\S+) of its", logs.MAX_TRACEBACK_CHARS),
     ("monitoring", r"Of each kind of line (\S+) a minute are logged", logs.LINES_PER_MINUTE),
@@ -128,8 +132,8 @@ SENTENCES = [
     ("commands", r"in total, and `publish` (\S+) seconds", server.TIMEOUT),
     ("check", r"this machine's by more than (\S+) seconds", checks_server.MOST_SKEW),
     ("check", r"less than (\S+) large events behind", checks_server.LEAST_BEHIND),
-    ("status", r"was killed is removed after (\S+) minutes", maintenance.IDLE_CONSUMER / 60),
-    ("status", r"more than (\S+) names of streams exist", alarms.MOST_NAMES),
+    ("status", r"was killed is removed after (\S+) minutes", TIMING.idle_consumer_after / 60),
+    ("status", r"more than (\S+) names of streams exist", TIMING.max_names),
     ("stream-commands", r"killed counts as gone after (\S+) minutes", services.GONE / 60),
     ("outbox", r"is tried again every (\S+) seconds", relay.REFUSED_AGAIN),
     ("outbox", r"are tried again every (\S+) seconds", relay.WRITE_AGAIN),

@@ -14,7 +14,7 @@ import redis
 from ..config import SIGNAL_NAME, Config
 from ..errors import OperationError
 from ..node import Node
-from ..streams.alarms import MOST_NAMES
+from ..timing import TIMING
 from ..transport.connections import OUTAGE, Connections, read_reply
 from ..transport.keys import ChannelKeys, StreamKeys
 from ..transport.urls import trouble_of
@@ -121,7 +121,7 @@ class Server:
         :raises redis.ResponseError: this user has no right to ask.
         """
         found = sorted(name.decode(errors="replace") for name in self.ask("SMEMBERS", keys.names))
-        names = [name for name in found[:MOST_NAMES] if SIGNAL_NAME.fullmatch(name)]
+        names = [name for name in found[: TIMING.max_names] if SIGNAL_NAME.fullmatch(name)]
         lengths = self.ask_all([("XLEN", keys.stream(name)) for name in names])
         groups = self.ask_all([("XINFO", "GROUPS", keys.stream(name)) for name in names])
         return {

@@ -20,8 +20,9 @@ from ..errors import ConfigError, OperationError
 from ..node import Node
 from ..publisher.writer import BATCH_BYTES
 from ..routing.options import is_pattern
-from ..streams.alarms import MOST_NAMES, too_many_names
+from ..streams.alarms import too_many_names
 from ..text import counted
+from ..timing import TIMING
 from ..transport.connections import OUTAGE, Connections
 from ..transport.keys import ChannelKeys, StreamKeys
 from ..transport.urls import AdvisedError, without_secrets
@@ -376,7 +377,7 @@ def _services(
 ) -> dict[str, Sequence[str] | None]:
     """Return the streams to check, each with the services to check; ``None`` stands for all."""
     if service is None:
-        return dict.fromkeys(access.names()[:MOST_NAMES])
+        return dict.fromkeys(access.names()[: TIMING.max_names])
 
     needs_names = any(is_pattern(name) for name in node.subscriptions)
     return dict.fromkeys(sorted(heard(node, access.names() if needs_names else ())), (service,))

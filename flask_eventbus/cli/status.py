@@ -16,8 +16,9 @@ from ..admin.server import PATIENCE
 from ..admin.status import ConsumerStatus, GroupStatus, StreamStatus, read_statuses
 from ..admin.streams import StreamAccess
 from ..errors import OperationError
-from ..streams.alarms import MOST_NAMES, too_many_names
+from ..streams.alarms import too_many_names
 from ..text import printable
+from ..timing import TIMING
 from .base import Command, Program, pass_program, reader_is_gone
 from .output import fitted_table, span
 
@@ -329,7 +330,7 @@ class _Report:
         with StreamAccess(self._node.config, name=CLIENT_NAME, deadline=deadline) as access:
             names = access.names()
             flood = too_many_names(access.keys.names, len(names))
-            statuses = read_statuses(access, self._services(names[:MOST_NAMES]))
+            statuses = read_statuses(access, self._services(names[: TIMING.max_names]))
 
         if not self._of_all and not self._declares:
             # Without an app, only its groups tell which streams are the service's.

@@ -32,9 +32,6 @@ MOST_PER_WRITE = 500
 #: Bytes after which a round trip takes no more outcomes. Retries and dead letters hold events.
 MOST_BYTES_PER_WRITE = 4 * 1024 * 1024
 
-#: Seconds before an outcome that Redis refused is written again.
-RESEND_AFTER = 5.0
-
 
 class Acknowledger:
     """Writes outcomes in batches, and keeps those that Redis did not accept.
@@ -57,6 +54,7 @@ class Acknowledger:
         self._config = context.config
         self._keys = context.keys
         self._counters = context.counters
+        self._timing = context.timing
         self._group = group
         self._in_flight = in_flight
         self._expect = expect
@@ -68,7 +66,9 @@ class Acknowledger:
         self._refusals: deque[tuple[float, Outcome]] = deque()
         #: Held by the thread that uses the write connection.
         self.lock = threading.RLock()
-        self.clock = RedisClock(group.pipe, config=self._config, lock=self.lock)
+        self.clock = RedisClock(
+            group.pipe, config=self._config, timing=context.timing, lock=self.lock
+        )
         self._limit = DeadLimit(
             group.pipe,
             config=self._config,
@@ -296,7 +296,7 @@ class Acknowledger:
 
         An outcome without a delivery is dropped: its entry stays pending and is claimed again.
         """
-        again = time.monotonic() + RESEND_AFTER
+        again = time.monotonic() + self._timing.resend_after
         kept = [
             found for found in outcomes if found.delivery is not None or found.is_partly_written
         ]
@@ -309,7 +309,7 @@ class Acknowledger:
             len(outcomes),
             outcomes[0].name,
             refusal,
-            RESEND_AFTER,
+            self._timing.resend_after,
             self._group.worker_remedy(outcomes[0].name, refusal),
             extra={"signal": outcomes[0].name, "service": self._config.service},
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..codec.entry_ids import EntryId, id_text
+from ..timing import TIMING
 
 #: Maximum time by which an entry id may be ahead of the clock, in milliseconds.
 MOST_AHEAD = 24 * 60 * 60 * 1000
@@ -16,9 +17,6 @@ CLOCKS_APART = 60 * 1000
 
 #: Maximum number of characters of a consumer's name that an alarm shows.
 MOST_SHOWN = 64
-
-#: Maximum number of streams that the patterns of a service match, and that a command reads.
-MOST_NAMES = 1_000
 
 
 class Alarm(NamedTuple):
@@ -69,13 +67,13 @@ def far_ahead(name: str, last: EntryId, now: float) -> Alarm | None:
     )
 
 
-def too_many_names(key: str, count: int) -> Alarm | None:
+def too_many_names(key: str, count: int, most: int = TIMING.max_names) -> Alarm | None:
     """Return an alarm if there are more stream names than patterns may match."""
-    if count <= MOST_NAMES:
+    if count <= most:
         return None
 
     return Alarm(
-        f"{key!r} has {count:,} names of streams. Patterns match {MOST_NAMES:,} of them; the "
+        f"{key!r} has {count:,} names of streams. Patterns match {most:,} of them; the "
         "other streams are not read.",
         f"Delete {key!r}. Publishers add the names of their streams again within seconds. See "
         "docs/damaged-streams.md.",

@@ -37,9 +37,6 @@ from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
 
-#: Seconds that Redis may take to answer a read, including the wait for an entry.
-ANSWER_TIMEOUT = 5.0
-
 #: Seconds that Redis may take to answer a write of outcomes.
 WRITE_TIMEOUT = 2.0
 
@@ -158,7 +155,7 @@ class Consumer:
             reclaimer=reclaimer,
             maintenance=self._maintenance,
         )
-        pipe = Pipe(context.connections, timeout=ANSWER_TIMEOUT)
+        pipe = Pipe(context.connections, timeout=context.timing.answer_timeout)
         self._fanout = Fanout(
             pipe,
             context,
@@ -168,10 +165,10 @@ class Consumer:
         )
 
     def _member(self, context: Context, intake: Intake, reclaimer: Reclaimer) -> Membership:
-        group = self._group_on(context, ANSWER_TIMEOUT, unlisted=self._group.unlisted)
-        duplicates = Duplicates(
-            group.pipe, config=context.config, keys=context.keys, counters=context.counters
+        group = self._group_on(
+            context, context.timing.answer_timeout, unlisted=self._group.unlisted
         )
+        duplicates = Duplicates(group.pipe, context)
         return Membership(
             context,
             catalogue=self._catalogue(group.pipe, context, grouped=True),
@@ -184,8 +181,7 @@ class Consumer:
 
     def _orphans(self, context: Context) -> Orphans:
         return Orphans(
-            service=context.config.service,
-            keys=context.keys,
+            context,
             retries=self._retries,
             acknowledger=self._acknowledger,
             receives=self._receives,
@@ -201,7 +197,12 @@ class Consumer:
         )
 
     def _trims_of(self, group: Group, context: Context) -> Trims:
-        return Trims(group, service=context.config.service, counters=context.counters)
+        return Trims(
+            group,
+            service=context.config.service,
+            counters=context.counters,
+            timing=context.timing,
+        )
 
     def _group_on(
         self, context: Context, timeout: float, unlisted: set[str] | None = None
@@ -213,6 +214,7 @@ class Consumer:
             consumer=self.name,
             unlisted=unlisted,
             max_bytes=context.config.max_event_bytes,
+            timing=context.timing,
         )
 
     def _receives(self, name: str) -> bool:

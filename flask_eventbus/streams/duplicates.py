@@ -7,18 +7,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from hashlib import blake2b
 
-from ..config import Config
-from ..logs import BoundedLog, Counters, get_logger
+from ..logs import BoundedLog, get_logger
 from ..receivers.conflicts import Conflicts
 from ..receivers.delivery import Delivery
-from ..transport.keys import StreamKeys
+from ..transport.context import Context
 from ..transport.pipe import Command, Pipe
 from .group import remedy
 
 logger = get_logger(__name__)
-
-#: Seconds to wait after Redis refused to store ids, before trying again.
-ASK_AGAIN = 60.0
 
 #: Size of a digest in bytes.
 DIGEST_BYTES = 8
@@ -41,12 +37,13 @@ class Duplicates:
     after its last change. It takes about 110 bytes for each event.
     """
 
-    def __init__(self, pipe: Pipe, *, config: Config, keys: StreamKeys, counters: Counters) -> None:
+    def __init__(self, pipe: Pipe, context: Context) -> None:
         self._pipe = pipe
-        self._config = config
-        self._keys = keys
+        self._config = context.config
+        self._timing = context.timing
+        self._keys = context.keys
         self._log = BoundedLog(logger)
-        self._conflicts = Conflicts(config=config, counters=counters)
+        self._conflicts = Conflicts(config=context.config, counters=context.counters)
         #: Monotonic time until which Redis is not asked, because it refused.
         self._refused_until = 0.0
 
@@ -180,7 +177,7 @@ class Duplicates:
         return self._keys.seen(name, self._config.service, 0)[:-1] + "*"
 
     def _pause(self, name: str, reason: object) -> None:
-        self._refused_until = time.monotonic() + ASK_AGAIN
+        self._refused_until = time.monotonic() + self._timing.ask_command_again_after
         self._log.once(
             "refused",
             "Redis refuses to store the ids of received events (%s). An event that a publisher "

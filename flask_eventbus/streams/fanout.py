@@ -33,17 +33,11 @@ BLOCK = 1.0
 #: ACL rights that a reader needs on a stream.
 RIGHTS = "+xread +xrevrange +xinfo|stream"
 
-#: Seconds to wait before reading a refused stream again.
-ASK_AGAIN = 5.0
-
 #: Number of entry ids remembered for each stream, to find those that a replaced master lost.
 REMEMBERED = 10_000
 
 #: Number of entries that one command returns in the search for the last common entry.
 LOOK_BACK = 16
-
-#: Seconds between two checks for a stream that was deleted and created again.
-LOOK = 5.0
 
 
 class Fanout:
@@ -63,6 +57,7 @@ class Fanout:
     ) -> None:
         config, counters = context.config, context.counters
         self._pipe = pipe
+        self._timing = context.timing
         self._service = config.service
         self._catalogue = catalogue
         self._keys = context.keys
@@ -180,7 +175,7 @@ class Fanout:
         names = self._catalogue.names()
 
         if self.refused and time.monotonic() > self._ask_again:
-            self._ask_again = time.monotonic() + ASK_AGAIN
+            self._ask_again = time.monotonic() + self._timing.ask_stream_again_after
             return names
 
         return {name: names[name] for name in names if name not in self.refused}
@@ -349,7 +344,7 @@ class Fanout:
 
     def _look_for_flush(self, names: Iterable[str]) -> None:
         """Start at the first entry if a stream was created again, with smaller ids."""
-        if time.monotonic() - self._looked < LOOK:
+        if time.monotonic() - self._looked < self._timing.check_flushed_every:
             return
 
         self._looked = time.monotonic()
@@ -426,7 +421,7 @@ class Fanout:
         self._alarms = {**others, name: str(alarm)}
 
     def _refuse(self, name: str, reason: Exception) -> None:
-        self._ask_again = time.monotonic() + ASK_AGAIN
+        self._ask_again = time.monotonic() + self._timing.ask_stream_again_after
 
         if self.refused.get(name) == str(reason):
             return

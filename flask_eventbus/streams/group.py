@@ -10,6 +10,7 @@ import redis
 
 from ..codec.entry_ids import EntryId, entry_id, id_text
 from ..logs import get_logger
+from ..timing import TIMING, Timing
 from ..transport.connections import takes_no_writes
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Large, Pipe
@@ -35,9 +36,6 @@ RETRY_RIGHTS = "+zrangebyscore +zscore +zadd +zrem +watch +multi +exec"
 #: The second largest entry id. Redis reads the largest one as ``>``.
 LAST_ID = f"{2**64 - 1}-{2**64 - 2}"
 
-#: Maximum number of entries that one command lists.
-PAGE = 100
-
 #: Maximum number of entries that one round trip looks up. Redis buffers all its answers.
 LOOK_UP = 16
 
@@ -46,9 +44,6 @@ MOST_PENDING = 10_000
 
 #: Seconds for which Redis keeps the reports of workers.
 REPORT_KEPT = 24 * 60 * 60
-
-#: Maximum number of entries that are counted after the start of a new group.
-MOST_COUNTED = 1_000
 
 
 #: The fields of an entry. A name or value that is too large to read is a :class:`.Large`.
@@ -120,6 +115,7 @@ class Group:
         service: str,
         consumer: str,
         max_bytes: int,
+        timing: Timing = TIMING,
         unlisted: set[str] | None = None,
     ) -> None:
         self.pipe = pipe
@@ -128,6 +124,7 @@ class Group:
         self._service = service
         self._consumer = consumer
         self._max_bytes = max_bytes
+        self._timing = timing
         #: Number of entries to look up in the next round trip; 1 after an answer was lost.
         self._page = LOOK_UP
 
@@ -239,12 +236,12 @@ class Group:
         """Return the number of entries after ``place``; ``None`` above the limit."""
         count, start = 0, place
 
-        while count <= MOST_COUNTED:
+        while count <= self._timing.max_counted:
             head: Command = ("XRANGE", self._keys.stream(name), f"({id_text(start)}", "+")
-            (page,) = self._run([(*head, "COUNT", PAGE)], most=SAMPLE)
+            (page,) = self._run([(*head, "COUNT", self._timing.page)], most=SAMPLE)
             count += len(page)
 
-            if len(page) < PAGE:
+            if len(page) < self._timing.page:
                 return count
 
             start = entry_id(page[-1][0])
@@ -328,7 +325,7 @@ class Group:
         while True:
             head: Command = ("XPENDING", self._keys.stream(name), self._service)
             page = self._ask(
-                *(*head, "IDLE", int(idle * 1000), start, "+", PAGE),
+                *(*head, "IDLE", int(idle * 1000), start, "+", self._timing.page),
                 *([consumer] if consumer else []),
             )
             found += [
@@ -336,7 +333,7 @@ class Group:
                 for id, owner, idle_ms, times in page
             ]
 
-            if len(page) < PAGE or (most is not None and len(found) >= most):
+            if len(page) < self._timing.page or (most is not None and len(found) >= most):
                 return found
 
             start = f"({found[-1].id}"
@@ -438,8 +435,8 @@ class Group:
             ids = [id for id, count in crashes.items() if count == times]
             tail: Command = ("IDLE", LONG_IDLE, "RETRYCOUNT", times, *options, "JUSTID")
 
-            for start in range(0, len(ids), PAGE):
-                self._ask(*head, *ids[start : start + PAGE], *tail)
+            for start in range(0, len(ids), self._timing.page):
+                self._ask(*head, *ids[start : start + self._timing.page], *tail)
 
     def leave(self, name: str) -> None:
         """Remove this consumer from the group, unless it has pending entries."""

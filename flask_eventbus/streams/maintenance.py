@@ -30,17 +30,7 @@ logger = get_logger(__name__)
 #: Seconds between two rounds of the thread while deliveries are in flight.
 IN_FLIGHT_PAUSE = 0.05
 
-#: Pause reading if no receiver has started for this many seconds while deliveries are queued.
-PAUSE_READING_AFTER = 1.0
-
-#: Release queued deliveries to other workers if no receiver has started for this many seconds.
-#: By then a read that was running at the pause has ended.
-RELEASE_AFTER = 2.5
-
-#: Seconds without a sign of life after which a consumer without pending entries is removed.
-IDLE_CONSUMER = 600.0
-
-#: Number of signs of life that a consumer gives in that time.
+#: Number of signs of life that a consumer gives in ``Timing.idle_consumer_after`` seconds.
 SIGNS_OF_LIFE = 4
 
 #: Most retries taken in one round trip.
@@ -51,10 +41,6 @@ MOST_RETRY_BYTES = 4 * 1024 * 1024
 
 #: Number of times a second that the thread looks for due retries.
 LOOKS_PER_SECOND = 10
-
-#: Seconds ahead for which due times are kept. A later retry is found by the check that runs every
-#: ``Timing.check_released_every`` seconds.
-EXPECT_WITHIN = 60.0
 
 #: Most seconds between two attempts while Redis is away.
 MOST_BACKOFF = 2.0
@@ -156,9 +142,9 @@ class Maintenance:
     def expect(self, name: str, due: float) -> None:
         """Look for retries of the signal ``name`` at the time ``due``, in seconds since 1970.
 
-        A time more than :data:`EXPECT_WITHIN` seconds ahead is not kept, which bounds the memory.
+        Ignore a time more than ``Timing.expect_within`` seconds ahead, which bounds the memory.
         """
-        if due - self._clock.now() > EXPECT_WITHIN:
+        if due - self._clock.now() > self._timing.expect_within:
             return
 
         with self._changed:
@@ -227,7 +213,11 @@ class Maintenance:
         with self._changed:
             first = min(self._due, default=None)
 
-        return EXPECT_WITHIN if first is None else first / LOOKS_PER_SECOND - self._clock.now()
+        return (
+            self._timing.expect_within
+            if first is None
+            else first / LOOKS_PER_SECOND - self._clock.now()
+        )
 
     @property
     def _soon(self) -> float:
@@ -274,7 +264,9 @@ class Maintenance:
 
         if now >= self._consumers_at:
             self._consumers_at = now + (
-                IDLE_CONSUMER / SIGNS_OF_LIFE if names else self._timing.check_released_every
+                self._timing.idle_consumer_after / SIGNS_OF_LIFE
+                if names
+                else self._timing.check_released_every
             )
             self._remove_idle(names)
 
@@ -362,9 +354,9 @@ class Maintenance:
 
         # Without XPENDING no worker would find released entries.
         if (
-            stalled >= PAUSE_READING_AFTER
+            stalled >= self._timing.pause_reading_after
             and self._queue.hold()
-            and stalled >= RELEASE_AFTER
+            and stalled >= self._timing.release_after
             and not self._group.unlisted
         ):
             self._release(self._in_flight.release_waiting())
@@ -399,7 +391,11 @@ class Maintenance:
                     self._report_foreign(name, [found for found, _, _ in consumers])
 
                     for consumer, pending, idle in consumers:
-                        if not pending and idle > IDLE_CONSUMER and consumer != RELEASED:
+                        if (
+                            not pending
+                            and idle > self._timing.idle_consumer_after
+                            and consumer != RELEASED
+                        ):
                             self._remove(name, consumer)
             except GroupGoneError as error:
                 logger.debug("The consumers of %r are gone: %s", name, error)

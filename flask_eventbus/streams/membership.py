@@ -15,7 +15,7 @@ from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.context import Context
 from ..transport.pipe import Pipe
-from .alarms import MOST_NAMES, too_many_names
+from .alarms import too_many_names
 from .duplicates import Duplicates
 from .group import Group, GroupGoneError
 from .intake import Intake
@@ -25,12 +25,6 @@ logger = get_logger(__name__)
 
 #: Maximum number of digits of a stored time in milliseconds.
 MOST_DIGITS = 15
-
-#: Seconds between two searches for streams that match patterns.
-LOOK = 2.0
-
-#: Seconds between two searches while there are more streams than patterns may match.
-SELDOM = 30.0
 
 
 class Catalogue:
@@ -52,6 +46,7 @@ class Catalogue:
     ) -> None:
         self._pipe = pipe
         self._config = context.config
+        self._timing = context.timing
         self._keys = context.keys
         self._subscriptions = subscriptions
         self._grouped = grouped
@@ -169,7 +164,9 @@ class Catalogue:
             )
 
     def _search(self, patterns: list[str]) -> None:
-        pause = LOOK if self.alarm is None else SELDOM
+        timing = self._timing
+        many = self.alarm is not None
+        pause = timing.list_many_streams_every if many else timing.list_streams_every
 
         if time.monotonic() - self._looked < pause and self._searched >= set(patterns):
             return
@@ -190,7 +187,7 @@ class Catalogue:
 
     def _add(self, found: set[str]) -> None:
         """Add streams to those that are read, up to the limit; known streams stay."""
-        alarm = too_many_names(self._keys.names, len(found))
+        alarm = too_many_names(self._keys.names, len(found), self._timing.max_names)
 
         if alarm is not None and self.alarm is None:
             self._log.error("names", "%s", alarm)
@@ -201,7 +198,7 @@ class Catalogue:
             self._log.over("names", "Patterns match all their streams again.")
 
         self.alarm = alarm and str(alarm)
-        room = max(0, MOST_NAMES - len(self._found))
+        room = max(0, self._timing.max_names - len(self._found))
         # Known streams stay even if they are not found: Redis may have been flushed.
         self._found |= set(sorted(found - self._found)[:room])
 
@@ -226,9 +223,6 @@ _UNKNOWN = tuple(
     f"unknown command {quote}{command}" for quote in "'`" for command in ("XREADGROUP", "XGROUP")
 )
 
-#: Seconds to wait before trying a refused stream again.
-ASK_AGAIN = 5.0
-
 
 class Membership:
     """Joins the group on each subscribed stream, and creates missing groups.
@@ -249,6 +243,7 @@ class Membership:
         trims: Trims,
     ) -> None:
         self._config = context.config
+        self._timing = context.timing
         self._counters = context.counters
         self._catalogue = catalogue
         self.group = group
@@ -342,7 +337,7 @@ class Membership:
         """Leave the group of a stream that Redis refuses, and log the refusal once."""
         self.end_without_streams(reason)
         self.joined = {known: sub for known, sub in self.joined.items() if known != name}
-        self._ask_again = time.monotonic() + ASK_AGAIN
+        self._ask_again = time.monotonic() + self._timing.ask_stream_again_after
         self.refused = {**self.refused, name: str(reason)}
 
         if self._logged.get(name) == str(reason):

@@ -11,14 +11,11 @@ import redis
 
 from ..config import SIGNAL_NAME
 from ..logs import BoundedLog, get_logger
-from ..transport.keys import StreamKeys
+from ..transport.context import Context
 from .acknowledger import Acknowledger
 from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
-
-#: Seconds between two searches. Orphaned retries are kept for an hour, so this may be long.
-SEARCH_EVERY = 300.0
 
 #: Most signals in one search.
 MOST_NAMES = 10_000
@@ -38,15 +35,15 @@ class Orphans:
 
     def __init__(
         self,
+        context: Context,
         *,
-        service: str,
-        keys: StreamKeys,
         retries: RetryQueue,
         acknowledger: Acknowledger,
         receives: Callable[[str], bool],
     ) -> None:
-        self._service = service
-        self._keys = keys
+        self._service = context.config.service
+        self._keys = context.keys
+        self._search_every = context.timing.search_orphans_every
         self._retries = retries
         self._acknowledger = acknowledger
         self._receives = receives
@@ -54,17 +51,17 @@ class Orphans:
         #: Signals whose retries the Redis user may not read, so none are this service's.
         self._forbidden: set[str] = set()
         #: Monotonic time of the next search.
-        self.search_at = time.monotonic() + SEARCH_EVERY * random.uniform(0.1, 1.0)  # noqa: S311 - spreads load
+        self.search_at = time.monotonic() + self._search_every * random.uniform(0.1, 1.0)  # noqa: S311 - spreads load
 
     def search(self) -> None:
-        """Give up orphaned retries, once every :data:`SEARCH_EVERY` seconds.
+        """Give up orphaned retries, once every ``Timing.search_orphans_every`` seconds.
 
         :raises redis.ConnectionError: Redis is away.
         """
         if time.monotonic() < self.search_at:
             return
 
-        self.search_at = time.monotonic() + SEARCH_EVERY
+        self.search_at = time.monotonic() + self._search_every
 
         for name in self._names():
             try:

@@ -15,6 +15,7 @@ from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.delivery import Delivery
 from ..routing.subscriptions import Subscription
 from ..signals import emit, events_trimmed
+from ..timing import TIMING, Timing
 from ..transport.connections import OUTAGE
 from ..transport.context import Context
 from .alarms import Alarm, far_ahead, foreign_acknowledgements, impossible_count, past_the_end
@@ -34,9 +35,6 @@ logger = get_logger(__name__)
 
 #: Most released entries of a stream that are claimed before newer ones are read.
 MOST_RELEASED = 100_000
-
-#: Seconds without a refusal after which the log says that Redis allows the maintenance again.
-GRANTED_AFTER = 60.0
 
 #: Entries read in one round trip. They may be large.
 LOOK_UP_COUNT = 32
@@ -60,6 +58,7 @@ class Reclaimer:
     ) -> None:
         self._config = context.config
         self._counters = context.counters
+        self._timing = context.timing
         self._group = group
         self._intake = intake
         self._in_flight = intake.in_flight
@@ -167,7 +166,7 @@ class Reclaimer:
     def report_granted(self) -> None:
         """Log of each stream without a recent refusal that Redis allows its maintenance again."""
         # Redis may refuse one command and accept the next, so one success proves nothing.
-        before = time.monotonic() - max(GRANTED_AFTER, self._config.claim_after)
+        before = time.monotonic() - max(self._timing.granted_after, self._config.claim_after)
 
         for name in [name for name, refused in self._refused_at.items() if refused < before]:
             del self._refused_at[name]
@@ -317,9 +316,6 @@ def _killed(delivery: Delivery) -> str:
 #: Seconds between two checks while the last read left entries unread.
 CHECK_BACKLOG_EVERY = 1.0
 
-#: Seconds between two checks otherwise.
-CHECK_EVERY = 30.0
-
 
 class Trims:
     """Detects entries that were trimmed before the group read them.
@@ -330,10 +326,13 @@ class Trims:
     :param group: the consumer group on the connection of the calling thread.
     """
 
-    def __init__(self, group: Group, *, service: str, counters: Counters) -> None:
+    def __init__(
+        self, group: Group, *, service: str, counters: Counters, timing: Timing = TIMING
+    ) -> None:
         self._group = group
         self._service = service
         self._counters = counters
+        self._timing = timing
         self._log = BoundedLog(logger)
         #: True if the last read left entries unread.
         self.has_backlog = False
@@ -350,8 +349,9 @@ class Trims:
         :raises redis.ConnectionError: Redis is away.
         """
         now = time.monotonic()
+        pause = CHECK_BACKLOG_EVERY if self.has_backlog else self._timing.check_trimmed_every
 
-        if now - self._checked_at < (CHECK_BACKLOG_EVERY if self.has_backlog else CHECK_EVERY):
+        if now - self._checked_at < pause:
             return
 
         self._checked_at = now

@@ -32,9 +32,6 @@ GONE_AFTER = 3_600.0
 #: Seconds that a retry is due before it counts as read by no worker.
 OVERDUE = 60.0
 
-#: Most seconds that a worker without the receiver leaves a retry to other workers.
-MOST_POSTPONE = 10.0
-
 
 @dataclass(frozen=True, slots=True)
 class _StoredRetry:
@@ -68,6 +65,7 @@ class RetryQueue:
     ) -> None:
         self._pipe = pipe
         self._config = context.config
+        self._timing = context.timing
         self._keys = context.keys
         self._codec = context.codec
         self._outcomes = outcomes
@@ -356,7 +354,7 @@ class RetryQueue:
 
     def _postponed_until(self) -> int:
         # Random, so that it is not always this worker that finds it due.
-        pause = random.uniform(0.2, 1.0) * min(self._config.claim_after, MOST_POSTPONE)  # noqa: S311 - spreads load
+        pause = random.uniform(0.2, 1.0) * min(self._config.claim_after, self._timing.max_postpone)  # noqa: S311 - spreads load
         return round((self._clock.now() + pause) * 1000)
 
     def _is_old(self, record: RetryRecord) -> bool:

@@ -9,6 +9,7 @@ import redis
 
 from ..config import Config
 from ..logs import BoundedLog, get_logger
+from ..timing import Timing
 from .connections import OUTAGE
 from .pipe import Pipe
 
@@ -17,9 +18,6 @@ logger = get_logger(__name__)
 #: Difference in seconds between the clocks of this machine and of Redis above which a warning is
 #: logged.
 MOST_APART = 5.0
-
-#: Seconds before ``TIME`` is sent again after Redis refused it; the right may have been granted.
-ASK_AGAIN = 60.0
 
 
 class RedisClock:
@@ -31,9 +29,12 @@ class RedisClock:
     :param lock: the lock that guards ``pipe``; held while the clock sends ``TIME``.
     """
 
-    def __init__(self, pipe: Pipe, *, config: Config, lock: AbstractContextManager[object]) -> None:
+    def __init__(
+        self, pipe: Pipe, *, config: Config, timing: Timing, lock: AbstractContextManager[object]
+    ) -> None:
         self._pipe = pipe
         self._config = config
+        self._timing = timing
         self._lock = lock
         self._log = BoundedLog(logger)
         #: Lower and upper bound, in seconds, of Redis's time minus the monotonic clock; ``None``
@@ -137,7 +138,7 @@ class RedisClock:
             self._log.over("apart", "The clocks of this machine and of Redis agree again.")
 
     def _refused(self, error: redis.ResponseError) -> None:
-        self._ask_at = time.monotonic() + ASK_AGAIN
+        self._ask_at = time.monotonic() + self._timing.ask_command_again_after
         self._offset = None
         self._log.once(
             "refused",

@@ -14,18 +14,19 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, Reject, Retry, current_event
 from flask_eventbus.channels import listener
-from flask_eventbus.streams import (
-    acknowledger,
-    duplicates,
-    fanout,
-    membership,
-    orphans,
-)
-from flask_eventbus.transport import clock
 
 pytestmark = [
     pytest.mark.second_look,
-    pytest.mark.timing(check_released_every=0.1, first_retry=0.01),
+    pytest.mark.timing(
+        check_released_every=0.1,
+        first_retry=0.01,
+        ask_stream_again_after=0.05,
+        ask_command_again_after=0.05,
+        resend_after=0.05,
+        search_orphans_every=0.1,
+        list_streams_every=0.1,
+        check_trimmed_every=0.1,
+    ),
 ]
 
 Make = Callable[..., Bus]
@@ -108,14 +109,7 @@ def user(store: StreamStore, caplog: pytest.LogCaptureFixture) -> Iterator[User]
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was refused is asked for again at once."""
-    for module in (clock, duplicates, fanout, membership):
-        monkeypatch.setattr(module, "ASK_AGAIN", 0.05)
-
-    monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.05)
-    monkeypatch.setattr(orphans, "SEARCH_EVERY", 0.1)
-    monkeypatch.setattr(membership, "LOOK", 0.1)
     monkeypatch.setattr(listener, "QUIET", 0.1)
-    monkeypatch.setattr("flask_eventbus.streams.reclaim.CHECK_EVERY", 0.1)
 
 
 @pytest.mark.parametrize("via", ["channel", "stream"])

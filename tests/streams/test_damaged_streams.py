@@ -16,9 +16,13 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError
 from flask_eventbus.checks.doctor import check
-from flask_eventbus.streams import alarms, fanout, membership, reclaim
 
-pytestmark = pytest.mark.second_look
+pytestmark = [
+    pytest.mark.second_look,
+    pytest.mark.timing(
+        check_trimmed_every=0.1, list_many_streams_every=0.1, check_flushed_every=0.1
+    ),
+]
 
 Make = Callable[..., Bus]
 
@@ -26,14 +30,6 @@ PAGE = (Path(__file__).parents[2] / "docs" / "damaged-streams.md").read_text()
 
 #: The last id that an entry may have.
 LAST = f"{2**64 - 1}-{2**64 - 1}"
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks that come every thirty seconds come every tenth of one."""
-    monkeypatch.setattr(reclaim, "CHECK_EVERY", 0.1)
-    monkeypatch.setattr(membership, "SELDOM", 0.1)
-    monkeypatch.setattr(fanout, "LOOK", 0.1)
 
 
 @pytest.fixture
@@ -210,12 +206,10 @@ def test_a_stream_that_somebody_emptied_is_an_alarm(store: StreamStore, make_bus
     assert "events of 'tick' were trimmed before 'mailer' got them" in status.output
 
 
+@pytest.mark.timing(max_names=20)
 def test_patterns_stand_for_a_bounded_number_of_streams_and_say_so(
-    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+    store: StreamStore, make_bus: Make
 ) -> None:
-    for module in (alarms, membership):
-        monkeypatch.setattr(module, "MOST_NAMES", 20)
-
     bus, heard = mailer(store, make_bus, "*")
     store.add("tick", number=1)
     wait_until(lambda: heard == [1], what="the stream is found")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 from servers import RedisServer
@@ -15,6 +16,7 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.config import Config
 from flask_eventbus.logs import Counters
 from flask_eventbus.streams.duplicates import Duplicates
+from flask_eventbus.timing import TIMING
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.pipe import Pipe
 
@@ -92,7 +94,8 @@ def test_a_group_that_is_gone_takes_along_every_id_that_may_still_be_kept(
     other = store.keys.seen("tock", "mailer", 1_000_000)
     store.client.hset(other, "abc-1", "digest")
 
-    Duplicates(pipe, config=config, keys=store.keys, counters=Counters()).forget("tick")
+    context = mock.Mock(config=config, keys=store.keys, counters=Counters(), timing=TIMING)
+    Duplicates(pipe, context).forget("tick")
     pipe.close()
 
     assert store.client.exists(*keys) == 0

@@ -22,19 +22,12 @@ from flask_eventbus import Bus, current_event, signals
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.event import Event
-from flask_eventbus.streams import acknowledger, duplicates
 from flask_eventbus.streams.group import Group
 from flask_eventbus.transport.pipe import Command, Pipe
 
-pytestmark = pytest.mark.timing(first_retry=0.1, check_released_every=0.2)
+pytestmark = pytest.mark.timing(first_retry=0.1, check_released_every=0.2, resend_after=0.2)
 
 Make = Callable[..., Bus]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A receiver that failed is tried again after a tenth of a second."""
-    monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.2)
 
 
 @pytest.fixture
@@ -555,10 +548,10 @@ def test_ids_that_cannot_be_noted_do_not_stop_events(
     assert "Redis refuses to store the ids of received events" in caplog.text
 
 
+@pytest.mark.timing(ask_command_again_after=0.0)
 def test_ids_that_could_not_be_noted_once_are_noted_again_later(
-    store: StreamStore, heard: list[Any], monkeypatch: pytest.MonkeyPatch
+    store: StreamStore, heard: list[Any]
 ) -> None:
-    monkeypatch.setattr(duplicates, "ASK_AGAIN", 0.0)
     window = int(time.time() // 600)
     keys = [store.keys.seen("tick", "mailer", number) for number in (window, window + 1)]
 

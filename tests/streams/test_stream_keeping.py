@@ -18,7 +18,7 @@ from flask_eventbus import Bus, Reject, current_event
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.receivers import workers
-from flask_eventbus.streams import acknowledger, attempts, maintenance, orphans, outcomes
+from flask_eventbus.streams import acknowledger, attempts, outcomes
 from flask_eventbus.streams.dead_limit import DeadLimit
 from flask_eventbus.streams.group import Group
 from flask_eventbus.transport.pipe import Command, Pipe
@@ -249,11 +249,11 @@ def test_more_retries_than_there_is_room_for_follow_at_once(
     assert sorted(handled) == list(range(30))
 
 
+@pytest.mark.timing(search_orphans_every=0.1)
 @pytest.mark.parametrize("subscribe", [{}, {"paid": {"via": "stream"}}], ids=["no", "no receiver"])
 def test_retries_of_a_signal_that_is_not_received_any_more_are_dead_letters_after_an_hour(
-    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, subscribe: Any
+    store: StreamStore, make_bus: Make, subscribe: Any
 ) -> None:
-    monkeypatch.setattr(orphans, "SEARCH_EVERY", 0.1)
     old_retry(store, "paid", hours=2)
     old_retry(store, "paid", hours=0.5)
     store.client.zadd(store.keys.retry("paid", "mailer"), {b"no record": 1})
@@ -273,13 +273,12 @@ def test_retries_of_a_signal_that_is_not_received_any_more_are_dead_letters_afte
     assert time.time() - kept.last / 1_000 < 3_600
 
 
+@pytest.mark.timing(search_orphans_every=0.1)
 def test_a_user_that_may_not_list_streams_is_told_the_right_that_its_old_retries_need(
     redis_server: RedisServer,
     make_bus: Make,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(orphans, "SEARCH_EVERY", 0.1)
     store = StreamStore(redis_server)
     owner = store.client
     rights = ("on", ">pw", "+@all", "-smembers", f"~{store.prefix}:{{*", "allchannels")
@@ -297,10 +296,10 @@ def test_a_user_that_may_not_list_streams_is_told_the_right_that_its_old_retries
     wait_until(lambda: len(store.dead("paid")) == 1, what="the retry is given up")
 
 
+@pytest.mark.timing(search_orphans_every=0.1)
 def test_retries_that_another_process_of_the_service_receives_are_left_to_it(
-    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+    store: StreamStore, make_bus: Make
 ) -> None:
-    monkeypatch.setattr(orphans, "SEARCH_EVERY", 0.1)
     tried: list[int] = []
 
     def handle(sender: str, n: int) -> None:
@@ -340,10 +339,8 @@ def test_what_waits_for_longer_than_the_claim_time_is_handled_by_whoever_has_it(
     assert "released" not in bus.health().counts
 
 
-def test_only_consumers_that_have_nothing_are_removed(
-    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(maintenance, "IDLE_CONSUMER", 0.2)
+@pytest.mark.timing(idle_consumer_after=0.2)
+def test_only_consumers_that_have_nothing_are_removed(store: StreamStore, make_bus: Make) -> None:
     stream = store.keys.stream("tick")
     store.group("tick")
     store.client.xgroup_createconsumer(stream, "mailer", "host-1-empty")
@@ -363,10 +360,8 @@ def test_only_consumers_that_have_nothing_are_removed(
     assert consumers()[b"host-2-dead"] == 3
 
 
-def test_workers_that_wait_for_events_are_not_removed(
-    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(maintenance, "IDLE_CONSUMER", 2.0)
+@pytest.mark.timing(idle_consumer_after=2.0)
+def test_workers_that_wait_for_events_are_not_removed(store: StreamStore, make_bus: Make) -> None:
     stream = store.keys.stream("tick")
 
     for _ in range(3):
@@ -386,10 +381,10 @@ def test_workers_that_wait_for_events_are_not_removed(
     assert consumers() == workers
 
 
+@pytest.mark.timing(idle_consumer_after=0.2)
 def test_an_entry_that_a_consumer_is_given_while_it_is_removed_is_handled(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maintenance, "IDLE_CONSUMER", 0.2)
     heard: list[int] = []
     late = "host-1-late"
     look = Group.consumers

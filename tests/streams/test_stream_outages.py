@@ -23,7 +23,6 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.logs import Counters
 from flask_eventbus.routing.subscriptions import read_subscription
 from flask_eventbus.signals import wait_until_sent
-from flask_eventbus.streams import acknowledger, consumer, fanout, group, membership
 from flask_eventbus.streams.group import Group
 from flask_eventbus.streams.reclaim import Trims
 from flask_eventbus.transport.pipe import Command, Pipe
@@ -212,14 +211,13 @@ def test_events_of_a_pattern_are_heard_at_once_after_a_flush(
     wait_until(lambda: heard == [1, 2], what="the event after the flush arrives")
 
 
+@pytest.mark.timing(list_streams_every=0.05)
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
 def test_what_is_sent_once_a_pattern_is_ready_is_heard(
     shared_redis: RedisServer,
     make_bus: Make,
-    monkeypatch: pytest.MonkeyPatch,
     group: Literal[True] | None,
 ) -> None:
-    monkeypatch.setattr(membership, "LOOK", 0.05)
 
     for _ in range(10):
         store = StreamStore(shared_redis)
@@ -357,13 +355,12 @@ def test_a_worker_that_starts_while_redis_is_full_reads_what_is_there(
     wait_until(lambda: heard == [1], what="the event arrives")
 
 
+@pytest.mark.timing(ask_stream_again_after=0.2)
 def test_a_worker_that_redis_takes_no_writes_of_says_so_once_and_reads_on_when_it_does(
     redis_server: RedisServer,
     make_bus: Make,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(membership, "ASK_AGAIN", 0.2)
     store = StreamStore(redis_server)
     bus = make_bus(redis_server.url, "mailer", prefix=store.prefix)
     heard = hear(bus)
@@ -436,13 +433,12 @@ def unwritable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Unwri
     state.server.kill()
 
 
+@pytest.mark.timing(resend_after=0.1)
 def test_a_worker_handles_each_event_once_although_redis_takes_no_writes_for_a_while(
     unwritable: Unwritable,
     make_bus: Make,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.1)
     store = StreamStore(unwritable.server)
     may_go_on = threading.Event()
     handled: list[int] = []
@@ -496,15 +492,14 @@ def test_an_event_whose_xadd_was_not_answered_reaches_receivers_once(
     assert bus.health().counts["duplicates"] == 1
 
 
+@pytest.mark.timing(answer_timeout=1.5)
 @pytest.mark.parametrize("silent", [False, True], ids=["cut", "silent"])
 def test_entries_in_an_answer_that_was_lost_are_taken_up(
     shared_redis: RedisServer,
     make_bus: Make,
     lose: Lose,
-    monkeypatch: pytest.MonkeyPatch,
     silent: bool,
 ) -> None:
-    monkeypatch.setattr(consumer, "ANSWER_TIMEOUT", 1.5)
     store = StreamStore(shared_redis)
     loss, url = lose(b"XREADGROUP", b"event", silent=silent)
     heard = hear(make_bus(url, "mailer", prefix=store.prefix))
@@ -672,10 +667,10 @@ def test_each_process_without_a_group_hears_all_through_lost_connections_and_res
         service.end()
 
 
+@pytest.mark.timing(check_flushed_every=0.5)
 def test_a_process_without_a_group_is_not_deaf_after_a_flush_of_a_stream_from_the_future(
-    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, make_bus: Make
 ) -> None:
-    monkeypatch.setattr(fanout, "LOOK", 0.5)
     store = StreamStore(redis_server)
     heard = hear(make_bus(redis_server.url, "mailer", prefix=store.prefix), group=None)
     store.add("tick", n=1, id="99999999999999-0")
@@ -787,14 +782,13 @@ def test_events_that_were_trimmed_unread_are_counted_logged_and_signalled(
     assert "Raise 'maxlen' of the route" in caplog.text
 
 
+@pytest.mark.timing(check_flushed_every=0.1)
 def test_events_that_were_trimmed_before_a_process_without_a_group_read_them_are_counted(
     any_server: RedisServer,
     make_bus: Make,
     trimmed: list[tuple[str, int | None]],
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fanout, "LOOK", 0.1)
     store = StreamStore(any_server)
     store.add("tick", n=0)
     bus = make_bus(any_server.url, "mailer", prefix=store.prefix)
@@ -890,8 +884,15 @@ def test_a_service_that_listened_once_and_lost_events_since_is_an_alarm_of_statu
 
 def group_of(store: StreamStore, make_bus: Make, consumer: str = "worker", url: str = "") -> Group:
     """The group of ``mailer``, as one of its workers sees it."""
-    pipe = Pipe(make_bus(url or store.url).node.connections, timeout=5)
-    return Group(pipe, keys=store.keys, service="mailer", consumer=consumer, max_bytes=1_000_000)
+    bus = make_bus(url or store.url)
+    return Group(
+        Pipe(bus.node.connections, timeout=5),
+        keys=store.keys,
+        service="mailer",
+        consumer=consumer,
+        max_bytes=1_000_000,
+        timing=bus.timing,
+    )
 
 
 def trims_of(group: Group) -> tuple[Trims, Counters]:
@@ -1045,14 +1046,12 @@ def test_a_loss_is_reported_where_redis_is_lost_as_it_is_noted(
     assert trimmed == [("tick", 7)]
 
 
+@pytest.mark.timing(max_counted=1, page=1)
 def test_a_loss_that_cannot_be_counted_is_reported_once_without_a_number(
     shared_redis: RedisServer,
     make_bus: Make,
-    monkeypatch: pytest.MonkeyPatch,
     trimmed: list[tuple[str, int | None]],
 ) -> None:
-    monkeypatch.setattr(group, "MOST_COUNTED", 1)
-    monkeypatch.setattr(group, "PAGE", 1)
     store = StreamStore(shared_redis)
     fill_and_trim(store)
     ours = group_of(store, make_bus)

@@ -243,20 +243,19 @@ def test_what_a_worker_keeps_of_retries_that_wait_has_a_bound() -> None:
     parts = inspect.signature(maintenance.Maintenance).parameters
     intake = mock.Mock()
     intake.acknowledger.clock.now.return_value = 1_000_000.25
-    kept = maintenance.Maintenance(**{part: mock.Mock() for part in parts} | {"intake": intake})
+    context = mock.Mock(timing=Timing(expect_within=60.0))
+    given = {"context": context, "intake": intake}
+    kept = maintenance.Maintenance(**{part: mock.Mock() for part in parts} | given)
 
     for n in range(20_000):
         kept.expect("work", 1_000_000.25 + n / 100)
 
-    assert len(kept._due) <= maintenance.EXPECT_WITHIN * maintenance.LOOKS_PER_SECOND + 1
+    assert len(kept._due) <= 60.0 * maintenance.LOOKS_PER_SECOND + 1
     assert set().union(*kept._due.values()) == {"work"}
 
 
-@pytest.mark.timing(check_released_every=0.2)
-def test_a_retry_that_waits_long_is_found_by_a_later_look(
-    line: Line, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(maintenance, "EXPECT_WITHIN", 0.1)
+@pytest.mark.timing(check_released_every=0.2, expect_within=0.1)
+def test_a_retry_that_waits_long_is_found_by_a_later_look(line: Line) -> None:
     begun: list[int] = []
 
     @line.bus.on("work")
@@ -691,11 +690,10 @@ def fail(sender, n):
     assert 2 <= second["at"] - first["at"] < 9
 
 
-@pytest.mark.timing(check_released_every=0.05)
+@pytest.mark.timing(check_released_every=0.05, max_postpone=0.2)
 def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
-    line: Line, shared_redis: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+    line: Line, shared_redis: RedisServer, make_bus: Make
 ) -> None:
-    monkeypatch.setattr(retry_queue, "MOST_POSTPONE", 0.2)
     other = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
     lacking = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
     done = threading.Event()
@@ -721,11 +719,10 @@ def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
     assert line.letters()[0]["attempts"] == "2"
 
 
-@pytest.mark.timing(check_released_every=0.05)
+@pytest.mark.timing(check_released_every=0.05, max_postpone=0.2)
 def test_a_retry_whose_receiver_goes_away_as_it_begins_is_not_taken_for_handled(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry_queue, "MOST_POSTPONE", 0.2)
     begin = retry_queue.RetryQueue.record_start
     begun: list[bool] = []
     ran: list[int] = []

@@ -17,23 +17,15 @@ from waiting import wait_until
 from flask_eventbus import Bus, ConfigError, Reject, Retry, current_event
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter
-from flask_eventbus.streams import acknowledger, fanout, maintenance, membership, reclaim
-from flask_eventbus.transport import clock
 
 pytestmark = [
     pytest.mark.second_look,
-    pytest.mark.timing(first_retry=0.02, check_released_every=0.2),
+    pytest.mark.timing(
+        first_retry=0.02, check_released_every=0.2, ask_stream_again_after=0.2, resend_after=0.2
+    ),
 ]
 
 Make = Callable[..., Bus]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits for seconds in a service waits for tenths here."""
-    monkeypatch.setattr(membership, "ASK_AGAIN", 0.2)
-    monkeypatch.setattr(fanout, "ASK_AGAIN", 0.2)
-    monkeypatch.setattr(acknowledger, "RESEND_AFTER", 0.2)
 
 
 @pytest.fixture
@@ -592,19 +584,21 @@ def lines_of(caplog: pytest.LogCaptureFixture, command: str) -> list[str]:
     return [line for line in lines if command in line.partition("Grant")[0].lower()]
 
 
+@pytest.mark.timing(
+    check_trimmed_every=0.05,
+    ask_command_again_after=0.05,
+    check_flushed_every=0.05,
+    idle_consumer_after=1.0,
+)
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
 @pytest.mark.parametrize("command", ["xinfo", "xpending", "client", "time"])
 def test_a_worker_works_without_a_command_that_it_can_spare_and_says_so_in_one_line(
     lacking: Callable[[str], StreamStore],
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
     command: str,
     group: Literal[True] | None,
 ) -> None:
-    for module, name in ((reclaim, "CHECK_EVERY"), (clock, "ASK_AGAIN"), (fanout, "LOOK")):
-        monkeypatch.setattr(module, name, 0.05)
-    monkeypatch.setattr(maintenance, "IDLE_CONSUMER", 1.0)
     store = lacking(command)
     bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=0.5)
     heard: list[int] = []
@@ -643,14 +637,13 @@ def test_a_worker_works_without_a_command_that_it_can_spare_and_says_so_in_one_l
         assert store.retries("tick") == []
 
 
+@pytest.mark.timing(granted_after=0.5)
 def test_a_right_that_a_worker_lacks_for_a_part_of_its_work_is_told_once_and_so_is_its_end(
     store: StreamStore,
     guard: Guard,
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reclaim, "GRANTED_AFTER", 0.5)
     guard.allow("-watch")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix, claim_after=0.5)
     attempts = failing(bus, retries=1)
@@ -725,11 +718,10 @@ def test_a_slow_event_of_a_worker_without_xpending_is_not_taken_by_another(
     assert runs == ["blind"]
 
 
+@pytest.mark.timing(pause_reading_after=0.1, release_after=0.3)
 def test_a_worker_without_xpending_keeps_what_waits_behind_a_slow_receiver(
-    store: StreamStore, guard: Guard, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+    store: StreamStore, guard: Guard, make_bus: Make
 ) -> None:
-    monkeypatch.setattr(maintenance, "PAUSE_READING_AFTER", 0.1)
-    monkeypatch.setattr(maintenance, "RELEASE_AFTER", 0.3)
     guard.allow("-xpending")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix)
     done, heard = threading.Event(), []

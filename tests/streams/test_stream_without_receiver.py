@@ -12,7 +12,6 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus
-from flask_eventbus.streams import membership
 
 pytestmark = pytest.mark.second_look
 
@@ -77,10 +76,10 @@ def test_a_stream_is_read_once_a_receiver_is_connected(
     assert bus.health().without_receiver == set()
 
 
+@pytest.mark.timing(list_streams_every=0.05)
 def test_a_pattern_makes_no_group_where_nothing_receives(
-    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+    store: StreamStore, make_bus: Make
 ) -> None:
-    monkeypatch.setattr(membership, "LOOK", 0.05)
     heard: list[int] = []
     bus = start(make_bus, store, subscribe={"t*": {}}, tick=lambda _, n: heard.append(n))
     store.add("tock", n=1)

@@ -16,8 +16,8 @@ from servers import RedisServer, unread
 from waiting import wait_until
 
 from flask_eventbus import Bus, current_event
-from flask_eventbus.streams import maintenance
 from flask_eventbus.streams.group import LONG_IDLE, RELEASED, Group
+from flask_eventbus.timing import TIMING
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.keys import StreamKeys
 from flask_eventbus.transport.pipe import Pipe
@@ -253,7 +253,7 @@ def test_events_of_other_keys_do_not_wait_for_a_receiver_that_takes_long(
     keys = [key for key in map(str, range(100)) if lane(key) != lane("slow")]
 
     # Past the time after which other workers would get what waits.
-    for number in range(100, 100 + round(maintenance.RELEASE_AFTER / 0.1) + 10):
+    for number in range(100, 100 + round(TIMING.release_after / 0.1) + 10):
         send(number, name="keyed", key=keys[number % len(keys)])
         wait_until(lambda n=number: heard[-1:] == [n], what="it is handled at once")  # type: ignore[misc]
         release.wait(0.1)

@@ -101,11 +101,10 @@ def test_a_step_of_redis_clock_takes_no_event_from_a_worker_that_lives(
     assert receiver.attempts == [1]
 
 
-@pytest.mark.timing(first_retry=0.05, check_released_every=0.05)
+@pytest.mark.timing(first_retry=0.05, check_released_every=0.05, max_postpone=0.05)
 def test_a_step_of_redis_clock_takes_no_retry_from_a_worker_that_lives(
     make_bus: Make, wall_clock: WallClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry_queue, "MOST_POSTPONE", 0.05)
     receiver = Held(fails_at=1)
     buses = workers(make_bus, receiver, 3)
     for bus in buses:
