@@ -15,7 +15,7 @@ from .receivers.workers import WorkerThreads
 from .routing.bus_signal import Receiver
 from .routing.subscriptions import Subscription
 from .streams.consumer import Consumer
-from .transport.context import Context
+from .transport.connections import Context
 from .transport.keys import ChannelKeys
 
 #: Seconds to wait for the listener to end, before its last events must be finished.

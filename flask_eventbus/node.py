@@ -37,8 +37,7 @@ from .routing.registry import Registry
 from .routing.routes import Route, read_routes
 from .routing.subscriptions import NEW, Subscription, read_subscriptions
 from .signals import wait_until_sent
-from .transport.connections import Connections
-from .transport.context import Context
+from .transport.connections import Connections, Context
 from .transport.keys import StreamKeys
 
 logger = get_logger(__name__)

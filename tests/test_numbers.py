@@ -26,7 +26,7 @@ from flask_eventbus.streams import (
     maintenance,
 )
 from flask_eventbus.timing import TIMING
-from flask_eventbus.transport import clock, pipe
+from flask_eventbus.transport import pipe
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -63,7 +63,7 @@ SENTENCES = [
         r"A worker gives one every ([a-z ]+) minutes",
         TIMING.idle_consumer_after / maintenance.SIGNS_OF_LIFE / 60,
     ),
-    ("stream-workers", r"a difference of more than (\S+) seconds when", clock.MOST_APART),
+    ("stream-workers", r"a difference of more than (\S+) seconds when", pipe.MOST_APART),
     ("stream-losses", r"differs from it by more than (\S+) seconds", connection.MOST_SKEW),
     ("stream-losses", r"and (\S+) bytes of a digest", duplicates.DIGEST_BYTES),
     ("stream-losses", r"with more than (\S+) events behind it, such a loss", TIMING.max_counted),

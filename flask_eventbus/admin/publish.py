@@ -23,7 +23,8 @@ from ..publisher.message import (
 )
 from ..publisher.publisher import MessageBuilder
 from ..routing.routes import Route
-from ..transport.connections import OUTAGE, Connections
+from ..transport.connection import OUTAGE
+from ..transport.connections import Connections
 from ..transport.keys import StreamKeys
 from ..transport.urls import trouble_of
 from .server import TIMEOUT, reason_of

@@ -15,7 +15,8 @@ from ..config import SIGNAL_NAME, Config
 from ..errors import OperationError
 from ..node import Node
 from ..timing import TIMING
-from ..transport.connections import OUTAGE, Connections, read_reply
+from ..transport.connection import OUTAGE, read_reply
+from ..transport.connections import Connections
 from ..transport.keys import ChannelKeys, StreamKeys
 from ..transport.urls import trouble_of
 

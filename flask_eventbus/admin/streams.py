@@ -17,7 +17,8 @@ from ..config import SIGNAL_NAME, Config
 from ..errors import ConfigError, OperationError
 from ..logs import get_logger
 from ..text import printable
-from ..transport.connections import OUTAGE, Connections
+from ..transport.connection import OUTAGE
+from ..transport.connections import Connections
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.urls import trouble_of

@@ -15,7 +15,8 @@ from ..codec.codec import Codec
 from ..errors import ConfigError
 from ..event import Event
 from ..text import plain, read_value
-from ..transport.connections import OUTAGE, Connections
+from ..transport.connection import OUTAGE
+from ..transport.connections import Connections
 from ..transport.reconnect import Backoff
 from .tail_sources import ChannelTail, StreamTail, TailEvent
 

@@ -20,7 +20,8 @@ from ..event import Event
 from ..logs import get_logger
 from ..routing.options import is_pattern, matches
 from ..text import printable
-from ..transport.connections import OUTAGE, Connections, is_passing
+from ..transport.connection import OUTAGE, is_passing
+from ..transport.connections import Connections
 from ..transport.keys import ChannelKeys, StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import Backoff

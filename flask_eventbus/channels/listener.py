@@ -14,8 +14,8 @@ from ..receivers.workers import WorkerThreads
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import Subscription
 from ..signals import emit, listener_connected, listener_lost
-from ..transport.connections import OUTAGE
-from ..transport.context import Context
+from ..transport.connection import OUTAGE
+from ..transport.connections import Context
 from ..transport.keys import ChannelKeys
 from ..transport.reconnect import Backoff
 from .decoder import MessageDecoder

@@ -13,15 +13,8 @@ from typing import Any
 import redis
 
 from ..logs import get_logger
-from ..transport.connections import (
-    OUTAGE,
-    Connection,
-    Connections,
-    is_passing,
-    read_reply,
-    set_deadline,
-)
-from ..transport.role import NotMasterError
+from ..transport.connection import OUTAGE, Connection, is_passing, read_reply, set_deadline
+from ..transport.connections import Connections, NotMasterError
 
 logger = get_logger(__name__)
 

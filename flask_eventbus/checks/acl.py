@@ -17,7 +17,7 @@ from ..config import Config
 from ..node import Node
 from ..routing.options import is_pattern
 from ..routing.subscriptions import Subscription
-from ..transport.connections import set_deadline, timed_connection
+from ..transport.connection import set_deadline, timed_connection
 from ..transport.keys import StreamKeys
 from ..transport.pipe import Command
 from .findings import Finding, error, note, ok, warning

@@ -23,7 +23,8 @@ from ..routing.options import is_pattern
 from ..streams.alarms import too_many_names
 from ..text import counted
 from ..timing import TIMING
-from ..transport.connections import OUTAGE, Connections
+from ..transport.connection import OUTAGE
+from ..transport.connections import Connections
 from ..transport.keys import ChannelKeys, StreamKeys
 from ..transport.urls import AdvisedError, without_secrets
 from .acl import check_access, check_stream_rights

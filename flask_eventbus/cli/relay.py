@@ -18,7 +18,8 @@ from ..publisher.connection import PublishConnection
 from ..publisher.message import Destination, Destinations
 from ..publisher.writer import WRITE_TIMEOUT
 from ..routing.routes import Route
-from ..transport.connections import OUTAGE, Connections
+from ..transport.connection import OUTAGE
+from ..transport.connections import Connections
 from ..transport.keys import StreamKeys
 from .base import Command, Program, log_to_stderr, pass_program
 

@@ -16,7 +16,7 @@ from ..logs import BoundedLog, get_logger
 from ..publisher.connection import PublishConnection
 from ..publisher.message import Destination, NoWritesError, TooFewReplicasError
 from ..publisher.writer import BATCH_BYTES, LISTENERS_RETURN
-from ..transport.connections import OUTAGE
+from ..transport.connection import OUTAGE
 from ..transport.reconnect import Backoff
 from ..typing import Via
 from .outbox import Batch, Entry, Outbox

@@ -10,16 +10,16 @@ from typing import Any
 import redis
 
 from ..logs import get_logger
-from ..transport.connections import (
+from ..transport.connection import (
     LEAST,
     Connection,
-    Connections,
     is_passing,
     set_deadline,
     shut_down,
     takes_no_writes,
     why_no_writes,
 )
+from ..transport.connections import Connections
 from .message import AgingStreamDestination, Destination, NoWritesError, TooFewReplicasError, pack
 
 logger = get_logger(__name__)

@@ -14,7 +14,7 @@ import redis
 
 from ..ending import process_ends
 from ..logs import get_logger
-from ..transport.connections import OUTAGE, is_refused
+from ..transport.connection import OUTAGE, is_refused
 from ..transport.reconnect import Backoff
 from .buffer import Buffer
 from .connection import PublishConnection

@@ -16,10 +16,9 @@ from ..codec.records import DeadLetter
 from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import Delivery, InFlight
 from ..signals import emit, event_dead_lettered
-from ..transport.clock import RedisClock
-from ..transport.connections import OUTAGE
-from ..transport.context import Context
-from ..transport.pipe import Command
+from ..transport.connection import OUTAGE
+from ..transport.connections import Context
+from ..transport.pipe import Command, RedisClock
 from .dead_limit import DeadLimit
 from .group import Group
 from .outcomes import Outcome

@@ -11,8 +11,8 @@ from ..logs import get_logger
 from ..receivers.delivery import Delivery
 from ..receivers.dispatcher import Dispatcher, Status
 from ..receivers.retries import Failure
-from ..transport.connections import OUTAGE
-from ..transport.context import Context
+from ..transport.connection import OUTAGE
+from ..transport.connections import Context
 from .group import Group, GroupGoneError
 from .intake import Intake
 from .retry_queue import RetryQueue

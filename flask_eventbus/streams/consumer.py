@@ -17,8 +17,8 @@ from ..receivers.workers import WorkerThreads
 from ..routing.bus_signal import Receiver
 from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import emit, listener_connected, listener_lost
-from ..transport.connections import OUTAGE
-from ..transport.context import Context
+from ..transport.connection import OUTAGE
+from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from .acknowledger import Acknowledger
 from .attempts import Attempts

@@ -13,7 +13,7 @@ import redis
 from ..config import Config
 from ..logs import BoundedLog, Counters, get_logger
 from ..signals import emit, events_dropped
-from ..transport.connections import OUTAGE
+from ..transport.connection import OUTAGE
 from ..transport.keys import StreamKeys
 from ..transport.pipe import Command, Pipe
 from .group import remedy

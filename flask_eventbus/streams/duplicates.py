@@ -10,7 +10,7 @@ from hashlib import blake2b
 from ..logs import BoundedLog, get_logger
 from ..receivers.conflicts import Conflicts
 from ..receivers.delivery import Delivery
-from ..transport.context import Context
+from ..transport.connections import Context
 from ..transport.pipe import Command, Pipe
 from .group import remedy
 

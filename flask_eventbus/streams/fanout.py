@@ -16,7 +16,7 @@ from ..logs import BoundedLog, get_logger
 from ..receivers.conflicts import Conflicts, Finding, compare, digest_of
 from ..receivers.workers import BatchSize, DeliveryQueue
 from ..routing.subscriptions import NEW, Subscription
-from ..transport.context import Context
+from ..transport.connections import Context
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import Backoff, Reading
 from .alarms import far_ahead

@@ -11,7 +11,7 @@ import redis
 from ..codec.entry_ids import EntryId, entry_id, id_text
 from ..logs import get_logger
 from ..timing import TIMING, Timing
-from ..transport.connections import takes_no_writes
+from ..transport.connection import takes_no_writes
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Large, Pipe
 

@@ -14,8 +14,8 @@ from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import Delivery
 from ..receivers.workers import BatchSize
 from ..routing.subscriptions import Subscription
-from ..transport.connections import OUTAGE, takes_no_writes
-from ..transport.context import Context
+from ..transport.connection import OUTAGE, takes_no_writes
+from ..transport.connections import Context
 from ..transport.reconnect import Backoff
 from .alarms import foreign_consumers
 from .group import RELEASED, Group, GroupGoneError

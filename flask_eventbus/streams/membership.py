@@ -13,7 +13,7 @@ from ..config import SIGNAL_NAME
 from ..logs import BoundedLog, get_logger
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import NEW, Subscription
-from ..transport.context import Context
+from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from .alarms import too_many_names
 from .duplicates import Duplicates

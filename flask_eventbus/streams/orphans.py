@@ -11,7 +11,7 @@ import redis
 
 from ..config import SIGNAL_NAME
 from ..logs import BoundedLog, get_logger
-from ..transport.context import Context
+from ..transport.connections import Context
 from .acknowledger import Acknowledger
 from .retry_queue import RetryQueue
 

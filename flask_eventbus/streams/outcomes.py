@@ -14,9 +14,8 @@ from ..receivers.dispatcher import Dispatcher
 from ..receivers.retries import Failure, FailureLog, allowed, judge
 from ..routing.bus_signal import Receiver
 from ..routing.subscriptions import Subscription
-from ..transport.clock import RedisClock
-from ..transport.context import Context
-from ..transport.pipe import Command
+from ..transport.connections import Context
+from ..transport.pipe import Command, RedisClock
 from .decoder import readable
 from .group import Entry
 

@@ -12,7 +12,7 @@ import redis
 from ..logs import get_logger
 from ..receivers.workers import MOST_BYTES, BatchSize
 from ..routing.subscriptions import Subscription
-from ..transport.context import Context
+from ..transport.connections import Context
 from ..transport.reconnect import Backoff, Reading
 from .group import Entry, GroupGoneError
 from .intake import Intake

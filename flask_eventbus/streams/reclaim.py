@@ -16,8 +16,8 @@ from ..receivers.delivery import Delivery
 from ..routing.subscriptions import Subscription
 from ..signals import emit, events_trimmed
 from ..timing import TIMING, Timing
-from ..transport.connections import OUTAGE
-from ..transport.context import Context
+from ..transport.connection import OUTAGE
+from ..transport.connections import Context
 from .alarms import Alarm, far_ahead, foreign_acknowledgements, impossible_count, past_the_end
 from .group import (
     LONG_IDLE,

@@ -17,7 +17,7 @@ from ..event import Event
 from ..logs import get_logger
 from ..receivers.delivery import Delivery
 from ..routing.subscriptions import Subscription
-from ..transport.context import Context
+from ..transport.connections import Context
 from ..transport.pipe import Command, Pipe
 from .acknowledger import Acknowledger
 from .group import Entry

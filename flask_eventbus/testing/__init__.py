@@ -46,7 +46,7 @@ from ..errors import ConfigError, DecodeError
 from ..event import Event
 from ..node import Node, nodes, on_new_node
 from ..receivers.retries import Failure
-from ..transport import connections
+from ..transport import connection
 from ..typing import Via
 from .expectations import Expectation, hears, why_unheard, why_unpublished
 from .recorder import GivenUp, Recording, await_health, diverted
@@ -134,7 +134,7 @@ class Isolation:
     """The fixture ``eventbus``: returns published events, and delivers events to receivers."""
 
     def __init__(self, url: str) -> None:
-        self._server = connections.memory_server(url)
+        self._server = connection.memory_server(url)
         self._recording = Recording(url)
         self._rehearsal = RetryRehearsal(self._under_test)
         self._delivered = 0

@@ -16,7 +16,7 @@ from ..codec.records import DeadLetter
 from ..event import Event
 from ..node import Node, nodes
 from ..signals import wait_until_sent
-from ..transport import connections
+from ..transport import connection, connections
 from ..transport.connections import Connections
 from ..transport.pipe import Pipe
 
@@ -163,7 +163,7 @@ def diverted(url: str) -> Iterator[None]:
         yield
     finally:
         _divert(before, listening)
-        connections.memory_servers.pop(url, None)
+        connection.memory_servers.pop(url, None)
 
 
 def _divert(url: str | None, listening: Iterable[Node]) -> None:

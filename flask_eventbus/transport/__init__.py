@@ -4,12 +4,12 @@ A command passes through the files in this order:
 
 1. ``urls`` parses ``EVENTBUS_URL`` and explains why a connection failed.
 2. ``connections`` opens a connection to a single server, to the master that Sentinels name, or
-   to a node of a cluster. For ``embedded://``, ``embedded`` first starts a development server,
-   and ``supervisor`` ends it after its last user.
-3. ``role`` rejects a connection to a replica.
+   to a node of a cluster, and rejects a replica. For ``embedded://``, ``embedded`` first starts a
+   development server, and ``supervisor`` ends it after its last user.
+3. ``connection`` makes a redis-py connection that keeps a deadline, and names its errors.
 4. ``keys`` builds the key names that the command uses.
-5. ``pipe`` sends a batch of commands and reads their replies.
+5. ``pipe`` sends a batch of commands and reads their replies. It keeps the time of the Redis
+   server as well.
 
-``reconnect`` runs the threads that read, and connects again after an outage. ``clock`` keeps the
-time of the Redis server.
+``reconnect`` runs the threads that read, and connects again after an outage.
 """

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from ..logs import BoundedLog, Counters, get_logger
-from .connections import OUTAGE
+from .connection import OUTAGE
 
 logger = get_logger(__name__)
 

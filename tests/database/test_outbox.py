@@ -54,7 +54,7 @@ from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import Destination, Destinations
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import Isolation
-from flask_eventbus.transport import role
+from flask_eventbus.transport import connections
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.typing import Via
 
@@ -871,7 +871,7 @@ def test_a_relay_publishes_nothing_into_a_replica(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(role, "LOOK", 0.0)
+    monkeypatch.setattr(connections, "LOOK", 0.0)
     stopping = threading.Event()
     fill(engine, 2)
 

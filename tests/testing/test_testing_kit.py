@@ -36,7 +36,7 @@ from flask_eventbus import (
 )
 from flask_eventbus.testing import Isolation, isolated
 from flask_eventbus.testing.recorder import Recording
-from flask_eventbus.transport import connections
+from flask_eventbus.transport import connection, connections
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.pipe import Pipe
 
@@ -1018,7 +1018,7 @@ def test_a_bus_started_in_a_test_is_stopped_with_it(make_bus: Make) -> None:
 
 def test_nothing_is_left_behind(make_bus: Make) -> None:
     threads = set(threading.enumerate())
-    servers = set(connections.memory_servers)
+    servers = set(connection.memory_servers)
 
     with isolated() as eventbus:
         bus = make_bus(NOWHERE, publish=["tick"])
@@ -1028,7 +1028,7 @@ def test_nothing_is_left_behind(make_bus: Make) -> None:
         eventbus.assert_published("tick")
 
     assert connections.diversion is None
-    assert set(connections.memory_servers) == servers
+    assert set(connection.memory_servers) == servers
     assert set(threading.enumerate()) <= threads
 
 

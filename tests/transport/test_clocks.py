@@ -15,7 +15,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, current_event
 from flask_eventbus.streams import retry_queue
-from flask_eventbus.transport.clock import RedisClock
+from flask_eventbus.transport.pipe import RedisClock
 
 pytestmark = pytest.mark.second_look
 

@@ -90,7 +90,7 @@ def test_an_idle_publisher_notices_that_its_server_became_a_replica(
 def test_a_batch_that_a_replica_took_is_published_again_at_the_master(
     redis_server: RedisServer, make_bus: MakeBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.transport.role.LOOK", 0.0)
+    monkeypatch.setattr("flask_eventbus.transport.connections.LOOK", 0.0)
     publisher = make_bus(redis_server.url, "shop", publish={"tick": {"confirm": True}})
     publisher.signal("tick").send(number=0)
     demote(redis_server)
@@ -152,7 +152,7 @@ def test_a_stream_reader_leaves_a_server_that_becomes_a_replica(
 def test_the_role_is_asked_once_a_second_and_not_for_every_event(
     redis_server: RedisServer, proxy: Proxy, make_bus: MakeBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.transport.role.LOOK", 3600.0)
+    monkeypatch.setattr("flask_eventbus.transport.connections.LOOK", 3600.0)
     asked = []
 
     def count() -> Callable[[bytes], bytes]:

@@ -26,7 +26,8 @@ from flask_eventbus.checks.server import check_server
 from flask_eventbus.config import Config
 from flask_eventbus.errors import OperationError
 from flask_eventbus.publisher import writer
-from flask_eventbus.transport.connections import OUTAGE, Connections
+from flask_eventbus.transport.connection import OUTAGE
+from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.pipe import Pipe
 
 pytestmark = pytest.mark.second_look
