@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from blinker import NamedSignal, Signal
@@ -28,7 +27,7 @@ class Bridge(BridgeBase):
         route: Route,
         publish: Callable[[str, Mapping[str, Any], Route], None],
         publish_async: Callable[[str, Mapping[str, Any], Route], Awaitable[None]],
-        owns: Callable[[Any], bool],
+        owns: Callable[[Any], bool] | None,
     ) -> None:
         self.name = name
         self.route = route
@@ -49,47 +48,52 @@ class Bridge(BridgeBase):
             ``EVENTBUS_ON_OUTAGE`` asks for an error.
         :raises HopLimitError: the chain of causes is longer than ``EVENTBUS_MAX_HOPS``.
         """
-        with self._keeping_program_error():
+        program_error = sys.exception()
+
+        try:
             found = self._extract(sender, payload)
 
             if found is not None:
                 self._publish(self.name, found, self.route)
+        except Exception as error:
+            if program_error is None or not self._is_foreign:
+                raise
+
+            self._log_unpublished(program_error, error)
 
     async def publish(self, sender: Any, /, **payload: Any) -> None:
         """Publish one emission as :meth:`__call__` does, without blocking the event loop."""
-        with self._keeping_program_error():
+        program_error = sys.exception()
+
+        try:
             found = self._extract(sender, payload)
 
             if found is not None:
                 await self._publish_async(self.name, found, self.route)
-
-    @contextmanager
-    def _keeping_program_error(self) -> Iterator[None]:
-        program_error = sys.exception() if self._is_foreign else None
-
-        try:
-            yield
         except Exception as error:
-            if program_error is None:
+            if program_error is None or not self._is_foreign:
                 raise
 
-            self._log.error(
-                "not published",
-                "%r was sent while %s was being handled, and was not published: %s: %s",
-                self.name,
-                type(program_error).__name__,
-                type(error).__name__,
-                text_of(error),
-                exc_info=error,
-            )
+            self._log_unpublished(program_error, error)
 
     @property
     def _is_foreign(self) -> bool:
         return self.route.signal is not None and not isinstance(self.route.signal, BusSignal)
 
+    def _log_unpublished(self, program_error: BaseException, error: Exception) -> None:
+        self._log.error(
+            "not published",
+            "%r was sent while %s was being handled, and was not published: %s: %s",
+            self.name,
+            type(program_error).__name__,
+            type(error).__name__,
+            text_of(error),
+            exc_info=error,
+        )
+
     def _extract(self, sender: Any, payload: dict[str, Any]) -> Mapping[str, Any] | None:
         """Return the payload; ``None`` if this node does not publish the emission."""
-        if not self._owns(sender):
+        if self._owns is not None and not self._owns(sender):
             return None
 
         if self.route.payload is None:
@@ -111,7 +115,7 @@ class Bridges:
 
     :param configured: the routes of the settings; they override those declared in code.
     :param publish: publishes one emission, given its name, payload and route.
-    :param owns: returns True if emissions of this sender belong to this node.
+    :param owns: returns True if emissions of this sender belong to this node; ``None`` if all do.
     :param check: raises :exc:`.ConfigError` for a route that the server cannot serve.
     """
 
@@ -121,8 +125,8 @@ class Bridges:
         configured: Mapping[str, Route],
         publish: Callable[[str, Mapping[str, Any], Route], None],
         publish_async: Callable[[str, Mapping[str, Any], Route], Awaitable[None]],
-        owns: Callable[[Any], bool],
-        check: Callable[[Route], None] = lambda route: None,
+        owns: Callable[[Any], bool] | None,
+        check: Callable[[Route], None],
     ) -> None:
         self._registry = registry
         self._configured = configured

@@ -62,6 +62,9 @@ class BridgeBase:
 class SendingSignal(Signal):
     """A signal that calls its local receivers first, including coroutines, then its bridges."""
 
+    #: True if it refuses payload keys that receivers would not get.
+    checks_keys = False
+
     @property
     def bridges(self) -> Sequence[BridgeBase]:
         """The bridges that publish this signal."""
@@ -85,7 +88,15 @@ class SendingSignal(Signal):
         :raises PayloadError: a value cannot be encoded, or a key is reserved.
         :raises PublishError: Redis did not confirm the event, and the route asks for an error.
         """
-        results = super().send(sender, _async_wrapper=_async_wrapper or _to_sync, **kwargs)
+        if self.checks_keys and ("sender" in kwargs or "_sync_wrapper" in kwargs):
+            raise _reserved_key(self, kwargs)
+
+        if _async_wrapper is None:
+            _async_wrapper = _to_sync
+        elif self.checks_keys and not callable(_async_wrapper):
+            raise _reserved_key(self, kwargs)
+
+        results = super().send(sender, _async_wrapper=_async_wrapper, **kwargs)
 
         if not self.is_muted:
             for bridge in self.bridges:
@@ -102,8 +113,15 @@ class SendingSignal(Signal):
         **kwargs: Any,
     ) -> list[tuple[Receiver, Any]]:
         """Await the receivers for ``sender``, then publish as :meth:`send` does."""
-        wrapper = _sync_wrapper or _refuse_sync
-        results = await super().send_async(sender, _sync_wrapper=wrapper, **kwargs)
+        if self.checks_keys and ("sender" in kwargs or "_async_wrapper" in kwargs):
+            raise _reserved_key(self, kwargs)
+
+        if _sync_wrapper is None:
+            _sync_wrapper = _refuse_sync
+        elif self.checks_keys and not callable(_sync_wrapper):
+            raise _reserved_key(self, kwargs)
+
+        results = await super().send_async(sender, _sync_wrapper=_sync_wrapper, **kwargs)
 
         if not self.is_muted:
             for bridge in self.bridges:
@@ -147,6 +165,8 @@ class AdoptedSignal(SendingSignal):
 class BusSignal(SendingSignal, NamedSignal):
     """A signal of the bus. Its bridges do not appear among its receivers."""
 
+    checks_keys = True
+
     def __init__(self, name: str, doc: str | None = None) -> None:
         super().__init__(name, doc)
         #: Cache of the local receivers by sender; cleared when a receiver connects or disconnects.
@@ -158,7 +178,13 @@ class BusSignal(SendingSignal, NamedSignal):
     @property
     def bridges(self) -> Sequence[BridgeBase]:
         """The bridges of nodes that still exist."""
-        living = [found for reference in self._bridges if (found := reference()) is not None]
+        living: list[BridgeBase] = []
+
+        for reference in self._bridges:
+            bridge = reference()
+
+            if bridge is not None:
+                living.append(bridge)
 
         if self._bridges and not living:
             _report_at_end(self.name)
@@ -203,35 +229,6 @@ class BusSignal(SendingSignal, NamedSignal):
 
         return found
 
-    def send(
-        self,
-        sender: Any | None = None,
-        /,
-        *,
-        _async_wrapper: Callable[[Receiver], Receiver] | None = None,
-        **kwargs: Any,
-    ) -> list[tuple[Receiver, Any]]:
-        """Call the receivers for ``sender``, ``async def`` ones included, then publish.
-
-        :return: what blinker returns: the local receivers and their results.
-        :raises PayloadError: a value cannot be encoded, or a key is reserved.
-        :raises PublishError: Redis did not confirm the event, and the route asks for an error.
-        """
-        _refuse_reserved(self.name, kwargs, _async_wrapper)
-        return super().send(sender, _async_wrapper=_async_wrapper, **kwargs)
-
-    async def send_async(
-        self,
-        sender: Any | None = None,
-        /,
-        *,
-        _sync_wrapper: Callable[[Receiver], Callable[..., Coroutine[Any, Any, Any]]] | None = None,
-        **kwargs: Any,
-    ) -> list[tuple[Receiver, Any]]:
-        """Await the receivers for ``sender``, then publish as :meth:`send` does."""
-        _refuse_reserved(self.name, kwargs, _sync_wrapper)
-        return await super().send_async(sender, _sync_wrapper=_sync_wrapper, **kwargs)
-
 
 class BusNamespace(Namespace):
     """Creates :class:`BusSignal` objects, and notifies watchers of new ones."""
@@ -254,7 +251,9 @@ class BusNamespace(Namespace):
 
         :raises ConfigError: the name has characters that a signal's name cannot have.
         """
-        signal = self.make(name, doc)
+        with self.lock:
+            signal = self[name] if name in self else self.make(name, doc)
+
         self.requested.add(name)
         return signal
 
@@ -316,25 +315,20 @@ def check_signal_name(name: object, where: str) -> str:
     )
 
 
-def _refuse_reserved(name: str, payload: dict[str, Any], wrapper: object) -> None:
-    """Refuse payload keys that receivers would not get.
+def _reserved_key(signal: Signal, payload: dict[str, Any]) -> PayloadError:
+    """Return the error of a payload with a key that receivers would not get."""
+    name = getattr(signal, "name", signal)
 
-    :param wrapper: the value of blinker's ``_async_wrapper`` or ``_sync_wrapper``.
-    :raises PayloadError: the payload has such a key.
-    """
     if "sender" in payload:
-        raise PayloadError(
+        return PayloadError(
             f"The payload of {name!r} has a key 'sender', which every receiver already gets as "
             "its first argument. Give the value another name."
         )
 
-    is_value = wrapper is not None and not callable(wrapper)
-
-    if is_value or "_async_wrapper" in payload or "_sync_wrapper" in payload:
-        raise PayloadError(
-            f"The payload of {name!r} has a key '_async_wrapper' or '_sync_wrapper'. blinker's "
-            "send() and send_async() use these names. Give the value another name."
-        )
+    return PayloadError(
+        f"The payload of {name!r} has a key '_async_wrapper' or '_sync_wrapper'. blinker's "
+        "send() and send_async() use these names. Give the value another name."
+    )
 
 
 def _to_sync(receiver: Receiver) -> Receiver:
