@@ -27,7 +27,7 @@ from waiting import wait_until
 from flask_eventbus import Bus
 from flask_eventbus.codec.records import REASONS
 from flask_eventbus.config import SETTINGS, Config
-from flask_eventbus.receivers.retries import delay
+from flask_eventbus.receivers.dispatcher import delay
 from flask_eventbus.routing import routes, subscriptions
 from flask_eventbus.transport.keys import StreamKeys
 

@@ -42,7 +42,7 @@ def infos(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def failures(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """What was logged of receivers that failed."""
     return [
-        record for record in caplog.records if record.name == "flask_eventbus.receivers.retries"
+        record for record in caplog.records if record.name == "flask_eventbus.receivers.dispatcher"
     ]
 
 

@@ -17,7 +17,7 @@ from flask_eventbus.codec import codec, records, values
 from flask_eventbus.config import Config
 from flask_eventbus.database import after_commit, relay
 from flask_eventbus.publisher import buffer, connection, writer
-from flask_eventbus.receivers import conflicts, retries, workers
+from flask_eventbus.receivers import conflicts, dispatcher, workers
 from flask_eventbus.streams import (
     attempts,
     decoder,
@@ -51,8 +51,8 @@ SENTENCES = [
     ("commands", r"dead retry --wait S` takes at most (\S+) seconds longer", streams.TIMEOUT),
     ("streams", r"done in the last (\S+) milliseconds may not be", attempts.WRITE_EVERY * 1_000),
     ("streams", r"failed receiver after (\S+) second, then 2, 4, 8", TIMING.first_retry),
-    ("streams", r"and so on up to (\S+) minutes\. A", retries.MOST / 60),
-    ("streams", r"but not beyond (\S+) minutes", retries.MOST / 60),
+    ("streams", r"and so on up to (\S+) minutes\. A", dispatcher.MOST_DELAY / 60),
+    ("streams", r"but not beyond (\S+) minutes", dispatcher.MOST_DELAY / 60),
     (
         "stream-workers",
         r"no sign of life for (\S+) minutes is removed",
@@ -68,7 +68,7 @@ SENTENCES = [
     ("stream-losses", r"and (\S+) bytes of a digest", duplicates.DIGEST_BYTES),
     ("stream-losses", r"with more than (\S+) events behind it, such a loss", TIMING.max_counted),
     ("stream-subscriptions", r"that both have, of the (\S+) that it read last", fanout.REMEMBERED),
-    ("configuration", r"from one second to (\S+) minutes", retries.MOST / 60),
+    ("configuration", r"from one second to (\S+) minutes", dispatcher.MOST_DELAY / 60),
     ("configuration", r"or more than (\S+) MiB of them", buffer.MOST_BYTES / MIB),
     ("configuration", r"A stop takes at most (\S+) seconds longer", node.LONGEST_STOP),
     ("configuration", r"The replicas have (\S+) of `EVENTBUS_TIMEOUT`", connection.REPLICAS_SHARE),
@@ -86,7 +86,7 @@ SENTENCES = [
     ("what-happens-when", r"It waits (\S+) seconds, then logs the ids", node.FLUSH_AT_EXIT),
     ("what-happens-when", r"sign of life after (\S+) seconds of silence", listener.QUIET),
     ("what-happens-when", r"and connects anew after (\S+) more", listener.DEADLINE),
-    ("what-happens-to-streams", r"after 1 s, 2 s, up to (\S+) minutes", retries.MOST / 60),
+    ("what-happens-to-streams", r"after 1 s, 2 s, up to (\S+) minutes", dispatcher.MOST_DELAY / 60),
     (
         "stream-subscriptions",
         r"finds the streams that match within (\S+) seconds",
@@ -187,7 +187,7 @@ def test_the_table_of_retries_is_what_the_code_does() -> None:
 
 def lasting(count: int) -> float:
     """Seconds from the first failure to the last of so many retries, at least."""
-    return sum(retries.delay(attempt, jitter=0.0) for attempt in range(1, count + 1))
+    return sum(dispatcher.delay(attempt, jitter=0.0) for attempt in range(1, count + 1))
 
 
 def number(told: str) -> float:

@@ -13,8 +13,7 @@ from blinker import NamedSignal, Namespace, Signal
 
 from ..config import Age
 from ..node import Node
-from ..receivers.dispatcher import name_of
-from ..receivers.retries import allowed
+from ..receivers.dispatcher import allowed, name_of
 from ..routing.bus_signal import BridgeBase, BusNamespace, Receiver, SendingSignal
 from ..routing.options import is_pattern, matches
 from ..routing.routes import Route

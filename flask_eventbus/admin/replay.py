@@ -13,8 +13,7 @@ from ..codec.records import words_of
 from ..config import Config
 from ..errors import DecodeError
 from ..event import Event
-from ..receivers.dispatcher import Dispatcher, name_of
-from ..receivers.retries import Failure
+from ..receivers.dispatcher import Dispatcher, Failure, name_of
 from ..routing.subscriptions import Subscription
 from .streams import Entry, StreamAccess
 

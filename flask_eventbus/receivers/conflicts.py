@@ -16,8 +16,9 @@ logger = get_logger(__name__)
 #: Maximum number of event ids remembered with a hash of their bytes; the oldest is dropped first.
 REMEMBERED = 10_000
 
-#: Prefix of each body before it is hashed, so that no publisher can construct equal hashes.
-_SECRET = secrets.token_bytes(16)
+#: Prefix of each body before it is hashed, so that no publisher can construct equal hashes. It
+#: differs in each process.
+SECRET = secrets.token_bytes(16)
 
 
 class Finding(Enum):
@@ -29,15 +30,12 @@ class Finding(Enum):
     CONFLICT = auto()
 
 
-def digest_of(body: bytes) -> int:
-    """Return a hash of an event's bytes. It differs in each process."""
-    return hash(_SECRET + body)
-
-
 def compare(known: OrderedDict[str, int], id: str, digest: int) -> Finding | None:
     """Compare an event with the one of the same id in ``known``, and store it there.
 
     Return ``None`` if ``known`` has no event with this id.
+
+    :param digest: ``hash(SECRET + body)`` of the event's bytes.
     """
     before = known.get(id)
 

@@ -41,8 +41,8 @@ class Delivery:
     identity: tuple[str, str, bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        member = self.member
-        self.identity = (self.name, self.entry, sha256(member).digest() if member else b"")
+        digest = b"" if self.retry is None else sha256(self.member).digest()
+        self.identity = (self.name, self.entry, digest)
 
     @property
     def member(self) -> bytes:
@@ -52,17 +52,12 @@ class Delivery:
 
         return self.stored_member or self.retry.packed()
 
-    @property
-    def in_group(self) -> bool:
-        """True if the entry belongs to a consumer group, and so must be acknowledged."""
-        return self.subscription.group
-
 
 class InFlight:
     """The deliveries of this process that are not yet acknowledged. Any thread may use it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._deliveries: dict[tuple[str, str, bytes], Delivery] = {}
         #: Approximate memory use of all deliveries, in bytes.
         self.memory = 0
@@ -115,23 +110,20 @@ class InFlight:
             for delivery in waiting:
                 delivery.claimed_until = 0.0
 
-            self._forget(waiting)
+            self.remove(waiting)
             return waiting
 
     def remove(self, deliveries: Iterable[Delivery]) -> None:
         """Remove deliveries that were acknowledged, or that another worker has claimed."""
         with self._lock:
-            self._forget(deliveries)
+            known = self._deliveries
 
-    def _forget(self, deliveries: Iterable[Delivery]) -> None:
-        known = self._deliveries
-
-        for delivery in deliveries:
-            # A later delivery may have the same identity.
-            if known.get(delivery.identity) is delivery:
-                del known[delivery.identity]
-                self.memory -= delivery.memory
-                self._waiting -= not delivery.started
+            for delivery in deliveries:
+                # A later delivery may have the same identity.
+                if known.get(delivery.identity) is delivery:
+                    del known[delivery.identity]
+                    self.memory -= delivery.memory
+                    self._waiting -= not delivery.started
 
     def first_attempts(self, name: str) -> list[Delivery]:
         """Return the first attempts of a stream."""

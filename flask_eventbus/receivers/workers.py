@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
 from zlib import crc32
 
 from ..config import Config
@@ -53,21 +52,31 @@ class EventQueue:
         self._most_bytes = most_bytes
         self._work = work
         self._rest = rest
-        self._events: deque[tuple[Event, int]] = deque()
+        #: The events that wait, each with its memory use in bytes.
+        self.waiting: deque[tuple[Event, int]] = deque()
         self._bytes = 0
         self._taken = 0
         #: True if the worker threads should end once the queue is empty.
         self.closed = False
 
     def __len__(self) -> int:
-        return len(self._events) + self._taken
+        return len(self.waiting) + self._taken
 
     def put(self, batch: Sequence[tuple[Event, int]]) -> int:
         """Add events, each with its memory use in bytes; return how many were dropped."""
+        dropped = 0
+
         with self._work:
-            self._events.extend(batch)
-            self._bytes += sum(size for _, size in batch)
-            dropped = self._trim()
+            for event in batch:
+                self.waiting.append(event)
+                self._bytes += event[1]
+
+            while len(self.waiting) > self._most_events or (
+                self._bytes > self._most_bytes and len(self.waiting) > 1
+            ):
+                self._bytes -= self.waiting.popleft()[1]
+                dropped += 1
+
             self._work.notify(len(batch))
 
         return dropped
@@ -82,8 +91,8 @@ class EventQueue:
         picked: list[Event] = []
         room = BATCH_BYTES
 
-        while self._events and len(picked) < most and room > 0:
-            event, size = self._events.popleft()
+        while self.waiting and len(picked) < most and room > 0:
+            event, size = self.waiting.popleft()
             picked.append(event)
             room -= size
 
@@ -91,13 +100,19 @@ class EventQueue:
         self._taken += len(picked)
         return picked
 
-    def done(self, count: int) -> None:
-        """Report that ``count`` of the events that were taken are dispatched."""
+    def done(self, count: int) -> bool:
+        """Report that ``count`` of the events that were taken are dispatched.
+
+        :return: True if no event is left.
+        """
         with self._work:
             self._taken -= count
+            is_empty = not self._taken and not self.waiting
 
-            if not self._taken and not self._events:
+            if is_empty:
                 self._rest.notify_all()
+
+        return is_empty
 
     def close(self) -> None:
         """Let the worker threads end once the queue is empty."""
@@ -108,23 +123,11 @@ class EventQueue:
     def clear(self) -> int:
         """Drop all queued events, and return their number."""
         with self._work:
-            count = len(self._events)
-            self._events.clear()
+            count = len(self.waiting)
+            self.waiting.clear()
             self._bytes = 0
 
         return count
-
-    def _trim(self) -> int:
-        dropped = 0
-
-        while len(self._events) > self._most_events or (
-            self._bytes > self._most_bytes and len(self._events) > 1
-        ):
-            _, size = self._events.popleft()
-            self._bytes -= size
-            dropped += 1
-
-        return dropped
 
 
 #: Maximum number of stream deliveries that a single worker thread takes at once. They are
@@ -161,6 +164,8 @@ class WorkerThreads:
         self._handle = handle
         self._make_queues()
         self._stream_next = True
+        #: True if events were dropped since the queue of channel events was last empty.
+        self._is_dropping = False
         self._forced = False
         #: Number of channel events that the single thread has taken and not started.
         self._not_started = 0
@@ -192,6 +197,7 @@ class WorkerThreads:
         if not dropped:
             return
 
+        self._is_dropping = True
         self._counters.add("dropped", dropped)
         self._log.warning(
             "dropped",
@@ -270,9 +276,9 @@ class WorkerThreads:
                     self._handle_all(deliveries)
                 elif events:
                     self._dispatch(events)
-                    self._event_queue.done(len(events))
 
-                    if not len(self._event_queue):
+                    if self._event_queue.done(len(events)) and self._is_dropping:
+                        self._is_dropping = False
                         self._log.over("dropped", "Receivers have caught up; no event is dropped.")
                 else:
                     return
@@ -283,21 +289,24 @@ class WorkerThreads:
     def _take(self, number: int, alone: bool) -> tuple[list[Event], list[Delivery]]:
         """Return the next events or deliveries; two empty lists tell the thread to end."""
         most, most_deliveries = (BATCH, DELIVERIES) if alone else (1, 1)
+        events = self._event_queue
 
         with self._work:
             while True:
+                # Alternate between the two queues, so that neither starves.
                 self._stream_next = not self._stream_next
 
-                if self._stream_next and (deliveries := self.queue.pick(number, most_deliveries)):
-                    return [], deliveries
+                if self.queue.waiting and (self._stream_next or not events.waiting):
+                    deliveries = self.queue.pick(number, most_deliveries)
 
-                if events := self._event_queue.pick(most):
-                    return events, []
+                    # None if all of them wait in the lines of other threads.
+                    if deliveries:
+                        return [], deliveries
 
-                if deliveries := self.queue.pick(number, most_deliveries):
-                    return [], deliveries
+                if events.waiting:
+                    return events.pick(most), []
 
-                if self._event_queue.closed:
+                if events.closed:
                     return [], []
 
                 self._work.wait()
@@ -353,8 +362,6 @@ PICK_BYTES = 4 * 1024 * 1024
 #: Assumed duration of one delivery in seconds, until the first was handled.
 GUESS = 0.02
 
-_MEMORY = attrgetter("memory")
-
 
 class BatchSize:
     """Computes how many entries to read at once, so that they fit into memory.
@@ -406,7 +413,8 @@ class DeliveryQueue:
         self._line: deque[Delivery] = deque()
         self._own: list[deque[Delivery]] = [deque() for _ in range(width)]
         self._own_next = [True] * width
-        self._waiting = 0
+        #: Number of deliveries that wait, and of those that threads handle.
+        self.waiting = 0
         self._taken = 0
         #: Approximate memory use of all deliveries, in bytes.
         self.memory = 0
@@ -419,7 +427,7 @@ class DeliveryQueue:
         self._held = False
 
     def __len__(self) -> int:
-        return self._waiting + self._taken
+        return self.waiting + self._taken
 
     @property
     def room(self) -> int:
@@ -427,21 +435,16 @@ class DeliveryQueue:
 
         0 while the deliveries take :data:`MOST_BYTES` of memory and some of them wait.
         """
-        if self._held or (self.is_heavy and self._waiting):
+        if self._held or (self.waiting and self.memory >= MOST_BYTES):
             return 0
 
         ahead = int(self._width * AHEAD / max(self._pace, 1e-9))
-        return min(max(ahead, self._width), MOST_AHEAD) - self._waiting
-
-    @property
-    def is_heavy(self) -> bool:
-        """True if the deliveries take :data:`MOST_BYTES` of memory or more."""
-        return self.memory >= MOST_BYTES
+        return min(max(ahead, self._width), MOST_AHEAD) - self.waiting
 
     def wait_for_room(self, timeout: float) -> bool:
         """Wait up to ``timeout`` seconds; return True if the reader should read."""
         with self._rest:
-            return self._rest.wait_for(lambda: self._has_enough_room, timeout)
+            return self._rest.wait_for(self._has_enough_room, timeout)
 
     def put(self, deliveries: Sequence[Delivery]) -> None:
         """Add deliveries, in order; add none once the queue is closed."""
@@ -453,10 +456,16 @@ class DeliveryQueue:
                 return
 
             for delivery in deliveries:
-                self._line_of(delivery).append(delivery)
+                line = self._line
 
-            self._waiting += len(deliveries)
-            self.memory += sum(map(_MEMORY, deliveries))
+                if delivery.event.key is not None and self._width > 1:
+                    name = f"{delivery.name}\0{delivery.event.key}"
+                    line = self._own[crc32(name.encode(errors="replace")) % self._width]
+
+                line.append(delivery)
+                self.memory += delivery.memory
+
+            self.waiting += len(deliveries)
             # Wake all threads: the keys decide which of them has work.
             self._work.notify_all()
 
@@ -481,7 +490,7 @@ class DeliveryQueue:
             picked.append(line.popleft())
             room -= picked[-1].memory
 
-        self._waiting -= len(picked)
+        self.waiting -= len(picked)
         self._taken += len(picked)
         self._busy += bool(picked)
         return picked
@@ -492,14 +501,17 @@ class DeliveryQueue:
 
         with self._rest:
             self._taken -= count
-            self.memory -= sum(map(_MEMORY, deliveries))
             self._busy -= 1
+
+            for delivery in deliveries:
+                self.memory -= delivery.memory
+
             # A slow delivery counts at once and fast ones gradually, so that less is read ahead.
             pace = seconds / count
             self._pace = max(pace, 0.7 * self._pace + 0.3 * pace)
             self._held = False
 
-            if self._has_enough_room or not len(self):
+            if not (self.waiting or self._taken) or self._has_enough_room():
                 self._rest.notify_all()
 
     def hold(self) -> bool:
@@ -508,19 +520,15 @@ class DeliveryQueue:
             self._held = self._busy >= self._width
             return self._held
 
-    def clear(self) -> list[Delivery]:
-        """Remove and return the deliveries that wait."""
+    def clear(self) -> None:
+        """Remove the deliveries that wait."""
         with self._rest:
-            left = [delivery for line in (*self._own, self._line) for delivery in line]
-
             for line in (*self._own, self._line):
+                self.memory -= sum(delivery.memory for delivery in line)
                 line.clear()
 
-            self._waiting = 0
-            self.memory -= sum(map(_MEMORY, left))
+            self.waiting = 0
             self._rest.notify_all()
-
-        return left
 
     def close(self) -> None:
         """Accept no more deliveries, and wake the readers that wait for room."""
@@ -528,16 +536,8 @@ class DeliveryQueue:
             self._closed = True
             self._rest.notify_all()
 
-    @property
     def _has_enough_room(self) -> bool:
         # Wait until the queue is half empty, so that each round trip reads many entries.
         return self._closed or (
-            self.room > self._waiting and (self.memory < MOST_BYTES // 2 or not self._waiting)
+            self.room > self.waiting and (self.memory < MOST_BYTES // 2 or not self.waiting)
         )
-
-    def _line_of(self, delivery: Delivery) -> deque[Delivery]:
-        if delivery.event.key is None or self._width == 1:
-            return self._line
-
-        name = f"{delivery.name}\0{delivery.event.key}"
-        return self._own[crc32(name.encode(errors="replace")) % self._width]

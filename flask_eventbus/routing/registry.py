@@ -385,11 +385,15 @@ class Registry:
         if name not in self._known:
             self._signal_created(signal)
 
-        found = [
-            receiver() if isinstance(receiver, weakref.ref) else receiver
-            for receiver in list(signal.receivers.values())
-        ]
-        return [r for r in found if r is not None and not isinstance(r, BridgeBase)]
+        found: list[Receiver] = []
+
+        for receiver in list(signal.receivers.values()):
+            living = receiver() if isinstance(receiver, weakref.ref) else receiver
+
+            if living is not None and not isinstance(living, BridgeBase):
+                found.append(living)
+
+        return found
 
     def retries_of(self, name: str, receiver: Receiver) -> int | None:
         """Return the retries that ``receiver`` declared for ``name``; ``None`` if it did not."""

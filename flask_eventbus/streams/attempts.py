@@ -9,8 +9,7 @@ import redis
 
 from ..logs import get_logger
 from ..receivers.delivery import Delivery
-from ..receivers.dispatcher import Dispatcher, Status
-from ..receivers.retries import Failure
+from ..receivers.dispatcher import Dispatcher, Failure, Status
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from .group import Group, GroupGoneError
@@ -82,7 +81,7 @@ class Attempts:
         self._is_stopping = self._is_disowned = True
 
     def _attempt(self, delivery: Delivery) -> None:
-        if not delivery.in_group:
+        if not delivery.subscription.group:
             self._dispatcher.dispatch_once(delivery.event)
             return
 

@@ -10,8 +10,7 @@ from ..config import Config
 from ..event import Event
 from ..logs import traceback_of
 from ..receivers.delivery import Delivery
-from ..receivers.dispatcher import Dispatcher
-from ..receivers.retries import Failure, FailureLog, allowed, judge
+from ..receivers.dispatcher import Dispatcher, Failure, FailureLog, allowed, judge
 from ..routing.bus_signal import Receiver
 from ..routing.subscriptions import Subscription
 from ..transport.connections import Context

@@ -13,6 +13,7 @@ from ..codec.entry_ids import entry_id
 from ..event import Event
 from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.delivery import Delivery
+from ..receivers.workers import MOST_BYTES
 from ..routing.subscriptions import Subscription
 from ..signals import emit, events_trimmed
 from ..timing import TIMING, Timing
@@ -213,7 +214,7 @@ class Reclaimer:
         stale = stale[:room]
 
         for start in range(0, len(stale), LOOK_UP_COUNT):
-            if start and self._queue.is_heavy:
+            if start and self._queue.memory >= MOST_BYTES:
                 self.has_more = True
 
                 if room == MOST_RELEASED:

@@ -45,7 +45,7 @@ from ..coroutines import kept_loop
 from ..errors import ConfigError, DecodeError
 from ..event import Event
 from ..node import Node, nodes, on_new_node
-from ..receivers.retries import Failure
+from ..receivers.dispatcher import Failure
 from ..transport import connection
 from ..typing import Via
 from .expectations import Expectation, hears, why_unheard, why_unpublished

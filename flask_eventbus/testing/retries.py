@@ -12,7 +12,7 @@ from ..codec.records import DeadLetter, RetryRecord, words_of
 from ..event import Event
 from ..node import Node
 from ..receivers.delivery import Delivery
-from ..receivers.retries import Failure, allowed, judge
+from ..receivers.dispatcher import Failure, allowed, judge
 from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import emit_now, event_dead_lettered
 from ..streams.decoder import EntryDecoder, readable
@@ -94,7 +94,7 @@ class RetryRehearsal:
             delivery = _delivery(node, event, entry) if hears(node, event) else None
 
             if delivery is not None:
-                found[_group_of(node) if delivery.in_group else node] = node, delivery
+                found[_group_of(node) if delivery.subscription.group else node] = node, delivery
 
         return list(found.values())
 
@@ -157,7 +157,7 @@ class RetryRehearsal:
         heappush(self._queue, (self._now + seconds, next(self._numbers), waiting))
 
     def _record_failure(self, node: Node, delivery: Delivery, failure: Failure) -> None:
-        if not delivery.in_group:
+        if not delivery.subscription.group:
             # Without a group there are no retries and no dead letters.
             node.dispatcher.failures.final(delivery.event, failure)
             self._note(node, delivery, failure, None)

@@ -24,7 +24,7 @@ from workers import Workers
 
 from flask_eventbus import Bus, ConfigError, EventBus, Reject, Retry, current_event, signals
 from flask_eventbus.codec.records import RetryRecord
-from flask_eventbus.receivers import retries
+from flask_eventbus.receivers import dispatcher
 from flask_eventbus.streams import maintenance, retry_queue
 from flask_eventbus.timing import Timing
 from flask_eventbus.transport.keys import StreamKeys
@@ -176,11 +176,11 @@ def test_receivers_of_the_same_name_are_told_from_each_other(line: Line) -> None
 
 
 def test_the_delay_doubles_and_is_bounded() -> None:
-    delays = [retries.delay(attempts, jitter=0.0) for attempts in range(1, 12)]
+    delays = [dispatcher.delay(attempts, jitter=0.0) for attempts in range(1, 12)]
 
     assert delays == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
-    assert all(1 <= retries.delay(1) <= 1.25 for _ in range(100))
-    assert retries.delay(10_000) == 300
+    assert all(1 <= dispatcher.delay(1) <= 1.25 for _ in range(100))
+    assert dispatcher.delay(10_000) == 300
 
 
 def test_a_retry_waits_in_redis_until_it_is_due(line: Line) -> None:
