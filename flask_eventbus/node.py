@@ -26,10 +26,8 @@ from .event import Event
 from .health import Health
 from .listening import Listening, check_subscription
 from .logs import Counters, get_logger
-from .publisher.connection import PublishConnection
 from .publisher.message import Message, check_route
 from .publisher.publisher import ClosedError, Publisher
-from .publisher.writer import WRITE_TIMEOUT
 from .receivers.dispatcher import Dispatcher
 from .routing.bridge import Bridges
 from .routing.bus_signal import Receiver
@@ -38,7 +36,6 @@ from .routing.routes import Route, read_routes
 from .routing.subscriptions import NEW, Subscription, read_subscriptions
 from .signals import wait_until_sent
 from .transport.connections import Connections, Context
-from .transport.keys import StreamKeys
 
 logger = get_logger(__name__)
 
@@ -327,10 +324,19 @@ class Node:
         self.connections = Connections(
             self.config.url, name=f"eventbus:{self.config.service}:{self._name}"
         )
-        self._publisher = self._make_publisher()
+        context = Context(
+            config=self.config,
+            connections=self.connections,
+            codec=self.codec,
+            counters=self.counters,
+            timing=self.registry.timing,
+            node=self._name,
+            app_exists=self._app_exists,
+        )
+        self._publisher = Publisher(context, trace=self._trace, resend=_resending(self))
         self._after_commit = self._make_after_commit()
         self.dispatcher = self._make_dispatcher()
-        self._inbound = self._make_inbound()
+        self._inbound = self._make_inbound(context)
         self._orphan_publisher_with_node()
 
     def _orphan_publisher_with_node(self) -> None:
@@ -340,22 +346,6 @@ class Node:
 
         self._finalizer = weakref.finalize(self, _orphan, self._publisher)
         self._finalizer.atexit = False
-
-    def _make_publisher(self) -> Publisher:
-        return Publisher(
-            config=self.config,
-            codec=self.codec,
-            connection=PublishConnection(
-                self.connections,
-                timeout=WRITE_TIMEOUT,
-                names=StreamKeys(self.config.prefix).names,
-                sender_timeout=self.config.timeout,
-            ),
-            node=self._name,
-            counters=self.counters,
-            trace=self._trace,
-            resend=_resending(self),
-        )
 
     def _make_after_commit(self) -> AfterCommit:
         return AfterCommit(
@@ -397,17 +387,8 @@ class Node:
                 self.config.service,
             )
 
-    def _make_inbound(self) -> Listening:
+    def _make_inbound(self, context: Context) -> Listening:
         publisher = self._publisher
-        context = Context(
-            config=self.config,
-            connections=self.connections,
-            codec=self.codec,
-            counters=self.counters,
-            timing=self.registry.timing,
-            node=self._name,
-            app_exists=self._app_exists,
-        )
         return Listening(
             context,
             dispatcher=self.dispatcher,

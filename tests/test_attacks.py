@@ -17,9 +17,9 @@ from servers import RedisServer, free_port
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, PublishError, listening, node, signals
+from flask_eventbus import Bus, PublishError, listening, signals
 from flask_eventbus.channels import listener, reader
-from flask_eventbus.publisher import writer
+from flask_eventbus.publisher import publisher, writer
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.typing import Via
 
@@ -37,7 +37,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "MOST_BACKOFF", 0.2)
     monkeypatch.setattr(writer, "MOST_BACKOFF", 0.2)
     monkeypatch.setattr(writer, "LISTENERS_RETURN", 0.4)
-    monkeypatch.setattr(node, "WRITE_TIMEOUT", 0.4)
+    monkeypatch.setattr(publisher, "WRITE_TIMEOUT", 0.4)
 
 
 @pytest.fixture

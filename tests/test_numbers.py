@@ -80,7 +80,7 @@ SENTENCES = [
     ("sizing", r"while receivers are slow \| (\S+) \|", workers.MOST_EVENTS),
     ("sizing", r"while receivers are slow \| \S+ \| (\S+) MiB", workers.MOST_BYTES / MIB),
     ("sizing", r"while Redis is away \| \S+, \S+ \| (\S+) MiB", buffer.MOST_BYTES / MIB),
-    ("tls-and-failover", r"a publisher notices after (\S+) s", writer.WRITE_TIMEOUT),
+    ("tls-and-failover", r"a publisher notices after (\S+) s", connection.WRITE_TIMEOUT),
     ("tls-and-failover", r"a listener after (\S+) s; both", listener.QUIET + listener.DEADLINE),
     ("what-happens-when", r"It asks every (\S+) seconds, so `health\(\)`", writer.QUIET),
     ("what-happens-when", r"It waits (\S+) seconds, then logs the ids", node.FLUSH_AT_EXIT),

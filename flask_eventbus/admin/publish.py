@@ -16,16 +16,14 @@ from ..node import Node
 from ..publisher.connection import PublishConnection
 from ..publisher.message import (
     Message,
+    MessageBuilder,
     NoWritesError,
-    RouteStates,
     TooFewReplicasError,
     check_route,
 )
-from ..publisher.publisher import MessageBuilder
 from ..routing.routes import Route
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
-from ..transport.keys import StreamKeys
 from ..transport.urls import trouble_of
 from .server import TIMEOUT, reason_of
 
@@ -79,11 +77,8 @@ def _route(node: Node, name: str, *, stream: bool) -> Route:
 
 
 def _take_down(node: Node, name: str, payload: Mapping[str, Any], route: Route) -> Message:
-    lanes = RouteStates(node.config, node.codec)
-    emissions = MessageBuilder(
-        config=node.config, codec=node.codec, route_states=lanes, trace=lambda: None
-    )
-    outgoing = emissions.build(name, payload, route, confirm=False)
+    builder = MessageBuilder(node.config, node.codec, trace=lambda: None)
+    outgoing = builder.build(name, payload, route, confirm=False)
     outgoing.assign_id(secrets.token_hex(6), 1, time.time_ns())
     outgoing.assign_seq()
     return outgoing
@@ -91,13 +86,7 @@ def _take_down(node: Node, name: str, payload: Mapping[str, Any], route: Route) 
 
 def _exchange(node: Node, outgoing: Message) -> Any:
     connections = Connections(node.config.url, name=CLIENT_NAME)
-    exchange = PublishConnection(
-        connections,
-        timeout=TIMEOUT,
-        names=StreamKeys(node.config.prefix).names,
-        sender_timeout=node.config.timeout,
-    )
-
+    exchange = PublishConnection(connections, node.config, timeout=TIMEOUT)
     deadline = time.monotonic() + TIMEOUT
 
     try:

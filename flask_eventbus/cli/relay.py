@@ -14,13 +14,11 @@ from ..bus import stop_on_signals
 from ..errors import ConfigError, PublishError
 from ..logs import get_logger
 from ..node import Node
-from ..publisher.connection import PublishConnection
+from ..publisher.connection import WRITE_TIMEOUT, PublishConnection
 from ..publisher.message import Destination, Destinations
-from ..publisher.writer import WRITE_TIMEOUT
 from ..routing.routes import Route
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
-from ..transport.keys import StreamKeys
 from .base import Command, Program, log_to_stderr, pass_program
 
 if TYPE_CHECKING:
@@ -210,12 +208,7 @@ def _relay(node: Node, outbox: Outbox, batch: int) -> Iterator[Relay]:
 
     config = node.config
     connections = Connections(config.url, name=f"eventbus-relay:{config.service}")
-    exchange = PublishConnection(
-        connections,
-        timeout=WRITE_TIMEOUT,
-        names=StreamKeys(config.prefix).names,
-        sender_timeout=config.timeout,
-    )
+    exchange = PublishConnection(connections, config, timeout=WRITE_TIMEOUT)
 
     try:
         yield Relay(outbox, exchange, _destinations(node), batch=batch)

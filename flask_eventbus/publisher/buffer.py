@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 from ..errors import PublishError
 from ..logs import Counters, get_logger
@@ -46,18 +47,18 @@ class Buffer:
         #: True while Redis accepts no writes; only channel events are then taken.
         self.streams_paused = False
         #: The batch that is being written.
-        self._in_flight: Sequence[Message] = ()
+        self.in_flight: Sequence[Message] = ()
         #: Number of threads that wait for events to leave.
         self._waiting = 0
         #: Number of batches that have left. If it grows during a wait, Redis is slow but present.
         self.departures = 0
 
     def __len__(self) -> int:
-        return len(self._channels.events) + len(self._streams.events) + len(self._in_flight)
+        return len(self._channels.events) + len(self._streams.events) + len(self.in_flight)
 
     def __iter__(self) -> Iterator[Message]:
         waiting = [*self._channels.events, *self._streams.events]
-        return iter([*self._in_flight, *sorted(waiting, key=_number)])
+        return iter([*self.in_flight, *sorted(waiting, key=_number)])
 
     @property
     def bytes(self) -> int:
@@ -73,11 +74,6 @@ class Buffer:
     def is_empty(self) -> bool:
         """Return True if both queues are empty, paused streams included."""
         return not (self._channels.events or self._streams.events)
-
-    @property
-    def in_flight(self) -> Sequence[Message]:
-        """The batch that is being written."""
-        return self._in_flight
 
     @property
     def has_channel_events(self) -> bool:
@@ -100,15 +96,21 @@ class Buffer:
 
     def has_room(self, message: Message) -> bool:
         """Return True if an event fits; an event of any size fits into an empty buffer."""
-        if self.streams_paused and not message.route_state.is_stream:
-            return self._channels.has_room(message.size, self._most_events, self._most_bytes)
+        queued, size, in_flight = len(self._channels.events), self._channels.bytes, 0
 
-        fits = len(self) < self._most_events and self.bytes + message.size <= self._most_bytes
-        return fits or self.is_empty
+        if not self.streams_paused or message.route_state.is_stream:
+            queued += len(self._streams.events)
+            size += self._streams.bytes
+            in_flight = len(self.in_flight)
+
+        fits = queued + in_flight < self._most_events and size + message.size <= self._most_bytes
+        return fits or not queued
 
     def put(self, message: Message) -> None:
         """Append an event without checking the limits."""
-        self._queue_of(message).append(message)
+        queue = self._streams if message.route_state.is_stream else self._channels
+        queue.events.append(message)
+        queue.bytes += message.size
 
     def can_make_room(self, message: Message) -> bool:
         """Return True if an event fits after all channel events have been dropped."""
@@ -116,7 +118,7 @@ class Buffer:
             return True
 
         kept = self._streams
-        count = len(kept.events) + len(self._in_flight)
+        count = len(kept.events) + len(self.in_flight)
         fits = count < self._most_events and kept.bytes + message.size <= self._most_bytes
         return fits or not kept.events
 
@@ -133,7 +135,7 @@ class Buffer:
 
         return None
 
-    def take(self, *, most_events: int, most_bytes: int) -> Sequence[Message]:
+    def take(self, most_events: int, most_bytes: int) -> Sequence[Message]:
         """Move the next events from their queues to :attr:`in_flight`, and return them.
 
         They stay in flight until :meth:`finish` or :meth:`put_back`.
@@ -142,7 +144,7 @@ class Buffer:
         size = 0
         # Each event joins the batch before it leaves its queue, so that none is lost if a signal
         # handler raises here.
-        self._in_flight = batch
+        self.in_flight = batch
 
         while len(batch) < most_events and size < most_bytes and (head := self._head()):
             batch.append(head)
@@ -159,13 +161,15 @@ class Buffer:
     def mark_sent(self) -> Sequence[Message]:
         """Mark the batch in flight as sent, and return it without withdrawn events."""
         with self.lock:
-            if any(message.withdrawn for message in self._in_flight):
-                self._in_flight = [message for message in self._in_flight if not message.withdrawn]
+            kept = []
 
-            for message in self._in_flight:
-                message.unanswered += 1
+            for message in self.in_flight:
+                if not message.withdrawn:
+                    message.unanswered += 1
+                    kept.append(message)
 
-            return self._in_flight
+            self.in_flight = kept
+            return kept
 
     def withdraw(self, message: Message) -> None:
         """Remove an event whose sender gets an error; one in flight leaves with its batch."""
@@ -178,7 +182,7 @@ class Buffer:
     def take_stream_event(self) -> Sequence[Message]:
         """Move the first stream event to :attr:`in_flight`, although streams are paused."""
         batch: list[Message] = []
-        self._in_flight = batch
+        self.in_flight = batch
 
         while not batch and (first := self._streams.first()):
             batch.append(first)
@@ -196,11 +200,11 @@ class Buffer:
         :param left: the events to put back, if not all of the batch.
         """
         with self.changed:
-            for message in reversed(self._in_flight if left is None else left):
+            for message in reversed(self.in_flight if left is None else left):
                 if not message.withdrawn:
                     self._queue_of(message).push(message)
 
-            self._in_flight = ()
+            self.in_flight = ()
 
     def finish(self, held: Sequence[Message] = ()) -> None:
         """End the batch in flight.
@@ -211,7 +215,7 @@ class Buffer:
             if held:
                 self.put_back(held)
 
-            self._in_flight = ()
+            self.in_flight = ()
             self.departures += 1
 
             if self._waiting:
@@ -238,7 +242,7 @@ class Buffer:
 
     @property
     def _oldest(self) -> float:
-        queues = (self._in_flight, self._channels.events, self._streams.events)
+        queues = (self.in_flight, self._channels.events, self._streams.events)
         return min((queue[0].number for queue in queues if queue), default=float("inf"))
 
     def _wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
@@ -254,17 +258,18 @@ class Buffer:
 
     def _head(self) -> Message | None:
         """Return the oldest event that can be written now."""
-        channel = self._channels.first()
+        channels, streams = self._channels.events, self._streams.events
 
-        if self.streams_paused:
-            return channel
+        while True:
+            # A signal handler may drop the event that was found.
+            with suppress(IndexError):
+                if self.streams_paused or not streams:
+                    return channels[0] if channels else None
 
-        stream = self._streams.first()
+                if not channels or streams[0].number < channels[0].number:
+                    return streams[0]
 
-        if channel is None or stream is None:
-            return channel or stream
-
-        return channel if channel.number < stream.number else stream
+                return channels[0]
 
 
 class MessageQueue:
@@ -282,16 +287,6 @@ class MessageQueue:
             return self.events[0]
         except IndexError:
             return None
-
-    def has_room(self, size: int, most_events: int, most_bytes: int) -> bool:
-        """Return True if an event of ``size`` bytes fits, or the queue is empty."""
-        fits = len(self.events) < most_events and self.bytes + size <= most_bytes
-        return fits or not self.events
-
-    def append(self, message: Message) -> None:
-        """Append an event."""
-        self.events.append(message)
-        self.bytes += message.size
 
     def push(self, message: Message) -> None:
         """Put an event back at the front."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import redis
 
+from ..config import Config
 from ..logs import get_logger
 from ..transport.connection import (
     LEAST,
@@ -20,9 +21,13 @@ from ..transport.connection import (
     why_no_writes,
 )
 from ..transport.connections import Connections
+from ..transport.keys import StreamKeys
 from .message import AgingStreamDestination, Destination, NoWritesError, TooFewReplicasError, pack
 
 logger = get_logger(__name__)
+
+#: Seconds that a round trip may take before Redis counts as away.
+WRITE_TIMEOUT = 2.0
 
 #: Longest wait for replicas in seconds; shorter than the timeout of the connection.
 MOST_WAIT = 1.0
@@ -38,6 +43,7 @@ COMPARE_AGAIN = 60.0
 
 _PING = pack("PING")
 _ROLE = pack("ROLE")
+_CLOSED = "The connection was closed."
 
 
 class PublishConnection:
@@ -46,18 +52,16 @@ class PublishConnection:
     It is used by one thread at a time. One thread may send a batch, and another may read the
     replies. Nothing is sent twice: after an error, Redis may have any part of the batch.
 
+    :param connections: opens the connection, and another one after an error.
     :param timeout: longest round trip in seconds, connecting included.
-    :param names: Redis key of the set of signals that have a stream.
-    :param sender_timeout: seconds that a sender waits; limits the wait for replicas.
     """
 
-    def __init__(
-        self, connections: Connections, *, timeout: float, names: str, sender_timeout: float
-    ) -> None:
+    def __init__(self, connections: Connections, config: Config, *, timeout: float) -> None:
         self._connections = connections
-        self._timeout = timeout
-        self._names = names
-        self._replicas_ms = math.ceil(min(sender_timeout * REPLICAS_SHARE, MOST_WAIT) * 1_000)
+        self.timeout = timeout
+        #: Redis key of the set of signals that have a stream.
+        self._names = StreamKeys(config.prefix).names
+        self._replicas_ms = math.ceil(min(config.timeout * REPLICAS_SHARE, MOST_WAIT) * 1_000)
         self._connection: Connection | None = None
         #: ``SADD`` commands that register the stream of a signal, keyed by signal. They are sent
         #: with each batch, since Redis may have been flushed.
@@ -77,7 +81,13 @@ class PublishConnection:
         self._announcing: dict[str, bytes] = {}
         self._batch: Sequence[tuple[Destination, bytes]] = ()
         self._replicas = 0
-        self._answers: list[Any] = []
+        #: Deadline of the round trip for the socket.
+        self._deadline = 0.0
+        #: The replies to all commands of the round trip.
+        self._replies: list[Any] = []
+        #: The replies to the events, once :meth:`outcomes` has returned: an entry id for a stream,
+        #: a number of listeners else.
+        self.answers: list[Any] = []
         #: Key of the stream last written to; :meth:`probe` tries to write there.
         self._stream = ""
 
@@ -85,12 +95,6 @@ class PublishConnection:
     def is_open(self) -> bool:
         """Return True if a connection is open; the server may have closed it unnoticed."""
         return self._connection is not None
-
-    @property
-    def answers(self) -> list[Any]:
-        """The replies to the events: an entry id for a stream, a number of listeners else."""
-        first = len(self._announcing)
-        return self._answers[first : first + len(self._batch)]
 
     def publish(
         self, batch: Sequence[tuple[Destination, bytes]], deadline: float | None = None
@@ -103,14 +107,9 @@ class PublishConnection:
         :raises redis.ConnectionError: Redis is unavailable; it may have any part of the batch.
         :raises redis.TimeoutError: Redis did not reply in time; the same applies.
         """
-        deadline = self._earlier(deadline)
+        deadline = self.connect(deadline)
         self.send(batch, deadline)
-
-        if not self.read(deadline):
-            self.close()
-            raise redis.TimeoutError("Redis did not answer in time.")
-
-        return self.outcomes()
+        return self.wait_for_outcomes(deadline)
 
     def probe(self, deadline: float | None = None) -> NoWritesError | None:
         """Check whether Redis is available, and whether it accepts writes.
@@ -121,103 +120,137 @@ class PublishConnection:
         :return: why Redis accepts no writes; ``None`` if it does, or if no stream was written to.
         :raises redis.ConnectionError: Redis is unavailable.
         """
-        deadline = self._earlier(deadline)
+        was_open = self.is_open
+        deadline = self.connect(deadline)
 
-        if self._connection is not None:
-            try:
-                return self._ping(self._connection, deadline)
-            except redis.ConnectionError as error:
-                logger.debug("The connection was closed: %s", error)
+        try:
+            return self._ping(deadline)
+        except redis.ConnectionError as error:
+            if not was_open:
+                raise
 
-        return self._ping(self._open(deadline), deadline)
+            logger.debug("The connection was closed: %s", error)
+
+        return self._ping(self.connect(deadline))
 
     def connect(self, deadline: float | None = None) -> float:
         """Open a connection unless one is open; return the deadline of the next round trip.
 
+        :param deadline: monotonic time at which to give up, if earlier than the timeout.
         :raises redis.ConnectionError: Redis is unavailable; nothing was sent.
         """
-        deadline = self._earlier(deadline)
+        end = time.monotonic() + self.timeout
+        deadline = end if deadline is None else min(end, deadline)
 
         if self._connection is None:
             self._open(deadline)
 
         return deadline
 
-    def send(
-        self, batch: Sequence[tuple[Destination, bytes]], deadline: float | None = None
-    ) -> None:
-        """Send events; call :meth:`read` for the replies.
+    def send(self, batch: Sequence[tuple[Destination, bytes]], deadline: float) -> None:
+        """Send events after :meth:`connect`; call :meth:`read` for the replies.
 
-        :param deadline: monotonic time at which to give up, if earlier than the timeout.
+        :param deadline: monotonic time at which to give up.
         :raises redis.ConnectionError: Redis is unavailable.
-        """
-        deadline = self._earlier(deadline)
-        connection = self._connection or self._open(deadline)
-        self._batch = batch
-        self._answers = []
-        self._announcing = {}
-        self._replicas = 0
-        self._aging.clear()
-
-        for destination, _ in batch:
-            if destination.is_stream:
-                self._add_stream(destination)
-
-        for aging in self._aging:
-            if aging.newest is None:
-                aging.newest = self._time(connection, deadline)
-
-        commands = [destination.command(body) for destination, body in batch]
-        set_deadline(connection, deadline)
-        self._send(connection, self._role_first(self._framed(commands)))
-
-    def read(self, deadline: float | None = None) -> bool:
-        """Read the replies to a batch; return False if some are missing at the deadline.
-
-        Call it again for the missing replies, from any thread.
-
-        :param deadline: monotonic time; if not given, the timeout applies, and raises an error.
-        :raises redis.ConnectionError: Redis is unavailable.
-        :raises redis.TimeoutError: no deadline was given, and the timeout has passed.
         """
         connection = self._connection
 
         if connection is None:
-            raise redis.ConnectionError("The connection was closed.")
+            raise redis.ConnectionError(_CLOSED)
 
-        until = self._earlier(None) if deadline is None else deadline
+        self._batch = batch
+        self._replies = []
+        self._announcing = {}
+        self._replicas = 0
+        self._aging.clear()
+        commands = []
+
+        for destination, body in batch:
+            if destination.is_stream:
+                self._add_stream(connection, destination, deadline)
+
+            commands.append(destination.command(body))
+
+        if self._announcing:
+            commands[:0] = self._announcing.values()
+
+        if self._replicas:
+            commands.append(pack("WAIT", str(self._replicas), str(self._replicas_ms)))
+
+        self._send(connection, b"".join(commands), deadline)
+
+    def read(self, deadline: float) -> bool:
+        """Read the replies to a batch; return False if some are missing at the deadline.
+
+        Call it again for the missing replies, from any thread.
+
+        :param deadline: monotonic time.
+        :raises redis.ConnectionError: Redis is unavailable.
+        """
+        connection = self._connection
+
+        if connection is None:
+            raise redis.ConnectionError(_CLOSED)
+
+        replies = self._replies
+        count = len(self._announcing) + len(self._batch) + bool(self._replicas)
 
         try:
-            self._read(connection, until)
-        except redis.TimeoutError:
-            if deadline is not None:
-                return False
+            if deadline != self._deadline:
+                self._deadline = deadline
+                set_deadline(connection, deadline)
 
-            self.close()
-            raise
+            if self._awaits_role:
+                self._check_role(connection)
+
+            while len(replies) < count:
+                replies.append(_answer(connection))
+        except redis.TimeoutError:
+            return False
         except BaseException:
             self.close()
             raise
 
         return True
 
+    def wait_for_outcomes(self, deadline: float) -> list[Exception | None]:
+        """Read the replies to a batch, and return the result of each event.
+
+        :param deadline: monotonic time.
+        :raises redis.ConnectionError: Redis is unavailable.
+        :raises redis.TimeoutError: Redis did not reply in time.
+        """
+        if not self.read(deadline):
+            self.close()
+            raise redis.TimeoutError("Redis did not answer in time.")
+
+        return self.outcomes()
+
     def outcomes(self) -> list[Exception | None]:
         """Return the result of each event, after :meth:`read` has returned True."""
-        outcomes = [
-            _error(answer) if isinstance(answer, Exception) else None for answer in self.answers
-        ]
+        first = len(self._announcing)
+        self.answers = self._replies[first : first + len(self._batch)]
+        outcomes: list[Exception | None] = [None] * len(self.answers)
+        newest: bytes | None = None
 
-        if self._announcing:
-            self._note_announcements()
+        for index, answer in enumerate(self.answers):
+            if isinstance(answer, Exception):
+                outcomes[index] = _error(answer)
+            elif isinstance(answer, bytes):
+                newest = answer
+
+        for name, answer in zip(self._announcing, self._replies, strict=False):
+            if isinstance(answer, redis.exceptions.NoPermissionError):
+                self._stop_announcing(name, answer)
 
         if self._replicas:
-            self._judge(outcomes, self._answers[-1])
+            self._judge(outcomes, self._replies[-1])
 
         if self._aging:
             self._note_ages()
 
-        if time.monotonic() > self._compare_at:
-            self._compare_clocks()
+        if newest is not None and time.monotonic() > self._compare_at:
+            self._compare_clocks(newest)
 
         return outcomes
 
@@ -235,22 +268,20 @@ class PublishConnection:
         if connection is not None:
             connection.disconnect()
 
-    def _earlier(self, deadline: float | None) -> float:
-        """Return the deadline of a round trip that starts now."""
-        end = time.monotonic() + self._timeout
-        return end if deadline is None else min(end, deadline)
-
-    def _open(self, deadline: float) -> Connection:
+    def _open(self, deadline: float) -> None:
         left = max(deadline - time.monotonic(), LEAST)
-        connection = self._connections.open(timeout=self._timeout, within=left)
+        self._connection = self._connections.open(timeout=self.timeout, within=left)
         self._announced.clear()
         self._not_allowed.clear()
         self._asked_role = time.monotonic()
         self._awaits_role = False
-        self._connection = connection
-        return connection
 
-    def _ping(self, connection: Connection, deadline: float) -> NoWritesError | None:
+    def _ping(self, deadline: float) -> NoWritesError | None:
+        connection = self._connection
+
+        if connection is None:
+            raise redis.ConnectionError(_CLOSED)
+
         names = sorted(self._announced)
         commands = [_PING]
 
@@ -261,61 +292,55 @@ class PublishConnection:
             # Redis always refuses this id, but it checks first whether it accepts writes.
             commands.append(pack("XADD", self._stream, "NOMKSTREAM", "0-0", "event", ""))
 
-        set_deadline(connection, deadline)
-        self._send(connection, self._role_first(b"".join(commands)))
-        answers: list[Any] = []
-
-        try:
-            self._check_role(connection)
-
-            answers += [_answer(connection) for _ in commands]
-        except BaseException:
-            self.close()
-            raise
-
-        logger.debug("Redis is available; it replied %s.", answers)
-        refusal = answers[-1] if self._stream else None
+        replies = self._ask(connection, b"".join(commands), len(commands), deadline)
+        logger.debug("Redis is available; it replied %s.", replies)
+        refusal = replies[-1] if self._stream else None
 
         if isinstance(refusal, Exception) and takes_no_writes(refusal):
             return NoWritesError(why_no_writes(refusal))
 
         return None
 
-    def _role_first(self, data: bytes) -> bytes:
-        """Return commands, preceded by ROLE if the last check of the role is too old.
+    def _send(self, connection: Connection, data: bytes, deadline: float) -> None:
+        """Send commands, preceded by ROLE if the last check of the role is too old.
 
         The reply to ROLE is read first, so that a batch sent to a replica does not count as
         published.
         """
-        if not self._connections.asks_role(self._asked_role):
-            return data
+        if self._connections.asks_role(self._asked_role):
+            self._asked_role = time.monotonic()
+            self._awaits_role = True
+            data = _ROLE + data
 
-        self._asked_role = time.monotonic()
-        self._awaits_role = True
-        return _ROLE + data
+        self._deadline = deadline
+        set_deadline(connection, deadline)
 
-    def _check_role(self, connection: Connection) -> None:
-        if self._awaits_role:
-            self._connections.role.check(_answer(connection))
-            self._awaits_role = False
-
-    def _send(self, connection: Connection, data: bytes) -> None:
         try:
             connection.send_packed_command([data], check_health=False)
         except BaseException:
             self.close()
             raise
 
-    def _read(self, connection: Connection, deadline: float) -> None:
-        set_deadline(connection, deadline)
-        self._check_role(connection)
-        answers = self._answers
-        count = len(self._announcing) + len(self._batch) + bool(self._replicas)
+    def _ask(self, connection: Connection, data: bytes, count: int, deadline: float) -> list[Any]:
+        """Send ``count`` commands and return the replies."""
+        self._send(connection, data, deadline)
 
-        while len(answers) < count:
-            answers.append(_answer(connection))
+        try:
+            if self._awaits_role:
+                self._check_role(connection)
 
-    def _add_stream(self, destination: Destination) -> None:
+            return [_answer(connection) for _ in range(count)]
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_role(self, connection: Connection) -> None:
+        self._connections.role.check(_answer(connection))
+        self._awaits_role = False
+
+    def _add_stream(
+        self, connection: Connection, destination: Destination, deadline: float
+    ) -> None:
         name = destination.name
         self._stream = destination.key
 
@@ -328,37 +353,21 @@ class PublishConnection:
         if destination.by_age and isinstance(destination, AgingStreamDestination):
             self._aging.add(destination)
 
+            if destination.newest is None:
+                destination.newest = self._time(connection, deadline)
+
         if destination.replicas > self._replicas:
             self._replicas = destination.replicas
 
-    def _framed(self, commands: list[bytes]) -> bytes:
-        """Return all commands of a round trip as bytes: ``SADD``, the events and ``WAIT``."""
-        if self._announcing:
-            commands[:0] = self._announcing.values()
-
-        if self._replicas:
-            commands.append(pack("WAIT", str(self._replicas), str(self._replicas_ms)))
-
-        return b"".join(commands)
-
-    def _note_announcements(self) -> None:
-        for name, answer in zip(self._announcing, self._answers, strict=False):
-            if isinstance(answer, redis.exceptions.NoPermissionError):
-                # Not an error: the services that read the stream register it as well.
-                self._announced.pop(name, None)
-                self._not_allowed.add(name)
-                logger.debug("This user cannot register the stream of %r: %s", name, answer)
+    def _stop_announcing(self, name: str, error: Exception) -> None:
+        # Not an error: the services that read the stream register it as well.
+        self._announced.pop(name, None)
+        self._not_allowed.add(name)
+        logger.debug("This user cannot register the stream of %r: %s", name, error)
 
     def _time(self, connection: Connection, deadline: float) -> int | None:
         """Return Redis's time in milliseconds; ``None`` if this user may not ask for it."""
-        set_deadline(connection, deadline)
-        self._send(connection, pack("TIME"))
-
-        try:
-            answer = _answer(connection)
-        except BaseException:
-            self.close()
-            raise
+        [answer] = self._ask(connection, pack("TIME"), 1, deadline)
 
         if isinstance(answer, Exception):
             # The entry id of the first event has the time as well.
@@ -372,15 +381,13 @@ class PublishConnection:
             if isinstance(destination, AgingStreamDestination) and isinstance(answer, bytes):
                 destination.newest = _milliseconds(answer)
 
-    def _compare_clocks(self) -> None:
-        """Log a warning if the clock of this machine differs from that of Redis."""
-        found = [answer for answer in self.answers if isinstance(answer, bytes)]
+    def _compare_clocks(self, newest: bytes) -> None:
+        """Log a warning if the clock of this machine differs from that of Redis.
 
-        if not found:
-            return
-
+        :param newest: the id of an entry that Redis has just stored.
+        """
         self._compare_at = time.monotonic() + COMPARE_AGAIN
-        skew = time.time() - _milliseconds(found[-1]) / 1_000
+        skew = time.time() - _milliseconds(newest) / 1_000
         was_skewed, self._is_skewed = self._is_skewed, abs(skew) > MOST_SKEW
 
         if self._is_skewed and not was_skewed:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from reprlib import repr as short
 from typing import Any, Protocol
 
 from ..codec.codec import PACKED_ID_BYTES, Codec, Envelope, packed_bytes
 from ..config import Age, Config
-from ..errors import ConfigError
+from ..errors import ConfigError, HopLimitError, PayloadError
+from ..event import Event, handling
 from ..routing.routes import Route
 from ..transport.keys import ChannelKeys, StreamKeys
 
@@ -276,7 +279,9 @@ class Message:
         self.error = error
         self.may_write = False
         self.is_finished = True
-        self.wake()
+
+        if self._wakeup is not None:
+            self.wake()
 
 
 class Destinations:
@@ -302,16 +307,51 @@ class Destinations:
         return StreamDestination(name, key, maxlen=kept, replicas=replicas)
 
 
-class RouteStates:
-    """Creates and keeps one :class:`RouteState` for each signal and ``via``."""
+class MessageBuilder:
+    """Creates a :class:`Message` from a signal and its payload, in the thread that sends.
 
-    def __init__(self, config: Config, codec: Codec) -> None:
-        self._service = config.service
+    It keeps one :class:`RouteState` for each signal and ``via``.
+
+    :param trace: returns the W3C trace context of the current request; ``None`` if there is none.
+        The current span of OpenTelemetry and the event being handled take precedence over it.
+    """
+
+    def __init__(self, config: Config, codec: Codec, *, trace: Callable[[], str | None]) -> None:
+        self._config = config
         self._codec = codec
+        self._trace = trace
         self._destinations = Destinations(config)
         self._route_states: dict[tuple[str, str], RouteState] = {}
 
-    def find(self, name: str, route: Route) -> RouteState:
+    def build(
+        self, name: str, payload: Mapping[str, Any], route: Route, *, confirm: bool
+    ) -> Message:
+        """Return a message with a copy of the payload as it is now.
+
+        :param confirm: True if the sender waits for the result.
+        :raises PayloadError: a value cannot be encoded, the key is missing, or the event is too
+            large.
+        :raises HopLimitError: the chain of causes is too long.
+        """
+        route_state = self.route_state(name, route)
+        attributes = self._causes(name)
+        data = self._codec.pack_payload(payload)
+
+        if route.key is not None:
+            attributes["key"] = _partition(route_state, route.key, payload)
+
+        message = Message(route_state, data, attributes, confirm=confirm)
+
+        if message.size > self._config.max_event_bytes:
+            raise PayloadError(
+                f"An event of {name!r} would have up to {message.size:,} bytes, more than the "
+                f"{self._config.max_event_bytes:,} of 'EVENTBUS_MAX_EVENT_BYTES'. Send less, for "
+                "example a reference to where the data is, or raise the limit in every service."
+            )
+
+        return message
+
+    def route_state(self, name: str, route: Route) -> RouteState:
         """Return the state of a signal's route; create it at the first call."""
         key = (name, route.via)
         route_state = self._route_states.get(key)
@@ -320,21 +360,92 @@ class RouteStates:
             return self._route_states.setdefault(key, self._make(name, route))
 
         if route_state.route is not route and route_state.route != route:
-            route_state = self._route_states[key] = self._make(name, route, route_state)
+            changed = self._make(name, route)
+            # Listeners expect ``seq`` to continue.
+            changed.numbers = route_state.numbers
+            route_state = self._route_states[key] = changed
 
         return route_state
 
-    def _make(self, name: str, route: Route, before: RouteState | None = None) -> RouteState:
-        envelope = self._codec.envelope(self._service, name)
-        route_state = RouteState(
-            route=route, destination=self._destinations.find(name, route), envelope=envelope
+    def _make(self, name: str, route: Route) -> RouteState:
+        return RouteState(
+            route=route,
+            destination=self._destinations.find(name, route),
+            envelope=self._codec.envelope(self._config.service, name),
         )
 
-        if before is not None:
-            # Listeners expect ``seq`` to continue.
-            route_state.numbers = before.numbers
+    def _causes(self, name: str) -> dict[str, Any]:
+        span = _current_span() if "opentelemetry.trace" in sys.modules else None
+        cause = handling.get()
 
-        return route_state
+        if cause is None:
+            return {"traceparent": span or self._trace()}
+
+        hops = cause.hops + 1
+
+        if hops > self._config.max_hops:
+            raise HopLimitError(_chain(name, cause, self._config.max_hops))
+
+        return {
+            "hops": hops,
+            "causation_id": cause.id,
+            "correlation_id": cause.correlation_id or cause.id,
+            "traceparent": span or cause.traceparent or self._trace(),
+        }
+
+
+def _partition(route_state: RouteState, name: str, payload: Mapping[str, Any]) -> str:
+    """Return the value of the route's ordering key in a payload, as text.
+
+    :raises PayloadError: the key is missing, its value is empty, or it cannot be encoded.
+    """
+    if name not in payload:
+        raise PayloadError(
+            f"payload.{name}: the route of {route_state.name!r} keeps events in order by this key, "
+            "and the key is missing. Send it, or remove 'key' from the route."
+        )
+
+    value = payload[name]
+    key = "" if value is None else str(value)
+
+    if not key:
+        raise PayloadError(
+            f"payload.{name}: the route of {route_state.name!r} keeps events in order by this key, "
+            f"and {short(value)} is not a usable value. Send another value, or remove 'key' "
+            "from the route."
+        )
+
+    # Raise an encoding error now, in the sender's thread, and not later in the writer thread.
+    route_state.envelope(b"", id="", time_ns=0, key=key)
+    return key
+
+
+def _current_span() -> str | None:
+    """Return the trace context of OpenTelemetry's current span; ``None`` if there is none.
+
+    OpenTelemetry is not imported here: a program with a span has already loaded it.
+    """
+    trace = sys.modules.get("opentelemetry.trace")
+    find_span = getattr(trace, "get_current_span", None)
+
+    if find_span is None:
+        return None
+
+    context = find_span().get_span_context()
+
+    if not context.is_valid:
+        return None
+
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
+def _chain(name: str, cause: Event, limit: int) -> str:
+    return (
+        f"An event of {name!r} would be number {cause.hops + 2} of a chain: "
+        f"{cause.correlation_id or cause.id} started it, ... -> {cause.name!r} from "
+        f"{cause.source!r} ({cause.id}) -> {name!r}. 'EVENTBUS_MAX_HOPS' allows {limit} hops. "
+        "Find the receivers that answer each other's signals, and break the loop."
+    )
 
 
 def check_route(config: Config, route: Route) -> None:

@@ -34,9 +34,11 @@ class Outage:
         #: Limits the number of lines, in case the connection breaks repeatedly.
         self._log = BoundedLog(logger)
         #: Log lines to be written when no lock is held.
-        self._pending_lines: deque[tuple[Any, ...]] = deque()
-        #: Monotonic time at which Redis was lost; ``None`` while it is available.
-        self._since: float | None = None
+        self.pending_lines: deque[tuple[Any, ...]] = deque()
+        #: True if Redis was lost and has not answered since.
+        self.away = False
+        #: Monotonic time at which Redis was lost.
+        self._since = 0.0
         self._away_error: Exception | None = None
         #: Monotonic time at which Redis first refused a write; ``None`` while it accepts writes.
         self._refusing_since: float | None = None
@@ -51,11 +53,6 @@ class Outage:
         self.overflowed = False
 
     @property
-    def away(self) -> bool:
-        """Return True if Redis was lost and has not answered since."""
-        return self._since is not None
-
-    @property
     def known(self) -> bool:
         """Return True if any events, of channels or of streams, cannot be published now."""
         return self.stops_all or self.refusal is not None
@@ -63,11 +60,11 @@ class Outage:
     @property
     def stops_all(self) -> bool:
         """Return True if no event at all can be published now."""
-        return self.stalled or self._since is not None
+        return self.stalled or self.away
 
     def stops(self, *, stream: bool) -> bool:
         """Return True if stream events, or channel events, cannot be published now."""
-        return self.stalled or self._since is not None or (stream and self.refusal is not None)
+        return self.stalled or self.away or (stream and self.refusal is not None)
 
     @property
     def error(self) -> Exception | None:
@@ -86,11 +83,11 @@ class Outage:
         """
         self._away_error = error
 
-        if self._since is not None:
+        if self.away:
             return
 
         was_known = self.refusal is not None
-        self._since = time.monotonic()
+        self._since, self.away = time.monotonic(), True
         self._log.warning("lost", "Redis is away (%s); %d events wait for it.", error, buffered)
 
         if not was_known:
@@ -105,18 +102,18 @@ class Outage:
         # A channel event that is published does not end an overflow while streams are paused.
         self.overflowed = self.overflowed and self.refusal is not None
 
-        if self._since is None:
+        if not self.away:
             return
 
-        since, self._since, self._away_error = self._since, None, None
-        seconds = time.monotonic() - since
+        self.away, self._away_error = False, None
+        seconds = time.monotonic() - self._since
         self._log.warning(
             "restored",
             "Redis is back after %.1f s; %d events that waited are being sent.",
             seconds,
             buffered,
         )
-        self._tell_restored(since, buffered)
+        self._tell_restored(self._since, buffered)
 
     def refuse_writes(self, error: Exception, buffered: int) -> None:
         """Record that Redis accepts no writes.
@@ -132,7 +129,7 @@ class Outage:
             return
 
         self._refusing_since = time.monotonic()
-        self._pending_lines.append(
+        self.pending_lines.append(
             (
                 "refusing",
                 "Redis takes no writes (%s); %d events wait. Channel events are still published.",
@@ -155,7 +152,7 @@ class Outage:
         since, self._refusing_since, self.refusal = self._refusing_since, None, None
         self.write_again_at = float("inf")
         self._backoff.reset()
-        self._pending_lines.append(
+        self.pending_lines.append(
             (
                 "accepting",
                 "Redis takes writes again after %.1f s; %d events that waited are being sent.",
@@ -170,9 +167,9 @@ class Outage:
 
         Call it without a lock: a log handler of the program may be slow, or may send an event.
         """
-        while self._pending_lines:
+        while self.pending_lines:
             try:
-                line = self._pending_lines.popleft()
+                line = self.pending_lines.popleft()
             except IndexError:
                 # Another thread has logged it in the meantime.
                 return
@@ -184,13 +181,13 @@ class Outage:
         self.write_again_at = min(self.write_again_at, time.monotonic())
 
     def _tell_restored(self, since: float, buffered: int) -> None:
-        if self._since is None and self._refusing_since is None:
+        if not self.away and self._refusing_since is None:
             seconds = time.monotonic() - since
             emit(publisher_restored, self._service, seconds=seconds, buffered=buffered)
 
     def disown(self) -> None:
         """Suppress later reports about the parent's connection; call it in a forked child."""
-        self._since = time.monotonic()
+        self._since, self.away = time.monotonic(), True
 
 
 class PublishReport:

@@ -4,149 +4,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from reprlib import repr as short
 from typing import Any
 
-from ..codec.codec import Codec
-from ..config import Config
-from ..errors import HopLimitError, PayloadError, PublishError
-from ..event import Event, handling
-from ..logs import Counters
+from ..errors import PublishError
 from ..routing.routes import Route
+from ..transport.connections import Context
 from .buffer import Buffer, Overflow
-from .connection import PublishConnection
-from .message import Message, RouteState, RouteStates, TooFewReplicasError
+from .connection import WRITE_TIMEOUT, PublishConnection
+from .message import Message, MessageBuilder, TooFewReplicasError
 from .outage import Outage, PublishReport
 from .writer import Writer
-
-
-class MessageBuilder:
-    """Creates a :class:`.Message` from a signal and its payload, in the thread that sends.
-
-    :param trace: returns the W3C trace context of the current request; ``None`` if there is none.
-        The current span of OpenTelemetry and the event being handled take precedence over it.
-    """
-
-    def __init__(
-        self,
-        *,
-        config: Config,
-        codec: Codec,
-        route_states: RouteStates,
-        trace: Callable[[], str | None],
-    ) -> None:
-        self._config = config
-        self._codec = codec
-        self._route_states = route_states
-        self._trace = trace
-
-    def build(
-        self, name: str, payload: Mapping[str, Any], route: Route, *, confirm: bool
-    ) -> Message:
-        """Return a message with a copy of the payload as it is now.
-
-        :param confirm: True if the sender waits for the result.
-        :raises PayloadError: a value cannot be encoded, the key is missing, or the event is too
-            large.
-        :raises HopLimitError: the chain of causes is too long.
-        """
-        route_state = self._route_states.find(name, route)
-        attributes = self._causes(name)
-        data = self._codec.pack_payload(payload)
-
-        if route.key is not None:
-            attributes["key"] = _partition(route_state, route.key, payload)
-
-        message = Message(route_state, data, attributes, confirm=confirm)
-        self._check_size(message)
-        return message
-
-    def _causes(self, name: str) -> dict[str, Any]:
-        cause = handling.get()
-
-        if cause is None:
-            return {"traceparent": _current_span() or self._trace()}
-
-        hops = cause.hops + 1
-
-        if hops > self._config.max_hops:
-            raise HopLimitError(_chain(name, cause, self._config.max_hops))
-
-        return {
-            "hops": hops,
-            "causation_id": cause.id,
-            "correlation_id": cause.correlation_id or cause.id,
-            "traceparent": _current_span() or cause.traceparent or self._trace(),
-        }
-
-    def _check_size(self, message: Message) -> None:
-        limit = self._config.max_event_bytes
-
-        if message.size > limit:
-            raise PayloadError(
-                f"An event of {message.route_state.name!r} would have up to {message.size:,} "
-                f"bytes, more than the {limit:,} of 'EVENTBUS_MAX_EVENT_BYTES'. Send "
-                "less, for example a reference to where the data is, or raise the limit in every "
-                "service."
-            )
-
-
-def _partition(route_state: RouteState, name: str, payload: Mapping[str, Any]) -> str:
-    """Return the value of the route's ordering key in a payload, as text.
-
-    :raises PayloadError: the key is missing, its value is empty, or it cannot be encoded.
-    """
-    if name not in payload:
-        raise PayloadError(
-            f"payload.{name}: the route of {route_state.name!r} keeps events in order by this key, "
-            "and the key is missing. Send it, or remove 'key' from the route."
-        )
-
-    value = payload[name]
-    key = "" if value is None else str(value)
-
-    if not key:
-        raise PayloadError(
-            f"payload.{name}: the route of {route_state.name!r} keeps events in order by this key, "
-            f"and {short(value)} is not a usable value. Send another value, or remove 'key' "
-            "from the route."
-        )
-
-    # Raise an encoding error now, in the sender's thread, and not later in the writer thread.
-    route_state.envelope(b"", id="", time_ns=0, key=key)
-    return key
-
-
-def _current_span() -> str | None:
-    """Return the trace context of OpenTelemetry's current span; ``None`` if there is none.
-
-    OpenTelemetry is not imported here: a program with a span has already loaded it.
-    """
-    trace = sys.modules.get("opentelemetry.trace")
-    find_span = getattr(trace, "get_current_span", None)
-
-    if find_span is None:
-        return None
-
-    context = find_span().get_span_context()
-
-    if not context.is_valid:
-        return None
-
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
-
-
-def _chain(name: str, cause: Event, limit: int) -> str:
-    return (
-        f"An event of {name!r} would be number {cause.hops + 2} of a chain: "
-        f"{cause.correlation_id or cause.id} started it, ... -> {cause.name!r} from "
-        f"{cause.source!r} ({cause.id}) -> {name!r}. 'EVENTBUS_MAX_HOPS' allows {limit} hops. "
-        "Find the receivers that answer each other's signals, and break the loop."
-    )
 
 
 class ClosedError(Exception):
@@ -158,30 +28,22 @@ class Publisher:
 
     A forked child does not use it, but creates a publisher of its own.
 
-    :param connection: writes the batches.
-    :param node: id of the node.
     :param trace: returns the W3C trace context of the current request.
     :param resend: sends an event again with the node's current publisher.
     """
 
     def __init__(
         self,
+        context: Context,
         *,
-        config: Config,
-        codec: Codec,
-        connection: PublishConnection,
-        node: str,
-        counters: Counters,
         trace: Callable[[], str | None],
         resend: Callable[[Message], None],
     ) -> None:
+        config, counters = context.config, context.counters
         self._config = config
         self._resend = resend
-        self._node = node
-        self._route_states = RouteStates(config, codec)
-        self._builder = MessageBuilder(
-            config=config, codec=codec, route_states=self._route_states, trace=trace
-        )
+        self._node = context.node
+        self._builder = MessageBuilder(config, context.codec, trace=trace)
         self._numbers = itertools.count(1)
         #: Highest event number that has been assigned.
         self.issued = 0
@@ -191,13 +53,13 @@ class Publisher:
             buffer=self._buffer, outage=self._outage, counters=counters, service=config.service
         )
         self._writer = Writer(
-            connection=connection,
+            connection=PublishConnection(context.connections, config, timeout=WRITE_TIMEOUT),
             buffer=self._buffer,
             outage=self._outage,
             report=PublishReport(
                 counters=counters, service=config.service, log_events=config.log_events
             ),
-            node=node,
+            node=context.node,
         )
         self._leader = self._writer.leader
         self._closed = False
@@ -243,7 +105,7 @@ class Publisher:
         :raises ClosedError: the publisher is closed.
         """
         message = message.copy()
-        message.route_state = self._route_states.find(
+        message.route_state = self._builder.route_state(
             message.route_state.name, message.route_state.route
         )
 
@@ -301,7 +163,7 @@ class Publisher:
         :raises PublishError: it is a stream event, and the buffer is full.
         :raises ClosedError: the publisher is closed.
         """
-        message.route_state = self._route_states.find(
+        message.route_state = self._builder.route_state(
             message.route_state.name, message.route_state.route
         )
         self._accept(message, deadline)
@@ -330,7 +192,7 @@ class Publisher:
         return [message for message in sent if message in late or message.error is not None]
 
     def _is_done(self, message: Message, deadline: float) -> bool:
-        if self._stops(message):
+        if self._outage.stops(stream=message.route_state.is_stream):
             deadline = 0.0
 
         return message.wait_until_finished(deadline, unless=lambda: self._stops_now(message))
@@ -385,7 +247,8 @@ class Publisher:
         if dropped:
             self._overflow.report(dropped)
 
-        self._writer.write_here(self._patience_for(message))
+        if self._writer.thread is None:
+            self._writer.write_here(self._patience_for(message))
 
     def _put(self, message: Message, deadline: float) -> int:
         """Add an event to the buffer; return the number of events dropped for it.
@@ -393,7 +256,11 @@ class Publisher:
         :param deadline: monotonic time until which to wait for buffer space.
         """
         self._refuse_in_outage(message)
-        dropped = self._make_room(message, deadline)
+
+        if self._closed:
+            raise ClosedError
+
+        dropped = 0 if self._buffer.has_room(message) else self._make_room(message, deadline)
 
         if not message.number:
             self._assign_id(message)
@@ -405,13 +272,15 @@ class Publisher:
 
     def _patience_for(self, message: Message) -> float:
         """Return the seconds that a sender may wait: the timeout, or 0 during an outage."""
-        return 0.0 if self._stops(message) else self._config.timeout
-
-    def _stops(self, message: Message) -> bool:
-        return self._outage.stops(stream=message.route_state.is_stream)
+        is_away = self._outage.stops(stream=message.route_state.is_stream)
+        return 0.0 if is_away else self._config.timeout
 
     def _refuse_in_outage(self, message: Message) -> None:
-        if self._config.on_outage == "raise" and self._stops(message) and not message.promised:
+        if (
+            self._config.on_outage == "raise"
+            and not message.promised
+            and self._outage.stops(stream=message.route_state.is_stream)
+        ):
             raise self._refusal(message)
 
     def _assign_id(self, message: Message) -> None:
@@ -429,7 +298,7 @@ class Publisher:
 
     def _make_room(self, message: Message, deadline: float) -> int:
         """Wait for buffer space while Redis is available; else drop the oldest channel events."""
-        has_room = self._buffer.has_room(message) or self._room_comes(message, deadline)
+        has_room = self._room_comes(message, deadline)
 
         if self._closed:
             raise ClosedError
@@ -438,6 +307,7 @@ class Publisher:
             return 0
 
         self._refuse_in_outage(message)
+
         self._assign_id(message)
 
         try:
@@ -446,7 +316,9 @@ class Publisher:
             raise self._error(str(error), message, in_doubt=message.unanswered > 0) from None
 
     def _room_comes(self, message: Message, deadline: float) -> bool:
-        if self._stops(message) or self._writer.is_this_thread:
+        is_away = self._outage.stops(stream=message.route_state.is_stream)
+
+        if is_away or self._writer.is_this_thread:
             return False
 
         departures = self._buffer.departures

@@ -133,10 +133,10 @@ class Leader:
 
     def _send(self, deadline: float) -> Sequence[Message]:
         """Send the batch in flight, and return it."""
-        self._connection.connect(deadline)
+        until = self._connection.connect(deadline)
         batch = self._buffer.mark_sent()
         self._connection.send(
-            [(message.route_state.destination, message.encoded()) for message in batch], deadline
+            [(message.route_state.destination, message.encoded()) for message in batch], until
         )
         return batch
 
@@ -298,7 +298,7 @@ class WriteRight:
 
     def take(self) -> Sequence[Message]:
         """Take the next batch from the buffer."""
-        return self._buffer.take(most_events=self._batch_events, most_bytes=BATCH_BYTES)
+        return self._buffer.take(self._batch_events, BATCH_BYTES)
 
     def take_stream_event(self) -> Sequence[Message]:
         """Take one stream event, to check whether Redis accepts writes again."""
@@ -431,9 +431,6 @@ def _has_write(batch: Sequence[Message], outcomes: Sequence[Exception | None]) -
         for message, error in zip(batch, outcomes, strict=True)
     )
 
-
-#: Seconds that a round trip may take before Redis counts as away.
-WRITE_TIMEOUT = 2.0
 
 #: Seconds to wait after an outage before buffered channel events are sent: a little more than the
 #: longest wait of a listener before it reconnects.
@@ -742,8 +739,7 @@ class Writer:
             self._connection.close()
             raise error
 
-        self._connection.read()
-        return self._connection.outcomes()
+        return self._connection.wait_for_outcomes(time.monotonic() + self._connection.timeout)
 
     def _wait_for_listeners(self) -> None:
         """Let listeners reconnect after an outage, before buffered channel events are sent."""

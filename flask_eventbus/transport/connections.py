@@ -81,18 +81,6 @@ class Role:
         self.refusal: redis.ResponseError | None = None
         self._lock = threading.Lock()
 
-    @property
-    def can_ask(self) -> bool:
-        """Return True until a server refuses ROLE."""
-        return self.refusal is None
-
-    def is_due(self, asked: float) -> bool:
-        """Return True if ROLE was last sent at least :data:`LOOK` seconds ago.
-
-        :param asked: monotonic time at which ROLE was last sent.
-        """
-        return self.can_ask and time.monotonic() - asked >= LOOK
-
     def check(self, answer: Any) -> None:
         """Check a reply to ROLE; an error reply turns later checks off.
 
@@ -117,7 +105,7 @@ class Role:
 
     def _give_up(self, refusal: redis.ResponseError) -> None:
         with self._lock:
-            first, self.refusal = self.can_ask, refusal
+            first, self.refusal = self.refusal is None, refusal
 
         if first:
             logger.warning(
@@ -215,7 +203,8 @@ class Connections:
 
         :param asked: monotonic time at which the connection last sent ROLE.
         """
-        return self.role.is_due(asked) and self._has_master
+        is_due = time.monotonic() - asked >= LOOK
+        return is_due and self.role.refusal is None and self._has_master
 
     @property
     def in_memory(self) -> bool:
@@ -243,7 +232,7 @@ class Connections:
             connection.connect()
             self._show_name(connection)
 
-            if self._has_master and self.role.can_ask:
+            if self._has_master and self.role.refusal is None:
                 connection.send_command("ROLE")
                 self.role.check(read_reply(connection))
         except BaseException:

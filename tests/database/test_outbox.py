@@ -173,7 +173,7 @@ def relaying(server: RedisServer, engine: Engine, prefix: str, batch: int = 100)
 def exchange_with(url: str, prefix: str) -> PublishConnection:
     """What a relay publishes with."""
     connections = Connections(url, name="relay")
-    return PublishConnection(connections, timeout=2, names=f"{prefix}:streams", sender_timeout=0.5)
+    return PublishConnection(connections, Config(service="relay", prefix=prefix), timeout=2)
 
 
 def way(prefix: str) -> Callable[[str, Via], Destination]:

@@ -27,6 +27,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, PayloadError, PublishError, signals
 from flask_eventbus.admin.publish import publish_one
+from flask_eventbus.config import Config
 from flask_eventbus.publisher import writer
 from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import (
@@ -610,9 +611,8 @@ def test_only_what_asked_for_replicas_fails_without_them(
     rules = ["on", ">secret", "~*", "&*", "+@all", *(["-wait"] if refused else [])]
     shared_redis.client.execute_command("ACL", "SETUSER", user, *rules)
     connections = Connections(url.replace("://", f"://{user}:secret@"), name="test")
-    exchange = PublishConnection(
-        connections, timeout=5, names=f"{prefix}:streams", sender_timeout=0.1
-    )
+    config = Config(service="tests", prefix=prefix, timeout=0.1)
+    exchange = PublishConnection(connections, config, timeout=5)
     ways: list[Destination] = [
         StreamDestination("tick", f"{prefix}:{{tick}}:stream", maxlen=10, replicas=1),
         StreamDestination("tock", f"{prefix}:{{tock}}:stream", maxlen=10),
@@ -1185,7 +1185,7 @@ class Turns:
             self.senders.add(threading.current_thread())
             send(exchange, batch, deadline)
 
-        def hold_read(exchange: PublishConnection, deadline: float | None = None) -> bool:
+        def hold_read(exchange: PublishConnection, deadline: float) -> bool:
             assert self.may_read.wait(10)
             return read(exchange, deadline)
 
