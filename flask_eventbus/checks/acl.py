@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
@@ -163,7 +163,6 @@ def _kept_out(subscription: Subscription, keys: StreamKeys, config: Config) -> F
     name = subscription.name
     needs = [
         *_needs_of(subscription, keys, config),
-        _watch(keys.retry(name, config.service)),
         *(Need(("MULTI",)), Need(("EXEC",))),
     ]
     return warning(
@@ -178,14 +177,8 @@ def _check_inside(
     server: Server, config: Config, subscriptions: list[Subscription]
 ) -> Iterator[Finding]:
     """Try the commands in a transaction, where Redis checks them and does not run them."""
-    keys = StreamKeys(config.prefix)
-    # Before MULTI: inside, EXEC would run the transaction, and WATCH is not checked.
+    # Before MULTI: inside, EXEC would run the transaction.
     found = _refusals(server, [Need(("EXEC",))])
-    unwatched = {
-        each.name: _refusals(server, [_watch(keys.retry(each.name, config.service))])
-        for each in subscriptions
-        if each.group
-    }
     begins = _refusals(server, [Need(("MULTI",))])
 
     if any(each.group for each in subscriptions) and (found or begins):
@@ -199,21 +192,17 @@ def _check_inside(
         return
 
     names = [found.name for found in subscriptions]
-    refused = list(_check_each(server, config, subscriptions, unwatched))
+    refused = list(_check_each(server, config, subscriptions))
     yield from refused or [ok(f"It lets this user read the streams of {_listed(names)}.")]
 
 
 def _check_each(
-    server: Server,
-    config: Config,
-    subscriptions: list[Subscription],
-    unwatched: Mapping[str, list[Refusal]],
+    server: Server, config: Config, subscriptions: list[Subscription]
 ) -> Iterator[Finding]:
     keys = StreamKeys(config.prefix)
 
     for subscription in subscriptions:
         found = _refusals(server, _needs_of(subscription, keys, config))
-        found += unwatched.get(subscription.name, [])
         reader = f"as the group {config.service!r}" if subscription.group else "in each process"
 
         if found and all(refusal.need.command[0] in _SPARED for refusal in found):
@@ -290,10 +279,6 @@ def _needs_of_duplicates(start: str) -> Iterator[Need]:
     key = f"{start}0"
     commands: list[Command] = [("HMGET", key, ""), ("HSET", key, "", ""), ("EXPIRE", key, 1)]
     return (Need(command, f"{start}*") for command in commands)
-
-
-def _watch(key: str) -> Need:
-    return Need(("WATCH", key), key)
 
 
 def _needs_of_retries(key: str) -> Iterator[Need]:

@@ -12,7 +12,7 @@ the files in this order:
 6. ``acknowledger`` writes outcomes to Redis in batches. ``dead_limit`` trims the dead letters.
 
 The ``maintenance`` thread does the rest. It renews the claims of running deliveries, takes due
-retries from the ``retry_queue``, claims entries of dead workers with ``reclaim``, and gives up
-``orphans``: retries of signals that no worker subscribes to any more. ``alarms`` describe streams
-and groups that another program changed.
+retries from the ``retry_queue``, gives up retries of signals that no worker reads any more,
+and claims entries of dead workers with ``reclaim``. ``alarms`` describe streams and groups that
+another program changed.
 """

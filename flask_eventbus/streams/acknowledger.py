@@ -190,11 +190,10 @@ class Acknowledger:
 
     def _pending_query(self, outcome: Outcome) -> Command:
         """Return a command whose answer is empty if the entry or retry is no longer pending."""
-        if outcome.delivery is None or not outcome.is_retry:
+        if not (member := outcome.member):
             return self._group.pending_command(outcome.name, outcome.entry)
 
-        key = self._keys.retry(outcome.name, self._config.service)
-        return ("ZSCORE", key, outcome.delivery.member)
+        return ("ZSCORE", self._keys.retry(outcome.name, self._config.service), member)
 
     def _send(self, handled: Sequence[Delivery], batch: Sequence[Outcome]) -> None:
         acknowledged: dict[str, list[Outcome]] = {}
@@ -211,11 +210,11 @@ class Acknowledger:
                 transaction = self._transaction(outcome)
                 commands += transaction
                 blocks.append((len(transaction), [outcome]))
-            elif not outcome.is_retry:
-                acknowledged.setdefault(outcome.name, []).append(outcome)
-            else:
+            elif outcome.member:
                 commands.append(self._remove_pending(outcome))
                 blocks.append((1, [outcome]))
+            else:
+                acknowledged.setdefault(outcome.name, []).append(outcome)
 
         for name, outcomes in acknowledged.items():
             commands.append(
@@ -361,26 +360,20 @@ class Acknowledger:
 
     def _add_pending(self, outcome: Outcome) -> Command:
         """Return the command that reverts :meth:`_remove_pending`."""
-        delivery = outcome.delivery
+        if member := outcome.member:
+            key = self._keys.retry(outcome.name, self._config.service)
+            until = round((self.clock.now() + self._config.claim_after) * 1000)
+            return ("ZADD", key, until, member)
 
-        if outcome.undo:
-            return outcome.undo
-
-        if delivery is None or not outcome.is_retry:
-            crashes = 0 if delivery is None else delivery.crashes or 0
-            return self._group.restore_command(outcome.name, outcome.entry, times=crashes + 1)
-
-        key = self._keys.retry(outcome.name, self._config.service)
-        until = round((self.clock.now() + self._config.claim_after) * 1000)
-        return ("ZADD", key, until, delivery.member)
+        crashes = 0 if outcome.delivery is None else outcome.delivery.crashes or 0
+        return self._group.restore_command(outcome.name, outcome.entry, times=crashes + 1)
 
     def _remove_pending(self, outcome: Outcome) -> Command:
         """Return the command that ends an entry (``XACK``) or a retry (``ZREM``)."""
-        if outcome.delivery is None or not outcome.is_retry:
+        if not (member := outcome.member):
             return self._group.acknowledge_command(outcome.name, [outcome.entry])
 
-        key = self._keys.retry(outcome.name, self._config.service)
-        return ("ZREM", key, outcome.delivery.member)
+        return ("ZREM", self._keys.retry(outcome.name, self._config.service), member)
 
 
 def _pop_batch(waiting: deque[Outcome]) -> list[Outcome]:

@@ -29,7 +29,6 @@ from .group import Group, GroupGoneError
 from .intake import Intake
 from .maintenance import Maintenance
 from .membership import Catalogue, Membership
-from .orphans import Orphans
 from .outcomes import Outcomes, RetryCounts
 from .reader import StreamReader
 from .reclaim import Reclaimer, Trims
@@ -115,6 +114,7 @@ class Consumer:
             acknowledger=self._acknowledger,
             knows=lambda event, name: bool(self._dispatcher.receivers(event, only=name)),
             retries_of=counts.of_receiver,
+            receives=self._receives,
         )
         self.attempts = Attempts(
             context,
@@ -144,7 +144,6 @@ class Consumer:
             intake=intake,
             retries=self._retries,
             reclaimer=reclaimer,
-            orphans=self._orphans(context),
             release=self._end_maintenance,
         )
         self._reader = StreamReader(
@@ -177,14 +176,6 @@ class Consumer:
             intake=intake,
             reclaimer=reclaimer,
             trims=self._trims_of(group, context),
-        )
-
-    def _orphans(self, context: Context) -> Orphans:
-        return Orphans(
-            context,
-            retries=self._retries,
-            acknowledger=self._acknowledger,
-            receives=self._receives,
         )
 
     def _catalogue(self, pipe: Pipe, context: Context, *, grouped: bool) -> Catalogue:

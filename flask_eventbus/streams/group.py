@@ -31,7 +31,7 @@ RIGHTS = (
 )
 
 #: ACL rights that a worker needs on the retries of its service, with their transactions.
-RETRY_RIGHTS = "+zrangebyscore +zscore +zadd +zrem +watch +multi +exec"
+RETRY_RIGHTS = "+zrangebyscore +zscore +zadd +zrem +multi +exec"
 
 #: The second largest entry id. Redis reads the largest one as ``>``.
 LAST_ID = f"{2**64 - 1}-{2**64 - 2}"

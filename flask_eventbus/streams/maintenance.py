@@ -21,7 +21,6 @@ from .alarms import foreign_consumers
 from .group import RELEASED, Group, GroupGoneError
 from .intake import Intake
 from .membership import Membership
-from .orphans import Orphans
 from .reclaim import Reclaimer
 from .retry_queue import RetryQueue
 
@@ -62,7 +61,6 @@ class Maintenance:
         intake: Intake,
         retries: RetryQueue,
         reclaimer: Reclaimer,
-        orphans: Orphans,
         release: Callable[[], None],
     ) -> None:
         self._config = context.config
@@ -78,7 +76,6 @@ class Maintenance:
         self._clock = intake.acknowledger.clock
         self._retries = retries
         self._reclaimer = reclaimer
-        self._orphans = orphans
         self._log = BoundedLog(logger)
         self._changed = threading.Condition()
         #: Streams with retries that will be due, by the time to look for them: seconds since 1970
@@ -204,7 +201,7 @@ class Maintenance:
             return max(0.001, min(self._renew_at - now, 0.05 if self._acknowledger.is_due else 1.0))
 
         times = [self._renew_at, self._reclaim_at, self._released_at, self._consumers_at]
-        times.append(self._orphans.search_at)
+        times.append(self._retries.search_at)
         return max(0.001, min(min(times) - now, self._until_due, self._soon))
 
     @property
@@ -271,7 +268,9 @@ class Maintenance:
             self._remove_idle(names)
 
         self._run_due(names)
-        self._orphans.search()
+
+        if now >= self._retries.search_at:
+            self._retries.give_up_orphans()
 
     def _take_released_and_due(self, names: Mapping[str, Subscription]) -> None:
         """Take released entries and due retries of the streams that have any."""

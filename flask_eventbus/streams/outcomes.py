@@ -75,8 +75,8 @@ class Outcome:
     may_be_written: bool = False
     #: True if the acknowledgement succeeded but another command of the transaction failed.
     is_partly_written: bool = False
-    #: Command that makes it pending again; empty for an entry or a retry that was delivered.
-    undo: Command = ()
+    #: The bytes of a retry that became no delivery, since they cannot be decoded.
+    undecodable: bytes = b""
 
     @property
     def size(self) -> int:
@@ -86,9 +86,9 @@ class Outcome:
         )
 
     @property
-    def is_retry(self) -> bool:
-        """Return True if it ends a retry."""
-        return self.delivery is not None and self.delivery.retry is not None
+    def member(self) -> bytes:
+        """The bytes in Redis of the retry that it ends; empty for an entry of the stream."""
+        return self.undecodable or (b"" if self.delivery is None else self.delivery.member)
 
 
 class Outcomes:
@@ -158,6 +158,11 @@ class Outcomes:
         return Outcome(
             entry.name, entry.id, [self._add_dead_letter(entry.name, letter)], letters=[letter]
         )
+
+    def undecodable_retry(self, name: str, member: bytes, letter: DeadLetter) -> Outcome:
+        """Return the dead letter of a retry whose record cannot be decoded."""
+        command = self._add_dead_letter(name, letter)
+        return Outcome(name, "", [command], letters=[letter], undecodable=member)
 
     def skipped(self, entry: Entry) -> Outcome:
         """Return the acknowledgement of an entry that this service does not handle."""

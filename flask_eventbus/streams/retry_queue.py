@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
+
+import redis
 
 from ..codec.records import MAX_ERROR_CHARS, BadRecordError, DeadLetter, RetryRecord
+from ..config import SIGNAL_NAME
 from ..errors import DecodeError
 from ..event import Event
-from ..logs import get_logger
+from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import Delivery
 from ..routing.subscriptions import Subscription
 from ..transport.connections import Context
 from ..transport.pipe import Command, Pipe
 from .acknowledger import Acknowledger
-from .group import Entry
 from .outcomes import Outcome, Outcomes
 
 logger = get_logger(__name__)
+
+T = TypeVar("T")
 
 #: Seconds since the last attempt after which a retry without a receiver is given up. A
 #: deployment may take as long.
@@ -31,6 +36,12 @@ GONE_AFTER = 3_600.0
 
 #: Seconds that a retry is due before it counts as read by no worker.
 OVERDUE = 60.0
+
+#: Most signals in one search.
+MOST_NAMES = 10_000
+
+#: Most retries given up in one round trip of a search.
+MOST_PER_STEP = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +58,9 @@ class _StoredRetry:
 class RetryQueue:
     """Leases retries that are due, so that only one worker runs each.
 
-    :param lock: held by the thread that uses the connection. Callers of :meth:`take`,
-        :meth:`take_orphans` and :meth:`signals` hold it.
     :param knows: returns True if a receiver with that name is connected for an event.
     :param retries_of: returns the number of retries that the subscription allows a receiver.
+    :param receives: returns True if this process reads the stream of a signal, or may soon.
     """
 
     def __init__(
@@ -62,6 +72,7 @@ class RetryQueue:
         acknowledger: Acknowledger,
         knows: Callable[[Event, str], bool],
         retries_of: Callable[[Subscription, Event, str], int],
+        receives: Callable[[str], bool],
     ) -> None:
         self._pipe = pipe
         self._config = context.config
@@ -69,10 +80,18 @@ class RetryQueue:
         self._keys = context.keys
         self._codec = context.codec
         self._outcomes = outcomes
+        self._acknowledger = acknowledger
         self._lock = acknowledger.lock
         self._clock = acknowledger.clock
         self._knows = knows
         self._retries_of = retries_of
+        self._receives = receives
+        self._log = BoundedLog(logger)
+        #: Signals whose retries the Redis user may not read, so none are this service's.
+        self._forbidden: set[str] = set()
+        #: Monotonic time of the next :meth:`give_up_orphans`.
+        wait = self._timing.search_orphans_every * random.uniform(0.1, 1.0)  # noqa: S311 - spreads load
+        self.search_at = time.monotonic() + wait
 
     def take(
         self, name: str, subscription: Subscription, *, most: int
@@ -82,88 +101,131 @@ class RetryQueue:
         :return: the retries to run, the outcomes of those given up, and True if more are due.
         :raises redis.ConnectionError: Redis is away.
         """
-        deliveries: list[Delivery] = []
-        given_up: list[Outcome] = []
-
-        def lease(member: bytes) -> list[Command]:
-            return self._lease(name, subscription, member, deliveries, given_up)
-
-        count = self._take(name, lease, most=most)
-
-        if count is None:
-            return [], [], True
-
+        taken, count = self._lease_due(
+            name, lambda member: self._judge(name, subscription, member), most=most
+        )
+        deliveries = [found for found in taken if isinstance(found, Delivery)]
+        given_up = [found for found in taken if isinstance(found, Outcome)]
         return deliveries, given_up, count >= most
 
     def due_command(self, name: str) -> Command:
         """Return a command whose answer is empty if no retry is due."""
         return self._find_due(name, most=1)
 
-    def take_orphans(self, name: str, *, most: int) -> tuple[list[Outcome], bool]:
-        """Give up old retries of a signal that no worker takes.
+    def give_up_orphans(self) -> None:
+        """Give up old retries of signals that no worker reads any more.
 
-        :return: their outcomes, and True if more may follow.
+        Until they are overdue and old, another process of the service may run them. Only the
+        maintenance thread calls this, at :attr:`search_at`.
+
         :raises redis.ConnectionError: Redis is away.
         """
-        given_up: list[Outcome] = []
+        self.search_at = time.monotonic() + self._timing.search_orphans_every
 
-        def lease(member: bytes) -> list[Command]:
-            return self._lease_orphan(name, member, given_up)
+        for name in self._orphaned_signals():
+            try:
+                self._give_up_orphans_of(name)
+            except redis.exceptions.NoPermissionError as error:
+                self._forbidden.add(name)
+                logger.debug("The Redis user may not read the retries of %r: %s", name, error)
+            except redis.ResponseError as error:
+                logger.debug("Could not read the retries of %r: %s", name, error)
 
-        count = self._take(name, lease, most=most, overdue=OVERDUE)
-        return ([], True) if count is None else (given_up, len(given_up) >= most)
+    def _orphaned_signals(self) -> list[str]:
+        """Return the signals that have a stream which this process does not read."""
+        try:
+            with self._lock:
+                members = self._pipe.ask("SMEMBERS", self._keys.names)
+        except redis.ResponseError as error:
+            self._log.once(
+                "refused",
+                "Redis does not let %r list the streams (%s). Retries of signals that it no longer "
+                "subscribes to are not given up. Grant its user (+smembers ~%s) in the ACL.",
+                self._config.service,
+                error,
+                self._keys.names,
+            )
+            return []
 
-    def signals(self) -> list[str]:
-        """Return the signals that have a stream.
+        self._log.over("refused", "Redis lets %r list the streams again.", self._config.service)
+        names = sorted(name.decode(errors="replace") for name in members)
+        return [
+            name
+            for name in islice(names, MOST_NAMES)
+            if SIGNAL_NAME.fullmatch(name)
+            and name not in self._forbidden
+            and not self._receives(name)
+        ]
 
-        :raises redis.ResponseError: Redis refuses.
-        """
-        found = self._pipe.ask("SMEMBERS", self._keys.names)
-        return sorted(name.decode(errors="replace") for name in found)
+    def _give_up_orphans_of(self, name: str) -> None:
+        count = MOST_PER_STEP
 
-    def _take(
+        while count >= MOST_PER_STEP:
+            with self._lock:
+                given_up, _ = self._lease_due(
+                    name,
+                    lambda member: self._judge_orphan(name, member),
+                    most=MOST_PER_STEP,
+                    overdue=OVERDUE,
+                )
+
+            self._acknowledger.write(given_up)
+            count = len(given_up)
+
+    def _lease_due(
         self,
         name: str,
-        lease: Callable[[bytes], list[Command]],
+        judge: Callable[[bytes], tuple[T | None, int | None]],
         *,
         most: int,
         overdue: float = 0.0,
-    ) -> int | None:
-        """Lease retries that have been due for ``overdue`` seconds.
+    ) -> tuple[list[T], int]:
+        """Lease retries that have been due for ``overdue`` seconds. The caller holds the lock.
 
-        :param lease: returns the commands that lease a member of the sorted set.
-        :return: the number of retries found; ``None`` if another worker changed the set meanwhile.
+        Redis adds to the score of a retry what it lacks to the end of the lease. If two workers
+        add at the same time, only the first one gets the end of its lease as the answer.
+
+        :param judge: returns what becomes of a member of the sorted set, and its new score, in
+            milliseconds since 1970; no score if it stays as it is.
+        :return: what becomes of those leased, and the number of retries found.
         """
         key = self._keys.retry(name, self._config.service)
+        found = self._pipe.ask(*self._find_due(name, most=most, overdue=overdue))
+        leases: list[tuple[bytes, T | None, int]] = []
+        commands: list[Command] = []
 
-        # Records may be large, so read one before WATCH.
-        if not _list_of(self._pipe.ask(*self._find_due(name, most=1, overdue=overdue))):
-            return 0
+        for member, score in zip(found[::2], found[1::2], strict=True):
+            result, until = judge(member)
 
-        find = self._find_due(name, most=most, overdue=overdue)
-        watched, answer = self._pipe.run([("WATCH", key), find])
-        _check([watched])
-        members = _list_of(answer)
-        commands: list[Command] = [("MULTI",)]
+            if until is not None:
+                # Another program may have set a score such as -inf, and no sum is finite then.
+                missing = until - max(float(score), 0.0)
+                leases.append((member, result, until))
+                commands.append(("ZADD", key, "XX", "INCR", missing, member))
 
-        try:
-            for member in members:
-                commands += lease(member)
-        except BaseException:
-            # Closing ends the WATCH, which would abort the next transaction.
-            self._pipe.close()
-            raise
+        taken: list[T] = []
+        again: list[Command] = []
 
-        answers = self._pipe.run([*commands, ("EXEC",)])
+        for (member, result, until), answer in zip(leases, self._run(commands), strict=True):
+            # Another worker has it, or ended it. Both have added to the score, so it is too high.
+            if answer is not None and abs(float(answer) - until) >= 1:
+                again.append(("ZADD", key, "XX", until, member))
+            elif answer is not None and result is not None:
+                taken.append(result)
+
+        self._run(again)
+        return taken, len(found) // 2
+
+    def _run(self, commands: Sequence[Command]) -> list[Any]:
+        """Return the answers to commands, or raise the first error."""
+        answers = self._pipe.run(commands) if commands else []
         _check(answers)
-
-        # EXEC answers None if another worker changed the set. The next call finds what it left.
-        return None if answers[-1] is None else len(members)
+        return answers
 
     def _find_due(self, name: str, *, most: int, overdue: float = 0.0) -> Command:
         key = self._keys.retry(name, self._config.service)
         due_until = round((self._clock.now() - overdue) * 1000)
-        return ("ZRANGEBYSCORE", key, "-inf", due_until, "LIMIT", 0, most)
+        return ("ZRANGEBYSCORE", key, "-inf", due_until, "WITHSCORES", "LIMIT", 0, most)
 
     def renew(self, delivery: Delivery) -> bool:
         """Extend the lease of a retry. Return False if another worker ended it.
@@ -236,32 +298,27 @@ class RetryQueue:
             # XX: another worker may have started or ended it.
             self._pipe.run([("ZADD", key, "XX", round(self._clock.now() * 1000), delivery.member)])
 
-    def _lease(
-        self,
-        name: str,
-        subscription: Subscription,
-        member: bytes,
-        deliveries: list[Delivery],
-        given_up: list[Outcome],
-    ) -> list[Command]:
-        stored = self._decode(name, member, given_up)
+    def _judge(
+        self, name: str, subscription: Subscription, member: bytes
+    ) -> tuple[Delivery | Outcome | None, int]:
+        """Return the delivery of a due retry or its outcome, and the score that it gets."""
+        stored = self._decode(name, member)
 
-        if stored is None:
-            return [self._lease_command(name, member)]
+        if isinstance(stored, Outcome):
+            return stored, self._lease_until()
 
         record, event = stored.record, stored.event
 
         # Redis's clock was set, so the lease may have expired although its worker runs.
         if record.running and not self._clock.is_steady:
-            return [self._postpone_command(name, member)]
+            return None, self._postponed_until()
 
         if not self._knows(event, record.receiver):
             # Another worker may have the receiver.
             if not self._is_old(record):
-                return [self._postpone_command(name, member)]
+                return None, self._postponed_until()
 
-            given_up.append(self._give_up_gone(name, subscription, stored))
-            return [self._lease_command(name, member)]
+            return self._give_up_gone(name, subscription, stored), self._lease_until()
 
         delivery = self._delivery(name, subscription, stored)
         delivery.event = replace(event, attempt=record.attempts + 1)
@@ -269,26 +326,25 @@ class RetryQueue:
 
         if record.running and record.attempts > allowed:
             text = f"{record.attempts} attempts were made; the worker died in the last one."
-            given_up.append(self._outcomes.give_up(delivery, "killed", text))
-        else:
-            deliveries.append(delivery)
+            return self._outcomes.give_up(delivery, "killed", text), self._lease_until()
 
-        return [self._lease_command(name, member)]
+        return delivery, self._lease_until()
 
-    def _lease_orphan(self, name: str, member: bytes, given_up: list[Outcome]) -> list[Command]:
-        stored = self._decode(name, member, given_up)
+    def _judge_orphan(self, name: str, member: bytes) -> tuple[Outcome | None, int | None]:
+        """Return the outcome of a retry that no worker reads; ``None`` if it is not old."""
+        stored = self._decode(name, member)
 
-        if stored is not None:
-            if not self._is_old(stored.record):
-                return []
+        if isinstance(stored, Outcome):
+            return stored, self._lease_until()
 
-            subscription = Subscription(name=name, via="stream")
-            given_up.append(self._give_up_gone(name, subscription, stored))
+        if not self._is_old(stored.record):
+            return None, None
 
-        return [self._lease_command(name, member)]
+        subscription = Subscription(name=name, via="stream")
+        return self._give_up_gone(name, subscription, stored), self._lease_until()
 
-    def _decode(self, name: str, member: bytes, given_up: list[Outcome]) -> _StoredRetry | None:
-        """Decode a member of the sorted set, or give it up and return ``None``."""
+    def _decode(self, name: str, member: bytes) -> _StoredRetry | Outcome:
+        """Decode a member of the sorted set, or return the outcome of one that is damaged."""
         try:
             record = RetryRecord.unpacked(member)
             event, memory = self._codec.decode_for_queue(record.event, via="stream")
@@ -296,8 +352,7 @@ class RetryQueue:
             if event.name != name:
                 raise BadRecordError(f"it holds an event of {event.name!r}")
         except (BadRecordError, DecodeError) as error:
-            given_up.append(self._give_up_undecodable(name, member, error))
-            return None
+            return self._undecodable(name, member, error)
 
         return _StoredRetry(member, record, event, memory)
 
@@ -310,17 +365,7 @@ class RetryQueue:
         delivery = self._delivery(name, subscription, stored)
         return self._outcomes.give_up(delivery, "gone", text)
 
-    def _lease_command(self, name: str, member: bytes) -> Command:
-        """Return the command that keeps a record from other workers until the lease expires."""
-        key = self._keys.retry(name, self._config.service)
-        return ("ZADD", key, "XX", self._lease_until(), member)
-
-    def _postpone_command(self, name: str, member: bytes) -> Command:
-        """Return the command that leaves a record to other workers for some seconds."""
-        key = self._keys.retry(name, self._config.service)
-        return ("ZADD", key, "XX", self._postponed_until(), member)
-
-    def _give_up_undecodable(self, name: str, member: bytes, error: Exception) -> Outcome:
+    def _undecodable(self, name: str, member: bytes, error: Exception) -> Outcome:
         now = round(self._clock.now() * 1000)
         letter = DeadLetter(
             reason="undecodable",
@@ -330,11 +375,7 @@ class RetryQueue:
             first=now,
             last=now,
         )
-        outcome = self._outcomes.rejected(Entry(name, "0-0", None), letter)
-        key = self._keys.retry(name, self._config.service)
-        outcome.commands = [*outcome.commands, ("ZREM", key, member)]
-        outcome.undo = ("ZADD", key, self._lease_until(), member)
-        return outcome
+        return self._outcomes.undecodable_retry(name, member, letter)
 
     def _delivery(self, name: str, subscription: Subscription, stored: _StoredRetry) -> Delivery:
         record = stored.record

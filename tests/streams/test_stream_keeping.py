@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -247,6 +248,64 @@ def test_more_retries_than_there_is_room_for_follow_at_once(
 
     wait_until(lambda: len(handled) == 30, timeout=30, what="all of them run")
     assert sorted(handled) == list(range(30))
+
+
+def test_of_two_workers_that_find_a_retry_at_the_same_time_one_runs_it(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+    scores: list[float] = []
+    attempts_seen: list[int] = []
+    run = Pipe.run
+
+    def lease_together(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
+        if "INCR" not in commands[0]:
+            return run(pipe, commands, **how)
+
+        with suppress(threading.BrokenBarrierError):
+            both.wait(5)
+
+        answers = run(pipe, commands, **how)
+        scores.extend(map(float, answers))
+
+        with suppress(threading.BrokenBarrierError):
+            both.wait(5)
+
+        return answers
+
+    def receive(sender: str, n: int) -> None:
+        attempts_seen.append(current_event.attempt)
+
+    buses = [make_bus(store.url, "mailer", prefix=store.prefix) for _ in range(2)]
+
+    for bus in buses:
+        listen(bus, receive)
+
+    monkeypatch.setattr(Pipe, "run", lease_together)
+    old_retry(store, "tick", hours=0.1, key=f"{__name__}.{receive.__qualname__}")
+
+    wait_until(lambda: attempts_seen and not store.retries("tick"), what="it is handled")
+    assert attempts_seen == [2]
+    assert len(scores) == 2
+    assert [bus.health().counts.get("released", 0) for bus in buses] == [0, 0]
+
+
+@pytest.mark.parametrize("score", ["-inf", "-1e300", "1.5"])
+def test_a_retry_whose_time_somebody_changed_is_run(
+    store: StreamStore, make_bus: Make, score: str
+) -> None:
+    handled: list[int] = []
+
+    def receive(sender: str, n: int) -> None:
+        handled.append(n)
+
+    old_retry(store, "tick", hours=0.1, key=f"{__name__}.{receive.__qualname__}")
+    key = store.keys.retry("tick", "mailer")
+    store.client.zadd(key, dict.fromkeys(store.client.zrange(key, 0, -1), score))
+
+    listen(make_bus(store.url, "mailer", prefix=store.prefix, claim_after=0.5), receive)
+
+    wait_until(lambda: handled == [1], what="it is run")
 
 
 @pytest.mark.timing(search_orphans_every=0.1)

@@ -644,7 +644,7 @@ def test_a_right_that_a_worker_lacks_for_a_part_of_its_work_is_told_once_and_so_
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    guard.allow("-watch")
+    guard.allow("-zrangebyscore")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix, claim_after=0.5)
     attempts = failing(bus, retries=1)
     store.add("tick", n=1)
@@ -652,11 +652,11 @@ def test_a_right_that_a_worker_lacks_for_a_part_of_its_work_is_told_once_and_so_
     wait_until(lambda: refusals(store) >= before + 12, what="it is refused again and again")
     assert attempts == [1]
 
-    [line] = lines_of(caplog, "watch")
-    assert "+watch" in line
+    [line] = lines_of(caplog, "zrangebyscore")
+    assert "+zrangebyscore" in line
     assert "maintain the stream of 'tick' again" not in caplog.text
 
-    guard.allow("+watch")
+    guard.allow("+zrangebyscore")
     wait_until(lambda: letters(store), what="it is tried again and given up")
     wait_until(lambda: "maintain the stream of 'tick' again" in caplog.text, what="the end")
     assert caplog.text.count("maintain the stream of 'tick'") == 2
@@ -744,7 +744,7 @@ def test_a_worker_without_xpending_keeps_what_waits_behind_a_slow_receiver(
     wait_until(lambda: sorted(heard) == [0, 1, 2, 3, 4], what="all are handled here")
 
 
-@pytest.mark.parametrize("command", ["xack", "xclaim", "xrange", "xinfo", "zadd", "watch"])
+@pytest.mark.parametrize("command", ["xack", "xclaim", "xrange", "xinfo", "zadd", "zrangebyscore"])
 def test_a_command_that_is_missing_for_the_rest_is_told_and_nothing_is_lost(
     store: StreamStore,
     guard: Guard,
