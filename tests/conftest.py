@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from flask_eventbus.node import nodes
 from flask_eventbus.timing import Timing
 
 pytest_plugins = ["pytester"]
+
+# Without cached bytecode each program that a test starts would compile all it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell starts what it runs in the background, and nohup, with SIGINT ignored: so would be the
 # programs that tests end by it.
