@@ -70,7 +70,7 @@ def changes(caplog: pytest.LogCaptureFixture) -> list[str]:
 # -- connections that break ---------------------------------------------------------------
 
 
-def test_a_connection_that_was_cut_while_idle_is_no_outage(
+def test_a_connection_closed_while_idle_is_not_an_outage(
     redis_server: RedisServer,
     make_bus: Make,
     monkeypatch: pytest.MonkeyPatch,
@@ -104,7 +104,7 @@ def newer_than(before: int, server: RedisServer) -> Callable[[], bool]:
     return lambda: latest_connection(server) > before
 
 
-def test_a_publisher_that_sends_nothing_knows_that_redis_is_away(
+def test_an_idle_publisher_knows_that_redis_is_away(
     redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "QUIET", 0.05)
@@ -121,7 +121,7 @@ def test_a_publisher_that_sends_nothing_knows_that_redis_is_away(
     wait_until(lambda: publisher.health().publishing, what="the return is known")
 
 
-def test_connections_that_are_killed_all_the_time_lose_nothing_that_is_not_counted(
+def test_every_event_lost_by_constantly_killed_connections_is_counted(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     consumer = make_bus(redis_server.url, "consumer")
@@ -154,7 +154,7 @@ def test_connections_that_are_killed_all_the_time_lose_nothing_that_is_not_count
     assert len(changes(caplog)) <= 4 * 10
 
 
-def test_a_connection_that_ends_in_the_middle_of_a_large_batch_lets_smaller_ones_pass(
+def test_after_a_connection_breaks_in_a_large_batch_smaller_ones_pass(
     redis_server: RedisServer, proxy: Proxy, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "LISTENERS_RETURN", 0.0)
@@ -178,7 +178,7 @@ def test_a_connection_that_ends_in_the_middle_of_a_large_batch_lets_smaller_ones
     assert heard == list(range(100))
 
 
-def test_answers_that_come_too_late_count_as_an_outage_and_nothing_arrives_twice(
+def test_late_replies_count_as_an_outage_and_nothing_arrives_twice(
     redis_server: RedisServer, proxy: Proxy, make_bus: Make
 ) -> None:
     heard = hear(make_bus(redis_server.url, "consumer"))
@@ -229,7 +229,7 @@ def test_a_message_that_comes_in_two_halves_arrives_whole(
     assert consumer.health().missed == 0
 
 
-def test_no_connection_is_opened_again_behind_its_owners_back(redis_server: RedisServer) -> None:
+def test_a_closed_connection_does_not_reconnect_by_itself(redis_server: RedisServer) -> None:
     connection = Connections(redis_server.url, name="tests").open(timeout=1)
     connection.disconnect()
 
@@ -255,7 +255,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("answer", STRANGE.values(), ids=STRANGE)
-def test_whatever_answers_in_place_of_redis_is_an_outage_that_ends_with_it(
+def test_a_foreign_server_in_place_of_redis_is_an_outage_until_it_is_gone(
     redis_server: RedisServer,
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
@@ -295,7 +295,7 @@ PASSING = [
 
 
 @pytest.mark.parametrize("error", PASSING, ids=[error.split()[0] for error in PASSING])
-def test_an_error_that_passes_keeps_events_and_subscriptions_for_later(
+def test_a_temporary_error_keeps_events_and_subscriptions(
     redis_server: RedisServer, proxy: Proxy, make_bus: Make, error: str
 ) -> None:
     hindered = threading.Event()
@@ -391,7 +391,7 @@ def test_a_server_with_too_many_clients_is_used_once_it_has_room(
     wait_until(lambda: heard == [1], what="the event arrives")
 
 
-def test_a_server_without_the_command_client_is_used_all_the_same(
+def test_a_server_without_the_command_client_is_usable(
     tmp_path: Path, request: pytest.FixtureRequest, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = RedisServer(tmp_path, "--rename-command", "CLIENT", "")
@@ -415,7 +415,7 @@ def test_a_server_without_the_command_client_is_used_all_the_same(
     assert all("Remove CLIENT from 'rename-command' in the server's" in line for line in lines)
 
 
-def test_a_command_for_people_needs_no_name_and_says_nothing_of_it(
+def test_operator_commands_work_without_the_command_client_and_do_not_warn(
     tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = RedisServer(tmp_path, "--rename-command", "CLIENT", "")
@@ -433,7 +433,7 @@ def test_a_command_for_people_needs_no_name_and_says_nothing_of_it(
     assert "with args" not in checked.output
 
 
-def test_a_command_for_people_that_needs_a_renamed_command_says_what_to_change(
+def test_an_operator_command_that_needs_a_renamed_command_names_the_remedy(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     server = RedisServer(tmp_path, "--rename-command", "XPENDING", "")
@@ -450,7 +450,7 @@ def test_a_command_for_people_that_needs_a_renamed_command_says_what_to_change(
     assert "unknown command 'XPENDING'. Remove it from 'rename-command'" in outcome.output
 
 
-def test_a_name_that_does_not_resolve_is_tried_until_it_does(
+def test_an_unresolvable_host_name_is_retried_until_it_resolves(
     redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve = socket.getaddrinfo
@@ -477,7 +477,7 @@ def test_a_name_that_does_not_resolve_is_tried_until_it_does(
     wait_until(lambda: heard == [1], what="the event arrives")
 
 
-def test_a_stop_does_not_wait_for_a_name_server_that_does_not_answer(
+def test_stop_does_not_wait_for_a_silent_name_server(
     make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, answered = threading.Event(), threading.Event()
@@ -506,7 +506,7 @@ def test_a_stop_does_not_wait_for_a_name_server_that_does_not_answer(
 # -- what is refused ----------------------------------------------------------------------
 
 
-def test_a_refused_subscription_is_asked_for_again_while_others_are_busy(
+def test_a_refused_subscription_is_retried_under_load(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     admin = redis_server.client
@@ -526,7 +526,7 @@ def test_a_refused_subscription_is_asked_for_again_while_others_are_busy(
     wait_until(granted, what="the refused subscription is granted")
 
 
-def test_a_loss_is_told_and_its_end_too_although_something_is_refused(
+def test_a_lost_connection_and_its_return_are_signalled_despite_a_refused_subscription(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[str] = []

@@ -49,7 +49,7 @@ def service(tmp_path: Path, shared_redis: RedisServer) -> Iterator[Service]:
 if tuple(map(int, version("redis").split(".")[:2])) >= (6, 1):
     # Celery takes no older redis-py.
 
-    def test_what_a_task_sends_is_published_although_its_process_ends_at_once(
+    def test_an_event_of_a_celery_task_is_published_although_its_process_ends_at_once(
         service: Service, shared_redis: RedisServer
     ) -> None:
         heard: list[int] = []

@@ -69,14 +69,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("settings", "words"), WRONG)
-def test_a_wrong_setting_is_named_with_its_value_and_the_remedy(
+def test_the_error_for_an_invalid_setting_names_its_value_and_the_remedy(
     settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         config(**settings)
 
 
-def test_a_password_in_a_wrong_url_is_not_shown() -> None:
+def test_a_password_in_an_invalid_url_is_not_shown() -> None:
     with pytest.raises(ConfigError) as caught:
         config(EVENTBUS_URL="reddis://user:hunter2@host")
 
@@ -101,12 +101,12 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("url", UNREADABLE)
-def test_a_url_that_cannot_be_used_is_an_error_at_once(url: str) -> None:
+def test_an_unusable_url_is_an_error_at_once(url: str) -> None:
     with pytest.raises(ConfigError, match="EVENTBUS_URL"):
         Bus(url, service="x")
 
 
-def test_other_keys_of_the_mapping_are_left_alone() -> None:
+def test_other_keys_of_the_mapping_are_ignored() -> None:
     assert config(DEBUG=True, eventbus_x=1).service == "accounts"
 
 
@@ -181,7 +181,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("name", "text", "value"), TEXTS)
-def test_flask_and_from_env_read_a_text_alike(
+def test_flask_and_from_env_read_text_alike(
     name: str, text: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = f"EVENTBUS_{name}"
@@ -207,7 +207,7 @@ def value_of(name: str, found: Mapping[str, Any]) -> Any:
         return ConfigError if f"EVENTBUS_{name}" in str(error) else error
 
 
-def test_a_bus_takes_settings_in_lower_case_and_names_a_misspelt_one() -> None:
+def test_a_bus_takes_lower_case_settings_and_names_a_misspelt_one() -> None:
     assert Bus("redis://h/0", service="x", concurrency=3).node.config.concurrency == 3
 
     with pytest.raises(ConfigError, match="Did you mean 'EVENTBUS_CONCURRENCY'"):
@@ -293,7 +293,7 @@ WRONG_ROUTES = [
 
 
 @pytest.mark.parametrize(("value", "words"), WRONG_ROUTES)
-def test_a_wrong_route_is_named_with_the_remedy(
+def test_the_error_for_an_invalid_route_names_the_remedy(
     value: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "raising_module.py").write_text("1 / 0")
@@ -303,7 +303,7 @@ def test_a_wrong_route_is_named_with_the_remedy(
         read_routes(value)
 
 
-def test_a_wrong_route_fails_at_init_app() -> None:
+def test_an_invalid_route_fails_at_init_app() -> None:
     app = flask.Flask(__name__)
     app.config.from_mapping(EVENTBUS_SERVICE="x", EVENTBUS_PUBLISH={"a": "pigeon"})
 
@@ -311,7 +311,7 @@ def test_a_wrong_route_fails_at_init_app() -> None:
         EventBus(app)
 
 
-def test_a_stream_takes_options_and_is_confirmed_unless_told_otherwise() -> None:
+def test_a_stream_takes_options_and_is_confirmed_by_default() -> None:
     routes = read_routes(
         {
             "a": "stream",
@@ -367,7 +367,7 @@ WRONG_SUBSCRIPTIONS = [
 
 
 @pytest.mark.parametrize(("value", "words"), WRONG_SUBSCRIPTIONS)
-def test_a_wrong_subscription_is_named_with_the_remedy(value: Any, words: str) -> None:
+def test_the_error_for_an_invalid_subscription_names_the_remedy(value: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read_subscriptions(value)
 
@@ -377,7 +377,7 @@ def test_a_wrong_subscription_is_named_with_the_remedy(value: Any, words: str) -
     [{"retries": 3}, {"start": "earliest"}, {"group": None}],
     ids=str,
 )
-def test_an_option_of_streams_for_the_channel_alone_is_refused(options: dict[str, Any]) -> None:
+def test_a_stream_option_with_via_channel_is_refused(options: dict[str, Any]) -> None:
     subscribe: Any = {"tick": {"via": "channel", **options}}
 
     with pytest.raises(ConfigError, match="belongs to streams, and this subscription has 'via'"):
@@ -405,13 +405,13 @@ SERVICE_LINKS = {
 }
 
 
-def test_what_kubernetes_sets_for_a_service_called_eventbus_is_left_aside() -> None:
+def test_service_link_variables_of_kubernetes_are_ignored() -> None:
     environ = {"EVENTBUS_SERVICE": "accounts", **SERVICE_LINKS}
 
     assert Config.from_environ(environ) == Config(service="accounts")
     assert Config.from_mapping(environ) == Config(service="accounts")
 
 
-def test_a_port_that_is_no_service_link_is_an_unknown_key() -> None:
+def test_a_port_variable_that_is_not_a_service_link_is_an_unknown_key() -> None:
     with pytest.raises(ConfigError, match="EVENTBUS_PORT"):
         Config.from_mapping({"EVENTBUS_SERVICE": "accounts", "EVENTBUS_PORT": 6379})

@@ -96,7 +96,7 @@ def send(bus: Bus, name: str, /, **payload: Any) -> None:
 # -- one event ----------------------------------------------------------------------------
 
 
-def test_what_one_service_sends_another_hears(make: Make) -> None:
+def test_an_event_of_one_service_reaches_another(make: Make) -> None:
     shop, audit = make("shop", publish=["order_paid"]), make("audit")
     heard = Heard(audit, "order_paid")
     listen(audit)
@@ -227,7 +227,7 @@ def test_registered_types_travel(make: Make) -> None:
 # -- who hears it -------------------------------------------------------------------------
 
 
-def test_every_process_of_every_service_hears_it(make: Make) -> None:
+def test_a_channel_event_reaches_every_process_of_every_service(make: Make) -> None:
     shop = make("shop", publish=["tick"])
     others = [make("audit"), make("audit"), make("mailer"), make("shop")]
     heard = [Heard(bus, "tick") for bus in others]
@@ -241,7 +241,7 @@ def test_every_process_of_every_service_hears_it(make: Make) -> None:
     assert [one.values for one in heard] == [[1]] * 4
 
 
-def test_what_nobody_subscribed_to_does_not_arrive(make: Make) -> None:
+def test_an_event_without_a_subscription_does_not_arrive(make: Make) -> None:
     shop, audit = make("shop", publish=["*"]), make("audit")
     heard = Heard(audit, "tick")
     listen(audit)
@@ -254,7 +254,7 @@ def test_what_nobody_subscribed_to_does_not_arrive(make: Make) -> None:
     assert audit.health().counts["received"] == 1
 
 
-def test_services_under_another_prefix_are_apart(make: Make) -> None:
+def test_services_with_different_prefixes_are_isolated(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"], prefix="apart:1"), make("audit")
     near = make("near", publish=["tick"])
     heard = Heard(audit, "tick")
@@ -268,7 +268,7 @@ def test_services_under_another_prefix_are_apart(make: Make) -> None:
     assert heard.values == [2]
 
 
-def test_a_pattern_hears_every_name_it_stands_for(make: Make) -> None:
+def test_a_pattern_receives_every_matching_name(make: Make) -> None:
     shop, audit = make("shop", publish=["*"]), make("audit")
     orders, digits = Heard(audit, "order_*"), Heard(audit, "v?.tick/*")
     listen(audit)
@@ -282,7 +282,7 @@ def test_a_pattern_hears_every_name_it_stands_for(make: Make) -> None:
     assert [event.name for event in digits.events] == ["v1.tick/a-b"]
 
 
-def test_receivers_of_a_name_and_of_patterns_hear_it_once_each(make: Make) -> None:
+def test_receivers_of_a_name_and_of_patterns_run_once_each(make: Make) -> None:
     shop, audit = make("shop", publish=["order_paid", "order_sent"]), make("audit")
     exact, some, every = (Heard(audit, name) for name in ("order_paid", "order_*", "*"))
     listen(audit)
@@ -297,7 +297,7 @@ def test_receivers_of_a_name_and_of_patterns_hear_it_once_each(make: Make) -> No
     assert audit.health().counts.get("duplicates", 0) == 0
 
 
-def test_a_receiver_of_several_patterns_hears_an_event_once(make: Make) -> None:
+def test_a_receiver_of_several_patterns_runs_once_per_event(make: Make) -> None:
     shop, audit = make("shop", publish=["*"]), make("audit")
     heard = Heard(audit, "order_*")
     audit.on("*")(heard)
@@ -313,7 +313,7 @@ def test_a_receiver_of_several_patterns_hears_an_event_once(make: Make) -> None:
     assert heard.values == [1, 2, 3]
 
 
-def test_patterns_hear_signals_that_others_make_in_an_adopted_namespace(make: Make) -> None:
+def test_patterns_receive_foreign_signals_of_an_adopted_namespace(make: Make) -> None:
     namespace = blinker.Namespace()
     shop, audit = make("shop", publish=["*"]), make("audit", namespace=namespace)
     heard = Heard(audit, "order_*")
@@ -326,7 +326,7 @@ def test_patterns_hear_signals_that_others_make_in_an_adopted_namespace(make: Ma
     assert heard.values == [1]
 
 
-def test_only_the_named_services_are_heard(make: Make) -> None:
+def test_only_events_of_the_named_services_are_received(make: Make) -> None:
     shops = [make(service, publish=["tick"]) for service in ("shop", "bank", "clock")]
     audit = make("audit")
     shop = Heard(audit, "tick", from_="shop")
@@ -344,7 +344,7 @@ def test_only_the_named_services_are_heard(make: Make) -> None:
     assert {event.source for event in every.events} == {"shop", "bank", "clock"}
 
 
-def test_services_are_named_by_configuration_too(make: Make) -> None:
+def test_the_configuration_can_name_services_too(make: Make) -> None:
     shop, bank = make("shop", publish=["tick"]), make("bank", publish=["tick"])
     audit = make("audit", subscribe={"tick": {"from": ["bank"]}})
     sources = []
@@ -379,7 +379,7 @@ def test_blinkers_own_filter_by_sender_works(make: Make) -> None:
     assert senders == ["bank"]
 
 
-def test_an_echo_is_heard_only_where_it_is_asked_for(make: Make) -> None:
+def test_a_service_receives_its_own_events_only_with_echo(make: Make) -> None:
     shop, audit = make("shop", publish=["tick", "tock"]), make("audit")
     ticks, tocks = [], []
     shop.on("tick")(lambda sender, n: ticks.append((sender, n)))
@@ -397,7 +397,7 @@ def test_an_echo_is_heard_only_where_it_is_asked_for(make: Make) -> None:
     assert tocks == [(None, 2), ("shop", 2)]
 
 
-def test_apps_that_share_receivers_do_not_hear_each_other(url: str, prefix: str) -> None:
+def test_apps_that_share_receivers_do_not_receive_each_others_events(url: str, prefix: str) -> None:
     bus, calls = EventBus(), []
     apps = []
 
@@ -433,7 +433,7 @@ def test_apps_that_share_receivers_do_not_hear_each_other(url: str, prefix: str)
 # -- what a receiver does -----------------------------------------------------------------
 
 
-def test_an_event_that_is_heard_is_not_published_again(make: Make) -> None:
+def test_a_received_event_is_not_published_again(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
     relay = make("relay", publish=["tick", "fence"])
     relayed, heard = Heard(relay, "tick"), Heard(audit, "*")
@@ -450,7 +450,7 @@ def test_an_event_that_is_heard_is_not_published_again(make: Make) -> None:
     ]
 
 
-def test_a_chain_of_events_is_told_by_their_causes(make: Make) -> None:
+def test_events_of_a_chain_name_their_causes(make: Make) -> None:
     shop = make("shop", publish=["order_placed"])
     bank, post = make("bank", publish=["order_paid"]), make("post", publish=["order_sent"])
     audit = make("audit")
@@ -481,7 +481,7 @@ def test_a_chain_of_events_is_told_by_their_causes(make: Make) -> None:
     assert (placed.hops, paid.hops, sent.hops) == (0, 1, 2)
 
 
-def test_a_circle_of_events_ends(make: Make) -> None:
+def test_a_circle_of_events_stops_at_the_hop_limit(make: Make) -> None:
     ping = make("ping", publish=["ping"], max_hops=6)
     pong = make("pong", publish=["pong"], max_hops=6)
     failures: list[str] = []
@@ -502,7 +502,7 @@ def test_a_circle_of_events_ends(make: Make) -> None:
     assert pongs.values == [1, 3, 5]
 
 
-def test_coroutines_are_receivers(make: Make) -> None:
+def test_coroutine_functions_can_be_receivers(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
     seen = []
 
@@ -520,7 +520,9 @@ def test_coroutines_are_receivers(make: Make) -> None:
     assert seen == [("shop", 7, 1), ("shop", 8, 2)]
 
 
-def test_a_receiver_that_raises_stops_nothing(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_receiver_that_raises_does_not_stop_the_others(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
 
     @audit.on("tick")
@@ -543,7 +545,7 @@ def test_a_receiver_that_raises_stops_nothing(make: Make, caplog: pytest.LogCapt
     assert audit.health().connected
 
 
-def test_what_nothing_receives_is_skipped_and_counted(make: Make) -> None:
+def test_an_event_without_a_receiver_is_skipped_and_counted(make: Make) -> None:
     shop = make("shop", publish=["*"])
     audit = make("audit", subscribe=["tick", "tock"])
     calls = []
@@ -582,7 +584,7 @@ def test_flask_receivers_run_in_an_app_context(url: str, prefix: str, make: Make
 # -- what is declared late ----------------------------------------------------------------
 
 
-def test_a_receiver_that_is_connected_late_hears_what_comes_then(make: Make) -> None:
+def test_a_receiver_connected_late_receives_later_events(make: Make) -> None:
     shop, audit = make("shop", publish=["*"]), make("audit")
     early = Heard(audit, "tick")
     listen(audit)
@@ -600,7 +602,7 @@ def test_a_receiver_that_is_connected_late_hears_what_comes_then(make: Make) -> 
     assert patterned.values == [2]
 
 
-def test_a_bus_without_subscriptions_listens_from_its_first_one(make: Make) -> None:
+def test_a_bus_starts_to_listen_with_its_first_subscription(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
     audit.start()
 
@@ -611,7 +613,7 @@ def test_a_bus_without_subscriptions_listens_from_its_first_one(make: Make) -> N
     heard.wait()
 
 
-def test_nothing_is_lost_while_a_name_is_subscribed_beside_its_pattern(make: Make) -> None:
+def test_no_event_is_lost_when_a_name_is_subscribed_beside_its_pattern(make: Make) -> None:
     shop, audit = make("shop", publish=["*"]), make("audit")
     every = Heard(audit, "*")
     listen(audit)
@@ -629,7 +631,7 @@ def test_nothing_is_lost_while_a_name_is_subscribed_beside_its_pattern(make: Mak
     assert audit.health().missed == 0
 
 
-def test_a_signal_is_published_from_when_its_route_is_declared(make: Make) -> None:
+def test_a_signal_is_published_as_soon_as_its_route_is_declared(make: Make) -> None:
     shop, audit = make("shop"), make("audit")
     heard = Heard(audit, "tick")
     listen(audit)
@@ -642,7 +644,7 @@ def test_a_signal_is_published_from_when_its_route_is_declared(make: Make) -> No
     assert heard.values == [2]
 
 
-def test_any_signal_travels_under_another_name_with_another_payload(make: Make) -> None:
+def test_a_route_can_rename_a_signal_and_replace_its_payload(make: Make) -> None:
     saved = blinker.Signal()
     shop, audit = make("shop"), make("audit")
 
@@ -668,7 +670,7 @@ def test_any_signal_travels_under_another_name_with_another_payload(make: Make) 
 # -- stopping and starting ----------------------------------------------------------------
 
 
-def test_a_bus_that_was_stopped_can_be_started_again(make: Make) -> None:
+def test_a_stopped_bus_can_be_started_again(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
     heard = Heard(audit, "tick")
     listen(audit)
@@ -685,7 +687,7 @@ def test_a_bus_that_was_stopped_can_be_started_again(make: Make) -> None:
     assert heard.values == [1, 3]
 
 
-def test_a_bus_can_be_stopped_while_events_pour_in(make: Make) -> None:
+def test_a_bus_can_be_stopped_while_events_arrive(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
     heard = Heard(audit, "tick")
     enough = threading.Event()
@@ -754,7 +756,7 @@ def test_a_flush_waits_only_for_what_was_sent_before_it(make: Make) -> None:
         pouring.join()
 
 
-def test_what_was_sent_is_published_when_a_with_block_ends(make: Make) -> None:
+def test_sent_events_are_published_when_a_with_block_ends(make: Make) -> None:
     audit = make("audit")
     heard = Heard(audit, "tick")
     listen(audit)
@@ -767,7 +769,7 @@ def test_what_was_sent_is_published_when_a_with_block_ends(make: Make) -> None:
     assert heard.values == list(range(500))
 
 
-def test_what_had_arrived_is_handled_before_a_stop_returns(make: Make) -> None:
+def test_events_that_had_arrived_are_handled_before_stop_returns(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
     heard = Heard(audit, "tick")
     listen(audit)
@@ -780,7 +782,7 @@ def test_what_had_arrived_is_handled_before_a_stop_returns(make: Make) -> None:
     assert heard.values == list(range(200))
 
 
-def test_a_bus_that_is_switched_off_neither_publishes_nor_listens(make: Make) -> None:
+def test_a_disabled_bus_neither_publishes_nor_listens(make: Make) -> None:
     off = make("off", publish=["tick"], enabled=False)
     shop, audit = make("shop", publish=["tick"]), make("audit")
     heard, local = Heard(audit, "tick"), []
@@ -798,7 +800,7 @@ def test_a_bus_that_is_switched_off_neither_publishes_nor_listens(make: Make) ->
     assert not off.health().listening
 
 
-def test_a_confirmed_event_is_with_the_server_when_send_returns(make: Make) -> None:
+def test_a_confirmed_event_is_in_redis_when_send_returns(make: Make) -> None:
     shop = make("shop")
     shop.publishes("tick", confirm=True)
 
@@ -889,7 +891,7 @@ def test_missed_events_are_counted_exactly(
     assert audit.health().missed == 11
 
 
-def test_a_program_need_not_count_its_events(make: Make, foreign: Foreign) -> None:
+def test_a_program_that_does_not_count_its_events_can_publish(make: Make, foreign: Foreign) -> None:
     audit = make("audit")
     heard = Heard(audit, "tick")
     listen(audit)

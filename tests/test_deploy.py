@@ -49,7 +49,7 @@ def audit(tmp_path: Path, redis_server: RedisServer, health_file: Path) -> Itera
     program.kill()
 
 
-def test_the_health_file_is_there_while_a_script_hears(
+def test_the_health_file_exists_while_a_script_listens(
     audit: Program, redis_server: RedisServer, health_file: Path
 ) -> None:
     wait_until(health_file.exists, what="the script hears")
@@ -64,7 +64,7 @@ def test_the_health_file_is_there_while_a_script_hears(
     assert audit.process.wait(10) == 0
 
 
-def test_a_health_file_that_an_earlier_process_left_says_nothing(
+def test_a_health_file_of_an_earlier_process_does_not_count(
     tmp_path: Path, health_file: Path
 ) -> None:
     health_file.touch()
@@ -80,8 +80,8 @@ def test_a_health_file_that_an_earlier_process_left_says_nothing(
     program.kill()
 
 
-def test_the_stack_waits_longer_for_the_end_than_the_end_may_take() -> None:
-    # What test_a_process_ends_in_the_time_that_is_promised_though_redis_hangs measures.
+def test_the_stop_grace_period_of_the_stack_exceeds_the_shutdown_time() -> None:
+    # What test_a_process_ends_within_the_documented_time_while_redis_hangs measures.
     drain = Config(service="any").grace + LONGEST_STOP
     gunicorn = runpy.run_path(str(DEPLOY / "gunicorn.conf.py"))
     graces = [int(seconds) for seconds in re.findall(r"stop_grace_period: (\d+)s", COMPOSE)]
@@ -92,7 +92,7 @@ def test_the_stack_waits_longer_for_the_end_than_the_end_may_take() -> None:
     assert f"{LONGEST_STOP:g} s more, at most" in PAGE
 
 
-def test_every_service_of_the_stack_that_has_tables_makes_them_before_it_starts() -> None:
+def test_every_service_with_tables_creates_them_before_it_starts() -> None:
     stack = dict(re.findall(r"^  ([a-z-]+):\n((?:    .*\n|\n)+)", COMPOSE, re.MULTILINE))
     apps = {path.parent.name: path.read_text() for path in ROOT.glob("services/*/app.py")}
     with_tables = {name for name, code in apps.items() if "init-db" in code}
@@ -147,7 +147,7 @@ def rules_of(line: str) -> list[str]:
     return re.findall(r"\([^)]*\)|\S+", line)
 
 
-def test_the_health_of_the_page_follows_redis(
+def test_the_health_check_on_the_page_follows_redis(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASK_EVENTBUS_URL", redis_server.url)

@@ -126,7 +126,7 @@ def _posts(url: str) -> bool:
         return False
 
 
-def test_what_a_program_may_write_runs_and_so_does_its_test(pytester: pytest.Pytester) -> None:
+def test_the_public_api_example_and_its_test_run(pytester: pytest.Pytester) -> None:
     program = block(README, "@app.signal")
     test = block(README, "eventbus.deliver")
     pytester.makepyfile(test_readme=program + "\n\n" + test)
@@ -162,7 +162,7 @@ def read_default(told: str) -> object:
 
 
 @pytest.mark.parametrize("text", blocks(PUBLISH_AND_SUBSCRIBE))
-def test_the_examples_of_the_page_on_publishing_and_subscribing_are_read(text: str) -> None:
+def test_the_examples_on_publishing_and_subscribing_are_valid(text: str) -> None:
     names: dict[str, Any] = {}
     exec(text.replace('"accounts.hooks:api_call"', '"json:loads"'), names)  # noqa: S102
 
@@ -207,7 +207,7 @@ PAGES = [
 ]
 
 
-def test_what_the_page_on_architecture_names_is_where_it_says() -> None:
+def test_every_name_on_the_architecture_page_exists_where_it_says() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     files = set(re.findall(r"`((?:\w+/)*\w+)\.py`", page))
     modules = [import_module(f"flask_eventbus.{path.replace('/', '.')}") for path in files]
@@ -237,7 +237,7 @@ def test_the_version_is_in_the_changes() -> None:
     assert f"## {flask_eventbus.__version__}" in (ROOT / "CHANGES.md").read_text()
 
 
-def test_the_readme_says_which_pythons_the_package_asks_for() -> None:
+def test_the_readme_names_the_pythons_that_the_package_requires() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
     assert project["requires-python"] == ">=3.11"
@@ -258,7 +258,7 @@ def streams_page(redis_server: RedisServer) -> Iterator[dict[str, Any]]:
     names["bus"].stop(flush=0)
 
 
-def test_the_receivers_of_the_page_on_streams_do_what_it_says(
+def test_the_receivers_on_the_streams_page_behave_as_described(
     streams_page: dict[str, Any],
     redis_server: RedisServer,
     make_bus: Callable[..., Bus],
@@ -311,7 +311,7 @@ def test_the_page_on_streams_says_how_long_retries_last() -> None:
         assert lasts == pytest.approx(seconds, rel=0.005)
 
 
-def test_an_id_that_is_kept_costs_what_the_page_on_streams_says(shared_redis: RedisServer) -> None:
+def test_a_stored_id_takes_the_memory_that_the_streams_page_says(shared_redis: RedisServer) -> None:
     client: Any = shared_redis.client
     key, node = f"ids-{os.getpid()}", secrets.token_hex(6)
     numbers = itertools.count(1)
@@ -355,7 +355,7 @@ def wait_for_workers(client: Any, count: int) -> None:
     wait_until(lambda: len(nodes()) == count, what="the worker is there")
 
 
-def test_the_receiver_of_the_page_on_idempotency_works_once_however_often_an_event_comes(
+def test_the_receiver_on_the_idempotency_page_acts_once_per_event(
     loyalty: Path, redis_server: RedisServer, make_bus: Callable[..., Bus]
 ) -> None:
     shop = make_bus(redis_server.url, "shop", publish={"order_paid": "stream"})

@@ -88,7 +88,7 @@ def node_of(event: dict[str, Any]) -> str:
     return str(event["id"]).rpartition("-")[0]
 
 
-def test_a_child_publishes_as_a_node_of_its_own_and_listens_only_when_started(
+def test_a_forked_child_publishes_as_a_separate_node_and_listens_only_when_started(
     service: Service,
 ) -> None:
     wire = Wire(service)
@@ -146,7 +146,7 @@ print("the child ended with", ended(child))
 
 
 @pytest.mark.parametrize("before", ["pass", "called.send(number=0); assert bus.flush(5)"])
-def test_a_child_forked_without_hooks_is_a_node_of_its_own(service: Service, before: str) -> None:
+def test_a_child_forked_without_hooks_is_a_separate_node(service: Service, before: str) -> None:
     wire = Wire(service)
     service.write(
         "program.py",
@@ -205,7 +205,7 @@ report("ended", codes=[ended(child) for child in children])
     assert program.end() == 0
 
 
-def test_a_child_does_not_publish_what_its_parent_has_in_memory(service: Service) -> None:
+def test_a_forked_child_does_not_publish_the_buffer_of_its_parent(service: Service) -> None:
     wire = Wire(service)
     service.write(
         "program.py",
@@ -247,7 +247,7 @@ print("the child ended with", ended(child))
     assert len(events) == 7
 
 
-def test_whatever_lock_a_thread_holds_at_a_fork_the_child_goes_on(service: Service) -> None:
+def test_a_lock_held_by_a_thread_at_a_fork_does_not_block_the_child(service: Service) -> None:
     service.write(
         "program.py",
         f"""{PROGRAM}
@@ -380,7 +380,7 @@ wait_until_released("RELEASE")
 
 
 @pytest.mark.parametrize("ending", ["pass", "bus.flush()"])
-def test_a_child_of_multiprocessing_publishes_to_its_end(service: Service, ending: str) -> None:
+def test_a_multiprocessing_child_publishes_until_its_end(service: Service, ending: str) -> None:
     wire = Wire(service)
     service.write(
         "program.py",
@@ -424,9 +424,7 @@ wait_until_released("RELEASE")
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_child_of_multiprocessing_is_ended_by_terminate_wherever_it_is(
-    service: Service, method: str
-) -> None:
+def test_terminate_ends_a_multiprocessing_child_at_any_point(service: Service, method: str) -> None:
     service.write(
         "program.py",
         f"""
@@ -465,7 +463,7 @@ if __name__ == "__main__":
     assert "-15" in program.said
 
 
-def test_pools_are_terminated_in_whatever_moment_of_their_children(service: Service) -> None:
+def test_pools_can_be_terminated_at_any_point_of_their_children(service: Service) -> None:
     service.write(
         "program.py",
         f"""{PROGRAM}

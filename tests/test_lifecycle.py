@@ -72,7 +72,7 @@ def url() -> str:
     return f"memory://lifecycle-{time.time_ns()}"
 
 
-def test_leases_are_renewed_while_the_alarm_of_a_dead_letter_takes_long(
+def test_claims_are_renewed_during_a_slow_receiver_of_event_dead(
     shared_redis: RedisServer, make_bus: Make, hold: Callable[[NamedSignal], Gate]
 ) -> None:
     store = StreamStore(shared_redis)
@@ -116,7 +116,7 @@ def claimed_at(store: StreamStore, entry: str) -> int:
     return now - int(found["time_since_delivered"])
 
 
-def test_an_audit_is_told_of_each_receiver_that_succeeded(
+def test_every_successful_receiver_is_signalled(
     url: str, make_bus: Make, eventbus: Isolation
 ) -> None:
     bus = make_bus(url, "consumer")
@@ -156,7 +156,7 @@ def test_a_send_does_not_wait_for_receivers_of_lifecycle_signals(
     assert bus.health().counts["dropped"] >= 2
 
 
-def test_events_are_heard_while_a_receiver_is_told_of_rejected_bytes(
+def test_events_arrive_while_a_receiver_of_event_rejected_runs(
     redis_server: RedisServer, make_bus: Make, hold: Callable[[NamedSignal], Gate]
 ) -> None:
     gate = hold(signals.event_rejected)
@@ -174,7 +174,7 @@ def test_events_are_heard_while_a_receiver_is_told_of_rejected_bytes(
     wait_until(lambda: heard == [1], what="the event is heard")
 
 
-def test_a_receiver_that_raises_keeps_no_other_from_its_lifecycle_signal() -> None:
+def test_a_lifecycle_receiver_that_raises_does_not_stop_the_others() -> None:
     told: list[str] = []
 
     def bad(sender: str, **values: Any) -> None:
@@ -197,7 +197,7 @@ def test_a_receiver_that_raises_keeps_no_other_from_its_lifecycle_signal() -> No
         signals.events_trimmed.disconnect(receiver)
 
 
-def test_a_receiver_that_causes_what_it_is_told_of_is_not_told_of_it_for_ever(
+def test_a_lifecycle_receiver_that_causes_its_own_signal_does_not_loop(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url, publish=["tick"], buffer_size=1, timeout=0.1)

@@ -56,7 +56,7 @@ def fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 @pytest.mark.timing(first_retry=0.01)
-def test_each_attempt_that_fails_is_one_error_and_the_same_traceback_is_logged_once(
+def test_each_failed_attempt_is_one_error_and_the_same_traceback_is_logged_once(
     make_bus: Make,
     shared_redis: RedisServer,
     infos: pytest.LogCaptureFixture,
@@ -95,7 +95,7 @@ def test_each_attempt_that_fails_is_one_error_and_the_same_traceback_is_logged_o
     ]
 
 
-def test_a_receiver_that_asks_for_another_attempt_is_one_line_of_information(
+def test_a_requested_retry_is_logged_as_one_info_line(
     bus: Bus, eventbus: Isolation, infos: pytest.LogCaptureFixture
 ) -> None:
     @bus.on("tick")
@@ -112,7 +112,7 @@ def test_a_receiver_that_asks_for_another_attempt_is_one_line_of_information(
     assert "Traceback" not in infos.text
 
 
-def test_a_receiver_that_asks_once_too_often_has_failed(
+def test_a_receiver_that_asks_for_too_many_retries_has_failed(
     bus: Bus, eventbus: Isolation, infos: pytest.LogCaptureFixture
 ) -> None:
     @bus.on("tick", retries=1)
@@ -126,7 +126,7 @@ def test_a_receiver_that_asks_once_too_often_has_failed(
     assert "attempt 2, the last, now a dead letter of 'mailer': Retry: not yet" in infos.text
 
 
-def test_an_event_that_a_receiver_rejects_is_one_warning(
+def test_a_rejected_event_is_logged_as_one_warning(
     bus: Bus, make_bus: Make, shared_redis: RedisServer, infos: pytest.LogCaptureFixture
 ) -> None:
     store = StreamStore(shared_redis)
@@ -184,7 +184,7 @@ def test_a_receiver_that_fails_is_logged_and_signalled(
 # -- within bounds --------------------------------------------------------------------------
 
 
-def test_a_receiver_that_fails_at_every_event_fills_no_disk(
+def test_errors_of_a_receiver_that_always_fails_are_rate_limited(
     bus: Bus, eventbus: Isolation, caplog: pytest.LogCaptureFixture
 ) -> None:
     @bus.on("tick")
@@ -200,7 +200,7 @@ def test_a_receiver_that_fails_at_every_event_fills_no_disk(
     assert len(caplog.text) < 10 * 10_000
 
 
-def test_ten_lines_a_minute_are_logged_in_each_minute(
+def test_ten_lines_are_logged_in_each_minute(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1_000.0]
@@ -229,7 +229,7 @@ def test_ten_lines_a_minute_are_logged_in_each_minute(
     assert len(third) == 10
 
 
-def test_a_state_that_lasts_is_logged_when_it_begins_and_when_it_ends(
+def test_a_lasting_state_is_logged_when_it_starts_and_when_it_ends(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     log = BoundedLog(get_logger("flask_eventbus.tests"))
@@ -243,7 +243,7 @@ def test_a_state_that_lasts_is_logged_when_it_begins_and_when_it_ends(
     assert [record.getMessage() for record in caplog.records] == ["refused", "granted"] * 2
 
 
-def test_receivers_that_are_too_slow_are_logged_and_so_is_that_they_have_caught_up(
+def test_slow_receivers_are_logged_and_so_is_their_recovery(
     make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = make_bus(f"memory://logs-{time.time_ns()}", "mailer")
@@ -302,7 +302,7 @@ ERRORS: dict[str, Callable[[], None]] = {
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_the_text_of_an_error_forges_no_record_and_reaches_no_terminal(
+def test_the_text_of_an_error_cannot_forge_a_log_record(
     bus: Bus, eventbus: Isolation, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     @bus.on("tick")
@@ -321,7 +321,7 @@ def test_the_text_of_an_error_forges_no_record_and_reaches_no_terminal(
     assert "\\nThe above exception" not in shown
 
 
-def test_texts_from_the_wire_forge_no_record(caplog: pytest.LogCaptureFixture) -> None:
+def test_text_from_the_wire_cannot_forge_a_log_record(caplog: pytest.LogCaptureFixture) -> None:
     log = get_logger("flask_eventbus.tests")
 
     log.warning("The service %s said %r: %s", FORGERY, FORGERY, ValueError(FORGERY))
@@ -334,7 +334,7 @@ def test_texts_from_the_wire_forge_no_record(caplog: pytest.LogCaptureFixture) -
     assert second.endswith("... (1000000 characters)")
 
 
-def test_a_record_names_the_line_that_wrote_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_record_names_the_line_that_wrote_it(caplog: pytest.LogCaptureFixture) -> None:
     log = get_logger("flask_eventbus.tests")
 
     log.warning("plain")
@@ -345,7 +345,7 @@ def test_a_record_names_the_line_that_wrote_it(caplog: pytest.LogCaptureFixture)
         log.exception("raised")
 
     assert {record.funcName for record in caplog.records} == {
-        "test_a_record_names_the_line_that_wrote_it"
+        "test_a_log_record_names_the_line_that_wrote_it"
     }
 
 
@@ -383,7 +383,7 @@ def test_a_dead_letter_keeps_the_end_of_a_traceback(
     assert len(letter.error) <= 500
 
 
-def test_a_traceback_that_cannot_be_had_is_said_to_be_missing() -> None:
+def test_an_unavailable_traceback_is_reported_as_missing() -> None:
     class UnspeakableError(Exception):
         def __str__(self) -> str:
             raise ValueError("there are no words for it")
@@ -394,7 +394,7 @@ def test_a_traceback_that_cannot_be_had_is_said_to_be_missing() -> None:
 # -- fields ---------------------------------------------------------------------------------
 
 
-def test_each_event_that_is_published_and_handled_is_told_where_the_setting_says_so(
+def test_published_and_handled_events_are_logged_if_the_setting_says_so(
     shared_redis: RedisServer, make_bus: Make, infos: pytest.LogCaptureFixture
 ) -> None:
     prefix = f"logs-{os.getpid()}-{next(_numbers)}-{time.time_ns()}"
@@ -429,7 +429,7 @@ def test_each_event_that_is_published_and_handled_is_told_where_the_setting_says
     }
 
 
-def test_events_that_are_handled_are_not_told_by_default(
+def test_handled_events_are_not_logged_by_default(
     bus: Bus, eventbus: Isolation, infos: pytest.LogCaptureFixture
 ) -> None:
     bus.on("tick")(lambda sender: None)
@@ -439,7 +439,7 @@ def test_events_that_are_handled_are_not_told_by_default(
     assert not infos.records
 
 
-def test_a_record_that_is_about_no_event_has_the_service_of_the_process(
+def test_a_log_record_without_an_event_has_the_service_of_the_process(
     make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     from flask_eventbus.node import nodes

@@ -142,7 +142,9 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize(("page", "sentence", "value"), SENTENCES)
-def test_a_number_of_a_page_is_that_of_the_code(page: str, sentence: str, value: float) -> None:
+def test_the_numbers_on_the_pages_are_those_of_the_code(
+    page: str, sentence: str, value: float
+) -> None:
     text = " ".join((DOCS / f"{page}.md").read_text().split())
     found = re.findall(sentence, text)
 
@@ -150,7 +152,7 @@ def test_a_number_of_a_page_is_that_of_the_code(page: str, sentence: str, value:
     assert number(found[0]) == pytest.approx(value)
 
 
-def test_every_default_that_a_page_names_is_the_setting_s() -> None:
+def test_every_default_on_a_page_is_that_of_the_setting() -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     named = [
         (page.name, setting, number(told) * (MIB if unit == " MiB" else 1))
@@ -164,7 +166,7 @@ def test_every_default_that_a_page_names_is_the_setting_s() -> None:
     assert [found for found in named if found[2] != defaults[found[1].lower()]] == []
 
 
-def test_a_page_says_how_long_retries_last_as_the_code_does() -> None:
+def test_the_durations_of_retries_on_the_page_match_the_code() -> None:
     text = " ".join((DOCS / "configuration.md").read_text().split())
     [(twelve, thirty)] = re.findall(r"12 take (\S+) minutes, 30 take (\S+) hours", text)
 
@@ -174,7 +176,7 @@ def test_a_page_says_how_long_retries_last_as_the_code_does() -> None:
     assert lasting(5) == pytest.approx(30, abs=2)
 
 
-def test_the_table_of_retries_is_what_the_code_does() -> None:
+def test_the_table_of_retries_matches_the_code() -> None:
     units = {"s": 1, "minutes": 60, "hours": 3_600}
     text = (DOCS / "streams.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (\S+) (s|minutes|hours) \|$", text, re.MULTILINE)

@@ -57,11 +57,11 @@ def test_the_pinned_versions_are_allowed(requirement: Requirement) -> None:
     assert version in requirement.specifier
 
 
-def test_whatever_has_a_lowest_version_is_pinned_for_development_too() -> None:
+def test_every_package_with_a_lowest_version_is_pinned_for_development() -> None:
     assert pinned("lowest.txt").keys() <= pinned("dev.txt").keys()
 
 
-def test_the_demo_installs_the_services_and_what_runs_them_alone() -> None:
+def test_the_demo_installs_only_the_services_and_their_servers() -> None:
     lines = (ROOT / "requirements" / "demo.txt").read_text().splitlines()
     names = {canonicalize_name(line) for line in lines if line[0] not in "#-"}
 

@@ -129,7 +129,7 @@ def work(shared_redis: RedisServer, make_bus: Make, prefix: str) -> Callable[...
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_the_middle_of_a_receiver_lets_it_finish_and_exits_0(
+def test_sigterm_lets_a_running_receiver_finish_and_exits_0(
     start: Callable[..., Program], work: Callable[..., None], number: signal.Signals
 ) -> None:
     program = start()
@@ -163,7 +163,7 @@ def test_a_second_signal_forces_the_end(
     assert "finished" not in program.lines
 
 
-def test_receivers_that_outlast_the_grace_are_left_and_told(
+def test_receivers_that_outlast_the_grace_are_abandoned_and_logged(
     start: Callable[..., Program], work: Callable[..., None]
 ) -> None:
     program = start(grace=0.2)
@@ -205,14 +205,14 @@ for _ in range(1_000):
 """
 
 
-def test_a_signal_is_heard_at_whatever_moment_it_comes(tmp_path: Path) -> None:
+def test_a_termination_signal_is_handled_at_any_moment(tmp_path: Path) -> None:
     path = tmp_path / "signalled.py"
     path.write_text(SIGNALLED)
 
     assert subprocess.run([sys.executable, str(path)], timeout=30).returncode == 0
 
 
-def test_a_script_that_subscribed_to_nothing_fails_at_once(start: Callable[..., Program]) -> None:
+def test_a_script_without_subscriptions_fails_at_once(start: Callable[..., Program]) -> None:
     program = start(
         "from flask_eventbus import Bus\nBus({url!r}, service='x', prefix={prefix!r}).run()"
     )
@@ -246,7 +246,7 @@ def test_a_publisher_script_flushes_when_its_with_block_ends(
     assert heard == list(range(500))
 
 
-def test_a_bus_may_be_started_and_stopped_as_often_as_anyone_likes(
+def test_a_bus_can_be_started_and_stopped_repeatedly(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     heard: list[int] = []
@@ -284,7 +284,7 @@ def test_a_script_takes_its_settings_from_the_environment(
     assert sorted(bus.node.routes) == ["tick", "tock"]
 
 
-def test_stop_from_a_receiver_is_refused_instead_of_waiting_for_itself(
+def test_stop_from_a_receiver_is_refused_instead_of_deadlocking(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     bus = make_bus(shared_redis.url, "consumer", prefix=prefix)
@@ -376,7 +376,7 @@ def test_the_event_queue_is_bounded_in_bytes_too() -> None:
     assert len(queue) == 1
 
 
-def test_a_thread_takes_few_large_events_at_once() -> None:
+def test_a_thread_takes_only_a_few_large_events_at_once() -> None:
     changed = threading.Condition()
     queue = EventQueue(changed, changed)
     event: Any = object()
@@ -409,7 +409,7 @@ print("ended", flush=True)
 @pytest.mark.parametrize(
     ("end", "code"), [("pass", 0), ("sys.exit(3)", 3)], ids=["returns", "exits"]
 )
-def test_run_calls_a_handler_that_was_set_before_it(
+def test_run_calls_a_signal_handler_set_before_it(
     start: Callable[..., Program], end: str, code: int
 ) -> None:
     program = start(OWN_HANDLER.replace("{end}", end))
@@ -433,7 +433,7 @@ time.sleep(60)
 """
 
 
-def test_sigterm_names_what_a_script_could_not_publish(start: Callable[..., Program]) -> None:
+def test_sigterm_logs_the_ids_a_script_could_not_publish(start: Callable[..., Program]) -> None:
     program = start(PUBLISHER)
     program.wait_for("sent")
 
@@ -466,7 +466,7 @@ threading.Thread(target=send_late, daemon=True).start()
 @pytest.mark.parametrize(
     "end", ["os.kill(os.getpid(), 15); time.sleep(60)", ""], ids=["by SIGTERM", "by itself"]
 )
-def test_events_that_are_sent_while_a_process_ends_are_named_too(
+def test_events_sent_while_a_process_ends_are_logged_too(
     start: Callable[..., Program], end: str
 ) -> None:
     program = start(LATE.replace("{end}", end))
@@ -498,7 +498,7 @@ gevent.spawn(watch_handler)
     [(PUBLISHER, "end_by_signal", -signal.SIGTERM), (CONSUMER, "end", 0)],
     ids=["script", "run"],
 )
-def test_a_signal_that_comes_while_all_greenlets_wait_is_taken_without_an_error(
+def test_a_termination_signal_while_all_greenlets_wait_raises_no_error(
     start: Callable[..., Program], text: str, handler: str, code: int
 ) -> None:
     program = start(GEVENT.replace("HANDLER", handler) + text)
@@ -518,7 +518,7 @@ os.kill = lambda process, number: None
 """
 
 
-def test_sigterm_ends_the_first_process_of_a_container_too(start: Callable[..., Program]) -> None:
+def test_sigterm_ends_a_process_with_pid_1(start: Callable[..., Program]) -> None:
     program = start(FIRST_OF_A_CONTAINER + PUBLISHER)
     program.wait_for("sent")
 
@@ -528,7 +528,7 @@ def test_sigterm_ends_the_first_process_of_a_container_too(start: Callable[..., 
     assert any("1 events were not published before the end" in line for line in program.lines)
 
 
-def test_a_handler_for_sigterm_that_the_program_has_set_stays(
+def test_a_sigterm_handler_of_the_program_is_kept(
     start: Callable[..., Program],
 ) -> None:
     program = start(

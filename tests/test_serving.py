@@ -160,7 +160,7 @@ def test_each_worker_of_gunicorn_listens_and_the_master_does_not(
 
 
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
-def test_after_a_reload_of_gunicorn_the_new_workers_listen_and_the_old_are_gone(
+def test_after_a_reload_of_gunicorn_only_the_new_workers_listen(
     service: Service, preload: list[str]
 ) -> None:
     program = service.run(*GUNICORN, "-w", "2", *preload)
@@ -187,7 +187,7 @@ def test_the_replacement_of_a_killed_worker_listens(service: Service, preload: l
     assert killed not in after
 
 
-def test_the_replacement_of_a_worker_that_served_its_share_listens(service: Service) -> None:
+def test_the_replacement_of_a_worker_that_reached_max_requests_listens(service: Service) -> None:
     program = service.run(*GUNICORN, "--max-requests", "2")
     old = service.hearers(1)
     before = service.nodes("pubsub")
@@ -199,7 +199,7 @@ def test_the_replacement_of_a_worker_that_served_its_share_listens(service: Serv
     assert not service.hearers(1) & old
 
 
-def test_an_app_that_is_older_than_the_gunicorn_around_it_listens_in_the_workers(
+def test_an_app_created_before_gunicorn_forks_listens_in_the_workers(
     service: Service,
 ) -> None:
     service.write(
@@ -251,7 +251,7 @@ def worker_exit(server, worker):
     assert [line["pid"] for line in service.reports("ended")] == [worker]
 
 
-def test_checking_a_gunicorn_configuration_connects_nowhere(
+def test_checking_a_gunicorn_configuration_opens_no_connection(
     service: Service, tripwire: Tripwire
 ) -> None:
     program = service.run(*GUNICORN, "--check-config", FLASK_EVENTBUS_URL=tripwire.url)
@@ -264,9 +264,7 @@ def test_checking_a_gunicorn_configuration_connects_nowhere(
 
 
 @pytest.mark.parametrize("worker", ["sync", "gthread", "gevent"])
-def test_receivers_in_the_middle_end_before_their_worker_does(
-    service: Service, worker: str
-) -> None:
+def test_running_receivers_finish_before_their_worker_ends(service: Service, worker: str) -> None:
     program = service.run(*GUNICORN, "-k", worker, FLASK_EVENTBUS_CONCURRENCY="2")
     service.listeners(1)
 
@@ -284,7 +282,7 @@ def test_receivers_in_the_middle_end_before_their_worker_does(
     assert "Traceback" not in program.said
 
 
-def test_a_receiver_that_does_not_end_is_left_after_the_grace(service: Service) -> None:
+def test_a_receiver_that_does_not_finish_is_abandoned_after_the_grace(service: Service) -> None:
     program = service.run(*GUNICORN, FLASK_EVENTBUS_GRACE="0.1")
     service.listeners(1)
     service.publish("held")
@@ -298,7 +296,7 @@ def test_a_receiver_that_does_not_end_is_left_after_the_grace(service: Service) 
 
 
 @pytest.mark.parametrize("worker", ["sync", "gevent"])
-def test_events_that_wait_for_redis_are_published_before_the_worker_ends(
+def test_buffered_events_are_published_before_the_worker_ends(
     lonely_service: Service, worker: str
 ) -> None:
     service, server = lonely_service, lonely_service.server
@@ -328,7 +326,7 @@ WAITRESS = ["-m", "waitress", "--listen", "127.0.0.1:0", "app:app"]
 
 
 @pytest.mark.parametrize("server", [FLASK_RUN, WAITRESS], ids=["flask run", "waitress"])
-def test_sigterm_publishes_what_waits_before_it_ends_the_process(
+def test_sigterm_publishes_buffered_events_before_the_process_ends(
     lonely_service: Service, server: list[str]
 ) -> None:
     service, redis = lonely_service, lonely_service.server
@@ -347,7 +345,7 @@ def test_sigterm_publishes_what_waits_before_it_ends_the_process(
     assert client.xlen(f"{service.name}:{{shouted}}:stream") == 3
 
 
-def test_sigterm_names_the_events_that_were_not_published(service: Service) -> None:
+def test_sigterm_logs_the_ids_of_unpublished_events(service: Service) -> None:
     settings = {"FLASK_EVENTBUS_PUBLISH": '{"shouted": "stream"}'}
     program = service.run(*FLASK_RUN, FLASK_EVENTBUS_URL="redis://127.0.0.1:9/0", **settings)
     program.get("/shout/3", method="POST")
@@ -382,7 +380,7 @@ def catches_sigterm(program: Program) -> bool:
 
 
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
-def test_a_gevent_worker_answers_while_receivers_and_redis_keep_it_waiting(
+def test_a_gevent_worker_answers_requests_while_receivers_and_redis_block(
     lonely_service: Service, preload: list[str]
 ) -> None:
     service = lonely_service
@@ -408,7 +406,7 @@ def test_a_gevent_worker_answers_while_receivers_and_redis_keep_it_waiting(
 
 
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
-def test_greenlets_that_publish_side_by_side_wait_for_room_in_the_buffer(
+def test_concurrent_greenlets_wait_for_room_in_the_buffer(
     service: Service, preload: list[str]
 ) -> None:
     settings = {"FLASK_EVENTBUS_BUFFER_SIZE": "10", "FLASK_EVENTBUS_TIMEOUT": "10"}
@@ -447,7 +445,7 @@ server.serve_forever()
     assert service.hearers(1) == {program.pid}
 
 
-def test_another_server_listens_at_once_when_it_is_told_to(service: Service) -> None:
+def test_another_server_listens_at_once_when_the_app_starts_the_bus(service: Service) -> None:
     service.write("serve.py", f"{APP}\nbus.start(app)\nimport threading\nthreading.Event().wait()")
 
     program = service.run("serve.py")
@@ -483,7 +481,7 @@ print("listening:", bus.health().listening)
         pytest.param(["-c", "import app"], "", id="import"),
     ],
 )
-def test_what_does_not_serve_connects_nowhere(
+def test_a_flask_command_that_does_not_serve_opens_no_connection(
     service: Service, tripwire: Tripwire, command: list[str], said: str
 ) -> None:
     program = service.run(*command, FLASK_EVENTBUS_URL=tripwire.url)
@@ -494,7 +492,7 @@ def test_what_does_not_serve_connects_nowhere(
     assert not tripwire.touched
 
 
-def test_an_app_under_test_does_not_listen_although_a_server_serves_it(
+def test_an_app_with_testing_does_not_listen_even_in_a_server(
     service: Service, tripwire: Tripwire
 ) -> None:
     settings = {"FLASK_TESTING": "true", "FLASK_EVENTBUS_URL": tripwire.url}
@@ -505,9 +503,7 @@ def test_an_app_under_test_does_not_listen_although_a_server_serves_it(
 
 
 @pytest.mark.parametrize("command", ONE_PROCESS)
-def test_a_service_that_is_not_to_listen_still_publishes(
-    service: Service, command: list[str]
-) -> None:
+def test_a_service_with_listen_false_still_publishes(service: Service, command: list[str]) -> None:
     program = service.run(*command, FLASK_EVENTBUS_LISTEN="false")
 
     program.get("/shout/1", method="POST")
@@ -517,7 +513,7 @@ def test_a_service_that_is_not_to_listen_still_publishes(
 
 
 @pytest.mark.parametrize("command", ONE_PROCESS)
-def test_a_disabled_bus_connects_nowhere(
+def test_a_disabled_bus_opens_no_connection(
     service: Service, tripwire: Tripwire, command: list[str]
 ) -> None:
     settings = {"FLASK_EVENTBUS_ENABLED": "false", "FLASK_EVENTBUS_URL": tripwire.url}
@@ -546,7 +542,7 @@ def test_no_event_arrives_before_the_app_is_loaded(service: Service, command: li
 
 
 @pytest.mark.parametrize("command", ONE_PROCESS)
-def test_a_service_begins_without_redis_and_hears_when_it_comes(
+def test_a_service_starts_without_redis_and_receives_events_once_it_is_up(
     tmp_path: Path, command: list[str]
 ) -> None:
     server = RedisServer(tmp_path)
@@ -565,7 +561,7 @@ def test_a_service_begins_without_redis_and_hears_when_it_comes(
         server.kill()
 
 
-def test_workers_share_an_embedded_server_that_is_gone_after_them(service: Service) -> None:
+def test_workers_share_an_embedded_server_that_ends_with_them(service: Service) -> None:
     home = Path(tempfile.mkdtemp(prefix="eb"))
     settings = {"FLASK_EVENTBUS_URL": "embedded://", "TMPDIR": str(home)}
     program = service.run(*GUNICORN, "-w", "2", **settings)

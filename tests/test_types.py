@@ -129,7 +129,7 @@ def test_ship(eventbus: Isolation) -> None:
 """
 
 
-def test_a_type_checker_accepts_what_is_right_and_refuses_what_is_wrong(tmp_path: Path) -> None:
+def test_type_checkers_accept_correct_programs_and_reject_wrong_ones(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "page.py").write_text(PAGE)
     command = [sys.executable, "-m", "mypy", "--strict", "--no-pretty", "page.py", "program.py"]
@@ -150,7 +150,7 @@ def test_the_program_of_the_page_on_types_runs() -> None:
     names["bus"].stop()
 
 
-def test_the_app_signal_of_a_bus_is_that_of_its_app(eventbus: Isolation) -> None:
+def test_the_app_attribute_of_a_signal_is_typed(eventbus: Isolation) -> None:
     bus = EventBus()
     app = Flask(__name__)
     app.config.from_mapping(EVENTBUS_SERVICE="accounts")
@@ -165,13 +165,13 @@ def test_the_app_signal_of_a_bus_is_that_of_its_app(eventbus: Isolation) -> None
     assert sent == [(welcome, "welcome, ada")]
 
 
-def test_the_types_know_every_setting() -> None:
+def test_every_setting_is_typed() -> None:
     settings = {f"EVENTBUS_{name.upper()}" for name in Settings.__annotations__}
 
     assert settings | {"EVENTBUS_SERVICE", "EVENTBUS_URL"} == set(SETTINGS)
 
 
-def test_an_editor_can_show_what_each_lifecycle_signal_means() -> None:
+def test_every_lifecycle_signal_has_a_docstring() -> None:
     statements = ast.parse(inspect.getsource(signals)).body
     shown = {
         statement.targets[0].id

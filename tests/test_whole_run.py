@@ -33,7 +33,7 @@ MARK = "\npytestmark = pytest.mark.second_look\n"
 
 
 @pytest.mark.parametrize("body", SKIPS.values(), ids=SKIPS)
-def test_a_skip_is_a_failure_that_tells_its_reason(tmp_path: Path, body: str) -> None:
+def test_a_skip_is_a_failure_with_its_reason(tmp_path: Path, body: str) -> None:
     (tmp_path / "test_skipping.py").write_text(f"import pytest\n{body}\n")
 
     outcome = run_pytest(tmp_path)
@@ -42,7 +42,7 @@ def test_a_skip_is_a_failure_that_tells_its_reason(tmp_path: Path, body: str) ->
     assert "may not be skipped here: Skipped: no server" in outcome.stdout
 
 
-def test_what_passes_or_is_expected_to_fail_is_let_through(tmp_path: Path) -> None:
+def test_passing_and_expected_failures_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "test_passing.py").write_text(
         "import pytest\ndef test_it(): pass\n@pytest.mark.xfail\ndef test_other(): assert 0\n"
     )

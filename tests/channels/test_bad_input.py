@@ -69,7 +69,7 @@ def publish(server: RedisServer, bus: Bus, body: bytes, name: str = "tick") -> N
         for number, body in enumerate(bodies, start=1)
     ],
 )
-def test_bad_bytes_are_counted_told_and_followed_by_the_next_event(
+def test_undecodable_bytes_are_counted_and_logged_and_the_next_event_arrives(
     shared_redis: RedisServer,
     consumer: Bus,
     heard: list[Any],
@@ -91,7 +91,7 @@ def test_bad_bytes_are_counted_told_and_followed_by_the_next_event(
     assert len(caplog.text) < 2_000  # a sample, not the whole
 
 
-def test_a_flood_of_bad_bytes_is_logged_ten_times_a_minute(
+def test_a_flood_of_undecodable_bytes_is_logged_ten_times_a_minute(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(50):
@@ -103,7 +103,7 @@ def test_a_flood_of_bad_bytes_is_logged_ten_times_a_minute(
     assert caplog.text.count("are rejected") == 10
 
 
-def test_an_event_under_this_nodes_name_that_it_never_sent_is_a_forgery(
+def test_an_event_with_this_nodes_id_that_it_never_sent_is_a_forgery(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any], rejected: list[str]
 ) -> None:
     node = consumer.health().node
@@ -132,7 +132,7 @@ def numbers(heard: list[Any]) -> list[Any]:
     return [n for _, n in heard]
 
 
-def test_a_node_that_somebody_else_claims_stays_heard(
+def test_events_of_a_node_whose_id_is_forged_still_arrive(
     shared_redis: RedisServer,
     consumer: Bus,
     heard: list[Any],
@@ -159,7 +159,7 @@ def test_a_node_that_somebody_else_claims_stays_heard(
     )
 
 
-def test_no_event_is_lost_to_a_higher_number_that_somebody_forged(
+def test_a_forged_higher_number_loses_no_event(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
 ) -> None:
     for n in (1, 2):
@@ -175,7 +175,7 @@ def test_no_event_is_lost_to_a_higher_number_that_somebody_forged(
     wait_until(lambda: conflicts == ["abc-3"], what="the conflict is signalled")
 
 
-def test_a_number_that_no_node_can_have_reached_is_a_conflict_and_no_loss(
+def test_an_impossibly_high_number_is_a_conflict_and_not_a_loss(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
 ) -> None:
     most = 2**64 - 1
@@ -190,7 +190,7 @@ def test_a_number_that_no_node_can_have_reached_is_a_conflict_and_no_loss(
     assert consumer.health().missed == 2
 
 
-def test_the_count_goes_on_from_a_jump_that_another_number_follows(
+def test_counting_continues_from_a_jump_that_the_next_number_confirms(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
 ) -> None:
     far = 1 + decoder.MOST_MISSED + 2
@@ -205,7 +205,7 @@ def test_the_count_goes_on_from_a_jump_that_another_number_follows(
     assert consumer.health().missed == 1 + decoder.MOST_MISSED
 
 
-def test_a_lower_number_that_somebody_forged_is_heard_and_hides_no_gap(
+def test_a_forged_lower_number_is_received_and_hides_no_gap(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
 ) -> None:
     for n in (5, 6, 7):
@@ -233,7 +233,7 @@ def test_an_event_that_comes_twice_is_handled_once(
     assert conflicts == []
 
 
-def test_an_id_that_somebody_used_in_advance_hides_no_event_without_a_number(
+def test_an_id_forged_in_advance_hides_no_unnumbered_event(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
 ) -> None:
     honest = packed(id="relay-1", data={"n": "honest"})
@@ -246,7 +246,7 @@ def test_an_id_that_somebody_used_in_advance_hides_no_event_without_a_number(
     assert consumer.health().counts["duplicates"] == 1
 
 
-def test_what_is_remembered_of_other_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_other_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "REMEMBERED", 5)
     monkeypatch.setattr(by_id, "REMEMBERED", 5)
     monkeypatch.setattr(decoder, "MOST_REMEMBERED", 20)
@@ -261,7 +261,7 @@ def test_what_is_remembered_of_other_nodes_is_bounded(monkeypatch: pytest.Monkey
     assert len(heard._ids) == len(heard._sources) == 5
 
 
-def test_who_is_heard_again_and_again_is_not_the_first_to_be_forgotten(
+def test_a_node_that_sends_often_is_not_forgotten_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decoder, "REMEMBERED", 5)
@@ -280,7 +280,7 @@ def test_who_is_heard_again_and_again_is_not_the_first_to_be_forgotten(
     assert missing == [1] * 9
 
 
-def test_a_signal_that_nobody_declared_is_skipped_and_counted(
+def test_an_undeclared_signal_is_skipped_and_counted(
     shared_redis: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     prefix = f"bad-{time.time_ns()}"
@@ -296,7 +296,7 @@ def test_a_signal_that_nobody_declared_is_skipped_and_counted(
     assert "tuck" not in bus.namespace
 
 
-def test_unknown_attributes_are_left_aside(
+def test_unknown_attributes_are_ignored(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any]
 ) -> None:
     publish(shared_redis, consumer, packed(novelty={"deep": [1]}, datacontenttype="x"))
@@ -304,7 +304,7 @@ def test_unknown_attributes_are_left_aside(
     wait_until(lambda: heard, what="the event arrives")
 
 
-def test_a_payload_that_a_receiver_does_not_take_is_that_receivers_failure_alone(
+def test_a_payload_that_does_not_fit_one_receiver_fails_only_that_receiver(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(shared_redis, consumer, packed(data={"n": 1, "m": 2}))

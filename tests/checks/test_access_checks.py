@@ -33,14 +33,14 @@ def levels(url: str, words: str) -> list[str]:
     return [found.level for found in check_access(url) if words in found.text]
 
 
-def test_a_server_that_lets_everybody_do_everything_is_noted_on_this_machine(
+def test_a_local_server_without_acl_is_a_note(
     redis_server: RedisServer,
 ) -> None:
     assert levels(redis_server.url, OPEN) == ["note"]
 
 
 @pytest.mark.usefixtures("here")
-def test_a_server_that_lets_everybody_do_everything_is_warned_of_elsewhere(
+def test_a_remote_server_without_acl_is_a_warning(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     redis_server.client.execute_command("ACL", "SETUSER", "ada", "on", ">pw", "+@all", "~*", "&*")
@@ -57,7 +57,7 @@ def test_a_server_that_lets_everybody_do_everything_is_warned_of_elsewhere(
     [("off",), (">pw",), ("-@all",), ("-flushall",), ("resetkeys", "~mine:*")],
     ids=" ".join,
 )
-def test_a_default_user_without_all_rights_is_nothing_to_complain_of(
+def test_a_default_user_with_limited_rights_passes_the_check(
     redis_server: RedisServer, rules: tuple[str, ...]
 ) -> None:
     if rules == (">pw",):
@@ -82,7 +82,7 @@ def test_a_default_user_without_all_rights_is_nothing_to_complain_of(
         ("rediss://redis/0?ssl_check_hostname=false", "is not compared with the host"),
     ],
 )
-def test_a_way_that_others_may_read_is_warned_of(url: str, words: str) -> None:
+def test_an_unencrypted_remote_connection_is_a_warning(url: str, words: str) -> None:
     is_here = all(map(is_loopback, hosts_of(url)))
 
     [finding] = check_transport(url, is_here=is_here)
@@ -105,13 +105,13 @@ def test_a_way_that_others_may_read_is_warned_of(url: str, words: str) -> None:
         "rediss://redis/0?ssl_cert_reqs=required&ssl_check_hostname=true",
     ],
 )
-def test_a_way_that_nobody_reads_is_nothing_to_complain_of(url: str) -> None:
+def test_an_encrypted_or_local_connection_passes_the_check(url: str) -> None:
     is_here = url.startswith("unix") or all(map(is_loopback, hosts_of(url)))
 
     assert list(check_transport(url, is_here=is_here)) == []
 
 
-def test_the_command_warns_of_a_certificate_that_it_does_not_verify(tmp_path: Path) -> None:
+def test_check_warns_of_a_certificate_that_is_not_verified(tmp_path: Path) -> None:
     server = TlsServer(tmp_path, Authority(tmp_path, "authority"))
     server.start()
     url = f"{server.url}&ssl_cert_reqs=none"

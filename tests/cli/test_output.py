@@ -85,7 +85,7 @@ def publisher(store: StreamStore, make_bus: Callable[..., Bus]) -> Callable[[], 
 
 
 @pytest.mark.parametrize("words", SHOWING, ids=" ".join)
-def test_a_terminal_that_is_not_utf_8_shows_what_it_lacks_as_an_escape_sequence(
+def test_a_terminal_without_utf_8_shows_escape_sequences(
     store: StreamStore, make_bus: Callable[..., Bus], words: list[str]
 ) -> None:
     program = start(store, words, "latin-1")
@@ -99,7 +99,7 @@ def test_a_terminal_that_is_not_utf_8_shows_what_it_lacks_as_an_escape_sequence(
 
 @pytest.mark.skipif(not FULL.exists(), reason="This system has no /dev/full.")
 @pytest.mark.parametrize("words", WRITING, ids=" ".join)
-def test_a_full_disk_is_a_message_and_an_exit_code(
+def test_a_full_disk_gives_a_message_and_an_exit_code(
     store: StreamStore, make_bus: Callable[..., Bus], words: list[str]
 ) -> None:
     with FULL.open("wb") as full:

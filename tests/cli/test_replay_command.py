@@ -102,9 +102,7 @@ def test_replay_runs_every_receiver_for_every_event_in_order(
     assert not current_event
 
 
-def test_replay_leaves_the_group_and_all_that_belongs_to_it_alone(
-    store: StreamStore, make_app: Make, heard: Heard
-) -> None:
+def test_replay_does_not_change_the_group(store: StreamStore, make_app: Make, heard: Heard) -> None:
     for number in range(5):
         store.add("paid", number=number)
 
@@ -134,7 +132,7 @@ def test_replay_leaves_the_group_and_all_that_belongs_to_it_alone(
     assert state() == before
 
 
-def test_replay_brings_what_lies_between_two_places(
+def test_replay_runs_the_events_between_two_positions(
     store: StreamStore, make_app: Make, heard: Heard
 ) -> None:
     now = int(time.time() * 1000)
@@ -163,7 +161,7 @@ def test_replay_brings_what_lies_between_two_places(
         assert heard.counts == numbers, words
 
 
-def test_the_ages_of_replay_go_by_the_clock_of_redis(
+def test_ages_in_replay_use_the_clock_of_redis(
     store: StreamStore, make_app: Make, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = int(time.time() * 1000)
@@ -178,7 +176,7 @@ def test_the_ages_of_replay_go_by_the_clock_of_redis(
     assert heard.counts == [1]
 
 
-def test_replay_ends_with_what_was_there_when_it_began(
+def test_replay_ends_at_the_last_event_at_its_start(
     store: StreamStore, make_app: Make, heard: Heard
 ) -> None:
     @heard.bus.on("paid")
@@ -194,7 +192,7 @@ def test_replay_ends_with_what_was_there_when_it_began(
 
 
 @pytest.mark.parametrize("name", ["count", "test_replay_command.Heard.count"])
-def test_replay_may_run_one_receiver_alone(
+def test_replay_can_run_a_single_receiver(
     store: StreamStore, make_app: Make, heard: Heard, name: str
 ) -> None:
     store.add("paid", number=1)
@@ -205,7 +203,7 @@ def test_replay_may_run_one_receiver_alone(
     assert (heard.bills, heard.counts) == ([], [1])
 
 
-def test_replay_says_who_failed_at_what_and_exits_with_1(
+def test_replay_lists_failed_receivers_and_exits_with_1(
     store: StreamStore, make_app: Make, heard: Heard
 ) -> None:
     added = [store.add("paid", number=number) for number in range(4)]
@@ -224,7 +222,7 @@ def test_replay_says_who_failed_at_what_and_exits_with_1(
     ]
 
 
-def test_what_does_not_read_is_counted_and_told_and_no_failure(
+def test_replay_counts_and_lists_unreadable_entries_without_failing(
     store: StreamStore, make_app: Make, heard: Heard
 ) -> None:
     store.add("paid", number=1)
@@ -251,7 +249,7 @@ def test_what_does_not_read_is_counted_and_told_and_no_failure(
 
 
 @pytest.mark.parametrize("where", ["in code", "in settings"])
-def test_events_of_services_that_are_not_heard_are_left_out(
+def test_replay_skips_events_of_services_that_are_not_subscribed_to(
     store: StreamStore, make_app: Make, where: str
 ) -> None:
     bus = EventBus()
@@ -273,7 +271,7 @@ def test_events_of_services_that_are_not_heard_are_left_out(
     assert numbers == [1]
 
 
-def test_an_echo_that_is_asked_for_is_replayed_too(store: StreamStore, make_app: Make) -> None:
+def test_replay_includes_own_events_with_echo(store: StreamStore, make_app: Make) -> None:
     bus = EventBus()
     numbers: list[int] = []
     bus.on("paid", echo=True)(lambda sender, number: numbers.append(number))
@@ -301,7 +299,7 @@ def test_a_dry_run_counts_and_runs_nothing(
     assert (heard.events, heard.counts) == ([], [])
 
 
-def test_a_rate_is_kept(store: StreamStore, make_app: Make, heard: Heard) -> None:
+def test_replay_keeps_to_the_rate(store: StreamStore, make_app: Make, heard: Heard) -> None:
     for number in range(6):
         store.add("paid", number=number)
 
@@ -312,7 +310,7 @@ def test_a_rate_is_kept(store: StreamStore, make_app: Make, heard: Heard) -> Non
     assert time.monotonic() - begun >= 5 / 20
 
 
-def test_what_receivers_send_meanwhile_is_with_redis_at_the_end(
+def test_events_sent_during_a_replay_are_in_redis_at_its_end(
     store: StreamStore, make_app: Make
 ) -> None:
     bus = EventBus()
@@ -342,7 +340,7 @@ def test_replay_needs_receivers_and_says_how_to_name_them(store: StreamStore) ->
     )
 
 
-def test_a_program_that_cannot_replay_is_told_why(
+def test_replay_says_why_a_program_cannot_replay(
     store: StreamStore, make_app: Make, heard: Heard
 ) -> None:
     store.add("paid", number=1)
@@ -361,7 +359,7 @@ def test_a_program_that_cannot_replay_is_told_why(
     assert heard.counts == []
 
 
-def test_a_receiver_that_is_not_here_or_not_the_only_one_is_told(
+def test_replay_reports_an_unknown_or_ambiguous_receiver(
     store: StreamStore, make_app: Make
 ) -> None:
     bus = EventBus()
@@ -386,7 +384,7 @@ def test_a_receiver_that_is_not_here_or_not_the_only_one_is_told(
     assert "Other.count" in several.output
 
 
-def test_a_stream_that_is_not_there_is_told(make_app: Make, heard: Heard) -> None:
+def test_replay_reports_a_missing_stream(make_app: Make, heard: Heard) -> None:
     result = replay(make_app(heard.bus), *ALL)
 
     assert result.exit_code == 1
@@ -409,7 +407,7 @@ def test_a_stream_that_is_not_there_is_told(make_app: Make, heard: Heard) -> Non
     ],
     ids=["none", "word", "half", "large", "before", "rate", "hostile"],
 )
-def test_a_mistake_in_the_words_of_replay_exits_with_2(
+def test_a_usage_error_of_replay_exits_with_2(
     make_app: Make, heard: Heard, words: list[str], text: str
 ) -> None:
     result = replay(make_app(heard.bus), *words)
@@ -438,7 +436,7 @@ def register(bus):
 """
 
 
-def test_ctrl_c_ends_after_the_event_that_runs_and_says_where_to_go_on(
+def test_ctrl_c_finishes_the_running_event_and_says_where_to_continue(
     store: StreamStore, tmp_path: Path
 ) -> None:
     (tmp_path / "reactions.py").write_text(RECEIVERS)
@@ -465,7 +463,7 @@ def test_ctrl_c_ends_after_the_event_that_runs_and_says_where_to_go_on(
     )
 
 
-def test_a_redis_that_goes_away_meanwhile_is_told_with_what_was_done(
+def test_replay_reports_an_outage_with_its_progress(
     redis_server: RedisServer, heard: Heard
 ) -> None:
     store = StreamStore(redis_server)
@@ -488,7 +486,7 @@ def test_a_redis_that_goes_away_meanwhile_is_told_with_what_was_done(
     assert len(heard.counts) == 100
 
 
-def test_what_dead_retry_names_for_an_event_above_the_limit_brings_it(
+def test_the_replay_command_that_dead_retry_prints_replays_an_oversized_event(
     store: StreamStore, make_app: Make, heard: Heard, make_bus: Callable[..., Bus]
 ) -> None:
     worker = make_bus(store.url, "mailer", prefix=store.prefix)

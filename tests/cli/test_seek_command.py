@@ -44,7 +44,7 @@ def left(store: StreamStore) -> list[str]:
     return store.read("paid", 100)
 
 
-def test_seek_says_what_it_skips_and_moves_after_a_yes(store: StreamStore) -> None:
+def test_seek_says_how_many_events_it_skips_and_moves_after_yes(store: StreamStore) -> None:
     ids = fill(store)
 
     result = store.run("seek", "paid", "--to", "new", input="y\n")
@@ -65,7 +65,7 @@ Moved 'mailer' to {ids[9]} {stamp}\.
     assert left(store) == []
 
 
-def test_seek_says_what_it_repeats_and_what_is_pending(store: StreamStore) -> None:
+def test_seek_says_how_many_events_repeat_and_are_pending(store: StreamStore) -> None:
     ids = fill(store, read=3)
     pending = store.read("paid", 1)
 
@@ -80,7 +80,7 @@ def test_seek_says_what_it_repeats_and_what_is_pending(store: StreamStore) -> No
 
 
 @pytest.mark.parametrize("answer", ["n\n", "", "\n"])
-def test_without_a_yes_nothing_moves(store: StreamStore, answer: str) -> None:
+def test_seek_without_yes_moves_nothing(store: StreamStore, answer: str) -> None:
     ids = fill(store)
     store.client.sadd(store.keys.seen("paid", "mailer", 1), "x")
 
@@ -91,7 +91,7 @@ def test_without_a_yes_nothing_moves(store: StreamStore, answer: str) -> None:
     assert store.client.exists(store.keys.seen("paid", "mailer", 1))
 
 
-def test_a_place_is_an_entry_a_time_or_an_age(store: StreamStore) -> None:
+def test_seek_accepts_an_entry_a_time_or_an_age(store: StreamStore) -> None:
     ids = fill(store)
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - 0.5 * 3600 - 60))
 
@@ -110,7 +110,7 @@ def test_a_place_is_an_entry_a_time_or_an_age(store: StreamStore) -> None:
         assert len(left(store)) == count, place
 
 
-def test_an_age_goes_by_the_clock_of_redis(
+def test_an_age_in_seek_uses_the_clock_of_redis(
     store: StreamStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(store)
@@ -123,7 +123,7 @@ def test_an_age_goes_by_the_clock_of_redis(
     assert len(left(store)) == 5
 
 
-def test_who_may_not_ask_for_the_time_uses_this_machines(store: StreamStore) -> None:
+def test_without_the_right_to_time_seek_uses_the_local_clock(store: StreamStore) -> None:
     fill(store)
     user = f"blind-{store.prefix}"
     rules = ("on", ">secret", "+@all", "allkeys", "allchannels", "-time")
@@ -138,7 +138,7 @@ def test_who_may_not_ask_for_the_time_uses_this_machines(store: StreamStore) -> 
 
 
 @pytest.mark.parametrize("place", ["2023-11-14T22:13:20+00:00", "1700000000000"])
-def test_an_entry_of_exactly_that_time_comes_again(store: StreamStore, place: str) -> None:
+def test_seek_to_a_time_repeats_an_entry_of_that_time(store: StreamStore, place: str) -> None:
     ids = [store.add("paid", id=f"1700000000000-{number}")[0] for number in range(3)]
     store.group("paid", start="$")
 
@@ -149,7 +149,7 @@ def test_an_entry_of_exactly_that_time_comes_again(store: StreamStore, place: st
     assert left(store) == ids
 
 
-def test_what_is_repeated_is_not_taken_for_a_duplicate(store: StreamStore) -> None:
+def test_repeated_events_are_not_dropped_as_duplicates(store: StreamStore) -> None:
     fill(store)
     keys, others = (
         [store.keys.seen("paid", "mailer", 1), store.keys.seen("paid", "mailer", 29_999)],
@@ -164,7 +164,7 @@ def test_what_is_repeated_is_not_taken_for_a_duplicate(store: StreamStore) -> No
     assert store.client.exists(*others) == 2
 
 
-def test_a_group_that_has_passed_the_place_meanwhile_is_not_moved_back(store: StreamStore) -> None:
+def test_a_group_that_has_passed_the_position_is_not_moved_back(store: StreamStore) -> None:
     store.add("paid", n=1)
     store.group("paid")
     config = Config(service="mailer", url=store.url, prefix=store.prefix)
@@ -179,7 +179,7 @@ def test_a_group_that_has_passed_the_place_meanwhile_is_not_moved_back(store: St
     assert store.position("paid") == later
 
 
-def test_the_lag_is_right_after_a_move(store: StreamStore) -> None:
+def test_the_lag_is_correct_after_seek(store: StreamStore) -> None:
     ids = fill(store)
     store.client.xtrim(store.keys.stream("paid"), maxlen=8, approximate=False)
 
@@ -189,7 +189,7 @@ def test_the_lag_is_right_after_a_move(store: StreamStore) -> None:
         assert groups[0]["lag"] == lag, place
 
 
-def test_a_server_that_counts_nothing_is_not_told_a_count(
+def test_seek_passes_no_count_to_a_server_without_counts(
     store: StreamStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = fill(store)
@@ -214,7 +214,7 @@ def test_a_server_that_counts_nothing_is_not_told_a_count(
     assert left(store) == ids[6:]
 
 
-def test_a_group_that_is_there_already_is_not_asked_about(store: StreamStore) -> None:
+def test_seek_to_the_current_position_asks_nothing(store: StreamStore) -> None:
     ids = fill(store)
 
     result = store.run("seek", "paid", "--to", ids[3])
@@ -224,7 +224,7 @@ def test_a_group_that_is_there_already_is_not_asked_about(store: StreamStore) ->
     assert result.output.endswith(") already.\n")
 
 
-def test_other_groups_stay_where_they_are(store: StreamStore) -> None:
+def test_seek_does_not_move_other_groups(store: StreamStore) -> None:
     fill(store)
     store.group("paid", "audit", "0")
 
@@ -233,7 +233,7 @@ def test_other_groups_stay_where_they_are(store: StreamStore) -> None:
     assert store.position("paid", "audit") == "0-0"
 
 
-def test_with_an_app_it_is_its_service_that_moves(store: StreamStore) -> None:
+def test_seek_with_an_app_moves_its_service(store: StreamStore) -> None:
     fill(store)
     app = Flask("mailer")
     app.config.update(
@@ -248,7 +248,9 @@ def test_with_an_app_it_is_its_service_that_moves(store: StreamStore) -> None:
     assert store.position("paid") == "0-0"
 
 
-def test_a_worker_goes_on_from_there(store: StreamStore, make_bus: Callable[..., Bus]) -> None:
+def test_a_worker_continues_from_the_new_position(
+    store: StreamStore, make_bus: Callable[..., Bus]
+) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
     numbers: list[int] = []
     bus.on("paid", start="earliest")(lambda sender, number: numbers.append(number))
@@ -271,7 +273,7 @@ def test_a_worker_goes_on_from_there(store: StreamStore, make_bus: Callable[...,
 
 
 @pytest.mark.parametrize("place", ["{ahead}", "2999-01-01"])
-def test_a_place_after_the_last_event_is_refused(store: StreamStore, place: str) -> None:
+def test_seek_past_the_last_event_is_refused(store: StreamStore, place: str) -> None:
     ids = fill(store)
     ahead = f"{int(ids[9][:-2]) + 10**9}-0"
 
@@ -283,7 +285,7 @@ def test_a_place_after_the_last_event_is_refused(store: StreamStore, place: str)
     assert store.position("paid") == ids[3]
 
 
-def test_a_group_that_is_not_there_is_told(store: StreamStore) -> None:
+def test_seek_reports_a_missing_group(store: StreamStore) -> None:
     store.add("paid")
 
     for name in ("paid", "unknown"):
@@ -294,7 +296,7 @@ def test_a_group_that_is_not_there_is_told(store: StreamStore) -> None:
     assert not store.client.exists(store.keys.stream("unknown"))
 
 
-def test_who_moves_has_to_be_said(store: StreamStore) -> None:
+def test_seek_requires_a_service(store: StreamStore) -> None:
     result = store.run("seek", "paid", "--to", "new", service=None)
 
     assert result.exit_code == 1
@@ -311,7 +313,7 @@ def test_who_moves_has_to_be_said(store: StreamStore) -> None:
     ],
     ids=["none", "word", "short", "pattern"],
 )
-def test_a_mistake_in_the_words_of_seek_exits_with_2(
+def test_a_usage_error_of_seek_exits_with_2(
     store: StreamStore, words: list[str], text: str
 ) -> None:
     result = store.run("seek", *words)
@@ -320,7 +322,7 @@ def test_a_mistake_in_the_words_of_seek_exits_with_2(
     assert text in " ".join(result.output.split())
 
 
-def test_a_right_that_is_missing_leaves_the_group_where_it_is(redis_server: RedisServer) -> None:
+def test_without_the_right_seek_leaves_the_group_in_place(redis_server: RedisServer) -> None:
     store = StreamStore(redis_server)
     ids = fill(store)
     redis_server.client.execute_command(

@@ -91,7 +91,7 @@ def receive(sender: str, n: int) -> None:
 
 
 @pytest.mark.usefixtures("_nobody_runs")
-def test_a_service_that_is_forgotten_leaves_nothing_and_alarms_no_more(store: StreamStore) -> None:
+def test_a_forgotten_service_leaves_nothing_and_raises_no_alarm(store: StreamStore) -> None:
     fill(store)
     assert store.run("status", "--all", "--max-lag", "0", "--max-dead", "0").exit_code == 1
 
@@ -117,7 +117,7 @@ def test_a_service_that_is_forgotten_leaves_nothing_and_alarms_no_more(store: St
         (("rename", "mailer", "notifier"), "n\n", 1),
     ],
 )
-def test_a_dry_run_and_a_no_change_nothing(
+def test_a_dry_run_and_the_answer_no_change_nothing(
     store: StreamStore, words: tuple[str, ...], answer: str | None, code: int
 ) -> None:
     fill(store)
@@ -131,7 +131,7 @@ def test_a_dry_run_and_a_no_change_nothing(
 
 
 @pytest.mark.parametrize("words", [("forget", "mailer"), ("rename", "mailer", "notifier")])
-def test_a_service_whose_workers_run_is_left_alone(
+def test_a_service_with_running_workers_is_not_forgotten(
     store: StreamStore, words: tuple[str, ...], make_bus: Callable[..., Bus]
 ) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
@@ -148,7 +148,7 @@ def test_a_service_whose_workers_run_is_left_alone(
 
 
 @pytest.mark.parametrize("words", [("forget", "mailr"), ("rename", "mailr", "notifier")])
-def test_a_name_that_redis_does_not_know_is_answered_with_those_it_knows(
+def test_an_unknown_service_name_lists_the_known_ones(
     store: StreamStore, words: tuple[str, ...]
 ) -> None:
     fill(store)
@@ -164,7 +164,7 @@ def test_a_name_that_redis_does_not_know_is_answered_with_those_it_knows(
 
 
 @pytest.mark.usefixtures("_nobody_runs")
-def test_a_service_that_is_renamed_goes_on_where_it_was(
+def test_a_renamed_service_continues_where_it_was(
     store: StreamStore, make_bus: Callable[..., Bus]
 ) -> None:
     fill(store)
@@ -191,7 +191,9 @@ def test_a_service_that_is_renamed_goes_on_where_it_was(
 
 
 @pytest.mark.usefixtures("_nobody_runs")
-def test_many_pending_events_go_with_the_name_and_keep_their_counts(store: StreamStore) -> None:
+def test_pending_events_move_with_a_renamed_service_and_keep_their_counts(
+    store: StreamStore,
+) -> None:
     for number in range(250):
         store.add("paid", n=number)
     store.group("paid")
@@ -224,7 +226,5 @@ def test_two_services_are_not_merged(store: StreamStore) -> None:
 @pytest.mark.parametrize(
     "words", [("forget",), ("forget", "a b"), ("rename", "a"), ("rename", "a", "a")]
 )
-def test_a_mistake_in_the_words_of_services_exits_with_2(
-    store: StreamStore, words: tuple[str, ...]
-) -> None:
+def test_a_usage_error_of_services_exits_with_2(store: StreamStore, words: tuple[str, ...]) -> None:
     assert store.run("services", *words).exit_code == 2

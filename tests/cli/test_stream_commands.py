@@ -79,7 +79,7 @@ def as_json(result: Result) -> dict[str, Any]:
 # -- what it shows ------------------------------------------------------------------------
 
 
-def test_status_shows_how_far_a_service_is_and_who_its_workers_are(store: StreamStore) -> None:
+def test_status_shows_the_lag_and_the_workers_of_a_service(store: StreamStore) -> None:
     fill(store)
 
     result = store.run("status")
@@ -128,7 +128,7 @@ def test_status_shows_the_same_as_json(store: StreamStore) -> None:
     }
 
 
-def test_status_tells_what_was_trimmed_before_it_was_read(store: StreamStore) -> None:
+def test_status_counts_events_trimmed_before_they_were_read(store: StreamStore) -> None:
     store.add("paid", n=0)
     store.group("paid")
     store.read("paid", 1)
@@ -147,7 +147,9 @@ def test_status_tells_what_was_trimmed_before_it_was_read(store: StreamStore) ->
 
 
 @pytest.mark.parametrize("option", ["--max-lag", "--max-dead"])
-def test_where_there_is_nothing_to_judge_a_monitor_is_told(store: StreamStore, option: str) -> None:
+def test_status_with_a_limit_fails_when_there_is_no_stream_to_check(
+    store: StreamStore, option: str
+) -> None:
     fill(store)
 
     result = store.run("status", option, "1000", service="mailr")
@@ -157,7 +159,7 @@ def test_where_there_is_nothing_to_judge_a_monitor_is_told(store: StreamStore, o
     assert "No limit could be checked" in result.stderr
 
 
-def test_a_group_that_is_gone_is_more_lag_than_any(store: StreamStore) -> None:
+def test_status_treats_a_lost_group_as_more_than_any_lag(store: StreamStore) -> None:
     fill(store)
     store.client.xgroup_destroy(store.keys.stream("user_registered"), "mailer")
 
@@ -185,7 +187,7 @@ def test_status_without_a_service_or_with_all_shows_every_service(store: StreamS
         assert [group["service"] for group in user["groups"]] == ["audit", "mailer"]
 
 
-def test_status_of_an_app_shows_what_it_hears_and_what_it_publishes(
+def test_status_of_an_app_shows_subscribed_and_published_streams(
     store: StreamStore, make_app: Callable[..., Flask]
 ) -> None:
     for name in ("user_registered", "mail_sent", "price_changed", "order_paid", "order_sent"):
@@ -212,7 +214,7 @@ def test_status_of_an_app_shows_what_it_hears_and_what_it_publishes(
     assert len(as_json(run_in(app, "status", "--all", "--json"))["streams"]) == 5
 
 
-def test_status_finds_a_stream_that_the_set_of_names_lost(
+def test_status_finds_a_stream_missing_from_the_set_of_names(
     store: StreamStore, make_app: Callable[..., Flask]
 ) -> None:
     store.add("user_registered")
@@ -223,7 +225,7 @@ def test_status_finds_a_stream_that_the_set_of_names_lost(
     assert [stream["name"] for stream in found["streams"]] == ["user_registered"]
 
 
-def test_status_shows_dead_letters_of_a_service_whose_group_is_gone(store: StreamStore) -> None:
+def test_status_shows_dead_letters_of_a_service_that_lost_its_group(store: StreamStore) -> None:
     store.give_up("user_registered")
 
     result = store.run("status")
@@ -231,7 +233,7 @@ def test_status_shows_dead_letters_of_a_service_whose_group_is_gone(store: Strea
     assert re.search(r"user_registered +0  mailer +- +- +- +0 +1\n", result.output)
 
 
-def test_status_says_that_there_is_nothing(
+def test_status_says_that_there_are_no_streams(
     store: StreamStore, make_app: Callable[..., Flask]
 ) -> None:
     every = store.run("status", service=None)
@@ -249,7 +251,7 @@ def test_status_says_that_there_is_nothing(
     assert (every.exit_code, own.exit_code, others.exit_code) == (0, 0, 0)
 
 
-def test_names_that_others_chose_cannot_move_the_cursor(
+def test_names_in_redis_cannot_send_escape_sequences(
     store: StreamStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.add("user_registered")
@@ -270,7 +272,7 @@ def test_names_that_others_chose_cannot_move_the_cursor(
 # -- lag ----------------------------------------------------------------------------------
 
 
-def test_lag_is_known_at_both_ends_of_a_stream_whatever_the_server_counts(
+def test_the_lag_at_both_ends_of_a_stream_needs_no_count_of_the_server(
     store: StreamStore,
 ) -> None:
     ids = [store.add("paid")[0] for _ in range(6)]
@@ -285,7 +287,7 @@ def test_lag_is_known_at_both_ends_of_a_stream_whatever_the_server_counts(
     assert lags == {"behind": 3, "ahead": 0}
 
 
-def test_lag_is_unknown_where_the_server_cannot_tell(store: StreamStore) -> None:
+def test_the_lag_is_unknown_if_the_server_cannot_count_it(store: StreamStore) -> None:
     ids = [store.add("paid")[0] for _ in range(6)]
     store.group("paid")
     store.read("paid", 2)
@@ -316,15 +318,13 @@ def test_lag_is_unknown_where_the_server_cannot_tell(store: StreamStore) -> None
         ("5-0", -1, None),
     ],
 )
-def test_a_lag_that_cannot_be_is_not_believed(
-    position: str, counted: int | None, lag: int | None
-) -> None:
+def test_an_impossible_lag_is_ignored(position: str, counted: int | None, lag: int | None) -> None:
     group = {"last-delivered-id": position.encode(), "lag": counted}
 
     assert lag_of(group, 4, (4, 0), (8, 0)) == lag
 
 
-def test_redis_6_has_no_lag_and_that_is_no_error() -> None:
+def test_a_missing_lag_of_redis_6_is_not_an_error() -> None:
     assert lag_of({"last-delivered-id": b"5-0"}, 4, (4, 0), (8, 0)) is None
     assert lag_of({"last-delivered-id": b"5-0"}, 0, None, None) == 0
 
@@ -342,7 +342,7 @@ def test_redis_6_has_no_lag_and_that_is_no_error() -> None:
     ],
     ids=["own", "word", "two", "text", "huge", "hostless", "empty"],
 )
-def test_a_consumer_that_is_called_otherwise_has_no_host(
+def test_a_consumer_with_a_foreign_name_has_no_host(
     name: str, parts: tuple[str, int | None, str]
 ) -> None:
     found = consumer_of(name, {"idle": 1500, "pending": 2})
@@ -354,7 +354,7 @@ def test_a_consumer_that_is_called_otherwise_has_no_host(
 # -- for monitoring -----------------------------------------------------------------------
 
 
-def test_status_exits_with_1_when_something_is_too_much_and_says_what(store: StreamStore) -> None:
+def test_status_exits_with_1_and_names_each_exceeded_limit(store: StreamStore) -> None:
     fill(store)
 
     fine = store.run("status", "--max-lag", "2", "--max-dead", "1")
@@ -373,9 +373,7 @@ def test_status_exits_with_1_when_something_is_too_much_and_says_what(store: Str
 
 
 @pytest.mark.parametrize("words", [["--max-lag", "-1"], ["--max-dead", "x"], ["--interval", "0"]])
-def test_a_mistake_in_the_words_of_status_exits_with_2(
-    store: StreamStore, words: list[str]
-) -> None:
+def test_a_usage_error_of_status_exits_with_2(store: StreamStore, words: list[str]) -> None:
     assert store.run("status", *words).exit_code == 2
 
 
@@ -389,7 +387,9 @@ def test_a_mistake_in_the_words_of_status_exits_with_2(
     ],
     ids=" ".join,
 )
-def test_a_redis_that_is_away_is_told_in_one_line_without_a_password(words: list[str]) -> None:
+def test_an_unreachable_redis_is_reported_in_one_line_without_the_password(
+    words: list[str],
+) -> None:
     url = f"redis://ada:s3cret@127.0.0.1:{free_port()}/0"
 
     result = CliRunner().invoke(main, ["--url", url, "--service", "mailer", *words])
@@ -411,7 +411,7 @@ def test_a_redis_that_is_away_is_told_in_one_line_without_a_password(words: list
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_a_right_that_is_missing_is_named(
+def test_the_error_names_a_missing_right(
     redis_server: RedisServer, words: list[str], refused: str
 ) -> None:
     user = ["ACL", "SETUSER", "ada", "on", ">pw", "~eb:*"]
@@ -431,7 +431,7 @@ def test_a_right_that_is_missing_is_named(
     assert f"Grant it '{refused}' and '~eb:*' in the ACL" in result.output
 
 
-def test_a_wrong_password_is_told(redis_server: RedisServer) -> None:
+def test_a_wrong_password_is_reported(redis_server: RedisServer) -> None:
     url = redis_server.url.replace("127", "ada:pw@127", 1)
 
     result = CliRunner().invoke(main, ["--url", url, "status"])
@@ -441,7 +441,7 @@ def test_a_wrong_password_is_told(redis_server: RedisServer) -> None:
     assert "Correct the user and the password in 'EVENTBUS_URL'." in result.output
 
 
-def test_a_key_of_another_program_is_told(store: StreamStore) -> None:
+def test_a_key_of_another_type_is_reported(store: StreamStore) -> None:
     store.client.set(store.keys.names, "mine")
 
     result = store.run("status")
@@ -456,7 +456,7 @@ def test_a_key_of_another_program_is_told(store: StreamStore) -> None:
     [["status"], ["dead", "list"], ["seek", "paid", "--to", "new"]],
     ids=" ".join,
 )
-def test_a_cluster_has_no_streams_and_that_is_said(words: list[str]) -> None:
+def test_in_a_cluster_the_stream_commands_say_that_there_are_no_streams(words: list[str]) -> None:
     url = "redis+cluster://127.0.0.1:7000"
 
     result = CliRunner().invoke(main, ["--url", url, "--service", "mailer", *words])
@@ -477,7 +477,7 @@ def test_a_cluster_has_no_streams_and_that_is_said(words: list[str]) -> None:
     ],
     ids=lambda words: words[0],
 )
-def test_none_of_them_loads_flask_without_an_app(
+def test_no_stream_command_loads_flask_without_an_app(
     store: StreamStore, tmp_path: Path, words: list[str]
 ) -> None:
     store.add("paid")
@@ -534,7 +534,7 @@ def watch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def test_watch_shows_it_again_through_an_outage_until_ctrl_c_which_exits_with_0(
+def test_watch_survives_an_outage_and_ctrl_c_exits_with_0(
     redis_server: RedisServer, tmp_path: Path, watch: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     store = StreamStore(redis_server)
@@ -556,7 +556,7 @@ def test_watch_shows_it_again_through_an_outage_until_ctrl_c_which_exits_with_0(
     assert "Traceback" not in log.read_text()
 
 
-def test_watch_in_json_is_one_object_a_line(
+def test_watch_in_json_prints_one_object_per_line(
     store: StreamStore, tmp_path: Path, watch: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     store.add("paid")
@@ -573,7 +573,7 @@ def test_watch_in_json_is_one_object_a_line(
         assert json.loads(line)["streams"][0]["name"] == "paid"
 
 
-def test_in_a_terminal_the_tables_are_as_wide_as_it_is(
+def test_tables_are_as_wide_as_the_terminal(
     store: StreamStore, watch: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     name = "a_name_of_a_signal/that_goes_on_and_on/until_it_is_wider_than_half_a_terminal"

@@ -163,7 +163,7 @@ def test_tail_as_json_shows_the_whole_event(
     }
 
 
-def test_tail_shows_only_what_is_named_and_wanted_and_ends_after_a_count(
+def test_tail_filters_by_name_and_value_and_ends_after_a_count(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
     words = ["order_*", "order_paid", "--source", "shop", "--match", "total=9.5", "--count", "2"]
@@ -180,7 +180,7 @@ def test_tail_shows_only_what_is_named_and_wanted_and_ends_after_a_count(
     assert [line.split()[4] for line in watching.lines] == [first, second]
 
 
-def test_tail_outlives_a_restart_of_redis_and_says_so(
+def test_tail_survives_a_restart_of_redis_and_says_so(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
     watching = watch(redis_server.url, "user_registered")
@@ -199,7 +199,7 @@ def test_tail_outlives_a_restart_of_redis_and_says_so(
     ]
 
 
-def test_tail_waits_for_a_redis_that_is_not_there_yet(
+def test_tail_waits_for_redis_to_start(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
     redis_server.kill()
@@ -213,7 +213,7 @@ def test_tail_waits_for_a_redis_that_is_not_there_yet(
     assert watching.said[1] == f"Listening to * on {redis_server.url}. Press Ctrl-C to stop."
 
 
-def test_tail_shows_bytes_that_are_no_event_as_one_line_on_stderr(
+def test_tail_shows_undecodable_bytes_as_one_line_on_stderr(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
     watching = watch(redis_server.url)
@@ -241,7 +241,7 @@ def test_tail_ends_quietly_on_ctrl_c(
     assert watching.said == [f"Listening to * on {redis_server.url}. Press Ctrl-C to stop."]
 
 
-def test_tail_ends_quietly_and_soon_when_nobody_reads_it_any_more(
+def test_tail_ends_quietly_when_its_pipe_is_closed(
     redis_server: RedisServer,
 ) -> None:
     command = [sys.executable, "-m", "flask_eventbus", "--url", redis_server.url, "tail"]
@@ -259,7 +259,7 @@ def test_tail_ends_quietly_and_soon_when_nobody_reads_it_any_more(
         assert process.stderr.read() == ""
 
 
-def test_tail_is_truthful_about_what_did_not_come(redis_server: RedisServer) -> None:
+def test_tail_exits_with_1_if_the_count_was_not_reached(redis_server: RedisServer) -> None:
     def tail(url: str, *words: str) -> int:
         return CliRunner().invoke(main, ["--url", url, "tail", "--seconds", "1", *words]).exit_code
 
@@ -268,7 +268,7 @@ def test_tail_is_truthful_about_what_did_not_come(redis_server: RedisServer) -> 
     assert tail(f"redis://127.0.0.1:{free_port()}/0") == 1
 
 
-def test_tail_is_no_listener_of_a_service(
+def test_tail_does_not_count_as_a_listener(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
     watch(redis_server.url).wait_until_it_hears()
@@ -303,7 +303,7 @@ def test_tail_ends_with_a_clear_error_where_redis_refuses(redis_server: RedisSer
 @pytest.mark.parametrize(
     "words", [["a name"], ["--count", "0"], ["--seconds", "0"], ["--match", "user_id"], ["--jsn"]]
 )
-def test_a_mistake_in_the_words_of_tail_exits_with_2(words: list[str]) -> None:
+def test_a_usage_error_of_tail_exits_with_2(words: list[str]) -> None:
     result = CliRunner().invoke(main, ["tail", *words])
 
     assert result.exit_code == 2
@@ -313,7 +313,7 @@ def test_a_mistake_in_the_words_of_tail_exits_with_2(words: list[str]) -> None:
 # -- in this process ----------------------------------------------------------------------
 
 
-def test_a_server_that_hangs_is_noticed(
+def test_tail_detects_a_server_that_hangs(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tail_sources, "QUIET", 0.1)
@@ -333,7 +333,7 @@ def test_a_server_that_hangs_is_noticed(
     batches.close()  # type: ignore[attr-defined]  # a generator
 
 
-def test_events_of_a_registered_type_are_shown_where_the_type_is_known(
+def test_values_of_a_registered_type_are_shown_if_the_type_is_known(
     redis_server: RedisServer, make_bus: Callable[..., Bus]
 ) -> None:
     told: list[str] = []
@@ -397,7 +397,7 @@ def test_a_filter_takes_sources_and_all_values(
     assert Filter(sources=sources, values=values).accepts(an_event(payload=payload)) is accepted
 
 
-def test_a_line_shows_values_as_they_would_be_written_in_a_command() -> None:
+def test_a_line_shows_values_in_command_line_syntax() -> None:
     payload = {
         "id": 7,
         "code": "7",
@@ -421,7 +421,7 @@ def test_a_line_shows_values_as_they_would_be_written_in_a_command() -> None:
     )
 
 
-def test_a_line_shows_long_payloads_in_short() -> None:
+def test_a_line_abbreviates_long_payloads() -> None:
     payload = {f"key{number}": "x" * 1_000 for number in range(100)}
 
     line = as_line(an_event(payload=payload))
@@ -431,7 +431,7 @@ def test_a_line_shows_long_payloads_in_short() -> None:
     assert f"key0={'x' * 57}... key1=" in line
 
 
-def test_nothing_in_a_payload_can_move_the_cursor_of_a_terminal() -> None:
+def test_a_payload_cannot_send_escape_sequences_to_the_terminal() -> None:
     nasty = "\x1b[2J\r\n\x9b31m\u202egpj.exe\u2028\x00"
     payload = {"text": nasty, nasty: [nasty, {nasty: nasty}], "bytes": nasty.encode()}
     event = an_event(payload=payload)
@@ -441,12 +441,12 @@ def test_nothing_in_a_payload_can_move_the_cursor_of_a_terminal() -> None:
     assert json.loads(as_json(event))["data"]["text"] == nasty
 
 
-def test_a_time_that_this_place_cannot_tell_is_shown_as_it_is() -> None:
+def test_a_time_that_cannot_be_localized_is_shown_as_it_is() -> None:
     assert " user_registered " in as_line(an_event(time=datetime.max.replace(tzinfo=UTC)))
     assert " user_registered " in as_line(an_event(time=datetime.min.replace(tzinfo=UTC)))
 
 
-def test_json_has_what_json_lacks_as_text_and_bytes_as_base64() -> None:
+def test_values_that_json_lacks_are_text_and_bytes_are_base64() -> None:
     payload = {
         "at": datetime(2026, 3, 1, tzinfo=UTC),
         "for": timedelta(minutes=5),
@@ -478,7 +478,7 @@ def test_json_has_what_json_lacks_as_text_and_bytes_as_base64() -> None:
     assert "seq" not in shown
 
 
-def test_a_tail_refuses_a_url_that_reads_as_none() -> None:
+def test_tail_refuses_an_invalid_url() -> None:
     with pytest.raises(ConfigError, match="EVENTBUS_URL"):
         Tail(url="redis://x:port/", prefix="p", codec=Codec(), names=["*"], notify=print)
 
@@ -540,7 +540,7 @@ def see() -> Iterator[Callable[..., Seen]]:
         seen.close()
 
 
-def test_tail_shows_events_of_streams_and_of_channels_and_which_way_each_came(
+def test_tail_shows_stream_and_channel_events_and_which_is_which(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
     lines = watch(redis_server.url, "--match", "user_id=7", "--source", "accounts")
@@ -564,7 +564,7 @@ def test_tail_shows_events_of_streams_and_of_channels_and_which_way_each_came(
     assert "entry" not in by_channel
 
 
-def test_tail_shows_what_comes_and_not_what_a_stream_has_already(
+def test_tail_shows_new_events_and_not_earlier_ones_of_a_stream(
     see: Callable[..., Seen], store: StreamStore
 ) -> None:
     store.add("user_registered", user_id=1)
@@ -590,7 +590,7 @@ def test_tail_shows_the_first_event_of_a_stream_that_appears_later(
     assert {heard.event.name for heard in seen.heard} == {"order_paid"}
 
 
-def test_a_stream_whose_name_is_noted_late_is_not_shown_from_its_beginning(
+def test_a_stream_registered_late_is_not_shown_from_its_beginning(
     see: Callable[..., Seen], store: StreamStore
 ) -> None:
     store.add("order_paid")
@@ -604,7 +604,7 @@ def test_a_stream_whose_name_is_noted_late_is_not_shown_from_its_beginning(
     assert seen.entries == [entry]
 
 
-def test_after_a_lost_connection_streams_go_on_without_a_gap(
+def test_after_a_lost_connection_tail_continues_streams_without_a_gap(
     see: Callable[..., Seen], store: StreamStore, redis_server: RedisServer
 ) -> None:
     proxy = Proxy(redis_server.port)
@@ -643,7 +643,7 @@ def test_a_redis_that_comes_back_empty_is_read_from_its_beginning(
     assert seen.entries == [entry]
 
 
-def test_entries_that_are_no_event_are_told_and_the_rest_is_shown(
+def test_undecodable_entries_are_reported_and_the_rest_is_shown(
     see: Callable[..., Seen], store: StreamStore
 ) -> None:
     seen = see(store.url, prefix=store.prefix).until_it_hears()
@@ -667,9 +667,7 @@ def test_entries_that_are_no_event_are_told_and_the_rest_is_shown(
     )
 
 
-def test_a_spectator_leaves_nothing_behind_in_redis(
-    see: Callable[..., Seen], store: StreamStore
-) -> None:
+def test_tail_leaves_nothing_behind_in_redis(see: Callable[..., Seen], store: StreamStore) -> None:
     store.add("user_registered")
     before = sorted(store.client.keys())
     seen = see(store.url, prefix=store.prefix).until_it_hears()
@@ -680,7 +678,7 @@ def test_a_spectator_leaves_nothing_behind_in_redis(
     assert store.client.xinfo_groups(store.keys.stream("user_registered")) == []
 
 
-def test_a_signal_that_may_be_heard_one_way_is_heard_that_way_and_the_other_is_told(
+def test_tail_shows_the_permitted_transport_of_a_signal_and_reports_the_refused_one(
     see: Callable[..., Seen], redis_server: RedisServer
 ) -> None:
     def url(*rights: str) -> str:
@@ -704,7 +702,7 @@ def test_a_signal_that_may_be_heard_one_way_is_heard_that_way_and_the_other_is_t
     )
 
 
-def test_whoever_may_not_ask_which_streams_there_are_is_told_so(
+def test_tail_reports_that_it_may_not_list_the_streams(
     see: Callable[..., Seen], redis_server: RedisServer
 ) -> None:
     rules = ["on", ">pw", "+@all", "-smembers", "allkeys", "allchannels"]
@@ -716,7 +714,7 @@ def test_whoever_may_not_ask_which_streams_there_are_is_told_so(
     assert "'+smembers ~eventbus:streams'" in seen.told[0]
 
 
-def test_a_stream_that_is_refused_is_told_once_and_asked_for_again(
+def test_a_refused_stream_is_reported_once_and_retried(
     see: Callable[..., Seen], store: StreamStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tail_sources, "RETRY_REFUSED", 0.0)
@@ -741,7 +739,7 @@ def test_a_stream_that_is_refused_is_told_once_and_asked_for_again(
     assert seen.entries[0] == first
 
 
-def test_in_a_cluster_channels_alone_are_heard(
+def test_in_a_cluster_tail_shows_only_channels(
     see: Callable[..., Seen], redis_server: RedisServer
 ) -> None:
     seen = see(redis_server.url.replace("redis://", "redis+cluster://")).until_it_hears()

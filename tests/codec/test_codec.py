@@ -97,13 +97,13 @@ def outcome(body: bytes) -> str:
 
 @given(events)
 @settings(deadline=None, max_examples=200)
-def test_an_event_comes_back_equal(event: Event) -> None:
+def test_a_decoded_event_equals_the_encoded_one(event: Event) -> None:
     assert codec.decode(codec.encode(event)) == event
 
 
 @given(events)
 @settings(deadline=None, max_examples=100)
-def test_a_seal_writes_what_encode_writes_and_knows_how_long_it_gets(event: Event) -> None:
+def test_an_envelope_encodes_like_encode_and_knows_its_length(event: Event) -> None:
     seal = codec.envelope(event.source, event.name)
     data = codec.pack_payload(event.payload)
 
@@ -123,7 +123,7 @@ def test_a_seal_writes_what_encode_writes_and_knows_how_long_it_gets(event: Even
     assert len(body) - len(data) <= seal.overhead
 
 
-def test_the_longest_event_is_as_long_as_its_seal_says() -> None:
+def test_the_overhead_of_an_envelope_is_that_of_the_longest_event() -> None:
     longest_id = f"{'n' * 64}-{'9' * 20}"
     event = replace(
         FULL,
@@ -143,7 +143,7 @@ def test_the_longest_event_is_as_long_as_its_seal_says() -> None:
     assert codec.decode(body) == event
 
 
-def test_what_is_decoded_is_an_event_like_any_other() -> None:
+def test_a_decoded_event_is_a_frozen_event() -> None:
     event = codec.decode(codec.encode(FULL), via="stream")
 
     assert event == replace(FULL, via="stream")
@@ -154,7 +154,7 @@ def test_what_is_decoded_is_an_event_like_any_other() -> None:
         event.name = "another"  # type: ignore[misc]  # the attempt
 
 
-def test_an_event_is_one_msgpack_map_that_any_library_reads() -> None:
+def test_an_event_is_one_msgpack_map_that_other_libraries_decode() -> None:
     read = msgpack.unpackb(codec.encode(FULL))
 
     assert read == {
@@ -168,7 +168,7 @@ def test_an_event_is_one_msgpack_map_that_any_library_reads() -> None:
     }
 
 
-def test_an_event_that_any_library_wrote_is_read() -> None:
+def test_an_event_that_another_msgpack_library_wrote_is_decoded() -> None:
     assert codec.decode(packed()) == EVENT
 
 
@@ -191,7 +191,7 @@ def test_an_event_of_another_time_zone_is_carried_as_the_same_moment() -> None:
     assert codec.decode(codec.encode(event)) == EVENT
 
 
-def test_an_empty_key_is_no_key() -> None:
+def test_an_empty_key_counts_as_no_key() -> None:
     assert codec.encode(replace(EVENT, key="")) == codec.encode(EVENT)
 
 
@@ -206,19 +206,19 @@ def test_an_empty_key_is_no_key() -> None:
         ("caf\udce9", r"The key 'caf\\udce9' holds a lone surrogate"),
     ],
 )
-def test_a_key_that_no_reader_would_take_is_refused(key: str, message: str) -> None:
+def test_a_key_that_decoding_would_reject_is_refused(key: str, message: str) -> None:
     with pytest.raises(PayloadError, match=message):
         codec.encode(replace(EVENT, key=key))
 
 
 @pytest.mark.parametrize("source", ["", "a service", "x" * 65, "caf\u00e9", "a/b", "a\n"])
-def test_a_service_that_no_reader_would_take_is_refused(source: str) -> None:
+def test_a_service_name_that_decoding_would_reject_is_refused(source: str) -> None:
     with pytest.raises(ConfigError, match=r"The service name .* is not valid\. Use 1 to 64"):
         codec.envelope(source, "tick")
 
 
 @pytest.mark.parametrize("name", ["", "a signal", ".a", "-a", "/a", "x" * 129, "caf\u00e9", "a\n"])
-def test_a_signal_that_no_reader_would_take_is_refused(name: str) -> None:
+def test_a_signal_name_that_decoding_would_reject_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"The signal name .* is not valid\. Use 1 to 128"):
         codec.envelope("accounts", name)
 
@@ -235,7 +235,7 @@ def test_a_registered_type_travels_in_an_event() -> None:
         assert either.decode(either.encode(event)) == event
 
 
-def test_an_event_with_a_value_of_a_registered_type_waits_as_bytes() -> None:
+def test_a_queued_event_with_a_value_of_a_registered_type_stays_encoded() -> None:
     """What such a value takes in memory nobody can tell: here a megabyte for a few bytes."""
 
     class Picture:
@@ -262,7 +262,7 @@ def test_an_event_with_a_value_of_a_registered_type_waits_as_bytes() -> None:
         assert opened(event).payload.keys() == payload.keys()
 
 
-def test_the_limit_counts_for_what_is_sent_and_for_what_is_read() -> None:
+def test_the_size_limit_applies_to_encoding_and_decoding() -> None:
     event = replace(EVENT, payload={"text": "x" * 2_000})
     body = codec.encode(event)
     smaller = codec.limited(len(body) - 1)
@@ -290,22 +290,22 @@ def test_the_limit_counts_for_what_is_sent_and_for_what_is_read() -> None:
         packed(data={"text": b"?"}).replace(b"\xc4\x01?", b"\xdb\xff\xff\xff\xff?"),
     ],
 )
-def test_bytes_that_are_not_msgpack_are_told_so(body: bytes) -> None:
+def test_the_error_for_bytes_that_are_not_msgpack_says_so(body: bytes) -> None:
     assert outcome(body) == "not_msgpack"
 
 
 @pytest.mark.parametrize("value", [None, 7, "text", b"bytes", [1], msgpack.Timestamp(0)])
-def test_msgpack_that_is_no_map_is_told_so(value: Any) -> None:
+def test_the_error_for_msgpack_that_is_not_a_map_says_so(value: Any) -> None:
     assert outcome(msgpack.packb(value)) == "not_a_map"
 
 
 @pytest.mark.parametrize("version", ["1", "1.1", "2.0", "", b"1.0", 1, 1.0, None, ["1.0"]])
-def test_another_version_is_told_before_anything_else(version: Any) -> None:
+def test_a_newer_version_is_reported_before_any_other_fault(version: Any) -> None:
     assert outcome(packed(specversion=version, source=..., data=None)) == "version"
 
 
 @pytest.mark.parametrize("name", ["specversion", "source", "type", "id", "time", "data"])
-def test_an_attribute_that_is_missing_is_named(name: str) -> None:
+def test_the_error_names_a_missing_attribute(name: str) -> None:
     body = packed(**{name: ...})
 
     assert outcome(body) == "missing_attribute"
@@ -337,7 +337,7 @@ BAD_ATTRIBUTES = {
     [(name, value) for name, bad in BAD_ATTRIBUTES.items() for value in bad],
     ids=lambda value: repr(value)[:40],
 )
-def test_an_attribute_that_is_not_legal_is_named(name: str, value: Any) -> None:
+def test_the_error_names_an_invalid_attribute(name: str, value: Any) -> None:
     body = packed(**{name: value})
 
     assert outcome(body) == "bad_attribute"
@@ -345,7 +345,7 @@ def test_an_attribute_that_is_not_legal_is_named(name: str, value: Any) -> None:
         codec.decode(body)
 
 
-def test_a_bad_value_is_told_in_few_words() -> None:
+def test_the_error_for_a_huge_value_is_short() -> None:
     nested: Any = "x" * 100_000
 
     for _ in range(400):
@@ -390,18 +390,20 @@ def nested(levels: int) -> Any:
         {"tags": [ext(set, b"\x91\xc1")]},
     ],
 )
-def test_a_payload_that_is_not_legal_is_told_so(data: Any) -> None:
+def test_the_error_for_an_invalid_payload_says_what_is_wrong(data: Any) -> None:
     assert outcome(packed(data=data)) == "bad_payload"
 
 
 @pytest.mark.parametrize(
     "data", [b"\x91" * 5_000, b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff"]
 )
-def test_a_payload_that_claims_too_much_is_told_so_though_it_ends_early(data: bytes) -> None:
+def test_a_truncated_payload_that_claims_too_many_items_is_refused_for_the_claim(
+    data: bytes,
+) -> None:
     assert outcome(packed(data=None)[:-1] + data) == "bad_payload"
 
 
-def test_as_many_levels_as_are_allowed_are_read() -> None:
+def test_a_payload_of_the_deepest_allowed_nesting_is_decoded() -> None:
     assert codec.decode(packed(data={"deep": nested(31)})).payload == {"deep": nested(31)}
 
 
@@ -425,7 +427,7 @@ def test_attributes_of_later_versions_are_ignored() -> None:
 
 @given(st.binary(max_size=200))
 @settings(deadline=None, max_examples=500)
-def test_any_bytes_are_an_event_or_a_decode_error(body: bytes) -> None:
+def test_arbitrary_bytes_decode_to_an_event_or_a_decode_error(body: bytes) -> None:
     assert_event_or_decode_error(body)
 
 
@@ -448,7 +450,7 @@ edits = st.lists(
 
 @given(st.sampled_from(BODIES), edits)
 @settings(deadline=None, max_examples=1_000)
-def test_an_event_with_some_bytes_changed_is_an_event_or_a_decode_error(
+def test_an_event_with_some_bytes_changed_decodes_or_raises_a_decode_error(
     body: bytes, edits: list[tuple[int, int, bytes]]
 ) -> None:
     for at, removed, added in edits:
@@ -473,7 +475,9 @@ foreign = st.recursive(
 
 @given(st.sampled_from([*attributes(), *BAD_ATTRIBUTES, "novelty"]), foreign)
 @settings(deadline=None, max_examples=500)
-def test_an_event_with_any_attribute_is_an_event_or_a_decode_error(name: str, value: Any) -> None:
+def test_an_event_with_arbitrary_attributes_decodes_or_raises_a_decode_error(
+    name: str, value: Any
+) -> None:
     assert_event_or_decode_error(packed(**{name: value}))
 
 
@@ -538,7 +542,7 @@ HOSTILE: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_mebibyte_costs_a_moment(make: Callable[[], Any]) -> None:
+def test_a_hostile_mebibyte_is_refused_within_a_second(make: Callable[[], Any]) -> None:
     body = packed(data={"value": make()})
     start = time.thread_time()
 

@@ -215,11 +215,11 @@ def test_a_payload_that_cannot_be_encoded_is_refused_with_path_reason_and_remedy
     assert str(caught.value) == message
 
 
-def test_as_many_levels_as_are_allowed_travel() -> None:
+def test_a_payload_of_the_deepest_allowed_nesting_is_encoded() -> None:
     Codec().pack_payload({"deep": nested(31)})
 
 
-def test_a_payload_over_the_limit_is_told_by_size_and_setting() -> None:
+def test_the_error_for_a_large_payload_names_its_size_and_the_setting() -> None:
     codec = Codec(max_bytes=1_000)
 
     codec.pack_payload({"text": "x" * 700}, overhead=200)
@@ -233,7 +233,7 @@ def test_a_payload_over_the_limit_is_told_by_size_and_setting() -> None:
     )
 
 
-def test_a_registered_function_that_raises_is_told_by_path() -> None:
+def test_the_error_for_a_pack_function_that_raises_names_the_path() -> None:
     codec = Codec()
     codec.register_type(40, Address, pack=lambda _: bytes(1 // 0), unpack=lambda _: Address())
 
@@ -244,7 +244,7 @@ def test_a_registered_function_that_raises_is_told_by_path() -> None:
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_a_type_that_would_not_be_read_here_is_not_sent_from_here() -> None:
+def test_a_value_that_its_own_unpack_function_cannot_decode_is_not_sent() -> None:
     codec = Codec()
     codec.register_type(40, Address, pack=lambda _: b"", unpack=lambda _: None)  # type: ignore[arg-type,return-value]  # the mistake
 
@@ -263,20 +263,20 @@ class Silent:
 @pytest.mark.parametrize(
     "payload", [{"file": "\udce9" * 1_000_000}, {"keys": {Silent(): 1}}, {"x " * 9_999: Silent()}]
 )
-def test_a_refusal_is_short_whatever_it_is_about(payload: dict[str, Any]) -> None:
+def test_every_payload_error_is_short(payload: dict[str, Any]) -> None:
     with pytest.raises(PayloadError) as caught:
         Codec().pack_payload(payload)
 
     assert len(str(caught.value)) < 300
 
 
-def test_any_mapping_is_a_payload() -> None:
+def test_any_mapping_can_be_a_payload() -> None:
     codec = Codec()
 
     assert codec.pack_payload(MappingProxyType({"a": 1})) == codec.pack_payload({"a": 1})
 
 
-def test_a_fault_spoils_no_later_payload() -> None:
+def test_a_refused_payload_does_not_affect_the_next_one() -> None:
     codec = Codec()
     good = codec.pack_payload({"a": [1]})
 
@@ -323,7 +323,7 @@ def test_an_error_that_a_signal_handler_raises_while_packing_is_passed_on(
     assert caught.value is error
 
 
-def test_an_error_that_strikes_while_a_value_is_read_back_is_passed_on() -> None:
+def test_an_error_that_a_signal_handler_raises_while_unpacking_is_passed_on() -> None:
     codec = Codec()
     first = TimeLimitError("over")
     errors = [first]
@@ -341,7 +341,7 @@ def test_an_error_that_strikes_while_a_value_is_read_back_is_passed_on() -> None
     assert caught.value is first
 
 
-def test_a_type_that_never_packs_is_the_payloads_fault_whatever_it_raises() -> None:
+def test_a_pack_function_that_always_raises_is_a_payload_error_whatever_it_raises() -> None:
     codec = Codec()
 
     def pack(value: Address) -> bytes:

@@ -84,21 +84,21 @@ def exactly(value: Any) -> Hashable:
 
 @given(anything)
 @settings(deadline=None, max_examples=300)
-def test_whatever_can_travel_comes_back_equal(value: Any) -> None:
+def test_every_supported_value_comes_back_equal(value: Any) -> None:
     assert exactly(there_and_back(value)) == exactly(value)
 
 
 @pytest.mark.parametrize("value", [None, 0, 0.0, "", b"", [], {}, False, set(), Decimal(0)])
-def test_falsy_values_are_values(value: Any) -> None:
+def test_falsy_values_are_kept(value: Any) -> None:
     assert exactly(there_and_back({"value": value})) == exactly({"value": value})
 
 
 @pytest.mark.parametrize("text", ["NaN", "sNaN", "Infinity", "-Infinity", "-0", "1.50", "1E+400"])
-def test_a_decimal_keeps_its_digits_and_its_kind(text: str) -> None:
+def test_a_decimal_keeps_its_digits_and_its_type(text: str) -> None:
     assert str(there_and_back(Decimal(text))) == text
 
 
-def test_a_float_that_is_no_number_stays_one() -> None:
+def test_infinity_and_nan_are_kept() -> None:
     assert there_and_back(float("inf")) == float("inf")
     assert str(there_and_back(float("nan"))) == "nan"
 
@@ -125,7 +125,7 @@ def test_an_aware_datetime_keeps_its_offset() -> None:
     assert arrived.isoformat() == moment.isoformat()
 
 
-def test_a_msgpack_timestamp_of_another_language_is_an_aware_datetime() -> None:
+def test_a_msgpack_timestamp_decodes_to_an_aware_datetime() -> None:
     body = msgpack.packb({"at": msgpack.Timestamp(1_700_000_000, 123_456_789)})
 
     assert values.unpack(body) == {"at": datetime(2023, 11, 14, 22, 13, 20, 123456, UTC)}
@@ -216,7 +216,7 @@ class Person:
         (memoryview(b"xyz")[1:], b"yz"),
     ],
 )  # fmt: skip
-def test_a_relative_of_a_plain_type_travels_as_that_type(sent: Any, arrived: Any) -> None:
+def test_a_subclass_of_a_plain_type_arrives_as_that_type(sent: Any, arrived: Any) -> None:
     assert exactly(there_and_back(sent)) == exactly(arrived)
 
 
@@ -246,7 +246,7 @@ def with_money() -> Values:
     return with_money
 
 
-def test_a_registered_type_comes_back_as_itself_though_it_is_a_dataclass(
+def test_a_registered_dataclass_comes_back_as_itself(
     with_money: Values,
 ) -> None:
     prices = {"price": Money(250, "EUR"), "all": {Money(0, "EUR"), (Money(1, "USD"),)}}
@@ -260,14 +260,14 @@ def test_a_subclass_of_a_registered_type_travels_as_that_type(with_money: Values
     assert exactly(arrived) == exactly(Money(250, "EUR"))
 
 
-def test_a_registered_type_goes_before_the_rule_for_enums() -> None:
+def test_a_registered_type_takes_precedence_over_the_rule_for_enums() -> None:
     with_colour = Values()
     with_colour.register(41, Colour, lambda c: c.name.encode(), lambda data: Colour[data.decode()])
 
     assert with_colour.unpack(with_colour.pack(Colour.MANY)) is Colour.MANY
 
 
-def test_a_type_that_this_service_did_not_register_is_named_by_its_code(
+def test_the_error_for_an_unregistered_type_names_its_code(
     with_money: Values,
 ) -> None:
     arrived = values.unpack(with_money.pack({"lines": [{"price": Money(250, "EUR")}]}))
@@ -293,7 +293,7 @@ def test_a_type_is_registered_once(with_money: Values, type_: type) -> None:
         with_money.register(41, type_, repr, repr)  # type: ignore[arg-type]  # refused
 
 
-def test_a_registered_function_that_returns_no_bytes_is_named() -> None:
+def test_the_error_names_a_pack_function_that_does_not_return_bytes() -> None:
     broken = Values()
     broken.register(40, Money, lambda money: "text", unpack_money)  # type: ignore[arg-type,return-value]  # the mistake
 
@@ -302,9 +302,7 @@ def test_a_registered_function_that_returns_no_bytes_is_named() -> None:
 
 
 @pytest.mark.parametrize("unpack", [lambda data: 1 / 0, lambda data: data])
-def test_a_registered_function_that_does_not_unpack_is_no_reason_to_stop(
-    with_money: Values, unpack: Any
-) -> None:
+def test_a_failing_unpack_function_raises_an_unfit_error(with_money: Values, unpack: Any) -> None:
     broken = Values()
     broken.register(40, Money, pack_money, unpack)
 
@@ -312,7 +310,7 @@ def test_a_registered_function_that_does_not_unpack_is_no_reason_to_stop(
         broken.unpack(with_money.pack(Money(1, "EUR")))
 
 
-def test_many_threads_pack_at_once() -> None:
+def test_many_threads_can_pack_at_once() -> None:
     start = threading.Barrier(8)
 
     def work(number: int) -> bool:
@@ -324,7 +322,7 @@ def test_many_threads_pack_at_once() -> None:
         assert all(pool.map(work, range(8)))
 
 
-def test_an_event_sent_while_another_is_packed_spoils_neither() -> None:
+def test_packing_inside_a_pack_function_spoils_neither_value() -> None:
     inner: list[bytes] = []
     nested = Values()
 
@@ -394,14 +392,14 @@ def packed_set(members: list[Any]) -> bytes:
     return ext(set, values.pack(members))
 
 
-def test_a_set_of_members_that_share_one_hash_is_refused_at_once() -> None:
+def test_a_set_with_many_members_of_the_same_hash_is_refused() -> None:
     body = packed_set(same_hash(50_000))
 
     with pytest.raises(UnfitError, match="More than 8 members of a set share one hash"):
         values.unpack(body)
 
 
-def test_as_many_members_may_share_one_hash_as_honest_sets_have() -> None:
+def test_a_set_may_have_a_few_members_with_the_same_hash() -> None:
     corner = {(x, y, z) for x in (-1, -2) for y in (-1, -2) for z in (-1, -2)}
     grid = {(x, y) for x in range(-50, 50) for y in range(-50, 50)}
 
@@ -410,7 +408,7 @@ def test_as_many_members_may_share_one_hash_as_honest_sets_have() -> None:
     assert there_and_back([corner, grid]) == [corner, grid]
 
 
-def test_sets_lie_in_one_another_twice_at_most() -> None:
+def test_sets_are_nested_two_levels_at_most() -> None:
     two = {frozenset({1, (2, 3)})}
     three = array(b"\x01", ext(frozenset, array(ext(frozenset, b"\x91\x01"))))
 
@@ -419,7 +417,7 @@ def test_sets_lie_in_one_another_twice_at_most() -> None:
         values.unpack(ext(set, three))
 
 
-def test_sets_in_sets_in_sets_cost_nothing_to_refuse() -> None:
+def test_refusing_deeply_nested_sets_is_cheap() -> None:
     body = b"\x90"
 
     for _ in range(5_000):
@@ -429,7 +427,7 @@ def test_sets_in_sets_in_sets_cost_nothing_to_refuse() -> None:
         values.unpack(body)
 
 
-def test_a_short_body_sets_no_memory_aside_for_the_items_it_claims() -> None:
+def test_a_short_body_that_claims_many_items_allocates_no_memory_for_them() -> None:
     with pytest.raises(ValueError, match=r"100000 exceeds max_array_len\(4500\)"):
         values.unpack(b"\xdd\x00\x01\x86\xa0" * 900)
 
@@ -447,12 +445,12 @@ def test_a_short_body_sets_no_memory_aside_for_the_items_it_claims() -> None:
         b"\xc7\x0c\xff" + b"\x00" * 4 + b"\x7f" * 8,
     ],
 )
-def test_msgpack_that_breaks_a_rule_is_told_from_what_is_no_msgpack(body: bytes) -> None:
+def test_valid_msgpack_that_breaks_a_rule_raises_an_unfit_error(body: bytes) -> None:
     with pytest.raises(UnfitError):
         values.unpack(body)
 
 
-def test_a_payload_holds_only_so_many_containers() -> None:
+def test_the_number_of_containers_in_a_payload_is_limited() -> None:
     within: dict[str, Any] = {"rows": [[] for _ in range(MAX_ITEMS - 1)]}
     beyond: dict[str, Any] = {"rows": [[[], []] for _ in range(MAX_CONTAINERS // 2)]}
 
@@ -533,14 +531,14 @@ CHANGED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", CHANGED)
-def test_what_would_arrive_changed_is_refused_with_the_remedy(case: str) -> None:
+def test_a_value_that_would_arrive_changed_is_refused_with_the_remedy(case: str) -> None:
     value, reason = CHANGED[case]
 
     with pytest.raises(UnfitError, match=reason):
         values.pack({"value": value})
 
 
-def test_a_form_travels_as_its_lists() -> None:
+def test_a_form_travels_as_a_dict_of_lists() -> None:
     form = MultiDict([("a", 1), ("a", 2)])
 
     assert there_and_back(form.to_dict(flat=False)) == {"a": [1, 2]}

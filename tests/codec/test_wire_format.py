@@ -46,7 +46,7 @@ def what(vector: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("vector", EVENTS, ids=what)
-def test_an_event_of_the_vectors_is_read_as_described(vector: dict[str, Any]) -> None:
+def test_an_event_vector_decodes_as_described(vector: dict[str, Any]) -> None:
     event = codec.decode(wire_vectors.body_of(vector))
 
     described = wire_vectors.meaning(vector["event"])
@@ -55,26 +55,26 @@ def test_an_event_of_the_vectors_is_read_as_described(vector: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("vector", [v for v in EVENTS if v.get("exact")], ids=what)
-def test_an_event_of_the_vectors_is_written_as_it_stands_there(vector: dict[str, Any]) -> None:
+def test_an_event_vector_is_encoded_byte_for_byte(vector: dict[str, Any]) -> None:
     attributes = wire_vectors.meaning(vector["event"])
 
     assert wire_vectors.encode(attributes) == wire_vectors.body_of(vector)
 
 
 @pytest.mark.parametrize("vector", REFUSED, ids=what)
-def test_what_the_vectors_refuse_is_refused_with_the_same_word(vector: dict[str, Any]) -> None:
+def test_an_invalid_vector_is_refused_with_the_reason_it_names(vector: dict[str, Any]) -> None:
     with pytest.raises(DecodeError) as caught:
         codec.decode(wire_vectors.body_of(vector))
 
     assert caught.value.reason == vector["reason"]
 
 
-def test_the_vectors_are_those_that_their_program_writes() -> None:
+def test_the_vector_file_is_up_to_date() -> None:
     assert wire_vectors.FILE.read_text() == wire_vectors.text_of(wire_vectors.made())
 
 
 @pytest.mark.parametrize("vector", RETRIES, ids=what)
-def test_a_retry_of_the_vectors_is_read_and_written_as_it_stands_there(
+def test_a_retry_vector_is_decoded_and_encoded_byte_for_byte(
     vector: dict[str, Any],
 ) -> None:
     body = wire_vectors.body_of(vector)
@@ -86,7 +86,7 @@ def test_a_retry_of_the_vectors_is_read_and_written_as_it_stands_there(
 
 
 @pytest.mark.parametrize("vector", DEAD, ids=what)
-def test_a_dead_letter_of_the_vectors_is_read_and_written_as_it_stands_there(
+def test_a_dead_letter_vector_is_decoded_and_encoded_byte_for_byte(
     vector: dict[str, Any],
 ) -> None:
     fields = wire_vectors.meaning(vector["fields"])
@@ -100,7 +100,7 @@ def test_a_dead_letter_of_the_vectors_is_read_and_written_as_it_stands_there(
     assert wire_vectors.fields_of(letter) == fields
 
 
-def test_a_worker_tries_the_retry_of_the_vectors(
+def test_a_worker_runs_the_retry_of_the_vectors(
     redis_server: RedisServer, make_bus: Callable[..., Bus]
 ) -> None:
     vector = RETRIES[0]
@@ -121,7 +121,7 @@ def test_a_worker_tries_the_retry_of_the_vectors(
     wait_until(lambda: not redis_server.client.exists(vector["key"]), what="it is taken out")
 
 
-def test_what_a_service_gives_up_has_the_fields_of_the_vectors_and_of_the_page(
+def test_a_dead_letter_has_the_fields_of_the_vectors_and_of_the_page(
     redis_server: RedisServer, make_bus: Callable[..., Bus]
 ) -> None:
     entry = next(vector for vector in VECTORS if vector["what"] == "an entry of a stream")
@@ -308,7 +308,7 @@ def operate(server: RedisServer, *words: str) -> Result:
     return CliRunner().invoke(main, ["--url", server.url, "--service", "crm", *words])
 
 
-def test_the_example_of_a_consumer_gets_what_a_service_sends(
+def test_the_example_consumer_gets_the_events_of_a_service(
     redis_server: RedisServer, make_bus: Callable[..., Bus], consumer: Path
 ) -> None:
     client: Any = redis_server.client
@@ -322,7 +322,7 @@ def test_the_example_of_a_consumer_gets_what_a_service_sends(
     wait_until(lambda: not client.xpending(KEY, "crm")["pending"], what="both acknowledged")
 
 
-def test_the_example_of_a_consumer_goes_on_after_every_bad_entry(
+def test_the_example_consumer_continues_after_every_bad_entry(
     redis_server: RedisServer, make_bus: Callable[..., Bus], consumer: Path
 ) -> None:
     client: Any = redis_server.client
@@ -348,7 +348,7 @@ def test_the_example_of_a_consumer_goes_on_after_every_bad_entry(
     assert operate(redis_server, "dead", "list").exit_code == 0
 
 
-def test_what_the_example_of_a_consumer_gives_up_can_be_tried_again_by_an_operator(
+def test_an_operator_can_retry_a_dead_letter_of_the_example_consumer(
     redis_server: RedisServer, make_bus: Callable[..., Bus], consumer: Path
 ) -> None:
     bus = make_bus(redis_server.url, "accounts", publish={"user_registered": "stream"})

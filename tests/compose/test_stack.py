@@ -242,13 +242,13 @@ def buffered(stack: Stack) -> int:
         ("ops", ("CONFIG", "SET", "maxmemory", "1")),
     ],
 )
-def test_redis_refuses_a_service_what_it_does_not_need(
+def test_redis_refuses_a_service_the_commands_it_does_not_need(
     stack: Stack, user: str, command: tuple[str, ...]
 ) -> None:
     assert "NOPERM" in stack.redis(user, *command)
 
 
-def test_redis_refuses_the_services_nothing_that_they_do(stack: Stack) -> None:
+def test_redis_allows_the_services_every_command_they_use(stack: Stack) -> None:
     stack.redis("ops", "ACL", "LOG", "RESET")
 
     stack.compose("restart", "catalog", "mailer")
@@ -261,16 +261,14 @@ def test_redis_refuses_the_services_nothing_that_they_do(stack: Stack) -> None:
     assert stack.redis("ops", "ACL", "LOG").strip() == ""
 
 
-def test_people_can_ask_redis_who_listens(stack: Stack) -> None:
+def test_operators_can_list_the_listeners_in_redis(stack: Stack) -> None:
     said = stack.compose("run", "--rm", "ops", "routes", timeout=300)
 
     assert re.search("price_changed +2\n", said)
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_container_is_not_root_and_writes_nowhere_but_to_its_data(
-    stack: Stack, service: str
-) -> None:
+def test_a_container_is_not_root_and_writes_only_its_data(stack: Stack, service: str) -> None:
     host = stack.inspect(service)[0]["HostConfig"]
 
     assert stack.execute(service, "id", "-u").strip() == "10001"
@@ -281,7 +279,7 @@ def test_a_container_is_not_root_and_writes_nowhere_but_to_its_data(
     assert host["RestartPolicy"]["Name"] == "unless-stopped"
 
 
-def test_nothing_but_the_web_services_is_published_and_that_to_this_machine(stack: Stack) -> None:
+def test_only_the_web_services_have_published_ports_and_only_on_loopback(stack: Stack) -> None:
     published = {
         service: stack.inspect(service)[0]["NetworkSettings"]["Ports"] for service in SERVICES
     }
@@ -295,7 +293,7 @@ def test_nothing_but_the_web_services_is_published_and_that_to_this_machine(stac
     }
 
 
-def test_a_stop_lets_a_mail_that_is_on_its_way_arrive(stack: Stack) -> None:
+def test_a_stop_lets_a_running_mail_arrive(stack: Stack) -> None:
     mail = stack.container("mail")
     docker("pause", mail)
     email = register(stack)
@@ -322,7 +320,7 @@ def is_mailing(stack: Stack) -> bool:
     return any(":0401 01 " in table for table in tables)
 
 
-def test_what_was_stored_is_there_after_the_containers_were_made_anew(stack: Stack) -> None:
+def test_stored_data_survives_new_containers(stack: Stack) -> None:
     price = change_price(stack)
     email = register(stack)
     wait_until(lambda: is_audited(stack, email), what="audit has written the event")
@@ -334,7 +332,7 @@ def test_what_was_stored_is_there_after_the_containers_were_made_anew(stack: Sta
     assert is_audited(stack, email)
 
 
-def test_an_event_outlives_the_container_of_redis(stack: Stack) -> None:
+def test_an_event_survives_a_new_redis_container(stack: Stack) -> None:
     stack.compose("stop", "mailer")
     email = register(stack)
     wait_until(lambda: not buffered(stack), what="Redis has the event")
@@ -345,7 +343,7 @@ def test_an_event_outlives_the_container_of_redis(stack: Stack) -> None:
     wait_until(lambda: has_mail(stack, email), timeout=60, what="the mail is at the mail server")
 
 
-def test_without_passwords_compose_says_which_command_makes_them(tmp_path: Path) -> None:
+def test_without_passwords_compose_names_the_command_that_makes_them(tmp_path: Path) -> None:
     require("docker-compose, or the plug-in 'docker compose'", program := compose_program())
     empty = tmp_path / "empty"
     empty.touch()

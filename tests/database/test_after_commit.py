@@ -94,7 +94,7 @@ def test_an_event_leaves_after_the_commit(bus: Bus, session: Session, eventbus: 
     assert (before, ids(eventbus)) == ([], [1])
 
 
-def test_it_leaves_when_another_connection_can_read_the_row(
+def test_an_event_leaves_when_another_connection_can_read_the_row(
     bus: Bus, session: Session, engine: Engine, shared_redis: RedisServer, make_bus: Make
 ) -> None:
     seen: list[Any] = []
@@ -127,7 +127,7 @@ def test_the_testing_kit_says_why_it_sees_nothing_before_the_commit(
         eventbus.assert_published("user_added")
 
 
-def test_a_rollback_takes_events_along(bus: Bus, session: Session, eventbus: Isolation) -> None:
+def test_a_rollback_discards_events(bus: Bus, session: Session, eventbus: Isolation) -> None:
     session.add(User(id=1, email="ada"))
     bus.signal("user_added").send(id=1)
     session.rollback()
@@ -139,7 +139,7 @@ def test_a_rollback_takes_events_along(bus: Bus, session: Session, eventbus: Iso
     assert bus.health().counts["discarded"] == 1
 
 
-def test_without_a_transaction_an_event_leaves_at_once(
+def test_outside_a_transaction_an_event_leaves_at_once(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     bus.signal("user_added").send(id=1)
@@ -148,7 +148,7 @@ def test_without_a_transaction_an_event_leaves_at_once(
     assert not session.in_transaction()
 
 
-def test_a_route_that_does_not_ask_for_it_does_not_wait(
+def test_a_route_without_after_commit_does_not_wait(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     session.add(User(id=1, email="ada"))
@@ -158,7 +158,7 @@ def test_a_route_that_does_not_ask_for_it_does_not_wait(
     assert ids(eventbus) == [1]
 
 
-def test_local_receivers_run_at_send(bus: Bus, session: Session) -> None:
+def test_local_receivers_run_at_send_and_not_after_the_commit(bus: Bus, session: Session) -> None:
     received = []
     bus.signal("user_added").connect(lambda sender, id: received.append(id), weak=False)
 
@@ -168,7 +168,7 @@ def test_local_receivers_run_at_send(bus: Bus, session: Session) -> None:
     assert received == [1]
 
 
-def test_a_payload_is_taken_down_at_send(bus: Bus, session: Session, eventbus: Isolation) -> None:
+def test_a_payload_is_encoded_at_send(bus: Bus, session: Session, eventbus: Isolation) -> None:
     tags = ["new"]
 
     session.begin()
@@ -179,7 +179,7 @@ def test_a_payload_is_taken_down_at_send(bus: Bus, session: Session, eventbus: I
     eventbus.assert_published("user_added", tags=["new"])
 
 
-def test_what_cannot_travel_is_an_error_at_send(
+def test_an_unsupported_payload_fails_at_send(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     user = User(id=1, email="ada")
@@ -211,7 +211,7 @@ def test_events_leave_in_the_order_in_which_they_were_sent(
 # -- savepoints ---------------------------------------------------------------------------
 
 
-def test_a_savepoint_that_is_rolled_back_takes_only_its_own_events(
+def test_rolling_back_a_savepoint_discards_only_its_own_events(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     session.begin()
@@ -225,7 +225,7 @@ def test_a_savepoint_that_is_rolled_back_takes_only_its_own_events(
     assert ids(eventbus) == [1, 3]
 
 
-def test_what_was_sent_within_a_released_savepoint_waits_for_the_commit(
+def test_events_of_a_released_savepoint_wait_for_the_commit(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     session.begin()
@@ -239,7 +239,7 @@ def test_what_was_sent_within_a_released_savepoint_waits_for_the_commit(
     assert (before, ids(eventbus)) == ([], [1])
 
 
-def test_a_released_savepoint_vanishes_with_the_one_around_it(
+def test_events_of_a_released_savepoint_are_discarded_with_the_outer_savepoint(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     session.begin()
@@ -256,7 +256,7 @@ def test_a_released_savepoint_vanishes_with_the_one_around_it(
     assert ids(eventbus) == [3]
 
 
-def test_a_rollback_of_everything_takes_released_savepoints_along(
+def test_a_rollback_discards_events_of_released_savepoints(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     session.begin()
@@ -272,7 +272,7 @@ def test_a_rollback_of_everything_takes_released_savepoints_along(
     eventbus.assert_not_published()
 
 
-def test_a_row_that_the_database_refuses_takes_the_event_of_its_savepoint_along(
+def test_a_failed_insert_discards_the_event_of_its_savepoint(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     for number, email in enumerate(["ada", "bob", "ada", "eve"]):
@@ -285,7 +285,7 @@ def test_a_row_that_the_database_refuses_takes_the_event_of_its_savepoint_along(
     assert ids(eventbus) == [0, 1, 3]
 
 
-def test_a_commit_with_open_savepoints_publishes_all(
+def test_a_commit_with_open_savepoints_publishes_all_events(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     session.begin()
@@ -301,7 +301,7 @@ def test_a_commit_with_open_savepoints_publishes_all(
 # -- ends of other kinds --------------------------------------------------------------------
 
 
-def test_a_session_closed_without_a_commit_publishes_nothing_and_says_so(
+def test_closing_a_session_without_a_commit_publishes_nothing_and_logs_a_warning(
     bus: Bus, session: Session, eventbus: Isolation, caplog: pytest.LogCaptureFixture
 ) -> None:
     session.add(User(id=1, email="ada"))
@@ -314,7 +314,7 @@ def test_a_session_closed_without_a_commit_publishes_nothing_and_says_so(
     assert "user_added" in line
 
 
-def test_a_rollback_is_no_reason_to_warn(
+def test_a_rollback_logs_no_warning(
     bus: Bus, session: Session, caplog: pytest.LogCaptureFixture
 ) -> None:
     with suppress(ZeroDivisionError), session.begin(), session.begin_nested():
@@ -340,7 +340,9 @@ def test_a_commit_that_fails_publishes_nothing(
     eventbus.assert_not_published()
 
 
-def test_a_session_goes_on_after_each_end(bus: Bus, session: Session, eventbus: Isolation) -> None:
+def test_a_session_can_be_used_after_each_commit_and_rollback(
+    bus: Bus, session: Session, eventbus: Isolation
+) -> None:
     for number in range(4):
         session.begin()
         bus.signal("user_added").send(id=number)
@@ -349,7 +351,7 @@ def test_a_session_goes_on_after_each_end(bus: Bus, session: Session, eventbus: 
     assert ids(eventbus) == [0, 2]
 
 
-def test_what_is_sent_while_rows_are_flushed_at_the_commit_leaves_with_it(
+def test_events_sent_during_the_flush_of_a_commit_leave_with_it(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     def tell(mapper: object, connection: object, user: User) -> None:
@@ -370,7 +372,7 @@ def test_what_is_sent_while_rows_are_flushed_at_the_commit_leaves_with_it(
     assert ids(eventbus) == [1]
 
 
-def test_what_a_listener_of_the_session_sends_after_the_commit_leaves_with_it(
+def test_events_sent_by_an_after_commit_listener_leave_with_the_commit(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     event.listen(session, "after_commit", lambda session: bus.signal("user_added").send(id=1))
@@ -381,7 +383,7 @@ def test_what_a_listener_of_the_session_sends_after_the_commit_leaves_with_it(
     assert ids(eventbus) == [1]
 
 
-def test_a_listener_of_the_session_that_raises_after_the_commit_loses_no_event(
+def test_an_after_commit_listener_that_raises_loses_no_event(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     event.listen(session, "after_commit", lambda session: 1 // 0)
@@ -396,7 +398,7 @@ def test_a_listener_of_the_session_that_raises_after_the_commit_loses_no_event(
     assert ids(eventbus) == [1]
 
 
-def test_bulk_operations_are_a_transaction_like_any(
+def test_bulk_operations_publish_after_their_commit(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     session.bulk_insert_mappings(User.__mapper__, [{"id": 1, "email": "ada"}])
@@ -427,7 +429,7 @@ def test_a_session_within_a_connections_own_transaction_publishes_at_its_own_com
 # -- causes, and the time -------------------------------------------------------------------
 
 
-def test_causes_and_time_are_those_of_the_moment_of_sending(
+def test_the_causes_and_time_of_an_event_are_those_of_its_send(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     sent_at = []
@@ -450,7 +452,7 @@ def test_causes_and_time_are_those_of_the_moment_of_sending(
 # -- which session --------------------------------------------------------------------------
 
 
-def test_a_scoped_session_is_that_of_the_thread(
+def test_a_scoped_session_belongs_to_its_thread(
     engine: Engine, eventbus: Isolation, make_bus: Make
 ) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
@@ -473,7 +475,7 @@ def test_a_scoped_session_is_that_of_the_thread(
     assert (before, ids(eventbus)) == ([2], [2, 1])
 
 
-def test_remove_without_a_commit_publishes_nothing(
+def test_removing_a_scoped_session_without_a_commit_publishes_nothing(
     engine: Engine, eventbus: Isolation, make_bus: Make
 ) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
@@ -486,7 +488,7 @@ def test_remove_without_a_commit_publishes_nothing(
     eventbus.assert_not_published()
 
 
-def test_of_a_makers_sessions_it_is_the_one_that_began_last_here(
+def test_an_event_joins_the_session_of_a_maker_that_began_last_in_this_thread(
     engine: Engine, eventbus: Isolation, make_bus: Make
 ) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
@@ -508,7 +510,7 @@ def test_of_a_makers_sessions_it_is_the_one_that_began_last_here(
     assert ids(eventbus) == [2, 1, 3, 4]
 
 
-def test_a_class_of_sessions_stands_for_all_of_it(
+def test_a_registered_session_class_covers_all_its_sessions(
     engine: Engine, eventbus: Isolation, make_bus: Make
 ) -> None:
     class Own(Session):
@@ -526,7 +528,7 @@ def test_a_class_of_sessions_stands_for_all_of_it(
         assert ids(eventbus) == [1, 2]
 
 
-def test_a_class_of_sessions_is_not_taken_for_one_that_is_gone(
+def test_a_new_session_class_is_not_mistaken_for_a_deleted_one(
     engine: Engine, eventbus: Isolation, make_bus: Make
 ) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
@@ -547,7 +549,7 @@ def test_a_class_of_sessions_is_not_taken_for_one_that_is_gone(
     assert ids(eventbus) == list(range(20))
 
 
-def test_another_threads_session_is_none_of_this_ones(
+def test_a_session_of_another_thread_is_ignored(
     engine: Engine, eventbus: Isolation, make_bus: Make
 ) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
@@ -561,7 +563,7 @@ def test_another_threads_session_is_none_of_this_ones(
         assert ids(eventbus) == [1]
 
 
-def test_a_function_tells_which_session_is_in_use(
+def test_a_function_can_name_the_current_session(
     session: Session, eventbus: Isolation, make_bus: Make
 ) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
@@ -577,7 +579,7 @@ def test_a_function_tells_which_session_is_in_use(
     assert ids(eventbus) == [1]
 
 
-def test_two_sessions_do_not_get_mixed_up(
+def test_events_of_two_sessions_are_kept_apart(
     engine: Engine, eventbus: Isolation, make_bus: Make
 ) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
@@ -620,7 +622,7 @@ def test_threads_with_sessions_of_their_own_publish_what_they_commit(
     assert sorted(ids(eventbus)) == list(range(0, 400, 2))
 
 
-def test_what_is_no_session_is_refused(make_bus: Make) -> None:
+def test_registering_something_that_is_not_a_session_is_refused(make_bus: Make) -> None:
     db = SQLAlchemy(model_class=Base)
 
     for wrong in (db, "session", None, 7):
@@ -630,7 +632,7 @@ def test_what_is_no_session_is_refused(make_bus: Make) -> None:
             make_bus("memory://").register_session(wrong)
 
 
-def test_a_bus_without_a_session_is_an_error_at_send(eventbus: Isolation, make_bus: Make) -> None:
+def test_a_bus_without_a_session_fails_at_send(eventbus: Isolation, make_bus: Make) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
 
     with pytest.raises(ConfigError, match=r"'user_added' .* bus\.register_session\(session\)"):
@@ -639,12 +641,12 @@ def test_a_bus_without_a_session_is_an_error_at_send(eventbus: Isolation, make_b
     eventbus.assert_not_published()
 
 
-def test_the_option_is_true_or_false(make_bus: Make) -> None:
+def test_after_commit_must_be_true_or_false(make_bus: Make) -> None:
     with pytest.raises(ConfigError, match=r"\['after_commit'\] is 'yes'\. Set it to True or False"):
         make_bus("memory://", publish={"user_added": {"after_commit": "yes"}})
 
 
-def test_a_route_in_code_has_the_option_too(
+def test_a_route_in_code_takes_the_option_too(
     session: Session, eventbus: Isolation, make_bus: Make
 ) -> None:
     bus = make_bus("memory://")
@@ -753,7 +755,7 @@ def test_flask_sqlalchemy_is_found_in_either_order(
     assert ids(eventbus) == [1, 4]
 
 
-def test_a_view_that_forgets_to_commit_is_warned_of(
+def test_a_view_that_forgets_to_commit_logs_a_warning(
     shop: Shop, eventbus: Isolation, caplog: pytest.LogCaptureFixture
 ) -> None:
     shop.app.test_client().post("/1/return")
@@ -762,13 +764,13 @@ def test_a_view_that_forgets_to_commit_is_warned_of(
     assert shop.bus.health().counts["discarded"] == 1
 
 
-def test_outside_an_app_context_nothing_is_waited_for(shop: Shop, eventbus: Isolation) -> None:
+def test_outside_an_app_context_an_event_leaves_at_once(shop: Shop, eventbus: Isolation) -> None:
     shop.bus.signal("user_added").send(shop.app, id=1)
 
     assert ids(eventbus) == [1]
 
 
-def test_a_registered_session_goes_before_flask_sqlalchemys(
+def test_a_registered_session_takes_precedence_over_flask_sqlalchemy(
     shop: Shop, session: Session, eventbus: Isolation
 ) -> None:
     shop.bus.register_session(session)
@@ -781,7 +783,7 @@ def test_a_registered_session_goes_before_flask_sqlalchemys(
     assert (before, ids(eventbus)) == ([], [1])
 
 
-def test_an_app_without_a_session_is_an_error_at_send(eventbus: Isolation) -> None:
+def test_an_app_without_a_session_fails_at_send(eventbus: Isolation) -> None:
     bus = EventBus()
     app = Flask("shop")
     app.config.from_mapping(
@@ -797,7 +799,7 @@ def test_an_app_without_a_session_is_an_error_at_send(eventbus: Isolation) -> No
 
 
 @pytest.mark.parametrize("via", ["channel", "stream"])
-def test_a_commit_does_not_fail_when_redis_is_away(
+def test_a_commit_succeeds_while_redis_is_away(
     redis_server: RedisServer, session: Session, make_bus: Make, via: str
 ) -> None:
     bus = make_bus(
@@ -818,7 +820,7 @@ def test_a_commit_does_not_fail_when_redis_is_away(
     assert bus.health().counts["published"] == 2
 
 
-def test_the_testing_kit_lets_a_commit_through_while_redis_is_away(
+def test_the_testing_kit_lets_a_commit_succeed_while_redis_is_away(
     shop: Shop, eventbus: Isolation
 ) -> None:
     with eventbus.redis_away():
@@ -828,7 +830,7 @@ def test_the_testing_kit_lets_a_commit_through_while_redis_is_away(
 
 
 @pytest.mark.parametrize("policy", ["buffer", "raise"])
-def test_a_confirmation_is_awaited_in_the_commit_which_does_not_fail_without_it(
+def test_a_commit_waits_for_confirmation_and_succeeds_without_it(
     redis_server: RedisServer,
     session: Session,
     make_bus: Make,
@@ -863,7 +865,7 @@ class TimeLimitError(Exception):
     """What the signal handler of a task queue raises wherever the program happens to be."""
 
 
-def test_a_time_limit_in_a_commit_that_waits_is_passed_on_and_no_event_is_lost(
+def test_a_time_limit_raised_in_a_waiting_commit_is_passed_on_and_no_event_is_lost(
     redis_server: RedisServer, session: Session, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def strike(number: int, frame: object) -> None:
@@ -906,7 +908,7 @@ def _alarmed(publisher: Publisher, sent: Sequence[Message], deadline: float) -> 
 _wait_for_confirmations = Publisher.wait_for_confirmations
 
 
-def test_a_time_limit_at_one_event_of_a_commit_lets_the_others_leave(
+def test_a_time_limit_raised_at_one_event_of_a_commit_lets_the_others_leave(
     shared_redis: RedisServer, session: Session, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish_pending = Publisher.publish_pending
@@ -949,7 +951,7 @@ def test_a_confirmed_commit_waits_until_redis_has_the_events(
     assert bus.health().counts["published"] == 1
 
 
-def test_with_raise_an_outage_that_is_known_fails_the_send_and_so_the_transaction(
+def test_with_raise_a_known_outage_fails_the_send_and_the_transaction(
     redis_server: RedisServer, session: Session, make_bus: Make
 ) -> None:
     bus = make_bus(
@@ -988,7 +990,7 @@ def test_with_raise_an_outage_that_begins_before_the_commit_does_not_fail_it(
     assert bus.health().counts["published"] == 1
 
 
-def test_an_event_held_over_a_stop_of_the_bus_leaves_all_the_same(
+def test_an_event_waiting_for_a_commit_leaves_after_the_bus_was_stopped(
     bus: Bus, session: Session, eventbus: Isolation
 ) -> None:
     bus.signal("user_added").send(id=1)
@@ -1013,7 +1015,7 @@ def async_url(engine: Engine) -> str:
 
 
 @pytest.mark.parametrize("scoped", [False, True])
-def test_tasks_with_asynchronous_sessions_publish_what_they_commit(
+def test_tasks_with_async_sessions_publish_what_they_commit(
     async_url: str, eventbus: Isolation, make_bus: Make, scoped: bool
 ) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
@@ -1044,7 +1046,7 @@ def test_tasks_with_asynchronous_sessions_publish_what_they_commit(
     assert sorted(ids(eventbus)) == [0, 2, 4, 6, 102, 104]
 
 
-def test_asynchronous_sessions_of_two_makers_are_told_apart_by_their_classes(
+def test_async_sessions_of_two_makers_are_distinguished_by_their_classes(
     eventbus: Isolation, make_bus: Make
 ) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
@@ -1066,7 +1068,7 @@ def test_asynchronous_sessions_of_two_makers_are_told_apart_by_their_classes(
     assert ids(eventbus) == [len("commit")]
 
 
-def test_one_asynchronous_session_may_be_registered(eventbus: Isolation, make_bus: Make) -> None:
+def test_one_async_session_can_be_registered(eventbus: Isolation, make_bus: Make) -> None:
     bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
 
     async def main() -> None:

@@ -231,7 +231,7 @@ def test_an_event_is_committed_with_the_rows_it_is_about(
     assert ear.events == []
 
 
-def test_a_rollback_takes_it_along(bus: Bus, session: Session, waiting: Outbox) -> None:
+def test_a_rollback_discards_the_event(bus: Bus, session: Session, waiting: Outbox) -> None:
     session.add(User(id=1, email="ada"))
     bus.signal("user_added").send(id=1)
     session.rollback()
@@ -239,7 +239,7 @@ def test_a_rollback_takes_it_along(bus: Bus, session: Session, waiting: Outbox) 
     assert waiting.count() == 0
 
 
-def test_a_savepoint_that_is_rolled_back_takes_only_its_own_events(
+def test_rolling_back_a_savepoint_discards_only_its_own_events(
     bus: Bus, session: Session, relay: Relay, ear: Ear
 ) -> None:
     for number, email in enumerate(["ada", "bob", "ada", "eve"]):
@@ -253,7 +253,7 @@ def test_a_savepoint_that_is_rolled_back_takes_only_its_own_events(
     assert ear.ids == [0, 1, 3]
 
 
-def test_without_a_transaction_it_is_stored_by_itself(
+def test_an_event_sent_outside_a_transaction_is_stored_in_one_of_its_own(
     bus: Bus, session: Session, waiting: Outbox
 ) -> None:
     bus.signal("user_added").send(id=1)
@@ -262,7 +262,7 @@ def test_without_a_transaction_it_is_stored_by_itself(
     assert not session.in_transaction()
 
 
-def test_an_event_that_is_sent_after_the_commit_is_stored_and_the_commit_stands(
+def test_an_event_sent_by_an_after_commit_listener_is_stored_and_the_commit_stands(
     engine: Engine,
     bus: Bus,
     session: Session,
@@ -285,7 +285,7 @@ def test_an_event_that_is_sent_after_the_commit_is_stored_and_the_commit_stands(
     assert bus.health().counts["stored"] == 2
 
 
-def test_an_event_that_is_sent_after_a_savepoint_vanishes_with_the_transaction_around_it(
+def test_an_event_sent_after_a_savepoint_is_discarded_with_the_outer_transaction(
     bus: Bus, session: Session, waiting: Outbox
 ) -> None:
     @partial(event.listen, session, "after_commit")
@@ -300,7 +300,7 @@ def test_an_event_that_is_sent_after_a_savepoint_vanishes_with_the_transaction_a
     assert bus.health().counts["discarded"] == 1
 
 
-def test_a_commit_stands_although_an_event_sent_after_it_cannot_be_stored(
+def test_a_commit_stands_when_an_event_sent_after_it_cannot_be_stored(
     engine: Engine,
     bus: Bus,
     session: Session,
@@ -322,7 +322,9 @@ def test_a_commit_stands_although_an_event_sent_after_it_cannot_be_stored(
     assert vars(record)["event_id"] in record.getMessage()
 
 
-def test_a_place_where_the_session_takes_no_statement_is_named(bus: Bus, session: Session) -> None:
+def test_the_error_for_a_send_in_an_after_rollback_listener_names_the_event(
+    bus: Bus, session: Session
+) -> None:
     @partial(event.listen, session, "after_rollback")
     def tell(session: Session) -> None:
         bus.signal("user_added").send(id=1)
@@ -335,7 +337,7 @@ def test_a_place_where_the_session_takes_no_statement_is_named(bus: Bus, session
     assert "writes 'user_added' to 'eventbus_outbox'" in error.value.__notes__[0]
 
 
-def test_models_committed_of_flask_sqlalchemy_may_go_into_the_outbox(
+def test_models_committed_of_flask_sqlalchemy_can_go_into_the_outbox(
     tmp_path: Path, eventbus: Isolation
 ) -> None:
     def changes(sender: Any, changes: Any, **extra: Any) -> dict[str, Any]:
@@ -373,7 +375,7 @@ def test_models_committed_of_flask_sqlalchemy_may_go_into_the_outbox(
     eventbus.assert_published("models_changed", changes=[["tea", "insert"]])
 
 
-def test_what_is_stored_by_itself_leaves_no_session_behind(
+def test_an_event_stored_in_its_own_transaction_leaves_no_session_behind(
     engine: Engine, bus: Bus, waiting: Outbox
 ) -> None:
     scoped = scoped_session(sessionmaker(engine))
@@ -386,14 +388,14 @@ def test_what_is_stored_by_itself_leaves_no_session_behind(
     assert not scoped.registry.has()
 
 
-def test_a_function_that_returns_no_session_tells_no_database(bus: Bus) -> None:
+def test_a_session_function_that_returns_none_is_a_config_error(bus: Bus) -> None:
     bus.register_session(lambda: None)
 
     with pytest.raises(ConfigError, match="returns no session here"):
         bus.signal("user_added").send(id=1)
 
 
-def test_what_cannot_travel_is_an_error_at_send_and_disturbs_no_transaction(
+def test_an_unsupported_payload_fails_at_send_and_leaves_the_transaction_intact(
     bus: Bus, session: Session, waiting: Outbox
 ) -> None:
     session.add(User(id=1, email="ada"))
@@ -405,7 +407,7 @@ def test_what_cannot_travel_is_an_error_at_send_and_disturbs_no_transaction(
     assert waiting.count() == 0
 
 
-def test_rows_that_are_flushed_may_send(bus: Bus, session: Session, relay: Relay, ear: Ear) -> None:
+def test_a_flush_listener_may_send(bus: Bus, session: Session, relay: Relay, ear: Ear) -> None:
     def tell(mapper: object, connection: object, user: User) -> None:
         bus.signal("user_added").send(id=user.id)
 
@@ -421,7 +423,7 @@ def test_rows_that_are_flushed_may_send(bus: Bus, session: Session, relay: Relay
     assert ear.ids == [7]
 
 
-def test_local_receivers_run_at_send(bus: Bus, session: Session) -> None:
+def test_local_receivers_run_at_send_and_not_after_the_commit(bus: Bus, session: Session) -> None:
     received = []
     bus.signal("user_added").connect(lambda sender, id: received.append(id), weak=False)
 
@@ -431,7 +433,7 @@ def test_local_receivers_run_at_send(bus: Bus, session: Session) -> None:
     assert received == [1]
 
 
-def test_a_missing_table_is_an_error_at_send_that_says_what_to_do(
+def test_a_missing_outbox_table_fails_at_send_with_the_remedy(
     bus: Bus, session: Session, engine: Engine
 ) -> None:
     outbox.TABLE.drop(engine)
@@ -443,7 +445,7 @@ def test_a_missing_table_is_an_error_at_send_that_says_what_to_do(
     assert "relay --create-table" in note
 
 
-def test_redis_may_be_away_whatever_the_policy(
+def test_sending_into_the_outbox_works_while_redis_is_away(
     session: Session, waiting: Outbox, make_bus: Make
 ) -> None:
     bus = make_bus(
@@ -461,7 +463,7 @@ def test_redis_may_be_away_whatever_the_policy(
     assert bus.health().counts == {"stored": 1}
 
 
-def test_a_coroutine_writes_by_way_of_its_session(tmp_path: Path, make_bus: Make) -> None:
+def test_a_coroutine_writes_through_its_async_session(tmp_path: Path, make_bus: Make) -> None:
     engine = create_engine(f"sqlite:///{tmp_path}/async.db")
     outbox.create(engine)
     bus = make_bus("redis://127.0.0.1:1/0", publish={"user_added": {"outbox": True}})
@@ -494,12 +496,12 @@ def test_a_coroutine_writes_by_way_of_its_session(tmp_path: Path, make_bus: Make
     engine.dispose()
 
 
-def test_the_relay_always_waits_for_redis_so_confirm_is_refused(make_bus: Make) -> None:
+def test_the_confirm_option_is_refused_for_the_outbox(make_bus: Make) -> None:
     with pytest.raises(ConfigError, match=r"both 'outbox' and 'confirm'\. Remove 'confirm'"):
         make_bus("memory://", publish={"user_added": {"outbox": True, "confirm": True}})
 
 
-def test_a_route_in_code_has_the_option_too(bus: Bus, session: Session, waiting: Outbox) -> None:
+def test_a_route_in_code_takes_the_option_too(bus: Bus, session: Session, waiting: Outbox) -> None:
     order_paid = bus.publishes("order_paid", outbox=True)
 
     session.begin()
@@ -509,7 +511,7 @@ def test_a_route_in_code_has_the_option_too(bus: Bus, session: Session, waiting:
     assert waiting.count() == 1
 
 
-def test_the_table_is_part_of_the_metadata_it_was_asked_for() -> None:
+def test_the_table_is_added_to_the_given_metadata() -> None:
     metadata = MetaData(schema="shop")
 
     made = outbox.table(metadata)
@@ -529,7 +531,7 @@ def test_the_table_is_created_once(engine: Engine) -> None:
 # -- out of the outbox ------------------------------------------------------------------------
 
 
-def test_a_relay_publishes_in_order_and_deletes(
+def test_a_relay_publishes_in_order_and_deletes_the_rows(
     bus: Bus, session: Session, relay: Relay, waiting: Outbox, ear: Ear
 ) -> None:
     for number in range(250):
@@ -543,7 +545,7 @@ def test_a_relay_publishes_in_order_and_deletes(
     assert (relay.published, waiting.count()) == (250, 0)
 
 
-def test_a_relay_changes_nothing_of_an_event(
+def test_a_relay_publishes_an_event_unchanged(
     bus: Bus, session: Session, relay: Relay, ear: Ear
 ) -> None:
     node = bus.health().node
@@ -565,7 +567,7 @@ def test_a_relay_changes_nothing_of_an_event(
     assert found.seq is None
 
 
-def test_the_process_that_sent_it_skips_it_as_an_echo_and_others_hear_it(
+def test_the_sending_process_skips_its_relayed_event_and_others_receive_it(
     shared_redis: RedisServer, bus: Bus, session: Session, relay: Relay, prefix: str, make_bus: Make
 ) -> None:
     received: list[str] = []
@@ -587,7 +589,7 @@ def test_the_process_that_sent_it_skips_it_as_an_echo_and_others_hear_it(
     assert bus.health().counts.get("rejected", 0) == 0
 
 
-def test_small_batches_are_in_order_too(
+def test_small_batches_keep_the_order(
     shared_redis: RedisServer, engine: Engine, prefix: str, waiting: Outbox, ear: Ear
 ) -> None:
     fill(engine, 25)
@@ -599,7 +601,7 @@ def test_small_batches_are_in_order_too(
     assert waiting.count() == 0
 
 
-def test_large_events_take_several_round_trips(
+def test_large_events_are_published_in_several_round_trips(
     relay: Relay, engine: Engine, waiting: Outbox, ear: Ear
 ) -> None:
     fill(engine, 12, size=300_000)
@@ -610,7 +612,7 @@ def test_large_events_take_several_round_trips(
     assert waiting.count() == 0
 
 
-def test_an_empty_outbox_is_not_locked_and_asks_nothing_of_redis(engine: Engine) -> None:
+def test_an_empty_outbox_is_not_locked_and_redis_is_not_called(engine: Engine) -> None:
     relay = lonely(engine)
     statements = executed(engine)
 
@@ -619,7 +621,7 @@ def test_an_empty_outbox_is_not_locked_and_asks_nothing_of_redis(engine: Engine)
     assert "FOR UPDATE" not in statements[0]
 
 
-def test_nothing_is_locked_for_a_redis_that_is_away(engine: Engine) -> None:
+def test_no_row_is_locked_while_redis_is_away(engine: Engine) -> None:
     relay = lonely(engine)
     fill(engine, 1)
     statements = executed(engine)
@@ -644,7 +646,7 @@ def executed(engine: Engine) -> list[str]:
     return statements
 
 
-def test_an_outage_in_the_middle_of_a_batch_leaves_what_was_confirmed_so(
+def test_an_outage_in_the_middle_of_a_batch_keeps_what_was_confirmed(
     shared_redis: RedisServer,
     relay: Relay,
     engine: Engine,
@@ -675,7 +677,7 @@ def test_an_outage_in_the_middle_of_a_batch_leaves_what_was_confirmed_so(
     assert ear.ids == list(range(8))
 
 
-def test_what_redis_refuses_waits_and_holds_up_no_other_signal(
+def test_an_event_that_redis_refuses_stays_and_other_signals_continue(
     shared_redis: RedisServer,
     engine: Engine,
     prefix: str,
@@ -712,7 +714,7 @@ def test_what_redis_refuses_waits_and_holds_up_no_other_signal(
     assert ear.ids[6:] == [0, 1] * 3
 
 
-def test_what_a_newer_version_wrote_is_left_to_a_newer_relay(
+def test_an_event_of_a_newer_version_is_left_to_a_newer_relay(
     relay: Relay, session: Session, waiting: Outbox, ear: Ear, caplog: pytest.LogCaptureFixture
 ) -> None:
     store(session, Entry(event_id="a-1", name="order_paid", via="pigeon", event=b""))
@@ -724,7 +726,7 @@ def test_what_a_newer_version_wrote_is_left_to_a_newer_relay(
     assert "too old to publish via 'pigeon'" in caplog.text
 
 
-def test_an_event_that_is_published_twice_is_heard_once(
+def test_an_event_that_is_published_twice_is_handled_once(
     shared_redis: RedisServer, relay: Relay, engine: Engine, prefix: str, make_bus: Make
 ) -> None:
     heard: list[int] = []
@@ -773,7 +775,7 @@ def test_several_relays_publish_each_event_once_and_in_order(
     assert sum(published) == 400
 
 
-def test_a_relay_takes_nothing_while_another_has_older_events_in_hand(
+def test_a_relay_takes_nothing_while_another_holds_older_events(
     engine: Engine, database: str, waiting: Outbox
 ) -> None:
     if database.startswith("sqlite"):
@@ -798,7 +800,7 @@ def test_a_relay_takes_nothing_while_another_has_older_events_in_hand(
     engine.dispose()
 
 
-def test_a_relay_takes_nothing_from_behind_what_another_has_in_hand(
+def test_a_relay_takes_no_events_behind_those_that_another_holds(
     engine: Engine, waiting: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     oldest = outbox._oldest
@@ -813,7 +815,7 @@ def test_a_relay_takes_nothing_from_behind_what_another_has_in_hand(
         assert [entry.event_id for entry in batch.entries] == ["origin-1", "origin-2"]
 
 
-def test_who_writes_to_the_outbox_gets_through_beside_a_relay_at_work(
+def test_a_writer_is_not_blocked_by_a_relay_at_work(
     engine: Engine, waiting: Outbox, database: str
 ) -> None:
     fill(engine, 5)
@@ -835,7 +837,7 @@ def test_who_writes_to_the_outbox_gets_through_beside_a_relay_at_work(
 if "TEST_DATABASE_URL" in os.environ:
     # SQLite lets no relay look at rows to lock them while another does: it waits for its turn.
 
-    def test_a_relay_stands_by_while_another_has_the_oldest_events_in_hand(
+    def test_a_relay_waits_while_another_holds_the_oldest_events(
         shared_redis: RedisServer, engine: Engine, prefix: str, waiting: Outbox, ear: Ear
     ) -> None:
         fill(engine, 5)
@@ -849,7 +851,7 @@ if "TEST_DATABASE_URL" in os.environ:
 
         assert ear.ids == list(range(5))
 
-    def test_a_relay_reads_what_is_committed_whatever_the_database_does_by_default(
+    def test_a_relay_reads_committed_rows_whatever_the_default_isolation_level(
         engine: Engine, database: str
     ) -> None:
         fill(engine, 1)
@@ -978,7 +980,7 @@ def near(redis_server: RedisServer, prefix: str) -> Iterator[Ear]:
     ear.close()
 
 
-def test_a_relay_runs_until_it_is_told_to_end(
+def test_a_relay_runs_until_a_signal_stops_it(
     shop: Shop, engine: Engine, waiting: Outbox, near: Ear
 ) -> None:
     fill(engine, 3)
@@ -1010,7 +1012,7 @@ def test_a_relay_killed_between_publishing_and_deleting_loses_nothing(
     assert [found.payload["id"] for found in first] == [0, 1, 2]
 
 
-def test_relays_that_are_killed_at_any_moment_lose_nothing_and_what_hears_hears_it_once(
+def test_relays_killed_at_any_moment_lose_nothing_and_events_are_handled_once(
     shop: Shop,
     redis_server: RedisServer,
     engine: Engine,
@@ -1036,7 +1038,7 @@ def test_relays_that_are_killed_at_any_moment_lose_nothing_and_what_hears_hears_
     assert heard == list(range(3_000))
 
 
-def test_relays_beside_each_other_publish_each_event_once(
+def test_concurrent_relays_publish_each_event_once(
     shop: Shop, engine: Engine, waiting: Outbox, near: Ear
 ) -> None:
     relays = [shop.relay("--batch", "10", "--interval", "0.01") for _ in range(3)]
@@ -1103,7 +1105,7 @@ def test_while_redis_takes_no_writes_a_relay_publishes_over_channels(
     assert caplog.text.count("takes writes again after") == 1
 
 
-def test_a_database_that_is_locked_is_told_once_and_comes_back(
+def test_a_locked_database_is_logged_once_and_so_is_its_recovery(
     tmp_path: Path,
     redis_server: RedisServer,
     prefix: str,
@@ -1139,7 +1141,7 @@ def test_a_database_that_is_locked_is_told_once_and_comes_back(
     ]
 
 
-def test_a_database_that_cannot_be_reached_is_told_once_and_comes_back(
+def test_an_unreachable_database_is_logged_once_and_so_is_its_recovery(
     tmp_path: Path,
     redis_server: RedisServer,
     database: str,
@@ -1225,7 +1227,7 @@ class Departure:
             self._proxy.answer = lambda: lambda data: data
 
 
-def test_a_server_that_hangs_locks_nothing_in_the_database(
+def test_a_redis_that_hangs_locks_nothing_in_the_database(
     shop: Shop, redis_server: RedisServer, engine: Engine, waiting: Outbox, near: Ear
 ) -> None:
     redis_server.hang()
@@ -1240,7 +1242,7 @@ def test_a_server_that_hangs_locks_nothing_in_the_database(
     assert near.ids == [0, 1, 2] * 2
 
 
-def test_once_tells_by_its_exit_code_whether_everything_is_published(
+def test_relay_once_exits_with_0_only_if_everything_was_published(
     shop: Shop, redis_server: RedisServer, engine: Engine
 ) -> None:
     done = shop.relay("--once")
@@ -1257,7 +1259,7 @@ def test_once_tells_by_its_exit_code_whether_everything_is_published(
     assert (done.end(), done.said) == (0, "Published 2 events.\n")
 
 
-def test_once_says_what_is_refused(shop: Shop, engine: Engine, session: Session) -> None:
+def test_relay_once_names_refused_events(shop: Shop, engine: Engine, session: Session) -> None:
     store(session, Entry(event_id="a-1", name="order_paid", via="pigeon", event=b""))
     session.commit()
     fill(engine, 2)
@@ -1268,7 +1270,7 @@ def test_once_says_what_is_refused(shop: Shop, engine: Engine, session: Session)
     assert "Published 2 events. 1 left in the outbox: Redis refuses 'order_paid': " in relay.said
 
 
-def test_the_table_is_created_where_it_is_missing(
+def test_relay_create_table_creates_a_missing_table(
     shop: Shop, engine: Engine, waiting: Outbox
 ) -> None:
     outbox.TABLE.drop(engine)
@@ -1333,7 +1335,7 @@ def test_without_an_app_the_environment_may_name_the_database(
         (["--database", "sqlite:////nowhere/shop.db"], "unable to open database file"),
     ],
 )
-def test_a_database_that_cannot_be_used_is_told_in_one_line(
+def test_an_unusable_database_is_reported_in_one_line(
     options: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DATABASE_URL", raising=False)
@@ -1346,7 +1348,7 @@ def test_a_database_that_cannot_be_used_is_told_in_one_line(
     assert "Traceback" not in failed.output
 
 
-def test_a_bus_that_is_switched_off_relays_nothing() -> None:
+def test_a_disabled_bus_relays_nothing() -> None:
     failed = CliRunner(env={"EVENTBUS_ENABLED": "no"}).invoke(main, ["relay", "--once"])
 
     assert failed.exit_code == 1
@@ -1430,7 +1432,7 @@ def page(tmp_path: Path) -> Iterator[Callable[[str], dict[str, Any]]]:
     ],
     ids=["by default", "after_commit", "outbox"],
 )
-def test_the_service_of_the_page_tells_of_the_users_that_the_page_says(
+def test_the_service_on_the_page_publishes_the_events_that_the_page_names(
     page: Callable[[str], dict[str, Any]], eventbus: Isolation, text: str, known: list[str]
 ) -> None:
     app = page(text)["app"]
@@ -1445,7 +1447,7 @@ def test_the_service_of_the_page_tells_of_the_users_that_the_page_says(
     assert [found.payload["email"] for found in eventbus.published()] == known
 
 
-def test_the_sessions_of_the_page_publish_at_the_end_of_the_block(
+def test_the_sessions_on_the_page_publish_at_the_end_of_the_block(
     page: Callable[[str], dict[str, Any]], eventbus: Isolation
 ) -> None:
     names = page(AFTER_COMMIT + OTHER_SESSION)
@@ -1455,7 +1457,7 @@ def test_the_sessions_of_the_page_publish_at_the_end_of_the_block(
     names["Session"].kw["bind"].dispose()
 
 
-def test_the_test_of_the_page_passes(
+def test_the_test_on_the_page_passes(
     page: Callable[[str], dict[str, Any]], eventbus: Isolation
 ) -> None:
     names = page(OUTBOX + TEST)

@@ -81,7 +81,7 @@ def noting(signal: NamedSignal, names: list[str]) -> Callable[..., None]:
     return note
 
 
-def test_a_bus_starts_with_redis_away_and_works_when_it_comes(
+def test_a_bus_starts_without_redis_and_works_once_it_is_up(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     redis_server.kill()
@@ -127,7 +127,7 @@ def test_events_sent_while_redis_is_away_arrive_in_order_when_it_is_back(
     assert told.count("publisher_restored") == 1
 
 
-def test_a_listener_hears_again_after_a_restart_and_tells_both_once(
+def test_a_listener_reconnects_after_a_restart_and_signals_loss_and_return_once(
     redis_server: RedisServer,
     make_bus: Make,
     told: list[str],
@@ -152,7 +152,7 @@ def test_a_listener_hears_again_after_a_restart_and_tells_both_once(
     assert sum("is back after" in text for text in texts) == 1
 
 
-def test_a_listener_notices_a_server_that_hangs_and_hears_when_it_goes_on(
+def test_a_listener_detects_a_server_that_hangs_and_resumes_with_it(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     consumer = make_bus(redis_server.url, "consumer")
@@ -168,7 +168,7 @@ def test_a_listener_notices_a_server_that_hangs_and_hears_when_it_goes_on(
     wait_until(lambda: heard == [1], what="the event arrives")
 
 
-def test_events_sent_to_a_server_that_hangs_arrive_once_when_it_goes_on(
+def test_events_sent_to_a_server_that_hangs_arrive_once_when_it_resumes(
     redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
@@ -193,7 +193,7 @@ def test_events_sent_to_a_server_that_hangs_arrive_once_when_it_goes_on(
     assert consumer.health().counts["duplicates"] >= 1
 
 
-def test_a_confirmed_send_waits_no_longer_than_the_timeout_and_then_not_at_all(
+def test_a_confirmed_send_waits_for_the_timeout_and_the_next_ones_do_not_wait(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     route = {"tick": {"confirm": True}}
@@ -232,7 +232,7 @@ def test_only_the_first_of_many_confirmed_sends_waits_for_a_server_that_hangs(
     redis_server.resume()
 
 
-def test_a_channel_event_that_its_error_sends_again_is_heard_once_and_leaves_no_gap(
+def test_a_channel_event_sent_again_from_its_error_is_handled_once_and_leaves_no_gap(
     redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The listener waits: its subscription outlives the stop.
@@ -256,7 +256,7 @@ def test_a_channel_event_that_its_error_sends_again_is_heard_once_and_leaves_no_
     assert caught.value.in_doubt
 
 
-def test_a_full_buffer_gives_up_the_oldest_events_counts_them_and_tells(
+def test_a_full_buffer_drops_counts_and_signals_the_oldest_events(
     redis_server: RedisServer, make_bus: Make, told: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"], buffer_size=5)
@@ -310,7 +310,7 @@ def test_a_send_makes_no_round_trip(redis_server: RedisServer, make_bus: Make) -
     assert publisher.flush(10)
 
 
-def test_health_tells_how_a_node_does(redis_server: RedisServer, make_bus: Make) -> None:
+def test_health_reports_the_state_of_a_node(redis_server: RedisServer, make_bus: Make) -> None:
     bus = make_bus(redis_server.url, "consumer")
     release = threading.Event()
     bus.on("tick")(lambda sender, n: release.wait(30))
@@ -337,7 +337,7 @@ def test_health_tells_how_a_node_does(redis_server: RedisServer, make_bus: Make)
     assert (bus.health().listening, bus.health().connected) == (False, False)
 
 
-def test_waits_double_with_jitter_up_to_the_longest_and_begin_again_after_a_success() -> None:
+def test_reconnect_delays_double_with_jitter_and_reset_after_a_success() -> None:
     backoff = Backoff(most=1.0)
     longest = [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
 
@@ -373,7 +373,7 @@ def test_the_count_of_missed_events_is_exact(
     assert "events_missed 3" in told
 
 
-def test_a_refused_subscription_is_told_and_taken_up_once_it_is_granted(
+def test_a_refused_subscription_is_logged_and_resumes_once_granted(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = redis_server.client
@@ -403,7 +403,7 @@ def test_a_refused_subscription_is_told_and_taken_up_once_it_is_granted(
     assert consumer.health().refused == {}
 
 
-def test_events_that_redis_refuses_are_counted_and_the_next_ones_go_out(
+def test_events_that_redis_refuses_are_counted_and_later_events_are_published(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard = hear(make_bus(redis_server.url, "consumer"))
@@ -428,7 +428,7 @@ def test_a_refused_event_fails_a_confirmed_send(redis_server: RedisServer, make_
         publisher.signal("tick").send("test", n=1)
 
 
-def test_what_cannot_be_flushed_at_the_end_is_logged_by_id(
+def test_events_that_cannot_be_flushed_at_the_end_are_logged_by_id(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
@@ -443,7 +443,7 @@ def test_what_cannot_be_flushed_at_the_end_is_logged_by_id(
     assert any(f"tick {node}-1 to {node}-2 (2)" in text for text in errors)
 
 
-def test_a_script_flushes_at_its_end_without_being_told(redis_server: RedisServer) -> None:
+def test_a_script_flushes_at_exit_by_itself(redis_server: RedisServer) -> None:
     program = f"""
 from flask_eventbus import Bus
 bus = Bus({redis_server.url!r}, service="cron", publish=["tick"])
@@ -466,7 +466,7 @@ def wait_for_traffic(heard: list[Any]) -> None:
     wait_until(lambda: len(heard) > seen + 50, timeout=20, what="fifty more events arrive")
 
 
-def test_many_threads_send_while_redis_is_killed_and_restarted(
+def test_many_threads_can_send_while_redis_is_killed_and_restarted(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"], buffer_size=100_000)

@@ -81,7 +81,7 @@ def interrupting() -> Iterator[Callable[[Callable[[], None]], None]]:
     signal.signal(signal.SIGPROF, before)
 
 
-def test_a_signal_handler_that_sends_in_the_middle_of_a_send_loses_nothing(
+def test_a_signal_handler_that_sends_during_a_send_loses_no_event(
     shared_redis: RedisServer,
     make_bus: Make,
     prefix: str,
@@ -110,7 +110,7 @@ def test_a_signal_handler_that_sends_in_the_middle_of_a_send_loses_nothing(
     assert publisher.node._publisher._buffer.bytes == 0
 
 
-def test_a_signal_handler_that_sends_while_events_are_dropped_waits_for_nobody(
+def test_a_signal_handler_that_sends_while_events_are_dropped_does_not_block(
     make_bus: Make, interrupting: Callable[[Callable[[], None]], None]
 ) -> None:
     bus = make_bus("redis://127.0.0.1:1/0", "publisher", publish=["tick"], buffer_size=10)
@@ -138,7 +138,7 @@ def test_a_signal_handler_that_sends_while_events_are_dropped_waits_for_nobody(
     assert len(bus.node._publisher._buffer) == 10
 
 
-def test_a_finalizer_that_sends_wherever_it_runs_loses_nothing(
+def test_a_finalizer_that_sends_at_any_point_loses_no_event(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
@@ -169,7 +169,7 @@ def test_a_finalizer_that_sends_wherever_it_runs_loses_nothing(
 # -- from those who are told --------------------------------------------------------------
 
 
-def test_whoever_is_told_of_dropped_events_may_send_and_holds_nobody_up(make_bus: Make) -> None:
+def test_a_receiver_of_events_dropped_may_send_without_blocking_others(make_bus: Make) -> None:
     bus = make_bus("redis://127.0.0.1:1/0", "publisher", publish=["tick"], buffer_size=5)
     ended: list[bool] = []
 
@@ -198,7 +198,7 @@ def test_whoever_is_told_of_dropped_events_may_send_and_holds_nobody_up(make_bus
     assert bus.health().counts["dropped"] >= 4
 
 
-def test_a_confirmed_send_in_the_writing_thread_does_not_wait_for_itself(
+def test_a_confirmed_send_in_the_writer_thread_does_not_deadlock(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(
@@ -240,7 +240,7 @@ def test_a_receiver_of_a_lifecycle_signal_may_stop_the_bus(
     assert not bus.health().listening
 
 
-def test_stop_in_the_writing_thread_is_refused_and_changes_nothing(
+def test_stop_in_the_writer_thread_is_refused_and_changes_nothing(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url, "publisher", publish=["tick"])
@@ -273,7 +273,7 @@ def test_stop_in_the_writing_thread_is_refused_and_changes_nothing(
 # -- while Redis is away ------------------------------------------------------------------
 
 
-def test_what_waits_is_bounded_in_events_and_in_bytes(make_bus: Make) -> None:
+def test_the_buffer_is_bounded_in_events_and_in_bytes(make_bus: Make) -> None:
     bus = make_bus("redis://127.0.0.1:1/0", publish=["tick"], buffer_size=1_000)
     bus.signal("tick").send("test", n=0)
     wait_until(lambda: not bus.health().publishing, what="the outage is known")
@@ -315,7 +315,7 @@ class Watched(deque[Any]):
 
 
 @pytest.mark.parametrize("waiting", ["channel", "stream", "both"])
-def test_a_send_into_a_full_buffer_looks_at_few_events_however_many_wait(
+def test_a_send_into_a_full_buffer_examines_few_events(
     make_bus: Make, monkeypatch: pytest.MonkeyPatch, waiting: str
 ) -> None:
     monkeypatch.setattr(buffer, "deque", Watched)
@@ -353,13 +353,13 @@ def test_a_full_buffer_keeps_the_newest_channel_events_and_every_stream_event() 
     assert kept == [0, 5, 6, 7, 8]
 
 
-def test_a_program_that_ends_waits_five_seconds_for_redis_and_an_idle_one_asks_as_often() -> None:
+def test_an_ending_program_waits_five_seconds_for_redis_and_an_idle_one_pings_as_often() -> None:
     assert inspect.signature(Bus.stop).parameters["flush"].default == node.FLUSH_AT_EXIT
     assert node.FLUSH_AT_EXIT == 5.0
     assert writer.QUIET == 5.0
 
 
-def test_what_waits_is_measured_by_its_bytes_on_the_wire(make_bus: Make) -> None:
+def test_the_buffer_counts_bytes_on_the_wire(make_bus: Make) -> None:
     publish = {
         "channel": "channel",
         "stream": {"via": "stream", "confirm": False},
@@ -395,7 +395,7 @@ def test_what_waits_is_measured_by_its_bytes_on_the_wire(make_bus: Make) -> None
         assert outgoing.size == len(outgoing.encoded())
 
 
-def test_an_event_may_have_as_many_bytes_as_the_limit_and_not_one_more(make_bus: Make) -> None:
+def test_an_event_may_have_exactly_as_many_bytes_as_the_limit(make_bus: Make) -> None:
     small = make_bus("memory://limit", publish=["tick"], max_event_bytes=2_048)
     with pytest.raises(PayloadError, match="would have up to") as caught:
         small.signal("tick").send("test", data=bytes(2_000))
@@ -411,7 +411,7 @@ def test_an_event_may_have_as_many_bytes_as_the_limit_and_not_one_more(make_bus:
         )
 
 
-def test_a_full_buffer_raises_where_the_policy_is_to_raise(
+def test_a_full_buffer_raises_with_the_policy_raise(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(
@@ -440,7 +440,7 @@ def test_a_full_buffer_raises_where_the_policy_is_to_raise(
     bus.signal("tick").send("test", n=0)
 
 
-def test_a_confirmation_that_comes_late_because_much_waits_drops_nothing(
+def test_a_late_confirmation_behind_a_long_buffer_drops_nothing(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish = PublishConnection.publish
@@ -476,7 +476,7 @@ def test_a_confirmation_that_comes_late_because_much_waits_drops_nothing(
     assert "dropped" not in bus.health().counts
 
 
-def test_a_long_outage_is_two_lines_in_the_log(
+def test_a_long_outage_logs_two_lines(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = make_bus(redis_server.url, "publisher", publish=["tick"])
@@ -495,7 +495,7 @@ def test_a_long_outage_is_two_lines_in_the_log(
     assert "Redis is back" in texts[1]
 
 
-def test_events_that_were_dropped_are_missed_by_those_who_listen(
+def test_listeners_count_dropped_events_as_missed(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     consumer = make_bus(redis_server.url, "consumer")
@@ -516,7 +516,7 @@ def test_events_that_were_dropped_are_missed_by_those_who_listen(
     assert len(heard) + consumer.health().missed == 102
 
 
-def test_a_withdrawn_event_leaves_the_line_without_a_trace() -> None:
+def test_a_withdrawn_event_leaves_the_buffer_without_a_trace() -> None:
     waiting = Buffer(most_events=10)
     destination = ChannelDestination("tick", "tick")
     envelope = Envelope("tests", "tick")
@@ -599,7 +599,7 @@ def test_a_bus_is_started_and_stopped_by_many_threads_while_others_send(
     assert consumer.health().missed == 0
 
 
-def test_what_a_bus_had_sent_arrives_although_nobody_has_it_any_more(
+def test_events_of_a_garbage_collected_bus_still_arrive(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     heard = hear(make_bus(redis_server.url, "consumer"))
@@ -628,7 +628,7 @@ def writers_without_bus() -> list[str]:
     return sorted(name for name in names - living if name.startswith("eventbus-writer"))
 
 
-def test_buses_that_come_and_go_leave_nothing_behind(shared_redis: RedisServer) -> None:
+def test_deleted_buses_leave_nothing_behind(shared_redis: RedisServer) -> None:
     from flask_eventbus.node import nodes
 
     gc.collect()
@@ -648,7 +648,7 @@ def test_buses_that_come_and_go_leave_nothing_behind(shared_redis: RedisServer) 
     assert len(os.listdir("/proc/self/fd")) <= before[2]
 
 
-def test_an_event_is_written_by_its_sender_where_there_is_no_thread_for_it(
+def test_an_event_is_written_by_its_sender_if_no_thread_can_be_started(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
@@ -671,7 +671,7 @@ def test_an_event_is_written_by_its_sender_where_there_is_no_thread_for_it(
     wait_until(lambda: heard == [0, 1, 2, 3], what="all events arrive")
 
 
-def test_a_thread_that_can_be_had_later_writes_from_then_on(
+def test_a_thread_that_can_be_started_later_writes_from_then_on(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
@@ -694,7 +694,7 @@ def test_a_thread_that_can_be_had_later_writes_from_then_on(
     wait_until(lambda: heard == [0, 1, 2, 3], what="the thread's events arrive")
 
 
-def test_events_of_the_very_end_are_lost_with_their_ids_in_the_log(
+def test_events_lost_at_interpreter_exit_are_logged_with_their_ids(
     make_bus: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = make_bus("redis://127.0.0.1:1/0", publish=["tick"], timeout=0.1)
@@ -766,7 +766,7 @@ session = Session()
     ids=["first", "second", "with its bus"],
 )
 @pytest.mark.parametrize("signal", ["own", "foreign", "adopted"])
-def test_a_send_in_a_finalizer_at_the_end_of_the_interpreter_is_not_lost_in_silence(
+def test_a_send_in_a_finalizer_at_interpreter_exit_is_not_lost_silently(
     shared_redis: RedisServer, make_bus: Make, prefix: str, via: str, first: str, signal: str
 ) -> None:
     heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
@@ -789,7 +789,7 @@ def test_a_send_in_a_finalizer_at_the_end_of_the_interpreter_is_not_lost_in_sile
     ("late", "numbers"),
     [("", [-1, 0, 1, 2]), ("atexit.register(lambda late: None, Late())", [-1, 0, 1, 2, 4])],
 )
-def test_what_is_sent_at_the_very_end_of_a_process_arrives(
+def test_an_event_sent_at_the_very_end_of_a_process_arrives(
     shared_redis: RedisServer, make_bus: Make, prefix: str, late: str, numbers: list[int]
 ) -> None:
     heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))

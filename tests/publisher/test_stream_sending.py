@@ -108,7 +108,7 @@ def two_hours_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 7_200_000_000_000)
 
 
-def test_a_publisher_whose_clock_is_ahead_removes_nothing_that_is_young(
+def test_a_publisher_whose_clock_is_ahead_trims_no_recent_event(
     shared_redis: RedisServer,
     make_bus: Make,
     prefix: str,
@@ -139,7 +139,7 @@ def test_a_publisher_trims_by_age_with_its_first_event(
     assert length(shared_redis, prefix) < 100 + count
 
 
-def test_an_event_is_not_removed_by_itself_where_ids_are_ahead_of_redis(
+def test_an_event_does_not_trim_itself_when_ids_are_ahead_of_redis(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     fill(shared_redis, prefix, since=hours_ago(-5))
@@ -151,7 +151,7 @@ def test_an_event_is_not_removed_by_itself_where_ids_are_ahead_of_redis(
     assert length(shared_redis, prefix) == 303
 
 
-def test_a_user_that_may_not_ask_for_the_time_trims_by_the_ids_of_its_events(
+def test_a_user_without_the_right_to_time_trims_by_the_ids_of_its_events(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     with redis_server.client as client:
@@ -169,7 +169,7 @@ def test_a_user_that_may_not_ask_for_the_time_trims_by_the_ids_of_its_events(
     assert length(redis_server, "eventbus") < 102
 
 
-def test_the_name_of_a_stream_is_noted_again_after_a_flush(
+def test_the_name_of_a_stream_is_registered_again_after_a_flush(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url, "accounts", publish={"tick": "stream"})
@@ -182,7 +182,7 @@ def test_the_name_of_a_stream_is_noted_again_after_a_flush(
         assert client.sismember("eventbus:streams", "tick")
 
 
-def test_a_publisher_that_sends_nothing_more_notes_its_streams_again_after_a_flush(
+def test_an_idle_publisher_registers_its_streams_again_after_a_flush(
     redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "QUIET", 0.1)
@@ -200,7 +200,7 @@ def test_a_publisher_that_sends_nothing_more_notes_its_streams_again_after_a_flu
 # -- what is written ----------------------------------------------------------------------
 
 
-def test_an_event_is_an_entry_with_one_field_and_no_number_of_its_own(
+def test_a_stream_event_is_an_entry_with_one_field_and_no_sequence_number(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     bus = make_bus(shared_redis.url, "accounts", prefix=prefix, publish={"tick": "stream"})
@@ -216,7 +216,7 @@ def test_an_event_is_an_entry_with_one_field_and_no_number_of_its_own(
     assert bus.health().counts["published"] == 1
 
 
-def test_a_confirmed_send_returns_when_the_event_is_there(
+def test_a_confirmed_send_returns_when_the_event_is_in_the_stream(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"})
@@ -226,7 +226,7 @@ def test_a_confirmed_send_returns_when_the_event_is_there(
         assert values(shared_redis, prefix=prefix)[-1] == n
 
 
-def test_an_event_that_need_not_be_confirmed_costs_no_round_trip(
+def test_an_unconfirmed_event_costs_no_round_trip(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     route = {"tick": {"via": "stream", "confirm": False}}
@@ -245,7 +245,7 @@ def test_an_event_that_need_not_be_confirmed_costs_no_round_trip(
     assert set(values(redis_server)) == set(range(500))
 
 
-def test_channel_and_stream_events_leave_in_the_order_in_which_they_were_sent(
+def test_channel_and_stream_events_leave_in_send_order(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     publish = {
@@ -278,7 +278,7 @@ def test_the_names_of_streams_are_kept_in_a_set(
         assert set(client.smembers(f"{prefix}:streams")) == {b"tick", b"tock"}
 
 
-def test_a_name_that_may_not_be_noted_in_the_set_is_published_all_the_same(
+def test_an_event_is_published_although_the_stream_name_may_not_be_registered(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "flask_eventbus")
@@ -292,7 +292,7 @@ def test_a_name_that_may_not_be_noted_in_the_set_is_published_all_the_same(
     assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
 
 
-def test_a_name_is_noted_on_the_next_connection_once_that_is_granted(
+def test_a_stream_name_is_registered_on_the_next_connection_once_granted(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     url = user(redis_server, "+@all", "-sadd", "~*")
@@ -310,7 +310,7 @@ def test_a_name_is_noted_on_the_next_connection_once_that_is_granted(
 
 
 @pytest.mark.parametrize("place", ["route", "setting"])
-def test_a_stream_keeps_about_as_many_events_as_it_is_told(
+def test_a_stream_keeps_about_max_length_events(
     shared_redis: RedisServer, make_bus: Make, prefix: str, place: str
 ) -> None:
     route: dict[str, Any] = {"via": "stream", "confirm": False}
@@ -328,7 +328,7 @@ def test_a_stream_keeps_about_as_many_events_as_it_is_told(
     assert left[-1] == 999
 
 
-def test_a_stream_keeps_events_up_to_an_age(
+def test_a_stream_keeps_events_up_to_max_age(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     publish = {"tick": {"via": "stream", "maxlen": "1h"}}
@@ -351,7 +351,7 @@ def test_a_stream_keeps_events_up_to_an_age(
 # -- the key ------------------------------------------------------------------------------
 
 
-def test_the_key_of_a_route_travels_as_text(
+def test_the_event_key_of_a_route_travels_as_text(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     publish = {"tick": {"via": "stream", "key": "user_id"}}
@@ -377,7 +377,7 @@ UNFIT_KEYS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", UNFIT_KEYS)
-def test_a_key_that_cannot_be_one_is_an_error_where_it_is_sent(make_bus: Make, case: str) -> None:
+def test_an_invalid_event_key_fails_at_send(make_bus: Make, case: str) -> None:
     payload, words = UNFIT_KEYS[case]
     publish = {"tick": {"via": "stream", "key": "user_id", "confirm": False}}
     bus = make_bus("redis://127.0.0.1:1/0", publish=publish)
@@ -416,7 +416,7 @@ def outcome_of(bus: Bus, n: int) -> BaseException | None:
     return None
 
 
-def test_senders_at_the_same_time_share_round_trips_and_each_thread_keeps_its_order(
+def test_concurrent_senders_share_round_trips_and_each_thread_keeps_its_order(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
@@ -441,7 +441,7 @@ def test_senders_at_the_same_time_share_round_trips_and_each_thread_keeps_its_or
     assert len(sizes) < 1_200
 
 
-def test_a_confirmed_send_in_one_thread_wakes_no_other(
+def test_a_confirmed_send_in_one_thread_wakes_no_other_thread(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"})
@@ -462,7 +462,7 @@ def test_a_confirmed_send_in_one_thread_wakes_no_other(
     assert values(shared_redis, prefix=prefix) == list(range(200))
 
 
-def test_an_event_too_large_to_be_sent_at_once_goes_out_as_well(
+def test_an_event_too_large_for_one_socket_write_is_published(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=10)
@@ -510,7 +510,7 @@ def test_an_event_that_redis_refuses_fails_its_sender_and_no_other(
     assert bus.health().counts["refused"] == 50
 
 
-def test_a_key_that_is_no_stream_is_told(redis_server: RedisServer, make_bus: Make) -> None:
+def test_a_key_that_is_not_a_stream_is_reported(redis_server: RedisServer, make_bus: Make) -> None:
     bus = make_bus(redis_server.url, publish={"tick": "stream"})
     with redis_server.client as client:
         client.set("eventbus:{tick}:stream", "text")
@@ -522,7 +522,7 @@ def test_a_key_that_is_no_stream_is_told(redis_server: RedisServer, make_bus: Ma
     assert bus.health().buffered == 0
 
 
-def test_a_server_without_memory_fails_the_send_where_the_policy_is_to_raise(
+def test_a_server_without_memory_fails_the_send_with_the_policy_raise(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     publish = {"tick": "stream", "later": {"via": "stream", "confirm": False}}
@@ -604,7 +604,7 @@ def test_too_few_replicas_fail_the_send_and_say_that_the_event_is_stored(
 
 
 @pytest.mark.parametrize("refused", [True, False], ids=["refused", "counted"])
-def test_only_what_asked_for_replicas_fails_without_them(
+def test_only_events_that_require_replicas_fail_without_them(
     shared_redis: RedisServer, prefix: str, refused: bool
 ) -> None:
     user, url = f"{prefix}-user", shared_redis.url
@@ -639,7 +639,7 @@ def away(bus: Bus, server: RedisServer) -> None:
 
 
 @pytest.mark.parametrize("state", ["full", "replicas", "disk"])
-def test_events_wait_in_memory_while_redis_takes_no_writes(
+def test_events_wait_in_memory_while_redis_refuses_writes(
     redis_server: RedisServer, make_bus: Make, tmp_path: Path, state: str
 ) -> None:
     bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=60)
@@ -701,7 +701,7 @@ def changes() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("state", ["full", "replicas", "disk"])
-def test_a_send_raises_at_once_while_redis_takes_no_writes_and_each_change_is_told_once(
+def test_a_send_raises_at_once_while_redis_refuses_writes_and_each_change_is_logged_once(
     redis_server: RedisServer,
     make_bus: Make,
     tmp_path: Path,
@@ -747,7 +747,7 @@ def refused_writes(server: RedisServer) -> int:
 
 
 @pytest.mark.parametrize("state", ["full", "replicas", "disk"])
-def test_channel_events_go_on_while_redis_takes_no_stream_events(
+def test_channel_events_continue_while_redis_refuses_stream_events(
     redis_server: RedisServer, make_bus: Make, tmp_path: Path, changes: list[str], state: str
 ) -> None:
     publish = {"tick": "stream", "price": "channel", "sure": {"confirm": True}}
@@ -795,7 +795,7 @@ class Meanwhile(logging.Handler):
         self.in_time[record.getMessage().partition(" (")[0][:24]] = not send.is_alive()
 
 
-def test_a_log_handler_that_takes_long_holds_up_no_send(
+def test_a_slow_log_handler_blocks_no_send(
     redis_server: RedisServer, make_bus: Make, tmp_path: Path
 ) -> None:
     bus = make_bus(redis_server.url, publish={"tick": "stream", "price": "channel"})
@@ -815,7 +815,7 @@ def test_a_log_handler_that_takes_long_holds_up_no_send(
     assert set(handler.in_time.values()) == {True}, handler.in_time
 
 
-def test_a_redis_that_comes_back_without_taking_writes_is_one_outage_for_who_is_told(
+def test_a_redis_that_returns_without_accepting_writes_is_signalled_as_one_outage(
     redis_server: RedisServer, make_bus: Make, changes: list[str]
 ) -> None:
     bus = make_bus(redis_server.url, publish={"tick": "stream"})
@@ -864,7 +864,7 @@ def test_events_wait_in_memory_while_redis_is_away_and_arrive_in_order(
     ],
     ids=["port", "socket", "name", "password", "database", "Sentinels"],
 )
-def test_a_confirmed_send_ends_as_soon_as_the_connection_is_refused(
+def test_a_confirmed_send_fails_as_soon_as_the_connection_is_refused(
     shared_redis: RedisServer, make_bus: Make, on_outage: str, url: str, reason: str
 ) -> None:
     url = url.format(address=shared_redis.url.split("/")[2])
@@ -886,7 +886,7 @@ def test_a_confirmed_send_ends_as_soon_as_the_connection_is_refused(
         assert bus.health().buffered == 1
 
 
-def test_a_send_to_a_server_that_hangs_is_held_once_and_then_not_at_all(
+def test_only_the_first_send_waits_for_a_server_that_hangs(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=0.3)
@@ -909,9 +909,7 @@ def test_a_send_to_a_server_that_hangs_is_held_once_and_then_not_at_all(
     assert values(redis_server) == list(range(50))
 
 
-def test_a_send_fails_where_the_policy_is_to_raise(
-    redis_server: RedisServer, make_bus: Make
-) -> None:
+def test_a_send_fails_with_the_policy_raise(redis_server: RedisServer, make_bus: Make) -> None:
     publish = {"tick": "stream"}
     bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=0.3)
     bus.signal("tick").send("test", n=0)
@@ -931,7 +929,7 @@ def test_a_send_fails_where_the_policy_is_to_raise(
     assert values(redis_server) in ([0, 3], [0, 1, 3])
 
 
-def test_an_event_in_doubt_that_is_sent_again_by_its_error_is_handled_once(
+def test_an_event_in_doubt_that_is_sent_again_from_its_error_is_handled_once(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     consumer = make_bus(redis_server.url, "consumer")
@@ -983,7 +981,7 @@ def test_an_event_that_was_never_sent_is_not_in_doubt(
     assert values(redis_server) == [1]
 
 
-def test_an_error_in_doubt_that_goes_to_another_process_leaves_its_event_behind(
+def test_a_pickled_in_doubt_error_does_not_carry_its_event(
     make_bus: Make,
 ) -> None:
     url = "redis://127.0.0.1:1/0"
@@ -1002,7 +1000,7 @@ def test_an_error_in_doubt_that_goes_to_another_process_leaves_its_event_behind(
         there.resend()
 
 
-def test_the_event_loop_goes_on_while_a_coroutine_sends(
+def test_the_event_loop_keeps_running_while_a_coroutine_sends(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=5)
@@ -1028,7 +1026,7 @@ def test_the_event_loop_goes_on_while_a_coroutine_sends(
     assert bus.health().buffered == 0
 
 
-def test_a_task_that_is_cancelled_while_it_sends_leaves_its_event_whole(
+def test_a_task_cancelled_during_send_does_not_damage_its_event(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=5)
@@ -1068,7 +1066,7 @@ def test_a_coroutine_that_sends_gets_the_errors_of_send(
     asyncio.run(main())
 
 
-def test_the_event_loop_goes_on_while_a_coroutine_waits_for_room(
+def test_the_event_loop_keeps_running_while_a_coroutine_waits_for_room(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url, publish={"price": "channel"}, timeout=60, buffer_size=2)
@@ -1091,7 +1089,7 @@ def test_the_event_loop_goes_on_while_a_coroutine_waits_for_room(
     assert "dropped" not in bus.health().counts
 
 
-def test_a_connection_that_was_closed_costs_no_event(
+def test_a_closed_connection_loses_no_event(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=5)
@@ -1112,7 +1110,7 @@ def kill_connections(server: RedisServer, bus: Bus) -> None:
                 client.client_kill_filter(_id=found["id"])
 
 
-def test_a_full_buffer_gives_up_channel_events_before_it_refuses_one_for_a_stream(
+def test_a_full_buffer_drops_channel_events_before_it_refuses_a_stream_event(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     publish = {"tick": "stream", "tock": "channel"}
@@ -1137,7 +1135,7 @@ def test_a_full_buffer_gives_up_channel_events_before_it_refuses_one_for_a_strea
     assert values(redis_server) == list(range(10))
 
 
-def test_a_refusal_for_want_of_room_says_what_to_do(make_bus: Make) -> None:
+def test_the_error_for_a_full_buffer_names_the_remedy(make_bus: Make) -> None:
     bus = make_bus("redis://127.0.0.1:1/0", publish={"tick": "stream"}, buffer_size=1)
     bus.signal("tick").send("test", n=0)
     wait_until(lambda: not bus.health().publishing, what="the outage is known")
@@ -1151,7 +1149,7 @@ def test_a_refusal_for_want_of_room_says_what_to_do(make_bus: Make) -> None:
     assert bus.health().buffered == 1
 
 
-def test_what_was_not_written_before_the_end_is_logged_by_id(
+def test_events_not_written_before_the_end_are_logged_by_id(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = make_bus(redis_server.url, publish={"tick": "stream"})
@@ -1202,7 +1200,7 @@ def begin_to_send(bus: Bus, n: int) -> threading.Thread:
     return sending
 
 
-def test_what_came_meanwhile_is_sent_before_its_senders_are_called(
+def test_events_that_arrive_during_a_write_are_sent_before_their_senders_wake(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=20)
@@ -1221,7 +1219,7 @@ def test_what_came_meanwhile_is_sent_before_its_senders_are_called(
     assert sorted(values(shared_redis, prefix=prefix)) == [0, 1, 2, 3, 4]
 
 
-def test_a_sender_that_gives_up_while_another_sends_for_it_leaves_the_answer_to_the_thread(
+def test_a_sender_that_times_out_leaves_the_reply_to_the_writer_thread(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=1)
@@ -1258,7 +1256,7 @@ def idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "QUIET", 60.0)
 
 
-def test_a_channel_event_after_a_confirmed_one_leaves_at_once(
+def test_a_channel_event_after_a_confirmed_event_leaves_at_once(
     idle_for_long: None, shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix, publish=MIXED)
@@ -1284,7 +1282,7 @@ def mixed_bus(idle_for_long: None, make_bus: Make) -> Bus:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(scripts=st.lists(st.lists(st.sampled_from(sorted(MIXED)), max_size=8), max_size=4))
-def test_nothing_waits_while_the_connection_is_free(
+def test_no_event_waits_while_the_connection_is_free(
     mixed_bus: Bus, scripts: list[list[str]]
 ) -> None:
     begin = threading.Barrier(len(scripts) + 1)
@@ -1354,7 +1352,7 @@ def assert_all_there(server: RedisServer, traffic: Traffic) -> None:
     assert {n for n, found in ids.items() if len(found) > 1} == set()
 
 
-def test_a_server_that_hangs_in_the_middle_of_traffic_holds_nobody_long_and_loses_nothing(
+def test_a_server_that_hangs_under_load_blocks_no_sender_long_and_loses_nothing(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
@@ -1373,9 +1371,7 @@ def test_a_server_that_hangs_in_the_middle_of_traffic_holds_nobody_long_and_lose
     assert_all_there(redis_server, traffic)
 
 
-def test_a_server_that_is_killed_in_the_middle_of_traffic_keeps_what_it_confirmed(
-    tmp_path: Path, make_bus: Make
-) -> None:
+def test_a_server_killed_under_load_keeps_confirmed_events(tmp_path: Path, make_bus: Make) -> None:
     server = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
     server.start()
     publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
@@ -1395,7 +1391,7 @@ def test_a_server_that_is_killed_in_the_middle_of_traffic_keeps_what_it_confirme
     server.kill()
 
 
-def test_an_event_whose_answer_is_lost_is_there_with_one_id(
+def test_an_event_whose_reply_is_lost_has_one_id(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     losing = threading.Event()
@@ -1427,7 +1423,7 @@ def test_an_event_whose_answer_is_lost_is_there_with_one_id(
 # -- wherever it is sent ------------------------------------------------------------------
 
 
-def test_a_signal_handler_that_sends_in_the_middle_of_a_confirmed_send_waits_for_nobody(
+def test_a_signal_handler_that_sends_during_a_confirmed_send_does_not_block(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
@@ -1487,7 +1483,7 @@ def send_interrupted(bus: Bus, numbers: Sequence[int], *, step: float) -> list[i
 
 # What interrupts a finalizer is lost in it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_send_that_is_interrupted_leaves_the_bus_whole(
+def test_an_interrupted_send_leaves_the_bus_usable(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
@@ -1505,7 +1501,7 @@ def test_a_send_that_is_interrupted_leaves_the_bus_whole(
 
 # What interrupts a finalizer is lost in it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_send_that_is_interrupted_while_others_send_holds_none_of_them(
+def test_an_interrupted_send_does_not_block_other_senders(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     publish = {"tick": {"via": "stream", "maxlen": 10_000_000}}
@@ -1523,7 +1519,7 @@ def test_a_send_that_is_interrupted_while_others_send_holds_none_of_them(
     assert confirmed <= set(values(shared_redis, prefix=prefix))
 
 
-def test_a_time_limit_that_strikes_while_a_sender_writes_for_another_is_passed_on(
+def test_a_time_limit_raised_while_a_sender_writes_for_another_is_passed_on(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"})
@@ -1543,7 +1539,7 @@ def test_a_time_limit_that_strikes_while_a_sender_writes_for_another_is_passed_o
     assert values(shared_redis, prefix=prefix) == [0, 2]
 
 
-def test_a_child_sends_as_a_node_of_its_own(
+def test_a_forked_child_sends_as_a_separate_node(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"})
@@ -1564,7 +1560,9 @@ def test_a_child_sends_as_a_node_of_its_own(
     assert nodes[0] == nodes[2] != nodes[1]
 
 
-def test_what_a_script_sends_at_its_end_arrives(shared_redis: RedisServer, prefix: str) -> None:
+def test_an_event_sent_at_the_end_of_a_script_arrives(
+    shared_redis: RedisServer, prefix: str
+) -> None:
     program = f"""
 from flask_eventbus import Bus
 bus = Bus({shared_redis.url!r}, service="script", prefix={prefix!r},
@@ -1580,7 +1578,7 @@ for n in range(100):
 # -- with a database ----------------------------------------------------------------------
 
 
-def test_what_waits_for_a_commit_goes_into_the_stream_after_it(
+def test_an_after_commit_event_goes_into_the_stream_after_the_commit(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     sqlalchemy = pytest.importorskip("sqlalchemy")
@@ -1604,7 +1602,7 @@ def test_what_waits_for_a_commit_goes_into_the_stream_after_it(
     assert values(shared_redis, prefix=prefix) == [1, 2]
 
 
-def test_a_committed_event_that_finds_no_room_is_logged_and_the_others_wait(
+def test_a_committed_event_that_does_not_fit_the_buffer_is_logged_and_the_others_wait(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     sqlalchemy = pytest.importorskip("sqlalchemy")
@@ -1656,7 +1654,7 @@ def shop(
     engine.dispose()
 
 
-def test_an_outbox_is_relayed_into_the_stream_as_its_route_says(
+def test_an_outbox_event_is_relayed_into_the_stream_of_its_route(
     shared_redis: RedisServer, prefix: str, shop: tuple[Bus, Any, Callable[[], Any]]
 ) -> None:
     bus, session, relay = shop
@@ -1705,9 +1703,7 @@ def test_the_publish_command_puts_an_event_into_a_stream(redis_server: RedisServ
         assert set(client.smembers("eventbus:streams")) == {b"tick"}
 
 
-def test_the_publish_command_goes_the_way_of_the_route(
-    redis_server: RedisServer, make_bus: Make
-) -> None:
+def test_the_publish_command_follows_the_route(redis_server: RedisServer, make_bus: Make) -> None:
     publish = {"t*": {"via": "stream", "key": "n"}, "price": "channel"}
     bus = make_bus(redis_server.url, "shop", publish=publish)
 
@@ -1723,7 +1719,7 @@ def test_the_publish_command_goes_the_way_of_the_route(
         publish_one(bus.node, "tick", {})
 
 
-def test_the_publish_command_says_what_redis_refuses(redis_server: RedisServer) -> None:
+def test_the_publish_command_reports_a_refusal_of_redis(redis_server: RedisServer) -> None:
     with redis_server.client as client:
         client.set("eventbus:{tick}:stream", "text")
     url = user(redis_server, "+@all", "~eventbus:{tick}:*")

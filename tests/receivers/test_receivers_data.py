@@ -104,7 +104,7 @@ def deliver_to_failing(eventbus: Isolation) -> None:
 # -- in an app ------------------------------------------------------------------------------
 
 
-def test_what_a_failed_receiver_left_is_not_committed_by_the_next(
+def test_changes_of_a_failed_receiver_are_not_committed_by_the_next(
     shop: Shop, eventbus: Isolation
 ) -> None:
     def failing(number: int) -> Callable[..., None]:
@@ -130,7 +130,7 @@ def test_what_a_failed_receiver_left_is_not_committed_by_the_next(
     assert shop.texts() == [f"note {number}" for number in range(SEVERAL)]
 
 
-def test_a_broken_session_of_one_receiver_never_fails_another(
+def test_a_broken_session_of_one_receiver_does_not_fail_another(
     shop: Shop, eventbus: Isolation
 ) -> None:
     def breaking(number: int) -> Callable[..., None]:
@@ -155,7 +155,7 @@ def test_a_broken_session_of_one_receiver_never_fails_another(
     assert shop.texts() == [f"note {number}" for number in range(SEVERAL)]
 
 
-def test_events_that_a_failed_receiver_held_for_its_commit_vanish_without_a_warning(
+def test_events_of_a_failed_receiver_are_discarded_without_a_warning(
     shop: Shop, eventbus: Isolation, caplog: pytest.LogCaptureFixture
 ) -> None:
     def failing(number: int) -> Callable[..., None]:
@@ -184,7 +184,7 @@ def test_events_that_a_failed_receiver_held_for_its_commit_vanish_without_a_warn
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
-def test_each_receiver_has_an_app_context_that_is_told_how_it_ended(
+def test_each_receiver_has_an_app_context_whose_teardown_gets_its_error(
     shop: Shop, eventbus: Isolation
 ) -> None:
     torn: list[tuple[str, str | None]] = []
@@ -210,7 +210,7 @@ def test_each_receiver_has_an_app_context_that_is_told_how_it_ended(
     assert sorted(torn) == [("bad", "no"), ("good", None)]
 
 
-def test_an_app_whose_context_cannot_be_made_fails_each_receiver_by_its_name(
+def test_an_app_context_that_cannot_be_made_fails_each_receiver(
     shop: Shop, eventbus: Isolation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @shop.bus.on("paid")

@@ -116,7 +116,7 @@ BAD: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_whatever_a_receiver_raises_the_others_run_and_the_next_event_arrives(
+def test_after_any_error_of_a_receiver_the_others_run_and_the_next_event_arrives(
     consumer: Bus, send: Callable[..., None], bad: str
 ) -> None:
     consumer.on("tick")(BAD[bad]())
@@ -132,7 +132,7 @@ def test_whatever_a_receiver_raises_the_others_run_and_the_next_event_arrives(
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(1), KeyboardInterrupt()])
-def test_whatever_the_receiver_of_a_lifecycle_signal_raises_the_bus_goes_on(
+def test_after_any_error_of_a_lifecycle_receiver_the_bus_continues(
     redis_server: RedisServer, make_bus: Make, error: BaseException
 ) -> None:
     def fail(sender: str, **values: Any) -> None:
@@ -185,7 +185,7 @@ def broken_log() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("broken_log")
-def test_a_log_that_raises_ends_no_thread(
+def test_a_log_handler_that_raises_stops_no_thread(
     redis_server: RedisServer, make_bus: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bus = make_bus(redis_server.url, "consumer")
@@ -243,7 +243,7 @@ def test_a_receiver_may_declare_connect_and_send(
     assert "failed" not in consumer.health().counts
 
 
-def test_receivers_are_disconnected_while_events_flow(
+def test_receivers_can_be_disconnected_while_events_arrive(
     consumer: Bus, send: Callable[..., None]
 ) -> None:
     signal = consumer.signal("tick")
@@ -268,7 +268,7 @@ def test_receivers_are_disconnected_while_events_flow(
     assert "failed" not in consumer.health().counts
 
 
-def test_who_hears_an_event_is_a_matter_of_that_moment(
+def test_receivers_connected_and_disconnected_between_events_take_effect_at_once(
     consumer: Bus, send: Callable[..., None]
 ) -> None:
     heard = hear(consumer)
@@ -295,7 +295,7 @@ def test_who_hears_an_event_is_a_matter_of_that_moment(
     assert later[1:] == list(range(later[0] + 1, 50))
 
 
-def test_a_receiver_that_is_held_weakly_hears_as_long_as_it_lives(
+def test_a_weakly_connected_receiver_gets_events_as_long_as_it_lives(
     consumer: Bus, send: Callable[..., None]
 ) -> None:
     heard = hear(consumer)
@@ -314,7 +314,7 @@ def test_a_receiver_that_is_held_weakly_hears_as_long_as_it_lives(
     assert weakly == [0]
 
 
-def test_who_may_hear_whom_is_kept_in_mind_for_a_bounded_number_of_senders() -> None:
+def test_the_cache_of_receivers_per_sender_is_bounded() -> None:
     signal = BusSignal("tick")
     signal.connect(print, sender="shop", weak=False)
 
@@ -325,7 +325,7 @@ def test_who_may_hear_whom_is_kept_in_mind_for_a_bounded_number_of_senders() -> 
     assert len(signal._cache) == MAX_CACHED_SENDERS
 
 
-def test_a_muted_signal_is_neither_heard_nor_published(
+def test_a_muted_signal_is_neither_received_nor_published(
     consumer: Bus, send: Callable[..., None], url: str, make_bus: Make
 ) -> None:
     heard = hear(consumer)
@@ -345,7 +345,7 @@ def test_a_muted_signal_is_neither_heard_nor_published(
     assert "published" not in publisher.health().counts
 
 
-def test_an_event_that_receivers_pass_over_is_not_called_one_that_nothing_receives(
+def test_an_event_that_receivers_filter_out_is_not_reported_as_unreceived(
     consumer: Bus, send: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     consumer.on("tick", from_="billing")(lambda sender, n: None)
@@ -393,7 +393,7 @@ def test_a_receiver_that_can_never_take_an_event_makes_a_dead_letter_at_once(
     assert consumer.health().counts["failed"] == 1
 
 
-def test_two_processes_that_answer_each_other_stop_at_the_limit_of_hops(
+def test_two_processes_that_answer_each_other_stop_at_the_hop_limit(
     shared_redis: RedisServer, make_bus: Make, tmp_path: Path
 ) -> None:
     prefix = f"circle-{time.time_ns()}"
@@ -488,7 +488,9 @@ bus.run()
 # -- waiting ------------------------------------------------------------------------------
 
 
-def test_ready_does_not_wait_for_what_cannot_come(url: str, make_bus: Make) -> None:
+def test_ready_does_not_wait_without_subscriptions_or_on_a_disabled_bus(
+    url: str, make_bus: Make
+) -> None:
     assert make_bus(url).ready()
     switched_off = make_bus(url, enabled=False)
     switched_off.on("tick")(lambda sender: None)
@@ -497,7 +499,7 @@ def test_ready_does_not_wait_for_what_cannot_come(url: str, make_bus: Make) -> N
     assert not switched_off.ready()
 
 
-def test_a_stop_ends_whoever_waits_for_the_bus_to_be_ready(make_bus: Make) -> None:
+def test_a_stop_ends_a_waiting_ready(make_bus: Make) -> None:
     bus = make_bus("redis://127.0.0.1:1/0")
     bus.on("tick")(lambda sender: None)
     bus.start()
@@ -514,7 +516,7 @@ def test_a_stop_ends_whoever_waits_for_the_bus_to_be_ready(make_bus: Make) -> No
 # -- many signals -------------------------------------------------------------------------
 
 
-def test_thousands_of_signals_are_declared_and_heard(url: str, make_bus: Make) -> None:
+def test_thousands_of_signals_can_be_declared_and_received(url: str, make_bus: Make) -> None:
     publisher = make_bus(url, "publisher", publish=["tick_*"])
     consumer = make_bus(url, "consumer", subscribe=["tock_*"])
     heard: list[str] = []
@@ -535,7 +537,9 @@ def test_thousands_of_signals_are_declared_and_heard(url: str, make_bus: Make) -
 
 
 @pytest.mark.parametrize("adopts", [False, True])
-def test_threads_that_make_a_signal_at_once_get_the_same_one(make_bus: Make, adopts: bool) -> None:
+def test_threads_that_create_a_signal_at_once_get_the_same_one(
+    make_bus: Make, adopts: bool
+) -> None:
     namespace = blinker.Namespace() if adopts else None
     bus = make_bus("memory://signals", namespace=namespace, publish=["tick_*"])
     born: list[tuple[int, int]] = []
@@ -559,7 +563,7 @@ def test_threads_that_make_a_signal_at_once_get_the_same_one(make_bus: Make, ado
     assert len({identity for identity, _ in born}) == 300
 
 
-def test_threads_that_subscribe_at_once_are_all_heard(url: str, make_bus: Make) -> None:
+def test_threads_that_subscribe_at_once_all_receive_events(url: str, make_bus: Make) -> None:
     publisher = make_bus(url, "publisher", publish=["*"])
     consumer = make_bus(url, "consumer")
     consumer.start()
@@ -592,7 +596,7 @@ def test_a_name_belongs_to_one_signal(make_bus: Make) -> None:
         bus.publishes(another, as_="saved")
 
 
-def test_signals_that_others_make_in_an_adopted_namespace_are_published_from_the_start(
+def test_signals_created_by_others_in_an_adopted_namespace_are_published_from_the_start(
     url: str, make_bus: Make
 ) -> None:
     namespace = blinker.Namespace()

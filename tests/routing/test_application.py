@@ -180,7 +180,7 @@ def test_positional_values_of_an_undeclared_signal_are_a_type_error() -> None:
         app.signal("order_paid")(app, 7)
 
 
-def test_another_receiver_has_to_accept_what_was_declared() -> None:
+def test_another_receiver_must_accept_the_declared_parameters() -> None:
     app = make_app()
 
     @app.signal("user_registered")
@@ -197,7 +197,7 @@ def test_another_receiver_has_to_accept_what_was_declared() -> None:
         def other(sender: Any, name: str) -> None: ...
 
 
-def test_a_declaration_without_a_sender_or_with_starred_values_is_refused() -> None:
+def test_a_declaration_without_a_sender_or_with_star_args_is_refused() -> None:
     app = make_app()
 
     with pytest.raises(ConfigError, match="nobody has no parameter for the sender"):
@@ -386,7 +386,7 @@ def test_buses_that_share_a_namespace_run_its_receivers_once() -> None:
     second.stop()
 
 
-def test_a_receiver_stays_connected_although_nobody_else_holds_it() -> None:
+def test_a_receiver_stays_connected_without_another_reference() -> None:
     bus = Bus("memory://strong", service="x")
     received: list[int] = []
 
@@ -502,7 +502,7 @@ BUILT_IN: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def test_flasks_own_signals_travel_as_plain_values_where_no_payload_is_given() -> None:
+def test_flasks_own_signals_travel_as_plain_values_without_a_payload_function() -> None:
     names = [f"flask:{name.replace('-', '_')}" for name in BUILT_IN]
     bus = EventBus()
     app = make_app(bus, EVENTBUS_URL="memory://built-in", EVENTBUS_PUBLISH=names)
@@ -553,7 +553,7 @@ def span_that_goes_on() -> Iterator[None]:
         (nullcontext, None, HEADER),
     ],
 )
-def test_an_event_carries_the_trace_context_that_is_nearest(
+def test_an_event_carries_the_nearest_trace_context(
     eventbus: Isolation,
     span: Callable[[], AbstractContextManager[None]],
     cause: Event | None,
@@ -571,7 +571,7 @@ def test_an_event_carries_the_trace_context_that_is_nearest(
     assert event.traceparent == expected
 
 
-def test_a_program_without_flask_sends_in_the_span_that_goes_on(eventbus: Isolation) -> None:
+def test_a_program_without_flask_sends_in_the_current_span(eventbus: Isolation) -> None:
     bus = Bus("memory://trace", service="script", publish=["ping"])
 
     with span_that_goes_on():
@@ -595,7 +595,7 @@ def fail(sender: Any, **extra: Any) -> dict[str, Any]:
         ({"confirm": True}, "PublishError: "),
     ],
 )
-def test_a_bridge_does_not_take_the_place_of_the_programs_own_exception(
+def test_a_bridge_does_not_replace_the_exception_of_the_program(
     caplog: pytest.LogCaptureFixture, options: dict[str, Any], reason: str
 ) -> None:
     app = make_app(
@@ -627,7 +627,7 @@ def signals_of_a_module(monkeypatch: pytest.MonkeyPatch) -> blinker.Namespace:
     return namespace
 
 
-def test_a_signal_of_the_apps_own_that_is_not_published_is_told(
+def test_an_own_signal_of_the_app_that_is_not_published_is_reported(
     signals_of_a_module: blinker.Namespace, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = EventBus()
@@ -684,7 +684,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_signal_of_the_apps_own_is_found_wherever_it_is_kept(
+def test_an_own_signal_of_the_app_is_found_wherever_it_is_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -712,7 +712,7 @@ def test_a_signal_of_the_apps_own_is_found_wherever_it_is_kept(
     assert caplog.text.count(told) == 1
 
 
-def test_a_signal_that_is_gone_is_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_deleted_signal_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
     cycle: list[Any] = [blinker.NamedSignal("order_shipped")]
     cycle.append(cycle)
     del cycle
@@ -726,7 +726,7 @@ def test_a_signal_that_is_gone_is_not_told_of(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize("remedy", ["signal", "namespace", "path", "object", "publishes"])
-def test_a_signal_of_the_apps_own_is_published_by_each_remedy(
+def test_each_remedy_publishes_an_own_signal_of_the_app(
     signals_of_a_module: blinker.Namespace, caplog: pytest.LogCaptureFixture, remedy: str
 ) -> None:
     bus = EventBus(namespace=signals_of_a_module if remedy == "namespace" else None)
@@ -760,7 +760,7 @@ def test_settings_are_read_once() -> None:
     assert not bus.node(app).subscriptions
 
 
-def test_an_app_whose_receivers_could_not_be_loaded_may_try_again() -> None:
+def test_an_app_whose_receivers_could_not_be_loaded_can_try_again() -> None:
     bus = EventBus()
 
     with pytest.raises(ConfigError, match="'no_such_module', named in 'EVENTBUS_RECEIVERS'"):
@@ -778,7 +778,7 @@ def test_an_app_whose_receivers_could_not_be_loaded_may_try_again() -> None:
     assert bus.health(app_again).service == "x"
 
 
-def test_several_apps_share_a_bus_and_each_publishes_its_own() -> None:
+def test_several_apps_share_a_bus_and_each_publishes_its_own_signals() -> None:
     bus = EventBus()
     ping = bus.signal("ping")
     first = make_app(bus, EVENTBUS_SERVICE="first", EVENTBUS_PUBLISH=["ping"])
@@ -801,7 +801,7 @@ def test_several_apps_share_a_bus_and_each_publishes_its_own() -> None:
     bus.stop(second)
 
 
-def test_an_app_that_is_thrown_away_takes_its_bridges_along() -> None:
+def test_a_deleted_app_removes_its_bridges() -> None:
     bus = EventBus()
     ping = bus.signal("ping")
     assert isinstance(ping, BusSignal)
@@ -818,7 +818,7 @@ def test_an_app_that_is_thrown_away_takes_its_bridges_along() -> None:
     assert not other.receivers
 
 
-def test_an_app_that_is_thrown_away_listens_no_more() -> None:
+def test_a_deleted_app_stops_listening() -> None:
     bus = EventBus()
     bus.on("ping")(lambda sender: None)
     app = make_app(bus)
@@ -858,7 +858,7 @@ def test_an_app_is_freed_with_its_last_reference() -> None:
         gc.enable()
 
 
-def test_the_names_of_buses_that_are_gone_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_names_of_deleted_buses_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flask_eventbus.routing.registry.MAX_FORMER", 5)
     namespace = blinker.Namespace()
     lasting = Bus("memory://", service="lasting", namespace=namespace)
@@ -886,7 +886,7 @@ def test_a_bus_that_stops_remembers_a_bounded_number_of_its_names() -> None:
     assert len(bus.siblings) == MAX_FORMER + 1
 
 
-def test_a_namespace_keeps_nothing_of_buses_that_are_gone() -> None:
+def test_a_namespace_keeps_nothing_of_deleted_buses() -> None:
     first = Bus("memory://", service="lasting")
     namespace = first.namespace
     assert isinstance(namespace, BusNamespace)
@@ -906,7 +906,7 @@ def test_init_app_twice_is_an_error() -> None:
         bus.init_app(app)
 
 
-def test_an_app_of_another_bus_is_told_apart() -> None:
+def test_an_app_of_another_bus_is_not_accepted() -> None:
     bus = EventBus()
     app = make_app()
 
@@ -914,7 +914,7 @@ def test_an_app_of_another_bus_is_told_apart() -> None:
         bus.health(app)
 
 
-def test_a_receiver_gets_an_app_context_of_its_own_at_each_event_that_is_torn_down() -> None:
+def test_a_receiver_gets_an_app_context_per_event_that_is_torn_down() -> None:
     bus = EventBus()
     app = make_app(bus)
     seen: list[Any] = []
@@ -984,7 +984,7 @@ def test_current_event_outside_of_a_receiver_says_so() -> None:
         _ = current_event.id
 
 
-def test_current_event_outside_of_a_receiver_bears_what_tools_do_with_it() -> None:
+def test_current_event_outside_of_a_receiver_survives_introspection() -> None:
     module = ModuleType("a_module", ">>> 1\n1\n")
     vars(module)["current_event"] = current_event
 
@@ -1027,7 +1027,7 @@ def test_current_event_inside_of_a_receiver_is_the_event() -> None:
     assert all(type(each) is Event for each in found)
 
 
-def test_the_event_that_a_receiver_hands_to_a_thread_is_kept_by_get() -> None:
+def test_a_receiver_can_hand_current_event_get_to_a_thread() -> None:
     read: list[str] = []
 
     def work(event: Event) -> None:
@@ -1044,7 +1044,7 @@ def test_the_event_that_a_receiver_hands_to_a_thread_is_kept_by_get() -> None:
     assert read == ["x-1"]
 
 
-def test_two_buses_share_a_namespace_and_both_hear_of_new_signals() -> None:
+def test_two_buses_share_a_namespace_and_both_publish_new_signals() -> None:
     first = Bus("memory://shared", service="first", publish=["order_*"])
     second = Bus("memory://shared", service="second", publish=["*"], namespace=first.namespace)
 
@@ -1058,7 +1058,7 @@ def test_two_buses_share_a_namespace_and_both_hear_of_new_signals() -> None:
     second.stop()
 
 
-def test_async_receivers_leave_no_loop_behind_in_short_lived_threads() -> None:
+def test_async_receivers_leave_no_event_loop_behind_in_short_lived_threads() -> None:
     bus = Bus("memory://loops", service="x")
     loops: list[asyncio.AbstractEventLoop] = []
 

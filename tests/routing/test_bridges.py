@@ -18,7 +18,7 @@ Make = Callable[..., Bus]
 # -- the bus's own signals ----------------------------------------------------------------
 
 
-def test_send_returns_what_the_programs_own_receivers_returned_and_nothing_else(
+def test_send_returns_only_the_results_of_the_programs_own_receivers(
     make_bus: Make,
 ) -> None:
     bus = make_bus("memory://bridges", publish=["order_checked"])
@@ -34,7 +34,7 @@ def test_send_returns_what_the_programs_own_receivers_returned_and_nothing_else(
     assert bus.health().counts["published"] == 2
 
 
-def test_a_route_is_invisible_to_whoever_asks_a_signal_for_its_receivers(make_bus: Make) -> None:
+def test_a_route_is_not_listed_among_the_receivers_of_a_signal(make_bus: Make) -> None:
     bus = make_bus("memory://bridges")
     signal = bus.signal("order_checked")
     connected: list[Any] = []
@@ -62,7 +62,7 @@ def test_a_muted_signal_is_not_published(make_bus: Make) -> None:
     assert "published" not in bus.health().counts
 
 
-def test_disconnecting_all_receivers_of_a_signal_leaves_its_route(make_bus: Make) -> None:
+def test_disconnecting_all_receivers_of_a_signal_keeps_its_route(make_bus: Make) -> None:
     bus = make_bus("memory://bridges", publish=["order_checked"])
     signal = bus.signal("order_checked")
     bus.on("order_checked")(lambda sender: None)
@@ -76,7 +76,7 @@ def test_disconnecting_all_receivers_of_a_signal_leaves_its_route(make_bus: Make
 
 
 @pytest.mark.parametrize("key", ["_async_wrapper", "_sync_wrapper"])
-def test_a_key_that_blinker_takes_for_itself_is_refused_before_anyone_receives(
+def test_a_payload_key_that_blinker_reserves_is_refused_before_any_receiver_runs(
     make_bus: Make, key: str
 ) -> None:
     bus = make_bus("memory://bridges", publish=["order_checked"])
@@ -99,7 +99,7 @@ def test_a_key_that_blinker_takes_for_itself_is_refused_before_anyone_receives(
 # -- signals of others --------------------------------------------------------------------
 
 
-def test_a_signal_of_others_returns_the_same_once_it_is_published(make_bus: Make) -> None:
+def test_publishing_a_foreign_signal_does_not_change_what_send_returns(make_bus: Make) -> None:
     bus = make_bus("memory://bridges")
     signal = blinker.NamedSignal("order_paid")
 
@@ -114,7 +114,7 @@ def test_a_signal_of_others_returns_the_same_once_it_is_published(make_bus: Make
     assert bus.health().counts["published"] == 1
 
 
-def test_code_that_asks_a_signal_of_others_for_receivers_before_it_sends_goes_on_to_publish(
+def test_a_foreign_signal_sent_only_if_it_has_receivers_is_still_published(
     make_bus: Make,
 ) -> None:
     bus = make_bus("memory://bridges")
@@ -126,7 +126,7 @@ def test_code_that_asks_a_signal_of_others_for_receivers_before_it_sends_goes_on
     assert signal.has_receivers_for("shop")
 
 
-def test_the_receivers_of_a_signal_of_others_run_before_it_is_published(make_bus: Make) -> None:
+def test_receivers_of_a_foreign_signal_run_before_it_is_published(make_bus: Make) -> None:
     bus = make_bus("memory://bridges")
     signal = blinker.NamedSignal("order_paid")
     ran: list[int] = []
@@ -144,7 +144,7 @@ def test_the_receivers_of_a_signal_of_others_run_before_it_is_published(make_bus
     assert sorted(ran) == list(range(10))
 
 
-def test_a_signal_of_others_whose_receivers_are_coroutine_functions_is_published_by_send_async(
+def test_send_async_publishes_a_foreign_signal_with_coroutine_receivers(
     make_bus: Make,
 ) -> None:
     bus = make_bus("memory://bridges")
@@ -161,7 +161,7 @@ def test_a_signal_of_others_whose_receivers_are_coroutine_functions_is_published
     assert bus.health().counts["published"] == 1
 
 
-def test_a_signal_without_a_name_is_published_as_any_other(make_bus: Make) -> None:
+def test_an_anonymous_signal_is_published_like_any_other(make_bus: Make) -> None:
     bus = make_bus("memory://bridges")
     signal = blinker.Signal()
     bus.publishes(signal, as_="order_paid")
@@ -172,7 +172,7 @@ def test_a_signal_without_a_name_is_published_as_any_other(make_bus: Make) -> No
     assert bus.health().counts["published"] == 2
 
 
-def test_two_routes_may_carry_one_signal_of_others(make_bus: Make) -> None:
+def test_two_routes_can_publish_one_foreign_signal(make_bus: Make) -> None:
     signal = blinker.NamedSignal("order_paid")
     one, two = (make_bus("memory://bridges", name) for name in ("one", "two"))
     one.publishes(signal)
@@ -185,7 +185,7 @@ def test_two_routes_may_carry_one_signal_of_others(make_bus: Make) -> None:
         assert bus.health().counts["published"] == 1
 
 
-def test_a_signal_class_of_others_goes_on_to_send_in_its_own_way(make_bus: Make) -> None:
+def test_a_foreign_signal_class_keeps_its_own_send(make_bus: Make) -> None:
     sent: list[Any] = []
 
     class Traced(blinker.NamedSignal):
@@ -212,7 +212,7 @@ def namespace() -> blinker.Namespace:
     return blinker.Namespace()
 
 
-def test_a_coroutine_function_receives_what_is_sent_in_an_adopted_namespace(
+def test_a_coroutine_function_receives_signals_of_an_adopted_namespace(
     make_bus: Make, namespace: blinker.Namespace
 ) -> None:
     bus = make_bus("memory://bridges", namespace=namespace)
@@ -225,7 +225,7 @@ def test_a_coroutine_function_receives_what_is_sent_in_an_adopted_namespace(
     assert asyncio.run(namespace.signal("ping").send_async("shop")) == [(receive, "ran")]
 
 
-def test_a_pattern_brings_coroutine_functions_to_signals_that_come_later(
+def test_a_pattern_connects_coroutine_functions_to_later_signals(
     make_bus: Make, namespace: blinker.Namespace
 ) -> None:
     bus = make_bus("memory://bridges", namespace=namespace, publish=["order_*"])

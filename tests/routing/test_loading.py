@@ -57,7 +57,7 @@ def test_a_function_is_named_after_a_colon(folder: Path) -> None:
     assert receivers(bus_with("mails_b:connect")) == ["send"]
 
 
-def test_a_folder_is_loaded_in_the_order_of_names(folder: Path) -> None:
+def test_a_folder_is_loaded_in_alphabetical_order(folder: Path) -> None:
     (folder / "plugins").mkdir()
     (folder / "plugins" / "one.py").write_text(PLUGIN.format(name="one"))
     (folder / "plugins" / "two.py").write_text(PLUGIN.format(name="two"))
@@ -75,7 +75,7 @@ def test_a_folder_is_relative_to_the_app(folder: Path, tmp_path: Path) -> None:
     assert receivers(EventBus(app)) == ["one"]
 
 
-def test_an_installed_plug_in_reacts_without_the_service_knowing_it(
+def test_an_installed_plug_in_is_loaded_by_its_entry_point(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "loyalty.py").write_text(PLUGIN.format(name="points"))
@@ -95,7 +95,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "words"), WRONG)
-def test_what_cannot_be_loaded_is_an_error_at_start_that_names_it(
+def test_receivers_that_cannot_be_loaded_are_a_named_error_at_start(
     folder: Path, name: str, words: str
 ) -> None:
     (folder / "broken").mkdir()
@@ -105,7 +105,7 @@ def test_what_cannot_be_loaded_is_an_error_at_start_that_names_it(
         bus_with(name)
 
 
-def test_a_plug_in_that_cannot_be_loaded_is_an_error_that_names_it(
+def test_a_plug_in_that_cannot_be_loaded_is_a_named_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     offer(monkeypatch, "loyalty", "no_such_package.receivers:register")
@@ -133,7 +133,7 @@ def test_two_apps_of_one_bus_register_a_module_once(folder: Path) -> None:
     assert receivers(bus) == ["send"]
 
 
-def test_two_folders_may_hold_modules_of_the_same_name(folder: Path) -> None:
+def test_two_folders_may_contain_modules_of_the_same_name(folder: Path) -> None:
     for shop in ("north", "south"):
         (folder / shop / "plugins").mkdir(parents=True)
         path = folder / shop / "plugins" / "same.py"

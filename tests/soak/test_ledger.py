@@ -44,7 +44,7 @@ def column(
     return next(found for found in columns if found.receiver == receiver)
 
 
-def test_an_order_that_was_confirmed_and_that_nobody_handled_is_missing() -> None:
+def test_a_confirmed_order_that_was_not_handled_is_missing() -> None:
     lines = [confirmed(1), confirmed(2), handled(1)]
 
     assert column(*lines).missing == [("web-7", 2)]
@@ -53,17 +53,17 @@ def test_an_order_that_was_confirmed_and_that_nobody_handled_is_missing() -> Non
     assert "web confirmed" in history[0]
 
 
-def test_an_order_that_was_not_confirmed_is_not_missing() -> None:
+def test_an_unconfirmed_order_is_not_missing() -> None:
     assert column(confirmed(1, what="unconfirmed"), confirmed(2, what="taken")).missing == []
 
 
-def test_what_a_publisher_took_counts_once_its_buffer_was_flushed() -> None:
+def test_buffered_events_count_once_the_buffer_was_flushed() -> None:
     flushed = {"what": "flushed", "who": "web", "pid": 7, "at": 110.0, "publisher": "web-7"}
 
     assert column(confirmed(2, what="taken"), flushed).missing == [("web-7", 2)]
 
 
-def test_what_waited_in_a_buffer_when_a_master_was_replaced_is_counted_apart() -> None:
+def test_events_buffered_during_a_failover_are_counted_separately() -> None:
     flushed = {"what": "flushed", "who": "web", "pid": 7, "at": 110.0, "publisher": "web-7"}
     replaced = trouble("failover", at=101.0) | {"replaced": True}
     lines = [confirmed(1, what="taken"), confirmed(2), flushed]
@@ -76,7 +76,7 @@ def test_what_waited_in_a_buffer_when_a_master_was_replaced_is_counted_apart() -
         assert (found.with_master, found.missing) == ([], [("web-7", 1), ("web-7", 2)])
 
 
-def test_what_is_in_the_stream_at_the_end_went_with_no_master() -> None:
+def test_an_event_in_the_stream_at_the_end_was_not_lost_with_the_master() -> None:
     flushed = {"what": "flushed", "who": "web", "pid": 7, "at": 110.0, "publisher": "web-7"}
     replaced = trouble("failover", at=101.0) | {"replaced": True}
     lines = [confirmed(1, what="taken"), confirmed(2, what="taken"), replaced, flushed]
@@ -87,7 +87,7 @@ def test_what_is_in_the_stream_at_the_end_went_with_no_master() -> None:
     assert (found.with_master, found.missing) == ([("web-7", 1)], [("web-7", 2)])
 
 
-def test_a_dead_letter_counts_as_handled_only_where_it_is_to_be_one() -> None:
+def test_only_an_expected_dead_letter_counts_as_handled() -> None:
     lines = [confirmed(97), confirmed(98)]
 
     found = column(*lines, receiver=FLAKY, dead=[(FLAKY, 97), (FLAKY, 98)])
@@ -96,7 +96,7 @@ def test_a_dead_letter_counts_as_handled_only_where_it_is_to_be_one() -> None:
     assert found.dead == 2
 
 
-def test_what_was_handled_again_is_explained_by_the_end_of_its_worker_right_after() -> None:
+def test_a_repetition_is_explained_by_a_worker_that_ended_right_after() -> None:
     lines = [confirmed(1), handled(1, at=101.0), handled(1, at=107.0, pid=2)]
 
     assert column(*lines).unexplained == [("web-7", 1)]
@@ -108,7 +108,7 @@ def test_what_was_handled_again_is_explained_by_the_end_of_its_worker_right_afte
     assert column(*lines, later).unexplained == [("web-7", 1)]
 
 
-def test_what_was_handled_again_is_explained_by_a_redis_that_was_away_then() -> None:
+def test_a_repetition_is_explained_by_an_outage_of_redis_at_that_time() -> None:
     lines = [confirmed(1), handled(1, at=101.0), handled(1, at=107.0, pid=2)]
 
     assert column(*lines, trouble("redis killed", at=101.0)).unexplained == []

@@ -54,7 +54,7 @@ def errors(bus: Bus) -> list[str]:
     return [f"{each.text} {each.remedy}" for each in check(bus.node) if each.level == "error"]
 
 
-def test_a_group_that_begins_at_a_moment_after_the_last_entry_is_no_alarm(
+def test_a_group_that_starts_after_the_last_entry_raises_no_alarm(
     store: StreamStore, make_bus: Make
 ) -> None:
     store.client.sadd(store.keys.names, "tick")
@@ -75,7 +75,7 @@ def test_a_group_that_begins_at_a_moment_after_the_last_entry_is_no_alarm(
     assert errors(bus) == []
 
 
-def test_a_group_that_somebody_moved_past_the_end_is_an_alarm_until_it_is_moved_back(
+def test_a_group_moved_past_the_end_raises_an_alarm_until_it_is_moved_back(
     store: StreamStore, make_bus: Make
 ) -> None:
     bus, heard = mailer(store, make_bus)
@@ -106,7 +106,7 @@ def test_a_group_that_somebody_moved_past_the_end_is_an_alarm_until_it_is_moved_
     assert store.run("status", "--max-lag", "100").exit_code == 0
 
 
-def test_a_stream_with_the_last_possible_id_is_an_alarm_and_works_again_after_the_pages_commands(
+def test_a_stream_with_the_last_possible_id_raises_an_alarm_and_the_documented_commands_repair_it(
     store: StreamStore, make_bus: Make
 ) -> None:
     bus, heard = mailer(store, make_bus)
@@ -137,9 +137,7 @@ def test_a_stream_with_the_last_possible_id_is_an_alarm_and_works_again_after_th
     assert errors(bus) == []
 
 
-def test_check_raises_the_alarm_for_who_only_publishes_too(
-    store: StreamStore, make_bus: Make
-) -> None:
+def test_check_raises_the_alarm_in_a_publisher_too(store: StreamStore, make_bus: Make) -> None:
     publish = {"tick": "stream"}
     publisher = make_bus(store.url, "accounts", prefix=store.prefix, publish=publish)
     store.add_fields("tick", {b"event": b"x"}, id=LAST)
@@ -185,14 +183,14 @@ def commands_of_the_page(store: StreamStore) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def test_an_id_within_a_day_is_no_alarm(store: StreamStore, make_bus: Make) -> None:
+def test_an_id_less_than_a_day_ahead_raises_no_alarm(store: StreamStore, make_bus: Make) -> None:
     store.add("tick", id=f"{int(time.time() * 1000) + 23 * 3_600_000}-0", number=1)
     store.group("tick")
 
     assert store.run("status", "--max-lag", "100").exit_code == 0
 
 
-def test_a_stream_that_somebody_emptied_is_an_alarm(store: StreamStore, make_bus: Make) -> None:
+def test_an_emptied_stream_raises_an_alarm(store: StreamStore, make_bus: Make) -> None:
     bus, _ = mailer(store, make_bus)
     bus.stop()
 
@@ -207,7 +205,7 @@ def test_a_stream_that_somebody_emptied_is_an_alarm(store: StreamStore, make_bus
 
 
 @pytest.mark.timing(max_names=20)
-def test_patterns_stand_for_a_bounded_number_of_streams_and_say_so(
+def test_patterns_match_a_bounded_number_of_streams_and_log_it(
     store: StreamStore, make_bus: Make
 ) -> None:
     bus, heard = mailer(store, make_bus, "*")
@@ -230,7 +228,7 @@ def test_patterns_stand_for_a_bounded_number_of_streams_and_say_so(
     wait_until(lambda: not bus.health().alarms, what="the alarm is over")
 
 
-def test_two_hundred_thousand_names_make_no_subscriber_deaf(
+def test_two_hundred_thousand_stream_names_do_not_stop_a_subscriber(
     store: StreamStore, make_bus: Make
 ) -> None:
     bus, heard = mailer(store, make_bus, "*")
@@ -257,7 +255,9 @@ def take_all(store: StreamStore, consumer: str) -> list[str]:
     return store.read("tick", 1_000, consumer=consumer)
 
 
-def test_a_consumer_that_is_no_worker_is_an_alarm(store: StreamStore, make_bus: Make) -> None:
+def test_a_consumer_that_is_not_a_worker_raises_an_alarm(
+    store: StreamStore, make_bus: Make
+) -> None:
     bus, _ = mailer(store, make_bus)
     bus.stop()
     store.add("tick", number=1)
@@ -276,7 +276,7 @@ def test_a_consumer_that_is_no_worker_is_an_alarm(store: StreamStore, make_bus: 
     wait_until(lambda: heard == [1], what="the event is handled")
 
 
-def test_events_that_wait_in_a_worker_are_handled_though_somebody_acknowledged_them(
+def test_queued_events_are_handled_although_somebody_acknowledged_them(
     store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1.5)
@@ -307,7 +307,7 @@ def test_events_that_wait_in_a_worker_are_handled_though_somebody_acknowledged_t
     assert (status.exit_code, "Another program acknowledged" in status.output) == (1, True)
 
 
-def test_a_claimed_event_that_its_paused_worker_acknowledges_in_the_end_is_no_alarm(
+def test_a_late_acknowledgement_by_a_paused_worker_raises_no_alarm(
     store: StreamStore, make_bus: Make
 ) -> None:
     store.group("tick")
@@ -349,7 +349,7 @@ def test_a_claimed_event_that_its_paused_worker_acknowledges_in_the_end_is_no_al
     [("*", 1_000), ("*", 6), ("1000-0", 7)],
     ids=["far too many", "too soon", "one too many"],
 )
-def test_a_delivery_count_that_workers_cannot_have_reached_is_an_alarm(
+def test_an_impossible_delivery_count_raises_an_alarm(
     store: StreamStore, make_bus: Make, id: str, count: int
 ) -> None:
     bus, _ = mailer(store, make_bus)
@@ -370,7 +370,7 @@ def test_a_delivery_count_that_workers_cannot_have_reached_is_an_alarm(
     assert store.dead("tick") == []
 
 
-def test_status_shows_the_rest_to_a_user_who_may_not_read_what_workers_noted(
+def test_status_shows_the_rest_to_a_user_without_rights_to_worker_records(
     store: StreamStore,
 ) -> None:
     store.add("tick", number=1)

@@ -59,7 +59,7 @@ def test_two_copies_of_an_event_in_one_batch_are_handled_once(
     assert handled == [0, 1, 2]
 
 
-def test_the_ids_of_events_are_kept_for_two_windows_after_the_last_one(
+def test_the_ids_of_events_expire_two_windows_after_the_last_one(
     store: StreamStore, make_bus: Make
 ) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix, duplicate_window=WINDOW)
@@ -72,7 +72,7 @@ def test_the_ids_of_events_are_kept_for_two_windows_after_the_last_one(
     assert 2 * WINDOW - 60 < store.client.ttl(key) <= 2 * WINDOW
 
 
-def test_a_group_that_is_gone_takes_along_every_id_that_may_still_be_kept(
+def test_every_stored_id_is_deleted_with_a_lost_group(
     store: StreamStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1_000_000 * WINDOW + 1

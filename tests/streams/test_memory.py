@@ -148,7 +148,7 @@ def bomb(number: int) -> bytes:
 
 
 @pytest.mark.parametrize("via", ["channel", "stream"])
-def test_events_that_decode_to_far_more_than_their_bytes_wait_as_bytes(
+def test_queued_events_that_decode_to_far_more_memory_stay_encoded(
     store: StreamStore, hearer: Callable[..., Hearer], via: str
 ) -> None:
     process = hearer(store.prefix, via)
@@ -166,7 +166,7 @@ def test_events_that_decode_to_far_more_than_their_bytes_wait_as_bytes(
     assert memory < MOST
 
 
-def test_large_stream_events_after_small_ones_are_read_as_far_as_they_fit(
+def test_large_stream_events_after_small_ones_are_read_within_the_memory_limit(
     store: StreamStore, hearer: Callable[..., Hearer]
 ) -> None:
     stream = store.keys.stream("tick")
@@ -194,7 +194,7 @@ def test_large_stream_events_after_small_ones_are_read_as_far_as_they_fit(
     assert memory < MOST
 
 
-def test_large_retries_are_read_as_far_as_they_fit_and_each_is_kept_once(
+def test_large_retries_are_read_within_the_memory_limit_and_kept_once(
     store: StreamStore, hearer: Callable[..., Hearer]
 ) -> None:
     process = hearer(store.prefix, "stream")
@@ -236,7 +236,7 @@ def test_large_retries_are_read_as_far_as_they_fit_and_each_is_kept_once(
     assert process.facts()[0] < MOST_OF_RETRIES
 
 
-def test_what_redis_does_not_take_of_large_events_that_failed_is_bounded(
+def test_unwritten_outcomes_of_large_events_are_bounded_in_memory(
     store: StreamStore, hearer: Callable[..., Hearer]
 ) -> None:
     """Each of them waits with its retry, which has the event once more."""
@@ -270,7 +270,7 @@ def huge_letters(store: StreamStore) -> list[tuple[bytes, bytes]]:
     return [(fields[b"entry.event.length"], fields[b"entry.event.sha256"]) for _, fields in found]
 
 
-def test_entries_above_the_limit_that_a_worker_left_are_taken_over_in_little_memory(
+def test_oversized_entries_of_a_dead_worker_are_reclaimed_in_little_memory(
     store: StreamStore, hearer: Callable[..., Hearer]
 ) -> None:
     stream = store.keys.stream("tick")
@@ -289,7 +289,7 @@ def test_entries_above_the_limit_that_a_worker_left_are_taken_over_in_little_mem
     assert process.facts()[0] < LITTLE
 
 
-def test_an_entry_that_a_worker_has_no_memory_for_becomes_a_dead_letter(
+def test_an_entry_that_does_not_fit_into_memory_becomes_a_dead_letter(
     store: StreamStore, hearer: Callable[..., Hearer]
 ) -> None:
     process = hearer(store.prefix, "stream", "150")
@@ -301,7 +301,7 @@ def test_an_entry_that_a_worker_has_no_memory_for_becomes_a_dead_letter(
     assert huge_letters(store) == [(b"100000000", sha256(HUGE).hexdigest().encode())]
 
 
-def test_an_entry_that_a_process_has_no_memory_for_keeps_it_from_no_other(
+def test_an_entry_that_does_not_fit_into_memory_stops_no_other(
     store: StreamStore, hearer: Callable[..., Hearer]
 ) -> None:
     process = hearer(store.prefix, "each process", "150")
@@ -311,7 +311,7 @@ def test_an_entry_that_a_process_has_no_memory_for_keeps_it_from_no_other(
     wait_until(lambda: process.facts()[1] == 1, timeout=60, what="the next event is handled")
 
 
-def test_an_entry_of_very_many_fields_is_taken_over_in_little_memory(
+def test_an_entry_of_very_many_fields_is_reclaimed_in_little_memory(
     store: StreamStore, hearer: Callable[..., Hearer]
 ) -> None:
     stream = store.keys.stream("tick")

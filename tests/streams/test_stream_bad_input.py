@@ -85,7 +85,7 @@ def goes_on(store: StreamStore, heard: list[Any], number: int = 42) -> None:
 
 
 @pytest.mark.parametrize("reason", sorted(BAD.keys() - {"too_large"}))
-def test_bytes_that_are_no_event_are_dead_letters_as_they_came(
+def test_undecodable_bytes_become_dead_letters_unchanged(
     store: StreamStore, service: Bus, heard: list[Any], reason: str
 ) -> None:
     entries = [store.add_fields("tick", {b"event": body}) for body in BAD[reason]]
@@ -100,7 +100,7 @@ def test_bytes_that_are_no_event_are_dead_letters_as_they_came(
     assert service.health().counts["rejected"] == len(entries)
 
 
-def test_of_an_entry_above_the_limit_a_dead_letter_keeps_a_sample_and_a_hash(
+def test_the_dead_letter_of_an_oversized_entry_has_a_sample_and_a_hash(
     store: StreamStore, heard: list[Any]
 ) -> None:
     body = b"x" * 5_000_000
@@ -133,7 +133,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_foreign_entries_are_dead_letters_with_all_their_fields(
+def test_foreign_entries_become_dead_letters_with_all_their_fields(
     store: StreamStore, heard: list[Any], kind: str
 ) -> None:
     entry = store.add_fields("tick", FOREIGN[kind])
@@ -144,7 +144,7 @@ def test_foreign_entries_are_dead_letters_with_all_their_fields(
     assert letter.fields == FOREIGN[kind]
 
 
-def test_an_event_of_the_future_is_kept_and_what_it_says_stays_readable(
+def test_an_event_of_a_newer_version_becomes_a_readable_dead_letter(
     store: StreamStore, heard: list[Any]
 ) -> None:
     body = packed(specversion="2.0", data={"n": 1}, novelty=True)
@@ -157,7 +157,7 @@ def test_an_event_of_the_future_is_kept_and_what_it_says_stays_readable(
     assert letter.fields == {b"event": body, b"hint": b"signed"}
 
 
-def test_unknown_attributes_and_fields_beside_the_event_are_left_aside(
+def test_unknown_attributes_and_extra_fields_are_ignored(
     store: StreamStore, heard: list[Any]
 ) -> None:
     store.add_fields("tick", {b"event": packed(novelty=[1], data={"n": 7}), b"signature": b"x"})
@@ -191,7 +191,7 @@ def test_a_flood_of_foreign_entries_is_logged_ten_times_a_minute(
     assert caplog.text.count("is rejected (missing_attribute)") == 10
 
 
-def test_entries_with_ids_of_the_far_future_are_handled_and_so_is_what_follows(
+def test_entries_with_ids_of_the_far_future_and_later_entries_are_handled(
     store: StreamStore, heard: list[Any]
 ) -> None:
     store.add("tick", n=1)
@@ -207,7 +207,7 @@ def test_entries_with_ids_of_the_far_future_are_handled_and_so_is_what_follows(
 # -- what a person sees -------------------------------------------------------------------
 
 
-def test_a_dead_letter_is_readable_with_redis_cli(
+def test_redis_cli_can_read_a_dead_letter(
     store: StreamStore, service: Bus, shared_redis: RedisServer
 ) -> None:
     @service.on("tick", via="stream", start="earliest", retries=0)
@@ -284,7 +284,7 @@ def edited(record: RetryRecord, **changes: Any) -> bytes:
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_a_record_of_a_retry_that_somebody_edited_is_a_dead_letter_and_the_others_go_on(
+def test_an_edited_retry_record_becomes_a_dead_letter_and_the_others_run(
     store: StreamStore, service: Bus, heard: list[Any], edit: str
 ) -> None:
     receiver = receiver_name(heard, service, store)
@@ -303,7 +303,7 @@ def test_a_record_of_a_retry_that_somebody_edited_is_a_dead_letter_and_the_other
     goes_on(store, heard)
 
 
-def test_a_retry_that_another_program_packed_in_its_own_way_is_tried_and_removed(
+def test_a_retry_packed_differently_by_another_program_is_run_and_removed(
     store: StreamStore, service: Bus, heard: list[Any]
 ) -> None:
     record = record_of(store, receiver_name(heard, service, store), n=7)
@@ -323,7 +323,7 @@ def receiver_name(heard: list[Any], service: Bus, store: StreamStore) -> str:
 
 
 @pytest.mark.parametrize("score", ["-inf", "1e300", "+inf"])
-def test_a_time_that_somebody_edited_harms_no_other_retry(
+def test_an_edited_due_time_harms_no_other_retry(
     store: StreamStore, service: Bus, heard: list[Any], score: str
 ) -> None:
     receiver = receiver_name(heard, service, store)
@@ -339,7 +339,7 @@ def test_a_time_that_somebody_edited_harms_no_other_retry(
 # -- keys that hold something else --------------------------------------------------------
 
 
-def test_a_key_that_is_no_stream_is_told_and_the_other_streams_are_read(
+def test_a_key_that_is_not_a_stream_is_reported_and_other_streams_are_read(
     store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.client.set(store.keys.stream("tock"), "a string")
@@ -358,7 +358,7 @@ def test_a_key_that_is_no_stream_is_told_and_the_other_streams_are_read(
     assert not service.health().connected
 
 
-def test_a_line_of_retries_that_is_none_stops_no_other_signal(
+def test_a_retry_queue_of_a_wrong_type_stops_no_other_signal(
     store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.client.set(store.keys.retry("tack", "mailer"), "a string")
@@ -382,7 +382,7 @@ def test_a_line_of_retries_that_is_none_stops_no_other_signal(
 
 
 @pytest.mark.parametrize("outcome", ["retry", "dead"])
-def test_what_became_of_an_event_is_told_again_until_it_can_be_kept(
+def test_an_outcome_is_written_again_until_redis_accepts_it(
     store: StreamStore, service: Bus, outcome: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     wrong = {
@@ -414,7 +414,7 @@ def test_what_became_of_an_event_is_told_again_until_it_can_be_kept(
     assert is_settled(store)
 
 
-def test_an_outcome_of_which_redis_took_a_part_is_told_again_after_a_lost_connection(
+def test_a_partly_written_outcome_is_written_again_after_a_lost_connection(
     store: StreamStore, service: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[int] = []
@@ -453,7 +453,9 @@ def test_an_outcome_of_which_redis_took_a_part_is_told_again_after_a_lost_connec
     assert lost
 
 
-def test_a_retry_whose_outcome_cannot_be_kept_is_not_lost(store: StreamStore, service: Bus) -> None:
+def test_a_retry_whose_outcome_cannot_be_written_is_not_lost(
+    store: StreamStore, service: Bus
+) -> None:
     dead = store.keys.dead("tick", "mailer")
     tries: list[int] = []
 
@@ -477,7 +479,7 @@ def test_a_retry_whose_outcome_cannot_be_kept_is_not_lost(store: StreamStore, se
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["in one batch", "one after the other"])
-def test_an_id_that_somebody_used_in_advance_hides_no_event_of_a_stream(
+def test_an_id_forged_in_advance_hides_no_stream_event(
     store: StreamStore,
     service: Bus,
     caplog: pytest.LogCaptureFixture,
@@ -536,7 +538,7 @@ def test_an_id_with_other_bytes_is_a_conflict_for_a_process_without_a_group_too(
     assert f"The event {event.id} of 'tick', which says it is from 'accounts'" in caplog.text
 
 
-def test_ids_that_cannot_be_noted_do_not_stop_events(
+def test_ids_that_cannot_be_stored_do_not_stop_events(
     store: StreamStore, heard: list[Any], service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:
     window = int(time.time() // 600)
@@ -549,9 +551,7 @@ def test_ids_that_cannot_be_noted_do_not_stop_events(
 
 
 @pytest.mark.timing(ask_command_again_after=0.0)
-def test_ids_that_could_not_be_noted_once_are_noted_again_later(
-    store: StreamStore, heard: list[Any]
-) -> None:
+def test_storing_ids_is_tried_again_after_a_failure(store: StreamStore, heard: list[Any]) -> None:
     window = int(time.time() // 600)
     keys = [store.keys.seen("tick", "mailer", number) for number in (window, window + 1)]
 
@@ -573,7 +573,7 @@ def test_ids_that_could_not_be_noted_once_are_noted_again_later(
     [b"\xff\xfe", b"a b", b"x}:y", b"", b"n" * 5_000, b"\x1b[2J", b"ti\nck"],
     ids=["no text", "a space", "a brace", "empty", "too long", "an escape", "a new line"],
 )
-def test_a_name_that_no_signal_can_have_is_no_stream_for_a_pattern(
+def test_a_pattern_ignores_invalid_signal_names(
     store: StreamStore, service: Bus, name: bytes
 ) -> None:
     store.client.sadd(store.keys.names, name)
@@ -584,7 +584,7 @@ def test_a_name_that_no_signal_can_have_is_no_stream_for_a_pattern(
     assert keys == [store.keys.stream("tick").encode()]
 
 
-def test_a_pattern_that_cannot_be_noted_keeps_no_name_from_being_heard(
+def test_a_pattern_whose_start_cannot_be_stored_does_not_stop_subscriptions_by_name(
     store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.client.set(store.keys.since("mailer"), "a string")
@@ -603,7 +603,7 @@ def test_a_pattern_that_cannot_be_noted_keeps_no_name_from_being_heard(
     wait_until(lambda: patterns == [2], what="the pattern is heard once it can be noted")
 
 
-def test_a_set_of_names_that_is_none_is_told(
+def test_a_set_of_names_of_a_wrong_type_is_logged(
     store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.client.set(store.keys.names, "a string")
@@ -618,7 +618,7 @@ def test_a_set_of_names_that_is_none_is_told(
 
 
 @pytest.mark.parametrize("since", ["yesterday", "9" * 5_000], ids=["words", "many digits"])
-def test_a_pattern_whose_beginning_somebody_edited_is_heard_from_now_on(
+def test_a_pattern_with_an_edited_start_is_read_from_now_on(
     store: StreamStore, service: Bus, since: str
 ) -> None:
     store.client.hset(store.keys.since("mailer"), "t*", since)
@@ -628,7 +628,7 @@ def test_a_pattern_whose_beginning_somebody_edited_is_heard_from_now_on(
     wait_until(lambda: heard == [1], what="the event arrives")
 
 
-def test_two_records_of_one_retry_are_both_renewed_while_they_are_tried(
+def test_two_records_of_one_retry_are_both_renewed_while_they_run(
     store: StreamStore, make_bus: Make
 ) -> None:
     tries: list[int] = []
@@ -662,7 +662,7 @@ def test_two_records_of_one_retry_are_both_renewed_while_they_are_tried(
     assert len(tries) == 2
 
 
-def test_two_records_of_one_retry_are_both_tried(
+def test_two_records_of_one_retry_both_run(
     store: StreamStore, service: Bus, heard: list[Any]
 ) -> None:
     receiver = receiver_name(heard, service, store)

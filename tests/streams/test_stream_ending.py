@@ -29,7 +29,7 @@ def hold(sender, n):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_a_receiver_finish_and_leaves_the_rest_pending(
+def test_sigterm_lets_a_receiver_finish_and_leaves_the_rest_pending(
     workers: Workers, number: signal.Signals
 ) -> None:
     program = workers.worker(HOLDING)
@@ -47,7 +47,7 @@ def test_a_signal_lets_a_receiver_finish_and_leaves_the_rest_pending(
     assert len(workers.reports("ended")) == 1
 
 
-def test_what_was_handed_back_is_handled_by_another_at_once_and_in_order(
+def test_released_entries_are_handled_by_another_worker_at_once_and_in_order(
     workers: Workers,
 ) -> None:
     program = workers.worker(HOLDING)
@@ -66,7 +66,7 @@ def test_what_was_handed_back_is_handled_by_another_at_once_and_in_order(
     assert {line["attempt"] for line in workers.reports("done")[1:]} == {1}
 
 
-def test_a_second_signal_forces_the_end_and_the_event_comes_again(workers: Workers) -> None:
+def test_a_second_signal_forces_the_end_and_the_event_is_delivered_again(workers: Workers) -> None:
     program = workers.worker(HOLDING)
     workers.send(0, 1)
     workers.wait_for("begun")
@@ -82,7 +82,7 @@ def test_a_second_signal_forces_the_end_and_the_event_comes_again(workers: Worke
     assert workers.done() == Counter([0, 1])
 
 
-def test_what_outlasts_the_grace_stays_pending_and_what_was_done_does_not(
+def test_after_the_grace_only_unfinished_events_stay_pending(
     workers: Workers,
 ) -> None:
     long = """
@@ -108,7 +108,7 @@ def hold(sender, n):
     assert workers.done() == Counter(range(6))
 
 
-def test_workers_that_are_replaced_in_the_middle_of_traffic_lose_and_double_nothing(
+def test_replacing_workers_under_load_loses_and_repeats_nothing(
     workers: Workers,
 ) -> None:
     short = """
@@ -134,7 +134,7 @@ def count(sender, n):
     assert workers.done() == Counter(range(total))
 
 
-def test_a_retry_that_was_not_begun_is_left_for_the_next_worker_at_once(
+def test_a_retry_that_was_not_started_is_released_to_the_next_worker_at_once(
     workers: Workers,
 ) -> None:
     failing = """
@@ -163,7 +163,7 @@ def hold(sender, n):
     assert {line["attempt"] for line in workers.reports("done")} == {2}
 
 
-def test_a_stream_that_redis_refuses_keeps_no_other_from_being_handed_back(
+def test_a_refused_stream_does_not_stop_the_release_of_others(
     workers: Workers,
 ) -> None:
     holding = (
@@ -193,7 +193,7 @@ def hear(sender, n):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_what_is_no_event_is_no_dead_letter_too_few_where_a_worker_could_not_add_it(
+def test_an_undecodable_entry_becomes_a_dead_letter_after_its_worker_could_not_add_it(
     workers: Workers, number: signal.Signals
 ) -> None:
     dead = workers.keys.dead("work", workers.name)
@@ -223,7 +223,7 @@ def test_a_worker_that_ends_leaves_no_consumer_behind(workers: Workers) -> None:
     assert workers.group()["consumers"] == 0
 
 
-def test_a_worker_that_ends_while_redis_hangs_does_not_wait_for_it_for_long(
+def test_a_worker_that_ends_while_redis_hangs_waits_only_briefly(
     tmp_path: Path, redis_server: RedisServer
 ) -> None:
     workers = Workers(tmp_path, redis_server)
@@ -297,7 +297,7 @@ while True:
 
 
 @pytest.mark.parametrize("more", ["", TWO], ids=["run", "two buses"])
-def test_a_process_ends_in_the_time_that_is_promised_though_redis_hangs(
+def test_a_process_ends_within_the_documented_time_while_redis_hangs(
     tmp_path: Path, redis_server: RedisServer, more: str
 ) -> None:
     workers = Workers(tmp_path, redis_server)
@@ -333,7 +333,7 @@ def old(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]:
     server.kill()
 
 
-def test_a_redis_without_streams_ends_a_worker_that_says_why(old: Workers) -> None:
+def test_a_worker_on_a_redis_without_streams_ends_with_the_reason(old: Workers) -> None:
     program = old.work()
 
     assert program.end() == 1
@@ -341,7 +341,7 @@ def test_a_redis_without_streams_ends_a_worker_that_says_why(old: Workers) -> No
     assert "Use Redis 6.2 or later, or Valkey" in program.said
 
 
-def test_a_redis_without_streams_ends_the_command_that_listens(old: Workers) -> None:
+def test_the_run_command_ends_on_a_redis_without_streams(old: Workers) -> None:
     old.write(
         "app.py",
         "from flask import Flask\n"
@@ -361,7 +361,7 @@ def test_a_redis_without_streams_ends_the_command_that_listens(old: Workers) -> 
     assert "cannot listen: this Redis has no streams" in program.said
 
 
-def test_a_redis_without_streams_lets_a_process_that_serves_hear_its_channels(
+def test_a_web_process_on_a_redis_without_streams_still_receives_channels(
     old: Workers, make_bus: Callable[..., Bus]
 ) -> None:
     heard: list[int] = []

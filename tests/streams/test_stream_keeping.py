@@ -61,7 +61,7 @@ def pending(store: StreamStore) -> int:
 
 
 @pytest.mark.parametrize(("retries", "kept"), [(5, "ZADD"), (0, "XADD")], ids=["retry", "dead"])
-def test_what_is_kept_of_a_failure_and_the_acknowledgement_are_one_transaction(
+def test_the_record_of_a_failure_and_the_acknowledgement_are_one_transaction(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, retries: int, kept: str
 ) -> None:
     told: list[list[object]] = []
@@ -83,7 +83,7 @@ def test_what_is_kept_of_a_failure_and_the_acknowledgement_are_one_transaction(
     assert next(words for words in told if "XACK" in words) == ["MULTI", kept, "XACK", "EXEC"]
 
 
-def test_what_became_of_a_retry_is_told_again_if_redis_did_not_get_it(
+def test_the_outcome_of_a_retry_is_written_again_if_redis_did_not_get_it(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[int] = []
@@ -113,7 +113,7 @@ def test_what_became_of_a_retry_is_told_again_if_redis_did_not_get_it(
     assert lost
 
 
-def test_an_outcome_that_cannot_be_told_of_lets_the_event_come_again(
+def test_an_event_whose_outcome_cannot_be_determined_is_delivered_again(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[int] = []
@@ -141,7 +141,7 @@ def test_an_outcome_that_cannot_be_told_of_lets_the_event_come_again(
     assert bus.health().counts["handling_failed"] == 1
 
 
-def test_a_defect_ends_no_thread_that_runs_receivers(
+def test_an_internal_error_stops_no_receiver_thread(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[int] = []
@@ -167,9 +167,7 @@ def test_a_defect_ends_no_thread_that_runs_receivers(
     assert bus.health().counts["handling_failed"] == 1
 
 
-def test_a_dead_letter_is_kept_where_streams_keep_what_is_younger_than_an_age(
-    store: StreamStore, make_bus: Make
-) -> None:
+def test_max_age_trimming_keeps_the_dead_letter(store: StreamStore, make_bus: Make) -> None:
     def refuse(sender: str, n: int) -> None:
         raise Reject("no")
 
@@ -182,7 +180,7 @@ def test_a_dead_letter_is_kept_where_streams_keep_what_is_younger_than_an_age(
     assert len(letters(store)) == 2
 
 
-def test_a_retry_whose_receiver_is_gone_for_an_hour_is_a_dead_letter(
+def test_a_retry_without_a_receiver_for_an_hour_becomes_a_dead_letter(
     store: StreamStore, make_bus: Make
 ) -> None:
     long_ago = int(time.time() * 1000) - 2 * 3_600_000
@@ -221,7 +219,7 @@ def old_retry(store: StreamStore, name: str, *, hours: float, key: str = "mailer
 
 
 @pytest.mark.timing(check_released_every=600.0)
-def test_more_retries_than_there_is_room_for_follow_at_once(
+def test_retries_beyond_the_free_room_follow_at_once(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "MOST_AHEAD", 10)
@@ -310,7 +308,7 @@ def test_a_retry_whose_time_somebody_changed_is_run(
 
 @pytest.mark.timing(search_orphans_every=0.1)
 @pytest.mark.parametrize("subscribe", [{}, {"paid": {"via": "stream"}}], ids=["no", "no receiver"])
-def test_retries_of_a_signal_that_is_not_received_any_more_are_dead_letters_after_an_hour(
+def test_retries_of_an_unsubscribed_signal_become_dead_letters_after_an_hour(
     store: StreamStore, make_bus: Make, subscribe: Any
 ) -> None:
     old_retry(store, "paid", hours=2)
@@ -333,7 +331,7 @@ def test_retries_of_a_signal_that_is_not_received_any_more_are_dead_letters_afte
 
 
 @pytest.mark.timing(search_orphans_every=0.1)
-def test_a_user_that_may_not_list_streams_is_told_the_right_that_its_old_retries_need(
+def test_the_log_names_the_right_to_list_streams_that_old_retries_need(
     redis_server: RedisServer,
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
@@ -378,7 +376,7 @@ def test_retries_that_another_process_of_the_service_receives_are_left_to_it(
 # -- what is in hand ----------------------------------------------------------------------
 
 
-def test_what_waits_for_longer_than_the_claim_time_is_handled_by_whoever_has_it(
+def test_events_queued_longer_than_the_claim_time_are_handled_by_their_worker(
     store: StreamStore, make_bus: Make
 ) -> None:
     tried: list[int] = []
@@ -399,7 +397,9 @@ def test_what_waits_for_longer_than_the_claim_time_is_handled_by_whoever_has_it(
 
 
 @pytest.mark.timing(idle_consumer_after=0.2)
-def test_only_consumers_that_have_nothing_are_removed(store: StreamStore, make_bus: Make) -> None:
+def test_only_consumers_without_pending_entries_are_removed(
+    store: StreamStore, make_bus: Make
+) -> None:
     stream = store.keys.stream("tick")
     store.group("tick")
     store.client.xgroup_createconsumer(stream, "mailer", "host-1-empty")
@@ -441,7 +441,7 @@ def test_workers_that_wait_for_events_are_not_removed(store: StreamStore, make_b
 
 
 @pytest.mark.timing(idle_consumer_after=0.2)
-def test_an_entry_that_a_consumer_is_given_while_it_is_removed_is_handled(
+def test_an_entry_delivered_to_a_consumer_during_its_removal_is_handled(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[int] = []
@@ -477,7 +477,7 @@ def test_an_entry_that_a_consumer_is_given_while_it_is_removed_is_handled(
     wait_until(lambda: not pending(store), what="it is acknowledged")
 
 
-def test_what_is_published_in_the_moment_in_which_a_stream_is_deleted_is_heard(
+def test_an_event_published_while_a_stream_is_deleted_is_received(
     store: StreamStore, make_bus: Make
 ) -> None:
     stream = store.keys.stream("tick")
@@ -497,7 +497,7 @@ def test_what_is_published_in_the_moment_in_which_a_stream_is_deleted_is_heard(
     wait_until(lambda: heard == [1, 2], what="what came right after the end is heard")
 
 
-def test_a_worker_of_many_streams_reads_no_more_ahead_than_one_of_one(
+def test_a_worker_of_many_streams_reads_no_further_ahead_than_a_worker_of_one(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[tuple[int, int]] = []
@@ -527,7 +527,7 @@ def test_a_worker_of_many_streams_reads_no_more_ahead_than_one_of_one(
     assert first * streams <= workers.MOST_AHEAD
 
 
-def test_what_cannot_be_begun_now_is_begun_later(
+def test_a_delivery_whose_start_cannot_be_recorded_starts_later(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[int] = []
@@ -552,7 +552,7 @@ def test_what_cannot_be_begun_now_is_begun_later(
     assert refused
 
 
-def test_what_a_worker_gives_up_is_not_given_up_by_another_as_well(
+def test_an_event_becomes_a_dead_letter_in_only_one_of_two_workers(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = store.keys.retry("tick", "mailer")

@@ -137,7 +137,7 @@ VANISHING = [flush, delete, destroy, restart]
 
 
 @pytest.mark.parametrize("vanish", VANISHING, ids=lambda vanish: vanish.__name__)
-def test_what_is_published_after_a_stream_or_its_group_vanished_is_handled_once(
+def test_events_published_after_a_stream_or_its_group_vanished_are_handled_once(
     workers: Service, redis_server: RedisServer, make_bus: Make, vanish: Callable[..., None]
 ) -> None:
     store = StreamStore(redis_server, workers.name)
@@ -168,7 +168,7 @@ def test_what_is_published_after_a_stream_or_its_group_vanished_is_handled_once(
     ) or (vanish is restart)
 
 
-def test_workers_that_start_all_at_once_make_one_group(
+def test_workers_that_start_at_once_create_one_group(
     workers: Service, redis_server: RedisServer, make_bus: Make
 ) -> None:
     programs = hire(workers, 6)
@@ -181,7 +181,7 @@ def test_workers_that_start_all_at_once_make_one_group(
     assert not any("ERROR" in program.said for program in programs)
 
 
-def test_a_group_that_is_gone_is_told_of_once(
+def test_a_lost_group_is_reported_once(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = make_bus(redis_server.url, "mailer")
@@ -196,7 +196,7 @@ def test_a_group_that_is_gone_is_told_of_once(
     assert "Redis was flushed, or restarted without its data" in caplog.text
 
 
-def test_events_of_a_pattern_are_heard_at_once_after_a_flush(
+def test_events_of_a_pattern_are_received_at_once_after_a_flush(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     clock = publisher(make_bus, redis_server.url, "eventbus")
@@ -213,7 +213,7 @@ def test_events_of_a_pattern_are_heard_at_once_after_a_flush(
 
 @pytest.mark.timing(list_streams_every=0.05)
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
-def test_what_is_sent_once_a_pattern_is_ready_is_heard(
+def test_events_sent_after_a_pattern_is_ready_are_received(
     shared_redis: RedisServer,
     make_bus: Make,
     group: Literal[True] | None,
@@ -227,7 +227,7 @@ def test_what_is_sent_once_a_pattern_is_ready_is_heard(
 
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
-def test_who_hears_a_pattern_knows_that_redis_is_away(
+def test_a_subscriber_of_a_pattern_notices_that_redis_is_away(
     redis_server: RedisServer, make_bus: Make, group: Literal[True] | None
 ) -> None:
     redis_server.kill()
@@ -244,7 +244,7 @@ def test_who_hears_a_pattern_knows_that_redis_is_away(
     wait_until(lambda: not bus.health().connected, what="the loss is known")
 
 
-def test_what_a_dead_worker_had_is_not_taken_for_handled_when_its_group_is_destroyed(
+def test_entries_of_a_dead_worker_are_not_taken_for_handled_when_its_group_is_destroyed(
     workers: Service, redis_server: RedisServer, make_bus: Make
 ) -> None:
     clock = publisher(make_bus, redis_server.url, workers.name)
@@ -341,7 +341,7 @@ def lose(shared_redis: RedisServer) -> Iterator[Callable[..., tuple[Loss, str]]]
 Lose = Callable[..., tuple[Loss, str]]
 
 
-def test_a_worker_that_starts_while_redis_is_full_reads_what_is_there(
+def test_a_worker_that_starts_while_redis_is_full_reads_the_backlog(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     store = StreamStore(redis_server)
@@ -356,7 +356,7 @@ def test_a_worker_that_starts_while_redis_is_full_reads_what_is_there(
 
 
 @pytest.mark.timing(ask_stream_again_after=0.2)
-def test_a_worker_that_redis_takes_no_writes_of_says_so_once_and_reads_on_when_it_does(
+def test_a_worker_whose_writes_are_refused_logs_it_once_and_continues_later(
     redis_server: RedisServer,
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
@@ -434,7 +434,7 @@ def unwritable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Unwri
 
 
 @pytest.mark.timing(resend_after=0.1)
-def test_a_worker_handles_each_event_once_although_redis_takes_no_writes_for_a_while(
+def test_a_worker_handles_each_event_once_while_redis_refuses_writes(
     unwritable: Unwritable,
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
@@ -472,7 +472,7 @@ def test_a_worker_handles_each_event_once_although_redis_takes_no_writes_for_a_w
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["cut", "silent"])
-def test_an_event_whose_xadd_was_not_answered_reaches_receivers_once(
+def test_an_event_whose_xadd_got_no_reply_reaches_receivers_once(
     shared_redis: RedisServer, make_bus: Make, lose: Lose, silent: bool
 ) -> None:
     store = StreamStore(shared_redis)
@@ -494,7 +494,7 @@ def test_an_event_whose_xadd_was_not_answered_reaches_receivers_once(
 
 @pytest.mark.timing(answer_timeout=1.5)
 @pytest.mark.parametrize("silent", [False, True], ids=["cut", "silent"])
-def test_entries_in_an_answer_that_was_lost_are_taken_up(
+def test_entries_in_a_lost_reply_are_read_again(
     shared_redis: RedisServer,
     make_bus: Make,
     lose: Lose,
@@ -513,7 +513,7 @@ def test_entries_in_an_answer_that_was_lost_are_taken_up(
     wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
 
 
-def test_an_event_is_handled_once_when_both_its_answers_are_lost(
+def test_an_event_is_handled_once_when_both_its_replies_are_lost(
     shared_redis: RedisServer, make_bus: Make, lose: Lose
 ) -> None:
     store = StreamStore(shared_redis)
@@ -534,7 +534,7 @@ def test_an_event_is_handled_once_when_both_its_answers_are_lost(
 
 
 @pytest.mark.parametrize("error", [Reject("never"), ValueError("not now")], ids=["dead", "retry"])
-def test_what_became_of_an_event_is_kept_once_when_the_answer_is_lost(
+def test_an_outcome_is_stored_once_when_the_reply_is_lost(
     shared_redis: RedisServer, make_bus: Make, lose: Lose, error: Exception
 ) -> None:
     store = StreamStore(shared_redis)
@@ -566,7 +566,7 @@ def test_what_became_of_an_event_is_kept_once_when_the_answer_is_lost(
 # -- a Redis that hangs -------------------------------------------------------------------
 
 
-def test_nothing_confirmed_is_lost_while_redis_hangs_for_three_seconds(
+def test_no_confirmed_event_is_lost_while_redis_hangs_for_three_seconds(
     workers: Service, redis_server: RedisServer, make_bus: Make
 ) -> None:
     clock = publisher(make_bus, redis_server.url, workers.name, on_outage="raise")
@@ -644,7 +644,7 @@ def kept_server(tmp_path: Path) -> Iterator[RedisServer]:
     server.kill()
 
 
-def test_each_process_without_a_group_hears_all_through_lost_connections_and_restarts(
+def test_without_a_group_each_process_gets_all_events_despite_lost_connections_and_restarts(
     tmp_path: Path, kept_server: RedisServer, make_bus: Make
 ) -> None:
     service = Service(tmp_path, kept_server)
@@ -668,7 +668,7 @@ def test_each_process_without_a_group_hears_all_through_lost_connections_and_res
 
 
 @pytest.mark.timing(check_flushed_every=0.5)
-def test_a_process_without_a_group_is_not_deaf_after_a_flush_of_a_stream_from_the_future(
+def test_a_process_without_a_group_receives_events_after_a_flush_of_a_stream_from_the_future(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     store = StreamStore(redis_server)
@@ -840,7 +840,7 @@ def fill_and_trim(store: StreamStore) -> None:
         *("new", "earliest", "before the first", "in the middle", "the last", "a time"),
     ],
 )
-def test_what_is_trimmed_before_the_first_read_of_a_group_is_counted(
+def test_events_trimmed_before_the_first_read_of_a_group_are_counted(
     any_server: RedisServer,
     make_bus: Make,
     trimmed: list[tuple[str, int | None]],
@@ -865,7 +865,7 @@ def test_what_is_trimmed_before_the_first_read_of_a_group_is_counted(
     assert bus.health().counts["trimmed"] == lost
 
 
-def test_a_service_that_listened_once_and_lost_events_since_is_an_alarm_of_status(
+def test_status_raises_an_alarm_for_a_stopped_service_that_lost_events(
     any_server: RedisServer, make_bus: Make
 ) -> None:
     store = StreamStore(any_server)
@@ -915,7 +915,7 @@ def add_and_trim(store: StreamStore, count: int = 10) -> None:
     store.client.xtrim(store.keys.stream("tick"), maxlen=3, approximate=False)
 
 
-def test_a_loss_is_reported_once_however_often_it_is_looked_for(
+def test_a_loss_is_reported_only_once(
     any_server: RedisServer, make_bus: Make, trimmed: list[tuple[str, int | None]]
 ) -> None:
     store = StreamStore(any_server)
@@ -936,7 +936,7 @@ def test_a_loss_is_reported_once_however_often_it_is_looked_for(
     assert trimmed == [("tick", 7), ("tick", 7)]
 
 
-def test_one_of_the_workers_of_a_service_reports_a_loss(
+def test_only_one_worker_of_a_service_reports_a_loss(
     any_server: RedisServer, make_bus: Make, trimmed: list[tuple[str, int | None]]
 ) -> None:
     store = StreamStore(any_server)
@@ -987,7 +987,7 @@ def test_a_service_that_falls_behind_again_and_again_counts_each_event_it_lost(
 
 
 @pytest.mark.parametrize("refused", ["hset", "hmget", "expire", "multi", "xinfo|consumers"])
-def test_workers_that_may_not_note_a_loss_report_it_each(
+def test_workers_that_may_not_record_a_loss_each_report_it(
     shared_redis: RedisServer,
     make_bus: Make,
     trimmed: list[tuple[str, int | None]],
@@ -1021,7 +1021,7 @@ def test_workers_that_may_not_note_a_loss_report_it_each(
     assert trimmed == [("tick", lost) for lost in (7, 5, 7) for _ in range(times)]
 
 
-def test_a_loss_is_reported_where_redis_is_lost_as_it_is_noted(
+def test_a_loss_is_reported_if_redis_disconnects_while_it_is_recorded(
     shared_redis: RedisServer,
     make_bus: Make,
     monkeypatch: pytest.MonkeyPatch,
@@ -1082,7 +1082,7 @@ def test_a_loss_that_cannot_be_counted_is_reported_once_without_a_number(
     assert counters.get("trimmed") == 2
 
 
-def test_a_server_that_cannot_count_gets_its_groups_all_the_same(
+def test_groups_are_created_on_a_server_that_cannot_count(
     shared_redis: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Pipe.run
@@ -1107,7 +1107,7 @@ def _ids(store: StreamStore) -> list[bytes]:
     return [entry for entry, _ in store.client.xrange(store.keys.stream("tick"))]
 
 
-def test_events_that_are_trimmed_while_a_receiver_takes_long_are_counted(
+def test_events_trimmed_during_a_slow_receiver_are_counted(
     any_server: RedisServer, make_bus: Make, trimmed: list[tuple[str, int | None]]
 ) -> None:
     store = StreamStore(any_server)
@@ -1142,7 +1142,7 @@ def test_events_that_are_trimmed_while_a_receiver_takes_long_are_counted(
     )
 
 
-def test_entries_that_were_trimmed_while_a_dead_worker_had_them_are_counted_and_the_rest_goes_on(
+def test_trimmed_entries_of_a_dead_worker_are_counted_and_the_rest_are_handled(
     any_server: RedisServer,
     make_bus: Make,
     trimmed: list[tuple[str, int | None]],
@@ -1167,7 +1167,7 @@ def test_entries_that_were_trimmed_while_a_dead_worker_had_them_are_counted_and_
     wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
 
 
-def test_a_stream_of_which_everything_was_handled_may_be_trimmed(
+def test_trimming_a_fully_handled_stream_is_no_loss(
     any_server: RedisServer, make_bus: Make, trimmed: list[tuple[str, int | None]]
 ) -> None:
     store = StreamStore(any_server)
@@ -1189,7 +1189,7 @@ def test_a_stream_of_which_everything_was_handled_may_be_trimmed(
     assert trimmed == []
 
 
-def test_events_of_the_largest_size_are_read_where_answers_have_a_limit(
+def test_events_of_the_largest_size_are_read_if_replies_are_limited(
     tmp_path: Path, request: pytest.FixtureRequest, make_bus: Make
 ) -> None:
     """Redis cuts a client off whose answer is too large: no answer of a worker is."""
@@ -1216,7 +1216,7 @@ def test_events_of_the_largest_size_are_read_where_answers_have_a_limit(
     service.stop()
 
 
-def test_entries_above_the_limit_are_taken_over_where_answers_have_a_limit(
+def test_oversized_entries_are_reclaimed_if_replies_are_limited(
     tmp_path: Path, request: pytest.FixtureRequest, make_bus: Make
 ) -> None:
     """Redis keeps all answers to one round trip: of large entries, a worker asks for one."""

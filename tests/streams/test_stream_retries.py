@@ -98,7 +98,7 @@ def line(shared_redis: RedisServer, make_bus: Make) -> Iterator[Line]:
 
 
 @quick
-def test_only_the_receivers_that_failed_are_tried_again(line: Line) -> None:
+def test_only_failed_receivers_are_retried(line: Line) -> None:
     ran: list[tuple[str, int]] = []
 
     @line.bus.on("work")
@@ -144,7 +144,7 @@ def wrapped(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @quick
-def test_receivers_of_the_same_name_are_told_from_each_other(line: Line) -> None:
+def test_retries_of_receivers_with_the_same_name_are_kept_apart(line: Line) -> None:
     ran: list[tuple[str, int]] = []
 
     @line.bus.on("work")
@@ -199,7 +199,7 @@ def test_a_retry_waits_in_redis_until_it_is_due(line: Line) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 0.2, 3_600], ids=str)
-def test_a_receiver_says_itself_when_it_is_to_be_tried_again(line: Line, after: float) -> None:
+def test_a_receiver_can_set_the_delay_of_its_retry(line: Line, after: float) -> None:
     begun: list[float] = []
 
     @line.bus.on("work")
@@ -221,7 +221,7 @@ def test_a_receiver_says_itself_when_it_is_to_be_tried_again(line: Line, after: 
 
 
 @pytest.mark.parametrize("after", [float("inf"), float("nan"), -1, "soon", 1e300], ids=str)
-def test_a_delay_that_is_none_is_a_failure_like_any_other(line: Line, after: Any) -> None:
+def test_an_invalid_retry_delay_counts_as_a_failure(line: Line, after: Any) -> None:
     heard: list[int] = []
 
     @line.bus.on("work", retries=0)
@@ -239,7 +239,7 @@ def test_a_delay_that_is_none_is_a_failure_like_any_other(line: Line, after: Any
     assert "'after'" in line.letters()[0]["error"]
 
 
-def test_what_a_worker_keeps_of_retries_that_wait_has_a_bound() -> None:
+def test_the_memory_for_waiting_retries_is_bounded() -> None:
     parts = inspect.signature(maintenance.Maintenance).parameters
     intake = mock.Mock()
     intake.acknowledger.clock.now.return_value = 1_000_000.25
@@ -255,7 +255,7 @@ def test_what_a_worker_keeps_of_retries_that_wait_has_a_bound() -> None:
 
 
 @pytest.mark.timing(check_released_every=0.2, expect_within=0.1)
-def test_a_retry_that_waits_long_is_found_by_a_later_look(line: Line) -> None:
+def test_a_retry_due_much_later_is_found_by_a_later_look(line: Line) -> None:
     begun: list[int] = []
 
     @line.bus.on("work")
@@ -272,7 +272,7 @@ def test_a_retry_that_waits_long_is_found_by_a_later_look(line: Line) -> None:
 
 
 @quick
-def test_hundreds_of_retries_that_are_due_at_once_are_not_kept_waiting(line: Line) -> None:
+def test_hundreds_of_retries_due_at_once_run_without_delay(line: Line) -> None:
     done: list[int] = []
 
     @line.bus.on("work")
@@ -288,7 +288,7 @@ def test_hundreds_of_retries_that_are_due_at_once_are_not_kept_waiting(line: Lin
     assert sorted(done) == list(range(400))
 
 
-def test_two_workers_share_many_retries_and_run_each_once(
+def test_two_workers_share_retries_and_run_each_once(
     line: Line, shared_redis: RedisServer, make_bus: Make
 ) -> None:
     done: list[int] = []
@@ -315,7 +315,7 @@ def test_two_workers_share_many_retries_and_run_each_once(
 
 
 @quick
-def test_after_its_retries_an_event_is_a_dead_letter_with_everything(line: Line) -> None:
+def test_after_its_last_retry_an_event_becomes_a_complete_dead_letter(line: Line) -> None:
     told: list[dict[str, Any]] = []
     attempts: list[int] = []
 
@@ -387,7 +387,7 @@ def test_an_event_that_is_rejected_is_a_dead_letter_at_once(line: Line) -> None:
 
 
 @pytest.mark.parametrize("maxlen", [1, "1s"])
-def test_dead_letters_stay_whatever_the_stream_keeps(
+def test_trimming_the_stream_keeps_its_dead_letters(
     line: Line, make_bus: Make, maxlen: int | str
 ) -> None:
     ago = round(time.time() * 1000) - 3_600_000
@@ -408,7 +408,7 @@ def test_dead_letters_stay_whatever_the_stream_keeps(
     assert "dead_dropped" not in line.bus.health().counts
 
 
-def test_dead_letters_beyond_their_own_bound_are_dropped_counted_logged_and_shown(
+def test_dead_letters_over_their_limit_are_dropped_counted_logged_and_shown(
     line: Line, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[dict[str, Any]] = []
@@ -473,7 +473,7 @@ def _silence() -> Iterator[None]:
 @quick
 @pytest.mark.usefixtures("_silence")
 @pytest.mark.parametrize("bad", BAD)
-def test_whatever_a_receiver_raises_it_is_tried_again_and_then_a_dead_letter(
+def test_any_exception_of_a_receiver_leads_to_retries_and_then_a_dead_letter(
     line: Line, bad: str
 ) -> None:
     heard: list[int] = []
@@ -501,7 +501,7 @@ def test_whatever_a_receiver_raises_it_is_tried_again_and_then_a_dead_letter(
     ("setting", "subscription", "receiver", "attempts"),
     [(1, None, None, 2), (1, None, 3, 4), (1, 2, 3, 3), (5, 0, None, 1), (5, None, 0, 1)],
 )
-def test_how_often_is_said_by_the_subscription_else_the_receiver_else_the_setting(
+def test_retries_are_set_by_the_subscription_the_receiver_or_the_setting_in_this_order(
     line: Line,
     shared_redis: RedisServer,
     make_bus: Make,
@@ -533,7 +533,7 @@ def test_how_often_is_said_by_the_subscription_else_the_receiver_else_the_settin
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, "often", True, 10**9], ids=str)
-def test_retries_of_a_receiver_that_are_no_number_are_refused(line: Line, wrong: Any) -> None:
+def test_retries_of_a_receiver_must_be_a_number(line: Line, wrong: Any) -> None:
     with pytest.raises(ConfigError, match="Set it to a whole number from 0 to 10,000"):
         line.bus.on("work", retries=wrong)(lambda sender, n: None)
 
@@ -542,7 +542,7 @@ def test_retries_of_a_receiver_that_are_no_number_are_refused(line: Line, wrong:
 
 
 @quick
-def test_an_async_receiver_that_takes_too_long_is_ended_and_has_failed(line: Line) -> None:
+def test_an_async_receiver_over_its_timeout_is_cancelled_and_has_failed(line: Line) -> None:
     ended: list[int] = []
 
     @line.bus.on("work", timeout=0.05, retries=1)
@@ -563,7 +563,7 @@ def test_an_async_receiver_that_takes_too_long_is_ended_and_has_failed(line: Lin
 
 
 @quick
-def test_a_timeout_that_an_async_receiver_raises_itself_is_as_it_says(line: Line) -> None:
+def test_a_timeout_error_raised_by_an_async_receiver_is_reported_as_its_own(line: Line) -> None:
     @line.bus.on("work", timeout=60, retries=0)
     async def receive(sender: str, n: int) -> None:
         raise TimeoutError("the other side is silent")
@@ -575,12 +575,12 @@ def test_a_timeout_that_an_async_receiver_raises_itself_is_as_it_says(line: Line
     assert line.letters()[0]["error"] == "TimeoutError: the other side is silent"
 
 
-def test_retry_with_a_number_that_is_not_called_after_is_refused() -> None:
+def test_retry_with_a_positional_number_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Write Retry\(after=60\)"):
         Retry(60)  # type: ignore[arg-type]  # that is the point
 
 
-def test_a_timeout_that_python_could_not_keep_is_refused(line: Line) -> None:
+def test_a_timeout_too_long_for_python_is_refused(line: Line) -> None:
     def receive(sender: str, n: int) -> None: ...
 
     with pytest.raises(ConfigError, match="Python cannot interrupt a function that is not 'async"):
@@ -588,7 +588,7 @@ def test_a_timeout_that_python_could_not_keep_is_refused(line: Line) -> None:
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "5", True, float("inf")], ids=str)
-def test_a_timeout_that_is_no_number_of_seconds_is_refused(line: Line, wrong: Any) -> None:
+def test_a_timeout_that_is_not_a_number_of_seconds_is_refused(line: Line, wrong: Any) -> None:
     with pytest.raises(ConfigError, match="Set it to a number of seconds, more than 0"):
         line.bus.on("work", timeout=wrong)
 
@@ -612,9 +612,7 @@ def app(line: Line, shared_redis: RedisServer, timing: Timing) -> Iterator[tuple
 
 
 @quick
-def test_each_attempt_has_an_app_context_of_its_own(
-    line: Line, app: tuple[Flask, EventBus]
-) -> None:
+def test_each_attempt_has_a_new_app_context(line: Line, app: tuple[Flask, EventBus]) -> None:
     flask_app, bus = app
     seen: list[tuple[int, list[int]]] = []
     torn: list[int] = []
@@ -640,7 +638,7 @@ def test_each_attempt_has_an_app_context_of_its_own(
     assert torn == [1, 2, 3]
 
 
-def test_a_teardown_that_raises_is_no_failure_of_a_receiver(
+def test_a_teardown_that_raises_does_not_fail_the_receiver(
     line: Line, app: tuple[Flask, EventBus], caplog: pytest.LogCaptureFixture
 ) -> None:
     flask_app, bus = app
@@ -668,7 +666,7 @@ def test_a_teardown_that_raises_is_no_failure_of_a_receiver(
 # -- past the process ---------------------------------------------------------------------
 
 
-def test_a_retry_outlives_the_process_that_failed(workers: Workers) -> None:
+def test_a_retry_survives_the_process_that_failed(workers: Workers) -> None:
     failing = """
 @bus.on("work")
 def fail(sender, n):
@@ -691,7 +689,7 @@ def fail(sender, n):
 
 
 @pytest.mark.timing(check_released_every=0.05, max_postpone=0.2)
-def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
+def test_a_retry_is_left_to_a_worker_that_has_the_receiver(
     line: Line, shared_redis: RedisServer, make_bus: Make
 ) -> None:
     other = make_bus(shared_redis.url, "consumer", prefix=line.bus.node.config.prefix)
@@ -720,7 +718,7 @@ def test_a_receiver_that_this_worker_lacks_is_left_to_one_that_has_it(
 
 
 @pytest.mark.timing(check_released_every=0.05, max_postpone=0.2)
-def test_a_retry_whose_receiver_goes_away_as_it_begins_is_not_taken_for_handled(
+def test_a_retry_whose_receiver_disappears_at_its_start_is_not_acknowledged(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = retry_queue.RetryQueue.record_start

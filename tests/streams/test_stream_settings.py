@@ -81,7 +81,7 @@ def letters(store: StreamStore) -> list[DeadLetter]:
     ],
     ids=["the setting", "none", "the receiver", "the subscription", "none by subscription"],
 )
-def test_a_receiver_is_tried_again_as_often_as_it_may(
+def test_a_receiver_is_retried_as_often_as_configured(
     store: StreamStore,
     make_bus: Make,
     settings: dict[str, Any],
@@ -99,7 +99,7 @@ def test_a_receiver_is_tried_again_as_often_as_it_may(
 
 
 @pytest.mark.parametrize("value", [-1, 10_001, 1.5, "many", True, None])
-def test_retries_that_are_no_number_are_refused(value: Any) -> None:
+def test_retries_must_be_a_number(value: Any) -> None:
     wrong = "Set it to a whole number from 0 to 10,000."
 
     if value is not None:
@@ -114,7 +114,7 @@ def test_retries_that_are_no_number_are_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize("after", [float("inf"), float("nan"), -1, "soon", timedelta(minutes=5)])
-def test_a_retry_after_no_time_at_all_is_an_error_of_the_receiver(
+def test_a_retry_with_an_invalid_delay_is_an_error_of_the_receiver(
     store: StreamStore, make_bus: Make, after: Any
 ) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix, retries=1)
@@ -138,7 +138,7 @@ def test_a_retry_after_no_time_at_all_is_an_error_of_the_receiver(
 
 
 @pytest.mark.parametrize("how", ["in code", "in settings"])
-def test_a_stream_is_heard_from_the_services_that_are_named(
+def test_a_stream_is_received_only_from_the_named_services(
     store: StreamStore, make_bus: Make, how: str
 ) -> None:
     subscribe = {"tick": {"from": ["accounts", "billing"], "via": "stream"}}
@@ -157,7 +157,9 @@ def test_a_stream_is_heard_from_the_services_that_are_named(
 # -- echo ---------------------------------------------------------------------------------
 
 
-def test_a_service_does_not_hear_its_own_stream_events(store: StreamStore, make_bus: Make) -> None:
+def test_a_service_does_not_receive_its_own_stream_events(
+    store: StreamStore, make_bus: Make
+) -> None:
     settings = {"prefix": store.prefix, "publish": {"tick": "stream"}}
     first = make_bus(store.url, "mailer", **settings)
     second = make_bus(store.url, "mailer", **settings)
@@ -173,7 +175,7 @@ def test_a_service_does_not_hear_its_own_stream_events(store: StreamStore, make_
     assert sum(counts) == 1
 
 
-def test_with_echo_one_worker_hears_what_its_service_emitted(
+def test_with_echo_one_worker_receives_events_of_its_service(
     store: StreamStore, make_bus: Make
 ) -> None:
     settings = {"prefix": store.prefix, "publish": {"tick": "stream"}}
@@ -188,7 +190,7 @@ def test_with_echo_one_worker_hears_what_its_service_emitted(
 
 
 @pytest.mark.parametrize("value", ["yes", 1, 0, []])
-def test_an_echo_that_is_neither_true_nor_false_is_refused(value: Any) -> None:
+def test_echo_must_be_true_or_false(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"\['echo'\] is .*Set it to True or False."):
         Bus("memory://", service="mailer", subscribe={"tick": {"echo": value}})
 
@@ -221,7 +223,7 @@ def test_an_echo_that_is_neither_true_nor_false_is_refused(value: Any) -> None:
         "before 1970",
     ],
 )
-def test_a_new_group_begins_where_start_says(
+def test_a_new_group_begins_at_its_start_option(
     store: StreamStore, make_bus: Make, start: Any, expected: list[int]
 ) -> None:
     for number in (1, 2, 3):
@@ -236,7 +238,7 @@ def test_a_new_group_begins_where_start_says(
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
 @pytest.mark.parametrize("start", ["2000", datetime(1970, 1, 1, 0, 0, 2, tzinfo=UTC)])
-def test_a_moment_as_start_is_before_the_first_entry_of_its_millisecond(
+def test_a_start_time_includes_all_entries_of_its_millisecond(
     store: StreamStore, make_bus: Make, start: Any, group: Literal[True] | None
 ) -> None:
     for number, id in enumerate(["1999-7", "2000-0", "2000-1", "2001-0"]):
@@ -250,7 +252,7 @@ def test_a_moment_as_start_is_before_the_first_entry_of_its_millisecond(
 
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
-def test_a_pattern_hears_an_entry_of_the_millisecond_in_which_it_was_subscribed(
+def test_a_pattern_receives_entries_of_the_millisecond_of_its_subscription(
     store: StreamStore, make_bus: Make, group: Literal[True] | None
 ) -> None:
     since = int(time.time() * 1000) - 60_000
@@ -264,9 +266,7 @@ def test_a_pattern_hears_an_entry_of_the_millisecond_in_which_it_was_subscribed(
     assert heard == [1, 2]
 
 
-def test_start_counts_for_every_process_where_there_is_no_group(
-    store: StreamStore, make_bus: Make
-) -> None:
+def test_without_a_group_start_applies_to_every_process(store: StreamStore, make_bus: Make) -> None:
     store.add("tick", n=1)
 
     for _ in range(2):
@@ -279,7 +279,7 @@ def test_start_counts_for_every_process_where_there_is_no_group(
     "start",
     ["now", "", "0-", "-1", "1-2-3", 7, datetime(2026, 1, 1), "99999999999999999999-0", b"0"],
 )
-def test_a_start_that_is_no_place_is_refused(start: Any) -> None:
+def test_an_invalid_start_is_refused(start: Any) -> None:
     with pytest.raises(ConfigError, match="Set it to 'new', 'earliest', the id of an entry"):
         Bus("memory://", service="mailer").on("tick", start=start)
 
@@ -287,7 +287,7 @@ def test_a_start_that_is_no_place_is_refused(start: Any) -> None:
 # -- group --------------------------------------------------------------------------------
 
 
-def test_without_a_group_every_process_hears_every_event_and_nothing_is_kept(
+def test_without_a_group_every_process_gets_every_event_and_nothing_is_stored(
     store: StreamStore, make_bus: Make
 ) -> None:
     buses = [make_bus(store.url, "mailer", prefix=store.prefix) for _ in range(3)]
@@ -299,7 +299,7 @@ def test_without_a_group_every_process_hears_every_event_and_nothing_is_kept(
     assert store.client.xinfo_groups(store.keys.stream("tick")) == []
 
 
-def test_a_receiver_without_a_group_that_fails_is_told_of_and_not_tried_again(
+def test_a_failed_receiver_without_a_group_is_counted_and_not_retried(
     store: StreamStore, make_bus: Make
 ) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
@@ -313,7 +313,7 @@ def test_a_receiver_without_a_group_that_fails_is_told_of_and_not_tried_again(
     assert letters(store) == []
 
 
-def test_a_process_that_follows_a_stream_misses_nothing_while_redis_refuses_it(
+def test_a_process_without_a_group_misses_nothing_while_redis_refuses_the_stream(
     store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     stream = store.keys.stream("tick")
@@ -349,7 +349,7 @@ def test_entries_that_are_no_events_stop_no_process_without_a_group(
     assert "is rejected (missing_attribute)" in caplog.text
 
 
-def test_the_two_ways_of_hearing_a_stream_do_not_mix() -> None:
+def test_receivers_with_and_without_a_group_do_not_mix() -> None:
     bus = Bus("memory://", service="mailer")
     bus.on("tick", group=None)(lambda sender: None)
 
@@ -369,7 +369,7 @@ def test_a_group_of_another_name_is_refused(group: Any) -> None:
 @pytest.mark.parametrize(
     ("via", "expected"), [(None, {1, 2}), ("channel", {1}), ("stream", {2})], ids=str
 )
-def test_a_signal_is_heard_the_ways_that_are_asked_for(
+def test_a_signal_is_received_over_the_requested_transports(
     store: StreamStore, make_bus: Make, via: str | None, expected: set[int]
 ) -> None:
     heard = listen(make_bus(store.url, "mailer", prefix=store.prefix), via=via)
@@ -393,7 +393,7 @@ def test_a_signal_is_heard_the_ways_that_are_asked_for(
 # -- claim_after --------------------------------------------------------------------------
 
 
-def test_what_a_silent_worker_has_is_taken_over_after_the_claim_time_and_not_before(
+def test_entries_of_a_silent_worker_are_reclaimed_after_the_claim_time_and_not_before(
     store: StreamStore, make_bus: Make
 ) -> None:
     store.group("tick")
@@ -407,7 +407,7 @@ def test_what_a_silent_worker_has_is_taken_over_after_the_claim_time_and_not_bef
 
 
 @pytest.mark.parametrize("value", [0, -1, "soon", 90_000, True, float("nan")])
-def test_a_claim_time_that_is_none_is_refused(value: Any) -> None:
+def test_an_invalid_claim_time_is_refused(value: Any) -> None:
     words = f"'EVENTBUS_CLAIM_AFTER' is {value!r}. Set it to a number of seconds from 0.1 to 86,400"
 
     with pytest.raises(ConfigError, match=words):
@@ -418,7 +418,7 @@ def test_a_claim_time_that_is_none_is_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize(("window", "expected"), [(600, [1, 2]), (0, [1, 1, 2])])
-def test_an_event_that_comes_twice_is_recognized_within_the_window(
+def test_a_duplicate_event_is_recognized_within_the_window(
     store: StreamStore, make_bus: Make, window: float, expected: list[int]
 ) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix, duplicate_window=window)
@@ -435,7 +435,9 @@ def test_an_event_that_comes_twice_is_recognized_within_the_window(
     assert all(0 < store.client.ttl(key) <= 2 * window for key in seen)
 
 
-def test_copies_that_two_workers_get_are_handled_once(store: StreamStore, make_bus: Make) -> None:
+def test_copies_delivered_to_two_workers_are_handled_once(
+    store: StreamStore, make_bus: Make
+) -> None:
     buses = [make_bus(store.url, "mailer", prefix=store.prefix) for _ in range(2)]
     heard = [listen(bus, via="stream") for bus in buses]
 
@@ -449,7 +451,7 @@ def test_copies_that_two_workers_get_are_handled_once(store: StreamStore, make_b
     assert sorted(heard[0] + heard[1]) == list(range(100))
 
 
-def test_services_recognize_copies_each_for_itself(store: StreamStore, make_bus: Make) -> None:
+def test_each_service_recognizes_duplicates_separately(store: StreamStore, make_bus: Make) -> None:
     heard = [listen(make_bus(store.url, name, prefix=store.prefix)) for name in ("one", "two")]
     store.add("tick", n=1)
 
@@ -486,7 +488,7 @@ def guard(store: StreamStore) -> Iterator[Guard]:
 
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
-def test_a_stream_that_a_user_may_not_read_is_told_with_the_remedy_and_read_once_it_may(
+def test_a_forbidden_stream_is_logged_with_the_remedy_and_read_once_granted(
     store: StreamStore,
     guard: Guard,
     make_bus: Make,
@@ -522,7 +524,7 @@ def test_a_stream_that_a_user_may_not_read_is_told_with_the_remedy_and_read_once
 
 
 @pytest.mark.parametrize("command", ["xreadgroup", "xgroup|create"])
-def test_a_command_without_which_no_stream_is_read_is_told(
+def test_a_missing_required_command_is_logged(
     store: StreamStore,
     guard: Guard,
     make_bus: Make,
@@ -592,7 +594,7 @@ def lines_of(caplog: pytest.LogCaptureFixture, command: str) -> list[str]:
 )
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
 @pytest.mark.parametrize("command", ["xinfo", "xpending", "client", "time"])
-def test_a_worker_works_without_a_command_that_it_can_spare_and_says_so_in_one_line(
+def test_a_worker_works_without_an_optional_command_and_logs_one_line(
     lacking: Callable[[str], StreamStore],
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
@@ -638,7 +640,7 @@ def test_a_worker_works_without_a_command_that_it_can_spare_and_says_so_in_one_l
 
 
 @pytest.mark.timing(granted_after=0.5)
-def test_a_right_that_a_worker_lacks_for_a_part_of_its_work_is_told_once_and_so_is_its_end(
+def test_a_partly_missing_right_is_logged_once_and_so_is_its_return(
     store: StreamStore,
     guard: Guard,
     make_bus: Make,
@@ -662,7 +664,7 @@ def test_a_right_that_a_worker_lacks_for_a_part_of_its_work_is_told_once_and_so_
     assert caplog.text.count("maintain the stream of 'tick'") == 2
 
 
-def test_the_line_about_a_missing_xpending_names_what_to_grant_and_it_is_enough(
+def test_the_rights_logged_for_a_missing_xpending_are_sufficient(
     store: StreamStore, guard: Guard, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.group("tick")
@@ -686,7 +688,7 @@ def test_the_line_about_a_missing_xpending_names_what_to_grant_and_it_is_enough(
     )
 
 
-def test_a_slow_event_of_a_worker_without_xpending_is_not_taken_by_another(
+def test_a_slow_event_of_a_worker_without_xpending_is_not_reclaimed(
     store: StreamStore, guard: Guard, make_bus: Make
 ) -> None:
     guard.allow("-xpending")
@@ -719,7 +721,7 @@ def test_a_slow_event_of_a_worker_without_xpending_is_not_taken_by_another(
 
 
 @pytest.mark.timing(pause_reading_after=0.1, release_after=0.3)
-def test_a_worker_without_xpending_keeps_what_waits_behind_a_slow_receiver(
+def test_a_worker_without_xpending_keeps_the_events_behind_a_slow_receiver(
     store: StreamStore, guard: Guard, make_bus: Make
 ) -> None:
     guard.allow("-xpending")
@@ -745,7 +747,7 @@ def test_a_worker_without_xpending_keeps_what_waits_behind_a_slow_receiver(
 
 
 @pytest.mark.parametrize("command", ["xack", "xclaim", "xrange", "xinfo", "zadd", "zrangebyscore"])
-def test_a_command_that_is_missing_for_the_rest_is_told_and_nothing_is_lost(
+def test_a_missing_maintenance_command_is_logged_and_no_event_is_lost(
     store: StreamStore,
     guard: Guard,
     make_bus: Make,
@@ -778,7 +780,7 @@ def test_a_command_that_is_missing_for_the_rest_is_told_and_nothing_is_lost(
     wait_until(lambda: not store.retries("tick"), what="nothing is left to be tried")
 
 
-def test_a_worker_whose_rights_are_taken_away_goes_on_once_it_has_them_again(
+def test_a_worker_whose_rights_are_revoked_continues_once_regranted(
     store: StreamStore, guard: Guard, make_bus: Make
 ) -> None:
     bus = make_bus(guard.url, "mailer", prefix=store.prefix)

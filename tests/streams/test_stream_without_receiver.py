@@ -40,7 +40,7 @@ def pending(store: StreamStore, name: str = "tick") -> int:
     return int(store.client.xpending(store.keys.stream(name), "mailer")["pending"])
 
 
-def test_a_worker_without_a_receiver_leaves_every_event_to_one_that_has_it(
+def test_a_worker_without_a_receiver_leaves_events_to_one_that_has_it(
     store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     heard: list[int] = []
@@ -77,9 +77,7 @@ def test_a_stream_is_read_once_a_receiver_is_connected(
 
 
 @pytest.mark.timing(list_streams_every=0.05)
-def test_a_pattern_makes_no_group_where_nothing_receives(
-    store: StreamStore, make_bus: Make
-) -> None:
+def test_a_pattern_creates_no_group_without_a_receiver(store: StreamStore, make_bus: Make) -> None:
     heard: list[int] = []
     bus = start(make_bus, store, subscribe={"t*": {}}, tick=lambda _, n: heard.append(n))
     store.add("tock", n=1)
@@ -93,7 +91,7 @@ def test_a_pattern_makes_no_group_where_nothing_receives(
     wait_until(lambda: heard == [2, 1], what="the event that waited is handled")
 
 
-def test_entries_whose_receiver_was_disconnected_are_handed_back(
+def test_entries_whose_receiver_was_disconnected_are_released(
     store: StreamStore, make_bus: Make
 ) -> None:
     heard: list[int] = []
@@ -134,7 +132,7 @@ def test_a_receiver_of_some_services_acknowledges_events_of_others(
     assert bus.health().without_receiver == set()
 
 
-def test_events_wait_for_a_receiver_also_after_redis_lost_its_data(
+def test_events_wait_for_a_receiver_even_after_redis_lost_its_data(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     store = StreamStore(redis_server)

@@ -54,7 +54,7 @@ def hold(sender, n):
 @pytest.mark.parametrize(
     ("start", "heard"), [("'new'", [2]), ("'earliest'", [0, 1, 2]), ("MIDDLE", [1, 2])]
 )
-def test_a_new_group_starts_where_start_says(
+def test_a_new_group_starts_at_the_start_option(
     workers: Workers, start: str, heard: list[int]
 ) -> None:
     workers.send(0)
@@ -68,7 +68,7 @@ def test_a_new_group_starts_where_start_says(
     assert sorted(workers.done()) == heard
 
 
-def test_start_is_ignored_where_the_group_is_there(workers: Workers) -> None:
+def test_start_is_ignored_if_the_group_exists(workers: Workers) -> None:
     program = workers.worker()
     workers.send(0)
     workers.wait_until_settled()
@@ -82,7 +82,7 @@ def test_start_is_ignored_where_the_group_is_there(workers: Workers) -> None:
     assert workers.done() == once(2)
 
 
-def test_several_that_start_at_once_all_run(workers: Workers) -> None:
+def test_several_workers_that_start_at_once_all_run(workers: Workers) -> None:
     programs = [workers.work() for _ in range(4)]
 
     for program in programs:
@@ -110,7 +110,7 @@ def test_workers_of_a_service_handle_every_event_once(workers: Workers, count: i
     assert len({line["pid"] for line in workers.reports("done")}) > 1
 
 
-def test_two_services_hear_every_event_once_each(workers: Workers) -> None:
+def test_two_services_receive_every_event_once_each(workers: Workers) -> None:
     workers.worker()
     workers.worker()
     other = COUNTING.replace('"done"', '"other"')
@@ -124,7 +124,7 @@ def test_two_services_hear_every_event_once_each(workers: Workers) -> None:
     assert workers.done() == workers.done("other") == once(500)
 
 
-def test_a_worker_that_is_free_gets_what_one_that_is_busy_would_have_to_wait_for(
+def test_a_free_worker_gets_the_events_that_a_busy_one_would_delay(
     workers: Workers,
 ) -> None:
     busy = """
@@ -147,7 +147,7 @@ def hold(sender, n):
     assert len({line["pid"] for line in workers.reports("done")}) == 2
 
 
-def test_what_a_busy_worker_has_read_goes_to_one_that_is_free(workers: Workers) -> None:
+def test_events_that_a_busy_worker_has_read_go_to_a_free_one(workers: Workers) -> None:
     busy = """
 @bus.on("work")
 def hold(sender, n):
@@ -197,7 +197,7 @@ def hold(sender, n):
 """
 
 
-def test_what_a_killed_worker_had_in_hand_is_taken_over_within_one_and_a_half_claim_times(
+def test_events_in_flight_of_a_killed_worker_are_reclaimed_within_one_and_a_half_claim_times(
     workers: Workers,
 ) -> None:
     victim = workers.worker(HOLDING)
@@ -238,7 +238,7 @@ def count(sender, n):
     assert sum(done.values()) - 600 <= 3 * 10
 
 
-def test_what_was_done_before_a_long_receiver_began_is_not_done_again(workers: Workers) -> None:
+def test_events_handled_before_a_long_receiver_started_are_not_repeated(workers: Workers) -> None:
     mixed = """
 @bus.on("work")
 def count(sender, n):
@@ -261,7 +261,7 @@ def count(sender, n):
     assert workers.done() == once(10)
 
 
-def test_a_worker_that_stood_still_for_long_begins_nothing_that_others_took_over(
+def test_a_worker_that_was_paused_starts_nothing_that_others_reclaimed(
     workers: Workers,
 ) -> None:
     still = workers.worker(HOLDING)
@@ -401,7 +401,7 @@ def all_leased(workers: Workers, count: int) -> bool:
     return bool(workers.redis.zcard(retries) == count and due == 0)
 
 
-def test_retries_that_a_killed_worker_had_not_begun_are_tried_by_another(workers: Workers) -> None:
+def test_retries_that_a_killed_worker_had_not_started_are_run_by_another(workers: Workers) -> None:
     killed = workers.worker(FAILING)
     workers.send(*range(10))
     [begun] = workers.wait_for("begun", attempt=2)
@@ -415,7 +415,7 @@ def test_retries_that_a_killed_worker_had_not_begun_are_tried_by_another(workers
     assert [letter["reason"] for letter in workers.letters()] == [b"killed"]
 
 
-def test_a_retry_waits_behind_no_long_receiver_where_another_worker_is_free(
+def test_a_retry_does_not_wait_behind_a_long_receiver_if_another_worker_is_free(
     workers: Workers,
 ) -> None:
     busy = workers.worker(FAILING, EVENTBUS_CONCURRENCY="1")
@@ -432,7 +432,7 @@ def test_a_retry_waits_behind_no_long_receiver_where_another_worker_is_free(
     assert workers.done() == once(1)
 
 
-def test_a_worker_that_was_stopped_for_long_puts_back_nothing_that_another_has_handled(
+def test_a_worker_that_was_paused_releases_nothing_that_another_has_handled(
     workers: Workers,
 ) -> None:
     failing = FAILING.replace("retries=1", "retries=5")
@@ -451,7 +451,7 @@ def test_a_worker_that_was_stopped_for_long_puts_back_nothing_that_another_has_h
     assert workers.done() == once(5)
 
 
-def test_what_redis_refuses_to_renew_keeps_nothing_else_from_it(workers: Workers) -> None:
+def test_a_refused_renewal_does_not_stop_other_renewals(workers: Workers) -> None:
     workers.worker(FAILING, EVENTBUS_CONCURRENCY="2")
     workers.send(0, name="long")
     workers.wait_for("holding")
@@ -523,7 +523,7 @@ def test_two_hundred_stale_entries_behind_a_hundred_fresh_ones_are_all_claimed(
     assert fresh.process.poll() is None
 
 
-def test_thousands_of_stale_entries_do_not_take_long(workers: Workers) -> None:
+def test_thousands_of_stale_entries_are_claimed_quickly(workers: Workers) -> None:
     workers.send(*range(5_000))
     workers.redis.xgroup_create(workers.stream, workers.name, "0")
     workers.redis.xreadgroup(workers.name, "gone-1-2", {workers.stream: ">"}, count=5_000)
@@ -577,7 +577,7 @@ def test_a_retry_whose_worker_ended_runs_within_ten_seconds_with_a_hundred_strea
     assert done["pid"] != failed["pid"]
 
 
-def test_what_is_handed_back_is_taken_within_ten_seconds_with_a_hundred_streams(
+def test_a_released_entry_is_taken_within_ten_seconds_with_a_hundred_streams(
     workers: Workers,
 ) -> None:
     for _ in range(2):

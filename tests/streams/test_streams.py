@@ -88,7 +88,7 @@ def settled(client: redis.Redis, prefix: str, name: str = "work", group: str = "
 
 
 @pytest.mark.parametrize("ways", [("channel", "stream"), ("stream", "channel")], ids="-".join)
-def test_a_subscriber_hears_a_signal_whichever_way_its_publisher_sends_it(
+def test_a_subscriber_receives_a_signal_over_channel_or_stream(
     make: Make, ways: tuple[str, str]
 ) -> None:
     heard: list[tuple[int, str, int]] = []
@@ -108,7 +108,7 @@ def test_a_subscriber_hears_a_signal_whichever_way_its_publisher_sends_it(
 
 
 @pytest.mark.parametrize("via", ["channel", "stream"])
-def test_a_subscription_can_be_narrowed_to_one_way(make: Make, via: str) -> None:
+def test_a_subscription_can_be_limited_to_one_transport(make: Make, via: str) -> None:
     heard: list[str] = []
     bus = make("consumer", subscribe={"work": {"via": via}, "end": {}})
     bus.on("work")(lambda sender, n: heard.append(current_event.via))
@@ -125,7 +125,7 @@ def test_a_subscription_can_be_narrowed_to_one_way(make: Make, via: str) -> None
     assert [way for way in heard if way != "end"] == [via]
 
 
-def test_what_a_service_sends_itself_it_hears_over_its_stream_if_it_asks(make: Make) -> None:
+def test_a_service_receives_its_own_stream_events_with_echo(make: Make) -> None:
     heard: list[tuple[str, Any]] = []
     asking = make("consumer", publish={"*": "stream"}, subscribe={"a": {"echo": True}, "b": {}})
     sibling = make("consumer", publish={"*": "stream"})
@@ -143,7 +143,9 @@ def test_what_a_service_sends_itself_it_hears_over_its_stream_if_it_asks(make: M
     wait_until(lambda: asking.health().counts.get("echoes") == 1, what="the other is counted")
 
 
-def test_receivers_of_every_kind_run_for_an_event(make: Make, send: Callable[..., None]) -> None:
+def test_receivers_of_every_kind_run_for_a_stream_event(
+    make: Make, send: Callable[..., None]
+) -> None:
     heard: list[str] = []
     bus = make("consumer")
 
@@ -234,7 +236,7 @@ def test_eight_threads_keep_the_order_of_each_key(
     assert heard == {key: list(range(key, 600, 13)) for key in range(13)}
 
 
-def test_events_of_other_keys_do_not_wait_for_a_receiver_that_takes_long(
+def test_events_of_other_keys_do_not_wait_for_a_slow_receiver(
     make: Make, send: Callable[..., None]
 ) -> None:
     heard: list[int] = []
@@ -269,9 +271,7 @@ def lane(key: str) -> int:
     return crc32(f"keyed\0{key}".encode()) % 8
 
 
-def test_an_event_that_fails_does_not_hold_up_those_after_it(
-    make: Make, send: Callable[..., None]
-) -> None:
+def test_a_failed_event_does_not_delay_later_ones(make: Make, send: Callable[..., None]) -> None:
     heard: list[tuple[int, int]] = []
     bus = make("consumer")
 
@@ -296,7 +296,7 @@ hasty = pytest.mark.timing(check_released_every=0.2)
 
 
 @hasty
-def test_another_worker_gets_what_waits_behind_a_receiver_that_takes_long(
+def test_another_worker_gets_the_events_behind_a_slow_receiver(
     make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
 ) -> None:
     release = threading.Event()
@@ -322,7 +322,7 @@ def test_another_worker_gets_what_waits_behind_a_receiver_that_takes_long(
 
 
 @hasty
-def test_a_worker_that_is_alone_keeps_the_order_behind_a_receiver_that_takes_long(
+def test_a_single_worker_keeps_the_order_behind_a_slow_receiver(
     make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
 ) -> None:
     release = threading.Event()
@@ -353,7 +353,7 @@ def pending_of(client: redis.Redis, prefix: str, consumer: str) -> int:
     return int(shares.get(consumer, 0))
 
 
-def test_of_two_workers_that_find_what_was_handed_back_one_gets_it(
+def test_only_one_of_two_workers_gets_a_released_entry(
     shared_redis: RedisServer, send: Callable[..., None], client: redis.Redis, prefix: str
 ) -> None:
     keys = StreamKeys(prefix)
@@ -402,7 +402,7 @@ def test_no_thread_is_left_when_a_bus_has_stopped(make: Make, send: Callable[...
     assert left == []
 
 
-def test_a_bus_that_stops_and_starts_goes_on_where_it_was(
+def test_a_restarted_bus_continues_where_it_stopped(
     make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
 ) -> None:
     heard: list[int] = []
@@ -417,7 +417,7 @@ def test_a_bus_that_stops_and_starts_goes_on_where_it_was(
     assert heard == list(range(500))
 
 
-def test_a_receiver_that_connects_while_the_bus_listens_hears_what_comes_then(
+def test_a_receiver_connected_while_the_bus_listens_receives_later_events(
     make: Make, send: Callable[..., None]
 ) -> None:
     first: list[int] = []

@@ -80,7 +80,7 @@ def send(app: Flask, name: str, /, **payload: Any) -> None:
 # -- what was published -------------------------------------------------------------------
 
 
-def test_what_a_service_sends_is_published(accounts: Flask, eventbus: Isolation) -> None:
+def test_events_sent_in_a_test_are_recorded(accounts: Flask, eventbus: Isolation) -> None:
     @accounts.post("/register")
     def register() -> tuple[str, int]:
         send(accounts, "user_registered", user_id=7, email="ada@example.com")
@@ -95,7 +95,7 @@ def test_what_a_service_sends_is_published(accounts: Flask, eventbus: Isolation)
     assert event.time.tzinfo is UTC
 
 
-def test_an_assertion_returns_the_events_it_is_about(accounts: Flask, eventbus: Isolation) -> None:
+def test_an_assertion_returns_the_matching_events(accounts: Flask, eventbus: Isolation) -> None:
     for number in range(3):
         send(accounts, "user_registered", user_id=number, plan="free" if number else "paid")
 
@@ -104,7 +104,7 @@ def test_an_assertion_returns_the_events_it_is_about(accounts: Flask, eventbus: 
     assert [event.payload["user_id"] for event in found] == [1, 2]
 
 
-def test_the_order_is_that_of_sending(accounts: Flask, eventbus: Isolation) -> None:
+def test_published_events_are_in_send_order(accounts: Flask, eventbus: Isolation) -> None:
     for number in range(1000):
         send(accounts, "user_registered", user_id=number)
 
@@ -113,7 +113,7 @@ def test_the_order_is_that_of_sending(accounts: Flask, eventbus: Isolation) -> N
 
 
 @pytest.mark.parametrize("value", [None, 0, "", [], {}, False, 0.0])
-def test_falsy_values_are_values(accounts: Flask, eventbus: Isolation, value: object) -> None:
+def test_falsy_values_are_kept(accounts: Flask, eventbus: Isolation, value: object) -> None:
     send(accounts, "user_registered", user_id=value)
 
     eventbus.assert_published("user_registered", user_id=value)
@@ -122,14 +122,14 @@ def test_falsy_values_are_values(accounts: Flask, eventbus: Isolation, value: ob
         eventbus.assert_published("user_registered", user_id=7)
 
 
-def test_an_expected_none_is_not_an_absent_key(accounts: Flask, eventbus: Isolation) -> None:
+def test_expecting_none_does_not_match_an_absent_key(accounts: Flask, eventbus: Isolation) -> None:
     send(accounts, "user_registered", user_id=7)
 
     with pytest.raises(AssertionError, match="it has no 'email'"):
         eventbus.assert_published("user_registered", email=None)
 
 
-def test_values_are_compared_by_equality_and_functions_are_asked(
+def test_expected_values_are_compared_and_expected_functions_are_called(
     accounts: Flask, eventbus: Isolation
 ) -> None:
     send(accounts, "user_registered", user_id=7, score=0.1 + 0.2, email="ada@example.com")
@@ -140,7 +140,7 @@ def test_values_are_compared_by_equality_and_functions_are_asked(
     eventbus.assert_not_published("user_registered", email=lambda email: "@" not in email)
 
 
-def test_exact_allows_no_further_keys(accounts: Flask, eventbus: Isolation) -> None:
+def test_exact_allows_no_other_keys(accounts: Flask, eventbus: Isolation) -> None:
     send(accounts, "user_registered", user_id=7, email="ada@example.com")
 
     eventbus.assert_published("user_registered", exact=True, user_id=7, email=ANY)
@@ -164,7 +164,7 @@ def test_times_counts(accounts: Flask, eventbus: Isolation) -> None:
         eventbus.assert_published("user_registered", times=2, user_id=8)
 
 
-def test_keys_that_are_parameters_are_asked_for_by_payload(
+def test_keys_named_like_parameters_are_matched_through_payload(
     accounts: Flask, eventbus: Isolation
 ) -> None:
     send(accounts, "user_registered", times=3, exact="no", name="Ada", payload=None)
@@ -175,7 +175,7 @@ def test_keys_that_are_parameters_are_asked_for_by_payload(
     eventbus.assert_not_published("user_registered", payload={"times": 4})
 
 
-def test_a_signal_and_a_pattern_name_events_too(accounts: Flask, eventbus: Isolation) -> None:
+def test_events_can_be_named_by_a_signal_or_a_pattern(accounts: Flask, eventbus: Isolation) -> None:
     signal = blinker.NamedSignal("user_left")
     send(accounts, "user_registered", user_id=7)
     send(accounts, "user_left", user_id=7)
@@ -186,7 +186,9 @@ def test_a_signal_and_a_pattern_name_events_too(accounts: Flask, eventbus: Isola
     assert [event.name for event in eventbus.published(signal)] == ["user_left"]
 
 
-def test_that_nothing_was_published_is_asserted(accounts: Flask, eventbus: Isolation) -> None:
+def test_assert_not_published_fails_if_an_event_was_published(
+    accounts: Flask, eventbus: Isolation
+) -> None:
     eventbus.assert_not_published()
     eventbus.assert_not_published("user_registered")
 
@@ -202,7 +204,7 @@ def test_that_nothing_was_published_is_asserted(accounts: Flask, eventbus: Isola
         eventbus.assert_not_published()
 
 
-def test_clear_forgets(accounts: Flask, eventbus: Isolation) -> None:
+def test_clear_forgets_published_events(accounts: Flask, eventbus: Isolation) -> None:
     send(accounts, "user_registered", user_id=7)
     eventbus.clear()
     send(accounts, "user_registered", user_id=8)
@@ -210,7 +212,7 @@ def test_clear_forgets(accounts: Flask, eventbus: Isolation) -> None:
     assert [event.payload["user_id"] for event in eventbus.published()] == [8]
 
 
-def test_payloads_arrive_as_others_would_read_them(accounts: Flask, eventbus: Isolation) -> None:
+def test_recorded_payloads_are_encoded_and_decoded(accounts: Flask, eventbus: Isolation) -> None:
     moment = datetime(2026, 2, 3, 4, 5, 6, 7, tzinfo=UTC)
     tags = ["new"]
     send(accounts, "user_registered", pair=(1, 2), price=Decimal("1.50"), at=moment, tags=tags)
@@ -225,20 +227,20 @@ def test_payloads_arrive_as_others_would_read_them(accounts: Flask, eventbus: Is
     }
 
 
-def test_what_cannot_travel_fails_in_the_test(accounts: Flask, eventbus: Isolation) -> None:
+def test_an_unsupported_payload_fails_in_the_test(accounts: Flask, eventbus: Isolation) -> None:
     with pytest.raises(PayloadError, match=r"payload\.user\.address: object"):
         send(accounts, "user_registered", user={"address": object()})
 
     eventbus.assert_not_published()
 
 
-def test_only_what_is_routed_is_published(accounts: Flask, eventbus: Isolation) -> None:
+def test_only_routed_signals_are_recorded(accounts: Flask, eventbus: Isolation) -> None:
     send(accounts, "secret", key="s3cr3t")
 
     eventbus.assert_not_published()
 
 
-def test_signals_from_elsewhere_are_published_as_their_routes_say(
+def test_foreign_signals_are_recorded_as_their_routes_say(
     make_app: MakeApp, eventbus: Isolation
 ) -> None:
     def summary(sender: Flask, response: Any, **extra: Any) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def test_signals_from_elsewhere_are_published_as_their_routes_say(
     eventbus.assert_published("api_call", exact=True, service="catalog", status=404)
 
 
-def test_every_bus_is_under_test(
+def test_events_of_every_bus_are_recorded(
     accounts: Flask, make_app: MakeApp, make_bus: Make, eventbus: Isolation
 ) -> None:
     catalog = make_app("catalog", publish=["price_changed"], prefix="another:prefix")
@@ -271,7 +273,7 @@ def test_every_bus_is_under_test(
     }
 
 
-def test_a_script_that_ends_in_the_test_is_under_test(eventbus: Isolation) -> None:
+def test_events_of_a_script_that_ends_in_the_test_are_recorded(eventbus: Isolation) -> None:
     def main() -> None:
         with Bus(NOWHERE, service="script", publish=["report_ready"]) as bus:
             bus.signal("report_ready").send(None, rows=3)
@@ -294,7 +296,7 @@ class Money:
         return hash(self.cents)
 
 
-def test_registered_types_come_back_though_their_bus_is_gone(eventbus: Isolation) -> None:
+def test_registered_types_are_decoded_after_their_bus_is_gone(eventbus: Isolation) -> None:
     def main() -> None:
         with Bus(NOWHERE, service="script", publish=["paid"]) as bus:
             bus.register_type(
@@ -308,7 +310,7 @@ def test_registered_types_come_back_though_their_bus_is_gone(eventbus: Isolation
     eventbus.assert_published("paid", amount=Money(250))
 
 
-def test_what_threads_send_is_published(accounts: Flask, eventbus: Isolation) -> None:
+def test_events_sent_by_threads_are_recorded(accounts: Flask, eventbus: Isolation) -> None:
     def work(worker: int) -> None:
         for number in range(50):
             send(accounts, "user_registered", user_id=worker * 50 + number)
@@ -333,7 +335,7 @@ def failure(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
     return str(caught.value)
 
 
-def test_a_failure_shows_what_was_published_nearest_first(
+def test_a_failed_assertion_lists_published_events_best_match_first(
     accounts: Flask, eventbus: Isolation
 ) -> None:
     send(accounts, "price_changed", sku="A1")
@@ -353,7 +355,7 @@ def test_a_failure_shows_what_was_published_nearest_first(
     ]
 
 
-def test_a_failure_is_bounded(accounts: Flask, eventbus: Isolation) -> None:
+def test_the_message_of_a_failed_assertion_is_bounded(accounts: Flask, eventbus: Isolation) -> None:
     for _ in range(30):
         send(accounts, "user_registered", text="x" * 10_000)
 
@@ -385,7 +387,7 @@ def test_a_pattern_of_routes_does_not_hide_a_misspelt_name(
     assert "No bus" not in failure(eventbus.assert_published, "user_*", user_id=8)
 
 
-def test_a_signal_without_a_route_is_told_apart_from_one_that_was_not_sent(
+def test_a_failed_assertion_distinguishes_a_missing_route_from_a_missing_send(
     accounts: Flask, eventbus: Isolation
 ) -> None:
     assert "No bus here publishes 'zzz'. Known are: price_changed, user_left" in failure(
@@ -396,7 +398,9 @@ def test_a_signal_without_a_route_is_told_apart_from_one_that_was_not_sent(
     )
 
 
-def test_a_failure_tells_that_nothing_publishes(make_app: MakeApp, eventbus: Isolation) -> None:
+def test_a_failed_assertion_says_that_no_bus_publishes(
+    make_app: MakeApp, eventbus: Isolation
+) -> None:
     assert "There is no bus in this process" in failure(eventbus.assert_published, "user_left")
 
     app = make_app("accounts")
@@ -404,7 +408,9 @@ def test_a_failure_tells_that_nothing_publishes(make_app: MakeApp, eventbus: Iso
     del app
 
 
-def test_a_failure_tells_that_a_bus_is_switched_off(make_app: MakeApp, eventbus: Isolation) -> None:
+def test_a_failed_assertion_says_that_a_bus_is_disabled(
+    make_app: MakeApp, eventbus: Isolation
+) -> None:
     app = make_app("accounts", publish=["user_registered"], enabled=False)
     send(app, "user_registered", user_id=7)
 
@@ -416,9 +422,7 @@ def test_a_failure_tells_that_a_bus_is_switched_off(make_app: MakeApp, eventbus:
 # -- what is delivered --------------------------------------------------------------------
 
 
-def test_an_event_is_delivered_before_deliver_returns(
-    make_app: MakeApp, eventbus: Isolation
-) -> None:
+def test_receivers_have_run_when_deliver_returns(make_app: MakeApp, eventbus: Isolation) -> None:
     bus = EventBus()
     app = make_app("mailer", bus=bus)
     calls: list[Any] = []
@@ -513,7 +517,7 @@ def test_payload_keys_that_are_parameters_are_delivered_by_payload(
     ],
     ids=str,
 )
-def test_attributes_that_are_meant_for_the_payload_are_told(
+def test_a_misplaced_event_attribute_in_deliver_is_explained(
     make_bus: Make, eventbus: Isolation, wrong: dict[str, Any]
 ) -> None:
     bus = make_bus(NOWHERE)
@@ -524,12 +528,12 @@ def test_attributes_that_are_meant_for_the_payload_are_told(
 
 
 @pytest.mark.parametrize("name", ["", "user registered", "order_*", "{x}"])
-def test_only_a_signals_name_can_be_delivered(eventbus: Isolation, name: str) -> None:
+def test_deliver_accepts_only_a_signal_name(eventbus: Isolation, name: str) -> None:
     with pytest.raises(ConfigError, match="signal name"):
         eventbus.deliver(name)
 
 
-def test_a_payload_that_cannot_travel_is_not_delivered(make_bus: Make, eventbus: Isolation) -> None:
+def test_an_unsupported_payload_is_not_delivered(make_bus: Make, eventbus: Isolation) -> None:
     calls: list[Any] = []
     bus = make_bus(NOWHERE)
     bus.on("tick")(lambda sender, **payload: calls.append(payload))
@@ -543,9 +547,7 @@ def test_a_payload_that_cannot_travel_is_not_delivered(make_bus: Make, eventbus:
     assert calls == []
 
 
-def test_receivers_get_what_the_wire_makes_of_a_payload(
-    make_bus: Make, eventbus: Isolation
-) -> None:
+def test_delivered_payloads_are_encoded_and_decoded(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE)
     pairs = []
     bus.on("tick")(lambda sender, pair: pairs.append(pair))
@@ -691,7 +693,7 @@ def test_threads_may_deliver(make_bus: Make, eventbus: Isolation) -> None:
     assert seen == [thread.ident]
 
 
-def test_every_service_that_hears_it_gets_its_own_event(
+def test_each_subscribed_service_gets_its_own_event(
     make_app: MakeApp, make_bus: Make, eventbus: Isolation
 ) -> None:
     heard = []
@@ -714,7 +716,9 @@ def test_every_service_that_hears_it_gets_its_own_event(
     assert sorted(heard) == [["new", "audit"], ["new", "mailer"]]
 
 
-def test_two_apps_of_one_bus_both_hear(make_app: MakeApp, eventbus: Isolation) -> None:
+def test_two_apps_of_one_bus_both_receive_a_delivery(
+    make_app: MakeApp, eventbus: Isolation
+) -> None:
     bus = EventBus()
     apps = [make_app("mailer", bus=bus), make_app("mailer", bus=bus)]
     heard = []
@@ -740,7 +744,7 @@ def test_a_subscription_by_configuration_reaches_the_apps_own_receivers(
     assert heard == [("accounts", "ada")]
 
 
-def test_a_delivered_event_is_not_published_but_what_it_causes_is(
+def test_a_delivered_event_is_not_recorded_but_the_events_it_causes_are(
     make_app: MakeApp, eventbus: Isolation
 ) -> None:
     bus = EventBus()
@@ -762,7 +766,7 @@ def test_a_delivered_event_is_not_published_but_what_it_causes_is(
 # -- what nothing receives ----------------------------------------------------------------
 
 
-def test_nothing_that_receives_it_is_a_failure(make_bus: Make, eventbus: Isolation) -> None:
+def test_delivering_an_event_without_a_receiver_fails(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, "mailer")
     bus.on("user_registered")(lambda sender, **payload: None)
     bus.on("order_paid")(lambda sender, **payload: None)
@@ -775,13 +779,15 @@ def test_nothing_that_receives_it_is_a_failure(make_bus: Make, eventbus: Isolati
     )
 
 
-def test_without_any_subscription_a_failure_says_how_to_make_one(eventbus: Isolation) -> None:
+def test_deliver_without_any_subscription_says_how_to_make_one(eventbus: Isolation) -> None:
     gc.collect()
 
     assert "Decorate a receiver with @bus.on('tick')." in failure(eventbus.deliver, "tick")
 
 
-def test_receivers_without_a_subscription_are_told(make_app: MakeApp, eventbus: Isolation) -> None:
+def test_deliver_reports_receivers_without_a_subscription(
+    make_app: MakeApp, eventbus: Isolation
+) -> None:
     app = make_app("mailer", publish=["tick"])
     app.signal("tick").connect(lambda sender: None)  # type: ignore[attr-defined]
 
@@ -791,7 +797,7 @@ def test_receivers_without_a_subscription_are_told(make_app: MakeApp, eventbus: 
     assert "'EVENTBUS_SUBSCRIBE'" in said
 
 
-def test_a_subscription_to_other_services_is_told(
+def test_deliver_reports_a_subscription_to_other_services(
     make_app: MakeApp, make_bus: Make, eventbus: Isolation
 ) -> None:
     app = make_app("mailer", subscribe={"tick": {"from": ["clock"]}})
@@ -806,7 +812,7 @@ def test_a_subscription_to_other_services_is_told(
     eventbus.deliver("tick", source="clock")
 
 
-def test_a_bus_that_is_switched_off_is_told(make_bus: Make, eventbus: Isolation) -> None:
+def test_deliver_reports_a_disabled_bus(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, "mailer", enabled=False)
     bus.on("tick")(lambda sender: None)
 
@@ -815,9 +821,7 @@ def test_a_bus_that_is_switched_off_is_told(make_bus: Make, eventbus: Isolation)
     )
 
 
-def test_an_app_that_was_thrown_away_receives_nothing(
-    make_app: MakeApp, eventbus: Isolation
-) -> None:
+def test_a_deleted_app_receives_nothing(make_app: MakeApp, eventbus: Isolation) -> None:
     bus = EventBus()
     calls: list[str] = []
     bus.on("tick")(lambda sender: calls.append(current_app.name))
@@ -831,9 +835,7 @@ def test_an_app_that_was_thrown_away_receives_nothing(
     assert calls == [app.name]
 
 
-def test_an_app_that_was_thrown_away_publishes_nothing(
-    make_app: MakeApp, eventbus: Isolation
-) -> None:
+def test_a_deleted_app_publishes_nothing(make_app: MakeApp, eventbus: Isolation) -> None:
     bus = EventBus()
     old = make_app("old", bus=bus, publish=["tick"])
     old.config["cycle"] = old
@@ -849,7 +851,7 @@ def test_an_app_that_was_thrown_away_publishes_nothing(
 # -- outages ------------------------------------------------------------------------------
 
 
-def test_a_policy_to_raise_raises_while_redis_is_away(
+def test_with_the_policy_raise_a_send_raises_while_redis_is_away(
     make_app: MakeApp, eventbus: Isolation
 ) -> None:
     app = make_app("accounts", publish=["user_registered"], on_outage="raise")
@@ -864,7 +866,7 @@ def test_a_policy_to_raise_raises_while_redis_is_away(
     assert [event.payload["user_id"] for event in eventbus.published()] == [8]
 
 
-def test_a_policy_to_buffer_publishes_when_redis_is_back(
+def test_with_the_policy_buffer_events_are_published_when_redis_is_back(
     accounts: Flask, eventbus: Isolation
 ) -> None:
     send(accounts, "user_registered", user_id=1)
@@ -878,7 +880,7 @@ def test_a_policy_to_buffer_publishes_when_redis_is_back(
     assert [event.payload["user_id"] for event in eventbus.published()] == [1, 2, 3, 4]
 
 
-def test_a_bus_made_while_redis_is_away_knows_it(make_bus: Make, eventbus: Isolation) -> None:
+def test_a_bus_created_while_redis_is_away_knows_it(make_bus: Make, eventbus: Isolation) -> None:
     with eventbus.redis_away():
         bus = make_bus(NOWHERE, publish=["tick"], on_outage="raise")
 
@@ -889,7 +891,7 @@ def test_a_bus_made_while_redis_is_away_knows_it(make_bus: Make, eventbus: Isola
     eventbus.assert_published("tick", times=1)
 
 
-def test_what_is_raised_meanwhile_ends_the_outage(accounts: Flask, eventbus: Isolation) -> None:
+def test_an_exception_ends_the_simulated_outage(accounts: Flask, eventbus: Isolation) -> None:
     with pytest.raises(ZeroDivisionError), eventbus.redis_away():
         raise ZeroDivisionError
 
@@ -908,7 +910,7 @@ def test_events_can_be_delivered_while_redis_is_away(make_bus: Make, eventbus: I
     assert heard == [1]
 
 
-def test_a_listener_stops_though_redis_is_away(make_bus: Make, eventbus: Isolation) -> None:
+def test_a_listener_can_stop_while_redis_is_away(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE)
     bus.on("tick")(lambda sender: None)
     bus.start()
@@ -934,7 +936,7 @@ def guarded_port() -> Iterator[int]:
             server.accept()
 
 
-def test_nothing_connects_to_the_configured_redis(guarded_port: int, make_bus: Make) -> None:
+def test_no_test_connects_to_the_configured_redis(guarded_port: int, make_bus: Make) -> None:
     url = f"redis://127.0.0.1:{guarded_port}/0"
     before = make_bus(url, "before", publish=["tick"])
     before.on("tock")(lambda sender: None)
@@ -952,7 +954,7 @@ def test_nothing_connects_to_the_configured_redis(guarded_port: int, make_bus: M
         eventbus.assert_published("tick", times=2)
 
 
-def test_a_bus_goes_back_to_its_own_redis(make_bus: Make) -> None:
+def test_after_a_test_a_bus_returns_to_its_own_redis(make_bus: Make) -> None:
     outside = "memory://goes-back"
     heard = []
     audit = make_bus(outside, "audit")
@@ -976,7 +978,7 @@ def test_a_bus_goes_back_to_its_own_redis(make_bus: Make) -> None:
     assert bus.node.config.url == url
 
 
-def test_what_was_sent_before_goes_where_it_was_meant_to_go(make_bus: Make) -> None:
+def test_events_sent_before_the_isolation_go_to_the_real_redis(make_bus: Make) -> None:
     bus = make_bus("memory://before", "clock", publish=["tick"])
     outside = Recording("memory://before")
     outside.learn(bus.node)
@@ -991,7 +993,7 @@ def test_what_was_sent_before_goes_where_it_was_meant_to_go(make_bus: Make) -> N
     assert [event.payload["n"] for event in outside.events] == list(range(500))
 
 
-def test_a_bus_that_listens_goes_on_listening(make_bus: Make) -> None:
+def test_a_listening_bus_continues_to_listen_after_the_isolation(make_bus: Make) -> None:
     heard = []
     audit = make_bus("memory://listens", "audit")
     audit.on("tick")(lambda sender, n: heard.append(n))
@@ -1007,7 +1009,7 @@ def test_a_bus_that_listens_goes_on_listening(make_bus: Make) -> None:
     assert audit.ready(5)
 
 
-def test_a_bus_started_in_a_test_is_stopped_with_it(make_bus: Make) -> None:
+def test_a_bus_started_in_a_test_is_stopped_at_its_end(make_bus: Make) -> None:
     with isolated():
         bus = make_bus(NOWHERE)
         bus.on("tick")(lambda sender: None)
@@ -1016,7 +1018,7 @@ def test_a_bus_started_in_a_test_is_stopped_with_it(make_bus: Make) -> None:
     assert not bus.health().listening
 
 
-def test_nothing_is_left_behind(make_bus: Make) -> None:
+def test_an_isolation_leaves_nothing_behind(make_bus: Make) -> None:
     threads = set(threading.enumerate())
     servers = set(connection.memory_servers)
 
@@ -1032,7 +1034,7 @@ def test_nothing_is_left_behind(make_bus: Make) -> None:
     assert set(threading.enumerate()) <= threads
 
 
-def test_an_isolation_within_another_keeps_them_apart(make_bus: Make) -> None:
+def test_nested_isolations_are_kept_apart(make_bus: Make) -> None:
     bus = make_bus(NOWHERE, publish=["tick"])
 
     with isolated() as outer:
@@ -1046,16 +1048,14 @@ def test_an_isolation_within_another_keeps_them_apart(make_bus: Make) -> None:
         assert [event.payload["n"] for event in outer.published()] == [1, 3]
 
 
-def test_a_failing_test_ends_its_isolation_as_well(make_bus: Make) -> None:
+def test_a_failing_test_ends_its_isolation(make_bus: Make) -> None:
     with pytest.raises(ZeroDivisionError), isolated():
         raise ZeroDivisionError
 
     assert connections.diversion is None
 
 
-def test_an_isolation_leaves_nothing_to_log(
-    accounts: Flask, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_isolation_logs_nothing(accounts: Flask, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "flask_eventbus"), isolated() as eventbus:
         send(accounts, "user_registered", user_id=7)
         eventbus.assert_published("user_registered")
@@ -1071,7 +1071,7 @@ class TestWithUnittest(unittest.TestCase):
         self.eventbus = self.enterContext(isolated())
         self.bus = Bus(NOWHERE, service="script", publish=["tick"])
 
-    def test_it_needs_no_pytest(self) -> None:
+    def test_the_testing_kit_works_without_pytest(self) -> None:
         self.bus.signal("tick").send(None, n=1)
 
         self.eventbus.assert_published("tick", n=1)
@@ -1088,7 +1088,7 @@ def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     return pytester.runpytest_subprocess(*others, *plugin, *arguments)
 
 
-def test_the_plug_in_loads_nothing_heavy() -> None:
+def test_the_pytest_plug_in_loads_no_heavy_module() -> None:
     program = "import sys, flask_eventbus.pytest_plugin as p; print(*sys.modules)"
     outcome = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -1276,7 +1276,7 @@ def test_an_app_with_testing_publishes_nothing_and_says_so_once(
         send(app, "paid", number=object())
 
 
-def test_an_app_with_testing_publishes_where_it_is_asked_for(
+def test_an_app_with_testing_publishes_if_a_setting_says_so(
     make_app: MakeApp, shared_redis: RedisServer
 ) -> None:
     asked, earnest = "asked-for", "no-testing"
@@ -1311,7 +1311,7 @@ def test_an_app_with_testing_publishes_in_memory_and_with_the_fixture(
     app.extensions["eventbus"].stop()
 
 
-def test_every_program_of_the_page_runs(pytester: pytest.Pytester) -> None:
+def test_every_program_on_the_testing_page_runs(pytester: pytest.Pytester) -> None:
     text = write_programs(pytester.path)
 
     outcome = run(pytester, "-W", "error")
@@ -1319,7 +1319,7 @@ def test_every_program_of_the_page_runs(pytester: pytest.Pytester) -> None:
     outcome.assert_outcomes(passed=len(re.findall(r"^ *def test_", text, re.MULTILINE)))
 
 
-def test_the_failures_of_the_page_are_those_that_come(pytester: pytest.Pytester) -> None:
+def test_the_failure_messages_on_the_page_are_the_real_ones(pytester: pytest.Pytester) -> None:
     write_programs(pytester.path)
     pytester.makepyfile(
         test_failures="""

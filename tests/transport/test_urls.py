@@ -41,7 +41,7 @@ WRONG_OPTIONS = [
 
 
 @pytest.mark.parametrize(("url", "words"), WRONG_OPTIONS)
-def test_a_wrong_option_is_named_with_the_remedy(url: str, words: str) -> None:
+def test_the_error_for_an_invalid_url_option_names_the_remedy(url: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Bus(url, service="x")
 
@@ -60,7 +60,7 @@ def test_a_wrong_option_is_named_with_the_remedy(url: str, words: str) -> None:
         ("redis+cluster://h,i/3", "a cluster has only the database 0"),
     ],
 )
-def test_a_database_that_is_no_number_is_refused(url: str, words: str) -> None:
+def test_a_database_that_is_not_a_number_is_refused(url: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Bus(url, service="x")
 
@@ -80,7 +80,7 @@ def test_a_url_names_a_database_or_none(url: str) -> None:
         f"rediss://h/0?ssl_cert_reqs={SECRET}",
     ],
 )
-def test_what_may_be_a_part_of_a_password_is_not_named(url: str) -> None:
+def test_an_error_about_a_url_shows_nothing_that_may_be_part_of_a_password(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Bus(url, service="x")
 
@@ -99,7 +99,7 @@ PASSWORDS = {
 
 @pytest.mark.parametrize("url", ["redis+sentinel://h/m/0", "redis+cluster://h:1"])
 @pytest.mark.parametrize(("quoted", "password"), PASSWORDS.items())
-def test_a_quoted_option_means_what_it_says(
+def test_a_quoted_option_is_unquoted(
     url: str, quoted: str, password: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = options_of_connection(f"{url}?password={quoted}", monkeypatch)
@@ -179,13 +179,13 @@ def test_sentinels_have_a_user_and_a_password_of_their_own(sentinel: int) -> Non
     assert "sesame" not in connections.shown
 
 
-def test_a_master_that_the_sentinels_do_not_know_is_named(sentinel: int) -> None:
+def test_the_error_names_a_master_that_the_sentinels_do_not_know(sentinel: int) -> None:
     url = f"redis+sentinel://127.0.0.1:{sentinel}/other/0?sentinel_password=open%26sesame"
 
     assert "knows no master 'other'. Write the name in 'EVENTBUS_URL' as" in failure_of(url)
 
 
-def test_a_sentinel_that_is_none_and_one_that_is_away_are_named(shared_redis: RedisServer) -> None:
+def test_the_error_names_wrong_and_unreachable_sentinels(shared_redis: RedisServer) -> None:
     port = shared_redis.port
     failure = failure_of(f"redis+sentinel://127.0.0.1:{port},127.0.0.1:1/{MASTER}/0")
 

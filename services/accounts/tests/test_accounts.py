@@ -46,7 +46,9 @@ def test_the_time_of_registration_travels_with_its_time_zone(
     eventbus.assert_published("user_registered", registered_at=registered_at)
 
 
-def test_a_form_is_read_as_json_is(client: FlaskClient, eventbus: Isolation) -> None:
+def test_a_registration_form_is_accepted_like_json(
+    client: FlaskClient, eventbus: Isolation
+) -> None:
     answer = client.post("/register", data={"email": " ADA@example.com ", "name": "Ada \t L."})
 
     assert answer.status_code == 201
@@ -68,7 +70,7 @@ def test_the_event_leaves_after_the_commit(
     eventbus.assert_published("user_registered", times=1)
 
 
-def test_nobody_hears_of_a_registration_that_is_not_committed(
+def test_an_uncommitted_registration_is_not_published(
     client: FlaskClient, accounts: ModuleType, eventbus: Isolation
 ) -> None:
     @listens_for(accounts.db.session, "before_commit")
@@ -109,7 +111,7 @@ def test_an_address_registers_once(client: FlaskClient, eventbus: Isolation) -> 
         ("ada@example.com", "no JSON object"),
     ],
 )
-def test_what_is_no_registration_is_refused_with_the_reason(
+def test_an_invalid_registration_is_refused_with_the_reason(
     client: FlaskClient, sent: object, words: str
 ) -> None:
     answer = client.post("/register", json=sent)
@@ -118,7 +120,7 @@ def test_what_is_no_registration_is_refused_with_the_reason(
     assert words in answer.get_json()["error"]
 
 
-def test_a_body_that_is_no_json_is_refused(client: FlaskClient) -> None:
+def test_a_body_that_is_not_json_is_refused(client: FlaskClient) -> None:
     answer = client.post("/register", data="{", content_type="application/json")
 
     assert answer.status_code == 400
@@ -157,7 +159,7 @@ def test_users_register_while_redis_is_away(client: FlaskClient, eventbus: Isola
     eventbus.assert_published("user_registered", user_id=1)
 
 
-def test_without_its_database_it_is_not_healthy(
+def test_without_its_database_the_service_is_not_healthy(
     client: FlaskClient, accounts: ModuleType, tmp_path: Path
 ) -> None:
     with client.application.app_context():
@@ -170,7 +172,7 @@ def test_without_its_database_it_is_not_healthy(
     assert (health.status_code, health.get_json()["database"]) == (503, False)
 
 
-def test_without_its_table_it_is_not_healthy(
+def test_without_its_table_the_service_is_not_healthy(
     accounts: ModuleType, database: str, eventbus: Isolation
 ) -> None:
     app = accounts.create_app({"SQLALCHEMY_DATABASE_URI": database})
@@ -181,7 +183,7 @@ def test_without_its_table_it_is_not_healthy(
         accounts.db.engine.dispose()
 
 
-def test_another_process_hears_of_a_registration(
+def test_another_process_receives_a_registration(
     address: str, redis_url: str, wait_until: Callable[..., Any]
 ) -> None:
     users: list[dict[str, Any]] = []

@@ -41,7 +41,7 @@ def test_a_call_is_shown_in_the_second_in_which_it_was_made(
     assert sum(service["per_second"]) == 1
 
 
-def test_the_second_that_runs_is_not_shown_yet(analytics: ModuleType) -> None:
+def test_the_current_second_is_not_shown_yet(analytics: ModuleType) -> None:
     now = NOW
     calls = analytics.Calls(clock=lambda: now)
     add(calls, at=NOW)
@@ -52,7 +52,7 @@ def test_the_second_that_runs_is_not_shown_yet(analytics: ModuleType) -> None:
     assert only(calls)["per_second"] == [0] * 59 + [1]
 
 
-def test_a_call_of_long_ago_counts_in_the_total_alone(analytics: ModuleType) -> None:
+def test_a_call_of_long_ago_counts_only_in_the_total(analytics: ModuleType) -> None:
     calls = analytics.Calls(clock=lambda: NOW)
 
     add(calls, at=NOW - 61)
@@ -136,7 +136,7 @@ def test_the_busiest_rules_come_first(client: FlaskClient, eventbus: Isolation) 
     ]
 
 
-def test_services_past_the_colours_count_together(analytics: ModuleType) -> None:
+def test_services_beyond_the_colours_are_counted_together(analytics: ModuleType) -> None:
     calls = analytics.Calls(clock=lambda: NOW)
 
     for number in range(20):
@@ -148,7 +148,7 @@ def test_services_past_the_colours_count_together(analytics: ModuleType) -> None
 
 
 @pytest.mark.parametrize("milliseconds", [-1, math.nan, math.inf, "12", None])
-def test_a_time_that_is_none_is_refused_and_not_counted(
+def test_an_invalid_time_is_refused_and_not_counted(
     client: FlaskClient, eventbus: Isolation, milliseconds: Any
 ) -> None:
     with pytest.raises((TypeError, ValueError)):
@@ -157,7 +157,7 @@ def test_a_time_that_is_none_is_refused_and_not_counted(
     assert client.get("/counts.json").get_json()["services"] == []
 
 
-def test_a_status_that_is_no_number_is_not_counted(
+def test_a_status_that_is_not_a_number_is_not_counted(
     client: FlaskClient, eventbus: Isolation
 ) -> None:
     with pytest.raises(TypeError):
@@ -190,7 +190,7 @@ def test_the_page_does_not_count_itself(client: FlaskClient, eventbus: Isolation
     assert client.get("/counts.json").get_json()["services"] == []
 
 
-def test_a_service_that_is_not_to_listen_is_healthy(client: FlaskClient) -> None:
+def test_a_service_with_listen_false_is_healthy(client: FlaskClient) -> None:
     answer = client.get("/health")
 
     assert answer.status_code == 200

@@ -137,7 +137,7 @@ def test_calls_of_several_services_arrive(service: Analytics, call: Callable[[st
     assert service.get("/")[0] == 200
 
 
-def test_counting_goes_on_after_redis_was_away(
+def test_counting_continues_after_an_outage_of_redis(
     service: Analytics, call: Callable[[str], None], redis: Redis
 ) -> None:
     call("catalog")

@@ -48,7 +48,7 @@ def test_each_event_of_any_name_is_a_line(
     assert second["name"] == "price_changed"
 
 
-def test_what_has_no_type_in_json_becomes_text(
+def test_values_that_json_lacks_become_text(
     audit: ModuleType, eventbus: Isolation, trail: Any
 ) -> None:
     eventbus.deliver(
@@ -78,13 +78,13 @@ def test_what_has_no_type_in_json_becomes_text(
     }
 
 
-def test_no_flask_is_imported() -> None:
+def test_the_audit_service_imports_no_flask() -> None:
     words = "import sys, audit; sys.exit('flask' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", words], cwd=FOLDER).returncode == 0
 
 
-def test_it_writes_on_after_redis_was_killed_and_restarted(
+def test_the_audit_log_continues_after_redis_was_killed_and_restarted(
     redis_server: Any, process: object, trail: Any, wait_until: Callable[..., Any]
 ) -> None:
     with Bus(redis_server.url, service="accounts", publish=["user_registered"]) as bus:
@@ -124,7 +124,7 @@ def test_events_that_never_came_are_written_as_missed(
     }
 
 
-def test_bytes_that_are_no_event_are_written_as_rejected(
+def test_undecodable_bytes_are_written_as_rejected(
     redis_server: Any, process: object, trail: Any, wait_until: Callable[..., Any]
 ) -> None:
     with redis.Redis.from_url(redis_server.url) as client:
@@ -134,7 +134,7 @@ def test_bytes_that_are_no_event_are_written_as_rejected(
     assert (rejected["name"], rejected["reason"]) == ("user_left", "not_msgpack")
 
 
-def test_of_what_happened_while_it_was_away_it_writes_what_came_by_stream(
+def test_after_a_pause_only_stream_events_are_written(
     redis_server: Any,
     run: Callable[[], subprocess.Popen[bytes]],
     trail: Any,
@@ -166,7 +166,7 @@ def test_of_what_happened_while_it_was_away_it_writes_what_came_by_stream(
     ]
 
 
-def test_what_a_stream_lost_before_it_was_read_is_written_as_trimmed(
+def test_events_trimmed_before_they_were_read_are_written_as_trimmed(
     audit: ModuleType, trail: Any
 ) -> None:
     events_trimmed.send("audit", name="user_registered", count=None)
@@ -175,7 +175,7 @@ def test_what_a_stream_lost_before_it_was_read_is_written_as_trimmed(
     assert (trimmed["name"], trimmed["count"]) == ("user_registered", None)
 
 
-def test_sigterm_ends_it_with_code_0_and_a_last_line(
+def test_sigterm_ends_the_service_with_code_0_and_a_last_line(
     process: subprocess.Popen[bytes], trail: Any
 ) -> None:
     process.terminate()

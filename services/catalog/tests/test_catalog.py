@@ -23,14 +23,14 @@ from flask_eventbus.signals import (
 from flask_eventbus.testing import Isolation
 
 
-def test_a_price_is_cached_once_changes_are_heard(client: FlaskClient) -> None:
+def test_a_price_is_cached_once_the_subscription_is_ready(client: FlaskClient) -> None:
     connect()
 
     assert get(client) == ("12.50", False)
     assert get(client) == ("12.50", True)
 
 
-def test_a_price_comes_from_the_store_until_changes_are_heard(client: FlaskClient) -> None:
+def test_a_price_comes_from_the_store_until_the_subscription_is_ready(client: FlaskClient) -> None:
     assert get(client) == ("12.50", False)
     assert get(client) == ("12.50", False)
 
@@ -169,7 +169,7 @@ def test_a_connection_lost_while_the_store_is_read_leaves_no_old_price_behind(
     assert cache.get("A1", lambda sku: Decimal("13.00")) == (Decimal("13.00"), False)
 
 
-def test_what_was_read_before_changes_were_heard_is_not_kept(catalog: ModuleType) -> None:
+def test_prices_read_before_the_subscription_was_ready_are_not_cached(catalog: ModuleType) -> None:
     cache = catalog.PriceCache()
 
     def load(sku: str) -> Decimal:
@@ -205,7 +205,7 @@ def test_a_free_product_is_cached_as_well(client: FlaskClient) -> None:
 @pytest.mark.parametrize(
     "price", [12.5, 12, None, "", "-1", "12.505", "1e3", "NaN", "12,50", "١٢", "12.50\n", ["1"]]
 )
-def test_what_is_no_price_is_refused(client: FlaskClient, eventbus: Isolation, price: Any) -> None:
+def test_an_invalid_price_is_refused(client: FlaskClient, eventbus: Isolation, price: Any) -> None:
     answer = put(client, price)
 
     assert answer.status_code == 400
@@ -215,13 +215,13 @@ def test_what_is_no_price_is_refused(client: FlaskClient, eventbus: Isolation, p
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"12.50"'])
-def test_what_is_no_json_object_is_refused(client: FlaskClient, body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused(client: FlaskClient, body: bytes) -> None:
     answer = client.put("/products/A1/price", data=body, content_type="application/json")
 
     assert answer.status_code == 400
 
 
-def test_an_unknown_product_is_told_so(client: FlaskClient, eventbus: Isolation) -> None:
+def test_an_unknown_product_is_not_found(client: FlaskClient, eventbus: Isolation) -> None:
     asked = client.get("/products/Z9")
     changed = put(client, "1.00", "Z9")
 
@@ -239,7 +239,7 @@ def test_a_price_changes_while_redis_is_away(client: FlaskClient, eventbus: Isol
     eventbus.assert_published("price_changed", sku="A1", price=Decimal("13.00"))
 
 
-def test_a_call_is_published_by_its_rule(client: FlaskClient, eventbus: Isolation) -> None:
+def test_a_call_is_published_with_its_rule(client: FlaskClient, eventbus: Isolation) -> None:
     client.get("/products/A1")
     client.get("/products/Z9")
     client.get("/nowhere")
@@ -251,7 +251,9 @@ def test_a_call_is_published_by_its_rule(client: FlaskClient, eventbus: Isolatio
     assert 0 < event.payload["milliseconds"] < 10_000
 
 
-def test_a_health_check_is_no_call(client: FlaskClient, eventbus: Isolation) -> None:
+def test_a_health_check_is_not_published_as_a_call(
+    client: FlaskClient, eventbus: Isolation
+) -> None:
     answer = client.get("/health")
 
     assert answer.status_code == 200
@@ -259,13 +261,13 @@ def test_a_health_check_is_no_call(client: FlaskClient, eventbus: Isolation) -> 
     eventbus.assert_not_published()
 
 
-def test_the_app_makes_no_store(catalog: ModuleType, database: str, eventbus: Isolation) -> None:
+def test_the_app_creates_no_store(catalog: ModuleType, database: str, eventbus: Isolation) -> None:
     catalog.create_app({"CATALOG_DATABASE": database})
 
     assert not Path(database).exists()
 
 
-def test_a_store_that_is_there_keeps_its_prices(client: FlaskClient, database: str) -> None:
+def test_an_existing_store_keeps_its_prices(client: FlaskClient, database: str) -> None:
     put(client, "13.00")
 
     client.application.test_cli_runner().invoke(args=["init-db"])

@@ -138,7 +138,7 @@ def test_after_a_change_no_worker_serves_the_old_price(service: Catalog) -> None
     assert all_cached(service)
 
 
-def test_the_worker_that_changed_a_price_serves_no_old_one_at_all(service: Catalog) -> None:
+def test_the_worker_that_changed_a_price_never_serves_the_old_one(service: Catalog) -> None:
     for price in ("21.00", "22.00", "23.00", "24.00", "25.00"):
         changed = service.put(f"{PRODUCT}/price", {"price": price})
 
@@ -146,7 +146,7 @@ def test_the_worker_that_changed_a_price_serves_no_old_one_at_all(service: Catal
         assert prices(a for a in answers if a["worker"] == changed["worker"]) <= {price}
 
 
-def test_no_old_price_is_served_while_redis_is_away_nor_when_it_is_back(
+def test_no_old_price_is_served_during_and_after_an_outage_of_redis(
     service: Catalog, redis: Redis
 ) -> None:
     redis.kill()

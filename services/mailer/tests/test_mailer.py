@@ -42,7 +42,7 @@ def test_a_new_user_gets_a_welcome_mail(
     assert client.get("/").get_json()["mails_sent"] == 1
 
 
-def test_the_mail_bears_the_id_of_the_event(
+def test_the_mail_contains_the_id_of_the_event(
     make_app: Callable[..., Flask], eventbus: Isolation, sink: Any
 ) -> None:
     make_app(MAIL_PORT=sink.port)
@@ -63,7 +63,7 @@ def test_the_plug_in_puts_a_new_user_on_its_list_once(
     assert readers(tmp_path) == [(ADA["email"], ADA["name"])]
 
 
-def test_the_plug_in_of_the_readme_reacts_once_it_is_dropped_in(
+def test_the_plug_in_of_the_readme_works_when_dropped_in(
     make_app: Callable[..., Flask],
     eventbus: Isolation,
     sink: Any,
@@ -80,7 +80,7 @@ def test_the_plug_in_of_the_readme_reacts_once_it_is_dropped_in(
     assert "accounts tells of Ada Łovelace 李." in caplog.messages
 
 
-def test_an_event_that_comes_again_makes_no_second_mail(
+def test_a_repeated_event_sends_no_second_mail(
     make_app: Callable[..., Flask], eventbus: Isolation, sink: Any
 ) -> None:
     make_app(MAIL_PORT=sink.port)
@@ -91,7 +91,7 @@ def test_an_event_that_comes_again_makes_no_second_mail(
     assert len(sink.mails()) == 1
 
 
-def test_a_mail_that_could_not_be_noted_is_not_sent_again(
+def test_a_mail_that_could_not_be_recorded_is_not_sent_again(
     make_app: Callable[..., Flask],
     mailer: Any,
     eventbus: Isolation,
@@ -112,7 +112,7 @@ def full_disk() -> str:
     raise sqlite3.OperationalError("database or disk is full")
 
 
-def test_a_mail_that_fails_is_to_be_tried_again(
+def test_a_failed_mail_asks_for_a_retry(
     make_app: Callable[..., Flask], eventbus: Isolation, sink: Any
 ) -> None:
     sink.stop()
@@ -127,7 +127,7 @@ def test_a_mail_that_fails_is_to_be_tried_again(
     [{**ADA, "email": "zoë@example.com"}, {**ADA, "name": "Ada\nBcc: all@example.com"}],
     ids=["address", "name"],
 )
-def test_a_mail_that_cannot_be_written_is_not_tried_again(
+def test_a_mail_that_cannot_be_composed_is_not_retried(
     make_app: Callable[..., Flask], eventbus: Isolation, payload: dict[str, Any]
 ) -> None:
     make_app()
@@ -151,13 +151,13 @@ def test_a_mail_that_cannot_be_written_is_not_tried_again(
     ],
     ids=["550", "451", "554", "452", "SMTPUTF8", "disconnected", "535", "530", "connect"],
 )
-def test_what_the_smtp_server_refuses_for_good_is_told_from_what_it_may_take_later(
+def test_permanent_and_temporary_smtp_errors_are_distinguished(
     mailer: Any, error: smtplib.SMTPException, final: bool
 ) -> None:
     assert mailer.is_final(error) is final
 
 
-def test_mails_share_a_connection_which_is_opened_again_when_it_is_lost(
+def test_mails_share_a_connection_that_is_reopened_when_lost(
     make_app: Callable[..., Flask], eventbus: Isolation, smtp_server: Any
 ) -> None:
     make_app(MAIL_PORT=smtp_server.port)
@@ -173,7 +173,7 @@ def test_mails_share_a_connection_which_is_opened_again_when_it_is_lost(
     assert smtp_server.mails[2:] == [(2, None)]
 
 
-def test_it_encrypts_and_logs_in_where_the_settings_say_so(
+def test_mail_is_encrypted_and_authenticated_if_the_settings_say_so(
     make_app: Callable[..., Flask],
     eventbus: Isolation,
     secure_smtp_server: Any,
@@ -190,7 +190,7 @@ def test_it_encrypts_and_logs_in_where_the_settings_say_so(
 
 # aiosmtpd leaves its end of a connection open on which no encryption came about.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_server_that_nobody_vouches_for_gets_no_password(
+def test_an_untrusted_smtp_server_gets_no_password(
     make_app: Callable[..., Flask], eventbus: Isolation, secure_smtp_server: Any
 ) -> None:
     login = {"MAIL_USERNAME": "mailer", "MAIL_PASSWORD": secure_smtp_server.password}
@@ -202,7 +202,7 @@ def test_a_server_that_nobody_vouches_for_gets_no_password(
     assert secure_smtp_server.mails == []
 
 
-def test_a_server_without_encryption_is_a_wrong_setting_and_no_fault_of_the_mail(
+def test_a_server_without_encryption_is_a_configuration_error(
     make_app: Callable[..., Flask], eventbus: Isolation, smtp_server: Any
 ) -> None:
     make_app(MAIL_PORT=smtp_server.port, MAIL_STARTTLS=True)
@@ -213,18 +213,20 @@ def test_a_server_without_encryption_is_a_wrong_setting_and_no_fault_of_the_mail
     assert smtp_server.mails == []
 
 
-def test_a_password_does_not_travel_in_the_clear(mailer: Any, eventbus: Isolation) -> None:
+def test_a_password_is_not_sent_unencrypted(mailer: Any, eventbus: Isolation) -> None:
     with pytest.raises(RuntimeError, match="Set FLASK_MAIL_STARTTLS=true"):
         mailer.create_app({"MAIL_USERNAME": "mailer", "MAIL_PASSWORD": "secret"})
 
 
-def test_the_app_makes_no_book(mailer: Any, eventbus: Isolation, tmp_path: Path) -> None:
+def test_the_app_creates_no_book(mailer: Any, eventbus: Isolation, tmp_path: Path) -> None:
     mailer.create_app({"BOOK_FILE": str(tmp_path / "book.db")})
 
     assert not (tmp_path / "book.db").exists()
 
 
-def test_without_its_book_it_is_not_healthy(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+def test_without_its_book_the_service_is_not_healthy(
+    make_app: Callable[..., Flask], tmp_path: Path
+) -> None:
     client = make_app().test_client()
     assert client.get("/health").status_code == 200
 
@@ -234,7 +236,7 @@ def test_without_its_book_it_is_not_healthy(make_app: Callable[..., Flask], tmp_
     assert (health.status_code, health.get_json()["book"]) == (503, False)
 
 
-def test_a_mail_waits_for_its_server_and_holds_up_no_other(
+def test_a_mail_that_waits_for_its_server_delays_no_other(
     service: Any, sink: Any, register: Callable[..., None], wait_until: Callable[..., Any]
 ) -> None:
     sink.stop()
@@ -252,7 +254,7 @@ def test_a_mail_waits_for_its_server_and_holds_up_no_other(
     ]
 
 
-def test_two_workers_send_one_mail_for_each_user_and_what_serves_sends_none(
+def test_two_workers_send_one_mail_per_user_and_the_web_process_sends_none(
     service: Any,
     sink: Any,
     get: Callable[[str], tuple[int, dict[str, Any]]],
@@ -274,7 +276,7 @@ def test_two_workers_send_one_mail_for_each_user_and_what_serves_sends_none(
     assert len({mail["to"][0] for mail in sink.mails()}) == len(sink.mails()) == 50
 
 
-def test_a_worker_that_is_killed_at_a_mail_loses_none_and_doubles_none(
+def test_a_worker_killed_while_mailing_loses_and_repeats_no_mail(
     service: Any,
     sink: Any,
     register: Callable[..., None],
