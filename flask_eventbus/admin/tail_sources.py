@@ -118,7 +118,7 @@ class ChannelTail:
 
             if frames:
                 last_frame, pinged = now, None
-                backoff.reset()
+                backoff.tries = 0
                 self._take(frames)
             elif pinged is None and now - last_frame >= QUIET:
                 pinged = now
@@ -262,7 +262,7 @@ class StreamTail:
             else:
                 stopping.wait(self._block)
 
-            backoff.reset()
+            backoff.tries = 0
 
             if time.monotonic() - self._searched >= SEARCH_INTERVAL:
                 self._search()

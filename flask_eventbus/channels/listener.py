@@ -369,7 +369,7 @@ class Listener:
             if frames:
                 received, pinged = now, None
                 self._accept(frames)
-                backoff.reset()
+                backoff.tries = 0
             elif pinged is None and now - received >= QUIET:
                 pinged = now
                 self._reader.ping()

@@ -81,7 +81,7 @@ class ChannelReader:
 
         :raises NotMasterError: if the server is a replica now.
         """
-        if not self._connections.asks_role(0.0):
+        if not self._connections.asks_role:
             return
 
         try:

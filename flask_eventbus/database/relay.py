@@ -140,7 +140,7 @@ class Relay:
                 self._database.begin(reason_of(error))
                 stopping.wait(backoff.next())
             else:
-                backoff.reset()
+                backoff.tries = 0
                 self._database.end()
                 stopping.wait(
                     {BatchResult.EMPTY: interval, BatchResult.SKIPPED: AFTER_YOU}.get(result, 0)

@@ -72,8 +72,8 @@ class PublishConnection:
         self._aging: set[AgingStreamDestination] = set()
         self._compare_at = 0.0
         self._is_skewed = False
-        #: Monotonic time at which ROLE was last sent.
-        self._asked_role = 0.0
+        #: Monotonic time at which to send ROLE again.
+        self._ask_role_at = 0.0
         #: True while the reply to ROLE has not been read; it precedes those to the events.
         self._awaits_role = False
         #: The current round trip: these ``SADD`` commands, then the batch, then ``WAIT`` if
@@ -273,7 +273,7 @@ class PublishConnection:
         self._connection = self._connections.open(timeout=self.timeout, within=left)
         self._announced.clear()
         self._not_allowed.clear()
-        self._asked_role = time.monotonic()
+        self._ask_role_at = self._connections.next_role_check()
         self._awaits_role = False
 
     def _ping(self, deadline: float) -> NoWritesError | None:
@@ -307,8 +307,8 @@ class PublishConnection:
         The reply to ROLE is read first, so that a batch sent to a replica does not count as
         published.
         """
-        if self._connections.asks_role(self._asked_role):
-            self._asked_role = time.monotonic()
+        if time.monotonic() >= self._ask_role_at and self._connections.role.refusal is None:
+            self._ask_role_at = self._connections.next_role_check()
             self._awaits_role = True
             data = _ROLE + data
 

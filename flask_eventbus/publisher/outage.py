@@ -151,7 +151,7 @@ class Outage:
 
         since, self._refusing_since, self.refusal = self._refusing_since, None, None
         self.write_again_at = float("inf")
-        self._backoff.reset()
+        self._backoff.tries = 0
         self.pending_lines.append(
             (
                 "accepting",

@@ -689,7 +689,7 @@ class Writer:
         except Exception as error:
             self._give_up(self._buffer.in_flight, error)
         else:
-            backoff.reset()
+            backoff.tries = 0
             self._wait_for_listeners()
             self._outage.end(len(self._buffer))
 

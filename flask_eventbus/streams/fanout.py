@@ -169,7 +169,7 @@ class Fanout:
             elif self._queue.wait_for_room(self._block):
                 self._read(names)
 
-            backoff.reset()
+            backoff.tries = 0
 
     def _allowed(self) -> dict[str, Subscription]:
         names = self._catalogue.names()

@@ -174,7 +174,7 @@ class Maintenance:
         while not self._stopping:
             try:
                 self._run_round(time.monotonic())
-                backoff.reset()
+                backoff.tries = 0
                 pause = self._pause()
             except OUTAGE as error:
                 logger.debug("Redis is away; maintenance waits: %s", error)

@@ -151,7 +151,7 @@ class StreamReader:
                 # Entries added now may be trimmed before they are read.
                 self._trims.has_backlog = True
 
-            backoff.reset()
+            backoff.tries = 0
 
     @property
     def _is_overloaded(self) -> bool:

@@ -176,7 +176,10 @@ class _Parser(DefaultParser):  # type: ignore[misc,valid-type]  # redis-py has n
     timeout = math.inf
 
     def read_from_socket(self, *args: Any, **kwargs: Any) -> Any:
-        self.begin_wait()
+        # Far from its deadline, a socket has the longest timeout already.
+        if self.deadline - time.monotonic() < self.timeout - SLACK:
+            self.begin_wait()
+
         return super().read_from_socket(*args, **kwargs)
 
     def begin_wait(self) -> None:

@@ -198,13 +198,17 @@ class Connections:
         for connection in list(self._opened):
             connection.disconnect()
 
-    def asks_role(self, asked: float) -> bool:
-        """Return True if a connection must send ROLE before its next command.
+    @property
+    def asks_role(self) -> bool:
+        """Return True if the server must be a master, and answers ROLE."""
+        return self.role.refusal is None and self._has_master
 
-        :param asked: monotonic time at which the connection last sent ROLE.
+    def next_role_check(self) -> float:
+        """Return the monotonic time at which a connection that asks now must send ROLE again.
+
+        It need not once :attr:`Role.refusal` is set.
         """
-        is_due = time.monotonic() - asked >= LOOK
-        return is_due and self.role.refusal is None and self._has_master
+        return time.monotonic() + LOOK if self.asks_role else math.inf
 
     @property
     def in_memory(self) -> bool:
@@ -232,7 +236,7 @@ class Connections:
             connection.connect()
             self._show_name(connection)
 
-            if self._has_master and self.role.refusal is None:
+            if self.asks_role:
                 connection.send_command("ROLE")
                 self.role.check(read_reply(connection))
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -95,8 +96,8 @@ class Pipe:
         self._timeout = timeout
         self._connection: Connection | None = None
         self._deadline = connections.deadline
-        #: Monotonic time at which ROLE last confirmed that the server is a master.
-        self._asked_role = 0.0
+        #: Monotonic time at which to send ROLE again, to confirm that the server is a master.
+        self._ask_role_at = 0.0
 
     @property
     def is_open(self) -> bool:
@@ -140,32 +141,47 @@ class Pipe:
         :raises redis.ConnectionError: Redis is unavailable, sends a temporary error to one of the
             commands, or is no longer a master.
         """
-        if self._connection is None:
-            left = self._deadline - time.monotonic()
-            self._connection = self._connections.open(
-                timeout=self._timeout, within=min(self._timeout, left)
-            )
-            self._asked_role = time.monotonic()
+        connection = self._connection or self._open()
+        role = self._connections.role
+        asks_role = time.monotonic() >= self._ask_role_at and role.refusal is None
+        answers: list[Any] = []
 
-        connection = self._connection
-        set_deadline(connection, self._deadline)
-        asks_role = self._connections.asks_role(self._asked_role)
+        # Without one, the timeout of the connection holds from its first command on.
+        if self._deadline < math.inf:
+            set_deadline(connection, self._deadline)
 
         try:
             packed = b"".join(map(_packed, commands))
             packed = _ROLE + packed if asks_role else packed
             connection.send_packed_command([packed], check_health=False)
-
             read = read_reply if most is None else _limited_reader(connection, most)
 
             if asks_role:
-                self._connections.role.check(read(connection))
-                self._asked_role = time.monotonic()
+                role.check(read(connection))
+                self._ask_role_at = self._connections.next_role_check()
 
-            return [read(connection) for _ in commands]
+            if most is not None:
+                return [read(connection) for _ in commands]
+
+            for _ in commands:
+                try:
+                    answers.append(connection.read_response())
+                except redis.ResponseError as error:
+                    answers.append(refusal_of(error))
+
+            return answers
         except BaseException:
             self.close()
             raise
+
+    def _open(self) -> Connection:
+        left = self._deadline - time.monotonic()
+        connection = self._connections.open(timeout=self._timeout, within=min(self._timeout, left))
+        self._ask_role_at = self._connections.next_role_check()
+        self._connection = connection
+        # Another thread may have set the deadline meanwhile.
+        set_deadline(connection, self._deadline)
+        return connection
 
     def wait_at_most(self, seconds: float) -> float:
         """Return the seconds that a blocking command may take, ``seconds`` at most."""

@@ -27,17 +27,14 @@ class Backoff:
 
     def __init__(self, *, most: float) -> None:
         self._most = most
-        self._tries = 0
+        #: Number of attempts since the last success; set it to 0 after a success.
+        self.tries = 0
 
     def next(self) -> float:
         """Return the seconds to wait before the next attempt."""
-        wait: float = min(self._most, FIRST * 2 ** min(self._tries, 30))
-        self._tries += 1
+        wait: float = min(self._most, FIRST * 2 ** min(self.tries, 30))
+        self.tries += 1
         return wait * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
-
-    def reset(self) -> None:
-        """Start again at the shortest wait; call it after a success."""
-        self._tries = 0
 
 
 #: Longest wait between two attempts to connect, in seconds.
@@ -50,7 +47,7 @@ class Reading:
     :param failed: log message for an unexpected error.
     :param thread: name of the thread.
     :param read: connects, and reads until :attr:`goes_on` is False or an error is raised. It
-        resets the given backoff once it is connected.
+        sets ``tries`` of the given backoff to 0 once it is connected.
     :param lost: called with the error that ended ``read``.
     :param close: closes the connection; called after every ``read``.
     :param app_exists: returns False once the app is gone; the thread then stops.
@@ -99,7 +96,7 @@ class Reading:
     @property
     def goes_on(self) -> bool:
         """Return True if the thread should continue to read."""
-        return not self.is_stopping and self._app_exists()
+        return not self._stopping.is_set() and self._app_exists()
 
     def start(self) -> None:
         """Start the thread unless it was started before."""

@@ -344,7 +344,7 @@ def test_reconnect_delays_double_with_jitter_and_reset_after_a_success() -> None
     for _ in range(20):
         for most in longest:
             assert most / 2 <= backoff.next() <= most
-        backoff.reset()
+        backoff.tries = 0
 
 
 def test_the_count_of_missed_events_is_exact(
