@@ -24,6 +24,7 @@ from flask_eventbus.streams import (
     duplicates,
     fanout,
     maintenance,
+    outcomes,
 )
 from flask_eventbus.timing import TIMING
 from flask_eventbus.transport import pipe
@@ -112,7 +113,7 @@ SENTENCES = [
     (
         "stream-format",
         r"as JSON\]\(#an-event-as-json\), cut to (\S+) characters",
-        decoder.MOST_PAYLOAD,
+        outcomes.MOST_PAYLOAD,
     ),
     ("stream-format", r"entry.FIELD.sample`, the first (\S+) bytes", pipe.SAMPLE),
     ("stream-format", r"For each of the first (\S+) fields it has", decoder.MOST_FIELDS),

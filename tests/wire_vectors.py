@@ -20,7 +20,7 @@ import msgpack
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.event import Event
-from flask_eventbus.streams.decoder import readable
+from flask_eventbus.streams.outcomes import readable
 from flask_eventbus.transport.keys import StreamKeys
 
 FILE = Path(__file__).with_name("wire_vectors.json")

@@ -12,8 +12,8 @@ from ..receivers.delivery import Delivery
 from ..receivers.dispatcher import Dispatcher, Failure, Status
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
+from .decoder import Intake
 from .group import Group, GroupGoneError
-from .intake import Intake
 from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)

@@ -22,11 +22,10 @@ from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from .acknowledger import Acknowledger
 from .attempts import Attempts
-from .decoder import EntryDecoder
+from .decoder import EntryDecoder, Intake
 from .duplicates import Duplicates
 from .fanout import Fanout
 from .group import Group, GroupGoneError
-from .intake import Intake
 from .maintenance import Maintenance
 from .membership import Catalogue, Membership
 from .outcomes import Outcomes, RetryCounts

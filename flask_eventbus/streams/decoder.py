@@ -1,11 +1,10 @@
-"""Decodes stream entries, and sorts them into deliveries, skipped entries and dead letters."""
+"""Decodes stream entries, queues their events, and ends the entries that have none."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -13,22 +12,21 @@ from ..codec.codec import Codec
 from ..codec.records import MAX_ERROR_CHARS, DeadLetter
 from ..config import Config
 from ..errors import DecodeError
-from ..event import Event, opened
+from ..event import Event
 from ..logs import BoundedLog, Counters, get_logger
-from ..receivers.delivery import Delivery
+from ..receivers.delivery import Delivery, InFlight
+from ..receivers.workers import DeliveryQueue
 from ..routing.subscriptions import Subscription
 from ..signals import emit, event_rejected
-from ..text import plain
 from ..transport.pipe import SAMPLE, Large
-from .group import Entry
+from .acknowledger import Acknowledger
+from .group import Entry, Fields
+from .outcomes import Outcome, Outcomes
 
 logger = get_logger(__name__)
 
 #: Maximum number of fields of an oversized entry that a dead letter keeps samples of.
 MOST_FIELDS = 8
-
-#: Maximum length in characters of the readable payload in a dead letter.
-MOST_PAYLOAD = 4_000
 
 
 @dataclass(slots=True)
@@ -72,53 +70,53 @@ class EntryDecoder:
         claimed_until = time.monotonic() + self._config.claim_after
 
         for entry in entries:
-            self._decode(entry, subscription_of[entry.name], claimed_until, found)
+            if entry.fields is None:
+                found.trimmed += 1
+                found.skipped.append(entry)
+                continue
+
+            subscription = subscription_of[entry.name]
+
+            try:
+                event, body, memory = self._event(entry, entry.fields)
+            except DecodeError as error:
+                found.dead.append((entry, self._reject(entry, entry.fields, error)))
+                continue
+
+            if not self._accepts(event, subscription):
+                found.skipped.append(entry)
+                continue
+
+            found.deliveries.append(
+                Delivery(
+                    name=entry.name,
+                    entry=entry.id,
+                    event=event,
+                    body=body,
+                    memory=memory,
+                    subscription=subscription,
+                    claimed_until=claimed_until,
+                )
+            )
 
         return found
 
-    def _decode(
-        self, entry: Entry, subscription: Subscription, claimed_until: float, found: DecodedEntries
-    ) -> None:
-        if entry.fields is None:
-            found.trimmed += 1
-            found.skipped.append(entry)
-            return
+    def _event(self, entry: Entry, fields: Fields) -> tuple[Event, bytes, int]:
+        """Return the event of an entry, its bytes, and its memory use in bytes.
 
-        try:
-            body = self._body(entry)
-            event, memory = self._event(entry, body)
-        except DecodeError as error:
-            found.dead.append((entry, self._reject(entry, error)))
-            return
-
-        if not self._accepts(event, subscription):
-            found.skipped.append(entry)
-            return
-
-        found.deliveries.append(
-            Delivery(
-                name=entry.name,
-                entry=entry.id,
-                event=event,
-                body=body,
-                memory=memory,
-                subscription=subscription,
-                claimed_until=claimed_until,
-            )
-        )
-
-    def _body(self, entry: Entry) -> bytes:
-        body = (entry.fields or {}).get(b"event")
+        :raises DecodeError: the entry is no valid event.
+        """
+        body = fields.get(b"event")
 
         if body is None:
             raise DecodeError(
                 f"The entry {entry.id} has no field 'event'.", reason="missing_attribute"
             )
 
-        self._codec.check_size(len(body))
-        return bytes(body)
+        if isinstance(body, Large):
+            self._codec.check_size(len(body))
 
-    def _event(self, entry: Entry, body: bytes) -> tuple[Event, int]:
+        body = bytes(body)
         event, memory = self._codec.decode_for_queue(body, via="stream")
 
         if event.name != entry.name:
@@ -127,7 +125,7 @@ class EntryDecoder:
                 reason="wrong_channel",
             )
 
-        return event, memory
+        return event, body, memory
 
     def _accepts(self, event: Event, subscription: Subscription) -> bool:
         # In a group, any process of the service may have emitted the event and run its receivers.
@@ -145,10 +143,10 @@ class EntryDecoder:
 
         return True
 
-    def _reject(self, entry: Entry, error: DecodeError) -> DeadLetter:
+    def _reject(self, entry: Entry, fields: Fields, error: DecodeError) -> DeadLetter:
         self._counters.add("rejected")
         self._counters.add(f"rejected_{error.reason}")
-        sample = bytes((entry.fields or {}).get(b"event", b""))[:SAMPLE]
+        sample = bytes(fields.get(b"event", b""))[:SAMPLE]
         self._log.warning(
             f"rejected {error.reason}",
             "The entry %s in the stream of %r is rejected (%s): %s It starts with %r.",
@@ -166,21 +164,19 @@ class EntryDecoder:
         return DeadLetter(
             reason="undecodable",
             entry=entry.id,
-            fields=self._stored_fields(entry),
+            fields=self._stored_fields(entry.size(), fields),
             error=f"{error.reason}: {error}"[:MAX_ERROR_CHARS],
             first=now,
             last=now,
         )
 
-    def _stored_fields(self, entry: Entry) -> dict[bytes, bytes]:
+    def _stored_fields(self, size: int, fields: Fields) -> dict[bytes, bytes]:
         """Return the fields that a dead letter stores.
 
         Of an entry above the size limit, store a sample, the length and the SHA-256 of each field:
         the whole fields would fill the memory of the worker and of Redis.
         """
-        fields = entry.fields or {}
-
-        if entry.size() <= self._config.max_event_bytes:
+        if size <= self._config.max_event_bytes:
             return {bytes(name): bytes(value) for name, value in fields.items()}
 
         samples: dict[bytes, bytes] = {}
@@ -195,7 +191,37 @@ class EntryDecoder:
         return samples
 
 
-def readable(event: Event) -> str:
-    """Return the payload as JSON, as in ``tail --json``, cut to :data:`MOST_PAYLOAD`."""
-    payload = plain(dict(opened(event).payload))
-    return json.dumps(payload, ensure_ascii=False, allow_nan=False)[:MOST_PAYLOAD]
+class Intake:
+    """Queues decoded events for the worker threads, and ends the entries that have none.
+
+    New entries come through it, those of a lost answer, and those that other workers left.
+    """
+
+    def __init__(
+        self,
+        *,
+        decoder: EntryDecoder,
+        in_flight: InFlight,
+        queue: DeliveryQueue,
+        outcomes: Outcomes,
+        acknowledger: Acknowledger,
+    ) -> None:
+        self.decoder = decoder
+        self.in_flight = in_flight
+        self.queue = queue
+        self.outcomes = outcomes
+        self.acknowledger = acknowledger
+
+    def add(self, deliveries: Sequence[Delivery]) -> None:
+        """Queue deliveries for the worker threads."""
+        self.in_flight.add(deliveries)
+        self.queue.put(deliveries)
+
+    def end(self, found: DecodedEntries, others: Iterable[Outcome] = ()) -> None:
+        """Write the outcomes of entries that became no delivery, and other outcomes."""
+        outcomes = [self.outcomes.skipped(entry) for entry in found.skipped]
+        outcomes += [self.outcomes.rejected(entry, letter) for entry, letter in found.dead]
+        outcomes += others
+
+        if outcomes:
+            self.acknowledger.write(outcomes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from hashlib import blake2b
 
 from ..logs import BoundedLog, get_logger
@@ -18,14 +17,6 @@ logger = get_logger(__name__)
 
 #: Size of a digest in bytes.
 DIGEST_BYTES = 8
-
-
-def _end_of(number: int, window: float, moment: datetime) -> datetime:
-    """Return the end of a window; ``moment`` itself if the calendar ends before."""
-    try:
-        return datetime.fromtimestamp((number + 1) * window, UTC)
-    except (OverflowError, ValueError, OSError):
-        return moment
 
 
 class Duplicates:
@@ -57,19 +48,35 @@ class Duplicates:
         if not window or not deliveries or time.monotonic() < self._refused_until:
             return []
 
-        windows = self._by_window(deliveries)
+        # By key of a hash, its deliveries, and the id and digest of each, one after the other.
+        hashes: dict[str, tuple[list[Delivery], list[str | bytes]]] = {}
+
+        for delivery in deliveries:
+            event = delivery.event
+            number = int(event.time.timestamp() // window)
+            key = self._keys.seen(delivery.name, self._config.service, number)
+            found, pairs = hashes.setdefault(key, ([], []))
+            found.append(delivery)
+            pairs += (event.id, blake2b(delivery.body, digest_size=DIGEST_BYTES).digest())
+
         commands: list[Command] = []
 
-        for (name, number), found in windows.items():
-            commands += self._store(name, number, found)
+        for key, (_, pairs) in hashes.items():
+            # A transaction, so that of two workers with one copy each, exactly one finds it new.
+            commands += [
+                ("MULTI",),
+                ("HMGET", key, *pairs[::2]),
+                ("HSET", key, *pairs),
+                ("EXPIRE", key, max(1, int(window * 2))),
+                ("EXEC",),
+            ]
 
         answers = self._pipe.run(commands)
         self._refused_until = 0.0
-        duplicates = [
-            delivery
-            for place, found in enumerate(windows.values())
-            for delivery in self._duplicates(found, answers[place * 5 : place * 5 + 5])
-        ]
+        duplicates: list[Delivery] = []
+
+        for place, (found, pairs) in enumerate(hashes.values()):
+            duplicates += self._duplicates(found, pairs, answers[place * 5 : place * 5 + 5])
 
         if not self._refused_until:
             self._log.over("refused", "Redis stores the ids of received events again.")
@@ -104,44 +111,13 @@ class Duplicates:
                 remedy(refusal, {self._pattern(name): "+expire"}),
             )
 
-    def _by_window(self, deliveries: Sequence[Delivery]) -> dict[tuple[str, int], list[Delivery]]:
-        """Return the deliveries by signal and number of the time window."""
-        windows: dict[tuple[str, int], list[Delivery]] = {}
-        window = self._config.duplicate_window
-        name = ""
-        first = last = datetime.max.replace(tzinfo=UTC)
-        found: list[Delivery] = []
-
-        for delivery in deliveries:
-            moment = delivery.event.time
-
-            # Most events are in the window of the event before.
-            if delivery.name != name or not first <= moment < last:
-                name, number = delivery.name, int(moment.timestamp() // window)
-                first = last = moment
-                found = windows.setdefault((name, number), [])
-                last = _end_of(number, window, moment)
-
-            found.append(delivery)
-
-        return windows
-
-    def _store(self, name: str, number: int, deliveries: Sequence[Delivery]) -> list[Command]:
-        key = self._keys.seen(name, self._config.service, number)
-        ids = [delivery.event.id for delivery in deliveries]
-        pairs = [part for each in deliveries for part in (each.event.id, _digest(each.body))]
-        # A transaction, so that of two workers with one copy each, exactly one finds it new.
-        return [
-            ("MULTI",),
-            ("HMGET", key, *ids),
-            ("HSET", key, *pairs),
-            ("EXPIRE", key, max(1, int(self._config.duplicate_window * 2))),
-            ("EXEC",),
-        ]
-
     def _duplicates(
-        self, deliveries: Sequence[Delivery], answers: Sequence[object]
+        self,
+        deliveries: Sequence[Delivery],
+        pairs: Sequence[str | bytes],
+        answers: Sequence[object],
     ) -> list[Delivery]:
+        """Return the duplicates among the deliveries of a hash, and report conflicts."""
         result = answers[-1]
 
         if not isinstance(result, list) or isinstance(result[0], Exception):
@@ -149,21 +125,18 @@ class Duplicates:
             self._pause(deliveries[0].name, reason)
             return []
 
+        ids, stored = pairs[::2], result[0]
         duplicates: list[Delivery] = []
-        stored_digests = result[0]
 
-        if not any(stored_digests) and len({each.event.id for each in deliveries}) == len(
-            deliveries
-        ):
+        if not any(stored) and len(set(ids)) == len(ids):
             return duplicates
 
         # One batch may contain both copies.
-        digests: dict[str, bytes] = {}
+        known = {id: digest for id, digest in zip(ids, stored, strict=True) if digest is not None}
 
-        for delivery, stored in zip(deliveries, stored_digests, strict=True):
-            id, digest = delivery.event.id, _digest(delivery.body)
-            before = digests.get(id, stored)
-            digests[id] = digest
+        for delivery, id, digest in zip(deliveries, ids, pairs[1::2], strict=True):
+            before = known.get(id)
+            known[id] = digest
 
             if before == digest:
                 duplicates.append(delivery)
@@ -185,7 +158,3 @@ class Duplicates:
             reason,
             remedy(reason, {self._pattern(name): "+hmget +hset +expire +multi +exec"}),
         )
-
-
-def _digest(body: bytes) -> bytes:
-    return blake2b(body, digest_size=DIGEST_BYTES).digest()

@@ -18,8 +18,8 @@ from ..transport.connection import OUTAGE, takes_no_writes
 from ..transport.connections import Context
 from ..transport.reconnect import Backoff
 from .alarms import foreign_consumers
+from .decoder import Intake
 from .group import RELEASED, Group, GroupGoneError
-from .intake import Intake
 from .membership import Membership
 from .reclaim import Reclaimer
 from .retry_queue import RetryQueue

@@ -16,9 +16,9 @@ from ..routing.subscriptions import NEW, Subscription
 from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from .alarms import too_many_names
+from .decoder import Intake
 from .duplicates import Duplicates
 from .group import Group, GroupGoneError
-from .intake import Intake
 from .reclaim import Reclaimer, Trims
 
 logger = get_logger(__name__)
@@ -456,7 +456,7 @@ class Membership:
 
         for start in range(0, len(lost), COUNT):
             entries = self.group.look_up(name, lost[start : start + COUNT])
-            found = self._intake.decode(entries, {name: subscription})
+            found = self._intake.decoder.decode(entries, {name: subscription})
             self.trims.report(name, found.trimmed)
             # These entries are handled in any case. Store them, so that a copy is a duplicate.
             self.duplicates.find(found.deliveries)

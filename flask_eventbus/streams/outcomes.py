@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..codec.records import DeadLetter, RetryRecord, words_of
 from ..config import Config
-from ..event import Event
+from ..event import Event, opened
 from ..logs import traceback_of
 from ..receivers.delivery import Delivery
 from ..receivers.dispatcher import Dispatcher, Failure, FailureLog, allowed, judge
 from ..routing.bus_signal import Receiver
 from ..routing.subscriptions import Subscription
+from ..text import plain
 from ..transport.connections import Context
 from ..transport.pipe import Command, RedisClock
-from .decoder import readable
 from .group import Entry
+
+#: Maximum length in characters of the readable payload in a dead letter.
+MOST_PAYLOAD = 4_000
 
 
 class RetryCounts:
@@ -241,3 +245,9 @@ class Outcomes:
     def _add_dead_letter(self, name: str, letter: DeadLetter) -> Command:
         key = self._keys.dead(name, self._config.service)
         return ("XADD", key, "*", *letter.as_fields())
+
+
+def readable(event: Event) -> str:
+    """Return the payload as JSON, as in ``tail --json``, cut to :data:`MOST_PAYLOAD`."""
+    payload = plain(dict(opened(event).payload))
+    return json.dumps(payload, ensure_ascii=False, allow_nan=False)[:MOST_PAYLOAD]

@@ -14,8 +14,8 @@ from ..receivers.workers import MOST_BYTES, BatchSize
 from ..routing.subscriptions import Subscription
 from ..transport.connections import Context
 from ..transport.reconnect import Backoff, Reading
+from .decoder import Intake
 from .group import Entry, GroupGoneError
-from .intake import Intake
 from .maintenance import Maintenance
 from .membership import Membership
 from .reclaim import Reclaimer
@@ -202,7 +202,7 @@ class StreamReader:
             )
 
     def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
-        found = self._intake.decode(entries, names)
+        found = self._intake.decoder.decode(entries, names)
         deliveries = found.deliveries
         duplicates = set(self._duplicates.find(deliveries))
 

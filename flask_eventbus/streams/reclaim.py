@@ -20,6 +20,7 @@ from ..timing import TIMING, Timing
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from .alarms import Alarm, far_ahead, foreign_acknowledgements, impossible_count, past_the_end
+from .decoder import Intake
 from .group import (
     LONG_IDLE,
     RELEASED,
@@ -30,7 +31,6 @@ from .group import (
     Position,
     behind,
 )
-from .intake import Intake
 
 logger = get_logger(__name__)
 
@@ -239,7 +239,7 @@ class Reclaimer:
         gone = [entries[found.id] for found in stale if entries[found.id].fields is None]
         mine = self._group.claim(name, present, idle=idle)
         times = {found.id: found.times for found in present}
-        decoded = self._intake.decode(
+        decoded = self._intake.decoder.decode(
             [entries[id] for id in times if id in mine], {name: subscription}
         )
 

@@ -15,8 +15,9 @@ from ..receivers.delivery import Delivery
 from ..receivers.dispatcher import Failure, allowed, judge
 from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import emit_now, event_dead_lettered
-from ..streams.decoder import EntryDecoder, readable
+from ..streams.decoder import EntryDecoder
 from ..streams.group import Entry
+from ..streams.outcomes import readable
 from ..streams.retry_queue import GONE_AFTER
 from .expectations import hears
 from .recorder import GivenUp, given_up

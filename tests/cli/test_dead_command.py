@@ -27,7 +27,7 @@ from flask_eventbus.cli.output import as_json
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import RetryRecord
 from flask_eventbus.config import Config
-from flask_eventbus.streams.decoder import readable
+from flask_eventbus.streams.outcomes import readable
 
 HOUR = 3_600_000
 
