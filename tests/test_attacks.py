@@ -447,7 +447,7 @@ def test_an_operator_command_that_needs_a_renamed_command_names_the_remedy(
     outcome = store.run("status")
 
     assert outcome.exit_code == 1
-    assert "unknown command 'XPENDING'. Remove it from 'rename-command'" in outcome.output
+    assert "unknown command 'XPENDING'. Remove the command from 'rename-command'" in outcome.output
 
 
 def test_an_unresolvable_host_name_is_retried_until_it_resolves(

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import redis
-
 from ..errors import PublishError
 from ..node import Node
 from ..publisher.connection import PublishConnection
@@ -24,6 +22,7 @@ from ..publisher.message import (
 from ..routing.routes import Route
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
+from ..transport.rights import ADD, PUBLISH, grant_the_user, remedy
 from ..transport.urls import trouble_of
 from .server import TIMEOUT, reason_of
 
@@ -131,21 +130,9 @@ def _refusal(outgoing: Message, error: Exception) -> PublishError:
         text = f"{name!r} is stored as the event {outgoing.id}, but {error}."
     elif isinstance(error, NoWritesError):
         text = f"{name!r} was not published: Redis takes no writes now: {error}."
-    elif not way.is_stream:
-        text = (
-            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. Grant the user "
-            f"the channel in the ACL: '&{way.key}'."
-        )
-    elif isinstance(error, redis.exceptions.NoPermissionError):
-        text = (
-            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. Grant the user "
-            f"the stream in the ACL: '~{way.key} +xadd'."
-        )
     else:
-        text = (
-            f"{name!r} was not published: Redis refuses it: {reason_of(error)}. See what "
-            f"{way.key!r} is with the Redis command TYPE: another program may have written it."
-        )
+        advice = remedy(error, {way.key: ADD if way.is_stream else PUBLISH}, grant_the_user)
+        text = f"{name!r} was not published: Redis refuses it: {reason_of(error)}. {advice}"
 
     in_doubt = isinstance(error, TooFewReplicasError)
     return PublishError(text, event_id=outgoing.id, in_doubt=in_doubt)

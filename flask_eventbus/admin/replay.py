@@ -47,7 +47,7 @@ class Replay:
     handled: int = 0
     #: The reason why each undecodable entry could not be decoded, by its id.
     unreadable: dict[str, str] = field(default_factory=dict)
-    #: Number of events from services that no receiver hears.
+    #: Number of events from services that no receiver listens to.
     others: int = 0
     #: Failed events by the name of the receiver.
     failed: dict[str, list[Failed]] = field(default_factory=dict)
@@ -131,8 +131,10 @@ class Replay:
 
     def _is_for_here(self, event: Event) -> bool:
         is_own = event.source == self.config.service
-        heard = self.subscription.accepts(event.source) and (self.subscription.echo or not is_own)
-        return heard and bool(self.dispatcher.receivers(event, only=self.only))
+        is_taken = self.subscription.accepts(event.source) and (
+            self.subscription.echo or not is_own
+        )
+        return is_taken and bool(self.dispatcher.receivers(event, only=self.only))
 
     def _note(self, entry: str, event: Event, failures: Sequence[Failure]) -> None:
         self.handled += not failures

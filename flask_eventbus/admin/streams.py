@@ -21,6 +21,7 @@ from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
+from ..transport.rights import is_missing_right, repair, right_of
 from ..transport.urls import trouble_of
 
 logger = get_logger(__name__)
@@ -33,9 +34,6 @@ PAGE = 100
 
 #: An entry of a stream: its id and its fields.
 Entry = tuple[EntryId, dict[bytes, bytes]]
-
-#: Commands whose rights name their subcommand as well.
-_CONTAINERS = ("XINFO", "XGROUP")
 
 
 class StreamAccess:
@@ -243,30 +241,18 @@ class StreamAccess:
         raise OperationError(self._refused(command, answer)) from answer
 
     def _refused(self, command: Command, refusal: Exception) -> str:
-        words = [_as_text(word) for word in command[:3]]
-        is_container = words[0] in _CONTAINERS
-        name = "|".join(words[: 1 + is_container]).lower()
-        key = " ".join(words[1 + is_container : 2 + is_container])
-        problem = f"Redis refuses {' '.join(words[: 1 + is_container])} of '{printable(key)}'"
+        right = right_of(command)
+        name = right[1:].replace("|", " ").upper()
+        key = " ".join(_as_text(word) for word in command[len(name.split()) :][:1])
+        problem = f"Redis refuses {name} of '{printable(key)}'"
 
-        if isinstance(refusal, redis.exceptions.NoPermissionError):
+        if is_missing_right(refusal):
             return (
-                f"{problem} to this user: {_reason(refusal)}. Grant it '+{name}' and "
+                f"{problem} to this user: {_reason(refusal)}. Grant it '{right}' and "
                 f"'~{self._prefix}:*' in the ACL, or name another user in 'EVENTBUS_URL'."
             )
 
-        if "WRONGTYPE" in str(refusal):
-            return (
-                f"{problem}: another program has written another type of value to this key. Set "
-                "another 'EVENTBUS_PREFIX', or delete the key."
-            )
-
-        remedy = ""
-
-        if str(refusal).startswith("unknown command"):
-            remedy = " Remove it from 'rename-command' in the server's configuration."
-
-        return f"{problem}: {_reason(refusal)}.{remedy}"
+        return f"{problem}: {_reason(refusal)}. {repair(refusal, [key])}"
 
 
 def by_name(found: Any) -> dict[str, dict[str, Any]]:

@@ -25,6 +25,7 @@ from ..transport.connections import Connections
 from ..transport.keys import ChannelKeys, StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import Backoff
+from ..transport.rights import LISTEN, LISTEN_PATTERN, READ, SEARCH, grant_the_user, remedy
 
 logger = get_logger(__name__)
 
@@ -184,11 +185,13 @@ class ChannelTail:
         if is_passing(redis.ResponseError(reason)):
             raise redis.ConnectionError(reason)
 
+        right = LISTEN_PATTERN if is_pattern(name) else LISTEN
         self._output.refused(
             self.via,
             name,
-            f"The Redis user cannot listen to {name!r}: {reason.rstrip('.')}. Grant "
-            f"it '&{self._keys.key(name)}' in the ACL, or name only signals that it may listen to.",
+            f"The Redis user cannot listen to {name!r}: {reason.rstrip('.')}. "
+            f"{grant_the_user({self._keys.key(name): right})} Or name only signals that it may "
+            "listen to.",
         )
 
 
@@ -405,7 +408,7 @@ class StreamTail:
             self.via,
             name,
             f"The Redis user cannot read the stream of {name!r}: {_one_line(reason)}. "
-            f"{_remedy(reason, key)}",
+            f"{remedy(reason, {key: READ}, grant_the_user)}",
         )
 
     def _refuse_patterns(self, reason: Exception) -> None:
@@ -414,8 +417,8 @@ class StreamTail:
                 self.via,
                 pattern,
                 f"The Redis user cannot list the streams for {pattern!r}: "
-                f"{_one_line(reason)}. Grant it '+smembers ~{self._keys.names}' in the ACL, or "
-                "name the signals.",
+                f"{_one_line(reason)}. {grant_the_user({self._keys.names: SEARCH})} Or name "
+                "the signals.",
             )
 
 
@@ -437,10 +440,3 @@ def _pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
 
 def _one_line(reason: Exception) -> str:
     return printable(" ".join(str(reason).split()).rstrip("."))
-
-
-def _remedy(reason: Exception, key: str) -> str:
-    if isinstance(reason, redis.exceptions.NoPermissionError):
-        return f"Grant it '+xread +xrevrange ~{key}' in the ACL."
-
-    return f"Check the key {key!r}: it does not seem to be a stream of the bus."

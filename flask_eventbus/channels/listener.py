@@ -18,6 +18,7 @@ from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from ..transport.keys import ChannelKeys
 from ..transport.reconnect import Backoff
+from ..transport.rights import LISTEN, LISTEN_PATTERN, grant_its_user
 from .decoder import MessageDecoder
 from .reader import ChannelReader, Frame
 
@@ -192,12 +193,11 @@ class ChannelSubscriptions:
         self._refused[name] = reason
         logger.error(
             "Redis refuses to let %r listen to %r: %s. This service does not receive its events. "
-            "Grant its user (+%s &%s) in the ACL.",
+            "%s",
             self._service,
             name,
             reason,
-            "psubscribe" if is_pattern(name) else "subscribe",
-            self._keys.key(name),
+            grant_its_user({self._keys.key(name): LISTEN_PATTERN if is_pattern(name) else LISTEN}),
             extra={"signal": name, "service": self._service},
         )
 

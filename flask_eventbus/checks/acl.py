@@ -17,16 +17,15 @@ from ..config import Config
 from ..node import Node
 from ..routing.options import is_pattern
 from ..routing.subscriptions import Subscription
+from ..transport import rights
 from ..transport.connection import set_deadline, timed_connection
 from ..transport.keys import StreamKeys
 from ..transport.pipe import Command
+from ..transport.rights import is_missing_right, repair, right_of
 from .findings import Finding, error, note, ok, warning
 
-#: Commands whose rights name their subcommand as well.
-_CONTAINERS = ("XINFO", "XGROUP")
-
 #: Commands without which a worker still reads, and does not maintain the group.
-_SPARED = frozenset({"XINFO", "XPENDING"})
+_SPARED = ("+xinfo", "+xpending")
 
 #: Words of errors that show that the user has the right: the ACL let the command pass, and an
 #: argument that is invalid on purpose was refused.
@@ -35,24 +34,41 @@ _HARMLESS = (
     *("without MULTI", "inside MULTI", "inside a transaction"),
 )
 
-#: An id, and an invalid number, in commands that are never executed.
-_ID = "0-1"
-_NO_NUMBER = "none"
+#: A command to try for each right; an argument is invalid on purpose, or a transaction around it
+#: is never executed.
+_TRIALS = {
+    right_of(tuple(command.split())): command
+    for command in (
+        *("XADD KEY MAXLEN ~ none * event -", "WAIT none 1", "SADD KEY x", "SMEMBERS KEY", "TIME"),
+        *("HSETNX KEY x 0", "HGET KEY x", "HMGET KEY x", "HSET KEY x x", "EXPIRE KEY 1"),
+        *("XREAD STREAMS KEY $", "XREVRANGE KEY + - COUNT 1", "XRANGE KEY 0-1 0-1"),
+        *("XGROUP CREATE KEY SERVICE none", "XGROUP CREATECONSUMER KEY SERVICE nobody"),
+        *("XGROUP DELCONSUMER KEY SERVICE nobody", "XACK KEY SERVICE 0-1"),
+        *("XREADGROUP GROUP SERVICE nobody COUNT 1 STREAMS KEY >", "XPENDING KEY SERVICE - + 1"),
+        *("XCLAIM KEY SERVICE nobody 0 0-1 JUSTID", "XINFO CONSUMERS KEY SERVICE"),
+        *("XINFO STREAM KEY", "XINFO GROUPS KEY", "XTRIM KEY MAXLEN ~ none", "INCRBY KEY none"),
+        *("ZRANGEBYSCORE KEY 0 0", "ZSCORE KEY x", "ZADD KEY 0 x", "ZREM KEY x"),
+        *("MULTI", "EXEC"),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A command that a service uses, and the keys that the ACL must grant for it."""
+    """A right that a service needs."""
 
-    command: Command
-    #: The keys, as a pattern; empty for a command that has none.
+    #: As the ACL writes it: ``+xadd``, ``+xinfo|stream``.
+    right: str
+    #: The keys that the ACL must grant for it, as a pattern; empty for none.
     keys: str = ""
+    service: str = ""
 
     @property
-    def right(self) -> str:
-        """The right as the ACL writes it: ``+xadd``, ``+xinfo|stream``."""
-        words = self.command[: 1 + (self.command[0] in _CONTAINERS)]
-        return "+" + "|".join(map(str, words)).lower()
+    def trial(self) -> Command:
+        """The command that shows whether the user has the right."""
+        key = f"{self.keys[:-1]}0" if self.keys.endswith("*") else self.keys
+        words = {"KEY": key, "SERVICE": self.service}
+        return tuple(words.get(word, word) for word in _TRIALS[self.right].split())
 
     @property
     def shown(self) -> str:
@@ -66,20 +82,6 @@ class Refusal:
 
     need: Need
     reason: redis.ResponseError
-
-    @property
-    def is_unknown(self) -> bool:
-        """True if the server does not know the command."""
-        return "unknown command" in str(self.reason)
-
-    @property
-    def is_right(self) -> bool:
-        """True if the user lacks a right in the ACL."""
-        # For EXEC the error only mentions it: the transaction was discarded because of NOPERM.
-        return (
-            isinstance(self.reason, redis.exceptions.NoPermissionError)
-            or "NOPERM" in f"{self.reason}"
-        )
 
 
 def check_stream_rights(open_server: Callable[[], Server], node: Node) -> Iterator[Finding]:
@@ -108,28 +110,24 @@ def _check_published(server: Server, node: Node, names: Iterable[str]) -> Iterat
         if (found := _refusals(server, _needs_of_publisher(node, keys, name)))
     ]
     yield from refused or [ok(f"It lets this user add to the streams of {_listed(names)}.")]
-    announced = [Need(("SADD", keys.names, name), keys.names) for name in names]
 
-    if _begins(server) and (found := _refusals(server, announced)):
-        yield _unannounced(found)
+    if _refusals(server, [Need("+multi")]):
+        return
+
+    if found := _refusals(server, [Need(rights.REGISTER, keys.names)]):
+        yield warning(
+            f"It does not let this user register its streams: {_why(found)}. Patterns, 'tail' and "
+            "'status' do not find them until another publisher has registered them.",
+            _remedy(found),
+        )
 
 
 def _needs_of_publisher(node: Node, keys: StreamKeys, name: str) -> Iterator[Need]:
-    key = keys.stream(name)
     replicas = node.route_for(name).replicas
-    # The command refuses an invalid limit itself, after the ACL has let it pass.
-    yield Need(("XADD", key, "MAXLEN", "~", _NO_NUMBER, "*", "event", ""), key)
+    yield Need(rights.ADD, keys.stream(name))
 
     if node.config.replicas if replicas is None else replicas:
-        yield Need(("WAIT", _NO_NUMBER, 1))
-
-
-def _unannounced(found: list[Refusal]) -> Finding:
-    return warning(
-        f"It does not let this user register its streams: {_why(found)}. Patterns, 'tail' and "
-        "'status' do not find them until another publisher has registered them.",
-        _remedy(found),
-    )
+        yield Need(rights.WAIT)
 
 
 def _check_read(
@@ -149,27 +147,24 @@ def _check_read(
 def _is_kept_out(
     server: Server, subscription: Subscription, keys: StreamKeys, config: Config
 ) -> bool:
-    """Return True if the service hears only the channel, since it may not create a group."""
+    """Return True if the service listens to the channel only, since it may not create a group."""
     if subscription.via is not None or not subscription.group:
         return False
 
     key = keys.stream(subscription.name)
     # The start is invalid on purpose, so that no group is created.
-    made = Need(("XGROUP", "CREATE", key, config.service, _NO_NUMBER), key)
-    return any(refusal.is_right for refusal in _refusals(server, [made]))
+    made = Need("+xgroup|create", key, config.service)
+    return any(is_missing_right(refusal.reason) for refusal in _refusals(server, [made]))
 
 
 def _kept_out(subscription: Subscription, keys: StreamKeys, config: Config) -> Finding:
     name = subscription.name
-    needs = [
-        *_needs_of(subscription, keys, config),
-        *(Need(("MULTI",)), Need(("EXEC",))),
-    ]
+    needs = [*_needs_of(subscription, keys, config), *map(Need, rights.TRANSACTION.split())]
+    grant = rights.grant_the_user(_by_keys(needs))
     return warning(
-        f"It does not let this user read the stream of {name!r}, so the service hears only its "
-        "channel.",
-        "Set via='channel' in the subscription, or grant the user in the ACL: "
-        f"{_listed_grants(needs)}.",
+        f"It does not let this user read the stream of {name!r}, so the service receives "
+        "only the events of its channel.",
+        f"Set via='channel' in the subscription, or {grant[0].lower()}{grant[1:]}",
     )
 
 
@@ -178,8 +173,8 @@ def _check_inside(
 ) -> Iterator[Finding]:
     """Try the commands in a transaction, where Redis checks them and does not run them."""
     # Before MULTI: inside, EXEC would run the transaction.
-    found = _refusals(server, [Need(("EXEC",))])
-    begins = _refusals(server, [Need(("MULTI",))])
+    found = _refusals(server, [Need("+exec")])
+    begins = _refusals(server, [Need("+multi")])
 
     if any(each.group for each in subscriptions) and (found or begins):
         yield _finding("It does not let this user acknowledge events of streams", found + begins)
@@ -205,7 +200,7 @@ def _check_each(
         found = _refusals(server, _needs_of(subscription, keys, config))
         reader = f"as the group {config.service!r}" if subscription.group else "in each process"
 
-        if found and all(refusal.need.command[0] in _SPARED for refusal in found):
+        if found and all(refusal.need.right.startswith(_SPARED) for refusal in found):
             yield warning(
                 f"It lets this user read the stream of {subscription.name!r} {reader}, and not "
                 f"maintain its group: {_why(found)}. The service does not notice events that dead "
@@ -217,88 +212,35 @@ def _check_each(
             yield _finding(text, found)
 
 
-def _needs_of(subscription: Subscription, keys: StreamKeys, config: Config) -> Iterator[Need]:
+def _needs_of(subscription: Subscription, keys: StreamKeys, config: Config) -> list[Need]:
+    """Return the rights that a service needs to read a stream, all but those to transactions."""
     name, service = subscription.name, config.service
+    needed: list[tuple[str, str]] = []
 
     if is_pattern(name):
-        yield from _needs_of_pattern(keys, service, name)
+        needed += [(rights.SEARCH, keys.names), (rights.TIME, "")]
+        needed.append((rights.SINCE, keys.since(service)))
 
     if not subscription.group:
-        yield from _needs_of_follower(keys.stream(name))
-        return
+        needed.append((rights.FOLLOW, keys.stream(name)))
+    else:
+        needed += [(rights.GROUP, keys.stream(name)), (rights.REGISTER, keys.names)]
+        # Finds retries of signals that the service no longer subscribes to.
+        needed += [(rights.SEARCH, keys.names), (rights.TIME, "")]
 
-    yield from _needs_of_group(keys.stream(name), service)
-    yield Need(("SADD", keys.names, name), keys.names)
-    # Finds retries of signals that the service no longer subscribes to.
-    yield Need(("SMEMBERS", keys.names), keys.names)
-    yield Need(("TIME",))
+        if config.duplicate_window:
+            needed.append((rights.SEEN, keys.seen(name, service, 0)[:-1] + "*"))
 
-    if config.duplicate_window:
-        yield from _needs_of_duplicates(keys.seen(name, service, 0)[:-1])
+        needed += [(rights.RETRIES, keys.retry(name, service))]
+        needed += [(rights.DEAD, keys.dead(name, service))]
+        needed += [(rights.DROPPED, keys.dead_dropped(name, service))]
 
-    yield from _needs_of_retries(keys.retry(name, service))
-    dead = keys.dead(name, service)
-    yield Need(("XADD", dead, "*", "reason", ""), dead)
-    yield Need(("XTRIM", dead, "MAXLEN", "~", _NO_NUMBER), dead)
-    dropped = keys.dead_dropped(name, service)
-    yield Need(("INCRBY", dropped, _NO_NUMBER), dropped)
-
-
-def _needs_of_pattern(keys: StreamKeys, service: str, pattern: str) -> Iterator[Need]:
-    since = keys.since(service)
-    yield Need(("SMEMBERS", keys.names), keys.names)
-    yield Need(("TIME",))
-    yield Need(("HSETNX", since, pattern, 0), since)
-    yield Need(("HGET", since, pattern), since)
-
-
-def _needs_of_follower(key: str) -> Iterator[Need]:
-    yield Need(("XREAD", "STREAMS", key, "$"), key)
-    yield Need(("XREVRANGE", key, "+", "-", "COUNT", 1), key)
-    yield Need(("XINFO", "STREAM", key), key)
-
-
-def _needs_of_group(key: str, service: str) -> Iterator[Need]:
-    commands: list[Command] = [
-        ("XGROUP", "CREATE", key, service, "$", "MKSTREAM"),
-        ("XGROUP", "CREATECONSUMER", key, service, "nobody"),
-        ("XGROUP", "DELCONSUMER", key, service, "nobody"),
-        ("XREADGROUP", "GROUP", service, "nobody", "COUNT", 1, "STREAMS", key, ">"),
-        ("XACK", key, service, _ID),
-        ("XCLAIM", key, service, "nobody", 0, _ID, "JUSTID"),
-        ("XPENDING", key, service, "-", "+", 1),
-        ("XRANGE", key, _ID, _ID),
-        ("XINFO", "STREAM", key),
-        ("XINFO", "GROUPS", key),
-        ("XINFO", "CONSUMERS", key, service),
-    ]
-    return (Need(command, key) for command in commands)
-
-
-def _needs_of_duplicates(start: str) -> Iterator[Need]:
-    key = f"{start}0"
-    commands: list[Command] = [("HMGET", key, ""), ("HSET", key, "", ""), ("EXPIRE", key, 1)]
-    return (Need(command, f"{start}*") for command in commands)
-
-
-def _needs_of_retries(key: str) -> Iterator[Need]:
-    commands: list[Command] = [
-        ("ZRANGEBYSCORE", key, 0, 0),
-        ("ZSCORE", key, ""),
-        ("ZADD", key, 0, ""),
-        ("ZREM", key, ""),
-    ]
-    return (Need(command, key) for command in commands)
-
-
-def _begins(server: Server) -> bool:
-    """Start a transaction, in which commands are only checked; return True if Redis allows it."""
-    return not _refusals(server, [Need(("MULTI",))])
+    return [Need(right, key, service) for each, key in needed for right in each.split()]
 
 
 def _refusals(server: Server, needs: Iterable[Need]) -> list[Refusal]:
     needs = list(needs)
-    answers = server.ask_all([tuple(map(str, need.command)) for need in needs])
+    answers = server.ask_all([tuple(map(str, need.trial)) for need in needs])
     return [
         Refusal(need, answer)
         for need, answer in zip(needs, answers, strict=True)
@@ -312,53 +254,34 @@ def _finding(text: str, found: list[Refusal]) -> Finding:
 
 
 def _remedy(found: list[Refusal]) -> str:
-    if unknown := [refusal for refusal in found if refusal.is_unknown]:
-        if all(refusal.need.command[0] in _SPARED for refusal in unknown):
-            return "Remove the command from 'rename-command' in the server's configuration."
+    missing = [refusal.need for refusal in found if is_missing_right(refusal.reason)]
+    unknown = [refusal for refusal in found if "unknown command" in str(refusal.reason)]
 
-        return "Use Redis 6.2 or later, or Valkey: this server does not know the command."
+    if missing and not unknown:
+        return rights.grant_the_user(_by_keys(missing))
 
-    if grants := _grants(found):
-        return f"Grant the user in the ACL: {grants}."
-
-    reasons = " ".join(str(refusal.reason) for refusal in found)
-
-    if "WRONGTYPE" in reasons:
-        return "Set another 'EVENTBUS_PREFIX', or delete the key that another program has written."
-
-    if "OOM" in reasons:
-        return "Raise 'maxmemory' of the server, or delete what fills it."
-
-    return "Fix what the error names; the log of the Redis server may say more. Then check again."
+    first = (unknown or found)[0]
+    return repair(first.reason, [first.need.keys])
 
 
 def _why(found: list[Refusal]) -> str:
     """Return the first error that is not a missing right; otherwise the missing rights."""
-    first = next((refusal for refusal in found if not refusal.is_right), None)
+    first = next((refusal for refusal in found if not is_missing_right(refusal.reason)), None)
 
     if first is not None:
         return f"{first.need.shown}: {reason_of(first.reason)}"
 
-    return "no right to " + ", ".join(
-        dict.fromkeys(refusal.need.right[1:].replace("|", " ").upper() for refusal in found)
-    )
+    return "no right to " + ", ".join(dict.fromkeys(refusal.need.shown for refusal in found))
 
 
-def _grants(found: list[Refusal]) -> str:
-    return _listed_grants(refusal.need for refusal in found if refusal.is_right)
-
-
-def _listed_grants(needs: Iterable[Need]) -> str:
-    """Return the rights for each pattern of keys, as the ACL takes them."""
-    by_keys: dict[str, dict[str, None]] = {}
+def _by_keys(needs: Iterable[Need]) -> dict[str, str]:
+    """Return the rights for each pattern of keys."""
+    found: dict[str, dict[str, None]] = {}
 
     for need in needs:
-        by_keys.setdefault(need.keys, {})[need.right] = None
+        found.setdefault(need.keys, {})[need.right] = None
 
-    return ", ".join(
-        repr(" ".join([*rights, *([f"~{keys}"] if keys else [])]))
-        for keys, rights in by_keys.items()
-    )
+    return {keys: " ".join(found[keys]) for keys in found}
 
 
 def _listed(names: Iterable[str]) -> str:

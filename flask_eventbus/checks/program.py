@@ -45,25 +45,27 @@ def check_program(node: Node) -> Iterator[Finding]:
 
 def _check_settings(node: Node, overview: Overview) -> Iterator[Finding]:
     config = node.config
-    publishes, hears = len(overview.routes), len(overview.subscriptions)
+    publishes, subscribes = len(overview.routes), len(overview.subscriptions)
 
-    if publishes or hears:
+    if publishes or subscribes:
         names = "1 name" if publishes == 1 else f"{publishes} names"
-        yield ok(f"The service {config.service!r} publishes {names} and hears {hears}.")
+        yield ok(
+            f"The service {config.service!r} publishes {names} and subscribes to {subscribes}."
+        )
     else:
         yield warning(
-            f"The service {config.service!r} publishes nothing and hears nothing.",
+            f"The service {config.service!r} publishes nothing and subscribes to nothing.",
             "Name signals in 'EVENTBUS_PUBLISH' or 'EVENTBUS_SUBSCRIBE', or use bus.publishes() "
             "and @bus.on().",
         )
 
     if not config.enabled:
         yield warning(
-            "'EVENTBUS_ENABLED' is False: nothing is published and nothing is heard.",
+            "'EVENTBUS_ENABLED' is False: nothing is published and nothing is received.",
             "Set it to True, unless this is intended.",
         )
 
-    if hears and not config.listen:
+    if subscribes and not config.listen:
         yield note(
             "'EVENTBUS_LISTEN' is False: processes that serve the app do not listen.",
             "Run 'flask eventbus run' as well.",
@@ -259,7 +261,7 @@ def _check_declared(
 
 
 def _check_together(signal: NamedSignal, needs: list[_Needs]) -> Iterator[Finding]:
-    """Check that one payload can fit all receivers that hear every sender."""
+    """Check that one payload can fit all receivers that accept every sender."""
     for_all = {id(found) for found in signal.receivers_for(object())}
 
     for one, other in combinations([need for need in needs if id(need.receiver) in for_all], 2):

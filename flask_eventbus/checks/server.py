@@ -26,6 +26,7 @@ from ..timing import TIMING
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
 from ..transport.keys import ChannelKeys, StreamKeys
+from ..transport.rights import LISTEN, LISTEN_PATTERN, PUBLISH, grant_the_user, remedy
 from ..transport.urls import AdvisedError, without_secrets
 from .acl import check_access, check_stream_rights
 from .findings import Finding, error, note, ok, warning
@@ -102,7 +103,7 @@ def _check_role(connections: Connections) -> Iterator[Finding]:
         yield warning(
             f"It does not answer ROLE: {reason_of(refusal)}. The bus notices that a master became "
             "a replica only when it refuses a write.",
-            "Grant the user in the ACL: '+role'.",
+            grant_the_user({"": "+role"}),
         )
 
 
@@ -262,7 +263,7 @@ def check_listeners(server: Server, node: Node, service: str | None) -> Iterator
 
 
 def _wants_channels(node: Node) -> bool:
-    """Return True if every subscription that is heard over a channel sets ``via``."""
+    """Return True if every subscription that uses a channel sets ``via``."""
     return all(found.via is not None for found in node.subscriptions.values())
 
 
@@ -296,7 +297,7 @@ def _try_channels(server: Server, node: Node, names: list[str]) -> Iterator[Find
         try:
             server.ask("PUBLISH", keys.key(name), b"")
         except redis.ResponseError as refusal:
-            yield _refused("publish", name, keys, refusal)
+            yield _refused("publish", name, {keys.key(name): PUBLISH}, refusal)
 
 
 def _check_subscribing(connections: Connections, node: Node) -> Iterator[Finding]:
@@ -312,14 +313,15 @@ def _check_subscribing(connections: Connections, node: Node) -> Iterator[Finding
 
     try:
         refusals = [
-            _refused("hear", name, keys, refusal)
+            _refused("listen to", name, {keys.key(name): right}, refusal)
             for name in names
-            if (refusal := _refusal(reader, keys.key(name), is_pattern(name)))
+            if (right := LISTEN_PATTERN if is_pattern(name) else LISTEN)
+            and (refusal := _refusal(reader, keys.key(name), is_pattern(name)))
         ]
     finally:
         reader.close()
 
-    yield from refusals or [ok(f"It lets this user hear {_listed(names)}.")]
+    yield from refusals or [ok(f"It lets this user listen to {_listed(names)}.")]
 
 
 def _check_streams(
@@ -369,7 +371,7 @@ def _note_cluster(overview: Overview) -> Iterator[Finding]:
     if names:
         yield note(
             f"In a Redis Cluster there are no streams yet: {_listed(names)} "
-            f"{'is' if len(names) == 1 else 'are'} heard over channels alone."
+            f"{'uses' if len(names) == 1 else 'use'} channels alone."
         )
 
 
@@ -403,11 +405,9 @@ def _refusal(reader: ChannelReader, key: str, is_pattern: bool) -> str | None:
     raise redis.TimeoutError("no answer to SUBSCRIBE")
 
 
-def _refused(verb: str, name: str, keys: ChannelKeys, refusal: Any) -> Finding:
-    return error(
-        f"It does not let this user {verb} {name!r}: {reason_of(refusal)}.",
-        f"Grant the user the channel in the ACL: '&{keys.key(name)}'.",
-    )
+def _refused(verb: str, name: str, rights: Mapping[str, str], refusal: Any) -> Finding:
+    text = f"It does not let this user {verb} {name!r}: {reason_of(refusal)}."
+    return error(text, remedy(refusal, rights, grant_the_user))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -214,12 +214,12 @@ def routes_report(found: dict[str, Any]) -> Iterator[str]:
         numbers=(1, 2),
     )
     yield from _section(
-        ("Hears", "Via", "From", "Echo", "Group", "Start"),
-        [_heard(heard) for heard in found["subscribes"]],
+        ("Subscribes to", "Via", "From", "Echo", "Group", "Start"),
+        [_subscription(each) for each in found["subscribes"]],
     )
     yield from _section(
         ("Signal", "Receivers", "Retries", "Timeout"),
-        [row for heard in found["subscribes"] for row in _receivers(heard)],
+        [row for each in found["subscribes"] for row in _receivers(each)],
         numbers=(2, 3),
     )
     yield from _section(
@@ -228,22 +228,22 @@ def routes_report(found: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _heard(heard: dict[str, Any]) -> tuple[str, ...]:
-    reads = "stream" in heard["via"]
+def _subscription(found: dict[str, Any]) -> tuple[str, ...]:
+    reads = "stream" in found["via"]
     return (
-        heard["name"],
-        "both" if len(heard["via"]) == 2 else heard["via"][0],
-        ", ".join(heard["from"] or ["anyone"]),
-        _yes(heard["echo"]),
-        (heard["group"] or "none") if reads else "-",
-        heard["start"] or "-",
+        found["name"],
+        "both" if len(found["via"]) == 2 else found["via"][0],
+        ", ".join(found["from"] or ["anyone"]),
+        _yes(found["echo"]),
+        (found["group"] or "none") if reads else "-",
+        found["start"] or "-",
     )
 
 
-def _receivers(heard: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    name = heard["name"]
+def _receivers(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    name = found["name"]
 
-    for each in heard["receivers"]:
+    for each in found["receivers"]:
         retries, timeout = each["retries"], each["timeout"]
         yield (
             name,
@@ -254,7 +254,7 @@ def _receivers(heard: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         # Show the name once, on the first line.
         name = ""
 
-    if not heard["receivers"]:
+    if not found["receivers"]:
         yield name, "none", "-", "-"
 
 

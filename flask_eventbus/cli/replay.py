@@ -233,5 +233,5 @@ def _sum(work: Replay, dry: bool) -> str:
     parts = [f"{work.handled} {'would be replayed' if dry else 'handled'}"]
     parts += [f"{work.failures} failed"] if work.failures else []
     parts += [f"{len(work.unreadable)} unreadable"] if work.unreadable else []
-    parts += [f"{work.others} from services that no receiver hears"] if work.others else []
+    parts += [f"{work.others} from services that no receiver listens to"] if work.others else []
     return f"Read {counted(work.read, 'event')} of {work.name!r}: {', '.join(parts)}."

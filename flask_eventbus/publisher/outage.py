@@ -7,12 +7,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import redis
-
 from ..errors import PublishError
 from ..logs import BoundedLog, Counters, Whole, get_logger
 from ..signals import emit, events_dropped, publisher_lost, publisher_restored
 from ..transport.reconnect import Backoff
+from ..transport.rights import ADD, PUBLISH, grant_its_user, is_missing_right
 from .message import Message, NoWritesError, TooFewReplicasError
 
 logger = get_logger(__name__)
@@ -302,12 +301,9 @@ class PublishReport:
 
 def _remedy(message: Message, error: Exception) -> str:
     """Return the remedy for a refusal as a sentence with a leading space; empty if unknown."""
-    if not isinstance(error, redis.exceptions.NoPermissionError):
-        return ""
-
     destination = message.route_state.destination
-    right = f"+xadd ~{destination.key}" if destination.is_stream else f"+publish &{destination.key}"
-    return f" Grant its user ({right}) in the ACL."
+    right = ADD if destination.is_stream else PUBLISH
+    return f" {grant_its_user({destination.key: right})}" if is_missing_right(error) else ""
 
 
 def _shown(lost: Sequence[Message]) -> str:

@@ -16,7 +16,7 @@ from ..signals import emit, events_dropped
 from ..transport.connection import OUTAGE
 from ..transport.keys import StreamKeys
 from ..transport.pipe import Command, Pipe
-from .group import remedy
+from ..transport.rights import remedy, right_of
 
 logger = get_logger(__name__)
 
@@ -130,7 +130,7 @@ class DeadLimit:
             "'EVENTBUS_DEAD_MAXLEN' has no effect."
             if right == "XTRIM"
             else "Dropped dead letters are not counted.",
-            remedy(error, {key: f"+{right.lower()}"}),
+            remedy(error, {key: right_of(command)}),
             level=logging.ERROR,
         )
 

@@ -11,7 +11,7 @@ from ..receivers.conflicts import Conflicts
 from ..receivers.delivery import Delivery
 from ..transport.connections import Context
 from ..transport.pipe import Command, Pipe
-from .group import remedy
+from ..transport.rights import SEEN, TRANSACTION, remedy
 
 logger = get_logger(__name__)
 
@@ -156,5 +156,5 @@ class Duplicates:
             "Redis refuses to store the ids of received events (%s). An event that a publisher "
             "sends twice is handled twice. %s Or set 'EVENTBUS_DUPLICATE_WINDOW' to 0.",
             reason,
-            remedy(reason, {self._pattern(name): "+hmget +hset +expire +multi +exec"}),
+            remedy(reason, {self._pattern(name): f"{SEEN} {TRANSACTION}"}),
         )

@@ -19,9 +19,10 @@ from ..routing.subscriptions import NEW, Subscription
 from ..transport.connections import Context
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import Backoff, Reading
+from ..transport.rights import FOLLOW, remedy
 from .alarms import far_ahead
 from .decoder import EntryDecoder
-from .group import Entry, behind, fields_of, last_id, passed, remedy
+from .group import Entry, behind, fields_of, last_id, passed
 from .membership import Catalogue
 from .reclaim import report_trimmed, report_trimmed_over
 
@@ -30,8 +31,6 @@ logger = get_logger(__name__)
 #: Seconds that a read blocks if there is no entry.
 BLOCK = 1.0
 
-#: ACL rights that a reader needs on a stream.
-RIGHTS = "+xread +xrevrange +xinfo|stream"
 
 #: Number of entry ids remembered for each stream, to find those that a replaced master lost.
 REMEMBERED = 10_000
@@ -433,6 +432,6 @@ class Fanout:
             self._service,
             name,
             reason,
-            remedy(reason, {self._keys.stream(name): RIGHTS}),
+            remedy(reason, {self._keys.stream(name): FOLLOW}),
             extra={"signal": name, "service": self._service},
         )

@@ -14,6 +14,7 @@ from ..timing import TIMING, Timing
 from ..transport.connection import takes_no_writes
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Large, Pipe
+from ..transport.rights import DEAD, GROUP, RETRIES, TRANSACTION, remedy
 
 logger = get_logger(__name__)
 
@@ -23,15 +24,6 @@ RELEASED = "released"
 #: Idle time of a released entry, in milliseconds. No other entry is idle for so long, so a claim
 #: with this minimum takes released entries only, and only one worker gets each.
 LONG_IDLE = 2**31 - 1
-
-#: ACL rights that a worker needs on the stream.
-RIGHTS = (
-    "+xgroup|create +xgroup|createconsumer +xgroup|delconsumer +xreadgroup +xack +xclaim +xpending "
-    "+xrange +xinfo|stream +xinfo|groups +xinfo|consumers"
-)
-
-#: ACL rights that a worker needs on the retries of its service, with their transactions.
-RETRY_RIGHTS = "+zrangebyscore +zscore +zadd +zrem +multi +exec"
 
 #: The second largest entry id. Redis reads the largest one as ``>``.
 LAST_ID = f"{2**64 - 1}-{2**64 - 2}"
@@ -350,7 +342,7 @@ class Group:
                 "in the stream and are read within seconds once Redis accepts writes again."
             )
 
-        return remedy(reason, {self._keys.stream(name): RIGHTS})
+        return remedy(reason, {self._keys.stream(name): GROUP})
 
     def worker_remedy(self, name: str, reason: Exception) -> str:
         """Return one sentence that tells what to do if Redis refuses a worker after a read."""
@@ -358,9 +350,9 @@ class Group:
         return remedy(
             reason,
             {
-                keys.stream(name): RIGHTS,
-                keys.retry(name, service): RETRY_RIGHTS,
-                keys.dead(name, service): "+xadd +xtrim",
+                keys.stream(name): GROUP,
+                keys.retry(name, service): f"{RETRIES} {TRANSACTION}",
+                keys.dead(name, service): DEAD,
             },
         )
 
@@ -639,40 +631,6 @@ def passed(info: Any, position: str) -> int | None:
         return added - int(stream["length"])
 
     return None
-
-
-def remedy(reason: object, rights: Mapping[str, str]) -> str:
-    """Return one sentence that tells what to do about an error of Redis.
-
-    :param rights: the ACL rights that the user needs, by key.
-    """
-    if isinstance(reason, redis.exceptions.NoPermissionError) or "NOPERM" in str(reason):
-        selectors = " ".join(f"({needed} ~{key})" for key, needed in rights.items())
-        return f"Grant its user {selectors} in the ACL."
-
-    if str(reason).startswith("unknown command"):
-        return (
-            "Remove the command from 'rename-command' in the server's configuration, or use Redis "
-            "6.2 or later."
-        )
-
-    if "WRONGTYPE" in str(reason):
-        keys = " or ".join(map(repr, rights))
-        return (
-            f"Another program stores a different type under {keys}. Delete the key, or set "
-            "'EVENTBUS_PREFIX' to another prefix."
-        )
-
-    if str(reason).startswith(("OOM", "command not allowed when used memory")):
-        return "Raise 'maxmemory' of the server, or free memory."
-
-    if str(reason).startswith("NOREPLICAS"):
-        return "Start the replicas, or lower 'min-replicas-to-write' of the server."
-
-    if str(reason).startswith("MISCONF"):
-        return "Read in the server's log why it cannot save, and repair that."
-
-    return "Read the server's log, and look up this error in the documentation of Redis."
 
 
 def fields_of(flat: Any) -> Fields:

@@ -15,6 +15,7 @@ from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.connections import Context
 from ..transport.pipe import Pipe
+from ..transport.rights import SEARCH, SINCE, TIME, grant_its_user
 from .alarms import too_many_names
 from .decoder import Intake
 from .duplicates import Duplicates
@@ -153,13 +154,16 @@ class Catalogue:
             self._log.once(
                 "refused",
                 "Redis refuses to list the streams for %s: %s. Patterns do not find new streams. "
-                "Grant the user of %r (+smembers +hsetnx +hget +time ~%s ~%s) in the ACL. Delete "
-                "these keys if another program wrote them.",
+                "%s Delete these keys if another program wrote them.",
                 ", ".join(patterns),
                 error,
-                self._config.service,
-                self._keys.names,
-                self._keys.since(self._config.service),
+                grant_its_user(
+                    {
+                        self._keys.names: SEARCH,
+                        self._keys.since(self._config.service): SINCE,
+                        "": TIME,
+                    }
+                ),
                 level=logging.ERROR,
             )
 
@@ -409,7 +413,7 @@ class Membership:
 
             if refusal is None:
                 joined[name] = subscribed[name]
-                self._note_granted(name)
+                self._note_grant_its_usered(name)
                 self.refused = {
                     other: self.refused[other] for other in self.refused if other != name
                 }
@@ -418,7 +422,7 @@ class Membership:
 
         self.joined = joined
 
-    def _note_granted(self, name: str) -> None:
+    def _note_grant_its_usered(self, name: str) -> None:
         if self._logged.pop(name, None) is not None:
             self._log.over(
                 f"refused {name}",

@@ -23,6 +23,7 @@ from ..receivers.delivery import Delivery
 from ..routing.subscriptions import Subscription
 from ..transport.connections import Context
 from ..transport.pipe import Command, Pipe
+from ..transport.rights import SEARCH, grant_its_user
 from .acknowledger import Acknowledger
 from .outcomes import Outcome, Outcomes
 
@@ -140,10 +141,10 @@ class RetryQueue:
             self._log.once(
                 "refused",
                 "Redis does not let %r list the streams (%s). Retries of signals that it no longer "
-                "subscribes to are not given up. Grant its user (+smembers ~%s) in the ACL.",
+                "subscribes to are not given up. %s",
                 self._config.service,
                 error,
-                self._keys.names,
+                grant_its_user({self._keys.names: SEARCH}),
             )
             return []
 

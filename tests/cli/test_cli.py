@@ -220,7 +220,7 @@ def test_publish_fails_when_redis_refuses_the_channel(redis_server: RedisServer)
     result = CliRunner().invoke(main, ["--url", url, "publish", "paid"])
 
     assert result.exit_code == 1
-    assert "'&eventbus:{paid}:channel'" in result.output
+    assert "'+publish &eventbus:{paid}:channel'" in result.output
 
 
 def test_publish_into_a_stream_prints_where_the_event_is(
@@ -270,8 +270,8 @@ def test_publish_does_not_call_an_event_lost_when_its_reply_is_lost(
 @pytest.mark.parametrize(
     ("rights", "words"),
     [
-        (["+@all", "-xadd", "~*"], "'~eventbus:{paid}:stream +xadd'"),
-        (["+@all", "~other"], "'~eventbus:{paid}:stream +xadd'"),
+        (["+@all", "-xadd", "~*"], "'+xadd ~eventbus:{paid}:stream'"),
+        (["+@all", "~other"], "'+xadd ~eventbus:{paid}:stream'"),
     ],
     ids=["command", "key"],
 )
@@ -373,7 +373,7 @@ order_*        channel  after commit  no         order_paid        -
 price_changed  channel  at send       yes        price_changed     -
 refund_*       channel  by outbox     no         none yet          -
 
-Hears            Via   From      Echo  Group  Start
+Subscribes to    Via   From      Echo  Group  Start
 stock_*          both  anyone    yes   shop   new
 tax_changed      both  law, tax  no    shop   new
 user_registered  both  anyone    no    shop   new
@@ -467,7 +467,7 @@ invoice_paid  1,000,000         1  id
 invoice_sent        36h         2  -
 order_*         100,000         2  -
 
-Hears            Via      From    Echo  Group  Start
+Subscribes to    Via      From    Echo  Group  Start
 price_changed    channel  anyone  no    -      -
 stock_changed    stream   anyone  no    none   new
 user_registered  stream   anyone  no    shop   earliest

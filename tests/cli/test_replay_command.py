@@ -266,7 +266,7 @@ def test_replay_skips_events_of_services_that_are_not_subscribed_to(
 
     assert result.exit_code == 0, result.output
     assert result.output == (
-        "Read 3 events of 'paid': 1 handled, 2 from services that no receiver hears.\n"
+        "Read 3 events of 'paid': 1 handled, 2 from services that no receiver listens to.\n"
     )
     assert numbers == [1]
 

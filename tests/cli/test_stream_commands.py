@@ -447,7 +447,7 @@ def test_a_key_of_another_type_is_reported(store: StreamStore) -> None:
     result = store.run("status")
 
     assert result.exit_code == 1
-    assert "another program has written another type of value to this key" in result.output
+    assert "Another program stores a different type under" in result.output
     assert f"'{store.keys.names}'" in result.output
 
 

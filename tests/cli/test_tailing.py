@@ -295,7 +295,9 @@ def test_tail_ends_with_a_clear_error_where_redis_refuses(redis_server: RedisSer
 
     assert (allowed.exit_code, refused.exit_code, unknown.exit_code) == (0, 1, 1)
     assert "Error: The Redis user cannot listen to '*': " in refused.output
-    assert "Grant it '&eventbus:{*}:channel' in the ACL, or name only signals" in refused.output
+    assert (
+        "Grant the user in the ACL: '+psubscribe &eventbus:{*}:channel'. Or name" in refused.output
+    )
     assert "does not let this user in" in unknown.output
     assert "s3cret" not in unknown.output
 
@@ -695,10 +697,10 @@ def test_tail_shows_the_permitted_transport_of_a_signal_and_reports_the_refused_
     by_channel.until(lambda: by_channel.heard)
 
     assert "The Redis user cannot listen to 'noted': " in by_stream.told[0]
-    assert "'&eventbus:{noted}:channel'" in by_stream.told[0]
+    assert "'+subscribe &eventbus:{noted}:channel'" in by_stream.told[0]
     assert "The Redis user cannot read the stream of 'noted': " in by_channel.told[0]
     assert by_channel.told[0].endswith(
-        "Grant it '+xread +xrevrange ~eventbus:{noted}:stream' in the ACL."
+        "Grant the user in the ACL: '+xread +xrevrange ~eventbus:{noted}:stream'."
     )
 
 
@@ -733,8 +735,8 @@ def test_a_refused_stream_is_reported_once_and_retried(
         "'bad name\\x1b'.",
         f"Listening to * on {store.url}. Press Ctrl-C to stop.",
         "The Redis user cannot read the stream of 'noted': WRONGTYPE Operation "
-        f"against a key holding the wrong kind of value. Check the key {key!r}: it does not seem "
-        "to be a stream of the bus.",
+        f"against a key holding the wrong kind of value. Another program stores a different "
+        f"type under {key!r}. Delete the key, or set 'EVENTBUS_PREFIX' to another prefix.",
     ]
     assert seen.entries[0] == first
 

@@ -1729,4 +1729,4 @@ def test_the_publish_command_reports_a_refusal_of_redis(redis_server: RedisServe
 
     assert (wrong.returncode, denied.returncode) == (1, 1)
     assert "'tick' was not published: Redis refuses it: WRONGTYPE" in wrong.stderr
-    assert "Grant the user the stream in the ACL: '~eventbus:{tock}:stream +xadd'" in denied.stderr
+    assert "Grant the user in the ACL: '+xadd ~eventbus:{tock}:stream'." in denied.stderr
