@@ -31,7 +31,6 @@ logger = get_logger(__name__)
 #: Seconds that a read blocks if there is no entry.
 BLOCK = 1.0
 
-
 #: Number of entry ids remembered for each stream, to find those that a replaced master lost.
 REMEMBERED = 10_000
 

@@ -11,5 +11,6 @@ A command passes through the files in this order:
 5. ``pipe`` sends a batch of commands and reads their replies. It keeps the time of the Redis
    server as well.
 
+``rights`` names the rights that commands need, and the remedy if Redis refuses one.
 ``reconnect`` runs the threads that read, and connects again after an outage.
 """
