@@ -23,7 +23,7 @@ from flask_eventbus.publisher import publisher, writer
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.typing import Via
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("cuts and delays connections while events arrive")
 
 Make = Callable[..., Bus]
 

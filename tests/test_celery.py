@@ -14,7 +14,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("starts a Celery worker")
 
 TASKS = """
 import os

@@ -25,7 +25,7 @@ import pytest
 from servers import require
 from waiting import wait_until
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("starts some twenty processes at once")
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = Path("/proc")

@@ -20,7 +20,7 @@ import flask_eventbus
 from flask_eventbus.config import Config
 from flask_eventbus.node import LONGEST_STOP
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("starts the processes of the pages and kills their Redis")
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

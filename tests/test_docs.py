@@ -31,7 +31,7 @@ from flask_eventbus.receivers.dispatcher import delay
 from flask_eventbus.routing import routes, subscriptions
 from flask_eventbus.transport.keys import StreamKeys
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("runs the programs of the pages beside a real Redis")
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

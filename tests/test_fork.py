@@ -12,7 +12,7 @@ from programs import Service
 from servers import RedisServer
 from waiting import wait_until
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("forks processes with running threads, and kills them")
 
 #: What every program begins with. From Python 3.12 on, a fork beside threads is warned of.
 PROGRAM = """

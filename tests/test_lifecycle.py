@@ -18,7 +18,7 @@ from flask_eventbus import Bus, Event, Reject, current_event, signals
 from flask_eventbus.signals import emit, wait_until_sent
 from flask_eventbus.testing import Isolation
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("lets short claims expire while receivers block")
 
 Make = Callable[..., Bus]
 

@@ -19,7 +19,7 @@ from flask_eventbus import Bus, signals
 from flask_eventbus.receivers.workers import EventQueue
 from flask_eventbus.signals import wait_until_sent
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("sends signals to processes as they start and end")
 
 Make = Callable[..., Bus]
 

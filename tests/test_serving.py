@@ -22,7 +22,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("starts, reloads and kills web servers with several workers")
 
 APP = """
 from serving_app.app import bus, create_app, shouted

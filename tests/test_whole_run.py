@@ -29,7 +29,7 @@ def test_of_real_servers():
         raise AssertionError("the server was slow")
 """
 
-MARK = "\npytestmark = pytest.mark.second_look\n"
+MARK = "\npytestmark = pytest.mark.second_look('starts a server')\n"
 
 
 @pytest.mark.parametrize("body", SKIPS.values(), ids=SKIPS)
@@ -74,6 +74,15 @@ def test_a_test_without_the_mark_does_not_run_again(tmp_path: Path) -> None:
 
     assert outcome.returncode == 1
     assert "1 failed" in outcome.stdout
+
+
+def test_a_mark_without_a_reason_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "test_flaky.py").write_text(FLAKY + MARK.replace("'starts a server'", ""))
+
+    outcome = run_pytest(tmp_path)
+
+    assert outcome.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "test_of_real_servers: second_look needs a reason" in outcome.stdout + outcome.stderr
 
 
 def test_a_failure_of_one_test_does_not_hide_files_that_were_never_run(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 - A skipped test is a failure.
 - A test that was collected and did not run fails the run, however pytest ended.
-- A test with the mark ``second_look``, which starts, hangs or kills servers and processes and can
-  miss a deadline on a busy machine, runs again if it fails. The summary shows the first failure.
+- A test with the mark ``second_look("reason")``, which starts, hangs or kills servers and processes
+  and can miss a deadline on a busy machine, runs again if it fails. The summary shows its first
+  failure.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Show the first failure of tests that ran again; look for missing ones in the main process."""
-    config.addinivalue_line("markers", "second_look: may run a second time in CI.")
+    config.addinivalue_line("markers", "second_look(reason): may run a second time in CI.")
     config.option.rerun_show_tracebacks = True
 
     if not hasattr(config, "workerinput"):
@@ -26,10 +27,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give marked tests one more run."""
+    """Give marked tests one more run.
+
+    :raises pytest.UsageError: for a mark without a reason.
+    """
     for item in items:
-        if item.get_closest_marker("second_look"):
-            item.add_marker(pytest.mark.flaky(reruns=1))
+        mark = item.get_closest_marker("second_look")
+
+        if mark is None:
+            continue
+
+        if not mark.args:
+            raise pytest.UsageError(f"{item.nodeid}: second_look needs a reason, as its argument.")
+
+        item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

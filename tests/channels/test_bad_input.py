@@ -18,7 +18,7 @@ from flask_eventbus.event import Event
 from flask_eventbus.receivers import conflicts as by_id
 from flask_eventbus.signals import wait_until_sent
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("waits for events of a real Redis")
 
 Make = Callable[..., Bus]
 

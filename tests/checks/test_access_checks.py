@@ -15,7 +15,7 @@ from flask_eventbus.__main__ import main
 from flask_eventbus.checks.acl import check_access, check_transport, hosts_of, is_loopback
 from flask_eventbus.checks.doctor import check
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("starts a Redis server for each test")
 
 Make = Callable[..., Bus]
 

@@ -16,7 +16,7 @@ from flask_eventbus import Bus, Reject, Retry, current_event
 from flask_eventbus.channels import listener
 
 pytestmark = [
-    pytest.mark.second_look,
+    pytest.mark.second_look("waits for rights to take effect in a real Redis"),
     pytest.mark.timing(
         check_released_every=0.1,
         first_retry=0.01,

@@ -16,7 +16,7 @@ from flask_eventbus.admin import services
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import RetryRecord
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("waits for workers of a real Redis")
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from flask_eventbus.admin.tail_sources import TailEvent
 from flask_eventbus.cli.output import as_json, as_line
 from flask_eventbus.codec.codec import Codec
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("kills and restarts Redis servers below a running command")
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,7 +25,7 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.errors import DecodeError
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("runs the programs of the page beside a real Redis")
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = "\n".join(

@@ -19,7 +19,10 @@ from servers import require
 from waiting import wait_until
 
 # The first test builds the images.
-pytestmark = [pytest.mark.timeout(1_200), pytest.mark.second_look]
+pytestmark = [
+    pytest.mark.timeout(1_200),
+    pytest.mark.second_look("starts, kills and restarts containers"),
+]
 
 #: What a worker says when it is told to stop.
 ENDS = "Waiting for running receivers"

@@ -58,7 +58,7 @@ from flask_eventbus.transport import connections
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.typing import Via
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("starts and kills relays and Redis servers")
 
 Make = Callable[..., Bus]
 

@@ -21,7 +21,7 @@ from flask_eventbus.channels import listener, reader
 from flask_eventbus.signals import wait_until_sent
 from flask_eventbus.transport.reconnect import Backoff
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("hangs, kills and restarts Redis servers")
 
 Make = Callable[..., Bus]
 

@@ -32,7 +32,7 @@ from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import isolated
 from flask_eventbus.typing import Publish
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("runs many threads, and processes that are ending")
 
 Make = Callable[..., Bus]
 

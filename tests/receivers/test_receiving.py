@@ -21,7 +21,7 @@ from waiting import wait_until
 from flask_eventbus import Bus, ConfigError, current_event, signals
 from flask_eventbus.routing.bus_signal import MAX_CACHED_SENDERS, BusSignal, SendingSignal
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("waits for events that cross two processes")
 
 Make = Callable[..., Bus]
 

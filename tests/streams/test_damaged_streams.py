@@ -18,7 +18,7 @@ from flask_eventbus import Bus, PublishError
 from flask_eventbus.checks.doctor import check
 
 pytestmark = [
-    pytest.mark.second_look,
+    pytest.mark.second_look("waits for checks that run several times a second"),
     pytest.mark.timing(
         check_trimmed_every=0.1, list_many_streams_every=0.1, check_flushed_every=0.1
     ),

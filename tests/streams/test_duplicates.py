@@ -20,7 +20,7 @@ from flask_eventbus.timing import TIMING
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.pipe import Pipe
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("waits for ids to expire in a real Redis")
 
 Make = Callable[..., Bus]
 

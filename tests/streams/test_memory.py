@@ -20,7 +20,7 @@ from waiting import wait_until
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import RetryRecord
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("measures the memory of processes under load")
 
 #: Megabytes that a process may need above its start: 64 MiB that wait, and what one event of
 #: the largest size takes while it is read. Without a bound it would be 300 and more.

@@ -17,7 +17,7 @@ from workers import COUNTING, Workers
 from flask_eventbus import Bus
 from flask_eventbus.node import LONGEST_STOP
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("sends signals to workers as they handle events")
 
 HOLDING = """
 @bus.on("work")

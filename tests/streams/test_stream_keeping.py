@@ -25,7 +25,7 @@ from flask_eventbus.streams.group import Group
 from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = [
-    pytest.mark.second_look,
+    pytest.mark.second_look("waits for maintenance that runs several times a second"),
     pytest.mark.timing(first_retry=0.05, check_released_every=0.2),
 ]
 

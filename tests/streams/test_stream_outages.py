@@ -28,7 +28,7 @@ from flask_eventbus.streams.reclaim import Trims
 from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = [
-    pytest.mark.second_look,
+    pytest.mark.second_look("hangs, kills and restarts Redis servers"),
     pytest.mark.timing(first_retry=0.1, check_released_every=0.2),
 ]
 

@@ -29,7 +29,7 @@ from flask_eventbus.streams import maintenance, retry_queue
 from flask_eventbus.timing import Timing
 from flask_eventbus.transport.keys import StreamKeys
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("waits for retries that are due in fractions of a second")
 
 Make = Callable[..., Bus]
 

@@ -19,7 +19,7 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter
 
 pytestmark = [
-    pytest.mark.second_look,
+    pytest.mark.second_look("lets short claims and windows expire"),
     pytest.mark.timing(
         first_retry=0.02, check_released_every=0.2, ask_stream_again_after=0.2, resend_after=0.2
     ),

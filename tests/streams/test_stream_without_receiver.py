@@ -13,7 +13,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("waits for entries that workers release and take")
 
 Make = Callable[..., Bus]
 

@@ -11,7 +11,7 @@ import pytest
 from waiting import wait_until
 from workers import COUNTING, Workers
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("pauses and kills workers, and lets their claims expire")
 
 
 def once(count: int) -> Counter[int]:

@@ -22,7 +22,7 @@ from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.keys import StreamKeys
 from flask_eventbus.transport.pipe import Pipe
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("cuts connections while events arrive")
 
 Make = Callable[..., Bus]
 

@@ -17,7 +17,7 @@ from flask_eventbus import Bus, current_event
 from flask_eventbus.streams import retry_queue
 from flask_eventbus.transport.pipe import RedisClock
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("lets claims expire while workers run")
 
 #: An hour, less what the questions for the time may have taken on a busy machine.
 STEP = re.compile(r"Redis was set by \+(3600|35\d\d)\.")

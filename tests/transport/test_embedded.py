@@ -23,7 +23,7 @@ from waiting import wait_until
 from flask_eventbus.errors import ConfigError
 from flask_eventbus.transport import embedded, supervisor
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("starts and kills servers that several processes share")
 
 #: Joins, says where the server is, and stays until its standard input is closed.
 JOINER = """

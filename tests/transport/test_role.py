@@ -14,7 +14,7 @@ from waiting import wait_until
 from flask_eventbus import Bus
 from flask_eventbus.channels import listener
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("turns a running Redis server into a replica")
 
 MakeBus = Callable[..., Bus]
 

@@ -30,7 +30,7 @@ from flask_eventbus.transport.connection import OUTAGE
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.pipe import Pipe
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("measures time limits, which a busy machine can exceed")
 
 Make = Callable[..., Bus]
 

@@ -20,7 +20,7 @@ from flask_eventbus.checks.doctor import check
 from flask_eventbus.signals import listener_connected, listener_lost
 from flask_eventbus.transport.connections import Connections
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("starts and restarts TLS servers")
 
 MakeBus = Callable[..., Bus]
 

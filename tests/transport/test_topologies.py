@@ -15,7 +15,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus
 
-pytestmark = pytest.mark.second_look
+pytestmark = pytest.mark.second_look("waits for Sentinel and Cluster to elect another master")
 
 MakeBus = Callable[..., Bus]
 
