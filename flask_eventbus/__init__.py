@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from .event import Event, current_event
     from .extension import EventBus
-    from .health import Health
+    from .node import Health
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ _MODULES = {
     "Bus": "bus",
     "Event": "event",
     "EventBus": "extension",
-    "Health": "health",
+    "Health": "node",
     "current_event": "event",
 }
 

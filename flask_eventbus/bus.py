@@ -16,9 +16,8 @@ from blinker import Namespace
 from .config import Config
 from .ending import call_in_thread, end_by_signal
 from .errors import ConfigError
-from .health import Health
 from .logs import get_logger
-from .node import FLUSH_AT_EXIT, Node
+from .node import FLUSH_AT_EXIT, Health, Node
 from .routing.loading import load_receivers
 from .routing.registry import Registry
 from .timing import Timing

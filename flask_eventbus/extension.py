@@ -17,9 +17,8 @@ from flask import Flask, current_app, has_request_context, request
 from .admin.overview import Overview
 from .config import Config
 from .errors import ConfigError
-from .health import Health
 from .logs import get_logger
-from .node import FLUSH_AT_EXIT, Node
+from .node import FLUSH_AT_EXIT, Health, Host, Node
 from .receivers.dispatcher import name_of
 from .routing.loading import load_receivers
 from .routing.registry import Registry
@@ -366,9 +365,7 @@ class EventBus(Registry):
             app = reference()
             return None if app is None else _session_of(app)
 
-        return Node(
-            Config.from_mapping(app.config),
-            self,
+        host = Host(
             scope=scope,
             owns=owns,
             trace=_traceparent,
@@ -376,6 +373,7 @@ class EventBus(Registry):
             under_test=under_test,
             session=session,
         )
+        return Node(Config.from_mapping(app.config), self, host=host)
 
     def _live_apps(self) -> list[Flask]:
         """Return the apps in use, without those that are only waiting for garbage collection."""

@@ -10,7 +10,8 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from blinker import NamedSignal
@@ -18,22 +19,19 @@ from blinker import NamedSignal
 from . import logs
 from .codec.codec import Codec
 from .config import Config
-from .coroutines import in_thread
-from .database.after_commit import AfterCommit
 from .ending import after_fork, catch_sigterm, leave_sigterm, notice_fork, process_ends
-from .errors import PublishError
 from .event import Event
-from .health import Health
 from .listening import Listening, check_subscription
 from .logs import Counters, get_logger
-from .publisher.message import Message, check_route
-from .publisher.publisher import ClosedError, Publisher
+from .publisher.message import check_route
+from .publisher.publisher import Publisher
 from .receivers.dispatcher import Dispatcher
 from .routing.bridge import Bridges
 from .routing.bus_signal import Receiver
 from .routing.registry import Registry
 from .routing.routes import Route, read_routes
-from .routing.subscriptions import NEW, Subscription, read_subscriptions
+from .routing.subscriptions import Subscription, merge, read_subscriptions
+from .sending import Sending, orphaned
 from .signals import wait_until_sent
 from .transport.connections import Connections, Context
 
@@ -57,8 +55,61 @@ LATE_FLUSH = 0.2
 #: when it ends, even if Redis hangs.
 LONGEST_STOP = FLUSH_AT_EXIT + STOP_OVERHEAD
 
-#: The context of receivers without Flask, shared by all threads.
-_NO_CONTEXT = nullcontext()
+
+def _always() -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What a node asks the program around it. A script has no answers of its own."""
+
+    #: Returns the context in which receivers run, for example an app context.
+    scope: Callable[[], AbstractContextManager[object]] = nullcontext
+    #: Returns True if emissions of this sender belong to the node; ``None`` if all do.
+    owns: Callable[[Any], bool] | None = None
+    #: Returns the current W3C trace context, or ``None``; ``None`` in a program without requests.
+    trace: Callable[[], str | None] | None = None
+    #: Returns False once the app is gone; the node then stops listening.
+    app_exists: Callable[[], bool] = _always
+    #: Returns True while the program is under test; ``None`` if it never is.
+    under_test: Callable[[], bool] | None = None
+    #: Returns the database session to use if none is registered; ``None`` if there is none.
+    session: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """The state of a node at one moment."""
+
+    #: The name of the service.
+    service: str
+    #: The unique name of this node.
+    node: str
+    #: True if the node was started and has a subscription.
+    listening: bool
+    #: True if Redis has confirmed every subscription on a live connection.
+    connected: bool
+    #: False while an outage is known: Redis is unreachable or refuses writes.
+    publishing: bool
+    #: Seconds since Redis last sent bytes; ``None`` if it never did.
+    last_heard: float | None
+    #: Number of events that arrived and are not handled yet.
+    lag: int
+    #: Number of events in the buffer, waiting to be published.
+    buffered: int
+    #: Number of channel events of other nodes that never arrived.
+    missed: int
+    #: The subscriptions that Redis refuses, each with the reason.
+    refused: Mapping[str, str]
+    #: Subscribed streams that this process does not read, because it has no receiver for them.
+    #: Their events wait for a process that has one.
+    without_receiver: frozenset[str]
+    #: Faults that keep this service from the events of a stream, by name of the stream or
+    #: pattern. The text says how to correct the fault.
+    alarms: Mapping[str, str]
+    #: All counters: ``published``, ``received``, ``handled``, ``failed``, ``rejected``, ...
+    counts: Mapping[str, int]
 
 
 class Node:
@@ -69,52 +120,30 @@ class Node:
 
     :param config: the settings.
     :param registry: the signals, routes, subscriptions and receivers declared in code.
-    :param scope: returns the context in which receivers run, for example an app context.
-    :param owns: returns True if emissions of this sender belong to this node.
-    :param trace: returns the current W3C trace context, or ``None``.
-    :param app_exists: returns False once the app is gone; the node then stops listening.
-    :param under_test: returns True while the program is under test.
-    :param session: returns the database session if none is registered; ``None`` if there is none.
+    :param host: the program around it; by default a script.
     :raises ConfigError: a route or a subscription is wrong, or the server cannot serve it.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        registry: Registry,
-        *,
-        scope: Callable[[], AbstractContextManager[object]] = lambda: _NO_CONTEXT,
-        owns: Callable[[Any], bool] = lambda sender: True,
-        trace: Callable[[], str | None] = lambda: None,
-        app_exists: Callable[[], bool] = lambda: True,
-        under_test: Callable[[], bool] = lambda: False,
-        session: Callable[[], Any] = lambda: None,
-    ) -> None:
+    def __init__(self, config: Config, registry: Registry, *, host: Host | None = None) -> None:
         self.config = config
         self.registry = registry
-        self.counters = Counters()
-        self._scope = scope
-        self._trace = trace
-        self._app_exists = app_exists
-        self._under_test = under_test
-        #: True once the warning was logged that a test publishes nothing.
-        self._test_is_logged = False
-        self._default_session = session
         self.codec: Codec = registry.codec.limited(config.max_event_bytes)
-        self._bridges = Bridges(
-            registry,
-            read_routes(config.publish),
-            self._emit,
-            self._emit_async,
-            owns,
-            check=lambda route: check_route(config, route),
-        )
+        self.counters = Counters()
+        self._host = host or Host()
         self._configured = read_subscriptions(config.subscribe)
+        self._subscriptions: Mapping[str, Subscription] = {}
         self.listening = False
         #: Held while the node starts or stops. Reentrant, since a signal handler may stop it.
         self._start_stop_lock = threading.RLock()
-        self._finalizer: weakref.finalize[..., Node] | None = None
-        self._subscriptions: Mapping[str, Subscription] = {}
+        self._sending = Sending(registry, self._host)
+        self._bridges = Bridges(
+            registry,
+            read_routes(config.publish),
+            self._sending.emit,
+            self._sending.emit_async,
+            self._host.owns,
+            check=partial(check_route, config),
+        )
         self._create_parts()
         self._apply_declarations()
         nodes.add(self)
@@ -122,6 +151,44 @@ class Node:
 
         for callback in list(on_new_node):
             callback(self)
+
+    def _create_parts(self) -> None:
+        """Create all parts that belong to one process and one start."""
+        self._listen_lock = threading.RLock()
+        self._name = secrets.token_hex(6)
+        self.registry.siblings.add(self, self._name)
+        self.connections = Connections(
+            self.config.url, name=f"eventbus:{self.config.service}:{self._name}"
+        )
+        context = Context(
+            config=self.config,
+            connections=self.connections,
+            codec=self.codec,
+            counters=self.counters,
+            timing=self.registry.timing,
+            node=self._name,
+            app_exists=self._host.app_exists,
+        )
+        self._sending.open(context)
+        self._publisher = publisher = self._sending.publisher
+        self.dispatcher = Dispatcher(
+            service=self.config.service,
+            receivers=self.registry.receivers_of,
+            scope=self._host.scope,
+            undo=self._sending.after_commit.roll_back,
+            logs_events=self.config.log_events,
+            counters=self.counters,
+            timeout=self.registry.timeout_of,
+            connected=self.registry.connected_to,
+        )
+        self._inbound = Listening(
+            context,
+            dispatcher=self.dispatcher,
+            subscriptions=self._subscriptions,
+            issued=lambda: publisher.issued,
+            siblings=self.registry.siblings,
+            retries_of=self.registry.retries_of,
+        )
 
     @property
     def routes(self) -> dict[str, Route]:
@@ -141,8 +208,7 @@ class Node:
     @property
     def session(self) -> Any:
         """The database session, as given to ``register_session()``; ``None`` if there is none."""
-        registered = self.registry.session
-        return self._default_session() if registered is None else registered
+        return self._sending.session
 
     @property
     def subscriptions(self) -> Mapping[str, Subscription]:
@@ -165,7 +231,7 @@ class Node:
         :raises ConfigError: the server of the settings cannot serve it.
         """
         notice_fork()
-        merged = _merge(subscription, self._configured.get(subscription.name))
+        merged = merge(subscription, self._configured.get(subscription.name))
         check_subscription(self.config, merged)
         self._set_subscriptions({**self._subscriptions, merged.name: merged})
 
@@ -205,7 +271,7 @@ class Node:
             ``EVENTBUS_ON_OUTAGE="raise"`` asks for an error.
         """
         notice_fork()
-        return self._publish(name, payload, self.route_for(name), confirm)
+        return self._sending.publish(name, payload, self.route_for(name), confirm=confirm)
 
     def start(self) -> None:
         """Start listening, and return at once even if Redis is unreachable."""
@@ -262,12 +328,14 @@ class Node:
         :raises RuntimeError: a thread of the node calls it, for example a receiver.
         """
         notice_fork()
-        self._refuse_own_threads()
-        _stop_together([self], flush)
 
-    def _stop_listening(self) -> None:
-        self.listening = False
-        self._inbound.stop_reading()
+        if not self.may_stop_here:
+            raise RuntimeError(
+                "stop() was called from a thread of the bus, for example by a receiver. It would "
+                "deadlock. Call it from another thread, or end the process by a signal."
+            )
+
+        _stop_together([self], flush)
 
     def _take_publisher(self) -> Publisher:
         """Replace the publisher, and return the old one for closing.
@@ -284,13 +352,6 @@ class Node:
         """False in threads of the node: a stop waits for their end, so it would deadlock."""
         return not (self._inbound.is_own_thread or self._publisher.is_writing_thread)
 
-    def _refuse_own_threads(self) -> None:
-        if not self.may_stop_here:
-            raise RuntimeError(
-                "stop() was called from a thread of the bus, for example by a receiver. It would "
-                "deadlock. Call it from another thread, or end the process by a signal."
-            )
-
     @property
     def fatal(self) -> Exception | None:
         """The error if this Redis cannot serve streams at all; ``None`` otherwise."""
@@ -306,7 +367,7 @@ class Node:
             listening=self.listening and bool(self._subscriptions),
             connected=self._inbound.connected,
             publishing=self._publisher.connected,
-            last_heard=None if heard is None else _since(heard),
+            last_heard=None if heard is None else time.monotonic() - heard,
             lag=self._inbound.lag,
             buffered=self._publisher.buffered,
             missed=self.counters.get("missed"),
@@ -314,88 +375,6 @@ class Node:
             without_receiver=self._inbound.without_receiver,
             alarms=self._inbound.alarms,
             counts=self.counters.all(),
-        )
-
-    def _create_parts(self) -> None:
-        """Create all parts that belong to one process and one start."""
-        self._listen_lock = threading.RLock()
-        self._name = secrets.token_hex(6)
-        self.registry.siblings.add(self, self._name)
-        self.connections = Connections(
-            self.config.url, name=f"eventbus:{self.config.service}:{self._name}"
-        )
-        context = Context(
-            config=self.config,
-            connections=self.connections,
-            codec=self.codec,
-            counters=self.counters,
-            timing=self.registry.timing,
-            node=self._name,
-            app_exists=self._app_exists,
-        )
-        self._publisher = Publisher(context, trace=self._trace, resend=_resending(self))
-        self._after_commit = self._make_after_commit()
-        self.dispatcher = self._make_dispatcher()
-        self._inbound = self._make_inbound(context)
-        self._orphan_publisher_with_node()
-
-    def _orphan_publisher_with_node(self) -> None:
-        """Let the publisher write its buffer and end once this node is garbage collected."""
-        if self._finalizer is not None:
-            self._finalizer.detach()
-
-        self._finalizer = weakref.finalize(self, _orphan, self._publisher)
-        self._finalizer.atexit = False
-
-    def _make_after_commit(self) -> AfterCommit:
-        return AfterCommit(
-            session=lambda: self.session,
-            scope=self._scope,
-            prepare=lambda *emission: self._publisher.prepare_pending(*emission),
-            encode=lambda *emission: self._publisher.encode(*emission),
-            publish=self._publish_committed,
-            counters=self.counters,
-        )
-
-    def _make_dispatcher(self) -> Dispatcher:
-        return Dispatcher(
-            service=self.config.service,
-            receivers=self.registry.receivers_of,
-            scope=self._scope,
-            undo=self._roll_back,
-            logs_events=self.config.log_events,
-            counters=self.counters,
-            timeout=self.registry.timeout_of,
-            connected=self.registry.connected_to,
-        )
-
-    def _roll_back(self) -> None:
-        """Roll back the transaction that a failed receiver left in the database session."""
-        # The module is loaded only if events wait for commits. Otherwise the end of the app
-        # context rolls back.
-        transactions = sys.modules.get(f"{__package__}.database.transactions")
-
-        if transactions is None:
-            return
-
-        try:
-            transactions.roll_back(self.session)
-        except Exception:
-            logger.exception(
-                "The transaction of a failed receiver of %r could not be rolled back. Its session "
-                "may fail until the program closes it.",
-                self.config.service,
-            )
-
-    def _make_inbound(self, context: Context) -> Listening:
-        publisher = self._publisher
-        return Listening(
-            context,
-            dispatcher=self.dispatcher,
-            subscriptions=self._subscriptions,
-            issued=lambda: publisher.issued,
-            siblings=self.registry.siblings,
-            retries_of=self.registry.retries_of,
         )
 
     def recreate_unused(self) -> None:
@@ -422,140 +401,6 @@ class Node:
         with self._listen_lock:
             self._inbound.start()
 
-    def _emit(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
-        notice_fork()
-
-        if route.outbox:
-            self._after_commit.store(name, payload, route)
-        elif not route.after_commit or not self._after_commit.take(name, payload, route):
-            self._publish(name, payload, route, route.confirm)
-
-    async def _emit_async(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
-        notice_fork()
-
-        # A database session belongs to the thread of the event loop.
-        if route.outbox:
-            return self._after_commit.store(name, payload, route)
-
-        if route.after_commit and self._after_commit.take(name, payload, route):
-            return None
-
-        publisher = self._publisher
-
-        if self._must_not_publish() or not publisher.may_wait(route):
-            self._publish(name, payload, route, route.confirm)
-            return None
-
-        # Encode the payload now: other tasks may change it while this one waits.
-        message = publisher.prepare(name, payload, route)
-        return await in_thread(
-            lambda: self.resend(message),
-            failed=lambda error: logger.error(
-                "A task that sent an event of %r was cancelled, and publishing it failed later: %s",
-                name,
-                error,
-            ),
-        )
-
-    def _publish(self, name: str, payload: Mapping[str, Any], route: Route, confirm: bool) -> str:
-        if self._must_not_publish():
-            # Encode it, so that a payload that cannot be encoded still raises.
-            return self._publisher.encode(name, payload, route).id
-
-        while True:
-            try:
-                return self._publisher.publish(name, payload, route, confirm=confirm)
-            except ClosedError:
-                logger.debug("%r was sent during a stop; the next publisher takes it.", name)
-
-    def _must_not_publish(self) -> bool:
-        """Return True in a test that must not publish; log a warning the first time."""
-        if self.config.publish_in_tests or self.connections.in_memory or not self._under_test():
-            return False
-
-        if not self._test_is_logged:
-            self._test_is_logged = True
-            logger.warning(
-                "The app of %r is under test (TESTING): its events are not published to %s. Use "
-                "the fixture 'eventbus', or set 'EVENTBUS_PUBLISH_IN_TESTS' to True.",
-                self.config.service,
-                self.connections.shown,
-            )
-
-        return True
-
-    def resend(self, message: Message) -> None:
-        """Publish an unconfirmed event again, with the same id and bytes.
-
-        :raises PublishError: Redis did not confirm it this time either.
-        """
-        notice_fork()
-
-        while True:
-            try:
-                return self._publisher.resend(message)
-            except ClosedError:
-                logger.debug("%r is sent again during a stop.", message.route_state.name)
-
-    def _publish_committed(self, messages: Sequence[Message]) -> list[Message]:
-        """Publish events after a commit, and return those that Redis did not confirm in time."""
-        notice_fork()
-        deadline = time.monotonic() + self.config.timeout
-
-        if self._must_not_publish():
-            return []
-
-        # If one is interrupted, for example by a time limit, the others still reach the buffer.
-        with ExitStack() as stack:
-            for message in reversed(messages):
-                stack.callback(self._publish_pending, message, deadline)
-
-        return self._publisher.wait_for_confirmations(messages, deadline)
-
-    def _publish_pending(self, message: Message, deadline: float) -> None:
-        while True:
-            try:
-                return self._publisher.publish_pending(message, deadline)
-            except ClosedError:
-                logger.debug(
-                    "%r left during a stop; the next publisher takes it.", message.route_state.name
-                )
-            except PublishError as error:
-                # The buffer has no room for this event, but may have room for the next.
-                return message.finish(error)
-
-
-def _resending(node: Node) -> Callable[[Message], None]:
-    """Return a function that publishes an event again, and holds ``node`` weakly."""
-    reference = weakref.ref(node)
-
-    def resend(message: Message) -> None:
-        found = reference()
-
-        if found is None:
-            raise RuntimeError(f"The bus that sent the event {message.id} no longer exists.")
-
-        found.resend(message)
-
-    return resend
-
-
-def _merge(declared: Subscription, configured: Subscription | None) -> Subscription:
-    if configured is None:
-        return declared
-
-    return replace(
-        configured,
-        echo=configured.echo or declared.echo,
-        via=configured.via or declared.via,
-        start=declared.start if configured.start == NEW else configured.start,
-        group=configured.group and declared.group,
-    )
-
-
-def _since(moment: float) -> float:
-    return time.monotonic() - moment
-
 
 #: The nodes of this process.
 nodes: weakref.WeakSet[Node] = weakref.WeakSet()
@@ -573,19 +418,6 @@ logs.find_service = _only_service
 on_new_node: list[Callable[[Node], None]] = []
 
 
-#: Publishers of garbage collected nodes that still have buffered events.
-_orphaned: set[Publisher] = set()
-
-
-def _orphan(publisher: Publisher) -> None:
-    """Let the publisher of a garbage collected node write its buffered events."""
-    publisher.leave()
-    _orphaned.difference_update([other for other in list(_orphaned) if not other.buffered])
-
-    if publisher.buffered:
-        _orphaned.add(publisher)
-
-
 @atexit.register
 def stop_all() -> None:
     """Stop all nodes of this process; they share the time to publish buffered events."""
@@ -593,7 +425,7 @@ def stop_all() -> None:
 
     try:
         _stop_together(
-            [node for node in list(nodes) if node.may_stop_here], FLUSH_AT_EXIT, list(_orphaned)
+            [node for node in list(nodes) if node.may_stop_here], FLUSH_AT_EXIT, list(orphaned)
         )
     except Exception:
         logger.exception("Stopping the buses of this process failed. Buffered events may be lost.")
@@ -623,7 +455,8 @@ def _stop_together(
             locks.enter_context(node._start_stop_lock)
 
         for node in stopping:
-            node._stop_listening()
+            node.listening = False
+            node._inbound.stop_reading()
 
         for node in stopping:
             node._inbound.finish(started + node.config.grace)
@@ -647,7 +480,7 @@ def _stop_together(
 @after_fork
 def _reset_nodes_after_fork() -> None:
     process_ends.clear()
-    _orphaned.clear()
+    orphaned.clear()
 
     for node in list(nodes):
         # The parent is another process now, so its events must be received.

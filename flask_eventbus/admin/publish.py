@@ -76,7 +76,7 @@ def _route(node: Node, name: str, *, stream: bool) -> Route:
 
 
 def _take_down(node: Node, name: str, payload: Mapping[str, Any], route: Route) -> Message:
-    builder = MessageBuilder(node.config, node.codec, trace=lambda: None)
+    builder = MessageBuilder(node.config, node.codec, trace=None)
     outgoing = builder.build(name, payload, route, confirm=False)
     outgoing.assign_id(secrets.token_hex(6), 1, time.time_ns())
     outgoing.assign_seq()

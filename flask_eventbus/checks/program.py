@@ -16,9 +16,8 @@ from ..admin.overview import Connected, Overview, connected_to
 from ..node import Node
 from ..receivers.dispatcher import name_of, unfit_signature
 from ..routing.bus_signal import Receiver
-from ..routing.flask_signals import is_built_in
 from ..routing.options import is_pattern
-from ..routing.routes import Route
+from ..routing.routes import Route, is_built_in
 from ..routing.subscriptions import Subscription
 from .findings import Finding, error, note, ok, warning
 

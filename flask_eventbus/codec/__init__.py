@@ -1,9 +1,9 @@
 """Encode events as bytes, and decode bytes as events.
 
 To send an event, ``codec`` encodes its payload with ``values``, which knows the types that msgpack
-lacks. If that fails, ``faults`` finds the value at fault and its path. The ``Envelope`` of
-``codec`` then adds the attributes. To receive an event, ``codec`` decodes and checks the
-attributes, and ``values`` the payload.
+lacks. If that fails, it finds the value at fault and its path. Its ``Envelope`` then adds the
+attributes. To receive an event, ``codec`` decodes and checks the attributes, and ``values`` the
+payload.
 
 ``records`` encodes and decodes retries and dead letters. ``entry_ids`` parses the ids of stream
 entries.

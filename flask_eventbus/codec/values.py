@@ -223,12 +223,13 @@ REGISTERED_CODES = range(32, 128)
 
 _KEPT_BUFFER = 256 * 1024
 _SETS: dict[int, type] = {EXTENSIONS[set]: set, EXTENSIONS[frozenset]: frozenset}
-_CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
+#: The types whose values are checked one by one.
+CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
 _SCALARS = frozenset(
     {NoneType, bool, int, float, str, bytes, datetime, date, time, timedelta, Decimal, UUID}
 )
 #: The types that need no conversion.
-PLAIN = _CONTAINERS | _SCALARS | {bytearray, memoryview}
+PLAIN = CONTAINERS | _SCALARS | {bytearray, memoryview}
 _TEXT = frozenset({str})
 
 
@@ -441,7 +442,7 @@ def _survey(container: Any, levels: int, found: list[type]) -> None:
         if kind not in _SCALARS:
             found.append(kind)
 
-            if kind in _CONTAINERS:
+            if kind in CONTAINERS:
                 _survey(value, levels - 1, found)
 
 
@@ -507,7 +508,7 @@ def memory_of(payload: Mapping[str, Any], *, found: set[type], packed: int) -> i
         for value in values:
             kind = type(value)
 
-            if kind in _CONTAINERS:
+            if kind in CONTAINERS:
                 containers.append(value)
             elif kind in _SCALARS:
                 total += sys.getsizeof(value)
@@ -521,7 +522,7 @@ def _unknown_codes(container: Any) -> Iterator[int]:
     for value in container.values() if type(container) is dict else container:
         if type(value) is ExtType:
             yield value.code
-        elif type(value) in _CONTAINERS:
+        elif type(value) in CONTAINERS:
             yield from _unknown_codes(value)
 
 

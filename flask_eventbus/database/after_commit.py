@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..logs import BoundedLog, Counters, Whole, get_logger
+from ..logs import BoundedLog, Whole, get_logger
 from ..publisher.message import Message
 from ..routing.routes import Route
+from ..transport.connections import Context
 
 if TYPE_CHECKING:
+    from ..sending import Sending
     from .outbox import Entry
 
 logger = get_logger(__name__)
@@ -23,32 +25,15 @@ SHOWN = 100
 class AfterCommit:
     """Holds or stores the events that a node sends in database transactions.
 
-    :param session: returns the session, in any form that ``register_session()`` takes, or
-        ``None`` if there is none.
-    :param scope: enters an app context, for a session outside of a request.
-    :param prepare: creates a pending event: :meth:`.Publisher.prepare_pending`.
-    :param encode: creates an event for the outbox: :meth:`.Publisher.encode`.
-    :param publish: publishes pending events, and returns those that Redis did not confirm.
+    :param sending: the sending half of the node, which prepares and publishes the events.
     """
 
-    def __init__(
-        self,
-        *,
-        session: Callable[[], Any],
-        scope: Callable[[], AbstractContextManager[object]],
-        prepare: Callable[[str, Mapping[str, Any], Route], Message],
-        encode: Callable[[str, Mapping[str, Any], Route], Message],
-        publish: Callable[[Sequence[Message]], list[Message]],
-        counters: Counters,
-    ) -> None:
-        self._session = session
-        self._scope = scope
-        self._prepare = prepare
-        self._encode = encode
-        self._publish = publish
-        self._counters = counters
+    def __init__(self, context: Context, sending: Sending) -> None:
+        self._counters = context.counters
+        self._service = context.config.service
+        self._sending = sending
         self._log = BoundedLog(logger)
-        self._late_owner = LateEntries(session=session, scope=scope, counters=counters)
+        self._late_owner = LateEntries(context, sending)
 
     def take(self, name: str, payload: Mapping[str, Any], route: Route) -> bool:
         """Hold an event until the current transaction commits; return False if there is none.
@@ -64,7 +49,7 @@ class AfterCommit:
         if session is None:
             return False
 
-        hold(session, self._prepare(name, payload, route), self)
+        hold(session, self._sending.publisher.prepare_pending(name, payload, route), self)
         return True
 
     def store(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
@@ -82,7 +67,7 @@ class AfterCommit:
         from .transactions import begun, hold, is_committed
 
         session = begun(self._source(name))
-        message = self._encode(name, payload, route)
+        message = self._sending.publisher.encode(name, payload, route)
         entry = Entry(event_id=message.id, name=name, via=route.via, event=message.encoded())
 
         if session is not None and is_committed(session):
@@ -92,7 +77,7 @@ class AfterCommit:
         if session is not None:
             store(session, entry)
         else:
-            with self._scope():
+            with self._sending.host.scope():
                 store_alone(self._source(name), entry)
 
         self._counters.add("stored")
@@ -103,7 +88,7 @@ class AfterCommit:
         An interruption, such as a time limit that a signal handler raises, is raised again.
         """
         try:
-            unconfirmed = self._publish(items)
+            unconfirmed = self._sending.publish_committed(items)
         except BaseException:
             logger.exception(
                 "Publishing the %d events of a committed transaction was interrupted: %s. Events "
@@ -131,8 +116,26 @@ class AfterCommit:
             _names(items),
         )
 
+    def roll_back(self) -> None:
+        """Roll back the transaction that a failed receiver left in the database session."""
+        # The module is loaded only if events wait for commits. Otherwise the end of the app
+        # context rolls back.
+        transactions = sys.modules.get(f"{__package__}.transactions")
+
+        if transactions is None:
+            return
+
+        try:
+            transactions.roll_back(self._sending.session)
+        except Exception:
+            logger.exception(
+                "The transaction of a failed receiver of %r could not be rolled back. Its session "
+                "may fail until the program closes it.",
+                self._service,
+            )
+
     def _source(self, name: str) -> Any:
-        source = self._session()
+        source = self._sending.session
 
         if source is not None:
             return source
@@ -154,22 +157,11 @@ class AfterCommit:
 
 
 class LateEntries:
-    """Stores outbox entries that were sent after a commit, when that commit has ended.
+    """Stores outbox entries that were sent after a commit, when that commit has ended."""
 
-    :param session: returns the session, as for :class:`AfterCommit`.
-    :param scope: enters an app context, as for :class:`AfterCommit`.
-    """
-
-    def __init__(
-        self,
-        *,
-        session: Callable[[], Any],
-        scope: Callable[[], AbstractContextManager[object]],
-        counters: Counters,
-    ) -> None:
-        self._session = session
-        self._scope = scope
-        self._counters = counters
+    def __init__(self, context: Context, sending: Sending) -> None:
+        self._counters = context.counters
+        self._sending = sending
         self._warned: set[str] = set()
 
     def committed(self, items: list[Entry]) -> None:
@@ -197,8 +189,8 @@ class LateEntries:
     def _store(self, entry: Entry) -> None:
         from .outbox import store_alone  # it needs SQLAlchemy, which is optional
 
-        with self._scope():
-            store_alone(self._session(), entry)
+        with self._sending.host.scope():
+            store_alone(self._sending.session, entry)
 
     def _warn(self, name: str) -> None:
         if name not in self._warned:

@@ -312,11 +312,13 @@ class MessageBuilder:
 
     It keeps one :class:`RouteState` for each signal and ``via``.
 
-    :param trace: returns the W3C trace context of the current request; ``None`` if there is none.
+    :param trace: returns the W3C trace context of the current request; ``None`` without requests.
         The current span of OpenTelemetry and the event being handled take precedence over it.
     """
 
-    def __init__(self, config: Config, codec: Codec, *, trace: Callable[[], str | None]) -> None:
+    def __init__(
+        self, config: Config, codec: Codec, *, trace: Callable[[], str | None] | None
+    ) -> None:
         self._config = config
         self._codec = codec
         self._trace = trace
@@ -377,9 +379,13 @@ class MessageBuilder:
     def _causes(self, name: str) -> dict[str, Any]:
         span = _current_span() if "opentelemetry.trace" in sys.modules else None
         cause = handling.get()
+        traceparent = span or (cause.traceparent if cause else None)
+
+        if traceparent is None and self._trace is not None:
+            traceparent = self._trace()
 
         if cause is None:
-            return {"traceparent": span or self._trace()}
+            return {"traceparent": traceparent}
 
         hops = cause.hops + 1
 
@@ -390,7 +396,7 @@ class MessageBuilder:
             "hops": hops,
             "causation_id": cause.id,
             "correlation_id": cause.correlation_id or cause.id,
-            "traceparent": span or cause.traceparent or self._trace(),
+            "traceparent": traceparent,
         }
 
 

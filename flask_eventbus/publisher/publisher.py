@@ -28,7 +28,7 @@ class Publisher:
 
     A forked child does not use it, but creates a publisher of its own.
 
-    :param trace: returns the W3C trace context of the current request.
+    :param trace: returns the W3C trace context of the current request; ``None`` without requests.
     :param resend: sends an event again with the node's current publisher.
     """
 
@@ -36,7 +36,7 @@ class Publisher:
         self,
         context: Context,
         *,
-        trace: Callable[[], str | None],
+        trace: Callable[[], str | None] | None,
         resend: Callable[[Message], None],
     ) -> None:
         config, counters = context.config, context.counters

@@ -6,7 +6,7 @@ At the start, ``routes`` and ``subscriptions`` read ``EVENTBUS_PUBLISH`` and
 
 An event that is sent starts at a ``bus_signal``, the signal that ``bus.signal(name)`` returns. It
 calls the local receivers, then its ``bridge``. The bridge exists if a route selects the signal; it
-makes the payload, with ``flask_signals`` for Flask's own signals, and passes it to the publisher.
+makes the payload, and passes it to the publisher.
 
 For an event that arrives, ``registry`` returns the receivers.
 """

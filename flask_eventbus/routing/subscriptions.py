@@ -100,6 +100,20 @@ def read_subscription(name: Any, options: Any, where: str) -> Subscription:
     )
 
 
+def merge(declared: Subscription, configured: Subscription | None) -> Subscription:
+    """Return a subscription declared in code, with what the settings say of the same name."""
+    if configured is None:
+        return declared
+
+    return replace(
+        configured,
+        echo=configured.echo or declared.echo,
+        via=configured.via or declared.via,
+        start=declared.start if configured.start == NEW else configured.start,
+        group=configured.group and declared.group,
+    )
+
+
 def unite(first: Subscription, second: Subscription, where: str) -> Subscription:
     """Merge two subscriptions of a service to the same name.
 
