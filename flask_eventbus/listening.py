@@ -18,9 +18,6 @@ from .streams.consumer import Consumer
 from .transport.connections import Context
 from .transport.keys import ChannelKeys
 
-#: Seconds to wait for the listener to end, before its last events must be finished.
-LISTENER_END = 2.0
-
 
 def check_subscription(config: Config, subscription: Subscription) -> None:
     """Check that the server of the settings can serve a subscription.
@@ -57,16 +54,18 @@ class Listening:
         retries_of: Callable[[str, Receiver], int | None],
     ) -> None:
         config = context.config
+        self._timing = context.timing
         self._has_streams = not config.url.startswith("redis+cluster://")
         self.update(subscriptions)
         self.pool = WorkerThreads(
             config=config,
             dispatcher=dispatcher,
             counters=context.counters,
+            timing=context.timing,
             node=context.node,
             handle=lambda deliveries: self.consumer.attempts.run(deliveries),
         )
-        reader = ChannelReader(context.connections)
+        reader = ChannelReader(context.connections, context.timing)
         self.listener = Listener(
             context,
             reader=reader,
@@ -80,6 +79,7 @@ class Listening:
                 config=config,
                 codec=context.codec,
                 counters=context.counters,
+                timing=context.timing,
                 node=context.node,
                 issued=issued,
                 siblings=siblings,
@@ -185,7 +185,7 @@ class Listening:
 
         :param deadline: monotonic time.
         """
-        self.listener.end(min(deadline, time.monotonic() + LISTENER_END))
+        self.listener.end(min(deadline, time.monotonic() + self._timing.listener_end))
         self.pool.finish(deadline)
 
     def release(self, deadline: float) -> None:

@@ -158,7 +158,9 @@ class Node:
         self._name = secrets.token_hex(6)
         self.registry.siblings.add(self, self._name)
         self.connections = Connections(
-            self.config.url, name=f"eventbus:{self.config.service}:{self._name}"
+            self.config.url,
+            name=f"eventbus:{self.config.service}:{self._name}",
+            timing=self.registry.timing,
         )
         context = Context(
             config=self.config,

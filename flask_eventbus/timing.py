@@ -73,6 +73,61 @@ class Timing:
     #: Maximum number of entries that one command lists.
     page: int = 100
 
+    # -- connections and channels
+
+    #: Seconds without traffic after which a server gets a PING. It detects an outage before the
+    #: next event, and keeps firewalls from closing an idle connection.
+    ping_after: float = 5.0
+
+    #: Seconds that a server has to answer a PING. A server that hangs is noticed after the sum of
+    #: both.
+    ping_timeout: float = 5.0
+
+    #: Seconds between two ROLE commands on a connection that writes.
+    ask_role_every: float = 1.0
+
+    #: Seconds that one read of channels waits for bytes. After each, the reading thread checks
+    #: whether to stop.
+    tick: float = 1.0
+
+    #: Longest wait of a listener between two attempts to connect, in seconds. Events sent meanwhile
+    #: are missed.
+    max_listener_backoff: float = 1.0
+
+    #: Seconds to wait for the listener to end, before its last events must be finished.
+    listener_end: float = 2.0
+
+    #: Maximum number of ids, routes and nodes that are remembered; the oldest is dropped first.
+    max_remembered: int = 10_000
+
+    #: Maximum number of hashes of all routes. Each takes 40 bytes of memory.
+    max_hashes: int = 262_144
+
+    #: Number of former node names that a process remembers, because their events may still arrive.
+    max_former: int = 1_000
+
+    #: Maximum number of queued deliveries.
+    max_ahead: int = 1_000
+
+    # -- publishing
+
+    #: Seconds that a round trip of the publisher may take before Redis counts as away.
+    write_timeout: float = 2.0
+
+    #: Longest wait of the publisher between two attempts in seconds; short, so that events leave
+    #: soon after an outage.
+    max_writer_backoff: float = 2.0
+
+    #: Seconds to wait after an outage before buffered channel events are sent: a little more than
+    #: the longest wait of a listener before it reconnects.
+    listeners_return: float = 1.5
+
+    #: Largest number of events in one round trip of the publisher.
+    batch_events: int = 512
+
+    #: Seconds after which the relay publishes events again that Redis refused.
+    refused_again_after: float = 5.0
+
 
 #: The times and sizes of a service.
 TIMING = Timing()

@@ -17,27 +17,24 @@ from servers import RedisServer, free_port
 from stream_store import StreamStore
 from waiting import wait_until
 
-from flask_eventbus import Bus, PublishError, listening, signals
-from flask_eventbus.channels import listener, reader
-from flask_eventbus.publisher import publisher, writer
+from flask_eventbus import Bus, PublishError, signals
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.typing import Via
 
-pytestmark = pytest.mark.second_look("cuts and delays connections while events arrive")
+pytestmark = [
+    pytest.mark.second_look("cuts and delays connections while events arrive"),
+    pytest.mark.timing(
+        tick=0.1,
+        ping_after=0.5,
+        ping_timeout=0.5,
+        max_listener_backoff=0.2,
+        max_writer_backoff=0.2,
+        listeners_return=0.4,
+        write_timeout=0.4,
+    ),
+]
 
 Make = Callable[..., Bus]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes seconds takes tenths of them."""
-    monkeypatch.setattr(reader, "TICK", 0.1)
-    monkeypatch.setattr(listener, "QUIET", 0.5)
-    monkeypatch.setattr(listener, "DEADLINE", 0.5)
-    monkeypatch.setattr(listener, "MOST_BACKOFF", 0.2)
-    monkeypatch.setattr(writer, "MOST_BACKOFF", 0.2)
-    monkeypatch.setattr(writer, "LISTENERS_RETURN", 0.4)
-    monkeypatch.setattr(publisher, "WRITE_TIMEOUT", 0.4)
 
 
 @pytest.fixture
@@ -70,13 +67,12 @@ def changes(caplog: pytest.LogCaptureFixture) -> list[str]:
 # -- connections that break ---------------------------------------------------------------
 
 
+@pytest.mark.timing(ping_after=0.05)
 def test_a_connection_closed_while_idle_is_not_an_outage(
     redis_server: RedisServer,
     make_bus: Make,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(writer, "QUIET", 0.05)
     heard = hear(make_bus(redis_server.url, "consumer"), via="channel")
     publisher = make_bus(
         redis_server.url, publish={"tick": {"confirm": True}}, on_outage="raise", timeout=5
@@ -104,10 +100,10 @@ def newer_than(before: int, server: RedisServer) -> Callable[[], bool]:
     return lambda: latest_connection(server) > before
 
 
+@pytest.mark.timing(ping_after=0.05)
 def test_an_idle_publisher_knows_that_redis_is_away(
-    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, make_bus: Make
 ) -> None:
-    monkeypatch.setattr(writer, "QUIET", 0.05)
     publisher = make_bus(redis_server.url, publish=["tick"], on_outage="raise")
     publisher.signal("tick").send("test")
     assert publisher.flush(10)
@@ -154,10 +150,10 @@ def test_every_event_lost_by_constantly_killed_connections_is_counted(
     assert len(changes(caplog)) <= 4 * 10
 
 
+@pytest.mark.timing(listeners_return=0.0)
 def test_after_a_connection_breaks_in_a_large_batch_smaller_ones_pass(
-    redis_server: RedisServer, proxy: Proxy, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, proxy: Proxy, make_bus: Make
 ) -> None:
-    monkeypatch.setattr(writer, "LISTENERS_RETURN", 0.0)
     heard = hear(make_bus(redis_server.url, "consumer"))
     publisher = make_bus(proxy.url, "publisher", publish=["tick"])
 
@@ -477,6 +473,7 @@ def test_an_unresolvable_host_name_is_retried_until_it_resolves(
     wait_until(lambda: heard == [1], what="the event arrives")
 
 
+@pytest.mark.timing(listener_end=0.2)
 def test_stop_does_not_wait_for_a_silent_name_server(
     make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -488,7 +485,6 @@ def test_stop_does_not_wait_for_a_silent_name_server(
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(listening, "LISTENER_END", 0.2)
     bus = make_bus(f"redis://redis.invalid:{free_port()}/0", publish=["tick"])
     bus.on("tick")(lambda sender: None)
     bus.start()

@@ -11,13 +11,12 @@ import pytest
 from flask_eventbus import logs, node
 from flask_eventbus.admin import server, services, streams
 from flask_eventbus.channels import decoder as channel_decoder
-from flask_eventbus.channels import listener
 from flask_eventbus.checks import server as checks_server
 from flask_eventbus.codec import codec, records, values
 from flask_eventbus.config import Config
 from flask_eventbus.database import after_commit, relay
-from flask_eventbus.publisher import buffer, connection, writer
-from flask_eventbus.receivers import conflicts, dispatcher, workers
+from flask_eventbus.publisher import buffer, connection
+from flask_eventbus.receivers import dispatcher, workers
 from flask_eventbus.streams import (
     attempts,
     decoder,
@@ -81,12 +80,16 @@ SENTENCES = [
     ("sizing", r"while receivers are slow \| (\S+) \|", workers.MOST_EVENTS),
     ("sizing", r"while receivers are slow \| \S+ \| (\S+) MiB", workers.MOST_BYTES / MIB),
     ("sizing", r"while Redis is away \| \S+, \S+ \| (\S+) MiB", buffer.MOST_BYTES / MIB),
-    ("tls-and-failover", r"a publisher notices after (\S+) s", connection.WRITE_TIMEOUT),
-    ("tls-and-failover", r"a listener after (\S+) s; both", listener.QUIET + listener.DEADLINE),
-    ("what-happens-when", r"It asks every (\S+) seconds, so `health\(\)`", writer.QUIET),
+    ("tls-and-failover", r"a publisher notices after (\S+) s", TIMING.write_timeout),
+    (
+        "tls-and-failover",
+        r"a listener after (\S+) s; both",
+        TIMING.ping_after + TIMING.ping_timeout,
+    ),
+    ("what-happens-when", r"It asks every (\S+) seconds, so `health\(\)`", TIMING.ping_after),
     ("what-happens-when", r"It waits (\S+) seconds, then logs the ids", node.FLUSH_AT_EXIT),
-    ("what-happens-when", r"sign of life after (\S+) seconds of silence", listener.QUIET),
-    ("what-happens-when", r"and connects anew after (\S+) more", listener.DEADLINE),
+    ("what-happens-when", r"sign of life after (\S+) seconds of silence", TIMING.ping_after),
+    ("what-happens-when", r"and connects anew after (\S+) more", TIMING.ping_timeout),
     ("what-happens-to-streams", r"after 1 s, 2 s, up to (\S+) minutes", dispatcher.MOST_DELAY / 60),
     (
         "stream-subscriptions",
@@ -122,9 +125,9 @@ SENTENCES = [
         r"remembers the bytes of the last (\S+) events of each as a hash",
         channel_decoder.REPEATABLE,
     ),
-    ("wire-format", r"among the last (\S+) events without `seq`", conflicts.REMEMBERED),
+    ("wire-format", r"among the last (\S+) events without `seq`", TIMING.max_remembered),
     ("wire-format", r"A number more than (\S+) beyond the last", channel_decoder.MOST_MISSED),
-    ("stream-subscriptions", r"ids and bytes of the last (\S+) events that", conflicts.REMEMBERED),
+    ("stream-subscriptions", r"ids and bytes of the last (\S+) events that", TIMING.max_remembered),
     ("wire-format", r"`traceparent` \| text, 1 to (\S+) bytes", codec.MAX_TRACEPARENT_BYTES),
     ("wire-format", r"`partitionkey` \| text, 1 to (\S+) bytes", codec.MAX_KEY_BYTES),
     ("wire-format", r"an array or a map has more than (\S+) items", values.MAX_ITEMS),
@@ -136,7 +139,7 @@ SENTENCES = [
     ("status", r"was killed is removed after (\S+) minutes", TIMING.idle_consumer_after / 60),
     ("status", r"more than (\S+) names of streams exist", TIMING.max_names),
     ("stream-commands", r"killed counts as gone after (\S+) minutes", services.GONE / 60),
-    ("outbox", r"is tried again every (\S+) seconds", relay.REFUSED_AGAIN),
+    ("outbox", r"is tried again every (\S+) seconds", TIMING.refused_again_after),
     ("outbox", r"are tried again every (\S+) seconds", relay.WRITE_AGAIN),
     ("transactions", r"the ids of the first (\S+)\. ", after_commit.SHOWN),
 ]

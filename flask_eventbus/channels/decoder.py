@@ -14,18 +14,13 @@ from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.conflicts import SECRET, Conflicts, Finding, compare
 from ..routing.subscriptions import Subscription
 from ..signals import emit, event_rejected, events_missed
+from ..timing import Timing
 
 logger = get_logger(__name__)
-
-#: Maximum number of routes and of nodes that are remembered; the oldest is dropped first.
-REMEMBERED = 10_000
 
 #: Number of events of one route whose hashes are remembered. If a publisher does not know whether
 #: Redis accepted a batch, it sends that batch again: 512 events at most.
 REPEATABLE = 1_024
-
-#: Maximum number of hashes of all routes. Each takes 40 bytes of memory.
-MOST_REMEMBERED = 262_144
 
 #: Maximum number of events missing before one event. A node that sends 1,000 events a second takes
 #: more than a day for them. A larger gap is forged, and would make the count useless.
@@ -52,7 +47,8 @@ class Sequences:
     bytes is a repetition. An event that contradicts another one is reported and not dropped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
         self._routes: OrderedDict[tuple[str, str, str], _RouteState] = OrderedDict()
         #: Number of hashes of all routes.
         self._hashes = 0
@@ -69,7 +65,7 @@ class Sequences:
         digest = hash(SECRET + body)
 
         if event.seq is None:
-            return compare(self._ids, event.id, digest) or 0
+            return compare(self._ids, event.id, digest, self._timing.max_remembered) or 0
 
         key = (event.node, event.name, event.source)
         route = self._routes.get(key)
@@ -97,7 +93,10 @@ class Sequences:
         self._hashes += len(route.bodies) < REPEATABLE
         route.bodies.append(digest)
 
-        if self._hashes > MOST_REMEMBERED or len(self._routes) > REMEMBERED:
+        if (
+            self._hashes > self._timing.max_hashes
+            or len(self._routes) > self._timing.max_remembered
+        ):
             _, forgotten = self._routes.popitem(last=False)
             self._hashes -= len(forgotten.bodies)
 
@@ -105,7 +104,7 @@ class Sequences:
         """Return a conflict if the node has sent events of another source before."""
         known = self._sources.setdefault(event.node, event.source)
 
-        if len(self._sources) > REMEMBERED:
+        if len(self._sources) > self._timing.max_remembered:
             self._sources.popitem(last=False)
 
         return 0 if known == event.source else Finding.CONFLICT
@@ -144,6 +143,7 @@ class MessageDecoder:
         config: Config,
         codec: Codec,
         counters: Counters,
+        timing: Timing,
         node: str,
         issued: Callable[[], int],
         siblings: Container[str],
@@ -155,7 +155,7 @@ class MessageDecoder:
         self._issued = issued
         self._siblings = siblings
         self._log = BoundedLog(logger)
-        self._sequences = Sequences()
+        self._sequences = Sequences(timing)
         self._conflicts = Conflicts(config=config, counters=counters)
 
     def event(self, name: str, body: bytes, subscription: Subscription) -> tuple[Event, int] | None:

@@ -210,15 +210,6 @@ def _as_bytes(key: str | bytes) -> bytes:
     return key.encode() if isinstance(key, str) else key
 
 
-#: Seconds without a message after which the server gets a PING, and seconds it has to answer.
-#: A server that hangs is noticed after the sum of both.
-QUIET = 5.0
-DEADLINE = 5.0
-
-#: Longest wait between two attempts to connect, in seconds. Events sent meanwhile are missed.
-MOST_BACKOFF = 1.0
-
-
 class Listener:
     """Reads messages in its own thread, queues their events, and reconnects after an outage.
 
@@ -238,6 +229,7 @@ class Listener:
     ) -> None:
         self._config = context.config
         self._counters = context.counters
+        self._timing = context.timing
         self._node = context.node
         self._app_exists = context.app_exists
         self._keys = ChannelKeys(context.config.prefix)
@@ -335,7 +327,7 @@ class Listener:
     # -- the reading thread ---------------------------------------------------------------
 
     def _run(self) -> None:
-        backoff = Backoff(most=MOST_BACKOFF)
+        backoff = Backoff(most=self._timing.max_listener_backoff)
 
         while self._goes_on:
             try:
@@ -357,6 +349,7 @@ class Listener:
         return not self._stopping.is_set() and self._app_exists()
 
     def _listen(self, backoff: Backoff) -> None:
+        ping_after, ping_timeout = self._timing.ping_after, self._timing.ping_timeout
         self._reader.connect()
         self._subscriptions.open()
         received = asked_again = time.monotonic()
@@ -370,14 +363,14 @@ class Listener:
                 received, pinged = now, None
                 self._accept(frames)
                 backoff.tries = 0
-            elif pinged is None and now - received >= QUIET:
+            elif pinged is None and now - received >= ping_after:
                 pinged = now
                 self._reader.ping()
                 self._reader.check_role()
-            elif pinged is not None and now - pinged >= DEADLINE:
-                raise redis.TimeoutError(f"Redis did not answer a PING within {DEADLINE:g} s.")
+            elif pinged is not None and now - pinged >= ping_timeout:
+                raise redis.TimeoutError(f"Redis did not answer a PING within {ping_timeout:g} s.")
 
-            if self._subscriptions.refused and now - asked_again >= QUIET:
+            if self._subscriptions.refused and now - asked_again >= ping_after:
                 asked_again = now
                 self._subscriptions.ask_again()
 

@@ -13,13 +13,11 @@ from typing import Any
 import redis
 
 from ..logs import get_logger
+from ..timing import TIMING, Timing
 from ..transport.connection import OUTAGE, Connection, is_passing, read_reply, set_deadline
 from ..transport.connections import Connections, NotMasterError
 
 logger = get_logger(__name__)
-
-#: Seconds that one read waits for bytes. After each, the reading thread checks whether to stop.
-TICK = 1.0
 
 #: Maximum time to connect, in seconds.
 CONNECT = 2.0
@@ -47,7 +45,8 @@ class Frame:
 class ChannelReader:
     """Reads one pub/sub connection; any thread may subscribe, one thread reads."""
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, timing: Timing = TIMING) -> None:
+        self._tick = timing.tick
         self._connections = connections
         self._connection: Connection | None = None
         self._sending = threading.Lock()
@@ -63,7 +62,7 @@ class ChannelReader:
         """
         self.close()
         self._asked.clear()
-        self._connection = self._connections.open(timeout=TICK, within=CONNECT)
+        self._connection = self._connections.open(timeout=self._tick, within=CONNECT)
 
     def subscribe(self, keys: Iterable[str], *, patterns: bool) -> None:
         """Subscribe to channels, with one command for each, so that each may be refused alone."""
@@ -87,10 +86,10 @@ class ChannelReader:
         try:
             if self._aside is None:
                 # Opening a connection checks the role, too.
-                self._aside = self._connections.open(timeout=TICK)
+                self._aside = self._connections.open(timeout=self._tick)
                 return
 
-            set_deadline(self._aside, time.monotonic() + TICK)
+            set_deadline(self._aside, time.monotonic() + self._tick)
             self._aside.send_command("ROLE")
             self._connections.role.check(read_reply(self._aside))
         except NotMasterError:
@@ -100,7 +99,7 @@ class ChannelReader:
             self._close_aside()
 
     def read(self) -> list[Frame]:
-        """Wait up to :data:`TICK` seconds for messages, and return them in order.
+        """Wait up to ``Timing.tick`` seconds for messages, and return them in order.
 
         The first part of a message that is still incomplete is kept for the next call.
 

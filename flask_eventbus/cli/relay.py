@@ -14,7 +14,7 @@ from ..bus import stop_on_signals
 from ..errors import ConfigError, PublishError
 from ..logs import get_logger
 from ..node import Node
-from ..publisher.connection import WRITE_TIMEOUT, PublishConnection
+from ..publisher.connection import PublishConnection
 from ..publisher.message import Destination, Destinations
 from ..routing.routes import Route
 from ..transport.connection import OUTAGE
@@ -206,12 +206,12 @@ def _refuse_async(engine: Engine) -> Engine:
 def _relay(node: Node, outbox: Outbox, batch: int) -> Iterator[Relay]:
     from ..database.relay import Relay  # it needs SQLAlchemy, which is optional
 
-    config = node.config
-    connections = Connections(config.url, name=f"eventbus-relay:{config.service}")
-    exchange = PublishConnection(connections, config, timeout=WRITE_TIMEOUT)
+    config, timing = node.config, node.registry.timing
+    connections = Connections(config.url, name=f"eventbus-relay:{config.service}", timing=timing)
+    exchange = PublishConnection(connections, config, timeout=timing.write_timeout)
 
     try:
-        yield Relay(outbox, exchange, _destinations(node), batch=batch)
+        yield Relay(outbox, exchange, _destinations(node), batch=batch, timing=timing)
     finally:
         exchange.close()
 

@@ -15,7 +15,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from ..logs import BoundedLog, get_logger
 from ..publisher.connection import PublishConnection
 from ..publisher.message import Destination, NoWritesError, TooFewReplicasError
-from ..publisher.writer import BATCH_BYTES, LISTENERS_RETURN
+from ..publisher.writer import BATCH_BYTES
+from ..timing import TIMING, Timing
 from ..transport.connection import OUTAGE
 from ..transport.reconnect import Backoff
 from ..typing import Via
@@ -34,9 +35,6 @@ VIAS = frozenset({"channel", "stream"})
 
 #: Seconds before the next read of the table while another relay has locked the events.
 AFTER_YOU = 0.1
-
-#: Seconds before an event that Redis refused is published again.
-REFUSED_AGAIN = 5.0
 
 #: Seconds before the next write to a Redis that accepts no writes.
 WRITE_AGAIN = 2.0
@@ -102,8 +100,10 @@ class Relay:
         destination: Callable[[str, Via], Destination],
         *,
         batch: int,
+        timing: Timing = TIMING,
     ) -> None:
         self.outbox = outbox
+        self._timing = timing
         self._connection = connection
         self._destination = functools.cache(destination)
         self._batch = batch
@@ -194,7 +194,7 @@ class Relay:
 
         if self._redis:
             # Pub/sub keeps no events: let the listeners reconnect first.
-            stopping.wait(LISTENERS_RETURN)
+            stopping.wait(self._timing.listeners_return)
             self._redis.end()
 
     def _publish(self, batch: Batch) -> Exception | None:
@@ -260,7 +260,7 @@ class Relay:
 
     def _refuse(self, entry: Entry, reason: str) -> None:
         """Skip the events of a signal for a while, to keep their order."""
-        self._refused_until = time.monotonic() + REFUSED_AGAIN
+        self._refused_until = time.monotonic() + self._timing.refused_again_after
         self.refused[entry.name] = reason
         self._log.error(
             f"refused {entry.name}",
@@ -269,7 +269,7 @@ class Relay:
             entry.event_id,
             entry.name,
             reason,
-            REFUSED_AGAIN,
+            self._timing.refused_again_after,
             extra={"event_id": entry.event_id, "signal": entry.name},
         )
 

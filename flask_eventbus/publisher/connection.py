@@ -26,9 +26,6 @@ from .message import AgingStreamDestination, Destination, NoWritesError, TooFewR
 
 logger = get_logger(__name__)
 
-#: Seconds that a round trip may take before Redis counts as away.
-WRITE_TIMEOUT = 2.0
-
 #: Longest wait for replicas in seconds; shorter than the timeout of the connection.
 MOST_WAIT = 1.0
 

@@ -16,9 +16,6 @@ from .message import Message, NoWritesError, TooFewReplicasError
 
 logger = get_logger(__name__)
 
-#: Longest wait between two attempts in seconds; short, so that events leave soon after an outage.
-MOST_BACKOFF = 2.0
-
 
 class Outage:
     """Tracks two states: Redis is away, or Redis answers but accepts no writes.
@@ -28,7 +25,7 @@ class Outage:
     is sent when the first of them starts, ``publisher_restored`` when both have ended.
     """
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, max_backoff: float) -> None:
         self._service = service
         #: Limits the number of lines, in case the connection breaks repeatedly.
         self._log = BoundedLog(logger)
@@ -43,7 +40,7 @@ class Outage:
         self._refusing_since: float | None = None
         #: Why Redis accepts no writes; ``None`` while it does.
         self.refusal: Exception | None = None
-        self._backoff = Backoff(most=MOST_BACKOFF)
+        self._backoff = Backoff(most=max_backoff)
         #: Monotonic time of the next attempt to write while Redis accepts no writes.
         self.write_again_at = float("inf")
         #: True if a sender has timed out since Redis last accepted an event.

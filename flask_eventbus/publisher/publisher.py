@@ -13,7 +13,7 @@ from ..errors import PublishError
 from ..routing.routes import Route
 from ..transport.connections import Context
 from .buffer import Buffer, Overflow
-from .connection import WRITE_TIMEOUT, PublishConnection
+from .connection import PublishConnection
 from .message import Message, MessageBuilder, TooFewReplicasError
 from .outage import Outage, PublishReport
 from .writer import Writer
@@ -39,7 +39,7 @@ class Publisher:
         trace: Callable[[], str | None] | None,
         resend: Callable[[Message], None],
     ) -> None:
-        config, counters = context.config, context.counters
+        config, counters, timing = context.config, context.counters, context.timing
         self._config = config
         self._resend = resend
         self._node = context.node
@@ -48,18 +48,19 @@ class Publisher:
         #: Highest event number that has been assigned.
         self.issued = 0
         self._buffer = Buffer(most_events=config.buffer_size)
-        self._outage = Outage(config.service)
+        self._outage = Outage(config.service, timing.max_writer_backoff)
         self._overflow = Overflow(
             buffer=self._buffer, outage=self._outage, counters=counters, service=config.service
         )
         self._writer = Writer(
-            connection=PublishConnection(context.connections, config, timeout=WRITE_TIMEOUT),
+            connection=PublishConnection(context.connections, config, timeout=timing.write_timeout),
             buffer=self._buffer,
             outage=self._outage,
             report=PublishReport(
                 counters=counters, service=config.service, log_events=config.log_events
             ),
             node=context.node,
+            timing=timing,
         )
         self._leader = self._writer.leader
         self._closed = False

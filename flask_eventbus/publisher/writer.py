@@ -14,12 +14,13 @@ import redis
 
 from ..ending import process_ends
 from ..logs import get_logger
+from ..timing import Timing
 from ..transport.connection import OUTAGE, is_refused
 from ..transport.reconnect import Backoff
 from .buffer import Buffer
 from .connection import PublishConnection
 from .message import Message, NoWritesError, TooFewReplicasError
-from .outage import MOST_BACKOFF, Outage, PublishReport
+from .outage import Outage, PublishReport
 
 logger = get_logger(__name__)
 
@@ -249,9 +250,6 @@ class Leader:
             self._right.hand_over(self._writer.thread, error)
 
 
-#: Largest number of events in one round trip.
-BATCH_EVENTS = 512
-
 #: Largest size of a round trip in bytes, so that a batch of large events meets the timeout.
 BATCH_BYTES = 1024 * 1024
 
@@ -266,7 +264,7 @@ class WriteRight:
     The caller holds the buffer's lock to acquire the right, release it or pass it on.
     """
 
-    def __init__(self, buffer: Buffer, outage: Outage) -> None:
+    def __init__(self, buffer: Buffer, outage: Outage, batch_events: int) -> None:
         self._buffer = buffer
         self._outage = outage
         #: The holder: the writer thread, or the event whose sender writes; ``None`` if it is free.
@@ -283,7 +281,7 @@ class WriteRight:
         self.failure: Exception | None = None
         #: True while the writer thread waits for work.
         self.thread_waits = False
-        self._batch_events = BATCH_EVENTS
+        self._batch_events = self._max_batch_events = batch_events
 
     @property
     def is_here(self) -> bool:
@@ -409,7 +407,7 @@ class WriteRight:
 
     def grow(self) -> None:
         """Increase the batch size after a success."""
-        self._batch_events = min(BATCH_EVENTS, self._batch_events * BATCH_STEP)
+        self._batch_events = min(self._max_batch_events, self._batch_events * BATCH_STEP)
 
     def shrink(self) -> None:
         """Reduce the batch size after a failure."""
@@ -431,14 +429,6 @@ def _has_write(batch: Sequence[Message], outcomes: Sequence[Exception | None]) -
         for message, error in zip(batch, outcomes, strict=True)
     )
 
-
-#: Seconds to wait after an outage before buffered channel events are sent: a little more than the
-#: longest wait of a listener before it reconnects.
-LISTENERS_RETURN = 1.5
-
-#: Seconds without events after which the writer sends a PING. It detects an outage before the next
-#: event, and keeps firewalls from closing an idle connection.
-QUIET = 5.0
 
 #: Seconds that the writer has to write the buffered events after its node is gone.
 LEAVE = 5.0
@@ -463,10 +453,12 @@ class Writer:
         outage: Outage,
         report: PublishReport,
         node: str,
+        timing: Timing,
     ) -> None:
+        self._timing = timing
         self._connection = connection
         self._buffer = buffer
-        self._right = WriteRight(buffer, outage)
+        self._right = WriteRight(buffer, outage, timing.batch_events)
         self._outage = outage
         self._report = report
         self._node = node
@@ -606,7 +598,7 @@ class Writer:
             self.thread = None
 
     def _run(self) -> None:
-        backoff = Backoff(most=MOST_BACKOFF)
+        backoff = Backoff(most=self._timing.max_writer_backoff)
 
         try:
             while (batch := self._take()) is not None:
@@ -643,7 +635,7 @@ class Writer:
             return self._right.take()
 
     def _wait_for_work(self) -> None:
-        """Wait until there is work, for :data:`QUIET` seconds at most.
+        """Wait until there is work, for ``Timing.ping_after`` seconds at most.
 
         While Redis accepts no writes, wait no longer than until the next attempt.
         """
@@ -660,7 +652,8 @@ class Writer:
     @property
     def _longest_wait(self) -> float:
         left = self._outage.write_again_at - time.monotonic()
-        return left if 0 < left < QUIET else QUIET
+        most = self._timing.ping_after
+        return left if 0 < left < most else most
 
     @property
     def _may_work(self) -> bool:
@@ -744,7 +737,7 @@ class Writer:
     def _wait_for_listeners(self) -> None:
         """Let listeners reconnect after an outage, before buffered channel events are sent."""
         if self._outage.away and self._buffer.has_channel_events:
-            self._pause(LISTENERS_RETURN)
+            self._pause(self._timing.listeners_return)
 
     def _give_up(self, batch: Sequence[Message], error: Exception) -> None:
         """Handle an unexpected error: retry the events one by one, then drop the faulty one."""

@@ -13,9 +13,6 @@ from ..signals import emit, event_conflict
 
 logger = get_logger(__name__)
 
-#: Maximum number of event ids remembered with a hash of their bytes; the oldest is dropped first.
-REMEMBERED = 10_000
-
 #: Prefix of each body before it is hashed, so that no publisher can construct equal hashes. It
 #: differs in each process.
 SECRET = secrets.token_bytes(16)
@@ -30,12 +27,13 @@ class Finding(Enum):
     CONFLICT = auto()
 
 
-def compare(known: OrderedDict[str, int], id: str, digest: int) -> Finding | None:
+def compare(known: OrderedDict[str, int], id: str, digest: int, most: int) -> Finding | None:
     """Compare an event with the one of the same id in ``known``, and store it there.
 
     Return ``None`` if ``known`` has no event with this id.
 
     :param digest: ``hash(SECRET + body)`` of the event's bytes.
+    :param most: maximum number of ids in ``known``; the oldest is dropped first.
     """
     before = known.get(id)
 
@@ -44,7 +42,7 @@ def compare(known: OrderedDict[str, int], id: str, digest: int) -> Finding | Non
 
     known[id] = digest
 
-    if len(known) > REMEMBERED:
+    if len(known) > most:
         known.popitem(last=False)
 
     return None if before is None else Finding.CONFLICT

@@ -13,6 +13,7 @@ from ..coroutines import kept_loop
 from ..event import Event
 from ..logs import BoundedLog, Counters, get_logger
 from ..signals import emit, events_dropped
+from ..timing import Timing
 from .delivery import Delivery
 from .dispatcher import Dispatcher
 
@@ -153,12 +154,14 @@ class WorkerThreads:
         config: Config,
         dispatcher: Dispatcher,
         counters: Counters,
+        timing: Timing,
         node: str,
         handle: Callable[[Sequence[Delivery]], None],
     ) -> None:
         self._config = config
         self._dispatcher = dispatcher
         self._counters = counters
+        self._timing = timing
         self._node = node
         self._log = BoundedLog(logger)
         self._handle = handle
@@ -251,7 +254,9 @@ class WorkerThreads:
         self._rest = threading.Condition(lock)
         self._event_queue = EventQueue(self._work, self._rest)
         #: The queue of stream deliveries.
-        self.queue = DeliveryQueue(self._work, self._rest, width=self._config.concurrency)
+        self.queue = DeliveryQueue(
+            self._work, self._rest, width=self._config.concurrency, most=self._timing.max_ahead
+        )
 
     def _force(self) -> None:
         self._forced = True
@@ -345,9 +350,6 @@ class WorkerThreads:
 #: Seconds of work that a process reads ahead. Other workers could do this work meanwhile.
 AHEAD = 0.25
 
-#: Maximum number of queued deliveries.
-MOST_AHEAD = 1_000
-
 #: Maximum number of entries of one stream in one answer. With the default of
 #: ``EVENTBUS_MAX_EVENT_BYTES``, so many of the largest events take :data:`MOST_BYTES`.
 MOST_READ = 64
@@ -404,12 +406,16 @@ class DeliveryQueue:
         of the threads.
     :param rest: a condition with the same lock, notified when deliveries are done.
     :param width: number of threads.
+    :param most: maximum number of queued deliveries.
     """
 
-    def __init__(self, work: threading.Condition, rest: threading.Condition, *, width: int) -> None:
+    def __init__(
+        self, work: threading.Condition, rest: threading.Condition, *, width: int, most: int
+    ) -> None:
         self._work = work
         self._rest = rest
         self._width = width
+        self._most = most
         self._line: deque[Delivery] = deque()
         self._own: list[deque[Delivery]] = [deque() for _ in range(width)]
         self._own_next = [True] * width
@@ -439,7 +445,7 @@ class DeliveryQueue:
             return 0
 
         ahead = int(self._width * AHEAD / max(self._pace, 1e-9))
-        return min(max(ahead, self._width), MOST_AHEAD) - self.waiting
+        return min(max(ahead, self._width), self._most) - self.waiting
 
     def wait_for_room(self, timeout: float) -> bool:
         """Wait up to ``timeout`` seconds; return True if the reader should read."""

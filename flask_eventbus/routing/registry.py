@@ -103,9 +103,6 @@ def _identity(receiver: Receiver) -> object:
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
-#: Number of former node names that a process remembers, because their events may still arrive.
-MAX_FORMER = 1000
-
 
 class Watcher(Protocol):
     """An object that is notified of later declarations: a node."""
@@ -123,8 +120,9 @@ class Watcher(Protocol):
 class Siblings(dict[str, None]):
     """The names of this process's nodes: all current names, and the most recent former names."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_former: int) -> None:
         super().__init__()
+        self._max_former = max_former
         self._living: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
 
     def add(self, node: object, name: str) -> None:
@@ -132,11 +130,11 @@ class Siblings(dict[str, None]):
         self._living[node] = name
         self[name] = None
 
-        if len(self) > MAX_FORMER + len(self._living):
+        if len(self) > self._max_former + len(self._living):
             current = set(self._living.values())
             former = [each for each in list(self) if each not in current]
 
-            for each in former[:-MAX_FORMER]:
+            for each in former[: -self._max_former]:
                 self.pop(each, None)
 
     def clear(self) -> None:
@@ -176,7 +174,9 @@ class Registry:
         self._lock = threading.RLock()
         #: The names of all nodes of this process that use this namespace, also those of other
         #: buses: an event of one of them has already run the local receivers of all.
-        self.siblings: Siblings = vars(self.namespace).setdefault("_eventbus_siblings", Siblings())
+        self.siblings: Siblings = vars(self.namespace).setdefault(
+            "_eventbus_siblings", Siblings(self.timing.max_former)
+        )
 
         if isinstance(self.namespace, BusNamespace):
             self.namespace.watch(self._signal_created)

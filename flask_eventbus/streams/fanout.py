@@ -327,7 +327,10 @@ class Fanout:
         for delivery in found.deliveries:
             event, digest = delivery.event, hash(SECRET + delivery.body)
 
-            if compare(self._known, event.id, digest) is Finding.CONFLICT:
+            if (
+                compare(self._known, event.id, digest, self._timing.max_remembered)
+                is Finding.CONFLICT
+            ):
                 self._conflicts.report(event)
 
         self._counters.add("received", len(found.deliveries))

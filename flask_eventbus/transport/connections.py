@@ -21,7 +21,7 @@ import redis
 from ..config import Config
 from ..errors import ConfigError
 from ..logs import Counters, get_logger
-from ..timing import Timing
+from ..timing import TIMING, Timing
 from . import embedded
 from .connection import (
     OUTAGE,
@@ -57,9 +57,6 @@ logger = get_logger(__name__)
 
 #: Seconds between two queries to the Sentinels for the master, while connections are open.
 FOLLOW = 1.0
-
-#: Seconds between two ROLE commands on a connection that writes.
-LOOK = 1.0
 
 #: URL that replaces the URL of every connection while a test is isolated; ``None`` otherwise.
 diversion: str | None = None
@@ -124,13 +121,16 @@ class Connections:
     :raises ConfigError: the URL or one of its options is invalid.
     """
 
-    def __init__(self, url: str, *, name: str, deadline: float = math.inf) -> None:
+    def __init__(
+        self, url: str, *, name: str, deadline: float = math.inf, timing: Timing = TIMING
+    ) -> None:
         self.deadline = deadline
         self._url = url
         self._name = name
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         #: Shared by all connections: if Redis refuses ROLE to one of them, none sends it again.
         self.role = Role()
+        self._ask_role_every = timing.ask_role_every
         self._disowned = False
         #: True once a server has refused ``CLIENT SETNAME``; it is not sent again.
         self._naming_refused = False
@@ -208,7 +208,7 @@ class Connections:
 
         It need not once :attr:`Role.refusal` is set.
         """
-        return time.monotonic() + LOOK if self.asks_role else math.inf
+        return time.monotonic() + self._ask_role_every if self.asks_role else math.inf
 
     @property
     def in_memory(self) -> bool:

@@ -17,6 +17,7 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.event import Event
 from flask_eventbus.receivers import conflicts as by_id
 from flask_eventbus.signals import wait_until_sent
+from flask_eventbus.timing import Timing
 
 pytestmark = pytest.mark.second_look("waits for events of a real Redis")
 
@@ -246,11 +247,8 @@ def test_an_id_forged_in_advance_hides_no_unnumbered_event(
     assert consumer.health().counts["duplicates"] == 1
 
 
-def test_the_memory_of_other_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "REMEMBERED", 5)
-    monkeypatch.setattr(by_id, "REMEMBERED", 5)
-    monkeypatch.setattr(decoder, "MOST_REMEMBERED", 20)
-    codec, heard = Codec(), decoder.Sequences()
+def test_the_memory_of_other_nodes_is_bounded() -> None:
+    codec, heard = Codec(), decoder.Sequences(Timing(max_remembered=5, max_hashes=20))
     bodies = [packed(id=f"n{node}-{n}", seq=n) for node in range(10) for n in range(1, 6)]
     bodies += [packed(id=f"relay{n}-1") for n in range(10)]
     for body in bodies:
@@ -261,11 +259,8 @@ def test_the_memory_of_other_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -
     assert len(heard._ids) == len(heard._sources) == 5
 
 
-def test_a_node_that_sends_often_is_not_forgotten_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(decoder, "REMEMBERED", 5)
-    codec, heard = Codec(), decoder.Sequences()
+def test_a_node_that_sends_often_is_not_forgotten_first() -> None:
+    codec, heard = Codec(), decoder.Sequences(Timing(max_remembered=5))
 
     def hear(node: str, seq: int) -> int | by_id.Finding:
         body = packed(id=f"{node}-{seq}", seq=seq)

@@ -13,7 +13,6 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus, Reject, Retry, current_event
-from flask_eventbus.channels import listener
 
 pytestmark = [
     pytest.mark.second_look("waits for rights to take effect in a real Redis"),
@@ -26,6 +25,7 @@ pytestmark = [
         search_orphans_every=0.1,
         list_streams_every=0.1,
         check_trimmed_every=0.1,
+        ping_after=0.1,
     ),
 ]
 
@@ -104,12 +104,6 @@ def user(store: StreamStore, caplog: pytest.LogCaptureFixture) -> Iterator[User]
     user = User(store, caplog)
     yield user
     user.end()
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was refused is asked for again at once."""
-    monkeypatch.setattr(listener, "QUIET", 0.1)
 
 
 @pytest.mark.parametrize("via", ["channel", "stream"])

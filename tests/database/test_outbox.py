@@ -54,7 +54,7 @@ from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import Destination, Destinations
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import Isolation
-from flask_eventbus.transport import connections
+from flask_eventbus.timing import TIMING, Timing
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.typing import Via
 
@@ -160,9 +160,11 @@ def ear(shared_redis: RedisServer, prefix: str) -> Iterator[Ear]:
 
 
 @contextmanager
-def relaying(server: RedisServer, engine: Engine, prefix: str, batch: int = 100) -> Iterator[Relay]:
+def relaying(
+    server: RedisServer, engine: Engine, prefix: str, batch: int = 100, timing: Timing = TIMING
+) -> Iterator[Relay]:
     """A relay in this process."""
-    exchange = exchange_with(server.url, prefix)
+    exchange = exchange_with(server.url, prefix, timing)
 
     try:
         yield Relay(Outbox(engine), exchange, way(prefix), batch=batch)
@@ -170,9 +172,9 @@ def relaying(server: RedisServer, engine: Engine, prefix: str, batch: int = 100)
         exchange.close()
 
 
-def exchange_with(url: str, prefix: str) -> PublishConnection:
+def exchange_with(url: str, prefix: str, timing: Timing = TIMING) -> PublishConnection:
     """What a relay publishes with."""
-    connections = Connections(url, name="relay")
+    connections = Connections(url, name="relay", timing=timing)
     return PublishConnection(connections, Config(service="relay", prefix=prefix), timeout=2)
 
 
@@ -683,7 +685,6 @@ def test_an_event_that_redis_refuses_stays_and_other_signals_continue(
     prefix: str,
     waiting: Outbox,
     ear: Ear,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with shared_redis.client as client:
@@ -695,10 +696,10 @@ def test_an_event_that_redis_refuses_stays_and_other_signals_continue(
         fill(engine, 2, "user_added")
         fill(engine, 2, "user_changed")
 
-    monkeypatch.setattr("flask_eventbus.database.relay.REFUSED_AGAIN", 0.3)
     url = shared_redis.url.replace("redis://", "redis://relay:secret@")
     exchange = exchange_with(url, prefix)
-    relay = Relay(Outbox(engine), exchange, way(prefix), batch=3)
+    timing = Timing(refused_again_after=0.3)
+    relay = Relay(Outbox(engine), exchange, way(prefix), batch=3, timing=timing)
     never = threading.Event()
 
     wait_until(lambda: relay.publish_batch(never) and relay.published == 6)
@@ -871,13 +872,11 @@ def test_a_relay_publishes_nothing_into_a_replica(
     waiting: Outbox,
     near: Ear,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(connections, "LOOK", 0.0)
     stopping = threading.Event()
     fill(engine, 2)
 
-    with relaying(redis_server, engine, prefix) as relay:
+    with relaying(redis_server, engine, prefix, timing=Timing(ask_role_every=0.0)) as relay:
         assert relay.publish_batch(stopping) is BatchResult.PUBLISHED
         # It keeps its connection, and replicas take PUBLISH.
         redis_server.client.replicaof("127.0.0.1", 1)

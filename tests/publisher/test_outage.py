@@ -17,21 +17,15 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError, signals
-from flask_eventbus.channels import listener, reader
 from flask_eventbus.signals import wait_until_sent
 from flask_eventbus.transport.reconnect import Backoff
 
-pytestmark = pytest.mark.second_look("hangs, kills and restarts Redis servers")
+pytestmark = [
+    pytest.mark.second_look("hangs, kills and restarts Redis servers"),
+    pytest.mark.timing(tick=0.1, ping_after=0.3, ping_timeout=0.3),
+]
 
 Make = Callable[..., Bus]
-
-
-@pytest.fixture(autouse=True)
-def _quick_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hung server is noticed after half a second instead of ten."""
-    monkeypatch.setattr(reader, "TICK", 0.1)
-    monkeypatch.setattr(listener, "QUIET", 0.3)
-    monkeypatch.setattr(listener, "DEADLINE", 0.3)
 
 
 def hear(bus: Bus, name: str = "tick") -> list[Any]:
@@ -168,13 +162,13 @@ def test_a_listener_detects_a_server_that_hangs_and_resumes_with_it(
     wait_until(lambda: heard == [1], what="the event arrives")
 
 
+@pytest.mark.timing(ping_after=60.0)
 def test_events_sent_to_a_server_that_hangs_arrive_once_when_it_resumes(
-    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, make_bus: Make
 ) -> None:
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     consumer = make_bus(redis_server.url, "consumer")
     # This listener waits: the subscription outlives the stop, as TCP does.
-    monkeypatch.setattr(listener, "QUIET", 60.0)
     heard = hear(consumer)
     publisher.signal("tick").send("test", n=0)
     assert publisher.flush(10)
@@ -232,11 +226,11 @@ def test_only_the_first_of_many_confirmed_sends_waits_for_a_server_that_hangs(
     redis_server.resume()
 
 
+@pytest.mark.timing(ping_after=60.0)
 def test_a_channel_event_sent_again_from_its_error_is_handled_once_and_leaves_no_gap(
-    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, make_bus: Make
 ) -> None:
     # The listener waits: its subscription outlives the stop.
-    monkeypatch.setattr(listener, "QUIET", 60.0)
     consumer = make_bus(redis_server.url, "consumer")
     heard = hear(consumer)
     route = {"tick": {"confirm": True}}

@@ -30,18 +30,15 @@ from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import ChannelDestination, Message, RouteState
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import isolated
+from flask_eventbus.timing import TIMING, Timing
 from flask_eventbus.typing import Publish
 
-pytestmark = pytest.mark.second_look("runs many threads, and processes that are ending")
+pytestmark = [
+    pytest.mark.second_look("runs many threads, and processes that are ending"),
+    pytest.mark.timing(listeners_return=0.0, max_writer_backoff=0.2),
+]
 
 Make = Callable[..., Bus]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait long for listeners that are not there."""
-    monkeypatch.setattr(writer, "LISTENERS_RETURN", 0.0)
-    monkeypatch.setattr(writer, "MOST_BACKOFF", 0.2)
 
 
 @pytest.fixture
@@ -356,7 +353,7 @@ def test_a_full_buffer_keeps_the_newest_channel_events_and_every_stream_event() 
 def test_an_ending_program_waits_five_seconds_for_redis_and_an_idle_one_pings_as_often() -> None:
     assert inspect.signature(Bus.stop).parameters["flush"].default == node.FLUSH_AT_EXIT
     assert node.FLUSH_AT_EXIT == 5.0
-    assert writer.QUIET == 5.0
+    assert TIMING.ping_after == 5.0
 
 
 def test_the_buffer_counts_bytes_on_the_wire(make_bus: Make) -> None:
@@ -440,6 +437,7 @@ def test_a_full_buffer_raises_with_the_policy_raise(
     bus.signal("tick").send("test", n=0)
 
 
+@pytest.mark.timing(batch_events=50)
 def test_a_late_confirmation_behind_a_long_buffer_drops_nothing(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,7 +449,6 @@ def test_a_late_confirmation_behind_a_long_buffer_drops_nothing(
 
     # What waits takes nearly a second, and there is room again after a fiftieth of one.
     monkeypatch.setattr(PublishConnection, "publish", slowly)
-    monkeypatch.setattr(writer, "BATCH_EVENTS", 50)
     bus = make_bus(
         shared_redis.url,
         prefix=prefix,
@@ -600,12 +597,12 @@ def test_a_bus_is_started_and_stopped_by_many_threads_while_others_send(
 
 
 def test_events_of_a_garbage_collected_bus_still_arrive(
-    redis_server: RedisServer, make_bus: Make
+    redis_server: RedisServer, make_bus: Make, timing: Timing
 ) -> None:
     heard = hear(make_bus(redis_server.url, "consumer"))
 
     def send_and_forget(n: int) -> None:
-        bus = Bus(redis_server.url, service="passing", publish=["tick"])
+        bus = Bus(redis_server.url, service="passing", publish=["tick"], _timing=timing)
         bus.signal("tick").send("test", n=n)
 
     redis_server.hang()

@@ -28,7 +28,6 @@ from waiting import wait_until
 from flask_eventbus import Bus, PayloadError, PublishError, signals
 from flask_eventbus.admin.publish import publish_one
 from flask_eventbus.config import Config
-from flask_eventbus.publisher import writer
 from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import (
     ChannelDestination,
@@ -37,21 +36,18 @@ from flask_eventbus.publisher.message import (
     TooFewReplicasError,
 )
 from flask_eventbus.signals import wait_until_sent
+from flask_eventbus.timing import Timing
 from flask_eventbus.transport.connections import Connections
 
-pytestmark = pytest.mark.second_look("hangs and kills Redis servers while events are sent")
+pytestmark = [
+    pytest.mark.second_look("hangs and kills Redis servers while events are sent"),
+    pytest.mark.timing(listeners_return=0.0, max_writer_backoff=0.2),
+]
 
 Make = Callable[..., Bus]
 
 #: Seconds that a slow machine may take beyond what a caller is held.
 SLACK = 1.0
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait long for a server that comes back."""
-    monkeypatch.setattr(writer, "LISTENERS_RETURN", 0.0)
-    monkeypatch.setattr(writer, "MOST_BACKOFF", 0.2)
 
 
 @pytest.fixture
@@ -182,10 +178,10 @@ def test_the_name_of_a_stream_is_registered_again_after_a_flush(
         assert client.sismember("eventbus:streams", "tick")
 
 
+@pytest.mark.timing(ping_after=0.1)
 def test_an_idle_publisher_registers_its_streams_again_after_a_flush(
-    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, make_bus: Make
 ) -> None:
-    monkeypatch.setattr(writer, "QUIET", 0.1)
     bus = make_bus(redis_server.url, "accounts", publish={"tick": "stream"})
     bus.signal("tick").send("test", n=1)
 
@@ -1250,14 +1246,9 @@ MIXED: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An idle writer does not look by itself while a test runs."""
-    monkeypatch.setattr(writer, "QUIET", 60.0)
-
-
+@pytest.mark.timing(ping_after=60.0)
 def test_a_channel_event_after_a_confirmed_event_leaves_at_once(
-    idle_for_long: None, shared_redis: RedisServer, make_bus: Make, prefix: str
+    shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix, publish=MIXED)
 
@@ -1270,8 +1261,10 @@ def test_a_channel_event_after_a_confirmed_event_leaves_at_once(
 
 
 @pytest.fixture
-def mixed_bus(idle_for_long: None, make_bus: Make) -> Bus:
-    return make_bus("memory://interleavings", publish=MIXED, timeout=10)
+def mixed_bus(make_bus: Make) -> Bus:
+    # An idle writer does not look by itself while the test runs.
+    timing = Timing(ping_after=60.0)
+    return make_bus("memory://interleavings", publish=MIXED, timeout=10, timing=timing)
 
 
 # What fails depends on the moment: a smaller example shows nothing more.

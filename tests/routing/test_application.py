@@ -36,8 +36,8 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.event import Event, handling
 from flask_eventbus.extension import AppSignals
 from flask_eventbus.routing.bus_signal import BusNamespace, BusSignal
-from flask_eventbus.routing.registry import MAX_FORMER
 from flask_eventbus.testing import Isolation
+from flask_eventbus.timing import TIMING, Timing
 
 
 class App(Flask):
@@ -858,10 +858,10 @@ def test_an_app_is_freed_with_its_last_reference() -> None:
         gc.enable()
 
 
-def test_the_names_of_deleted_buses_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask_eventbus.routing.registry.MAX_FORMER", 5)
+def test_the_names_of_deleted_buses_do_not_pile_up() -> None:
     namespace = blinker.Namespace()
-    lasting = Bus("memory://", service="lasting", namespace=namespace)
+    few = Timing(max_former=5)
+    lasting = Bus("memory://", service="lasting", namespace=namespace, _timing=few)
 
     for _ in range(8):
         Bus("memory://", service="passing", namespace=namespace)
@@ -879,11 +879,11 @@ def test_a_bus_that_stops_remembers_a_bounded_number_of_its_names() -> None:
 
     bus.stop(flush=0)
     assert first in bus.siblings
-    for _ in range(MAX_FORMER + 20):
+    for _ in range(TIMING.max_former + 20):
         bus.siblings.add(bus.node, secrets.token_hex(6))
 
     assert first not in bus.siblings
-    assert len(bus.siblings) == MAX_FORMER + 1
+    assert len(bus.siblings) == TIMING.max_former + 1
 
 
 def test_a_namespace_keeps_nothing_of_deleted_buses() -> None:

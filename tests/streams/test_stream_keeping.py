@@ -18,10 +18,10 @@ from waiting import wait_until
 from flask_eventbus import Bus, Reject, current_event
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
-from flask_eventbus.receivers import workers
 from flask_eventbus.streams import acknowledger, attempts, outcomes
 from flask_eventbus.streams.dead_limit import DeadLimit
 from flask_eventbus.streams.group import Group
+from flask_eventbus.timing import TIMING
 from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = [
@@ -218,11 +218,8 @@ def old_retry(store: StreamStore, name: str, *, hours: float, key: str = "mailer
     store.client.sadd(store.keys.names, name)
 
 
-@pytest.mark.timing(check_released_every=600.0)
-def test_retries_beyond_the_free_room_follow_at_once(
-    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "MOST_AHEAD", 10)
+@pytest.mark.timing(check_released_every=600.0, max_ahead=10)
+def test_retries_beyond_the_free_room_follow_at_once(store: StreamStore, make_bus: Make) -> None:
     # Not found by the next look for what others left.
     handled: list[int] = []
 
@@ -524,7 +521,7 @@ def test_a_worker_of_many_streams_reads_no_further_ahead_than_a_worker_of_one(
     wait_until(lambda: len(heard) == 60, what="all are heard")
 
     first, streams = next(read for read in reads if read[1] == 60)
-    assert first * streams <= workers.MOST_AHEAD
+    assert first * streams <= TIMING.max_ahead
 
 
 def test_a_delivery_whose_start_cannot_be_recorded_starts_later(

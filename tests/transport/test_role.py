@@ -12,7 +12,6 @@ from servers import RedisServer, free_port
 from waiting import wait_until
 
 from flask_eventbus import Bus
-from flask_eventbus.channels import listener
 
 pytestmark = pytest.mark.second_look("turns a running Redis server into a replica")
 
@@ -74,10 +73,10 @@ def test_a_publisher_keeps_its_events_while_its_server_is_a_replica(
     wait_until(lambda: 2 in heard, what="the event arrives")
 
 
+@pytest.mark.timing(ping_after=0.1)
 def test_an_idle_publisher_notices_that_its_server_became_a_replica(
-    redis_server: RedisServer, make_bus: MakeBus, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, make_bus: MakeBus
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.publisher.writer.QUIET", 0.1)
     publisher = make_bus(redis_server.url, "shop", publish=["tick"])
     publisher.signal("tick").send(number=0)
     assert publisher.flush(10)
@@ -87,10 +86,10 @@ def test_an_idle_publisher_notices_that_its_server_became_a_replica(
     wait_until(lambda: not publisher.health().publishing, what="the outage is noticed")
 
 
+@pytest.mark.timing(ask_role_every=0.0)
 def test_a_batch_accepted_by_a_replica_is_published_again_at_the_master(
-    redis_server: RedisServer, make_bus: MakeBus, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, make_bus: MakeBus
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.transport.connections.LOOK", 0.0)
     publisher = make_bus(redis_server.url, "shop", publish={"tick": {"confirm": True}})
     publisher.signal("tick").send(number=0)
     demote(redis_server)
@@ -112,10 +111,10 @@ def test_the_log_names_the_master_of_the_replica_that_a_url_leads_to(
     wait_until(lambda: f"a replica of 127.0.0.1:{port}, not a master" in caplog.text)
 
 
+@pytest.mark.timing(ping_after=0.1)
 def test_a_channel_listener_leaves_a_server_that_becomes_a_replica(
-    redis_server: RedisServer, make_bus: MakeBus, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, make_bus: MakeBus
 ) -> None:
-    monkeypatch.setattr(listener, "QUIET", 0.1)
     listening = make_bus(redis_server.url, "clock")
     listening.on("tick", via="channel")(lambda sender, **payload: None)
     listening.start()
@@ -149,10 +148,10 @@ def test_a_stream_reader_leaves_a_server_that_becomes_a_replica(
     wait_until(lambda: reading.health().connected, what="the reader is back")
 
 
+@pytest.mark.timing(ask_role_every=3600.0)
 def test_the_role_is_asked_at_most_once_a_second(
-    redis_server: RedisServer, proxy: Proxy, make_bus: MakeBus, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, proxy: Proxy, make_bus: MakeBus
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.transport.connections.LOOK", 3600.0)
     asked = []
 
     def count() -> Callable[[bytes], bytes]:

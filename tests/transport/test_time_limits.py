@@ -21,11 +21,12 @@ from flask_eventbus.admin.dead_letters import Choice, DeadLetters, Retrials
 from flask_eventbus.admin.publish import publish_one
 from flask_eventbus.admin.server import census
 from flask_eventbus.admin.streams import StreamAccess
-from flask_eventbus.channels.reader import TICK, ChannelReader
+from flask_eventbus.channels.reader import ChannelReader
 from flask_eventbus.checks.server import check_server
 from flask_eventbus.config import Config
 from flask_eventbus.errors import OperationError
 from flask_eventbus.publisher import writer
+from flask_eventbus.timing import TIMING
 from flask_eventbus.transport.connection import OUTAGE
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.pipe import Pipe
@@ -173,7 +174,7 @@ def test_asking_for_the_role_blocks_a_listener_for_a_second_at_most(
     reader.check_role()
     slow.pause, slow.dribbles = PAUSE, True
 
-    with ends_within(TICK):
+    with ends_within(TIMING.tick):
         reader.check_role()
 
     reader.close()
