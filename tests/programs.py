@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+import redis
 from servers import RedisServer
 from waiting import wait_until
 
@@ -119,6 +120,7 @@ class Service:
         self._programs: list[Program] = []
         self._numbers = itertools.count()
         self._other = Bus(server.url, service="tests", prefix=self.name)
+        self.redis: redis.Redis = server.client
 
     def write(self, name: str, text: str) -> Path:
         """Write a file where the programs run."""
@@ -157,9 +159,7 @@ class Service:
         """The nodes that have a connection: ``pubsub`` to listen, ``normal`` for the rest."""
         start = f"eventbus:{self.name}:"
 
-        with self.server.client as client:
-            names = [found["name"] for found in client.client_list(_type=kind)]
-
+        names = [found["name"] for found in self.redis.client_list(_type=kind)]
         nodes = [name.removeprefix(start) for name in names if name.startswith(start)]
         assert kind != "pubsub" or len(nodes) == len(set(nodes)), "A node listens twice."
         return set(nodes)
@@ -200,7 +200,7 @@ class Service:
             print(program.said)
 
         self._other.stop(flush=0)
+        self.redis.close()
 
     def _subscribed(self) -> int:
-        with self.server.client as client:
-            return int(client.pubsub_numsub(f"{self.name}:{{called}}:channel")[0][1])
+        return int(self.redis.pubsub_numsub(f"{self.name}:{{called}}:channel")[0][1])

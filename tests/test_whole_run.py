@@ -122,12 +122,15 @@ def test_an_internal_error_stays_one(tmp_path: Path) -> None:
 
 
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    options = ["-p", "whole_run", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments]
+    # The other plug-ins that are installed would take longer to load than the tests take.
+    settings = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    plugins = ["-p", "whole_run", "-p", "xdist", "-p", "pytest_rerunfailures"]
+    command = [sys.executable, "-m", "pytest", *plugins, "-p", "no:cacheprovider"]
 
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(folder)],
+        [*command, *arguments, str(folder)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, **settings},
         capture_output=True,
         text=True,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import redis
 from programs import Program, Service
 from servers import unread
 from waiting import wait_until
@@ -47,7 +46,6 @@ class Workers(Service):
     def set_up(self) -> None:
         """Make what the test publishes with."""
         self.keys = StreamKeys(self.name)
-        self.redis: redis.Redis = self.server.client
         self.publisher = Bus(
             self.server.url,
             service="publisher",
@@ -122,5 +120,4 @@ class Workers(Service):
     def finish(self) -> None:
         """End everything that was started."""
         self.publisher.stop(flush=0)
-        self.redis.close()
         self.end()
