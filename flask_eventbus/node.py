@@ -26,7 +26,7 @@ from .logs import Counters, get_logger
 from .publisher.message import check_route
 from .publisher.publisher import Publisher
 from .receivers.dispatcher import Dispatcher
-from .routing.bridge import Bridges
+from .routing.bridges import Bridges
 from .routing.bus_signal import Receiver
 from .routing.registry import Registry
 from .routing.routes import Route, read_routes

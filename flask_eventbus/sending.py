@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ class Sending:
     def open(self, context: Context) -> None:
         """Create the parts of one process and one start; events sent from now on go to them."""
         self._context = context
+        self._pid = os.getpid()
         self.publisher = Publisher(context, trace=self.host.trace, resend=_resending(self))
         self.after_commit = AfterCommit(context, self)
 
@@ -64,7 +66,8 @@ class Sending:
 
     def emit(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
         """Publish one emission of a signal, as its route says."""
-        notice_fork()
+        if os.getpid() != self._pid:
+            notice_fork()
 
         if route.outbox:
             self.after_commit.store(name, payload, route)

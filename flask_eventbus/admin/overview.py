@@ -14,7 +14,7 @@ from blinker import NamedSignal, Namespace, Signal
 from ..config import Age
 from ..node import Node
 from ..receivers.dispatcher import allowed, name_of
-from ..routing.bus_signal import BridgeBase, BusNamespace, Receiver, SendingSignal
+from ..routing.bus_signal import Bridge, BusNamespace, Receiver, SendingSignal
 from ..routing.options import is_pattern, matches
 from ..routing.routes import Route
 from ..routing.subscriptions import NEW, Subscription, subscription_for
@@ -301,7 +301,7 @@ def connected_to(signal: Signal) -> list[Connected]:
     return [
         connected
         for connected in _all_connected(signal)
-        if not isinstance(connected.receiver, BridgeBase)
+        if not isinstance(connected.receiver, Bridge)
     ]
 
 

@@ -11,7 +11,7 @@ import click
 
 from ..admin.places import Place, read_age, read_place
 from ..errors import ConfigError
-from ..routing.bus_signal import check_signal_name
+from ..routing.options import check_signal_name
 from ..routing.subscriptions import read_subscription
 from ..text import read_value
 

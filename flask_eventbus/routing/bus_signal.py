@@ -10,15 +10,19 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 from weakref import WeakMethod
 
 from blinker import ANY, NamedSignal, Namespace, Signal
 
-from ..config import SIGNAL_NAME
 from ..coroutines import run_coroutine
-from ..errors import ConfigError, PayloadError
+from ..errors import PayloadError
+from ..logs import BoundedLog, get_logger, text_of
+from .options import check_signal_name
+from .routes import Route
+
+logger = get_logger(__name__)
 
 Receiver = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,16 +51,96 @@ def _report_at_end(
             return
 
 
-class BridgeBase:
-    """Base class of bridges, which publish the emissions of a signal."""
+class Bridge:
+    """Publishes the emissions of a signal; one per signal, name on the wire and node."""
+
+    def __init__(
+        self,
+        name: str,
+        route: Route,
+        publish: Callable[[str, Mapping[str, Any], Route], None],
+        publish_async: Callable[[str, Mapping[str, Any], Route], Awaitable[None]],
+        owns: Callable[[Any], bool] | None,
+    ) -> None:
+        self.name = name
+        self.route = route
+        self._publish = publish
+        self._publish_async = publish_async
+        self._owns = owns
+        self._log = BoundedLog(logger)
 
     def __call__(self, sender: Any, /, **payload: Any) -> None:
-        """Publish one emission."""
-        raise NotImplementedError
+        """Publish one emission, if its sender belongs to this node.
+
+        A foreign signal may be sent while an exception is handled, as Flask's
+        ``got_request_exception`` is. An error of the bus would replace that exception, so it is
+        logged instead.
+
+        :raises PayloadError: a value cannot be encoded.
+        :raises PublishError: Redis did not confirm the event, and the route or
+            ``EVENTBUS_ON_OUTAGE`` asks for an error.
+        :raises HopLimitError: the chain of causes is longer than ``EVENTBUS_MAX_HOPS``.
+        """
+        program_error = sys.exception()
+
+        try:
+            found = self._extract(sender, payload)
+
+            if found is not None:
+                self._publish(self.name, found, self.route)
+        except Exception as error:
+            if program_error is None or not self._is_foreign:
+                raise
+
+            self._log_unpublished(program_error, error)
 
     async def publish(self, sender: Any, /, **payload: Any) -> None:
-        """Publish one emission, in a coroutine."""
-        raise NotImplementedError
+        """Publish one emission as :meth:`__call__` does, without blocking the event loop."""
+        program_error = sys.exception()
+
+        try:
+            found = self._extract(sender, payload)
+
+            if found is not None:
+                await self._publish_async(self.name, found, self.route)
+        except Exception as error:
+            if program_error is None or not self._is_foreign:
+                raise
+
+            self._log_unpublished(program_error, error)
+
+    @property
+    def _is_foreign(self) -> bool:
+        return self.route.signal is not None and not isinstance(self.route.signal, BusSignal)
+
+    def _log_unpublished(self, program_error: BaseException, error: Exception) -> None:
+        self._log.error(
+            "not published",
+            "%r was sent while %s was being handled, and was not published: %s: %s",
+            self.name,
+            type(program_error).__name__,
+            type(error).__name__,
+            text_of(error),
+            exc_info=error,
+        )
+
+    def _extract(self, sender: Any, payload: dict[str, Any]) -> Mapping[str, Any] | None:
+        """Return the payload; ``None`` if this node does not publish the emission."""
+        if self._owns is not None and not self._owns(sender):
+            return None
+
+        if self.route.payload is None:
+            return payload
+
+        found = self.route.payload(sender, **payload)
+
+        if found is None or isinstance(found, Mapping):
+            return found
+
+        raise PayloadError(
+            f"The payload function of {self.name!r} returned {type(found).__name__}. "
+            "Return a mapping, or None to leave this emission unpublished."
+        )
 
 
 class SendingSignal(Signal):
@@ -66,11 +150,11 @@ class SendingSignal(Signal):
     checks_keys = False
 
     @property
-    def bridges(self) -> Sequence[BridgeBase]:
+    def bridges(self) -> Sequence[Bridge]:
         """The bridges that publish this signal."""
         raise NotImplementedError
 
-    def add_bridge(self, bridge: BridgeBase) -> None:
+    def add_bridge(self, bridge: Bridge) -> None:
         """Add ``bridge``, which publishes the signal; it is held by a weak reference."""
         raise NotImplementedError
 
@@ -141,25 +225,23 @@ class AdoptedSignal(SendingSignal):
     _is_published = False
 
     @property
-    def bridges(self) -> Sequence[BridgeBase]:
+    def bridges(self) -> Sequence[Bridge]:
         """The bridges among the connected receivers."""
-        found = [each for each in super().receivers_for(ANY) if isinstance(each, BridgeBase)]
+        found = [each for each in super().receivers_for(ANY) if isinstance(each, Bridge)]
 
         if self._is_published and not found:
             _report_at_end(getattr(self, "name", self))
 
         return found
 
-    def add_bridge(self, bridge: BridgeBase) -> None:
+    def add_bridge(self, bridge: Bridge) -> None:
         """Add ``bridge``, which publishes the signal; it is held by a weak reference."""
         self._is_published = True
         self.connect(bridge)
 
     def receivers_for(self, sender: Any) -> Generator[Receiver, None, None]:
         """Yield the local receivers for ``sender``."""
-        return (
-            found for found in super().receivers_for(sender) if not isinstance(found, BridgeBase)
-        )
+        return (found for found in super().receivers_for(sender) if not isinstance(found, Bridge))
 
 
 class BusSignal(SendingSignal, NamedSignal):
@@ -170,15 +252,15 @@ class BusSignal(SendingSignal, NamedSignal):
     def __init__(self, name: str, doc: str | None = None) -> None:
         super().__init__(name, doc)
         #: Cache of the local receivers by sender; cleared when a receiver connects or disconnects.
-        self._cache: dict[str, list[Receiver]] = {}
+        self.cached_receivers: dict[str, list[Receiver]] = {}
         #: True if a local receiver is weakly referenced and may vanish without notice.
         self._has_weak = False
-        self._bridges: tuple[weakref.ref[BridgeBase], ...] = ()
+        self._bridges: tuple[weakref.ref[Bridge], ...] = ()
 
     @property
-    def bridges(self) -> Sequence[BridgeBase]:
+    def bridges(self) -> Sequence[Bridge]:
         """The bridges of nodes that still exist."""
-        living: list[BridgeBase] = []
+        living: list[Bridge] = []
 
         for reference in self._bridges:
             bridge = reference()
@@ -191,7 +273,7 @@ class BusSignal(SendingSignal, NamedSignal):
 
         return living
 
-    def add_bridge(self, bridge: BridgeBase) -> None:
+    def add_bridge(self, bridge: Bridge) -> None:
         """Add ``bridge``, which publishes the signal; it is held by a weak reference."""
         self._bridges = (*map(weakref.ref, self.bridges), weakref.ref(bridge))
 
@@ -202,23 +284,23 @@ class BusSignal(SendingSignal, NamedSignal):
         try:
             return super().connect(receiver, sender, weak)
         finally:
-            self._cache = {}
+            self.cached_receivers = {}
 
     def disconnect(self, receiver: Receiver, sender: Any = ANY) -> None:
         """Disconnect ``receiver``, as blinker does."""
         try:
             super().disconnect(receiver, sender)
         finally:
-            self._cache = {}
+            self.cached_receivers = {}
 
     def _clear_state(self) -> None:
         super()._clear_state()
-        self._cache = {}
+        self.cached_receivers = {}
 
     def local_receivers(self, sender: str) -> list[Receiver]:
         """Return the receivers for events of a service, and cache them."""
         # connect() in another thread replaces the cache; then this entry goes to the old one.
-        known = self._cache
+        known = self.cached_receivers
         found = known.get(sender)
 
         if found is None:
@@ -297,22 +379,6 @@ def adopt(signal: Signal) -> SendingSignal:
 
 #: The subclasses of adopted signals, by their original class.
 _adopted: dict[type, type[Signal]] = {}
-
-
-def check_signal_name(name: object, where: str) -> str:
-    """Return ``name`` if it is a valid name of a signal.
-
-    :param where: the setting or call that names it, for the message.
-    :raises ConfigError: the name is not valid.
-    """
-    if isinstance(name, str) and SIGNAL_NAME.fullmatch(name):
-        return name
-
-    raise ConfigError(
-        f"{where}: {name!r} cannot be a signal's name. Use letters, digits, '_', '-', '.' and "
-        "'/', at most 128 of them, beginning with a letter or digit, for example "
-        "'user_registered'."
-    )
 
 
 def _reserved_key(signal: Signal, payload: dict[str, Any]) -> PayloadError:

@@ -10,16 +10,32 @@ from typing import Any, TypeVar, cast, get_args
 
 from blinker import NamedSignal, Signal
 
+from ..config import SIGNAL_NAME
 from ..errors import ConfigError
 from ..text import did_you_mean
 from ..typing import Via
-from .bus_signal import check_signal_name
 
 T = TypeVar("T")
 
 _PATTERN = re.compile(r"[\w./*?-]{1,128}")
 
 _VIAS = get_args(Via)
+
+
+def check_signal_name(name: object, where: str) -> str:
+    """Return ``name`` if it is a valid name of a signal.
+
+    :param where: the setting or call that names it, for the message.
+    :raises ConfigError: the name is not valid.
+    """
+    if isinstance(name, str) and SIGNAL_NAME.fullmatch(name):
+        return name
+
+    raise ConfigError(
+        f"{where}: {name!r} cannot be a signal's name. Use letters, digits, '_', '-', '.' and "
+        "'/', at most 128 of them, beginning with a letter or digit, for example "
+        "'user_registered'."
+    )
 
 
 def is_pattern(name: str) -> bool:

@@ -17,8 +17,8 @@ from ..codec.codec import Codec
 from ..errors import ConfigError
 from ..timing import TIMING, Timing
 from ..typing import Extractor, Via
-from .bus_signal import BridgeBase, BusNamespace, BusSignal, Receiver, adopt, check_signal_name
-from .options import is_pattern, matches
+from .bus_signal import Bridge, BusNamespace, BusSignal, Receiver, adopt
+from .options import check_signal_name, is_pattern, matches
 from .routes import Route, read_route
 from .subscriptions import Subscription, read_retries, read_subscription, unite
 
@@ -371,9 +371,9 @@ class Registry:
             return []
 
         if isinstance(signal, BusSignal):
-            return signal.local_receivers(source)
+            return signal.cached_receivers.get(source) or signal.local_receivers(source)
 
-        return [r for r in signal.receivers_for(source) if not isinstance(r, BridgeBase)]
+        return [r for r in signal.receivers_for(source) if not isinstance(r, Bridge)]
 
     def connected_to(self, name: str) -> list[Receiver]:
         """Return all receivers of ``name``, from any sender, in the order of their connection."""
@@ -390,7 +390,7 @@ class Registry:
         for receiver in list(signal.receivers.values()):
             living = receiver() if isinstance(receiver, weakref.ref) else receiver
 
-            if living is not None and not isinstance(living, BridgeBase):
+            if living is not None and not isinstance(living, Bridge):
                 found.append(living)
 
         return found

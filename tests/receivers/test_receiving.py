@@ -322,7 +322,7 @@ def test_the_cache_of_receivers_per_sender_is_bounded() -> None:
 
     assert found == [[]] * 2 * MAX_CACHED_SENDERS
     assert signal.local_receivers("shop") == [print]
-    assert len(signal._cache) == MAX_CACHED_SENDERS
+    assert len(signal.cached_receivers) == MAX_CACHED_SENDERS
 
 
 def test_a_muted_signal_is_neither_received_nor_published(

@@ -1,113 +1,16 @@
-"""Bridges: they connect signals to the publisher."""
+"""Bridges: they connect signals to the publisher, as the routes say."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from blinker import NamedSignal, Signal
 
-from ..errors import PayloadError
-from ..logs import BoundedLog, get_logger, text_of
-from .bus_signal import BridgeBase, BusSignal, adopt
+from .bus_signal import Bridge, adopt
 from .options import is_pattern
 from .registry import Registry
 from .routes import Route
-
-logger = get_logger(__name__)
-
-
-class Bridge(BridgeBase):
-    """Publishes the emissions of a signal; one per signal, name on the wire and node."""
-
-    def __init__(
-        self,
-        name: str,
-        route: Route,
-        publish: Callable[[str, Mapping[str, Any], Route], None],
-        publish_async: Callable[[str, Mapping[str, Any], Route], Awaitable[None]],
-        owns: Callable[[Any], bool] | None,
-    ) -> None:
-        self.name = name
-        self.route = route
-        self._publish = publish
-        self._publish_async = publish_async
-        self._owns = owns
-        self._log = BoundedLog(logger)
-
-    def __call__(self, sender: Any, /, **payload: Any) -> None:
-        """Publish one emission, if its sender belongs to this node.
-
-        A foreign signal may be sent while an exception is handled, as Flask's
-        ``got_request_exception`` is. An error of the bus would replace that exception, so it is
-        logged instead.
-
-        :raises PayloadError: a value cannot be encoded.
-        :raises PublishError: Redis did not confirm the event, and the route or
-            ``EVENTBUS_ON_OUTAGE`` asks for an error.
-        :raises HopLimitError: the chain of causes is longer than ``EVENTBUS_MAX_HOPS``.
-        """
-        program_error = sys.exception()
-
-        try:
-            found = self._extract(sender, payload)
-
-            if found is not None:
-                self._publish(self.name, found, self.route)
-        except Exception as error:
-            if program_error is None or not self._is_foreign:
-                raise
-
-            self._log_unpublished(program_error, error)
-
-    async def publish(self, sender: Any, /, **payload: Any) -> None:
-        """Publish one emission as :meth:`__call__` does, without blocking the event loop."""
-        program_error = sys.exception()
-
-        try:
-            found = self._extract(sender, payload)
-
-            if found is not None:
-                await self._publish_async(self.name, found, self.route)
-        except Exception as error:
-            if program_error is None or not self._is_foreign:
-                raise
-
-            self._log_unpublished(program_error, error)
-
-    @property
-    def _is_foreign(self) -> bool:
-        return self.route.signal is not None and not isinstance(self.route.signal, BusSignal)
-
-    def _log_unpublished(self, program_error: BaseException, error: Exception) -> None:
-        self._log.error(
-            "not published",
-            "%r was sent while %s was being handled, and was not published: %s: %s",
-            self.name,
-            type(program_error).__name__,
-            type(error).__name__,
-            text_of(error),
-            exc_info=error,
-        )
-
-    def _extract(self, sender: Any, payload: dict[str, Any]) -> Mapping[str, Any] | None:
-        """Return the payload; ``None`` if this node does not publish the emission."""
-        if self._owns is not None and not self._owns(sender):
-            return None
-
-        if self.route.payload is None:
-            return payload
-
-        found = self.route.payload(sender, **payload)
-
-        if found is None or isinstance(found, Mapping):
-            return found
-
-        raise PayloadError(
-            f"The payload function of {self.name!r} returned {type(found).__name__}. "
-            "Return a mapping, or None to leave this emission unpublished."
-        )
 
 
 class Bridges:
