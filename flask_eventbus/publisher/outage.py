@@ -12,7 +12,7 @@ from ..logs import BoundedLog, Counters, Whole, get_logger
 from ..signals import emit, events_dropped, publisher_lost, publisher_restored
 from ..transport.reconnect import Backoff
 from ..transport.rights import ADD, PUBLISH, grant_its_user, is_missing_right
-from .message import Message, NoWritesError, TooFewReplicasError
+from .message import Message, TooFewReplicasError
 
 logger = get_logger(__name__)
 
@@ -51,26 +51,16 @@ class Outage:
     @property
     def known(self) -> bool:
         """Return True if any events, of channels or of streams, cannot be published now."""
-        return self.stops_all or self.refusal is not None
+        return self.stalled or self.away or self.refusal is not None
 
-    @property
-    def stops_all(self) -> bool:
-        """Return True if no event at all can be published now."""
-        return self.stalled or self.away
-
-    def stops(self, *, stream: bool) -> bool:
-        """Return True if stream events, or channel events, cannot be published now."""
-        return self.stalled or self.away or (stream and self.refusal is not None)
+    def refuses(self, message: Message) -> bool:
+        """Return True if Redis is known not to accept an event, beyond being stalled."""
+        return self.away or (message.route_state.is_stream and self.refusal is not None)
 
     @property
     def error(self) -> Exception | None:
         """The error of the current outage; ``None`` if there is none."""
         return self._away_error or self.refusal
-
-    @property
-    def write_is_due(self) -> bool:
-        """Return True if it is time to try a write again."""
-        return self.refusal is not None and time.monotonic() >= self.write_again_at
 
     def begin(self, error: Exception, buffered: int) -> None:
         """Record that Redis is away.
@@ -187,49 +177,15 @@ class Outage:
 
 
 class PublishReport:
-    """Counts and logs published, refused and lost events, and wakes their senders.
+    """Counts and logs what was not published as planned."""
 
-    :param log_events: True to log each published event: ``EVENTBUS_LOG_EVENTS``.
-    """
-
-    def __init__(self, *, counters: Counters, service: str, log_events: bool = False) -> None:
+    def __init__(self, *, counters: Counters, service: str) -> None:
         self._counters = counters
         self._service = service
-        self._log_events = log_events
         self._log = BoundedLog(logger)
 
-    def record(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
-        """Record the result of each event of a batch, and wake its sender.
-
-        Events with a :class:`.NoWritesError` are skipped, because they are still queued.
-
-        :param outcomes: for each event ``None``, or the reason why it was not published.
-        """
-        refused = held = 0
-
-        for message, error in zip(batch, outcomes, strict=True):
-            if isinstance(error, NoWritesError):
-                held += 1
-                continue
-
-            if error is not None:
-                # Redis answered this attempt; earlier ones may still be unanswered.
-                message.unanswered -= 1
-                refused += self._note(message, error)
-
-            message.finish(error)
-
-        self._counters.add("published", len(batch) - refused - held)
-
-        if self._log_events:
-            self._log_published(batch, outcomes)
-
-        if refused:
-            self._counters.add("refused", refused)
-
-    def _log_published(
-        self, batch: Sequence[Message], outcomes: Sequence[Exception | None]
-    ) -> None:
+    def log_published(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
+        """Log each published event of a batch, for ``EVENTBUS_LOG_EVENTS``."""
         for message, error in zip(batch, outcomes, strict=True):
             if error is None or isinstance(error, TooFewReplicasError):
                 logger.info(
@@ -271,8 +227,8 @@ class PublishReport:
             "service": self._service,
         }
 
-    def _note(self, message: Message, error: Exception) -> bool:
-        """Log the error of an event; return True if the event is not published."""
+    def note(self, message: Message, error: Exception) -> bool:
+        """Log the error of an event; count it as refused, and return False, unless it is stored."""
         if isinstance(error, TooFewReplicasError):
             self._log.warning(
                 f"replicas {message.route_state.name}",
@@ -282,8 +238,9 @@ class PublishReport:
                 error,
                 extra=self._fields(message),
             )
-            return False
+            return True
 
+        self._counters.add("refused")
         self._log.error(
             f"refused {message.route_state.name}",
             "Redis refused the event %s of %r: %s. It is not published.%s",
@@ -293,7 +250,7 @@ class PublishReport:
             _remedy(message, error),
             extra=self._fields(message),
         )
-        return True
+        return False
 
 
 def _remedy(message: Message, error: Exception) -> str:

@@ -13,9 +13,8 @@ from ..errors import PublishError
 from ..routing.routes import Route
 from ..transport.connections import Context
 from .buffer import Buffer, Overflow
-from .connection import PublishConnection
 from .message import Message, MessageBuilder, TooFewReplicasError
-from .outage import Outage, PublishReport
+from .outage import Outage
 from .writer import Writer
 
 
@@ -52,17 +51,7 @@ class Publisher:
         self._overflow = Overflow(
             buffer=self._buffer, outage=self._outage, counters=counters, service=config.service
         )
-        self._writer = Writer(
-            connection=PublishConnection(context.connections, config, timeout=timing.write_timeout),
-            buffer=self._buffer,
-            outage=self._outage,
-            report=PublishReport(
-                counters=counters, service=config.service, log_events=config.log_events
-            ),
-            node=context.node,
-            timing=timing,
-        )
-        self._leader = self._writer.leader
+        self._writer = Writer(context, buffer=self._buffer, outage=self._outage)
         self._closed = False
         #: Ids of the threads that currently wait for a confirmation.
         self._senders: set[int] = set()
@@ -117,9 +106,8 @@ class Publisher:
 
     def may_wait(self, route: Route) -> bool:
         """Return True if sending an event of a route may block, for Redis or for buffer space."""
-        is_stream = route.via == "stream"
         waits = route.confirm or self._buffer.is_full(self._config.max_event_bytes)
-        return waits and not self._outage.stops(stream=is_stream)
+        return waits and not self._stops(route.via == "stream")
 
     def prepare(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
         """Prepare an event with its current payload, for :meth:`resend` in any thread.
@@ -187,16 +175,16 @@ class Publisher:
         finally:
             self._writer.senders.difference_update(sent)
 
-        if any(not self._outage.stops(stream=message.route_state.is_stream) for message in late):
+        if any(not self._stops(message.route_state.is_stream) for message in late):
             self._stall_since(departures)
 
         return [message for message in sent if message in late or message.error is not None]
 
     def _is_done(self, message: Message, deadline: float) -> bool:
-        if self._outage.stops(stream=message.route_state.is_stream):
+        if self._stops(message.route_state.is_stream):
             deadline = 0.0
 
-        return message.wait_until_finished(deadline, unless=lambda: self._stops_now(message))
+        return message.wait_until_finished(deadline, unless=lambda: self._outage.refuses(message))
 
     def probe(self) -> None:
         """Make the writer thread check at once whether Redis is available; do not wait for it."""
@@ -249,7 +237,8 @@ class Publisher:
             self._overflow.report(dropped)
 
         if self._writer.thread is None:
-            self._writer.write_here(self._patience_for(message))
+            is_away = self._stops(message.route_state.is_stream)
+            self._writer.write_here(0.0 if is_away else time.monotonic() + self._config.timeout)
 
     def _put(self, message: Message, deadline: float) -> int:
         """Add an event to the buffer; return the number of events dropped for it.
@@ -271,16 +260,16 @@ class Publisher:
 
         return dropped
 
-    def _patience_for(self, message: Message) -> float:
-        """Return the seconds that a sender may wait: the timeout, or 0 during an outage."""
-        is_away = self._outage.stops(stream=message.route_state.is_stream)
-        return 0.0 if is_away else self._config.timeout
+    def _stops(self, is_stream: bool) -> bool:
+        """Return True if stream events, or channel events, cannot be published now."""
+        outage = self._outage
+        return outage.stalled or outage.away or (is_stream and outage.refusal is not None)
 
     def _refuse_in_outage(self, message: Message) -> None:
         if (
             self._config.on_outage == "raise"
             and not message.promised
-            and self._outage.stops(stream=message.route_state.is_stream)
+            and self._stops(message.route_state.is_stream)
         ):
             raise self._refusal(message)
 
@@ -317,7 +306,7 @@ class Publisher:
             raise self._error(str(error), message, in_doubt=message.unanswered > 0) from None
 
     def _room_comes(self, message: Message, deadline: float) -> bool:
-        is_away = self._outage.stops(stream=message.route_state.is_stream)
+        is_away = self._stops(message.route_state.is_stream)
 
         if is_away or self._writer.is_this_thread:
             return False
@@ -337,7 +326,8 @@ class Publisher:
         return threading.get_ident() in self._senders or self._writer.is_this_thread
 
     def _publish_confirmed(self, message: Message) -> None:
-        deadline = time.monotonic() + self._patience_for(message)
+        patience = 0.0 if self._stops(message.route_state.is_stream) else self._config.timeout
+        deadline = time.monotonic() + patience
         departures = self._buffer.departures
         this = threading.get_ident()
 
@@ -345,9 +335,18 @@ class Publisher:
             # Inside the try block, so that an interrupt cannot leave this thread marked as busy.
             self._senders.add(this)
             self._writer.senders.add(message)
-            has_result = self._write_or_wait(message, deadline)
+
+            with self._buffer.lock:
+                dropped = self._put(message, deadline)
+                message.may_write = True
+                leads = self._writer.enlist(message)
+
+            if dropped:
+                self._overflow.report(dropped)
+
+            has_result = self._writer.finish(message, deadline, leads=leads)
         except BaseException:
-            self._leader.abandon(message)
+            self._writer.abandon(message)
             raise
         finally:
             self._senders.discard(this)
@@ -358,50 +357,14 @@ class Publisher:
         elif message.error is not None:
             raise self._failure(message, message.error) from message.error
 
-    def _write_or_wait(self, message: Message, deadline: float) -> bool:
-        """Return True if an event has a result by ``deadline``; write batches until then."""
-        with self._buffer.lock:
-            dropped = self._put(message, deadline)
-            message.may_write = True
-            batch = self._leader.enlist(message)
-
-        if dropped:
-            self._overflow.report(dropped)
-
-        if not batch:
-            self._writer.write_here(self._patience_for(message))
-
-        while batch or not message.is_finished:
-            if batch:
-                self._leader.lead(batch, deadline)
-                batch = ()
-            elif not message.wait_for_wakeup(deadline):
-                return message.is_finished
-            elif not message.is_finished:
-                if self._stops_now(message):
-                    return False
-
-                batch = self._take_over(message)
-
-        return True
-
-    def _stops_now(self, message: Message) -> bool:
-        """Return True if waiting is pointless, because Redis is known not to accept the event."""
-        refuses = message.route_state.is_stream and self._outage.refusal is not None
-        return self._outage.away or refuses
-
-    def _take_over(self, message: Message) -> Sequence[Message]:
-        with self._buffer.lock:
-            return self._leader.enlist(message)
-
     def _give_up(self, message: Message, departures: int) -> None:
         """End the wait of a sender.
 
         :raises PublishError: the policy is ``"raise"``.
         """
-        self._leader.step_back(message)
+        self._writer.step_back(message)
 
-        if self._stops_now(message):
+        if self._outage.refuses(message):
             with self._buffer.lock:
                 self._writer.wake()
         else:

@@ -441,14 +441,14 @@ def test_a_full_buffer_raises_with_the_policy_raise(
 def test_a_late_confirmation_behind_a_long_buffer_drops_nothing(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = PublishConnection.publish
+    send = PublishConnection.send
 
-    def slowly(exchange: PublishConnection, *arguments: Any) -> Any:
+    def slowly(exchange: PublishConnection, *arguments: Any) -> None:
         time.sleep(0.02)
-        return publish(exchange, *arguments)
+        send(exchange, *arguments)
 
     # What waits takes nearly a second, and there is room again after a fiftieth of one.
-    monkeypatch.setattr(PublishConnection, "publish", slowly)
+    monkeypatch.setattr(PublishConnection, "send", slowly)
     bus = make_bus(
         shared_redis.url,
         prefix=prefix,

@@ -1524,9 +1524,9 @@ def test_a_time_limit_raised_while_a_sender_writes_for_another_is_passed_on(
         raise ArithmeticError("what a signal handler raises")
 
     with monkeypatch.context() as patched:
-        patched.setattr(publisher._leader, "_send", strike)
+        patched.setattr(publisher._writer, "_send", strike)
         with pytest.raises(ArithmeticError, match="what a signal handler raises"):
-            publisher._leader._send_for(another, time.monotonic() + 1)
+            publisher._writer._send_for(another, time.monotonic() + 1)
     bus.signal("tick").send("test", n=2)
 
     assert values(shared_redis, prefix=prefix) == [0, 2]
