@@ -16,8 +16,7 @@ from .cli.base import Group, Program
 from .cli.commands import check, publish, routes, run, tail
 from .cli.dead import dead
 from .cli.relay import relay
-from .cli.replay import replay
-from .cli.seek import seek
+from .cli.replay import replay, seek
 from .cli.services import services
 from .cli.status import status
 from .config import Config

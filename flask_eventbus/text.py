@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 from collections.abc import Sequence
-from datetime import date, time
+from datetime import UTC, date, datetime, time
 from typing import Any
 
 
@@ -30,6 +30,28 @@ def printable(text: str, most: int | None = None) -> str:
 def counted(number: int, what: str) -> str:
     """Return a number with its noun: ``1 event``, ``2 events``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def clock(milliseconds: int) -> str:
+    """Return milliseconds since 1970 as local time, to the second."""
+    moment = _utc(milliseconds)
+    return f"{milliseconds} ms" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def iso(milliseconds: int) -> str | None:
+    """Return milliseconds since 1970 in ISO 8601, in UTC; ``None`` for 0."""
+    moment = _utc(milliseconds) if milliseconds else None
+    return None if moment is None else moment.isoformat(timespec="milliseconds")
+
+
+def _utc(milliseconds: int) -> datetime | None:
+    try:
+        moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+        # Raises if local time cannot represent it.
+        return moment.astimezone().astimezone(UTC)
+    except (OverflowError, ValueError, OSError):
+        # An id may be any number, if a program chose it.
+        return None
 
 
 def did_you_mean(word: str, known: Sequence[str], *, prefix: str = "") -> str:

@@ -96,7 +96,7 @@ SENTENCES = [
         r"finds the streams that match within (\S+) seconds",
         TIMING.list_streams_every,
     ),
-    ("damaged-streams", r"a pattern stands for (\S+) streams and hears", TIMING.max_names),
+    ("damaged-streams", r"a pattern stands for (\S+) streams, and matches", TIMING.max_names),
     (
         "streams",
         r"finds them, within (\S+) minutes after that hour",

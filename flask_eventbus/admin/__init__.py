@@ -6,9 +6,8 @@ itself), and passes it to one of these:
 - ``overview`` lists the routes, subscriptions and receivers of a program, without Redis.
 - ``status`` reads lag, pending events, retries and dead letters of each service.
 - ``dead_letters`` finds, deletes and retries dead letters.
-- ``places`` parses a place in a stream; ``replay`` runs receivers again from there, and ``seek``
-  moves a consumer group there.
+- ``replay`` runs receivers again from a place in a stream, which ``streams`` parses.
+- ``services`` moves a service to a place in a stream, and removes or renames it.
 - ``tail`` shows live events, which ``tail_sources`` reads from channels and streams.
 - ``publish`` publishes one event and waits for the answer.
-- ``services`` removes or renames a service.
 """

@@ -327,7 +327,7 @@ def _names(connected: list[Connected]) -> list[str]:
     return sorted(each.name for each in connected)
 
 
-def heard(node: Node, names: Iterable[str]) -> set[str]:
+def subscribed(node: Node, names: Iterable[str]) -> set[str]:
     """Return the names of the streams that a service reads; its patterns select from ``names``."""
     by_stream = {
         name: found for name, found in node.subscriptions.items() if found.via != "channel"

@@ -19,12 +19,12 @@ class ConsumerStatus:
     """One consumer of a group: a process that reads, or that did."""
 
     name: str
-    #: Parts of the name, if it is a worker of the bus.
-    host: str
+    #: Parts of the name; ``None`` if it is no worker of the bus.
+    host: str | None
     pid: int | None
-    node: str
+    node: str | None
     #: Seconds since it last asked for events.
-    idle: float
+    idle_seconds: float
     #: Entries that it has read and not acknowledged.
     pending: int
 
@@ -42,7 +42,7 @@ class GroupStatus:
     lost: int
     #: Events that workers have read and not acknowledged, and the age of the oldest in seconds.
     pending: int
-    oldest: float | None
+    oldest_pending_seconds: float | None
     #: Retries that are scheduled, each of one receiver for one event.
     retries: int
     #: Dead letters.
@@ -197,7 +197,7 @@ def _groups(
             lag=None,
             lost=0,
             pending=0,
-            oldest=None,
+            oldest_pending_seconds=None,
             retries=next(answers),
             dead=next(answers),
             dead_dropped=_number_in(next(answers)),
@@ -209,7 +209,7 @@ def _groups(
                 lag=lag_of(group, stream.length, stream.first, stream.last),
                 lost=lost_of(group, stream.length, stream.first),
                 pending=group["pending"],
-                oldest=_age(next(answers)),
+                oldest_pending_seconds=_age(next(answers)),
                 consumers=[
                     consumer_of(consumer, facts)
                     for consumer, facts in sorted(by_name(next(answers)).items())
@@ -272,13 +272,13 @@ def lost_of(group: Mapping[str, Any], length: int, first: EntryId | None) -> int
 
 def consumer_of(name: str, facts: Mapping[str, Any]) -> ConsumerStatus:
     """Return a consumer from ``XINFO CONSUMERS``; workers are named ``HOST-PID-NODE``."""
-    host, pid, node = worker_of(name) or ("", None, "")
+    host, pid, node = worker_of(name) or (None, None, None)
     return ConsumerStatus(
         name=name,
         host=host,
         pid=pid,
         node=node,
-        idle=facts["idle"] / 1000,
+        idle_seconds=facts["idle"] / 1000,
         pending=facts["pending"],
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from ..admin.overview import Overview, heard
+from ..admin.overview import Overview, subscribed
 from ..admin.server import PATIENCE, Server, processes_of, reason_of
 from ..admin.status import GroupStatus, read_statuses
 from ..admin.streams import StreamAccess
@@ -347,7 +347,7 @@ def _check_streams(
         )
 
     if service is not None:
-        written = set(overview.published_names(via="stream")) - heard(node, ())
+        written = set(overview.published_names(via="stream")) - subscribed(node, ())
         yield from check_written(node.config, sorted(written), connections.deadline)
 
 
@@ -383,7 +383,9 @@ def _services(
         return dict.fromkeys(access.names()[: TIMING.max_names])
 
     needs_names = any(is_pattern(name) for name in node.subscriptions)
-    return dict.fromkeys(sorted(heard(node, access.names() if needs_names else ())), (service,))
+    return dict.fromkeys(
+        sorted(subscribed(node, access.names() if needs_names else ())), (service,)
+    )
 
 
 def _refusal(reader: ChannelReader, key: str, is_pattern: bool) -> str | None:

@@ -4,11 +4,11 @@ A command passes through the files in this order:
 
 1. ``app`` is the command group that Flask loads; ``flask_eventbus.__main__`` is the one without
    Flask. Both provide the program that the command works on.
-2. ``base`` holds that program and the base classes: they turn errors into one line and an exit
-   code. ``arguments`` parses names, ``KEY=VALUE`` pairs, JSON, times and ages.
+2. ``base`` holds that program, the base classes, which turn errors into one line and an exit code,
+   and the options and arguments that commands share.
 3. ``commands`` has ``run``, ``tail``, ``publish``, ``routes`` and ``check``, and lists the other
-   commands, which have files of their own: ``relay``, ``status``, ``dead``, ``replay``, ``seek``
-   and ``services``.
+   commands, which have files of their own: ``relay``, ``status``, ``dead``, ``services``, and
+   ``replay`` with ``seek``.
 4. ``output`` formats events, tables and findings.
 
 The work itself is done in :mod:`flask_eventbus.admin` and :mod:`flask_eventbus.checks`, without a

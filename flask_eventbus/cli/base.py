@@ -1,22 +1,29 @@
-"""Base classes of all commands: the program they work on, and how errors end them."""
+"""What all commands share: the program they work on, their options, and how errors end them."""
 
 from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
+import math
 import os
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from reprlib import repr as short
 from typing import Any
 
 import click
 
+from ..admin.streams import Place, StreamAccess, read_age, read_place
 from ..errors import ConfigError, EventBusError
 from ..node import Node
+from ..routing.options import check_signal_name
+from ..routing.subscriptions import read_subscription
+from ..text import read_value
 
 #: Errors of a write to stdout when the disk is full or broken; a closed pipe is not among them.
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -41,23 +48,41 @@ class Program:
         """
         return self.load()
 
+    @property
+    def service(self) -> str:
+        """The name of the service that the command works on.
+
+        :raises ConfigError: no service was named, or the program cannot be loaded.
+        """
+        if self.names_service:
+            return self.node.config.service
+
+        raise ConfigError(
+            "No service given. Pass '--service NAME' before the command, or set 'EVENTBUS_SERVICE' "
+            "in the environment."
+        )
+
     def load(self) -> Node:
         """Load the program and return its node."""
         raise NotImplementedError
 
+    def enabled_node(self, effect: str, verb: str) -> Node:
+        """Return the node of a bus that is not switched off.
 
-def service_of(program: Program) -> str:
-    """Return the name of the service that the command works on.
+        :param effect: what happens if it is, as half a sentence.
+        :raises ConfigError: ``EVENTBUS_ENABLED`` is False, or the program cannot be loaded.
+        """
+        if self.node.config.enabled:
+            return self.node
 
-    :raises ConfigError: no service was named, or the program cannot be loaded.
-    """
-    if program.names_service:
-        return program.node.config.service
+        raise ConfigError(f"'EVENTBUS_ENABLED' is False, so {effect}. Set it to True to {verb}.")
 
-    raise ConfigError(
-        "No service given. Pass '--service NAME' before the command, or set 'EVENTBUS_SERVICE' in "
-        "the environment."
-    )
+    def streams(self, name: str, deadline: float = math.inf) -> StreamAccess:
+        """Return a connection to the streams, which ``CLIENT LIST`` shows as the command's.
+
+        :raises ConfigError: the URL is that of a Redis Cluster, or the program cannot be loaded.
+        """
+        return StreamAccess(self.node.config, name=f"eventbus-{name}", deadline=deadline)
 
 
 class _Orderly(click.Command):
@@ -144,3 +169,126 @@ def _forget_output() -> None:
     """Discard output that is still buffered for a closed pipe or a full disk."""
     with open(os.devnull, "w") as nowhere, suppress(OSError):
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def read_name(ctx: click.Context, param: click.Parameter, name: str) -> str:
+    """Return a signal's name.
+
+    :raises click.BadParameter: the name is not valid.
+    """
+    with _bad_parameter():
+        return check_signal_name(name, "NAME")
+
+
+def read_names(
+    ctx: click.Context, param: click.Parameter, names: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return names and patterns of signals, without duplicates; ``*`` if none is given.
+
+    :raises click.BadParameter: a name is not valid.
+    """
+    with _bad_parameter():
+        for name in names:
+            read_subscription(name, None, "NAME")
+
+    return tuple(dict.fromkeys(names)) or ("*",)
+
+
+def read_moment(ctx: click.Context, param: click.Parameter, text: str | None) -> Place | None:
+    """Return a place in a stream: an entry, a time or an age.
+
+    :raises click.BadParameter: the text is none of these.
+    """
+    with _bad_parameter():
+        return None if text is None else read_place(text)
+
+
+def read_span(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """Return an age such as ``7d`` in milliseconds.
+
+    :raises click.BadParameter: the text is not an age.
+    """
+    with _bad_parameter():
+        return None if text is None else read_age(text)
+
+
+@contextmanager
+def _bad_parameter() -> Iterator[None]:
+    try:
+        yield
+    except (ConfigError, ValueError) as error:
+        raise click.BadParameter(str(error).removeprefix("NAME: ")) from error
+
+
+def read_pairs(
+    ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    """Return each ``KEY=VALUE`` as a key and the text after ``=``.
+
+    :raises click.BadParameter: a text has no key or no ``=``.
+    """
+    return tuple(_pair(text) for text in texts)
+
+
+def read_payload(ctx: click.Context, param: click.Parameter, text: str | None) -> dict[str, Any]:
+    """Return a JSON object; ``-`` reads it from stdin.
+
+    :raises click.BadParameter: the text is not a JSON object.
+    """
+    if text is None:
+        return {}
+
+    if text == "-":
+        text = sys.stdin.read()
+
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{short(text)} is not JSON: {error}.") from error
+
+    if isinstance(value, dict):
+        return value
+
+    raise click.BadParameter(
+        f"{short(text)} is not a JSON object. Write for example '{{\"a\": 1}}'."
+    )
+
+
+def values_of(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """Return the payload that pairs of keys and texts stand for.
+
+    :raises click.UsageError: a key is given twice.
+    """
+    values: dict[str, Any] = {}
+
+    for key, text in pairs:
+        if key in values:
+            raise click.UsageError(f"{key!r} is given twice. Write one list: '{key}=[1, 2]'.")
+
+        values[key] = read_value(text)
+
+    return values
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+
+    if key and equals:
+        return key, value
+
+    raise click.BadParameter(f"{text!r} is not KEY=VALUE. Write for example 'user_id=7'.")
+
+
+name_argument = click.argument("name", metavar="NAME", callback=read_name)
+yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+
+
+def json_option(help: str) -> Callable[[Any], Any]:
+    """Return the option ``--json`` of a command."""
+    return click.option("--json", "in_json", is_flag=True, help=help)
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask a question unless ``--yes`` was given; the command ends if the answer is no."""
+    if not yes:
+        click.confirm(question, abort=True)

@@ -11,23 +11,32 @@ from typing import Any
 import click
 
 from ..admin.overview import Overview
-from ..admin.publish import Receipt, publish_one
+from ..admin.publish import publish_one
 from ..admin.server import census
 from ..admin.tail import Filter, Tail
 from ..admin.tail_sources import TailEvent
 from ..bus import run_until_signal
 from ..checks.doctor import check as check_node
 from ..checks.findings import Finding
-from ..checks.findings import error as error_finding
 from ..errors import ConfigError
-from ..node import Node
-from .arguments import read_name, read_names, read_pairs, read_payload, values_of
-from .base import Command, Program, log_to_stderr, pass_program, reader_is_gone
+from ..text import counted
+from .base import (
+    Command,
+    Program,
+    json_option,
+    log_to_stderr,
+    name_argument,
+    pass_program,
+    read_names,
+    read_pairs,
+    read_payload,
+    reader_is_gone,
+    values_of,
+)
 from .dead import dead
 from .output import as_json, as_line, findings_report, live_report, routes_report
 from .relay import relay
-from .replay import replay
-from .seek import seek
+from .replay import replay, seek
 from .services import services
 from .status import status
 
@@ -58,12 +67,7 @@ def run(program: Program, concurrency: int | None) -> None:
     Receivers then get 'EVENTBUS_GRACE' seconds to finish. If Redis is not available, the
     worker reconnects by itself.
     """
-    node = program.node
-
-    if not node.config.enabled:
-        raise ConfigError(
-            "'EVENTBUS_ENABLED' is False, so no event would be received. Set it to True to listen."
-        )
+    node = program.enabled_node("no event would be received", "listen")
 
     if not node.subscriptions:
         raise ConfigError(
@@ -96,9 +100,7 @@ def run(program: Program, concurrency: int | None) -> None:
     reached, or fewer than --count events came; 2 for a wrong argument.""",
 )
 @click.argument("names", nargs=-1, metavar="[NAME]...", callback=read_names)
-@click.option(
-    "--json", "in_json", is_flag=True, help="Print each event as one JSON object per line, in full."
-)
+@json_option("Print each event as one JSON object per line, in full.")
 @click.option(
     "--source", "sources", multiple=True, metavar="SERVICE", help="Only events from SERVICE."
 )
@@ -134,15 +136,21 @@ def tail(
     events, runs no receiver, leaves streams unchanged, and reconnects if Redis goes away.
     Notices, such as bytes that are not an event, go to stderr.
     """
-    source = _tail(program.node, names)
-    shown_events = Filter(sources=sources, values=pairs)
+    config = program.node.config
+    source = Tail(
+        url=config.url,
+        prefix=config.prefix,
+        codec=program.node.registry.codec.limited(config.max_event_bytes),
+        names=names,
+        notify=lambda notice: click.echo(notice, err=True),
+    )
+    wanted = Filter(sources=sources, values=pairs)
     shown = 0
 
     with suppress(KeyboardInterrupt):
-        for heard in _until_gone(source.events(seconds)):
-            if shown_events.accepts(heard.event):
-                line = as_line(heard.event)
-                click.echo(as_json(heard.event, heard.entry) if in_json else line)
+        for found in _until_gone(source.events(seconds)):
+            if wanted.accepts(found.event):
+                click.echo(as_json(found.event, found.entry) if in_json else as_line(found.event))
                 shown += 1
 
             if shown == count:
@@ -152,24 +160,13 @@ def tail(
         raise click.exceptions.Exit(1)
 
 
-def _tail(node: Node, names: tuple[str, ...]) -> Tail:
-    config = node.config
-    return Tail(
-        url=config.url,
-        prefix=config.prefix,
-        codec=node.registry.codec.limited(config.max_event_bytes),
-        names=names,
-        notify=lambda notice: click.echo(notice, err=True),
-    )
-
-
 def _until_gone(batches: Iterator[list[TailEvent]]) -> Iterator[TailEvent]:
     """Yield events until the reader of stdout exits.
 
     :raises BrokenPipeError: the reader of stdout has exited.
     """
-    for heard in batches:
-        yield from heard
+    for events in batches:
+        yield from events
 
         if reader_is_gone():
             raise BrokenPipeError("The reader of stdout has exited.")
@@ -193,7 +190,7 @@ def _until_gone(batches: Iterator[list[TailEvent]]) -> Iterator[TailEvent]:
     Exit codes: 0 if Redis has the event, with or without listeners; 1 if it was not
     published, if that is not known, or if too few replicas have it; 2 for a wrong argument.""",
 )
-@click.argument("name", metavar="NAME", callback=read_name)
+@name_argument
 @click.argument("pairs", nargs=-1, metavar="[KEY=VALUE]...", callback=read_pairs)
 @click.option(
     "--json",
@@ -220,27 +217,16 @@ def publish(
     The event takes the app's route for NAME, or a channel if there is none. For a channel the
     command prints how many listeners got the event; for a stream, the id of its entry.
     """
-    node = program.node
-
-    if not node.config.enabled:
-        raise ConfigError(
-            "'EVENTBUS_ENABLED' is False, so nothing is published. Set it to True to publish."
-        )
-
+    node = program.enabled_node("nothing is published", "publish")
     receipt = publish_one(node, name, {**payload, **values_of(pairs)}, stream=stream)
-    heard = _heard(receipt.listeners) if receipt.entry is None else _kept(receipt)
-    click.echo(f"Published {receipt.event_id}. {heard}")
 
+    if receipt.entry is not None:
+        outcome = f"Entry {receipt.entry} in the stream {receipt.key!r}."
+    else:
+        listeners = counted(receipt.listeners, "listener") if receipt.listeners else "No listener"
+        outcome = f"{listeners} got it."
 
-def _kept(receipt: Receipt) -> str:
-    return f"Entry {receipt.entry} in the stream {receipt.key!r}."
-
-
-def _heard(listeners: int) -> str:
-    if not listeners:
-        return "No listener got it."
-
-    return "1 listener got it." if listeners == 1 else f"{listeners} listeners got it."
+    click.echo(f"Published {receipt.event_id}. {outcome}")
 
 
 @click.command(
@@ -256,7 +242,7 @@ def _heard(listeners: int) -> str:
     Exit codes: 0; 1 if the app cannot be loaded or Redis is not available; 2 for a wrong
     argument.""",
 )
-@click.option("--json", "in_json", is_flag=True, help="Print one JSON object.")
+@json_option("Print one JSON object.")
 @pass_program
 def routes(program: Program, in_json: bool) -> None:
     """List what this app publishes and subscribes to, and its receivers.
@@ -284,14 +270,19 @@ def routes(program: Program, in_json: bool) -> None:
     a wrong argument.""",
 )
 @click.option("--strict", is_flag=True, help="Exit with 1 on warnings too.")
-@click.option("--json", "in_json", is_flag=True, help="Print a JSON list of findings.")
+@json_option("Print a JSON list of findings.")
 @pass_program
 def check(program: Program, strict: bool, in_json: bool) -> None:
     """Check this app and its Redis, and print what is wrong and how to fix it.
 
     The command publishes nothing, runs no receiver, and does not start to listen.
     """
-    findings = _findings(program)
+    try:
+        findings = check_node(program.node, program=program.declares)
+    except ConfigError as error:
+        advice = "Fix this first, then run the check again: nothing else was checked."
+        findings = [Finding("error", str(error), advice)]
+
     bad = {"error", "warning"} if strict else {"error"}
 
     if in_json:
@@ -301,19 +292,6 @@ def check(program: Program, strict: bool, in_json: bool) -> None:
 
     if any(finding.level in bad for finding in findings):
         raise click.exceptions.Exit(1)
-
-
-def _findings(program: Program) -> list[Finding]:
-    try:
-        node = program.node
-    except ConfigError as error:
-        return [
-            error_finding(
-                str(error), "Fix this first, then run the check again: nothing else was checked."
-            )
-        ]
-
-    return check_node(node, program=program.declares)
 
 
 COMMANDS = (run, tail, publish, routes, check, relay, status, dead, replay, seek, services)

@@ -16,15 +16,23 @@ from typing import Any
 import click
 
 from ..admin.dead_letters import Choice, DeadLetters, Letter, Retrial, Retrials, why_not
-from ..admin.places import clock, iso
 from ..admin.streams import StreamAccess
 from ..codec.codec import Codec
 from ..codec.entry_ids import entry_id
 from ..codec.records import REASONS, DeadLetter
 from ..errors import DecodeError
-from ..text import counted, plain, printable
-from .arguments import read_names, read_span
-from .base import Command, Group, Program, pass_program, service_of
+from ..text import clock, counted, iso, plain, printable
+from .base import (
+    Command,
+    Group,
+    Program,
+    confirm,
+    json_option,
+    pass_program,
+    read_names,
+    read_span,
+    yes_option,
+)
 from .output import span
 
 #: What each reason means.
@@ -71,10 +79,10 @@ def letter_report(letter: Letter) -> Iterator[str]:
 
     for name, text in {
         "given up": clock(entry_id(letter.id)[0]),
-        "reason": ": ".join(part for part in (content.reason, _meaning(letter)) if part),
+        "reason": _joined(": ", content.reason, _REASONS.get(content.reason, "")),
         "receiver": content.receiver,
-        "attempts": _attempts(letter),
-        "event": _event(letter),
+        "attempts": _attempts(content),
+        "event": _joined(" from ", content.event_id, content.source),
         "entry": _entry(content.entry),
         "error": content.error,
         "payload": _marked(content.payload),
@@ -123,37 +131,24 @@ def as_json(letter: Letter, service: str, codec: Codec) -> str:
 
 def retrial_report(retrial: Retrial, service: str, seconds: float) -> str:
     """Return one line about the retry of a dead letter: its outcome so far."""
-    return f"{printable(retrial.letter.shown)}: {_outcome(retrial, service, seconds)}"
-
-
-def _outcome(retrial: Retrial, service: str, seconds: float) -> str:
     error = printable(retrial.error)
-
-    if retrial.state == "handled":
-        return "handled."
-
-    if retrial.state == "dead":
-        return f"a dead letter again: {error}"
-
-    if retrial.state == "failed":
-        return f"failed again, next attempt in {span(retrial.after)}: {error}"
-
-    if retrial.state == "running":
-        return f"still running after {seconds:g} s."
-
-    return (
-        f"put back, but no worker of {service!r} took it within {seconds:g} s. Start a worker: "
-        "flask eventbus run"
-    )
+    outcome = {
+        "handled": "handled.",
+        "dead": f"a dead letter again: {error}",
+        "failed": f"failed again, next attempt in {span(retrial.after)}: {error}",
+        "running": f"still running after {seconds:g} s.",
+        "waiting": (
+            f"put back, but no worker of {service!r} took it within {seconds:g} s. Start a worker: "
+            "flask eventbus run"
+        ),
+    }[retrial.state]
+    return f"{printable(retrial.letter.shown)}: {outcome}"
 
 
 def _where(letter: Letter) -> str:
     age = max(0.0, time.time() - entry_id(letter.id)[0] / 1000)
-    return f"{letter.id}  {letter.name}  {_receiver(letter)}  {span(age)} ago"
-
-
-def _receiver(letter: Letter) -> str:
-    return printable(letter.content.receiver) or "no receiver"
+    receiver = printable(letter.content.receiver) or "no receiver"
+    return f"{letter.id}  {letter.name}  {receiver}  {span(age)} ago"
 
 
 def _fitted(line: str) -> str:
@@ -162,23 +157,16 @@ def _fitted(line: str) -> str:
     return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
-def _meaning(letter: Letter) -> str:
-    return _REASONS.get(letter.content.reason, "")
+def _joined(by: str, *parts: str) -> str:
+    return by.join(part for part in parts if part)
 
 
-def _attempts(letter: Letter) -> str:
-    content = letter.content
-
+def _attempts(content: DeadLetter) -> str:
     if not content.attempts:
         return ""
 
     times = f"{clock(content.first)} to {clock(content.last)}"
     return f"{content.attempts}, {times}" if content.first else f"{content.attempts}"
-
-
-def _event(letter: Letter) -> str:
-    content = letter.content
-    return " from ".join(part for part in (content.event_id, content.source) if part)
 
 
 def _entry(text: str) -> str:
@@ -229,10 +217,6 @@ def _encoded(fields: Mapping[bytes, bytes]) -> dict[str, str]:
 
 def _bytes(value: bytes) -> str:
     return repr(value)[2:-1]
-
-
-#: What ``CLIENT LIST`` shows.
-CLIENT_NAME = "eventbus-dead"
 
 
 @click.group(
@@ -303,25 +287,6 @@ def _filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _choice(
-    *,
-    ids: Sequence[str] = (),
-    signals: Sequence[str],
-    receivers: Sequence[str],
-    reasons: Sequence[str],
-    older_than: int | None,
-    newer_than: int | None,
-) -> Choice:
-    return Choice(
-        ids=ids,
-        signals=signals,
-        receivers=receivers,
-        reasons=reasons,
-        older_than=older_than,
-        newer_than=newer_than,
-    )
-
-
 def _read_signals(
     ctx: click.Context, param: click.Parameter, names: tuple[str, ...]
 ) -> tuple[str, ...]:
@@ -370,9 +335,9 @@ class _Selection:
 
 @contextmanager
 def _selection(program: Program) -> Iterator[_Selection]:
-    service = service_of(program)
+    service = program.service
 
-    with StreamAccess(program.node.config, name=CLIENT_NAME) as access:
+    with program.streams("dead") as access:
         yield _Selection(access, service)
 
 
@@ -381,7 +346,7 @@ def _chosen(ids: Sequence[str], of_all: bool, **options: Any) -> Choice:
 
     :raises click.UsageError: the arguments select nothing, or combine --all with a filter.
     """
-    choice = _choice(ids=ids, **options)
+    choice = Choice(ids=ids, **options)
 
     if of_all and choice:
         raise click.UsageError(
@@ -400,7 +365,6 @@ _all_option = click.option(
     "--all", "of_all", is_flag=True, help="Select all dead letters of this service."
 )
 _ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
-_yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 
 @dead.command(
@@ -423,12 +387,7 @@ _yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmat
 @click.option(
     "--limit", type=click.IntRange(1), metavar="N", help="Read and show only the first N."
 )
-@click.option(
-    "--json",
-    "in_json",
-    is_flag=True,
-    help="Print each dead letter as one JSON object per line, in full.",
-)
+@json_option("Print each dead letter as one JSON object per line, in full.")
 @pass_program
 def list_(
     program: Program,
@@ -443,7 +402,7 @@ def list_(
     ID is the id of a dead letter or of an event.
     """
     with _selection(program) as selection:
-        choice = _choice(ids=ids, **options)
+        choice = Choice(ids=ids, **options)
         letters = selection.letters.find(choice)
         in_full = (
             as_json(letter, selection.service, program.node.codec)
@@ -573,7 +532,7 @@ def _retry(selection: _Selection, letters: Sequence[Letter], wait: float) -> int
 @_ids_argument
 @_filter_options
 @_all_option
-@_yes_option
+@yes_option
 @pass_program
 def drop(
     program: Program, /, ids: tuple[str, ...], of_all: bool, yes: bool, **options: Any
@@ -602,7 +561,7 @@ def drop(
     is not available; 2 for a wrong argument.""",
 )
 @_filter_options
-@_yes_option
+@yes_option
 @pass_program
 def purge(program: Program, /, yes: bool, **options: Any) -> None:
     """Delete all dead letters of this service that match the options, after asking.
@@ -610,7 +569,7 @@ def purge(program: Program, /, yes: bool, **options: Any) -> None:
     Without an option, all are deleted, and 'status' counts dropped dead letters from zero
     again. Deleted dead letters cannot be restored.
     """
-    choice = _choice(**options)
+    choice = Choice(**options)
 
     with _selection(program) as selection:
         _drop(selection, choice, yes)
@@ -628,7 +587,5 @@ def _drop(selection: _Selection, choice: Choice, yes: bool) -> None:
 
     what = counted(len(letters), "dead letter")
 
-    if not yes:
-        click.confirm(f"Delete {what} of {selection.service!r} for good?", abort=True)
-
+    confirm(f"Delete {what} of {selection.service!r} for good?", yes)
     click.echo(f"Deleted {counted(selection.letters.drop(letters), 'dead letter')}.")

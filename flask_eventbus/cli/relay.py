@@ -17,6 +17,7 @@ from ..node import Node
 from ..publisher.connection import PublishConnection
 from ..publisher.message import Destination, Destinations
 from ..routing.routes import Route
+from ..text import counted
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
 from .base import Command, Program, log_to_stderr, pass_program
@@ -90,12 +91,7 @@ def relay(
     Redis is not available, the relay retries. Several relays may run: one publishes, the others
     stand by.
     """
-    node = program.node
-
-    if not node.config.enabled:
-        raise ConfigError(
-            "'EVENTBUS_ENABLED' is False, so nothing is published. Set it to True to relay."
-        )
+    node = program.enabled_node("nothing is published", "relay")
 
     with (
         _database_errors(),
@@ -134,7 +130,7 @@ def _run_once(relay: Relay, stopping: threading.Event) -> None:
 
 
 def _published(relay: Relay) -> str:
-    return f"Published {relay.published} event{'' if relay.published == 1 else 's'}."
+    return f"Published {counted(relay.published, 'event')}."
 
 
 def _why(relay: Relay) -> str:

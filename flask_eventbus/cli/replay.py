@@ -1,4 +1,4 @@
-"""The command ``replay``."""
+"""The commands ``replay`` and ``seek``, which begin at a place in a stream."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ import click
 
 from ..admin.dead_letters import is_called
 from ..admin.overview import Overview
-from ..admin.places import Place, clock
 from ..admin.replay import Replay
-from ..admin.streams import StreamAccess
+from ..admin.services import Move, Seek
+from ..admin.streams import Place, StreamAccess
 from ..bus import stop_on_signals
-from ..codec.entry_ids import MOST, EntryId, entry_id, id_text
+from ..codec.entry_ids import EARLIEST, MOST, EntryId, entry_id, id_text
 from ..errors import ConfigError
 from ..node import Node
 from ..routing.subscriptions import Subscription, subscription_for
-from ..text import counted, printable
-from .arguments import read_moment, read_name
-from .base import Command, Program, pass_program, service_of
-
-#: What ``CLIENT LIST`` shows.
-CLIENT_NAME = "eventbus-replay"
+from ..text import clock, counted, printable
+from .base import Command, Program, confirm, name_argument, pass_program, read_moment, yes_option
 
 
 @click.command(
@@ -41,7 +37,7 @@ CLIENT_NAME = "eventbus-replay"
     Exit codes: 0 if all events were handled; 1 if a receiver failed, or the replay was
     stopped early; 2 for a wrong argument. A second Ctrl-C ends at once, with 130.""",
 )
-@click.argument("name", metavar="NAME", callback=read_name)
+@name_argument
 @click.option(
     "--from",
     "first",
@@ -87,9 +83,7 @@ def replay(
     """
     node = _node_of(program)
     receivers = _receivers_of(node, name, receiver)
-    service = service_of(program)
-    subscription = _subscription_of(node, name, service)
-
+    subscription = _subscription_of(node, name, program.service)
     work = Replay(
         config=node.config,
         codec=node.codec,
@@ -99,7 +93,7 @@ def replay(
         only=receivers[0] if receiver is not None else None,
     )
 
-    with StreamAccess(node.config, name=CLIENT_NAME) as access, stop_on_signals() as stopping:
+    with program.streams("replay") as access, stop_on_signals() as stopping:
         first, last = _bounds(first, last, access.now())
         end = _end_of(access, name, last)
 
@@ -131,12 +125,7 @@ def _node_of(program: Program) -> Node:
             "in 'flask --app mailer eventbus replay', or a module of receivers with --receivers."
         )
 
-    if not program.node.config.enabled:
-        raise ConfigError(
-            "'EVENTBUS_ENABLED' is False, so no receiver would run. Set it to True to replay."
-        )
-
-    return program.node
+    return program.enabled_node("no receiver would run", "replay")
 
 
 def _receivers_of(node: Node, name: str, wanted: str | None) -> list[str]:
@@ -235,3 +224,98 @@ def _sum(work: Replay, dry: bool) -> str:
     parts += [f"{len(work.unreadable)} unreadable"] if work.unreadable else []
     parts += [f"{work.others} from services that no receiver listens to"] if work.others else []
     return f"Read {counted(work.read, 'event')} of {work.name!r}: {', '.join(parts)}."
+
+
+def _read_target(ctx: click.Context, param: click.Parameter, text: str) -> Place | None:
+    return None if text == "new" else read_moment(ctx, param, text)
+
+
+@click.command(
+    cls=Command,
+    short_help="Move a service to another place in a stream.",
+    epilog="""PLACE is 'new' (after the last event), 'earliest' (before the first event), the id of
+    an entry (after that entry), or a time or an age (before the first event since then). A
+    time without an offset is local time.
+
+    Examples:
+
+    \b
+      flask eventbus seek user_registered --to 2h
+      flask eventbus seek user_registered --to 2026-11-22T14:00
+      flask eventbus seek price_changed --to new --yes
+      python -m flask_eventbus --service mailer seek paid --to earliest
+
+    Exit codes: 0 if the service is at PLACE now; 1 if it was not moved, since you answered
+    no, it has no group at this stream, or Redis is not available; 2 for a wrong argument.""",
+)
+@name_argument
+@click.option(
+    "--to",
+    "place",
+    required=True,
+    metavar="PLACE",
+    callback=_read_target,
+    help="Where the service continues.",
+)
+@yes_option
+@pass_program
+def seek(program: Program, name: str, place: Place | None, yes: bool) -> None:
+    """Move this service to another place in the stream of a signal.
+
+    The command shows how many events are skipped or repeated, and asks. All workers of the
+    service continue from there; they may keep running. Pending events, retries and dead letters
+    stay as they are.
+    """
+    service = program.service
+
+    with program.streams("seek") as access:
+        seeker = Seek(access, service)
+        move = seeker.plan(name, place)
+        click.echo("\n".join(_lines(move)))
+
+        if move.here == move.target:
+            return
+
+        confirm(f"Move {service!r}?", yes)
+        seeker.make(move)
+
+    click.echo(f"Moved {service!r} to {_shown(move.target)}.")
+
+
+def _lines(move: Move) -> Iterator[str]:
+    where = f"{move.service!r} in the stream of {move.name!r}"
+
+    if move.here == move.target:
+        yield f"{where} is at {_shown(move.here)} already."
+        return
+
+    yield where
+    yield f"  from  {_shown(move.here)}"
+    yield f"  to    {_shown(move.target)}"
+
+    if move.skipped:
+        yield f"{_are(move.skipped)} skipped: no worker will get {_them(move.skipped)}."
+    elif move.repeated:
+        yield f"{_are(move.repeated)} repeated: receivers run for {_them(move.repeated)} again."
+    else:
+        yield "No event is skipped or repeated."
+
+    if move.pending:
+        yield f"{_are(move.pending)} pending: workers finish {_them(move.pending)}."
+
+
+def _them(count: int) -> str:
+    return "it" if count == 1 else "them"
+
+
+def _are(count: int) -> str:
+    return f"{counted(count, 'event')} {'is' if count == 1 else 'are'}"
+
+
+def _shown(found: EntryId) -> str:
+    if found == EARLIEST:
+        return "the beginning"
+
+    # Seeking to a time puts the group at the last possible id of the millisecond before it.
+    is_moment = found[1] == MOST
+    return clock(found[0] + 1) if is_moment else f"{id_text(found)} ({clock(found[0])})"

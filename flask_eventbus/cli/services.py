@@ -7,13 +7,9 @@ from collections.abc import Iterator, Sequence
 import click
 
 from ..admin.services import Holding, Services, refuse_running
-from ..admin.streams import StreamAccess
 from ..config import SERVICE_NAME
-from .base import Command, Group, Program, pass_program
+from .base import Command, Group, Program, confirm, pass_program, yes_option
 from .output import fitted_table
-
-#: What ``CLIENT LIST`` shows.
-CLIENT_NAME = "eventbus-services"
 
 _HEADS = ("Stream", "Group", "Lag", "Pending", "Retries", "Dead")
 
@@ -53,7 +49,7 @@ def services() -> None:
 )
 @click.argument("name", metavar="NAME", callback=_read_service)
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
-@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@yes_option
 @pass_program
 def forget(program: Program, name: str, dry_run: bool, yes: bool) -> None:
     """Remove the service NAME from all streams, after showing what is removed and asking.
@@ -61,7 +57,7 @@ def forget(program: Program, name: str, dry_run: bool, yes: bool) -> None:
     The command deletes its groups, retries, dead letters and known ids. The streams and their
     events stay. Stop the service's workers first.
     """
-    with StreamAccess(program.node.config, name=CLIENT_NAME) as access:
+    with program.streams("services") as access:
         found = Services(access)
         holdings = _shown(found, name)
 
@@ -69,10 +65,7 @@ def forget(program: Program, name: str, dry_run: bool, yes: bool) -> None:
             return
 
         refuse_running(name, holdings)
-
-        if not yes:
-            click.confirm("Remove all of this for good?", abort=True)
-
+        confirm("Remove all of this for good?", yes)
         found.forget(name, holdings)
 
     click.echo(f"Removed {name!r} from Redis.")
@@ -88,7 +81,7 @@ def forget(program: Program, name: str, dry_run: bool, yes: bool) -> None:
 @click.argument("old", metavar="OLD", callback=_read_service)
 @click.argument("new", metavar="NEW", callback=_read_service)
 @click.option("--dry-run", is_flag=True, help="Only show what would be moved.")
-@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+@yes_option
 @pass_program
 def rename(program: Program, old: str, new: str, dry_run: bool, yes: bool) -> None:
     """Rename the service OLD to NEW, after showing what is moved and asking.
@@ -100,7 +93,7 @@ def rename(program: Program, old: str, new: str, dry_run: bool, yes: bool) -> No
     if old == new:
         raise click.UsageError("OLD and NEW are the same name.")
 
-    with StreamAccess(program.node.config, name=CLIENT_NAME) as access:
+    with program.streams("services") as access:
         found = Services(access)
         holdings = _shown(found, old)
         taken = found.holdings(new)
@@ -111,10 +104,7 @@ def rename(program: Program, old: str, new: str, dry_run: bool, yes: bool) -> No
 
         refuse_running(old, holdings)
         refuse_running(new, taken)
-
-        if not yes:
-            click.confirm(f"Move all of this to {new!r}?", abort=True)
-
+        confirm(f"Move all of this to {new!r}?", yes)
         found.rename(old, new, holdings)
 
     click.echo(

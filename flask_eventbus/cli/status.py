@@ -7,19 +7,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
 
-from ..admin.overview import heard, published
+from ..admin.overview import published, subscribed
 from ..admin.server import PATIENCE
 from ..admin.status import ConsumerStatus, GroupStatus, StreamStatus, read_statuses
-from ..admin.streams import StreamAccess
 from ..errors import OperationError
 from ..streams.alarms import too_many_names
 from ..text import printable
 from ..timing import TIMING
-from .base import Command, Program, pass_program, reader_is_gone
+from .base import Command, Program, json_option, pass_program, reader_is_gone
 from .output import fitted_table, span
 
 _GROUPS = ("Stream", "Events", "Service", "Lag", "Pending", "Oldest", "Retries", "Dead")
@@ -59,18 +59,8 @@ def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
 
 def as_json(statuses: Sequence[StreamStatus], excess: Sequence[str]) -> dict[str, Any]:
     """Return the statuses as plain values; ``None`` stands for an unknown value."""
-    return {
-        "streams": [
-            {
-                "name": status.name,
-                "length": status.length,
-                "groups": [_group_as_json(group) for group in status.groups],
-                "alarms": list(map(str, status.alarms)),
-            }
-            for status in statuses
-        ],
-        "exceeded": list(excess),
-    }
+    streams = [{**asdict(status), "alarms": [*map(str, status.alarms)]} for status in statuses]
+    return {"streams": streams, "exceeded": excess}
 
 
 def excess_of(
@@ -138,9 +128,13 @@ def _group_rows(status: StreamStatus) -> Iterator[tuple[str, ...]]:
 
 
 def _numbers(group: GroupStatus) -> tuple[str, ...]:
+    kept = f"{group.retries}", f"{group.dead}"
+
+    if not group.exists:
+        return "-", "-", "-", *kept
+
     lag = "?" if group.lag is None else f"{group.lag}"
-    read = (lag, f"{group.pending}", span(group.oldest)) if group.exists else ("-", "-", "-")
-    return *read, f"{group.retries}", f"{group.dead}"
+    return lag, f"{group.pending}", span(group.oldest_pending_seconds), *kept
 
 
 def _consumer_row(name: str, service: str, consumer: ConsumerStatus) -> tuple[str, ...]:
@@ -149,39 +143,10 @@ def _consumer_row(name: str, service: str, consumer: ConsumerStatus) -> tuple[st
         name,
         printable(consumer.host or consumer.name),
         "-" if consumer.pid is None else f"{consumer.pid}",
-        printable(consumer.node) or "-",
+        printable(consumer.node or "-"),
         f"{consumer.pending}",
-        span(consumer.idle),
+        span(consumer.idle_seconds),
     )
-
-
-def _group_as_json(group: GroupStatus) -> dict[str, Any]:
-    return {
-        "service": group.service,
-        "exists": group.exists,
-        "lag": group.lag,
-        "lost": group.lost,
-        "pending": group.pending,
-        "oldest_pending_seconds": group.oldest,
-        "retries": group.retries,
-        "dead": group.dead,
-        "dead_dropped": group.dead_dropped,
-        "consumers": [
-            {
-                "name": consumer.name,
-                "host": consumer.host or None,
-                "pid": consumer.pid,
-                "node": consumer.node or None,
-                "idle_seconds": consumer.idle,
-                "pending": consumer.pending,
-            }
-            for consumer in group.consumers
-        ],
-    }
-
-
-#: What ``CLIENT LIST`` shows.
-CLIENT_NAME = "eventbus-status"
 
 
 @click.command(
@@ -218,9 +183,7 @@ CLIENT_NAME = "eventbus-status"
     metavar="S",
     help="Seconds between updates with --watch.",
 )
-@click.option(
-    "--json", "in_json", is_flag=True, help="Print one JSON object; one per line with --watch."
-)
+@json_option("Print one JSON object; one per line with --watch.")
 @click.option(
     "--max-lag",
     type=click.IntRange(min=0),
@@ -249,7 +212,7 @@ def status(
     is each stream where the service has a group, retries or dead letters; without a service,
     --all applies. Nothing is changed.
     """
-    report = _Report(program, of_all=of_all, in_json=in_json, max_lag=max_lag, max_dead=max_dead)
+    report = _Report(program, of_all or not program.names_service, in_json, max_lag, max_dead)
 
     if watch:
         with suppress(KeyboardInterrupt):
@@ -258,24 +221,15 @@ def status(
         raise click.exceptions.Exit(1)
 
 
+@dataclass(frozen=True, slots=True)
 class _Report:
     """Reads the status of streams and prints it, once or again and again."""
 
-    def __init__(
-        self,
-        program: Program,
-        *,
-        of_all: bool,
-        in_json: bool,
-        max_lag: int | None,
-        max_dead: int | None,
-    ) -> None:
-        self._node = program.node
-        self._declares = program.declares
-        self._of_all = of_all or not program.names_service
-        self._in_json = in_json
-        self._max_lag = max_lag
-        self._max_dead = max_dead
+    program: Program
+    of_all: bool
+    in_json: bool
+    max_lag: int | None
+    max_dead: int | None
 
     def show(self) -> bool:
         """Print the status; return True if a limit is exceeded.
@@ -283,11 +237,8 @@ class _Report:
         :raises OperationError: Redis is not available.
         """
         statuses, excess = self._read()
-        click.echo(
-            json.dumps(as_json(statuses, excess), indent=2)
-            if self._in_json
-            else self._as_text(statuses)
-        )
+        found = as_json(statuses, excess)
+        click.echo(json.dumps(found, indent=2) if self.in_json else self._as_text(statuses))
 
         for sentence in excess:
             click.echo(sentence, err=True)
@@ -302,20 +253,17 @@ class _Report:
             except OperationError as error:
                 self._print_update(str(error), is_error=True)
             else:
-                shown = self._as_line(statuses, excess)
-                self._print_update(shown)
+                warnings = [click.style(sentence, fg="red") for sentence in excess]
+                self._print_update(
+                    json.dumps(as_json(statuses, excess))
+                    if self.in_json
+                    else "\n".join([self._as_text(statuses), *warnings])
+                )
 
             time.sleep(interval)
 
-    def _as_line(self, statuses: Sequence[StreamStatus], excess: Sequence[str]) -> str:
-        if self._in_json:
-            return json.dumps(as_json(statuses, excess))
-
-        warnings = [click.style(sentence, fg="red") for sentence in excess]
-        return "\n".join([self._as_text(statuses), *warnings])
-
     def _print_update(self, text: str, *, is_error: bool = False) -> None:
-        if self._in_json:
+        if self.in_json:
             click.echo(text, err=is_error)
             return
 
@@ -327,51 +275,52 @@ class _Report:
     def _read(self) -> tuple[list[StreamStatus], list[str]]:
         deadline = time.monotonic() + PATIENCE
 
-        with StreamAccess(self._node.config, name=CLIENT_NAME, deadline=deadline) as access:
+        with self.program.streams("status", deadline) as access:
             names = access.names()
             flood = too_many_names(access.keys.names, len(names))
             statuses = read_statuses(access, self._services(names[: TIMING.max_names]))
 
-        if not self._of_all and not self._declares:
+        if not self.of_all and not self.program.declares:
             # Without an app, only its groups tell which streams are the service's.
             statuses = [status for status in statuses if status.groups]
 
-        excess = list(excess_of(statuses, lag=self._max_lag, dead=self._max_dead))
+        excess = list(excess_of(statuses, lag=self.max_lag, dead=self.max_dead))
 
         if flood is not None:
             excess.append(str(flood))
 
-        if not statuses and (self._max_lag is not None or self._max_dead is not None):
+        if not statuses and (self.max_lag is not None or self.max_dead is not None):
             # A misspelt name must not pass as a healthy service.
-            excess.append(f"{self._nothing()} No limit could be checked.")
+            excess.append(f"{self._as_text(statuses)} No limit could be checked.")
 
         return statuses, excess
 
     def _services(self, names: Sequence[str]) -> Mapping[str, Sequence[str] | None]:
         """Return the services to show for each signal; ``None`` stands for all."""
-        own = heard(self._node, names)
+        node = self.program.node
+        own = subscribed(node, names)
 
-        if self._of_all:
+        if self.of_all:
             return dict.fromkeys(sorted({*names, *own}))
 
-        service = self._node.config.service
+        service = node.config.service
 
-        if not self._declares:
+        if not self.program.declares:
             return dict.fromkeys(names, (service,))
 
-        others = published(self._node, names) - own
+        others = published(node, names) - own
         return {name: [] if name in others else [service] for name in sorted(own | others)}
 
     def _as_text(self, statuses: Sequence[StreamStatus]) -> str:
-        return "\n".join(status_report(statuses)) if statuses else self._nothing()
+        if statuses:
+            return "\n".join(status_report(statuses))
 
-    def _nothing(self) -> str:
-        prefix = self._node.config.prefix
+        config = self.program.node.config
 
-        if self._of_all:
-            return f"There is no stream under the prefix {prefix!r} yet."
+        if self.of_all:
+            return f"There is no stream under the prefix {config.prefix!r} yet."
 
         return (
-            f"The service {self._node.config.service!r} has no stream under the prefix {prefix!r} "
+            f"The service {config.service!r} has no stream under the prefix {config.prefix!r} "
             "yet. To show all services, pass --all."
         )

@@ -14,7 +14,7 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus, EventBus
-from flask_eventbus.admin.seek import Seek
+from flask_eventbus.admin.services import Seek
 from flask_eventbus.admin.streams import StreamAccess
 from flask_eventbus.cli.app import flask_commands
 from flask_eventbus.config import Config

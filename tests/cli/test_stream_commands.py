@@ -333,22 +333,22 @@ def test_a_missing_lag_of_redis_6_is_not_an_error() -> None:
     ("name", "parts"),
     [
         (f"web-1.eu-4711-{NODE}", ("web-1.eu", 4711, NODE)),
-        ("released", ("", None, "")),
-        ("a-b", ("", None, "")),
-        ("web-x-y", ("", None, "")),
-        (f"web-{'9' * 5000}-n", ("", None, "")),
-        (f"-1-{NODE}", ("", None, "")),
-        ("", ("", None, "")),
+        ("released", (None, None, None)),
+        ("a-b", (None, None, None)),
+        ("web-x-y", (None, None, None)),
+        (f"web-{'9' * 5000}-n", (None, None, None)),
+        (f"-1-{NODE}", (None, None, None)),
+        ("", (None, None, None)),
     ],
     ids=["own", "word", "two", "text", "huge", "hostless", "empty"],
 )
 def test_a_consumer_with_a_foreign_name_has_no_host(
-    name: str, parts: tuple[str, int | None, str]
+    name: str, parts: tuple[str | None, int | None, str | None]
 ) -> None:
     found = consumer_of(name, {"idle": 1500, "pending": 2})
 
     assert (found.host, found.pid, found.node) == parts
-    assert (found.name, found.idle, found.pending) == (name, 1.5, 2)
+    assert (found.name, found.idle_seconds, found.pending) == (name, 1.5, 2)
 
 
 # -- for monitoring -----------------------------------------------------------------------
