@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Container, Mapping
 
 from .channels.decoder import MessageDecoder
-from .channels.listener import ChannelSubscriptions, Listener
-from .channels.reader import ChannelReader
+from .channels.listener import Listener
 from .config import Config
 from .errors import ConfigError
 from .receivers.dispatcher import Dispatcher
@@ -16,7 +15,6 @@ from .routing.bus_signal import Receiver
 from .routing.subscriptions import Subscription
 from .streams.consumer import Consumer
 from .transport.connections import Context
-from .transport.keys import ChannelKeys
 
 
 def check_subscription(config: Config, subscription: Subscription) -> None:
@@ -56,7 +54,6 @@ class Listening:
         config = context.config
         self._timing = context.timing
         self._has_streams = not config.url.startswith("redis+cluster://")
-        self.update(subscriptions)
         self.pool = WorkerThreads(
             config=config,
             dispatcher=dispatcher,
@@ -65,27 +62,12 @@ class Listening:
             node=context.node,
             handle=lambda deliveries: self.consumer.attempts.run(deliveries),
         )
-        reader = ChannelReader(context.connections, context.timing)
         self.listener = Listener(
             context,
-            reader=reader,
-            subscriptions=ChannelSubscriptions(
-                service=config.service,
-                keys=ChannelKeys(config.prefix),
-                reader=reader,
-                subscriptions=lambda: self._on_channels,
-            ),
-            decoder=MessageDecoder(
-                config=config,
-                codec=context.codec,
-                counters=context.counters,
-                timing=context.timing,
-                node=context.node,
-                issued=issued,
-                siblings=siblings,
-            ),
+            decoder=MessageDecoder(context, issued=issued, siblings=siblings),
             pool=self.pool,
         )
+        self.update(subscriptions)
         self.consumer = Consumer(
             context,
             dispatcher=dispatcher,
@@ -101,6 +83,7 @@ class Listening:
         self._on_channels = {
             name: found for name, found in subscriptions.items() if found.via != "stream"
         }
+        self.listener.update(self._on_channels)
         self._on_streams = {
             name: found
             for name, found in subscriptions.items()
@@ -156,7 +139,6 @@ class Listening:
 
         if self._on_channels:
             self.listener.start()
-            self.listener.refresh()
 
         if self._on_streams:
             self.consumer.start()

@@ -90,8 +90,8 @@ class Timing:
     #: whether to stop.
     tick: float = 1.0
 
-    #: Longest wait of a listener between two attempts to connect, in seconds. Events sent meanwhile
-    #: are missed.
+    #: Longest wait of a reading thread between two attempts to connect, in seconds. Channel events
+    #: sent meanwhile are missed.
     max_listener_backoff: float = 1.0
 
     #: Seconds to wait for the listener to end, before its last events must be finished.

@@ -15,6 +15,7 @@ from ..codec.codec import Codec
 from ..errors import ConfigError
 from ..event import Event
 from ..text import plain, read_value
+from ..timing import TIMING, Timing
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
 from ..transport.reconnect import Backoff
@@ -85,8 +86,9 @@ class Tail:
         codec: Codec,
         names: Sequence[str],
         notify: Callable[[str], None],
+        timing: Timing = TIMING,
     ) -> None:
-        self._connections = Connections(url, name=CLIENT_NAME)
+        self._connections = Connections(url, name=CLIENT_NAME, timing=timing)
         self._names = names
         self._notify = notify
         kinds = (ChannelTail,) if url.startswith("redis+cluster://") else (ChannelTail, StreamTail)

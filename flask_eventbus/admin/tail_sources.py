@@ -76,13 +76,6 @@ def describe_invalid(where: str, body: bytes, error: DecodeError) -> str:
     return f"Not an event {where} ({error.reason}): {error} It begins with {body[:SHOWN_BYTES]!r}."
 
 
-#: Seconds without a message after which a PING is sent.
-QUIET = 5.0
-
-#: Seconds that Redis has to answer the PING.
-DEADLINE = 5.0
-
-
 class ChannelTail:
     """Listens to the channels of names and patterns."""
 
@@ -110,22 +103,11 @@ class ChannelTail:
         :raises redis.ConnectionError: the connection is lost, or cannot be made.
         """
         self._connect()
-        last_frame = time.monotonic()
-        pinged: float | None = None
 
         while not stopping.is_set():
-            frames = self._reader.read()
-            now = time.monotonic()
-
-            if frames:
-                last_frame, pinged = now, None
+            if frames := self._reader.read():
                 backoff.tries = 0
                 self._take(frames)
-            elif pinged is None and now - last_frame >= QUIET:
-                pinged = now
-                self._reader.ping()
-            elif pinged is not None and now - pinged >= DEADLINE:
-                raise redis.TimeoutError(f"no answer to a PING within {DEADLINE:g} s")
 
     def wake(self) -> None:
         """End a wait for Redis soon; any thread may call it."""
@@ -158,7 +140,7 @@ class ChannelTail:
 
         name = self._keys.name(frame.channel)
 
-        if self._keys.name(_as_bytes(frame.subscribed)) != self._first_match(name):
+        if self._keys.name(frame.subscribed) != self._first_match(name):
             return
 
         try:
@@ -171,8 +153,8 @@ class ChannelTail:
         return next((pattern for pattern in self._names if matches(pattern, name)), None)
 
     def _note(self, frame: Frame) -> None:
-        if frame.kind == "refused" and frame.subscribed != "PING":
-            self._refused(self._keys.name(_as_bytes(frame.subscribed)), frame.body.decode())
+        if frame.kind == "refused" and frame.subscribed != b"PING":
+            self._refused(self._keys.name(frame.subscribed), frame.body.decode())
         elif frame.kind not in ("subscribe", "psubscribe"):
             return
 
@@ -193,10 +175,6 @@ class ChannelTail:
             f"{grant_the_user({self._keys.key(name): right})} Or name only signals that it may "
             "listen to.",
         )
-
-
-def _as_bytes(key: str | bytes) -> bytes:
-    return key.encode() if isinstance(key, str) else key
 
 
 #: Seconds that a read blocks if there are no entries.

@@ -6,15 +6,14 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
-from ..codec.codec import Codec
-from ..config import Config
 from ..errors import DecodeError
 from ..event import Event
-from ..logs import BoundedLog, Counters, get_logger
+from ..logs import BoundedLog, get_logger
 from ..receivers.conflicts import SECRET, Conflicts, Finding, compare
 from ..routing.subscriptions import Subscription
 from ..signals import emit, event_rejected, events_missed
 from ..timing import Timing
+from ..transport.connections import Context
 
 logger = get_logger(__name__)
 
@@ -63,33 +62,27 @@ class Sequences:
         No event is missing before the first one of a node: this process did not listen before.
         """
         digest = hash(SECRET + body)
+        seq = event.seq
 
-        if event.seq is None:
+        if seq is None:
             return compare(self._ids, event.id, digest, self._timing.max_remembered) or 0
 
         key = (event.node, event.name, event.source)
         route = self._routes.get(key)
+        found: int | Finding
 
         if route is None:
-            route = self._routes[key] = _RouteState(event.seq)
-            self._remember(route, digest)
-            return self._check_source(event)
-
-        missing = event.seq - route.last - 1
-
-        if 0 <= missing <= MOST_MISSED:
-            route.last = event.seq
+            route = self._routes[key] = _RouteState(seq)
+            found = self._check_source(event)
+        elif 0 <= seq - route.last - 1 <= MOST_MISSED:
+            found = seq - route.last - 1
+            route.last = seq
             self._routes.move_to_end(key)
-            self._remember(route, digest)
-            return missing
-
-        if digest in route.bodies:
+        elif digest in route.bodies:
             return Finding.REPEATED
+        else:
+            found = _stray(route, seq)
 
-        self._remember(route, digest)
-        return _stray(route, event.seq)
-
-    def _remember(self, route: _RouteState, digest: int) -> None:
         self._hashes += len(route.bodies) < REPEATABLE
         route.bodies.append(digest)
 
@@ -99,6 +92,8 @@ class Sequences:
         ):
             _, forgotten = self._routes.popitem(last=False)
             self._hashes -= len(forgotten.bodies)
+
+        return found
 
     def _check_source(self, event: Event) -> int | Finding:
         """Return a conflict if the node has sent events of another source before."""
@@ -132,40 +127,35 @@ SAMPLE = 64
 class MessageDecoder:
     """Decodes and checks messages, and selects the events that this node handles.
 
-    :param node: name of this node; its own events are echoes.
     :param issued: returns the number of events that this node has created.
     :param siblings: nodes of this process whose local receivers ran at ``send()``.
     """
 
     def __init__(
-        self,
-        *,
-        config: Config,
-        codec: Codec,
-        counters: Counters,
-        timing: Timing,
-        node: str,
-        issued: Callable[[], int],
-        siblings: Container[str],
+        self, context: Context, *, issued: Callable[[], int], siblings: Container[str]
     ) -> None:
-        self._config = config
-        self._codec = codec
-        self._counters = counters
-        self._node = node
+        self._config = context.config
+        self._codec = context.codec
+        self._counters = context.counters
+        self._node = context.node
         self._issued = issued
         self._siblings = siblings
         self._log = BoundedLog(logger)
-        self._sequences = Sequences(timing)
-        self._conflicts = Conflicts(config=config, counters=counters)
+        self._sequences = Sequences(context.timing)
+        self._conflicts = Conflicts(config=context.config, counters=context.counters)
 
-    def event(self, name: str, body: bytes, subscription: Subscription) -> tuple[Event, int] | None:
+    def event(self, name: str, subscription: Subscription, body: bytes) -> tuple[Event, int] | None:
         """Decode a message from the channel of ``name``.
 
         :return: the event and its memory use in bytes; ``None`` if this node does not handle it.
         """
         try:
             event, size = self._codec.decode_for_queue(body)
-            self._check(event, name)
+            node = event.node
+            is_own = node == self._node
+
+            if is_own or event.name != name:
+                self._check(event, name)
         except DecodeError as error:
             self._reject(name, body, error)
             return None
@@ -175,22 +165,29 @@ class MessageDecoder:
         if found is Finding.REPEATED:
             self._counters.add("duplicates")
             return None
+
         if found is Finding.CONFLICT:
             self._conflicts.report(event)
         elif found:
             self._count_missed(event, found)
 
-        return (event, size) if self._accepts(event, subscription) else None
+        if is_own or node in self._siblings:
+            if not subscription.echo:
+                self._counters.add("echoes")
+                return None
+        elif not subscription.accepts(event.source):
+            self._counters.add("filtered")
+            return None
+
+        return event, size
 
     def _check(self, event: Event, name: str) -> None:
+        """Check the name of an event, and whether this node sent one that bears its name."""
         if event.name != name:
             raise DecodeError(
                 f"The event {event.id} on the channel of {name!r} is named {event.name!r}.",
                 reason="wrong_channel",
             )
-
-        if event.node != self._node:
-            return
 
         number = int(event.id.rpartition("-")[2])
 
@@ -200,19 +197,6 @@ class MessageDecoder:
                 "did not send it.",
                 reason="forged_source",
             )
-
-    def _accepts(self, event: Event, subscription: Subscription) -> bool:
-        if event.node == self._node or event.node in self._siblings:
-            if not subscription.echo:
-                self._counters.add("echoes")
-
-            return subscription.echo
-
-        if not subscription.accepts(event.source):
-            self._counters.add("filtered")
-            return False
-
-        return True
 
     def _reject(self, name: str, body: bytes, error: DecodeError) -> None:
         self._counters.add("rejected")

@@ -1,4 +1,4 @@
-"""A pub/sub connection: subscribes to channels and reads their messages."""
+"""A pub/sub connection: subscribes to channels, reads their messages, and sends PING."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import redis
 
 from ..logs import get_logger
-from ..timing import TIMING, Timing
 from ..transport.connection import OUTAGE, Connection, is_passing, read_reply, set_deadline
 from ..transport.connections import Connections, NotMasterError
 
@@ -35,8 +34,8 @@ class Frame:
 
     #: ``message``, ``pmessage``, ``subscribe``, ``pong``, ...; ``refused`` for an error.
     kind: str
-    #: The channel or pattern of the subscription.
-    subscribed: str | bytes
+    #: The channel or pattern of the subscription, or the command ``PING``.
+    subscribed: bytes
     channel: bytes = b""
     #: The encoded event, or the text of the error.
     body: bytes = b""
@@ -45,15 +44,21 @@ class Frame:
 class ChannelReader:
     """Reads one pub/sub connection; any thread may subscribe, one thread reads."""
 
-    def __init__(self, connections: Connections, timing: Timing = TIMING) -> None:
-        self._tick = timing.tick
+    def __init__(self, connections: Connections) -> None:
+        self._timing = connections.timing
         self._connections = connections
         self._connection: Connection | None = None
         self._sending = threading.Lock()
         #: Channels and patterns whose answer is outstanding. The server answers in order.
-        self._asked: deque[str] = deque()
+        self._asked: deque[bytes] = deque()
         #: A second connection for ``ROLE``, which a subscribed connection may not send.
         self._aside: Connection | None = None
+        #: Monotonic time at which the last bytes arrived, or at which the connection was opened.
+        self._heard = 0.0
+        #: Monotonic time of a PING that the server has not answered yet.
+        self._pinged: float | None = None
+        #: The error after the messages of the last read; the next read raises it.
+        self._failure: Exception | None = None
 
     def connect(self) -> None:
         """Close the connection and open a new one.
@@ -62,7 +67,8 @@ class ChannelReader:
         """
         self.close()
         self._asked.clear()
-        self._connection = self._connections.open(timeout=self._tick, within=CONNECT)
+        self._connection = self._connections.open(timeout=self._timing.tick, within=CONNECT)
+        self._heard, self._pinged, self._failure = time.monotonic(), None, None
 
     def subscribe(self, keys: Iterable[str], *, patterns: bool) -> None:
         """Subscribe to channels, with one command for each, so that each may be refused alone."""
@@ -86,10 +92,10 @@ class ChannelReader:
         try:
             if self._aside is None:
                 # Opening a connection checks the role, too.
-                self._aside = self._connections.open(timeout=self._tick)
+                self._aside = self._connections.open(timeout=self._timing.tick)
                 return
 
-            set_deadline(self._aside, time.monotonic() + self._tick)
+            set_deadline(self._aside, time.monotonic() + self._timing.tick)
             self._aside.send_command("ROLE")
             self._connections.role.check(read_reply(self._aside))
         except NotMasterError:
@@ -101,27 +107,43 @@ class ChannelReader:
     def read(self) -> list[Frame]:
         """Wait up to ``Timing.tick`` seconds for messages, and return them in order.
 
-        The first part of a message that is still incomplete is kept for the next call.
+        The first part of a message that is still incomplete is kept for the next call. After
+        ``Timing.ping_after`` seconds without one, check that the server answers, and is a master.
 
-        :raises redis.ConnectionError: if the connection is lost.
+        :raises redis.ConnectionError: if the connection is lost, or the server is a replica now.
+        :raises redis.TimeoutError: if the server has not answered a PING in time.
         """
         connection = self._connection
 
         if connection is None:
             raise redis.ConnectionError("The reader is not connected.")
 
+        if self._failure is not None:
+            raise self._failure
+
         frames: list[Frame] = []
+        size = 0
 
         try:
-            frames.append(self._frame(connection))
-            size = len(frames[-1].body)
+            while len(frames) < BATCH and size < BATCH_BYTES:
+                if frames and not connection.can_read(0):
+                    break
 
-            while len(frames) < BATCH and size < BATCH_BYTES and connection.can_read(0):
                 frames.append(self._frame(connection))
                 size += len(frames[-1].body)
         except redis.TimeoutError:
-            # No more messages in time. The parser keeps an incomplete one.
-            return frames
+            # The parser keeps a message that is still incomplete.
+            pass
+        except OUTAGE as error:
+            if not frames:
+                raise
+
+            self._failure = error
+
+        if frames:
+            self._heard, self._pinged = time.monotonic(), None
+        else:
+            self._check_alive(time.monotonic())
 
         return frames
 
@@ -136,6 +158,14 @@ class ChannelReader:
 
         self._close_aside()
 
+    def _check_alive(self, now: float) -> None:
+        if self._pinged is None and now - self._heard >= self._timing.ping_after:
+            self._pinged = now
+            self.ping()
+            self.check_role()
+        elif self._pinged is not None and now - self._pinged >= self._timing.ping_timeout:
+            raise redis.TimeoutError(f"no answer to a PING within {self._timing.ping_timeout:g} s")
+
     def _close_aside(self) -> None:
         aside, self._aside = self._aside, None
 
@@ -149,7 +179,7 @@ class ChannelReader:
             if connection is None or not commands:
                 return
 
-            self._asked.extend(command[-1] for command in commands)
+            self._asked.extend(command[-1].encode() for command in commands)
             packed = connection.pack_commands(commands)
             connection.send_packed_command(packed, check_health=False)
 
@@ -163,25 +193,22 @@ class ChannelReader:
             return Frame("refused", self._answered(), body=str(error).encode())
 
         try:
-            return self._frame_of(reply)
+            if isinstance(reply, bytes):
+                return Frame("pong", self._answered())
+
+            kind = reply[0].decode()
+
+            if kind == "message":
+                return Frame(kind, reply[1], reply[1], reply[2])
+
+            if kind == "pmessage":
+                return Frame(kind, reply[1], reply[2], reply[3])
+
+            return Frame(kind, self._answered())
         except (AttributeError, LookupError, TypeError) as error:
             raise redis.InvalidResponse(
                 f"{short(reply)} is not a pub/sub message or an answer to SUBSCRIBE or PING."
             ) from error
 
-    def _frame_of(self, reply: Any) -> Frame:
-        if isinstance(reply, bytes):
-            return Frame("pong", self._answered())
-
-        kind = reply[0].decode()
-
-        if kind == "message":
-            return Frame(kind, reply[1], reply[1], reply[2])
-
-        if kind == "pmessage":
-            return Frame(kind, reply[1], reply[2], reply[3])
-
-        return Frame(kind, self._answered())
-
-    def _answered(self) -> str:
-        return self._asked.popleft() if self._asked else ""
+    def _answered(self) -> bytes:
+        return self._asked.popleft() if self._asked else b""

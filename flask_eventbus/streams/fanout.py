@@ -18,7 +18,7 @@ from ..receivers.workers import BatchSize, DeliveryQueue
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.connections import Context
 from ..transport.pipe import SAMPLE, Command, Pipe
-from ..transport.reconnect import Backoff, Reading
+from ..transport.reconnect import Backoff, ReadingThread
 from ..transport.rights import FOLLOW, remedy
 from .alarms import far_ahead
 from .decoder import EntryDecoder
@@ -38,11 +38,13 @@ REMEMBERED = 10_000
 LOOK_BACK = 16
 
 
-class Fanout:
+class Fanout(ReadingThread):
     """Reads streams with ``XREAD``, and keeps its position when the connection is lost.
 
     It acknowledges nothing: without a group, Redis keeps no pending entries.
     """
+
+    _failed = "The fanout reader failed; it reconnects."
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class Fanout:
         decoder: EntryDecoder,
         queue: DeliveryQueue,
     ) -> None:
+        super().__init__(context, "fanout")
         config, counters = context.config, context.counters
         self._pipe = pipe
         self._timing = context.timing
@@ -61,20 +64,10 @@ class Fanout:
         self._keys = context.keys
         self._decoder = decoder
         self._queue = queue
-        self._counters = counters
         self._log = BoundedLog(logger)
         self._conflicts = Conflicts(config=config, counters=counters)
         #: Hashes of the last events, by event id, to find conflicts.
         self._known: OrderedDict[str, int] = OrderedDict()
-        self._reading = Reading(
-            failed="The fanout reader failed; it reconnects.",
-            thread=f"eventbus-fanout-{context.node}",
-            read=self._run,
-            lost=self._lose,
-            close=self._disconnect,
-            app_exists=context.app_exists,
-            counters=counters,
-        )
         self._block = pipe.wait_at_most(BLOCK)
         #: Id of the last entry read, by stream.
         self._positions: dict[str, str] = {}
@@ -99,15 +92,10 @@ class Fanout:
         self.changed = threading.Condition()
 
     @property
-    def is_own_thread(self) -> bool:
-        """Return True if the calling thread is the reading thread."""
-        return self._reading.is_own_thread
-
-    @property
     def ready(self) -> bool:
         """Return True if Redis answers, and each subscribed stream has a position or is refused."""
         subscribed = self._catalogue.subscribed()
-        return self._reading.lives and self._connected and subscribed.keys() <= self._answered
+        return self.lives and self._connected and subscribed.keys() <= self._answered
 
     @property
     def alarms(self) -> dict[str, str]:
@@ -123,25 +111,13 @@ class Fanout:
     def _answered(self) -> set[str]:
         return self._positions.keys() | self.refused.keys() | self._catalogue.patterns
 
-    def start(self) -> None:
-        """Start the thread unless it was started before."""
-        self._reading.start()
-
     def stop(self) -> None:
         """Tell the thread to stop, and interrupt a blocked read."""
-        self._reading.stop()
+        super().stop()
         self._pipe.interrupt()
 
         with self.changed:
             self.changed.notify_all()
-
-    def end(self, deadline: float) -> None:
-        """Wait until the thread has ended, or until the deadline."""
-        self._reading.end(deadline)
-
-    def disown(self) -> None:
-        """Mark the thread as stopped; call it in a forked child."""
-        self._reading.disown()
 
     # -- the reading thread ---------------------------------------------------------------
 
@@ -152,18 +128,18 @@ class Fanout:
         self._connected = False
         self._pipe.close()
 
-    def _run(self, backoff: Backoff) -> None:
+    def _consume(self, backoff: Backoff) -> None:
         self._unchecked = set(self._positions)
         self._limits_size = True
 
-        while self._reading.goes_on:
+        while self.goes_on:
             names = self._allowed()
             self._find_positions(names)
             readable = self._positions.keys() - self.without_receiver
             names = {name: names[name] for name in names if name in readable}
 
             if not names:
-                self._reading.pause(self._block)
+                self.pause(self._block)
             elif self._queue.wait_for_room(self._block):
                 self._read(names)
 

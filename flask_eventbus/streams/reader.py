@@ -13,7 +13,7 @@ from ..logs import get_logger
 from ..receivers.workers import MOST_BYTES, BatchSize
 from ..routing.subscriptions import Subscription
 from ..transport.connections import Context
-from ..transport.reconnect import Backoff, Reading
+from ..transport.reconnect import Backoff, ReadingThread
 from .decoder import Intake
 from .group import Entry, GroupGoneError
 from .maintenance import Maintenance
@@ -34,12 +34,14 @@ BLOCK = 1.0
 MOST_UNWRITTEN = 1_000
 
 
-class StreamReader:
+class StreamReader(ReadingThread):
     """Reads streams in its own thread, and reconnects after an outage.
 
     :param consumer: learns when the connection is lost, when every subscribed stream can be read,
         and when the thread ends without :meth:`stop`.
     """
+
+    _failed = "The stream reader failed; it reconnects."
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class StreamReader:
         reclaimer: Reclaimer,
         maintenance: Maintenance,
     ) -> None:
+        super().__init__(context, "streams")
         self._consumer = consumer
         self._membership = membership
         self._group = membership.group
@@ -62,17 +65,6 @@ class StreamReader:
         self._acknowledger = intake.acknowledger
         self._reclaimer = reclaimer
         self._maintenance = maintenance
-        self._counters = context.counters
-        self._reading = Reading(
-            failed="The stream reader failed; it reconnects.",
-            thread=f"eventbus-streams-{context.node}",
-            read=self._consume,
-            lost=self._lose,
-            close=self._group.pipe.close,
-            app_exists=lambda: context.app_exists() and membership.fatal is None,
-            counters=context.counters,
-            ended=self._finish,
-        )
         self._block = self._group.pipe.wait_at_most(BLOCK)
         #: Notified when more streams are read or refused, and when the connection is lost.
         self.changed = threading.Condition()
@@ -88,35 +80,23 @@ class StreamReader:
         self._batch_size = BatchSize(max_bytes=context.config.max_event_bytes)
 
     @property
-    def is_own_thread(self) -> bool:
-        """Return True if the calling thread is the reading thread."""
-        return self._reading.is_own_thread
+    def goes_on(self) -> bool:
+        """Return True if the thread should continue to read."""
+        return super().goes_on and self._membership.fatal is None
 
     @property
     def ready(self) -> bool:
         """Return True if Redis answers, and each subscribed stream is read or refused."""
-        return self._reading.lives and self._is_connected and self._membership.is_complete
-
-    def start(self) -> None:
-        """Start the thread unless it was started before."""
-        self._reading.start()
+        return self.lives and self._is_connected and self._membership.is_complete
 
     def stop(self) -> None:
         """Tell the thread to stop, and interrupt a blocked read."""
-        self._reading.stop()
+        super().stop()
         self._queue.close()
         self._group.pipe.interrupt()
 
         with self.changed:
             self.changed.notify_all()
-
-    def end(self, deadline: float) -> None:
-        """Wait until the thread has ended, or until the deadline."""
-        self._reading.end(deadline)
-
-    def disown(self) -> None:
-        """Mark the thread as stopped; call it in a forked child."""
-        self._reading.disown()
 
     # -- the reading thread ---------------------------------------------------------------
 
@@ -129,6 +109,9 @@ class StreamReader:
         with self.changed:
             self.changed.notify_all()
 
+    def _disconnect(self) -> None:
+        self._group.pipe.close()
+
     def _lose(self, error: Exception) -> None:
         with self.changed:
             self._is_connected = False
@@ -136,15 +119,15 @@ class StreamReader:
             self._batch_size.update(())
             self._membership.reset()
 
-        if not self._reading.is_stopping:
+        if not self.is_stopping:
             self._consumer.on_lost(error)
 
     def _consume(self, backoff: Backoff) -> None:
-        while self._reading.goes_on:
+        while self.goes_on:
             names = self._join()
 
             if not names or self._is_overloaded:
-                self._reading.pause(self._block)
+                self.pause(self._block)
             elif self._queue.wait_for_room(self._block):
                 self._read(names)
             else:

@@ -130,7 +130,8 @@ class Connections:
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         #: Shared by all connections: if Redis refuses ROLE to one of them, none sends it again.
         self.role = Role()
-        self._ask_role_every = timing.ask_role_every
+        #: The times of these connections.
+        self.timing = timing
         self._disowned = False
         #: True once a server has refused ``CLIENT SETNAME``; it is not sent again.
         self._naming_refused = False
@@ -208,7 +209,7 @@ class Connections:
 
         It need not once :attr:`Role.refusal` is set.
         """
-        return time.monotonic() + self._ask_role_every if self.asks_role else math.inf
+        return time.monotonic() + self.timing.ask_role_every if self.asks_role else math.inf
 
     @property
     def in_memory(self) -> bool:

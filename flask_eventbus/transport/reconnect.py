@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
 
-from ..logs import BoundedLog, Counters, get_logger
+from ..logs import BoundedLog, get_logger
 from .connection import OUTAGE
+from .connections import Context
 
 logger = get_logger(__name__)
 
@@ -37,43 +37,23 @@ class Backoff:
         return wait * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards nothing
 
 
-#: Longest wait between two attempts to connect, in seconds.
-MOST_BACKOFF = 1.0
+class ReadingThread:
+    """Reads from Redis in a thread until it is stopped, and reconnects after an outage.
 
+    Subclasses override :meth:`_consume` and the methods after it.
 
-class Reading:
-    """Calls ``read`` in a thread, repeatedly, until it is stopped.
-
-    :param failed: log message for an unexpected error.
-    :param thread: name of the thread.
-    :param read: connects, and reads until :attr:`goes_on` is False or an error is raised. It
-        sets ``tries`` of the given backoff to 0 once it is connected.
-    :param lost: called with the error that ended ``read``.
-    :param close: closes the connection; called after every ``read``.
-    :param app_exists: returns False once the app is gone; the thread then stops.
-    :param ended: called if the thread ends without :meth:`stop`.
+    :param kind: the middle part of the thread's name.
     """
 
-    def __init__(
-        self,
-        *,
-        failed: str,
-        thread: str,
-        read: Callable[[Backoff], None],
-        lost: Callable[[Exception], None],
-        close: Callable[[], None],
-        app_exists: Callable[[], bool],
-        counters: Counters,
-        ended: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._failed = failed
-        self._name = thread
-        self._read = read
-        self._lost = lost
-        self._close = close
-        self._app_exists = app_exists
-        self._counters = counters
-        self._ended = ended
+    #: Log message for an unexpected error.
+    _failed: str
+
+    def __init__(self, context: Context, kind: str) -> None:
+        self._name = f"eventbus-{kind}-{context.node}"
+        self._app_exists = context.app_exists
+        self._counters = context.counters
+        self._max_backoff = context.timing.max_listener_backoff
+        # Bounded, so that an unstable connection does not fill the log.
         self._log = BoundedLog(logger)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -128,23 +108,41 @@ class Reading:
         self._stopping = threading.Event()
         self._stopping.set()
 
+    def _consume(self, backoff: Backoff) -> None:
+        """Connect, and read until :attr:`goes_on` is False or an error is raised.
+
+        Set ``tries`` of the backoff to 0 once connected.
+        """
+        raise NotImplementedError
+
+    def _lose(self, error: Exception) -> None:
+        """Note the error that ended :meth:`_consume`."""
+        raise NotImplementedError
+
+    def _disconnect(self) -> None:
+        """Close the connection, after every :meth:`_consume`."""
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """Note that the thread ends without :meth:`stop`."""
+
     def _run(self) -> None:
-        backoff = Backoff(most=MOST_BACKOFF)
+        backoff = Backoff(most=self._max_backoff)
 
         while self.goes_on:
             try:
-                self._read(backoff)
+                self._consume(backoff)
             except OUTAGE as error:
-                self._lost(error)
+                self._lose(error)
             except Exception as error:
                 # A defect must not end the thread: the node would receive no more events.
                 self._counters.add("reading_failed")
                 self._log.error("failed", self._failed, exc_info=error)
-                self._lost(error)
+                self._lose(error)
             finally:
-                self._close()
+                self._disconnect()
 
             self._stopping.wait(backoff.next())
 
         if not self.is_stopping:
-            self._ended()
+            self._finish()

@@ -29,6 +29,7 @@ from flask_eventbus.admin.tail import Filter, Tail
 from flask_eventbus.admin.tail_sources import TailEvent
 from flask_eventbus.cli.output import as_json, as_line
 from flask_eventbus.codec.codec import Codec
+from flask_eventbus.timing import Timing
 
 pytestmark = pytest.mark.second_look("kills and restarts Redis servers below a running command")
 
@@ -315,14 +316,15 @@ def test_a_usage_error_of_tail_exits_with_2(words: list[str]) -> None:
 # -- in this process ----------------------------------------------------------------------
 
 
-def test_tail_detects_a_server_that_hangs(
-    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tail_sources, "QUIET", 0.1)
-    monkeypatch.setattr(tail_sources, "DEADLINE", 0.1)
+def test_tail_detects_a_server_that_hangs(redis_server: RedisServer) -> None:
     told: list[str] = []
     tail = Tail(
-        url=redis_server.url, prefix="eventbus", codec=Codec(), names=["*"], notify=told.append
+        url=redis_server.url,
+        prefix="eventbus",
+        codec=Codec(),
+        names=["*"],
+        notify=told.append,
+        timing=Timing(ping_after=0.1, ping_timeout=0.1),
     )
     batches = tail.events(seconds=60)
     wait_until(lambda: next(batches) == [] and tail.connected)
