@@ -1,22 +1,25 @@
-"""Read and check the settings: one frozen :class:`Config` per node."""
+"""The settings, each declared once as a field of the frozen :class:`Config` of a node."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, cast
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
+from typing import Any
 
 from .errors import ConfigError
 from .text import did_you_mean
+
+Reader = Callable[[str, Any], Any]
+"""Returns the checked value of a setting; it gets the name of the setting, for the error."""
 
 #: A valid name of a service, which receivers get as ``sender``.
 SERVICE_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 #: A valid name of a signal.
 SIGNAL_NAME = re.compile(r"\w[\w./-]{0,127}", re.ASCII)
-
 
 _PREFIX = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 
@@ -32,10 +35,10 @@ _SCHEMES = (
 )
 
 #: Largest number of retries of a receiver; with the longest backoff they take a month.
-MOST_RETRIES = 10_000
+MAX_RETRIES = 10_000
 
 #: Largest number of replicas that can confirm an event.
-MOST_REPLICAS = 100
+MAX_REPLICAS = 100
 
 _AGE = re.compile(r"(\d{1,6})([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -46,14 +49,12 @@ _NOT_YET = {
     "EVENTBUS_SIGNING_KEY_FALLBACKS": "signed events",
 }
 
-
 #: Environment variables that Kubernetes sets for a Service whose name begins with ``eventbus``. If
 #: the name could also be a setting, the value decides.
 _SERVICE_LINK = re.compile(
     r"EVENTBUS(_\w+?)??_(SERVICE_HOST|SERVICE_PORT(_\w+)?|(?P<address>PORT(_\d+_(TCP|UDP|SCTP))?)"
     r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR))"
 )
-
 
 #: The words for True and False in the environment.
 _WORDS = {
@@ -69,44 +70,216 @@ class Age:
     seconds: int
 
 
+def _read_structure(key: str, value: Any) -> Any:
+    """Return lists and mappings unchanged; parse a string as one of them."""
+    if not isinstance(value, str):
+        return value
+
+    if not value.lstrip().startswith(("[", "{", '"')):
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"{key!r} is {value!r}, which is not JSON: {error}. Write a JSON list or object, or "
+            "names separated by commas."
+        ) from error
+
+
+def _wrong(key: str, value: object, remedy: str) -> ConfigError:
+    return ConfigError(f"{key!r} is {value!r}. {remedy}")
+
+
+def _read_name(key: str, value: Any, pattern: re.Pattern[str], remedy: str) -> str:
+    # JSON turns a name of digits into a number.
+    name = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    if isinstance(name, str) and pattern.fullmatch(name):
+        return name
+
+    raise _wrong(key, value, remedy)
+
+
+_read_service = partial(
+    _read_name,
+    pattern=SERVICE_NAME,
+    remedy="A service's name is made of letters, digits, '_', '-' and '.', at most 64 of them, for "
+    "example 'accounts'.",
+)
+
+_read_prefix = partial(
+    _read_name,
+    pattern=_PREFIX,
+    remedy="A prefix is made of letters, digits, '_', '-', '.', ':' and '/', for example "
+    "'eventbus'.",
+)
+
+
+def _read_url(key: str, value: Any) -> str:
+    scheme, separator, _ = str(value).partition("://")
+
+    if isinstance(value, str) and separator and scheme in _SCHEMES:
+        return value
+
+    # The value may hold a password: only its scheme is shown.
+    what = f"begins with {scheme!r}" if separator else "has no '://'"
+    raise ConfigError(
+        f"{key!r} {what}, so it is not a URL of Redis. Begin it with one of "
+        + ", ".join(f"'{known}://'" for known in _SCHEMES)
+        + ", for example 'redis://localhost:6379/0'."
+    )
+
+
+def _read_flag(key: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+
+    # JSON turns 0 and 1 in the environment into numbers.
+    if isinstance(value, str | int) and str(value).lower() in _WORDS:
+        return _WORDS[str(value).lower()]
+
+    raise _wrong(key, value, "Set it to True or False.")
+
+
+def read_whole(key: str, value: Any, least: int, most: int) -> int:
+    """Read a whole number from ``least`` to ``most``.
+
+    :raises ConfigError: ``value`` is not such a number.
+    """
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+
+    if isinstance(number, int) and not isinstance(number, bool) and least <= number <= most:
+        return number
+
+    raise _wrong(key, value, f"Set it to a whole number from {least:,} to {most:,}.")
+
+
+def _read_seconds(key: str, value: Any, least: float, most: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+
+    if not isinstance(value, bool) and least <= number <= most:
+        return number
+
+    raise _wrong(key, value, f"Set it to a number of seconds from {least} to {most:,}.")
+
+
+def _read_on_outage(key: str, value: Any) -> str:
+    if value in ("buffer", "raise"):
+        return str(value)
+
+    raise _wrong(
+        key,
+        value,
+        "Set it to 'buffer' (keep events in memory until Redis is back) or 'raise' (send() raises "
+        "PublishError).",
+    )
+
+
+def _read_receivers(key: str, value: Any) -> tuple[str, ...]:
+    value = _read_structure(key, value)
+
+    if isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value):
+        return tuple(value)
+
+    raise _wrong(
+        key,
+        value,
+        "Set it to a list of module names, for example ['mailer.receivers'], or of folders, for "
+        "example ['plugins/'].",
+    )
+
+
+def read_maxlen(key: str, value: Any) -> int | Age:
+    """Read how much a stream keeps: a number of events, or an age such as ``"7d"`` or ``"12h"``.
+
+    :param key: the name of the setting, for the error.
+    :raises ConfigError: ``value`` is neither.
+    """
+    found = _AGE.fullmatch(value) if isinstance(value, str) else None
+
+    if found and int(found[1]):
+        return Age(int(found[1]) * _SECONDS[found[2]])
+
+    try:
+        return read_whole(key, value, 1, 10**12)
+    except ConfigError:
+        raise _wrong(
+            key,
+            value,
+            "Set it to the number of events that a stream keeps, for example 100000, or to their "
+            "age, for example '7d', '12h' or '30m'.",
+        ) from None
+
+
+def _setting(default: Any, type: str, read: Reader, meaning: str) -> Any:
+    return field(default=default, metadata={"type": type, "read": read, "meaning": meaning})
+
+
+def _number(default: int, least: int, most: int, meaning: str, type: str = "number") -> Any:
+    return _setting(default, type, partial(read_whole, least=least, most=most), meaning)
+
+
+def _seconds(default: float, least: float, most: float, meaning: str) -> Any:
+    return _setting(default, "seconds", partial(_read_seconds, least=least, most=most), meaning)
+
+
+def _flag(default: bool, meaning: str) -> Any:
+    return _setting(default, "true or false", _read_flag, meaning)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The settings of one node; ``docs/configuration.md`` describes them."""
+    """The settings of one node.
 
-    service: str
-    url: str = "redis://localhost:6379/0"
-    prefix: str = "eventbus"
-    publish: Any = ()
-    subscribe: Any = ()
-    receivers: tuple[str, ...] = ()
-    enabled: bool = True
-    listen: bool = True
-    concurrency: int = 1
-    #: Longest time that ``send()`` blocks, in seconds.
-    timeout: float = 0.5
-    on_outage: str = "buffer"
-    #: Number of events kept in memory while Redis is unreachable.
-    buffer_size: int = 10_000
-    max_event_bytes: int = 1024 * 1024
-    max_hops: int = 16
-    #: Seconds that running receivers have to finish when the process ends.
-    grace: float = 25.0
-    #: Number of retries of a receiver that failed on a stream event.
-    retries: int = 5
-    #: Seconds after which another worker claims the stream events of a silent worker.
-    claim_after: float = 60.0
-    #: Approximate number of events that a stream keeps, or their age.
-    maxlen: int | Age = 100_000
-    #: Number of dead letters of each signal that a service keeps.
-    dead_maxlen: int = 100_000
-    #: Number of replicas that must have a stream event before it is confirmed.
-    replicas: int = 0
-    #: Seconds during which a second delivery of a stream event is recognized.
-    duplicate_window: float = 600.0
-    #: True to log each published and each handled event.
-    log_events: bool = False
-    #: True if an app with ``TESTING`` publishes to a real server.
-    publish_in_tests: bool = False
+    The table of ``docs/configuration.md`` shows the types, defaults and meanings of these fields.
+    """
+
+    service: str = _setting(MISSING, "text", _read_service, "the stable name of this service")
+    url: str = _setting("redis://localhost:6379/0", "text", _read_url, "the URL of Redis")
+    prefix: str = _setting("eventbus", "text", _read_prefix, "the prefix of all channels and keys")
+    publish: Any = _setting(
+        (), "list or mapping", _read_structure, "the signals that this service publishes"
+    )
+    subscribe: Any = _setting(
+        (), "list or mapping", _read_structure, "signals to subscribe to, beside those of `bus.on`"
+    )
+    receivers: tuple[str, ...] = _setting(
+        (), "list", _read_receivers, "modules and folders of receivers"
+    )
+    enabled: bool = _flag(True, "whether the bus works at all")
+    listen: bool = _flag(True, "whether a process that serves the app listens")
+    concurrency: int = _number(1, 1, 1_000, "receivers that run at the same time")
+    timeout: float = _seconds(0.5, 0.001, 60.0, "the longest time that `send()` blocks")
+    on_outage: str = _setting(
+        "buffer",
+        '`"buffer"` or `"raise"`',
+        _read_on_outage,
+        "what `send()` does while Redis is away",
+    )
+    buffer_size: int = _number(10_000, 1, 10_000_000, "events kept in memory while Redis is away")
+    max_event_bytes: int = _number(
+        1024 * 1024, 2_048, 512 * 1024 * 1024, "the largest event", type="bytes"
+    )
+    max_hops: int = _number(16, 1, 1_000, "the longest chain of events")
+    grace: float = _seconds(
+        25.0, 0.0, 3_600.0, "the time to finish receivers when the process ends"
+    )
+    retries: int = _number(5, 0, MAX_RETRIES, "retries of a receiver that failed")
+    claim_after: float = _seconds(
+        60.0, 0.1, 86_400.0, "silence after which a worker counts as dead"
+    )
+    maxlen: int | Age = _setting(100_000, "number or age", read_maxlen, "how much a stream keeps")
+    dead_maxlen: int = _number(100_000, 1, 10**12, "dead letters kept, for each signal")
+    replicas: int = _number(0, 0, MAX_REPLICAS, "replicas that confirm a stream event")
+    duplicate_window: float = _seconds(
+        600.0, 0.0, 86_400.0, "the time in which duplicates are recognized"
+    )
+    log_events: bool = _flag(False, "whether each event is logged")
+    publish_in_tests: bool = _flag(False, "whether an app with `TESTING` publishes")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
@@ -189,195 +362,7 @@ def _from_text(text: str) -> Any:
         return text
 
 
-def _structured(key: str, value: Any) -> Any:
-    """Return lists and mappings unchanged; parse a string as one of them."""
-    if not isinstance(value, str):
-        return value
-
-    if not value.lstrip().startswith(("[", "{", '"')):
-        return [part.strip() for part in value.split(",") if part.strip()]
-
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ConfigError(
-            f"{key!r} is {value!r}, which is not JSON: {error}. Write a JSON list or object, or "
-            "names separated by commas."
-        ) from error
-
-
-def _name(value: Any) -> Any:
-    """Return an integer as a string: JSON turns a name of digits into a number."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _wrong(key: str, value: object, remedy: str) -> ConfigError:
-    return ConfigError(f"{key!r} is {value!r}. {remedy}")
-
-
-def _service(key: str, value: Any) -> str:
-    name = _name(value)
-
-    if isinstance(name, str) and SERVICE_NAME.fullmatch(name):
-        return name
-
-    raise _wrong(
-        key,
-        value,
-        "A service's name is made of letters, digits, '_', '-' and '.', at most 64 of them, for "
-        "example 'accounts'.",
-    )
-
-
-def _url(key: str, value: Any) -> str:
-    scheme, separator, _ = str(value).partition("://")
-
-    if isinstance(value, str) and separator and scheme in _SCHEMES:
-        return value
-
-    # The value may hold a password: only its scheme is shown.
-    what = f"begins with {scheme!r}" if separator else "has no '://'"
-    raise ConfigError(
-        f"{key!r} {what}, so it is not a URL of Redis. Begin it with one of "
-        + ", ".join(f"'{known}://'" for known in _SCHEMES)
-        + ", for example 'redis://localhost:6379/0'."
-    )
-
-
-def _prefix(key: str, value: Any) -> str:
-    prefix = _name(value)
-
-    if isinstance(prefix, str) and _PREFIX.fullmatch(prefix):
-        return prefix
-
-    raise _wrong(
-        key,
-        value,
-        "A prefix is made of letters, digits, '_', '-', '.', ':' and '/', for example 'eventbus'.",
-    )
-
-
-def _boolean(key: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-
-    # JSON turns 0 and 1 in the environment into numbers.
-    if isinstance(value, str | int) and str(value).lower() in _WORDS:
-        return _WORDS[str(value).lower()]
-
-    raise _wrong(key, value, "Set it to True or False.")
-
-
-def _whole(least: int, most: int) -> Callable[[str, Any], int]:
-    def read(key: str, value: Any) -> int:
-        number = int(value) if isinstance(value, str) and value.isdecimal() else value
-
-        if isinstance(number, int) and not isinstance(number, bool) and least <= number <= most:
-            return number
-
-        raise _wrong(key, value, f"Set it to a whole number from {least:,} to {most:,}.")
-
-    return read
-
-
-def _seconds(least: float, most: float) -> Callable[[str, Any], float]:
-    def read(key: str, value: Any) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = -1.0
-
-        if not isinstance(value, bool) and least <= number <= most:
-            return number
-
-        raise _wrong(key, value, f"Set it to a number of seconds from {least} to {most:,}.")
-
-    return read
-
-
-def _on_outage(key: str, value: Any) -> str:
-    if value in ("buffer", "raise"):
-        return cast(str, value)
-
-    raise _wrong(
-        key,
-        value,
-        "Set it to 'buffer' (keep events in memory until Redis is back) or 'raise' (send() raises "
-        "PublishError).",
-    )
-
-
-def _receivers(key: str, value: Any) -> tuple[str, ...]:
-    value = _structured(key, value)
-
-    if isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value):
-        return tuple(value)
-
-    raise _wrong(
-        key,
-        value,
-        "Set it to a list of module names, for example ['mailer.receivers'], or of folders, for "
-        "example ['plugins/'].",
-    )
-
-
-def read_maxlen(key: str, value: Any) -> int | Age:
-    """Read how much a stream keeps: a number of events, or an age such as ``"7d"`` or ``"12h"``.
-
-    :param key: the name of the setting, for the error.
-    :raises ConfigError: ``value`` is neither.
-    """
-    found = _AGE.fullmatch(value) if isinstance(value, str) else None
-
-    if found and int(found[1]):
-        return Age(int(found[1]) * _SECONDS[found[2]])
-
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-
-    if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= 10**12:
-        return number
-
-    raise _wrong(
-        key,
-        value,
-        "Set it to the number of events that a stream keeps, for example 100000, or to their age, "
-        "for example '7d', '12h' or '30m'.",
-    )
-
-
-def read_whole(key: str, value: Any, least: int, most: int) -> int:
-    """Read a whole number from ``least`` to ``most``.
-
-    :raises ConfigError: ``value`` is not such a number.
-    """
-    return _whole(least, most)(key, value)
-
-
-_READERS: dict[str, Callable[[str, Any], Any]] = {
-    "service": _service,
-    "url": _url,
-    "prefix": _prefix,
-    "publish": _structured,
-    "subscribe": _structured,
-    "receivers": _receivers,
-    "enabled": _boolean,
-    "listen": _boolean,
-    "concurrency": _whole(1, 1_000),
-    "timeout": _seconds(0.001, 60.0),
-    "on_outage": _on_outage,
-    "buffer_size": _whole(1, 10_000_000),
-    "max_event_bytes": _whole(2_048, 512 * 1024 * 1024),
-    "max_hops": _whole(1, 1_000),
-    "grace": _seconds(0.0, 3_600.0),
-    "retries": _whole(0, MOST_RETRIES),
-    "claim_after": _seconds(0.1, 86_400.0),
-    "maxlen": read_maxlen,
-    "dead_maxlen": _whole(1, 10**12),
-    "replicas": _whole(0, MOST_REPLICAS),
-    "duplicate_window": _seconds(0.0, 86_400.0),
-    "log_events": _boolean,
-    "publish_in_tests": _boolean,
-}
+_READERS: dict[str, Reader] = {found.name: found.metadata["read"] for found in fields(Config)}
 
 #: The names of all settings, in the order of :class:`Config`.
-SETTINGS = tuple(f"EVENTBUS_{field.name.upper()}" for field in fields(Config))
+SETTINGS = tuple(f"EVENTBUS_{name.upper()}" for name in _READERS)

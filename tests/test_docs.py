@@ -136,14 +136,14 @@ def test_the_public_api_example_and_its_test_run(pytester: pytest.Pytester) -> N
     result.assert_outcomes(passed=1)
 
 
-def test_the_configuration_page_has_every_setting_with_its_default() -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-
-    for setting in SETTINGS:
+def test_the_configuration_page_has_every_setting_with_its_type_default_and_meaning() -> None:
+    for setting, field in zip(SETTINGS, dataclasses.fields(Config), strict=True):
         assert f"\n## {setting}\n" in CONFIGURATION
-        begin = re.escape(f"| [`{setting}`](#{setting.lower()}) |")
-        [told] = re.findall(rf"^{begin} [^|]+ \| ([^|]+) \|", CONFIGURATION, re.MULTILINE)
-        default = defaults[setting.removeprefix("EVENTBUS_").lower()]
+        begin = f"| [`{setting}`](#{setting.lower()}) | {field.metadata['type']} | "
+        end = f" | {field.metadata['meaning']} |"
+        row = rf"^{re.escape(begin)}([^|]+){re.escape(end)}$"
+        [told] = re.findall(row, CONFIGURATION, re.MULTILINE)
+        default = field.default
 
         if default is dataclasses.MISSING:
             assert told == "required"
@@ -170,6 +170,13 @@ def test_the_examples_on_publishing_and_subscribing_are_valid(text: str) -> None
         assert routes.read_routes(names["EVENTBUS_PUBLISH"])
     else:
         assert subscriptions.read_subscriptions(names["EVENTBUS_SUBSCRIBE"])
+
+
+def test_the_page_on_publishing_and_subscribing_has_every_option() -> None:
+    rows = re.findall(r"^\| `(\w+)` (?:\|[^|]+){3}\|$", PUBLISH_AND_SUBSCRIBE, re.MULTILINE)
+    readers = (*routes._READERS, *subscriptions._READERS)
+
+    assert sorted(rows) == sorted(["via", "via", *readers])
 
 
 def test_every_case_of_what_happens_when_names_a_test_that_exists() -> None:

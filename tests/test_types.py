@@ -17,8 +17,9 @@ from servers import require
 
 from flask_eventbus import EventBus, signals
 from flask_eventbus.config import SETTINGS
+from flask_eventbus.routing import routes, subscriptions
 from flask_eventbus.testing import Isolation
-from flask_eventbus.typing import Settings
+from flask_eventbus.typing import PublishOptions, Settings, SubscribeOptions
 
 PAGE = (Path(__file__).parent.parent / "docs" / "types.md").read_text()
 PAGE = PAGE.partition("```python\n")[2].partition("```")[0]
@@ -169,6 +170,11 @@ def test_every_setting_is_typed() -> None:
     settings = {f"EVENTBUS_{name.upper()}" for name in Settings.__annotations__}
 
     assert settings | {"EVENTBUS_SERVICE", "EVENTBUS_URL"} == set(SETTINGS)
+
+
+def test_the_types_know_every_option_of_a_signal() -> None:
+    assert PublishOptions.__annotations__.keys() == {"via", *routes._READERS}
+    assert SubscribeOptions.__annotations__.keys() == {"via", *subscriptions._READERS}
 
 
 def test_every_lifecycle_signal_has_a_docstring() -> None:

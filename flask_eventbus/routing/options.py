@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, get_args
 
 from blinker import NamedSignal, Signal
 
-from ..config import SIGNAL_NAME
+from ..config import SIGNAL_NAME, Reader
 from ..errors import ConfigError
 from ..text import did_you_mean
 from ..typing import Via
-
-T = TypeVar("T")
 
 _PATTERN = re.compile(r"[\w./*?-]{1,128}")
 
@@ -48,7 +46,7 @@ def matches(pattern: str, name: str) -> bool:
     return pattern == name or (is_pattern(pattern) and fnmatchcase(name, pattern))
 
 
-def load(path: str, where: str) -> Any:
+def load(where: str, path: str) -> Any:
     """Return the object at the import path ``package.module:name``.
 
     :raises ConfigError: it cannot be imported; chained to the original error.
@@ -93,16 +91,16 @@ def entries_of(value: Any, where: str) -> Iterable[tuple[Any, Any]]:
     )
 
 
-def options_of(options: Any, known: tuple[str, ...], where: str) -> Mapping[str, Any]:
-    """Return the options of a signal as a mapping; a plain string is its ``via``.
+def read_options(options: Any, readers: Mapping[str, Reader], where: str) -> dict[str, Any]:
+    """Return the options of a signal, each checked by its reader; a plain string is its ``via``.
 
-    :raises ConfigError: ``options`` is not a mapping, or has an unknown option.
+    An option that is ``None`` is left out, so that its default applies.
+
+    :param readers: the options that the signal may have, besides ``via``.
+    :raises ConfigError: ``options`` is not a mapping, has an unknown option, or a value is wrong.
     """
-    if options is None:
-        return {}
-
-    if isinstance(options, str):
-        return {"via": options}
+    if options is None or isinstance(options, str):
+        options = {"via": options}
 
     if not isinstance(options, Mapping):
         raise ConfigError(
@@ -110,33 +108,23 @@ def options_of(options: Any, known: tuple[str, ...], where: str) -> Mapping[str,
         )
 
     for option in options:
-        _check_option(option, known, where)
+        if option != "via" and option not in readers:
+            hint = did_you_mean(str(option), ("via", *readers))
+            raise ConfigError(f"{where} has no option {option!r}. {hint}")
 
-    return options
+    via = options.get("via")
 
+    if via is not None and via not in _VIAS:
+        raise ConfigError(
+            f"{where} asks for via {via!r}. Use 'channel' (only services that listen now receive "
+            "the event) or 'stream' (each service receives it, even if it is down now)."
+        )
 
-def _check_option(option: Any, known: tuple[str, ...], where: str) -> None:
-    if option in known:
-        return
-
-    raise ConfigError(f"{where} has no option {option!r}. {did_you_mean(str(option), known)}")
-
-
-def read_via(via: Any, where: str) -> Via | None:
-    if via is None or via in _VIAS:
-        return cast(Via | None, via)
-
-    raise ConfigError(
-        f"{where} asks for via {via!r}. Use 'channel' (only services that listen now receive the "
-        "event) or 'stream' (each service receives it, even if it is down now)."
-    )
-
-
-def read_optional(
-    read: Callable[[str, Any], T], options: Mapping[str, Any], option: str, where: str
-) -> T | None:
-    value = options.get(option)
-    return None if value is None else read(f"{where}[{option!r}]", value)
+    return {
+        option: value if option == "via" else readers[option](f"{where}[{option!r}]", value)
+        for option, value in options.items()
+        if value is not None
+    }
 
 
 def read_name(name: Any, where: str, *, pattern: bool) -> str:
@@ -146,9 +134,9 @@ def read_name(name: Any, where: str, *, pattern: bool) -> str:
     return check_signal_name(name, where)
 
 
-def read_flag(value: Any, where: str) -> bool:
-    if value is None or isinstance(value, bool):
-        return bool(value)
+def read_flag(where: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
 
     raise ConfigError(f"{where} is {value!r}. Set it to True or False.")
 

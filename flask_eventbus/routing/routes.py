@@ -6,29 +6,26 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from blinker import NamedSignal, Signal
 
-from ..config import MOST_REPLICAS, Age, read_maxlen, read_whole
+from ..config import MAX_REPLICAS, Age, Reader, read_maxlen, read_whole
 from ..errors import ConfigError
-from ..typing import Extractor, PublishOptions, Via
+from ..typing import Extractor, Via
 from .options import (
     entries_of,
     load,
     matches,
-    options_of,
     read_flag,
     read_name,
-    read_optional,
-    read_via,
+    read_options,
     shown,
 )
 
 _IMPORT_PATH = re.compile(r"[\w.]+:[\w.]+")
-
-_ROUTE_OPTIONS = tuple(PublishOptions.__annotations__)
 
 #: Options that only a stream supports.
 _STREAM_ONLY = ("key", "maxlen", "replicas")
@@ -86,59 +83,56 @@ def read_route(entry: Any, options: Any, where: str) -> Route:
 
     :raises ConfigError: the entry or an option is wrong.
     """
-    options = options_of(options, _ROUTE_OPTIONS, where)
-    signal = _read_signal(options.get("signal"), f"{where}['signal']")
+    found = read_options(options, _READERS, where)
+
+    if isinstance(entry, str) and _IMPORT_PATH.fullmatch(entry):
+        entry = _read_signal(where, entry)
 
     if isinstance(entry, Signal):
-        signal, entry = entry, _name_of(entry, where)
-    elif isinstance(entry, str) and _IMPORT_PATH.fullmatch(entry):
-        signal = _read_signal(entry, where)
-        entry = _name_of(signal, where)
+        found["signal"] = signal = entry
 
-    via = read_via(options.get("via"), where) or "channel"
-    _refuse_stream_options(options, via, where)
+        if not isinstance(signal, NamedSignal):
+            raise ConfigError(
+                f"{where}: {signal!r} has no name. Write {{'a_name': {{'signal': ...}}}} instead."
+            )
 
-    return Route(
-        name=read_name(entry, where, pattern=signal is None),
-        via=via,
-        signal=signal,
-        payload=_read_payload(options.get("payload"), where) or _payload_of(signal),
-        confirm=_read_confirm(options, via, where),
-        key=_read_key(options.get("key"), f"{where}['key']"),
-        maxlen=read_optional(read_maxlen, options, "maxlen", where),
-        replicas=read_optional(_read_replicas, options, "replicas", where),
-        after_commit=_read_database_flag(options.get("after_commit"), f"{where}['after_commit']"),
-        outbox=_read_outbox(options, where),
-    )
+        entry = signal.name
+
+    _check_together(found, where)
+    is_stream = found.get("via") == "stream"
+    defaults = {
+        # Streams are for events that must not be lost, so they are confirmed by default.
+        "confirm": is_stream and not found.get("outbox"),
+        "payload": _payload_of(found.get("signal")),
+    }
+    name = read_name(entry, where, pattern="signal" not in found)
+    return Route(name=name, **{**defaults, **found})
 
 
-def _refuse_stream_options(options: Mapping[str, Any], via: str, where: str) -> None:
+def _check_together(options: Mapping[str, Any], where: str) -> None:
+    """Check that the options of a route do not contradict each other."""
     for option in _STREAM_ONLY:
-        if via == "channel" and options.get(option) is not None:
+        if option in options and options.get("via") != "stream":
             raise ConfigError(
                 f"{where}[{option!r}] belongs to streams, and this route goes via 'channel'. Add "
                 "'via': 'stream', or remove the option."
             )
 
-
-def _read_confirm(options: Mapping[str, Any], via: str, where: str) -> bool:
-    value = options.get("confirm")
-
-    if value is False and options.get("replicas"):
+    if options.get("confirm") is False and options.get("replicas"):
         raise ConfigError(
             f"{where} has 'confirm' False and 'replicas' {options['replicas']!r}: send() would "
             "not wait for the replicas. Remove one of the two."
         )
 
-    # Streams are for events that must not be lost, so they are confirmed by default.
-    if value is None:
-        return via == "stream" and not options.get("outbox")
+    if options.get("outbox") and options.get("confirm"):
+        raise ConfigError(
+            f"{where} has both 'outbox' and 'confirm'. Remove 'confirm': send() does not reach "
+            "Redis there, and the relay always waits for it."
+        )
 
-    return read_flag(value, f"{where}['confirm']")
 
-
-def _read_key(value: Any, where: str) -> str | None:
-    if value is None or (isinstance(value, str) and value):
+def _read_key(where: str, value: Any) -> str:
+    if isinstance(value, str) and value:
         return value
 
     raise ConfigError(
@@ -147,15 +141,11 @@ def _read_key(value: Any, where: str) -> str | None:
     )
 
 
-def _read_replicas(key: str, value: Any) -> int:
-    return read_whole(key, value, 0, MOST_REPLICAS)
-
-
-def _read_signal(value: Any, where: str) -> Signal | None:
+def _read_signal(where: str, value: Any) -> Signal:
     if isinstance(value, str):
-        value = load(value, where)
+        value = load(where, value)
 
-    if value is None or isinstance(value, Signal):
+    if isinstance(value, Signal):
         return value
 
     raise ConfigError(
@@ -164,30 +154,21 @@ def _read_signal(value: Any, where: str) -> Signal | None:
     )
 
 
-def _name_of(signal: Signal | None, where: str) -> str:
-    if isinstance(signal, NamedSignal):
-        return signal.name
-
-    raise ConfigError(
-        f"{where}: {signal!r} has no name. Write {{'a_name': {{'signal': ...}}}} instead."
-    )
-
-
-def _read_payload(value: Any, where: str) -> Extractor | None:
+def _read_payload(where: str, value: Any) -> Extractor:
     if isinstance(value, str):
-        value = load(value, f"{where}['payload']")
+        value = load(where, value)
 
-    if value is None or callable(value):
+    if callable(value):
         return value  # type: ignore[no-any-return]  # any callable may be one
 
     raise ConfigError(
-        f"{where}['payload'] is {value!r}. Set it to a function, or to its import path, that "
-        "returns the payload as a mapping."
+        f"{where} is {value!r}. Set it to a function, or to its import path, that returns the "
+        "payload as a mapping."
     )
 
 
-def _read_database_flag(value: Any, where: str) -> bool:
-    flag = read_flag(value, where)
+def _read_database_flag(where: str, value: Any) -> bool:
+    flag = read_flag(where, value)
 
     if flag and find_spec("sqlalchemy") is None:
         raise ConfigError(
@@ -196,18 +177,6 @@ def _read_database_flag(value: Any, where: str) -> bool:
         )
 
     return flag
-
-
-def _read_outbox(options: Mapping[str, Any], where: str) -> bool:
-    outbox = _read_database_flag(options.get("outbox"), f"{where}['outbox']")
-
-    if outbox and options.get("confirm"):
-        raise ConfigError(
-            f"{where} has both 'outbox' and 'confirm'. Remove 'confirm': send() does not reach "
-            "Redis there, and the relay always waits for it."
-        )
-
-    return outbox
 
 
 def _payload_of(signal: Signal | None) -> Extractor | None:
@@ -301,4 +270,17 @@ _PAYLOADS: dict[str, Extractor] = {
     "appcontext_tearing_down": _appcontext_tearing_down,
     "appcontext_pushed": _appcontext,
     "appcontext_popped": _appcontext,
+}
+
+
+#: The options of a route, besides ``via``, each with the function that checks its value.
+_READERS: dict[str, Reader] = {
+    "signal": _read_signal,
+    "payload": _read_payload,
+    "confirm": read_flag,
+    "after_commit": _read_database_flag,
+    "outbox": _read_database_flag,
+    "key": _read_key,
+    "maxlen": read_maxlen,
+    "replicas": partial(read_whole, least=0, most=MAX_REPLICAS),
 }

@@ -10,21 +10,17 @@ from typing import Any
 from blinker import NamedSignal
 
 from ..codec.entry_ids import EARLIEST, EntryId, before_moment, entry_id, id_text
-from ..config import MOST_RETRIES, SERVICE_NAME, read_whole
+from ..config import MAX_RETRIES, SERVICE_NAME, Reader, read_whole
 from ..errors import ConfigError
-from ..typing import SubscribeOptions, Via
+from ..typing import Via
 from .options import (
     entries_of,
     matches,
-    options_of,
     read_flag,
     read_name,
-    read_optional,
-    read_via,
+    read_options,
     shown,
 )
-
-_SUBSCRIPTION_OPTIONS = tuple(SubscribeOptions.__annotations__)
 
 #: Default start of a new consumer group: after the last entry of the stream.
 NEW = "$"
@@ -85,19 +81,31 @@ def read_subscription(name: Any, options: Any, where: str) -> Subscription:
 
     :raises ConfigError: the name or an option is wrong.
     """
-    options = options_of(options, _SUBSCRIPTION_OPTIONS, where)
-    via = read_via(options.get("via"), where)
-    _refuse_stream_subscription(options, via, where)
+    found = read_options(options, _READERS, where)
 
-    return Subscription(
-        name=read_name(name, where, pattern=True),
-        sources=_read_sources(options.get("from"), f"{where}['from']"),
-        echo=read_flag(options.get("echo"), f"{where}['echo']"),
-        via=via,
-        retries=read_optional(read_retries, options, "retries", where),
-        start=_read_start(options.get("start"), f"{where}['start']"),
-        group=_read_group(options, where),
-    )
+    # The only option for which None is a value.
+    if isinstance(options, Mapping) and options.get("group", True) is None:
+        found["group"] = False
+
+    _check_together(found, where)
+    sources = found.pop("from", None)
+    return Subscription(name=read_name(name, where, pattern=True), sources=sources, **found)
+
+
+def _check_together(options: Mapping[str, Any], where: str) -> None:
+    """Check that the options of a subscription do not contradict each other."""
+    for option in ("retries", "start", "group"):
+        if options.get("via") == "channel" and options.get(option, True) is not True:
+            raise ConfigError(
+                f"{where}[{option!r}] belongs to streams, and this subscription has 'via': "
+                "'channel'. Remove 'via', or remove the option."
+            )
+
+    if options.get("group") is False and "retries" in options:
+        raise ConfigError(
+            f"{where} has both 'group': None and 'retries'. Remove one: without a group, events "
+            "are not stored for a retry."
+        )
 
 
 def merge(declared: Subscription, configured: Subscription | None) -> Subscription:
@@ -137,29 +145,18 @@ def unite(first: Subscription, second: Subscription, where: str) -> Subscription
 def read_retries(key: str, value: Any) -> int:
     """Read a number of retries.
 
-    :raises ConfigError: ``value`` is not a whole number from 0 to :data:`.MOST_RETRIES`.
+    :raises ConfigError: ``value`` is not a whole number from 0 to :data:`.MAX_RETRIES`.
     """
-    return read_whole(key, value, 0, MOST_RETRIES)
+    return read_whole(key, value, 0, MAX_RETRIES)
 
 
-def _refuse_stream_subscription(options: Mapping[str, Any], via: str | None, where: str) -> None:
-    given = [option for option in ("retries", "start") if options.get(option) is not None]
-    given += ["group"] if options.get("group", True) is None else []
-
-    if via == "channel" and given:
-        raise ConfigError(
-            f"{where}[{given[0]!r}] belongs to streams, and this subscription has 'via': "
-            "'channel'. Remove 'via', or remove the option."
-        )
-
-
-def _read_start(value: Any, where: str) -> str:
-    words = {None: NEW, "new": NEW, "earliest": "0"}
+def _read_start(where: str, value: Any) -> str:
+    words = {"new": NEW, "earliest": "0"}
 
     if isinstance(value, datetime) and value.tzinfo is not None:
         return _place(before_moment(int(value.timestamp() * 1000)))
 
-    if isinstance(value, str | None) and value in words:
+    if isinstance(value, str) and value in words:
         return words[value]
 
     if isinstance(value, str) and (found := _read_id(value)) is not None:
@@ -186,29 +183,17 @@ def _place(found: EntryId) -> str:
     return "0" if found == EARLIEST else id_text(found)
 
 
-def _read_group(options: Mapping[str, Any], where: str) -> bool:
-    if "group" not in options or options["group"] is True:
+def _read_group(where: str, value: Any) -> bool:
+    if value is True:
         return True
 
-    if options["group"] is not None:
-        raise ConfigError(
-            f"{where}['group'] is {options['group']!r}. The group is the service, so leave it out; "
-            "or set it to None, so that every process of the service gets every event."
-        )
-
-    if options.get("retries") is not None:
-        raise ConfigError(
-            f"{where} has both 'group': None and 'retries'. Remove one: without a group, events "
-            "are not stored for a retry."
-        )
-
-    return False
+    raise ConfigError(
+        f"{where} is {value!r}. The group is the service, so leave it out; or set it to None, so "
+        "that every process of the service gets every event."
+    )
 
 
-def _read_sources(value: Any, where: str) -> frozenset[str] | None:
-    if value is None:
-        return None
-
+def _read_sources(where: str, value: Any) -> frozenset[str]:
     names = [value] if isinstance(value, str) else value
 
     if isinstance(names, Iterable) and not isinstance(names, bytes | Mapping):
@@ -220,3 +205,13 @@ def _read_sources(value: Any, where: str) -> frozenset[str] | None:
     raise ConfigError(
         f"{where} is {value!r}. Set it to a list of service names, for example ['accounts']."
     )
+
+
+#: The options of a subscription, besides ``via``, each with the function that checks its value.
+_READERS: dict[str, Reader] = {
+    "from": _read_sources,
+    "echo": read_flag,
+    "retries": read_retries,
+    "start": _read_start,
+    "group": _read_group,
+}

@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection, DefaultParser
 from redis.retry import Retry
 
-from ..config import MOST_REPLICAS
+from ..config import MAX_REPLICAS
 from ..errors import ConfigError
 
 #: Shortest socket timeout in seconds. A timeout of zero would make the socket non-blocking, and
@@ -384,7 +384,7 @@ def _memory_class(connection_class: Any) -> Any:
                 return super().read_response(*args, **kwargs)
             except redis.ResponseError as error:
                 if str(error).lower().startswith(_NO_WAIT):
-                    return MOST_REPLICAS
+                    return MAX_REPLICAS
 
                 raise
 
