@@ -60,7 +60,6 @@ class Listening:
             counters=context.counters,
             timing=context.timing,
             node=context.node,
-            handle=lambda deliveries: self.consumer.attempts.run(deliveries),
         )
         self.listener = Listener(
             context,
@@ -72,11 +71,11 @@ class Listening:
             context,
             dispatcher=dispatcher,
             pool=self.pool,
-            subscriptions=lambda: self._on_streams,
             siblings=siblings,
             retries_of=retries_of,
             is_alone=lambda: not self._on_channels,
         )
+        self.update(subscriptions)
 
     def update(self, subscriptions: Mapping[str, Subscription]) -> None:
         """Use other subscriptions from now on; :meth:`start` subscribes to what was added."""
@@ -89,6 +88,7 @@ class Listening:
             for name, found in subscriptions.items()
             if self._has_streams and found.via != "channel"
         }
+        self.consumer.update(self._on_streams)
 
     @property
     def is_own_thread(self) -> bool:
@@ -135,7 +135,7 @@ class Listening:
 
     def start(self) -> None:
         """Start the threads that the current subscriptions need."""
-        self.pool.start()
+        self.pool.start(self.consumer.attempts.run)
 
         if self._on_channels:
             self.listener.start()

@@ -64,7 +64,8 @@ class Dispatcher:
     :param scope: returns the context manager in which a receiver runs; in Flask, a new app context.
         Exceptions of the receiver pass through it.
     :param timeout: returns the time limit of an ``async def`` receiver in seconds, or ``None``.
-    :param connected: returns the receivers of a signal, in the order in which they connected.
+    :param connected: returns the receivers of a signal, from any source, in the order in which
+        they connected.
     :param undo: called in the scope of a receiver that failed; must not raise.
     :param logs_events: True to log each handled event, as ``EVENTBUS_LOG_EVENTS`` asks.
     """
@@ -85,7 +86,7 @@ class Dispatcher:
         self._receivers = receivers
         self._scope = scope
         self._timeout = timeout
-        self._connected = connected
+        self.connected = connected
         self._undo = undo
         self._logs_events = logs_events
         self._counters = counters
@@ -95,7 +96,7 @@ class Dispatcher:
 
     def has_receivers(self, name: str) -> bool:
         """Return True if this process has a receiver for ``name``, from any source."""
-        return bool(self._connected(name))
+        return bool(self.connected(name))
 
     def receivers(self, event: Event, *, only: str | None = None) -> Sequence[Receiver]:
         """Return the receivers to run for ``event``.
@@ -218,7 +219,7 @@ class Dispatcher:
         If several receivers have one name, as closures may, all but the first get a number.
         """
         name = name_of(receiver)
-        same = [found for found in self._connected(event_name) if name_of(found) == name]
+        same = [found for found in self.connected(event_name) if name_of(found) == name]
         number = next((n for n, found in enumerate(same) if found == receiver), 0)
         return f"{name}#{number + 1}" if number else name
 

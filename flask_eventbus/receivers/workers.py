@@ -144,8 +144,6 @@ class WorkerThreads:
 
     The threads take work from two queues. When the queue of channel events is full, the oldest
     events are dropped. Stream deliveries that wait when the threads end are released.
-
-    :param handle: runs the receivers of stream deliveries and acknowledges them.
     """
 
     def __init__(
@@ -156,7 +154,6 @@ class WorkerThreads:
         counters: Counters,
         timing: Timing,
         node: str,
-        handle: Callable[[Sequence[Delivery]], None],
     ) -> None:
         self._config = config
         self._dispatcher = dispatcher
@@ -164,7 +161,6 @@ class WorkerThreads:
         self._timing = timing
         self._node = node
         self._log = BoundedLog(logger)
-        self._handle = handle
         self._make_queues()
         self._stream_next = True
         #: True if events were dropped since the queue of channel events was last empty.
@@ -182,14 +178,19 @@ class WorkerThreads:
         """Return True if the calling thread is a worker thread."""
         return threading.current_thread() in self._threads
 
-    def start(self) -> None:
-        """Start the threads unless they were started before."""
+    def start(self, handle: Callable[[Sequence[Delivery]], None]) -> None:
+        """Start the threads unless they were started before.
+
+        :param handle: runs the receivers of stream deliveries and acknowledges them.
+        """
         if self._threads:
             return
 
         for number in range(self._config.concurrency):
             name = f"eventbus-receiver-{number}-{self._node}"
-            thread = threading.Thread(target=self._run, args=(number,), name=name, daemon=True)
+            thread = threading.Thread(
+                target=self._run, args=(number, handle), name=name, daemon=True
+            )
             thread.start()
             self._threads.append(thread)
 
@@ -270,7 +271,7 @@ class WorkerThreads:
             left,
         )
 
-    def _run(self, number: int) -> None:
+    def _run(self, number: int, handle: Callable[[Sequence[Delivery]], None]) -> None:
         alone = self._config.concurrency == 1
 
         with kept_loop():
@@ -278,7 +279,7 @@ class WorkerThreads:
                 events, deliveries = self._take(number, alone)
 
                 if deliveries:
-                    self._handle_all(deliveries)
+                    self._handle_all(deliveries, handle)
                 elif events:
                     self._dispatch(events)
 
@@ -316,11 +317,13 @@ class WorkerThreads:
 
                 self._work.wait()
 
-    def _handle_all(self, deliveries: Sequence[Delivery]) -> None:
+    def _handle_all(
+        self, deliveries: Sequence[Delivery], handle: Callable[[Sequence[Delivery]], None]
+    ) -> None:
         start = time.monotonic()
 
         try:
-            self._handle(deliveries)
+            handle(deliveries)
         except Exception:
             # A defect must not end the thread. Entries that are not acknowledged stay pending.
             self._counters.add("handling_failed")
@@ -447,10 +450,13 @@ class DeliveryQueue:
         ahead = int(self._width * AHEAD / max(self._pace, 1e-9))
         return min(max(ahead, self._width), self._most) - self.waiting
 
-    def wait_for_room(self, timeout: float) -> bool:
-        """Wait up to ``timeout`` seconds; return True if the reader should read."""
+    def wait_for_room(self, timeout: float) -> int:
+        """Wait up to ``timeout`` seconds until a read is worth a round trip, and return the room.
+
+        Return 0 if the queue is still too full.
+        """
         with self._rest:
-            return self._rest.wait_for(self._has_enough_room, timeout)
+            return self._rest.wait_for(self._enough_room, timeout)
 
     def put(self, deliveries: Sequence[Delivery]) -> None:
         """Add deliveries, in order; add none once the queue is closed."""
@@ -517,7 +523,7 @@ class DeliveryQueue:
             self._pace = max(pace, 0.7 * self._pace + 0.3 * pace)
             self._held = False
 
-            if not (self.waiting or self._taken) or self._has_enough_room():
+            if not (self.waiting or self._taken) or self._enough_room():
                 self._rest.notify_all()
 
     def hold(self) -> bool:
@@ -542,8 +548,9 @@ class DeliveryQueue:
             self._closed = True
             self._rest.notify_all()
 
-    def _has_enough_room(self) -> bool:
-        # Wait until the queue is half empty, so that each round trip reads many entries.
-        return self._closed or (
-            self.room > self.waiting and (self.memory < MOST_BYTES // 2 or not self.waiting)
-        )
+    def _enough_room(self) -> int:
+        """Return the room if the queue is half empty, so that a round trip reads many; else 0."""
+        room = self.room
+        is_half_empty = room > self.waiting and (self.memory < MOST_BYTES // 2 or not self.waiting)
+        # A closed queue holds up no reader.
+        return max(1, room) if is_half_empty or self._closed else 0

@@ -45,7 +45,6 @@ REPORT_TIME = 0.2
 class Consumer:
     """The stream consumer of a node: it reads entries, runs receivers and writes outcomes.
 
-    :param subscriptions: returns the subscriptions of the service to streams, which may change.
     :param pool: the threads in which receivers run.
     :param siblings: nodes of this process whose local receivers ran at ``send()``.
     :param app_exists: returns False once the app is gone; the threads then end.
@@ -59,7 +58,6 @@ class Consumer:
         *,
         dispatcher: Dispatcher,
         pool: WorkerThreads,
-        subscriptions: Callable[[], Mapping[str, Subscription]],
         siblings: Container[str],
         retries_of: Callable[[str, Receiver], int | None],
         is_alone: Callable[[], bool],
@@ -67,7 +65,7 @@ class Consumer:
         self._config = config = context.config
         self._dispatcher = dispatcher
         self._pool = pool
-        self._subscriptions = subscriptions
+        self._subscriptions: Mapping[str, Subscription] = {}
         self._is_alone = is_alone
         self._log = BoundedLog(logger)
         self._lost_since: float | None = None
@@ -154,10 +152,11 @@ class Consumer:
             maintenance=self._maintenance,
         )
         pipe = Pipe(context.connections, timeout=context.timing.answer_timeout)
+        self._ungrouped = self._catalogue(pipe, context, grouped=False)
         self._fanout = Fanout(
             pipe,
             context,
-            catalogue=self._catalogue(pipe, context, grouped=False),
+            catalogue=self._ungrouped,
             decoder=decoder,
             queue=self._pool.queue,
         )
@@ -166,25 +165,19 @@ class Consumer:
         group = self._group_on(
             context, context.timing.answer_timeout, unlisted=self._group.unlisted
         )
-        duplicates = Duplicates(group.pipe, context)
+        self._grouped = self._catalogue(group.pipe, context, grouped=True)
         return Membership(
             context,
-            catalogue=self._catalogue(group.pipe, context, grouped=True),
+            catalogue=self._grouped,
             group=group,
-            duplicates=duplicates,
+            duplicates=Duplicates(group.pipe, context),
             intake=intake,
             reclaimer=reclaimer,
             trims=self._trims_of(group, context),
         )
 
     def _catalogue(self, pipe: Pipe, context: Context, *, grouped: bool) -> Catalogue:
-        return Catalogue(
-            pipe,
-            context,
-            subscriptions=self._subscriptions,
-            grouped=grouped,
-            has_receivers=self._dispatcher.has_receivers,
-        )
+        return Catalogue(pipe, context, grouped=grouped, connected=self._dispatcher.connected)
 
     def _trims_of(self, group: Group, context: Context) -> Trims:
         return Trims(
@@ -209,8 +202,8 @@ class Consumer:
 
     def _receives(self, name: str) -> bool:
         """Return True if this process shares the stream of ``name`` with its siblings."""
-        found = subscription_for(name, self._subscriptions())
-        is_read = found is not None and found.via != "channel" and found.group
+        found = subscription_for(name, self._subscriptions)
+        is_read = found is not None and found.group
         return is_read and self._dispatcher.has_receivers(name)
 
     @property
@@ -227,7 +220,7 @@ class Consumer:
     @property
     def refused(self) -> dict[str, str]:
         """Reasons why Redis refuses a stream, by signal, unless a channel carries it too."""
-        subscriptions = self._subscriptions()
+        subscriptions = self._subscriptions
         refused = {**self._membership.refused, **self._fanout.refused}
 
         if self.fatal is not None:
@@ -242,7 +235,7 @@ class Consumer:
     @property
     def without_receiver(self) -> frozenset[str]:
         """Streams that are not read because this process has no receiver for them."""
-        return self._membership.without_receiver | self._fanout.without_receiver
+        return self._grouped.without_receiver | self._ungrouped.without_receiver
 
     @property
     def alarms(self) -> dict[str, str]:
@@ -261,27 +254,29 @@ class Consumer:
 
     @property
     def _groups_ready(self) -> bool:
-        return not self._is_grouped(True) or (self._reader.ready and not self.refused)
+        return not self._grouped.subscribed or (self._reader.ready and not self.refused)
 
     @property
     def _fanout_ready(self) -> bool:
-        return not self._is_grouped(False) or (self._fanout.ready and not self.refused)
+        return not self._ungrouped.subscribed or (self._fanout.ready and not self.refused)
 
     @property
     def _is_ending(self) -> bool:
         return self._is_stopping or self.fatal is not None
 
-    def _is_grouped(self, grouped: bool) -> bool:
-        subscriptions = self._subscriptions().values()
-        return any(found.via != "channel" and found.group is grouped for found in subscriptions)
+    def update(self, subscriptions: Mapping[str, Subscription]) -> None:
+        """Use these subscriptions to streams from now on; :meth:`start` starts their threads."""
+        self._subscriptions = subscriptions
+        self._grouped.update(subscriptions)
+        self._ungrouped.update(subscriptions)
 
     def start(self) -> None:
         """Start the threads that the present subscriptions need."""
-        if self._is_grouped(True):
+        if self._grouped.subscribed:
             self._reader.start()
             self._maintenance.start()
 
-        if self._is_grouped(False):
+        if self._ungrouped.subscribed:
             self._fanout.start()
 
     def ready(self, timeout: float | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -217,11 +217,11 @@ class Intake:
         self.in_flight.add(deliveries)
         self.queue.put(deliveries)
 
-    def end(self, found: DecodedEntries, others: Iterable[Outcome] = ()) -> None:
+    def end(self, found: DecodedEntries, others: Sequence[Outcome] = ()) -> None:
         """Write the outcomes of entries that became no delivery, and other outcomes."""
+        if not (found.skipped or found.dead or others):
+            return
+
         outcomes = [self.outcomes.skipped(entry) for entry in found.skipped]
         outcomes += [self.outcomes.rejected(entry, letter) for entry, letter in found.dead]
-        outcomes += others
-
-        if outcomes:
-            self.acknowledger.write(outcomes)
+        self.acknowledger.write([*outcomes, *others])

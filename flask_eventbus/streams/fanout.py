@@ -22,7 +22,7 @@ from ..transport.reconnect import Backoff, ReadingThread
 from ..transport.rights import FOLLOW, remedy
 from .alarms import far_ahead
 from .decoder import EntryDecoder
-from .group import Entry, behind, fields_of, last_id, passed
+from .group import Entry, behind, entries_of, last_id, passed
 from .membership import Catalogue
 from .reclaim import report_trimmed, report_trimmed_over
 
@@ -94,18 +94,13 @@ class Fanout(ReadingThread):
     @property
     def ready(self) -> bool:
         """Return True if Redis answers, and each subscribed stream has a position or is refused."""
-        subscribed = self._catalogue.subscribed()
+        subscribed = self._catalogue.subscribed
         return self.lives and self._connected and subscribed.keys() <= self._answered
 
     @property
     def alarms(self) -> dict[str, str]:
         """Alarms about streams whose events do not arrive, by stream or pattern."""
         return {**self._catalogue.alarms, **self._alarms}
-
-    @property
-    def without_receiver(self) -> frozenset[str]:
-        """The streams that are not read, because this process has no receiver for them."""
-        return self._catalogue.without_receiver
 
     @property
     def _answered(self) -> set[str]:
@@ -135,7 +130,7 @@ class Fanout(ReadingThread):
         while self.goes_on:
             names = self._allowed()
             self._find_positions(names)
-            readable = self._positions.keys() - self.without_receiver
+            readable = self._positions.keys() - self._catalogue.without_receiver
             names = {name: names[name] for name in names if name in readable}
 
             if not names:
@@ -277,11 +272,7 @@ class Fanout(ReadingThread):
         most = self._max_bytes if self._limits_size else None
         answer = self._pipe.ask("XREAD", "COUNT", count, *wait, "STREAMS", *keys, *ids, most=most)
         self._limits_size = False
-        return [
-            Entry(self._keys.name(key.decode()), id.decode(), fields_of(fields))
-            for key, found in answer or ()
-            for id, fields in found
-        ]
+        return entries_of(answer, self._keys)
 
     def _take(self, entries: list[Entry], names: dict[str, Subscription]) -> None:
         if self.refused:

@@ -247,10 +247,11 @@ class Group:
         :raises GroupGoneError: if a stream or its group does not exist.
         :raises redis.ResponseError: if Redis refuses the command.
         """
-        keys = [self._keys.stream(name) for name in names]
+        keys = map(self._keys.stream, names)
         head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", count)
         wait = ("BLOCK", int(block * 1000)) if block else ()
-        return self._entries(self._ask(*head, *wait, "STREAMS", *keys, *(">" for _ in keys)))
+        command: Command = (*head, *wait, "STREAMS", *keys, *[">"] * len(names))
+        return entries_of(self._run([command])[0], self._keys)
 
     def try_to_read(self, name: str) -> None:
         """Check that this consumer may read a stream, without reading an entry.
@@ -590,14 +591,18 @@ class Group:
     def _ask(self, *command: str | bytes | int | float) -> Any:
         return self._run([command])[0]
 
-    def _entries(self, answer: Any) -> list[Entry]:
-        found: list[Entry] = []
 
-        for key, entries in answer or ():
-            name = self._keys.name(key.decode())
-            found += [Entry(name, id.decode(), _fields(fields)) for id, fields in entries]
+def entries_of(answer: Any, keys: StreamKeys) -> list[Entry]:
+    """Return the entries in an answer to ``XREAD`` or ``XREADGROUP``."""
+    found: list[Entry] = []
 
-        return found
+    for key, entries in answer or ():
+        name = keys.name(key.decode())
+
+        for id, fields in entries:
+            found.append(Entry(name, id.decode(), _fields(fields)))
+
+    return found
 
 
 def last_id(info: Any) -> str | None:
@@ -633,11 +638,6 @@ def passed(info: Any, position: str) -> int | None:
     return None
 
 
-def fields_of(flat: Any) -> Fields:
-    """Return the fields of an entry from the flat list of names and values of Redis."""
-    return dict(zip(flat[::2], flat[1::2], strict=True))
-
-
 def _is_refusal(answer: Any) -> bool:
     # BUSYGROUP: the group exists already.
     return isinstance(answer, Exception) and not str(answer).startswith("BUSYGROUP")
@@ -654,10 +654,13 @@ def _group_error(error: Exception) -> Exception:
 
 
 def _fields(flat: Any) -> Fields | None:
-    if flat and len(flat) == 2:
+    if flat is None:
+        return None
+
+    if len(flat) == 2:
         return {flat[0]: flat[1]}
 
-    return None if flat is None else fields_of(flat)
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _as_dict(flat: Any) -> dict[str, Any]:

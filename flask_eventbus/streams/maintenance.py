@@ -95,7 +95,7 @@ class Maintenance:
         #: True while deliveries are in flight: a round follows every :data:`IN_FLIGHT_PAUSE` s.
         self._is_watching = False
         #: Streams with entries that this process released. The reader takes those first.
-        self._released_streams: set[str] = set()
+        self.released_streams: set[str] = set()
 
     @property
     def is_own_thread(self) -> bool:
@@ -162,11 +162,6 @@ class Maintenance:
         with self._changed:
             self._is_watching = True
             self._changed.notify_all()
-
-    def released_streams(self) -> set[str]:
-        """Return the streams whose entries this process released since the last call."""
-        found, self._released_streams = self._released_streams, set()
-        return found
 
     def _run(self) -> None:
         backoff = Backoff(most=MOST_BACKOFF)
@@ -374,7 +369,7 @@ class Maintenance:
             try:
                 with self._acknowledger.lock:
                     own = {found.id for found in self._group.own_pending(name)}
-                    self._released_streams.add(name)
+                    self.released_streams.add(name)
                     self._group.release(name, {id: counts[id] for id in counts if id in own})
             except GroupGoneError as error:
                 logger.debug("Nothing of %r is released: %s", name, error)

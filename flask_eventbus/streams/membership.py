@@ -11,6 +11,7 @@ import redis
 from ..codec.entry_ids import before_moment, id_text
 from ..config import SIGNAL_NAME
 from ..logs import BoundedLog, get_logger
+from ..routing.bus_signal import Receiver
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.connections import Context
@@ -31,9 +32,10 @@ MOST_DIGITS = 15
 class Catalogue:
     """Finds the streams of the subscriptions, and the id at which to start each.
 
-    :param subscriptions: returns the subscriptions of the service, by name or pattern.
+    Only the reading thread may call its methods, except :meth:`update`.
+
     :param grouped: True for subscriptions with a consumer group, False for those without.
-    :param has_receivers: returns True if this process has a receiver for a signal.
+    :param connected: returns the receivers of a signal in this process.
     """
 
     def __init__(
@@ -41,25 +43,34 @@ class Catalogue:
         pipe: Pipe,
         context: Context,
         *,
-        subscriptions: Callable[[], Mapping[str, Subscription]],
         grouped: bool,
-        has_receivers: Callable[[str], bool],
+        connected: Callable[[str], Sequence[Receiver]],
     ) -> None:
         self._pipe = pipe
         self._config = context.config
         self._timing = context.timing
         self._keys = context.keys
-        self._subscriptions = subscriptions
         self._grouped = grouped
-        self._has_receivers = has_receivers
+        self._connected = connected
+        #: All subscriptions of the service to streams, by name or pattern.
+        self._all: Mapping[str, Subscription] = {}
+        #: Those with a group, or those without.
+        self.subscribed: dict[str, Subscription] = {}
+        #: True if the subscriptions or the streams found have changed.
+        self._is_changed = False
+        #: The patterns among the subscriptions.
+        self._patterns: list[str] = []
+        #: The subscribed streams, and those of them that the service may read.
+        self._streams: dict[str, Subscription] = {}
+        self._names: dict[str, Subscription] | None = None
         #: Streams that this process does not read, because it has no receiver for them.
         self.without_receiver: frozenset[str] = frozenset()
         #: The alarm that the patterns match too many streams; ``None`` if they do not.
         self.alarm: str | None = None
         #: Streams that match the patterns.
         self._found: set[str] = set()
-        self._looked = 0.0
-        #: The patterns of the last search.
+        #: Monotonic time of the next search, and the patterns of the last one.
+        self._search_at = 0.0
         self._searched: set[str] = set()
         self._log = BoundedLog(logger)
         #: Time at which the service first subscribed to each pattern, in milliseconds since 1970.
@@ -76,13 +87,13 @@ class Catalogue:
         alarm = self.alarm
         return {} if alarm is None else dict.fromkeys(self._searched, alarm)
 
-    def subscribed(self) -> dict[str, Subscription]:
-        """Return the subscriptions to streams, by name or pattern."""
-        return {
-            name: found
-            for name, found in self._subscriptions().items()
-            if found.via != "channel" and found.group is self._grouped
+    def update(self, subscriptions: Mapping[str, Subscription]) -> None:
+        """Use these subscriptions to streams from now on; any thread may call it."""
+        self._all = subscriptions
+        self.subscribed = {
+            name: found for name, found in subscriptions.items() if found.group is self._grouped
         }
+        self._is_changed = True
 
     def names(self) -> dict[str, Subscription]:
         """Return the subscribed streams, each with its subscription.
@@ -92,32 +103,42 @@ class Catalogue:
 
         :raises redis.ConnectionError: Redis is unreachable.
         """
-        subscribed = self.subscribed()
-        patterns = [name for name in subscribed if is_pattern(name)]
+        if self._is_changed:
+            self._select()
 
-        if patterns:
-            self._try_to_search(patterns)
+        if self._patterns and time.monotonic() >= self._search_at:
+            self._search()
 
-        every = self._subscriptions()
-        names = {name: found for name, found in subscribed.items() if not is_pattern(name)}
+        without = {name for name in self._streams if not self._connected(name)}
 
-        for name in sorted(self._found - every.keys()):
-            pattern = next((found for found in patterns if matches(found, name)), None)
+        if self._names is None or without != self.without_receiver:
+            self._report(without - self.without_receiver, self.without_receiver - without)
+            self.without_receiver = frozenset(without)
+            self._names = {
+                name: found
+                for name, found in self._streams.items()
+                if name not in without or found.name == name
+            }
+
+        return self._names
+
+    def _select(self) -> None:
+        """Select the streams again, after the subscriptions or the streams found have changed."""
+        # Cleared first: another thread may subscribe in between.
+        self._is_changed = False
+        subscribed = self.subscribed
+        self._patterns = [name for name in subscribed if is_pattern(name)]
+        self._streams = {name: found for name, found in subscribed.items() if not is_pattern(name)}
+        self._names = None
+
+        for name in sorted(self._found - self._all.keys()):
+            pattern = next((found for found in self._patterns if matches(found, name)), None)
 
             if pattern is not None:
-                names[name] = subscribed[pattern]
+                self._streams[name] = subscribed[pattern]
 
-        without = frozenset(name for name in names if not self._has_receivers(name))
-
-        if without != self.without_receiver:
-            self._report(without - self.without_receiver, self.without_receiver - without)
-            self.without_receiver = without
-
-        return {
-            name: found
-            for name, found in names.items()
-            if name not in without or found.name == name
-        }
+        if not self._searched.issuperset(self._patterns):
+            self._search_at = 0.0
 
     def _report(self, new: Set[str], over: Set[str]) -> None:
         for name in sorted(new):
@@ -144,13 +165,16 @@ class Catalogue:
 
         return subscription.start
 
-    def _try_to_search(self, patterns: list[str]) -> None:
+    def _search(self) -> None:
+        """Search for streams that match the patterns. If Redis refuses, log it and go on."""
+        patterns = self._patterns
+        self._searched = set(patterns)
+
         try:
-            self._search(patterns)
-            self._log.over("refused", "Redis lists the streams for %s again.", ", ".join(patterns))
+            self._store_since([name for name in patterns if name not in self._since])
+            names = self._pipe.ask("SMEMBERS", self._keys.names)
         except redis.ResponseError as error:
             # Streams subscribed by name do not depend on the search.
-            self._looked = time.monotonic()
             self._log.once(
                 "refused",
                 "Redis refuses to list the streams for %s: %s. Patterns do not find new streams. "
@@ -166,27 +190,20 @@ class Catalogue:
                 ),
                 level=logging.ERROR,
             )
+        else:
+            self._log.over("refused", "Redis lists the streams for %s again.", ", ".join(patterns))
+            known = {name.decode(errors="replace") for name in names}
+            self._add(
+                {
+                    name
+                    for name in known
+                    if SIGNAL_NAME.fullmatch(name) and any(matches(each, name) for each in patterns)
+                }
+            )
 
-    def _search(self, patterns: list[str]) -> None:
         timing = self._timing
-        many = self.alarm is not None
-        pause = timing.list_many_streams_every if many else timing.list_streams_every
-
-        if time.monotonic() - self._looked < pause and self._searched >= set(patterns):
-            return
-
-        self._searched = set(patterns)
-
-        self._store_since([name for name in patterns if name not in self._since])
-        self._looked = time.monotonic()
-        key = self._keys.names
-        found = {name.decode(errors="replace") for name in self._pipe.ask("SMEMBERS", key)}
-        self._add(
-            {
-                name
-                for name in found
-                if SIGNAL_NAME.fullmatch(name) and any(matches(each, name) for each in patterns)
-            }
+        self._search_at = time.monotonic() + (
+            timing.list_streams_every if self.alarm is None else timing.list_many_streams_every
         )
 
     def _add(self, found: set[str]) -> None:
@@ -205,6 +222,7 @@ class Catalogue:
         room = max(0, self._timing.max_names - len(self._found))
         # Known streams stay even if they are not found: Redis may have been flushed.
         self._found |= set(sorted(found - self._found)[:room])
+        self._select()
 
     def _store_since(self, patterns: list[str]) -> None:
         key = self._keys.since(self._config.service)
@@ -249,7 +267,7 @@ class Membership:
         self._config = context.config
         self._timing = context.timing
         self._counters = context.counters
-        self._catalogue = catalogue
+        self.catalogue = catalogue
         self.group = group
         self.duplicates = duplicates
         self._intake = intake
@@ -273,22 +291,15 @@ class Membership:
         self.fatal: Exception | None = None
 
     @property
-    def without_receiver(self) -> frozenset[str]:
-        """The streams that are not read, because this process has no receiver for them."""
-        return self._catalogue.without_receiver
-
-    @property
     def alarms(self) -> dict[str, str]:
         """Alarms about streams whose events do not arrive, by stream or pattern."""
-        return {**self._catalogue.alarms, **self._reclaimer.alarms, **self.trims.alarms}
+        return {**self.catalogue.alarms, **self._reclaimer.alarms, **self.trims.alarms}
 
     @property
     def is_complete(self) -> bool:
         """Return True if each subscribed stream is read or refused."""
-        answered = (
-            self.joined.keys() | self.refused.keys() | self._catalogue.patterns | self._unread
-        )
-        return self._catalogue.subscribed().keys() <= answered
+        answered = self.joined.keys() | self.refused.keys() | self.catalogue.patterns | self._unread
+        return self.catalogue.subscribed.keys() <= answered
 
     def join(self) -> tuple[dict[str, Subscription], bool]:
         """Join the groups of streams that are new, and create missing groups.
@@ -296,21 +307,27 @@ class Membership:
         :return: the streams to read, and True if there were new ones.
         :raises redis.ConnectionError: Redis is unreachable.
         """
-        subscribed = self._catalogue.names()
-        without = self._catalogue.without_receiver
+        subscribed = self.catalogue.names()
+        without = self.catalogue.without_receiver
         self._unread &= without
 
         if without & self.joined.keys():
             self.joined = {name: self.joined[name] for name in self.joined if name not in without}
 
-        refused = () if time.monotonic() > self._ask_again else self.refused
-        known = {*self.joined, *refused, *self._unread}
-        new = [name for name in subscribed if name not in known]
+        known = self.joined.keys() | self._unread
 
-        if new:
-            self._join_new(subscribed, new)
+        if time.monotonic() <= self._ask_again:
+            known |= self.refused.keys()
 
-        return {name: self.joined[name] for name in subscribed if name in self.joined}, bool(new)
+        is_new = not subscribed.keys() <= known
+
+        if is_new:
+            self._join_new(subscribed, [name for name in subscribed if name not in known])
+
+        if self.joined.keys() <= subscribed.keys():
+            return self.joined, is_new
+
+        return {name: self.joined[name] for name in subscribed if name in self.joined}, is_new
 
     def reset(self) -> None:
         """Forget the groups and the refusals, after the connection was lost."""
@@ -395,7 +412,7 @@ class Membership:
         self.trims.check_before_next_read()
         refusals = self.group.join(starts)
         joined = dict(self.joined)
-        without = self._catalogue.without_receiver
+        without = self.catalogue.without_receiver
         # Their groups exist, so that events wait until some process connects a receiver.
         self._unread |= without & refusals.keys()
 
@@ -413,7 +430,7 @@ class Membership:
 
             if refusal is None:
                 joined[name] = subscribed[name]
-                self._note_grant_its_usered(name)
+                self._note_granted(name)
                 self.refused = {
                     other: self.refused[other] for other in self.refused if other != name
                 }
@@ -422,7 +439,7 @@ class Membership:
 
         self.joined = joined
 
-    def _note_grant_its_usered(self, name: str) -> None:
+    def _note_granted(self, name: str) -> None:
         if self._logged.pop(name, None) is not None:
             self._log.over(
                 f"refused {name}",
@@ -450,7 +467,7 @@ class Membership:
 
     def _start_of(self, name: str, subscription: Subscription) -> str:
         # The position of a deleted group is lost, so the new one starts at the first entry.
-        return "0" if name in self.known else self._catalogue.start_of(name, subscription)
+        return "0" if name in self.known else self.catalogue.start_of(name, subscription)
 
     def _recover_pending(self, name: str, subscription: Subscription) -> None:
         """Take the entries that Redis sent to this consumer in a lost answer."""

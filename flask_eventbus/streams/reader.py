@@ -60,6 +60,7 @@ class StreamReader(ReadingThread):
         self._duplicates = membership.duplicates
         self._trims = membership.trims
         self._intake = intake
+        self._decoder = intake.decoder
         self._in_flight = intake.in_flight
         self._queue = intake.queue
         self._acknowledger = intake.acknowledger
@@ -80,11 +81,6 @@ class StreamReader(ReadingThread):
         self._batch_size = BatchSize(max_bytes=context.config.max_event_bytes)
 
     @property
-    def goes_on(self) -> bool:
-        """Return True if the thread should continue to read."""
-        return super().goes_on and self._membership.fatal is None
-
-    @property
     def ready(self) -> bool:
         """Return True if Redis answers, and each subscribed stream is read or refused."""
         return self.lives and self._is_connected and self._membership.is_complete
@@ -101,13 +97,7 @@ class StreamReader(ReadingThread):
     # -- the reading thread ---------------------------------------------------------------
 
     def _finish(self) -> None:
-        if self._membership.fatal is None:
-            self._consumer.end_with_app()
-            return
-
-        # This Redis has no streams. The node still listens to its channels.
-        with self.changed:
-            self.changed.notify_all()
+        self._consumer.end_with_app()
 
     def _disconnect(self) -> None:
         self._group.pipe.close()
@@ -122,48 +112,58 @@ class StreamReader(ReadingThread):
         if not self.is_stopping:
             self._consumer.on_lost(error)
 
+        # This Redis has no streams. The node still listens to its channels.
+        if self._membership.fatal is not None:
+            super().stop()
+
+            with self.changed:
+                self.changed.notify_all()
+
     def _consume(self, backoff: Backoff) -> None:
         while self.goes_on:
-            names = self._join()
+            streams, is_new = self._membership.join()
 
-            if not names or self._is_overloaded:
+            # A pattern that was refused before may be granted now, without a new stream.
+            if is_new or not self._is_connected or (not self._was_ready and self.ready):
+                self._note_joined()
+
+            if not streams or self._is_overloaded():
                 self.pause(self._block)
-            elif self._queue.wait_for_room(self._block):
-                self._read(names)
+            elif room := self._queue.wait_for_room(self._block):
+                self._read(streams, room)
             else:
                 # Entries added now may be trimmed before they are read.
                 self._trims.has_backlog = True
 
             backoff.tries = 0
 
-    @property
     def _is_overloaded(self) -> bool:
         """Return True if too many outcomes wait to be written to Redis."""
         unwritten = self._in_flight.memory - self._queue.memory + self._acknowledger.memory
         return len(self._acknowledger) > MOST_UNWRITTEN or unwritten > MOST_BYTES
 
-    def _read(self, names: dict[str, Subscription]) -> None:
+    def _read(self, streams: dict[str, Subscription], room: int) -> None:
         try:
-            self._trims.check(names)
-            self._take_back_released(names)
-            # New entries of a stream wait until its released entries are claimed.
-            names = {name: names[name] for name in names if name not in self._reclaimer.unfinished}
+            self._trims.check(streams)
 
-            if not names:
-                return
+            if self._maintenance.released_streams or self._reclaimer.unfinished:
+                streams = self._take_back_released(streams)
+
+                if not streams:
+                    return
 
             # COUNT applies to each stream.
             count = self._batch_size.count(
-                room=self._queue.room,
+                room=room,
                 memory=max(self._in_flight.memory, self._queue.memory) + self._acknowledger.memory,
-                streams=self._active_streams or len(names),
+                streams=self._active_streams or len(streams),
             )
-            entries = self._group.read(list(names), count=count, block=self._block)
+            entries = self._group.read(list(streams), count=count, block=self._block)
         except GroupGoneError as error:
             self._membership.leave_all(error)
             return
         except redis.ResponseError as error:
-            self._find_refused(names, error)
+            self._find_refused(streams, error)
             return
 
         self.last_heard = time.monotonic()
@@ -172,48 +172,36 @@ class StreamReader(ReadingThread):
 
         if entries:
             self._trims.has_backlog = len(entries) >= count
-            self._take(entries, names)
+            self._take(entries, streams)
         else:
             self._trims.has_backlog = False
 
-    def _take_back_released(self, names: Mapping[str, Subscription]) -> None:
-        released = self._maintenance.released_streams() | self._reclaimer.unfinished
+    def _take_back_released(self, streams: dict[str, Subscription]) -> dict[str, Subscription]:
+        """Claim released entries, and return the streams whose new entries may be read."""
+        released = self._maintenance.released_streams | self._reclaimer.unfinished
+        self._maintenance.released_streams = set()
+        self._reclaimer.reclaim_all_released(
+            {name: streams[name] for name in released if name in streams}
+        )
+        # New entries of a stream wait until its released entries are claimed.
+        unfinished = self._reclaimer.unfinished
+        return {name: streams[name] for name in streams if name not in unfinished}
 
-        if released:
-            self._reclaimer.reclaim_all_released(
-                {name: names[name] for name in released if name in names}
-            )
-
-    def _take(self, entries: Sequence[Entry], names: dict[str, Subscription]) -> None:
-        found = self._intake.decoder.decode(entries, names)
-        deliveries = found.deliveries
-        duplicates = set(self._duplicates.find(deliveries))
+    def _take(self, entries: Sequence[Entry], streams: Mapping[str, Subscription]) -> None:
+        found = self._decoder.decode(entries, streams)
+        duplicates = set(self._duplicates.find(found.deliveries))
 
         if duplicates:
             self._counters.add("duplicates", len(duplicates))
-            deliveries = [delivery for delivery in deliveries if delivery not in duplicates]
+            found.deliveries = [each for each in found.deliveries if each not in duplicates]
+            found.skipped += [Entry(each.name, each.entry, None) for each in duplicates]
 
-        self._counters.add("received", len(deliveries))
-        self._intake.add(deliveries)
+        self._counters.add("received", len(found.deliveries))
+        self._intake.add(found.deliveries)
         self._maintenance.watch_in_flight()
-        self._intake.end(
-            found,
-            [
-                self._intake.outcomes.skipped(Entry(delivery.name, delivery.entry, None))
-                for delivery in duplicates
-            ],
-        )
+        self._intake.end(found)
 
     # -- the groups -----------------------------------------------------------------------
-
-    def _join(self) -> dict[str, Subscription]:
-        names, is_new = self._membership.join()
-
-        # A pattern that was refused before may be granted now, without a new stream.
-        if is_new or not self._is_connected or (not self._was_ready and self.ready):
-            self._note_joined()
-
-        return names
 
     def _note_joined(self) -> None:
         with self.changed:
@@ -225,11 +213,11 @@ class StreamReader(ReadingThread):
         if self._was_ready:
             self._consumer.on_ready()
 
-    def _find_refused(self, names: dict[str, Subscription], error: redis.ResponseError) -> None:
+    def _find_refused(self, streams: dict[str, Subscription], error: redis.ResponseError) -> None:
         """Read the streams one at a time, to find those that Redis refuses."""
         self._membership.end_without_streams(error)
 
-        for name, subscription in names.items():
+        for name, subscription in streams.items():
             try:
                 entries = self._group.read([name], count=1, block=0)
             except GroupGoneError as gone:
@@ -238,4 +226,4 @@ class StreamReader(ReadingThread):
             except redis.ResponseError as refusal:
                 self._membership.refuse(name, subscription, refusal)
             else:
-                self._take(entries, names)
+                self._take(entries, streams)

@@ -603,6 +603,21 @@ def test_a_pattern_whose_start_cannot_be_stored_does_not_stop_subscriptions_by_n
     wait_until(lambda: patterns == [2], what="the pattern is heard once it can be noted")
 
 
+@pytest.mark.timing(list_streams_every=60.0)
+def test_a_refused_search_for_streams_lasts_until_the_next_one(
+    store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.client.set(store.keys.since("mailer"), "a string")
+    heard = hear(service)
+    service.on("ta*", via="stream")(lambda sender, n: None)
+    wait_until(lambda: "Redis refuses to list the streams" in caplog.text, what="it is refused")
+
+    for n in (1, 2, 3):
+        goes_on(store, heard, n)
+
+    assert "lists the streams for ta* again" not in caplog.text
+
+
 def test_a_set_of_names_of_a_wrong_type_is_logged(
     store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:
