@@ -66,7 +66,6 @@ class Listening:
             decoder=MessageDecoder(context, issued=issued, siblings=siblings),
             pool=self.pool,
         )
-        self.update(subscriptions)
         self.consumer = Consumer(
             context,
             dispatcher=dispatcher,
