@@ -21,7 +21,7 @@ from ..config import SIGNAL_NAME, Config
 from ..errors import ConfigError, OperationError
 from ..logs import get_logger
 from ..text import printable
-from ..transport.connection import OUTAGE
+from ..transport.connection import OUTAGE, milliseconds_of
 from ..transport.connections import Connections
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
@@ -133,7 +133,7 @@ class StreamAccess:
         if isinstance(answer, Exception):
             return int(time.time() * 1000)
 
-        return int(answer[0]) * 1000 + int(answer[1]) // 1000
+        return milliseconds_of(answer)
 
     @contextmanager
     def until(self, deadline: float) -> Iterator[None]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any, Protocol
 
-import redis
-
 from ..channels.reader import ChannelReader, Frame
 from ..codec.codec import Codec
 from ..codec.entry_ids import EARLIEST, EntryId, before_moment, entry_id, id_text
@@ -20,7 +18,7 @@ from ..event import Event
 from ..logs import get_logger
 from ..routing.options import is_pattern, matches
 from ..text import printable
-from ..transport.connection import OUTAGE, is_passing
+from ..transport.connection import OUTAGE, milliseconds_of
 from ..transport.connections import Connections
 from ..transport.keys import ChannelKeys, StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
@@ -164,9 +162,6 @@ class ChannelTail:
             self._output.ready(self.via)
 
     def _refused(self, name: str, reason: str) -> None:
-        if is_passing(redis.ResponseError(reason)):
-            raise redis.ConnectionError(reason)
-
         right = LISTEN_PATTERN if is_pattern(name) else LISTEN
         self._output.refused(
             self.via,
@@ -290,7 +285,8 @@ class StreamTail:
             return set()
 
         clock, found = self._pipe.run([("TIME",), ("SMEMBERS", self._keys.names)])
-        self._since = EARLIEST if isinstance(clock, Exception) else _before(clock)
+        is_refused = isinstance(clock, Exception)
+        self._since = EARLIEST if is_refused else before_moment(milliseconds_of(clock))
 
         if isinstance(found, Exception):
             self._refuse_patterns(found)
@@ -405,11 +401,6 @@ def _end(answer: Any) -> EntryId | Exception:
         return answer
 
     return entry_id(answer[0][0]) if answer else EARLIEST
-
-
-def _before(clock: Sequence[bytes]) -> EntryId:
-    """Return an entry id before all entries added from this time of the server on."""
-    return before_moment(int(clock[0]) * 1000 + int(clock[1]) // 1000)
 
 
 def _pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:

@@ -13,7 +13,7 @@ from typing import Any
 import redis
 
 from ..logs import get_logger
-from ..transport.connection import OUTAGE, Connection, is_passing, read_reply, set_deadline
+from ..transport.connection import OUTAGE, Connection, read_reply, refusal_of, set_deadline
 from ..transport.connections import Connections, NotMasterError
 
 logger = get_logger(__name__)
@@ -187,10 +187,7 @@ class ChannelReader:
         try:
             reply: Any = connection.read_response(disconnect_on_error=False)
         except redis.ResponseError as error:
-            if is_passing(error):
-                raise redis.ConnectionError(str(error)) from error
-
-            return Frame("refused", self._answered(), body=str(error).encode())
+            return Frame("refused", self._answered(), body=str(refusal_of(error)).encode())
 
         try:
             if isinstance(reply, bytes):

@@ -9,12 +9,14 @@ from typing import Any
 
 import redis
 
+from ..codec.entry_ids import entry_id
 from ..config import Config
 from ..logs import get_logger
 from ..transport.connection import (
     LEAST,
     Connection,
-    is_passing,
+    milliseconds_of,
+    read_reply,
     set_deadline,
     shut_down,
     takes_no_writes,
@@ -201,7 +203,7 @@ class PublishConnection:
                 self._check_role(connection)
 
             while len(replies) < count:
-                replies.append(_answer(connection))
+                replies.append(read_reply(connection, disconnect_on_error=False))
         except redis.TimeoutError:
             return False
         except BaseException:
@@ -326,13 +328,13 @@ class PublishConnection:
             if self._awaits_role:
                 self._check_role(connection)
 
-            return [_answer(connection) for _ in range(count)]
+            return [read_reply(connection, disconnect_on_error=False) for _ in range(count)]
         except BaseException:
             self.close()
             raise
 
     def _check_role(self, connection: Connection) -> None:
-        self._connections.role.check(_answer(connection))
+        self._connections.role.check(read_reply(connection, disconnect_on_error=False))
         self._awaits_role = False
 
     def _add_stream(
@@ -371,12 +373,12 @@ class PublishConnection:
             logger.debug("Redis refused TIME: %s", answer)
             return None
 
-        return int(answer[0]) * 1_000 + int(answer[1]) // 1_000
+        return milliseconds_of(answer)
 
     def _note_ages(self) -> None:
         for (destination, _), answer in zip(self._batch, self.answers, strict=False):
             if isinstance(destination, AgingStreamDestination) and isinstance(answer, bytes):
-                destination.newest = _milliseconds(answer)
+                destination.newest = entry_id(answer)[0]
 
     def _compare_clocks(self, newest: bytes) -> None:
         """Log a warning if the clock of this machine differs from that of Redis.
@@ -384,7 +386,7 @@ class PublishConnection:
         :param newest: the id of an entry that Redis has just stored.
         """
         self._compare_at = time.monotonic() + COMPARE_AGAIN
-        skew = time.time() - _milliseconds(newest) / 1_000
+        skew = time.time() - entry_id(newest)[0] / 1_000
         was_skewed, self._is_skewed = self._is_skewed, abs(skew) > MOST_SKEW
 
         if self._is_skewed and not was_skewed:
@@ -403,28 +405,8 @@ class PublishConnection:
                 outcomes[index] = _verdict(destination.replicas, count)
 
 
-def _answer(connection: Connection) -> Any:
-    """Return the next reply; an error reply is returned as a value.
-
-    After a timeout, the part of a reply that has arrived is kept for the next call.
-
-    :raises redis.ConnectionError: the error reply is temporary.
-    """
-    try:
-        return connection.read_response(disconnect_on_error=False)
-    except redis.ResponseError as error:
-        if is_passing(error):
-            raise redis.ConnectionError(str(error)) from error
-
-        return error
-
-
 def _error(answer: Exception) -> Exception:
     return NoWritesError(why_no_writes(answer)) if takes_no_writes(answer) else answer
-
-
-def _milliseconds(id: bytes) -> int:
-    return int(id.partition(b"-")[0])
 
 
 def _verdict(wanted: int, count: Any) -> TooFewReplicasError | None:

@@ -14,6 +14,7 @@ from ..logs import BoundedLog, get_logger
 from ..routing.bus_signal import Receiver
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import NEW, Subscription
+from ..transport.connection import milliseconds_of
 from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from ..transport.rights import SEARCH, SINCE, TIME, grant_its_user
@@ -228,8 +229,7 @@ class Catalogue:
         key = self._keys.since(self._config.service)
 
         for pattern in patterns:
-            seconds, micro = self._pipe.ask("TIME")
-            now = int(seconds) * 1000 + int(micro) // 1000
+            now = milliseconds_of(self._pipe.ask("TIME"))
             self._pipe.ask("HSETNX", key, pattern, now)
             since = self._pipe.ask("HGET", key, pattern)
             # The value is missing after a flush, and invalid if another program wrote it.

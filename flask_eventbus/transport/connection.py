@@ -134,13 +134,15 @@ def is_refused(error: BaseException) -> bool:
     return cause is not None
 
 
-def read_reply(connection: Connection) -> Any:
+def read_reply(connection: Connection, *, disconnect_on_error: bool = True) -> Any:
     """Return the next reply; an error reply is returned as a value.
 
+    :param disconnect_on_error: False to keep a reply that arrives in part before a timeout; the
+        next call returns it whole.
     :raises redis.ConnectionError: the error reply is temporary, or Redis is unavailable.
     """
     try:
-        return connection.read_response()
+        return connection.read_response(disconnect_on_error=disconnect_on_error)
     except redis.ResponseError as error:
         return refusal_of(error)
 
@@ -156,6 +158,12 @@ def refusal_of(error: redis.ResponseError) -> Exception:
     # The error for an unknown command quotes its arguments, which may hold payloads.
     text, quotes, _ = str(error).partition(", with args beginning with")
     return type(error)(text) if quotes else error
+
+
+def milliseconds_of(answer: Sequence[bytes]) -> int:
+    """Return a reply to ``TIME`` as milliseconds since 1970."""
+    seconds, microseconds = answer
+    return int(seconds) * 1000 + int(microseconds) // 1000
 
 
 def wire_of(connection: Any) -> BinaryIO | None:
