@@ -18,12 +18,37 @@ from flask_eventbus.timing import Timing
 
 pytest_plugins = ["pytester"]
 
+#: The files that take longest, each in one process: they start first, so that none ends last.
+LONGEST = {
+    "test_damaged_streams.py",
+    "test_demo.py",
+    "test_mailer.py",
+    "test_memory.py",
+    "test_outbox.py",
+    "test_receiving.py",
+    "test_requirements.py",
+    "test_sending.py",
+    "test_serving.py",
+    "test_stack.py",
+    "test_stream_ending.py",
+    "test_stream_outages.py",
+    "test_stream_settings.py",
+    "test_stream_workers.py",
+    "test_testing_kit.py",
+    "test_types.py",
+}
+
 # Without cached bytecode each program that a test starts would compile all it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell starts what it runs in the background, and nohup, with SIGINT ignored: so would be the
 # programs that tests end by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest files start first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture

@@ -89,7 +89,8 @@ def test_the_first_command_of_the_services_works_with_this_pip(
 ) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run(
-        [*pip, "install", "--quiet", "--target", tmp_path, f"pip=={version}"], check=True
+        [*pip, "install", "--quiet", "--no-compile", "--target", tmp_path, f"pip=={version}"],
+        check=True,
     )
     (command,) = first_commands()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

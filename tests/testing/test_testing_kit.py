@@ -1083,9 +1083,11 @@ class TestWithUnittest(unittest.TestCase):
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     """Run pytest in a process of its own."""
     plugin = [] if INSTALLED else ["-p", "flask_eventbus.pytest_plugin"]
-    # pytest-rerunfailures keeps what fixtures made until the next garbage collection.
-    others = ["-p", "no:randomly", "-p", "no:rerunfailures"]
-    return pytester.runpytest_subprocess(*others, *plugin, *arguments)
+    # pytest-rerunfailures keeps what fixtures made until the next garbage collection, and the
+    # others take longer to load than the tests take.
+    others = ("randomly", "rerunfailures", "xdist", "hypothesispytest", "timeout")
+    without = [f"-pno:{name}" for name in others]
+    return pytester.runpytest_subprocess(*without, *plugin, *arguments)
 
 
 def test_the_pytest_plug_in_loads_no_heavy_module() -> None:
