@@ -1,28 +1,31 @@
-"""Check who may connect to a server, and the rights of a user for streams."""
+"""Check who may connect to a server, and the rights of a user for channels and streams."""
 
 from __future__ import annotations
 
 import ipaddress
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import redis
 
 from ..admin.overview import Overview
 from ..admin.server import TIMEOUT, Server, reason_of
+from ..channels.reader import ChannelReader
 from ..config import Config
 from ..node import Node
 from ..routing.options import is_pattern
 from ..routing.subscriptions import Subscription
 from ..transport import rights
 from ..transport.connection import set_deadline, timed_connection
-from ..transport.keys import StreamKeys
+from ..transport.connections import Connections
+from ..transport.keys import ChannelKeys, StreamKeys
 from ..transport.pipe import Command
 from ..transport.rights import is_missing_right, repair, right_of
-from .findings import Finding, error, note, ok, warning
+from .findings import Finding, error, listed, note, ok, warning
 
 #: Commands without which a worker still reads, and does not maintain the group.
 _SPARED = ("+xinfo", "+xpending")
@@ -109,7 +112,7 @@ def _check_published(server: Server, node: Node, names: Iterable[str]) -> Iterat
         for name in names
         if (found := _refusals(server, _needs_of_publisher(node, keys, name)))
     ]
-    yield from refused or [ok(f"It lets this user add to the streams of {_listed(names)}.")]
+    yield from refused or [ok(f"It lets this user add to the streams of {listed(names)}.")]
 
     if _refusals(server, [Need("+multi")]):
         return
@@ -188,7 +191,7 @@ def _check_inside(
 
     names = [found.name for found in subscriptions]
     refused = list(_check_each(server, config, subscriptions))
-    yield from refused or [ok(f"It lets this user read the streams of {_listed(names)}.")]
+    yield from refused or [ok(f"It lets this user read the streams of {listed(names)}.")]
 
 
 def _check_each(
@@ -284,8 +287,85 @@ def _by_keys(needs: Iterable[Need]) -> dict[str, str]:
     return {keys: " ".join(found[keys]) for keys in found}
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
+def check_publishing(connections: Connections, node: Node) -> Iterator[Finding]:
+    """Check the right to publish, in a transaction that is never executed."""
+    names = Overview(node).published_names(via="channel")
+
+    if not names:
+        return
+
+    with Server(connections) as server:
+        try:
+            server.ask("MULTI")
+        except redis.ResponseError as refusal:
+            yield note(
+                "The right to publish was not checked, since that takes a transaction: "
+                f"{reason_of(refusal)}.",
+                "To check it, grant '+multi' in the ACL.",
+            )
+            return
+
+        refusals = list(_try_channels(server, node, names))
+
+    yield from refusals or [ok(f"It lets this user publish {listed(names)}.")]
+
+
+def _try_channels(server: Server, node: Node, names: list[str]) -> Iterator[Finding]:
+    keys = ChannelKeys(node.config.prefix)
+
+    for name in names:
+        try:
+            server.ask("PUBLISH", keys.key(name), b"")
+        except redis.ResponseError as refusal:
+            yield _refused("publish", name, {keys.key(name): rights.PUBLISH}, refusal)
+
+
+def check_listening(connections: Connections, node: Node) -> Iterator[Finding]:
+    """Check the right to subscribe, by doing so for a moment on a connection of its own."""
+    keys = ChannelKeys(node.config.prefix)
+    names = sorted(name for name, found in node.subscriptions.items() if found.via != "stream")
+
+    if not names:
+        return
+
+    reader = ChannelReader(connections)
+    reader.connect()
+
+    try:
+        refusals = [
+            _refused("listen to", name, {keys.key(name): right}, refusal)
+            for name in names
+            if (right := rights.LISTEN_PATTERN if is_pattern(name) else rights.LISTEN)
+            and (refusal := _refusal(reader, keys.key(name), is_pattern(name)))
+        ]
+    finally:
+        reader.close()
+
+    yield from refusals or [ok(f"It lets this user listen to {listed(names)}.")]
+
+
+def _refusal(reader: ChannelReader, key: str, is_pattern: bool) -> str | None:
+    """Return why Redis refuses a subscription; ``None`` if it does not.
+
+    :raises redis.TimeoutError: Redis does not answer.
+    """
+    reader.subscribe([key], patterns=is_pattern)
+
+    # Events may arrive before the answer.
+    while frames := reader.read():
+        for frame in frames:
+            if frame.kind == "refused":
+                return frame.body.decode(errors="replace")
+
+            if frame.kind in ("subscribe", "psubscribe"):
+                return None
+
+    raise redis.TimeoutError("no answer to SUBSCRIBE")
+
+
+def _refused(verb: str, name: str, needed: Mapping[str, str], refusal: Any) -> Finding:
+    text = f"It does not let this user {verb} {name!r}: {reason_of(refusal)}."
+    return error(text, rights.remedy(refusal, needed, rights.grant_the_user))
 
 
 #: Text of the finding that a server has no password.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ..node import Node
-from .database import check_database
 from .findings import Finding
-from .program import check_program, check_retries
+from .program import check_database, check_program, check_retries
 from .server import check_server
 
 __all__ = ["Finding", "check"]
@@ -19,10 +18,9 @@ def check(node: Node, *, program: bool = True) -> list[Finding]:
     :param program: True if the node has routes and receivers to check. If False, only the server
         and the listeners of all services are checked.
     """
-    service = node.config.service if program else None
-    about_program = _check_program(node) if program else []
-    return [*about_program, *check_server(node, service=service)]
+    findings: list[Finding] = []
 
+    if program:
+        findings += [*check_program(node), *check_retries(node), *check_database(node)]
 
-def _check_program(node: Node) -> list[Finding]:
-    return [*check_program(node), *check_retries(node), *check_database(node)]
+    return [*findings, *check_server(node, service=node.config.service if program else None)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,3 +41,8 @@ def note(text: str, remedy: str = "") -> Finding:
 def ok(text: str) -> Finding:
     """Return a finding that something is fine."""
     return Finding("ok", text)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names in quotation marks, to be read in a sentence."""
+    return ", ".join(map(repr, names))

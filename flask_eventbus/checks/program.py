@@ -1,4 +1,4 @@
-"""Check settings, routes, subscriptions and the parameters of receivers, without Redis."""
+"""Check settings, routes, subscriptions, receivers and the database session, without Redis."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import Any
 from blinker import NamedSignal
 
 from ..admin.overview import Connected, Overview, connected_to
+from ..errors import ConfigError
 from ..node import Node
 from ..receivers.dispatcher import name_of, unfit_signature
 from ..routing.bus_signal import Receiver
 from ..routing.options import is_pattern
 from ..routing.routes import Route, is_built_in
 from ..routing.subscriptions import Subscription
-from .findings import Finding, error, note, ok, warning
+from ..text import counted
+from .findings import Finding, error, listed, note, ok, warning
 
 #: What happens to events of a channel that have no receiver.
 _SKIPPED = "its events are skipped"
@@ -246,14 +248,14 @@ def _check_declared(
 
         if missing:
             yield error(
-                f"{need.name} needs {_listed(missing)}, and {signal.name!r} is declared with "
+                f"{need.name} needs {listed(missing)}, and {signal.name!r} is declared with "
                 f"{declared}: every event fails in it.",
                 "Give the parameter a default, or declare the signal with it.",
             )
 
         if need.refuses(keys):
             yield error(
-                f"{need.name} does not take {_listed(need.refuses(keys))}, and {signal.name!r} is "
+                f"{need.name} does not take {listed(need.refuses(keys))}, and {signal.name!r} is "
                 f"declared with {declared}: every event fails in it.",
                 "Add these parameters, or **extra, to the receiver.",
             )
@@ -270,7 +272,7 @@ def _check_together(signal: NamedSignal, needs: list[_Needs]) -> Iterator[Findin
             if clash:
                 yield error(
                     f"No payload of {signal.name!r} fits both {closed.name} and {needy.name}: "
-                    f"the second needs {_listed(clash)}, which the first does not take.",
+                    f"the second needs {listed(clash)}, which the first does not take.",
                     f"Add **extra to the parameters of {closed.name}.",
                 )
 
@@ -281,10 +283,6 @@ def _signature(receiver: Receiver) -> inspect.Signature | None:
     except (TypeError, ValueError):
         # Some callables written in C have no signature.
         return None
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 def check_retries(node: Node) -> Iterator[Finding]:
@@ -368,3 +366,74 @@ _WHY = (
     "The worker renews its claim on the event in Redis. If Redis is away for so long, another "
     "worker takes the event over, and the receiver runs twice."
 )
+
+
+def check_database(node: Node) -> Iterator[Finding]:
+    """Check what routes with ``after_commit`` or ``outbox`` need."""
+    waiting = [route for route in node.routes.values() if route.after_commit or route.outbox]
+
+    if not waiting:
+        return
+
+    session = node.session
+
+    if session is None:
+        yield _no_session(waiting)
+    elif any(route.outbox for route in waiting):
+        yield from _check_outbox(session)
+
+
+def _no_session(routes: Sequence[Route]) -> Finding:
+    names = listed(sorted(route.name for route in routes))
+    return error(
+        f"{names} {'waits' if len(routes) == 1 else 'wait'} for a database commit, and there is no "
+        "database session: sending fails.",
+        "Call db.init_app(app) of Flask-SQLAlchemy, register the session with "
+        "bus.register_session(session), or remove 'after_commit' and 'outbox' from the route.",
+    )
+
+
+def _check_outbox(session: Any) -> Iterator[Finding]:
+    from ..database.outbox import NAME, TABLE, Outbox  # they need SQLAlchemy, which is optional
+    from ..database.relay import DATABASE_OUTAGE, reason_of
+    from ..database.transactions import engine_of
+
+    try:
+        engine = engine_of(session, TABLE)
+    except ConfigError as unknown:
+        yield note(f"The outbox was not checked. {unknown}")
+        return
+
+    outbox = Outbox(engine)
+
+    if engine.dialect.is_async:
+        yield note(
+            f"The outbox in {outbox.shown} was not checked: {engine.url.drivername!r} is an "
+            "asynchronous driver."
+        )
+        return
+
+    try:
+        if outbox.is_there():
+            yield from _check_waiting(outbox)
+        else:
+            yield error(
+                f"{outbox.shown} has no table {NAME!r}: sending events of the outbox fails.",
+                "Create it by a migration, from flask_eventbus.database.outbox.table(metadata), or "
+                "with 'flask eventbus relay --create-table'.",
+            )
+    except DATABASE_OUTAGE as failure:
+        yield error(
+            f"The database {outbox.shown} cannot be used: {reason_of(failure)}.",
+            "Correct its URL, or start it.",
+        )
+
+
+def _check_waiting(outbox: Any) -> Iterator[Finding]:
+    yield ok(f"The outbox is in {outbox.shown}.")
+
+    if count := outbox.count():
+        yield note(
+            f"There {'is' if count == 1 else 'are'} {counted(count, 'event')} in the outbox.",
+            "Run a relay to publish them: flask eventbus relay",
+        )

@@ -6,7 +6,6 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import redis
 
@@ -14,7 +13,6 @@ from ..admin.overview import Overview, subscribed
 from ..admin.server import PATIENCE, Server, processes_of, reason_of
 from ..admin.status import GroupStatus, read_statuses
 from ..admin.streams import StreamAccess
-from ..channels.reader import ChannelReader
 from ..config import Config
 from ..errors import ConfigError, OperationError
 from ..node import Node
@@ -25,11 +23,11 @@ from ..text import counted
 from ..timing import TIMING
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
-from ..transport.keys import ChannelKeys, StreamKeys
-from ..transport.rights import LISTEN, LISTEN_PATTERN, PUBLISH, grant_the_user, remedy
+from ..transport.keys import StreamKeys
+from ..transport.rights import grant_the_user
 from ..transport.urls import AdvisedError, without_secrets
-from .acl import check_access, check_stream_rights
-from .findings import Finding, error, note, ok, warning
+from .acl import check_access, check_listening, check_publishing, check_stream_rights
+from .findings import Finding, error, listed, note, ok, warning
 
 #: Name of the connection in ``CLIENT LIST``; it does not count as a listener.
 CLIENT_NAME = "eventbus-check"
@@ -71,8 +69,8 @@ def check_server(node: Node, *, service: str | None) -> Iterator[Finding]:
             yield from check_access(config.url, deadline)
             yield from _check_facts(server, node, service, streams)
 
-        yield from _check_publishing(connections, node)
-        yield from _check_subscribing(connections, node)
+        yield from check_publishing(connections, node)
+        yield from check_listening(connections, node)
         yield from _check_streams(connections, node, service, streams)
     except OUTAGE as failure:
         yield _unreachable(connections, failure)
@@ -267,63 +265,6 @@ def _wants_channels(node: Node) -> bool:
     return all(found.via is not None for found in node.subscriptions.values())
 
 
-def _check_publishing(connections: Connections, node: Node) -> Iterator[Finding]:
-    """Check the right to publish, in a transaction that is never executed."""
-    names = Overview(node).published_names(via="channel")
-
-    if not names:
-        return
-
-    with Server(connections) as server:
-        try:
-            server.ask("MULTI")
-        except redis.ResponseError as refusal:
-            yield note(
-                "The right to publish was not checked, since that takes a transaction: "
-                f"{reason_of(refusal)}.",
-                "To check it, grant '+multi' in the ACL.",
-            )
-            return
-
-        refusals = list(_try_channels(server, node, names))
-
-    yield from refusals or [ok(f"It lets this user publish {_listed(names)}.")]
-
-
-def _try_channels(server: Server, node: Node, names: list[str]) -> Iterator[Finding]:
-    keys = ChannelKeys(node.config.prefix)
-
-    for name in names:
-        try:
-            server.ask("PUBLISH", keys.key(name), b"")
-        except redis.ResponseError as refusal:
-            yield _refused("publish", name, {keys.key(name): PUBLISH}, refusal)
-
-
-def _check_subscribing(connections: Connections, node: Node) -> Iterator[Finding]:
-    """Check the right to subscribe, by doing so for a moment on a connection of its own."""
-    keys = ChannelKeys(node.config.prefix)
-    names = sorted(name for name, found in node.subscriptions.items() if found.via != "stream")
-
-    if not names:
-        return
-
-    reader = ChannelReader(connections)
-    reader.connect()
-
-    try:
-        refusals = [
-            _refused("listen to", name, {keys.key(name): right}, refusal)
-            for name in names
-            if (right := LISTEN_PATTERN if is_pattern(name) else LISTEN)
-            and (refusal := _refusal(reader, keys.key(name), is_pattern(name)))
-        ]
-    finally:
-        reader.close()
-
-    yield from refusals or [ok(f"It lets this user listen to {_listed(names)}.")]
-
-
 def _check_streams(
     connections: Connections, node: Node, service: str | None, streams: set[str]
 ) -> Iterator[Finding]:
@@ -370,7 +311,7 @@ def _note_cluster(overview: Overview) -> Iterator[Finding]:
 
     if names:
         yield note(
-            f"In a Redis Cluster there are no streams yet: {_listed(names)} "
+            f"In a Redis Cluster there are no streams yet: {listed(names)} "
             f"{'uses' if len(names) == 1 else 'use'} channels alone."
         )
 
@@ -388,37 +329,9 @@ def _services(
     )
 
 
-def _refusal(reader: ChannelReader, key: str, is_pattern: bool) -> str | None:
-    """Return why Redis refuses a subscription; ``None`` if it does not.
-
-    :raises redis.TimeoutError: Redis does not answer.
-    """
-    reader.subscribe([key], patterns=is_pattern)
-
-    # Events may arrive before the answer.
-    while frames := reader.read():
-        for frame in frames:
-            if frame.kind == "refused":
-                return frame.body.decode(errors="replace")
-
-            if frame.kind in ("subscribe", "psubscribe"):
-                return None
-
-    raise redis.TimeoutError("no answer to SUBSCRIBE")
-
-
-def _refused(verb: str, name: str, rights: Mapping[str, str], refusal: Any) -> Finding:
-    text = f"It does not let this user {verb} {name!r}: {reason_of(refusal)}."
-    return error(text, remedy(refusal, rights, grant_the_user))
-
-
 def _numbers(version: str) -> tuple[int, ...]:
     parts = version.split(".")[:2]
     return tuple(int(part) for part in parts if part.isdecimal())
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 #: Names that a finding shows at most.
@@ -441,7 +354,7 @@ def check_eviction(server: Server, streams: Collection[str] = ()) -> Iterator[Fi
 
     if streams:
         yield error(
-            f"{text}, and streams are keys: events of {listed(streams)}, their retries and dead "
+            f"{text}, and streams are keys: events of {shown(streams)}, their retries and dead "
             "letters would be lost without notice.",
             "Set 'maxmemory-policy noeviction', or use another Redis for the bus. Events that may "
             "be missed can go via 'channel'.",
@@ -469,7 +382,7 @@ def check_persistence(server: Server, streams: Collection[str]) -> Iterator[Find
         )
     else:
         yield warning(
-            f"It keeps nothing on disk: when it stops, the streams of {listed(streams)} are lost, "
+            f"It keeps nothing on disk: when it stops, the streams of {shown(streams)} are lost, "
             "with their events, retries, dead letters and the position of each service.",
             "Set 'appendonly yes', and give it a volume.",
         )
@@ -494,7 +407,7 @@ def check_log_reader(
         yield error(
             f"Its user 'default' may not use {refused[0][0]} at {refused[0][1]!r}, and Redis loads "
             "its append-only file as that user: it skips every transaction. Retries, dead letters "
-            f"and acknowledgements of {listed(streams)} are lost when it restarts.",
+            f"and acknowledgements of {shown(streams)} are lost when it restarts.",
             "Give 'default' all rights, and disable it for logins: "
             "'user default off resetpass ~* &* +@all'.",
         )
@@ -532,7 +445,7 @@ def check_cluster(server: Server, streams: Collection[str]) -> Iterator[Finding]
     if server.info("cluster").get("cluster_enabled") == "1":
         yield error(
             "It is a node of a Redis Cluster: streams on other nodes cannot be reached, perhaps "
-            f"those of {listed(streams)}.",
+            f"those of {shown(streams)}.",
             "For streams, use a single Redis ('redis://' or 'redis+sentinel://'). For channels "
             "only, use 'redis+cluster://'.",
         )
@@ -607,8 +520,8 @@ def _check_group(name: str, group: GroupStatus, program: str) -> Iterator[Findin
         )
 
 
-def listed(names: Collection[str]) -> str:
+def shown(names: Collection[str]) -> str:
     """Return the names, at most :data:`NAMES_SHOWN`, and the number of those left out."""
-    shown = ", ".join(map(repr, sorted(names)[:NAMES_SHOWN]))
     more = len(names) - NAMES_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
+    first = listed(sorted(names)[:NAMES_SHOWN])
+    return f"{first} and {more} more" if more > 0 else first

@@ -61,16 +61,6 @@ def as_json(event: Event, entry: str | None = None) -> str:
     )
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table; each column is as wide as its widest cell."""
-    lines = [heads, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-
-
 def _clock(moment: datetime) -> str:
     try:
         moment = moment.astimezone()
@@ -104,20 +94,35 @@ def _cut(text: str, most: int) -> str:
 LEAST_OF_A_NAME = 12
 
 
-def fitted_table(
+def table(
     heads: Sequence[str], rows: Sequence[Sequence[str]], *, names: Sequence[int]
 ) -> Iterator[str]:
     """Yield the lines of a table with a bold head, cut to the width of the terminal if possible.
 
-    :param names: the columns with names, which may be cut; the others hold short values.
+    :param names: the columns with names, which are aligned to the left and may be cut; the others
+        hold short values, and are aligned to the right.
     """
-    if sys.stdout.isatty():
-        rows = _fitted(heads, rows, names, shutil.get_terminal_size().columns)
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    least = [max(len(head), LEAST_OF_A_NAME) for head in heads]
 
-    heads, *rows = _aligned([heads, *rows], names)
-    head, *lines = table(heads, rows)
-    yield click.style(head, bold=True)
-    yield from lines
+    if sys.stdout.isatty():
+        most = shutil.get_terminal_size().columns - 2 * (len(widths) - 1)
+
+        while sum(widths) > most:
+            longest = max(names, key=lambda column: widths[column] - least[column])
+
+            if widths[longest] <= least[longest]:
+                break
+
+            widths[longest] -= 1
+
+    for line in (heads, *rows):
+        cells = [
+            _without_middle(cell, width).ljust(width) if column in names else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        text = "  ".join(cells).rstrip()
+        yield click.style(text, bold=True) if line is heads else text
 
 
 def span(seconds: float | None) -> str:
@@ -132,42 +137,6 @@ def span(seconds: float | None) -> str:
     return f"{seconds:.0f} s"
 
 
-def _aligned(lines: Sequence[Sequence[str]], names: Sequence[int]) -> list[list[str]]:
-    """Align the columns with numbers to the right."""
-    widths = _widths(lines)
-    return [
-        [
-            cell if column in names else cell.rjust(widths[column])
-            for column, cell in enumerate(line)
-        ]
-        for line in lines
-    ]
-
-
-def _fitted(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], names: Sequence[int], most: int
-) -> list[list[str]]:
-    """Cut the names in rows, the longest column first, until the table fits."""
-    widths = _widths([heads, *rows])
-
-    while sum(widths) + 2 * (len(widths) - 1) > most:
-        longest = max(names, key=widths.__getitem__)
-
-        if widths[longest] <= LEAST_OF_A_NAME:
-            break
-
-        widths[longest] -= 1
-
-    return [
-        [_without_middle(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for row in rows
-    ]
-
-
-def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
-    return [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-
 def _without_middle(text: str, most: int) -> str:
     """Cut the middle out of a text, since names differ at their ends."""
     if len(text) <= most:
@@ -179,6 +148,9 @@ def _without_middle(text: str, most: int) -> str:
 
 #: Colour of each level of a finding.
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "ok": "green"}
+
+#: Shown in place of the receivers of a subscription that has none.
+_NONE = {"name": "none", "retries": None, "timeout": None}
 
 #: Units of an age with their seconds, the largest first.
 _UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
@@ -219,12 +191,20 @@ def routes_report(found: dict[str, Any]) -> Iterator[str]:
     )
     yield from _section(
         ("Signal", "Receivers", "Retries", "Timeout"),
-        [row for each in found["subscribes"] for row in _receivers(each)],
+        [
+            row
+            for each in found["subscribes"]
+            for row in _under(each["name"], map(_receiver, each["receivers"] or [_NONE]))
+        ],
         numbers=(2, 3),
     )
     yield from _section(
         ("Local only", "Receivers"),
-        [row for local in found["local"] for row in _per_receiver(local)],
+        [
+            row
+            for each in found["local"]
+            for row in _under(each["name"], ((receiver,) for receiver in each["receivers"]))
+        ],
     )
 
 
@@ -240,29 +220,19 @@ def _subscription(found: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _receivers(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    name = found["name"]
-
-    for each in found["receivers"]:
-        retries, timeout = each["retries"], each["timeout"]
-        yield (
-            name,
-            each["name"],
-            "-" if retries is None else f"{retries}",
-            "-" if timeout is None else f"{timeout:g} s",
-        )
-        # Show the name once, on the first line.
-        name = ""
-
-    if not found["receivers"]:
-        yield name, "none", "-", "-"
+def _receiver(found: dict[str, Any]) -> tuple[str, ...]:
+    retries, timeout = found["retries"], found["timeout"]
+    return (
+        found["name"],
+        "-" if retries is None else f"{retries}",
+        "-" if timeout is None else f"{timeout:g} s",
+    )
 
 
-def _per_receiver(local: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    name = local["name"]
-
-    for receiver in local["receivers"]:
-        yield name, receiver
+def _under(name: str, rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Yield rows with a name before the first one."""
+    for row in rows:
+        yield name, *row
         name = ""
 
 
@@ -274,7 +244,7 @@ def _section(
 
     texts = [column for column in range(len(heads)) if column not in numbers]
     yield ""
-    yield from fitted_table(heads, rows, names=texts)
+    yield from table(heads, rows, names=texts)
 
 
 def _leaves(route: dict[str, Any]) -> str:
@@ -305,7 +275,11 @@ def live_report(found: dict[str, Any]) -> Iterator[str]:
     if not channels and not services and not streams:
         yield "No channel has listeners, and there is no stream."
 
-    yield from _section(("Channel of", "Listeners"), _counts(channels), numbers=(1,))
+    yield from _section(
+        ("Channel of", "Listeners"),
+        [(name, f"{count}") for name, count in channels.items()],
+        numbers=(1,),
+    )
     yield from _section(
         ("Stream of", "Events", "Groups"),
         [
@@ -314,7 +288,11 @@ def live_report(found: dict[str, Any]) -> Iterator[str]:
         ],
         numbers=(1,),
     )
-    yield from _section(("Service", "Processes that listen"), _counts(services or {}), numbers=(1,))
+    yield from _section(
+        ("Service", "Processes that listen"),
+        [(name, f"{count}") for name, count in (services or {}).items()],
+        numbers=(1,),
+    )
 
     if streams is None:
         yield (
@@ -327,10 +305,6 @@ def live_report(found: dict[str, Any]) -> Iterator[str]:
             "Could not list the services: this user has no right to CLIENT LIST. Grant "
             "'+client|list' in the ACL."
         )
-
-
-def _counts(found: dict[str, int]) -> list[tuple[str, str]]:
-    return [(name, str(count)) for name, count in found.items()]
 
 
 def findings_report(findings: Sequence[Finding]) -> Iterator[str]:

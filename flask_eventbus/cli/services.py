@@ -9,7 +9,7 @@ import click
 from ..admin.services import Holding, Services, refuse_running
 from ..config import SERVICE_NAME
 from .base import Command, Group, Program, confirm, pass_program, yes_option
-from .output import fitted_table
+from .output import table
 
 _HEADS = ("Stream", "Group", "Lag", "Pending", "Retries", "Dead")
 
@@ -125,7 +125,7 @@ def _shown(found: Services, service: str) -> list[Holding]:
             f"Redis has nothing of {service!r}. Services with a group at a stream: {known}."
         )
 
-    click.echo("\n".join(fitted_table(_HEADS, list(_rows(holdings)), names=(0,))))
+    click.echo("\n".join(table(_HEADS, list(_rows(holdings)), names=(0,))))
     return holdings
 
 

@@ -20,7 +20,7 @@ from ..streams.alarms import too_many_names
 from ..text import printable
 from ..timing import TIMING
 from .base import Command, Program, json_option, pass_program, reader_is_gone
-from .output import fitted_table, span
+from .output import span, table
 
 _GROUPS = ("Stream", "Events", "Service", "Lag", "Pending", "Oldest", "Retries", "Dead")
 _CONSUMERS = ("Service", "Stream", "Host", "Pid", "Node", "Pending", "Idle")
@@ -29,7 +29,7 @@ _CONSUMERS = ("Service", "Stream", "Host", "Pid", "Node", "Pending", "Idle")
 def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
     """Yield the lines of `status`: one per service of each stream, then one per consumer."""
     rows = [row for status in statuses for row in _group_rows(status)]
-    yield from fitted_table(_GROUPS, rows, names=(0, 2))
+    yield from table(_GROUPS, rows, names=(0, 2))
 
     for status in statuses:
         for alarm in status.alarms:
@@ -54,7 +54,7 @@ def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
 
     if rows:
         yield ""
-        yield from fitted_table(_CONSUMERS, rows, names=(0, 1, 2, 4))
+        yield from table(_CONSUMERS, rows, names=(0, 1, 2, 4))
 
 
 def as_json(statuses: Sequence[StreamStatus], excess: Sequence[str]) -> dict[str, Any]:

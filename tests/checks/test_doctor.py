@@ -24,9 +24,8 @@ from waiting import wait_until
 from flask_eventbus import Bus, EventBus, current_event
 from flask_eventbus.__main__ import main
 from flask_eventbus.admin.server import Server
-from flask_eventbus.checks.database import check_database
 from flask_eventbus.checks.doctor import Finding, check
-from flask_eventbus.checks.program import check_program, check_retries
+from flask_eventbus.checks.program import check_database, check_program, check_retries
 from flask_eventbus.checks.server import check_clock, check_eviction, check_version
 from flask_eventbus.cli.app import flask_commands
 from flask_eventbus.codec.records import RetryRecord
