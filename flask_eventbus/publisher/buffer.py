@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 
 from ..errors import PublishError
 from ..logs import Counters, get_logger
@@ -42,8 +41,8 @@ class Buffer:
         self.lock = threading.RLock()
         #: Condition on :attr:`lock`; notified when events have left, and by the writer.
         self.changed = threading.Condition(self.lock)
-        self._channels = MessageQueue()
-        self._streams = MessageQueue()
+        self.channels = MessageQueue()
+        self.streams = MessageQueue()
         #: True while Redis accepts no writes; only channel events are then taken.
         self.streams_paused = False
         #: The batch that is being written.
@@ -54,40 +53,25 @@ class Buffer:
         self.departures = 0
 
     def __len__(self) -> int:
-        return len(self._channels.events) + len(self._streams.events) + len(self.in_flight)
+        return len(self.channels.events) + len(self.streams.events) + len(self.in_flight)
 
     def __iter__(self) -> Iterator[Message]:
-        waiting = [*self._channels.events, *self._streams.events]
+        waiting = [*self.channels.events, *self.streams.events]
         return iter([*self.in_flight, *sorted(waiting, key=_number)])
 
     @property
     def bytes(self) -> int:
         """Size in bytes of the events that are not in flight."""
-        return self._channels.bytes + self._streams.bytes
-
-    @property
-    def is_waiting(self) -> bool:
-        """Return True if an event can be written now and is not in flight."""
-        return bool(self._channels.events or (self._streams.events and not self.streams_paused))
+        return self.channels.bytes + self.streams.bytes
 
     @property
     def is_empty(self) -> bool:
         """Return True if both queues are empty, paused streams included."""
-        return not (self._channels.events or self._streams.events)
-
-    @property
-    def has_channel_events(self) -> bool:
-        """Return True if a channel event is queued."""
-        return bool(self._channels.events)
-
-    @property
-    def has_stream_events(self) -> bool:
-        """Return True if a stream event is queued."""
-        return bool(self._streams.events)
+        return not (self.channels.events or self.streams.events)
 
     def next_sender(self) -> Message | None:
         """Return the first event whose blocked sender may be woken to write the next batch."""
-        waiting = self._channels.events if self.streams_paused else self
+        waiting = self.channels.events if self.streams_paused else self
         return next((message for message in waiting if message.may_write), None)
 
     def is_full(self, size: int) -> bool:
@@ -96,11 +80,11 @@ class Buffer:
 
     def has_room(self, message: Message) -> bool:
         """Return True if an event fits; an event of any size fits into an empty buffer."""
-        queued, size, in_flight = len(self._channels.events), self._channels.bytes, 0
+        queued, size, in_flight = len(self.channels.events), self.channels.bytes, 0
 
         if not self.streams_paused or message.route_state.is_stream:
-            queued += len(self._streams.events)
-            size += self._streams.bytes
+            queued += len(self.streams.events)
+            size += self.streams.bytes
             in_flight = len(self.in_flight)
 
         fits = queued + in_flight < self._most_events and size + message.size <= self._most_bytes
@@ -108,7 +92,7 @@ class Buffer:
 
     def put(self, message: Message) -> None:
         """Append an event without checking the limits."""
-        queue = self._streams if message.route_state.is_stream else self._channels
+        queue = self.streams if message.route_state.is_stream else self.channels
         queue.events.append(message)
         queue.bytes += message.size
 
@@ -117,7 +101,7 @@ class Buffer:
         if self.streams_paused and not message.route_state.is_stream:
             return True
 
-        kept = self._streams
+        kept = self.streams
         count = len(kept.events) + len(self.in_flight)
         fits = count < self._most_events and kept.bytes + message.size <= self._most_bytes
         return fits or not kept.events
@@ -127,9 +111,9 @@ class Buffer:
 
         The event gets a ``seq``, so that listeners detect the gap.
         """
-        while oldest := self._channels.first():
+        while oldest := self.channels.first():
             # False if a signal handler has dropped it in the meantime.
-            if self._channels.remove(oldest):
+            if self.channels.remove(oldest):
                 oldest.assign_seq()
                 return oldest
 
@@ -140,21 +124,33 @@ class Buffer:
 
         They stay in flight until :meth:`finish` or :meth:`put_back`.
         """
+        channels = self.channels.events
+        streams = () if self.streams_paused else self.streams.events
         batch: list[Message] = []
         size = 0
         # Each event joins the batch before it leaves its queue, so that none is lost if a signal
         # handler raises here.
         self.in_flight = batch
 
-        while len(batch) < most_events and size < most_bytes and (head := self._head()):
+        while (channels or streams) and len(batch) < most_events and size < most_bytes:
+            head = _oldest(channels, streams)
+
+            if head is None:
+                continue
+
             batch.append(head)
+            is_stream = head.route_state.is_stream
+            queue = self.streams if is_stream else self.channels
 
             # A signal handler may have dropped it in the meantime.
-            if not self._queue_of(head).remove(head) or head.withdrawn:
+            if not queue.remove(head) or head.withdrawn:
                 batch.pop()
-            else:
+                continue
+
+            size += head.size
+
+            if not is_stream:
                 head.assign_seq()
-                size += head.size
 
         return batch
 
@@ -184,10 +180,10 @@ class Buffer:
         batch: list[Message] = []
         self.in_flight = batch
 
-        while not batch and (first := self._streams.first()):
+        while not batch and (first := self.streams.first()):
             batch.append(first)
 
-            if not self._streams.remove(first) or first.withdrawn:
+            if not self.streams.remove(first) or first.withdrawn:
                 batch.pop()
 
         return batch
@@ -225,8 +221,8 @@ class Buffer:
         """Remove and return all events, the batch in flight included."""
         with self.changed:
             left = list(self)
-            self._channels = MessageQueue()
-            self._streams = MessageQueue()
+            self.channels = MessageQueue()
+            self.streams = MessageQueue()
             self.finish()
 
         return left
@@ -238,11 +234,11 @@ class Buffer:
     def wait_until_left(self, number: int, timeout: float) -> bool:
         """Return True if all events up to ``number`` have left within ``timeout`` seconds."""
         with self.changed:
-            return self._wait_for(lambda: self._oldest > number, timeout)
+            return self._wait_for(lambda: self._first_number > number, timeout)
 
     @property
-    def _oldest(self) -> float:
-        queues = (self.in_flight, self._channels.events, self._streams.events)
+    def _first_number(self) -> float:
+        queues = (self.in_flight, self.channels.events, self.streams.events)
         return min((queue[0].number for queue in queues if queue), default=float("inf"))
 
     def _wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
@@ -254,22 +250,7 @@ class Buffer:
             self._waiting -= 1
 
     def _queue_of(self, message: Message) -> MessageQueue:
-        return self._streams if message.route_state.is_stream else self._channels
-
-    def _head(self) -> Message | None:
-        """Return the oldest event that can be written now."""
-        channels, streams = self._channels.events, self._streams.events
-
-        while True:
-            # A signal handler may drop the event that was found.
-            with suppress(IndexError):
-                if self.streams_paused or not streams:
-                    return channels[0] if channels else None
-
-                if not channels or streams[0].number < channels[0].number:
-                    return streams[0]
-
-                return channels[0]
+        return self.streams if message.route_state.is_stream else self.channels
 
 
 class MessageQueue:
@@ -302,6 +283,17 @@ class MessageQueue:
 
         self.bytes -= message.size
         return True
+
+
+def _oldest(channels: Sequence[Message], streams: Sequence[Message]) -> Message | None:
+    """Return the oldest of some events; ``None`` if a signal handler has just dropped it."""
+    try:
+        if channels and streams:
+            return channels[0] if channels[0].number < streams[0].number else streams[0]
+
+        return (channels or streams)[0]
+    except IndexError:
+        return None
 
 
 def _number(message: Message) -> int:

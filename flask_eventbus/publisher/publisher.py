@@ -245,7 +245,8 @@ class Publisher:
 
         :param deadline: monotonic time until which to wait for buffer space.
         """
-        self._refuse_in_outage(message)
+        if self._config.on_outage == "raise":
+            self._refuse_in_outage(message)
 
         if self._closed:
             raise ClosedError

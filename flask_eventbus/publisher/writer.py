@@ -78,9 +78,7 @@ class Writer:
         self._owner: Message | threading.Thread | None = None
         #: Id of the thread that uses the connection; 0 if none does.
         self._user = 0
-        #: True while another sender is sending a batch on behalf of the owner.
-        self._is_sending = False
-        #: True if another sender has sent the batch in flight on behalf of the owner.
+        #: True once another sender has sent the batch in flight on behalf of the owner.
         self._is_sent = False
         #: True if the writer thread must continue with a batch that a sender started.
         self._is_handed_over = False
@@ -113,7 +111,8 @@ class Writer:
         if self.thread is None:
             self._start()
         elif self._thread_waits and self._owner is None:
-            self._wake_thread()
+            self._thread_waits = False
+            self._changed.notify_all()
 
     def probe(self) -> None:
         """Make the writer thread check at once whether Redis is available."""
@@ -127,7 +126,7 @@ class Writer:
         Return False and wake the writer thread if another thread writes already, or if Redis may
         be away. The caller holds the lock.
         """
-        if self._is_sent_for(message):
+        if self._is_sent and self._owner is message:
             self._user = threading.get_ident()
             return True
 
@@ -169,7 +168,7 @@ class Writer:
             message.may_write = False
 
             # A thread that is sending on its behalf checks ``may_write`` afterwards.
-            if self._is_sent_for(message):
+            if self._is_sent and self._owner is message:
                 self._hand_over(None)
 
     def abandon(self, message: Message) -> None:
@@ -181,9 +180,8 @@ class Writer:
                 self._release_to_thread()
             elif self._user == threading.get_ident():
                 # This thread may have been sending on behalf of another sender.
-                self._is_sending = False
                 self._send_again()
-            elif self._is_sent_for(message):
+            elif self._is_sent and self._owner is message:
                 self._hand_over(None)
 
     def write_here(self, deadline: float) -> None:
@@ -256,6 +254,7 @@ class Writer:
     @property
     def _may_lead(self) -> bool:
         """Return True if a sender may write: the writer thread is there and has nothing to do."""
+        buffer = self._buffer
         return (
             self._owner is None
             and self.thread is not None
@@ -263,14 +262,10 @@ class Writer:
             and not self._ended
             and self._leave_by is None
             and self._connection.is_open
-            and self._buffer.bytes <= LEAD_BYTES
+            and buffer.channels.bytes + buffer.streams.bytes <= LEAD_BYTES
             and not self._outage.stalled
             and not self._outage.away
         )
-
-    def _is_sent_for(self, message: Message) -> bool:
-        """Return True if another sender has sent the batch in flight for the sender of an event."""
-        return self._owner is message and not self._is_sending
 
     def _begin(self, message: Message) -> bool:
         """Take a batch for the sender of an event; return False if no event can be written."""
@@ -356,16 +351,10 @@ class Writer:
         if not self._has_work:
             return None
 
-        waits = self._buffer.is_waiting
-        following = self._buffer.next_sender() if waits and self._may_lead else None
+        following = self._buffer.next_sender() if self._may_lead else None
 
-        if following is not None:
-            self._is_sending = True
-
-            if self._begin(following):
-                return following
-
-            self._is_sending = False
+        if following is not None and self._begin(following):
+            return following
 
         self._release_to_thread()
         return None
@@ -382,7 +371,6 @@ class Writer:
             count = len(self._buffer.in_flight)
 
             with self._lock:
-                self._is_sending = False
                 self._send_again()
 
             # An exception of a signal handler, such as a time limit, belongs to this sender.
@@ -394,8 +382,6 @@ class Writer:
             return
 
         with self._lock:
-            self._is_sending = False
-
             if failure is None and following.may_write:
                 self._is_sent = True
                 self._user = 0
@@ -573,13 +559,15 @@ class Writer:
     @property
     def _has_work(self) -> bool:
         """Return True if the writer thread has something to do."""
-        return (
-            self._buffer.is_waiting
+        buffer, outage = self._buffer, self._outage
+        return bool(
+            buffer.channels.events
+            or (buffer.streams.events and not buffer.streams_paused)
             or self._probing
-            or self._outage.stalled
-            or self._outage.away
-            or time.monotonic() >= self._outage.write_again_at
-            or self._should_end
+            or outage.stalled
+            or outage.away
+            or time.monotonic() >= outage.write_again_at
+            or ((self._ended or self._leave_by is not None) and self._should_end)
         )
 
     @property
@@ -609,7 +597,7 @@ class Writer:
                 backoff.tries = 0
 
                 # Let listeners reconnect before buffered channel events are sent.
-                if self._buffer.has_channel_events:
+                if self._buffer.channels.events:
                     self._pause(self._timing.listeners_return)
 
             self._note_success(batch)
@@ -649,7 +637,7 @@ class Writer:
         with self._lock:
             if refusal is not None:
                 outage.refuse_writes(refusal, len(self._buffer))
-            elif outage.refusal is not None and self._buffer.has_stream_events:
+            elif outage.refusal is not None and self._buffer.streams.events:
                 outage.write_now()
             elif outage.refusal is not None:
                 outage.take_writes(len(self._buffer))
