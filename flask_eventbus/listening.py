@@ -72,7 +72,6 @@ class Listening:
             pool=self.pool,
             siblings=siblings,
             retries_of=retries_of,
-            is_alone=lambda: not self._on_channels,
         )
         self.update(subscriptions)
 
@@ -87,7 +86,7 @@ class Listening:
             for name, found in subscriptions.items()
             if self._has_streams and found.via != "channel"
         }
-        self.consumer.update(self._on_streams)
+        self.consumer.update(self._on_streams, alone=not self._on_channels)
 
     @property
     def is_own_thread(self) -> bool:

@@ -56,10 +56,6 @@ LATE_FLUSH = 0.2
 LONGEST_STOP = FLUSH_AT_EXIT + STOP_OVERHEAD
 
 
-def _always() -> bool:
-    return True
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """What a node asks the program around it. A script has no answers of its own."""
@@ -70,8 +66,8 @@ class Host:
     owns: Callable[[Any], bool] | None = None
     #: Returns the current W3C trace context, or ``None``; ``None`` in a program without requests.
     trace: Callable[[], str | None] | None = None
-    #: Returns False once the app is gone; the node then stops listening.
-    app_exists: Callable[[], bool] = _always
+    #: Returns False once the app is gone, which ends the listening; ``None`` in a script.
+    app_exists: Callable[[], bool] | None = None
     #: Returns True while the program is under test; ``None`` if it never is.
     under_test: Callable[[], bool] | None = None
     #: Returns the database session to use if none is registered; ``None`` if there is none.

@@ -56,7 +56,7 @@ class Sequences:
         #: Hashes of events without a number, by event id.
         self._ids: OrderedDict[str, int] = OrderedDict()
 
-    def observe(self, event: Event, body: bytes) -> int | Finding:
+    def observe(self, event: Event, node: str, body: bytes) -> int | Finding:
         """Return the number of events missing directly before this one, or a :class:`.Finding`.
 
         No event is missing before the first one of a node: this process did not listen before.
@@ -67,7 +67,7 @@ class Sequences:
         if seq is None:
             return compare(self._ids, event.id, digest, self._timing.max_remembered) or 0
 
-        key = (event.node, event.name, event.source)
+        key = (node, event.name, event.source)
         route = self._routes.get(key)
         found: int | Finding
 
@@ -151,16 +151,16 @@ class MessageDecoder:
         """
         try:
             event, size = self._codec.decode_for_queue(body)
-            node = event.node
+            node, _, number = event.id.rpartition("-")
             is_own = node == self._node
 
             if is_own or event.name != name:
-                self._check(event, name)
+                self._check(event, name, int(number))
         except DecodeError as error:
             self._reject(name, body, error)
             return None
 
-        found = self._sequences.observe(event, body)
+        found = self._sequences.observe(event, node, body)
 
         if found is Finding.REPEATED:
             self._counters.add("duplicates")
@@ -175,21 +175,19 @@ class MessageDecoder:
             if not subscription.echo:
                 self._counters.add("echoes")
                 return None
-        elif not subscription.accepts(event.source):
+        elif subscription.sources is not None and event.source not in subscription.sources:
             self._counters.add("filtered")
             return None
 
         return event, size
 
-    def _check(self, event: Event, name: str) -> None:
+    def _check(self, event: Event, name: str, number: int) -> None:
         """Check the name of an event, and whether this node sent one that bears its name."""
         if event.name != name:
             raise DecodeError(
                 f"The event {event.id} on the channel of {name!r} is named {event.name!r}.",
                 reason="wrong_channel",
             )
-
-        number = int(event.id.rpartition("-")[2])
 
         if event.source != self._config.service or number > self._issued():
             raise DecodeError(

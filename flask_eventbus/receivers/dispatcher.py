@@ -15,7 +15,7 @@ from typing import Any
 
 from ..coroutines import run_coroutine
 from ..errors import ReceiverError, Reject, Retry
-from ..event import Event, handling, opened
+from ..event import Event, PackedPayload, handling, opened
 from ..logs import BoundedLog, Counters, get_logger, text_of
 from ..routing.bus_signal import Receiver
 from ..signals import emit_now, receiver_failed, receiver_succeeded
@@ -132,7 +132,10 @@ class Dispatcher:
             return _GONE
 
         failures: list[Failure] = []
-        event = opened(event)
+
+        if type(event.payload) is PackedPayload:
+            event = opened(event)
+
         token = handling.set(event)
 
         try:

@@ -49,7 +49,6 @@ class Consumer:
     :param siblings: nodes of this process whose local receivers ran at ``send()``.
     :param app_exists: returns False once the app is gone; the threads then end.
     :param retries_of: returns the retries that a receiver was connected with for a signal name.
-    :param is_alone: returns True if no channel listener reports a lost connection.
     """
 
     def __init__(
@@ -60,13 +59,12 @@ class Consumer:
         pool: WorkerThreads,
         siblings: Container[str],
         retries_of: Callable[[str, Receiver], int | None],
-        is_alone: Callable[[], bool],
     ) -> None:
         self._config = config = context.config
         self._dispatcher = dispatcher
         self._pool = pool
         self._subscriptions: Mapping[str, Subscription] = {}
-        self._is_alone = is_alone
+        self._is_alone = True
         self._log = BoundedLog(logger)
         self._lost_since: float | None = None
         self._was_connected = False
@@ -264,9 +262,13 @@ class Consumer:
     def _is_ending(self) -> bool:
         return self._is_stopping or self.fatal is not None
 
-    def update(self, subscriptions: Mapping[str, Subscription]) -> None:
-        """Use these subscriptions to streams from now on; :meth:`start` starts their threads."""
+    def update(self, subscriptions: Mapping[str, Subscription], *, alone: bool) -> None:
+        """Use these subscriptions to streams from now on; :meth:`start` starts their threads.
+
+        :param alone: True if no channel listener reports a lost connection.
+        """
         self._subscriptions = subscriptions
+        self._is_alone = alone
         self._grouped.update(subscriptions)
         self._ungrouped.update(subscriptions)
 
@@ -398,7 +400,7 @@ class Consumer:
 
         self._lost_since = time.monotonic()
 
-        if self._is_alone():
+        if self._is_alone:
             self._log.warning(
                 "lost", "The stream reader lost Redis (%s); it reconnects by itself.", error
             )
@@ -413,7 +415,7 @@ class Consumer:
         if not reconnected:
             logger.info("Reading the streams of %s.", ", ".join(sorted(self._membership.joined)))
 
-        if not self._is_alone():
+        if not self._is_alone:
             return
 
         if lost_since is not None:

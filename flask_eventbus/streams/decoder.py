@@ -137,7 +137,7 @@ class EntryDecoder:
 
             return subscription.echo
 
-        if not subscription.accepts(event.source):
+        if subscription.sources is not None and event.source not in subscription.sources:
             self._counters.add("filtered")
             return False
 

@@ -511,7 +511,7 @@ class Context:
     #: The unique name of the node.
     node: str
     #: Returns False once the app is gone; the threads of the node then end.
-    app_exists: Callable[[], bool]
+    app_exists: Callable[[], bool] | None
 
     @property
     def keys(self) -> StreamKeys:

@@ -76,7 +76,8 @@ class ReadingThread:
     @property
     def goes_on(self) -> bool:
         """Return True if the thread should continue to read."""
-        return not self._stopping.is_set() and self._app_exists()
+        app_exists = self._app_exists is None or self._app_exists()
+        return app_exists and not self._stopping.is_set()
 
     def start(self) -> None:
         """Start the thread unless it was started before."""

@@ -252,7 +252,8 @@ def test_the_memory_of_other_nodes_is_bounded() -> None:
     bodies = [packed(id=f"n{node}-{n}", seq=n) for node in range(10) for n in range(1, 6)]
     bodies += [packed(id=f"relay{n}-1") for n in range(10)]
     for body in bodies:
-        heard.observe(codec.decode(body), body)
+        event = codec.decode(body)
+        heard.observe(event, event.node, body)
 
     assert len(heard._routes) <= 5
     assert sum(len(route.bodies) for route in heard._routes.values()) == heard._hashes <= 20
@@ -264,7 +265,8 @@ def test_a_node_that_sends_often_is_not_forgotten_first() -> None:
 
     def hear(node: str, seq: int) -> int | by_id.Finding:
         body = packed(id=f"{node}-{seq}", seq=seq)
-        return heard.observe(codec.decode(body), body)
+        event = codec.decode(body)
+        return heard.observe(event, event.node, body)
 
     hear("steady", 1)
     missing = []
