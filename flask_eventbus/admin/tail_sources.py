@@ -184,9 +184,6 @@ COUNT = 100
 #: Seconds between two searches for streams that match a pattern.
 SEARCH_INTERVAL = 1.0
 
-#: Seconds before a stream that Redis refused is read again.
-RETRY_REFUSED = 5.0
-
 
 class StreamTail:
     """Reads the streams of names and patterns, from their ends on.
@@ -206,6 +203,7 @@ class StreamTail:
         output: TailOutput,
     ) -> None:
         self._pipe = Pipe(connections, timeout=TIMEOUT)
+        self._retry_after = connections.timing.ask_stream_again_after
         self._keys = StreamKeys(prefix)
         self._codec = codec
         self._names = {name for name in names if not is_pattern(name)}
@@ -377,7 +375,7 @@ class StreamTail:
         self._positions.pop(name, None)
         self._refused.add(name)
         self._was_refused.add(name)
-        self._retry_at = self._searched + RETRY_REFUSED
+        self._retry_at = self._searched + self._retry_after
         self._output.refused(
             self.via,
             name,

@@ -24,12 +24,11 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, Event
 from flask_eventbus.__main__ import main
-from flask_eventbus.admin import tail_sources
 from flask_eventbus.admin.tail import Filter, Tail
 from flask_eventbus.admin.tail_sources import TailEvent
 from flask_eventbus.cli.output import as_json, as_line
 from flask_eventbus.codec.codec import Codec
-from flask_eventbus.timing import Timing
+from flask_eventbus.timing import TIMING, Timing
 
 pytestmark = pytest.mark.second_look("kills and restarts Redis servers below a running command")
 
@@ -493,7 +492,9 @@ def test_tail_refuses_an_invalid_url() -> None:
 class Seen:
     """A tail in a thread of its own: what it showed, and what it said."""
 
-    def __init__(self, url: str, *names: str, prefix: str = "eventbus") -> None:
+    def __init__(
+        self, url: str, *names: str, prefix: str = "eventbus", timing: Timing = TIMING
+    ) -> None:
         self.told: list[str] = []
         self.heard: list[TailEvent] = []
         self.tail = Tail(
@@ -502,6 +503,7 @@ class Seen:
             codec=Codec(),
             names=names or ["*"],
             notify=self.told.append,
+            timing=timing,
         )
         self._batches = self.tail.events(60)
 
@@ -719,13 +721,13 @@ def test_tail_reports_that_it_may_not_list_the_streams(
 
 
 def test_a_refused_stream_is_reported_once_and_retried(
-    see: Callable[..., Seen], store: StreamStore, monkeypatch: pytest.MonkeyPatch
+    see: Callable[..., Seen], store: StreamStore
 ) -> None:
-    monkeypatch.setattr(tail_sources, "RETRY_REFUSED", 0.0)
     key = store.keys.stream("noted")
     store.client.sadd(store.keys.names, "noted", "bad name\x1b", "fine")
     store.client.set(key, "something else")
-    seen = see(store.url, prefix=store.prefix).until_it_hears()
+    timing = Timing(ask_stream_again_after=0.0)
+    seen = see(store.url, prefix=store.prefix, timing=timing).until_it_hears()
     first, _ = store.add("fine")
     seen.until(lambda: seen.heard)
 
