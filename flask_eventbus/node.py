@@ -158,7 +158,7 @@ class Node:
             name=f"eventbus:{self.config.service}:{self._name}",
             timing=self.registry.timing,
         )
-        context = Context(
+        self.context = context = Context(
             config=self.config,
             connections=self.connections,
             codec=self.codec,

@@ -12,6 +12,9 @@ class Timing:
     #: Delay of the first retry in seconds. It doubles with each attempt.
     first_retry: float = 1.0
 
+    #: Maximum random increase of a retry's delay, as a fraction of it, so that retries spread out.
+    retry_jitter: float = 0.25
+
     #: Seconds between two checks for released entries and due retries. One round trip checks all
     #: streams.
     check_released_every: float = 5.0

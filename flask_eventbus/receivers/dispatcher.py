@@ -357,9 +357,6 @@ def misfit_of(receiver: Receiver, payload: Iterable[str]) -> str | None:
 #: Longest delay of a retry in seconds.
 MOST_DELAY = 300.0
 
-#: Maximum random increase of a delay, as a fraction of it, so that retries spread out.
-JITTER = 0.25
-
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -385,7 +382,7 @@ def judge(
     *,
     attempts: int,
     retries: int,
-    jitter: float = JITTER,
+    jitter: float = TIMING.retry_jitter,
     first: float = TIMING.first_retry,
 ) -> Verdict:
     """Decide what follows after a receiver failed.
@@ -407,7 +404,12 @@ def judge(
     return Verdict(after=delay(attempts, jitter=jitter, first=first))
 
 
-def delay(attempts: int, *, jitter: float = JITTER, first: float = TIMING.first_retry) -> float:
+def delay(
+    attempts: int,
+    *,
+    jitter: float = TIMING.retry_jitter,
+    first: float = TIMING.first_retry,
+) -> float:
     """Return the seconds to wait after attempt ``attempts``: 1, 2, 4, ... up to 300."""
     wait = min(MOST_DELAY, first * 2.0 ** min(attempts - 1, 30))
     longer: float = wait * random.uniform(1.0, 1.0 + jitter)  # noqa: S311 - spreads load

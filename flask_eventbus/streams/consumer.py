@@ -93,7 +93,7 @@ class Consumer:
             context,
             retries_of=counts.after,
             failures=self._dispatcher.failures,
-            clock=self._acknowledger.clock,
+            now=self._acknowledger.clock.now,
         )
         intake = Intake(
             decoder=decoder,

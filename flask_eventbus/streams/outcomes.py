@@ -16,7 +16,7 @@ from ..routing.bus_signal import Receiver
 from ..routing.subscriptions import Subscription
 from ..text import plain
 from ..transport.connections import Context
-from ..transport.pipe import Command, RedisClock
+from ..transport.pipe import Command
 from .group import Entry
 
 #: Maximum length in characters of the readable payload in a dead letter.
@@ -100,6 +100,7 @@ class Outcomes:
 
     :param retries_of: returns the number of retries allowed after a failure.
     :param failures: logs each failure, and whether a retry or a dead letter follows.
+    :param now: returns the time in seconds since 1970.
     """
 
     def __init__(
@@ -108,14 +109,14 @@ class Outcomes:
         *,
         retries_of: Callable[[Delivery, Failure], int],
         failures: FailureLog,
-        clock: RedisClock,
+        now: Callable[[], float],
     ) -> None:
         self._config = context.config
-        self._first_retry = context.timing.first_retry
+        self._timing = context.timing
         self._keys = context.keys
         self._retries_of = retries_of
         self._failures = failures
-        self._clock = clock
+        self._now = now
 
     def of(self, delivery: Delivery, failures: Sequence[Failure]) -> Outcome:
         """Return the outcome of a delivery whose receivers have run."""
@@ -182,8 +183,14 @@ class Outcomes:
     ) -> None:
         attempts = 1 if delivery.retry is None else delivery.retry.attempts
         retries = self._retries_of(delivery, failure)
-        verdict = judge(failure.error, attempts=attempts, retries=retries, first=self._first_retry)
-        now = self._clock.now()
+        verdict = judge(
+            failure.error,
+            attempts=attempts,
+            retries=retries,
+            jitter=self._timing.retry_jitter,
+            first=self._timing.first_retry,
+        )
+        now = self._now()
         last_traceback = "" if delivery.retry is None else delivery.retry.traceback
         self._failures.judged(
             delivery.event,
@@ -228,7 +235,7 @@ class Outcomes:
         )
 
     def _letter(self, delivery: Delivery, reason: str, error: str, *, attempts: int) -> DeadLetter:
-        now = round(self._clock.now() * 1000)
+        now = round(self._now() * 1000)
         return DeadLetter(
             reason=reason,
             entry=delivery.entry,

@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
+from typing import Any
 
-from ..codec.records import DeadLetter, RetryRecord, words_of
+from ..codec.records import RetryRecord
 from ..event import Event
 from ..node import Node
 from ..receivers.delivery import Delivery
-from ..receivers.dispatcher import Failure, allowed, judge
+from ..receivers.dispatcher import Failure
 from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import emit_now, event_dead_lettered
 from ..streams.decoder import EntryDecoder
 from ..streams.group import Entry
-from ..streams.outcomes import readable
+from ..streams.outcomes import Outcomes, RetryCounts
 from ..streams.retry_queue import GONE_AFTER
 from .expectations import hears
 from .recorder import GivenUp, given_up
@@ -71,8 +72,8 @@ class RetryRehearsal:
         self._nodes = nodes
         self._entries = itertools.count(1)
         self._numbers = itertools.count()
-        #: The simulated time, in seconds.
-        self._now = 0.0
+        #: The simulated time, in seconds since 1970.
+        self._now = time.time()
         #: Heap of retries by their due times; the number keeps the order of equal times.
         self._queue: list[tuple[float, int, Waiting]] = []
         self.failures: list[FailedAttempt] = []
@@ -149,10 +150,21 @@ class RetryRehearsal:
 
     def _postpone(self, waiting: Waiting, record: RetryRecord) -> None:
         """Wait for a node that has the receiver; give up after ``GONE_AFTER`` seconds."""
-        if self._now - record.last / 1000 > GONE_AFTER:
-            self._give_up(waiting.group[-1], waiting.event, record, "gone")
-        else:
+        if self._now - record.last / 1000 <= GONE_AFTER:
             self._schedule(waiting, waiting.postpone)
+            return
+
+        self._give_up(
+            GivenUp(
+                service=waiting.group[-1],
+                reason="gone",
+                receiver=record.receiver,
+                event=waiting.event,
+                error=record.error,
+                attempts=record.attempts,
+            ),
+            waiting.event,
+        )
 
     def _schedule(self, waiting: Waiting, seconds: float) -> None:
         heappush(self._queue, (self._now + seconds, next(self._numbers), waiting))
@@ -164,23 +176,39 @@ class RetryRehearsal:
             self._note(node, delivery, failure, None)
             return
 
-        verdict = judge(
-            failure.error,
-            attempts=delivery.event.attempt,
-            retries=_retries_for(node, delivery, failure),
-            jitter=0.0,
-        )
-        record = self._retry_record(delivery, failure)
-        node.dispatcher.failures.judged(
-            delivery.event, failure, verdict, due=time.time() + verdict.after
-        )
+        outcome = self._outcomes(node).of(delivery, [failure])
+        # Without the error of a float that counts from 1970.
+        after = round(outcome.due[0] - self._now, 6) if outcome.due else None
+        self._note(node, delivery, failure, after)
 
-        if verdict.reason is None:
-            self._note(node, delivery, failure, verdict.after)
-            self._schedule(_waiting(node, delivery, record), verdict.after)
-        else:
-            self._note(node, delivery, failure, None)
-            self._give_up(node.config.service, delivery.event, record, verdict.reason)
+        if after is not None:
+            # The member that ZADD adds.
+            record: Any = outcome.commands[0][-1]
+            waiting = Waiting(
+                group=_group_of(node),
+                event=delivery.event,
+                record=record,
+                postpone=node.config.claim_after,
+            )
+            self._schedule(waiting, after)
+
+        for letter in outcome.letters:
+            self._give_up(given_up(node.config.service, letter, delivery.event), delivery.event)
+
+    def _outcomes(self, node: Node) -> Outcomes:
+        """Return what decides between a retry and a dead letter, by the clock of the rehearsal."""
+        counts = RetryCounts(
+            config=node.config,
+            dispatcher=node.dispatcher,
+            receiver_retries=node.registry.retries_of,
+        )
+        timing = replace(node.context.timing, retry_jitter=0.0)
+        return Outcomes(
+            replace(node.context, timing=timing),
+            retries_of=counts.after,
+            failures=node.dispatcher.failures,
+            now=lambda: self._now,
+        )
 
     def _note(self, node: Node, delivery: Delivery, failure: Failure, after: float | None) -> None:
         self.failures.append(
@@ -193,40 +221,15 @@ class RetryRehearsal:
             )
         )
 
-    def _retry_record(self, delivery: Delivery, failure: Failure) -> RetryRecord:
-        now = round(self._now * 1000)
-        return RetryRecord(
-            entry=delivery.entry,
-            event=delivery.body,
-            receiver=failure.name,
-            attempts=delivery.event.attempt,
-            first=now if delivery.retry is None else delivery.retry.first,
-            last=now,
-            error=words_of(failure.error),
-        )
-
-    def _give_up(self, service: str, event: Event, record: RetryRecord, reason: str) -> None:
-        letter = DeadLetter(
-            reason=reason,
-            entry=record.entry,
-            fields={b"event": record.event},
-            event_id=event.id,
-            source=event.source,
-            payload=readable(event),
-            receiver=record.receiver,
-            error=record.error,
-            attempts=record.attempts,
-            first=record.first,
-            last=record.last,
-        )
-        self.given_up.append(given_up(service, letter, event))
+    def _give_up(self, letter: GivenUp, event: Event) -> None:
+        self.given_up.append(letter)
         emit_now(
             event_dead_lettered,
-            service,
+            letter.service,
             name=event.name,
             receiver=letter.receiver,
             reason=letter.reason,
-            event_id=letter.event_id,
+            event_id=event.id,
             error=letter.error,
         )
 
@@ -284,17 +287,3 @@ def _again(node: Node, record: RetryRecord) -> Delivery:
         claimed_until=0.0,
         retry=running,
     )
-
-
-def _waiting(node: Node, delivery: Delivery, record: RetryRecord) -> Waiting:
-    return Waiting(
-        group=_group_of(node),
-        event=delivery.event,
-        record=record.packed(),
-        postpone=node.config.claim_after,
-    )
-
-
-def _retries_for(node: Node, delivery: Delivery, failure: Failure) -> int:
-    asked = node.registry.retries_of(delivery.name, failure.receiver)
-    return allowed(delivery.subscription.retries, asked, node.config.retries)
