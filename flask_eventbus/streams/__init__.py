@@ -9,8 +9,9 @@ the files in this order:
 3. ``decoder`` makes a delivery of each entry and queues it. ``duplicates`` finds events published
    twice.
 4. ``attempts`` runs the receivers of a delivery, in a worker thread.
-5. ``outcomes`` decides: acknowledge the entry, retry a failed receiver, or add a dead letter.
-6. ``acknowledger`` writes outcomes to Redis in batches. ``dead_limit`` trims the dead letters.
+5. ``outcomes`` decides: acknowledge the entry, retry a failed receiver, or add a dead letter. It
+   trims the dead letters.
+6. ``acknowledger`` writes outcomes to Redis in batches.
 
 The ``maintenance`` thread does the rest. It renews the claims of running deliveries, takes due
 retries from the ``retry_queue``, gives up retries of signals that no worker reads any more,

@@ -1,12 +1,12 @@
-"""Write outcomes of deliveries to Redis: acknowledgements, retries and dead letters."""
+"""Write outcomes to Redis: acknowledgements, retries and dead letters."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -16,12 +16,12 @@ from ..codec.records import DeadLetter
 from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import Delivery, InFlight
 from ..signals import emit, event_dead_lettered
+from ..timing import Timing
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from ..transport.pipe import Command, RedisClock
-from .dead_limit import DeadLimit
 from .group import Group
-from .outcomes import Outcome
+from .outcomes import DeadLimit, Outcome
 
 logger = get_logger(__name__)
 
@@ -31,6 +31,80 @@ MOST_PER_WRITE = 500
 #: Bytes after which a round trip takes no more outcomes. Retries and dead letters hold events.
 MOST_BYTES_PER_WRITE = 4 * 1024 * 1024
 
+#: Seconds after which the maintenance thread writes outcomes that no worker thread has written.
+WRITE_SOON = 0.05
+
+#: Number of times a second that the maintenance thread looks for due retries.
+LOOKS_PER_SECOND = 10
+
+_ENTRY = attrgetter("entry")
+
+
+class Schedule:
+    """When the maintenance thread runs its next round. Any thread may bring that forward.
+
+    :param clock: the clock of Redis, by which retries are due.
+    """
+
+    def __init__(self, clock: RedisClock, timing: Timing) -> None:
+        self._clock = clock
+        self._expect_within = timing.expect_within
+        self._changed = threading.Condition()
+        #: Monotonic time at which the thread wakes up; a time asked for while it runs a round.
+        self._next = math.inf
+        #: Streams with retries that will be due, by the time to look for them: seconds since 1970
+        #: multiplied by :data:`LOOKS_PER_SECOND`.
+        self._due: dict[int, set[str]] = {}
+
+    def within(self, seconds: float) -> None:
+        """Let the next round begin after ``seconds`` at the latest."""
+        at = time.monotonic() + seconds
+
+        # Most calls ask for a round that is planned already, so they need no lock.
+        if at < self._next:
+            with self._changed:
+                self._next = min(at, self._next)
+                self._changed.notify_all()
+
+    def expect(self, name: str, due: float) -> None:
+        """Look for retries of the signal ``name`` at the time ``due``, in seconds since 1970.
+
+        Ignore a time more than ``Timing.expect_within`` seconds ahead, which bounds the memory.
+        """
+        left = due - self._clock.now()
+
+        if left <= self._expect_within:
+            with self._changed:
+                self._due.setdefault(math.ceil(due * LOOKS_PER_SECOND), set()).add(name)
+
+            self.within(left + 1 / LOOKS_PER_SECOND)
+
+    def take_due(self) -> set[str]:
+        """Remove and return the signals with retries that are expected to be due."""
+        now = self._clock.now() * LOOKS_PER_SECOND if self._due else 0.0
+
+        with self._changed:
+            steps = [step for step in self._due if step <= now]
+            return set().union(*[self._due.pop(step) for step in steps])
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until the next round: for ``seconds``, or less if another thread asked for it."""
+        now = self._clock.now() if self._due else 0.0
+
+        with self._changed:
+            first = min(self._due, default=None)
+            left = seconds if first is None else min(seconds, first / LOOKS_PER_SECOND - now)
+            self._next = min(self._next, time.monotonic() + left)
+
+            while (left := self._next - time.monotonic()) > 0:
+                self._changed.wait(left)
+
+            self._next = math.inf
+
+    def disown(self) -> None:
+        """Forget the lock in a forked child. Another thread may have held it."""
+        self._changed = threading.Condition()
+
 
 class Acknowledger:
     """Writes outcomes in batches, and keeps those that Redis did not accept.
@@ -38,8 +112,6 @@ class Acknowledger:
     Any thread may call its methods.
 
     :param group: the consumer group on the write connection.
-    :param expect: called with the signal's name and the due time, in seconds since 1970, of
-        each retry that was written.
     """
 
     def __init__(
@@ -48,7 +120,6 @@ class Acknowledger:
         *,
         group: Group,
         in_flight: InFlight,
-        expect: Callable[[str, float], None],
     ) -> None:
         self._config = context.config
         self._keys = context.keys
@@ -56,18 +127,23 @@ class Acknowledger:
         self._timing = context.timing
         self._group = group
         self._in_flight = in_flight
-        self._expect = expect
         self._log = BoundedLog(logger)
         self._waiting: deque[Outcome] = deque()
         #: First attempts without a failure. They need an acknowledgement only.
         self._handled: deque[Delivery] = deque()
         #: Outcomes that Redis refused, each with the monotonic time of its next attempt.
         self._refusals: deque[tuple[float, Outcome]] = deque()
+        #: Monotonic time at which the first of them is due.
+        self._resend_at = math.inf
+        #: True from a refusal until the log says that no refused outcome is left.
+        self._was_refused = False
         #: Held by the thread that uses the write connection.
         self.lock = threading.RLock()
         self.clock = RedisClock(
             group.pipe, config=self._config, timing=context.timing, lock=self.lock
         )
+        #: Told when the maintenance thread has outcomes to write, or a retry to take.
+        self.schedule = Schedule(self.clock, context.timing)
         self._limit = DeadLimit(
             group.pipe,
             config=self._config,
@@ -82,24 +158,23 @@ class Acknowledger:
     @property
     def memory(self) -> int:
         """Bytes of the commands of unwritten outcomes. Their deliveries are not counted."""
+        if not self._waiting and not self._refusals:
+            return 0
+
         refused = [outcome for _, outcome in list(self._refusals)]
         return sum(outcome.size for outcome in [*self._waiting, *refused])
 
     @property
-    def is_due(self) -> bool:
-        """Return True if an outcome can be written now."""
-        if self._handled or self._waiting:
-            return True
-
-        first = self._refusals[0][0] if self._refusals else float("inf")
-        return first <= time.monotonic()
+    def due_at(self) -> float:
+        """Monotonic time at which the first outcome can be written; infinite if none waits."""
+        return 0.0 if self._handled or self._waiting else self._resend_at
 
     def acknowledge(self, delivery: Delivery) -> None:
         """Queue the acknowledgement of a first attempt without a failure, for :meth:`flush`."""
         self._handled.append(delivery)
 
     def add(self, outcome: Outcome) -> None:
-        """Queue an outcome for :meth:`flush`, which the maintenance thread calls soon."""
+        """Queue an outcome for :meth:`flush`."""
         self._waiting.append(outcome)
 
     def write(self, outcomes: Iterable[Outcome] = ()) -> None:
@@ -117,29 +192,50 @@ class Acknowledger:
 
         :raises redis.ConnectionError: Redis is away.
         """
-        while self.is_due:
+        while self._handled or self._waiting or self._resend_at <= time.monotonic():
             with self.lock:
-                self._queue_due_refusals()
-                handled, batch = _pop_handled(self._handled), _pop_batch(self._waiting)
+                self._write_batch()
 
-                try:
-                    batch = self._without_written(batch)
-                    self._send(handled, batch)
-                except BaseException:
-                    self._handled.extendleft(reversed(handled))
-                    self._queue_again(batch)
-                    raise
+        if self._limit.grown:
+            self._limit.enforce()
 
-        self._log_recovery()
-        self._limit.enforce()
+    def _write_batch(self) -> None:
+        """Write the oldest queued outcomes, in one round trip."""
+        if self._refusals:
+            self._queue_due_refusals()
+
+        handled: list[Delivery] = []
+
+        # Other threads may add more meanwhile.
+        while self._handled and len(handled) < MOST_PER_WRITE:
+            handled.append(self._handled.popleft())
+
+        batch = _pop_batch(self._waiting) if self._waiting else []
+
+        try:
+            if batch:
+                batch = self._without_written(batch)
+
+            self._send(handled, batch)
+        except BaseException:
+            self._handled.extendleft(reversed(handled))
+            self._queue_again(batch)
+            self.schedule.within(WRITE_SOON)
+            raise
+
+        if self._was_refused and not self._refusals:
+            self._log_recovery()
 
     def write_all(self) -> None:
         """Write the queued outcomes, and all refused ones without waiting for their time.
 
         :raises redis.ConnectionError: Redis is away.
         """
-        self._waiting.extend(outcome for _, outcome in self._refusals)
-        self._refusals.clear()
+        with self.lock:
+            self._waiting.extend(outcome for _, outcome in self._refusals)
+            self._refusals.clear()
+            self._resend_at = math.inf
+
         self.flush()
 
     def close(self) -> None:
@@ -149,19 +245,21 @@ class Acknowledger:
 
     def _log_recovery(self) -> None:
         """Log once that Redis accepted all outcomes it had refused."""
-        if not self._refusals:
-            self._log.over(
-                "refused",
-                "Redis accepted the outcomes of all events of %r that it had rejected.",
-                self._config.service,
-                extra={"service": self._config.service},
-            )
+        self._was_refused = False
+        self._log.over(
+            "refused",
+            "Redis accepted the outcomes of all events of %r that it had rejected.",
+            self._config.service,
+            extra={"service": self._config.service},
+        )
 
     def _queue_due_refusals(self) -> None:
         now = time.monotonic()
 
         while self._refusals and self._refusals[0][0] <= now:
             self._waiting.append(self._refusals.popleft()[1])
+
+        self._resend_at = self._refusals[0][0] if self._refusals else math.inf
 
     def _queue_again(self, batch: Sequence[Outcome]) -> None:
         for outcome in batch:
@@ -196,20 +294,24 @@ class Acknowledger:
         return ("ZSCORE", self._keys.retry(outcome.name, self._config.service), member)
 
     def _send(self, handled: Sequence[Delivery], batch: Sequence[Outcome]) -> None:
-        acknowledged: dict[str, list[Outcome]] = {}
-        by_stream = [list(found) for _, found in groupby(handled, attrgetter("name"))]
+        by_name: dict[str, list[Delivery]] = {}
+
+        for delivery in handled:
+            by_name.setdefault(delivery.name, []).append(delivery)
+
         commands = [
-            self._group.acknowledge_command(found[0].name, [delivery.entry for delivery in found])
-            for found in by_stream
+            self._group.acknowledge_command(name, map(_ENTRY, found))
+            for name, found in by_name.items()
         ]
         # The outcomes of each block of commands, with the number of its answers.
         blocks: list[tuple[int, list[Outcome]]] = []
+        acknowledged: dict[str, list[Outcome]] = {}
 
         for outcome in batch:
             if outcome.commands:
-                transaction = self._transaction(outcome)
-                commands += transaction
-                blocks.append((len(transaction), [outcome]))
+                remove = self._remove_pending(outcome)
+                commands += [("MULTI",), *outcome.commands, remove, ("EXEC",)]
+                blocks.append((len(outcome.commands) + 3, [outcome]))
             elif outcome.member:
                 commands.append(self._remove_pending(outcome))
                 blocks.append((1, [outcome]))
@@ -217,20 +319,19 @@ class Acknowledger:
                 acknowledged.setdefault(outcome.name, []).append(outcome)
 
         for name, outcomes in acknowledged.items():
-            commands.append(
-                self._group.acknowledge_command(name, [found.entry for found in outcomes])
-            )
+            commands.append(self._group.acknowledge_command(name, map(_ENTRY, outcomes)))
             blocks.append((1, outcomes))
 
         answers = self._group.pipe.run(commands) if commands else []
 
-        for deliveries, answer in zip(by_stream, answers, strict=False):
-            self._finish_handled(deliveries, answer)
+        for found, answer in zip(by_name.values(), answers, strict=False):
+            self._finish_handled(found, answer)
 
-        answers = answers[len(by_stream) :]
+        done = len(by_name)
 
         for count, outcomes in blocks:
-            own, answers = answers[:count], answers[count:]
+            own = answers[done : done + count]
+            done += count
             # The refused command of a transaction names the reason; the answer to EXEC does not.
             refusal = next((answer for answer in own if isinstance(answer, Exception)), None)
             self._finish(outcomes, refusal or own[-1])
@@ -239,10 +340,9 @@ class Acknowledger:
         if isinstance(answer, Exception):
             outcomes = [Outcome(found.name, found.entry, delivery=found) for found in deliveries]
             self._keep_refused(outcomes, answer)
-            return
-
-        self._in_flight.remove(deliveries)
-        self._counters.add("acked", len(deliveries))
+        else:
+            self._in_flight.remove(deliveries)
+            self._counters.add("acked", len(deliveries))
 
     def _finish(self, outcomes: Sequence[Outcome], answer: Any) -> None:
         """Forget outcomes that Redis accepted, and keep those that it refused.
@@ -299,6 +399,9 @@ class Acknowledger:
             found for found in outcomes if found.delivery is not None or found.is_partly_written
         ]
         self._refusals.extend((again, outcome) for outcome in kept)
+        self._resend_at = self._refusals[0][0] if self._refusals else math.inf
+        self._was_refused = True
+        self.schedule.within(self._timing.resend_after)
         self._counters.add("outcomes_refused", len(outcomes))
         self._log.error(
             "refused",
@@ -316,11 +419,11 @@ class Acknowledger:
         self._counters.add("retries", len(outcome.due))
 
         for due in outcome.due:
-            self._expect(outcome.name, due)
+            self.schedule.expect(outcome.name, due)
 
         for letter in outcome.letters:
             self._counters.add("dead_lettered")
-            self._limit.note(outcome.name)
+            self._limit.grown.add(outcome.name)
             self._log_dead_letter(outcome, letter)
             emit(
                 event_dead_lettered,
@@ -355,9 +458,6 @@ class Acknowledger:
             },
         )
 
-    def _transaction(self, outcome: Outcome) -> list[Command]:
-        return [("MULTI",), *outcome.commands, self._remove_pending(outcome), ("EXEC",)]
-
     def _add_pending(self, outcome: Outcome) -> Command:
         """Return the command that reverts :meth:`_remove_pending`."""
         if member := outcome.member:
@@ -386,8 +486,3 @@ def _pop_batch(waiting: deque[Outcome]) -> list[Outcome]:
         room -= batch[-1].size
 
     return batch
-
-
-def _pop_handled(handled: deque[Delivery]) -> list[Delivery]:
-    """Remove and return the oldest deliveries of one round trip. Other threads may add more."""
-    return [handled.popleft() for _ in range(min(len(handled), MOST_PER_WRITE))]

@@ -12,6 +12,7 @@ from ..receivers.delivery import Delivery
 from ..receivers.dispatcher import Dispatcher, Failure, Status
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
+from .acknowledger import WRITE_SOON
 from .decoder import Intake
 from .group import Group, GroupGoneError
 from .retry_queue import RetryQueue
@@ -69,6 +70,9 @@ class Attempts:
             if time.monotonic() > due:
                 self._acknowledger.write()
                 due = time.monotonic() + WRITE_EVERY
+            elif number + 1 < len(deliveries):
+                # The next receiver may take long.
+                self._acknowledger.schedule.within(WRITE_SOON)
 
         self._acknowledger.write()
 

@@ -83,12 +83,7 @@ class Consumer:
     ) -> tuple[Intake, Reclaimer]:
         """Create what handles entries: outcomes, retries and claims, over one connection."""
         self._group = self._group_on(context, WRITE_TIMEOUT)
-        self._acknowledger = Acknowledger(
-            context,
-            group=self._group,
-            in_flight=self._in_flight,
-            expect=lambda name, due: self._maintenance.expect(name, due),
-        )
+        self._acknowledger = Acknowledger(context, group=self._group, in_flight=self._in_flight)
         outcomes = Outcomes(
             context,
             retries_of=counts.after,

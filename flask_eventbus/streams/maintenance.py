@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import threading
 import time
@@ -26,8 +25,11 @@ from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
 
-#: Seconds between two rounds of the thread while deliveries are in flight.
-IN_FLIGHT_PAUSE = 0.05
+#: Seconds until the next round while it has outcomes to write, or entries and retries to take.
+SOON = 0.05
+
+#: Longest time in seconds between two rounds while the last receivers end.
+DRAINING_PAUSE = 1.0
 
 #: Number of signs of life that a consumer gives in ``Timing.idle_consumer_after`` seconds.
 SIGNS_OF_LIFE = 4
@@ -37,9 +39,6 @@ MOST_RETRIES = 32
 
 #: Approximate bytes of the retries taken in one round trip.
 MOST_RETRY_BYTES = 4 * 1024 * 1024
-
-#: Number of times a second that the thread looks for due retries.
-LOOKS_PER_SECOND = 10
 
 #: Most seconds between two attempts while Redis is away.
 MOST_BACKOFF = 2.0
@@ -74,13 +73,10 @@ class Maintenance:
         self._queue = intake.queue
         self._acknowledger = intake.acknowledger
         self._clock = intake.acknowledger.clock
+        self._schedule = intake.acknowledger.schedule
         self._retries = retries
         self._reclaimer = reclaimer
         self._log = BoundedLog(logger)
-        self._changed = threading.Condition()
-        #: Streams with retries that will be due, by the time to look for them: seconds since 1970
-        #: multiplied by :data:`LOOKS_PER_SECOND`.
-        self._due: dict[int, set[str]] = {}
         self._draining = False
         self._stopping = False
         self._is_disowned = False
@@ -92,8 +88,6 @@ class Maintenance:
         )
         #: Streams with more due retries than the queue had room for.
         self._more_retries: set[str] = set()
-        #: True while deliveries are in flight: a round follows every :data:`IN_FLIGHT_PAUSE` s.
-        self._is_watching = False
         #: Streams with entries that this process released. The reader takes those first.
         self.released_streams: set[str] = set()
 
@@ -111,17 +105,14 @@ class Maintenance:
 
     def stop(self) -> None:
         """Take no more entries and retries. Claims of running deliveries are still renewed."""
-        with self._changed:
-            self._draining = True
-            self._changed.notify_all()
+        self._draining = True
+        self._schedule.within(0.0)
 
     def finish(self, deadline: float) -> None:
         """Let the thread release what is left until the deadline, and end. Return at once."""
         self._group.pipe.deadline = deadline
-
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
+        self._stopping = True
+        self._schedule.within(0.0)
 
     def end(self, deadline: float) -> bool:
         """Wait for the end of the thread. Return False if it still runs at the deadline."""
@@ -133,35 +124,17 @@ class Maintenance:
 
     def disown(self) -> None:
         """Stop in a forked child, where the thread does not run."""
-        self._changed = threading.Condition()
+        self._schedule.disown()
         self._stopping = self._is_disowned = True
-
-    def expect(self, name: str, due: float) -> None:
-        """Look for retries of the signal ``name`` at the time ``due``, in seconds since 1970.
-
-        Ignore a time more than ``Timing.expect_within`` seconds ahead, which bounds the memory.
-        """
-        if due - self._clock.now() > self._timing.expect_within:
-            return
-
-        with self._changed:
-            self._due.setdefault(math.ceil(due * LOOKS_PER_SECOND), set()).add(name)
-            self._changed.notify_all()
 
     def wake(self) -> None:
         """Check for idle and released entries now, after streams were joined."""
-        with self._changed:
-            self._reclaim_at = self._released_at = 0.0
-            self._changed.notify_all()
+        self._reclaim_at = self._released_at = 0.0
+        self._schedule.within(0.0)
 
     def watch_in_flight(self) -> None:
-        """Run a round every :data:`IN_FLIGHT_PAUSE` seconds until no delivery is in flight."""
-        if self._is_watching:
-            return
-
-        with self._changed:
-            self._is_watching = True
-            self._changed.notify_all()
+        """Look in time whether a receiver has started for the deliveries that were queued."""
+        self._schedule.within(self._timing.pause_reading_after)
 
     def _run(self) -> None:
         backoff = Backoff(most=MOST_BACKOFF)
@@ -182,52 +155,37 @@ class Maintenance:
                 )
                 pause = backoff.next()
 
-            with self._changed:
-                if not self._stopping:
-                    self._changed.wait(pause)
+            if not self._stopping:
+                self._schedule.wait(pause)
 
         if not self._is_disowned:
             self._release_all()
 
     def _pause(self) -> float:
+        """Return the seconds until the next round, if no other thread asks for an earlier one."""
         now = time.monotonic()
+        soon = now + SOON
+        times = [self._renew_at, max(soon, self._acknowledger.due_at)]
 
         if self._draining:
-            return max(0.001, min(self._renew_at - now, 0.05 if self._acknowledger.is_due else 1.0))
+            times.append(now + DRAINING_PAUSE)
+            return max(0.001, min(times) - now)
 
-        times = [self._renew_at, self._reclaim_at, self._released_at, self._consumers_at]
-        times.append(self._retries.search_at)
-        return max(0.001, min(min(times) - now, self._until_due, self._soon))
+        times += [self._reclaim_at, self._released_at, self._consumers_at, self._retries.search_at]
 
-    @property
-    def _until_due(self) -> float:
-        """Seconds until the first time given to :meth:`expect`."""
-        with self._changed:
-            first = min(self._due, default=None)
+        if self._reclaimer.has_more or self._more_retries:
+            times.append(soon)
 
-        return (
-            self._timing.expect_within
-            if first is None
-            else first / LOOKS_PER_SECOND - self._clock.now()
-        )
+        if self._in_flight:
+            left = self._timing.pause_reading_after - self._in_flight.stalled_for
+            times.append(max(soon, now + left))
 
-    @property
-    def _soon(self) -> float:
-        """Seconds until the next round for deliveries, outcomes and entries not yet taken."""
-        if self._is_watching or self._acknowledger.is_due:
-            return IN_FLIGHT_PAUSE
-
-        if (self._reclaimer.has_more or self._more_retries) and self._queue.room > 0:
-            return IN_FLIGHT_PAUSE
-
-        is_waiting = self._reclaimer.has_more or self._more_retries or len(self._acknowledger)
-        return 1.0 if is_waiting else 60.0
+        return max(0.001, min(times) - now)
 
     def _run_round(self, now: float) -> None:
         names = dict(self._membership.joined)
 
-        if self._acknowledger.is_due:
-            self._acknowledger.flush()
+        self._acknowledger.flush()
 
         if now >= self._renew_at:
             self._renew_at = now + self._config.claim_after / 3
@@ -241,9 +199,6 @@ class Maintenance:
         if self._draining:
             return
 
-        # Cleared before it is computed: the reader may set it in between.
-        self._is_watching = False
-        self._is_watching = bool(len(self._in_flight))
         self._release_stalled()
 
         if now >= self._reclaim_at or (self._reclaimer.has_more and self._queue.room > 0):
@@ -429,13 +384,7 @@ class Maintenance:
             )
 
     def _run_due(self, names: Mapping[str, Subscription]) -> None:
-        due, self._more_retries = self._more_retries, set()
-        now = self._clock.now() if self._due else 0.0
-
-        with self._changed:
-            for step in [step for step in self._due if step <= now * LOOKS_PER_SECOND]:
-                due |= self._due.pop(step)
-
+        due, self._more_retries = self._more_retries | self._schedule.take_due(), set()
         self._run_retries({name: names[name] for name in due if name in names})
 
     def _run_retries(self, names: Mapping[str, Subscription]) -> None:

@@ -19,8 +19,8 @@ from flask_eventbus import Bus, Reject, current_event
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.streams import acknowledger, attempts, outcomes
-from flask_eventbus.streams.dead_limit import DeadLimit
 from flask_eventbus.streams.group import Group
+from flask_eventbus.streams.outcomes import DeadLimit
 from flask_eventbus.timing import TIMING
 from flask_eventbus.transport.pipe import Command, Pipe
 
@@ -111,6 +111,31 @@ def test_the_outcome_of_a_retry_is_written_again_if_redis_did_not_get_it(
 
     wait_until(lambda: tries == [1, 2, 3], what="it is tried a third time")
     assert lost
+
+
+@pytest.mark.timing(check_released_every=60.0, pause_reading_after=60.0)
+def test_an_outcome_is_written_while_the_next_receiver_runs(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The worker thread itself writes at the end of the batch only.
+    monkeypatch.setattr(attempts, "WRITE_EVERY", 600.0)
+    started: list[int] = []
+    done = threading.Event()
+
+    def receive(sender: str, n: int) -> None:
+        started.append(n)
+
+        if n == 2:
+            done.wait(30)
+
+    store.add("tick", n=1)
+    store.add("tick", n=2)
+    listen(make_bus(store.url, "mailer", prefix=store.prefix, workers=1), receive)
+
+    wait_until(lambda: started == [1, 2], what="the second one runs")
+    wait_until(lambda: pending(store) == 1, what="the first one is acknowledged")
+    done.set()
+    wait_until(lambda: pending(store) == 0, what="both are acknowledged")
 
 
 def test_an_event_whose_outcome_cannot_be_determined_is_delivered_again(
@@ -591,7 +616,7 @@ def test_dead_letters_are_trimmed_and_counted_after_an_outage_in_the_middle(
         counters=bus.node.counters,
         lock=nullcontext(),
     )
-    limit.note("tick")
+    limit.grown.add("tick")
     limit.enforce()
     limit.enforce()
     pipe.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import itertools
 import json
 import logging
@@ -25,7 +24,7 @@ from workers import Workers
 from flask_eventbus import Bus, ConfigError, EventBus, Reject, Retry, current_event, signals
 from flask_eventbus.codec.records import RetryRecord
 from flask_eventbus.receivers import dispatcher
-from flask_eventbus.streams import maintenance, retry_queue
+from flask_eventbus.streams import acknowledger, retry_queue
 from flask_eventbus.timing import Timing
 from flask_eventbus.transport.keys import StreamKeys
 
@@ -240,18 +239,15 @@ def test_an_invalid_retry_delay_counts_as_a_failure(line: Line, after: Any) -> N
 
 
 def test_the_memory_for_waiting_retries_is_bounded() -> None:
-    parts = inspect.signature(maintenance.Maintenance).parameters
-    intake = mock.Mock()
-    intake.acknowledger.clock.now.return_value = 1_000_000.25
-    context = mock.Mock(timing=Timing(expect_within=60.0))
-    given = {"context": context, "intake": intake}
-    kept = maintenance.Maintenance(**{part: mock.Mock() for part in parts} | given)
+    clock = mock.Mock()
+    clock.now.return_value = 1_000_000.25
+    schedule = acknowledger.Schedule(clock, Timing(expect_within=60.0))
 
     for n in range(20_000):
-        kept.expect("work", 1_000_000.25 + n / 100)
+        schedule.expect("work", 1_000_000.25 + n / 100)
 
-    assert len(kept._due) <= 60.0 * maintenance.LOOKS_PER_SECOND + 1
-    assert set().union(*kept._due.values()) == {"work"}
+    assert len(schedule._due) <= 60.0 * acknowledger.LOOKS_PER_SECOND + 1
+    assert set().union(*schedule._due.values()) == {"work"}
 
 
 @pytest.mark.timing(check_released_every=0.2, expect_within=0.1)
