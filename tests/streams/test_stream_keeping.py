@@ -120,22 +120,27 @@ def test_an_outcome_is_written_while_the_next_receiver_runs(
     # The worker thread itself writes at the end of the batch only.
     monkeypatch.setattr(attempts, "WRITE_EVERY", 600.0)
     started: list[int] = []
-    done = threading.Event()
+    gates = {0: threading.Event(), 2: threading.Event()}
 
     def receive(sender: str, n: int) -> None:
         started.append(n)
 
-        if n == 2:
-            done.wait(30)
+        if n in gates:
+            gates[n].wait(30)
 
-    store.add("tick", n=1)
-    store.add("tick", n=2)
-    listen(make_bus(store.url, "mailer", prefix=store.prefix, workers=1), receive)
+    # No claim is renewed before the test ends.
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, concurrency=1, claim_after=300)
+    listen(bus, receive)
+    store.add("tick", n=0)
+    wait_until(lambda: started == [0], what="the only thread is busy")
+    last, _ = [store.add("tick", n=n) for n in (1, 2)][-1]
+    wait_until(lambda: store.position("tick") == last, what="two more are read")
+    gates[0].set()
 
-    wait_until(lambda: started == [1, 2], what="the second one runs")
-    wait_until(lambda: pending(store) == 1, what="the first one is acknowledged")
-    done.set()
-    wait_until(lambda: pending(store) == 0, what="both are acknowledged")
+    wait_until(lambda: started == [0, 1, 2], what="the last one runs")
+    wait_until(lambda: pending(store) == 1, what="the others are acknowledged")
+    gates[2].set()
+    wait_until(lambda: pending(store) == 0, what="all are acknowledged")
 
 
 def test_an_event_whose_outcome_cannot_be_determined_is_delivered_again(
