@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from flask_eventbus import ConfigError
 from flask_eventbus.transport.embedded import find_executable
 
 FOLDER = Path(__file__).parent.parent
@@ -49,63 +48,40 @@ def trail(tmp_path: Path) -> Trail:
 def audit(monkeypatch: pytest.MonkeyPatch, trail: Trail) -> ModuleType:
     """``audit.py`` as nobody has used it before."""
     monkeypatch.setenv("AUDIT_FILE", str(trail.path))
-    spec = importlib.util.spec_from_file_location("audit", FOLDER / "audit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.delitem(sys.modules, "audit", raising=False)
+    return importlib.import_module("audit")
 
 
-class RedisServer:
-    """A real server behind a socket."""
+class Redis:
+    """A real server of this test's own, behind a socket."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._socket = folder / "redis.sock"
-        self._process: subprocess.Popen[bytes] | None = None
         self.url = f"unix://{self._socket}"
 
     def start(self) -> None:
-        command = [server_program(), "--port", "0", "--unixsocket", str(self._socket)]
+        words = ["--port", "0", "--unixsocket", self._socket, "--save", ""]
         self._process = subprocess.Popen(
-            [*command, "--save", ""], cwd=self._folder, stdout=subprocess.DEVNULL
+            [find_executable(), *words], cwd=self._folder, stdout=subprocess.DEVNULL
         )
-        wait_until(self._socket.exists)
 
     def kill(self) -> None:
-        if self._process is None:
-            return
-
         self._process.kill()
         self._process.wait()
-        self._process = None
-        self._socket.unlink(missing_ok=True)
-
-
-def server_program() -> str:
-    try:
-        return find_executable()
-    except ConfigError as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"CI needs redis-server: {error}")
-
-        pytest.skip(f"This test needs redis-server: {error}")
 
 
 @pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
+def redis_server(tmp_path: Path) -> Iterator[Redis]:
+    server = Redis(tmp_path)
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture
-def run(redis_server: RedisServer, trail: Trail) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+def run(redis_server: Redis, trail: Trail) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
     """Start the script, and wait until it listens."""
     settings = {"EVENTBUS_URL": redis_server.url, "AUDIT_FILE": str(trail.path)}
     processes: list[subprocess.Popen[bytes]] = []

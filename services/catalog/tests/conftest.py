@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +20,9 @@ FOLDER = Path(__file__).parent.parent
 @pytest.fixture
 def catalog(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """``app.py`` as nobody has used it before: a worker that has just started."""
-    spec = importlib.util.spec_from_file_location("app", FOLDER / "app.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "app", module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.delitem(sys.modules, "app", raising=False)
+    return importlib.import_module("app")
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import pytest
 
-from flask_eventbus import ConfigError
 from flask_eventbus.transport.embedded import find_executable
 
 FOLDER = Path(__file__).parent.parent
@@ -26,29 +25,22 @@ T = TypeVar("T")
 
 
 class Redis:
-    """A server of this test's own, behind a socket."""
+    """A real server of this test's own, behind a socket."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._socket = folder / "redis.sock"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self._socket}"
+        self.url = f"unix://{self._socket}"
 
     def start(self) -> None:
-        command = [server_program(), "--port", "0", "--unixsocket", str(self._socket)]
+        words = ["--port", "0", "--unixsocket", self._socket, "--save", ""]
         self._process = subprocess.Popen(
-            [*command, "--save", ""], cwd=self._folder, stdout=subprocess.DEVNULL
+            [find_executable(), *words], cwd=self._folder, stdout=subprocess.DEVNULL
         )
-        wait_until(self._socket.exists, "Redis listens")
 
     def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._socket.unlink(missing_ok=True)
+        self._process.kill()
+        self._process.wait()
 
 
 class Catalog:
@@ -192,16 +184,6 @@ def all_cached(service: Catalog) -> bool:
 
 def any_cached(service: Catalog) -> bool:
     return any(answer["cached"] for answer in service.ask_both())
-
-
-def server_program() -> str:
-    try:
-        return find_executable()
-    except ConfigError as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"CI needs redis-server: {error}")
-
-        pytest.skip(f"What happens between two workers is not tested: {error}")
 
 
 def address_in(log: Path, process: subprocess.Popen[bytes]) -> str | None:
