@@ -6,14 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from ..errors import PublishError
-from ..logs import Counters, get_logger
-from ..signals import emit, events_dropped
 from .message import Message
-from .outage import Outage
-
-logger = get_logger(__name__)
-
 
 #: Size limit of the buffer in bytes. ``EVENTBUS_BUFFER_SIZE`` limits the number of events.
 MOST_BYTES = 64 * 1024 * 1024
@@ -298,63 +291,3 @@ def _oldest(channels: Sequence[Message], streams: Sequence[Message]) -> Message 
 
 def _number(message: Message) -> int:
     return message.number
-
-
-class Overflow:
-    """Drops the oldest channel events if the buffer is full; never drops stream events."""
-
-    def __init__(self, *, buffer: Buffer, outage: Outage, counters: Counters, service: str) -> None:
-        self._buffer = buffer
-        self._outage = outage
-        self._counters = counters
-        self._service = service
-
-    def drop_for(self, message: Message) -> int:
-        """Make room for an event, and return the number of dropped events.
-
-        If only stream events are queued, a channel event is itself dropped.
-
-        :raises PublishError: the event is a stream event, and only stream events are queued.
-        """
-        if self._buffer.can_make_room(message):
-            return self._drop_until_there_is_room(message)
-
-        if message.route_state.is_stream:
-            raise self._refusal(message)
-
-        message.assign_seq()
-        message.finish(PublishError("The buffer was full.", event_id=message.id))
-        return 1
-
-    def report(self, count: int) -> None:
-        """Count, log and signal that ``count`` events were dropped."""
-        self._counters.add("dropped", count)
-
-        if not self._outage.overflowed:
-            self._outage.overflowed = True
-            logger.error(
-                "The buffer is full with %d events of %d bytes. The oldest channel events are "
-                "dropped until Redis accepts events again; health() counts them.",
-                len(self._buffer),
-                self._buffer.bytes,
-            )
-
-        emit(events_dropped, self._service, where="buffer", count=count)
-
-    def _drop_until_there_is_room(self, message: Message) -> int:
-        dropped = 0
-
-        while not self._buffer.has_room(message) and (oldest := self._buffer.drop_oldest()):
-            oldest.finish(PublishError("The buffer was full.", event_id=oldest.id))
-            dropped += 1
-
-        return dropped
-
-    def _refusal(self, message: Message) -> PublishError:
-        reason = self._outage.error or "Redis does not answer"
-        return PublishError(
-            f"The event {message.id} of {message.route_state.name!r} was not accepted: {reason}, "
-            f"and the buffer is full with {len(self._buffer)} stream events, which are never "
-            "dropped. Send it again when Redis is back, or raise 'EVENTBUS_BUFFER_SIZE'.",
-            event_id=message.id,
-        )

@@ -10,12 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import PublishError
+from ..logs import get_logger
 from ..routing.routes import Route
+from ..signals import emit, events_dropped
 from ..transport.connections import Context
-from .buffer import Buffer, Overflow
+from .buffer import Buffer
 from .message import Message, MessageBuilder, TooFewReplicasError
 from .outage import Outage
 from .writer import Writer
+
+logger = get_logger(__name__)
 
 
 class ClosedError(Exception):
@@ -38,8 +42,8 @@ class Publisher:
         trace: Callable[[], str | None] | None,
         resend: Callable[[Message], None],
     ) -> None:
-        config, counters, timing = context.config, context.counters, context.timing
-        self._config = config
+        self._config = config = context.config
+        self._counters = context.counters
         self._resend = resend
         self._node = context.node
         self._builder = MessageBuilder(config, context.codec, trace=trace)
@@ -47,10 +51,7 @@ class Publisher:
         #: Highest event number that has been assigned.
         self.issued = 0
         self._buffer = Buffer(most_events=config.buffer_size)
-        self._outage = Outage(config.service, timing.max_writer_backoff)
-        self._overflow = Overflow(
-            buffer=self._buffer, outage=self._outage, counters=counters, service=config.service
-        )
+        self._outage = Outage(config.service, context.timing.max_writer_backoff)
         self._writer = Writer(context, buffer=self._buffer, outage=self._outage)
         self._closed = False
         #: Ids of the threads that currently wait for a confirmation.
@@ -234,7 +235,7 @@ class Publisher:
             self._writer.wake()
 
         if dropped:
-            self._overflow.report(dropped)
+            self._report_dropped(dropped)
 
         if self._writer.thread is None:
             is_away = self._stops(message.route_state.is_stream)
@@ -288,7 +289,13 @@ class Publisher:
             self.issued = number
 
     def _make_room(self, message: Message, deadline: float) -> int:
-        """Wait for buffer space while Redis is available; else drop the oldest channel events."""
+        """Wait for buffer space while Redis is available; else drop the oldest channel events.
+
+        If only stream events are queued, a channel event is itself dropped, and a stream event is
+        refused.
+
+        :return: the number of dropped events.
+        """
         has_room = self._room_comes(message, deadline)
 
         if self._closed:
@@ -298,13 +305,38 @@ class Publisher:
             return 0
 
         self._refuse_in_outage(message)
-
         self._assign_id(message)
 
-        try:
-            return self._overflow.drop_for(message)
-        except PublishError as error:
-            raise self._error(str(error), message, in_doubt=message.unanswered > 0) from None
+        if not self._buffer.can_make_room(message):
+            if message.route_state.is_stream:
+                raise self._no_room(message)
+
+            message.assign_seq()
+            message.finish(PublishError("The buffer was full.", event_id=message.id))
+            return 1
+
+        dropped = 0
+
+        while not self._buffer.has_room(message) and (oldest := self._buffer.drop_oldest()):
+            oldest.finish(PublishError("The buffer was full.", event_id=oldest.id))
+            dropped += 1
+
+        return dropped
+
+    def _report_dropped(self, count: int) -> None:
+        """Count, log and signal that ``count`` channel events were dropped."""
+        self._counters.add("dropped", count)
+
+        if not self._outage.overflowed:
+            self._outage.overflowed = True
+            logger.error(
+                "The buffer is full with %d events of %d bytes. The oldest channel events are "
+                "dropped until Redis accepts events again; health() counts them.",
+                len(self._buffer),
+                self._buffer.bytes,
+            )
+
+        emit(events_dropped, self._config.service, where="buffer", count=count)
 
     def _room_comes(self, message: Message, deadline: float) -> bool:
         is_away = self._stops(message.route_state.is_stream)
@@ -343,7 +375,7 @@ class Publisher:
                 leads = self._writer.enlist(message)
 
             if dropped:
-                self._overflow.report(dropped)
+                self._report_dropped(dropped)
 
             has_result = self._writer.finish(message, deadline, leads=leads)
         except BaseException:
@@ -403,6 +435,15 @@ class Publisher:
                 "'EVENTBUS_ON_OUTAGE' to 'buffer' to keep events in memory."
             )
 
+        return self._error(text, message, in_doubt=message.unanswered > 0)
+
+    def _no_room(self, message: Message) -> PublishError:
+        reason = self._outage.error or "Redis does not answer"
+        text = (
+            f"The event {message.id} of {message.route_state.name!r} was not accepted: {reason}, "
+            f"and the buffer is full with {len(self._buffer)} stream events, which are never "
+            "dropped. Send it again when Redis is back, or raise 'EVENTBUS_BUFFER_SIZE'."
+        )
         return self._error(text, message, in_doubt=message.unanswered > 0)
 
     def _failure(self, message: Message, error: Exception) -> PublishError:
