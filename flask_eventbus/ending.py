@@ -95,10 +95,31 @@ def catch_sigterm(stop: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, end_by_signal)
 
 
-def leave_sigterm() -> None:
-    """Undo :func:`catch_sigterm` in a child that inherited the handler."""
-    if signal.getsignal(signal.SIGTERM) is end_by_signal:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def stop_with_pools(stop: Callable[[], None], owner: object) -> None:
+    """Call ``stop`` at the end of a pool worker, which runs no atexit functions.
+
+    :param owner: ``stop`` is called for as long as this object exists.
+    """
+    for name in ("multiprocessing.util", "billiard.util"):
+        if util := sys.modules.get(name):
+            util.register_after_fork(owner, _finalizer(util, stop))
+
+    # Celery sends a signal before a pool worker ends with os._exit().
+    if celery := sys.modules.get("celery.signals"):
+        celery.worker_process_shutdown.connect(
+            lambda **extra: stop(), weak=False, dispatch_uid="flask_eventbus"
+        )
+
+
+def _finalizer(util: Any, stop: Callable[[], None]) -> Callable[[object], None]:
+    def prepare_child(_: object) -> None:
+        # terminate() must end the child at once, and it has inherited the handler.
+        if signal.getsignal(signal.SIGTERM) is end_by_signal:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+        util.Finalize(None, stop, exitpriority=0)
+
+    return prepare_child
 
 
 def _has_parent(processes: Any) -> bool:

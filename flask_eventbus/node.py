@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import secrets
-import sys
 import threading
 import time
 import weakref
@@ -19,7 +18,7 @@ from blinker import NamedSignal
 from . import logs
 from .codec.codec import Codec
 from .config import Config
-from .ending import after_fork, catch_sigterm, leave_sigterm, notice_fork, process_ends
+from .ending import after_fork, catch_sigterm, notice_fork, process_ends, stop_with_pools
 from .event import Event
 from .listening import Listening, check_subscription
 from .logs import Counters, get_logger
@@ -127,7 +126,8 @@ class Node:
         self.counters = Counters()
         self._host = host or Host()
         self._configured = read_subscriptions(config.subscribe)
-        self._subscriptions: Mapping[str, Subscription] = {}
+        #: The subscriptions of this service by name.
+        self.subscriptions: Mapping[str, Subscription] = {}
         self.listening = False
         #: Held while the node starts or stops. Reentrant, since a signal handler may stop it.
         self._start_stop_lock = threading.RLock()
@@ -182,7 +182,7 @@ class Node:
         self._inbound = Listening(
             context,
             dispatcher=self.dispatcher,
-            subscriptions=self._subscriptions,
+            subscriptions=self.subscriptions,
             issued=lambda: publisher.issued,
             siblings=self.registry.siblings,
             retries_of=self.registry.retries_of,
@@ -208,11 +208,6 @@ class Node:
         """The database session, as given to ``register_session()``; ``None`` if there is none."""
         return self._sending.session
 
-    @property
-    def subscriptions(self) -> Mapping[str, Subscription]:
-        """The subscriptions of this service by name."""
-        return self._subscriptions
-
     def signal_created(self, signal: NamedSignal) -> None:
         """Connect a new signal of the bus, if a route selects it."""
         if self.config.enabled:
@@ -231,13 +226,13 @@ class Node:
         notice_fork()
         merged = merge(subscription, self._configured.get(subscription.name))
         check_subscription(self.config, merged)
-        self._set_subscriptions({**self._subscriptions, merged.name: merged})
+        self._set_subscriptions({**self.subscriptions, merged.name: merged})
 
         if self.listening:
             self._listen()
 
     def _set_subscriptions(self, subscriptions: Mapping[str, Subscription]) -> None:
-        self._subscriptions = subscriptions
+        self.subscriptions = subscriptions
         self._inbound.update(subscriptions)
 
     def _apply_declarations(self) -> None:
@@ -297,7 +292,7 @@ class Node:
         """
         notice_fork()
 
-        if not self.config.enabled or not self._subscriptions:
+        if not self.config.enabled or not self.subscriptions:
             return self.config.enabled
 
         return self._inbound.ready(timeout)
@@ -362,7 +357,7 @@ class Node:
         return Health(
             service=self.config.service,
             node=self._name,
-            listening=self.listening and bool(self._subscriptions),
+            listening=self.listening and bool(self.subscriptions),
             connected=self._inbound.connected,
             publishing=self._publisher.connected,
             last_heard=None if heard is None else time.monotonic() - heard,
@@ -393,7 +388,7 @@ class Node:
         self._create_parts()
 
     def _listen(self) -> None:
-        if not self._subscriptions:
+        if not self.subscriptions:
             return
 
         with self._listen_lock:
@@ -487,29 +482,4 @@ def _reset_nodes_after_fork() -> None:
     for node in list(nodes):
         node._after_fork()
 
-    _stop_with_pools()
-
-
-def _stop_with_pools() -> None:
-    """Stop the nodes in pool workers, which end without running atexit functions."""
-    for name in ("multiprocessing.util", "billiard.util"):
-        if util := sys.modules.get(name):
-            util.register_after_fork(nodes, _finalizer(util))
-
-    # Celery sends a signal before a pool worker ends with os._exit().
-    if celery := sys.modules.get("celery.signals"):
-        celery.worker_process_shutdown.connect(
-            _stop_with_celery, weak=False, dispatch_uid="flask_eventbus"
-        )
-
-
-def _finalizer(util: Any) -> Callable[[object], None]:
-    def prepare_child(_: object) -> None:
-        leave_sigterm()
-        util.Finalize(None, stop_all, exitpriority=0)
-
-    return prepare_child
-
-
-def _stop_with_celery(**extra: Any) -> None:
-    stop_all()
+    stop_with_pools(stop_all, nodes)
