@@ -128,6 +128,8 @@ class Server:
         return {
             name: StreamFacts(events=_checked(length), groups=_groups(answer))
             for name, length, answer in zip(names, lengths, groups, strict=True)
+            # Another program may have written to the key.
+            if "WRONGTYPE" not in str(length)
         }
 
     def close(self) -> None:

@@ -601,6 +601,19 @@ def test_routes_without_an_app_counts_services_that_read_only_streams(
     }
 
 
+def test_routes_without_an_app_leaves_out_a_key_that_is_no_stream(
+    redis_server: RedisServer,
+) -> None:
+    with redis_server.client as client:
+        client.sadd("eventbus:streams", "tick", "tock")
+        client.xadd("eventbus:{tick}:stream", {"event": "x"})
+        client.set("eventbus:{tock}:stream", "text")
+
+    result = CliRunner().invoke(main, ["--url", redis_server.url, "routes", "--json"])
+
+    assert json.loads(result.output)["streams"] == {"tick": {"events": 1, "groups": []}}
+
+
 def test_routes_without_an_app_shows_what_the_acl_permits(redis_server: RedisServer) -> None:
     rights = ["on", "nopass", "&*", "+@all", "-client|list", "-smembers"]
     redis_server.client.execute_command("ACL", "SETUSER", "default", *rights)
