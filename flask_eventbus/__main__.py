@@ -13,12 +13,7 @@ import click
 from . import __version__
 from .bus import Bus
 from .cli.base import Group, Program
-from .cli.commands import check, publish, routes, run, tail
-from .cli.dead import dead
-from .cli.relay import relay
-from .cli.replay import replay, seek
-from .cli.services import services
-from .cli.status import status
+from .cli.commands import COMMANDS
 from .config import Config
 from .node import Node
 from .routing.registry import Registry
@@ -118,20 +113,9 @@ def _with_receivers(command: click.Command) -> click.Command:
     return command
 
 
-for command in (
-    _with_receivers(run),
-    tail,
-    publish,
-    _with_receivers(routes),
-    _with_receivers(check),
-    relay,
-    status,
-    dead,
-    _with_receivers(replay),
-    seek,
-    services,
-):
-    main.add_command(command)
+for command in COMMANDS:
+    loads = command.name in ("run", "routes", "check", "replay")
+    main.add_command(_with_receivers(command) if loads else command)
 
 
 if __name__ == "__main__":

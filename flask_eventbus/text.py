@@ -27,6 +27,13 @@ def printable(text: str, most: int | None = None) -> str:
     )
 
 
+def reason_of(error: object) -> str:
+    """Return the text of an error in one line without a full stop, to end a sentence with."""
+    # redis-py appends the arguments of an unknown command.
+    text, _, _ = str(error).partition(", with args beginning with")
+    return printable(" ".join(text.split()).rstrip("."))
+
+
 def counted(number: int, what: str) -> str:
     """Return a number with its noun: ``1 event``, ``2 events``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
+from ..codec.codec import Codec
 from ..codec.entry_ids import MOST, EntryId, entry_id, id_text, is_entry_id
 from ..codec.records import BadRecordError, DeadLetter, RetryRecord
-from ..errors import OperationError
+from ..errors import DecodeError, OperationError
 from ..routing.options import is_pattern, matches
+from ..text import iso, plain
 from .streams import PAGE, TIMEOUT, StreamAccess, as_mapping
 
 #: Most digits read of a number of attempts, which another program may have written.
@@ -32,6 +36,38 @@ class Letter:
     def shown(self) -> str:
         """The dead letter as shown in a list: its id, signal and receiver."""
         return " ".join(part for part in (self.id, self.name, self.content.receiver) if part)
+
+    def as_json(self, service: str, codec: Codec) -> dict[str, Any]:
+        """Return the dead letter of a service as values that JSON can represent; bytes as base64.
+
+        :param codec: decodes the event of a payload that was stored truncated.
+        """
+        content = self.content
+        payload, cut = _payload(content, codec)
+        return {
+            "id": self.id,
+            "signal": self.name,
+            "service": service,
+            "reason": content.reason,
+            "receiver": content.receiver or None,
+            "attempts": content.attempts,
+            "first_failed": iso(content.first),
+            "last_failed": iso(content.last),
+            "given_up": iso(entry_id(self.id)[0]),
+            "event_id": content.event_id or None,
+            "source": content.source or None,
+            "entry": content.entry or None,
+            "error": content.error,
+            "traceback": content.traceback,
+            "payload": payload,
+            "payload_cut": cut,
+            "fields": plain(
+                {
+                    field.decode(errors="backslashreplace"): value
+                    for field, value in content.fields.items()
+                }
+            ),
+        }
 
     def is_in(self, bounds: tuple[EntryId, EntryId]) -> bool:
         """Return True if its id is between the two bounds, both included."""
@@ -166,6 +202,31 @@ class DeadLetters:
     def _all(self, name: str, first: EntryId, last: EntryId) -> Iterator[Letter]:
         for found, fields in self._access.entries(self.key(name), first, last):
             yield Letter(name=name, id=id_text(found), content=read_letter(fields))
+
+
+def _payload(content: DeadLetter, codec: Codec) -> tuple[object, str | None]:
+    """Return the payload, or the text of a truncated one that cannot be decoded."""
+    if not content.payload:
+        return None, None
+
+    with suppress(ValueError, RecursionError):
+        return read_payload(content.payload), None
+
+    try:
+        event = codec.decode(content.fields.get(b"event", b""), via="stream")
+    except DecodeError:
+        return None, content.payload
+
+    return plain(dict(event.payload)), None
+
+
+def read_payload(text: str) -> object:
+    """Parse the payload of a dead letter.
+
+    :raises ValueError: it was stored truncated.
+    """
+    # NaN and Infinity, which older versions wrote, become text.
+    return plain(json.loads(text, parse_constant=lambda name: str(float(name))))
 
 
 def read_letter(fields: Mapping[bytes, bytes]) -> DeadLetter:

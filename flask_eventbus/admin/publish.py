@@ -20,11 +20,12 @@ from ..publisher.message import (
     check_route,
 )
 from ..routing.routes import Route
+from ..text import reason_of
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
 from ..transport.rights import ADD, PUBLISH, grant_the_user, remedy
 from ..transport.urls import trouble_of
-from .server import TIMEOUT, reason_of
+from .server import TIMEOUT
 
 #: What ``CLIENT LIST`` shows.
 CLIENT_NAME = "eventbus-publish"

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import redis
@@ -14,6 +13,7 @@ import redis
 from ..config import SIGNAL_NAME, Config
 from ..errors import OperationError
 from ..node import Node
+from ..text import reason_of
 from ..timing import TIMING
 from ..transport.connection import OUTAGE, read_reply
 from ..transport.connections import Connections
@@ -139,24 +139,13 @@ class Server:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def processes_of(listening: Sequence[Listening]) -> Counter[str]:
     """Return the number of listening processes of each service."""
     return Counter(service for service, _ in {(found.service, found.node) for found in listening})
-
-
-def reason_of(error: Exception) -> str:
-    """Return the text of an error without a full stop, to end a sentence with."""
-    text, _, _ = str(error).partition(", with args beginning with")
-    return " ".join(text.split()).rstrip(".")
 
 
 def _listening(client: Mapping[str, str]) -> Listening | None:

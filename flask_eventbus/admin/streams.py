@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from reprlib import repr as short
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -20,7 +19,7 @@ from ..codec.entry_ids import EARLIEST, MOST, EntryId, before_moment, entry_id, 
 from ..config import SIGNAL_NAME, Config
 from ..errors import ConfigError, OperationError
 from ..logs import get_logger
-from ..text import printable
+from ..text import printable, reason_of
 from ..transport.connection import OUTAGE, milliseconds_of
 from ..transport.connections import Connections
 from ..transport.keys import StreamKeys
@@ -219,12 +218,7 @@ class StreamAccess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @contextmanager
@@ -234,13 +228,13 @@ class StreamAccess:
         except redis.AuthenticationError as error:
             raise OperationError(
                 f"Redis at {self._connections.shown} does not let this user in: "
-                f"{_reason(error)}. Correct the user and the password in 'EVENTBUS_URL'."
+                f"{reason_of(error)}. Correct the user and the password in 'EVENTBUS_URL'."
             ) from error
         except OUTAGE as error:
             if "no permissions" in str(error):
                 raise OperationError(
                     f"Redis at {self._connections.shown} does not let this user connect: "
-                    f"{_reason(error)}. Grant it the right to connect in the ACL."
+                    f"{reason_of(error)}. Grant it the right to connect in the ACL."
                 ) from error
 
             raise OperationError(
@@ -265,11 +259,11 @@ class StreamAccess:
 
         if is_missing_right(refusal):
             return (
-                f"{problem} to this user: {_reason(refusal)}. Grant it '{right}' and "
+                f"{problem} to this user: {reason_of(refusal)}. Grant it '{right}' and "
                 f"'~{self._prefix}:*' in the ACL, or name another user in 'EVENTBUS_URL'."
             )
 
-        return f"{problem}: {_reason(refusal)}. {repair(refusal, [key])}"
+        return f"{problem}: {reason_of(refusal)}. {repair(refusal, [key])}"
 
 
 def by_name(found: Any) -> dict[str, dict[str, Any]]:
@@ -289,10 +283,6 @@ def as_mapping(pairs: Sequence[bytes] | None) -> dict[bytes, bytes]:
 
 def _as_text(value: Any) -> str:
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
-
-
-def _reason(error: Exception) -> str:
-    return printable(" ".join(str(error).split()).rstrip("."))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import redis
 
@@ -54,19 +53,7 @@ class Filter:
         return all(_holds(event, key, text) for key, text in self.values)
 
 
-class TailSource(Protocol):
-    """Reads events of one transport: channels or streams."""
-
-    via: str
-
-    def listen(self, stopping: threading.Event, backoff: Backoff) -> None:
-        """Connect and read until ``stopping`` is set."""
-
-    def wake(self) -> None:
-        """End a wait for Redis soon; any thread may call it."""
-
-    def close(self) -> None:
-        """Close the connection; only the thread of :meth:`listen` may call it."""
+TailSource = ChannelTail | StreamTail
 
 
 class Tail:

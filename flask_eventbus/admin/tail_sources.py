@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from reprlib import repr as short
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..channels.reader import ChannelReader, Frame
 from ..codec.codec import Codec
@@ -17,13 +17,16 @@ from ..errors import DecodeError
 from ..event import Event
 from ..logs import get_logger
 from ..routing.options import is_pattern, matches
-from ..text import printable
+from ..text import printable, reason_of
 from ..transport.connection import OUTAGE, milliseconds_of
 from ..transport.connections import Connections
 from ..transport.keys import ChannelKeys, StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import Backoff
 from ..transport.rights import LISTEN, LISTEN_PATTERN, READ, SEARCH, grant_the_user, remedy
+
+if TYPE_CHECKING:
+    from .tail import Tail
 
 logger = get_logger(__name__)
 
@@ -38,22 +41,6 @@ class TailEvent:
 
     event: Event
     entry: str | None = None
-
-
-class TailOutput(Protocol):
-    """Receives the results of the tail sources; any thread may call its methods."""
-
-    def show(self, events: Sequence[TailEvent]) -> None:
-        """Show events."""
-
-    def notify(self, notice: str) -> None:
-        """Show a notice to the user."""
-
-    def ready(self, via: str) -> None:
-        """Note that every subscription of this transport is confirmed or refused."""
-
-    def refused(self, via: str, name: str, notice: str) -> None:
-        """Note that the Redis user may not read ``name`` over this transport."""
 
 
 def read_event(codec: Codec, name: str, body: bytes, *, via: str) -> Event:
@@ -86,7 +73,7 @@ class ChannelTail:
         prefix: str,
         codec: Codec,
         names: Sequence[str],
-        output: TailOutput,
+        output: Tail,
     ) -> None:
         self._reader = ChannelReader(connections)
         self._keys = ChannelKeys(prefix)
@@ -200,7 +187,7 @@ class StreamTail:
         prefix: str,
         codec: Codec,
         names: Sequence[str],
-        output: TailOutput,
+        output: Tail,
     ) -> None:
         self._pipe = Pipe(connections, timeout=TIMEOUT)
         self._retry_after = connections.timing.ask_stream_again_after
@@ -379,7 +366,7 @@ class StreamTail:
         self._output.refused(
             self.via,
             name,
-            f"The Redis user cannot read the stream of {name!r}: {_one_line(reason)}. "
+            f"The Redis user cannot read the stream of {name!r}: {reason_of(reason)}. "
             f"{remedy(reason, {key: READ}, grant_the_user)}",
         )
 
@@ -389,7 +376,7 @@ class StreamTail:
                 self.via,
                 pattern,
                 f"The Redis user cannot list the streams for {pattern!r}: "
-                f"{_one_line(reason)}. {grant_the_user({self._keys.names: SEARCH})} Or name "
+                f"{reason_of(reason)}. {grant_the_user({self._keys.names: SEARCH})} Or name "
                 "the signals.",
             )
 
@@ -403,7 +390,3 @@ def _end(answer: Any) -> EntryId | Exception:
 
 def _pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
     return zip(flat[::2], flat[1::2], strict=True)
-
-
-def _one_line(reason: Exception) -> str:
-    return printable(" ".join(str(reason).split()).rstrip("."))

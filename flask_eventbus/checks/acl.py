@@ -13,12 +13,13 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 import redis
 
 from ..admin.overview import Overview
-from ..admin.server import TIMEOUT, Server, reason_of
+from ..admin.server import TIMEOUT, Server
 from ..channels.reader import ChannelReader
 from ..config import Config
 from ..node import Node
 from ..routing.options import is_pattern
 from ..routing.subscriptions import Subscription
+from ..text import reason_of
 from ..transport import rights
 from ..transport.connection import set_deadline, timed_connection
 from ..transport.connections import Connections

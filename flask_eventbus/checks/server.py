@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import redis
 
 from ..admin.overview import Overview, subscribed
-from ..admin.server import PATIENCE, Server, processes_of, reason_of
+from ..admin.server import PATIENCE, Server, processes_of
 from ..admin.status import GroupStatus, read_statuses
 from ..admin.streams import StreamAccess
 from ..config import Config
@@ -19,7 +19,7 @@ from ..node import Node
 from ..publisher.writer import BATCH_BYTES
 from ..routing.options import is_pattern
 from ..streams.alarms import too_many_names
-from ..text import counted
+from ..text import counted, reason_of
 from ..timing import TIMING
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections

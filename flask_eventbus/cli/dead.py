@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import click
 
-from ..admin.dead_letters import Choice, DeadLetters, Letter, Retrial, Retrials, why_not
+from ..admin.dead_letters import (
+    Choice,
+    DeadLetters,
+    Letter,
+    Retrial,
+    Retrials,
+    read_payload,
+    why_not,
+)
 from ..admin.streams import StreamAccess
-from ..codec.codec import Codec
 from ..codec.entry_ids import entry_id
 from ..codec.records import REASONS, DeadLetter
-from ..errors import DecodeError
-from ..text import clock, counted, iso, plain, printable
+from ..text import clock, counted, printable
 from .base import (
     Command,
     Group,
@@ -101,34 +106,6 @@ def letter_report(letter: Letter) -> Iterator[str]:
         yield f"    {printable(line)}"
 
 
-def as_json(letter: Letter, service: str, codec: Codec) -> str:
-    """Return a dead letter as a JSON object in one line; bytes are base64."""
-    content = letter.content
-    payload, cut = _payload(content, codec)
-    return json.dumps(
-        {
-            "id": letter.id,
-            "signal": letter.name,
-            "service": service,
-            "reason": content.reason,
-            "receiver": content.receiver or None,
-            "attempts": content.attempts,
-            "first_failed": iso(content.first),
-            "last_failed": iso(content.last),
-            "given_up": iso(entry_id(letter.id)[0]),
-            "event_id": content.event_id or None,
-            "source": content.source or None,
-            "entry": content.entry or None,
-            "error": content.error,
-            "traceback": content.traceback,
-            "payload": payload,
-            "payload_cut": cut,
-            "fields": _encoded(content.fields),
-        },
-        allow_nan=False,
-    )
-
-
 def retrial_report(retrial: Retrial, service: str, seconds: float) -> str:
     """Return one line about the retry of a dead letter: its outcome so far."""
     error = printable(retrial.error)
@@ -177,42 +154,14 @@ def _entry(text: str) -> str:
         return text
 
 
-def _payload(content: DeadLetter, codec: Codec) -> tuple[object, str | None]:
-    """Return the payload, or the text of a truncated one that cannot be decoded."""
-    if not content.payload:
-        return None, None
-
-    with suppress(ValueError, RecursionError):
-        return _parsed(content.payload), None
-
-    try:
-        event = codec.decode(content.fields.get(b"event", b""), via="stream")
-    except DecodeError:
-        return None, content.payload
-
-    return plain(dict(event.payload)), None
-
-
-def _parsed(text: str) -> object:
-    # NaN and Infinity, which older versions wrote, become text.
-    return plain(json.loads(text, parse_constant=lambda name: str(float(name))))
-
-
 def _marked(text: str) -> str:
     """Return a payload as text, marked if it is truncated."""
     try:
-        _parsed(text or "{}")
+        read_payload(text or "{}")
     except (ValueError, RecursionError):
         return f"{text} ... (cut; see 'dead list --json')"
 
     return text
-
-
-def _encoded(fields: Mapping[bytes, bytes]) -> dict[str, str]:
-    return {
-        field.decode(errors="backslashreplace"): base64.b64encode(value).decode()
-        for field, value in fields.items()
-    }
 
 
 def _bytes(value: bytes) -> str:
@@ -404,15 +353,14 @@ def list_(
     with _selection(program) as selection:
         choice = Choice(ids=ids, **options)
         letters = selection.letters.find(choice)
-        in_full = (
-            as_json(letter, selection.service, program.node.codec)
-            for letter in islice(letters, limit)
-        )
 
-        report = list_report(letters, selection.service, choice, limit)
-
-        for line in in_full if in_json else report:
-            click.echo(line)
+        if in_json:
+            for letter in islice(letters, limit):
+                found = letter.as_json(selection.service, program.node.codec)
+                click.echo(json.dumps(found, allow_nan=False))
+        else:
+            for line in list_report(letters, selection.service, choice, limit):
+                click.echo(line)
 
 
 @dead.command(
