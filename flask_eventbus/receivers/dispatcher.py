@@ -10,7 +10,6 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum
 from typing import Any
 
 from ..coroutines import run_coroutine
@@ -32,28 +31,6 @@ class Failure:
     error: BaseException
     #: Name of the receiver; empty if the teardown after the receiver failed.
     name: str = ""
-
-
-class Status(Enum):
-    """The outcome of running the receivers of an event."""
-
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    #: No receiver is connected, so none ran.
-    GONE = "gone"
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The outcome of running the receivers of an event, with all failures."""
-
-    status: Status
-    #: Failed receivers, and failed teardowns. A failed teardown alone leaves the status SUCCEEDED.
-    failures: Sequence[Failure] = ()
-
-
-_SUCCEEDED = Result(Status.SUCCEEDED)
-_GONE = Result(Status.GONE)
 
 
 class Dispatcher:
@@ -112,10 +89,11 @@ class Dispatcher:
 
     def dispatch(
         self, event: Event, *, only: str | None = None, receivers: Sequence[Receiver] | None = None
-    ) -> Result:
+    ) -> Sequence[Failure] | None:
         """Run the receivers for ``event``, each in its own scope. Never raises.
 
-        The caller logs the failures with :attr:`failures`.
+        Return the failures, or ``None`` if no receiver is connected. The caller logs the failures
+        with :attr:`failures`.
 
         :param only: run the receiver with this name only.
         :param receivers: the result of :meth:`receivers`, if the caller has it already.
@@ -129,7 +107,7 @@ class Dispatcher:
             if only is None:
                 self._skip(event)
 
-            return _GONE
+            return None
 
         failures: list[Failure] = []
 
@@ -145,16 +123,11 @@ class Dispatcher:
             handling.reset(token)
 
         self._counters.add("handled")
-
-        if not failures:
-            return _SUCCEEDED
-
-        has_failed = any(failure.name for failure in failures)
-        return Result(Status.FAILED if has_failed else Status.SUCCEEDED, failures)
+        return failures
 
     def dispatch_once(self, event: Event, *, only: str | None = None) -> Sequence[Failure]:
         """Run receivers as :meth:`dispatch` does, and log the failures as final."""
-        failures = self.dispatch(event, only=only).failures
+        failures = self.dispatch(event, only=only) or ()
 
         for failure in failures:
             self.failures.final(event, failure)
@@ -309,12 +282,12 @@ def unfit_signature(receiver: Receiver, payload: Iterable[str] = ()) -> tuple[st
 
     Return ``None`` if it can, or if its signature is unknown.
     """
-    try:
-        signature = inspect.signature(receiver)
-        parameters = list(signature.parameters.values())
-    except Exception:
-        # A receiver may be any object, with or without a signature.
+    signature = _signature_of(receiver)
+
+    if signature is None:
         return None
+
+    parameters = list(signature.parameters.values())
 
     try:
         signature.bind_partial(None)
@@ -340,10 +313,9 @@ def unfit_signature(receiver: Receiver, payload: Iterable[str] = ()) -> tuple[st
 
 def misfit_of(receiver: Receiver, payload: Iterable[str]) -> str | None:
     """Return why ``receiver`` cannot be called with the keys of ``payload``, or ``None``."""
-    try:
-        signature = inspect.signature(receiver)
-    except Exception:
-        # A receiver may be any object, with or without a signature.
+    signature = _signature_of(receiver)
+
+    if signature is None:
         return None
 
     try:
@@ -352,6 +324,14 @@ def misfit_of(receiver: Receiver, payload: Iterable[str]) -> str | None:
         return str(error)
 
     return None
+
+
+def _signature_of(receiver: Receiver) -> inspect.Signature | None:
+    try:
+        return inspect.signature(receiver)
+    except Exception:
+        # A receiver may be any object, with or without a signature.
+        return None
 
 
 #: Longest delay of a retry in seconds.

@@ -9,7 +9,7 @@ import redis
 
 from ..logs import get_logger
 from ..receivers.delivery import Delivery
-from ..receivers.dispatcher import Dispatcher, Failure, Status
+from ..receivers.dispatcher import Dispatcher, Failure
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from .acknowledger import WRITE_SOON
@@ -109,15 +109,15 @@ class Attempts:
 
         record = delivery.retry
         only = None if record is None else record.receiver
-        result = self._dispatcher.dispatch(delivery.event, only=only, receivers=receivers)
+        failures = self._dispatcher.dispatch(delivery.event, only=only, receivers=receivers)
 
         # Queued at once: the next receiver may take long, or end the process.
         if self._is_disowned:
             return
-        elif record is not None and result.status is Status.GONE:
+        elif record is not None and failures is None:
             self._acknowledger.add(self._retries.postponed(delivery, record))
-        elif result.failures or record is not None:
-            self._add_outcome(delivery, result.failures)
+        elif failures or record is not None:
+            self._add_outcome(delivery, failures or ())
         else:
             self._acknowledger.acknowledge(delivery)
 

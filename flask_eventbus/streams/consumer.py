@@ -173,12 +173,7 @@ class Consumer:
         return Catalogue(pipe, context, grouped=grouped, connected=self._dispatcher.connected)
 
     def _trims_of(self, group: Group, context: Context) -> Trims:
-        return Trims(
-            group,
-            service=context.config.service,
-            counters=context.counters,
-            timing=context.timing,
-        )
+        return Trims(group, service=context.config.service, counters=context.counters)
 
     def _group_on(
         self, context: Context, timeout: float, unlisted: set[str] | None = None

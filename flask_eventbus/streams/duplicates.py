@@ -72,13 +72,13 @@ class Duplicates:
             ]
 
         answers = self._pipe.run(commands)
-        self._refused_until = 0.0
+        was_refused, self._refused_until = self._refused_until, 0.0
         duplicates: list[Delivery] = []
 
         for place, (found, pairs) in enumerate(hashes.values()):
             duplicates += self._duplicates(found, pairs, answers[place * 5 : place * 5 + 5])
 
-        if not self._refused_until:
+        if was_refused and not self._refused_until:
             self._log.over("refused", "Redis stores the ids of received events again.")
 
         return duplicates

@@ -33,6 +33,9 @@ BLOCK = 1.0
 #: memory is limited as well, to that of the events read ahead.
 MOST_UNWRITTEN = 1_000
 
+#: Seconds between two checks for trimmed entries while the last read left entries unread.
+CHECK_BACKLOG_EVERY = 1.0
+
 
 class StreamReader(ReadingThread):
     """Reads streams in its own thread, and reconnects after an outage.
@@ -78,6 +81,9 @@ class StreamReader(ReadingThread):
         #: Number of streams with entries in the last answer; ``None`` after an empty one, because
         #: then the next answer may have entries of all streams.
         self._active_streams: int | None = None
+        #: True if the last read left entries unread.
+        self._has_backlog = False
+        self._timing = context.timing
         self._batch_size = BatchSize(max_bytes=context.config.max_event_bytes)
 
     @property
@@ -133,7 +139,7 @@ class StreamReader(ReadingThread):
                 self._read(streams, room)
             else:
                 # Entries added now may be trimmed before they are read.
-                self._trims.has_backlog = True
+                self._has_backlog = True
 
             backoff.tries = 0
 
@@ -144,7 +150,12 @@ class StreamReader(ReadingThread):
 
     def _read(self, streams: dict[str, Subscription], room: int) -> None:
         try:
-            self._trims.check(streams)
+            checks_every = (
+                CHECK_BACKLOG_EVERY if self._has_backlog else self._timing.check_trimmed_every
+            )
+
+            if time.monotonic() - self._trims.checked_at >= checks_every:
+                self._trims.check(streams)
 
             if self._maintenance.released_streams or self._reclaimer.unfinished:
                 streams = self._take_back_released(streams)
@@ -170,11 +181,10 @@ class StreamReader(ReadingThread):
         self._active_streams = len({entry.name for entry in entries}) or None
         self._batch_size.update(map(Entry.size, entries))
 
+        self._has_backlog = len(entries) >= count
+
         if entries:
-            self._trims.has_backlog = len(entries) >= count
             self._take(entries, streams)
-        else:
-            self._trims.has_backlog = False
 
     def _take_back_released(self, streams: dict[str, Subscription]) -> dict[str, Subscription]:
         """Claim released entries, and return the streams whose new entries may be read."""

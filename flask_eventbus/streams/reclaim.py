@@ -16,7 +16,6 @@ from ..receivers.delivery import Delivery
 from ..receivers.workers import MOST_BYTES
 from ..routing.subscriptions import Subscription
 from ..signals import emit, events_trimmed
-from ..timing import TIMING, Timing
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from .alarms import Alarm, far_ahead, foreign_acknowledgements, impossible_count, past_the_end
@@ -314,10 +313,6 @@ def _killed(delivery: Delivery) -> str:
     )
 
 
-#: Seconds between two checks while the last read left entries unread.
-CHECK_BACKLOG_EVERY = 1.0
-
-
 class Trims:
     """Detects entries that were trimmed before the group read them.
 
@@ -327,17 +322,13 @@ class Trims:
     :param group: the consumer group on the connection of the calling thread.
     """
 
-    def __init__(
-        self, group: Group, *, service: str, counters: Counters, timing: Timing = TIMING
-    ) -> None:
+    def __init__(self, group: Group, *, service: str, counters: Counters) -> None:
         self._group = group
         self._service = service
         self._counters = counters
-        self._timing = timing
         self._log = BoundedLog(logger)
-        #: True if the last read left entries unread.
-        self.has_backlog = False
-        self._checked_at = float("-inf")
+        #: Monotonic time of the last check.
+        self.checked_at = float("-inf")
         #: By stream, the position of the group at the last loss, and how many of the entries that
         #: Redis counts as lost were reported or were no loss.
         self._known: dict[str, tuple[str, int]] = {}
@@ -345,17 +336,11 @@ class Trims:
         self.alarms: dict[str, str] = {}
 
     def check(self, names: Iterable[str]) -> None:
-        """Check the positions in streams, if a check is due.
+        """Check the positions in streams.
 
         :raises redis.ConnectionError: Redis is away.
         """
-        now = time.monotonic()
-        pause = CHECK_BACKLOG_EVERY if self.has_backlog else self._timing.check_trimmed_every
-
-        if now - self._checked_at < pause:
-            return
-
-        self._checked_at = now
+        self.checked_at = time.monotonic()
         names = list(names)
         self.alarms = {name: self.alarms[name] for name in names if name in self.alarms}
 
@@ -364,7 +349,7 @@ class Trims:
 
     def check_before_next_read(self) -> None:
         """Make a check due. After the next read Redis no longer shows the loss."""
-        self._checked_at = float("-inf")
+        self.checked_at = float("-inf")
 
     def reset(self) -> None:
         """Forget reported losses after streams were deleted, since Redis counts from zero again."""

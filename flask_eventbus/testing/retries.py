@@ -103,7 +103,7 @@ class RetryRehearsal:
     def run(self, node: Node, delivery: Delivery) -> Sequence[Failure]:
         """Run the receivers of a delivery, or the one receiver of a retry; return the failures."""
         only = delivery.retry.receiver if delivery.retry else None
-        return node.dispatcher.dispatch(delivery.event, only=only).failures
+        return node.dispatcher.dispatch(delivery.event, only=only) or ()
 
     def record(self, node: Node, delivery: Delivery, failures: Sequence[Failure]) -> list[Failure]:
         """Schedule retries or create dead letters, as a worker does.
