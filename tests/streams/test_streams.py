@@ -77,11 +77,13 @@ def settled(client: redis.Redis, prefix: str, name: str = "work", group: str = "
     """Whether a group has handled everything."""
     key = StreamKeys(prefix).stream(name)
 
-    for found in client.xinfo_groups(key):
-        if found["name"].decode() == group:
-            return not found["pending"] and not unread(client, key, group)
+    groups = [found["name"].decode() for found in client.xinfo_groups(key)]
 
-    return False
+    # Unread entries are counted first: one that is read in between is pending afterwards.
+    if group not in groups or unread(client, key, group):
+        return False
+
+    return client.xinfo_groups(key)[groups.index(group)]["pending"] == 0
 
 
 # -- whichever way ------------------------------------------------------------------------
