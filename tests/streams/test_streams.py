@@ -83,7 +83,7 @@ def settled(client: redis.Redis, prefix: str, name: str = "work", group: str = "
     if group not in groups or unread(client, key, group):
         return False
 
-    return client.xinfo_groups(key)[groups.index(group)]["pending"] == 0
+    return bool(client.xinfo_groups(key)[groups.index(group)]["pending"] == 0)
 
 
 # -- whichever way ------------------------------------------------------------------------
