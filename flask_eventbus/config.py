@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from .errors import ConfigError
-from .text import did_you_mean
+from .text import did_you_mean, seconds_of
 
 Reader = Callable[[str, Any], Any]
 """Returns the checked value of a setting; it gets the name of the setting, for the error."""
@@ -39,9 +39,6 @@ MAX_RETRIES = 10_000
 
 #: Largest number of replicas that can confirm an event.
 MAX_REPLICAS = 100
-
-_AGE = re.compile(r"(\d{1,6})([smhd])")
-_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 #: Settings of features that this version does not have. They are refused, not ignored.
 _NOT_YET = {
@@ -199,10 +196,8 @@ def read_maxlen(key: str, value: Any) -> int | Age:
     :param key: the name of the setting, for the error.
     :raises ConfigError: ``value`` is neither.
     """
-    found = _AGE.fullmatch(value) if isinstance(value, str) else None
-
-    if found and int(found[1]):
-        return Age(int(found[1]) * _SECONDS[found[2]])
+    if isinstance(value, str) and (seconds := seconds_of(value)):
+        return Age(seconds)
 
     try:
         return read_whole(key, value, 1, 10**12)

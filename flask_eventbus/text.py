@@ -6,9 +6,13 @@ import base64
 import difflib
 import json
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, time
 from typing import Any
+
+_AGE = re.compile(r"(\d{1,6})([smhd])", re.ASCII)
+_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
 def printable(text: str, most: int | None = None) -> str:
@@ -102,6 +106,12 @@ def read_value(text: str) -> Any:
         return text
 
     return text if isinstance(value, str) else value
+
+
+def seconds_of(age: str) -> int | None:
+    """Return the seconds of an age such as ``"7d"`` or ``"12h"``; ``None`` if it is none."""
+    found = _AGE.fullmatch(age)
+    return int(found[1]) * _SECONDS[found[2]] if found else None
 
 
 def _plain_scalar(value: Any) -> Any:

@@ -19,7 +19,7 @@ from ..codec.entry_ids import EARLIEST, MOST, EntryId, before_moment, entry_id, 
 from ..config import SIGNAL_NAME, Config
 from ..errors import ConfigError, OperationError
 from ..logs import get_logger
-from ..text import printable, reason_of
+from ..text import printable, reason_of, seconds_of
 from ..transport.connection import OUTAGE, milliseconds_of
 from ..transport.connections import Connections
 from ..transport.keys import StreamKeys
@@ -40,8 +40,6 @@ Entry = tuple[EntryId, dict[bytes, bytes]]
 
 
 _ID = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII)
-_AGE = re.compile(r"(\d{1,6})([smhd])", re.ASCII)
-_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 #: Least digits of milliseconds since 1970; a shorter number such as 20261122 is a date.
 _DIGITS = 12
@@ -317,7 +315,7 @@ def read_place(text: str) -> Place:
     if text == "earliest":
         return Place(EARLIEST, EARLIEST)
 
-    if _AGE.fullmatch(text):
+    if seconds_of(text) is not None:
         return Place(EARLIEST, EARLIEST, is_moment=True, age=read_age(text))
 
     if (found := _ID.fullmatch(text)) and (found[2] or text == "0" or len(text) >= _DIGITS):
@@ -341,14 +339,14 @@ def read_age(text: str) -> int:
 
     :raises ValueError: the text is not an age.
     """
-    found = _AGE.fullmatch(text)
+    seconds = seconds_of(text)
 
-    if found is None:
+    if seconds is None:
         raise ValueError(
             f"{short(text)} is not an age. Write a number and a unit: '30s', '15m', '12h' or '7d'."
         )
 
-    return int(found[1]) * _SECONDS[found[2]] * 1000
+    return seconds * 1000
 
 
 def _moment(milliseconds: int) -> Place:
