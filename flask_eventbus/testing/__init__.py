@@ -30,7 +30,7 @@ from __future__ import annotations
 import gc
 import itertools
 import secrets
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -49,7 +49,7 @@ from ..receivers.dispatcher import Failure
 from ..transport import connection
 from ..typing import Via
 from .expectations import Expectation, hears, why_unheard, why_unpublished
-from .recorder import GivenUp, Recording, await_health, diverted
+from .recorder import PATIENCE, GivenUp, Recording, await_health, diverted
 from .retries import FailedAttempt, RetryRehearsal, raise_all
 
 
@@ -98,15 +98,6 @@ def name_of(signal: str | NamedSignal) -> str:
     return signal.name if isinstance(signal, NamedSignal) else signal
 
 
-def merge(payload: Mapping[str, Any] | None, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one payload from the ``payload`` argument and the keyword arguments."""
-    return {**(payload or {}), **keys}
-
-
-#: Seconds to wait for the writer thread, which usually takes a millisecond.
-PATIENCE = 5.0
-
-
 @contextmanager
 def isolated() -> Iterator[Isolation]:
     """Give every bus of this process a Redis in memory until the end of the block.
@@ -116,7 +107,12 @@ def isolated() -> Iterator[Isolation]:
 
     :raises ConfigError: fakeredis is not installed.
     """
-    _require_fakeredis()
+    if find_spec("fakeredis") is None:
+        raise ConfigError(
+            "flask_eventbus.testing needs fakeredis, which is not installed. Install it with: "
+            "pip install 'flask-eventbus[testing]'"
+        )
+
     url = f"memory://isolated-{secrets.token_hex(6)}"
 
     with diverted(url), kept_loop():
@@ -137,7 +133,7 @@ class Isolation:
         self._server = connection.memory_server(url)
         self._recording = Recording(url)
         self._rehearsal = RetryRehearsal(self._under_test)
-        self._delivered = 0
+        self._event_numbers = itertools.count(1)
         #: Known nodes, with numbers in the order in which they were found.
         self._nodes: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
         self._numbers = itertools.count()
@@ -178,9 +174,8 @@ class Isolation:
         :param payload: keys with the name of a parameter, for example ``times``.
         """
         __tracebackhide__ = True
-        expected = _expectation(
-            "assert_published", name_of(name), merge(payload, keys), exact=exact, via=via
-        )
+        values = {**(payload or {}), **keys}
+        expected = _expectation("assert_published", name_of(name), values, exact=exact, via=via)
         events = self._read()
         found = [event for event in events if expected.is_met_by(event)]
 
@@ -200,7 +195,7 @@ class Isolation:
     ) -> None:
         """Assert that no such event was published; without a name, that no event was."""
         __tracebackhide__ = True
-        self.assert_published(name, times=0, via=via, payload=merge(payload, keys))
+        self.assert_published(name, times=0, via=via, payload={**(payload or {}), **keys})
 
     @property
     def failures(self) -> list[FailedAttempt]:
@@ -257,9 +252,9 @@ class Isolation:
         event = Event(
             name=name_of(name),
             source=source,
-            id=self._next_id(source) if id is None else id,
+            id=f"{source}-{next(self._event_numbers)}" if id is None else id,
             time=datetime.now(UTC) if time is None else time,
-            payload=merge(payload, keys),
+            payload={**(payload or {}), **keys},
             correlation_id=correlation_id,
             causation_id=causation_id,
             hops=hops,
@@ -328,14 +323,16 @@ class Isolation:
 
     def _read(self) -> list[Event]:
         if self._server.connected:
-            _flush()
+            for node in list(nodes):
+                if not node.flush(PATIENCE):
+                    raise RuntimeError(
+                        f"Events of {node.config.service!r} still wait after {PATIENCE:g} s: its "
+                        "writer thread is stuck."
+                    )
+
             self._recording.read()
 
         return list(self._recording.events)
-
-    def _next_id(self, source: str) -> str:
-        self._delivered += 1
-        return f"{source}-{self._delivered}"
 
     def _routed(self, event: Event, via: Via | None) -> Event:
         """Return the event with its transport: ``via``, or one that a node listens to."""
@@ -353,22 +350,22 @@ class Isolation:
         """Run receivers, and return the failures that are raised in the test."""
         __tracebackhide__ = True
 
-        if event.via == "stream":
-            return self._dispatch_stream(event, retry=retry)
-
-        receiving = [node for node in self._under_test() if hears(node, event)]
-        _require(receiving, event)
-        return [failure for node in receiving for failure in _handle(node, event)]
-
-    def _dispatch_stream(self, event: Event, *, retry: bool) -> list[Failure]:
-        __tracebackhide__ = True
-        deliveries = self._rehearsal.deliveries(event)
-        _require(deliveries, event)
         raised: list[Failure] = []
 
-        for node, delivery in deliveries:
-            failures = self._rehearsal.run(node, delivery)
-            raised += self._rehearsal.record(node, delivery, failures) if retry else failures
+        if event.via == "stream":
+            deliveries = self._rehearsal.deliveries(event)
+            _require(deliveries, event)
+
+            for node, delivery in deliveries:
+                failures = self._rehearsal.run(node, delivery)
+                raised += self._rehearsal.record(node, delivery, failures) if retry else failures
+        else:
+            receiving = [node for node in self._under_test() if hears(node, event)]
+            _require(receiving, event)
+
+            for node in receiving:
+                received = node.codec.decode(node.codec.encode(event))
+                raised += node.dispatcher.dispatch_once(received)
 
         return raised
 
@@ -383,15 +380,6 @@ def _living() -> list[Node]:
     """Return the nodes in use, after a garbage collection of those of earlier tests."""
     gc.collect()
     return list(nodes)
-
-
-def _flush() -> None:
-    for node in list(nodes):
-        if not node.flush(PATIENCE):
-            raise RuntimeError(
-                f"Events of {node.config.service!r} still wait after {PATIENCE:g} s: its writer "
-                "thread is stuck."
-            )
 
 
 def _expectation(
@@ -415,15 +403,3 @@ def _require(receiving: Sized, event: Event) -> None:
 
     if not receiving:
         raise AssertionError(why_unheard(event, _living()))
-
-
-def _handle(node: Node, event: Event) -> Sequence[Failure]:
-    return node.dispatcher.dispatch_once(node.codec.decode(node.codec.encode(event)))
-
-
-def _require_fakeredis() -> None:
-    if find_spec("fakeredis") is None:
-        raise ConfigError(
-            "flask_eventbus.testing needs fakeredis, which is not installed. Install it with: "
-            "pip install 'flask-eventbus[testing]'"
-        )

@@ -176,8 +176,14 @@ def _why_not_delivered(node: Node, event: Event) -> str | None:
     subscription = subscription_for(event.name, node.subscriptions)
     service = node.config.service
 
+    if subscription is None and not node.receivers_of(event):
+        return None
+
     if subscription is None:
-        return _why_unsubscribed(node, event)
+        return (
+            f"{service!r} has receivers for it, but does not subscribe: connect them with "
+            f"@bus.on({event.name!r}), or name it in 'EVENTBUS_SUBSCRIBE'."
+        )
 
     if not node.config.enabled:
         return f"{service!r} subscribes to it, but its 'EVENTBUS_ENABLED' is False."
@@ -202,16 +208,6 @@ def _why_not_delivered(node: Node, event: Event) -> str | None:
     return (
         f"{service!r} ignores its own events: pass the source= of another service, or "
         "subscribe with 'echo': True."
-    )
-
-
-def _why_unsubscribed(node: Node, event: Event) -> str | None:
-    if not node.receivers_of(event):
-        return None
-
-    return (
-        f"{node.config.service!r} has receivers for it, but does not subscribe: connect them with "
-        f"@bus.on({event.name!r}), or name it in 'EVENTBUS_SUBSCRIBE'."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import merge
@@ -145,7 +145,7 @@ def given_up(service: str, letter: DeadLetter, event: Event | None) -> GivenUp:
 #: Seconds to wait for events sent earlier, which go to the node's own server.
 LEAVE = 1.0
 
-#: Seconds to wait until nodes notice an outage, which usually takes a millisecond.
+#: Seconds to wait for the threads of nodes, which usually take a millisecond.
 PATIENCE = 5.0
 
 
@@ -187,17 +187,14 @@ def await_health(watched: Sequence[Node], *, available: bool) -> None:
     for node in watched:
         node.ask()
 
-    _wait_until(lambda: all(node.health().publishing is available for node in watched))
-    wait_until_sent()
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
 
-    while not condition():
+    while any(node.health().publishing is not available for node in watched):
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"The buses did not notice the state of Redis within {PATIENCE:g} s."
             )
 
         time.sleep(0.001)
+
+    wait_until_sent()
