@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from blinker import ANY, NamedSignal, Namespace
 from flask import Flask, current_app, has_request_context, request
@@ -24,9 +24,6 @@ from .routing.loading import load_receivers
 from .routing.registry import Registry
 from .serving import call_when_serving
 from .timing import Timing
-
-if TYPE_CHECKING:
-    from flask import Flask
 
 logger = get_logger(__name__)
 

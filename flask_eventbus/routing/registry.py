@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from blinker import ANY, NamedSignal, Namespace, Signal
 
@@ -21,6 +21,9 @@ from .bus_signal import Bridge, BusNamespace, BusSignal, Receiver, adopt
 from .options import check_signal_name, is_pattern, matches
 from .routes import Route, read_route
 from .subscriptions import Subscription, read_retries, read_subscription, unite
+
+if TYPE_CHECKING:
+    from ..node import Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +107,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
-class Watcher(Protocol):
-    """An object that is notified of later declarations: a node."""
-
-    def signal_created(self, signal: NamedSignal) -> None:
-        """Handle a new signal of the bus."""
-
-    def route_declared(self, route: Route) -> None:
-        """Handle a new or changed route."""
-
-    def subscription_declared(self, subscription: Subscription) -> None:
-        """Handle a new or changed subscription."""
-
-
 class Siblings(dict[str, None]):
     """The names of this process's nodes: all current names, and the most recent former names."""
 
@@ -161,7 +151,7 @@ class Registry:
         self.subscriptions: dict[str, Subscription] = {}
         #: Receivers of patterns, with the services whose events they receive.
         self._patterns: list[tuple[str, Receiver, tuple[Any, ...]]] = []
-        #: The names of the signals that the receivers of patterns and the watchers know.
+        #: The names of the signals that the receivers of patterns and the nodes know.
         self._known: set[str] = set()
         self._receiver_options = AllReceiverOptions()
         #: The declared parameters of signals, by name.
@@ -170,7 +160,7 @@ class Registry:
         self.loaded: set[str] = set()
         #: The database session of :meth:`register_session`.
         self.session: Any = None
-        self._watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+        self._nodes: weakref.WeakSet[Node] = weakref.WeakSet()
         self._lock = threading.RLock()
         #: The names of all nodes of this process that use this namespace, also those of other
         #: buses: an event of one of them has already run the local receivers of all.
@@ -183,7 +173,7 @@ class Registry:
 
     @property
     def lock(self) -> AbstractContextManager[bool]:
-        """Lock held during a declaration, so that all watchers see the same order."""
+        """Lock held during a declaration, so that all nodes see the same order."""
         return self.namespace.lock if isinstance(self.namespace, BusNamespace) else self._lock
 
     def reset_lock(self) -> None:
@@ -407,10 +397,10 @@ class Registry:
         """Return the receivers whose pattern matches all names that ``pattern`` matches."""
         return [receiver for known, receiver, _ in self._patterns if matches(known, pattern)]
 
-    def watch(self, watcher: Watcher) -> None:
-        """Notify ``watcher`` of later declarations; it is held by a weak reference."""
+    def watch(self, node: Node) -> None:
+        """Notify ``node`` of later declarations; it is held by a weak reference."""
         with self.lock:
-            self._watchers.add(watcher)
+            self._nodes.add(node)
 
     def find_new_signals(self) -> None:
         """Find signals that other code created in an adopted namespace."""
@@ -430,8 +420,8 @@ class Registry:
 
         self.routes[route.name] = route
 
-        for watcher in list(self._watchers):
-            watcher.route_declared(route)
+        for node in list(self._nodes):
+            node.route_declared(route)
 
     def _connect(self, name: str, receiver: Receiver, senders: tuple[Any, ...]) -> None:
         if is_pattern(name):
@@ -465,8 +455,8 @@ class Registry:
 
         self.subscriptions[subscription.name] = subscription
 
-        for watcher in list(self._watchers):
-            watcher.subscription_declared(subscription)
+        for node in list(self._nodes):
+            node.subscription_declared(subscription)
 
     def _is_own(self, signal: Signal) -> bool:
         return isinstance(signal, NamedSignal) and self.namespace.get(signal.name) is signal
@@ -479,8 +469,8 @@ class Registry:
                 if matches(pattern, signal.name):
                     _connect(signal, receiver, senders)
 
-            for watcher in list(self._watchers):
-                watcher.signal_created(signal)
+            for node in list(self._nodes):
+                node.signal_created(signal)
 
 
 def _connect(signal: NamedSignal, receiver: Receiver, senders: tuple[Any, ...]) -> None:
