@@ -15,7 +15,7 @@ from ..signals import emit, listener_connected, listener_lost
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from ..transport.keys import ChannelKeys
-from ..transport.reconnect import Backoff, ReadingThread
+from ..transport.reconnect import ReadingThread
 from ..transport.rights import LISTEN, LISTEN_PATTERN, grant_its_user
 from .decoder import MessageDecoder
 from .reader import ChannelReader, Frame
@@ -210,6 +210,8 @@ class Listener(ReadingThread):
         self._pool = pool
         self._lost_since: float | None = None
         self._was_connected = False
+        #: Monotonic time at which to subscribe again to what Redis refused.
+        self._ask_again_at = 0.0
         #: Monotonic time at which the last bytes arrived.
         self.last_heard: float | None = None
 
@@ -270,19 +272,19 @@ class Listener(ReadingThread):
 
     # -- the reading thread ---------------------------------------------------------------
 
-    def _consume(self, backoff: Backoff) -> None:
+    def _connect(self) -> None:
         self._reader.connect()
         self._subscriptions.open()
-        ask_again_at = time.monotonic() + self._timing.ping_after
+        self._ask_again_at = time.monotonic() + self._timing.ping_after
 
-        while self.goes_on:
-            if frames := self._reader.read():
-                self._accept(frames)
-                backoff.tries = 0
+    def _step(self) -> None:
+        if frames := self._reader.read():
+            self._accept(frames)
+            self._backoff.tries = 0
 
-            if self._subscriptions.refused and time.monotonic() >= ask_again_at:
-                ask_again_at = time.monotonic() + self._timing.ping_after
-                self._subscriptions.ask_again()
+        if self._subscriptions.refused and time.monotonic() >= self._ask_again_at:
+            self._ask_again_at = time.monotonic() + self._timing.ping_after
+            self._subscriptions.ask_again()
 
     def _disconnect(self) -> None:
         self._subscriptions.close()

@@ -18,7 +18,7 @@ from ..receivers.workers import BatchSize, DeliveryQueue
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.connections import Context
 from ..transport.pipe import SAMPLE, Command, Pipe
-from ..transport.reconnect import Backoff, ReadingThread
+from ..transport.reconnect import ReadingThread
 from ..transport.rights import FOLLOW, remedy
 from .alarms import far_ahead
 from .decoder import EntryDecoder
@@ -123,22 +123,22 @@ class Fanout(ReadingThread):
         self._connected = False
         self._pipe.close()
 
-    def _consume(self, backoff: Backoff) -> None:
+    def _connect(self) -> None:
         self._unchecked = set(self._positions)
         self._limits_size = True
 
-        while self.goes_on:
-            names = self._allowed()
-            self._find_positions(names)
-            readable = self._positions.keys() - self._catalogue.without_receiver
-            names = {name: names[name] for name in names if name in readable}
+    def _step(self) -> None:
+        names = self._allowed()
+        self._find_positions(names)
+        readable = self._positions.keys() - self._catalogue.without_receiver
+        names = {name: names[name] for name in names if name in readable}
 
-            if not names:
-                self.pause(self._block)
-            elif self._queue.wait_for_room(self._block):
-                self._read(names)
+        if not names:
+            self.pause(self._block)
+        elif self._queue.wait_for_room(self._block):
+            self._read(names)
 
-            backoff.tries = 0
+        self._backoff.tries = 0
 
     def _allowed(self) -> dict[str, Subscription]:
         names = self._catalogue.names()

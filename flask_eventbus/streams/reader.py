@@ -13,7 +13,7 @@ from ..logs import get_logger
 from ..receivers.workers import MOST_BYTES, BatchSize
 from ..routing.subscriptions import Subscription
 from ..transport.connections import Context
-from ..transport.reconnect import Backoff, ReadingThread
+from ..transport.reconnect import ReadingThread
 from .decoder import Intake
 from .group import Entry, GroupGoneError
 from .maintenance import Maintenance
@@ -125,23 +125,22 @@ class StreamReader(ReadingThread):
             with self.changed:
                 self.changed.notify_all()
 
-    def _consume(self, backoff: Backoff) -> None:
-        while self.goes_on:
-            streams, is_new = self._membership.join()
+    def _step(self) -> None:
+        streams, is_new = self._membership.join()
 
-            # A pattern that was refused before may be granted now, without a new stream.
-            if is_new or not self._is_connected or (not self._was_ready and self.ready):
-                self._note_joined()
+        # A pattern that was refused before may be granted now, without a new stream.
+        if is_new or not self._is_connected or (not self._was_ready and self.ready):
+            self._note_joined()
 
-            if not streams or self._is_overloaded():
-                self.pause(self._block)
-            elif room := self._queue.wait_for_room(self._block):
-                self._read(streams, room)
-            else:
-                # Entries added now may be trimmed before they are read.
-                self._has_backlog = True
+        if not streams or self._is_overloaded():
+            self.pause(self._block)
+        elif room := self._queue.wait_for_room(self._block):
+            self._read(streams, room)
+        else:
+            # Entries added now may be trimmed before they are read.
+            self._has_backlog = True
 
-            backoff.tries = 0
+        self._backoff.tries = 0
 
     def _is_overloaded(self) -> bool:
         """Return True if too many outcomes wait to be written to Redis."""

@@ -40,7 +40,7 @@ class Backoff:
 class ReadingThread:
     """Reads from Redis in a thread until it is stopped, and reconnects after an outage.
 
-    Subclasses override :meth:`_consume` and the methods after it.
+    Subclasses override the methods from :meth:`_connect` to :meth:`_finish`.
 
     :param kind: the middle part of the thread's name.
     """
@@ -52,7 +52,7 @@ class ReadingThread:
         self._name = f"eventbus-{kind}-{context.node}"
         self._app_exists = context.app_exists
         self._counters = context.counters
-        self._max_backoff = context.timing.max_listener_backoff
+        self._backoff = Backoff(most=context.timing.max_listener_backoff)
         # Bounded, so that an unstable connection does not fill the log.
         self._log = BoundedLog(logger)
         self._thread: threading.Thread | None = None
@@ -72,12 +72,6 @@ class ReadingThread:
     def is_stopping(self) -> bool:
         """Return True once :meth:`stop` was called."""
         return self._stopping.is_set()
-
-    @property
-    def goes_on(self) -> bool:
-        """Return True if the thread should continue to read."""
-        app_exists = self._app_exists is None or self._app_exists()
-        return app_exists and not self._stopping.is_set()
 
     def start(self) -> None:
         """Start the thread unless it was started before."""
@@ -109,30 +103,47 @@ class ReadingThread:
         self._stopping = threading.Event()
         self._stopping.set()
 
-    def _consume(self, backoff: Backoff) -> None:
-        """Connect, and read until :attr:`goes_on` is False or an error is raised.
+    def _connect(self) -> None:
+        """Prepare for reading over a new connection."""
 
-        Set ``tries`` of the backoff to 0 once connected.
+    def _step(self) -> None:
+        """Wait for entries or messages for a moment, and handle them.
+
+        Set ``tries`` of the backoff to 0 if Redis has answered.
         """
         raise NotImplementedError
 
     def _lose(self, error: Exception) -> None:
-        """Note the error that ended :meth:`_consume`."""
+        """Note the error of :meth:`_connect` or :meth:`_step`."""
         raise NotImplementedError
 
     def _disconnect(self) -> None:
-        """Close the connection, after every :meth:`_consume`."""
+        """Close the connection, after an error or at the end."""
         raise NotImplementedError
 
     def _finish(self) -> None:
         """Note that the thread ends without :meth:`stop`."""
 
     def _run(self) -> None:
-        backoff = Backoff(most=self._max_backoff)
+        try:
+            self._run_steps()
+        finally:
+            self._disconnect()
 
-        while self.goes_on:
+        if not self._stopping.is_set():
+            self._finish()
+
+    def _run_steps(self) -> None:
+        is_connected = False
+
+        while not self._stopping.is_set() and (self._app_exists is None or self._app_exists()):
             try:
-                self._consume(backoff)
+                if not is_connected:
+                    self._connect()
+                    is_connected = True
+
+                self._step()
+                continue
             except OUTAGE as error:
                 self._lose(error)
             except Exception as error:
@@ -140,10 +151,7 @@ class ReadingThread:
                 self._counters.add("reading_failed")
                 self._log.error("failed", self._failed, exc_info=error)
                 self._lose(error)
-            finally:
-                self._disconnect()
 
-            self._stopping.wait(backoff.next())
-
-        if not self.is_stopping:
-            self._finish()
+            is_connected = False
+            self._disconnect()
+            self._stopping.wait(self._backoff.next())
