@@ -8,14 +8,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..codec.codec import Codec
-from ..codec.entry_ids import EntryId, id_text
+from ..codec.entry_ids import MOST, EntryId, entry_id, id_text
 from ..codec.records import words_of
 from ..config import Config
-from ..errors import DecodeError
+from ..errors import ConfigError, DecodeError, OperationError
 from ..event import Event
+from ..node import Node
 from ..receivers.dispatcher import Dispatcher, Failure, name_of
-from ..routing.subscriptions import Subscription
-from .streams import Entry, StreamAccess
+from ..routing.subscriptions import Subscription, subscription_for
+from ..text import printable
+from .dead_letters import is_called
+from .overview import Overview
+from .streams import Entry, Place, StreamAccess
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Replay:
     The group is not affected: its position, pending events and known duplicates stay.
 
     :param name: the signal.
+    :param receivers: the names of the receivers to run.
     :param only: the name of the only receiver to run; ``None`` for all.
     """
 
@@ -42,6 +47,7 @@ class Replay:
     dispatcher: Dispatcher
     subscription: Subscription
     name: str
+    receivers: Sequence[str]
     only: str | None = None
     read: int = 0
     handled: int = 0
@@ -53,6 +59,31 @@ class Replay:
     failed: dict[str, list[Failed]] = field(default_factory=dict)
     #: Id of the last entry that was replayed or skipped.
     last: str = ""
+
+    def bounds(
+        self, access: StreamAccess, first: Place, last: Place | None
+    ) -> tuple[EntryId, EntryId]:
+        """Return the ids of the first and last entry to replay: none that is added from now on.
+
+        :raises ValueError: ``last`` is before ``first``.
+        :raises OperationError: the signal has no stream, or Redis is not available.
+        """
+        now = access.now()
+        first, last = first.at(now), None if last is None else last.at(now)
+
+        if last is not None and last.last < first.first:
+            raise ValueError("The last entry is before the first one.")
+
+        stream = access.stream_of(self.name)
+
+        if not stream:
+            raise OperationError(
+                f"There is no stream of {self.name!r} under this prefix: nothing was published to "
+                "it yet, or Redis lost it."
+            )
+
+        newest = entry_id(stream["last-generated-id"])
+        return first.first, newest if last is None else min(newest, last.last)
 
     def run(
         self,
@@ -80,6 +111,15 @@ class Replay:
                 return
 
             self._take(entry, event, dry)
+
+    @property
+    def next(self) -> str:
+        """Id after the last entry that was replayed or skipped; empty if there was none."""
+        if not self.last:
+            return ""
+
+        milliseconds, number = entry_id(self.last)
+        return id_text((milliseconds, number + 1) if number < MOST else (milliseconds + 1, 0))
 
     @property
     def handled_or_failed(self) -> int:
@@ -142,3 +182,45 @@ class Replay:
         for failure in failures:
             failed = Failed(event.id, entry, words_of(failure.error))
             self.failed.setdefault(failure.name or name_of(failure.receiver), []).append(failed)
+
+
+def prepare(node: Node, name: str, receiver: str | None) -> Replay:
+    """Return a replay of a signal for the receivers of a node.
+
+    :param receiver: the name of the only receiver to run; ``None`` for all.
+    :raises ConfigError: no receiver has that name, or several, or the node does not subscribe.
+    """
+    known = sorted({found.name for found in Overview(node).receivers_of(Subscription(name=name))})
+
+    if not known:
+        raise ConfigError(
+            f"Nothing here receives {name!r}. Connect a receiver with @bus.on({name!r}), or "
+            "name its module in 'EVENTBUS_RECEIVERS'."
+        )
+
+    found = [each for each in known if receiver is None or is_called(each, [receiver])]
+
+    if receiver is not None and len(found) != 1:
+        raise ConfigError(
+            f"{printable(receiver)!r} is the name of "
+            f"{'several receivers' if found else 'no receiver'} of {name!r}. Write one of: "
+            f"{', '.join(found or known)}."
+        )
+
+    subscription = subscription_for(name, node.subscriptions)
+
+    if subscription is None:
+        raise ConfigError(
+            f"{node.config.service!r} does not subscribe to {name!r}, so its receivers never get "
+            f"an event of it. Subscribe with @bus.on({name!r}), or in 'EVENTBUS_SUBSCRIBE'."
+        )
+
+    return Replay(
+        config=node.config,
+        codec=node.codec,
+        dispatcher=node.dispatcher,
+        subscription=subscription,
+        name=name,
+        receivers=found,
+        only=None if receiver is None else found[0],
+    )

@@ -4,6 +4,7 @@
 
 1. ``program`` checks settings, routes, subscriptions and receivers, and the database session and
    the outbox table of routes that wait for a commit. It does not connect to Redis.
-2. ``server`` connects to Redis and checks its version, its settings, and what waits in streams.
+2. ``server`` connects to Redis and checks its version, its settings, and the lag, retries
+   and dead letters of streams.
 3. ``acl`` checks who may connect, and tries the commands that this service needs.
 """

@@ -1,4 +1,4 @@
-"""Check a server: its version, settings, rights for channels, and what waits in streams."""
+"""Check a server: its version, its settings, and the lag, retries and dead letters there."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def _wants_channels(node: Node) -> bool:
 def _check_streams(
     connections: Connections, node: Node, service: str | None, streams: set[str]
 ) -> Iterator[Finding]:
-    """Check the rights of this user for streams, and what waits in them."""
+    """Check the rights of this user for streams, and their lag, retries and dead letters."""
     overview = Overview(node)
 
     if not overview.has_streams:
@@ -312,7 +312,7 @@ def _note_cluster(overview: Overview) -> Iterator[Finding]:
     if names:
         yield note(
             f"In a Redis Cluster there are no streams yet: {listed(names)} "
-            f"{'uses' if len(names) == 1 else 'use'} channels alone."
+            f"{'uses' if len(names) == 1 else 'use'} only channels."
         )
 
 
@@ -471,7 +471,7 @@ def check_backlog(
             statuses = read_statuses(access, services(access))
             flood = too_many_names(access.keys.names, len(access.names())) if patterns else None
     except OperationError as refusal:
-        yield note(f"Could not check what waits in streams. {refusal!s}")
+        yield note(f"Could not check the lag, retries and dead letters of streams. {refusal!s}")
         return
 
     for alarm in (flood, *(alarm for status in statuses for alarm in status.alarms)):

@@ -163,7 +163,7 @@ def routes_report(found: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of `routes` for an app: routes, subscriptions and local signals."""
     yield f"Service {found['service']}"
     yield from _section(
-        ("Publishes", "Via", "Leaves", "Confirmed", "Of signal", "Payload by"),
+        ("Publishes", "Via", "Sent", "Confirmed", "Signal", "Payload from"),
         [
             (
                 route["name"],
@@ -177,7 +177,7 @@ def routes_report(found: dict[str, Any]) -> Iterator[str]:
         ],
     )
     yield from _section(
-        ("Into stream", "Keeps", "Replicas", "In order by"),
+        ("Stream", "Keeps", "Replicas", "Ordered by"),
         [
             (route["name"], _kept(stream), f"{stream['replicas']}", stream["key"] or "-")
             for route in found["publishes"]

@@ -6,16 +6,12 @@ from collections.abc import Iterator
 
 import click
 
-from ..admin.dead_letters import is_called
-from ..admin.overview import Overview
-from ..admin.replay import Replay
+from ..admin.replay import Replay, prepare
 from ..admin.services import Move, Seek
-from ..admin.streams import Place, StreamAccess
+from ..admin.streams import Place
 from ..bus import stop_on_signals
 from ..codec.entry_ids import EARLIEST, MOST, EntryId, entry_id, id_text
 from ..errors import ConfigError
-from ..node import Node
-from ..routing.subscriptions import Subscription, subscription_for
 from ..text import clock, counted, printable
 from .base import Command, Program, confirm, name_argument, pass_program, read_moment, yes_option
 
@@ -81,31 +77,30 @@ def replay(
     its pending events and its known duplicates stay as they are. A receiver that fails is not
     retried. 'current_event.replayed' is True in receivers. Ctrl-C stops after the current event.
     """
-    node = _node_of(program)
-    receivers = _receivers_of(node, name, receiver)
-    subscription = _subscription_of(node, name, program.service)
-    work = Replay(
-        config=node.config,
-        codec=node.codec,
-        dispatcher=node.dispatcher,
-        subscription=subscription,
-        name=name,
-        only=receivers[0] if receiver is not None else None,
-    )
+    if not program.declares:
+        raise ConfigError(
+            "There are no receivers to run: replay runs them in its own process. Name the app, as "
+            "in 'flask --app mailer eventbus replay', or a module of receivers with --receivers."
+        )
+
+    node = program.enabled_node("no receiver would run", "replay")
+    work = prepare(node, name, receiver)
 
     with program.streams("replay") as access, stop_on_signals() as stopping:
-        first, last = _bounds(first, last, access.now())
-        end = _end_of(access, name, last)
+        try:
+            start, end = work.bounds(access, first, last)
+        except ValueError as error:
+            raise click.UsageError("--to is before --from. Swap them.") from error
 
         try:
-            work.run(access, first.first, end, stopping=stopping, rate=rate, dry=dry)
+            work.run(access, start, end, stopping=stopping, rate=rate, dry=dry)
         finally:
-            click.echo("\n".join(_report(work, receivers, dry=dry)))
+            click.echo("\n".join(_report(work, dry=dry)))
 
         if stopping.is_set():
             raise click.ClickException(
                 f"Stopped early, after {work.last or 'no entry'}. To continue, pass: --from "
-                f"{_next(work.last) or id_text(first.first)}"
+                f"{work.next or id_text(start)}"
             )
 
     if not node.flush():
@@ -118,95 +113,11 @@ def replay(
         raise click.exceptions.Exit(1)
 
 
-def _node_of(program: Program) -> Node:
-    if not program.declares:
-        raise ConfigError(
-            "There are no receivers to run: replay runs them in its own process. Name the app, as "
-            "in 'flask --app mailer eventbus replay', or a module of receivers with --receivers."
-        )
-
-    return program.enabled_node("no receiver would run", "replay")
-
-
-def _receivers_of(node: Node, name: str, wanted: str | None) -> list[str]:
-    """Return the names of the receivers to run.
-
-    :raises ConfigError: no receiver has the name ``wanted``, or several have it.
-    """
-    known = sorted({found.name for found in Overview(node).receivers_of(Subscription(name=name))})
-
-    if not known:
-        raise ConfigError(
-            f"Nothing here receives {name!r}. Connect a receiver with @bus.on({name!r}), or "
-            "name its module in 'EVENTBUS_RECEIVERS'."
-        )
-
-    found = [each for each in known if wanted is None or is_called(each, [wanted])]
-
-    if wanted is None or len(found) == 1:
-        return found
-
-    raise ConfigError(
-        f"{printable(wanted)!r} is the name of {'several receivers' if found else 'no receiver'} "
-        f"of {name!r}. Write one of: {', '.join(found or known)}."
-    )
-
-
-def _subscription_of(node: Node, name: str, service: str) -> Subscription:
-    found = subscription_for(name, node.subscriptions)
-
-    if found is not None:
-        return found
-
-    raise ConfigError(
-        f"{service!r} does not subscribe to {name!r}, so its receivers never get an event of it. "
-        f"Subscribe with @bus.on({name!r}), or in 'EVENTBUS_SUBSCRIBE'."
-    )
-
-
-def _bounds(first: Place, last: Place | None, now: int) -> tuple[Place, Place | None]:
-    """Return both places, with ages counted back from ``now``, in milliseconds since 1970.
-
-    :raises click.UsageError: ``last`` is before ``first``.
-    """
-    first, last = first.at(now), None if last is None else last.at(now)
-
-    if last is not None and last.last < first.first:
-        raise click.UsageError("--to is before --from. Swap them.")
-
-    return first, last
-
-
-def _end_of(access: StreamAccess, name: str, last: Place | None) -> EntryId:
-    """Return the id of the last entry to replay, at most the newest one now, so that it ends.
-
-    :raises click.ClickException: the signal has no stream.
-    """
-    stream = access.stream_of(name)
-
-    if not stream:
-        raise click.ClickException(
-            f"There is no stream of {name!r} under this prefix: nothing was published to it yet, "
-            "or Redis lost it."
-        )
-
-    newest = entry_id(stream["last-generated-id"])
-    return newest if last is None else min(newest, last.last)
-
-
-def _next(entry: str) -> str:
-    if not entry:
-        return ""
-
-    milliseconds, number = entry_id(entry)
-    return id_text((milliseconds, number + 1) if number < MOST else (milliseconds + 1, 0))
-
-
-def _report(work: Replay, receivers: list[str], *, dry: bool) -> Iterator[str]:
+def _report(work: Replay, *, dry: bool) -> Iterator[str]:
     yield _sum(work, dry)
 
     if dry:
-        yield f"Receivers: {', '.join(map(printable, receivers))}."
+        yield f"Receivers: {', '.join(map(printable, work.receivers))}."
 
     for entry, reason in work.unreadable.items():
         yield f"  {entry} ({clock(entry_id(entry)[0])}) cannot be decoded: {printable(reason)}"

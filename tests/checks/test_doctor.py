@@ -942,7 +942,7 @@ def test_in_a_cluster_a_note_says_that_only_channels_are_received(
     assert bad(check(bus.node)) == [
         (
             "note",
-            "In a Redis Cluster there are no streams yet: 'user_registered' uses channels alone.",
+            "In a Redis Cluster there are no streams yet: 'user_registered' uses only channels.",
         )
     ]
 

@@ -367,7 +367,7 @@ def test_routes_shows_published_subscribed_and_local_signals(shop: Flask) -> Non
         """\
 Service shop
 
-Publishes      Via      Leaves        Confirmed  Of signal         Payload by
+Publishes      Via      Sent          Confirmed  Signal            Payload from
 api_call       channel  at send       no         request-finished  summary
 order_*        channel  after commit  no         order_paid        -
 price_changed  channel  at send       yes        price_changed     -
@@ -457,12 +457,12 @@ def test_routes_shows_stream_lengths_and_retries(till: Flask) -> None:
         """\
 Service shop
 
-Publishes     Via     Leaves   Confirmed  Of signal     Payload by
+Publishes     Via     Sent     Confirmed  Signal        Payload from
 invoice_paid  stream  at send  yes        invoice_paid  -
 invoice_sent  stream  at send  yes        invoice_sent  -
 order_*       stream  at send  no         order_paid    -
 
-Into stream       Keeps  Replicas  In order by
+Stream            Keeps  Replicas  Ordered by
 invoice_paid  1,000,000         1  id
 invoice_sent        36h         2  -
 order_*         100,000         2  -
