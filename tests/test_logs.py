@@ -19,7 +19,7 @@ from waiting import wait_until
 from flask_eventbus import Bus, Event, Reject, Retry, current_event, logs, signals
 from flask_eventbus.codec.records import DeadLetter
 from flask_eventbus.logs import MAX_TRACEBACK_CHARS, BoundedLog, get_logger, traceback_of
-from flask_eventbus.receivers.workers import MOST_EVENTS
+from flask_eventbus.receivers.workers import MAX_EVENTS
 from flask_eventbus.testing import Isolation
 
 Make = Callable[..., Bus]
@@ -256,7 +256,7 @@ def test_slow_receivers_are_logged_and_so_is_their_recovery(
     bus.start()
     assert bus.ready(10)
     event = Event(name="tick", source="shop", id="abc-1", time=datetime.now(UTC), payload={})
-    bus.node._inbound.pool.put([(event, 1)] * (MOST_EVENTS + 1))
+    bus.node._inbound.pool.put([(event, 1)] * (MAX_EVENTS + 1))
     may_go_on.set()
 
     wait_until(lambda: "Receivers have caught up" in caplog.text, what="the end is logged")

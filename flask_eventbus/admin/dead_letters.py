@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from ..codec.codec import Codec
-from ..codec.entry_ids import MOST, EntryId, entry_id, id_text, is_entry_id
+from ..codec.entry_ids import MAX_PART, EntryId, entry_id, id_text, is_entry_id
 from ..codec.records import BadRecordError, DeadLetter, RetryRecord
 from ..errors import DecodeError, OperationError
 from ..routing.options import is_pattern, matches
@@ -104,7 +104,9 @@ class Choice:
     def bounds(self, now: int) -> tuple[EntryId, EntryId]:
         """Return the first and last id that match the ages at ``now``, in milliseconds."""
         first = 0 if self.newer_than is None else max(0, now - self.newer_than)
-        last = (MOST, MOST) if self.older_than is None else (max(0, now - self.older_than), 0)
+        last = (
+            (MAX_PART, MAX_PART) if self.older_than is None else (max(0, now - self.older_than), 0)
+        )
         return (first, 0), last
 
     def names(self, known: Iterable[str]) -> list[str]:
@@ -243,7 +245,7 @@ def is_called(receiver: str, names: Iterable[str]) -> bool:
 LOOK = 0.1
 
 #: Most tries to put a dead letter back while others are added meanwhile.
-MOST_TRIES = 100
+MAX_TRIES = 100
 
 
 @dataclass(slots=True, eq=False)
@@ -287,7 +289,7 @@ class Retrials:
 
         :raises OperationError: Redis cannot be asked, or refuses.
         """
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             before = self._watched(letter)
 
             if before is None:

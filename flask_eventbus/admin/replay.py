@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..codec.codec import Codec
-from ..codec.entry_ids import MOST, EntryId, entry_id, id_text
+from ..codec.entry_ids import MAX_PART, EntryId, entry_id, id_text
 from ..codec.records import words_of
 from ..config import Config
 from ..errors import ConfigError, DecodeError, OperationError
@@ -119,7 +119,7 @@ class Replay:
             return ""
 
         milliseconds, number = entry_id(self.last)
-        return id_text((milliseconds, number + 1) if number < MOST else (milliseconds + 1, 0))
+        return id_text((milliseconds, number + 1) if number < MAX_PART else (milliseconds + 1, 0))
 
     @property
     def handled_or_failed(self) -> int:

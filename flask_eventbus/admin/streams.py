@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import redis
 
-from ..codec.entry_ids import EARLIEST, MOST, EntryId, before_moment, entry_id, id_text
+from ..codec.entry_ids import EARLIEST, MAX_PART, EntryId, before_moment, entry_id, id_text
 from ..config import SIGNAL_NAME, Config
 from ..errors import ConfigError, OperationError
 from ..logs import get_logger
@@ -321,7 +321,7 @@ def read_place(text: str) -> Place:
     if (found := _ID.fullmatch(text)) and (found[2] or text == "0" or len(text) >= _DIGITS):
         first = int(found[1]), int(found[2] or 0)
 
-        if max(first) > MOST:
+        if max(first) > MAX_PART:
             raise ValueError(f"{text!r} is too large for an entry's id. {_EXAMPLES}")
 
         return Place(first, first) if found[2] else _moment(first[0])
@@ -351,4 +351,4 @@ def read_age(text: str) -> int:
 
 def _moment(milliseconds: int) -> Place:
     milliseconds = max(0, milliseconds)
-    return Place((milliseconds, 0), (milliseconds, MOST), is_moment=True)
+    return Place((milliseconds, 0), (milliseconds, MAX_PART), is_moment=True)

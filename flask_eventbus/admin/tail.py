@@ -24,13 +24,13 @@ from .tail_sources import ChannelTail, StreamTail, TailEvent
 CLIENT_NAME = "eventbus-tail"
 
 #: Longest pause in seconds between tries to connect.
-MOST_BACKOFF = 2.0
+MAX_BACKOFF = 2.0
 
 #: Seconds after which an empty batch is yielded if no event came.
 TICK = 1.0
 
 #: Batches of events that may wait to be shown; reading pauses when there are more.
-MOST_WAITING = 16
+MAX_WAITING = 16
 
 #: Seconds to wait for the threads to end.
 END = 1.0
@@ -83,9 +83,7 @@ class Tail:
             kind(self._connections, prefix=prefix, codec=codec, names=names, output=self)
             for kind in kinds
         ]
-        self._waiting: queue.Queue[Sequence[TailEvent] | str | Exception] = queue.Queue(
-            MOST_WAITING
-        )
+        self._waiting: queue.Queue[Sequence[TailEvent] | str | Exception] = queue.Queue(MAX_WAITING)
         self._stopping = threading.Event()
         self._lock = threading.RLock()
         self._ready: set[str] = set()
@@ -142,7 +140,7 @@ class Tail:
             thread.join(timeout=END)
 
     def _run(self, source: TailSource) -> None:
-        backoff = Backoff(most=MOST_BACKOFF)
+        backoff = Backoff(most=MAX_BACKOFF)
 
         while not self._stopping.is_set():
             try:

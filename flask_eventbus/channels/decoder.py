@@ -23,7 +23,7 @@ REPEATABLE = 1_024
 
 #: Maximum number of events missing before one event. A node that sends 1,000 events a second takes
 #: more than a day for them. A larger gap is forged, and would make the count useless.
-MOST_MISSED = 100_000_000
+MAX_MISSED = 100_000_000
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ class Sequences:
         if route is None:
             route = self._routes[key] = _RouteState(seq)
             found = self._check_source(event)
-        elif 0 <= seq - route.last - 1 <= MOST_MISSED:
+        elif 0 <= seq - route.last - 1 <= MAX_MISSED:
             found = seq - route.last - 1
             route.last = seq
             self._routes.move_to_end(key)

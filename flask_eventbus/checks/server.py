@@ -36,7 +36,7 @@ CLIENT_NAME = "eventbus-check"
 OLDEST = (6, 2)
 
 #: Seconds by which the clocks may differ.
-MOST_SKEW = 5.0
+MAX_SKEW = 5.0
 
 #: Output buffer that a listener should have before the server disconnects it: a number of
 #: events of the largest size, and at least so many bytes.
@@ -194,7 +194,7 @@ def check_clock(server: Server, *, clock: Callable[[], float] = time.time) -> It
     here = (before + clock()) / 2
     skew = here - (seconds + microseconds / 1_000_000)
 
-    if abs(skew) <= MOST_SKEW:
+    if abs(skew) <= MAX_SKEW:
         yield ok("Its clock agrees with this machine's.")
         return
 

@@ -18,8 +18,8 @@ from ..event import Event
 from ..text import counted, plain, printable, read_value
 
 #: Characters of one value, and of a whole payload, in a line of `tail`.
-MOST_OF_A_VALUE = 60
-MOST_OF_A_PAYLOAD = 240
+MAX_VALUE_CHARS = 60
+MAX_PAYLOAD_CHARS = 240
 
 _PLAIN_WORD = re.compile(r"[\w@.,+:/-]+")
 
@@ -31,7 +31,7 @@ def as_line(event: Event) -> str:
     """
     payload = " ".join(f"{_word(key)}={_short(value)}" for key, value in event.payload.items())
     line = f"{_clock(event.time)} {event.via:7} {event.name} {event.source} {event.id}"
-    return f"{line} {_cut(payload, MOST_OF_A_PAYLOAD)}" if payload else line
+    return f"{line} {_cut(payload, MAX_PAYLOAD_CHARS)}" if payload else line
 
 
 def as_json(event: Event, entry: str | None = None) -> str:
@@ -73,13 +73,13 @@ def _clock(moment: datetime) -> str:
 
 def _short(value: Any) -> str:
     value = plain(value)
-    return _word(value) if isinstance(value, str) else _cut(_as_json_text(value), MOST_OF_A_VALUE)
+    return _word(value) if isinstance(value, str) else _cut(_as_json_text(value), MAX_VALUE_CHARS)
 
 
 def _word(text: str) -> str:
     """Return the text as one would type it in a command: unquoted if it stays text."""
     bare = _PLAIN_WORD.fullmatch(text) and isinstance(read_value(text), str)
-    return _cut(text if bare else _as_json_text(text), MOST_OF_A_VALUE)
+    return _cut(text if bare else _as_json_text(text), MAX_VALUE_CHARS)
 
 
 def _as_json_text(value: Any) -> str:

@@ -10,7 +10,7 @@ from ..admin.replay import Replay, prepare
 from ..admin.services import Move, Seek
 from ..admin.streams import Place
 from ..bus import stop_on_signals
-from ..codec.entry_ids import EARLIEST, MOST, EntryId, entry_id, id_text
+from ..codec.entry_ids import EARLIEST, MAX_PART, EntryId, entry_id, id_text
 from ..errors import ConfigError
 from ..text import clock, counted, printable
 from .base import Command, Program, confirm, name_argument, pass_program, read_moment, yes_option
@@ -228,5 +228,5 @@ def _shown(found: EntryId) -> str:
         return "the beginning"
 
     # Seeking to a time puts the group at the last possible id of the millisecond before it.
-    is_moment = found[1] == MOST
+    is_moment = found[1] == MAX_PART
     return clock(found[0] + 1) if is_moment else f"{id_text(found)} ({clock(found[0])})"

@@ -86,7 +86,7 @@ class Envelope:
         self._heads = tuple(bytes([0x86 + optional]) + shared for optional in range(7))
 
         #: Largest size of an event without its payload, in bytes.
-        self.overhead: int = len(self._heads[0]) + _MOST_BYTES_AFTER_HEAD
+        self.overhead: int = len(self._heads[0]) + _MAX_BYTES_AFTER_HEAD
         #: Smallest size of an event without its payload, but with the longest id, in bytes.
         self._least = len(self._heads[0]) + PACKED_ID_BYTES + _TIMESTAMP_64.size + len(_DATA)
 
@@ -191,7 +191,7 @@ _NAME_BYTES = {
     "key": len(_PARTITIONKEY),
 }
 
-_MOST_BYTES_AFTER_HEAD = sum(
+_MAX_BYTES_AFTER_HEAD = sum(
     (
         PACKED_ID_BYTES,
         _TIMESTAMP_96.size,

@@ -8,7 +8,7 @@ import re
 EntryId = tuple[int, int]
 
 #: Largest value of each of the two numbers.
-MOST = 2**64 - 1
+MAX_PART = 2**64 - 1
 
 #: The id before the first entry.
 EARLIEST: EntryId = (0, 0)
@@ -28,7 +28,7 @@ def entry_id(text: str | bytes) -> EntryId:
 
     numbers = int(found[1]), int(found[2] or 0)
 
-    if max(numbers) > MOST:
+    if max(numbers) > MAX_PART:
         raise ValueError(f"{text!r} is not an entry id: its numbers have 64 bits each")
 
     return numbers
@@ -55,7 +55,7 @@ def id_before(found: EntryId) -> EntryId:
     if found[1]:
         return found[0], found[1] - 1
 
-    return (found[0] - 1, MOST) if found[0] else EARLIEST
+    return (found[0] - 1, MAX_PART) if found[0] else EARLIEST
 
 
 def before_moment(milliseconds: int) -> EntryId:

@@ -64,7 +64,7 @@ class RetryRecord:
             if type(getattr(record, name)) is not kind:
                 raise BadRecordError(f"{name!r} is no {kind.__name__}")
 
-        for name, most in _MOST.items():
+        for name, most in _MAX.items():
             if not 0 <= getattr(record, name) <= most:
                 raise BadRecordError(f"{name!r} is not from 0 to {most}")
 
@@ -84,7 +84,7 @@ _KINDS: dict[str, type] = {
 }
 
 #: Largest values; for times, the last second that :class:`~datetime.datetime` can represent.
-_MOST = {"attempts": 1_000_000, "first": 253_402_300_799_000, "last": 253_402_300_799_000}
+_MAX = {"attempts": 1_000_000, "first": 253_402_300_799_000, "last": 253_402_300_799_000}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -471,7 +471,7 @@ SMALL = 1024
 #: Bytes of memory that a key and its value take in a dict, without the characters of strings; and
 #: the most that an encoded byte of a string takes: four, if one character needs four.
 ITEM_MEMORY = 200
-MOST_TEXT_MEMORY = 4
+MAX_TEXT_MEMORY = 4
 
 #: Stands for an unknown amount; larger than any memory.
 UNKNOWN = 2**62
@@ -486,7 +486,7 @@ def memory_of(payload: Mapping[str, Any], *, found: set[type], packed: int) -> i
     :param packed: size of the encoded event in bytes.
     """
     if packed <= SMALL and not found:
-        return len(payload) * ITEM_MEMORY + packed * MOST_TEXT_MEMORY
+        return len(payload) * ITEM_MEMORY + packed * MAX_TEXT_MEMORY
 
     total = 0
     containers: list[Any] = [payload]

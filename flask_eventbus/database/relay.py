@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 DATABASE_OUTAGE = (DBAPIError, PoolTimeoutError)
 
 #: Longest pause in seconds between tries while Redis or the database is not available.
-MOST_BACKOFF = 2.0
+MAX_BACKOFF = 2.0
 
 #: Transports that this version can publish to.
 VIAS = frozenset({"channel", "stream"})
@@ -128,7 +128,7 @@ class Relay:
 
         :param interval: seconds between two reads of an empty outbox.
         """
-        backoff = Backoff(most=MOST_BACKOFF)
+        backoff = Backoff(most=MAX_BACKOFF)
 
         while not stopping.is_set():
             try:

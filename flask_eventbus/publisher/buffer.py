@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from .message import Message
 
 #: Size limit of the buffer in bytes. ``EVENTBUS_BUFFER_SIZE`` limits the number of events.
-MOST_BYTES = 64 * 1024 * 1024
+MAX_BYTES = 64 * 1024 * 1024
 
 
 class Buffer:
@@ -27,7 +27,7 @@ class Buffer:
     :param most_bytes: largest size of all events, in bytes.
     """
 
-    def __init__(self, *, most_events: int, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, *, most_events: int, most_bytes: int = MAX_BYTES) -> None:
         self._most_events = most_events
         self._most_bytes = most_bytes
         #: Guards the queues, and the state of the writer.

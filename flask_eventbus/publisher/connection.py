@@ -29,13 +29,13 @@ from .message import AgingStreamDestination, Destination, NoWritesError, TooFewR
 logger = get_logger(__name__)
 
 #: Longest wait for replicas in seconds; shorter than the timeout of the connection.
-MOST_WAIT = 1.0
+MAX_WAIT = 1.0
 
 #: Fraction of a sender's timeout that is spent waiting for replicas.
 REPLICAS_SHARE = 0.8
 
 #: Difference between the clocks in seconds above which a warning is logged.
-MOST_SKEW = 10.0
+MAX_SKEW = 10.0
 
 #: Seconds between two comparisons of the clocks.
 COMPARE_AGAIN = 60.0
@@ -60,7 +60,7 @@ class PublishConnection:
         self.timeout = timeout
         #: Redis key of the set of signals that have a stream.
         self._names = StreamKeys(config.prefix).names
-        self._replicas_ms = math.ceil(min(config.timeout * REPLICAS_SHARE, MOST_WAIT) * 1_000)
+        self._replicas_ms = math.ceil(min(config.timeout * REPLICAS_SHARE, MAX_WAIT) * 1_000)
         self._connection: Connection | None = None
         #: ``SADD`` commands that register the stream of a signal, keyed by signal. They are sent
         #: with each batch, since Redis may have been flushed.
@@ -387,7 +387,7 @@ class PublishConnection:
         """
         self._compare_at = time.monotonic() + COMPARE_AGAIN
         skew = time.time() - entry_id(newest)[0] / 1_000
-        was_skewed, self._is_skewed = self._is_skewed, abs(skew) > MOST_SKEW
+        was_skewed, self._is_skewed = self._is_skewed, abs(skew) > MAX_SKEW
 
         if self._is_skewed and not was_skewed:
             logger.warning(

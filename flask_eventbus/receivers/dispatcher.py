@@ -335,7 +335,7 @@ def _signature_of(receiver: Receiver) -> inspect.Signature | None:
 
 
 #: Longest delay of a retry in seconds.
-MOST_DELAY = 300.0
+MAX_DELAY = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,9 +391,9 @@ def delay(
     first: float = TIMING.first_retry,
 ) -> float:
     """Return the seconds to wait after attempt ``attempts``: 1, 2, 4, ... up to 300."""
-    wait = min(MOST_DELAY, first * 2.0 ** min(attempts - 1, 30))
+    wait = min(MAX_DELAY, first * 2.0 ** min(attempts - 1, 30))
     longer: float = wait * random.uniform(1.0, 1.0 + jitter)  # noqa: S311 - spreads load
-    return min(MOST_DELAY, longer)
+    return min(MAX_DELAY, longer)
 
 
 class FailureLog:

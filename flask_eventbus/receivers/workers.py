@@ -21,8 +21,8 @@ logger = get_logger(__name__)
 
 #: Maximum number of queued events, and their maximum memory use in bytes. Events that are not
 #: read stay in the output buffer of Redis, which disconnects a subscriber at 32 MB.
-MOST_EVENTS = 10_000
-MOST_BYTES = 64 * 1024 * 1024
+MAX_EVENTS = 10_000
+MAX_BYTES = 64 * 1024 * 1024
 
 #: Maximum number of channel events that a single worker thread takes at once.
 BATCH = 64
@@ -46,8 +46,8 @@ class EventQueue:
         work: threading.Condition,
         rest: threading.Condition,
         *,
-        most_events: int = MOST_EVENTS,
-        most_bytes: int = MOST_BYTES,
+        most_events: int = MAX_EVENTS,
+        most_bytes: int = MAX_BYTES,
     ) -> None:
         self._most_events = most_events
         self._most_bytes = most_bytes
@@ -354,8 +354,8 @@ class WorkerThreads:
 AHEAD = 0.25
 
 #: Maximum number of entries of one stream in one answer. With the default of
-#: ``EVENTBUS_MAX_EVENT_BYTES``, so many of the largest events take :data:`MOST_BYTES`.
-MOST_READ = 64
+#: ``EVENTBUS_MAX_EVENT_BYTES``, so many of the largest events take :data:`MAX_BYTES`.
+MAX_READ = 64
 
 #: Maximum size of one answer in bytes, estimated from the entries before. Redis disconnects a
 #: client whose answer exceeds ``client-output-buffer-limit normal``.
@@ -390,8 +390,8 @@ class BatchSize:
         :param memory: memory use of the present deliveries in bytes.
         :param streams: number of streams to read.
         """
-        fitting = min(MOST_BYTES - memory, self._most) // self._largest
-        return max(1, min(MOST_READ, min(room, fitting) // streams))
+        fitting = min(MAX_BYTES - memory, self._most) // self._largest
+        return max(1, min(MAX_READ, min(room, fitting) // streams))
 
     def update(self, sizes: Iterable[int]) -> None:
         """Update the estimate with the sizes in bytes of the entries of an answer."""
@@ -442,9 +442,9 @@ class DeliveryQueue:
     def room(self) -> int:
         """Number of deliveries that may be read: those handled in :data:`AHEAD` seconds.
 
-        0 while the deliveries take :data:`MOST_BYTES` of memory and some of them wait.
+        0 while the deliveries take :data:`MAX_BYTES` of memory and some of them wait.
         """
-        if self._held or (self.waiting and self.memory >= MOST_BYTES):
+        if self._held or (self.waiting and self.memory >= MAX_BYTES):
             return 0
 
         ahead = int(self._width * AHEAD / max(self._pace, 1e-9))
@@ -551,6 +551,6 @@ class DeliveryQueue:
     def _enough_room(self) -> int:
         """Return the room if the queue is half empty, so that a round trip reads many; else 0."""
         room = self.room
-        is_half_empty = room > self.waiting and (self.memory < MOST_BYTES // 2 or not self.waiting)
+        is_half_empty = room > self.waiting and (self.memory < MAX_BYTES // 2 or not self.waiting)
         # A closed queue holds up no reader.
         return max(1, room) if is_half_empty or self._closed else 0

@@ -26,10 +26,10 @@ from .outcomes import DeadLimit, Outcome
 logger = get_logger(__name__)
 
 #: Most outcomes written in one round trip.
-MOST_PER_WRITE = 500
+MAX_PER_WRITE = 500
 
 #: Bytes after which a round trip takes no more outcomes. Retries and dead letters hold events.
-MOST_BYTES_PER_WRITE = 4 * 1024 * 1024
+MAX_BYTES_PER_WRITE = 4 * 1024 * 1024
 
 #: Seconds after which the maintenance thread writes outcomes that no worker thread has written.
 WRITE_SOON = 0.05
@@ -207,7 +207,7 @@ class Acknowledger:
         handled: list[Delivery] = []
 
         # Other threads may add more meanwhile.
-        while self._handled and len(handled) < MOST_PER_WRITE:
+        while self._handled and len(handled) < MAX_PER_WRITE:
             handled.append(self._handled.popleft())
 
         batch = _pop_batch(self._waiting) if self._waiting else []
@@ -479,9 +479,9 @@ class Acknowledger:
 def _pop_batch(waiting: deque[Outcome]) -> list[Outcome]:
     """Remove and return the oldest outcomes that one round trip may carry."""
     batch: list[Outcome] = []
-    room = MOST_BYTES_PER_WRITE
+    room = MAX_BYTES_PER_WRITE
 
-    while waiting and len(batch) < MOST_PER_WRITE and room > 0:
+    while waiting and len(batch) < MAX_PER_WRITE and room > 0:
         batch.append(waiting.popleft())
         room -= batch[-1].size
 

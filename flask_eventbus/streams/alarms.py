@@ -9,14 +9,14 @@ from ..codec.entry_ids import EntryId, id_text
 from ..timing import TIMING
 
 #: Maximum time by which an entry id may be ahead of the clock, in milliseconds.
-MOST_AHEAD = 24 * 60 * 60 * 1000
+MAX_AHEAD = 24 * 60 * 60 * 1000
 
 #: Maximum time by which a group may be ahead of the clock, in milliseconds. A new group may start
 #: at the present time of Redis, whose clock may differ.
 CLOCKS_APART = 60 * 1000
 
 #: Maximum number of characters of a consumer's name that an alarm shows.
-MOST_SHOWN = 64
+MAX_SHOWN = 64
 
 
 class Alarm(NamedTuple):
@@ -57,7 +57,7 @@ def far_ahead(name: str, last: EntryId, now: float) -> Alarm | None:
 
     :param now: seconds since 1970.
     """
-    if last[0] <= now * 1000 + MOST_AHEAD:
+    if last[0] <= now * 1000 + MAX_AHEAD:
         return None
 
     return Alarm(
@@ -98,7 +98,7 @@ def foreign_consumers(name: str, service: str, consumers: Iterable[str]) -> Alar
         return None
 
     return Alarm(
-        f"The consumer {found[0][:MOST_SHOWN]!r} is in the group of {service!r} at the stream of "
+        f"The consumer {found[0][:MAX_SHOWN]!r} is in the group of {service!r} at the stream of "
         f"{name!r}, and no worker has this name. Workers do not get the events that it reads.",
         f"Find the program with CLIENT LIST and ACL LOG. {_run_again(name, service)}",
     )

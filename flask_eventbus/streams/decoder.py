@@ -26,7 +26,7 @@ from .outcomes import Outcome, Outcomes
 logger = get_logger(__name__)
 
 #: Maximum number of fields of an oversized entry that a dead letter keeps samples of.
-MOST_FIELDS = 8
+MAX_FIELDS = 8
 
 
 @dataclass(slots=True)
@@ -181,7 +181,7 @@ class EntryDecoder:
 
         samples: dict[bytes, bytes] = {}
 
-        for name, value in itertools.islice(fields.items(), MOST_FIELDS):
+        for name, value in itertools.islice(fields.items(), MAX_FIELDS):
             prefix = bytes(name)[:SAMPLE]
             digest = value.sha256 if isinstance(value, Large) else sha256(value).hexdigest()
             samples[prefix + b".sample"] = bytes(value)[:SAMPLE]

@@ -32,7 +32,7 @@ LAST_ID = f"{2**64 - 1}-{2**64 - 2}"
 LOOK_UP = 16
 
 #: Maximum number of pending entries that are listed when a consumer is removed.
-MOST_PENDING = 10_000
+MAX_PENDING = 10_000
 
 #: Seconds for which Redis keeps the reports of workers.
 REPORT_KEPT = 24 * 60 * 60
@@ -450,7 +450,7 @@ class Group:
         answers = self._run(
             [
                 ("MULTI",),
-                ("XPENDING", key, self._service, "-", "+", MOST_PENDING, consumer),
+                ("XPENDING", key, self._service, "-", "+", MAX_PENDING, consumer),
                 ("XGROUP", "DELCONSUMER", key, self._service, consumer),
                 ("EXEC",),
             ]

@@ -35,13 +35,13 @@ DRAINING_PAUSE = 1.0
 SIGNS_OF_LIFE = 4
 
 #: Most retries taken in one round trip.
-MOST_RETRIES = 32
+MAX_RETRIES = 32
 
 #: Approximate bytes of the retries taken in one round trip.
-MOST_RETRY_BYTES = 4 * 1024 * 1024
+MAX_RETRY_BYTES = 4 * 1024 * 1024
 
 #: Most seconds between two attempts while Redis is away.
-MOST_BACKOFF = 2.0
+MAX_BACKOFF = 2.0
 
 
 class Maintenance:
@@ -83,9 +83,7 @@ class Maintenance:
         self._thread: threading.Thread | None = None
         # Monotonic times of the next round of each task.
         self._renew_at = self._reclaim_at = self._released_at = self._consumers_at = 0.0
-        self._batch_size = BatchSize(
-            max_bytes=context.config.max_event_bytes, most=MOST_RETRY_BYTES
-        )
+        self._batch_size = BatchSize(max_bytes=context.config.max_event_bytes, most=MAX_RETRY_BYTES)
         #: Streams with more due retries than the queue had room for.
         self._more_retries: set[str] = set()
         #: Streams with entries that this process released. The reader takes those first.
@@ -137,7 +135,7 @@ class Maintenance:
         self._schedule.within(self._timing.pause_reading_after)
 
     def _run(self) -> None:
-        backoff = Backoff(most=MOST_BACKOFF)
+        backoff = Backoff(most=MAX_BACKOFF)
 
         while not self._stopping:
             try:
@@ -402,7 +400,7 @@ class Maintenance:
         """Take due retries of a stream. Return True if more are due."""
         while (room := self._queue.room) > 0:
             memory = self._queue.memory
-            most = self._batch_size.count(room=min(room, MOST_RETRIES), memory=memory, streams=1)
+            most = self._batch_size.count(room=min(room, MAX_RETRIES), memory=memory, streams=1)
 
             with self._acknowledger.lock:
                 deliveries, given_up, more = self._retries.take(name, subscription, most=most)

@@ -27,7 +27,7 @@ from .reclaim import Reclaimer, Trims
 logger = get_logger(__name__)
 
 #: Maximum number of digits of a stored time in milliseconds.
-MOST_DIGITS = 15
+MAX_DIGITS = 15
 
 
 class Catalogue:
@@ -233,7 +233,7 @@ class Catalogue:
             self._pipe.ask("HSETNX", key, pattern, now)
             since = self._pipe.ask("HGET", key, pattern)
             # The value is missing after a flush, and invalid if another program wrote it.
-            is_valid = since and since.isdigit() and len(since) <= MOST_DIGITS
+            is_valid = since and since.isdigit() and len(since) <= MAX_DIGITS
             self._since[pattern] = int(since) if is_valid else now
 
 

@@ -32,7 +32,7 @@ from .group import Entry
 logger = get_logger(__name__)
 
 #: Maximum length in characters of the readable payload in a dead letter.
-MOST_PAYLOAD = 4_000
+MAX_PAYLOAD = 4_000
 
 
 class RetryCounts:
@@ -267,9 +267,9 @@ class Outcomes:
 
 
 def readable(event: Event) -> str:
-    """Return the payload as JSON, as in ``tail --json``, cut to :data:`MOST_PAYLOAD`."""
+    """Return the payload as JSON, as in ``tail --json``, cut to :data:`MAX_PAYLOAD`."""
     payload = plain(dict(opened(event).payload))
-    return json.dumps(payload, ensure_ascii=False, allow_nan=False)[:MOST_PAYLOAD]
+    return json.dumps(payload, ensure_ascii=False, allow_nan=False)[:MAX_PAYLOAD]
 
 
 class DeadLimit:

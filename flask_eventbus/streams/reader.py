@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import redis
 
 from ..logs import get_logger
-from ..receivers.workers import MOST_BYTES, BatchSize
+from ..receivers.workers import MAX_BYTES, BatchSize
 from ..routing.subscriptions import Subscription
 from ..transport.connections import Context
 from ..transport.reconnect import ReadingThread
@@ -31,7 +31,7 @@ BLOCK = 1.0
 
 #: Number of unacknowledged outcomes above which reading pauses, while Redis rejects them. Their
 #: memory is limited as well, to that of the events read ahead.
-MOST_UNWRITTEN = 1_000
+MAX_UNWRITTEN = 1_000
 
 #: Seconds between two checks for trimmed entries while the last read left entries unread.
 CHECK_BACKLOG_EVERY = 1.0
@@ -145,7 +145,7 @@ class StreamReader(ReadingThread):
     def _is_overloaded(self) -> bool:
         """Return True if too many outcomes wait to be written to Redis."""
         unwritten = self._in_flight.memory - self._queue.memory + self._acknowledger.memory
-        return len(self._acknowledger) > MOST_UNWRITTEN or unwritten > MOST_BYTES
+        return len(self._acknowledger) > MAX_UNWRITTEN or unwritten > MAX_BYTES
 
     def _read(self, streams: dict[str, Subscription], room: int) -> None:
         try:

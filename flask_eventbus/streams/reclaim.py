@@ -13,7 +13,7 @@ from ..codec.entry_ids import entry_id
 from ..event import Event
 from ..logs import BoundedLog, Counters, get_logger
 from ..receivers.delivery import Delivery
-from ..receivers.workers import MOST_BYTES
+from ..receivers.workers import MAX_BYTES
 from ..routing.subscriptions import Subscription
 from ..signals import emit, events_trimmed
 from ..transport.connection import OUTAGE
@@ -34,7 +34,7 @@ from .group import (
 logger = get_logger(__name__)
 
 #: Most released entries of a stream that are claimed before newer ones are read.
-MOST_RELEASED = 100_000
+MAX_RELEASED = 100_000
 
 #: Entries read in one round trip. They may be large.
 LOOK_UP_COUNT = 32
@@ -107,7 +107,7 @@ class Reclaimer:
         :raises redis.ConnectionError: Redis is away.
         """
         self.unfinished -= names.keys()
-        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MOST_RELEASED)
+        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MAX_RELEASED)
 
     def restore(self, name: str, deliveries: Sequence[Delivery]) -> set[str]:
         """Make entries pending again that another program acknowledged before they were started.
@@ -213,10 +213,10 @@ class Reclaimer:
         stale = stale[:room]
 
         for start in range(0, len(stale), LOOK_UP_COUNT):
-            if start and self._queue.memory >= MOST_BYTES:
+            if start and self._queue.memory >= MAX_BYTES:
                 self.has_more = True
 
-                if room == MOST_RELEASED:
+                if room == MAX_RELEASED:
                     self.unfinished.add(name)
 
                 return

@@ -39,10 +39,10 @@ GONE_AFTER = 3_600.0
 OVERDUE = 60.0
 
 #: Most signals in one search.
-MOST_NAMES = 10_000
+MAX_NAMES = 10_000
 
 #: Most retries given up in one round trip of a search.
-MOST_PER_STEP = 100
+MAX_PER_STEP = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,21 +152,21 @@ class RetryQueue:
         names = sorted(name.decode(errors="replace") for name in members)
         return [
             name
-            for name in islice(names, MOST_NAMES)
+            for name in islice(names, MAX_NAMES)
             if SIGNAL_NAME.fullmatch(name)
             and name not in self._forbidden
             and not self._receives(name)
         ]
 
     def _give_up_orphans_of(self, name: str) -> None:
-        count = MOST_PER_STEP
+        count = MAX_PER_STEP
 
-        while count >= MOST_PER_STEP:
+        while count >= MAX_PER_STEP:
             with self._lock:
                 given_up, _ = self._lease_due(
                     name,
                     lambda member: self._judge_orphan(name, member),
-                    most=MOST_PER_STEP,
+                    most=MAX_PER_STEP,
                     overdue=OVERDUE,
                 )
 

@@ -39,14 +39,14 @@ SAMPLE = 64
 CHUNK = 64 * 1024
 
 #: Number of values of the longest length for which one array has room.
-MOST_LONG = 4
+MAX_LONG = 4
 
 #: Bytes of overhead counted for each item of an array.
 ITEM = 64
 
 #: Difference in seconds between the clocks of this machine and of Redis above which a warning is
 #: logged.
-MOST_APART = 5.0
+MAX_APART = 5.0
 
 #: A command and its arguments: ``("XACK", key, group, id)``.
 Command = tuple[str | bytes | int | float, ...]
@@ -306,7 +306,7 @@ class RedisClock:
 
     def _compare(self, answer: float) -> None:
         apart = time.time() - answer
-        was_apart, self._is_apart = self._is_apart, abs(apart) > MOST_APART
+        was_apart, self._is_apart = self._is_apart, abs(apart) > MAX_APART
 
         if self._is_apart and not was_apart:
             self._log.warning(
@@ -382,7 +382,7 @@ def _next_items(wire: BinaryIO, count: int, most: int) -> list[Any]:
     The number of items is even, since field names and values alternate.
     """
     items: list[Any] = []
-    left = MOST_LONG * (most + CHUNK)
+    left = MAX_LONG * (most + CHUNK)
 
     for _ in range(count):
         item = _next_answer(wire, most)

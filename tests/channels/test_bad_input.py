@@ -194,16 +194,16 @@ def test_an_impossibly_high_number_is_a_conflict_and_not_a_loss(
 def test_counting_continues_from_a_jump_that_the_next_number_confirms(
     shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
 ) -> None:
-    far = 1 + decoder.MOST_MISSED + 2
+    far = 1 + decoder.MAX_MISSED + 2
     for seq in (1, far, far + 1, far + 3):
         publish(shared_redis, consumer, packed(id=f"abc-{seq}", seq=seq, data={"n": seq}))
-    near = far + 3 + decoder.MOST_MISSED + 1
+    near = far + 3 + decoder.MAX_MISSED + 1
     publish(shared_redis, consumer, packed(id=f"abc-{near}", seq=near, data={"n": near}))
 
     wait_until(lambda: len(heard) == 5, what="all events arrive")
     wait_until(lambda: conflicts, what="the conflict is signalled")
     assert conflicts == [f"abc-{far}"]
-    assert consumer.health().missed == 1 + decoder.MOST_MISSED
+    assert consumer.health().missed == 1 + decoder.MAX_MISSED
 
 
 def test_a_forged_lower_number_is_received_and_hides_no_gap(

@@ -19,7 +19,7 @@ from soak.lines import Lines
 from flask_eventbus import Bus, Reject, Retry, current_event
 
 #: Seconds that a receiver takes at most.
-MOST_WORK = 0.01
+MAX_WORK = 0.01
 
 #: One of so many first attempts of the flaky receiver fails.
 FAILS = 10
@@ -60,7 +60,7 @@ class Worker:
     ) -> Callable[..., None]:
         def receive(sender: str, publisher: str, n: int) -> None:
             begun = time.time()
-            time.sleep(self._chance.random() * MOST_WORK)
+            time.sleep(self._chance.random() * MAX_WORK)
             fail(n)
             self._note(name, begun, publisher=publisher, n=n)
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.second_look("measures the memory of processes under loa
 MOST = 180
 
 #: The same where few are read at once: retries, and what is read while others wait for Redis.
-MOST_OF_RETRIES = 150
+MAX_RETRIES_MIB = 150
 
 #: An entry larger than all limits, and the megabytes that a worker which reads it may need.
 HUGE = b"x" * 100_000_000
@@ -233,7 +233,7 @@ def test_large_retries_are_read_within_the_memory_limit_and_kept_once(
 
     # 64 MiB of them.
     assert 60 < counts[-1] < 80
-    assert process.facts()[0] < MOST_OF_RETRIES
+    assert process.facts()[0] < MAX_RETRIES_MIB
 
 
 def test_unwritten_outcomes_of_large_events_are_bounded_in_memory(
