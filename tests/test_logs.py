@@ -76,8 +76,7 @@ def test_each_failed_attempt_is_one_error_and_the_same_traceback_is_logged_once(
     lines = [record.getMessage() for record in errors]
     assert [record.levelname for record in errors] == ["ERROR"] * 3
     assert [record.exc_info is not None for record in errors] == [True, False, False]
-    name = f"{__name__}.test_each_attempt_that_fails_is_one_error_and_the_same_traceback_is_logged_"
-    name += "once.<locals>.fail"
+    name = f"{__name__}.{fail.__qualname__}"
     told = f"The receiver {name} failed at the event {event.id} of 'tick' from 'accounts', attempt "
     assert lines[0].startswith(f"{told}1, and is tried again in 0.0 s, at 2")
     assert lines[0].endswith("+00:00: ValueError: no such user")
