@@ -20,7 +20,6 @@ from flask_eventbus.receivers import dispatcher, workers
 from flask_eventbus.streams import (
     attempts,
     decoder,
-    duplicates,
     fanout,
     maintenance,
     outcomes,
@@ -65,7 +64,7 @@ SENTENCES = [
     ),
     ("stream-workers", r"a difference of more than (\S+) seconds when", pipe.MAX_APART),
     ("stream-losses", r"differs from it by more than (\S+) seconds", connection.MAX_SKEW),
-    ("stream-losses", r"and (\S+) bytes of a digest", duplicates.DIGEST_BYTES),
+    ("stream-losses", r"and (\S+) bytes of a digest", decoder.DIGEST_BYTES),
     ("stream-losses", r"with more than (\S+) events behind it, such a loss", TIMING.max_counted),
     ("stream-subscriptions", r"that both have, of the (\S+) that it read last", fanout.REMEMBERED),
     ("configuration", r"from one second to (\S+) minutes", dispatcher.MAX_DELAY / 60),

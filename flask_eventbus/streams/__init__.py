@@ -6,8 +6,7 @@ the files in this order:
 1. ``membership`` finds the streams that the service subscribes to and joins their ``group``.
 2. ``reader`` reads new entries of the group. ``fanout`` reads the streams of subscriptions without
    a group, where every process gets each event. ``group`` has the Redis commands.
-3. ``decoder`` makes a delivery of each entry and queues it. ``duplicates`` finds events published
-   twice.
+3. ``decoder`` makes a delivery of each entry, finds events published twice, and queues the others.
 4. ``attempts`` runs the receivers of a delivery, in a worker thread.
 5. ``outcomes`` decides: acknowledge the entry, retry a failed receiver, or add a dead letter. It
    trims the dead letters.

@@ -22,8 +22,7 @@ from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from .acknowledger import Acknowledger
 from .attempts import Attempts
-from .decoder import EntryDecoder, Intake
-from .duplicates import Duplicates
+from .decoder import Duplicates, EntryDecoder, Intake
 from .fanout import Fanout
 from .group import Group, GroupGoneError
 from .maintenance import Maintenance

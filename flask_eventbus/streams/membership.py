@@ -19,8 +19,7 @@ from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from ..transport.rights import SEARCH, SINCE, TIME, grant_its_user
 from .alarms import too_many_names
-from .decoder import Intake
-from .duplicates import Duplicates
+from .decoder import Duplicates, Intake
 from .group import Group, GroupGoneError
 from .reclaim import Reclaimer, Trims
 
