@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class Timing:
     """How long the parts of a node wait, how often they look, and how much they keep."""
 
+    # -- streams
+
     #: Delay of the first retry in seconds. It doubles with each attempt.
     first_retry: float = 1.0
 
@@ -58,7 +60,7 @@ class Timing:
     #: Seconds before a refused stream is read again.
     ask_stream_again_after: float = 5.0
 
-    #: Seconds before a refused command is sent again which a service can do without.
+    #: Seconds before a command that Redis refused, and that is not essential, is sent again.
     ask_command_again_after: float = 60.0
 
     #: Seconds between two checks for entries that were trimmed, once a group has read them all.
