@@ -169,6 +169,28 @@ def test_every_default_on_a_page_is_that_of_the_setting() -> None:
     assert [found for found in named if found[2] != defaults[found[1].lower()]] == []
 
 
+def test_the_range_of_each_setting_is_in_its_section() -> None:
+    page = (DOCS / "configuration.md").read_text()
+    checked = 0
+
+    for field in dataclasses.fields(Config):
+        limits = getattr(field.metadata["read"], "keywords", {})
+        section = page.partition(f"\n## EVENTBUS_{field.name.upper()}\n")[2].partition("\n## ")[0]
+        told = [
+            (number(least), number(most) * (MIB if unit else 1))
+            for least, most, unit in re.findall(
+                r"(\d[\d.,]*)(?: bytes)? to (\d[\d,]*)( MiB)?", " ".join(section.split())
+            )
+        ]
+
+        # "1 or more": the largest number of dead letters is no use to anybody.
+        if "least" in limits and field.name != "dead_maxlen":
+            assert (limits["least"], limits["most"]) in told, field.name
+            checked += 1
+
+    assert checked >= 10
+
+
 def test_the_durations_of_retries_on_the_page_match_the_code() -> None:
     text = " ".join((DOCS / "configuration.md").read_text().split())
     [(twelve, thirty)] = re.findall(r"12 take (\S+) minutes, 30 take (\S+) hours", text)
