@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
 from datetime import UTC, date, datetime, time
 from typing import Any
 
@@ -81,9 +82,12 @@ def did_you_mean(word: str, known: Sequence[str], *, prefix: str = "") -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a value that JSON can represent: bytes as base64, other types as text."""
+    """Return a value that JSON can represent: bytes as base64, dataclasses as objects."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
+
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
 
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]

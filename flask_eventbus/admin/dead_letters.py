@@ -38,7 +38,7 @@ class Letter:
         return " ".join(part for part in (self.id, self.name, self.content.receiver) if part)
 
     def as_json(self, service: str, codec: Codec) -> dict[str, Any]:
-        """Return the dead letter of a service as values that JSON can represent; bytes as base64.
+        """Return the dead letter of a service by the names of its JSON; the fields are bytes.
 
         :param codec: decodes the event of a payload that was stored truncated.
         """
@@ -61,12 +61,10 @@ class Letter:
             "traceback": content.traceback,
             "payload": payload,
             "payload_cut": cut,
-            "fields": plain(
-                {
-                    field.decode(errors="backslashreplace"): value
-                    for field, value in content.fields.items()
-                }
-            ),
+            "fields": {
+                field.decode(errors="backslashreplace"): value
+                for field, value in content.fields.items()
+            },
         }
 
     def is_in(self, bounds: tuple[EntryId, EntryId]) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -34,7 +33,7 @@ from .base import (
     values_of,
 )
 from .dead import dead
-from .output import as_json, as_line, findings_report, live_report, routes_report
+from .output import as_json, as_line, findings_report, live_report, routes_report, to_json
 from .relay import relay
 from .replay import replay, seek
 from .services import services
@@ -253,7 +252,7 @@ def routes(program: Program, in_json: bool) -> None:
     node = program.node
     found = Overview(node).as_json() if program.declares else census(node)
     report = routes_report if program.declares else live_report
-    click.echo(json.dumps(found, indent=2) if in_json else "\n".join(report(found)))
+    click.echo(to_json(found, indent=2) if in_json else "\n".join(report(found)))
 
 
 @click.command(
@@ -286,7 +285,7 @@ def check(program: Program, strict: bool, in_json: bool) -> None:
     bad = {"error", "warning"} if strict else {"error"}
 
     if in_json:
-        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+        click.echo(to_json(findings, indent=2))
     else:
         click.echo("\n".join(findings_report(findings)))
 

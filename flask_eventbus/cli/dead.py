@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import sys
 import time
@@ -38,7 +37,7 @@ from .base import (
     read_span,
     yes_option,
 )
-from .output import span
+from .output import span, to_json
 
 #: What each reason means.
 _REASONS = {
@@ -357,7 +356,7 @@ def list_(
         if in_json:
             for letter in islice(letters, limit):
                 found = letter.as_json(selection.service, program.node.codec)
-                click.echo(json.dumps(found, allow_nan=False))
+                click.echo(to_json(found))
         else:
             for line in list_report(letters, selection.service, choice, limit):
                 click.echo(line)

@@ -34,6 +34,11 @@ def as_line(event: Event) -> str:
     return f"{line} {_cut(payload, MAX_PAYLOAD_CHARS)}" if payload else line
 
 
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Return a value as JSON, as :func:`.plain` represents it."""
+    return json.dumps(plain(value), allow_nan=False, indent=indent)
+
+
 def as_json(event: Event, entry: str | None = None) -> str:
     """Return the whole event as a JSON object in one line, with the names of CloudEvents.
 
@@ -55,10 +60,7 @@ def as_json(event: Event, entry: str | None = None) -> str:
         "via": event.via,
         "entry": entry,
     }
-    return json.dumps(
-        {name: plain(value) for name, value in attributes.items() if value is not None},
-        allow_nan=False,
-    )
+    return to_json({name: value for name, value in attributes.items() if value is not None})
 
 
 def _clock(moment: datetime) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from ..streams.alarms import too_many_names
 from ..text import printable
 from ..timing import TIMING
 from .base import Command, Program, json_option, pass_program, reader_is_gone
-from .output import span, table
+from .output import span, table, to_json
 
 _GROUPS = ("Stream", "Events", "Service", "Lag", "Pending", "Oldest", "Retries", "Dead")
 _CONSUMERS = ("Service", "Stream", "Host", "Pid", "Node", "Pending", "Idle")
@@ -238,7 +237,7 @@ class _Report:
         """
         statuses, excess = self._read()
         found = as_json(statuses, excess)
-        click.echo(json.dumps(found, indent=2) if self.in_json else self._as_text(statuses))
+        click.echo(to_json(found, indent=2) if self.in_json else self._as_text(statuses))
 
         for sentence in excess:
             click.echo(sentence, err=True)
@@ -255,7 +254,7 @@ class _Report:
             else:
                 warnings = [click.style(sentence, fg="red") for sentence in excess]
                 self._print_update(
-                    json.dumps(as_json(statuses, excess))
+                    to_json(as_json(statuses, excess))
                     if self.in_json
                     else "\n".join([self._as_text(statuses), *warnings])
                 )
