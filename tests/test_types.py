@@ -9,14 +9,14 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from blinker import Signal
 from flask import Flask
 from servers import require
 
 from flask_eventbus import EventBus, signals
-from flask_eventbus.config import SETTINGS
+from flask_eventbus.config import SETTINGS, Config
 from flask_eventbus.routing import routes, subscriptions
 from flask_eventbus.testing import Isolation
 from flask_eventbus.typing import PublishOptions, Settings, SubscribeOptions
@@ -170,6 +170,13 @@ def test_every_setting_is_typed() -> None:
     settings = {f"EVENTBUS_{name.upper()}" for name in Settings.__annotations__}
 
     assert settings | {"EVENTBUS_SERVICE", "EVENTBUS_URL"} == set(SETTINGS)
+
+
+def test_the_types_of_settings_are_those_of_the_table_unless_more_is_accepted() -> None:
+    accepted, read = get_type_hints(Settings), get_type_hints(Config)
+    others = {name for name, hint in accepted.items() if hint != read[name]}
+
+    assert others == {"publish", "subscribe", "receivers", "on_outage", "maxlen"}
 
 
 def test_the_types_know_every_option_of_a_signal() -> None:
