@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 
 from .channels.decoder import MessageDecoder
 from .channels.listener import Listener
@@ -11,7 +11,6 @@ from .config import Config
 from .errors import ConfigError
 from .receivers.dispatcher import Dispatcher
 from .receivers.workers import WorkerThreads
-from .routing.bus_signal import Receiver
 from .routing.subscriptions import Subscription
 from .streams.consumer import Consumer
 from .transport.connections import Context
@@ -37,8 +36,6 @@ class Listening:
 
     :param subscriptions: the subscriptions of the service; :meth:`update` replaces them.
     :param issued: returns the number of events that this node has created.
-    :param siblings: the names of nodes of this process, whose local receivers ran at ``send()``.
-    :param retries_of: returns the retries that a receiver declared for a signal, or ``None``.
     """
 
     def __init__(
@@ -48,31 +45,14 @@ class Listening:
         dispatcher: Dispatcher,
         subscriptions: Mapping[str, Subscription],
         issued: Callable[[], int],
-        siblings: Container[str],
-        retries_of: Callable[[str, Receiver], int | None],
     ) -> None:
-        config = context.config
         self._timing = context.timing
-        self._has_streams = not config.url.startswith("redis+cluster://")
-        self.pool = WorkerThreads(
-            config=config,
-            dispatcher=dispatcher,
-            counters=context.counters,
-            timing=context.timing,
-            node=context.node,
-        )
+        self._has_streams = not context.config.url.startswith("redis+cluster://")
+        self.pool = WorkerThreads(context, dispatcher)
         self.listener = Listener(
-            context,
-            decoder=MessageDecoder(context, issued=issued, siblings=siblings),
-            pool=self.pool,
+            context, decoder=MessageDecoder(context, issued=issued), pool=self.pool
         )
-        self.consumer = Consumer(
-            context,
-            dispatcher=dispatcher,
-            pool=self.pool,
-            siblings=siblings,
-            retries_of=retries_of,
-        )
+        self.consumer = Consumer(context, dispatcher=dispatcher, pool=self.pool)
         self.update(subscriptions)
 
     def update(self, subscriptions: Mapping[str, Subscription]) -> None:

@@ -160,6 +160,7 @@ class Node:
         )
         self.context = context = Context(
             config=self.config,
+            registry=self.registry,
             connections=self.connections,
             codec=self.codec,
             counters=self.counters,
@@ -170,22 +171,13 @@ class Node:
         self._sending.open(context)
         self._publisher = publisher = self._sending.publisher
         self.dispatcher = Dispatcher(
-            service=self.config.service,
-            receivers=self.registry.receivers_of,
-            scope=self._host.scope,
-            undo=self._sending.after_commit.roll_back,
-            logs_events=self.config.log_events,
-            counters=self.counters,
-            timeout=self.registry.timeout_of,
-            connected=self.registry.connected_to,
+            context, scope=self._host.scope, undo=self._sending.after_commit.roll_back
         )
         self._inbound = Listening(
             context,
             dispatcher=self.dispatcher,
             subscriptions=self.subscriptions,
             issued=lambda: publisher.issued,
-            siblings=self.registry.siblings,
-            retries_of=self.registry.retries_of,
         )
 
     @property

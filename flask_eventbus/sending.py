@@ -44,6 +44,7 @@ class Sending:
         """Create the parts of one process and one start; events sent from now on go to them."""
         self._context = context
         self._pid = os.getpid()
+        # It may outlive the node, so it must not keep the context, which refers to the registry.
         self.publisher = Publisher(context, trace=self.host.trace, resend=_resending(self))
         self.after_commit = AfterCommit(context, self)
 

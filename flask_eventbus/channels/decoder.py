@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..errors import DecodeError
@@ -128,18 +128,16 @@ class MessageDecoder:
     """Decodes and checks messages, and selects the events that this node handles.
 
     :param issued: returns the number of events that this node has created.
-    :param siblings: nodes of this process whose local receivers ran at ``send()``.
     """
 
-    def __init__(
-        self, context: Context, *, issued: Callable[[], int], siblings: Container[str]
-    ) -> None:
+    def __init__(self, context: Context, *, issued: Callable[[], int]) -> None:
         self._config = context.config
         self._codec = context.codec
         self._counters = context.counters
         self._node = context.node
         self._issued = issued
-        self._siblings = siblings
+        #: The nodes of this process, whose local receivers ran at ``send()``.
+        self._siblings = context.registry.siblings
         self._log = BoundedLog(logger)
         self._sequences = Sequences(context.timing)
         self._conflicts = Conflicts(config=context.config, counters=context.counters)

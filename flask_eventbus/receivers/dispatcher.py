@@ -15,10 +15,11 @@ from typing import Any
 from ..coroutines import run_coroutine
 from ..errors import ReceiverError, Reject, Retry
 from ..event import Event, PackedPayload, handling, opened
-from ..logs import BoundedLog, Counters, get_logger, text_of
+from ..logs import BoundedLog, get_logger, text_of
 from ..routing.bus_signal import Receiver
 from ..signals import emit_now, receiver_failed, receiver_succeeded
 from ..timing import TIMING
+from ..transport.connections import Context
 
 logger = get_logger(__name__)
 
@@ -36,40 +37,31 @@ class Failure:
 class Dispatcher:
     """Calls the receivers of an event one by one; a failure does not stop the next receiver.
 
-    :param service: name of this service, for logs.
-    :param receivers: returns the local receivers for a signal's name and a source.
     :param scope: returns the context manager in which a receiver runs; in Flask, a new app context.
         Exceptions of the receiver pass through it.
-    :param timeout: returns the time limit of an ``async def`` receiver in seconds, or ``None``.
-    :param connected: returns the receivers of a signal, from any source, in the order in which
-        they connected.
     :param undo: called in the scope of a receiver that failed; must not raise.
-    :param logs_events: True to log each handled event, as ``EVENTBUS_LOG_EVENTS`` asks.
     """
 
     def __init__(
         self,
+        context: Context,
         *,
-        service: str,
-        receivers: Callable[[str, str], Sequence[Receiver]],
         scope: Callable[[], AbstractContextManager[object]],
-        counters: Counters,
-        timeout: Callable[[str, Receiver], float | None] = lambda name, receiver: None,
-        connected: Callable[[str], Sequence[Receiver]] = lambda name: (),
-        undo: Callable[[], None] = lambda: None,
-        logs_events: bool = False,
+        undo: Callable[[], None],
     ) -> None:
-        self._service = service
-        self._receivers = receivers
+        registry = context.registry
+        self._service = context.config.service
+        self._logs_events = context.config.log_events
+        self._counters = context.counters
+        self._receivers = registry.receivers_of
+        self._timeout = registry.timeout_of
+        #: Returns the receivers of a signal, from any source, in the order of their connection.
+        self.connected = registry.connected_to
         self._scope = scope
-        self._timeout = timeout
-        self.connected = connected
         self._undo = undo
-        self._logs_events = logs_events
-        self._counters = counters
         self._log = BoundedLog(logger)
         #: Callers of :meth:`dispatch` log the failures here, once they have decided about a retry.
-        self.failures = FailureLog(service)
+        self.failures = FailureLog(self._service)
 
     def has_receivers(self, name: str) -> bool:
         """Return True if this process has a receiver for ``name``, from any source."""

@@ -8,12 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from zlib import crc32
 
-from ..config import Config
 from ..coroutines import kept_loop
 from ..event import Event
-from ..logs import BoundedLog, Counters, get_logger
+from ..logs import BoundedLog, get_logger
 from ..signals import emit, events_dropped
-from ..timing import Timing
+from ..transport.connections import Context
 from .delivery import Delivery
 from .dispatcher import Dispatcher
 
@@ -146,20 +145,12 @@ class WorkerThreads:
     events are dropped. Stream deliveries that wait when the threads end are released.
     """
 
-    def __init__(
-        self,
-        *,
-        config: Config,
-        dispatcher: Dispatcher,
-        counters: Counters,
-        timing: Timing,
-        node: str,
-    ) -> None:
-        self._config = config
+    def __init__(self, context: Context, dispatcher: Dispatcher) -> None:
+        self._config = context.config
         self._dispatcher = dispatcher
-        self._counters = counters
-        self._timing = timing
-        self._node = node
+        self._counters = context.counters
+        self._timing = context.timing
+        self._node = context.node
         self._log = BoundedLog(logger)
         self._make_queues()
         self._stream_next = True

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 
 import redis
 
@@ -14,7 +14,6 @@ from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import InFlight
 from ..receivers.dispatcher import Dispatcher
 from ..receivers.workers import WorkerThreads
-from ..routing.bus_signal import Receiver
 from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import emit, listener_connected, listener_lost
 from ..transport.connection import OUTAGE
@@ -45,21 +44,10 @@ class Consumer:
     """The stream consumer of a node: it reads entries, runs receivers and writes outcomes.
 
     :param pool: the threads in which receivers run.
-    :param siblings: nodes of this process whose local receivers ran at ``send()``.
-    :param app_exists: returns False once the app is gone; the threads then end.
-    :param retries_of: returns the retries that a receiver was connected with for a signal name.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        *,
-        dispatcher: Dispatcher,
-        pool: WorkerThreads,
-        siblings: Container[str],
-        retries_of: Callable[[str, Receiver], int | None],
-    ) -> None:
-        self._config = config = context.config
+    def __init__(self, context: Context, *, dispatcher: Dispatcher, pool: WorkerThreads) -> None:
+        self._config = context.config
         self._dispatcher = dispatcher
         self._pool = pool
         self._subscriptions: Mapping[str, Subscription] = {}
@@ -69,10 +57,8 @@ class Consumer:
         self._was_connected = False
         self._is_stopping = False
         self.name = f"{socket.gethostname()}-{os.getpid()}-{context.node}"
-        counts = RetryCounts(config=config, dispatcher=dispatcher, receiver_retries=retries_of)
-        decoder = EntryDecoder(
-            config=config, codec=context.codec, counters=context.counters, siblings=siblings
-        )
+        counts = RetryCounts(context, dispatcher)
+        decoder = EntryDecoder(context)
         self._in_flight = InFlight()
         intake, reclaimer = self._create_write_side(context, decoder, counts)
         self._create_read_side(context, decoder, intake, reclaimer)

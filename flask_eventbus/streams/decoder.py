@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 
-from ..codec.codec import Codec
 from ..codec.records import MAX_ERROR_CHARS, DeadLetter
-from ..config import Config
 from ..errors import DecodeError
 from ..event import Event
-from ..logs import BoundedLog, Counters, get_logger
+from ..logs import BoundedLog, get_logger
 from ..receivers.conflicts import Conflicts
 from ..receivers.delivery import Delivery, InFlight
 from ..receivers.workers import DeliveryQueue
@@ -51,18 +49,14 @@ class DecodedEntries:
 
 
 class EntryDecoder:
-    """Decodes and checks entries, and selects those that this service handles.
+    """Decodes and checks entries, and selects those that this service handles."""
 
-    :param siblings: nodes of this process whose local receivers ran at ``send()``.
-    """
-
-    def __init__(
-        self, *, config: Config, codec: Codec, counters: Counters, siblings: Container[str]
-    ) -> None:
-        self._config = config
-        self._codec = codec
-        self._counters = counters
-        self._siblings = siblings
+    def __init__(self, context: Context) -> None:
+        self._config = context.config
+        self._codec = context.codec
+        self._counters = context.counters
+        #: The nodes of this process, whose local receivers ran at ``send()``.
+        self._siblings = context.registry.siblings
         self._log = BoundedLog(logger)
 
     def decode(

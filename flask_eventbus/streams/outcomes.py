@@ -36,22 +36,12 @@ MAX_PAYLOAD = 4_000
 
 
 class RetryCounts:
-    """Numbers of retries: the subscription's, else the receiver's, else ``EVENTBUS_RETRIES``.
+    """Numbers of retries: the subscription's, else the receiver's, else ``EVENTBUS_RETRIES``."""
 
-    :param receiver_retries: returns the retries that a receiver was connected with for a signal
-        name, or ``None``.
-    """
-
-    def __init__(
-        self,
-        *,
-        config: Config,
-        dispatcher: Dispatcher,
-        receiver_retries: Callable[[str, Receiver], int | None],
-    ) -> None:
-        self._config = config
+    def __init__(self, context: Context, dispatcher: Dispatcher) -> None:
+        self._config = context.config
+        self._registry = context.registry
         self._dispatcher = dispatcher
-        self._receiver_retries = receiver_retries
 
     def after(self, delivery: Delivery, failure: Failure) -> int:
         """Return the retries of the receiver that failed at a delivery."""
@@ -69,7 +59,7 @@ class RetryCounts:
         return max(counts, default=self._config.retries)
 
     def _of(self, subscription: Subscription, name: str, receiver: Receiver) -> int:
-        own = self._receiver_retries(name, receiver)
+        own = self._registry.retries_of(name, receiver)
         return allowed(subscription.retries, own, self._config.retries)
 
 

@@ -197,11 +197,7 @@ class RetryRehearsal:
 
     def _outcomes(self, node: Node) -> Outcomes:
         """Return what decides between a retry and a dead letter, by the clock of the rehearsal."""
-        counts = RetryCounts(
-            config=node.config,
-            dispatcher=node.dispatcher,
-            receiver_retries=node.registry.retries_of,
-        )
+        counts = RetryCounts(node.context, node.dispatcher)
         timing = replace(node.context.timing, retry_jitter=0.0)
         return Outcomes(
             replace(node.context, timing=timing),
@@ -264,12 +260,7 @@ def _subscription(node: Node, event: Event) -> Subscription:
 
 def _delivery(node: Node, event: Event, entry: str) -> Delivery | None:
     """Decode an event as a node does; return None if the node skips it."""
-    decoder = EntryDecoder(
-        config=node.config,
-        codec=node.codec,
-        counters=node.counters,
-        siblings=node.registry.siblings,
-    )
+    decoder = EntryDecoder(node.context)
     new = Entry(event.name, entry, {b"event": node.codec.encode(event)})
     found = decoder.decode([new], {event.name: _subscription(node, event)})
     return next(iter(found.deliveries), None)

@@ -52,6 +52,7 @@ from .urls import (
 
 if TYPE_CHECKING:
     from ..codec.codec import Codec
+    from ..routing.registry import Registry
 
 logger = get_logger(__name__)
 
@@ -504,6 +505,8 @@ class Context:
     """The settings, connections and counters of a node, handed to each of its parts."""
 
     config: Config
+    #: The signals, routes, subscriptions and receivers declared in code.
+    registry: Registry
     connections: Connections
     codec: Codec
     counters: Counters
