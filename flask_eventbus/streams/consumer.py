@@ -127,7 +127,6 @@ class Consumer:
             membership=self._membership,
             intake=intake,
             reclaimer=reclaimer,
-            maintenance=self._maintenance,
         )
         pipe = Pipe(context.connections, timeout=context.timing.answer_timeout)
         self._ungrouped = self._catalogue(pipe, context, grouped=False)

@@ -86,8 +86,6 @@ class Maintenance:
         self._batch_size = BatchSize(max_bytes=context.config.max_event_bytes, most=MAX_RETRY_BYTES)
         #: Streams with more due retries than the queue had room for.
         self._more_retries: set[str] = set()
-        #: Streams with entries that this process released. The reader takes those first.
-        self.released_streams: set[str] = set()
 
     @property
     def is_own_thread(self) -> bool:
@@ -129,10 +127,6 @@ class Maintenance:
         """Check for idle and released entries now, after streams were joined."""
         self._reclaim_at = self._released_at = 0.0
         self._schedule.within(0.0)
-
-    def watch_in_flight(self) -> None:
-        """Look in time whether a receiver has started for the deliveries that were queued."""
-        self._schedule.within(self._timing.pause_reading_after)
 
     def _run(self) -> None:
         backoff = Backoff(most=MAX_BACKOFF)
@@ -322,7 +316,7 @@ class Maintenance:
             try:
                 with self._acknowledger.lock:
                     own = {found.id for found in self._group.own_pending(name)}
-                    self.released_streams.add(name)
+                    self._reclaimer.unfinished.add(name)
                     self._group.release(name, {id: counts[id] for id in counts if id in own})
             except GroupGoneError as error:
                 logger.debug("Nothing of %r is released: %s", name, error)

@@ -16,7 +16,6 @@ from ..transport.connections import Context
 from ..transport.reconnect import ReadingThread
 from .decoder import Intake
 from .group import Entry, GroupGoneError
-from .maintenance import Maintenance
 from .membership import Membership
 from .reclaim import Reclaimer
 
@@ -54,7 +53,6 @@ class StreamReader(ReadingThread):
         membership: Membership,
         intake: Intake,
         reclaimer: Reclaimer,
-        maintenance: Maintenance,
     ) -> None:
         super().__init__(context, "streams")
         self._consumer = consumer
@@ -68,7 +66,7 @@ class StreamReader(ReadingThread):
         self._queue = intake.queue
         self._acknowledger = intake.acknowledger
         self._reclaimer = reclaimer
-        self._maintenance = maintenance
+        self._pause_after = context.timing.pause_reading_after
         self._block = self._group.pipe.wait_at_most(BLOCK)
         #: Notified when more streams are read or refused, and when the connection is lost.
         self.changed = threading.Condition()
@@ -156,7 +154,7 @@ class StreamReader(ReadingThread):
             if time.monotonic() - self._trims.checked_at >= checks_every:
                 self._trims.check(streams)
 
-            if self._maintenance.released_streams or self._reclaimer.unfinished:
+            if self._reclaimer.unfinished:
                 streams = self._take_back_released(streams)
 
                 if not streams:
@@ -187,13 +185,11 @@ class StreamReader(ReadingThread):
 
     def _take_back_released(self, streams: dict[str, Subscription]) -> dict[str, Subscription]:
         """Claim released entries, and return the streams whose new entries may be read."""
-        released = self._maintenance.released_streams | self._reclaimer.unfinished
-        self._maintenance.released_streams = set()
+        unfinished = self._reclaimer.unfinished
         self._reclaimer.reclaim_all_released(
-            {name: streams[name] for name in released if name in streams}
+            {name: streams[name] for name in streams if name in unfinished}
         )
         # New entries of a stream wait until its released entries are claimed.
-        unfinished = self._reclaimer.unfinished
         return {name: streams[name] for name in streams if name not in unfinished}
 
     def _take(self, entries: Sequence[Entry], streams: Mapping[str, Subscription]) -> None:
@@ -207,7 +203,8 @@ class StreamReader(ReadingThread):
 
         self._counters.add("received", len(found.deliveries))
         self._intake.add(found.deliveries)
-        self._maintenance.watch_in_flight()
+        # The maintenance thread then looks whether a receiver has started.
+        self._acknowledger.schedule.within(self._pause_after)
         self._intake.end(found)
 
     # -- the groups -----------------------------------------------------------------------

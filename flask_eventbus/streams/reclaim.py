@@ -74,7 +74,8 @@ class Reclaimer:
         self.has_more = False
         #: Alarms by signal, each with the monotonic time at which it expires.
         self._alarms: dict[str, tuple[float, str]] = {}
-        #: Streams with released entries that :meth:`reclaim_all_released` had no memory for.
+        #: Streams with entries that this process released, or had no memory to claim. Any thread
+        #: may add to it.
         self.unfinished: set[str] = set()
 
     @property

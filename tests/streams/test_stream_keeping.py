@@ -135,6 +135,8 @@ def test_an_outcome_is_written_while_the_next_receiver_runs(
     wait_until(lambda: started == [0], what="the only thread is busy")
     last, _ = [store.add("tick", n=n) for n in (1, 2)][-1]
     wait_until(lambda: store.position("tick") == last, what="two more are read")
+    schedule = bus.node._inbound.consumer._acknowledger.schedule
+    wait_until(lambda: 5 < schedule._next - time.monotonic() < 600, what="maintenance sleeps")
     gates[0].set()
 
     wait_until(lambda: started == [0, 1, 2], what="the last one runs")
