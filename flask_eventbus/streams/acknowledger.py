@@ -299,10 +299,11 @@ class Acknowledger:
         for delivery in handled:
             by_name.setdefault(delivery.name, []).append(delivery)
 
-        commands = [
-            self._group.acknowledge_command(name, map(_ENTRY, found))
-            for name, found in by_name.items()
-        ]
+        commands: list[Command] = []
+
+        for name, found in by_name.items():
+            commands.append(self._group.acknowledge_command(name, map(_ENTRY, found)))
+
         # The outcomes of each block of commands, with the number of its answers.
         blocks: list[tuple[int, list[Outcome]]] = []
         acknowledged: dict[str, list[Outcome]] = {}
@@ -325,7 +326,12 @@ class Acknowledger:
         answers = self._group.pipe.run(commands) if commands else []
 
         for found, answer in zip(by_name.values(), answers, strict=False):
-            self._finish_handled(found, answer)
+            if isinstance(answer, Exception):
+                refused = [Outcome(each.name, each.entry, delivery=each) for each in found]
+                self._keep_refused(refused, answer)
+            else:
+                self._in_flight.remove(found)
+                self._counters.add("acked", len(found))
 
         done = len(by_name)
 
@@ -335,14 +341,6 @@ class Acknowledger:
             # The refused command of a transaction names the reason; the answer to EXEC does not.
             refusal = next((answer for answer in own if isinstance(answer, Exception)), None)
             self._finish(outcomes, refusal or own[-1])
-
-    def _finish_handled(self, deliveries: Sequence[Delivery], answer: Any) -> None:
-        if isinstance(answer, Exception):
-            outcomes = [Outcome(found.name, found.entry, delivery=found) for found in deliveries]
-            self._keep_refused(outcomes, answer)
-        else:
-            self._in_flight.remove(deliveries)
-            self._counters.add("acked", len(deliveries))
 
     def _finish(self, outcomes: Sequence[Outcome], answer: Any) -> None:
         """Forget outcomes that Redis accepted, and keep those that it refused.

@@ -251,7 +251,7 @@ class Group:
         head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", count)
         wait = ("BLOCK", int(block * 1000)) if block else ()
         command: Command = (*head, *wait, "STREAMS", *keys, *[">"] * len(names))
-        return entries_of(self._run([command])[0], self._keys)
+        return entries_of(self._ask(*command), self._keys)
 
     def try_to_read(self, name: str) -> None:
         """Check that this consumer may read a stream, without reading an entry.
@@ -589,7 +589,12 @@ class Group:
         return answers
 
     def _ask(self, *command: str | bytes | int | float) -> Any:
-        return self._run([command])[0]
+        (answer,) = self.pipe.run([command])
+
+        if isinstance(answer, Exception):
+            raise _group_error(answer) from answer
+
+        return answer
 
 
 def entries_of(answer: Any, keys: StreamKeys) -> list[Entry]:
