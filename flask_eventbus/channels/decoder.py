@@ -140,7 +140,7 @@ class MessageDecoder:
         self._siblings = context.registry.siblings
         self._log = BoundedLog(logger)
         self._sequences = Sequences(context.timing)
-        self._conflicts = Conflicts(config=context.config, counters=context.counters)
+        self._conflicts = Conflicts(context)
 
     def event(self, name: str, subscription: Subscription, body: bytes) -> tuple[Event, int] | None:
         """Decode a message from the channel of ``name``.

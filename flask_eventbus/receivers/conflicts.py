@@ -6,10 +6,10 @@ import secrets
 from collections import OrderedDict
 from enum import Enum, auto
 
-from ..config import Config
 from ..event import Event
-from ..logs import BoundedLog, Counters, get_logger
+from ..logs import BoundedLog, get_logger
 from ..signals import emit, event_conflict
+from ..transport.connections import Context
 
 logger = get_logger(__name__)
 
@@ -51,9 +51,9 @@ def compare(known: OrderedDict[str, int], id: str, digest: int, most: int) -> Fi
 class Conflicts:
     """Counts and logs conflicts, and sends the signal ``event_conflict``."""
 
-    def __init__(self, *, config: Config, counters: Counters) -> None:
-        self._config = config
-        self._counters = counters
+    def __init__(self, context: Context) -> None:
+        self._service = context.config.service
+        self._counters = context.counters
         self._log = BoundedLog(logger)
 
     def report(self, event: Event) -> None:
@@ -69,6 +69,6 @@ class Conflicts:
             event.name,
             event.source,
             event.name,
-            extra={**event.fields, "service": self._config.service},
+            extra={**event.fields, "service": self._service},
         )
-        emit(event_conflict, self._config.service, name=event.name, event=event)
+        emit(event_conflict, self._service, name=event.name, event=event)

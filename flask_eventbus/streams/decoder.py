@@ -206,7 +206,7 @@ class Duplicates:
         self._timing = context.timing
         self._keys = context.keys
         self._log = BoundedLog(logger)
-        self._conflicts = Conflicts(config=context.config, counters=context.counters)
+        self._conflicts = Conflicts(context)
         #: Monotonic time until which Redis is not asked, because it refused.
         self._refused_until = 0.0
 

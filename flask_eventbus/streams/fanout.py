@@ -56,7 +56,7 @@ class Fanout(ReadingThread):
         queue: DeliveryQueue,
     ) -> None:
         super().__init__(context, "fanout")
-        config, counters = context.config, context.counters
+        config = context.config
         self._pipe = pipe
         self._timing = context.timing
         self._service = config.service
@@ -65,7 +65,7 @@ class Fanout(ReadingThread):
         self._decoder = decoder
         self._queue = queue
         self._log = BoundedLog(logger)
-        self._conflicts = Conflicts(config=config, counters=counters)
+        self._conflicts = Conflicts(context)
         #: Hashes of the last events, by event id, to find conflicts.
         self._known: OrderedDict[str, int] = OrderedDict()
         self._block = pipe.wait_at_most(BLOCK)

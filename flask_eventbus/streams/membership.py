@@ -365,28 +365,22 @@ class Membership:
 
         self._logged[name] = str(reason)
 
-        if subscription.via == "stream":
-            self._log.error(
-                f"refused {name}",
-                "Redis refuses to let %r read the stream of %r: %s. This service gets no events "
-                "from it. %s",
-                self._config.service,
-                name,
-                reason,
-                self.group.remedy(name, reason),
-                extra={"signal": name, "service": self._config.service},
-            )
-        else:
-            self._log.warning(
-                f"refused {name}",
-                "Redis refuses to let %r read the stream of %r: %s. The service listens to the "
-                "channel only. %s Or subscribe with 'via': 'channel'.",
-                self._config.service,
-                name,
-                reason,
-                self.group.remedy(name, reason),
-                extra={"signal": name, "service": self._config.service},
-            )
+        write: Callable[..., None] = self._log.error
+        effect, alternative = "This service gets no events from it.", ""
+
+        if subscription.via != "stream":
+            write, effect = self._log.warning, "The service listens to the channel only."
+            alternative = " Or subscribe with 'via': 'channel'."
+
+        write(
+            f"refused {name}",
+            f"Redis refuses to let %r read the stream of %r: %s. {effect} %s{alternative}",
+            self._config.service,
+            name,
+            reason,
+            self.group.remedy(name, reason),
+            extra={"signal": name, "service": self._config.service},
+        )
 
     def end_without_streams(self, error: Exception) -> None:
         """Set :attr:`fatal` if the error says that this server has no streams.
