@@ -73,11 +73,16 @@ def session(engine: Engine) -> Iterator[Session]:
 
 
 @pytest.fixture
-def bus(eventbus: Isolation, session: Session, make_bus: Make) -> Bus:
+def bare_bus(eventbus: Isolation, make_bus: Make) -> Bus:
+    """A bus whose events wait for a commit, without a session."""
+    return make_bus("memory://", publish={"user_*": {"after_commit": True}, "plain": None})
+
+
+@pytest.fixture
+def bus(bare_bus: Bus, session: Session) -> Bus:
     """A bus whose events wait for the commits of ``session``."""
-    bus = make_bus("memory://", publish={"user_*": {"after_commit": True}, "plain": None})
-    bus.register_session(session)
-    return bus
+    bare_bus.register_session(session)
+    return bare_bus
 
 
 def ids(eventbus: Isolation, name: str = "*") -> list[int]:
@@ -98,16 +103,16 @@ def test_an_event_leaves_when_another_connection_can_read_the_row(
     bus: Bus, session: Session, engine: Engine, shared_redis: RedisServer, make_bus: Make
 ) -> None:
     seen: list[Any] = []
-    hearer = make_bus("memory://", "hearer")
+    consumer = make_bus("memory://", "consumer")
 
-    @hearer.on("user_added")
+    @consumer.on("user_added")
     def look(sender: str, id: int) -> None:
         with Session(engine) as another:
             user = another.get(User, id)
             seen.append(user and user.email)
 
-    hearer.start()
-    assert hearer.ready(10)
+    consumer.start()
+    assert consumer.ready(10)
 
     session.add(User(id=1, email="ada"))
     session.flush()
@@ -453,21 +458,20 @@ def test_the_causes_and_time_of_an_event_are_those_of_its_send(
 
 
 def test_a_scoped_session_belongs_to_its_thread(
-    engine: Engine, eventbus: Isolation, make_bus: Make
+    engine: Engine, eventbus: Isolation, bare_bus: Bus
 ) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
     scoped = scoped_session(sessionmaker(engine))
-    bus.register_session(scoped)
+    bare_bus.register_session(scoped)
     scoped.add(User(id=1, email="ada"))
 
     def elsewhere() -> None:
-        bus.signal("user_added").send(id=2)
+        bare_bus.signal("user_added").send(id=2)
         assert not scoped.registry.has(), "A session was made only to ask for its transaction."
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    bus.signal("user_added").send(id=1)
+    bare_bus.signal("user_added").send(id=1)
     before = ids(eventbus)
     scoped.commit()
     scoped.remove()
@@ -476,119 +480,110 @@ def test_a_scoped_session_belongs_to_its_thread(
 
 
 def test_removing_a_scoped_session_without_a_commit_publishes_nothing(
-    engine: Engine, eventbus: Isolation, make_bus: Make
+    engine: Engine, eventbus: Isolation, bare_bus: Bus
 ) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
     scoped = scoped_session(sessionmaker(engine))
-    bus.register_session(scoped)
+    bare_bus.register_session(scoped)
     scoped.add(User(id=1, email="ada"))
-    bus.signal("user_added").send(id=1)
+    bare_bus.signal("user_added").send(id=1)
     scoped.remove()
 
     eventbus.assert_not_published()
 
 
 def test_an_event_joins_the_session_of_a_maker_that_began_last_in_this_thread(
-    engine: Engine, eventbus: Isolation, make_bus: Make
+    engine: Engine, eventbus: Isolation, bare_bus: Bus
 ) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
     maker, stranger = sessionmaker(engine), sessionmaker(engine)
-    bus.register_session(maker)
+    bare_bus.register_session(maker)
 
     with maker() as outer, maker() as inner, stranger() as other:
         outer.begin()
-        bus.signal("user_added").send(id=1)
+        bare_bus.signal("user_added").send(id=1)
         inner.begin()
         other.begin()
-        bus.signal("user_added").send(id=2)
+        bare_bus.signal("user_added").send(id=2)
         inner.commit()
         assert ids(eventbus) == [2]
-        bus.signal("user_added").send(id=3)
+        bare_bus.signal("user_added").send(id=3)
         outer.commit()
-        bus.signal("user_added").send(id=4)
+        bare_bus.signal("user_added").send(id=4)
 
     assert ids(eventbus) == [2, 1, 3, 4]
 
 
 def test_a_registered_session_class_covers_all_its_sessions(
-    engine: Engine, eventbus: Isolation, make_bus: Make
+    engine: Engine, eventbus: Isolation, bare_bus: Bus
 ) -> None:
     class Own(Session):
         pass
 
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
-    bus.register_session(Own)
+    bare_bus.register_session(Own)
 
     with Own(engine) as own, own.begin():
-        bus.signal("user_added").send(id=1)
+        bare_bus.signal("user_added").send(id=1)
         assert ids(eventbus) == []
 
     with Session(engine) as session, session.begin():
-        bus.signal("user_added").send(id=2)
+        bare_bus.signal("user_added").send(id=2)
         assert ids(eventbus) == [1, 2]
 
 
 def test_a_new_session_class_is_not_mistaken_for_a_deleted_one(
-    engine: Engine, eventbus: Isolation, make_bus: Make
+    engine: Engine, eventbus: Isolation, bare_bus: Bus
 ) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
-
     for n in range(20):
         own = type("Own", (Session,), {})
-        bus.register_session(own)
+        bare_bus.register_session(own)
 
         with own(engine) as session, session.begin():
-            bus.signal("user_added").send(id=n)
+            bare_bus.signal("user_added").send(id=n)
             assert ids(eventbus) == list(range(n))
 
         del own, session
         # Its id is free for the next one then.
-        bus.register_session(lambda: None)
+        bare_bus.register_session(lambda: None)
         gc.collect()
 
     assert ids(eventbus) == list(range(20))
 
 
 def test_a_session_of_another_thread_is_ignored(
-    engine: Engine, eventbus: Isolation, make_bus: Make
+    engine: Engine, eventbus: Isolation, bare_bus: Bus
 ) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
     maker = sessionmaker(engine)
-    bus.register_session(maker)
+    bare_bus.register_session(maker)
 
     with maker() as session, session.begin():
-        thread = threading.Thread(target=lambda: bus.signal("user_added").send(id=1))
+        thread = threading.Thread(target=lambda: bare_bus.signal("user_added").send(id=1))
         thread.start()
         thread.join()
         assert ids(eventbus) == [1]
 
 
 def test_a_function_can_name_the_current_session(
-    session: Session, eventbus: Isolation, make_bus: Make
+    session: Session, eventbus: Isolation, bare_bus: Bus
 ) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
     in_use: list[Session] = []
-    bus.register_session(lambda: in_use[0] if in_use else None)
+    bare_bus.register_session(lambda: in_use[0] if in_use else None)
 
     session.begin()
-    bus.signal("user_added").send(id=1)
+    bare_bus.signal("user_added").send(id=1)
     in_use.append(session)
-    bus.signal("user_added").send(id=2)
+    bare_bus.signal("user_added").send(id=2)
     session.rollback()
 
     assert ids(eventbus) == [1]
 
 
 def test_events_of_two_sessions_are_kept_apart(
-    engine: Engine, eventbus: Isolation, make_bus: Make
+    engine: Engine, eventbus: Isolation, bare_bus: Bus
 ) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
-
     with Session(engine) as one, Session(engine) as two:
         for number, session in enumerate([one, two, one, two]):
-            bus.register_session(session)
+            bare_bus.register_session(session)
             session.connection()
-            bus.signal("user_added").send(id=number)
+            bare_bus.signal("user_added").send(id=number)
 
         two.commit()
         assert ids(eventbus) == [1, 3]
@@ -598,16 +593,15 @@ def test_events_of_two_sessions_are_kept_apart(
 
 
 def test_threads_with_sessions_of_their_own_publish_what_they_commit(
-    engine: Engine, eventbus: Isolation, make_bus: Make
+    engine: Engine, eventbus: Isolation, bare_bus: Bus
 ) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
     scoped = scoped_session(sessionmaker(engine))
-    bus.register_session(scoped)
+    bare_bus.register_session(scoped)
 
     def work(start: int) -> None:
         for number in range(start, start + 50):
             scoped.begin()
-            bus.signal("user_added").send(id=number)
+            bare_bus.signal("user_added").send(id=number)
             (scoped.rollback if number % 2 else scoped.commit)()
             scoped.remove()
 
@@ -632,11 +626,9 @@ def test_registering_something_that_is_not_a_session_is_refused(make_bus: Make) 
             make_bus("memory://").register_session(wrong)
 
 
-def test_a_bus_without_a_session_fails_at_send(eventbus: Isolation, make_bus: Make) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
-
+def test_a_bus_without_a_session_fails_at_send(eventbus: Isolation, bare_bus: Bus) -> None:
     with pytest.raises(ConfigError, match=r"'user_added' .* bus\.register_session\(session\)"):
-        bus.signal("user_added").send(id=1)
+        bare_bus.signal("user_added").send(id=1)
 
     eventbus.assert_not_published()
 
@@ -1016,19 +1008,17 @@ def async_url(engine: Engine) -> str:
 
 @pytest.mark.parametrize("scoped", [False, True])
 def test_tasks_with_async_sessions_publish_what_they_commit(
-    async_url: str, eventbus: Isolation, make_bus: Make, scoped: bool
+    async_url: str, eventbus: Isolation, bare_bus: Bus, scoped: bool
 ) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
-
     async def work(source: Any, number: int) -> None:
         async with source() as session:
             # The transaction begins where SQLAlchemy waits for its driver.
             assert await session.get(User, number) is None
-            bus.signal("user_added").send(id=number)
+            bare_bus.signal("user_added").send(id=number)
 
             with suppress(ZeroDivisionError):
                 async with session.begin_nested():
-                    bus.signal("user_added").send(id=number + 100)
+                    bare_bus.signal("user_added").send(id=number + 100)
                     number % 3 or 1 // 0
 
             await (session.rollback if number % 2 else session.commit)()
@@ -1037,7 +1027,7 @@ def test_tasks_with_async_sessions_publish_what_they_commit(
         engine = create_async_engine(async_url)
         maker = async_sessionmaker(engine)
         source = async_scoped_session(maker, asyncio.current_task) if scoped else maker
-        bus.register_session(source)
+        bare_bus.register_session(source)
         await asyncio.gather(*(work(source, number) for number in range(8)))
         await engine.dispose()
 
@@ -1047,19 +1037,18 @@ def test_tasks_with_async_sessions_publish_what_they_commit(
 
 
 def test_async_sessions_of_two_makers_are_distinguished_by_their_classes(
-    eventbus: Isolation, make_bus: Make
+    eventbus: Isolation, bare_bus: Bus
 ) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
     maker = async_sessionmaker(sync_session_class=sessionmaker())
     stranger = async_sessionmaker()
-    bus.register_session(maker)
+    bare_bus.register_session(maker)
 
     async def work(end: str) -> None:
         async with maker() as session, stranger() as other:
             # No statement runs, so no driver is needed.
             session.sync_session.begin()
             other.sync_session.begin()
-            bus.signal("user_added").send(id=len(end))
+            bare_bus.signal("user_added").send(id=len(end))
             await getattr(session, end)()
 
     for end in ("commit", "rollback", "close"):
@@ -1068,14 +1057,12 @@ def test_async_sessions_of_two_makers_are_distinguished_by_their_classes(
     assert ids(eventbus) == [len("commit")]
 
 
-def test_one_async_session_can_be_registered(eventbus: Isolation, make_bus: Make) -> None:
-    bus = make_bus("memory://", publish={"user_added": {"after_commit": True}})
-
+def test_one_async_session_can_be_registered(eventbus: Isolation, bare_bus: Bus) -> None:
     async def main() -> None:
         async with AsyncSession() as session:
-            bus.register_session(session)
+            bare_bus.register_session(session)
             session.sync_session.begin()
-            bus.signal("user_added").send(id=1)
+            bare_bus.signal("user_added").send(id=1)
             await session.commit()
 
     asyncio.run(main())
