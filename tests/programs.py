@@ -57,7 +57,7 @@ class Program:
         return self.process.pid
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """Everything on its standard output and error so far."""
         return self._log.read_text()
 
@@ -65,7 +65,7 @@ class Program:
     def address(self) -> str:
         """Where it serves, once it says so."""
         found: list[str] = wait_until(
-            lambda: _ADDRESS.findall(self.said), what="an address is served"
+            lambda: _ADDRESS.findall(self.output), what="an address is served"
         )
         return found[0]
 
@@ -73,13 +73,13 @@ class Program:
         """What its server answers, within five seconds."""
         return get(self.address + path, method=method)
 
-    def tell(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         os.kill(self.pid, number)
 
-    def end(self, *, said: str = "", timeout: float = 20) -> int:
+    def end(self, *, typed: str = "", timeout: float = 20) -> int:
         """Give it its last input, wait for its end, and return its exit code."""
-        self.process.communicate(said.encode(), timeout=timeout)
+        self.process.communicate(typed.encode(), timeout=timeout)
         return self.process.returncode
 
     def kill(self) -> None:
@@ -172,7 +172,7 @@ class Service:
         )
         return self.nodes("pubsub")
 
-    def hearers(self, count: int) -> set[int]:
+    def receiving_processes(self, count: int) -> set[int]:
         """Publish an event; the processes that hear it: so many, each once and by all receivers.
 
         Another event goes after it: when that has arrived, the first cannot come again.
@@ -197,7 +197,7 @@ class Service:
         """End all that was started, and show what it said, in case that a test failed."""
         for program in self._programs:
             program.kill()
-            print(program.said)
+            print(program.output)
 
         self._other.stop(flush=0)
         self.redis.close()

@@ -45,17 +45,17 @@ def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
     proxy.close()
 
 
-def hear(bus: Bus, name: str = "tick", *, via: Via | None = None) -> list[Any]:
+def received_by(bus: Bus, name: str = "tick", *, via: Via | None = None) -> list[Any]:
     """Start listening to ``name`` and return the list that its numbers go to."""
-    heard: list[Any] = []
+    received: list[Any] = []
 
     @bus.on(name, via=via)
     def receive(sender: str, n: int, **extra: Any) -> None:
-        heard.append(n)
+        received.append(n)
 
     bus.start()
     assert bus.ready(10)
-    return heard
+    return received
 
 
 def changes(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -73,7 +73,7 @@ def test_a_connection_closed_while_idle_is_not_an_outage(
     make_bus: Make,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    heard = hear(make_bus(redis_server.url, "consumer"), via="channel")
+    received = received_by(make_bus(redis_server.url, "consumer"), via="channel")
     publisher = make_bus(
         redis_server.url, publish={"tick": {"confirm": True}}, on_outage="raise", timeout=5
     )
@@ -85,7 +85,7 @@ def test_a_connection_closed_while_idle_is_not_an_outage(
         redis_server.client.execute_command("CLIENT", "KILL", "TYPE", "normal")
         wait_until(newer_than(before, redis_server), what="it connects again")
 
-    wait_until(lambda: heard == [0, 1, 2], what="all events arrive")
+    wait_until(lambda: received == [0, 1, 2], what="all events arrive")
     assert changes(caplog) == []
 
 
@@ -122,7 +122,7 @@ def test_every_event_lost_by_constantly_killed_connections_is_counted(
 ) -> None:
     consumer = make_bus(redis_server.url, "consumer")
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
-    heard = hear(consumer)
+    received = received_by(consumer)
     calm = threading.Event()
 
     def kill() -> None:
@@ -132,7 +132,7 @@ def test_every_event_lost_by_constantly_killed_connections_is_counted(
 
     killing = threading.Thread(target=kill)
     publisher.signal("tick").send("test", n=0)
-    wait_until(lambda: heard == [0], what="the first event arrives")
+    wait_until(lambda: received == [0], what="the first event arrives")
     killing.start()
     for n in range(1, 1000):
         publisher.signal("tick").send("test", n=n)
@@ -143,9 +143,9 @@ def test_every_event_lost_by_constantly_killed_connections_is_counted(
     assert consumer.ready(10)
     publisher.signal("tick").send("test", n=1000)
 
-    wait_until(lambda: heard[-1:] == [1000], what="the last event arrives")
-    assert heard == sorted(set(heard))
-    assert len(heard) + consumer.health().missed == 1001
+    wait_until(lambda: received[-1:] == [1000], what="the last event arrives")
+    assert received == sorted(set(received))
+    assert len(received) + consumer.health().missed == 1001
     # A connection that comes and goes does not fill the log.
     assert len(changes(caplog)) <= 4 * 10
 
@@ -154,7 +154,7 @@ def test_every_event_lost_by_constantly_killed_connections_is_counted(
 def test_after_a_connection_breaks_in_a_large_batch_smaller_ones_pass(
     redis_server: RedisServer, proxy: Proxy, make_bus: Make
 ) -> None:
-    heard = hear(make_bus(redis_server.url, "consumer"))
+    received = received_by(make_bus(redis_server.url, "consumer"))
     publisher = make_bus(proxy.url, "publisher", publish=["tick"])
 
     def ending() -> Callable[[bytes], bytes | None]:
@@ -170,14 +170,14 @@ def test_after_a_connection_breaks_in_a_large_batch_smaller_ones_pass(
     for n in range(100):
         publisher.signal("tick").send("test", n=n, text="x" * 2_000)
 
-    wait_until(lambda: len(heard) == 100, timeout=20, what="all events arrive")
-    assert heard == list(range(100))
+    wait_until(lambda: len(received) == 100, timeout=20, what="all events arrive")
+    assert received == list(range(100))
 
 
 def test_late_replies_count_as_an_outage_and_nothing_arrives_twice(
     redis_server: RedisServer, proxy: Proxy, make_bus: Make
 ) -> None:
-    heard = hear(make_bus(redis_server.url, "consumer"))
+    received = received_by(make_bus(redis_server.url, "consumer"))
     publisher = make_bus(proxy.url, "publisher", publish=["tick"])
     slow = threading.Event()
     slow.set()
@@ -195,8 +195,8 @@ def test_late_replies_count_as_an_outage_and_nothing_arrives_twice(
 
     assert publisher.flush(10)
     publisher.signal("tick").send("test", n=20)
-    wait_until(lambda: heard[-1:] == [20], what="the last event arrives")
-    assert heard == list(range(21))
+    wait_until(lambda: received[-1:] == [20], what="the last event arrives")
+    assert received == list(range(21))
 
 
 def test_a_message_that_comes_in_two_halves_arrives_whole(
@@ -214,12 +214,12 @@ def test_a_message_that_comes_in_two_halves_arrives_whole(
 
     proxy.answer = lambda: stalling
     consumer = make_bus(proxy.url, "consumer")
-    heard = hear(consumer, via="channel")
+    received = received_by(consumer, via="channel")
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     publisher.signal("tick").send("test", n=1, text="halve me")
     publisher.signal("tick").send("test", n=2)
 
-    wait_until(lambda: heard == [1, 2], what="both events arrive")
+    wait_until(lambda: received == [1, 2], what="both events arrive")
     assert halves.is_set()
     assert proxy.connections == 1
     assert consumer.health().missed == 0
@@ -261,8 +261,8 @@ def test_a_foreign_server_in_place_of_redis_is_an_outage_until_it_is_gone(
     impostor = Impostor(answer, port=redis_server.port)
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     consumer = make_bus(redis_server.url, "consumer")
-    heard: list[int] = []
-    consumer.on("tick")(lambda sender, n: heard.append(n))
+    received: list[int] = []
+    consumer.on("tick")(lambda sender, n: received.append(n))
     consumer.start()
     publisher.signal("tick").send("test", n=1)
     wait_until(lambda: impostor.connections >= 6, what="both tried again and again")
@@ -275,7 +275,7 @@ def test_a_foreign_server_in_place_of_redis_is_an_outage_until_it_is_gone(
     assert consumer.ready(10)
     assert publisher.flush(10)
     publisher.signal("tick").send("test", n=2)
-    wait_until(lambda: heard[-1:] == [2], what="the last event arrives")
+    wait_until(lambda: received[-1:] == [2], what="the last event arrives")
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) <= 6
 
 
@@ -304,8 +304,8 @@ def test_a_temporary_error_keeps_events_and_subscriptions(
     proxy.answer = lambda: hindering
     consumer = make_bus(proxy.url, "consumer")
     publisher = make_bus(proxy.url, "publisher", publish=["tick"])
-    heard: list[int] = []
-    consumer.on("tick")(lambda sender, n: heard.append(n))
+    received: list[int] = []
+    consumer.on("tick")(lambda sender, n: received.append(n))
     consumer.start()
     publisher.signal("tick").send("test", n=1)
     wait_until(lambda: not publisher.health().publishing, what="the publisher waits")
@@ -317,17 +317,17 @@ def test_a_temporary_error_keeps_events_and_subscriptions(
     assert publisher.flush(10)
     assert publisher.health().counts.get("refused", 0) == 0
     publisher.signal("tick").send("test", n=2)
-    wait_until(lambda: heard[-1:] == [2], what="the next event arrives")
+    wait_until(lambda: received[-1:] == [2], what="the next event arrives")
 
 
 def test_a_script_that_keeps_redis_busy_loses_no_event(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     redis_server.client.config_set("busy-reply-threshold", 20)
-    heard = hear(make_bus(redis_server.url, "consumer"))
+    received = received_by(make_bus(redis_server.url, "consumer"))
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     publisher.signal("tick").send("test", n=1)
-    wait_until(lambda: heard == [1], what="the first event arrives")
+    wait_until(lambda: received == [1], what="the first event arrives")
 
     def work() -> None:
         with pytest.raises(Exception, match="killed"):
@@ -342,7 +342,7 @@ def test_a_script_that_keeps_redis_busy_loses_no_event(
     working.join()
 
     assert publisher.flush(10)
-    wait_until(lambda: heard == [1, 2], what="the second event arrives")
+    wait_until(lambda: received == [1, 2], what="the second event arrives")
 
 
 def test_a_password_that_is_wrong_works_once_it_is_right(
@@ -353,8 +353,8 @@ def test_a_password_that_is_wrong_works_once_it_is_right(
     admin.config_set("requirepass", "another")
     publisher = make_bus(url, "publisher", publish=["tick"])
     consumer = make_bus(url, "consumer")
-    heard: list[int] = []
-    consumer.on("tick")(lambda sender, n: heard.append(n))
+    received: list[int] = []
+    consumer.on("tick")(lambda sender, n: received.append(n))
     consumer.start()
     publisher.signal("tick").send("test", n=1)
     wait_until(lambda: not publisher.health().publishing, what="the refusal is known")
@@ -363,7 +363,7 @@ def test_a_password_that_is_wrong_works_once_it_is_right(
     assert consumer.ready(10)
     assert publisher.flush(10)
     publisher.signal("tick").send("test", n=2)
-    wait_until(lambda: heard[-1:] == [2], what="the next event arrives")
+    wait_until(lambda: received[-1:] == [2], what="the next event arrives")
     assert "secret-word" not in caplog.text
 
 
@@ -375,8 +375,8 @@ def test_a_server_with_too_many_clients_is_used_once_it_has_room(
     admin.config_set("maxclients", 1)
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     consumer = make_bus(redis_server.url, "consumer")
-    heard: list[int] = []
-    consumer.on("tick")(lambda sender, n: heard.append(n))
+    received: list[int] = []
+    consumer.on("tick")(lambda sender, n: received.append(n))
     consumer.start()
     publisher.signal("tick").send("test", n=1)
     wait_until(lambda: not publisher.health().publishing, what="the refusal is known")
@@ -384,7 +384,7 @@ def test_a_server_with_too_many_clients_is_used_once_it_has_room(
 
     assert consumer.ready(10)
     assert publisher.flush(10)
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
 
 
 def test_a_server_without_the_command_client_is_usable(
@@ -393,19 +393,19 @@ def test_a_server_without_the_command_client_is_usable(
     server = RedisServer(tmp_path, "--rename-command", "CLIENT", "")
     server.start()
     request.addfinalizer(server.kill)
-    heard: list[int] = []
+    received: list[int] = []
     bus = make_bus(server.url, publish={"tick": "stream", "tock": {"confirm": True}})
     other = make_bus(server.url, "mailer")
 
     for name in ("tick", "tock"):
-        other.on(name)(lambda sender, n: heard.append(n))
+        other.on(name)(lambda sender, n: received.append(n))
 
     other.start()
     assert other.ready(10)
     bus.signal("tick").send(n=1)
     bus.signal("tock").send(n=2)
 
-    wait_until(lambda: sorted(heard) == [1, 2], what="both events arrive")
+    wait_until(lambda: sorted(received) == [1, 2], what="both events arrive")
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 2, "one of each bus"
     assert all("Remove CLIENT from 'rename-command' in the server's" in line for line in lines)
@@ -461,8 +461,8 @@ def test_an_unresolvable_host_name_is_retried_until_it_resolves(
     url = f"redis://redis.invalid:{redis_server.port}/0"
     publisher = make_bus(url, "publisher", publish=["tick"])
     consumer = make_bus(url, "consumer")
-    heard: list[int] = []
-    consumer.on("tick")(lambda sender, n: heard.append(n))
+    received: list[int] = []
+    consumer.on("tick")(lambda sender, n: received.append(n))
     consumer.start()
     publisher.signal("tick").send("test", n=1)
     wait_until(lambda: not publisher.health().publishing, what="the outage is known")
@@ -470,7 +470,7 @@ def test_an_unresolvable_host_name_is_retried_until_it_resolves(
 
     assert consumer.ready(10)
     assert publisher.flush(10)
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
 
 
 @pytest.mark.timing(listener_end=0.2)
@@ -525,9 +525,9 @@ def test_a_refused_subscription_is_retried_under_load(
 def test_a_lost_connection_and_its_return_are_signalled_despite_a_refused_subscription(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[str] = []
-    note_lost = noting("lost", told)
-    note_connected = noting("connected", told)
+    reported: list[str] = []
+    note_lost = noting("lost", reported)
+    note_connected = noting("connected", reported)
     admin = redis_server.client
     admin.execute_command("ACL", "SETUSER", "default", "resetchannels", "&eventbus:{tick}:*")
     consumer = make_bus(redis_server.url, "consumer")
@@ -540,15 +540,15 @@ def test_a_lost_connection_and_its_return_are_signalled_despite_a_refused_subscr
     ):
         consumer.start()
         for _ in range(3):
-            wait_until(lambda: told[-1:] == ["connected"], what="it is connected")
+            wait_until(lambda: reported[-1:] == ["connected"], what="it is connected")
             admin.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-            wait_until(lambda: told[-1:] != ["connected"], what="the loss is told")
+            wait_until(lambda: reported[-1:] != ["connected"], what="the loss is reported")
 
-    assert told[:6] == ["connected", "lost"] * 3
+    assert reported[:6] == ["connected", "lost"] * 3
 
 
-def noting(word: str, told: list[str]) -> Callable[..., None]:
+def noting(word: str, reported: list[str]) -> Callable[..., None]:
     def note(sender: str, **values: Any) -> None:
-        told.append(word)
+        reported.append(word)
 
     return note

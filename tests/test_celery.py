@@ -52,10 +52,10 @@ if tuple(map(int, version("redis").split(".")[:2])) >= (6, 1):
     def test_an_event_of_a_celery_task_is_published_although_its_process_ends_at_once(
         service: Service, shared_redis: RedisServer
     ) -> None:
-        heard: list[int] = []
+        received: list[int] = []
 
         with Bus(shared_redis.url, service="hearer", prefix=service.name) as hearer:
-            hearer.on("done")(lambda sender, number: heard.append(number))
+            hearer.on("done")(lambda sender, number: received.append(number))
             hearer.start()
             assert hearer.ready(10)
             service.write("send.py", SEND.format(count=4))
@@ -66,8 +66,8 @@ if tuple(map(int, version("redis").split(".")[:2])) >= (6, 1):
                 *celery, "--concurrency=2", "--without-gossip", "--without-mingle"
             )
 
-            wait_until(lambda: len(heard) >= 4, timeout=30, what="every task's event arrives")
-            program.tell(signal.SIGTERM)
+            wait_until(lambda: len(received) >= 4, timeout=30, what="every task's event arrives")
+            program.send_signal(signal.SIGTERM)
             assert program.end() == 0
 
-        assert sorted(heard) == list(range(4))
+        assert sorted(received) == list(range(4))

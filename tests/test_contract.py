@@ -56,7 +56,7 @@ def make(url: str, prefix: str, make_bus: Make) -> Make:
     return made
 
 
-class Heard:
+class Received:
     """Connects a receiver and remembers what it got."""
 
     def __init__(self, bus: Bus, name: str, **options: Any) -> None:
@@ -77,7 +77,7 @@ class Heard:
 
     def wait(self, count: int = 1) -> list[Event]:
         """The events, as soon as there are ``count``."""
-        wait_until(lambda: len(self.events) >= count, what=f"{count} events are heard")
+        wait_until(lambda: len(self.events) >= count, what=f"{count} events are received")
         return self.events
 
 
@@ -98,13 +98,13 @@ def send(bus: Bus, name: str, /, **payload: Any) -> None:
 
 def test_an_event_of_one_service_reaches_another(make: Make) -> None:
     shop, audit = make("shop", publish=["order_paid"]), make("audit")
-    heard = Heard(audit, "order_paid")
+    received = Received(audit, "order_paid")
     listen(audit)
     before = datetime.now(UTC)
 
     send(shop, "order_paid", order_id=5, total=Decimal("9.90"))
 
-    [event] = heard.wait()
+    [event] = received.wait()
     assert event.name == "order_paid"
     assert event.source == "shop"
     assert event.payload == {"order_id": 5, "total": Decimal("9.90")}
@@ -143,31 +143,31 @@ VALUES: dict[str, Any] = {
 
 def test_values_arrive_as_they_were_sent(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
 
     for value in VALUES.values():
         send(shop, "tick", n=value)
 
-    heard.wait(len(VALUES))
-    arrived = dict(zip(VALUES, heard.values, strict=True))
+    received.wait(len(VALUES))
+    arrived = dict(zip(VALUES, received.values, strict=True))
     assert arrived == VALUES
-    assert [type(value) for value in heard.values] == [type(value) for value in VALUES.values()]
+    assert [type(value) for value in received.values] == [type(value) for value in VALUES.values()]
 
 
 def test_an_empty_payload_arrives(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
 
     send(shop, "tick")
 
-    assert [event.payload for event in heard.wait()] == [{}]
+    assert [event.payload for event in received.wait()] == [{}]
 
 
 def test_a_large_payload_arrives_and_a_larger_one_is_refused(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
     large = "x" * 1_000_000
 
@@ -176,32 +176,32 @@ def test_a_large_payload_arrives_and_a_larger_one_is_refused(make: Make) -> None
     with pytest.raises(PayloadError, match="EVENTBUS_MAX_EVENT_BYTES"):
         send(shop, "tick", n=large * 2)
 
-    assert [event.payload["n"] == large for event in heard.wait()] == [True]
+    assert [event.payload["n"] == large for event in received.wait()] == [True]
 
 
 def test_the_order_of_one_sender_is_kept(make: Make) -> None:
     shop, audit = make("shop", publish=["*"]), make("audit")
-    heard = Heard(audit, "*")
+    received = Received(audit, "*")
     listen(audit)
 
     for n in range(3000):
         send(shop, f"tick_{n % 3}", n=n)
 
-    heard.wait(3000)
-    assert heard.values == list(range(3000))
+    received.wait(3000)
+    assert received.values == list(range(3000))
     assert audit.health().missed == 0
 
 
 def test_several_receiving_threads_run_every_event_once(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit", concurrency=4)
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
 
     for n in range(1000):
         send(shop, "tick", n=n)
 
-    heard.wait(1000)
-    assert sorted(heard.values) == list(range(1000))
+    received.wait(1000)
+    assert sorted(received.values) == list(range(1000))
 
 
 def test_registered_types_travel(make: Make) -> None:
@@ -212,7 +212,7 @@ def test_registered_types_travel(make: Make) -> None:
         return complex(raw.decode())
 
     shop, audit = make("shop", publish=["tick"]), make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
 
     for bus in (shop, audit):
         bus.register_type(50, complex, pack=pack, unpack=unpack)
@@ -220,8 +220,8 @@ def test_registered_types_travel(make: Make) -> None:
     listen(audit)
     send(shop, "tick", n=[1 + 2j])
 
-    heard.wait()
-    assert heard.values == [[1 + 2j]]
+    received.wait()
+    assert received.values == [[1 + 2j]]
 
 
 # -- who hears it -------------------------------------------------------------------------
@@ -230,47 +230,47 @@ def test_registered_types_travel(make: Make) -> None:
 def test_a_channel_event_reaches_every_process_of_every_service(make: Make) -> None:
     shop = make("shop", publish=["tick"])
     others = [make("audit"), make("audit"), make("mailer"), make("shop")]
-    heard = [Heard(bus, "tick") for bus in others]
+    received = [Received(bus, "tick") for bus in others]
     listen(*others)
 
     send(shop, "tick", n=1)
 
-    for one in heard:
+    for one in received:
         one.wait()
 
-    assert [one.values for one in heard] == [[1]] * 4
+    assert [one.values for one in received] == [[1]] * 4
 
 
 def test_an_event_without_a_subscription_does_not_arrive(make: Make) -> None:
     shop, audit = make("shop", publish=["*"]), make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
 
     send(shop, "tock", n=1)
     send(shop, "tick", n=2)
 
-    heard.wait()
-    assert heard.values == [2]
+    received.wait()
+    assert received.values == [2]
     assert audit.health().counts["received"] == 1
 
 
 def test_services_with_different_prefixes_are_isolated(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"], prefix="apart:1"), make("audit")
     near = make("near", publish=["tick"])
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
 
     send(shop, "tick", n=1)
     assert shop.flush(5)
     send(near, "tick", n=2)
 
-    heard.wait()
-    assert heard.values == [2]
+    received.wait()
+    assert received.values == [2]
 
 
 def test_a_pattern_receives_every_matching_name(make: Make) -> None:
     shop, audit = make("shop", publish=["*"]), make("audit")
-    orders, digits = Heard(audit, "order_*"), Heard(audit, "v?.tick/*")
+    orders, digits = Received(audit, "order_*"), Received(audit, "v?.tick/*")
     listen(audit)
 
     for name in ("order_paid", "order_", "orders", "v1.tick/a-b", "v22.tick/a", "border_x"):
@@ -284,7 +284,7 @@ def test_a_pattern_receives_every_matching_name(make: Make) -> None:
 
 def test_receivers_of_a_name_and_of_patterns_run_once_each(make: Make) -> None:
     shop, audit = make("shop", publish=["order_paid", "order_sent"]), make("audit")
-    exact, some, every = (Heard(audit, name) for name in ("order_paid", "order_*", "*"))
+    exact, some, every = (Received(audit, name) for name in ("order_paid", "order_*", "*"))
     listen(audit)
 
     for n in range(100):
@@ -299,39 +299,39 @@ def test_receivers_of_a_name_and_of_patterns_run_once_each(make: Make) -> None:
 
 def test_a_receiver_of_several_patterns_runs_once_per_event(make: Make) -> None:
     shop, audit = make("shop", publish=["*"]), make("audit")
-    heard = Heard(audit, "order_*")
-    audit.on("*")(heard)
+    received = Received(audit, "order_*")
+    audit.on("*")(received)
     listen(audit)
 
     send(shop, "order_paid", n=1)
-    heard.wait()
+    received.wait()
     audit.signal("order_paid")
     send(shop, "order_paid", n=2)
     send(shop, "last", n=3)
 
-    heard.wait(3)
-    assert heard.values == [1, 2, 3]
+    received.wait(3)
+    assert received.values == [1, 2, 3]
 
 
 def test_patterns_receive_foreign_signals_of_an_adopted_namespace(make: Make) -> None:
     namespace = blinker.Namespace()
     shop, audit = make("shop", publish=["*"]), make("audit", namespace=namespace)
-    heard = Heard(audit, "order_*")
+    received = Received(audit, "order_*")
     namespace.signal("order_paid")
     listen(audit)
 
     send(shop, "order_paid", n=1)
 
-    heard.wait()
-    assert heard.values == [1]
+    received.wait()
+    assert received.values == [1]
 
 
 def test_only_events_of_the_named_services_are_received(make: Make) -> None:
     shops = [make(service, publish=["tick"]) for service in ("shop", "bank", "clock")]
     audit = make("audit")
-    shop = Heard(audit, "tick", from_="shop")
-    both = Heard(audit, "tick", from_=["shop", "bank"])
-    every = Heard(audit, "tick")
+    shop = Received(audit, "tick", from_="shop")
+    both = Received(audit, "tick", from_=["shop", "bank"])
+    every = Received(audit, "tick")
     listen(audit)
 
     for bus in shops:
@@ -355,7 +355,7 @@ def test_the_configuration_can_name_services_too(make: Make) -> None:
     assert shop.flush(5)
     send(bank, "tick")
 
-    wait_until(lambda: sources, what="the event of the bank is heard")
+    wait_until(lambda: sources, what="the event of the bank is received")
     assert sources == ["bank"]
     assert audit.health().counts["filtered"] == 1
 
@@ -363,7 +363,7 @@ def test_the_configuration_can_name_services_too(make: Make) -> None:
 def test_blinkers_own_filter_by_sender_works(make: Make) -> None:
     shop, bank = make("shop", publish=["tick"]), make("bank", publish=["tick"])
     audit = make("audit")
-    every = Heard(audit, "tick")
+    every = Received(audit, "tick")
     senders = []
 
     @audit.signal("tick").connect_via("bank")
@@ -384,14 +384,14 @@ def test_a_service_receives_its_own_events_only_with_echo(make: Make) -> None:
     ticks, tocks = [], []
     shop.on("tick")(lambda sender, n: ticks.append((sender, n)))
     shop.on("tock", echo=True)(lambda sender, n: tocks.append((sender, n)))
-    every = Heard(audit, "*")
+    every = Received(audit, "*")
     listen(shop, audit)
 
     send(shop, "tick", n=1)
     send(shop, "tock", n=2)
 
     every.wait(2)
-    wait_until(lambda: len(tocks) == 2, what="the echo is heard")
+    wait_until(lambda: len(tocks) == 2, what="the echo is received")
     wait_until(lambda: shop.health().counts.get("echoes") == 1, what="the echo is skipped")
     assert ticks == [(None, 1)]
     assert tocks == [(None, 2), ("shop", 2)]
@@ -436,15 +436,15 @@ def test_apps_that_share_receivers_do_not_receive_each_others_events(url: str, p
 def test_a_received_event_is_not_published_again(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
     relay = make("relay", publish=["tick", "fence"])
-    relayed, heard = Heard(relay, "tick"), Heard(audit, "*")
+    relayed, received = Received(relay, "tick"), Received(audit, "*")
     listen(relay, audit)
 
     send(shop, "tick")
     relayed.wait()
     send(relay, "fence")
 
-    heard.wait(2)
-    assert [(event.source, event.name) for event in heard.events] == [
+    received.wait(2)
+    assert [(event.source, event.name) for event in received.events] == [
         ("shop", "tick"),
         ("relay", "fence"),
     ]
@@ -456,13 +456,13 @@ def test_events_of_a_chain_name_their_causes(make: Make) -> None:
     audit = make("audit")
     bank.on("order_placed")(lambda sender, n: send(bank, "order_paid", n=n))
     post.on("order_paid")(lambda sender, n: send(post, "order_sent", n=n))
-    heard = Heard(audit, "order_*")
+    received = Received(audit, "order_*")
     listen(bank, post, audit)
 
     send(shop, "order_placed", n=1)
 
-    heard.wait(3)
-    placed, paid, sent = sorted(heard.events, key=lambda event: event.hops)
+    received.wait(3)
+    placed, paid, sent = sorted(received.events, key=lambda event: event.hops)
     assert [event.name for event in (placed, paid, sent)] == [
         "order_placed",
         "order_paid",
@@ -485,7 +485,7 @@ def test_a_circle_of_events_stops_at_the_hop_limit(make: Make) -> None:
     ping = make("ping", publish=["ping"], max_hops=6)
     pong = make("pong", publish=["pong"], max_hops=6)
     failures: list[str] = []
-    pings, pongs = Heard(pong, "ping"), Heard(ping, "pong")
+    pings, pongs = Received(pong, "ping"), Received(ping, "pong")
     pong.on("ping")(lambda sender, n: send(pong, "pong", n=n + 1))
     ping.on("pong")(lambda sender, n: send(ping, "ping", n=n + 1))
 
@@ -533,15 +533,15 @@ def test_a_receiver_that_raises_does_not_stop_the_others(
     def misfit(sender: str, number: int) -> None:
         pytest.fail("the payload does not fit")
 
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
 
     for n in range(3):
         send(shop, "tick", n=n)
 
-    heard.wait(3)
+    received.wait(3)
     wait_until(lambda: audit.health().counts.get("failed") == 6, what="six failures")
-    assert heard.values == [0, 1, 2]
+    assert received.values == [0, 1, 2]
     assert audit.health().connected
 
 
@@ -586,12 +586,12 @@ def test_flask_receivers_run_in_an_app_context(url: str, prefix: str, make: Make
 
 def test_a_receiver_connected_late_receives_later_events(make: Make) -> None:
     shop, audit = make("shop", publish=["*"]), make("audit")
-    early = Heard(audit, "tick")
+    early = Received(audit, "tick")
     listen(audit)
     send(shop, "tock", n=0)
     assert shop.flush(5)
 
-    tock, patterned = Heard(audit, "tock"), Heard(audit, "o*")
+    tock, patterned = Received(audit, "tock"), Received(audit, "o*")
     assert audit.ready(10)
     send(shop, "tock", n=1)
     send(shop, "other", n=2)
@@ -606,16 +606,16 @@ def test_a_bus_starts_to_listen_with_its_first_subscription(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
     audit.start()
 
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     assert audit.ready(10)
     send(shop, "tick", n=1)
 
-    heard.wait()
+    received.wait()
 
 
 def test_no_event_is_lost_when_a_name_is_subscribed_beside_its_pattern(make: Make) -> None:
     shop, audit = make("shop", publish=["*"]), make("audit")
-    every = Heard(audit, "*")
+    every = Received(audit, "*")
     listen(audit)
     count = 0
 
@@ -624,7 +624,7 @@ def test_no_event_is_lost_when_a_name_is_subscribed_beside_its_pattern(make: Mak
             send(shop, f"tick_{n}", n=count)
             count += 1
 
-        Heard(audit, f"tick_{n}")
+        Received(audit, f"tick_{n}")
 
     every.wait(count)
     assert every.values == list(range(count))
@@ -633,15 +633,15 @@ def test_no_event_is_lost_when_a_name_is_subscribed_beside_its_pattern(make: Mak
 
 def test_a_signal_is_published_as_soon_as_its_route_is_declared(make: Make) -> None:
     shop, audit = make("shop"), make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
 
     send(shop, "tick", n=1)
     shop.publishes("tick")
     send(shop, "tick", n=2)
 
-    heard.wait()
-    assert heard.values == [2]
+    received.wait()
+    assert received.values == [2]
 
 
 def test_a_route_can_rename_a_signal_and_replace_its_payload(make: Make) -> None:
@@ -653,15 +653,15 @@ def test_a_route_can_rename_a_signal_and_replace_its_payload(make: Make) -> None
 
     shop.publishes(saved, as_="model_saved", payload=summary)
     shop.publishes("tick", as_="tock")
-    heard = Heard(audit, "*")
+    received = Received(audit, "*")
     listen(audit)
 
     saved.send(object(), model={"id": 1, "public": False, "live": object()})
     saved.send(object(), model={"id": 2, "public": True, "live": object()})
     send(shop, "tick", n=3)
 
-    heard.wait(2)
-    assert [(event.name, event.payload["n"]) for event in heard.events] == [
+    received.wait(2)
+    assert [(event.name, event.payload["n"]) for event in received.events] == [
         ("model_saved", 2),
         ("tock", 3),
     ]
@@ -672,10 +672,10 @@ def test_a_route_can_rename_a_signal_and_replace_its_payload(make: Make) -> None
 
 def test_a_stopped_bus_can_be_started_again(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
     send(shop, "tick", n=1)
-    heard.wait(1)
+    received.wait(1)
 
     audit.stop()
     send(shop, "tick", n=2)
@@ -683,13 +683,13 @@ def test_a_stopped_bus_can_be_started_again(make: Make) -> None:
     listen(audit)
     send(shop, "tick", n=3)
 
-    heard.wait(2)
-    assert heard.values == [1, 3]
+    received.wait(2)
+    assert received.values == [1, 3]
 
 
 def test_a_bus_can_be_stopped_while_events_arrive(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     enough = threading.Event()
 
     def pour() -> None:
@@ -703,17 +703,17 @@ def test_a_bus_can_be_stopped_while_events_arrive(make: Make) -> None:
 
     for _ in range(10):
         listen(audit)
-        heard.wait(len(heard.events) + 1)
+        received.wait(len(received.events) + 1)
         audit.stop()
 
     enough.set()
     pouring.join()
-    assert heard.values == sorted(set(heard.values))
+    assert received.values == sorted(set(received.values))
 
 
 def test_nothing_is_lost_when_a_bus_is_stopped_while_others_send(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
     enough = threading.Event()
     sent: list[int] = []
@@ -733,8 +733,8 @@ def test_nothing_is_lost_when_a_bus_is_stopped_while_others_send(make: Make) -> 
     enough.set()
     pouring.join()
     assert shop.flush(5)
-    heard.wait(len(sent))
-    assert sorted(heard.values) == sent
+    received.wait(len(sent))
+    assert sorted(received.values) == sent
     assert shop.health().counts.get("dropped", 0) == 0
 
 
@@ -758,20 +758,20 @@ def test_a_flush_waits_only_for_what_was_sent_before_it(make: Make) -> None:
 
 def test_sent_events_are_published_when_a_with_block_ends(make: Make) -> None:
     audit = make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
 
     with make("script", publish=["tick"]) as script:
         for n in range(500):
             send(script, "tick", n=n)
 
-    heard.wait(500)
-    assert heard.values == list(range(500))
+    received.wait(500)
+    assert received.values == list(range(500))
 
 
 def test_events_that_had_arrived_are_handled_before_stop_returns(make: Make) -> None:
     shop, audit = make("shop", publish=["tick"]), make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
 
     for n in range(200):
@@ -779,13 +779,13 @@ def test_events_that_had_arrived_are_handled_before_stop_returns(make: Make) -> 
     wait_until(lambda: audit.health().counts.get("received") == 200, what="all have arrived")
     audit.stop()
 
-    assert heard.values == list(range(200))
+    assert received.values == list(range(200))
 
 
 def test_a_disabled_bus_neither_publishes_nor_listens(make: Make) -> None:
     off = make("off", publish=["tick"], enabled=False)
     shop, audit = make("shop", publish=["tick"]), make("audit")
-    heard, local = Heard(audit, "tick"), []
+    received, local = Received(audit, "tick"), []
     off.on("tick")(lambda sender, n: local.append((sender, n)))
     off.start()
     listen(audit)
@@ -794,8 +794,8 @@ def test_a_disabled_bus_neither_publishes_nor_listens(make: Make) -> None:
     assert off.flush(5)
     send(shop, "tick", n=2)
 
-    heard.wait()
-    assert heard.values == [2]
+    received.wait()
+    assert received.values == [2]
     assert local == [(None, 1)]
     assert not off.health().listening
 
@@ -853,7 +853,7 @@ def foreign(url: str, prefix: str, make: Make) -> Iterator[Foreign]:
 
 def test_a_repetition_is_dropped(make: Make, foreign: Foreign) -> None:
     audit = make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
 
     first, second = (foreign.publish("tick", seq, n=seq) for seq in (1, 2))
@@ -861,8 +861,8 @@ def test_a_repetition_is_dropped(make: Make, foreign: Foreign) -> None:
     foreign.repeat("tick", first)
     foreign.publish("tick", 3, n=3)
 
-    heard.wait(3)
-    assert heard.values == [1, 2, 3]
+    received.wait(3)
+    assert received.values == [1, 2, 3]
     assert audit.health().counts["duplicates"] == 2
     assert audit.health().missed == 0
 
@@ -871,11 +871,11 @@ def test_missed_events_are_counted_exactly(
     make: Make, foreign: Foreign, caplog: pytest.LogCaptureFixture
 ) -> None:
     audit = make("audit")
-    heard = Heard(audit, "tick")
-    told: list[tuple[str, int]] = []
+    received = Received(audit, "tick")
+    reported: list[tuple[str, int]] = []
 
     def note(service: str, name: str, count: int, **rest: object) -> None:
-        told.append((name, count))
+        reported.append((name, count))
 
     with signals.events_missed.connected_to(note), caplog.at_level(logging.WARNING):
         listen(audit)
@@ -883,21 +883,21 @@ def test_missed_events_are_counted_exactly(
         for seq in (5, 6, 9, 10, 20):
             foreign.publish("tick", seq, n=seq)
 
-        heard.wait(5)
+        received.wait(5)
         wait_until(wait_until_sent, what="all receivers have run")
 
-    assert heard.values == [5, 6, 9, 10, 20]
-    assert told == [("tick", 2), ("tick", 9)]
+    assert received.values == [5, 6, 9, 10, 20]
+    assert reported == [("tick", 2), ("tick", 9)]
     assert audit.health().missed == 11
 
 
 def test_a_program_that_does_not_count_its_events_can_publish(make: Make, foreign: Foreign) -> None:
     audit = make("audit")
-    heard = Heard(audit, "tick")
+    received = Received(audit, "tick")
     listen(audit)
 
     for n in range(3):
         foreign.publish("tick", None, n=n)
 
-    heard.wait(3)
-    assert heard.values == [0, 1, 2]
+    received.wait(3)
+    assert received.values == [0, 1, 2]

@@ -77,7 +77,7 @@ class Demo:
         """A terminal tells the whole process group."""
         os.killpg(self._process.pid, signal.SIGINT)
 
-    def tell(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
     def end(self) -> int:
@@ -256,8 +256,8 @@ def test_the_terminal_keeps_the_headline_and_ctrl_c_leaves_no_process(
     ("end", "code"),
     [
         (Demo.press_ctrl_c, 130),
-        (lambda demo: demo.tell(signal.SIGTERM), 130),
-        (lambda demo: demo.tell(signal.SIGKILL), -signal.SIGKILL),
+        (lambda demo: demo.send_signal(signal.SIGTERM), 130),
+        (lambda demo: demo.send_signal(signal.SIGKILL), -signal.SIGKILL),
     ],
     ids=["Ctrl-C", "SIGTERM", "SIGKILL"],
 )

@@ -52,7 +52,7 @@ def audit(tmp_path: Path, redis_server: RedisServer, health_file: Path) -> Itera
 def test_the_health_file_exists_while_a_script_listens(
     audit: Program, redis_server: RedisServer, health_file: Path
 ) -> None:
-    wait_until(health_file.exists, what="the script hears")
+    wait_until(health_file.exists, what="the script listens")
 
     redis_server.kill()
     wait_until(lambda: not health_file.exists(), what="the script knows that it hears nothing")
@@ -60,7 +60,7 @@ def test_the_health_file_exists_while_a_script_listens(
     redis_server.start()
     wait_until(health_file.exists, timeout=20, what="the script hears again")
 
-    audit.tell(signal.SIGTERM)
+    audit.send_signal(signal.SIGTERM)
     assert audit.process.wait(10) == 0
 
 
@@ -158,7 +158,7 @@ def test_the_health_check_on_the_page_follows_redis(
 
     assert client.get("/health").status_code == 503
     names["bus"].start(app)
-    wait_until(lambda: client.get("/health").status_code == 200, what="it hears")
+    wait_until(lambda: client.get("/health").status_code == 200, what="it listens")
     redis_server.kill()
     wait_until(lambda: client.get("/health").status_code == 503, what="it hears nothing")
     assert client.get("/live").status_code == 204

@@ -142,21 +142,21 @@ def test_the_configuration_page_has_every_setting_with_its_type_default_and_mean
         begin = f"| [`{setting}`](#{setting.lower()}) | {field.metadata['type']} | "
         end = f" | {field.metadata['meaning']} |"
         row = rf"^{re.escape(begin)}([^|]+){re.escape(end)}$"
-        [told] = re.findall(row, CONFIGURATION, re.MULTILINE)
+        [reported] = re.findall(row, CONFIGURATION, re.MULTILINE)
         default = field.default
 
         if default is dataclasses.MISSING:
-            assert told == "required"
+            assert reported == "required"
         elif default == ():
-            assert told == "nothing"
+            assert reported == "nothing"
         else:
-            assert default in (read_default(told), told.strip("`"))
+            assert default in (read_default(reported), reported.strip("`"))
 
 
-def read_default(told: str) -> object:
+def read_default(reported: str) -> object:
     """What a page says in code, as Python has it; ``None`` if it is a bare word."""
     try:
-        return ast.literal_eval(told.strip("`"))
+        return ast.literal_eval(reported.strip("`"))
     except (SyntaxError, ValueError):
         return None
 
@@ -278,13 +278,13 @@ def test_the_receivers_on_the_streams_page_behave_as_described(
     shop.signal("order_paid").send(number=1, country="nowhere")
     shop.signal("order_paid").send(number=2, country="Norway")
 
-    def heard() -> str:
+    def received() -> str:
         nonlocal said
         said += capsys.readouterr().out
         return said
 
-    wait_until(lambda: "order 2: shipped at attempt 2" in heard(), what="the retry")
-    assert heard().count("thank you") == 2
+    wait_until(lambda: "order 2: shipped at attempt 2" in received(), what="the retry")
+    assert received().count("thank you") == 2
     dead = subprocess.run(
         ["/bin/sh", "-c", blocks(STREAMS, "sh")[0]],
         env={**os.environ, "REDIS_URL": redis_server.url},
@@ -310,10 +310,10 @@ def test_the_page_on_streams_says_how_long_retries_last() -> None:
     units = {"s": 1, "minutes": 60, "hours": 3_600}
 
     assert len(rows) == 6
-    for retries, attempts, told in rows:
+    for retries, attempts, reported in rows:
         lasts = sum(delay(attempt, jitter=0.0) for attempt in range(1, int(retries) + 1))
-        number, _, unit = told.partition(" ")
-        seconds = 0.0 if told == "at once" else float(number) * units[unit]
+        number, _, unit = reported.partition(" ")
+        seconds = 0.0 if reported == "at once" else float(number) * units[unit]
         assert int(attempts) == int(retries) + 1
         assert lasts == pytest.approx(seconds, rel=0.005)
 

@@ -135,12 +135,12 @@ print("the child ended with", ended(child))
     service.release.touch()
 
     assert program.end() == 0
-    assert "the child ended with 0" in program.said
-    heard = {
+    assert "the child ended with 0" in program.output
+    received = {
         pid: [line["number"] for line in service.reports("called", pid=pid)]
         for pid in (program.pid, child)
     }
-    assert heard == {program.pid: [1, 2, 3, 4], child: [2, 4]}
+    assert received == {program.pid: [1, 2, 3, 4], child: [2, 4]}
     nodes = [node_of(event) for event in wire.events(4) if event["source"] == service.name]
     assert nodes[0] == nodes[2] != nodes[1]
 
@@ -240,7 +240,7 @@ print("the child ended with", ended(child))
     service.server.resume()
 
     assert program.end() == 0
-    assert "the child ended with 0" in program.said
+    assert "the child ended with 0" in program.output
     events = wire.events(7)
     own = [event["data"]["number"] for event in events if node_of(event) == node_of(events[0])]
     assert own == [0, 1, 2, 3, 4, 5]
@@ -312,8 +312,8 @@ wait_until_released("RELEASE")
 
     service.release.touch()
     assert program.end() == 0
-    assert "the child ended with 0" in program.said
-    assert int(program.said.split()[-2]) >= 6
+    assert "the child ended with 0" in program.output
+    assert int(program.output.split()[-2]) >= 6
 
 
 def test_the_parent_handles_async_receivers_after_a_fork(service: Service) -> None:
@@ -416,8 +416,8 @@ wait_until_released("RELEASE")
     events = wire.events(31)
     assert {event["data"]["number"] for event in events} == set(range(-1, 30))
     assert len({node_of(event) for event in events}) == 4
-    heard = service.wait_for("called", 31, pid=program.pid)
-    assert sorted(line["number"] for line in heard) == list(range(-1, 30))
+    received = service.wait_for("called", 31, pid=program.pid)
+    assert sorted(line["number"] for line in received) == list(range(-1, 30))
 
     service.release.touch()
     assert program.end() == 0
@@ -460,7 +460,7 @@ if __name__ == "__main__":
     program = service.run("program.py")
 
     assert program.end() == 0
-    assert "-15" in program.said
+    assert "-15" in program.output
 
 
 def test_pools_can_be_terminated_at_any_point_of_their_children(service: Service) -> None:

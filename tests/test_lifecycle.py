@@ -30,11 +30,11 @@ class Gate:
     """A receiver of lifecycle signals that does not return before it may."""
 
     def __init__(self) -> None:
-        self.told: list[dict[str, Any]] = []
+        self.reported: list[dict[str, Any]] = []
         self._open = threading.Event()
 
     def __call__(self, sender: str, **values: Any) -> None:
-        self.told.append(values)
+        self.reported.append(values)
         assert self._open.wait(PATIENCE)
 
     def open(self) -> None:
@@ -92,7 +92,7 @@ def test_claims_are_renewed_during_a_slow_receiver_of_event_dead(
     entry, _ = store.add("tick", n=1)
     assert entered.wait(PATIENCE)
     store.add("tick", n=0)
-    wait_until(lambda: gate.told, what="the alarm is told of the dead letter")
+    wait_until(lambda: gate.reported, what="the alarm is told of the dead letter")
 
     for _ in range(3):
         before = claimed_at(store, entry)
@@ -151,7 +151,7 @@ def test_a_send_does_not_wait_for_receivers_of_lifecycle_signals(
     for n in range(3):
         bus.signal("tick").send("test", n=n)
 
-    wait_until(lambda: gate.told, what="the receiver is told")
+    wait_until(lambda: gate.reported, what="the receiver is reported")
     bus.signal("tick").send("test", n=3)
     assert bus.health().counts["dropped"] >= 2
 
@@ -161,30 +161,30 @@ def test_events_arrive_while_a_receiver_of_event_rejected_runs(
 ) -> None:
     gate = hold(signals.event_rejected)
     bus = make_bus(redis_server.url, "consumer")
-    heard: list[int] = []
-    bus.on("tick")(lambda sender, n: heard.append(n))
+    received: list[int] = []
+    bus.on("tick")(lambda sender, n: received.append(n))
     bus.start()
     assert bus.ready(10)
     redis_server.client.publish("eventbus:{tick}:channel", b"no event")
-    wait_until(lambda: gate.told, what="the receiver is told")
+    wait_until(lambda: gate.reported, what="the receiver is reported")
 
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     publisher.signal("tick").send("test", n=1)
 
-    wait_until(lambda: heard == [1], what="the event is heard")
+    wait_until(lambda: received == [1], what="the event is received")
 
 
 def test_a_lifecycle_receiver_that_raises_does_not_stop_the_others() -> None:
-    told: list[str] = []
+    reported: list[str] = []
 
     def bad(sender: str, **values: Any) -> None:
         raise SystemExit(1)
 
     async def asynchronous(sender: str, **values: Any) -> None:
-        told.append("asynchronous")
+        reported.append("asynchronous")
 
     def good(sender: str, **values: Any) -> None:
-        told.append("good")
+        reported.append("good")
 
     receivers = [bad, asynchronous, good]
     for receiver in receivers:
@@ -192,7 +192,7 @@ def test_a_lifecycle_receiver_that_raises_does_not_stop_the_others() -> None:
     emit(signals.events_trimmed, "tests", name="tick", count=1)
 
     wait_until(wait_until_sent, what="all receivers have run")
-    assert sorted(told) == ["asynchronous", "good"]
+    assert sorted(reported) == ["asynchronous", "good"]
     for receiver in receivers:
         signals.events_trimmed.disconnect(receiver)
 
@@ -202,11 +202,11 @@ def test_a_lifecycle_receiver_that_causes_its_own_signal_does_not_loop(
 ) -> None:
     bus = make_bus(redis_server.url, publish=["tick"], buffer_size=1, timeout=0.1)
     redis_server.kill()
-    told: list[int] = []
+    reported: list[int] = []
     bus.node.ask()
 
     def send_again(sender: str, where: str, count: int) -> None:
-        told.append(count)
+        reported.append(count)
         bus.signal("tick").send("test", n=0)
 
     with signals.events_dropped.connected_to(send_again):
@@ -215,7 +215,7 @@ def test_a_lifecycle_receiver_that_causes_its_own_signal_does_not_loop(
         bus.signal("tick").send("test", n=2)
         wait_until(wait_until_sent, what="all receivers have run")
 
-    assert told == [1]
+    assert reported == [1]
 
 
 def test_the_queue_of_lifecycle_signals_is_bounded_and_dropped_signals_are_logged_once(
@@ -226,14 +226,14 @@ def test_the_queue_of_lifecycle_signals_is_bounded_and_dropped_signals_are_logge
     monkeypatch.setattr(signals, "MAX_QUEUED", 3)
     gate = hold(signals.events_missed)
     emit(signals.events_missed, "tests", n=0)
-    wait_until(lambda: gate.told, what="the receiver runs")
+    wait_until(lambda: gate.reported, what="the receiver runs")
 
     for n in range(1, 6):
         emit(signals.events_missed, "tests", n=n)
     gate.open()
 
     wait_until(wait_until_sent, what="all receivers have run")
-    assert [values["n"] for values in gate.told] == [0, 1, 2, 3]
+    assert [values["n"] for values in gate.reported] == [0, 1, 2, 3]
     wait_until(lambda: "2 were dropped" in caplog.text, what="its end is logged")
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 2
@@ -242,18 +242,18 @@ def test_the_queue_of_lifecycle_signals_is_bounded_and_dropped_signals_are_logge
 def test_a_bus_that_stops_waits_for_receivers_of_lifecycle_signals_but_not_for_ever(
     url: str, make_bus: Make, monkeypatch: pytest.MonkeyPatch, hold: Callable[[NamedSignal], Gate]
 ) -> None:
-    told: list[int] = []
+    reported: list[int] = []
 
     def note(sender: str, count: int, **values: Any) -> None:
-        told.append(count)
+        reported.append(count)
 
     with signals.events_missed.connected_to(note):
         emit(signals.events_missed, "tests", count=1)
         make_bus(url).stop()
-        assert told == [1]
+        assert reported == [1]
 
     monkeypatch.setattr(signals, "STOP_TIMEOUT", 0.01)
     gate = hold(signals.events_missed)
     emit(signals.events_missed, "tests", count=2)
-    wait_until(lambda: gate.told, what="the receiver runs")
+    wait_until(lambda: gate.reported, what="the receiver runs")
     make_bus(url).stop()

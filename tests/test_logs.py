@@ -77,11 +77,16 @@ def test_each_failed_attempt_is_one_error_and_the_same_traceback_is_logged_once(
     assert [record.levelname for record in errors] == ["ERROR"] * 3
     assert [record.exc_info is not None for record in errors] == [True, False, False]
     name = f"{__name__}.{fail.__qualname__}"
-    told = f"The receiver {name} failed at the event {event.id} of 'tick' from 'accounts', attempt "
-    assert lines[0].startswith(f"{told}1, and is tried again in 0.0 s, at 2")
+    reported = (
+        f"The receiver {name} failed at the event {event.id} of 'tick' from 'accounts', attempt "
+    )
+    assert lines[0].startswith(f"{reported}1, and is tried again in 0.0 s, at 2")
     assert lines[0].endswith("+00:00: ValueError: no such user")
-    assert lines[1].startswith(f"{told}2, and is tried again in 0.0 s, at 2")
-    assert lines[2] == f"{told}3, the last, now a dead letter of 'mailer': ValueError: no such user"
+    assert lines[1].startswith(f"{reported}2, and is tried again in 0.0 s, at 2")
+    assert (
+        lines[2]
+        == f"{reported}3, the last, now a dead letter of 'mailer': ValueError: no such user"
+    )
     assert [fields(record) for record in errors] == [
         {
             "event_id": event.id,
@@ -152,14 +157,14 @@ def test_a_rejected_event_is_logged_as_one_warning(
 def test_a_receiver_that_fails_is_logged_and_signalled(
     bus: Bus, eventbus: Isolation, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[dict[str, Any]] = []
+    reported: list[dict[str, Any]] = []
 
     @bus.on("tick")
     def fail(sender: str) -> None:
         raise ValueError("no such user")
 
     def note(sender: str, **values: Any) -> None:
-        told.append({"sender": sender, **values})
+        reported.append({"sender": sender, **values})
 
     with signals.receiver_failed.connected_to(note), pytest.raises(ValueError, match="no such"):
         eventbus.deliver("tick", id="abc-1")
@@ -173,7 +178,7 @@ def test_a_receiver_that_fails_is_logged_and_signalled(
     assert fields(record)["event_id"] == "abc-1"
     assert record.exc_info
     assert isinstance(record.exc_info[1], ValueError)
-    (values,) = told
+    (values,) = reported
     assert values["sender"] == "mailer"
     assert values["receiver"] is fail
     assert values["event"].id == "abc-1"
@@ -409,11 +414,11 @@ def test_published_and_handled_events_are_logged_if_the_setting_says_so(
     assert consumer.ready(10)
     publisher.signal("paid").send("test", n=1)
 
-    def told(begin: str) -> list[logging.LogRecord]:
+    def reported(begin: str) -> list[logging.LogRecord]:
         return [record for record in infos.records if record.getMessage().startswith(begin)]
 
-    wait_until(lambda: told("Handled") and told("Published"), what="both are told")
-    (published,), (handled,) = told("Published the event"), told("Handled the event")
+    wait_until(lambda: reported("Handled") and reported("Published"), what="both are reported")
+    (published,), (handled,) = reported("Published the event"), reported("Handled the event")
     assert published.levelname == handled.levelname == "INFO"
     assert fields(published) == {
         "event_id": published.args[0],  # type: ignore[index]  # it has some

@@ -158,9 +158,9 @@ def test_the_numbers_on_the_pages_are_those_of_the_code(
 def test_every_default_on_a_page_is_that_of_the_setting() -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     named = [
-        (page.name, setting, number(told) * (MIB if unit == " MiB" else 1))
+        (page.name, setting, number(reported) * (MIB if unit == " MiB" else 1))
         for page in PAGES
-        for setting, told, unit in re.findall(
+        for setting, reported, unit in re.findall(
             r"`EVENTBUS_(\w+)`[,\s]+\(?(\d[\d,.]*\d|\d)( s| MiB)?\)", page.read_text()
         )
     ]
@@ -176,7 +176,7 @@ def test_the_range_of_each_setting_is_in_its_section() -> None:
     for field in dataclasses.fields(Config):
         limits = getattr(field.metadata["read"], "keywords", {})
         section = page.partition(f"\n## EVENTBUS_{field.name.upper()}\n")[2].partition("\n## ")[0]
-        told = [
+        reported = [
             (number(least), number(most) * (MIB if unit else 1))
             for least, most, unit in re.findall(
                 r"(\d[\d.,]*)(?: bytes)? to (\d[\d,]*)( MiB)?", " ".join(section.split())
@@ -185,7 +185,7 @@ def test_the_range_of_each_setting_is_in_its_section() -> None:
 
         # "1 or more": the largest number of dead letters is no use to anybody.
         if "least" in limits and field.name != "dead_maxlen":
-            assert (limits["least"], limits["most"]) in told, field.name
+            assert (limits["least"], limits["most"]) in reported, field.name
             checked += 1
 
     assert checked >= 10
@@ -217,6 +217,6 @@ def lasting(count: int) -> float:
     return sum(dispatcher.delay(attempt, jitter=0.0) for attempt in range(1, count + 1))
 
 
-def number(told: str) -> float:
+def number(reported: str) -> float:
     """What a page writes as a word or in digits."""
-    return WORDS[told] if told in WORDS else float(told.replace(",", ""))
+    return WORDS[reported] if reported in WORDS else float(reported.replace(",", ""))

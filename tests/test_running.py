@@ -224,12 +224,12 @@ def test_a_script_without_subscriptions_fails_at_once(start: Callable[..., Progr
 def test_a_publisher_script_flushes_when_its_with_block_ends(
     start: Callable[..., Program], make_bus: Make, shared_redis: RedisServer, prefix: str
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     bus = make_bus(shared_redis.url, "consumer", prefix=prefix)
 
     @bus.on("tick")
     def receive(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
 
     bus.start()
     assert bus.ready(10)
@@ -242,16 +242,16 @@ def test_a_publisher_script_flushes_when_its_with_block_ends(
     )
 
     assert program.end() == 0
-    wait_until(lambda: len(heard) == 500, what="all events arrive")
-    assert heard == list(range(500))
+    wait_until(lambda: len(received) == 500, what="all events arrive")
+    assert received == list(range(500))
 
 
 def test_a_bus_can_be_started_and_stopped_repeatedly(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     bus = make_bus(shared_redis.url, "consumer", prefix=prefix)
-    bus.on("tick")(lambda sender, n: heard.append(n))
+    bus.on("tick")(lambda sender, n: received.append(n))
     publisher = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
 
     def use(n: int) -> None:
@@ -261,14 +261,14 @@ def test_a_bus_can_be_started_and_stopped_repeatedly(
             bus.start()
             assert bus.ready(10)
             publisher.signal("tick").send("test", n=n)
-            wait_until(lambda: heard[-1:] == [n], what="it is heard")
+            wait_until(lambda: received[-1:] == [n], what="it is received")
         bus.stop()
 
     for n in range(3):
         use(n)
         assert not bus.health().listening
 
-    assert heard == [0, 1, 2]
+    assert received == [0, 1, 2]
 
 
 def test_a_script_takes_its_settings_from_the_environment(
@@ -334,16 +334,16 @@ def test_a_slow_receiver_does_not_make_redis_cut_the_connection(
     client.config_set("client-output-buffer-limit", "pubsub 4mb 4mb 1")
     bus = make_bus(redis_server.url, "consumer")
     release = threading.Event()
-    heard: list[int] = []
-    told: list[int] = []
+    received: list[int] = []
+    reported: list[int] = []
 
     @bus.on("tick")
     def receive(sender: str, n: int, s: str) -> None:
         release.wait(30)
-        heard.append(n)
+        received.append(n)
 
     def note(sender: str, where: str, count: int) -> None:
-        told.append(count)
+        reported.append(count)
 
     bus.start()
     assert bus.ready(10)
@@ -356,12 +356,12 @@ def test_a_slow_receiver_does_not_make_redis_cut_the_connection(
             lambda: bus.health().counts["received"] == 12_000, what="everything is read meanwhile"
         )
         release.set()
-        wait_until(lambda: heard[-1:] == [11_999], what="the last event is handled")
+        wait_until(lambda: received[-1:] == [11_999], what="the last event is handled")
         wait_until(wait_until_sent, what="all receivers have run")
 
     # What did not fit was dropped from the old end, counted and told; nothing was cut off.
-    assert len(heard) + sum(told) == 12_000
-    assert bus.health().counts["dropped"] == sum(told)
+    assert len(received) + sum(reported) == 12_000
+    assert bus.health().counts["dropped"] == sum(reported)
     assert bus.health().missed == 0
 
 

@@ -99,7 +99,7 @@ def touch(path: Path) -> None:
 
 def workers_leave(program: Program) -> None:
     """Wait until a gunicorn worker has left its main loop."""
-    wait_until(lambda: "Worker exiting" in program.said, what="a worker leaves")
+    wait_until(lambda: "Worker exiting" in program.output, what="a worker leaves")
 
 
 # -- the development server ---------------------------------------------------------------
@@ -108,17 +108,17 @@ def workers_leave(program: Program) -> None:
 def test_flask_run_listens_in_its_one_process(service: Service) -> None:
     program = service.run(*FLASK_RUN)
 
-    assert service.hearers(1) == {program.pid}
+    assert service.receiving_processes(1) == {program.pid}
 
 
 def test_flask_run_with_the_reloader_listens_only_in_a_child_that_has_loaded_the_app(
     service: Service,
 ) -> None:
     program = service.run(*FLASK_RUN, "--debug")
-    (first,) = service.hearers(1)
+    (first,) = service.receiving_processes(1)
 
     service.write("app.py", f"{APP}\nraise RuntimeError('half of it')")
-    wait_until(lambda: "half of it" in program.said, what="the change is noticed")
+    wait_until(lambda: "half of it" in program.output, what="the change is noticed")
 
     with pytest.raises(urllib.error.HTTPError, match="500"):
         program.get()
@@ -127,7 +127,7 @@ def test_flask_run_with_the_reloader_listens_only_in_a_child_that_has_loaded_the
 
     touch(service.write("app.py", APP))
 
-    (second,) = service.hearers(1)
+    (second,) = service.receiving_processes(1)
     assert len({program.pid, first, second}) == 3
     assert {line["parent"] for line in service.reports("called")} == {program.pid}
 
@@ -138,7 +138,7 @@ def test_app_run_listens_before_the_first_request(service: Service, reloads: boo
 
     program = service.run("app.py")
 
-    (process,) = service.hearers(1)
+    (process,) = service.receiving_processes(1)
     assert (process != program.pid) == reloads
 
 
@@ -152,7 +152,7 @@ def test_each_worker_of_gunicorn_listens_and_the_master_does_not(
 ) -> None:
     program = service.run(*GUNICORN, "-k", worker, "-w", "2", *preload)
 
-    workers = service.hearers(2)
+    workers = service.receiving_processes(2)
 
     assert program.pid not in workers
     assert {line["parent"] for line in service.reports("called")} == {program.pid}
@@ -164,39 +164,39 @@ def test_after_a_reload_of_gunicorn_only_the_new_workers_listen(
     service: Service, preload: list[str]
 ) -> None:
     program = service.run(*GUNICORN, "-w", "2", *preload)
-    old = service.hearers(2)
+    old = service.receiving_processes(2)
     before = service.nodes("pubsub")
 
-    program.tell(signal.SIGHUP)
+    program.send_signal(signal.SIGHUP)
     service.listeners(2, besides=before)
 
-    assert not service.hearers(2) & old
+    assert not service.receiving_processes(2) & old
 
 
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
 def test_the_replacement_of_a_killed_worker_listens(service: Service, preload: list[str]) -> None:
     service.run(*GUNICORN, "-w", "2", *preload)
-    killed, spared = service.hearers(2)
+    killed, spared = service.receiving_processes(2)
     before = service.nodes("pubsub")
 
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: service.nodes("pubsub") - before, what="the replacement listens")
 
-    after = service.hearers(2)
+    after = service.receiving_processes(2)
     assert spared in after
     assert killed not in after
 
 
 def test_the_replacement_of_a_worker_that_reached_max_requests_listens(service: Service) -> None:
     program = service.run(*GUNICORN, "--max-requests", "2")
-    old = service.hearers(1)
+    old = service.receiving_processes(1)
     before = service.nodes("pubsub")
 
     program.get()
     program.get()
     service.listeners(1, besides=before)
 
-    assert not service.hearers(1) & old
+    assert not service.receiving_processes(1) & old
 
 
 def test_an_app_created_before_gunicorn_forks_listens_in_the_workers(
@@ -224,7 +224,7 @@ Served().run()
 
     program = service.run("serve.py")
 
-    assert program.pid not in service.hearers(2)
+    assert program.pid not in service.receiving_processes(2)
 
 
 def test_the_hooks_of_a_gunicorn_configuration_still_run(service: Service) -> None:
@@ -243,8 +243,8 @@ def worker_exit(server, worker):
     )
     program = service.run(*GUNICORN)
 
-    (worker,) = service.hearers(1)
-    program.tell(signal.SIGTERM)
+    (worker,) = service.receiving_processes(1)
+    program.send_signal(signal.SIGTERM)
 
     assert program.end() == 0
     assert [line["pid"] for line in service.reports("begun")] == [worker]
@@ -272,14 +272,14 @@ def test_running_receivers_finish_before_their_worker_ends(service: Service, wor
         service.publish(what)
         service.wait_for(what)
 
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
     workers_leave(program)
     service.release.touch()
 
     assert program.end() == 0
     assert service.reports("held to the end")
     assert service.reports("awaited to the end")
-    assert "Traceback" not in program.said
+    assert "Traceback" not in program.output
 
 
 def test_a_receiver_that_does_not_finish_is_abandoned_after_the_grace(service: Service) -> None:
@@ -288,10 +288,10 @@ def test_a_receiver_that_does_not_finish_is_abandoned_after_the_grace(service: S
     service.publish("held")
     service.wait_for("held")
 
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
 
     assert program.end() == 0
-    assert "Receivers were still running after the grace of 0.1 s" in program.said
+    assert "Receivers were still running after the grace of 0.1 s" in program.output
     assert not service.reports("held to the end")
 
 
@@ -310,7 +310,7 @@ def test_buffered_events_are_published_before_the_worker_ends(
 
     server.hang()
     program.get("/shout/5", method="POST")
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
     workers_leave(program)
     server.resume()
 
@@ -336,7 +336,7 @@ def test_sigterm_publishes_buffered_events_before_the_process_ends(
     redis.hang()
     program.get("/shout/3", method="POST")
 
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
     wait_until(lambda: not catches_sigterm(program), what="the signal is taken")
     redis.resume()
 
@@ -350,22 +350,22 @@ def test_sigterm_logs_the_ids_of_unpublished_events(service: Service) -> None:
     program = service.run(*FLASK_RUN, FLASK_EVENTBUS_URL="redis://127.0.0.1:9/0", **settings)
     program.get("/shout/3", method="POST")
 
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
 
     assert program.end() == -signal.SIGTERM
-    assert "3 events were not published before the end" in program.said
+    assert "3 events were not published before the end" in program.output
 
 
 def test_a_second_sigterm_ends_the_process_at_once(service: Service) -> None:
     program = service.run(*FLASK_RUN, FLASK_EVENTBUS_URL="redis://127.0.0.1:9/0")
     program.get("/shout/1", method="POST")
 
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
     wait_until(lambda: not catches_sigterm(program), what="the first is taken")
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
 
     assert program.end() == -signal.SIGTERM
-    assert "not published" not in program.said
+    assert "not published" not in program.output
 
 
 def catches_sigterm(program: Program) -> bool:
@@ -402,7 +402,7 @@ def test_a_gevent_worker_answers_requests_while_receivers_and_redis_block(
     service.release.touch()
     service.wait_for("held to the end")
     service.wait_for("awaited to the end", 2)
-    assert service.hearers(1)
+    assert service.receiving_processes(1)
 
 
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
@@ -442,7 +442,7 @@ server.serve_forever()
     program.get()
     program.get()
 
-    assert service.hearers(1) == {program.pid}
+    assert service.receiving_processes(1) == {program.pid}
 
 
 def test_another_server_listens_at_once_when_the_app_starts_the_bus(service: Service) -> None:
@@ -450,7 +450,7 @@ def test_another_server_listens_at_once_when_the_app_starts_the_bus(service: Ser
 
     program = service.run("serve.py")
 
-    assert service.hearers(1) == {program.pid}
+    assert service.receiving_processes(1) == {program.pid}
 
 
 # -- not serving --------------------------------------------------------------------------
@@ -472,7 +472,7 @@ print("listening:", bus.health().listening)
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "typed"),
     [
         pytest.param([*FLASK, "shell"], "from app import bus\n" + REQUESTS, id="flask shell"),
         pytest.param([*FLASK, "routes"], "", id="flask routes"),
@@ -482,13 +482,13 @@ print("listening:", bus.health().listening)
     ],
 )
 def test_a_flask_command_that_does_not_serve_opens_no_connection(
-    service: Service, tripwire: Tripwire, command: list[str], said: str
+    service: Service, tripwire: Tripwire, command: list[str], typed: str
 ) -> None:
     program = service.run(*command, FLASK_EVENTBUS_URL=tripwire.url)
 
-    assert program.end(said=said) == 0
-    assert "Error" not in program.said
-    assert "listening: True" not in program.said
+    assert program.end(typed=typed) == 0
+    assert "Error" not in program.output
+    assert "listening: True" not in program.output
     assert not tripwire.touched
 
 
@@ -537,7 +537,7 @@ def test_no_event_arrives_before_the_app_is_loaded(service: Service, command: li
     assert not service.nodes("pubsub")
 
     gate.touch()
-    assert service.hearers(1)
+    assert service.receiving_processes(1)
     assert not service.reports("called", number=-1)
 
 
@@ -555,7 +555,7 @@ def test_a_service_starts_without_redis_and_receives_events_once_it_is_up(
 
         server.start()
 
-        assert service.hearers(1)
+        assert service.receiving_processes(1)
     finally:
         service.end()
         server.kill()
@@ -571,7 +571,7 @@ def test_workers_share_an_embedded_server_that_ends_with_them(service: Service) 
         return bool(service.reports("shouted", arrived=True))
 
     wait_until(heard_by_the_other, what="one worker hears the other")
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
 
     assert program.end() == 0
     wait_until(lambda: not list(home.glob("*/*")), what="the embedded server is gone")
@@ -589,19 +589,19 @@ def test_each_worker_of_uwsgi_is_a_node_of_its_own(service: Service) -> None:
     # The app is loaded before the fork, and has published by then.
     service.write("app.py", f"{APP}\nwith app.app_context():\n    shouted.send(app, number=0)")
     program = service.run(uwsgi, *options, FLASK_EVENTBUS_PUBLISH='{"shouted": "stream"}')
-    wait_until(lambda: "spawned uWSGI worker 3" in program.said, what="the workers are there")
+    wait_until(lambda: "spawned uWSGI worker 3" in program.output, what="the workers are there")
 
     def shout() -> str:
         return get(f"http://127.0.0.1:{port}/shout/1", method="POST")
 
     wait_until(lambda: shout() and len(service.nodes("pubsub")) == 3, what="each worker answers")
 
-    assert len(service.hearers(3) - {program.pid}) == 3
+    assert len(service.receiving_processes(3) - {program.pid}) == 3
     redis: Any = service.server.client
     entries = redis.xrange(f"{service.name}:{{shouted}}:stream")
     ids = [msgpack.unpackb(fields[b"event"], timestamp=3)["id"] for _, fields in entries]
     assert len(ids) == len(set(ids))
     assert len({id.rpartition("-")[0] for id in ids}) == 4
 
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
     assert program.end() == 0

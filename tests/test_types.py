@@ -103,10 +103,10 @@ routes: Publish = {"order_*": "channel", "paid": {"via": "stream", "key": "id"},
 by_signal: Publish = {request_finished: {"payload": "shop.hooks:api_call"}}
 no_route: Publish = {"order_paid": "streams"}  # error: dict-item
 no_option: Publish = {"order_paid": {"vai": "stream"}}  # error: dict-item
-heard: Subscribe = {"paid": {"from": ["shop"], "group": None, "start": "earliest"}, "left": None}
+sources: Subscribe = {"paid": {"from": ["shop"], "group": None, "start": "earliest"}, "left": None}
 no_source: Subscribe = {"order_paid": {"from_": ["shop"]}}  # error: dict-item
 
-Bus("redis://h", service="audit", publish=routes, subscribe=heard, on_outage="raise", maxlen="7d")
+Bus("redis://h", service="audit", publish=routes, subscribe=sources, on_outage="raise", maxlen="7d")
 Bus("redis://h", service="audit", publish=["report_ready"], concurrency=4, grace=10)
 Bus("redis://h", service="audit", concurency=4)  # error: call-arg
 Bus("redis://h", service="audit", concurrency="four")  # error: arg-type

@@ -94,7 +94,7 @@ class Workers(Service):
 
         assert self.publisher.flush(20)
 
-    def settled(self, service: str = "") -> bool:
+    def all_handled(self, service: str = "") -> bool:
         """Whether everything was read and acknowledged, and nothing is to be tried again."""
         group = self.group(service)
         return (
@@ -104,15 +104,15 @@ class Workers(Service):
             and not self.redis.zcard(self.keys.retry("work", service or self.name))
         )
 
-    def wait_until_settled(self, service: str = "", *, timeout: float = 30) -> None:
+    def wait_until_handled(self, service: str = "", *, timeout: float = 30) -> None:
         """Wait until nothing is left to do."""
-        wait_until(lambda: self.settled(service), timeout=timeout, what="everything is settled")
+        wait_until(lambda: self.all_handled(service), timeout=timeout, what="everything is settled")
 
     def done(self, what: str = "done", **facts: Any) -> Counter[int]:
         """How often each number was reported."""
         return Counter(line["n"] for line in self.reports(what, **facts))
 
-    def letters(self, name: str = "work") -> list[dict[str, bytes]]:
+    def dead_letters(self, name: str = "work") -> list[dict[str, bytes]]:
         """The dead letters of the service, as ``redis-cli`` shows them."""
         found: Any = self.redis.xrange(self.keys.dead(name, self.name))
         return [{key.decode(): value for key, value in fields.items()} for _, fields in found]

@@ -33,16 +33,16 @@ def consumer(shared_redis: RedisServer, make_bus: Make) -> Bus:
 
 
 @pytest.fixture
-def heard(consumer: Bus) -> list[Any]:
+def received(consumer: Bus) -> list[Any]:
     """What the consumer hears."""
-    heard: list[Any] = []
+    received: list[Any] = []
 
     @consumer.on("tick")
     def receive(sender: str, n: Any) -> None:
-        heard.append((sender, n))
+        received.append((sender, n))
 
     assert consumer.ready(10)
-    return heard
+    return received
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def publish(server: RedisServer, bus: Bus, body: bytes, name: str = "tick") -> N
 def test_undecodable_bytes_are_counted_and_logged_and_the_next_event_arrives(
     shared_redis: RedisServer,
     consumer: Bus,
-    heard: list[Any],
+    received: list[Any],
     rejected: list[str],
     caplog: pytest.LogCaptureFixture,
     reason: str,
@@ -82,8 +82,8 @@ def test_undecodable_bytes_are_counted_and_logged_and_the_next_event_arrives(
     publish(shared_redis, consumer, body)
     publish(shared_redis, consumer, packed(id="foreign-2"))
 
-    wait_until(lambda: heard, what="the good event arrives")
-    assert heard == [("elsewhere", 1)]
+    wait_until(lambda: received, what="the good event arrives")
+    assert received == [("elsewhere", 1)]
     wait_until(wait_until_sent, what="all receivers have run")
     assert rejected == [reason]
     counts = consumer.health().counts
@@ -93,26 +93,26 @@ def test_undecodable_bytes_are_counted_and_logged_and_the_next_event_arrives(
 
 
 def test_a_flood_of_undecodable_bytes_is_logged_ten_times_a_minute(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any], caplog: pytest.LogCaptureFixture
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(50):
         publish(shared_redis, consumer, b"\xc1")
     publish(shared_redis, consumer, packed())
 
-    wait_until(lambda: heard, what="the good event arrives")
+    wait_until(lambda: received, what="the good event arrives")
     assert consumer.health().counts["rejected"] == 50
     assert caplog.text.count("are rejected") == 10
 
 
 def test_an_event_with_this_nodes_id_that_it_never_sent_is_a_forgery(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any], rejected: list[str]
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], rejected: list[str]
 ) -> None:
     node = consumer.health().node
     publish(shared_redis, consumer, packed(id=f"{node}-99", source="consumer"))
     publish(shared_redis, consumer, packed(id=f"{node}-1", source="elsewhere"))
     publish(shared_redis, consumer, packed())
 
-    wait_until(lambda: heard, what="the good event arrives")
+    wait_until(lambda: received, what="the good event arrives")
     wait_until(wait_until_sent, what="all receivers have run")
     assert rejected == ["forged_source", "forged_source"]
 
@@ -129,14 +129,14 @@ def conflicts() -> Iterator[list[str]]:
         yield ids
 
 
-def numbers(heard: list[Any]) -> list[Any]:
-    return [n for _, n in heard]
+def numbers(received: list[Any]) -> list[Any]:
+    return [n for _, n in received]
 
 
 def test_events_of_a_node_whose_id_is_forged_still_arrive(
     shared_redis: RedisServer,
     consumer: Bus,
-    heard: list[Any],
+    received: list[Any],
     rejected: list[str],
     conflicts: list[str],
     caplog: pytest.LogCaptureFixture,
@@ -146,8 +146,8 @@ def test_events_of_a_node_whose_id_is_forged_still_arrive(
         honest = packed(id=f"abc-{n}", source="accounts", seq=n, data={"n": n})
         publish(shared_redis, consumer, honest)
 
-    wait_until(lambda: len(heard) == 5, what="all events arrive")
-    assert heard == [("forger", 1), *(("accounts", n) for n in range(2, 6))]
+    wait_until(lambda: len(received) == 5, what="all events arrive")
+    assert received == [("forger", 1), *(("accounts", n) for n in range(2, 6))]
     assert rejected == []
     wait_until(lambda: conflicts == ["abc-2"], what="the conflict is signalled")
     assert consumer.health().counts["conflicts"] == 1
@@ -161,7 +161,7 @@ def test_events_of_a_node_whose_id_is_forged_still_arrive(
 
 
 def test_a_forged_higher_number_loses_no_event(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], conflicts: list[str]
 ) -> None:
     for n in (1, 2):
         publish(shared_redis, consumer, packed(id=f"abc-{n}", seq=n, data={"n": n}))
@@ -169,22 +169,22 @@ def test_a_forged_higher_number_loses_no_event(
     for n in range(3, 300):
         publish(shared_redis, consumer, packed(id=f"abc-{n}", seq=n, data={"n": n}))
 
-    wait_until(lambda: len(heard) == 300, what="all events arrive")
-    assert numbers(heard) == [1, 2, "forged", *range(3, 300)]
+    wait_until(lambda: len(received) == 300, what="all events arrive")
+    assert numbers(received) == [1, 2, "forged", *range(3, 300)]
     assert "duplicates" not in consumer.health().counts
     # The count goes on from the second event after the forged one.
     wait_until(lambda: conflicts == ["abc-3"], what="the conflict is signalled")
 
 
 def test_an_impossibly_high_number_is_a_conflict_and_not_a_loss(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], conflicts: list[str]
 ) -> None:
     most = 2**64 - 1
     for n, seq in [(1, 1), (2, 2), (most, most), (3, 3), (most - 9, most - 9), (6, 6), (7, 7)]:
         publish(shared_redis, consumer, packed(id=f"abc-{n}", seq=seq, data={"n": n}))
 
-    wait_until(lambda: len(heard) == 7, what="all events arrive")
-    assert numbers(heard) == [1, 2, most, 3, most - 9, 6, 7]
+    wait_until(lambda: len(received) == 7, what="all events arrive")
+    assert numbers(received) == [1, 2, most, 3, most - 9, 6, 7]
     wait_until(lambda: len(conflicts) == 2, what="the conflicts are signalled")
     assert conflicts == [f"abc-{most}", f"abc-{most - 9}"]
     # The honest gap is counted all the same.
@@ -192,7 +192,7 @@ def test_an_impossibly_high_number_is_a_conflict_and_not_a_loss(
 
 
 def test_counting_continues_from_a_jump_that_the_next_number_confirms(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], conflicts: list[str]
 ) -> None:
     far = 1 + decoder.MAX_MISSED + 2
     for seq in (1, far, far + 1, far + 3):
@@ -200,14 +200,14 @@ def test_counting_continues_from_a_jump_that_the_next_number_confirms(
     near = far + 3 + decoder.MAX_MISSED + 1
     publish(shared_redis, consumer, packed(id=f"abc-{near}", seq=near, data={"n": near}))
 
-    wait_until(lambda: len(heard) == 5, what="all events arrive")
+    wait_until(lambda: len(received) == 5, what="all events arrive")
     wait_until(lambda: conflicts, what="the conflict is signalled")
     assert conflicts == [f"abc-{far}"]
     assert consumer.health().missed == 1 + decoder.MAX_MISSED
 
 
 def test_a_forged_lower_number_is_received_and_hides_no_gap(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], conflicts: list[str]
 ) -> None:
     for n in (5, 6, 7):
         publish(shared_redis, consumer, packed(id=f"abc-{n}", seq=n, data={"n": n}))
@@ -215,58 +215,58 @@ def test_a_forged_lower_number_is_received_and_hides_no_gap(
     publish(shared_redis, consumer, packed(id="abc-8", seq=8, data={"n": 8}))
     publish(shared_redis, consumer, packed(id="abc-11", seq=11, data={"n": 11}))
 
-    wait_until(lambda: len(heard) == 6, what="all events arrive")
-    assert numbers(heard) == [5, 6, 7, "forged", 8, 11]
+    wait_until(lambda: len(received) == 6, what="all events arrive")
+    assert numbers(received) == [5, 6, 7, "forged", 8, 11]
     wait_until(lambda: conflicts == ["abc-6"], what="the conflict is signalled")
     assert consumer.health().missed == 2
 
 
 def test_an_event_that_comes_twice_is_handled_once(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], conflicts: list[str]
 ) -> None:
     one, two, three = (packed(id=f"abc-{n}", seq=n, data={"n": n}) for n in (1, 2, 3))
     for body in (one, two, one, two, three):
         publish(shared_redis, consumer, body)
 
-    wait_until(lambda: len(heard) == 3, what="three events arrive")
-    assert numbers(heard) == [1, 2, 3]
+    wait_until(lambda: len(received) == 3, what="three events arrive")
+    assert numbers(received) == [1, 2, 3]
     assert consumer.health().counts["duplicates"] == 2
     assert conflicts == []
 
 
 def test_an_id_forged_in_advance_hides_no_unnumbered_event(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any], conflicts: list[str]
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], conflicts: list[str]
 ) -> None:
     honest = packed(id="relay-1", data={"n": "honest"})
     for body in (packed(id="relay-1", data={"n": "forged"}), honest, honest, packed(id="relay-2")):
         publish(shared_redis, consumer, body)
 
-    wait_until(lambda: len(heard) == 3, what="three events arrive")
-    assert numbers(heard) == ["forged", "honest", 1]
+    wait_until(lambda: len(received) == 3, what="three events arrive")
+    assert numbers(received) == ["forged", "honest", 1]
     wait_until(lambda: conflicts == ["relay-1"], what="the conflict is signalled")
     assert consumer.health().counts["duplicates"] == 1
 
 
 def test_the_memory_of_other_nodes_is_bounded() -> None:
-    codec, heard = Codec(), decoder.Sequences(Timing(max_remembered=5, max_hashes=20))
+    codec, received = Codec(), decoder.Sequences(Timing(max_remembered=5, max_hashes=20))
     bodies = [packed(id=f"n{node}-{n}", seq=n) for node in range(10) for n in range(1, 6)]
     bodies += [packed(id=f"relay{n}-1") for n in range(10)]
     for body in bodies:
         event = codec.decode(body)
-        heard.observe(event, event.node, body)
+        received.observe(event, event.node, body)
 
-    assert len(heard._routes) <= 5
-    assert sum(len(route.bodies) for route in heard._routes.values()) == heard._hashes <= 20
-    assert len(heard._ids) == len(heard._sources) == 5
+    assert len(received._routes) <= 5
+    assert sum(len(route.bodies) for route in received._routes.values()) == received._hashes <= 20
+    assert len(received._ids) == len(received._sources) == 5
 
 
 def test_a_node_that_sends_often_is_not_forgotten_first() -> None:
-    codec, heard = Codec(), decoder.Sequences(Timing(max_remembered=5))
+    codec, received = Codec(), decoder.Sequences(Timing(max_remembered=5))
 
     def hear(node: str, seq: int) -> int | by_id.Finding:
         body = packed(id=f"{node}-{seq}", seq=seq)
         event = codec.decode(body)
-        return heard.observe(event, event.node, body)
+        return received.observe(event, event.node, body)
 
     hear("steady", 1)
     missing = []
@@ -294,20 +294,20 @@ def test_an_undeclared_signal_is_skipped_and_counted(
 
 
 def test_unknown_attributes_are_ignored(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any]
+    shared_redis: RedisServer, consumer: Bus, received: list[Any]
 ) -> None:
     publish(shared_redis, consumer, packed(novelty={"deep": [1]}, datacontenttype="x"))
 
-    wait_until(lambda: heard, what="the event arrives")
+    wait_until(lambda: received, what="the event arrives")
 
 
 def test_a_payload_that_does_not_fit_one_receiver_fails_only_that_receiver(
-    shared_redis: RedisServer, consumer: Bus, heard: list[Any], caplog: pytest.LogCaptureFixture
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(shared_redis, consumer, packed(data={"n": 1, "m": 2}))
     publish(shared_redis, consumer, packed(id="foreign-2"))
 
-    wait_until(lambda: heard, what="the good event arrives")
+    wait_until(lambda: received, what="the good event arrives")
     assert consumer.health().counts["failed"] == 1
     assert "receive does not accept the event foreign-1 of 'tick'" in caplog.text
     assert "got an unexpected keyword argument 'm'" in caplog.text

@@ -196,12 +196,12 @@ def test_a_service_may_publish_only_its_own_events(server: GuardedServer, user: 
 @pytest.mark.parametrize("user", RIGHTS)
 def test_a_service_may_subscribe_only_to_its_own_channels(server: GuardedServer, user: str) -> None:
     _, hears = RIGHTS[user]
-    heard = {name for name in SIGNALS if may(server, user, "SUBSCRIBE", channel(name))}
+    received = {name for name in SIGNALS if may(server, user, "SUBSCRIBE", channel(name))}
 
     if may(server, user, "PSUBSCRIBE", channel("*")):
-        heard.add("*")
+        received.add("*")
 
-    assert heard == hears
+    assert received == hears
     assert not may(server, user, "PSUBSCRIBE", "*")
     assert not may(server, user, "SUBSCRIBE", "elsewhere")
 
@@ -294,13 +294,13 @@ def refusals(server: GuardedServer) -> Iterator[Callable[[], list[object]]]:
 def test_on_channels_the_bus_runs_no_command_that_the_acl_refuses(
     server: GuardedServer, make_bus: MakeBus, refusals: Callable[[], list[object]]
 ) -> None:
-    heard: list[str] = []
+    received: list[str] = []
     publish = {"price_changed": {"confirm": True}}
     changing = make_bus(server.url_of("catalog"), "catalog", publish=publish)
     caching = make_bus(server.url_of("catalog"), "catalog")
-    caching.on("price_changed", via="channel")(lambda sender, sku: heard.append(sku))
+    caching.on("price_changed", via="channel")(lambda sender, sku: received.append(sku))
     audit = make_bus(server.url_of("audit"), "audit")
-    audit.on("*")(lambda sender, sku: heard.append(sku))
+    audit.on("*")(lambda sender, sku: received.append(sku))
     caching.start()
     audit.start()
     assert caching.ready(10)
@@ -308,7 +308,7 @@ def test_on_channels_the_bus_runs_no_command_that_the_acl_refuses(
 
     changing.signal("price_changed").send(sku="A1")
 
-    wait_until(lambda: heard == ["A1", "A1"], what="both hear it")
+    wait_until(lambda: received == ["A1", "A1"], what="both hear it")
     assert refusals() == []
 
 
@@ -525,7 +525,7 @@ def test_a_refused_subscription_is_reported_in_health(
     analytics = make_bus(server.url_of("analytics"), "analytics", subscribe=["user_registered"])
 
     analytics.start()
-    wait_until(lambda: analytics.health().refused, what="the refusal is told")
+    wait_until(lambda: analytics.health().refused, what="the refusal is reported")
 
     assert "user_registered" in analytics.health().refused
     assert not analytics.health().connected

@@ -129,16 +129,16 @@ def test_the_logged_rights_are_exactly_those_that_a_listener_needs(
     store: StreamStore, user: User, make_bus: Make, name: str
 ) -> None:
     bus = make_bus(user.url, "mailer", prefix=store.prefix)
-    heard: list[int] = []
-    bus.on(name, via="channel")(lambda sender, n: heard.append(n))
+    received: list[int] = []
+    bus.on(name, via="channel")(lambda sender, n: received.append(n))
     bus.start()
 
-    user.grant_until(lambda: bus.ready(0), what="it is heard")
+    user.grant_until(lambda: bus.ready(0), what="it is received")
 
     user.forgive()
     publisher = make_bus(store.url, "clock", prefix=store.prefix, publish=["tick"])
     publisher.signal("tick").send("test", n=1)
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
     assert user.refusals == []
 
 
@@ -234,8 +234,8 @@ def test_the_log_names_the_right_to_delete_the_ids_of_a_lost_group(
     store: StreamStore, user: User, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = make_bus(user.url, "mailer", prefix=store.prefix)
-    heard: list[int] = []
-    bus.on("tick", via="stream")(lambda sender, n: heard.append(n))
+    received: list[int] = []
+    bus.on("tick", via="stream")(lambda sender, n: received.append(n))
     user.allow("+@all", "allkeys", "allchannels", "-expire")
     bus.start()
     assert bus.ready(10)
@@ -251,7 +251,7 @@ def test_the_log_names_the_right_to_delete_the_ids_of_a_lost_group(
     user.grant()
     user.forgive()
     store.add("tick", n=1)
-    wait_until(lambda: heard == [1], what="the event is handled, and noted")
+    wait_until(lambda: received == [1], what="the event is handled, and noted")
     destroy()
-    wait_until(lambda: heard == [1, 1], what="it comes again")
+    wait_until(lambda: received == [1, 1], what="it comes again")
     assert user.refusals == []

@@ -91,11 +91,11 @@ def test_publish_prints_the_id_and_how_many_listeners_got_it(
     make_app: Callable[..., Flask], make_bus: Make, shared_redis: RedisServer, prefix: str
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix)
-    heard: list[tuple[str, str, dict[str, Any]]] = []
+    received: list[tuple[str, str, dict[str, Any]]] = []
 
     @bus.on("user_registered")
     def note(sender: str, **payload: Any) -> None:
-        heard.append((sender, current_event.id, payload))
+        received.append((sender, current_event.id, payload))
 
     bus.start()
     assert bus.ready(10)
@@ -103,8 +103,8 @@ def test_publish_prints_the_id_and_how_many_listeners_got_it(
     result = run_in(make_app(), "publish", "user_registered", "user_id=7", "email=ada@example.com")
 
     assert result.exit_code == 0, result.output
-    wait_until(lambda: heard)
-    sender, event_id, payload = heard[0]
+    wait_until(lambda: received)
+    sender, event_id, payload = received[0]
     assert (sender, payload) == ("shop", {"user_id": 7, "email": "ada@example.com"})
     assert result.output == f"Published {event_id}. 1 listener got it.\n"
 
@@ -446,8 +446,8 @@ def till(make_app: Callable[..., Flask]) -> Flask:
         "invoice_paid": {"via": "stream", "key": "id", "maxlen": 1_000_000, "replicas": 1},
         "invoice_sent": {"via": "stream", "maxlen": "36h"},
     }
-    heard = {"user_registered": {"start": "earliest", "via": "stream"}}
-    return make_app(bus, EVENTBUS_PUBLISH=routes, EVENTBUS_SUBSCRIBE=heard, EVENTBUS_REPLICAS=2)
+    received = {"user_registered": {"start": "earliest", "via": "stream"}}
+    return make_app(bus, EVENTBUS_PUBLISH=routes, EVENTBUS_SUBSCRIBE=received, EVENTBUS_REPLICAS=2)
 
 
 def test_routes_shows_stream_lengths_and_retries(till: Flask) -> None:
@@ -697,7 +697,7 @@ class Process:
         """Its standard error so far."""
         return self._err.read_text()
 
-    def tell(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         self._process.send_signal(number)
 
@@ -756,7 +756,7 @@ def test_run_listens_until_a_signal_and_exits_with_0(
 
     publish = CliRunner().invoke(main, ["--url", redis_server.url, "publish", "work", "number=1"])
     wait_until(lambda: process.out == "worker 1\n", what="the receiver ran")
-    process.tell(number)
+    process.send_signal(number)
 
     assert publish.output.endswith("1 listener got it.\n")
     assert process.end() == 0
@@ -773,7 +773,7 @@ def test_run_limits_concurrent_receivers_to_the_option(
         CliRunner().invoke(main, ["--url", redis_server.url, "publish", "work", f"number={number}"])
 
     wait_until(lambda: len(process.out.splitlines()) == 2, what="both receivers met")
-    process.tell(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     assert process.end() == 0
 
 
@@ -789,7 +789,7 @@ def test_run_starts_without_redis_and_receives_events_once_it_is_up(
     CliRunner().invoke(main, ["--url", redis_server.url, "publish", "work", "number=1"])
 
     wait_until(lambda: process.out == "worker 1\n", what="the receiver ran")
-    process.tell(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     assert process.end() == 0
 
 
@@ -807,7 +807,7 @@ def test_run_without_an_app_loads_the_named_receivers(
     CliRunner().invoke(main, ["--url", redis_server.url, "publish", "work", "number=1"])
 
     wait_until(lambda: process.out == "got {'number': 1}\n", what="the receiver ran")
-    process.tell(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     assert process.end() == 0
 
 

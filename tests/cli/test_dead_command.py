@@ -528,14 +528,16 @@ def test_an_id_that_two_signals_share_is_ambiguous(store: StreamStore, words: li
     store.give_up("order_paid", id="1-0")
 
     result = store.run("dead", *words, "1-0")
-    told = store.run("dead", *words, "1-0", "--signal", "order_paid")
+    reported = store.run("dead", *words, "1-0", "--signal", "order_paid")
 
     assert result.exit_code == 1
     assert result.output == (
         "Error: 1-0 is the id of several dead letters: of order_paid, user_registered. Select one "
         "with --signal.\n"
     )
-    assert told.output.count("order_paid") + told.output.count("Deleted 1 dead letter.") == 1
+    assert (
+        reported.output.count("order_paid") + reported.output.count("Deleted 1 dead letter.") == 1
+    )
     assert store.dead("user_registered") == ["1-0"]
 
 

@@ -54,8 +54,8 @@ def replay(app: Flask, *words: str) -> Result:
 ALL = ("--from", "earliest")
 
 
-class Heard:
-    """A bus with two receivers of 'paid', and what they heard."""
+class RecordingBus:
+    """A bus with two receivers of 'paid', and what they received."""
 
     def __init__(self) -> None:
         self.bus = EventBus()
@@ -83,26 +83,28 @@ class Heard:
 
 
 @pytest.fixture
-def heard() -> Heard:
+def received() -> RecordingBus:
     """What two receivers hear."""
-    return Heard()
+    return RecordingBus()
 
 
 def test_replay_runs_every_receiver_for_every_event_in_order(
-    store: StreamStore, make_app: Make, heard: Heard
+    store: StreamStore, make_app: Make, received: RecordingBus
 ) -> None:
     events = [store.add("paid", number=number)[1] for number in range(250)]
 
-    result = replay(make_app(heard.bus), *ALL)
+    result = replay(make_app(received.bus), *ALL)
 
     assert result.exit_code == 0, result.output
     assert result.output == "Read 250 events of 'paid': 250 handled.\n"
-    assert heard.bills == heard.counts == list(range(250))
-    assert heard.events == [(True, "stream", event.id, "mailer") for event in events]
+    assert received.bills == received.counts == list(range(250))
+    assert received.events == [(True, "stream", event.id, "mailer") for event in events]
     assert not current_event
 
 
-def test_replay_does_not_change_the_group(store: StreamStore, make_app: Make, heard: Heard) -> None:
+def test_replay_does_not_change_the_group(
+    store: StreamStore, make_app: Make, received: RecordingBus
+) -> None:
     for number in range(5):
         store.add("paid", number=number)
 
@@ -124,16 +126,16 @@ def test_replay_does_not_change_the_group(store: StreamStore, make_app: Make, he
         ]
 
     before = state()
-    heard.bad = {1}
-    result = replay(make_app(heard.bus), *ALL)
+    received.bad = {1}
+    result = replay(make_app(received.bus), *ALL)
 
     assert result.exit_code == 1
-    assert heard.counts == [0, 1, 2, 3, 4]
+    assert received.counts == [0, 1, 2, 3, 4]
     assert state() == before
 
 
 def test_replay_runs_the_events_between_two_positions(
-    store: StreamStore, make_app: Make, heard: Heard
+    store: StreamStore, make_app: Make, received: RecordingBus
 ) -> None:
     now = int(time.time() * 1000)
     ages = {7_200_000: 0, 3_000_000: 0, 2_999_999: 5, 1_000_000: 0, 10_000: 0}
@@ -142,7 +144,7 @@ def test_replay_runs_the_events_between_two_positions(
         store.add("paid", id=f"{now - age - bool(number)}-{number}", number=number or age)[0]
         for age, number in ages.items()
     ]
-    app = make_app(heard.bus)
+    app = make_app(received.bus)
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime((now - 2_000_000) / 1000))
 
     for words, numbers in [
@@ -155,14 +157,14 @@ def test_replay_runs_the_events_between_two_positions(
         (["--from", "0", "--to", ids[0]], [7_200_000]),
         (["--from", "1s"], []),
     ]:
-        heard.counts.clear()
+        received.counts.clear()
         result = replay(app, *words)
         assert result.exit_code == 0, result.output
-        assert heard.counts == numbers, words
+        assert received.counts == numbers, words
 
 
 def test_ages_in_replay_use_the_clock_of_redis(
-    store: StreamStore, make_app: Make, heard: Heard, monkeypatch: pytest.MonkeyPatch
+    store: StreamStore, make_app: Make, received: RecordingBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = int(time.time() * 1000)
     for number, minutes in enumerate([90, 50, 10]):
@@ -170,52 +172,52 @@ def test_ages_in_replay_use_the_clock_of_redis(
     here = time.time
     monkeypatch.setattr(time, "time", lambda: here() + 1_800)
 
-    result = replay(make_app(heard.bus), "--from", "1h", "--to", "30m")
+    result = replay(make_app(received.bus), "--from", "1h", "--to", "30m")
 
     assert result.exit_code == 0, result.output
-    assert heard.counts == [1]
+    assert received.counts == [1]
 
 
 def test_replay_ends_at_the_last_event_at_its_start(
-    store: StreamStore, make_app: Make, heard: Heard
+    store: StreamStore, make_app: Make, received: RecordingBus
 ) -> None:
-    @heard.bus.on("paid")
+    @received.bus.on("paid")
     def pay_again(sender: str, number: int) -> None:
         store.add("paid", number=number + 1)
 
     store.add("paid", number=1)
 
-    result = replay(make_app(heard.bus), *ALL)
+    result = replay(make_app(received.bus), *ALL)
 
     assert result.output == "Read 1 event of 'paid': 1 handled.\n"
     assert store.client.xlen(store.keys.stream("paid")) == 2
 
 
-@pytest.mark.parametrize("name", ["count", "test_replay_command.Heard.count"])
+@pytest.mark.parametrize("name", ["count", "test_replay_command.RecordingBus.count"])
 def test_replay_can_run_a_single_receiver(
-    store: StreamStore, make_app: Make, heard: Heard, name: str
+    store: StreamStore, make_app: Make, received: RecordingBus, name: str
 ) -> None:
     store.add("paid", number=1)
 
-    result = replay(make_app(heard.bus), *ALL, "--receiver", name)
+    result = replay(make_app(received.bus), *ALL, "--receiver", name)
 
     assert result.exit_code == 0, result.output
-    assert (heard.bills, heard.counts) == ([], [1])
+    assert (received.bills, received.counts) == ([], [1])
 
 
 def test_replay_lists_failed_receivers_and_exits_with_1(
-    store: StreamStore, make_app: Make, heard: Heard
+    store: StreamStore, make_app: Make, received: RecordingBus
 ) -> None:
     added = [store.add("paid", number=number) for number in range(4)]
-    heard.bad = {1, 3}
+    received.bad = {1, 3}
 
-    result = replay(make_app(heard.bus), *ALL)
+    result = replay(make_app(received.bus), *ALL)
 
     assert result.exit_code == 1
-    assert heard.counts == [0, 1, 2, 3]
+    assert received.counts == [0, 1, 2, 3]
     lines = result.stdout.splitlines()
     assert lines[0] == "Read 4 events of 'paid': 2 handled, 2 failed."
-    assert lines[1].endswith("test_replay_command.Heard.bill failed at 2 events:")
+    assert lines[1].endswith("test_replay_command.RecordingBus.bill failed at 2 events:")
     assert lines[2:] == [
         rf"  {added[number][1].id} ({added[number][0]}): OSError: no paper for {number} \x1b[2J"
         for number in (1, 3)
@@ -223,20 +225,20 @@ def test_replay_lists_failed_receivers_and_exits_with_1(
 
 
 def test_replay_counts_and_lists_unreadable_entries_without_failing(
-    store: StreamStore, make_app: Make, heard: Heard
+    store: StreamStore, make_app: Make, received: RecordingBus
 ) -> None:
     store.add("paid", number=1)
     junk = store.add_fields("paid", {b"event": b"\xff\x1b[2J"})
     empty = store.add_fields("paid", {b"\x1b[2J": b"x"})
     other = store.event("sold", number=2)
-    codec = heard.bus.codec
+    codec = received.bus.codec
     wrong = store.add_fields("paid", {b"event": codec.encode(other)})
     store.add("paid", number=3)
 
-    result = replay(make_app(heard.bus), *ALL)
+    result = replay(make_app(received.bus), *ALL)
 
     assert result.exit_code == 0, result.output
-    assert heard.counts == [1, 3]
+    assert received.counts == [1, 3]
     lines = result.output.splitlines()
     assert lines[0] == "Read 5 events of 'paid': 2 handled, 3 unreadable."
     assert lines[1].startswith(f"  {junk} (")
@@ -282,29 +284,31 @@ def test_replay_includes_own_events_with_echo(store: StreamStore, make_app: Make
 
 
 def test_a_dry_run_counts_and_runs_nothing(
-    store: StreamStore, make_app: Make, heard: Heard
+    store: StreamStore, make_app: Make, received: RecordingBus
 ) -> None:
     for number in range(3):
         store.add("paid", number=number)
 
     store.add_fields("paid", {b"event": b"junk"})
 
-    result = replay(make_app(heard.bus), *ALL, "--dry-run", "--rate", "0.001")
+    result = replay(make_app(received.bus), *ALL, "--dry-run", "--rate", "0.001")
 
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert lines[0] == "Read 4 events of 'paid': 3 would be replayed, 1 unreadable."
     assert lines[1].startswith("Receivers: ")
-    assert "Heard.bill, " in lines[1]
-    assert (heard.events, heard.counts) == ([], [])
+    assert "RecordingBus.bill, " in lines[1]
+    assert (received.events, received.counts) == ([], [])
 
 
-def test_replay_keeps_to_the_rate(store: StreamStore, make_app: Make, heard: Heard) -> None:
+def test_replay_keeps_to_the_rate(
+    store: StreamStore, make_app: Make, received: RecordingBus
+) -> None:
     for number in range(6):
         store.add("paid", number=number)
 
     begun = time.monotonic()
-    result = replay(make_app(heard.bus), *ALL, "--rate", "20")
+    result = replay(make_app(received.bus), *ALL, "--rate", "20")
 
     assert result.exit_code == 0, result.output
     assert time.monotonic() - begun >= 5 / 20
@@ -341,22 +345,22 @@ def test_replay_needs_receivers_and_says_how_to_name_them(store: StreamStore) ->
 
 
 def test_replay_says_why_a_program_cannot_replay(
-    store: StreamStore, make_app: Make, heard: Heard
+    store: StreamStore, make_app: Make, received: RecordingBus
 ) -> None:
     store.add("paid", number=1)
     local = EventBus()
-    local.signal("paid").connect(heard.count)
+    local.signal("paid").connect(received.count)
     found = {
         "Nothing here receives 'paid'.": replay(make_app(EventBus()), *ALL),
         "'mailer' does not subscribe to 'paid'": replay(make_app(local), *ALL),
-        "'EVENTBUS_ENABLED' is False": replay(make_app(heard.bus, EVENTBUS_ENABLED=False), *ALL),
+        "'EVENTBUS_ENABLED' is False": replay(make_app(received.bus, EVENTBUS_ENABLED=False), *ALL),
     }
 
     for text, result in found.items():
         assert result.exit_code == 1
         assert text in result.output
 
-    assert heard.counts == []
+    assert received.counts == []
 
 
 def test_replay_reports_an_unknown_or_ambiguous_receiver(
@@ -367,7 +371,7 @@ def test_replay_reports_an_unknown_or_ambiguous_receiver(
     class Other:
         def count(self, sender: str, number: int) -> None: ...
 
-    first = Heard()
+    first = RecordingBus()
     bus.on("paid")(first.count)
     bus.on("paid")(Other().count)
     store.add("paid", number=1)
@@ -380,12 +384,12 @@ def test_replay_reports_an_unknown_or_ambiguous_receiver(
     assert "is the name of no receiver of 'paid'. Write one of: " in nobody.output
     assert "\x1b" not in nobody.output
     assert "'count' is the name of several receivers of 'paid'." in several.output
-    assert "Heard.count" in several.output
+    assert "RecordingBus.count" in several.output
     assert "Other.count" in several.output
 
 
-def test_replay_reports_a_missing_stream(make_app: Make, heard: Heard) -> None:
-    result = replay(make_app(heard.bus), *ALL)
+def test_replay_reports_a_missing_stream(make_app: Make, received: RecordingBus) -> None:
+    result = replay(make_app(received.bus), *ALL)
 
     assert result.exit_code == 1
     assert result.output.startswith("Error: There is no stream of 'paid' under this prefix")
@@ -408,9 +412,9 @@ def test_replay_reports_a_missing_stream(make_app: Make, heard: Heard) -> None:
     ids=["none", "word", "half", "large", "before", "rate", "hostile"],
 )
 def test_a_usage_error_of_replay_exits_with_2(
-    make_app: Make, heard: Heard, words: list[str], text: str
+    make_app: Make, received: RecordingBus, words: list[str], text: str
 ) -> None:
-    result = replay(make_app(heard.bus), *words)
+    result = replay(make_app(received.bus), *words)
 
     assert result.exit_code == 2
     assert text in " ".join(result.output.split())
@@ -446,15 +450,15 @@ def test_ctrl_c_finishes_the_running_event_and_says_where_to_continue(
     process = Program(["-m", "flask_eventbus", *settings, *words], tmp_path, {})
 
     try:
-        wait_until(lambda: "got 2" in process.said, what="the second event is handled")
-        process.tell(signal.SIGINT)
+        wait_until(lambda: "got 2" in process.output, what="the second event is handled")
+        process.send_signal(signal.SIGINT)
         code = process.end()
     finally:
         process.kill()
 
     milliseconds, _, number = ids[1].partition("-")
-    assert code == 1, process.said
-    assert process.said == (
+    assert code == 1, process.output
+    assert process.output == (
         "got 1 True\n"
         "got 2 True\n"
         "Read 2 events of 'paid': 2 handled.\n"
@@ -464,7 +468,7 @@ def test_ctrl_c_finishes_the_running_event_and_says_where_to_continue(
 
 
 def test_replay_reports_an_outage_with_its_progress(
-    redis_server: RedisServer, heard: Heard
+    redis_server: RedisServer, received: RecordingBus
 ) -> None:
     store = StreamStore(redis_server)
 
@@ -475,22 +479,22 @@ def test_replay_reports_an_outage_with_its_progress(
     app.config.update(
         EVENTBUS_SERVICE="mailer", EVENTBUS_URL=store.url, EVENTBUS_PREFIX=store.prefix
     )
-    heard.bus.on("paid")(lambda sender, number: redis_server.kill() if number == 99 else None)
-    heard.bus.init_app(app)
+    received.bus.on("paid")(lambda sender, number: redis_server.kill() if number == 99 else None)
+    received.bus.init_app(app)
 
     result = replay(app, *ALL)
 
     assert result.exit_code == 1
     assert "Read 100 events of 'paid': 100 handled.\n" in result.stdout
     assert "cannot be used" in result.stderr
-    assert len(heard.counts) == 100
+    assert len(received.counts) == 100
 
 
 def test_the_replay_command_that_dead_retry_prints_replays_an_oversized_event(
-    store: StreamStore, make_app: Make, heard: Heard, make_bus: Callable[..., Bus]
+    store: StreamStore, make_app: Make, received: RecordingBus, make_bus: Callable[..., Bus]
 ) -> None:
     worker = make_bus(store.url, "mailer", prefix=store.prefix)
-    worker.on("paid", via="stream", start="earliest")(heard.count)
+    worker.on("paid", via="stream", start="earliest")(received.count)
     event = store.event("paid", number=7, text="x" * 3_000_000)
     store.add_fields("paid", {b"event": Codec(max_bytes=4_000_000).encode(event)})
     worker.start()
@@ -499,12 +503,12 @@ def test_the_replay_command_that_dead_retry_prints_replays_an_oversized_event(
 
     refused = store.run("dead", "retry", "--all")
     words = refused.output.partition("flask eventbus replay paid ")[2].split()[:4]
-    low = replay(make_app(heard.bus), *words)
-    high = replay(make_app(heard.bus, EVENTBUS_MAX_EVENT_BYTES=4_000_000), *words)
+    low = replay(make_app(received.bus), *words)
+    high = replay(make_app(received.bus, EVENTBUS_MAX_EVENT_BYTES=4_000_000), *words)
 
     assert refused.exit_code == 1
     assert "Raise that setting and replay the entry" in refused.output
     assert "1 unreadable" in low.output
     assert "more than the 1048576 of EVENTBUS_MAX_EVENT_BYTES" in low.output
     assert (high.exit_code, high.output) == (0, "Read 1 event of 'paid': 1 handled.\n")
-    assert heard.bills == heard.counts == [7]
+    assert received.bills == received.counts == [7]

@@ -257,7 +257,7 @@ def test_a_worker_continues_from_the_new_position(
     store.add("paid", number=1)
     store.add("paid", number=2)
     bus.start()
-    wait_until(lambda: numbers == [1, 2], what="both are heard")
+    wait_until(lambda: numbers == [1, 2], what="both are received")
     wait_until(
         lambda: not store.client.xpending(store.keys.stream("paid"), "mailer")["pending"],
         what="both are acknowledged",
@@ -266,7 +266,7 @@ def test_a_worker_continues_from_the_new_position(
     result = store.run("seek", "paid", "--to", "earliest", "--yes")
 
     assert result.exit_code == 0, result.output
-    wait_until(lambda: numbers == [1, 2, 1, 2], what="both are heard again")
+    wait_until(lambda: numbers == [1, 2, 1, 2], what="both are received again")
 
 
 # -- mistakes -----------------------------------------------------------------------------

@@ -80,11 +80,11 @@ def keys_of(store: StreamStore, service: str) -> set[str]:
     }
 
 
-heard: list[int] = []
+received: list[int] = []
 
 
 def receive(sender: str, n: int) -> None:
-    heard.append(n)
+    received.append(n)
 
 
 # -- forget -------------------------------------------------------------------------------
@@ -181,13 +181,13 @@ def test_a_renamed_service_continues_where_it_was(
     assert {group["name"] for group in found["groups"]["paid"]} == {b"audit", b"notifier"}
     assert len(store.dead("paid", "notifier")) == 1
 
-    heard.clear()
+    received.clear()
     bus = make_bus(store.url, "notifier", prefix=store.prefix)
     bus.on("paid")(receive)
     bus.start()
 
-    wait_until(lambda: len(heard) == 4, what="the pending one, two that wait, and the retry")
-    assert sorted(heard) == [1, 2, 3, 9]
+    wait_until(lambda: len(received) == 4, what="the pending one, two that wait, and the retry")
+    assert sorted(received) == [1, 2, 3, 9]
 
 
 @pytest.mark.usefixtures("_nobody_runs")

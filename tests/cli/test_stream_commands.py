@@ -621,7 +621,7 @@ def examples(heading: str) -> list[tuple[list[str], str]]:
     ]
 
 
-def settled(text: str) -> str:
+def normalized(text: str) -> str:
     """The text without what varies."""
     for pattern, word in _VARIES:
         text = pattern.sub(word, text)
@@ -688,7 +688,7 @@ def test_the_page_shows_what_the_commands_print(
     result = CliRunner().invoke(flask_commands, words[4:], obj=shop, input=answer)
 
     assert result.exit_code == 0, result.output
-    assert settled(result.output) == settled(output)
+    assert normalized(result.output) == normalized(output)
 
 
 def test_the_other_examples_of_the_page_are_well_formed() -> None:

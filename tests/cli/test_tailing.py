@@ -61,14 +61,14 @@ class Watching:
         return self._out.read_text().splitlines()
 
     @property
-    def said(self) -> list[str]:
+    def output(self) -> list[str]:
         """What it says of itself so far."""
         return self._err.read_text().splitlines()
 
-    def wait_until_it_hears(self) -> None:
+    def wait_until_listening(self) -> None:
         """Wait until Redis has confirmed its subscriptions."""
         wait_until(
-            lambda: any(line.startswith("Listening to ") for line in self.said), what="it hears"
+            lambda: any(line.startswith("Listening to ") for line in self.output), what="it listens"
         )
 
     def end(self, number: signal.Signals | None = None) -> int:
@@ -128,7 +128,7 @@ def test_tail_shows_each_event_of_the_prefix_in_one_line(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
     watching = watch(redis_server.url)
-    watching.wait_until_it_hears()
+    watching.wait_until_listening()
 
     first = publish(redis_server.url, "user_registered", "user_id=7", "email=ada@example.com")
     second = publish(redis_server.url, "price_changed", service="catalog")
@@ -145,7 +145,7 @@ def test_tail_as_json_shows_the_whole_event(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
     watching = watch(redis_server.url, "--json", "--count", "1")
-    watching.wait_until_it_hears()
+    watching.wait_until_listening()
 
     event_id = publish(redis_server.url, "user_registered", "user_id=7")
 
@@ -168,7 +168,7 @@ def test_tail_filters_by_name_and_value_and_ends_after_a_count(
 ) -> None:
     words = ["order_*", "order_paid", "--source", "shop", "--match", "total=9.5", "--count", "2"]
     watching = watch(redis_server.url, *words)
-    watching.wait_until_it_hears()
+    watching.wait_until_listening()
 
     publish(redis_server.url, "refund_paid", "total=9.5", service="shop")
     publish(redis_server.url, "order_paid", "total=9.5", service="till")
@@ -184,15 +184,15 @@ def test_tail_survives_a_restart_of_redis_and_says_so(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
     watching = watch(redis_server.url, "user_registered")
-    watching.wait_until_it_hears()
+    watching.wait_until_listening()
 
     redis_server.restart()
-    wait_until(lambda: "Redis is back after" in watching.said[-1], what="it is back")
+    wait_until(lambda: "Redis is back after" in watching.output[-1], what="it is back")
     publish(redis_server.url, "user_registered", "user_id=8")
 
     wait_until(lambda: watching.lines)
     assert watching.lines[0].endswith("user_id=8")
-    assert [" ".join(line.split()[:2]) for line in watching.said] == [
+    assert [" ".join(line.split()[:2]) for line in watching.output] == [
         "Listening to",
         "Redis at",
         "Redis is",
@@ -204,20 +204,20 @@ def test_tail_waits_for_redis_to_start(
 ) -> None:
     redis_server.kill()
     watching = watch(redis_server.url)
-    wait_until(lambda: watching.said, what="it says that Redis is away")
+    wait_until(lambda: watching.output, what="it says that Redis is away")
 
     redis_server.start()
-    watching.wait_until_it_hears()
+    watching.wait_until_listening()
 
-    assert "is away: " in watching.said[0]
-    assert watching.said[1] == f"Listening to * on {redis_server.url}. Press Ctrl-C to stop."
+    assert "is away: " in watching.output[0]
+    assert watching.output[1] == f"Listening to * on {redis_server.url}. Press Ctrl-C to stop."
 
 
 def test_tail_shows_undecodable_bytes_as_one_line_on_stderr(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
     watching = watch(redis_server.url)
-    watching.wait_until_it_hears()
+    watching.wait_until_listening()
     stranger = Codec().encode(an_event(name="other"))
 
     redis_server.client.publish("eventbus:{noted}:channel", b"\x1b[31mhello")
@@ -225,20 +225,20 @@ def test_tail_shows_undecodable_bytes_as_one_line_on_stderr(
     publish(redis_server.url, "noted")
 
     wait_until(lambda: watching.lines)
-    assert len(watching.said) == 3
-    assert watching.said[1].startswith("Not an event on the channel of 'noted' (not_msgpack): ")
-    assert watching.said[1].endswith(r"It begins with b'\x1b[31mhello'.")
-    assert "(wrong_channel): The event is of signal 'other'." in watching.said[2]
+    assert len(watching.output) == 3
+    assert watching.output[1].startswith("Not an event on the channel of 'noted' (not_msgpack): ")
+    assert watching.output[1].endswith(r"It begins with b'\x1b[31mhello'.")
+    assert "(wrong_channel): The event is of signal 'other'." in watching.output[2]
 
 
 def test_tail_ends_quietly_on_ctrl_c(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
     watching = watch(redis_server.url)
-    watching.wait_until_it_hears()
+    watching.wait_until_listening()
 
     assert watching.end(signal.SIGINT) == 0
-    assert watching.said == [f"Listening to * on {redis_server.url}. Press Ctrl-C to stop."]
+    assert watching.output == [f"Listening to * on {redis_server.url}. Press Ctrl-C to stop."]
 
 
 def test_tail_ends_quietly_when_its_pipe_is_closed(
@@ -271,7 +271,7 @@ def test_tail_exits_with_1_if_the_count_was_not_reached(redis_server: RedisServe
 def test_tail_does_not_count_as_a_listener(
     watch: Callable[..., Watching], redis_server: RedisServer
 ) -> None:
-    watch(redis_server.url).wait_until_it_hears()
+    watch(redis_server.url).wait_until_listening()
 
     result = CliRunner().invoke(main, ["--url", redis_server.url, "routes", "--json"])
 
@@ -316,22 +316,22 @@ def test_a_usage_error_of_tail_exits_with_2(words: list[str]) -> None:
 
 
 def test_tail_detects_a_server_that_hangs(redis_server: RedisServer) -> None:
-    told: list[str] = []
+    reported: list[str] = []
     tail = Tail(
         url=redis_server.url,
         prefix="eventbus",
         codec=Codec(),
         names=["*"],
-        notify=told.append,
+        notify=reported.append,
         timing=Timing(ping_after=0.1, ping_timeout=0.1),
     )
     batches = tail.events(seconds=60)
     wait_until(lambda: next(batches) == [] and tail.connected)
 
     redis_server.hang()
-    wait_until(lambda: next(batches) == [] and "no answer to a PING" in told[-1])
+    wait_until(lambda: next(batches) == [] and "no answer to a PING" in reported[-1])
     redis_server.resume()
-    wait_until(lambda: next(batches) == [] and "Redis is back" in told[-1])
+    wait_until(lambda: next(batches) == [] and "Redis is back" in reported[-1])
 
     batches.close()  # type: ignore[attr-defined]  # a generator
 
@@ -339,7 +339,7 @@ def test_tail_detects_a_server_that_hangs(redis_server: RedisServer) -> None:
 def test_values_of_a_registered_type_are_shown_if_the_type_is_known(
     redis_server: RedisServer, make_bus: Callable[..., Bus]
 ) -> None:
-    told: list[str] = []
+    reported: list[str] = []
     bus = make_bus(redis_server.url)
     bus.register_type(
         40,
@@ -350,19 +350,23 @@ def test_values_of_a_registered_type_are_shown_if_the_type_is_known(
 
     def tail(codec: Codec) -> Tail:
         return Tail(
-            url=redis_server.url, prefix="eventbus", codec=codec, names=["*"], notify=told.append
+            url=redis_server.url,
+            prefix="eventbus",
+            codec=codec,
+            names=["*"],
+            notify=reported.append,
         )
 
     knowing, strange = tail(bus.codec), tail(Codec())
-    heard, unheard = knowing.events(60), strange.events(60)
-    wait_until(lambda: not next(heard) and not next(unheard) and len(told) == 2)
+    received, unheard = knowing.events(60), strange.events(60)
+    wait_until(lambda: not next(received) and not next(unheard) and len(reported) == 2)
     bus.node.publish("measured", {"value": 1j})
 
-    events = wait_until(lambda: next(heard))
-    wait_until(lambda: not next(unheard) and len(told) == 3)
+    events = wait_until(lambda: next(received))
+    wait_until(lambda: not next(unheard) and len(reported) == 3)
 
     assert as_line(events[0].event).endswith("value=1j")
-    assert "ext type" in told[2]
+    assert "ext type" in reported[2]
 
 
 @pytest.mark.parametrize(
@@ -495,14 +499,14 @@ class Seen:
     def __init__(
         self, url: str, *names: str, prefix: str = "eventbus", timing: Timing = TIMING
     ) -> None:
-        self.told: list[str] = []
-        self.heard: list[TailEvent] = []
+        self.reported: list[str] = []
+        self.received: list[TailEvent] = []
         self.tail = Tail(
             url=url,
             prefix=prefix,
             codec=Codec(),
             names=names or ["*"],
-            notify=self.told.append,
+            notify=self.reported.append,
             timing=timing,
         )
         self._batches = self.tail.events(60)
@@ -511,20 +515,20 @@ class Seen:
         """Listen until something is so."""
 
         def listen() -> Any:
-            self.heard += next(self._batches)
+            self.received += next(self._batches)
             return condition()
 
         return wait_until(listen, timeout=20)
 
-    def until_it_hears(self) -> Seen:
+    def until_listening(self) -> Seen:
         """Listen until it says that it hears."""
-        self.until(lambda: self.told and self.told[-1].startswith("Listening to "))
+        self.until(lambda: self.reported and self.reported[-1].startswith("Listening to "))
         return self
 
     @property
     def entries(self) -> list[str | None]:
         """The entries of what it showed."""
-        return [heard.entry for heard in self.heard]
+        return [received.entry for received in self.received]
 
     def close(self) -> None:
         """End it."""
@@ -551,8 +555,8 @@ def test_tail_shows_stream_and_channel_events_and_which_is_which(
 ) -> None:
     lines = watch(redis_server.url, "--match", "user_id=7", "--source", "accounts")
     objects = watch(redis_server.url, "--json", "--count", "2", "--match", "user_id=7")
-    lines.wait_until_it_hears()
-    objects.wait_until_it_hears()
+    lines.wait_until_listening()
+    objects.wait_until_listening()
 
     publish(redis_server.url, "user_registered", "user_id=8", "--stream")
     publish(redis_server.url, "user_registered", "user_id=7", "--stream")
@@ -574,11 +578,11 @@ def test_tail_shows_new_events_and_not_earlier_ones_of_a_stream(
     see: Callable[..., Seen], store: StreamStore
 ) -> None:
     store.add("user_registered", user_id=1)
-    seen = see(store.url, prefix=store.prefix).until_it_hears()
+    seen = see(store.url, prefix=store.prefix).until_listening()
 
     entry, _ = store.add("user_registered", user_id=2)
 
-    seen.until(lambda: seen.heard)
+    seen.until(lambda: seen.received)
     assert seen.entries == [entry]
 
 
@@ -586,14 +590,16 @@ def test_tail_shows_new_events_and_not_earlier_ones_of_a_stream(
 def test_tail_shows_the_first_event_of_a_stream_that_appears_later(
     see: Callable[..., Seen], store: StreamStore, name: str
 ) -> None:
-    seen = see(store.url, name, prefix=store.prefix).until_it_hears()
+    seen = see(store.url, name, prefix=store.prefix).until_listening()
 
     store.add("refund_sent" if name != "*" else "order_paid")
     entries = [store.add("order_paid")[0] for _ in range(2)]
 
-    seen.until(lambda: len(seen.heard) >= 2)
-    assert [heard.entry for heard in seen.heard if heard.event.name == "order_paid"][-2:] == entries
-    assert {heard.event.name for heard in seen.heard} == {"order_paid"}
+    seen.until(lambda: len(seen.received) >= 2)
+    assert [received.entry for received in seen.received if received.event.name == "order_paid"][
+        -2:
+    ] == entries
+    assert {received.event.name for received in seen.received} == {"order_paid"}
 
 
 def test_a_stream_registered_late_is_not_shown_from_its_beginning(
@@ -601,12 +607,12 @@ def test_a_stream_registered_late_is_not_shown_from_its_beginning(
 ) -> None:
     store.add("order_paid")
     store.client.delete(store.keys.names)
-    seen = see(store.url, prefix=store.prefix).until_it_hears()
+    seen = see(store.url, prefix=store.prefix).until_listening()
     seen.until(lambda: True)
 
     entry, _ = store.add("order_paid")
 
-    seen.until(lambda: seen.heard)
+    seen.until(lambda: seen.received)
     assert seen.entries == [entry]
 
 
@@ -614,23 +620,23 @@ def test_after_a_lost_connection_tail_continues_streams_without_a_gap(
     see: Callable[..., Seen], store: StreamStore, redis_server: RedisServer
 ) -> None:
     proxy = Proxy(redis_server.port)
-    seen = see(proxy.url, prefix=store.prefix).until_it_hears()
+    seen = see(proxy.url, prefix=store.prefix).until_listening()
     first, _ = store.add("user_registered")
-    seen.until(lambda: seen.heard)
+    seen.until(lambda: seen.received)
 
     proxy.request = lambda: lambda data: None
     proxy.cut()
-    seen.until(lambda: "is away" in seen.told[-1])
+    seen.until(lambda: "is away" in seen.reported[-1])
     missed = [store.add("user_registered")[0], store.add("order_paid")[0]]
     proxy.request = lambda: lambda data: data
-    seen.until(lambda: "Redis is back" in seen.told[-1])
+    seen.until(lambda: "Redis is back" in seen.reported[-1])
     last, _ = store.add("user_registered")
-    seen.until(lambda: len(seen.heard) == 4)
+    seen.until(lambda: len(seen.received) == 4)
     proxy.close()
 
     assert sorted(filter(None, seen.entries)) == [first, *missed, last]
-    assert len(seen.told) == 3
-    assert seen.told[-1].endswith(
+    assert len(seen.reported) == 3
+    assert seen.reported[-1].endswith(
         " s. Channel events sent in that time are missed; streams continue where they stopped."
     )
 
@@ -639,36 +645,36 @@ def test_a_redis_that_comes_back_empty_is_read_from_its_beginning(
     see: Callable[..., Seen], store: StreamStore, redis_server: RedisServer
 ) -> None:
     store.add("user_registered", id="9999999999999-0")
-    seen = see(store.url, prefix=store.prefix).until_it_hears()
+    seen = see(store.url, prefix=store.prefix).until_listening()
 
     redis_server.restart()
-    seen.until(lambda: "Redis is back" in seen.told[-1])
+    seen.until(lambda: "Redis is back" in seen.reported[-1])
     entry, _ = store.add("user_registered")
 
-    seen.until(lambda: seen.heard)
+    seen.until(lambda: seen.received)
     assert seen.entries == [entry]
 
 
 def test_undecodable_entries_are_reported_and_the_rest_is_shown(
     see: Callable[..., Seen], store: StreamStore
 ) -> None:
-    seen = see(store.url, prefix=store.prefix).until_it_hears()
+    seen = see(store.url, prefix=store.prefix).until_listening()
 
     first = store.add_fields("noted", {b"event": b"\x1b[31mhello"})
     second = store.add_fields("noted", {b"colour": b"red"})
     third = store.add_fields("noted", {b"event": Codec().encode(store.event("other"))})
     entry, _ = store.add("noted")
-    seen.until(lambda: seen.heard)
+    seen.until(lambda: seen.received)
 
     assert seen.entries == [entry]
     where = "Not an event in the stream of 'noted', entry"
-    assert seen.told[1].startswith(f"{where} {first} (not_msgpack): ")
-    assert seen.told[1].endswith(r"It begins with b'\x1b[31mhello'.")
-    assert seen.told[2] == (
+    assert seen.reported[1].startswith(f"{where} {first} (not_msgpack): ")
+    assert seen.reported[1].endswith(r"It begins with b'\x1b[31mhello'.")
+    assert seen.reported[2] == (
         f"{where} {second} (missing_attribute): "
         "It has no field 'event'; its fields are [b'colour']."
     )
-    assert seen.told[3].startswith(
+    assert seen.reported[3].startswith(
         f"{where} {third} (wrong_channel): The event is of signal 'other'."
     )
 
@@ -676,9 +682,9 @@ def test_undecodable_entries_are_reported_and_the_rest_is_shown(
 def test_tail_leaves_nothing_behind_in_redis(see: Callable[..., Seen], store: StreamStore) -> None:
     store.add("user_registered")
     before = sorted(store.client.keys())
-    seen = see(store.url, prefix=store.prefix).until_it_hears()
+    seen = see(store.url, prefix=store.prefix).until_listening()
     store.add("user_registered")
-    seen.until(lambda: seen.heard)
+    seen.until(lambda: seen.received)
 
     assert sorted(store.client.keys()) == before
     assert store.client.xinfo_groups(store.keys.stream("user_registered")) == []
@@ -692,18 +698,18 @@ def test_tail_shows_the_permitted_transport_of_a_signal_and_reports_the_refused_
         redis_server.client.execute_command("ACL", "SETUSER", "ada", *rules)
         return redis_server.url.replace("127", "ada:pw@127", 1)
 
-    by_stream = see(url("+@all", "~eventbus:{noted}:stream"), "noted").until_it_hears()
+    by_stream = see(url("+@all", "~eventbus:{noted}:stream"), "noted").until_listening()
     publish(redis_server.url, "noted", "--stream")
-    by_stream.until(lambda: by_stream.heard)
+    by_stream.until(lambda: by_stream.received)
     by_stream.close()
-    by_channel = see(url("+@all", "&eventbus:{noted}:channel"), "noted").until_it_hears()
+    by_channel = see(url("+@all", "&eventbus:{noted}:channel"), "noted").until_listening()
     publish(redis_server.url, "noted")
-    by_channel.until(lambda: by_channel.heard)
+    by_channel.until(lambda: by_channel.received)
 
-    assert "The Redis user cannot listen to 'noted': " in by_stream.told[0]
-    assert "'+subscribe &eventbus:{noted}:channel'" in by_stream.told[0]
-    assert "The Redis user cannot read the stream of 'noted': " in by_channel.told[0]
-    assert by_channel.told[0].endswith(
+    assert "The Redis user cannot listen to 'noted': " in by_stream.reported[0]
+    assert "'+subscribe &eventbus:{noted}:channel'" in by_stream.reported[0]
+    assert "The Redis user cannot read the stream of 'noted': " in by_channel.reported[0]
+    assert by_channel.reported[0].endswith(
         "Grant the user in the ACL: '+xread +xrevrange ~eventbus:{noted}:stream'."
     )
 
@@ -714,10 +720,10 @@ def test_tail_reports_that_it_may_not_list_the_streams(
     rules = ["on", ">pw", "+@all", "-smembers", "allkeys", "allchannels"]
     redis_server.client.execute_command("ACL", "SETUSER", "ada", *rules)
 
-    seen = see(redis_server.url.replace("127", "ada:pw@127", 1)).until_it_hears()
+    seen = see(redis_server.url.replace("127", "ada:pw@127", 1)).until_listening()
 
-    assert seen.told[0].startswith("The Redis user cannot list the streams for '*': ")
-    assert "'+smembers ~eventbus:streams'" in seen.told[0]
+    assert seen.reported[0].startswith("The Redis user cannot list the streams for '*': ")
+    assert "'+smembers ~eventbus:streams'" in seen.reported[0]
 
 
 def test_a_refused_stream_is_reported_once_and_retried(
@@ -727,14 +733,14 @@ def test_a_refused_stream_is_reported_once_and_retried(
     store.client.sadd(store.keys.names, "noted", "bad name\x1b", "fine")
     store.client.set(key, "something else")
     timing = Timing(ask_stream_again_after=0.0)
-    seen = see(store.url, prefix=store.prefix, timing=timing).until_it_hears()
+    seen = see(store.url, prefix=store.prefix, timing=timing).until_listening()
     first, _ = store.add("fine")
-    seen.until(lambda: seen.heard)
+    seen.until(lambda: seen.received)
 
     store.client.delete(key)
-    seen.until(lambda: store.add("noted") and len(seen.heard) > 1)
+    seen.until(lambda: store.add("noted") and len(seen.received) > 1)
 
-    assert sorted(seen.told) == [
+    assert sorted(seen.reported) == [
         f"'{store.keys.names}' has a name that is not valid for a signal. Skipping it: "
         "'bad name\\x1b'.",
         f"Listening to * on {store.url}. Press Ctrl-C to stop.",
@@ -748,9 +754,9 @@ def test_a_refused_stream_is_reported_once_and_retried(
 def test_in_a_cluster_tail_shows_only_channels(
     see: Callable[..., Seen], redis_server: RedisServer
 ) -> None:
-    seen = see(redis_server.url.replace("redis://", "redis+cluster://")).until_it_hears()
+    seen = see(redis_server.url.replace("redis://", "redis+cluster://")).until_listening()
     publish(redis_server.url, "noted", "--stream")
     publish(redis_server.url, "noted")
 
-    seen.until(lambda: seen.heard)
-    assert [heard.event.via for heard in seen.heard] == ["channel"]
+    seen.until(lambda: seen.received)
+    assert [received.event.via for received in seen.received] == ["channel"]

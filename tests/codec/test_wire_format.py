@@ -205,18 +205,18 @@ def code(language: str, word: str = "") -> str:
 
 
 @pytest.fixture
-def heard(shared_redis: RedisServer, make_bus: Callable[..., Bus]) -> list[Any]:
+def received(shared_redis: RedisServer, make_bus: Callable[..., Bus]) -> list[Any]:
     """What a service hears of user_registered."""
-    heard: list[Any] = []
+    received: list[Any] = []
     bus = make_bus(shared_redis.url, "mailer")
 
     @bus.on("user_registered")
     def note(sender: str, user_id: int, email: str) -> None:
-        heard.append((sender, user_id, email))
+        received.append((sender, user_id, email))
 
     bus.start()
     assert bus.ready(10)
-    return heard
+    return received
 
 
 def run(server: RedisServer, *command: str) -> str:
@@ -227,38 +227,38 @@ def run(server: RedisServer, *command: str) -> str:
 
 
 def test_the_example_in_python_reaches_a_service(
-    shared_redis: RedisServer, heard: list[Any]
+    shared_redis: RedisServer, received: list[Any]
 ) -> None:
     run(shared_redis, sys.executable, "-c", code("python", "client.publish"))
 
-    wait_until(lambda: heard, what="the event arrives")
-    assert heard == [("billing", 7, "ada@example.com")]
+    wait_until(lambda: received, what="the event arrives")
+    assert received == [("billing", 7, "ada@example.com")]
 
 
 def test_the_example_with_redis_cli_reaches_a_service(
-    shared_redis: RedisServer, heard: list[Any]
+    shared_redis: RedisServer, received: list[Any]
 ) -> None:
     require("redis-cli", shutil.which("redis-cli"))
 
     answer = run(shared_redis, "sh", "-c", code("sh"))
 
-    wait_until(lambda: heard, what="the event arrives")
-    assert heard == [("shell", 7, "ada@example.com")]
+    wait_until(lambda: received, what="the event arrives")
+    assert received == [("shell", 7, "ada@example.com")]
     assert answer == "1\n"
 
 
 def test_the_example_in_python_for_a_stream_reaches_a_service(
-    shared_redis: RedisServer, heard: list[Any]
+    shared_redis: RedisServer, received: list[Any]
 ) -> None:
     run(shared_redis, sys.executable, "-c", code("python", "client.xadd"))
 
-    wait_until(lambda: heard, what="the event arrives")
-    assert heard == [("billing", 8, "grace@example.com")]
+    wait_until(lambda: received, what="the event arrives")
+    assert received == [("billing", 8, "grace@example.com")]
     assert b"user_registered" in shared_redis.client.smembers("eventbus:streams")
 
 
 def test_an_event_that_redis_cli_adds_to_a_stream_reaches_a_service(
-    shared_redis: RedisServer, heard: list[Any]
+    shared_redis: RedisServer, received: list[Any]
 ) -> None:
     require("redis-cli", shutil.which("redis-cli"))
     made, _, _ = code("sh").partition("|")
@@ -266,8 +266,8 @@ def test_an_event_that_redis_cli_adds_to_a_stream_reaches_a_service(
 
     run(shared_redis, "sh", "-c", f"{made} | {command}")
 
-    wait_until(lambda: heard, what="the event arrives")
-    assert heard == [("shell", 7, "ada@example.com")]
+    wait_until(lambda: received, what="the event arrives")
+    assert received == [("shell", 7, "ada@example.com")]
 
 
 @pytest.fixture

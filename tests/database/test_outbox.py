@@ -122,8 +122,8 @@ def bus(shared_redis: RedisServer, session: Session, prefix: str, make_bus: Make
     return bus
 
 
-class Ear:
-    """Hears what is published, byte by byte, without a bus."""
+class ChannelListener:
+    """Receives what is published, byte by byte, without a bus."""
 
     def __init__(self, server: RedisServer, prefix: str) -> None:
         self._prefix = prefix
@@ -153,10 +153,10 @@ class Ear:
 
 
 @pytest.fixture
-def ear(shared_redis: RedisServer, prefix: str) -> Iterator[Ear]:
-    ear = Ear(shared_redis, prefix)
-    yield ear
-    ear.close()
+def listener(shared_redis: RedisServer, prefix: str) -> Iterator[ChannelListener]:
+    listener = ChannelListener(shared_redis, prefix)
+    yield listener
+    listener.close()
 
 
 @contextmanager
@@ -222,7 +222,7 @@ def fill(
 
 
 def test_an_event_is_committed_with_the_rows_it_is_about(
-    bus: Bus, session: Session, waiting: Outbox, ear: Ear
+    bus: Bus, session: Session, waiting: Outbox, listener: ChannelListener
 ) -> None:
     session.add(User(id=1, email="ada"))
     bus.signal("user_added").send(id=1)
@@ -230,7 +230,7 @@ def test_an_event_is_committed_with_the_rows_it_is_about(
 
     assert waiting.count() == 1
     assert bus.flush(5)
-    assert ear.events == []
+    assert listener.events == []
 
 
 def test_a_rollback_discards_the_event(bus: Bus, session: Session, waiting: Outbox) -> None:
@@ -242,7 +242,7 @@ def test_a_rollback_discards_the_event(bus: Bus, session: Session, waiting: Outb
 
 
 def test_rolling_back_a_savepoint_discards_only_its_own_events(
-    bus: Bus, session: Session, relay: Relay, ear: Ear
+    bus: Bus, session: Session, relay: Relay, listener: ChannelListener
 ) -> None:
     for number, email in enumerate(["ada", "bob", "ada", "eve"]):
         with suppress(IntegrityError), session.begin_nested():
@@ -252,7 +252,7 @@ def test_rolling_back_a_savepoint_discards_only_its_own_events(
     session.commit()
     empty(relay)
 
-    assert ear.ids == [0, 1, 3]
+    assert listener.ids == [0, 1, 3]
 
 
 def test_an_event_sent_outside_a_transaction_is_stored_in_one_of_its_own(
@@ -409,7 +409,9 @@ def test_an_unsupported_payload_fails_at_send_and_leaves_the_transaction_intact(
     assert waiting.count() == 0
 
 
-def test_a_flush_listener_may_send(bus: Bus, session: Session, relay: Relay, ear: Ear) -> None:
+def test_a_flush_listener_may_send(
+    bus: Bus, session: Session, relay: Relay, listener: ChannelListener
+) -> None:
     def tell(mapper: object, connection: object, user: User) -> None:
         bus.signal("user_added").send(id=user.id)
 
@@ -422,7 +424,7 @@ def test_a_flush_listener_may_send(bus: Bus, session: Session, relay: Relay, ear
         event.remove(User, "after_insert", tell)
 
     empty(relay)
-    assert ear.ids == [7]
+    assert listener.ids == [7]
 
 
 def test_local_receivers_run_at_send_and_not_after_the_commit(bus: Bus, session: Session) -> None:
@@ -534,7 +536,7 @@ def test_the_table_is_created_once(engine: Engine) -> None:
 
 
 def test_a_relay_publishes_in_order_and_deletes_the_rows(
-    bus: Bus, session: Session, relay: Relay, waiting: Outbox, ear: Ear
+    bus: Bus, session: Session, relay: Relay, waiting: Outbox, listener: ChannelListener
 ) -> None:
     for number in range(250):
         session.begin()
@@ -543,12 +545,12 @@ def test_a_relay_publishes_in_order_and_deletes_the_rows(
 
     empty(relay)
 
-    assert ear.ids == list(range(250))
+    assert listener.ids == list(range(250))
     assert (relay.published, waiting.count()) == (250, 0)
 
 
 def test_a_relay_publishes_an_event_unchanged(
-    bus: Bus, session: Session, relay: Relay, ear: Ear
+    bus: Bus, session: Session, relay: Relay, listener: ChannelListener
 ) -> None:
     node = bus.health().node
     cause = Event(
@@ -562,7 +564,7 @@ def test_a_relay_publishes_an_event_unchanged(
     session.commit()
     empty(relay)
 
-    [found] = ear.events
+    [found] = listener.events
     assert (found.id, found.source, found.name) == (f"{node}-1", "shop", "user_added")
     assert (found.causation_id, found.correlation_id, found.hops) == (cause.id, cause.id, 1)
     assert cause.time < found.time < sent_by
@@ -592,25 +594,29 @@ def test_the_sending_process_skips_its_relayed_event_and_others_receive_it(
 
 
 def test_small_batches_keep_the_order(
-    shared_redis: RedisServer, engine: Engine, prefix: str, waiting: Outbox, ear: Ear
+    shared_redis: RedisServer,
+    engine: Engine,
+    prefix: str,
+    waiting: Outbox,
+    listener: ChannelListener,
 ) -> None:
     fill(engine, 25)
 
     with relaying(shared_redis, engine, prefix, batch=4) as relay:
         empty(relay)
 
-    assert ear.ids == list(range(25))
+    assert listener.ids == list(range(25))
     assert waiting.count() == 0
 
 
 def test_large_events_are_published_in_several_round_trips(
-    relay: Relay, engine: Engine, waiting: Outbox, ear: Ear
+    relay: Relay, engine: Engine, waiting: Outbox, listener: ChannelListener
 ) -> None:
     fill(engine, 12, size=300_000)
 
     empty(relay)
 
-    assert ear.ids == list(range(12))
+    assert listener.ids == list(range(12))
     assert waiting.count() == 0
 
 
@@ -653,7 +659,7 @@ def test_an_outage_in_the_middle_of_a_batch_keeps_what_was_confirmed(
     relay: Relay,
     engine: Engine,
     waiting: Outbox,
-    ear: Ear,
+    listener: ChannelListener,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fill(engine, 8, size=300_000)
@@ -676,7 +682,7 @@ def test_an_outage_in_the_middle_of_a_batch_keeps_what_was_confirmed(
     empty(relay)
 
     assert left == 4
-    assert ear.ids == list(range(8))
+    assert listener.ids == list(range(8))
 
 
 def test_an_event_that_redis_refuses_stays_and_other_signals_continue(
@@ -684,7 +690,7 @@ def test_an_event_that_redis_refuses_stays_and_other_signals_continue(
     engine: Engine,
     prefix: str,
     waiting: Outbox,
-    ear: Ear,
+    listener: ChannelListener,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with shared_redis.client as client:
@@ -704,7 +710,7 @@ def test_an_event_that_redis_refuses_stays_and_other_signals_continue(
 
     wait_until(lambda: relay.publish_batch(never) and relay.published == 6)
     assert waiting.count() == 6
-    assert {found.name for found in ear.events} == {"user_added"}
+    assert {found.name for found in listener.events} == {"user_added"}
     assert "'user_changed' is refused: this user has no permissions" in caplog.text
 
     with shared_redis.client as client:
@@ -712,27 +718,31 @@ def test_an_event_that_redis_refuses_stays_and_other_signals_continue(
 
     wait_until(lambda: relay.publish_batch(never) and not waiting.count())
     exchange.close()
-    assert ear.ids[6:] == [0, 1] * 3
+    assert listener.ids[6:] == [0, 1] * 3
 
 
 def test_an_event_of_a_newer_version_is_left_to_a_newer_relay(
-    relay: Relay, session: Session, waiting: Outbox, ear: Ear, caplog: pytest.LogCaptureFixture
+    relay: Relay,
+    session: Session,
+    waiting: Outbox,
+    listener: ChannelListener,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     store(session, Entry(event_id="a-1", name="order_paid", via="pigeon", event=b""))
     session.commit()
 
     assert relay.publish_batch(threading.Event()) is BatchResult.PUBLISHED
     assert relay.publish_batch(threading.Event()) is BatchResult.EMPTY
-    assert (waiting.count(), ear.events) == (1, [])
+    assert (waiting.count(), listener.events) == (1, [])
     assert "too old to publish via 'pigeon'" in caplog.text
 
 
 def test_an_event_that_is_published_twice_is_handled_once(
     shared_redis: RedisServer, relay: Relay, engine: Engine, prefix: str, make_bus: Make
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     bus = make_bus(shared_redis.url, "mailer", prefix=prefix)
-    bus.on("user_added")(lambda sender, id, **extra: heard.append(id))
+    bus.on("user_added")(lambda sender, id, **extra: received.append(id))
     bus.start()
     assert bus.ready(10)
 
@@ -741,14 +751,18 @@ def test_an_event_that_is_published_twice_is_handled_once(
         empty(relay)
 
     wait_until(lambda: bus.health().counts.get("duplicates") == 3)
-    assert heard == [0, 1, 2]
+    assert received == [0, 1, 2]
 
 
 # -- several relays ---------------------------------------------------------------------------
 
 
 def test_several_relays_publish_each_event_once_and_in_order(
-    shared_redis: RedisServer, engine: Engine, prefix: str, waiting: Outbox, ear: Ear
+    shared_redis: RedisServer,
+    engine: Engine,
+    prefix: str,
+    waiting: Outbox,
+    listener: ChannelListener,
 ) -> None:
     stopping = threading.Event()
     published = []
@@ -772,7 +786,7 @@ def test_several_relays_publish_each_event_once_and_in_order(
     for thread in threads:
         thread.join()
 
-    assert ear.ids == list(range(100)) * 4
+    assert listener.ids == list(range(100)) * 4
     assert sum(published) == 400
 
 
@@ -839,7 +853,11 @@ if "TEST_DATABASE_URL" in os.environ:
     # SQLite lets no relay look at rows to lock them while another does: it waits for its turn.
 
     def test_a_relay_waits_while_another_holds_the_oldest_events(
-        shared_redis: RedisServer, engine: Engine, prefix: str, waiting: Outbox, ear: Ear
+        shared_redis: RedisServer,
+        engine: Engine,
+        prefix: str,
+        waiting: Outbox,
+        listener: ChannelListener,
     ) -> None:
         fill(engine, 5)
 
@@ -850,7 +868,7 @@ if "TEST_DATABASE_URL" in os.environ:
 
             assert relay.publish_batch(threading.Event()) is BatchResult.PUBLISHED
 
-        assert ear.ids == list(range(5))
+        assert listener.ids == list(range(5))
 
     def test_a_relay_reads_committed_rows_whatever_the_default_isolation_level(
         engine: Engine, database: str
@@ -870,7 +888,7 @@ def test_a_relay_publishes_nothing_into_a_replica(
     engine: Engine,
     prefix: str,
     waiting: Outbox,
-    near: Ear,
+    own_listener: ChannelListener,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     stopping = threading.Event()
@@ -894,7 +912,7 @@ def test_a_relay_publishes_nothing_into_a_replica(
         stopping.set()
         thread.join()
 
-    assert near.ids == [0, 1, 0, 1]
+    assert own_listener.ids == [0, 1, 0, 1]
 
 
 # -- the command ------------------------------------------------------------------------------
@@ -963,8 +981,8 @@ def shop(tmp_path: Path, redis_server: RedisServer, prefix: str, database: str) 
     shop.end()
 
 
-def says(program: Program, word: str) -> bool:
-    return word in program.said
+def has_printed(program: Program, word: str) -> bool:
+    return word in program.output
 
 
 def falls_to(waiting: Outbox, count: int) -> bool:
@@ -972,15 +990,15 @@ def falls_to(waiting: Outbox, count: int) -> bool:
 
 
 @pytest.fixture
-def near(redis_server: RedisServer, prefix: str) -> Iterator[Ear]:
+def own_listener(redis_server: RedisServer, prefix: str) -> Iterator[ChannelListener]:
     """Hears what is published on this test's own server."""
-    ear = Ear(redis_server, prefix)
-    yield ear
-    ear.close()
+    listener = ChannelListener(redis_server, prefix)
+    yield listener
+    listener.close()
 
 
 def test_a_relay_runs_until_a_signal_stops_it(
-    shop: Shop, engine: Engine, waiting: Outbox, near: Ear
+    shop: Shop, engine: Engine, waiting: Outbox, own_listener: ChannelListener
 ) -> None:
     fill(engine, 3)
     relay = shop.relay("--interval", "0.05")
@@ -988,15 +1006,15 @@ def test_a_relay_runs_until_a_signal_stops_it(
     fill(engine, 2)
     wait_until(lambda: not waiting.count(), what="what comes is published")
 
-    relay.tell(signal.SIGTERM)
+    relay.send_signal(signal.SIGTERM)
 
     assert relay.end() == 0
-    assert near.ids == [0, 1, 2, 0, 1]
-    assert "Published 5 events." in relay.said
+    assert own_listener.ids == [0, 1, 2, 0, 1]
+    assert "Published 5 events." in relay.output
 
 
 def test_a_relay_killed_between_publishing_and_deleting_loses_nothing(
-    shop: Shop, engine: Engine, waiting: Outbox, near: Ear
+    shop: Shop, engine: Engine, waiting: Outbox, own_listener: ChannelListener
 ) -> None:
     fill(engine, 3)
 
@@ -1006,7 +1024,7 @@ def test_a_relay_killed_between_publishing_and_deleting_loses_nothing(
 
     assert shop.relay("--once").end() == 0
     assert waiting.count() == 0
-    first, again = near.events[:3], near.events[3:]
+    first, again = own_listener.events[:3], own_listener.events[3:]
     assert first == again
     assert [found.payload["id"] for found in first] == [0, 1, 2]
 
@@ -1019,9 +1037,9 @@ def test_relays_killed_at_any_moment_lose_nothing_and_events_are_handled_once(
     prefix: str,
     make_bus: Make,
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     bus = make_bus(redis_server.url, "mailer", prefix=prefix)
-    bus.on("user_added")(lambda sender, id, **extra: heard.append(id))
+    bus.on("user_added")(lambda sender, id, **extra: received.append(id))
     bus.start()
     assert bus.ready(10)
     fill(engine, 3_000)
@@ -1032,27 +1050,27 @@ def test_relays_killed_at_any_moment_lose_nothing_and_events_are_handled_once(
         relay.kill()
 
     assert shop.relay("--once").end() == 0
-    wait_until(lambda: len(heard) >= 3_000)
+    wait_until(lambda: len(received) >= 3_000)
 
-    assert heard == list(range(3_000))
+    assert received == list(range(3_000))
 
 
 def test_concurrent_relays_publish_each_event_once(
-    shop: Shop, engine: Engine, waiting: Outbox, near: Ear
+    shop: Shop, engine: Engine, waiting: Outbox, own_listener: ChannelListener
 ) -> None:
     relays = [shop.relay("--batch", "10", "--interval", "0.01") for _ in range(3)]
 
     for relay in relays:
-        wait_until(partial(says, relay, "Relaying"))
+        wait_until(partial(has_printed, relay, "Relaying"))
 
     fill(engine, 500)
     wait_until(lambda: not waiting.count(), timeout=60)
 
     for relay in relays:
-        relay.tell(signal.SIGTERM)
+        relay.send_signal(signal.SIGTERM)
 
     assert [relay.end() for relay in relays] == [0, 0, 0]
-    assert near.ids == list(range(500))
+    assert own_listener.ids == list(range(500))
 
 
 def test_while_redis_is_away_events_wait_in_the_outbox(
@@ -1061,17 +1079,17 @@ def test_while_redis_is_away_events_wait_in_the_outbox(
     redis_server.kill()
     fill(engine, 3)
     relay = shop.relay("--interval", "0.05")
-    wait_until(lambda: "Redis cannot be used" in relay.said)
+    wait_until(lambda: "Redis cannot be used" in relay.output)
 
     assert waiting.count() == 3
 
     redis_server.start()
-    ear = Ear(redis_server, prefix)
+    listener = ChannelListener(redis_server, prefix)
     wait_until(lambda: not waiting.count())
-    assert ear.ids == [0, 1, 2]
-    ear.close()
-    assert "Redis can be used again" in relay.said
-    assert relay.said.count("cannot be used") == 1
+    assert listener.ids == [0, 1, 2]
+    listener.close()
+    assert "Redis can be used again" in relay.output
+    assert relay.output.count("cannot be used") == 1
 
 
 def test_while_redis_takes_no_writes_a_relay_publishes_over_channels(
@@ -1081,7 +1099,7 @@ def test_while_redis_takes_no_writes_a_relay_publishes_over_channels(
     outbox.create(engine)
     fill(engine, 10, name="paid", via="stream")
     fill(engine, 3)
-    ear = Ear(redis_server, prefix)
+    listener = ChannelListener(redis_server, prefix)
     client: Any = redis_server.client
     client.config_set("maxmemory", 1)
     stopping = threading.Event()
@@ -1090,7 +1108,7 @@ def test_while_redis_takes_no_writes_a_relay_publishes_over_channels(
     with relaying(redis_server, engine, prefix, batch=2) as relay:
         thread = threading.Thread(target=relay.run, args=[stopping], kwargs={"interval": 0.01})
         thread.start()
-        wait_until(lambda: ear.ids == [0, 1, 2], what="the channel events are published")
+        wait_until(lambda: listener.ids == [0, 1, 2], what="the channel events are published")
         assert client.xlen(f"{prefix}:{{paid}}:stream") == 0
         client.config_set("maxmemory", 0)
         wait_until(lambda: relay.published == 13, what="the rest is published")
@@ -1098,7 +1116,7 @@ def test_while_redis_takes_no_writes_a_relay_publishes_over_channels(
         thread.join()
 
     engine.dispose()
-    ear.close()
+    listener.close()
     assert client.xlen(f"{prefix}:{{paid}}:stream") == 10
     assert caplog.text.count("takes no writes") == 1
     assert caplog.text.count("takes writes again after") == 1
@@ -1108,7 +1126,7 @@ def test_a_locked_database_is_logged_once_and_so_is_its_recovery(
     tmp_path: Path,
     redis_server: RedisServer,
     prefix: str,
-    near: Ear,
+    own_listener: ChannelListener,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1133,7 +1151,7 @@ def test_a_locked_database_is_logged_once_and_so_is_its_recovery(
         thread.join()
 
     engine.dispose()
-    assert near.ids == [0, 1]
+    assert own_listener.ids == [0, 1]
     assert [record.getMessage().partition(" used")[0] for record in caplog.records] == [
         "The database cannot be",
         "The database can be",
@@ -1146,7 +1164,7 @@ def test_an_unreachable_database_is_logged_once_and_so_is_its_recovery(
     database: str,
     engine: Engine,
     prefix: str,
-    near: Ear,
+    own_listener: ChannelListener,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1171,7 +1189,7 @@ def test_an_unreachable_database_is_logged_once_and_so_is_its_recovery(
         thread.join()
 
     away.engine.dispose()
-    assert near.ids == [0, 1, 0, 1]
+    assert own_listener.ids == [0, 1, 0, 1]
     assert [record.getMessage().partition(" used")[0] for record in caplog.records] == [
         "The database cannot be",
         "The database can be",
@@ -1227,35 +1245,39 @@ class Departure:
 
 
 def test_a_redis_that_hangs_locks_nothing_in_the_database(
-    shop: Shop, redis_server: RedisServer, engine: Engine, waiting: Outbox, near: Ear
+    shop: Shop,
+    redis_server: RedisServer,
+    engine: Engine,
+    waiting: Outbox,
+    own_listener: ChannelListener,
 ) -> None:
     redis_server.hang()
     fill(engine, 3)
     relay = shop.relay("--interval", "0.05")
-    wait_until(lambda: "Redis cannot be used" in relay.said)
+    wait_until(lambda: "Redis cannot be used" in relay.output)
 
     fill(engine, 3)
 
     redis_server.resume()
     wait_until(lambda: not waiting.count())
-    assert near.ids == [0, 1, 2] * 2
+    assert own_listener.ids == [0, 1, 2] * 2
 
 
 def test_relay_once_exits_with_0_only_if_everything_was_published(
     shop: Shop, redis_server: RedisServer, engine: Engine
 ) -> None:
     done = shop.relay("--once")
-    assert (done.end(), done.said) == (0, "Published 0 events.\n")
+    assert (done.end(), done.output) == (0, "Published 0 events.\n")
 
     fill(engine, 2)
     redis_server.kill()
     failed = shop.relay("--once")
     assert failed.end() == 1
-    assert "Published 0 events. 2 left in the outbox: Redis cannot be used: " in failed.said
+    assert "Published 0 events. 2 left in the outbox: Redis cannot be used: " in failed.output
 
     redis_server.start()
     done = shop.relay("--once")
-    assert (done.end(), done.said) == (0, "Published 2 events.\n")
+    assert (done.end(), done.output) == (0, "Published 2 events.\n")
 
 
 def test_relay_once_names_refused_events(shop: Shop, engine: Engine, session: Session) -> None:
@@ -1266,7 +1288,7 @@ def test_relay_once_names_refused_events(shop: Shop, engine: Engine, session: Se
     relay = shop.relay("--once")
 
     assert relay.end() == 1
-    assert "Published 2 events. 1 left in the outbox: Redis refuses 'order_paid': " in relay.said
+    assert "Published 2 events. 1 left in the outbox: Redis refuses 'order_paid': " in relay.output
 
 
 def test_relay_create_table_creates_a_missing_table(
@@ -1276,7 +1298,7 @@ def test_relay_create_table_creates_a_missing_table(
 
     missing = shop.relay("--once")
     assert missing.end() == 1
-    assert "has no table 'eventbus_outbox'. Create it by a migration" in missing.said
+    assert "has no table 'eventbus_outbox'. Create it by a migration" in missing.output
 
     assert shop.relay("--once", "--create-table").end() == 0
     assert waiting.is_there()
@@ -1289,7 +1311,7 @@ def test_a_relay_needs_no_app(
     engine: Engine,
     database: str,
     waiting: Outbox,
-    near: Ear,
+    own_listener: ChannelListener,
 ) -> None:
     program = """
 import sys
@@ -1309,7 +1331,7 @@ print("flask" in sys.modules)
     )
 
     assert outcome.stdout == "Published 2 events.\nFalse\n"
-    assert near.ids == [0, 1]
+    assert own_listener.ids == [0, 1]
     assert "secret" not in outcome.stderr
 
 

@@ -28,21 +28,21 @@ pytestmark = [
 Make = Callable[..., Bus]
 
 
-def hear(bus: Bus, name: str = "tick") -> list[Any]:
+def received_by(bus: Bus, name: str = "tick") -> list[Any]:
     """Start listening to ``name`` and return the list that its numbers go to."""
-    heard: list[Any] = []
+    received: list[Any] = []
 
     @bus.on(name)
     def receive(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
 
     bus.start()
     assert bus.ready(10)
-    return heard
+    return received
 
 
 @pytest.fixture
-def told() -> Iterator[list[str]]:
+def reported() -> Iterator[list[str]]:
     """The names of the lifecycle signals that were sent, in order."""
     names: list[str] = []
     connected = []
@@ -81,11 +81,11 @@ def test_a_bus_starts_without_redis_and_works_once_it_is_up(
     redis_server.kill()
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     consumer = make_bus(redis_server.url, "consumer")
-    heard: list[int] = []
+    received: list[int] = []
 
     @consumer.on("tick")
     def receive(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
 
     consumer.start()
     assert not consumer.ready(0.3)
@@ -93,16 +93,16 @@ def test_a_bus_starts_without_redis_and_works_once_it_is_up(
     assert consumer.ready(10)
     publisher.signal("tick").send("test", n=1)
 
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
 
 
 def test_events_sent_while_redis_is_away_arrive_in_order_when_it_is_back(
-    redis_server: RedisServer, make_bus: Make, told: list[str]
+    redis_server: RedisServer, make_bus: Make, reported: list[str]
 ) -> None:
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
-    heard = hear(make_bus(redis_server.url, "consumer"))
+    received = received_by(make_bus(redis_server.url, "consumer"))
     publisher.signal("tick").send("test", n=0)
-    wait_until(lambda: heard == [0], what="the first event arrives")
+    wait_until(lambda: received == [0], what="the first event arrives")
 
     redis_server.kill()
     for n in range(1, 6):
@@ -113,23 +113,23 @@ def test_events_sent_while_redis_is_away_arrive_in_order_when_it_is_back(
 
     # The publisher gives its listeners the time to come back first.
     assert publisher.flush(10)
-    wait_until(lambda: heard[-1:] == [5], what="the last event arrives")
-    assert heard == [0, 1, 2, 3, 4, 5]
+    wait_until(lambda: received[-1:] == [5], what="the last event arrives")
+    assert received == [0, 1, 2, 3, 4, 5]
     assert publisher.health().buffered == 0
     wait_until(wait_until_sent, what="all receivers have run")
-    assert told.count("publisher_lost") == 1
-    assert told.count("publisher_restored") == 1
+    assert reported.count("publisher_lost") == 1
+    assert reported.count("publisher_restored") == 1
 
 
 def test_a_listener_reconnects_after_a_restart_and_signals_loss_and_return_once(
     redis_server: RedisServer,
     make_bus: Make,
-    told: list[str],
+    reported: list[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "flask_eventbus")
     consumer = make_bus(redis_server.url, "consumer")
-    heard = hear(consumer)
+    received = received_by(consumer)
 
     redis_server.kill()
     wait_until(lambda: not consumer.health().connected, what="the loss is noticed")
@@ -138,9 +138,9 @@ def test_a_listener_reconnects_after_a_restart_and_signals_loss_and_return_once(
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     publisher.signal("tick").send("test", n=1)
 
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
     wait_until(wait_until_sent, what="all receivers have run")
-    assert told == ["listener_connected", "listener_lost", "listener_connected"]
+    assert reported == ["listener_connected", "listener_lost", "listener_connected"]
     texts = [r.getMessage() for r in caplog.records if r.name == "flask_eventbus.channels.listener"]
     assert sum("lost Redis" in text for text in texts) == 1
     assert sum("is back after" in text for text in texts) == 1
@@ -150,7 +150,7 @@ def test_a_listener_detects_a_server_that_hangs_and_resumes_with_it(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     consumer = make_bus(redis_server.url, "consumer")
-    heard = hear(consumer)
+    received = received_by(consumer)
 
     redis_server.hang()
     wait_until(lambda: not consumer.health().connected, what="the hanging server is noticed")
@@ -159,7 +159,7 @@ def test_a_listener_detects_a_server_that_hangs_and_resumes_with_it(
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     publisher.signal("tick").send("test", n=1)
 
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
 
 
 @pytest.mark.timing(ping_after=60.0)
@@ -169,7 +169,7 @@ def test_events_sent_to_a_server_that_hangs_arrive_once_when_it_resumes(
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     consumer = make_bus(redis_server.url, "consumer")
     # This listener waits: the subscription outlives the stop, as TCP does.
-    heard = hear(consumer)
+    received = received_by(consumer)
     publisher.signal("tick").send("test", n=0)
     assert publisher.flush(10)
 
@@ -182,8 +182,8 @@ def test_events_sent_to_a_server_that_hangs_arrive_once_when_it_resumes(
     assert publisher.flush(20)
     publisher.signal("tick").send("test", n=4)
 
-    wait_until(lambda: heard[-1:] == [4], what="the last event arrives")
-    assert heard == [0, 1, 2, 3, 4]
+    wait_until(lambda: received[-1:] == [4], what="the last event arrives")
+    assert received == [0, 1, 2, 3, 4]
     assert consumer.health().counts["duplicates"] >= 1
 
 
@@ -232,7 +232,7 @@ def test_a_channel_event_sent_again_from_its_error_is_handled_once_and_leaves_no
 ) -> None:
     # The listener waits: its subscription outlives the stop.
     consumer = make_bus(redis_server.url, "consumer")
-    heard = hear(consumer)
+    received = received_by(consumer)
     route = {"tick": {"confirm": True}}
     bus = make_bus(redis_server.url, "publisher", publish=route, timeout=0.3, on_outage="raise")
     bus.signal("tick").send("test", n=0)
@@ -245,13 +245,13 @@ def test_a_channel_event_sent_again_from_its_error_is_handled_once_and_leaves_no
     caught.value.resend()
     bus.signal("tick").send("test", n=2)
 
-    wait_until(lambda: 2 in heard, what="the next event arrives")
-    assert (heard, consumer.health().missed) == ([0, 1, 2], 0)
+    wait_until(lambda: 2 in received, what="the next event arrives")
+    assert (received, consumer.health().missed) == ([0, 1, 2], 0)
     assert caught.value.in_doubt
 
 
 def test_a_full_buffer_drops_counts_and_signals_the_oldest_events(
-    redis_server: RedisServer, make_bus: Make, told: list[str], caplog: pytest.LogCaptureFixture
+    redis_server: RedisServer, make_bus: Make, reported: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"], buffer_size=5)
     redis_server.kill()
@@ -263,7 +263,7 @@ def test_a_full_buffer_drops_counts_and_signals_the_oldest_events(
 
     assert publisher.health().counts["dropped"] == 4
     assert publisher.health().buffered == 5
-    wait_until(lambda: told.count("events_dropped 1") == 4, what="each drop is told of")
+    wait_until(lambda: reported.count("events_dropped 1") == 4, what="each drop is told of")
     assert caplog.text.count("The buffer is full") == 1
 
 
@@ -342,13 +342,13 @@ def test_reconnect_delays_double_with_jitter_and_reset_after_a_success() -> None
 
 
 def test_the_count_of_missed_events_is_exact(
-    redis_server: RedisServer, make_bus: Make, told: list[str]
+    redis_server: RedisServer, make_bus: Make, reported: list[str]
 ) -> None:
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     consumer = make_bus(redis_server.url, "consumer")
-    heard = hear(consumer)
+    received = received_by(consumer)
     publisher.signal("tick").send("test", n=0)
-    wait_until(lambda: heard == [0], what="the first event arrives")
+    wait_until(lambda: received == [0], what="the first event arrives")
 
     client = redis_server.client
     client.execute_command("ACL", "SETUSER", "default", "-subscribe")
@@ -361,10 +361,10 @@ def test_the_count_of_missed_events_is_exact(
     assert consumer.ready(20)
     publisher.signal("tick").send("test", n=4)
 
-    wait_until(lambda: heard == [0, 4], what="the event after the gap arrives")
+    wait_until(lambda: received == [0, 4], what="the event after the gap arrives")
     assert consumer.health().missed == 3
     wait_until(wait_until_sent, what="all receivers have run")
-    assert "events_missed 3" in told
+    assert "events_missed 3" in reported
 
 
 def test_a_refused_subscription_is_logged_and_resumes_once_granted(
@@ -373,15 +373,15 @@ def test_a_refused_subscription_is_logged_and_resumes_once_granted(
     client = redis_server.client
     client.execute_command("ACL", "SETUSER", "default", "resetchannels", "&eventbus:{tick}:*")
     consumer = make_bus(redis_server.url, "consumer")
-    heard: list[int] = []
+    received: list[int] = []
 
     @consumer.on("tick")
     def receive(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
 
     @consumer.on("tock")
     def receive_tock(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
 
     consumer.start()
     wait_until(lambda: consumer.health().refused, what="the refusal is known")
@@ -391,7 +391,7 @@ def test_a_refused_subscription_is_logged_and_resumes_once_granted(
     assert "does not receive its events" in caplog.text
     publisher = make_bus(redis_server.url, "publisher", publish=["tick", "tock"])
     publisher.signal("tick").send("test", n=1)
-    wait_until(lambda: heard == [1], what="the other subscription works")
+    wait_until(lambda: received == [1], what="the other subscription works")
     client.execute_command("ACL", "SETUSER", "default", "allchannels")
     assert consumer.ready(10)
     assert consumer.health().refused == {}
@@ -400,14 +400,14 @@ def test_a_refused_subscription_is_logged_and_resumes_once_granted(
 def test_events_that_redis_refuses_are_counted_and_later_events_are_published(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    heard = hear(make_bus(redis_server.url, "consumer"))
+    received = received_by(make_bus(redis_server.url, "consumer"))
     client = redis_server.client
     client.execute_command("ACL", "SETUSER", "default", "resetchannels", "&eventbus:{tick}:*")
     publisher = make_bus(redis_server.url, "publisher", publish=["tick", "tock"])
     publisher.signal("tock").send("test", n=1)
     publisher.signal("tick").send("test", n=2)
 
-    wait_until(lambda: heard == [2], what="the event of the granted channel arrives")
+    wait_until(lambda: received == [2], what="the event of the granted channel arrives")
     assert publisher.flush(10)
     assert publisher.health().counts["refused"] == 1
     assert "refused the event" in caplog.text
@@ -455,9 +455,9 @@ for n in range(1000):
     counter.close()
 
 
-def wait_for_traffic(heard: list[Any]) -> None:
-    seen = len(heard)
-    wait_until(lambda: len(heard) > seen + 50, timeout=20, what="fifty more events arrive")
+def wait_for_traffic(received: list[Any]) -> None:
+    seen = len(received)
+    wait_until(lambda: len(received) > seen + 50, timeout=20, what="fifty more events arrive")
 
 
 def test_many_threads_can_send_while_redis_is_killed_and_restarted(
@@ -465,7 +465,7 @@ def test_many_threads_can_send_while_redis_is_killed_and_restarted(
 ) -> None:
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"], buffer_size=100_000)
     consumer = make_bus(redis_server.url, "consumer")
-    heard = hear(consumer)
+    received = received_by(consumer)
     stop = threading.Event()
     sent = []
 
@@ -480,15 +480,15 @@ def test_many_threads_can_send_while_redis_is_killed_and_restarted(
     for thread in threads:
         thread.start()
     for _ in range(2):
-        wait_for_traffic(heard)
+        wait_for_traffic(received)
         redis_server.restart()
-    wait_for_traffic(heard)
+    wait_for_traffic(received)
     stop.set()
     for thread in threads:
         thread.join()
     assert publisher.flush(20)
-    wait_until(lambda: sent[-1] in heard, what="the last event arrives")
+    wait_until(lambda: sent[-1] in received, what="the last event arrives")
 
     # Nothing twice, nothing invented; what is not there is what the sequence says is missing.
-    assert len(heard) == len(set(heard))
-    assert len(sent) - len(heard) == consumer.health().missed
+    assert len(received) == len(set(received))
+    assert len(sent) - len(received) == consumer.health().missed

@@ -47,17 +47,17 @@ def prefix(request: pytest.FixtureRequest) -> str:
     return str(request.node.name)[:60].replace("[", "-").replace("]", "")
 
 
-def hear(bus: Bus, name: str = "tick") -> list[Any]:
+def received_by(bus: Bus, name: str = "tick") -> list[Any]:
     """Start listening to ``name`` and return the list that its numbers go to."""
-    heard: list[Any] = []
+    received: list[Any] = []
 
     @bus.on(name)
     def receive(sender: str, n: int, **extra: Any) -> None:
-        heard.append(n)
+        received.append(n)
 
     bus.start()
     assert bus.ready(10)
-    return heard
+    return received
 
 
 # -- in the middle of another send --------------------------------------------------------
@@ -85,7 +85,7 @@ def test_a_signal_handler_that_sends_during_a_send_loses_no_event(
     interrupting: Callable[[Callable[[], None]], None],
 ) -> None:
     consumer = make_bus(shared_redis.url, "consumer", prefix=prefix)
-    heard = hear(consumer)
+    received = received_by(consumer)
     publisher = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
     handled: list[int] = []
 
@@ -101,8 +101,8 @@ def test_a_signal_handler_that_sends_during_a_send_loses_no_event(
 
     assert publisher.flush(20)
     assert len(handled) > 100
-    wait_until(lambda: len(heard) == 20_000 + len(handled), what="all events arrive")
-    assert [n for n in heard if n >= 0] == list(range(20_000))
+    wait_until(lambda: len(received) == 20_000 + len(handled), what="all events arrive")
+    assert [n for n in received if n >= 0] == list(range(20_000))
     assert consumer.health().missed == 0
     assert publisher.node._publisher._buffer.bytes == 0
 
@@ -138,7 +138,7 @@ def test_a_signal_handler_that_sends_while_events_are_dropped_does_not_block(
 def test_a_finalizer_that_sends_at_any_point_loses_no_event(
     shared_redis: RedisServer, make_bus: Make, prefix: str
 ) -> None:
-    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
     publisher = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
 
     class Ring:
@@ -156,11 +156,11 @@ def test_a_finalizer_that_sends_at_any_point_loses_no_event(
     def all_arrived() -> bool:
         # Where another thread is in the middle of a collection, this one does nothing.
         gc.collect()
-        return len(heard) == 10_000
+        return len(received) == 10_000
 
     assert publisher.flush(20)
     wait_until(all_arrived, timeout=20, what="all events arrive")
-    assert sorted(n for n in heard if n >= 0) == list(range(5_000))
+    assert sorted(n for n in received if n >= 0) == list(range(5_000))
 
 
 # -- from those who are told --------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_a_receiver_of_a_lifecycle_signal_may_stop_the_bus(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url, "publisher", publish=["tick"])
-    hear(bus, "tock")
+    received_by(bus, "tock")
     stopped = threading.Event()
 
     def stop(sender: str, **values: Any) -> None:
@@ -241,7 +241,7 @@ def test_stop_in_the_writer_thread_is_refused_and_changes_nothing(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     bus = make_bus(redis_server.url, "publisher", publish=["tick"])
-    heard = hear(bus, "tock")
+    received = received_by(bus, "tock")
     refused: list[str] = []
 
     class Stopping(logging.Handler):
@@ -264,7 +264,7 @@ def test_stop_in_the_writer_thread_is_refused_and_changes_nothing(
     assert bus.ready(10)
     assert bus.health().listening
     make_bus(redis_server.url, "other", publish=["tock"]).signal("tock").send("test", n=1)
-    wait_until(lambda: heard == [1], what="it still listens")
+    wait_until(lambda: received == [1], what="it still listens")
 
 
 # -- while Redis is away ------------------------------------------------------------------
@@ -496,10 +496,10 @@ def test_listeners_count_dropped_events_as_missed(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     consumer = make_bus(redis_server.url, "consumer")
-    heard = hear(consumer)
+    received = received_by(consumer)
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"], buffer_size=10)
     publisher.signal("tick").send("test", n=0)
-    wait_until(lambda: heard == [0], what="the first event arrives")
+    wait_until(lambda: received == [0], what="the first event arrives")
     redis_server.hang()
 
     for n in range(1, 101):
@@ -508,9 +508,9 @@ def test_listeners_count_dropped_events_as_missed(
     assert publisher.flush(10)
     publisher.signal("tick").send("test", n=101)
 
-    wait_until(lambda: heard[-1:] == [101], what="the last event arrives")
+    wait_until(lambda: received[-1:] == [101], what="the last event arrives")
     assert consumer.health().missed == publisher.health().counts["dropped"] > 0
-    assert len(heard) + consumer.health().missed == 102
+    assert len(received) + consumer.health().missed == 102
 
 
 def test_a_withdrawn_event_leaves_the_buffer_without_a_trace() -> None:
@@ -561,8 +561,8 @@ def test_a_bus_is_started_and_stopped_by_many_threads_while_others_send(
         shared_redis.url, "publisher", prefix=prefix, publish=["tick"], buffer_size=1_000_000
     )
     consumer = make_bus(shared_redis.url, "consumer", prefix=prefix)
-    heard = hear(consumer)
-    hear(publisher, "tock")
+    received = received_by(consumer)
+    received_by(publisher, "tock")
     enough = threading.Event()
     sent: list[int] = []
 
@@ -590,8 +590,8 @@ def test_a_bus_is_started_and_stopped_by_many_threads_while_others_send(
         thread.join()
 
     assert publisher.flush(10)
-    wait_until(lambda: len(heard) == len(sent), what="all events arrive")
-    assert sorted(heard) == sorted(sent)
+    wait_until(lambda: len(received) == len(sent), what="all events arrive")
+    assert sorted(received) == sorted(sent)
     assert publisher.ready(10)
     assert consumer.health().missed == 0
 
@@ -599,7 +599,7 @@ def test_a_bus_is_started_and_stopped_by_many_threads_while_others_send(
 def test_events_of_a_garbage_collected_bus_still_arrive(
     redis_server: RedisServer, make_bus: Make, timing: Timing
 ) -> None:
-    heard = hear(make_bus(redis_server.url, "consumer"))
+    received = received_by(make_bus(redis_server.url, "consumer"))
 
     def send_and_forget(n: int) -> None:
         bus = Bus(redis_server.url, service="passing", publish=["tick"], _timing=timing)
@@ -612,7 +612,7 @@ def test_events_of_a_garbage_collected_bus_still_arrive(
     assert writers_without_bus()
     redis_server.resume()
 
-    wait_until(lambda: sorted(heard) == list(range(6)), what="all events arrive")
+    wait_until(lambda: sorted(received) == list(range(6)), what="all events arrive")
     wait_until(lambda: not writers_without_bus(), what="their threads end")
 
 
@@ -648,7 +648,7 @@ def test_deleted_buses_leave_nothing_behind(shared_redis: RedisServer) -> None:
 def test_an_event_is_written_by_its_sender_if_no_thread_can_be_started(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
     route = {"tick": {"confirm": True}}
     bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=route)
     started = threading.Thread.start
@@ -665,13 +665,13 @@ def test_an_event_is_written_by_its_sender_if_no_thread_can_be_started(
     monkeypatch.undo()
     bus.signal("tick").send("test", n=3)
 
-    wait_until(lambda: heard == [0, 1, 2, 3], what="all events arrive")
+    wait_until(lambda: received == [0, 1, 2, 3], what="all events arrive")
 
 
 def test_a_thread_that_can_be_started_later_writes_from_then_on(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
     # So short that the sender's own time to write is over before the thread comes.
     bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"], timeout=0.05)
     start = threading.Thread.start
@@ -682,13 +682,13 @@ def test_a_thread_that_can_be_started_later_writes_from_then_on(
     monkeypatch.setattr(threading.Thread, "start", refuse)
     bus.signal("tick").send("test", n=0)
     monkeypatch.setattr(threading.Thread, "start", start)
-    wait_until(lambda: heard == [0], what="the event of no thread arrives")
+    wait_until(lambda: received == [0], what="the event of no thread arrives")
 
     for n in range(1, 4):
         bus.signal("tick").send("test", n=n)
         assert bus.flush(10)
 
-    wait_until(lambda: heard == [0, 1, 2, 3], what="the thread's events arrive")
+    wait_until(lambda: received == [0, 1, 2, 3], what="the thread's events arrive")
 
 
 def test_events_lost_at_interpreter_exit_are_logged_with_their_ids(
@@ -766,7 +766,7 @@ session = Session()
 def test_a_send_in_a_finalizer_at_interpreter_exit_is_not_lost_silently(
     shared_redis: RedisServer, make_bus: Make, prefix: str, via: str, first: str, signal: str
 ) -> None:
-    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
     program = FINALIZER.format(
         url=shared_redis.url, prefix=prefix, via=via, first=first, signal=signal
     )
@@ -779,7 +779,7 @@ def test_a_send_in_a_finalizer_at_interpreter_exit_is_not_lost_silently(
         (line,) = outcome.stderr.splitlines()
         assert line.startswith("flask-eventbus: An event of 'tick' was sent while the interpreter")
     else:
-        wait_until(lambda: 1 in heard, what="it arrives, where Python took nothing before")
+        wait_until(lambda: 1 in received, what="it arrives, where Python took nothing before")
 
 
 @pytest.mark.parametrize(
@@ -789,7 +789,7 @@ def test_a_send_in_a_finalizer_at_interpreter_exit_is_not_lost_silently(
 def test_an_event_sent_at_the_very_end_of_a_process_arrives(
     shared_redis: RedisServer, make_bus: Make, prefix: str, late: str, numbers: list[int]
 ) -> None:
-    heard = hear(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
     program = END.format(url=shared_redis.url, prefix=prefix, late=late)
 
     outcome = subprocess.run(
@@ -797,4 +797,4 @@ def test_an_event_sent_at_the_very_end_of_a_process_arrives(
     )
 
     assert outcome.stderr == ""
-    wait_until(lambda: sorted(heard) == numbers, what=f"all events arrive, of {heard}")
+    wait_until(lambda: sorted(received) == numbers, what=f"all events arrive, of {received}")

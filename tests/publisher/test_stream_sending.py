@@ -681,19 +681,19 @@ NO_WRITES = {
 @pytest.fixture
 def changes() -> Iterator[list[str]]:
     """What the lifecycle signals of publishers told, in order."""
-    told: list[str] = []
+    reported: list[str] = []
 
     def lost(sender: str, **extra: object) -> None:
-        told.append("lost")
+        reported.append("lost")
 
     def restored(sender: str, **extra: object) -> None:
-        told.append("restored")
+        reported.append("restored")
 
     with (
         signals.publisher_lost.connected_to(lost),
         signals.publisher_restored.connected_to(restored),
     ):
-        yield told
+        yield reported
 
 
 @pytest.mark.parametrize("state", ["full", "replicas", "disk"])
@@ -748,10 +748,10 @@ def test_channel_events_continue_while_redis_refuses_stream_events(
 ) -> None:
     publish = {"tick": "stream", "price": "channel", "sure": {"confirm": True}}
     bus = make_bus(redis_server.url, publish=publish, buffer_size=10, timeout=60)
-    hearing = make_bus(redis_server.url, "hears")
-    heard: list[int] = []
-    hearing.on("price", via="channel")(lambda sender, n: heard.append(n))
-    hearing.on("sure", via="channel")(lambda sender, n: heard.append(n))
+    hearing = make_bus(redis_server.url, "listens")
+    received: list[int] = []
+    hearing.on("price", via="channel")(lambda sender, n: received.append(n))
+    hearing.on("sure", via="channel")(lambda sender, n: received.append(n))
     hearing.start()
     assert hearing.ready(10)
     bus.signal("tick").send("test", n=0)
@@ -765,8 +765,8 @@ def test_channel_events_continue_while_redis_refuses_stream_events(
     for n in range(100):
         bus.signal("sure" if n % 10 == 0 else "price").send("test", n=n)
 
-    wait_until(lambda: len(heard) == 100, what="all channel events arrive")
-    assert heard == list(range(100))
+    wait_until(lambda: len(received) == 100, what="all channel events arrive")
+    assert received == list(range(100))
     assert bus.health().buffered == 10
     take_writes(redis_server, state)
     assert bus.flush(10)
@@ -929,8 +929,8 @@ def test_an_event_in_doubt_that_is_sent_again_from_its_error_is_handled_once(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     consumer = make_bus(redis_server.url, "consumer")
-    heard: list[int] = []
-    consumer.on("tick", via="stream")(lambda sender, n: heard.append(n))
+    received: list[int] = []
+    consumer.on("tick", via="stream")(lambda sender, n: received.append(n))
     consumer.start()
     assert consumer.ready(10)
     publish = {"tick": "stream"}
@@ -950,8 +950,8 @@ def test_an_event_in_doubt_that_is_sent_again_from_its_error_is_handled_once(
     wait_until(lambda: bus.health().publishing, what="Redis is found")
     again.value.resend()
     bus.signal("tick").send("test", n=2)
-    wait_until(lambda: 2 in heard, what="the next event arrives")
-    assert heard == [0, 1, 2]
+    wait_until(lambda: 2 in received, what="the next event arrives")
+    assert received == [0, 1, 2]
     same = [event for event in entries(redis_server) if event["data"]["n"] == 1]
     assert len(same) >= 1
     assert [event["id"] for event in same] == [caught.value.event_id] * len(same)

@@ -51,16 +51,16 @@ def send(url: str, make_bus: Make) -> Callable[..., None]:
     return send
 
 
-def hear(bus: Bus, name: str = "tick") -> list[Any]:
+def received_by(bus: Bus, name: str = "tick") -> list[Any]:
     """The list that the numbers of ``name`` go to."""
-    heard: list[Any] = []
+    received: list[Any] = []
 
     @bus.on(name)
     def receive(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
 
     assert bus.ready(10)
-    return heard
+    return received
 
 
 # -- receivers that raise -----------------------------------------------------------------
@@ -120,13 +120,13 @@ def test_after_any_error_of_a_receiver_the_others_run_and_the_next_event_arrives
     consumer: Bus, send: Callable[..., None], bad: str
 ) -> None:
     consumer.on("tick")(BAD[bad]())
-    heard = hear(consumer)
-    late = hear(consumer)
+    received = received_by(consumer)
+    late = received_by(consumer)
 
     send(n=1)
     send(n=2)
 
-    wait_until(lambda: (heard, late) == ([1, 2], [1, 2]), what="the others hear both")
+    wait_until(lambda: (received, late) == ([1, 2], [1, 2]), what="the others hear both")
     wait_until(lambda: consumer.health().counts["handled"] == 2, what="both are handled")
     assert consumer.health().counts["failed"] == 2
 
@@ -138,17 +138,17 @@ def test_after_any_error_of_a_lifecycle_receiver_the_bus_continues(
     def fail(sender: str, **values: Any) -> None:
         raise error
 
-    told = [signals.receiver_failed, signals.listener_lost, signals.listener_connected]
-    told += [signals.publisher_lost, signals.publisher_restored, signals.event_rejected]
-    for signal in told:
+    reported = [signals.receiver_failed, signals.listener_lost, signals.listener_connected]
+    reported += [signals.publisher_lost, signals.publisher_restored, signals.event_rejected]
+    for signal in reported:
         signal.connect(fail)
     bus = make_bus(redis_server.url, "consumer")
     bus.start()
     bus.on("tick")(raising(ValueError("no")))
-    heard = hear(bus)
+    received = received_by(bus)
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     publisher.signal("tick").send("test", n=1)
-    wait_until(lambda: heard == [1], what="the first event arrives")
+    wait_until(lambda: received == [1], what="the first event arrives")
     redis_server.client.publish("eventbus:{tick}:channel", b"no event")
     redis_server.kill()
     publisher.signal("tick").send("test", n=2)
@@ -156,8 +156,8 @@ def test_after_any_error_of_a_lifecycle_receiver_the_bus_continues(
     redis_server.start()
 
     assert bus.ready(10)
-    wait_until(lambda: heard == [1, 2], what="the next event arrives")
-    for signal in told:
+    wait_until(lambda: received == [1, 2], what="the next event arrives")
+    for signal in reported:
         signal.disconnect(fail)
 
 
@@ -191,16 +191,16 @@ def test_a_log_handler_that_raises_stops_no_thread(
     bus = make_bus(redis_server.url, "consumer")
     bus.start()
     bus.on("tick")(raising(ValueError("no")))
-    heard = hear(bus)
+    received = received_by(bus)
     publisher = make_bus(redis_server.url, "publisher", publish=["tick"])
     publisher.signal("tick").send("test", n=1)
     redis_server.client.publish("eventbus:{tick}:channel", b"no event")
-    wait_until(lambda: heard == [1], what="the first event arrives")
+    wait_until(lambda: received == [1], what="the first event arrives")
     redis_server.restart()
     publisher.signal("tick").send("test", n=2)
 
     assert bus.ready(10)
-    wait_until(lambda: heard == [1, 2], what="the next event arrives")
+    wait_until(lambda: received == [1, 2], what="the next event arrives")
     # As logging does with handlers that raise.
     assert "Working outside of request context." in capsys.readouterr().err
 
@@ -247,7 +247,7 @@ def test_receivers_can_be_disconnected_while_events_arrive(
     consumer: Bus, send: Callable[..., None]
 ) -> None:
     signal = consumer.signal("tick")
-    heard = hear(consumer)
+    received = received_by(consumer)
     ran = itertools.count()
     receivers = [lambda sender, n, i=i: next(ran) and None for i in range(50)]
 
@@ -264,14 +264,14 @@ def test_receivers_can_be_disconnected_while_events_arrive(
         send(n=n)
     turning.join()
 
-    wait_until(lambda: heard == list(range(500)), what="all events arrive")
+    wait_until(lambda: received == list(range(500)), what="all events arrive")
     assert "failed" not in consumer.health().counts
 
 
 def test_receivers_connected_and_disconnected_between_events_take_effect_at_once(
     consumer: Bus, send: Callable[..., None]
 ) -> None:
-    heard = hear(consumer)
+    received = received_by(consumer)
     tick = consumer.signal("tick")
     once: list[int] = []
     later: list[int] = []
@@ -288,8 +288,8 @@ def test_receivers_connected_and_disconnected_between_events_take_effect_at_once
     for n in range(50):
         send(n=n)
 
-    wait_until(lambda: len(heard) == 50, what="all are heard")
-    wait_until(lambda: later[-1:] == [49], what="the last is heard by the one that came later")
+    wait_until(lambda: len(received) == 50, what="all are received")
+    wait_until(lambda: later[-1:] == [49], what="the last is received by the one that came later")
     assert once == [0]
     assert later[0] in (0, 1)
     assert later[1:] == list(range(later[0] + 1, 50))
@@ -298,7 +298,7 @@ def test_receivers_connected_and_disconnected_between_events_take_effect_at_once
 def test_a_weakly_connected_receiver_gets_events_as_long_as_it_lives(
     consumer: Bus, send: Callable[..., None]
 ) -> None:
-    heard = hear(consumer)
+    received = received_by(consumer)
     weakly: list[int] = []
 
     def receive(sender: str, n: int) -> None:
@@ -306,11 +306,11 @@ def test_a_weakly_connected_receiver_gets_events_as_long_as_it_lives(
 
     consumer.signal("tick").connect(receive)
     send(n=0)
-    wait_until(lambda: heard == [0] and weakly == [0], what="both hear it")
+    wait_until(lambda: received == [0] and weakly == [0], what="both hear it")
     del receive
     collect()
     send(n=1)
-    wait_until(lambda: heard == [0, 1], what="the other hears it")
+    wait_until(lambda: received == [0, 1], what="the other hears it")
     assert weakly == [0]
 
 
@@ -328,9 +328,9 @@ def test_the_cache_of_receivers_per_sender_is_bounded() -> None:
 def test_a_muted_signal_is_neither_received_nor_published(
     consumer: Bus, send: Callable[..., None], url: str, make_bus: Make
 ) -> None:
-    heard = hear(consumer)
+    received = received_by(consumer)
     publisher = make_bus(url, "publisher", publish=["tock"])
-    end = hear(consumer, "end")
+    end = received_by(consumer, "end")
 
     with consumer.signal("tick").muted():
         send(n=1)
@@ -340,7 +340,7 @@ def test_a_muted_signal_is_neither_received_nor_published(
         publisher.signal("tock").send("test", n=1)
     send(n=2)
 
-    wait_until(lambda: heard == [2], what="the next event is heard")
+    wait_until(lambda: received == [2], what="the next event is received")
     assert publisher.flush(5)
     assert "published" not in publisher.health().counts
 
@@ -519,13 +519,13 @@ def test_a_stop_ends_a_waiting_ready(make_bus: Make) -> None:
 def test_thousands_of_signals_can_be_declared_and_received(url: str, make_bus: Make) -> None:
     publisher = make_bus(url, "publisher", publish=["tick_*"])
     consumer = make_bus(url, "consumer", subscribe=["tock_*"])
-    heard: list[str] = []
+    received: list[str] = []
     began = time.monotonic()
 
     for n in range(2_000):
         publisher.signal(f"tick_{n}")
         publisher.publishes(f"tack_{n}")
-        consumer.on(f"tick_{n}")(lambda sender: heard.append(current_event.name))
+        consumer.on(f"tick_{n}")(lambda sender: received.append(current_event.name))
     # Half a second, where nothing else runs.
     assert time.monotonic() - began < 15
 
@@ -533,7 +533,7 @@ def test_thousands_of_signals_can_be_declared_and_received(url: str, make_bus: M
     assert consumer.ready(60)
     publisher.signal("tick_1999").send("test")
     publisher.signal("tick_0").send("test")
-    wait_until(lambda: heard == ["tick_1999", "tick_0"], what="both arrive")
+    wait_until(lambda: received == ["tick_1999", "tick_0"], what="both arrive")
 
 
 @pytest.mark.parametrize("adopts", [False, True])
@@ -567,11 +567,11 @@ def test_threads_that_subscribe_at_once_all_receive_events(url: str, make_bus: M
     publisher = make_bus(url, "publisher", publish=["*"])
     consumer = make_bus(url, "consumer")
     consumer.start()
-    heard: list[str] = []
+    received: list[str] = []
 
     def subscribe(start: int) -> None:
         for n in range(start, 200, 4):
-            consumer.on(f"tick_{n}")(lambda sender: heard.append(current_event.name))
+            consumer.on(f"tick_{n}")(lambda sender: received.append(current_event.name))
 
     threads = [threading.Thread(target=subscribe, args=(start,)) for start in range(4)]
     for thread in threads:
@@ -582,8 +582,8 @@ def test_threads_that_subscribe_at_once_all_receive_events(url: str, make_bus: M
     for n in range(200):
         publisher.signal(f"tick_{n}").send("test")
 
-    wait_until(lambda: len(heard) == 200, what="all are heard")
-    assert sorted(heard) == sorted(f"tick_{n}" for n in range(200))
+    wait_until(lambda: len(received) == 200, what="all are received")
+    assert sorted(received) == sorted(f"tick_{n}" for n in range(200))
 
 
 def test_a_name_belongs_to_one_signal(make_bus: Make) -> None:
@@ -601,13 +601,13 @@ def test_signals_created_by_others_in_an_adopted_namespace_are_published_from_th
 ) -> None:
     namespace = blinker.Namespace()
     bus = make_bus(url, "publisher", namespace=namespace, publish=["order_*"])
-    heard = hear(started(make_bus(url, "consumer")), "order_paid")
+    received = received_by(started(make_bus(url, "consumer")), "order_paid")
     paid = namespace.signal("order_paid")
 
     bus.start()
     paid.send("test", n=1)
 
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
 
 
 def started(bus: Bus) -> Bus:

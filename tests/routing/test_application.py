@@ -361,7 +361,7 @@ def test_existing_code_on_blinkers_own_signals_is_bridged_by_configuration_alone
     assert bus.flush(5)
     other.signal(name).send("test", user_id=8)
 
-    wait_until(lambda: len(received) == 2, what="the other service is heard")
+    wait_until(lambda: len(received) == 2, what="the other service is received")
     assert received == [(str(app), {"user_id": 7}), ("shop", {"user_id": 8})]
     assert bus.health().counts["published"] == 1
     bus.stop()
@@ -632,16 +632,18 @@ def test_an_own_signal_of_the_app_that_is_not_published_is_reported(
 ) -> None:
     bus = EventBus()
     app = make_app(bus, EVENTBUS_PUBLISH={"order_shipped": "stream"})
-    told = "no code has asked for with bus.signal('order_shipped'). shop_of_a_test:order_shipped"
+    reported = (
+        "no code has asked for with bus.signal('order_shipped'). shop_of_a_test:order_shipped"
+    )
 
     for _ in range(2):
         app.test_client().get("/")
 
     [finding] = [found for found in check_program(bus.node(app)) if found.level == "error"]
-    assert told in finding.text
+    assert reported in finding.text
     assert "{'signal': 'shop_of_a_test:order_shipped'}" in finding.remedy
     assert "EventBus(namespace=...)" in finding.remedy
-    assert caplog.text.count(told) == 1
+    assert caplog.text.count(reported) == 1
 
 
 #: Where programs keep a signal of the name ``order_shipped``, and what is told of it and advised.
@@ -690,7 +692,7 @@ def test_an_own_signal_of_the_app_is_found_wherever_it_is_kept(
     caplog: pytest.LogCaptureFixture,
     place: str,
 ) -> None:
-    code, told, advised = PLACES[place]
+    code, reported, advised = PLACES[place]
     file = tmp_path / "shop_of_a_test.py"
     file.write_text(code)
     spec = spec_from_file_location(file.stem, file)
@@ -707,9 +709,9 @@ def test_an_own_signal_of_the_app_is_found_wherever_it_is_kept(
     blinker.default_namespace.pop("order_shipped", None)
 
     [finding] = found
-    assert told in finding.text
+    assert reported in finding.text
     assert advised in finding.remedy
-    assert caplog.text.count(told) == 1
+    assert caplog.text.count(reported) == 1
 
 
 def test_a_deleted_signal_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
@@ -932,8 +934,8 @@ def test_a_receiver_gets_an_app_context_per_event_that_is_torn_down() -> None:
     dispatch(bus, app, n=1)
     dispatch(bus, app, n=2)
 
-    told = (app.name, "elsewhere", "elsewhere", "abc-1")
-    assert seen == [told, "teardown", told, "teardown"]
+    reported = (app.name, "elsewhere", "elsewhere", "abc-1")
+    assert seen == [reported, "teardown", reported, "teardown"]
     assert not current_event
 
 

@@ -80,8 +80,8 @@ def test_a_payload_key_that_blinker_reserves_is_refused_before_any_receiver_runs
     make_bus: Make, key: str
 ) -> None:
     bus = make_bus("memory://bridges", publish=["order_checked"])
-    heard: list[Any] = []
-    bus.on("order_checked")(lambda sender, **payload: heard.append(payload))
+    received: list[Any] = []
+    bus.on("order_checked")(lambda sender, **payload: received.append(payload))
     signal = bus.signal("order_checked")
 
     payload: dict[str, Any] = {key: "a value", "n": 1}
@@ -91,9 +91,9 @@ def test_a_payload_key_that_blinker_reserves_is_refused_before_any_receiver_runs
     with pytest.raises(PayloadError, match="use these names"):
         asyncio.run(signal.send_async("shop", **payload))
 
-    assert heard == []
+    assert received == []
     assert signal.send("shop", _async_wrapper=lambda receiver: receiver, n=1)
-    assert heard == [{"n": 1}]
+    assert received == [{"n": 1}]
 
 
 # -- signals of others --------------------------------------------------------------------
@@ -246,13 +246,13 @@ def test_a_pattern_connects_coroutine_functions_to_later_signals(
 
 
 def test_send_async_publishes_from_the_thread_of_the_event_loop_in_order(make_bus: Make) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     done = threading.Event()
     consumer = make_bus("memory://bridges-order", "consumer")
 
     @consumer.on("tick")
     def receive(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
         if n == 99:
             done.set()
 
@@ -267,4 +267,4 @@ def test_send_async_publishes_from_the_thread_of_the_event_loop_in_order(make_bu
     asyncio.run(send_all())
 
     assert done.wait(5)
-    assert heard == list(range(100))
+    assert received == list(range(100))

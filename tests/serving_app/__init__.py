@@ -1,1 +1,1 @@
-"""A service that tells which of its processes heard what; tests serve it in every way."""
+"""A service that tells which of its processes received what; tests serve it in every way."""

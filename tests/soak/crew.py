@@ -46,7 +46,7 @@ class Member:
         return self._process is not None and self._process.poll() is not None
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """What all its lives wrote to their standard error."""
         return self._said.read_text(errors="replace")
 
@@ -65,20 +65,20 @@ class Member:
                 self._command, env=self._environment, stdin=subprocess.DEVNULL, stderr=log
             )
 
-    def tell(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         os.kill(self.pid, number)
 
     def kill(self) -> int:
         """End it at once; which process that was."""
         pid = self.pid
-        self.tell(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
         self._reap()
         return pid
 
     def end(self) -> int:
         """End it as a deployment would, and return its exit code."""
-        self.tell(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
         return self._reap()
 
     def _reap(self) -> int:

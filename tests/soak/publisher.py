@@ -63,11 +63,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name} %(message)s")
     publisher = Publisher(name, Path(folder))
 
-    with stop_on_signals() as told:
+    with stop_on_signals() as reported:
         for n in itertools.count(1):
             publisher.send(PLACED if n % 2 else PAID, n)
 
-            if told.wait(1 / float(rate)):
+            if reported.wait(1 / float(rate)):
                 break
 
     publisher.end()

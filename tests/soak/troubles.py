@@ -77,9 +77,9 @@ class Troubles:
 
     def _pause_worker(self) -> dict[str, Any]:
         worker = self._worker()
-        worker.tell(signal.SIGSTOP)
+        worker.send_signal(signal.SIGSTOP)
         time.sleep(CLAIM_AFTER * 1.5)
-        worker.tell(signal.SIGCONT)
+        worker.send_signal(signal.SIGCONT)
         return {"who": worker.name, "victim": worker.pid}
 
     def _kill_redis(self) -> dict[str, Any]:

@@ -40,13 +40,13 @@ def store(shared_redis: RedisServer) -> StreamStore:
 def mailer(
     store: StreamStore, make_bus: Make, name: str = "tick", **settings: float
 ) -> tuple[Bus, list[int]]:
-    """A service that hears a stream, and what it has heard."""
-    heard: list[int] = []
+    """A service that hears a stream, and what it has received."""
+    received: list[int] = []
     bus = make_bus(store.url, "mailer", prefix=store.prefix, **settings)
-    bus.on(name, via="stream")(lambda sender, number: heard.append(number))
+    bus.on(name, via="stream")(lambda sender, number: received.append(number))
     bus.start()
     assert bus.ready(10)
-    return bus, heard
+    return bus, received
 
 
 def errors(bus: Bus) -> list[str]:
@@ -60,8 +60,8 @@ def test_a_group_that_starts_after_the_last_entry_raises_no_alarm(
     store.client.sadd(store.keys.names, "tick")
     store.client.xgroup_create(store.keys.stream("tick"), "other", "0", mkstream=True)
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
-    heard: list[int] = []
-    bus.on("*", via="stream")(lambda sender, number: heard.append(number))
+    received: list[int] = []
+    bus.on("*", via="stream")(lambda sender, number: received.append(number))
     bus.start()
     assert bus.ready(10)
     groups = store.client.xinfo_groups(store.keys.stream("tick"))
@@ -71,16 +71,16 @@ def test_a_group_that_starts_after_the_last_entry_raises_no_alarm(
 
     # The worker looks before it reads.
     store.add("tick", number=1)
-    wait_until(lambda: heard == [1], what="the next event is handled")
+    wait_until(lambda: received == [1], what="the next event is handled")
     assert errors(bus) == []
 
 
 def test_a_group_moved_past_the_end_raises_an_alarm_until_it_is_moved_back(
     store: StreamStore, make_bus: Make
 ) -> None:
-    bus, heard = mailer(store, make_bus)
+    bus, received = mailer(store, make_bus)
     store.add("tick", number=1)
-    wait_until(lambda: heard == [1], what="the first event is handled")
+    wait_until(lambda: received == [1], what="the first event is handled")
     before = store.client.xinfo_groups(store.keys.stream("tick"))[0]["last-delivered-id"].decode()
 
     place = f"{2**64 - 1}-{2**64 - 2}"
@@ -100,7 +100,7 @@ def test_a_group_moved_past_the_end_raises_an_alarm_until_it_is_moved_back(
     moved = store.run("seek", "tick", "--to", before, "--yes")
 
     assert moved.exit_code == 0, moved.output
-    wait_until(lambda: heard == [1, 2], what="the second event is handled")
+    wait_until(lambda: received == [1, 2], what="the second event is handled")
     wait_until(lambda: not bus.health().alarms, what="the alarm is over")
     assert errors(bus) == []
     assert store.run("status", "--max-lag", "100").exit_code == 0
@@ -109,11 +109,11 @@ def test_a_group_moved_past_the_end_raises_an_alarm_until_it_is_moved_back(
 def test_a_stream_with_the_last_possible_id_raises_an_alarm_and_the_documented_commands_repair_it(
     store: StreamStore, make_bus: Make
 ) -> None:
-    bus, heard = mailer(store, make_bus)
+    bus, received = mailer(store, make_bus)
     publisher = make_bus(store.url, "accounts", prefix=store.prefix, publish={"tick": "stream"})
     tick = publisher.signal("tick")
     tick.send(number=1)
-    wait_until(lambda: heard == [1], what="the first event is handled")
+    wait_until(lambda: received == [1], what="the first event is handled")
     store.add_fields("tick", {b"event": b"x"}, id=LAST)
 
     with pytest.raises(PublishError):
@@ -132,7 +132,7 @@ def test_a_stream_with_the_last_possible_id_raises_an_alarm_and_the_documented_c
             assert moved.exit_code == 0, moved.output
 
     tick.send(number=3)
-    wait_until(lambda: heard == [1, 3], what="the next event is handled")
+    wait_until(lambda: received == [1, 3], what="the next event is handled")
     wait_until(lambda: not bus.health().alarms, what="the alarm is over")
     assert errors(bus) == []
 
@@ -147,12 +147,12 @@ def test_check_raises_the_alarm_in_a_publisher_too(store: StreamStore, make_bus:
 
 def test_a_process_without_a_group_raises_the_alarm_too(store: StreamStore, make_bus: Make) -> None:
     bus = make_bus(store.url, "cache", prefix=store.prefix)
-    heard: list[int] = []
-    bus.on("tick", via="stream", group=None)(lambda sender, number: heard.append(number))
+    received: list[int] = []
+    bus.on("tick", via="stream", group=None)(lambda sender, number: received.append(number))
     bus.start()
     assert bus.ready(10)
     first, _ = store.add("tick", number=1)
-    wait_until(lambda: heard == [1], what="the first event is heard")
+    wait_until(lambda: received == [1], what="the first event is received")
     store.add_fields("tick", {b"event": b"x"}, id=LAST)
     wait_until(lambda: bus.health().alarms, what="the process notices")
     assert "more than a day in the future" in bus.health().alarms["tick"]
@@ -161,7 +161,7 @@ def test_a_process_without_a_group_raises_the_alarm_too(store: StreamStore, make
     store.client.execute_command("XSETID", store.keys.stream("tick"), first)
     store.add("tick", number=2)
 
-    wait_until(lambda: 2 in heard, what="the next event is heard")
+    wait_until(lambda: 2 in received, what="the next event is received")
     assert not bus.health().alarms
 
 
@@ -208,15 +208,15 @@ def test_an_emptied_stream_raises_an_alarm(store: StreamStore, make_bus: Make) -
 def test_patterns_match_a_bounded_number_of_streams_and_log_it(
     store: StreamStore, make_bus: Make
 ) -> None:
-    bus, heard = mailer(store, make_bus, "*")
+    bus, received = mailer(store, make_bus, "*")
     store.add("tick", number=1)
-    wait_until(lambda: heard == [1], what="the stream is found")
+    wait_until(lambda: received == [1], what="the stream is found")
 
     store.client.sadd(store.keys.names, *(f"a{number:04}" for number in range(2_000)))
     wait_until(lambda: bus.health().alarms, what="the flood is noticed")
 
     store.add("tick", number=2)
-    wait_until(lambda: heard == [1, 2], what="what was heard before is heard on")
+    wait_until(lambda: received == [1, 2], what="what was received before is received on")
     assert "2,001 names of streams. Patterns match 20" in bus.health().alarms["*"]
     assert len(store.client.keys(f"{store.prefix}:{{a*")) <= 20
     assert any("2,001 names of streams" in each for each in errors(bus))
@@ -224,16 +224,16 @@ def test_patterns_match_a_bounded_number_of_streams_and_log_it(
 
     store.client.delete(store.keys.names)
     store.add("new", number=3)
-    wait_until(lambda: heard == [1, 2, 3], what="other streams are found again")
+    wait_until(lambda: received == [1, 2, 3], what="other streams are found again")
     wait_until(lambda: not bus.health().alarms, what="the alarm is over")
 
 
 def test_two_hundred_thousand_stream_names_do_not_stop_a_subscriber(
     store: StreamStore, make_bus: Make
 ) -> None:
-    bus, heard = mailer(store, make_bus, "*")
+    bus, received = mailer(store, make_bus, "*")
     store.add("tick", number=1)
-    wait_until(lambda: heard == [1], what="the stream is found")
+    wait_until(lambda: received == [1], what="the stream is found")
     pipe = store.client.pipeline(transaction=False)
 
     for start in range(0, 200_000, 10_000):
@@ -243,7 +243,9 @@ def test_two_hundred_thousand_stream_names_do_not_stop_a_subscriber(
     wait_until(lambda: bus.health().alarms, timeout=30, what="the flood is noticed")
     store.add("tick", number=2)
 
-    wait_until(lambda: heard == [1, 2], timeout=30, what="what was heard before is heard on")
+    wait_until(
+        lambda: received == [1, 2], timeout=30, what="what was received before is received on"
+    )
     store.client.delete(store.keys.names)
 
 
@@ -265,7 +267,7 @@ def test_a_consumer_that_is_not_a_worker_raises_an_alarm(
     store.client.xack(key, "mailer", *take_all(store, "evil"))
 
     status = store.run("status", "--max-lag", "100")
-    bus, heard = mailer(store, make_bus)
+    bus, received = mailer(store, make_bus)
 
     assert status.exit_code == 1
     assert "'evil' is in the group of 'mailer' at the stream of 'tick'" in status.output
@@ -273,21 +275,21 @@ def test_a_consumer_that_is_not_a_worker_raises_an_alarm(
     assert any("'evil' is in the group" in each for each in errors(bus))
     # What the remedy says brings the event back.
     assert store.run("seek", "tick", "--to", "earliest", "--yes").exit_code == 0
-    wait_until(lambda: heard == [1], what="the event is handled")
+    wait_until(lambda: received == [1], what="the event is handled")
 
 
 def test_queued_events_are_handled_although_somebody_acknowledged_them(
     store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1.5)
-    heard: list[int] = []
+    received: list[int] = []
     goes_on = threading.Event()
 
     @bus.on("tick", via="stream")
     def receive(sender: str, number: int) -> None:
         # Shorter than what lets other workers have what waits.
         goes_on.wait(20)
-        heard.append(number)
+        received.append(number)
 
     bus.start()
     assert bus.ready(10)
@@ -300,7 +302,7 @@ def test_queued_events_are_handled_although_somebody_acknowledged_them(
     assert "Another program acknowledged 4 entries of 'tick'" in bus.health().alarms["tick"]
     goes_on.set()
 
-    wait_until(lambda: sorted(heard) == [0, 1, 2, 3, 4], what="all are handled")
+    wait_until(lambda: sorted(received) == [0, 1, 2, 3, 4], what="all are handled")
     assert "Another program acknowledged 4 entries" in caplog.text
     assert any("Another program acknowledged 4 entries" in each for each in errors(bus))
     status = store.run("status", "--max-lag", "100")
@@ -314,13 +316,13 @@ def test_a_late_acknowledgement_by_a_paused_worker_raises_no_alarm(
     paused = [store.add("tick", number=number)[0] for number in (1, 2)]
     assert store.read("tick", 2) == paused
     bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1.5)
-    heard: list[int] = []
+    received: list[int] = []
     goes_on = threading.Event()
 
     @bus.on("tick", via="stream")
     def receive(sender: str, number: int) -> None:
         goes_on.wait(20)
-        heard.append(number)
+        received.append(number)
 
     bus.start()
     key = store.keys.stream("tick")
@@ -340,7 +342,7 @@ def test_a_late_acknowledgement_by_a_paused_worker_raises_no_alarm(
     goes_on.set()
 
     wait_until(lambda: bus.health().lag == 0, what="nothing is left")
-    assert heard == [1, 3]
+    assert received == [1, 3]
     assert bus.health().alarms == {}
 
 
@@ -359,9 +361,9 @@ def test_an_impossible_delivery_count_raises_an_alarm(
     head = ("XCLAIM", store.keys.stream("tick"), "mailer", "web-1-4711-3f2a9c1b2d3e", 0)
     store.client.execute_command(*head, *ids, "IDLE", 10**9, "RETRYCOUNT", count)
 
-    bus, heard = mailer(store, make_bus, claim_after=4)
+    bus, received = mailer(store, make_bus, claim_after=4)
 
-    wait_until(lambda: heard == [1], what="it is handled")
+    wait_until(lambda: received == [1], what="it is handled")
     text = f"counts as delivered {count} times, which workers of 'mailer' cannot have done"
     assert text in bus.health().alarms["tick"]
     assert any(text in each for each in errors(bus))

@@ -40,7 +40,7 @@ HEARER = """
 import resource, sys, threading
 from flask_eventbus import Bus
 
-bus = Bus(sys.argv[1], service="hearer", prefix=sys.argv[2])
+bus = Bus(sys.argv[1], service="listener", prefix=sys.argv[2])
 hold = threading.Event()
 handled = 0
 
@@ -81,19 +81,19 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def hearer(shared_redis: RedisServer, tmp_path: Path) -> Iterator[Callable[..., Hearer]]:
+def listener(shared_redis: RedisServer, tmp_path: Path) -> Iterator[Callable[..., Listener]]:
     """Start a process that hears ``tick`` and whose receiver holds large events for ever."""
     if not sys.platform.startswith("linux"):
         pytest.skip("/proc tells the memory of a process")
 
     started: list[Program] = []
 
-    def start(prefix: str, via: str, *limit: str, user: str = "") -> Hearer:
+    def start(prefix: str, via: str, *limit: str, user: str = "") -> Listener:
         url = shared_redis.url.replace("://", f"://{user}:any@") if user else shared_redis.url
         command = ("-c", HEARER, url, prefix, via, *limit)
         started.append(Program(command, tmp_path, ALLOCATOR))
-        wait_until(lambda: "ready" in started[-1].said, timeout=30, what="it hears")
-        return Hearer(started[-1])
+        wait_until(lambda: "ready" in started[-1].output, timeout=30, what="it listens")
+        return Listener(started[-1])
 
     yield start
 
@@ -101,14 +101,14 @@ def hearer(shared_redis: RedisServer, tmp_path: Path) -> Iterator[Callable[..., 
         program.kill()
 
 
-class Hearer:
+class Listener:
     """The process, and what it says of itself."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
         self._asked = 0
 
-    def facts(self) -> tuple[int, int, int]:
+    def measures(self) -> tuple[int, int, int]:
         """The most memory it ever had, in MiB above its start; events handled, and received."""
         self._asked += 1
         mark = f"facts-{self._asked}"
@@ -117,7 +117,7 @@ class Hearer:
         stdin.write(f"{mark}\n".encode())
         stdin.flush()
         found = wait_until(
-            lambda: re.search(rf"^{mark} (\d+) (\d+) (\d+)\n", self._program.said, re.MULTILINE),
+            lambda: re.search(rf"^{mark} (\d+) (\d+) (\d+)\n", self._program.output, re.MULTILINE),
             timeout=30,
             what="it answers",
         )
@@ -126,9 +126,9 @@ class Hearer:
 
     def settles(self) -> bool:
         """Return True if it receives nothing more for a while."""
-        before = self.facts()[2]
+        before = self.measures()[2]
         time.sleep(0.5)
-        return self.facts()[2] == before
+        return self.measures()[2] == before
 
 
 @pytest.fixture
@@ -149,9 +149,9 @@ def bomb(number: int) -> bytes:
 
 @pytest.mark.parametrize("via", ["channel", "stream"])
 def test_queued_events_that_decode_to_far_more_memory_stay_encoded(
-    store: StreamStore, hearer: Callable[..., Hearer], via: str
+    store: StreamStore, listener: Callable[..., Listener], via: str
 ) -> None:
-    process = hearer(store.prefix, via)
+    process = listener(store.prefix, via)
 
     for number in range(1, 11):
         if via == "stream":
@@ -159,23 +159,23 @@ def test_queued_events_that_decode_to_far_more_memory_stay_encoded(
         else:
             store.client.publish(f"{store.prefix}:{{tick}}:channel", bomb(number))
 
-    wait_until(lambda: process.facts()[2] == 10, timeout=60, what="all have arrived")
-    memory, handled, _ = process.facts()
+    wait_until(lambda: process.measures()[2] == 10, timeout=60, what="all have arrived")
+    memory, handled, _ = process.measures()
 
     assert handled == 1
     assert memory < MOST
 
 
 def test_large_stream_events_after_small_ones_are_read_within_the_memory_limit(
-    store: StreamStore, hearer: Callable[..., Hearer]
+    store: StreamStore, listener: Callable[..., Listener]
 ) -> None:
     stream = store.keys.stream("tick")
-    process = hearer(store.prefix, "stream")
+    process = listener(store.prefix, "stream")
 
     for number in range(400):
         store.add("tick", n=number)
 
-    wait_until(lambda: process.facts()[1] == 400, timeout=60, what="the small ones are handled")
+    wait_until(lambda: process.measures()[1] == 400, timeout=60, what="the small ones are handled")
     large = Codec().encode(store.event("tick", large="x" * 1_000_000))
     prefix, _, rest = large.partition(b"-401")
 
@@ -186,23 +186,23 @@ def test_large_stream_events_after_small_ones_are_read_within_the_memory_limit(
 
         both.execute()
 
-    wait_until(lambda: process.facts()[1] == 401, timeout=60, what="a large one is handled")
+    wait_until(lambda: process.measures()[1] == 401, timeout=60, what="a large one is handled")
     wait_until(process.settles, timeout=60, what="it reads no more")
-    memory, _, received = process.facts()
+    memory, _, received = process.measures()
 
     assert received < 500
     assert memory < MOST
 
 
 def test_large_retries_are_read_within_the_memory_limit_and_kept_once(
-    store: StreamStore, hearer: Callable[..., Hearer]
+    store: StreamStore, listener: Callable[..., Listener]
 ) -> None:
-    process = hearer(store.prefix, "stream")
+    process = listener(store.prefix, "stream")
 
     for number in range(400):
         store.add("tick", n=number)
 
-    wait_until(lambda: process.facts()[1] == 400, timeout=60, what="the small ones are handled")
+    wait_until(lambda: process.measures()[1] == 400, timeout=60, what="the small ones are handled")
     body = Codec().encode(store.event("tick", large="x" * 1_000_000))
     record = RetryRecord(
         entry="",
@@ -213,7 +213,7 @@ def test_large_retries_are_read_within_the_memory_limit_and_kept_once(
         last=round(time.time() * 1000),
         error="",
     )
-    key = store.keys.retry("tick", "hearer")
+    key = store.keys.retry("tick", "listener")
 
     with store.client.pipeline(transaction=True) as all_of_them:
         for number in range(200):
@@ -233,31 +233,31 @@ def test_large_retries_are_read_within_the_memory_limit_and_kept_once(
 
     # 64 MiB of them.
     assert 60 < counts[-1] < 80
-    assert process.facts()[0] < MAX_RETRIES_MIB
+    assert process.measures()[0] < MAX_RETRIES_MIB
 
 
 def test_unwritten_outcomes_of_large_events_are_bounded_in_memory(
-    store: StreamStore, hearer: Callable[..., Hearer]
+    store: StreamStore, listener: Callable[..., Listener]
 ) -> None:
     """Each of them waits with its retry, which has the event once more."""
-    user = f"hearer-{store.prefix}"
+    user = f"listener-{store.prefix}"
     store.client.acl_setuser(
         user, True, nopass=True, categories=["+@all"], commands=["-zadd"], keys=["*"]
     )
     store.client.execute_command("ACL", "SETUSER", user, "allchannels")
-    process = hearer(store.prefix, "stream", user=user)
+    process = listener(store.prefix, "stream", user=user)
 
     for number in range(400):
         store.add("tick", n=number)
 
-    wait_until(lambda: process.facts()[1] == 400, timeout=60, what="the small ones are handled")
+    wait_until(lambda: process.measures()[1] == 400, timeout=60, what="the small ones are handled")
 
     for _ in range(200):
         store.add("tick", bad="x" * 1_000_000)
 
-    wait_until(lambda: process.facts()[2] > 430, timeout=60, what="large ones are read")
+    wait_until(lambda: process.measures()[2] > 430, timeout=60, what="large ones are read")
     wait_until(process.settles, timeout=60, what="it reads no more")
-    memory, _, received = process.facts()
+    memory, _, received = process.measures()
 
     assert received < 470
     # 64 MiB that are read at once, then each of them twice. Without a bound it would be 500.
@@ -266,62 +266,62 @@ def test_unwritten_outcomes_of_large_events_are_bounded_in_memory(
 
 def huge_letters(store: StreamStore) -> list[tuple[bytes, bytes]]:
     """The lengths and the hashes that dead letters of entries above the limit keep."""
-    found = store.client.xrange(store.keys.dead("tick", "hearer"))
+    found = store.client.xrange(store.keys.dead("tick", "listener"))
     return [(fields[b"entry.event.length"], fields[b"entry.event.sha256"]) for _, fields in found]
 
 
 def test_oversized_entries_of_a_dead_worker_are_reclaimed_in_little_memory(
-    store: StreamStore, hearer: Callable[..., Hearer]
+    store: StreamStore, listener: Callable[..., Listener]
 ) -> None:
     stream = store.keys.stream("tick")
-    store.group("tick", "hearer")
+    store.group("tick", "listener")
     ids = [store.add_fields("tick", {b"event": HUGE}) for _ in range(3)]
-    store.read("tick", 3, "hearer")
+    store.read("tick", 3, "listener")
     # Handed back, which are taken over at once.
-    store.client.xclaim(stream, "hearer", "released", 0, ids, idle=2**31 - 1, justid=True)
+    store.client.xclaim(stream, "listener", "released", 0, ids, idle=2**31 - 1, justid=True)
 
-    process = hearer(store.prefix, "stream")
+    process = listener(store.prefix, "stream")
     wait_until(lambda: len(huge_letters(store)) == 3, timeout=60, what="all are dead letters")
     store.add("tick", n=1)
-    wait_until(lambda: process.facts()[1] == 1, timeout=30, what="the next event is handled")
+    wait_until(lambda: process.measures()[1] == 1, timeout=30, what="the next event is handled")
 
     assert huge_letters(store) == [(b"100000000", sha256(HUGE).hexdigest().encode())] * 3
-    assert process.facts()[0] < LITTLE
+    assert process.measures()[0] < LITTLE
 
 
 def test_an_entry_that_does_not_fit_into_memory_becomes_a_dead_letter(
-    store: StreamStore, hearer: Callable[..., Hearer]
+    store: StreamStore, listener: Callable[..., Listener]
 ) -> None:
-    process = hearer(store.prefix, "stream", "150")
+    process = listener(store.prefix, "stream", "150")
     store.add_fields("tick", {b"event": HUGE})
     store.add("tick", n=1)
 
-    wait_until(lambda: process.facts()[1] == 1, timeout=60, what="the next event is handled")
+    wait_until(lambda: process.measures()[1] == 1, timeout=60, what="the next event is handled")
 
     assert huge_letters(store) == [(b"100000000", sha256(HUGE).hexdigest().encode())]
 
 
 def test_an_entry_that_does_not_fit_into_memory_stops_no_other(
-    store: StreamStore, hearer: Callable[..., Hearer]
+    store: StreamStore, listener: Callable[..., Listener]
 ) -> None:
-    process = hearer(store.prefix, "each process", "150")
+    process = listener(store.prefix, "each process", "150")
     store.add_fields("tick", {b"event": HUGE})
     store.add("tick", n=1)
 
-    wait_until(lambda: process.facts()[1] == 1, timeout=60, what="the next event is handled")
+    wait_until(lambda: process.measures()[1] == 1, timeout=60, what="the next event is handled")
 
 
 def test_an_entry_of_very_many_fields_is_reclaimed_in_little_memory(
-    store: StreamStore, hearer: Callable[..., Hearer]
+    store: StreamStore, listener: Callable[..., Listener]
 ) -> None:
     stream = store.keys.stream("tick")
-    store.group("tick", "hearer")
+    store.group("tick", "listener")
     id = store.add_fields("tick", {b"f%d" % number: b"x" for number in range(1_000_000)})
-    store.read("tick", 1, "hearer")
-    store.client.xclaim(stream, "hearer", "released", 0, [id], idle=2**31 - 1, justid=True)
+    store.read("tick", 1, "listener")
+    store.client.xclaim(stream, "listener", "released", 0, [id], idle=2**31 - 1, justid=True)
 
-    process = hearer(store.prefix, "stream")
-    dead = store.keys.dead("tick", "hearer")
+    process = listener(store.prefix, "stream")
+    dead = store.keys.dead("tick", "listener")
     wait_until(lambda: store.client.xlen(dead), timeout=60, what="it is a dead letter")
 
-    assert process.facts()[0] < LITTLE
+    assert process.measures()[0] < LITTLE

@@ -43,25 +43,25 @@ def service(store: StreamStore, make_bus: Make) -> Bus:
 
 
 @pytest.fixture
-def heard(service: Bus) -> list[Any]:
+def received(service: Bus) -> list[Any]:
     """What it hears of ``tick``."""
-    return hear(service)
+    return received_by(service)
 
 
-def hear(bus: Bus, name: str = "tick") -> list[Any]:
+def received_by(bus: Bus, name: str = "tick") -> list[Any]:
     """Listen to a stream, and return the list that its numbers go to."""
-    heard: list[Any] = []
+    received: list[Any] = []
 
     @bus.on(name, via="stream", start="earliest")
     def receive(sender: str, n: Any) -> None:
-        heard.append(n)
+        received.append(n)
 
     bus.start()
     assert bus.ready(10)
-    return heard
+    return received
 
 
-def letters(store: StreamStore, name: str = "tick") -> list[DeadLetter]:
+def dead_letters(store: StreamStore, name: str = "tick") -> list[DeadLetter]:
     """The dead letters of a signal, as they read."""
     key = store.keys.dead(name, "mailer")
     return [DeadLetter.from_fields(fields) for _, fields in store.client.xrange(key)]
@@ -74,10 +74,10 @@ def is_settled(store: StreamStore, name: str = "tick") -> bool:
     return bool(group["pending"] == 0 and group["last-delivered-id"] == last)
 
 
-def goes_on(store: StreamStore, heard: list[Any], number: int = 42) -> None:
+def next_event_arrives(store: StreamStore, received: list[Any], number: int = 42) -> None:
     """The next event arrives, and nothing is left behind."""
     store.add("tick", n=number)
-    wait_until(lambda: number in heard, what="the next event arrives")
+    wait_until(lambda: number in received, what="the next event arrives")
     wait_until(lambda: is_settled(store), what="everything is acknowledged")
 
 
@@ -86,13 +86,13 @@ def goes_on(store: StreamStore, heard: list[Any], number: int = 42) -> None:
 
 @pytest.mark.parametrize("reason", sorted(BAD.keys() - {"too_large"}))
 def test_undecodable_bytes_become_dead_letters_unchanged(
-    store: StreamStore, service: Bus, heard: list[Any], reason: str
+    store: StreamStore, service: Bus, received: list[Any], reason: str
 ) -> None:
     entries = [store.add_fields("tick", {b"event": body}) for body in BAD[reason]]
 
-    goes_on(store, heard)
-    assert heard == [42]
-    found = letters(store)
+    next_event_arrives(store, received)
+    assert received == [42]
+    found = dead_letters(store)
     assert [letter.entry for letter in found] == entries
     assert [letter.fields for letter in found] == [{b"event": body} for body in BAD[reason]]
     assert {letter.reason for letter in found} == {"undecodable"}
@@ -101,7 +101,7 @@ def test_undecodable_bytes_become_dead_letters_unchanged(
 
 
 def test_the_dead_letter_of_an_oversized_entry_has_a_sample_and_a_hash(
-    store: StreamStore, heard: list[Any]
+    store: StreamStore, received: list[Any]
 ) -> None:
     body = b"x" * 5_000_000
     id = store.add_fields("tick", {b"event": body, b"more": b"y"})
@@ -134,37 +134,37 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_foreign_entries_become_dead_letters_with_all_their_fields(
-    store: StreamStore, heard: list[Any], kind: str
+    store: StreamStore, received: list[Any], kind: str
 ) -> None:
     entry = store.add_fields("tick", FOREIGN[kind])
 
-    goes_on(store, heard)
-    [letter] = letters(store)
+    next_event_arrives(store, received)
+    [letter] = dead_letters(store)
     assert (letter.reason, letter.entry) == ("undecodable", entry)
     assert letter.fields == FOREIGN[kind]
 
 
 def test_an_event_of_a_newer_version_becomes_a_readable_dead_letter(
-    store: StreamStore, heard: list[Any]
+    store: StreamStore, received: list[Any]
 ) -> None:
     body = packed(specversion="2.0", data={"n": 1}, novelty=True)
     store.add_fields("tick", {b"event": body, b"hint": b"signed"})
 
-    goes_on(store, heard)
-    [letter] = letters(store)
+    next_event_arrives(store, received)
+    [letter] = dead_letters(store)
     assert letter.error.startswith("version: ")
     assert "2.0" in letter.error
     assert letter.fields == {b"event": body, b"hint": b"signed"}
 
 
 def test_unknown_attributes_and_extra_fields_are_ignored(
-    store: StreamStore, heard: list[Any]
+    store: StreamStore, received: list[Any]
 ) -> None:
     store.add_fields("tick", {b"event": packed(novelty=[1], data={"n": 7}), b"signature": b"x"})
 
-    goes_on(store, heard)
-    assert heard == [7, 42]
-    assert letters(store) == []
+    next_event_arrives(store, received)
+    assert received == [7, 42]
+    assert dead_letters(store) == []
 
 
 @pytest.mark.parametrize(
@@ -172,36 +172,38 @@ def test_unknown_attributes_and_extra_fields_are_ignored(
     [0, -1_000_000_000, 253_402_300_799],
     ids=["1970", "before 1970", "the last second of 9999"],
 )
-def test_an_event_of_any_time_is_handled(store: StreamStore, heard: list[Any], moment: int) -> None:
+def test_an_event_of_any_time_is_handled(
+    store: StreamStore, received: list[Any], moment: int
+) -> None:
     body = packed(time=msgpack.Timestamp(moment, 0), data={"n": 7})
     store.add_fields("tick", {b"event": body})
 
-    goes_on(store, heard)
-    assert heard == [7, 42]
+    next_event_arrives(store, received)
+    assert received == [7, 42]
 
 
 def test_a_flood_of_foreign_entries_is_logged_ten_times_a_minute(
-    store: StreamStore, heard: list[Any], caplog: pytest.LogCaptureFixture
+    store: StreamStore, received: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(50):
         store.add_fields("tick", {b"a": b"b"})
 
-    goes_on(store, heard)
-    assert len(letters(store)) == 50
+    next_event_arrives(store, received)
+    assert len(dead_letters(store)) == 50
     assert caplog.text.count("is rejected (missing_attribute)") == 10
 
 
 def test_entries_with_ids_of_the_far_future_and_later_entries_are_handled(
-    store: StreamStore, heard: list[Any]
+    store: StreamStore, received: list[Any]
 ) -> None:
     store.add("tick", n=1)
     late = packed(id="foreign-9", data={"n": 2})
     store.add_fields("tick", {b"event": late}, id="18446744073709551615-18446744073709551000")
 
     # Redis counts on from there: its clock does not matter any more.
-    goes_on(store, heard)
-    assert heard == [1, 2, 42]
-    assert letters(store) == []
+    next_event_arrives(store, received)
+    assert received == [1, 2, 42]
+    assert dead_letters(store) == []
 
 
 # -- what a person sees -------------------------------------------------------------------
@@ -217,7 +219,7 @@ def test_redis_cli_can_read_a_dead_letter(
     service.start()
     assert service.ready(10)
     entry, event = store.add("tick", email="ada@example.com")
-    wait_until(lambda: letters(store), what="it is given up")
+    wait_until(lambda: dead_letters(store), what="it is given up")
 
     said = redis_cli(shared_redis, "XRANGE", store.keys.dead("tick", "mailer"), "-", "+")
 
@@ -285,55 +287,55 @@ def edited(record: RetryRecord, **changes: Any) -> bytes:
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_retry_record_becomes_a_dead_letter_and_the_others_run(
-    store: StreamStore, service: Bus, heard: list[Any], edit: str
+    store: StreamStore, service: Bus, received: list[Any], edit: str
 ) -> None:
-    receiver = receiver_name(heard, service, store)
+    receiver = receiver_name(received, service, store)
     member = EDITS[edit](record_of(store, receiver, n="edited"))
     key = store.keys.retry("tick", "mailer")
     store.client.zadd(key, {member: 0})
     store.client.zadd(key, {record_of(store, receiver, n="good").packed(): 1})
 
-    wait_until(lambda: "good" in heard, what="the good one is tried again")
+    wait_until(lambda: "good" in received, what="the good one is tried again")
     wait_until(lambda: not store.client.zcard(key), what="nothing is left to be tried again")
-    [letter] = letters(store)
-    assert "edited" not in heard
+    [letter] = dead_letters(store)
+    assert "edited" not in received
     assert letter.reason == "undecodable"
     assert letter.fields == {b"record": member}
     assert letter.error.startswith("The record of a retry cannot be decoded: ")
-    goes_on(store, heard)
+    next_event_arrives(store, received)
 
 
 def test_a_retry_packed_differently_by_another_program_is_run_and_removed(
-    store: StreamStore, service: Bus, heard: list[Any]
+    store: StreamStore, service: Bus, received: list[Any]
 ) -> None:
-    record = record_of(store, receiver_name(heard, service, store), n=7)
+    record = record_of(store, receiver_name(received, service, store), n=7)
     values = {name: getattr(record, name) for name in reversed(record.__slots__)}
     key = store.keys.retry("tick", "mailer")
     store.client.zadd(key, {msgpack.packb(values): 0})
 
-    wait_until(lambda: heard == [7], what="it is tried again")
+    wait_until(lambda: received == [7], what="it is tried again")
     wait_until(lambda: not store.client.zcard(key), what="it is removed")
-    goes_on(store, heard)
-    assert heard == [7, 42]
+    next_event_arrives(store, received)
+    assert received == [7, 42]
 
 
-def receiver_name(heard: list[Any], service: Bus, store: StreamStore) -> str:
+def receiver_name(received: list[Any], service: Bus, store: StreamStore) -> str:
     """What the receiver of ``tick`` is known by."""
     return f"{__name__}.hear.<locals>.receive"
 
 
 @pytest.mark.parametrize("score", ["-inf", "1e300", "+inf"])
 def test_an_edited_due_time_harms_no_other_retry(
-    store: StreamStore, service: Bus, heard: list[Any], score: str
+    store: StreamStore, service: Bus, received: list[Any], score: str
 ) -> None:
-    receiver = receiver_name(heard, service, store)
+    receiver = receiver_name(received, service, store)
     key = store.keys.retry("tick", "mailer")
     store.client.zadd(key, {record_of(store, receiver, n="edited").packed(): score})
     store.client.zadd(key, {record_of(store, receiver, n="good").packed(): 1})
 
-    wait_until(lambda: "good" in heard, what="the good one is tried again")
-    goes_on(store, heard)
-    assert ("edited" in heard) == (score == "-inf")
+    wait_until(lambda: "good" in received, what="the good one is tried again")
+    next_event_arrives(store, received)
+    assert ("edited" in received) == (score == "-inf")
 
 
 # -- keys that hold something else --------------------------------------------------------
@@ -344,13 +346,13 @@ def test_a_key_that_is_not_a_stream_is_reported_and_other_streams_are_read(
 ) -> None:
     store.client.set(store.keys.stream("tock"), "a string")
     service.on("tock", via="stream")(lambda sender, **payload: None)
-    heard: list[int] = []
-    service.on("tick", via="stream", start="earliest")(lambda sender, n: heard.append(n))
+    received: list[int] = []
+    service.on("tick", via="stream", start="earliest")(lambda sender, n: received.append(n))
     service.start()
     wait_until(lambda: service.health().refused, what="it is refused")
     assert not service.ready(0)
 
-    goes_on(store, heard)
+    next_event_arrives(store, received)
     refused = service.health().refused
     assert set(refused) == {"tock"}
     assert "WRONGTYPE" in refused["tock"]
@@ -409,7 +411,8 @@ def test_an_outcome_is_written_again_until_redis_accepts_it(
 
     store.client.delete(wrong)
     wait_until(
-        lambda: len(tries) == 2 if outcome == "retry" else letters(store), what="it is told again"
+        lambda: len(tries) == 2 if outcome == "retry" else dead_letters(store),
+        what="it is told again",
     )
     assert is_settled(store)
 
@@ -474,7 +477,7 @@ def test_a_retry_whose_outcome_cannot_be_written_is_not_lost(
     wait_until(lambda: store.client.zcard(retries) == 1, what="Redis has it as a retry again")
 
     store.client.delete(dead)
-    wait_until(lambda: letters(store), what="it is a dead letter in the end")
+    wait_until(lambda: dead_letters(store), what="it is a dead letter in the end")
     assert not store.client.zcard(retries)
 
 
@@ -495,15 +498,15 @@ def test_an_id_forged_in_advance_hides_no_stream_event(
 
     with signals.event_conflict.connected_to(note):
         store.add_fields("tick", {b"event": forged})
-        heard = hear(service) if apart else []
-        wait_until(lambda: not apart or heard == ["forged"], what="the forged event arrives")
+        received = received_by(service) if apart else []
+        wait_until(lambda: not apart or received == ["forged"], what="the forged event arrives")
         store.add_fields("tick", {b"event": honest})
         store.add_fields("tick", {b"event": honest})
-        heard = heard if apart else hear(service)
-        goes_on(store, heard)
+        received = received if apart else received_by(service)
+        next_event_arrives(store, received)
         wait_until(lambda: conflicts, what="the conflict is signalled")
 
-    assert heard == ["forged", "honest", 42]
+    assert received == ["forged", "honest", 42]
     assert conflicts == [f"{event.id} accounts"]
     counts = service.health().counts
     assert (counts["conflicts"], counts["duplicates"]) == (1, 1)
@@ -517,8 +520,8 @@ def test_an_id_with_other_bytes_is_a_conflict_for_a_process_without_a_group_too(
     honest = Codec().encode(event)
     forged = Codec().encode(replace(event, payload={"n": "forged"}, source="somebody"))
     conflicts: list[str] = []
-    heard: list[Any] = []
-    service.on("tick", group=None, start="earliest")(lambda sender, n: heard.append(n))
+    received: list[Any] = []
+    service.on("tick", group=None, start="earliest")(lambda sender, n: received.append(n))
 
     def note(sender: str, name: str, event: Event) -> None:
         conflicts.append(f"{event.id} {event.source}")
@@ -528,44 +531,46 @@ def test_an_id_with_other_bytes_is_a_conflict_for_a_process_without_a_group_too(
 
     with signals.event_conflict.connected_to(note):
         service.start()
-        wait_until(lambda: len(heard) == 3, what="the events arrive")
+        wait_until(lambda: len(received) == 3, what="the events arrive")
         wait_until(lambda: conflicts, what="the conflict is signalled")
 
-    # What is in the stream twice is heard twice, as the page says.
-    assert sorted(heard) == ["forged", "honest", "honest"]
+    # What is in the stream twice is received twice, as the page says.
+    assert sorted(received) == ["forged", "honest", "honest"]
     assert conflicts == [f"{event.id} accounts"]
     assert service.health().counts["conflicts"] == 1
     assert f"The event {event.id} of 'tick', which says it is from 'accounts'" in caplog.text
 
 
 def test_ids_that_cannot_be_stored_do_not_stop_events(
-    store: StreamStore, heard: list[Any], service: Bus, caplog: pytest.LogCaptureFixture
+    store: StreamStore, received: list[Any], service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:
     window = int(time.time() // 600)
 
     for number in (window, window + 1):
         store.client.set(store.keys.seen("tick", "mailer", number), "a string")
 
-    goes_on(store, heard)
+    next_event_arrives(store, received)
     assert "Redis refuses to store the ids of received events" in caplog.text
 
 
 @pytest.mark.timing(ask_command_again_after=0.0)
-def test_storing_ids_is_tried_again_after_a_failure(store: StreamStore, heard: list[Any]) -> None:
+def test_storing_ids_is_tried_again_after_a_failure(
+    store: StreamStore, received: list[Any]
+) -> None:
     window = int(time.time() // 600)
     keys = [store.keys.seen("tick", "mailer", number) for number in (window, window + 1)]
 
     for key in keys:
         store.client.set(key, "a string")
 
-    goes_on(store, heard, 1)
+    next_event_arrives(store, received, 1)
     store.client.delete(*keys)
     body = Codec().encode(store.event("tick", n=2))
     store.add_fields("tick", {b"event": body})
     store.add_fields("tick", {b"event": body})
 
-    goes_on(store, heard, 3)
-    assert heard == [1, 2, 3]
+    next_event_arrives(store, received, 3)
+    assert received == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -577,9 +582,9 @@ def test_a_pattern_ignores_invalid_signal_names(
     store: StreamStore, service: Bus, name: bytes
 ) -> None:
     store.client.sadd(store.keys.names, name)
-    heard = hear(service, "*")
+    received = received_by(service, "*")
 
-    goes_on(store, heard)
+    next_event_arrives(store, received)
     keys = list(store.client.scan_iter(match=f"{store.prefix}:*:stream"))
     assert keys == [store.keys.stream("tick").encode()]
 
@@ -588,19 +593,19 @@ def test_a_pattern_whose_start_cannot_be_stored_does_not_stop_subscriptions_by_n
     store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.client.set(store.keys.since("mailer"), "a string")
-    heard: list[Any] = []
+    received: list[Any] = []
     patterns: list[Any] = []
     service.on("ta*", via="stream")(lambda sender, n: patterns.append(n))
-    service.on("tick", via="stream", start="earliest")(lambda sender, n: heard.append(n))
+    service.on("tick", via="stream", start="earliest")(lambda sender, n: received.append(n))
     service.start()
     store.add("tick", n=1)
 
-    wait_until(lambda: heard == [1], what="what is subscribed by name is heard")
+    wait_until(lambda: received == [1], what="what is subscribed by name is received")
     assert "Redis refuses to list the streams for ta*: WRONGTYPE" in caplog.text
     store.client.delete(store.keys.since("mailer"))
     assert service.ready(10)
     store.add("tack", n=2)
-    wait_until(lambda: patterns == [2], what="the pattern is heard once it can be noted")
+    wait_until(lambda: patterns == [2], what="the pattern is received once it can be noted")
 
 
 @pytest.mark.timing(list_streams_every=60.0)
@@ -608,12 +613,12 @@ def test_a_refused_search_for_streams_lasts_until_the_next_one(
     store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.client.set(store.keys.since("mailer"), "a string")
-    heard = hear(service)
+    received = received_by(service)
     service.on("ta*", via="stream")(lambda sender, n: None)
     wait_until(lambda: "Redis refuses to list the streams" in caplog.text, what="it is refused")
 
     for n in (1, 2, 3):
-        goes_on(store, heard, n)
+        next_event_arrives(store, received, n)
 
     assert "lists the streams for ta* again" not in caplog.text
 
@@ -622,14 +627,14 @@ def test_a_set_of_names_of_a_wrong_type_is_logged(
     store: StreamStore, service: Bus, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.client.set(store.keys.names, "a string")
-    named = hear(service)
+    named = received_by(service)
     patterns: list[Any] = []
     service.on("ta*", via="stream")(lambda sender, n: patterns.append(n))
 
-    wait_until(lambda: "WRONGTYPE" in caplog.text, what="it is told")
+    wait_until(lambda: "WRONGTYPE" in caplog.text, what="it is reported")
     body = Codec().encode(store.event("tick", n=1))
     store.client.xadd(store.keys.stream("tick"), {b"event": body})
-    wait_until(lambda: named == [1], what="what is subscribed by name is heard")
+    wait_until(lambda: named == [1], what="what is subscribed by name is received")
 
 
 @pytest.mark.parametrize("since", ["yesterday", "9" * 5_000], ids=["words", "many digits"])
@@ -637,10 +642,10 @@ def test_a_pattern_with_an_edited_start_is_read_from_now_on(
     store: StreamStore, service: Bus, since: str
 ) -> None:
     store.client.hset(store.keys.since("mailer"), "t*", since)
-    heard = hear(service, "t*")
+    received = received_by(service, "t*")
 
     store.add("tick", n=1)
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
 
 
 def test_two_records_of_one_retry_are_both_renewed_while_they_run(
@@ -678,12 +683,12 @@ def test_two_records_of_one_retry_are_both_renewed_while_they_run(
 
 
 def test_two_records_of_one_retry_both_run(
-    store: StreamStore, service: Bus, heard: list[Any]
+    store: StreamStore, service: Bus, received: list[Any]
 ) -> None:
-    receiver = receiver_name(heard, service, store)
+    receiver = receiver_name(received, service, store)
     record = record_of(store, receiver, n="once")
     key = store.keys.retry("tick", "mailer")
     store.client.zadd(key, {record.packed(): 1, replace(record, attempts=2).packed(): 1})
 
-    wait_until(lambda: heard == ["once", "once"], what="both are tried")
+    wait_until(lambda: received == ["once", "once"], what="both are tried")
     wait_until(lambda: not store.client.zcard(key), what="nothing is left")

@@ -36,8 +36,10 @@ def test_sigterm_lets_a_receiver_finish_and_leaves_the_rest_pending(
     workers.send(*range(10))
     workers.wait_for("begun")
 
-    program.tell(number)
-    wait_until(lambda: "Waiting for running receivers" in program.said, what="the signal is taken")
+    program.send_signal(number)
+    wait_until(
+        lambda: "Waiting for running receivers" in program.output, what="the signal is taken"
+    )
     workers.release.touch()
 
     assert program.end() == 0
@@ -53,15 +55,17 @@ def test_released_entries_are_handled_by_another_worker_at_once_and_in_order(
     program = workers.worker(HOLDING)
     workers.send(*range(10))
     workers.wait_for("begun")
-    program.tell(signal.SIGTERM)
-    wait_until(lambda: "Waiting for running receivers" in program.said, what="the signal is taken")
+    program.send_signal(signal.SIGTERM)
+    wait_until(
+        lambda: "Waiting for running receivers" in program.output, what="the signal is taken"
+    )
     workers.release.touch()
     program.end()
     workers.send(*range(10, 500))
 
     workers.worker(COUNTING, EVENTBUS_CLAIM_AFTER="60")
 
-    workers.wait_until_settled(timeout=8)
+    workers.wait_until_handled(timeout=8)
     assert [line["n"] for line in workers.reports("done")] == list(range(500))
     assert {line["attempt"] for line in workers.reports("done")[1:]} == {1}
 
@@ -71,14 +75,16 @@ def test_a_second_signal_forces_the_end_and_the_event_is_delivered_again(workers
     workers.send(0, 1)
     workers.wait_for("begun")
 
-    program.tell(signal.SIGTERM)
-    wait_until(lambda: "Waiting for running receivers" in program.said, what="the signal is taken")
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
+    wait_until(
+        lambda: "Waiting for running receivers" in program.output, what="the signal is taken"
+    )
+    program.send_signal(signal.SIGTERM)
 
     assert program.end() == 128 + signal.SIGTERM
     assert not workers.done()
     workers.worker(COUNTING)
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == Counter([0, 1])
 
 
@@ -98,13 +104,13 @@ def hold(sender, n):
     workers.send(*range(6))
     workers.wait_for("begun")
 
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
 
     assert program.end() == 0
-    assert "still running after the grace of 0.2 s" in program.said
+    assert "still running after the grace of 0.2 s" in program.output
     assert workers.group()["pending"] + workers.unread() == 3
     workers.worker(COUNTING)
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == Counter(range(6))
 
 
@@ -127,10 +133,10 @@ def count(sender, n):
         wait_until(lambda: len(workers.reports("done")) > total - 250, what="it goes on")  # noqa: B023 - it is called at once
         running.append(workers.work(short, **settings))
         ended = running.pop(0)
-        ended.tell(signal.SIGTERM)
+        ended.send_signal(signal.SIGTERM)
         assert ended.end() == 0
 
-    workers.wait_until_settled(timeout=20)
+    workers.wait_until_handled(timeout=20)
     assert workers.done() == Counter(range(total))
 
 
@@ -151,14 +157,16 @@ def hold(sender, n):
     program = workers.worker(failing, EVENTBUS_CLAIM_AFTER="60")
     workers.send(*range(5))
     workers.wait_for("begun", attempt=2)
-    program.tell(signal.SIGTERM)
-    wait_until(lambda: "Waiting for running receivers" in program.said, what="the signal is taken")
+    program.send_signal(signal.SIGTERM)
+    wait_until(
+        lambda: "Waiting for running receivers" in program.output, what="the signal is taken"
+    )
     workers.release.touch()
     program.end()
 
     workers.worker(failing, EVENTBUS_CLAIM_AFTER="60")
 
-    workers.wait_until_settled(timeout=10)
+    workers.wait_until_handled(timeout=10)
     assert workers.done() == Counter(range(5))
     assert {line["attempt"] for line in workers.reports("done")} == {2}
 
@@ -179,16 +187,18 @@ def hear(sender, n):
     workers.wait_for("begun")
     workers.redis.delete(workers.keys.stream("another"))
     workers.redis.set(workers.keys.stream("another"), "a string")
-    program.tell(signal.SIGTERM)
-    wait_until(lambda: "Waiting for running receivers" in program.said, what="the signal is taken")
+    program.send_signal(signal.SIGTERM)
+    wait_until(
+        lambda: "Waiting for running receivers" in program.output, what="the signal is taken"
+    )
     workers.release.touch()
 
     assert program.end() == 0
-    assert "Redis refuses to release the entries of 'another': WRONGTYPE" in program.said
-    assert "Traceback" not in program.said
+    assert "Redis refuses to release the entries of 'another': WRONGTYPE" in program.output
+    assert "Traceback" not in program.output
     workers.redis.delete(workers.keys.stream("another"))
     workers.worker(COUNTING, EVENTBUS_CLAIM_AFTER="60")
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == Counter(range(5))
 
 
@@ -200,24 +210,24 @@ def test_an_undecodable_entry_becomes_a_dead_letter_after_its_worker_could_not_a
     workers.redis.set(dead, "a string")
     program = workers.worker()
     workers.redis.xadd(workers.stream, {"event": b"\xc1 no event"})
-    wait_until(lambda: "Redis rejected the outcomes" in program.said, what="it is told")
-    program.tell(number)
+    wait_until(lambda: "Redis rejected the outcomes" in program.output, what="it is reported")
+    program.send_signal(number)
     program.end()
 
     workers.redis.delete(dead)
     workers.worker()
 
-    wait_until(lambda: workers.letters(), what="it is a dead letter")
-    workers.wait_until_settled()
-    assert [letter["reason"] for letter in workers.letters()] == [b"undecodable"]
+    wait_until(lambda: workers.dead_letters(), what="it is a dead letter")
+    workers.wait_until_handled()
+    assert [letter["reason"] for letter in workers.dead_letters()] == [b"undecodable"]
 
 
 def test_a_worker_that_ends_leaves_no_consumer_behind(workers: Workers) -> None:
     program = workers.worker()
     workers.send(*range(20))
-    workers.wait_until_settled()
+    workers.wait_until_handled()
 
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
     program.end()
 
     assert workers.group()["consumers"] == 0
@@ -235,13 +245,13 @@ def test_a_worker_that_ends_while_redis_hangs_waits_only_briefly(
     redis_server.hang()
     workers.release.touch()
     workers.wait_for("done")
-    program.tell(signal.SIGTERM)
+    program.send_signal(signal.SIGTERM)
 
     assert program.end(timeout=25) == 0
-    assert "stay pending" in program.said
+    assert "stay pending" in program.output
     redis_server.resume()
     workers.worker(COUNTING)
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert sorted(workers.done()) == list(range(5))
     workers.finish()
 
@@ -307,13 +317,13 @@ def test_a_process_ends_within_the_documented_time_while_redis_hangs(
     workers.wait_for("hangs")
 
     redis_server.hang()
-    wait_until(lambda: "Redis is away" in process.said, timeout=20, what="it is known")
+    wait_until(lambda: "Redis is away" in process.output, timeout=20, what="it is known")
     began = time.monotonic()
-    process.tell(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     process.end(timeout=60)
 
     assert time.monotonic() - began < 1 + LONGEST_STOP + BUSY
-    assert "were not published before the end" in process.said
+    assert "were not published before the end" in process.output
     redis_server.resume()
     workers.finish()
 
@@ -337,8 +347,8 @@ def test_a_worker_on_a_redis_without_streams_ends_with_the_reason(old: Workers) 
     program = old.work()
 
     assert program.end() == 1
-    assert "cannot listen: this Redis has no streams" in program.said
-    assert "Use Redis 6.2 or later, or Valkey" in program.said
+    assert "cannot listen: this Redis has no streams" in program.output
+    assert "Use Redis 6.2 or later, or Valkey" in program.output
 
 
 def test_the_run_command_ends_on_a_redis_without_streams(old: Workers) -> None:
@@ -357,21 +367,21 @@ def test_the_run_command_ends_on_a_redis_without_streams(old: Workers) -> None:
     program = old.run("-m", "flask", "eventbus", "run")
 
     assert program.end() == 1
-    assert "Error: " in program.said
-    assert "cannot listen: this Redis has no streams" in program.said
+    assert "Error: " in program.output
+    assert "cannot listen: this Redis has no streams" in program.output
 
 
 def test_a_web_process_on_a_redis_without_streams_still_receives_channels(
     old: Workers, make_bus: Callable[..., Bus]
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     bus = make_bus(
         old.server.url, "web", prefix=old.name, subscribe={"work": {"via": "stream"}, "tick": {}}
     )
 
     @bus.on("tick")
     def tick(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
 
     @bus.on("work")
     def work(sender: str, **payload: Any) -> None: ...
@@ -380,7 +390,7 @@ def test_a_web_process_on_a_redis_without_streams_still_receives_channels(
     assert not bus.ready(10)
     make_bus(old.server.url, "other", prefix=old.name).node.publish("tick", {"n": 1})
 
-    wait_until(lambda: heard == [1], what="the channel is heard")
+    wait_until(lambda: received == [1], what="the channel is received")
     health = bus.health()
     assert not health.connected
     assert "unknown command" in health.refused["work"]

@@ -45,7 +45,7 @@ def listen(bus: Bus, receive: Callable[..., object], **options: Any) -> None:
     assert bus.ready(10)
 
 
-def letters(store: StreamStore) -> list[DeadLetter]:
+def dead_letters(store: StreamStore) -> list[DeadLetter]:
     """The dead letters of ``tick``, as they read."""
     key = store.keys.dead("tick", "mailer")
     return [DeadLetter.from_fields(fields) for _, fields in store.client.xrange(key)]
@@ -64,11 +64,11 @@ def pending(store: StreamStore) -> int:
 def test_the_record_of_a_failure_and_the_acknowledgement_are_one_transaction(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, retries: int, kept: str
 ) -> None:
-    told: list[list[object]] = []
+    reported: list[list[object]] = []
     run = Pipe.run
 
     def note(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
-        told.append([command[0] for command in commands])
+        reported.append([command[0] for command in commands])
         return run(pipe, commands, **how)
 
     def fail(sender: str, n: int) -> None:
@@ -79,8 +79,8 @@ def test_the_record_of_a_failure_and_the_acknowledgement_are_one_transaction(
     listen(make_bus(store.url, "mailer", prefix=store.prefix), fail, retries=retries)
     store.add("tick", n=1)
 
-    wait_until(lambda: any("XACK" in words for words in told), what="it is acknowledged")
-    assert next(words for words in told if "XACK" in words) == ["MULTI", kept, "XACK", "EXEC"]
+    wait_until(lambda: any("XACK" in words for words in reported), what="it is acknowledged")
+    assert next(words for words in reported if "XACK" in words) == ["MULTI", kept, "XACK", "EXEC"]
 
 
 def test_the_outcome_of_a_retry_is_written_again_if_redis_did_not_get_it(
@@ -176,7 +176,7 @@ def test_an_event_whose_outcome_cannot_be_determined_is_delivered_again(
 def test_an_internal_error_stops_no_receiver_thread(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     runs: list[object] = []
     run = attempts.Attempts.run
 
@@ -190,12 +190,12 @@ def test_an_internal_error_stops_no_receiver_thread(
 
     monkeypatch.setattr(attempts.Attempts, "run", stumble_once)
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
-    listen(bus, lambda sender, n: heard.append(n))
+    listen(bus, lambda sender, n: received.append(n))
     store.add("tick", n=1)
     wait_until(lambda: runs, what="the defect is met")
     store.add("tick", n=2)
 
-    wait_until(lambda: heard == [2], what="the next event is handled")
+    wait_until(lambda: received == [2], what="the next event is handled")
     assert bus.health().counts["handling_failed"] == 1
 
 
@@ -209,7 +209,7 @@ def test_max_age_trimming_keeps_the_dead_letter(store: StreamStore, make_bus: Ma
     store.add("tick", n=2)
 
     wait_until(lambda: bus.health().counts.get("dead_lettered") == 2, what="both are given up")
-    assert len(letters(store)) == 2
+    assert len(dead_letters(store)) == 2
 
 
 def test_a_retry_without_a_receiver_for_an_hour_becomes_a_dead_letter(
@@ -229,8 +229,8 @@ def test_a_retry_without_a_receiver_for_an_hour_becomes_a_dead_letter(
     store.client.zadd(key, {record.packed(): 1})
     listen(make_bus(store.url, "mailer", prefix=store.prefix), lambda sender, n: None)
 
-    wait_until(lambda: letters(store), what="it is given up")
-    assert [letter.reason for letter in letters(store)] == ["gone"]
+    wait_until(lambda: dead_letters(store), what="it is given up")
+    assert [letter.reason for letter in dead_letters(store)] == ["gone"]
     assert not store.client.zcard(key)
 
 
@@ -473,7 +473,7 @@ def test_workers_that_wait_for_events_are_not_removed(store: StreamStore, make_b
 def test_an_entry_delivered_to_a_consumer_during_its_removal_is_handled(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     late = "host-1-late"
     look = Group.consumers
 
@@ -499,10 +499,10 @@ def test_an_entry_delivered_to_a_consumer_during_its_removal_is_handled(
     # It reads nothing by itself: what it hears, it takes over.
     monkeypatch.setattr(Group, "read", read_nothing)
     monkeypatch.setattr(Group, "consumers", look_too_early)
-    listen(bus, lambda sender, n: heard.append(n))
+    listen(bus, lambda sender, n: received.append(n))
 
     wait_until(lambda: read, what="the entry is given to the consumer")
-    wait_until(lambda: heard == [1] * len(read), what="a worker handles it")
+    wait_until(lambda: received == [1] * len(read), what="a worker handles it")
     wait_until(lambda: not pending(store), what="it is acknowledged")
 
 
@@ -510,20 +510,20 @@ def test_an_event_published_while_a_stream_is_deleted_is_received(
     store: StreamStore, make_bus: Make
 ) -> None:
     stream = store.keys.stream("tick")
-    heard: list[int] = []
+    received: list[int] = []
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
-    bus.on("tick", via="stream", start="new")(lambda sender, n: heard.append(n))
+    bus.on("tick", via="stream", start="new")(lambda sender, n: received.append(n))
     bus.start()
     assert bus.ready(10)
     store.add("tick", n=1)
-    wait_until(lambda: heard == [1], what="the first is heard")
+    wait_until(lambda: received == [1], what="the first is received")
 
     with store.client.pipeline(transaction=True) as both:
         both.delete(stream)
         both.xadd(stream, {b"event": Codec().encode(store.event("tick", n=2))})
         both.execute()
 
-    wait_until(lambda: heard == [1, 2], what="what came right after the end is heard")
+    wait_until(lambda: received == [1, 2], what="what came right after the end is received")
 
 
 def test_a_worker_of_many_streams_reads_no_further_ahead_than_a_worker_of_one(
@@ -540,17 +540,17 @@ def test_a_worker_of_many_streams_reads_no_further_ahead_than_a_worker_of_one(
         return run(pipe, commands, **how)
 
     monkeypatch.setattr(Pipe, "run", note)
-    heard: list[int] = []
+    received: list[int] = []
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
 
     for number in range(60):
         store.add(f"tick_{number}", n=number)
         name = f"tick_{number}"
-        bus.on(name, via="stream", start="earliest")(lambda sender, n: heard.append(n))
+        bus.on(name, via="stream", start="earliest")(lambda sender, n: received.append(n))
 
     bus.start()
     assert bus.ready(10)
-    wait_until(lambda: len(heard) == 60, what="all are heard")
+    wait_until(lambda: len(received) == 60, what="all are received")
 
     first, streams = next(read for read in reads if read[1] == 60)
     assert first * streams <= TIMING.max_ahead
@@ -559,7 +559,7 @@ def test_a_worker_of_many_streams_reads_no_further_ahead_than_a_worker_of_one(
 def test_a_delivery_whose_start_cannot_be_recorded_starts_later(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     refused: list[object] = []
     record_start = Group.record_start
 
@@ -575,9 +575,9 @@ def test_a_delivery_whose_start_cannot_be_recorded_starts_later(
     store.group("tick")
     store.client.xreadgroup("mailer", "host-2-dead", {store.keys.stream("tick"): ">"})
     bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=0.5)
-    listen(bus, lambda sender, n: heard.append(n))
+    listen(bus, lambda sender, n: received.append(n))
 
-    wait_until(lambda: heard == [1], what="it is handled")
+    wait_until(lambda: received == [1], what="it is handled")
     assert refused
 
 

@@ -59,7 +59,7 @@ def receive(sender, n):
     while n == "wait" and not Path(os.environ["RELEASE"]).exists():
         time.sleep(0.01)
 
-    report("heard", n=n)
+    report("received", n=n)
 
 bus.start()
 bus.ready()
@@ -100,17 +100,17 @@ def send(bus: Bus, *numbers: Any) -> None:
     assert bus.flush(15)
 
 
-def hear(bus: Bus, name: str = "tick", **options: Any) -> list[Any]:
+def received_by(bus: Bus, name: str = "tick", **options: Any) -> list[Any]:
     """Listen to a stream, and return the list that its numbers go to."""
-    heard: list[Any] = []
+    received: list[Any] = []
 
     @bus.on(name, via="stream", **options)
     def receive(sender: str, n: Any) -> None:
-        heard.append(n)
+        received.append(n)
 
     bus.start()
     assert bus.ready(10)
-    return heard
+    return received
 
 
 # -- streams and groups that vanish -------------------------------------------------------
@@ -144,7 +144,7 @@ def test_events_published_after_a_stream_or_its_group_vanished_are_handled_once(
     clock = publisher(make_bus, redis_server.url, workers.name)
     programs = hire(workers, 3)
     send(clock, *range(10))
-    workers.wait_for("heard", 10)
+    workers.wait_for("received", 10)
 
     vanish(store, redis_server)
     # Two that start at this moment find the group there, or make it themselves.
@@ -152,10 +152,10 @@ def test_events_published_after_a_stream_or_its_group_vanished_are_handled_once(
     send(clock, *range(100, 150))
 
     workers.wait_for("ready", 5)
-    wait_until(lambda: {line["n"] for line in workers.reports("heard")} >= {*range(100, 150)})
+    wait_until(lambda: {line["n"] for line in workers.reports("received")} >= {*range(100, 150)})
     send(clock, *range(200, 210))
-    wait_until(lambda: {line["n"] for line in workers.reports("heard")} >= {*range(200, 210)})
-    later = [line["n"] for line in workers.reports("heard") if line["n"] >= 100]
+    wait_until(lambda: {line["n"] for line in workers.reports("received")} >= {*range(200, 210)})
+    later = [line["n"] for line in workers.reports("received") if line["n"] >= 100]
     assert len(later) == len(set(later))
     assert [program.process.poll() for program in programs] == [None] * 5
 
@@ -164,7 +164,7 @@ def test_events_published_after_a_stream_or_its_group_vanished_are_handled_once(
 
     assert [program.end() for program in programs] == [0] * 5
     assert any(
-        "A new group is created at the first entry" in program.said for program in programs
+        "A new group is created at the first entry" in program.output for program in programs
     ) or (vanish is restart)
 
 
@@ -176,22 +176,22 @@ def test_workers_that_start_at_once_create_one_group(
 
     send(clock, *range(60))
 
-    workers.wait_for("heard", 60)
-    assert sorted(line["n"] for line in workers.reports("heard")) == list(range(60))
-    assert not any("ERROR" in program.said for program in programs)
+    workers.wait_for("received", 60)
+    assert sorted(line["n"] for line in workers.reports("received")) == list(range(60))
+    assert not any("ERROR" in program.output for program in programs)
 
 
 def test_a_lost_group_is_reported_once(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = make_bus(redis_server.url, "mailer")
-    heard = hear(bus)
+    received = received_by(bus)
 
     redis_server.client.flushall()
     wait_until(lambda: bus.health().counts.get("groups_lost") == 1, what="it is counted")
     send(publisher(make_bus, redis_server.url, "eventbus"), 1)
 
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
     assert caplog.text.count("the group of 'mailer' is gone") == 1
     assert "Redis was flushed, or restarted without its data" in caplog.text
 
@@ -200,15 +200,15 @@ def test_events_of_a_pattern_are_received_at_once_after_a_flush(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     clock = publisher(make_bus, redis_server.url, "eventbus")
-    heard = hear(make_bus(redis_server.url, "mailer"), "ti*")
+    received = received_by(make_bus(redis_server.url, "mailer"), "ti*")
     send(clock, 1)
-    wait_until(lambda: heard == [1], what="the first event arrives")
+    wait_until(lambda: received == [1], what="the first event arrives")
 
     redis_server.client.flushall()
     # The publisher, whose connection was not lost, does not say again that there is a stream.
     send(clock, 2)
 
-    wait_until(lambda: heard == [1, 2], what="the event after the flush arrives")
+    wait_until(lambda: received == [1, 2], what="the event after the flush arrives")
 
 
 @pytest.mark.timing(list_streams_every=0.05)
@@ -221,9 +221,11 @@ def test_events_sent_after_a_pattern_is_ready_are_received(
 
     for _ in range(10):
         store = StreamStore(shared_redis)
-        heard = hear(make_bus(store.url, "mailer", prefix=store.prefix), "ti*", group=group)
+        received = received_by(
+            make_bus(store.url, "mailer", prefix=store.prefix), "ti*", group=group
+        )
         store.add("tick", n=1)
-        wait_until(lambda found=heard: found == [1], what="it is heard")  # type: ignore[misc]
+        wait_until(lambda found=received: found == [1], what="it is received")  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
@@ -258,7 +260,7 @@ def test_entries_of_a_dead_worker_are_not_taken_for_handled_when_its_group_is_de
     destroy(StreamStore(redis_server, workers.name), redis_server)
 
     workers.release.touch()
-    wait_until(lambda: {line["n"] for line in workers.reports("heard")} == {"wait", 1, 2})
+    wait_until(lambda: {line["n"] for line in workers.reports("received")} == {"wait", 1, 2})
 
 
 def _pending(server: RedisServer, prefix: str) -> int:
@@ -350,9 +352,9 @@ def test_a_worker_that_starts_while_redis_is_full_reads_the_backlog(
     store.client.config_set("maxmemory-policy", "noeviction")
     store.client.config_set("maxmemory", "1mb")
 
-    heard = hear(make_bus(redis_server.url, "mailer", prefix=store.prefix))
+    received = received_by(make_bus(redis_server.url, "mailer", prefix=store.prefix))
 
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
 
 
 @pytest.mark.timing(ask_stream_again_after=0.2)
@@ -363,7 +365,7 @@ def test_a_worker_whose_writes_are_refused_logs_it_once_and_continues_later(
 ) -> None:
     store = StreamStore(redis_server)
     bus = make_bus(redis_server.url, "mailer", prefix=store.prefix)
-    heard = hear(bus)
+    received = received_by(bus)
     store.client.config_set("min-replicas-to-write", 1)
 
     def rejected() -> int:
@@ -375,7 +377,7 @@ def test_a_worker_whose_writes_are_refused_logs_it_once_and_continues_later(
     store.client.config_set("min-replicas-to-write", 0)
     store.add("tick", n=1)
 
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
     assert bus.health().refused == {}
     assert caplog.text.count("Redis lets 'mailer' read the stream of 'tick' again") == 1
 
@@ -479,15 +481,15 @@ def test_an_event_whose_xadd_got_no_reply_reaches_receivers_once(
     loss, url = lose(b"XADD", silent=silent)
     clock = publisher(make_bus, url, store.prefix)
     bus = make_bus(shared_redis.url, "mailer", prefix=store.prefix)
-    heard = hear(bus)
+    received = received_by(bus)
     send(clock, 1)
 
     loss.left = 1
     send(clock, 2)
     send(clock, 3)
 
-    wait_until(lambda: 3 in heard, what="the event that follows arrives")
-    assert heard == [1, 2, 3]
+    wait_until(lambda: 3 in received, what="the event that follows arrives")
+    assert received == [1, 2, 3]
     assert store.client.xlen(store.keys.stream("tick")) == 4
     assert bus.health().counts["duplicates"] == 1
 
@@ -502,14 +504,14 @@ def test_entries_in_a_lost_reply_are_read_again(
 ) -> None:
     store = StreamStore(shared_redis)
     loss, url = lose(b"XREADGROUP", b"event", silent=silent)
-    heard = hear(make_bus(url, "mailer", prefix=store.prefix))
+    received = received_by(make_bus(url, "mailer", prefix=store.prefix))
 
     loss.left = 1
     store.add("tick", n=1)
     wait_until(lambda: not loss.left, what="the answer is lost")
     store.add("tick", n=2)
 
-    wait_until(lambda: sorted(heard) == [1, 2], what="both are handled")
+    wait_until(lambda: sorted(received) == [1, 2], what="both are handled")
     wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
 
 
@@ -519,18 +521,18 @@ def test_an_event_is_handled_once_when_both_its_replies_are_lost(
     store = StreamStore(shared_redis)
     loss, url = lose(b"XREADGROUP", b"event")
     bus = make_bus(url, "mailer", prefix=store.prefix)
-    heard = hear(bus)
+    received = received_by(bus)
     body = Codec().encode(store.event("tick", n=1))
 
     loss.left = 1
     store.add_fields("tick", {b"event": body})
-    wait_until(lambda: heard == [1], what="it is taken up")
+    wait_until(lambda: received == [1], what="it is taken up")
     # Its publisher, whose answer was lost as well, sends it again.
     store.add_fields("tick", {b"event": body})
     store.add("tick", n=2)
 
-    wait_until(lambda: 2 in heard, what="the next event arrives")
-    assert heard == [1, 2]
+    wait_until(lambda: 2 in received, what="the next event arrives")
+    assert received == [1, 2]
 
 
 @pytest.mark.parametrize("error", [Reject("never"), ValueError("not now")], ids=["dead", "retry"])
@@ -575,7 +577,7 @@ def test_no_confirmed_event_is_lost_while_redis_hangs_for_three_seconds(
     wait_until(lambda: len(traffic.confirmed) > 20, what="events are sent")
 
     redis_server.hang()
-    wait_until(lambda: traffic.failed, what="a sender is told")
+    wait_until(lambda: traffic.failed, what="a sender is reported")
     traffic.wait(3 - traffic.longest)
     redis_server.resume()
     before = len(traffic.confirmed)
@@ -584,11 +586,11 @@ def test_no_confirmed_event_is_lost_while_redis_hangs_for_three_seconds(
 
     assert traffic.longest < 0.5 + 0.4
     wait_until(
-        lambda: {line["n"] for line in workers.reports("heard")} >= {*traffic.confirmed},
+        lambda: {line["n"] for line in workers.reports("received")} >= {*traffic.confirmed},
         what="everything that was confirmed is handled",
     )
-    heard = [line["n"] for line in workers.reports("heard")]
-    assert len(heard) == len(set(heard))
+    received = [line["n"] for line in workers.reports("received")]
+    assert len(received) == len(set(received))
 
 
 class Traffic:
@@ -661,8 +663,8 @@ def test_without_a_group_each_process_gets_all_events_despite_lost_connections_a
         send(clock, *range(20, 30))
 
         for program in programs:
-            heard = service.wait_for("heard", 30, pid=program.pid)
-            assert [line["n"] for line in heard] == list(range(30))
+            received = service.wait_for("received", 30, pid=program.pid)
+            assert [line["n"] for line in received] == list(range(30))
     finally:
         service.end()
 
@@ -672,9 +674,9 @@ def test_a_process_without_a_group_receives_events_after_a_flush_of_a_stream_fro
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     store = StreamStore(redis_server)
-    heard = hear(make_bus(redis_server.url, "mailer", prefix=store.prefix), group=None)
+    received = received_by(make_bus(redis_server.url, "mailer", prefix=store.prefix), group=None)
     store.add("tick", n=1, id="99999999999999-0")
-    wait_until(lambda: heard == [1], what="the first event arrives")
+    wait_until(lambda: received == [1], what="the first event arrives")
 
     body = Codec().encode(store.event("tick", n=2))
     with store.client.pipeline() as together:
@@ -683,21 +685,21 @@ def test_a_process_without_a_group_receives_events_after_a_flush_of_a_stream_fro
         together.xadd(store.keys.stream("tick"), {b"event": body})
         together.execute()
 
-    wait_until(lambda: heard == [1, 2], what="the event after the flush arrives")
+    wait_until(lambda: received == [1, 2], what="the event after the flush arrives")
     store.add("tick", n=3)
-    wait_until(lambda: heard == [1, 2, 3], what="the next one arrives")
+    wait_until(lambda: received == [1, 2, 3], what="the next one arrives")
 
 
 def test_a_process_without_a_group_reads_what_a_new_master_adds_in_place_of_lost_entries(
     redis_server: RedisServer, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = StreamStore(redis_server)
-    heard = hear(make_bus(redis_server.url, "mailer", prefix=store.prefix), group=None)
+    received = received_by(make_bus(redis_server.url, "mailer", prefix=store.prefix), group=None)
     key, start = store.keys.stream("tick"), int(time.time() * 1000)
     bodies = [Codec().encode(store.event("tick", n=n)) for n in range(60)]
     for n in range(40):
         store.client.xadd(key, {"event": bodies[n]}, id=f"{start + n}-0")
-    wait_until(lambda: len(heard) == 40, what="they arrive")
+    wait_until(lambda: len(received) == 40, what="they arrive")
 
     with store.client.pipeline() as failover:
         # The new master got 20 of them, and has added others with ids among those that it lacks.
@@ -709,11 +711,11 @@ def test_a_process_without_a_group_reads_what_a_new_master_adds_in_place_of_lost
         failover.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         failover.execute()
 
-    wait_until(lambda: len(heard) >= 50, what="what was added arrives")
+    wait_until(lambda: len(received) >= 50, what="what was added arrives")
     for n in range(50, 60):
         store.client.xadd(key, {"event": bodies[n]}, id=f"{start + n}-0")
-    wait_until(lambda: len(heard) >= 60, what="what comes later arrives")
-    assert heard == list(range(60))
+    wait_until(lambda: len(received) >= 60, what="what comes later arrives")
+    assert received == list(range(60))
     assert "lost the last 20 entries of the stream of 'tick'" in caplog.text
 
 
@@ -748,13 +750,13 @@ def any_server(
 @pytest.fixture
 def trimmed() -> Iterator[list[tuple[str, int | None]]]:
     """What was told of events that were trimmed."""
-    told: list[tuple[str, int | None]] = []
+    reported: list[tuple[str, int | None]] = []
 
     def note(sender: str, name: str, count: int | None) -> None:
-        told.append((name, count))
+        reported.append((name, count))
 
     with signals.events_trimmed.connected_to(note):
-        yield told
+        yield reported
 
 
 def test_events_that_were_trimmed_unread_are_counted_logged_and_signalled(
@@ -772,9 +774,9 @@ def test_events_that_were_trimmed_unread_are_counted_logged_and_signalled(
     store.client.xtrim(store.keys.stream("tick"), maxlen=3, approximate=False)
 
     bus = make_bus(any_server.url, "mailer", prefix=store.prefix)
-    heard = hear(bus)
+    received = received_by(bus)
 
-    wait_until(lambda: heard == [7, 8, 9], what="what is left is handled")
+    wait_until(lambda: received == [7, 8, 9], what="what is left is handled")
     wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == [("tick", 3)]
     assert bus.health().counts["trimmed"] == 3
@@ -792,9 +794,9 @@ def test_events_that_were_trimmed_before_a_process_without_a_group_read_them_are
     store = StreamStore(any_server)
     store.add("tick", n=0)
     bus = make_bus(any_server.url, "mailer", prefix=store.prefix)
-    heard = hear(bus, group=None)
+    received = received_by(bus, group=None)
     store.add("tick", n=1)
-    wait_until(lambda: heard == [1], what="the first event arrives")
+    wait_until(lambda: received == [1], what="the first event arrives")
 
     # A listener that is away reads nothing of what comes and goes meanwhile.
     with store.client.pipeline() as together:
@@ -857,9 +859,9 @@ def test_events_trimmed_before_the_first_read_of_a_group_are_counted(
         store.add("tick", n=number)
     store.client.xtrim(store.keys.stream("tick"), maxlen=3, approximate=False)
     bus = make_bus(any_server.url, "mailer", prefix=store.prefix)
-    heard = hear(bus, start=start)
+    received = received_by(bus, start=start)
 
-    wait_until(lambda: heard == [7, 8, 9], what="what is left is handled")
+    wait_until(lambda: received == [7, 8, 9], what="what is left is handled")
     wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == [("tick", lost)]
     assert bus.health().counts["trimmed"] == lost
@@ -870,7 +872,7 @@ def test_status_raises_an_alarm_for_a_stopped_service_that_lost_events(
 ) -> None:
     store = StreamStore(any_server)
     bus = make_bus(any_server.url, "mailer", prefix=store.prefix)
-    hear(bus)
+    received_by(bus)
     bus.stop()
     for number in range(10):
         store.add("tick", n=number)
@@ -972,14 +974,14 @@ def test_a_service_that_falls_behind_again_and_again_counts_each_event_it_lost(
     group = group_of(store, make_bus)
     group.join({"tick": "$"})
     watch, counters = trims_of(group)
-    heard = 0
+    received = 0
 
     for count in (10, 6, 9, 6):
         add_and_trim(store, count)
         look(watch)
-        heard += len(group.read(["tick"], count=1, block=0))
+        received += len(group.read(["tick"], count=1, block=0))
 
-    assert heard == 4
+    assert received == 4
     wait_until(wait_until_sent, what="all receivers have run")
     # Two entries are left.
     assert counters.get("trimmed") == 31 - 4 - 2
@@ -1097,10 +1099,10 @@ def test_groups_are_created_on_a_server_that_cannot_count(
     store = StreamStore(shared_redis)
     store.add("paid", n=1)
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
-    heard = hear(bus)
+    received = received_by(bus)
     store.add("tick", n=2)
 
-    wait_until(lambda: heard == [2], what="the event arrives")
+    wait_until(lambda: received == [2], what="the event arrives")
 
 
 def _ids(store: StreamStore) -> list[bytes]:
@@ -1112,14 +1114,14 @@ def test_events_trimmed_during_a_slow_receiver_are_counted(
 ) -> None:
     store = StreamStore(any_server)
     bus = make_bus(any_server.url, "mailer", prefix=store.prefix)
-    heard: list[int] = []
+    received: list[int] = []
     begun, goes_on = threading.Event(), threading.Event()
 
     @bus.on("tick", via="stream")
     def receive(sender: str, n: int) -> None:
         begun.set()
         goes_on.wait(20)
-        heard.append(n)
+        received.append(n)
 
     bus.start()
     assert bus.ready(10)
@@ -1133,11 +1135,11 @@ def test_events_trimmed_during_a_slow_receiver_are_counted(
     store.client.xtrim(store.keys.stream("tick"), maxlen=50, approximate=False)
     goes_on.set()
 
-    wait_until(lambda: 200 in heard, what="the last event is handled")
-    wait_until(lambda: trimmed, what="the loss is told", timeout=5)
-    assert 50 < len(heard) < 201
+    wait_until(lambda: 200 in received, what="the last event is handled")
+    wait_until(lambda: trimmed, what="the loss is reported", timeout=5)
+    assert 50 < len(received) < 201
     wait_until(
-        lambda: sum(count or 0 for _, count in trimmed) == 201 - len(heard),
+        lambda: sum(count or 0 for _, count in trimmed) == 201 - len(received),
         what="everything that was lost is counted",
     )
 
@@ -1156,10 +1158,10 @@ def test_trimmed_entries_of_a_dead_worker_are_counted_and_the_rest_are_handled(
     store.client.xtrim(store.keys.stream("tick"), maxlen=4, approximate=False)
 
     bus = make_bus(any_server.url, "mailer", prefix=store.prefix, claim_after=1)
-    heard = hear(bus)
+    received = received_by(bus)
 
-    wait_until(lambda: sorted(heard) == [6, 7, 8, 9], what="the rest is taken over")
-    wait_until(lambda: trimmed, what="the loss is told")
+    wait_until(lambda: sorted(received) == [6, 7, 8, 9], what="the rest is taken over")
+    wait_until(lambda: trimmed, what="the loss is reported")
     wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == [("tick", 6)]
     assert bus.health().counts["trimmed"] == 6
@@ -1174,17 +1176,17 @@ def test_trimming_a_fully_handled_stream_is_no_loss(
     for number in range(10):
         store.add("tick", n=number)
     bus = make_bus(any_server.url, "mailer", prefix=store.prefix, claim_after=1)
-    heard = hear(bus, start="earliest")
-    wait_until(lambda: len(heard) == 10, what="all are handled")
+    received = received_by(bus, start="earliest")
+    wait_until(lambda: len(received) == 10, what="all are handled")
     wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
 
     store.client.xtrim(store.keys.stream("tick"), maxlen=0, approximate=False)
     bus.stop()
     again = make_bus(any_server.url, "mailer", prefix=store.prefix, claim_after=1)
-    heard = hear(again)
+    received = received_by(again)
     store.add("tick", n=11)
 
-    wait_until(lambda: heard == [11], what="the next event arrives")
+    wait_until(lambda: received == [11], what="the next event arrives")
     wait_until(wait_until_sent, what="all receivers have run")
     assert trimmed == []
 
@@ -1197,7 +1199,7 @@ def test_events_of_the_largest_size_are_read_if_replies_are_limited(
     server.start()
     request.addfinalizer(server.kill)
     store = StreamStore(server, "eventbus")
-    heard: list[int] = []
+    received: list[int] = []
     store.group("tick")
 
     for number in range(80):
@@ -1207,11 +1209,11 @@ def test_events_of_the_largest_size_are_read_if_replies_are_limited(
         store.read("tick", 10)
 
     service = make_bus(server.url, "mailer", claim_after=1, concurrency=16)
-    service.on("tick", via="stream")(lambda sender, number, text: heard.append(number))
+    service.on("tick", via="stream")(lambda sender, number, text: received.append(number))
     service.start()
 
-    wait_until(lambda: len(heard) >= 80, timeout=40, what="every event is handled")
-    assert sorted(heard) == [*range(80)]
+    wait_until(lambda: len(received) >= 80, timeout=40, what="every event is handled")
+    assert sorted(received) == [*range(80)]
     assert "output buffer limits" not in (tmp_path / "redis.log").read_text()
     service.stop()
 

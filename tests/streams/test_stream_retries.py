@@ -67,7 +67,7 @@ class Line:
         name = group["name"].decode()
         return not (group["pending"] or unread(self.redis, key, name) or self.waiting())
 
-    def wait_until_settled(self, timeout: float = 15) -> None:
+    def wait_until_handled(self, timeout: float = 15) -> None:
         """Wait until nothing is left to do."""
         wait_until(self.settled, timeout=timeout, what="everything is settled")
 
@@ -76,7 +76,7 @@ class Line:
         found: Any = self.redis.zrange(self.keys.retry("work", "consumer"), 0, -1, withscores=True)
         return list(found)
 
-    def letters(self) -> list[dict[str, str]]:
+    def dead_letters(self) -> list[dict[str, str]]:
         """The dead letters, as ``redis-cli`` shows them."""
         found: Any = self.redis.xrange(self.keys.dead("work", "consumer"))
         return [
@@ -121,7 +121,7 @@ def test_only_failed_receivers_are_retried(line: Line) -> None:
     line.send(1)
 
     wait_until(lambda: len(ran) == 6, what="all have succeeded")
-    line.wait_until_settled()
+    line.wait_until_handled()
     assert sorted(ran) == [
         ("first", 1),
         ("second", 1),
@@ -130,7 +130,7 @@ def test_only_failed_receivers_are_retried(line: Line) -> None:
         ("third", 1),
         ("third", 2),
     ]
-    assert not line.letters()
+    assert not line.dead_letters()
 
 
 def wrapped(function: Callable[..., None]) -> Callable[..., None]:
@@ -166,12 +166,12 @@ def test_retries_of_receivers_with_the_same_name_are_kept_apart(line: Line) -> N
     line.listen()
     line.send(1)
 
-    wait_until(lambda: len(line.letters()) == 2, what="both are given up")
-    line.wait_until_settled()
+    wait_until(lambda: len(line.dead_letters()) == 2, what="both are given up")
+    line.wait_until_handled()
     expected = [("first", 1)]
     expected += [(name, attempt) for name in ("second", "third") for attempt in (1, 2, 3, 4)]
     assert sorted(ran) == expected
-    assert len({letter["receiver"] for letter in line.letters()}) == 2
+    assert len({letter["receiver"] for letter in line.dead_letters()}) == 2
 
 
 def test_the_delay_doubles_and_is_bounded() -> None:
@@ -213,7 +213,7 @@ def test_a_receiver_can_set_the_delay_of_its_retry(line: Line, after: float) -> 
     if after < 60:
         wait_until(lambda: len(begun) == 2, what="it is tried again")
         assert after <= begun[1] - begun[0] < after + 1
-        line.wait_until_settled()
+        line.wait_until_handled()
     else:
         wait_until(line.waiting, what="the retry waits")
         assert abs(line.waiting()[0][1] / 1000 - begun[0] - after) < 1
@@ -221,21 +221,21 @@ def test_a_receiver_can_set_the_delay_of_its_retry(line: Line, after: float) -> 
 
 @pytest.mark.parametrize("after", [float("inf"), float("nan"), -1, "soon", 1e300], ids=str)
 def test_an_invalid_retry_delay_counts_as_a_failure(line: Line, after: Any) -> None:
-    heard: list[int] = []
+    received: list[int] = []
 
     @line.bus.on("work", retries=0)
     def receive(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
         if n == 1:
             raise Retry(after=after)
 
     line.listen()
     line.send(1, 2)
 
-    wait_until(line.letters, what="it is given up")
-    line.wait_until_settled()
-    assert heard == [1, 2]
-    assert "'after'" in line.letters()[0]["error"]
+    wait_until(line.dead_letters, what="it is given up")
+    line.wait_until_handled()
+    assert received == [1, 2]
+    assert "'after'" in line.dead_letters()[0]["error"]
 
 
 def test_the_memory_for_waiting_retries_is_bounded() -> None:
@@ -264,7 +264,7 @@ def test_a_retry_due_much_later_is_found_by_a_later_look(line: Line) -> None:
     line.send(1)
 
     wait_until(lambda: begun == [1, 2], what="it is tried again")
-    line.wait_until_settled()
+    line.wait_until_handled()
 
 
 @quick
@@ -303,7 +303,7 @@ def test_two_workers_share_retries_and_run_each_once(
     line.send(*range(500))
 
     wait_until(lambda: len(done) >= 500, timeout=15, what="all are tried again")
-    line.wait_until_settled()
+    line.wait_until_handled()
     assert sorted(done) == list(range(500))
 
 
@@ -312,11 +312,11 @@ def test_two_workers_share_retries_and_run_each_once(
 
 @quick
 def test_after_its_last_retry_an_event_becomes_a_complete_dead_letter(line: Line) -> None:
-    told: list[dict[str, Any]] = []
+    reported: list[dict[str, Any]] = []
     attempts: list[int] = []
 
     def note(sender: str, **facts: Any) -> None:
-        told.append({"service": sender, **facts})
+        reported.append({"service": sender, **facts})
 
     @line.bus.on("work", retries=2)
     def receive(sender: str, n: int) -> None:
@@ -326,9 +326,9 @@ def test_after_its_last_retry_an_event_becomes_a_complete_dead_letter(line: Line
     line.listen()
     with signals.event_dead_lettered.connected_to(note):
         line.send(7)
-        wait_until(lambda: told, what="it is told")
+        wait_until(lambda: reported, what="it is reported")
 
-    (letter,) = line.letters()
+    (letter,) = line.dead_letters()
     name = f"{__name__}.{receive.__qualname__}"
     found: Any = line.redis.xrange(line.keys.stream("work"))
     ((entry, fields),) = found
@@ -346,7 +346,7 @@ def test_after_its_last_retry_an_event_becomes_a_complete_dead_letter(line: Line
     dead: Any = line.redis.xrange(line.keys.dead("work", "consumer"))
     ((_, raw),) = dead
     assert raw[b"event"] == fields[b"event"]
-    assert told == [
+    assert reported == [
         {
             "service": "consumer",
             "name": "work",
@@ -356,12 +356,12 @@ def test_after_its_last_retry_an_event_becomes_a_complete_dead_letter(line: Line
             "error": letter["error"],
         }
     ]
-    line.wait_until_settled()
+    line.wait_until_handled()
     assert line.bus.health().counts["dead_lettered"] == 1
 
 
 def test_an_event_that_is_rejected_is_a_dead_letter_at_once(line: Line) -> None:
-    heard: list[int] = []
+    received: list[int] = []
 
     @line.bus.on("work")
     def receive(sender: str, n: int) -> None:
@@ -369,17 +369,17 @@ def test_an_event_that_is_rejected_is_a_dead_letter_at_once(line: Line) -> None:
 
     @line.bus.on("work")
     def other(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
 
     line.listen()
     line.send(1)
 
-    wait_until(line.letters, what="it is a dead letter")
-    line.wait_until_settled()
-    (letter,) = line.letters()
+    wait_until(line.dead_letters, what="it is a dead letter")
+    line.wait_until_handled()
+    (letter,) = line.dead_letters()
     assert (letter["reason"], letter["attempts"]) == ("rejected", "1")
     assert letter["error"] == "Reject: no such user"
-    assert heard == [1]
+    assert received == [1]
 
 
 @pytest.mark.parametrize("maxlen", [1, "1s"])
@@ -398,7 +398,7 @@ def test_trimming_the_stream_keeps_its_dead_letters(
 
     line.listen()
     line.send(1, 2, 3)
-    line.wait_until_settled()
+    line.wait_until_handled()
 
     assert line.redis.xlen(key) == 23
     assert "dead_dropped" not in line.bus.health().counts
@@ -407,7 +407,7 @@ def test_trimming_the_stream_keeps_its_dead_letters(
 def test_dead_letters_over_their_limit_are_dropped_counted_logged_and_shown(
     line: Line, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[dict[str, Any]] = []
+    reported: list[dict[str, Any]] = []
     store = StreamStore(line.server, line.prefix)
     line.bus = make_bus(line.server.url, "consumer", prefix=line.prefix, dead_maxlen=5)
 
@@ -417,21 +417,21 @@ def test_dead_letters_over_their_limit_are_dropped_counted_logged_and_shown(
 
     @signals.events_dropped.connect_via("consumer")
     def note(sender: str, **facts: Any) -> None:
-        told.append(facts)
+        reported.append(facts)
 
     line.listen()
     line.send(*range(40))
-    line.wait_until_settled()
+    line.wait_until_handled()
     wait_until(lambda: line.bus.health().counts.get("dead_dropped"), what="some are dropped")
     line.bus.stop()
 
-    kept = [json.loads(letter["payload"])["n"] for letter in line.letters()]
+    kept = [json.loads(letter["payload"])["n"] for letter in line.dead_letters()]
     dropped = 40 - len(kept)
     assert 5 <= len(kept) < 40
     assert kept == list(range(dropped, 40))
     assert line.bus.health().counts["dead_dropped"] == dropped
-    assert sum(facts["count"] for facts in told) == dropped
-    assert {facts["where"] for facts in told} == {"dead"}
+    assert sum(facts["count"] for facts in reported) == dropped
+    assert {facts["where"] for facts in reported} == {"dead"}
     assert "'consumer' has more than 5 dead letters of 'work'" in caplog.text
     sentence = f"{dropped} dead letters of 'consumer' at 'work' were dropped"
     assert sentence in store.run("status", service="consumer").output
@@ -472,21 +472,21 @@ def _silence() -> Iterator[None]:
 def test_any_exception_of_a_receiver_leads_to_retries_and_then_a_dead_letter(
     line: Line, bad: str
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
 
     @line.bus.on("work", retries=1)
     def receive(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
         if n == 1:
             raise BAD[bad]()
 
     line.listen()
     line.send(1, 2)
 
-    wait_until(line.letters, what="it is a dead letter")
-    line.wait_until_settled()
-    assert sorted(heard) == [1, 1, 2]
-    assert len(line.letters()[0]["error"]) <= 500
+    wait_until(line.dead_letters, what="it is a dead letter")
+    line.wait_until_handled()
+    assert sorted(received) == [1, 1, 2]
+    assert len(line.dead_letters()[0]["error"]) <= 500
 
 
 # -- how often ----------------------------------------------------------------------------
@@ -524,7 +524,7 @@ def test_retries_are_set_by_the_subscription_the_receiver_or_the_setting_in_this
     line.listen()
     line.send(1)
 
-    wait_until(line.letters, what="it is given up")
+    wait_until(line.dead_letters, what="it is given up")
     assert ran == list(range(1, attempts + 1))
 
 
@@ -551,9 +551,9 @@ def test_an_async_receiver_over_its_timeout_is_cancelled_and_has_failed(line: Li
     line.listen()
     line.send(1)
 
-    wait_until(line.letters, what="it is given up")
+    wait_until(line.dead_letters, what="it is given up")
     assert ended == [1, 2]
-    letter = line.letters()[0]
+    letter = line.dead_letters()[0]
     assert letter["error"] == "TimeoutError: It took longer than its timeout of 0.05 s."
     assert "During handling of the above" not in letter["traceback"]
 
@@ -567,8 +567,8 @@ def test_a_timeout_error_raised_by_an_async_receiver_is_reported_as_its_own(line
     line.listen()
     line.send(1)
 
-    wait_until(line.letters, what="it is given up")
-    assert line.letters()[0]["error"] == "TimeoutError: the other side is silent"
+    wait_until(line.dead_letters, what="it is given up")
+    assert line.dead_letters()[0]["error"] == "TimeoutError: the other side is silent"
 
 
 def test_retry_with_a_positional_number_is_refused() -> None:
@@ -638,7 +638,7 @@ def test_a_teardown_that_raises_does_not_fail_the_receiver(
     line: Line, app: tuple[Flask, EventBus], caplog: pytest.LogCaptureFixture
 ) -> None:
     flask_app, bus = app
-    heard: list[int] = []
+    received: list[int] = []
 
     @flask_app.teardown_appcontext
     def tear_down(error: BaseException | None) -> None:
@@ -646,16 +646,16 @@ def test_a_teardown_that_raises_does_not_fail_the_receiver(
 
     @bus.on("work")
     def receive(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
 
     node = bus.node(flask_app)
     node.start()
     assert node.ready(10)
     line.send(1, 2, 3)
 
-    line.wait_until_settled()
-    assert heard == [1, 2, 3]
-    assert not line.letters()
+    line.wait_until_handled()
+    assert received == [1, 2, 3]
+    assert not line.dead_letters()
     assert "the session is gone" in caplog.text
 
 
@@ -678,7 +678,7 @@ def fail(sender, n):
 
     workers.worker(failing)
 
-    wait_until(workers.settled, timeout=15, what="it is tried again")
+    wait_until(workers.all_handled, timeout=15, what="it is tried again")
     first, second = workers.reports("begun")
     assert (first["attempt"], second["attempt"]) == (1, 2)
     assert 2 <= second["at"] - first["at"] < 9
@@ -708,9 +708,9 @@ def test_a_retry_is_left_to_a_worker_that_has_the_receiver(
     other.on("work", retries=1)(receive)
     other.start()
 
-    wait_until(line.letters, timeout=20, what="it was tried again")
+    wait_until(line.dead_letters, timeout=20, what="it was tried again")
     assert done.is_set()
-    assert line.letters()[0]["attempts"] == "2"
+    assert line.dead_letters()[0]["attempts"] == "2"
 
 
 @pytest.mark.timing(check_released_every=0.05, max_postpone=0.2)
@@ -741,9 +741,9 @@ def test_a_retry_whose_receiver_disappears_at_its_start_is_not_acknowledged(
     assert ran == [1]
     line.bus.signal("work").connect(receive, weak=False)
 
-    line.wait_until_settled()
+    line.wait_until_handled()
     assert ran == [1, 2]
-    assert not line.letters()
+    assert not line.dead_letters()
 
 
 def running(line: Line) -> list[bytes]:

@@ -36,15 +36,15 @@ def store(shared_redis: RedisServer) -> StreamStore:
 
 def listen(bus: Bus, name: str = "tick", **options: Any) -> list[Any]:
     """Hear a signal, and return the list that its numbers go to."""
-    heard: list[Any] = []
+    received: list[Any] = []
 
     @bus.on(name, **options)
     def receive(sender: str, n: Any) -> None:
-        heard.append(n)
+        received.append(n)
 
     bus.start()
     assert bus.ready(10)
-    return heard
+    return received
 
 
 def failing(bus: Bus, **options: Any) -> list[int]:
@@ -61,7 +61,7 @@ def failing(bus: Bus, **options: Any) -> list[int]:
     return attempts
 
 
-def letters(store: StreamStore) -> list[DeadLetter]:
+def dead_letters(store: StreamStore) -> list[DeadLetter]:
     """The dead letters of ``tick``, as they read."""
     key = store.keys.dead("tick", "mailer")
     return [DeadLetter.from_fields(fields) for _, fields in store.client.xrange(key)]
@@ -92,8 +92,8 @@ def test_a_receiver_is_retried_as_often_as_configured(
     made = failing(bus, **options)
     store.add("tick", n=1)
 
-    wait_until(lambda: letters(store), what="it is given up")
-    [letter] = letters(store)
+    wait_until(lambda: dead_letters(store), what="it is given up")
+    [letter] = dead_letters(store)
     assert made == list(range(1, attempts + 1))
     assert (letter.attempts, letter.reason) == (attempts, "retries")
 
@@ -127,8 +127,8 @@ def test_a_retry_with_an_invalid_delay_is_an_error_of_the_receiver(
     assert bus.ready(10)
     store.add("tick", n=1)
 
-    wait_until(lambda: letters(store), what="it is given up")
-    [letter] = letters(store)
+    wait_until(lambda: dead_letters(store), what="it is given up")
+    [letter] = dead_letters(store)
     assert letter.attempts == 2
     assert f"Retry has 'after' {after!r}" in letter.error
     assert "Set it to a number of seconds from 0" in letter.error
@@ -144,13 +144,15 @@ def test_a_stream_is_received_only_from_the_named_services(
     subscribe = {"tick": {"from": ["accounts", "billing"], "via": "stream"}}
     settings = {"subscribe": subscribe} if how == "in settings" else {}
     bus = make_bus(store.url, "mailer", prefix=store.prefix, **settings)
-    heard = listen(bus, from_=["accounts", "billing"] if how == "in code" else None, via="stream")
+    received = listen(
+        bus, from_=["accounts", "billing"] if how == "in code" else None, via="stream"
+    )
     for number, source in enumerate(["accounts", "intruder", "billing", "accounts2"]):
         store.add("tick", source=source, n=number)
     store.add("tick", n=9)
 
-    wait_until(lambda: 9 in heard, what="the last event arrives")
-    assert heard == [0, 2, 9]
+    wait_until(lambda: 9 in received, what="the last event arrives")
+    assert received == [0, 2, 9]
     wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
 
 
@@ -163,14 +165,14 @@ def test_a_service_does_not_receive_its_own_stream_events(
     settings = {"prefix": store.prefix, "publish": {"tick": "stream"}}
     first = make_bus(store.url, "mailer", **settings)
     second = make_bus(store.url, "mailer", **settings)
-    heard = [listen(bus, via="stream") for bus in (first, second)]
+    received = [listen(bus, via="stream") for bus in (first, second)]
     first.signal("tick").send("test", n=1)
     store.add("tick", n=2)
 
-    wait_until(lambda: sum(map(len, heard)) == 2, what="both are handled")
+    wait_until(lambda: sum(map(len, received)) == 2, what="both are handled")
     # At send(), the local receiver had it.
-    assert heard[0][0] == 1
-    assert sorted(heard[0] + heard[1]) == [1, 2]
+    assert received[0][0] == 1
+    assert sorted(received[0] + received[1]) == [1, 2]
     counts = [bus.health().counts.get("echoes", 0) for bus in (first, second)]
     assert sum(counts) == 1
 
@@ -180,13 +182,13 @@ def test_with_echo_one_worker_receives_events_of_its_service(
 ) -> None:
     settings = {"prefix": store.prefix, "publish": {"tick": "stream"}}
     buses = [make_bus(store.url, "mailer", **settings) for _ in range(2)]
-    heard = [listen(bus, via="stream", echo=True) for bus in buses]
+    received = [listen(bus, via="stream", echo=True) for bus in buses]
     buses[0].signal("tick").send("test", n=1)
 
     # Once at send(), and once over the stream.
-    wait_until(lambda: sum(map(len, heard)) == 2, what="it comes back")
+    wait_until(lambda: sum(map(len, received)) == 2, what="it comes back")
     wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
-    assert [len(found) for found in heard] in ([2, 0], [1, 1])
+    assert [len(found) for found in received] in ([2, 0], [1, 1])
 
 
 @pytest.mark.parametrize("value", ["yes", 1, 0, []])
@@ -229,11 +231,11 @@ def test_a_new_group_begins_at_its_start_option(
     for number in (1, 2, 3):
         store.add("tick", id=f"{number * 1000}-0", n=number)
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
-    heard = listen(bus, via="stream", start=start)
+    received = listen(bus, via="stream", start=start)
     store.add("tick", n=4)
 
-    wait_until(lambda: 4 in heard, what="the next event arrives")
-    assert heard == [*expected, 4]
+    wait_until(lambda: 4 in received, what="the next event arrives")
+    assert received == [*expected, 4]
 
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
@@ -245,10 +247,10 @@ def test_a_start_time_includes_all_entries_of_its_millisecond(
         store.add("tick", id=id, n=number)
 
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
-    heard = listen(bus, via="stream", start=start, group=group)
+    received = listen(bus, via="stream", start=start, group=group)
 
-    wait_until(lambda: 3 in heard, what="the last entry arrives")
-    assert heard == [1, 2, 3]
+    wait_until(lambda: 3 in received, what="the last entry arrives")
+    assert received == [1, 2, 3]
 
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
@@ -260,10 +262,10 @@ def test_a_pattern_receives_entries_of_the_millisecond_of_its_subscription(
     for number, id in enumerate([f"{since - 1}-5", f"{since}-0", f"{since}-1"]):
         store.add("tick", id=id, n=number)
 
-    heard = listen(make_bus(store.url, "mailer", prefix=store.prefix), "ti*", group=group)
+    received = listen(make_bus(store.url, "mailer", prefix=store.prefix), "ti*", group=group)
 
-    wait_until(lambda: 2 in heard, what="the last entry arrives")
-    assert heard == [1, 2]
+    wait_until(lambda: 2 in received, what="the last entry arrives")
+    assert received == [1, 2]
 
 
 def test_without_a_group_start_applies_to_every_process(store: StreamStore, make_bus: Make) -> None:
@@ -271,8 +273,8 @@ def test_without_a_group_start_applies_to_every_process(store: StreamStore, make
 
     for _ in range(2):
         bus = make_bus(store.url, "mailer", prefix=store.prefix)
-        heard = listen(bus, via="stream", group=None, start="earliest")
-        wait_until(lambda found=heard: found == [1], what="the past is heard")  # type: ignore[misc]
+        received = listen(bus, via="stream", group=None, start="earliest")
+        wait_until(lambda found=received: found == [1], what="the past is received")  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -291,11 +293,11 @@ def test_without_a_group_every_process_gets_every_event_and_nothing_is_stored(
     store: StreamStore, make_bus: Make
 ) -> None:
     buses = [make_bus(store.url, "mailer", prefix=store.prefix) for _ in range(3)]
-    heard = [listen(bus, via="stream", group=None) for bus in buses]
+    received = [listen(bus, via="stream", group=None) for bus in buses]
     for number in range(20):
         store.add("tick", n=number)
 
-    wait_until(lambda: heard == [list(range(20))] * 3, what="all hear all")
+    wait_until(lambda: received == [list(range(20))] * 3, what="all hear all")
     assert store.client.xinfo_groups(store.keys.stream("tick")) == []
 
 
@@ -310,7 +312,7 @@ def test_a_failed_receiver_without_a_group_is_counted_and_not_retried(
     wait_until(lambda: attempts == [1, 1], what="both are tried")
     assert bus.health().counts["failed"] == 2
     assert store.retries("tick") == []
-    assert letters(store) == []
+    assert dead_letters(store) == []
 
 
 def test_a_process_without_a_group_misses_nothing_while_redis_refuses_the_stream(
@@ -318,13 +320,13 @@ def test_a_process_without_a_group_misses_nothing_while_redis_refuses_the_stream
 ) -> None:
     stream = store.keys.stream("tick")
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
-    heard = listen(bus, via="stream", group=None)
+    received = listen(bus, via="stream", group=None)
     store.add("tick", n=1)
-    wait_until(lambda: heard == [1], what="the first is heard")
+    wait_until(lambda: received == [1], what="the first is received")
 
     store.client.rename(stream, "elsewhere")
     store.client.set(stream, "a string")
-    wait_until(lambda: "Redis refuses to let 'mailer' read" in caplog.text, what="it is told")
+    wait_until(lambda: "Redis refuses to let 'mailer' read" in caplog.text, what="it is reported")
     store.client.xadd("elsewhere", {b"event": Codec().encode(store.event("tick", n=2))})
 
     with store.client.pipeline(transaction=True) as both:
@@ -332,19 +334,19 @@ def test_a_process_without_a_group_misses_nothing_while_redis_refuses_the_stream
         both.rename("elsewhere", stream)
         both.execute()
 
-    wait_until(lambda: heard == [1, 2], what="what was sent meanwhile is heard")
+    wait_until(lambda: received == [1, 2], what="what was sent meanwhile is received")
 
 
 def test_entries_that_are_no_events_stop_no_process_without_a_group(
     store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
-    heard = listen(bus, via="stream", group=None)
+    received = listen(bus, via="stream", group=None)
     store.add_fields("tick", {b"event": b"\xc1"})
     store.add_fields("tick", {b"\xff": b"\xff"})
     store.add("tick", n=1)
 
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")
     assert bus.health().counts["rejected"] == 2
     assert "is rejected (missing_attribute)" in caplog.text
 
@@ -372,7 +374,7 @@ def test_a_group_of_another_name_is_refused(group: Any) -> None:
 def test_a_signal_is_received_over_the_requested_transports(
     store: StreamStore, make_bus: Make, via: str | None, expected: set[int]
 ) -> None:
-    heard = listen(make_bus(store.url, "mailer", prefix=store.prefix), via=via)
+    received = listen(make_bus(store.url, "mailer", prefix=store.prefix), via=via)
     others = [
         make_bus(store.url, "clock", prefix=store.prefix, publish={"tick": way})
         for way in ("channel", "stream")
@@ -383,7 +385,7 @@ def test_a_signal_is_received_over_the_requested_transports(
         assert other.flush(5)
 
     wait_until(lambda: set(marks) == {1, 2}, what="who hears both hears both")
-    wait_until(lambda: set(heard) == expected, what="what was asked for is heard")
+    wait_until(lambda: set(received) == expected, what="what was asked for is received")
     exists = store.client.exists(store.keys.stream("tick"))
     groups = store.client.xinfo_groups(store.keys.stream("tick")) if exists else []
     names = {group["name"] for group in groups}
@@ -400,9 +402,9 @@ def test_entries_of_a_silent_worker_are_reclaimed_after_the_claim_time_and_not_b
     store.add("tick", n=1)
     store.read("tick", 1, consumer="dead")
     began = time.monotonic()
-    heard = listen(make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1.5))
+    received = listen(make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1.5))
 
-    wait_until(lambda: heard == [1], what="it is taken over")
+    wait_until(lambda: received == [1], what="it is taken over")
     assert 1.3 < time.monotonic() - began < 1.5 * 1.5 + 0.5
 
 
@@ -422,14 +424,14 @@ def test_a_duplicate_event_is_recognized_within_the_window(
     store: StreamStore, make_bus: Make, window: float, expected: list[int]
 ) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix, duplicate_window=window)
-    heard = listen(bus, via="stream")
+    received = listen(bus, via="stream")
     body = Codec().encode(store.event("tick", n=1))
     store.add_fields("tick", {b"event": body})
     store.add_fields("tick", {b"event": body})
     store.add("tick", n=2)
 
-    wait_until(lambda: 2 in heard, what="the last event arrives")
-    assert heard == expected
+    wait_until(lambda: 2 in received, what="the last event arrives")
+    assert received == expected
     seen = list(store.client.scan_iter(match=f"{store.prefix}:*:seen:*"))
     assert len(seen) == bool(window)
     assert all(0 < store.client.ttl(key) <= 2 * window for key in seen)
@@ -439,23 +441,23 @@ def test_copies_delivered_to_two_workers_are_handled_once(
     store: StreamStore, make_bus: Make
 ) -> None:
     buses = [make_bus(store.url, "mailer", prefix=store.prefix) for _ in range(2)]
-    heard = [listen(bus, via="stream") for bus in buses]
+    received = [listen(bus, via="stream") for bus in buses]
 
     for number in range(100):
         body = Codec().encode(store.event("tick", n=number))
         store.add_fields("tick", {b"event": body})
         store.add_fields("tick", {b"event": body})
 
-    wait_until(lambda: sum(map(len, heard)) >= 100, what="all are handled")
+    wait_until(lambda: sum(map(len, received)) >= 100, what="all are handled")
     wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
-    assert sorted(heard[0] + heard[1]) == list(range(100))
+    assert sorted(received[0] + received[1]) == list(range(100))
 
 
 def test_each_service_recognizes_duplicates_separately(store: StreamStore, make_bus: Make) -> None:
-    heard = [listen(make_bus(store.url, name, prefix=store.prefix)) for name in ("one", "two")]
+    received = [listen(make_bus(store.url, name, prefix=store.prefix)) for name in ("one", "two")]
     store.add("tick", n=1)
 
-    wait_until(lambda: heard == [[1], [1]], what="both services handle it")
+    wait_until(lambda: received == [[1], [1]], what="both services handle it")
 
 
 # -- what a user may not ------------------------------------------------------------------
@@ -499,15 +501,15 @@ def test_a_forbidden_stream_is_logged_with_the_remedy_and_read_once_granted(
     guard.allow("resetkeys", f"~{open_key}", f"~{store.prefix}:streams")
     guard.allow(*(f"~{store.prefix}:{{{name}}}:[srd]e[ea][ntd]*" for name in ("tick", "tock")))
     bus = make_bus(guard.url, "mailer", prefix=store.prefix)
-    heard: list[str] = []
+    received: list[str] = []
     for name in ("tick", "tock"):
-        bus.on(name, via="stream", group=group)(lambda sender, n: heard.append(n))
+        bus.on(name, via="stream", group=group)(lambda sender, n: received.append(n))
     bus.start()
 
     wait_until(lambda: bus.health().refused, what="it is refused")
     assert not bus.ready(0)
     store.add("tick", n="open")
-    wait_until(lambda: heard == ["open"], what="the other stream is read")
+    wait_until(lambda: received == ["open"], what="the other stream is read")
     health = bus.health()
     assert set(health.refused) == {"tock"}
     assert "no permissions" in health.refused["tock"].lower()
@@ -518,7 +520,7 @@ def test_a_forbidden_stream_is_logged_with_the_remedy_and_read_once_granted(
     guard.allow(f"~{closed_key}")
     wait_until(lambda: bus.health().connected, what="it is read")
     store.add("tock", n="granted")
-    wait_until(lambda: heard == ["open", "granted"], what="it is heard")
+    wait_until(lambda: received == ["open", "granted"], what="it is received")
     assert bus.health().refused == {}
     assert "Traceback" not in caplog.text
 
@@ -533,8 +535,8 @@ def test_a_missing_required_command_is_logged(
 ) -> None:
     guard.allow(f"-{command}")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix)
-    heard: list[int] = []
-    bus.on("tick", via="stream", start="earliest")(lambda sender, n: heard.append(n))
+    received: list[int] = []
+    bus.on("tick", via="stream", start="earliest")(lambda sender, n: received.append(n))
     store.add("tick", n=1)
     bus.start()
     wait_until(lambda: bus.health().refused, what="it is refused")
@@ -544,7 +546,7 @@ def test_a_missing_required_command_is_logged(
     assert f"+{command}" in caplog.text
     assert "Traceback" not in caplog.text
     guard.allow(f"+{command}")
-    wait_until(lambda: heard == [1], what="it is read once it may be")
+    wait_until(lambda: received == [1], what="it is read once it may be")
 
 
 @pytest.fixture(params=["acl", "rename-command"])
@@ -603,7 +605,7 @@ def test_a_worker_works_without_an_optional_command_and_logs_one_line(
 ) -> None:
     store = lacking(command)
     bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=0.5)
-    heard: list[int] = []
+    received: list[int] = []
 
     @bus.on("tick", via="stream", start="earliest", group=group)
     def receive(sender: str, n: int) -> None:
@@ -613,29 +615,31 @@ def test_a_worker_works_without_an_optional_command_and_logs_one_line(
         if n == 3 and group:
             raise Reject
 
-        heard.append(n)
+        received.append(n)
 
     for n in range(4):
         store.add("tick", n=n)
     bus.start()
     assert bus.ready(10)
-    wait_until(lambda: {*heard} >= ({0, 1, 2} if group else {0, 1, 2, 3}), what="all are handled")
+    wait_until(
+        lambda: {*received} >= ({0, 1, 2} if group else {0, 1, 2, 3}), what="all are handled"
+    )
     before = refusals(store)
     is_asked_again = command not in ("client", "time") and (group or command == "xinfo")
     if is_asked_again:
         wait_until(lambda: refusals(store) >= before + 12, what="it is refused again and again")
     store.add("tick", n=4)
-    wait_until(lambda: 4 in heard, what="it reads on")
+    wait_until(lambda: 4 in received, what="it reads on")
     bus.stop()
 
-    assert sorted(heard) == ([0, 1, 2, 4] if group else [0, 1, 2, 3, 4])
+    assert sorted(received) == ([0, 1, 2, 4] if group else [0, 1, 2, 3, 4])
     lines = lines_of(caplog, command)
     # Of a group both its place and its consumers are asked for.
     expected = {"xinfo": 2 if group else 1, "client": 1}.get(command, int(bool(group)))
     assert len(lines) == len({*lines}) == expected, lines
     assert [found for found in caplog.records if found.levelname == "ERROR"] == []
     if group:
-        assert not letters(store)[1:]
+        assert not dead_letters(store)[1:]
         assert store.retries("tick") == []
 
 
@@ -659,7 +663,7 @@ def test_a_partly_missing_right_is_logged_once_and_so_is_its_return(
     assert "maintain the stream of 'tick' again" not in caplog.text
 
     guard.allow("+zrangebyscore")
-    wait_until(lambda: letters(store), what="it is tried again and given up")
+    wait_until(lambda: dead_letters(store), what="it is tried again and given up")
     wait_until(lambda: "maintain the stream of 'tick' again" in caplog.text, what="the end")
     assert caplog.text.count("maintain the stream of 'tick'") == 2
 
@@ -672,19 +676,19 @@ def test_the_rights_logged_for_a_missing_xpending_are_sufficient(
     store.read("tick", 1, consumer="dead")
     guard.allow("-xpending")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix, claim_after=0.5)
-    heard = listen(bus, via="stream")
+    received = listen(bus, via="stream")
     store.add("tick", n=2)
-    wait_until(lambda: heard == [2], what="it reads on")
+    wait_until(lambda: received == [2], what="it reads on")
 
     [line] = lines_of(caplog, "xpending")
     right = f"(+xpending ~{store.keys.stream('tick')})"
     assert f"Grant its user {right} in the ACL." in line
     guard.allow(right)
 
-    wait_until(lambda: heard == [2, 1], what="what a worker left is taken over")
+    wait_until(lambda: received == [2, 1], what="what a worker left is taken over")
     wait_until(
         lambda: "lets 'mailer' list the pending events of 'tick' again" in caplog.text,
-        what="the end is told",
+        what="the end is reported",
     )
 
 
@@ -726,12 +730,12 @@ def test_a_worker_without_xpending_keeps_the_events_behind_a_slow_receiver(
 ) -> None:
     guard.allow("-xpending")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix)
-    done, heard = threading.Event(), []
+    done, received = threading.Event(), []
 
     @bus.on("tick", via="stream")
     def receive(sender: str, n: int) -> None:
         done.wait(30)
-        heard.append(n)
+        received.append(n)
 
     bus.start()
     assert bus.ready(10)
@@ -743,7 +747,7 @@ def test_a_worker_without_xpending_keeps_the_events_behind_a_slow_receiver(
     wait_until(lambda: time.monotonic() > begin + 1, what="it stands still for too long")
     done.set()
 
-    wait_until(lambda: sorted(heard) == [0, 1, 2, 3, 4], what="all are handled here")
+    wait_until(lambda: sorted(received) == [0, 1, 2, 3, 4], what="all are handled here")
 
 
 @pytest.mark.parametrize("command", ["xack", "xclaim", "xrange", "xinfo", "zadd", "zrangebyscore"])
@@ -759,14 +763,14 @@ def test_a_missing_maintenance_command_is_logged_and_no_event_is_lost(
     store.read("tick", 1, consumer="dead")
     guard.allow(f"-{command}")
     bus = make_bus(guard.url, "mailer", prefix=store.prefix, claim_after=0.5)
-    heard: list[int] = []
+    received: list[int] = []
 
     @bus.on("tick", via="stream")
     def receive(sender: str, n: int) -> None:
         if current_event.attempt == 1 and n == 2:
             raise ValueError
 
-        heard.append(n)
+        received.append(n)
 
     bus.start()
     assert bus.ready(10)
@@ -775,7 +779,7 @@ def test_a_missing_maintenance_command_is_logged_and_no_event_is_lost(
     wait_until(lambda: f"'{command}" in caplog.text, what="the command is named")
     assert "Traceback" not in caplog.text.replace("Traceback (most recent call last):\n  File", "")
     guard.allow(f"+{command}")
-    wait_until(lambda: {1, 2} <= set(heard), what="both are handled")
+    wait_until(lambda: {1, 2} <= set(received), what="both are handled")
     wait_until(lambda: not store.client.xpending(store.keys.stream("tick"), "mailer")["pending"])
     wait_until(lambda: not store.retries("tick"), what="nothing is left to be tried")
 
@@ -784,14 +788,14 @@ def test_a_worker_whose_rights_are_revoked_continues_once_regranted(
     store: StreamStore, guard: Guard, make_bus: Make
 ) -> None:
     bus = make_bus(guard.url, "mailer", prefix=store.prefix)
-    heard = listen(bus, via="stream")
+    received = listen(bus, via="stream")
     store.add("tick", n=1)
-    wait_until(lambda: heard == [1], what="the first event arrives")
+    wait_until(lambda: received == [1], what="the first event arrives")
 
     guard.allow("resetkeys")
     store.add("tick", n=2)
     wait_until(lambda: bus.health().refused, what="it is refused")
     guard.allow("allkeys")
 
-    wait_until(lambda: heard == [1, 2], what="the second event arrives")
+    wait_until(lambda: received == [1, 2], what="the second event arrives")
     assert threading.active_count() > 1

@@ -43,15 +43,15 @@ def pending(store: StreamStore, name: str = "tick") -> int:
 def test_a_worker_without_a_receiver_leaves_events_to_one_that_has_it(
     store: StreamStore, make_bus: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     without = start(make_bus, store, subscribe={"tick": {}, "tock": {}}, tock=lambda _, n: None)
-    start(make_bus, store, subscribe={"tick": {}}, tick=lambda _, n: heard.append(n))
+    start(make_bus, store, subscribe={"tick": {}}, tick=lambda _, n: received.append(n))
 
     for number in range(20):
         store.add("tick", n=number)
 
-    wait_until(lambda: len(heard) == 20, what="every event is handled")
-    assert sorted(heard) == list(range(20))
+    wait_until(lambda: len(received) == 20, what="every event is handled")
+    assert sorted(received) == list(range(20))
     assert without.health().without_receiver == {"tick"}
     assert without.health().counts.get("received", 0) == 0
     [record] = [each for each in caplog.records if "Nothing here receives" in each.getMessage()]
@@ -64,70 +64,70 @@ def test_a_worker_without_a_receiver_leaves_events_to_one_that_has_it(
 def test_a_stream_is_read_once_a_receiver_is_connected(
     store: StreamStore, make_bus: Make, group: bool | None
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     subscription = {} if group else {"group": None}
     bus = start(make_bus, store, subscribe={"tick": subscription})
     store.add("tick", n=1)
     assert bus.health().without_receiver == {"tick"}
 
-    bus.signal("tick").connect(lambda _, n: heard.append(n), weak=False)
+    bus.signal("tick").connect(lambda _, n: received.append(n), weak=False)
 
-    wait_until(lambda: heard == [1], what="the event that waited is handled")
+    wait_until(lambda: received == [1], what="the event that waited is handled")
     assert bus.health().without_receiver == set()
 
 
 @pytest.mark.timing(list_streams_every=0.05)
 def test_a_pattern_creates_no_group_without_a_receiver(store: StreamStore, make_bus: Make) -> None:
-    heard: list[int] = []
-    bus = start(make_bus, store, subscribe={"t*": {}}, tick=lambda _, n: heard.append(n))
+    received: list[int] = []
+    bus = start(make_bus, store, subscribe={"t*": {}}, tick=lambda _, n: received.append(n))
     store.add("tock", n=1)
     store.add("tick", n=2)
-    wait_until(lambda: heard == [2], what="the event with a receiver is handled")
+    wait_until(lambda: received == [2], what="the event with a receiver is handled")
     wait_until(lambda: bus.health().without_receiver == {"tock"}, what="the other is reported")
     assert store.client.xinfo_groups(store.keys.stream("tock")) == []
 
-    bus.signal("tock").connect(lambda _, n: heard.append(n), weak=False)
+    bus.signal("tock").connect(lambda _, n: received.append(n), weak=False)
 
-    wait_until(lambda: heard == [2, 1], what="the event that waited is handled")
+    wait_until(lambda: received == [2, 1], what="the event that waited is handled")
 
 
 def test_entries_whose_receiver_was_disconnected_are_released(
     store: StreamStore, make_bus: Make
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     bus = make_bus(store.url, "mailer", prefix=store.prefix, concurrency=1)
 
     def receive(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
         bus.signal("tick").disconnect(receive)
 
     bus.on("tick", via="stream", start="earliest")(receive)
     for number in range(5):
         store.add("tick", n=number)
     bus.start()
-    wait_until(lambda: heard == [0], what="the first event is handled")
+    wait_until(lambda: received == [0], what="the first event is handled")
     wait_until(lambda: bus.health().without_receiver == {"tick"}, what="the stream is left")
     wait_until(lambda: bus.health().lag == 0, what="what was read is handed back")
 
-    start(make_bus, store, subscribe={"tick": {}}, tick=lambda _, n: heard.append(n))
+    start(make_bus, store, subscribe={"tick": {}}, tick=lambda _, n: received.append(n))
 
-    wait_until(lambda: len(heard) == 5, what="another worker handles the rest")
-    assert heard == [0, 1, 2, 3, 4]
+    wait_until(lambda: len(received) == 5, what="another worker handles the rest")
+    assert received == [0, 1, 2, 3, 4]
     wait_until(lambda: not pending(store), what="all are acknowledged")
 
 
 def test_a_receiver_of_some_services_acknowledges_events_of_others(
     store: StreamStore, make_bus: Make
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
-    bus.on("tick", from_="accounts", start="earliest")(lambda _, n: heard.append(n))
+    bus.on("tick", from_="accounts", start="earliest")(lambda _, n: received.append(n))
     store.add("tick", source="clock", n=1)
     store.add("tick", source="accounts", n=2)
 
     bus.start()
 
-    wait_until(lambda: heard == [2], what="the event is handled")
+    wait_until(lambda: received == [2], what="the event is handled")
     wait_until(lambda: not pending(store), what="both are acknowledged")
     assert bus.health().without_receiver == set()
 
@@ -136,14 +136,14 @@ def test_events_wait_for_a_receiver_even_after_redis_lost_its_data(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     store = StreamStore(redis_server)
-    heard: list[int] = []
+    received: list[int] = []
     bus = start(make_bus, store, subscribe={"tick": {}})
     store.client.flushall()
     store.add("tick", n=1)
 
-    bus.signal("tick").connect(lambda _, n: heard.append(n), weak=False)
+    bus.signal("tick").connect(lambda _, n: received.append(n), weak=False)
 
-    wait_until(lambda: heard == [1], what="the event that waited is handled")
+    wait_until(lambda: received == [1], what="the event that waited is handled")
 
 
 def test_a_worker_without_a_receiver_leaves_no_consumer_behind(

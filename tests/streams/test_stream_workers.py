@@ -25,14 +25,14 @@ def once(count: int) -> Counter[int]:
 def test_a_restart_does_not_skip_the_backlog(workers: Workers) -> None:
     program = workers.worker()
     workers.send(0, 1, 2)
-    workers.wait_until_settled()
-    program.tell(signal.SIGTERM)
+    workers.wait_until_handled()
+    program.send_signal(signal.SIGTERM)
     assert program.end() == 0
 
     workers.send(3, 4, 5)
     workers.worker()
 
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == once(6)
 
 
@@ -47,15 +47,15 @@ def hold(sender, n):
     workers.worker()
     workers.release.touch()
 
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == once(50)
 
 
 @pytest.mark.parametrize(
-    ("start", "heard"), [("'new'", [2]), ("'earliest'", [0, 1, 2]), ("MIDDLE", [1, 2])]
+    ("start", "received"), [("'new'", [2]), ("'earliest'", [0, 1, 2]), ("MIDDLE", [1, 2])]
 )
 def test_a_new_group_starts_at_the_start_option(
-    workers: Workers, start: str, heard: list[int]
+    workers: Workers, start: str, received: list[int]
 ) -> None:
     workers.send(0)
     middle = workers.redis.xinfo_stream(workers.stream)["last-generated-id"].decode()
@@ -64,21 +64,21 @@ def test_a_new_group_starts_at_the_start_option(
     workers.worker(COUNTING.replace("echo=True", f"start={start.replace('MIDDLE', repr(middle))}"))
     workers.send(2)
 
-    workers.wait_until_settled()
-    assert sorted(workers.done()) == heard
+    workers.wait_until_handled()
+    assert sorted(workers.done()) == received
 
 
 def test_start_is_ignored_if_the_group_exists(workers: Workers) -> None:
     program = workers.worker()
     workers.send(0)
-    workers.wait_until_settled()
-    program.tell(signal.SIGTERM)
+    workers.wait_until_handled()
+    program.send_signal(signal.SIGTERM)
     program.end()
 
     workers.worker(COUNTING.replace("echo=True", "start='earliest'"))
     workers.send(1)
 
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == once(2)
 
 
@@ -89,7 +89,7 @@ def test_several_workers_that_start_at_once_all_run(workers: Workers) -> None:
         workers.wait_for("ready", pid=program.pid)
 
     workers.send(*range(20))
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == once(20)
 
 
@@ -105,7 +105,7 @@ def test_workers_of_a_service_handle_every_event_once(workers: Workers, count: i
 
     workers.send(*range(2_000))
 
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == once(2_000)
     assert len({line["pid"] for line in workers.reports("done")}) > 1
 
@@ -119,8 +119,8 @@ def test_two_services_receive_every_event_once_each(workers: Workers) -> None:
 
     workers.send(*range(500))
 
-    workers.wait_until_settled()
-    workers.wait_until_settled("other")
+    workers.wait_until_handled()
+    workers.wait_until_handled("other")
     assert workers.done() == workers.done("other") == once(500)
 
 
@@ -143,7 +143,7 @@ def hold(sender, n):
 
     workers.wait_for("begun", 2)
     workers.release.touch()
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert len({line["pid"] for line in workers.reports("done")}) == 2
 
 
@@ -165,7 +165,7 @@ def hold(sender, n):
     workers.wait_for("done", 5)
     assert workers.done() == Counter(range(1, 6))
     workers.release.touch()
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert [line["n"] for line in workers.reports("done", pid=first.pid)] == [0]
 
 
@@ -207,7 +207,7 @@ def test_events_in_flight_of_a_killed_worker_are_reclaimed_within_one_and_a_half
 
     victim.kill()
     killed = time.monotonic()
-    workers.wait_until_settled()
+    workers.wait_until_handled()
 
     # A claim time, and half of one until a look; the rest is this machine's.
     assert time.monotonic() - killed < 5
@@ -231,7 +231,7 @@ def count(sender, n):
         victim.kill()
         workers.work(slow)
 
-    workers.wait_until_settled(timeout=40)
+    workers.wait_until_handled(timeout=40)
     done = workers.done()
     assert sorted(done) == list(range(600))
     # What was settled was not done again: of each victim what it did in its last moments.
@@ -257,7 +257,7 @@ def count(sender, n):
     victim.kill()
     workers.worker(mixed)
 
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == once(10)
 
 
@@ -269,13 +269,13 @@ def test_a_worker_that_was_paused_starts_nothing_that_others_reclaimed(
     workers.wait_for("begun")
     workers.worker(COUNTING)
 
-    still.tell(signal.SIGSTOP)
-    workers.wait_until_settled()
+    still.send_signal(signal.SIGSTOP)
+    workers.wait_until_handled()
     workers.release.touch()
-    still.tell(signal.SIGCONT)
+    still.send_signal(signal.SIGCONT)
     workers.wait_for("done", pid=still.pid)
     workers.send(10)
-    workers.wait_until_settled()
+    workers.wait_until_handled()
 
     # What it was at when it stood still cannot be taken back from it; it is told from the rest.
     assert workers.done() == once(11) + Counter({0: 1})
@@ -301,20 +301,23 @@ def count(sender, n):
     program = workers.work(deadly.replace('"work"', '"work", start="earliest"'), **settings)
     starts = 1
 
-    while not workers.letters():
+    while not workers.dead_letters():
         wait_until(
-            lambda p=program: p.process.poll() is not None or workers.letters(),  # type: ignore[misc]
+            lambda p=program: p.process.poll() is not None or workers.dead_letters(),  # type: ignore[misc]
             timeout=20,
             what="the worker dies, or the event is a dead letter",
         )
 
-        if not workers.letters():
+        if not workers.dead_letters():
             program.kill()
             program = workers.work(deadly, **settings)
             starts += 1
 
-    workers.wait_until_settled()
-    letter, attempts = workers.letters()[0], [e["attempt"] for e in workers.reports("begun", n=3)]
+    workers.wait_until_handled()
+    letter, attempts = (
+        workers.dead_letters()[0],
+        [e["attempt"] for e in workers.reports("begun", n=3)],
+    )
     assert attempts == [1, 2, 3]
     assert (letter["reason"], letter["attempts"], letter["receiver"]) == (b"killed", b"3", b"")
     assert sorted(workers.done()) == [0, 1, 2, 4, 5, 6, 7]
@@ -345,11 +348,11 @@ def other(sender, n):
         program.kill()
         program = workers.work(deadly, EVENTBUS_CLAIM_AFTER="0.5")
 
-    wait_until(workers.letters, timeout=20, what="it is a dead letter")
-    workers.wait_until_settled()
+    wait_until(workers.dead_letters, timeout=20, what="it is a dead letter")
+    workers.wait_until_handled()
     assert [line["attempt"] for line in workers.reports("begun")] == [1, 2, 3]
     assert workers.done() == once(1)
-    letter = workers.letters()[0]
+    letter = workers.dead_letters()[0]
     assert (letter["reason"], letter["attempts"]) == (b"killed", b"3")
     assert letter["receiver"] == b"__main__.count"
 
@@ -369,7 +372,7 @@ def count(sender, n):
     workers.worker(COUNTING.replace('"done"', '"stolen"'), EVENTBUS_CLAIM_AFTER="0.5")
     workers.send(*range(4))
 
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     done = workers.done() + workers.done("stolen")
     assert done == once(4)
     assert workers.done("begun") == workers.done()
@@ -410,9 +413,9 @@ def test_retries_that_a_killed_worker_had_not_started_are_run_by_another(workers
     workers.release.touch()
     workers.worker(FAILING)
 
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == once(10) - Counter([begun["n"]])
-    assert [letter["reason"] for letter in workers.letters()] == [b"killed"]
+    assert [letter["reason"] for letter in workers.dead_letters()] == [b"killed"]
 
 
 def test_a_retry_does_not_wait_behind_a_long_receiver_if_another_worker_is_free(
@@ -428,7 +431,7 @@ def test_a_retry_does_not_wait_behind_a_long_receiver_if_another_worker_is_free(
 
     workers.wait_for("begun", attempt=2, pid=free.pid)
     workers.release.touch()
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == once(1)
 
 
@@ -440,14 +443,14 @@ def test_a_worker_that_was_paused_releases_nothing_that_another_has_handled(
     workers.send(*range(5))
     workers.wait_for("begun", attempt=2)
     wait_until(lambda: all_leased(workers, 5), what="the worker has all of the retries")
-    stopped.tell(signal.SIGSTOP)
+    stopped.send_signal(signal.SIGSTOP)
     workers.worker(failing.replace('wait_until_released("RELEASE")', "pass"))
-    workers.wait_until_settled()
-    stopped.tell(signal.SIGTERM)
-    stopped.tell(signal.SIGCONT)
+    workers.wait_until_handled()
+    stopped.send_signal(signal.SIGTERM)
+    stopped.send_signal(signal.SIGCONT)
 
     assert stopped.end() == 0
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == once(5)
 
 
@@ -474,7 +477,7 @@ def test_a_refused_renewal_does_not_stop_other_renewals(workers: Workers) -> Non
     wait_until(is_renewed_again, what="what runs is renewed again and again")
     workers.redis.delete(workers.keys.retry("work", workers.name))
     workers.release.touch()
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert len(workers.reports("holding")) == 1
 
 
@@ -498,7 +501,7 @@ def count(sender, n):
     workers.worker(slow, EVENTBUS_CLAIM_AFTER="0.5")
     workers.send(0)
 
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert workers.done() == once(1)
     assert workers.done("begun") == Counter({0: 2})
 
@@ -518,7 +521,7 @@ def test_two_hundred_stale_entries_behind_a_hundred_fresh_ones_are_all_claimed(
 
     wait_until(lambda: len(workers.done()) >= 200, timeout=20, what="what is stale is done")
     workers.release.touch()
-    workers.wait_until_settled()
+    workers.wait_until_handled()
     assert sorted(workers.done()) == list(range(300))
     assert fresh.process.poll() is None
 
@@ -530,7 +533,7 @@ def test_thousands_of_stale_entries_are_claimed_quickly(workers: Workers) -> Non
 
     workers.worker(COUNTING)
 
-    workers.wait_until_settled(timeout=20)
+    workers.wait_until_handled(timeout=20)
     assert workers.done() == once(5_000)
 
 
@@ -569,7 +572,7 @@ def test_a_retry_whose_worker_ended_runs_within_ten_seconds_with_a_hundred_strea
     [failed] = workers.reports("begun")
 
     [program] = [found for found in programs if found.pid == failed["pid"]]
-    program.tell(number)
+    program.send_signal(number)
 
     wait_until(workers.done, timeout=2.0 + TAKEN_WITHIN, what="the other worker ran the retry")
     [done] = workers.reports("done")
@@ -593,4 +596,4 @@ def test_a_released_entry_is_taken_within_ten_seconds_with_a_hundred_streams(
     # A worker hands back what waits behind a receiver after three seconds.
     wait_until(are_all_done_but_one, timeout=3.0 + TAKEN_WITHIN, what="the other has the rest")
     workers.release.touch()
-    workers.wait_until_settled()
+    workers.wait_until_handled()

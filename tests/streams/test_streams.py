@@ -93,28 +93,28 @@ def settled(client: redis.Redis, prefix: str, name: str = "work", group: str = "
 def test_a_subscriber_receives_a_signal_over_channel_or_stream(
     make: Make, ways: tuple[str, str]
 ) -> None:
-    heard: list[tuple[int, str, int]] = []
+    received: list[tuple[int, str, int]] = []
     bus = make("consumer")
 
     @bus.on("work")
     def receive(sender: str, n: int) -> None:
-        heard.append((n, current_event.via, current_event.attempt))
+        received.append((n, current_event.via, current_event.attempt))
 
     listening(bus)
 
     for number, way in enumerate(ways):
         make("publisher", publish={"work": way}).signal("work").send("test", n=number)
-        wait_until(lambda n=number: len(heard) > n, what="it is heard")  # type: ignore[misc]
+        wait_until(lambda n=number: len(received) > n, what="it is received")  # type: ignore[misc]
 
-    assert heard == [(number, way, 1) for number, way in enumerate(ways)]
+    assert received == [(number, way, 1) for number, way in enumerate(ways)]
 
 
 @pytest.mark.parametrize("via", ["channel", "stream"])
 def test_a_subscription_can_be_limited_to_one_transport(make: Make, via: str) -> None:
-    heard: list[str] = []
+    received: list[str] = []
     bus = make("consumer", subscribe={"work": {"via": via}, "end": {}})
-    bus.on("work")(lambda sender, n: heard.append(current_event.via))
-    bus.on("end")(lambda sender: heard.append("end"))
+    bus.on("work")(lambda sender, n: received.append(current_event.via))
+    bus.on("end")(lambda sender: received.append("end"))
     listening(bus)
 
     for way in ("channel", "stream"):
@@ -123,55 +123,55 @@ def test_a_subscription_can_be_limited_to_one_transport(make: Make, via: str) ->
         publisher.signal("end").send("test")
         assert publisher.flush(10)
 
-    wait_until(lambda: heard.count("end") == 2, what="both ways are heard to their ends")
-    assert [way for way in heard if way != "end"] == [via]
+    wait_until(lambda: received.count("end") == 2, what="both ways are received to their ends")
+    assert [way for way in received if way != "end"] == [via]
 
 
 def test_a_service_receives_its_own_stream_events_with_echo(make: Make) -> None:
-    heard: list[tuple[str, Any]] = []
+    received: list[tuple[str, Any]] = []
     asking = make("consumer", publish={"*": "stream"}, subscribe={"a": {"echo": True}, "b": {}})
     sibling = make("consumer", publish={"*": "stream"})
 
     for name in ("a", "b"):
-        asking.on(name)(lambda sender, n, name=name: heard.append((name, n)))
+        asking.on(name)(lambda sender, n, name=name: received.append((name, n)))
 
     listening(asking)
 
     for name in ("b", "a"):
         sibling.signal(name).send("test", n=1)
 
-    wait_until(lambda: heard, what="the echo is heard")
-    assert heard == [("a", 1)]
+    wait_until(lambda: received, what="the echo is received")
+    assert received == [("a", 1)]
     wait_until(lambda: asking.health().counts.get("echoes") == 1, what="the other is counted")
 
 
 def test_receivers_of_every_kind_run_for_a_stream_event(
     make: Make, send: Callable[..., None]
 ) -> None:
-    heard: list[str] = []
+    received: list[str] = []
     bus = make("consumer")
 
     class Receivers:
         def method(self, sender: str, n: int) -> None:
-            heard.append("method")
+            received.append("method")
 
         def __call__(self, sender: str, n: int) -> None:
-            heard.append("object")
+            received.append("object")
 
     async def coroutine(sender: str, n: int) -> None:
-        heard.append("coroutine")
+        received.append("coroutine")
 
     receivers = Receivers()
 
     for receiver in (receivers, receivers.method, coroutine):
         bus.on("work")(receiver)
 
-    bus.on("w*")(lambda sender, **payload: heard.append("pattern"))
+    bus.on("w*")(lambda sender, **payload: received.append("pattern"))
     listening(bus)
     send(1)
 
-    wait_until(lambda: len(heard) == 4, what="all have run")
-    assert sorted(heard) == ["coroutine", "method", "object", "pattern"]
+    wait_until(lambda: len(received) == 4, what="all have run")
+    assert sorted(received) == ["coroutine", "method", "object", "pattern"]
 
 
 # -- order --------------------------------------------------------------------------------
@@ -180,23 +180,23 @@ def test_receivers_of_every_kind_run_for_a_stream_event(
 def test_one_thread_keeps_the_order_of_a_stream_through_lost_connections(
     make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
 ) -> None:
-    heard: list[int] = []
-    bus = listening_to(make("consumer"), heard)
+    received: list[int] = []
+    bus = listening_to(make("consumer"), received)
 
     for start in range(0, 3_000, 300):
         send(*range(start, start + 300))
         cut(client, bus)
 
-    wait_until(lambda: len(heard) >= 3_000 and settled(client, prefix), what="all are handled")
-    assert heard == list(range(3_000))
+    wait_until(lambda: len(received) >= 3_000 and settled(client, prefix), what="all are handled")
+    assert received == list(range(3_000))
 
 
-def listening_to(bus: Bus, heard: list[int]) -> Bus:
+def listening_to(bus: Bus, received: list[int]) -> Bus:
     """The bus with a receiver that notes numbers."""
 
     @bus.on("work")
     def receive(sender: str, n: int) -> None:
-        heard.append(n)
+        received.append(n)
 
     return listening(bus)
 
@@ -214,13 +214,13 @@ def cut(client: redis.Redis, bus: Bus) -> None:
 def test_eight_threads_keep_the_order_of_each_key(
     make: Make, send: Callable[..., None], client: redis.Redis, prefix: str, cutting: bool
 ) -> None:
-    heard: dict[int, list[int]] = defaultdict(list)
+    received: dict[int, list[int]] = defaultdict(list)
     bus = make("consumer", concurrency=8)
 
     @bus.on("keyed")
     def receive(sender: str, key: int, n: int) -> None:
         time.sleep(0.0005 * (n % 3))
-        heard[key].append(n)
+        received[key].append(n)
 
     listening(bus)
 
@@ -231,17 +231,17 @@ def test_eight_threads_keep_the_order_of_each_key(
             cut(client, bus)
 
     wait_until(
-        lambda: sum(map(len, heard.values())) >= 600 and settled(client, prefix, "keyed"),
+        lambda: sum(map(len, received.values())) >= 600 and settled(client, prefix, "keyed"),
         timeout=20,
         what="all are handled",
     )
-    assert heard == {key: list(range(key, 600, 13)) for key in range(13)}
+    assert received == {key: list(range(key, 600, 13)) for key in range(13)}
 
 
 def test_events_of_other_keys_do_not_wait_for_a_slow_receiver(
     make: Make, send: Callable[..., None]
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     release = threading.Event()
     bus = make("consumer", concurrency=8)
 
@@ -250,7 +250,7 @@ def test_events_of_other_keys_do_not_wait_for_a_slow_receiver(
         if key == "slow":
             release.wait(30)
 
-        heard.append(n)
+        received.append(n)
 
     listening(bus)
     send(0, 1, 2, name="keyed", key="slow")
@@ -259,11 +259,11 @@ def test_events_of_other_keys_do_not_wait_for_a_slow_receiver(
     # Past the time after which other workers would get what waits.
     for number in range(100, 100 + round(TIMING.release_after / 0.1) + 10):
         send(number, name="keyed", key=keys[number % len(keys)])
-        wait_until(lambda n=number: heard[-1:] == [n], what="it is handled at once")  # type: ignore[misc]
+        wait_until(lambda n=number: received[-1:] == [n], what="it is handled at once")  # type: ignore[misc]
         release.wait(0.1)
 
     release.set()
-    wait_until(lambda: heard[-3:] == [0, 1, 2], what="the others come, in order")
+    wait_until(lambda: received[-3:] == [0, 1, 2], what="the others come, in order")
 
 
 def lane(key: str) -> int:
@@ -274,20 +274,20 @@ def lane(key: str) -> int:
 
 
 def test_a_failed_event_does_not_delay_later_ones(make: Make, send: Callable[..., None]) -> None:
-    heard: list[tuple[int, int]] = []
+    received: list[tuple[int, int]] = []
     bus = make("consumer")
 
     @bus.on("work")
     def receive(sender: str, n: int) -> None:
-        heard.append((n, current_event.attempt))
+        received.append((n, current_event.attempt))
         if n == 0 and current_event.attempt == 1:
             raise RuntimeError("not yet")
 
     listening(bus)
     send(*range(50))
 
-    wait_until(lambda: len(heard) == 51, what="all are handled")
-    assert heard == [*((n, 1) for n in range(50)), (0, 2)]
+    wait_until(lambda: len(received) == 51, what="all are handled")
+    assert received == [*((n, 1) for n in range(50)), (0, 2)]
 
 
 # -- what waits behind a long receiver ----------------------------------------------------
@@ -302,25 +302,25 @@ def test_another_worker_gets_the_events_behind_a_slow_receiver(
     make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
 ) -> None:
     release = threading.Event()
-    heard: list[int] = []
+    received: list[int] = []
     slow, free = make("consumer"), make("consumer")
 
     @slow.on("work")
     def hold(sender: str, n: int) -> None:
         release.wait(30)
-        heard.append(n)
+        received.append(n)
 
     listening(slow)
     send(*range(10))
     wait_until(lambda: slow.node.health().lag >= 9, what="it has read ahead")
-    listening_to(free, heard)
+    listening_to(free, received)
 
-    wait_until(lambda: len(heard) == 9, what="the other has handled what waited")
+    wait_until(lambda: len(received) == 9, what="the other has handled what waited")
     send(*range(10, 20))
-    wait_until(lambda: len(heard) == 19, what="the other handles what follows")
+    wait_until(lambda: len(received) == 19, what="the other handles what follows")
     release.set()
     wait_until(lambda: settled(client, prefix), what="all are handled")
-    assert Counter(heard) == Counter(range(20))
+    assert Counter(received) == Counter(range(20))
 
 
 @hasty
@@ -328,7 +328,7 @@ def test_a_single_worker_keeps_the_order_behind_a_slow_receiver(
     make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
 ) -> None:
     release = threading.Event()
-    heard: list[int] = []
+    received: list[int] = []
     bus = make("consumer")
 
     @bus.on("work")
@@ -336,7 +336,7 @@ def test_a_single_worker_keeps_the_order_behind_a_slow_receiver(
         if n == 0:
             release.wait(30)
 
-        heard.append(n)
+        received.append(n)
 
     listening(bus)
     send(*range(10))
@@ -345,7 +345,7 @@ def test_a_single_worker_keeps_the_order_behind_a_slow_receiver(
     release.set()
 
     wait_until(lambda: settled(client, prefix), what="all are handled")
-    assert heard == list(range(300))
+    assert received == list(range(300))
 
 
 def pending_of(client: redis.Redis, prefix: str, consumer: str) -> int:
@@ -390,12 +390,12 @@ def test_only_one_of_two_workers_gets_a_released_entry(
 
 
 def test_no_thread_is_left_when_a_bus_has_stopped(make: Make, send: Callable[..., None]) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     bus = make("consumer", concurrency=4)
     bus.on("follow*")(lambda sender, n: None)
-    listening_to(bus, heard)
+    listening_to(bus, received)
     send(1)
-    wait_until(lambda: heard == [1], what="it is heard")
+    wait_until(lambda: received == [1], what="it is received")
     name = bus.node.name
 
     bus.stop()
@@ -407,8 +407,8 @@ def test_no_thread_is_left_when_a_bus_has_stopped(make: Make, send: Callable[...
 def test_a_restarted_bus_continues_where_it_stopped(
     make: Make, send: Callable[..., None], client: redis.Redis, prefix: str
 ) -> None:
-    heard: list[int] = []
-    bus = listening_to(make("consumer"), heard)
+    received: list[int] = []
+    bus = listening_to(make("consumer"), received)
 
     for start in range(0, 500, 100):
         send(*range(start, start + 100))
@@ -416,7 +416,7 @@ def test_a_restarted_bus_continues_where_it_stopped(
         listening(bus)
 
     wait_until(lambda: settled(client, prefix), what="all are handled")
-    assert heard == list(range(500))
+    assert received == list(range(500))
 
 
 def test_a_receiver_connected_while_the_bus_listens_receives_later_events(
@@ -427,7 +427,7 @@ def test_a_receiver_connected_while_the_bus_listens_receives_later_events(
     bus = listening(make("consumer"))
     listening_to(bus, first)
     send(1)
-    wait_until(lambda: first == [1], what="it is heard")
+    wait_until(lambda: first == [1], what="it is received")
 
     bus.on("work")(lambda sender, n: second.append(n))
     send(2)

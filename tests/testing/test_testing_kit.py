@@ -696,7 +696,7 @@ def test_threads_may_deliver(make_bus: Make, eventbus: Isolation) -> None:
 def test_each_subscribed_service_gets_its_own_event(
     make_app: MakeApp, make_bus: Make, eventbus: Isolation
 ) -> None:
-    heard = []
+    received = []
     bus = EventBus()
     mailer = make_app("mailer", bus=bus)
     audit = make_bus(NOWHERE, "audit")
@@ -704,16 +704,16 @@ def test_each_subscribed_service_gets_its_own_event(
     @bus.on("user_registered")
     def welcome(sender: str, tags: list[str]) -> None:
         tags.append(mailer.name)
-        heard.append(tags)
+        received.append(tags)
 
     @audit.on("user_*")
     def write(sender: str, tags: list[str]) -> None:
         tags.append("audit")
-        heard.append(tags)
+        received.append(tags)
 
     eventbus.deliver("user_registered", tags=["new"])
 
-    assert sorted(heard) == [["new", "audit"], ["new", "mailer"]]
+    assert sorted(received) == [["new", "audit"], ["new", "mailer"]]
 
 
 def test_two_apps_of_one_bus_both_receive_a_delivery(
@@ -721,27 +721,27 @@ def test_two_apps_of_one_bus_both_receive_a_delivery(
 ) -> None:
     bus = EventBus()
     apps = [make_app("mailer", bus=bus), make_app("mailer", bus=bus)]
-    heard = []
-    bus.on("tick")(lambda sender: heard.append(id(current_app.view_functions)))
+    received = []
+    bus.on("tick")(lambda sender: received.append(id(current_app.view_functions)))
 
     eventbus.deliver("tick")
 
-    assert sorted(heard) == sorted(id(app.view_functions) for app in apps)
+    assert sorted(received) == sorted(id(app.view_functions) for app in apps)
 
 
 def test_a_subscription_by_configuration_reaches_the_apps_own_receivers(
     make_app: MakeApp, eventbus: Isolation
 ) -> None:
     app = make_app("mailer", subscribe={"user_registered": {"from": ["accounts"]}})
-    heard = []
+    received = []
 
     @app.signal("user_registered")  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
     def welcome(sender: str, username: str) -> None:
-        heard.append((sender, username))
+        received.append((sender, username))
 
     eventbus.deliver("user_registered", username="ada", source="accounts")
 
-    assert heard == [("accounts", "ada")]
+    assert received == [("accounts", "ada")]
 
 
 def test_a_delivered_event_is_not_recorded_but_the_events_it_causes_are(
@@ -901,13 +901,13 @@ def test_an_exception_ends_the_simulated_outage(accounts: Flask, eventbus: Isola
 
 def test_events_can_be_delivered_while_redis_is_away(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE)
-    heard = []
-    bus.on("tick")(lambda sender, n: heard.append(n))
+    received = []
+    bus.on("tick")(lambda sender, n: received.append(n))
 
     with eventbus.redis_away():
         eventbus.deliver("tick", n=1)
 
-    assert heard == [1]
+    assert received == [1]
 
 
 def test_a_listener_can_stop_while_redis_is_away(make_bus: Make, eventbus: Isolation) -> None:
@@ -956,15 +956,15 @@ def test_no_test_connects_to_the_configured_redis(guarded_port: int, make_bus: M
 
 def test_after_a_test_a_bus_returns_to_its_own_redis(make_bus: Make) -> None:
     outside = "memory://goes-back"
-    heard = []
+    received = []
     audit = make_bus(outside, "audit")
-    audit.on("tick")(lambda sender, n: heard.append(n))
+    audit.on("tick")(lambda sender, n: received.append(n))
     audit.start()
     assert audit.ready(5)
     bus = make_bus(outside, "clock", publish=["tick"])
 
     bus.signal("tick").send(None, n=1)
-    wait_until(lambda: heard == [1], what="the event before is heard")
+    wait_until(lambda: received == [1], what="the event before is received")
     url = bus.node.config.url
 
     with isolated() as eventbus:
@@ -974,7 +974,7 @@ def test_after_a_test_a_bus_returns_to_its_own_redis(make_bus: Make) -> None:
 
     assert audit.ready(5)
     bus.signal("tick").send(None, n=3)
-    wait_until(lambda: heard == [1, 3], what="the event after is heard")
+    wait_until(lambda: received == [1, 3], what="the event after is received")
     assert bus.node.config.url == url
 
 
@@ -994,16 +994,16 @@ def test_events_sent_before_the_isolation_go_to_the_real_redis(make_bus: Make) -
 
 
 def test_a_listening_bus_continues_to_listen_after_the_isolation(make_bus: Make) -> None:
-    heard = []
+    received = []
     audit = make_bus("memory://listens", "audit")
-    audit.on("tick")(lambda sender, n: heard.append(n))
+    audit.on("tick")(lambda sender, n: received.append(n))
     audit.start()
     bus = make_bus("memory://listens", "clock", publish=["tick"])
 
     with isolated():
         assert audit.ready(5)
         bus.signal("tick").send(None, n=1)
-        wait_until(lambda: heard == [1], what="it is heard in memory")
+        wait_until(lambda: received == [1], what="it is received in memory")
 
     assert audit.health().listening
     assert audit.ready(5)

@@ -204,24 +204,24 @@ def test_retry_and_reject_of_a_receiver_are_raised_in_the_test(
 
 
 def test_one_process_of_a_service_gets_a_stream_event(make_bus: Make, eventbus: Isolation) -> None:
-    heard = []
+    received = []
 
     for service in ("mailer", "mailer", "audit"):
         bus = make_bus(NOWHERE, service)
-        bus.on("tick")(lambda sender, service=service: heard.append(service))
+        bus.on("tick")(lambda sender, service=service: received.append(service))
 
     eventbus.deliver("tick", via="stream")
-    assert sorted(heard) == ["audit", "mailer"]
+    assert sorted(received) == ["audit", "mailer"]
 
-    heard.clear()
+    received.clear()
     eventbus.deliver("tick", via="channel")
-    assert sorted(heard) == ["audit", "mailer", "mailer"]
+    assert sorted(received) == ["audit", "mailer", "mailer"]
 
 
 def test_the_newest_of_two_apps_of_a_service_gets_a_stream_event(eventbus: Isolation) -> None:
-    heard = []
+    received = []
     bus = EventBus()
-    bus.on("tick")(lambda sender: heard.append(current_app.name))
+    bus.on("tick")(lambda sender: received.append(current_app.name))
     apps = [Flask(f"app{n}") for n in range(5)]
 
     for app in apps:
@@ -230,31 +230,31 @@ def test_the_newest_of_two_apps_of_a_service_gets_a_stream_event(eventbus: Isola
 
     eventbus.deliver("tick", via="stream")
 
-    assert heard == ["app4"]
+    assert received == ["app4"]
 
 
 def test_without_a_group_every_process_gets_a_stream_event(
     make_bus: Make, eventbus: Isolation
 ) -> None:
-    heard = []
+    received = []
 
     for number in range(3):
         bus = make_bus(NOWHERE, "cache", subscribe={"tick": {"group": None}})
-        bus.on("tick")(lambda sender, number=number: heard.append(number))
+        bus.on("tick")(lambda sender, number=number: received.append(number))
 
     eventbus.deliver("tick", via="stream")
 
-    assert sorted(heard) == [0, 1, 2]
+    assert sorted(received) == [0, 1, 2]
 
 
 def test_a_pattern_receives_stream_events_too(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE)
-    heard = []
-    bus.on("order_*")(lambda sender: heard.append(current_event.name))
+    received = []
+    bus.on("order_*")(lambda sender: received.append(current_event.name))
 
     eventbus.deliver("order_paid", via="stream")
 
-    assert heard == ["order_paid"]
+    assert received == ["order_paid"]
 
 
 @pytest.mark.parametrize(("asked", "other"), [("stream", "channel"), ("channel", "stream")])
@@ -262,15 +262,15 @@ def test_a_subscription_to_one_transport_receives_nothing_of_the_other(
     make_bus: Make, eventbus: Isolation, asked: Via, other: Via
 ) -> None:
     bus = make_bus(NOWHERE, "mailer", subscribe={"tick": {"via": asked}})
-    heard = []
-    bus.on("tick")(lambda sender: heard.append(current_event.via))
+    received = []
+    bus.on("tick")(lambda sender: received.append(current_event.via))
 
     assert failure(eventbus.deliver, "tick", via=other) == (
         "Nothing here receives 'tick' from 'elsewhere'. 'mailer' subscribes to it only via "
         f"'{asked}': pass via='{asked}'."
     )
     eventbus.deliver("tick", via=asked)
-    assert heard == [asked]
+    assert received == [asked]
 
 
 @pytest.mark.parametrize(
@@ -282,12 +282,12 @@ def test_by_default_an_event_is_delivered_over_the_subscribed_transport(
     make_bus: Make, eventbus: Isolation, subscription: dict[str, Any], expected: str
 ) -> None:
     bus = make_bus(NOWHERE, subscribe={"tick": subscription})
-    heard = []
-    bus.on("tick")(lambda sender: heard.append(current_event.via))
+    received = []
+    bus.on("tick")(lambda sender: received.append(current_event.via))
 
     event = eventbus.deliver("tick")
 
-    assert heard == [expected]
+    assert received == [expected]
     assert event.via == expected
 
 
@@ -307,15 +307,15 @@ def test_a_service_does_not_get_its_own_events_from_a_stream(
     make_bus: Make, eventbus: Isolation
 ) -> None:
     bus = make_bus(NOWHERE, "mailer", subscribe={"tock": {"echo": True}})
-    heard = []
-    bus.on("tick")(lambda sender: heard.append("tick"))
-    bus.on("tock")(lambda sender: heard.append("tock"))
+    received = []
+    bus.on("tick")(lambda sender: received.append("tick"))
+    bus.on("tock")(lambda sender: received.append("tock"))
 
     said = failure(eventbus.deliver, "tick", via="stream", source="mailer")
     eventbus.deliver("tock", via="stream", source="mailer")
 
     assert "'mailer' ignores its own events" in said
-    assert heard == ["tock"]
+    assert received == ["tock"]
 
 
 def test_a_service_in_a_cluster_gets_nothing_from_streams(
@@ -639,19 +639,19 @@ def test_without_a_group_nothing_is_retried(make_bus: Make, eventbus: Isolation)
 
 def test_a_dead_letter_is_signalled(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, "mailer")
-    told: list[Any] = []
+    reported: list[Any] = []
 
     @bus.on("tick")
     def refuse(sender: str) -> None:
         raise Reject("no")
 
     def alert(sender: str, **facts: Any) -> None:
-        told.append((sender, facts))
+        reported.append((sender, facts))
 
     with signals.event_dead_lettered.connected_to(alert):
         event = eventbus.deliver("tick", via="stream", retry=True)
 
-    [(sender, facts)] = told
+    [(sender, facts)] = reported
     assert sender == "mailer"
     assert facts["name"] == "tick"
     assert facts["reason"] == "rejected"
@@ -842,24 +842,24 @@ def test_advance_refuses_a_negative_time(eventbus: Isolation) -> None:
 
 
 def test_buses_talk_over_a_stream_in_memory(make_bus: Make, eventbus: Isolation) -> None:
-    heard: list[Any] = []
+    received: list[Any] = []
     mailer = make_bus(NOWHERE, "mailer")
-    mailer.on("tick")(lambda sender, n: heard.append((sender, n, current_event.via)))
+    mailer.on("tick")(lambda sender, n: received.append((sender, n, current_event.via)))
     mailer.start()
     assert mailer.ready(5)
     clock = make_bus(NOWHERE, "clock", publish={"tick": "stream"})
 
     clock.signal("tick").send(None, n=1)
 
-    wait_until(lambda: heard, what="it is heard")
-    assert heard == [("clock", 1, "stream")]
+    wait_until(lambda: received, what="it is received")
+    assert received == [("clock", 1, "stream")]
     eventbus.assert_published("tick", via="stream", times=1, n=1)
 
 
 def test_a_service_that_was_down_gets_missed_events(make_bus: Make, eventbus: Isolation) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     mailer = make_bus(NOWHERE, "mailer")
-    mailer.on("tick")(lambda sender, n: heard.append(n))
+    mailer.on("tick")(lambda sender, n: received.append(n))
     mailer.start()
     assert mailer.ready(5)
     mailer.stop()
@@ -868,7 +868,7 @@ def test_a_service_that_was_down_gets_missed_events(make_bus: Make, eventbus: Is
 
     mailer.start()
 
-    wait_until(lambda: heard == [1], what="it is heard after all")
+    wait_until(lambda: received == [1], what="it is received after all")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A server that becomes a replica, or was one all along: nothing is published or heard there."""
+"""A server that becomes a replica, or was one all along: nothing is published or received there."""
 
 from __future__ import annotations
 
@@ -52,25 +52,25 @@ def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
 def test_a_publisher_keeps_its_events_while_its_server_is_a_replica(
     redis_server: RedisServer, make_bus: MakeBus, via: str
 ) -> None:
-    heard: list[int] = []
+    received: list[int] = []
     listening = make_bus(redis_server.url, "clock")
-    listening.on("tick")(lambda sender, number: heard.append(number))
+    listening.on("tick")(lambda sender, number: received.append(number))
     listening.start()
     assert listening.ready(10)
     publisher = make_bus(redis_server.url, "shop", publish={"tick": via})
     tick = publisher.signal("tick")
     tick.send(number=0)
-    wait_until(lambda: heard == [0])
+    wait_until(lambda: received == [0])
 
     demote(redis_server)
     wait_until(lambda: tick.send(number=1) or not publisher.health().publishing)
     tick.send(number=2)
     assert not publisher.flush(0.2)
-    assert 2 not in heard
+    assert 2 not in received
     promote(redis_server)
 
     assert publisher.flush(10)
-    wait_until(lambda: 2 in heard, what="the event arrives")
+    wait_until(lambda: 2 in received, what="the event arrives")
 
 
 @pytest.mark.timing(ping_after=0.1)
@@ -175,17 +175,17 @@ def test_a_user_without_the_right_to_role_works_and_gets_one_warning(
         client.execute_command("ACL", "SETUSER", "ada", "allchannels", "-role")
 
     url = redis_server.url.replace("://", "://ada:pw@")
-    heard: list[int] = []
+    received: list[int] = []
     caplog.set_level(logging.WARNING)
     bus = make_bus(url, "shop", publish={"tick": "stream", "tock": "channel"})
-    bus.on("tick", echo=True)(lambda sender, number: heard.append(number))
+    bus.on("tick", echo=True)(lambda sender, number: received.append(number))
     bus.start()
     assert bus.ready(10)
     bus.signal("tick").send(number=1)
     bus.signal("tock").send(number=2)
 
     # Here at once, and once more as it comes back.
-    wait_until(lambda: heard == [1, 1], what="the event is heard")
+    wait_until(lambda: received == [1, 1], what="the event is received")
     assert bus.flush(10)
     assert caplog.text.count("does not answer ROLE") == 1
     assert "'+role'" in caplog.text

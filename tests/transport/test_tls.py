@@ -128,7 +128,7 @@ def loss_of(bus: Bus) -> str:
 
     with listener_lost.connected_to(note, sender=bus.health().service):
         bus.start()
-        wait_until(lambda: errors, what="the loss is told")
+        wait_until(lambda: errors, what="the loss is reported")
 
     return errors[0]
 
@@ -138,30 +138,30 @@ def test_events_travel_over_tls_with_a_certificate_on_each_side(
 ) -> None:
     publisher = make_bus(server.url, "shop", publish={"order_paid": {"confirm": True}})
     listener = make_bus(server.url, "mailer")
-    heard: list[tuple[str, int]] = []
-    listener.on("order_paid")(lambda sender, number: heard.append((sender, number)))
+    received: list[tuple[str, int]] = []
+    listener.on("order_paid")(lambda sender, number: received.append((sender, number)))
     listener.start()
     assert listener.ready(10)
 
     for number in range(500):
         publisher.signal("order_paid").send(number=number)
 
-    wait_until(lambda: len(heard) == 500, what="every event arrives")
-    assert heard == [("shop", number) for number in range(500)]
+    wait_until(lambda: len(received) == 500, what="every event arrives")
+    assert received == [("shop", number) for number in range(500)]
 
 
 def test_a_large_event_arrives_whole_over_tls(server: TlsServer, make_bus: MakeBus) -> None:
     publisher = make_bus(server.url, "shop", publish=["report_ready"])
     listener = make_bus(server.url, "mailer")
-    heard: list[bytes] = []
-    listener.on("report_ready")(lambda sender, body: heard.append(body))
+    received: list[bytes] = []
+    listener.on("report_ready")(lambda sender, body: received.append(body))
     listener.start()
     assert listener.ready(10)
 
     body = bytes(range(256)) * 3_000
     publisher.signal("report_ready").send(body=body)
 
-    assert wait_until(lambda: heard, what="the event arrives") == [body]
+    assert wait_until(lambda: received, what="the event arrives") == [body]
 
 
 def test_a_server_signed_by_an_unknown_authority_is_refused_with_the_reason(
@@ -255,8 +255,8 @@ def test_a_listener_over_tls_reconnects_after_a_restart(
 ) -> None:
     publisher = make_bus(own_server.url, "shop", publish=["order_paid"])
     listener = make_bus(own_server.url, "restarts")
-    heard: list[int] = []
-    listener.on("order_paid")(lambda sender, number: heard.append(number))
+    received: list[int] = []
+    listener.on("order_paid")(lambda sender, number: received.append(number))
     listener.start()
     assert listener.ready(10)
     back: list[float] = []
@@ -270,4 +270,4 @@ def test_a_listener_over_tls_reconnects_after_a_restart(
 
     publisher.signal("order_paid").send(number=1)
 
-    wait_until(lambda: heard == [1], what="the event arrives")
+    wait_until(lambda: received == [1], what="the event arrives")

@@ -108,7 +108,7 @@ class Pair:
         self.publisher = make_bus(url, "shop", publish=["tick"])
         self.listener = make_bus(url, "clock")
         self.listener.on("tick")(self._hear)
-        self.heard: list[int] = []
+        self.received: list[int] = []
         self._numbers = itertools.count()
         self.listener.start()
         assert self.listener.ready(10)
@@ -128,13 +128,15 @@ class Pair:
 
         numbers = [self.send() for _ in range(100)]
 
-        wait_until(lambda: self.heard[-100:] == numbers, what="everything sent arrives, in order")
+        wait_until(
+            lambda: self.received[-100:] == numbers, what="everything sent arrives, in order"
+        )
 
     def _hear(self, sender: str, number: int) -> None:
-        self.heard.append(number)
+        self.received.append(number)
 
     def _heard_since(self, first: int) -> bool:
-        return any(number >= first for number in self.heard)
+        return any(number >= first for number in self.received)
 
 
 @contextmanager
@@ -216,11 +218,11 @@ def test_an_unreachable_sentinel_does_not_delay_the_start(
 def test_an_event_reaches_listeners_at_every_cluster_node_once(
     cluster: Cluster, make_bus: MakeBus
 ) -> None:
-    heard: list[tuple[int, int]] = []
+    received: list[tuple[int, int]] = []
 
     for number, node in enumerate(cluster.nodes):
         bus = make_bus(f"redis+cluster://127.0.0.1:{node.port}", f"listener-{number}")
-        bus.on("tick")(lambda sender, value, number=number: heard.append((number, value)))
+        bus.on("tick")(lambda sender, value, number=number: received.append((number, value)))
         bus.start()
         assert bus.ready(10)
 
@@ -229,8 +231,8 @@ def test_an_event_reaches_listeners_at_every_cluster_node_once(
     for value in range(100):
         publisher.signal("tick").send(value=value)
 
-    wait_until(lambda: len(heard) >= 300, what="every event arrives at every node")
-    assert sorted(heard) == [(number, value) for number in range(3) for value in range(100)]
+    wait_until(lambda: len(received) >= 300, what="every event arrives at every node")
+    assert sorted(received) == [(number, value) for number in range(3) for value in range(100)]
 
 
 def test_a_listener_moves_to_another_cluster_node_when_its_node_dies(
