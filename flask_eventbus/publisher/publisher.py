@@ -395,8 +395,6 @@ class Publisher:
 
         :raises PublishError: the policy is ``"raise"``.
         """
-        self._writer.step_back(message)
-
         if self._outage.refuses(message):
             with self._buffer.lock:
                 self._writer.wake()

@@ -139,7 +139,8 @@ class Writer:
     def finish(self, message: Message, deadline: float, *, leads: bool) -> bool:
         """Return True if a sender's event has a result by ``deadline``; write batches until then.
 
-        Return False early if Redis is known not to accept the event.
+        Return False early if Redis is known not to accept the event. The writer thread then takes
+        over what the sender had to write.
 
         :param deadline: monotonic time at which the writer thread takes over.
         :param leads: the result of :meth:`enlist`.
@@ -152,24 +153,24 @@ class Writer:
                 self._lead(deadline)
                 leads = False
             elif not message.wait_for_wakeup(deadline):
-                return message.is_finished
+                break
             elif not message.is_finished:
                 if self._outage.refuses(message):
-                    return False
+                    break
 
                 with self._lock:
                     leads = self.enlist(message)
 
-        return True
+        # A sender that owns the connection here was to write for others: its own event is dropped.
+        if self._owner is message or not message.is_finished:
+            with self._lock:
+                message.may_write = False
 
-    def step_back(self, message: Message) -> None:
-        """Let the writer thread take over from a sender that stops waiting."""
-        with self._lock:
-            message.may_write = False
+                # A thread that is sending on its behalf checks ``may_write`` afterwards.
+                if self._is_sent and self._owner is message:
+                    self._hand_over(None)
 
-            # A thread that is sending on its behalf checks ``may_write`` afterwards.
-            if self._is_sent and self._owner is message:
-                self._hand_over(None)
+        return message.is_finished
 
     def abandon(self, message: Message) -> None:
         """Let the writer thread send the batch of an interrupted sender again."""

@@ -32,6 +32,7 @@ from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import (
     ChannelDestination,
     Destination,
+    Message,
     StreamDestination,
     TooFewReplicasError,
 )
@@ -1234,6 +1235,37 @@ def test_a_sender_that_times_out_leaves_the_reply_to_the_writer_thread(
     bus.signal("tick").send("test", n=3)
     assert values(shared_redis, prefix=prefix) == [0, 1, 2, 3]
     assert bus.health().publishing
+
+
+@pytest.mark.timing(batch_events=1)
+def test_a_sender_whose_event_is_dropped_leaves_the_replies_it_was_to_read_to_the_thread(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": {"confirm": True}}, timeout=20)
+    bus.signal("tick").send("test", n=0)
+    wait_until(lambda: not bus.health().buffered, what="it has left")
+    turns, may_go_on = Turns(monkeypatch), threading.Event()
+    turns.may_send.set()
+    wait = Message.wait_for_wakeup
+    monkeypatch.setattr(
+        Message, "wait_for_wakeup", lambda *args: wait(*args) and may_go_on.wait(10)
+    )
+    first = begin_to_send(bus, 1)
+    bus.node.publish("tick", {"n": 2}, confirm=False)
+    second = begin_to_send(bus, 3)
+
+    # The first sender sends the unconfirmed event on behalf of the second, whose own is dropped.
+    turns.may_read.set()
+    first.join()
+    dropped = bus.node._publisher._buffer.drop_oldest()
+    assert dropped is not None
+    dropped.finish(PublishError("The buffer was full."))
+    may_go_on.set()
+    second.join()
+
+    assert turns.sent == [1, 1]
+    assert bus.flush(10)
+    bus.signal("tick").send("test", n=4)
 
 
 # -- with channel events between them -----------------------------------------------------
