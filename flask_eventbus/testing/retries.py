@@ -72,8 +72,10 @@ class RetryRehearsal:
         self._nodes = nodes
         self._entries = itertools.count(1)
         self._numbers = itertools.count()
-        #: The simulated time, in seconds since 1970.
-        self._now = time.time()
+        #: The simulated time in seconds since :attr:`_began`, where floats are more exact than
+        #: since 1970.
+        self._now = 0.0
+        self._began = int(time.time())
         #: Heap of retries by their due times; the number keeps the order of equal times.
         self._queue: list[tuple[float, int, Waiting]] = []
         self.failures: list[FailedAttempt] = []
@@ -150,7 +152,7 @@ class RetryRehearsal:
 
     def _postpone(self, waiting: Waiting, record: RetryRecord) -> None:
         """Wait for a node that has the receiver; give up after ``GONE_AFTER`` seconds."""
-        if self._now - record.last / 1000 <= GONE_AFTER:
+        if round(self._began + self._now - record.last / 1000, 3) <= GONE_AFTER:
             self._schedule(waiting, waiting.postpone)
             return
 
@@ -177,8 +179,7 @@ class RetryRehearsal:
             return
 
         outcome = self._outcomes(node).of(delivery, [failure])
-        # Without the error of a float that counts from 1970.
-        after = round(outcome.due[0] - self._now, 6) if outcome.due else None
+        after = round(outcome.due[0] - self._began - self._now, 6) if outcome.due else None
         self._note(node, delivery, failure, after)
 
         if after is not None:
@@ -203,7 +204,7 @@ class RetryRehearsal:
             replace(node.context, timing=timing),
             retries_of=counts.after,
             failures=node.dispatcher.failures,
-            now=lambda: self._now,
+            now=lambda: self._began + self._now,
         )
 
     def _note(self, node: Node, delivery: Delivery, failure: Failure, after: float | None) -> None:

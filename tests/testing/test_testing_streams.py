@@ -452,6 +452,23 @@ def test_time_passes_only_through_advance(make_bus: Make, eventbus: Isolation) -
     assert time.monotonic() - began < 1
 
 
+def test_a_retry_is_due_when_the_parts_of_its_delay_have_passed(
+    make_bus: Make, eventbus: Isolation
+) -> None:
+    bus = make_bus(NOWHERE)
+
+    @bus.on("tick")
+    def fail(sender: str) -> None:
+        if current_event.attempt == 1:
+            raise Retry(after=1.0)
+
+    eventbus.deliver("tick", via="stream", retry=True)
+
+    # Floats that count from 1970 add up to less than a second.
+    assert [eventbus.advance(0.05) for _ in range(20)] == [0] * 19 + [1]
+    assert eventbus.failures[0].after == 1.0
+
+
 def test_the_delay_between_attempts_is_bounded(make_bus: Make, eventbus: Isolation) -> None:
     bus = make_bus(NOWHERE, retries=20)
 
