@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 
 import redis
 
 from ..admin.overview import Overview, subscribed
 from ..admin.server import PATIENCE, Server, processes_of
-from ..admin.status import GroupStatus, read_statuses
+from ..admin.status import GroupStatus, StreamStatus, read_statuses
 from ..admin.streams import StreamAccess
 from ..config import Config
 from ..errors import ConfigError, OperationError
@@ -278,18 +279,11 @@ def _check_streams(
     yield from check_stream_rights(lambda: Server(connections), node)
 
     if streams:
-        patterns = service is None or any(map(is_pattern, node.subscriptions))
-        yield from check_backlog(
-            node.config,
-            lambda access: _services(access, node, service),
-            patterns=patterns,
-            deadline=connections.deadline,
-            program=_program(node.config) if service is None else "flask eventbus",
-        )
+        yield from _check_backlog(node, service, connections.deadline)
 
     if service is not None:
         written = set(overview.published_names(via="stream")) - subscribed(node, ())
-        yield from check_written(node.config, sorted(written), connections.deadline)
+        yield from _check_written(node.config, sorted(written), connections.deadline)
 
 
 def _program(config: Config) -> str:
@@ -314,19 +308,6 @@ def _note_cluster(overview: Overview) -> Iterator[Finding]:
             f"In a Redis Cluster there are no streams yet: {listed(names)} "
             f"{'uses' if len(names) == 1 else 'use'} only channels."
         )
-
-
-def _services(
-    access: StreamAccess, node: Node, service: str | None
-) -> dict[str, Sequence[str] | None]:
-    """Return the streams to check, each with the services to check; ``None`` stands for all."""
-    if service is None:
-        return dict.fromkeys(access.names()[: TIMING.max_names])
-
-    needs_names = any(is_pattern(name) for name in node.subscriptions)
-    return dict.fromkeys(
-        sorted(subscribed(node, access.names() if needs_names else ())), (service,)
-    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -451,50 +432,46 @@ def check_cluster(server: Server, streams: Collection[str]) -> Iterator[Finding]
         )
 
 
-def check_backlog(
-    config: Config,
-    services: Callable[[StreamAccess], Mapping[str, Sequence[str] | None]],
-    *,
-    patterns: bool,
-    deadline: float,
-    program: str,
-) -> Iterator[Finding]:
-    """Report the events, retries and dead letters that wait for services.
+def _check_backlog(node: Node, service: str | None, deadline: float) -> Iterator[Finding]:
+    """Report the events, retries and dead letters that wait for a service, or for all services."""
+    needs_names = service is None or any(map(is_pattern, node.subscriptions))
 
-    :param services: returns the services to check for each signal; ``None`` stands for all.
-    :param patterns: True if the set of stream names is used, as patterns do.
-    :param deadline: monotonic time at which waiting for Redis ends.
-    :param program: the start of the commands in remedies; ``{}`` stands for the service.
-    """
     try:
-        with StreamAccess(config, name="eventbus-check", deadline=deadline) as access:
-            statuses = read_statuses(access, services(access))
-            flood = too_many_names(access.keys.names, len(access.names())) if patterns else None
+        with StreamAccess(node.config, name=CLIENT_NAME, deadline=deadline) as access:
+            names = access.names() if needs_names else []
+            read = names[: TIMING.max_names] if service is None else subscribed(node, names)
+            of = None if service is None else (service,)
+            statuses = read_statuses(access, dict.fromkeys(sorted(read), of))
+            flood = too_many_names(access.keys.names, len(names))
     except OperationError as refusal:
         yield note(f"Could not check the lag, retries and dead letters of streams. {refusal!s}")
         return
 
-    for alarm in (flood, *(alarm for status in statuses for alarm in status.alarms)):
-        if alarm is not None:
-            yield error(alarm.text, alarm.remedy)
+    if flood is not None:
+        yield error(flood.text, flood.remedy)
+
+    yield from _alarms(statuses)
+    program = _program(node.config) if service is None else "flask eventbus"
 
     for status in statuses:
         for group in status.groups:
             yield from _check_group(status.name, group, program.format(group.service))
 
 
-def check_written(config: Config, names: Collection[str], deadline: float) -> Iterator[Finding]:
+def _check_written(config: Config, names: Collection[str], deadline: float) -> Iterator[Finding]:
     """Report damage to streams that the service publishes to and does not read.
 
     :param names: the signals of those streams.
     """
-    try:
-        with StreamAccess(config, name="eventbus-check", deadline=deadline) as access:
-            statuses = read_statuses(access, dict.fromkeys(names, ()))
-    except OperationError:
-        # A publisher needs no right to inspect its streams.
-        return
+    # A publisher needs no right to inspect its streams.
+    with (
+        suppress(OperationError),
+        StreamAccess(config, name=CLIENT_NAME, deadline=deadline) as access,
+    ):
+        yield from _alarms(read_statuses(access, dict.fromkeys(names, ())))
 
+
+def _alarms(statuses: Iterable[StreamStatus]) -> Iterator[Finding]:
     for status in statuses:
         for alarm in status.alarms:
             yield error(alarm.text, alarm.remedy)
