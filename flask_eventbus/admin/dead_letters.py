@@ -15,7 +15,7 @@ from ..codec.entry_ids import MAX_PART, EntryId, entry_id, id_text, is_entry_id
 from ..codec.records import BadRecordError, DeadLetter, RetryRecord
 from ..errors import DecodeError, OperationError
 from ..routing.options import is_pattern, matches
-from ..text import iso, plain
+from ..text import iso, plain, printable
 from .streams import PAGE, TIMEOUT, StreamAccess, as_mapping
 
 #: Most digits read of a number of attempts, which another program may have written.
@@ -124,8 +124,8 @@ class DeadLetters:
     """The dead letters of a service, of all signals."""
 
     def __init__(self, access: StreamAccess, service: str) -> None:
-        self._access = access
-        self._service = service
+        self.access = access
+        self.service = service
 
     def find(self, choice: Choice) -> Iterator[Letter]:
         """Yield the dead letters that match, signal by signal, the oldest first.
@@ -134,20 +134,46 @@ class DeadLetters:
 
         :raises OperationError: Redis is not available.
         """
-        names = choice.names(self._access.names())
+        names = choice.names(self.access.names())
         named = self._named(names, choice.ids)
 
         if choice.ids and {letter.id for letter in named}.issuperset(choice.ids):
-            bounds = choice.bounds(self._access.now())
+            bounds = choice.bounds(self.access.now())
             yield from (letter for letter in named if choice.fits(letter) and letter.is_in(bounds))
             return
 
-        counts = self._access.run([("XLEN", self.key(name)) for name in names])
-        first, last = choice.bounds(self._access.now())
+        counts = self.access.run([("XLEN", self.key(name)) for name in names])
+        first, last = choice.bounds(self.access.now())
 
         for name, count in zip(names, counts, strict=True):
             if count:
                 yield from filter(choice.fits, self._all(name, first, last))
+
+    def select(self, choice: Choice) -> list[Letter]:
+        """Return the dead letters that match, if each id belongs to exactly one.
+
+        :raises OperationError: there is no such id, or several have it; or Redis is not available.
+        """
+        found = list(self.find(choice))
+
+        for name in choice.ids:
+            signals = sorted(letter.name for letter in found if letter.id == name)
+
+            if len(signals) > 1:
+                raise OperationError(
+                    f"{name} is the id of several dead letters: of {', '.join(signals)}. Select "
+                    "one with --signal."
+                )
+
+        known = {name for letter in found for name in (letter.id, letter.content.event_id)}
+        missing = [printable(name) for name in choice.ids if name not in known]
+
+        if missing:
+            sentences = [f"{self.service!r} has no such dead letter: {id!r}." for id in missing]
+            advice = "Nothing was done. To list the dead letters: flask eventbus dead list"
+            raise OperationError("\n".join([*sentences, advice]))
+
+        return found
 
     def drop(self, letters: Iterable[Letter]) -> int:
         """Delete dead letters, and return how many existed.
@@ -159,7 +185,7 @@ class DeadLetters:
         for name, of_name in groupby(letters, key=lambda letter: letter.name):
             ids = [letter.id for letter in of_name]
             deleted += sum(
-                self._access.run(
+                self.access.run(
                     [
                         ("XDEL", self.key(name), *ids[start : start + PAGE])
                         for start in range(0, len(ids), PAGE)
@@ -174,12 +200,12 @@ class DeadLetters:
 
         :raises OperationError: Redis is not available, or refuses.
         """
-        dropped = self._access.keys.dead_dropped
-        self._access.run([("DEL", dropped(name, self._service)) for name in self._access.names()])
+        dropped = self.access.keys.dead_dropped
+        self.access.run([("DEL", dropped(name, self.service)) for name in self.access.names()])
 
     def key(self, name: str) -> str:
         """Return the key of a signal's dead letters."""
-        return self._access.keys.dead(name, self._service)
+        return self.access.keys.dead(name, self.service)
 
     def _named(self, names: Sequence[str], ids: Iterable[str]) -> list[Letter]:
         """Return the dead letters with these ids of their own, signal by signal."""
@@ -189,7 +215,7 @@ class DeadLetters:
 
         for start in range(0, len(wanted), PAGE):
             page = wanted[start : start + PAGE]
-            answers = self._access.run([("XRANGE", self.key(name), id, id) for name, id in page])
+            answers = self.access.run([("XRANGE", self.key(name), id, id) for name, id in page])
 
             for (name, id), entries in zip(page, answers, strict=True):
                 letters += [
@@ -200,7 +226,7 @@ class DeadLetters:
         return letters
 
     def _all(self, name: str, first: EntryId, last: EntryId) -> Iterator[Letter]:
-        for found, fields in self._access.entries(self.key(name), first, last):
+        for found, fields in self.access.entries(self.key(name), first, last):
             yield Letter(name=name, id=id_text(found), content=read_letter(fields))
 
 

@@ -22,7 +22,6 @@ from ..admin.dead_letters import (
     read_payload,
     why_not,
 )
-from ..admin.streams import StreamAccess
 from ..codec.entry_ids import entry_id
 from ..codec.records import REASONS, DeadLetter
 from ..text import clock, counted, printable
@@ -241,52 +240,12 @@ def _read_signals(
     return read_names(ctx, param, names) if names else ()
 
 
-class _Selection:
-    """Finds the dead letters of a service that a command selects."""
-
-    def __init__(self, access: StreamAccess, service: str) -> None:
-        self.access = access
-        self.service = service
-        self.letters = DeadLetters(access, service)
-
-    def find(self, choice: Choice) -> list[Letter]:
-        """Return the selected dead letters.
-
-        :raises click.ClickException: an id was not found, or is the id of several dead letters.
-        """
-        found = list(self.letters.find(choice))
-        self._refuse_namesakes(choice, found)
-        known = {name for letter in found for name in (letter.id, letter.content.event_id)}
-        missing = [name for name in choice.ids if name not in known]
-
-        for name in missing:
-            click.echo(f"{self.service!r} has no such dead letter: {printable(name)!r}.", err=True)
-
-        if missing:
-            raise click.ClickException(
-                "Nothing was done. To list the dead letters: flask eventbus dead list"
-            )
-
-        return found
-
-    def _refuse_namesakes(self, choice: Choice, found: Sequence[Letter]) -> None:
-        """Raise if an id belongs to dead letters of several signals."""
-        for name in choice.ids:
-            signals = sorted(letter.name for letter in found if letter.id == name)
-
-            if len(signals) > 1:
-                raise click.ClickException(
-                    f"{name} is the id of several dead letters: of {', '.join(signals)}. Select "
-                    "one with --signal."
-                )
-
-
 @contextmanager
-def _selection(program: Program) -> Iterator[_Selection]:
+def _dead_letters(program: Program) -> Iterator[DeadLetters]:
     service = program.service
 
     with program.streams("dead") as access:
-        yield _Selection(access, service)
+        yield DeadLetters(access, service)
 
 
 def _chosen(ids: Sequence[str], of_all: bool, **options: Any) -> Choice:
@@ -349,16 +308,16 @@ def list_(
 
     ID is the id of a dead letter or of an event.
     """
-    with _selection(program) as selection:
+    with _dead_letters(program) as kept:
         choice = Choice(ids=ids, **options)
-        letters = selection.letters.find(choice)
+        letters = kept.find(choice)
 
         if in_json:
             for letter in islice(letters, limit):
-                found = letter.as_json(selection.service, program.node.codec)
+                found = letter.as_json(kept.service, program.node.codec)
                 click.echo(to_json(found))
         else:
-            for line in list_report(letters, selection.service, choice, limit):
+            for line in list_report(letters, kept.service, choice, limit):
                 click.echo(line)
 
 
@@ -386,11 +345,11 @@ def show(program: Program, /, ids: tuple[str, ...], of_all: bool, **options: Any
     """
     choice = _chosen(ids, of_all, **options)
 
-    with _selection(program) as selection:
-        letters = selection.find(choice)
+    with _dead_letters(program) as kept:
+        letters = kept.select(choice)
 
     shown = "\n\n".join("\n".join(letter_report(letter)) for letter in letters)
-    click.echo(shown or nothing(selection.service, choice))
+    click.echo(shown or nothing(kept.service, choice))
 
 
 @dead.command(
@@ -428,20 +387,20 @@ def retry(
     """
     choice = _chosen(ids, of_all, **options)
 
-    with _selection(program) as selection:
-        letters = selection.find(choice)
+    with _dead_letters(program) as kept:
+        letters = kept.select(choice)
 
         if not letters:
-            click.echo(nothing(selection.service, choice))
+            click.echo(nothing(kept.service, choice))
             return
 
-        if _retry(selection, letters, wait) < len(letters):
+        if _retry(kept, letters, wait) < len(letters):
             raise click.exceptions.Exit(1)
 
 
-def _retry(selection: _Selection, letters: Sequence[Letter], wait: float) -> int:
+def _retry(kept: DeadLetters, letters: Sequence[Letter], wait: float) -> int:
     """Put dead letters back, print the outcome of each, and return how many were handled."""
-    retrials = Retrials(selection.access, selection.service)
+    retrials = Retrials(kept.access, kept.service)
     put_back = []
 
     for letter in letters:
@@ -455,11 +414,11 @@ def _retry(selection: _Selection, letters: Sequence[Letter], wait: float) -> int
             )
 
     for retrial in retrials.settled(put_back, wait):
-        click.echo(retrial_report(retrial, selection.service, wait))
+        click.echo(retrial_report(retrial, kept.service, wait))
 
     for retrial in put_back:
         if not retrial.is_settled:
-            click.echo(retrial_report(retrial, selection.service, wait))
+            click.echo(retrial_report(retrial, kept.service, wait))
 
     return sum(retrial.state == "handled" for retrial in put_back)
 
@@ -490,8 +449,8 @@ def drop(
     """
     choice = _chosen(ids, of_all, **options)
 
-    with _selection(program) as selection:
-        _drop(selection, choice, yes)
+    with _dead_letters(program) as kept:
+        _drop(kept, choice, yes)
 
 
 @dead.command(
@@ -518,21 +477,21 @@ def purge(program: Program, /, yes: bool, **options: Any) -> None:
     """
     choice = Choice(**options)
 
-    with _selection(program) as selection:
-        _drop(selection, choice, yes)
+    with _dead_letters(program) as kept:
+        _drop(kept, choice, yes)
 
         if not choice:
-            selection.letters.forget_dropped()
+            kept.forget_dropped()
 
 
-def _drop(selection: _Selection, choice: Choice, yes: bool) -> None:
-    letters = selection.find(choice)
+def _drop(kept: DeadLetters, choice: Choice, yes: bool) -> None:
+    letters = kept.select(choice)
 
     if not letters:
-        click.echo(nothing(selection.service, choice))
+        click.echo(nothing(kept.service, choice))
         return
 
     what = counted(len(letters), "dead letter")
 
-    confirm(f"Delete {what} of {selection.service!r} for good?", yes)
-    click.echo(f"Deleted {counted(selection.letters.drop(letters), 'dead letter')}.")
+    confirm(f"Delete {what} of {kept.service!r} for good?", yes)
+    click.echo(f"Deleted {counted(kept.drop(letters), 'dead letter')}.")
