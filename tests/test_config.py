@@ -110,7 +110,7 @@ def test_other_keys_of_the_mapping_are_ignored() -> None:
     assert config(DEBUG=True, eventbus_x=1).service == "accounts"
 
 
-def test_the_environment_is_read_with_json_for_what_has_structure() -> None:
+def test_structured_settings_in_the_environment_are_json() -> None:
     read = Config.from_environ(
         {
             "EVENTBUS_SERVICE": "42",

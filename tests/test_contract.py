@@ -738,7 +738,7 @@ def test_nothing_is_lost_when_a_bus_is_stopped_while_others_send(make: Make) -> 
     assert shop.health().counts.get("dropped", 0) == 0
 
 
-def test_a_flush_waits_only_for_what_was_sent_before_it(make: Make) -> None:
+def test_a_flush_waits_only_for_earlier_events(make: Make) -> None:
     shop = make("shop", publish=["tick"])
     enough = threading.Event()
 

@@ -126,7 +126,7 @@ def _posts(url: str) -> bool:
         return False
 
 
-def test_the_public_api_example_and_its_test_run(pytester: pytest.Pytester) -> None:
+def test_the_program_of_the_readme_and_its_test_run(pytester: pytest.Pytester) -> None:
     program = block(README, "@app.signal")
     test = block(README, "eventbus.deliver")
     pytester.makepyfile(test_readme=program + "\n\n" + test)

@@ -151,7 +151,7 @@ def test_the_program_of_the_page_on_types_runs() -> None:
     names["bus"].stop()
 
 
-def test_the_app_attribute_of_a_signal_is_typed(eventbus: Isolation) -> None:
+def test_bus_app_signal_and_app_signal_are_the_same(eventbus: Isolation) -> None:
     bus = EventBus()
     app = Flask(__name__)
     app.config.from_mapping(EVENTBUS_SERVICE="accounts")

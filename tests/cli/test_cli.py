@@ -998,7 +998,7 @@ def url_host(server: RedisServer) -> str:
     [(words, output) for words, output in examples() if not ENDLESS & {*words}],
     ids=lambda value: value if isinstance(value, str) else "_".join(value[-3:]),
 )
-def test_the_examples_of_the_page_print_what_it_says(
+def test_the_examples_on_the_page_print_the_documented_output(
     page_app: ScriptInfo, redis_server: RedisServer, words: list[str], output: str
 ) -> None:
     environ = {"EVENTBUS_URL": redis_server.url}

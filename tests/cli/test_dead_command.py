@@ -583,7 +583,7 @@ def test_ages_of_dead_letters_use_the_clock_of_redis(
     assert store.dead("user_registered") == [young]
 
 
-def test_dead_purge_deletes_thousands_of_letters(store: StreamStore) -> None:
+def test_dead_purge_deletes_hundreds_of_letters(store: StreamStore) -> None:
     for _ in range(250):
         store.give_up("user_registered")
 

@@ -214,7 +214,7 @@ def test_seek_passes_no_count_to_a_server_without_counts(
     assert left(store) == ids[6:]
 
 
-def test_seek_to_the_current_position_asks_nothing(store: StreamStore) -> None:
+def test_seek_to_the_current_position_does_not_prompt(store: StreamStore) -> None:
     ids = fill(store)
 
     result = store.run("seek", "paid", "--to", ids[3])

@@ -680,7 +680,7 @@ def shop(
     ],
     ids=lambda value: "_".join(value[4:]) if isinstance(value, list) else "",
 )
-def test_the_page_shows_what_the_commands_print(
+def test_the_page_shows_the_output_of_the_commands(
     shop: ScriptInfo, words: list[str], output: str
 ) -> None:
     answer = "y\n" if "[y/N]" in output else ""

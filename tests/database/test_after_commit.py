@@ -592,7 +592,7 @@ def test_events_of_two_sessions_are_kept_apart(
     assert ids(eventbus) == [1, 3]
 
 
-def test_threads_with_sessions_of_their_own_publish_what_they_commit(
+def test_threads_with_own_sessions_publish_their_committed_events(
     engine: Engine, eventbus: Isolation, bare_bus: Bus
 ) -> None:
     scoped = scoped_session(sessionmaker(engine))
@@ -1007,7 +1007,7 @@ def async_url(engine: Engine) -> str:
 
 
 @pytest.mark.parametrize("scoped", [False, True])
-def test_tasks_with_async_sessions_publish_what_they_commit(
+def test_tasks_with_async_sessions_publish_their_committed_events(
     async_url: str, eventbus: Isolation, bare_bus: Bus, scoped: bool
 ) -> None:
     async def work(source: Any, number: int) -> None:

@@ -654,7 +654,7 @@ def executed(engine: Engine) -> list[str]:
     return statements
 
 
-def test_an_outage_in_the_middle_of_a_batch_keeps_what_was_confirmed(
+def test_an_outage_in_the_middle_of_a_batch_keeps_confirmed_events(
     shared_redis: RedisServer,
     relay: Relay,
     engine: Engine,
@@ -1379,7 +1379,7 @@ def test_a_disabled_bus_relays_nothing() -> None:
 # -- in Flask ---------------------------------------------------------------------------------
 
 
-def test_the_testing_kit_sees_what_a_relay_publishes(tmp_path: Path, eventbus: Isolation) -> None:
+def test_the_testing_kit_records_relayed_events(tmp_path: Path, eventbus: Isolation) -> None:
     db = SQLAlchemy(model_class=type("Base", (DeclarativeBase,), {}))
     bus = EventBus()
     app = Flask("shop")

@@ -242,7 +242,7 @@ def test_whatever_is_no_plain_function_is_a_sender(sender: Any) -> None:
     assert received == [sender]
 
 
-def test_a_declared_receiver_hears_nothing_from_elsewhere_until_it_is_subscribed() -> None:
+def test_a_declared_receiver_gets_no_remote_event_until_it_is_subscribed() -> None:
     bus = EventBus()
     app = make_app(bus, EVENTBUS_SUBSCRIBE=["order_paid"])
 

@@ -199,7 +199,9 @@ def test_an_internal_error_stops_no_receiver_thread(
     assert bus.health().counts["handling_failed"] == 1
 
 
-def test_max_age_trimming_keeps_the_dead_letter(store: StreamStore, make_bus: Make) -> None:
+def test_dead_letters_are_kept_when_streams_are_trimmed_by_age(
+    store: StreamStore, make_bus: Make
+) -> None:
     def refuse(sender: str, n: int) -> None:
         raise Reject("no")
 
@@ -318,7 +320,7 @@ def test_of_two_workers_that_find_a_retry_at_the_same_time_one_runs_it(
 
 
 @pytest.mark.parametrize("score", ["-inf", "-1e300", "1.5"])
-def test_a_retry_whose_time_somebody_changed_is_run(
+def test_a_retry_with_an_edited_due_time_is_run(
     store: StreamStore, make_bus: Make, score: str
 ) -> None:
     handled: list[int] = []

@@ -740,7 +740,7 @@ def test_a_retry_waits_for_a_process_that_has_its_receiver(
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt("Ctrl-C"), pytest.fail.Exception("here")], ids=["ctrl-c", "fail"]
 )
-def test_exceptions_of_pytest_raised_in_a_retry_reach_the_test(
+def test_an_interrupt_or_a_failed_assertion_in_a_retry_reaches_the_test(
     make_bus: Make, eventbus: Isolation, error: BaseException
 ) -> None:
     bus = make_bus(NOWHERE)
