@@ -21,11 +21,11 @@ from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from .acknowledger import Acknowledger
 from .attempts import Attempts
-from .decoder import Duplicates, EntryDecoder, Intake
+from .decoder import EntryDecoder, Intake
 from .fanout import Fanout
 from .group import Group, GroupGoneError
 from .maintenance import Maintenance
-from .membership import Catalogue, Membership
+from .membership import Membership
 from .outcomes import Outcomes, RetryCounts
 from .reader import StreamReader
 from .reclaim import Reclaimer, Trims
@@ -102,7 +102,7 @@ class Consumer:
             context,
             group=self._group,
             intake=intake,
-            trims=self._trims_of(self._group, context),
+            trims=Trims(self._group, service=self._config.service, counters=context.counters),
             retries_of=counts.of_event,
         )
         return intake, reclaimer
@@ -111,7 +111,10 @@ class Consumer:
         self, context: Context, decoder: EntryDecoder, intake: Intake, reclaimer: Reclaimer
     ) -> None:
         """Create what reads streams, with the group and without one: a connection for each."""
-        self._membership = self._member(context, intake, reclaimer)
+        group = self._group_on(
+            context, context.timing.answer_timeout, unlisted=self._group.unlisted
+        )
+        self._membership = Membership(context, group=group, intake=intake, reclaimer=reclaimer)
         self._maintenance = Maintenance(
             context,
             membership=self._membership,
@@ -128,36 +131,7 @@ class Consumer:
             intake=intake,
             reclaimer=reclaimer,
         )
-        pipe = Pipe(context.connections, timeout=context.timing.answer_timeout)
-        self._ungrouped = self._catalogue(pipe, context, grouped=False)
-        self._fanout = Fanout(
-            pipe,
-            context,
-            catalogue=self._ungrouped,
-            decoder=decoder,
-            queue=self._pool.queue,
-        )
-
-    def _member(self, context: Context, intake: Intake, reclaimer: Reclaimer) -> Membership:
-        group = self._group_on(
-            context, context.timing.answer_timeout, unlisted=self._group.unlisted
-        )
-        self._grouped = self._catalogue(group.pipe, context, grouped=True)
-        return Membership(
-            context,
-            catalogue=self._grouped,
-            group=group,
-            duplicates=Duplicates(group.pipe, context),
-            intake=intake,
-            reclaimer=reclaimer,
-            trims=self._trims_of(group, context),
-        )
-
-    def _catalogue(self, pipe: Pipe, context: Context, *, grouped: bool) -> Catalogue:
-        return Catalogue(pipe, context, grouped=grouped, connected=self._dispatcher.connected)
-
-    def _trims_of(self, group: Group, context: Context) -> Trims:
-        return Trims(group, service=context.config.service, counters=context.counters)
+        self._fanout = Fanout(context, decoder=decoder, queue=self._pool.queue)
 
     def _group_on(
         self, context: Context, timeout: float, unlisted: set[str] | None = None
@@ -207,7 +181,7 @@ class Consumer:
     @property
     def without_receiver(self) -> frozenset[str]:
         """Streams that are not read because this process has no receiver for them."""
-        return self._grouped.without_receiver | self._ungrouped.without_receiver
+        return self._membership.catalogue.without_receiver | self._fanout.catalogue.without_receiver
 
     @property
     def alarms(self) -> dict[str, str]:
@@ -226,11 +200,13 @@ class Consumer:
 
     @property
     def _groups_ready(self) -> bool:
-        return not self._grouped.subscribed or (self._reader.ready and not self.refused)
+        return not self._membership.catalogue.subscribed or (
+            self._reader.ready and not self.refused
+        )
 
     @property
     def _fanout_ready(self) -> bool:
-        return not self._ungrouped.subscribed or (self._fanout.ready and not self.refused)
+        return not self._fanout.catalogue.subscribed or (self._fanout.ready and not self.refused)
 
     @property
     def _is_ending(self) -> bool:
@@ -243,16 +219,16 @@ class Consumer:
         """
         self._subscriptions = subscriptions
         self._is_alone = alone
-        self._grouped.update(subscriptions)
-        self._ungrouped.update(subscriptions)
+        self._membership.catalogue.update(subscriptions)
+        self._fanout.catalogue.update(subscriptions)
 
     def start(self) -> None:
         """Start the threads that the present subscriptions need."""
-        if self._grouped.subscribed:
+        if self._membership.catalogue.subscribed:
             self._reader.start()
             self._maintenance.start()
 
-        if self._ungrouped.subscribed:
+        if self._fanout.catalogue.subscribed:
             self._fanout.start()
 
     def ready(self, timeout: float | None) -> bool:

@@ -46,21 +46,13 @@ class Fanout(ReadingThread):
 
     _failed = "The fanout reader failed; it reconnects."
 
-    def __init__(
-        self,
-        pipe: Pipe,
-        context: Context,
-        *,
-        catalogue: Catalogue,
-        decoder: EntryDecoder,
-        queue: DeliveryQueue,
-    ) -> None:
+    def __init__(self, context: Context, *, decoder: EntryDecoder, queue: DeliveryQueue) -> None:
         super().__init__(context, "fanout")
         config = context.config
-        self._pipe = pipe
         self._timing = context.timing
         self._service = config.service
-        self._catalogue = catalogue
+        self._pipe = pipe = Pipe(context.connections, timeout=self._timing.answer_timeout)
+        self.catalogue = Catalogue(pipe, context, grouped=False)
         self._keys = context.keys
         self._decoder = decoder
         self._queue = queue
@@ -94,17 +86,17 @@ class Fanout(ReadingThread):
     @property
     def ready(self) -> bool:
         """Return True if Redis answers, and each subscribed stream has a position or is refused."""
-        subscribed = self._catalogue.subscribed
+        subscribed = self.catalogue.subscribed
         return self.lives and self._connected and subscribed.keys() <= self._answered
 
     @property
     def alarms(self) -> dict[str, str]:
         """Alarms about streams whose events do not arrive, by stream or pattern."""
-        return {**self._catalogue.alarms, **self._alarms}
+        return {**self.catalogue.alarms, **self._alarms}
 
     @property
     def _answered(self) -> set[str]:
-        return self._positions.keys() | self.refused.keys() | self._catalogue.patterns
+        return self._positions.keys() | self.refused.keys() | self.catalogue.patterns
 
     def stop(self) -> None:
         """Tell the thread to stop, and interrupt a blocked read."""
@@ -130,7 +122,7 @@ class Fanout(ReadingThread):
     def _step(self) -> None:
         names = self._allowed()
         self._find_positions(names)
-        readable = self._positions.keys() - self._catalogue.without_receiver
+        readable = self._positions.keys() - self.catalogue.without_receiver
         names = {name: names[name] for name in names if name in readable}
 
         if not names:
@@ -141,7 +133,7 @@ class Fanout(ReadingThread):
         self._backoff.tries = 0
 
     def _allowed(self) -> dict[str, Subscription]:
-        names = self._catalogue.names()
+        names = self.catalogue.names()
 
         if self.refused and time.monotonic() > self._ask_again:
             self._ask_again = time.monotonic() + self._timing.ask_stream_again_after
@@ -168,7 +160,7 @@ class Fanout(ReadingThread):
             self.changed.notify_all()
 
     def _start_of(self, name: str, subscription: Subscription) -> str:
-        start = self._catalogue.start_of(name, subscription)
+        start = self.catalogue.start_of(name, subscription)
         # An id instead of "$", which would skip the entries added between two reads.
         return self._last(name) if start == NEW else start
 

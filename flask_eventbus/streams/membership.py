@@ -11,7 +11,6 @@ import redis
 from ..codec.entry_ids import before_moment, id_text
 from ..config import SIGNAL_NAME
 from ..logs import BoundedLog, get_logger
-from ..routing.bus_signal import Receiver
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.connection import milliseconds_of
@@ -35,23 +34,15 @@ class Catalogue:
     Only the reading thread may call its methods, except :meth:`update`.
 
     :param grouped: True for subscriptions with a consumer group, False for those without.
-    :param connected: returns the receivers of a signal in this process.
     """
 
-    def __init__(
-        self,
-        pipe: Pipe,
-        context: Context,
-        *,
-        grouped: bool,
-        connected: Callable[[str], Sequence[Receiver]],
-    ) -> None:
+    def __init__(self, pipe: Pipe, context: Context, *, grouped: bool) -> None:
         self._pipe = pipe
         self._config = context.config
         self._timing = context.timing
         self._keys = context.keys
         self._grouped = grouped
-        self._connected = connected
+        self._receivers = context.registry.connected_to
         #: All subscriptions of the service to streams, by name or pattern.
         self._all: Mapping[str, Subscription] = {}
         #: Those with a group, or those without.
@@ -109,7 +100,7 @@ class Catalogue:
         if self._patterns and time.monotonic() >= self._search_at:
             self._search()
 
-        without = {name for name in self._streams if not self._connected(name)}
+        without = {name for name in self._streams if not self._receivers(name)}
 
         if self._names is None or without != self.without_receiver:
             self._report(without - self.without_receiver, self.without_receiver - without)
@@ -256,23 +247,20 @@ class Membership:
         self,
         context: Context,
         *,
-        catalogue: Catalogue,
         group: Group,
-        duplicates: Duplicates,
         intake: Intake,
         reclaimer: Reclaimer,
-        trims: Trims,
     ) -> None:
         self._config = context.config
         self._timing = context.timing
         self._counters = context.counters
-        self.catalogue = catalogue
         self.group = group
-        self.duplicates = duplicates
+        self.catalogue = Catalogue(group.pipe, context, grouped=True)
+        self.duplicates = Duplicates(group.pipe, context)
+        self.trims = Trims(group, service=self._config.service, counters=self._counters)
         self._intake = intake
         self._acknowledger = intake.acknowledger
         self._reclaimer = reclaimer
-        self.trims = trims
         self._log = BoundedLog(logger)
         #: The subscriptions whose streams are read, by name.
         self.joined: dict[str, Subscription] = {}
