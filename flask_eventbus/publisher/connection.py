@@ -349,7 +349,7 @@ class PublishConnection:
 
             self._announcing[name] = self._announced[name]
 
-        if destination.by_age and isinstance(destination, AgingStreamDestination):
+        if isinstance(destination, AgingStreamDestination):
             self._aging.add(destination)
 
             if destination.newest is None:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from reprlib import repr as short
-from typing import Any, Protocol
+from typing import Any
 
 from ..codec.codec import PACKED_ID_BYTES, Codec, Envelope, packed_bytes
 from ..config import Age, Config
@@ -26,29 +26,15 @@ class NoWritesError(Exception):
     """Redis answers but accepts no writes: it is full, lacks replicas, or cannot save."""
 
 
-class Destination(Protocol):
-    """The channel or stream that an event is published to; builds the Redis command for it."""
-
-    #: Name of the signal.
-    name: str
-    #: Redis key of the channel or the stream.
-    key: str
-    #: True for a stream, False for a channel.
-    is_stream: bool
-    #: Number of replicas that must have an event before it counts as confirmed.
-    replicas: int
-    #: True if the stream is trimmed by the age of its entries.
-    by_age: bool
-
-    def command(self, body: bytes) -> bytes:
-        """Return the command that publishes an encoded event, as bytes of the Redis protocol."""
-
-
 class ChannelDestination:
-    """A channel: Redis delivers the event to the current listeners and does not store it."""
+    """A channel: Redis delivers the event to the current listeners and does not store it.
+
+    :param name: name of the signal.
+    :param key: Redis key of the channel or the stream.
+    """
 
     is_stream = False
-    by_age = False
+    #: Number of replicas that must have an event before it counts as confirmed.
     replicas = 0
 
     def __init__(self, name: str, key: str) -> None:
@@ -69,7 +55,6 @@ class StreamDestination:
     """
 
     is_stream = True
-    by_age = False
 
     def __init__(self, name: str, key: str, *, maxlen: int, replicas: int = 0) -> None:
         self.name = name
@@ -92,7 +77,6 @@ class AgingStreamDestination:
     """
 
     is_stream = True
-    by_age = True
 
     def __init__(self, name: str, key: str, *, age: int, replicas: int = 0) -> None:
         self.name = name
@@ -109,6 +93,10 @@ class AgingStreamDestination:
         oldest = b"%d" % max(0, (self.newest or 0) - self._age_ms)
         start = b"%b$%d\r\n%b\r\n" % (self._head, len(oldest), oldest)
         return b"%b%b$%d\r\n%b\r\n" % (start, _FIELD, len(body), body)
+
+
+#: Where an event is published to; it builds the Redis command for it.
+Destination = ChannelDestination | StreamDestination | AgingStreamDestination
 
 
 def pack_start(count: int, *words: str) -> bytes:
@@ -154,7 +142,6 @@ class Message:
     """
 
     __slots__ = (
-        "_wakeup",
         "attributes",
         "body",
         "data",
@@ -167,6 +154,7 @@ class Message:
         "route_state",
         "size",
         "unanswered",
+        "wakeup",
         "withdrawn",
     )
 
@@ -197,14 +185,14 @@ class Message:
         self.may_write = False
         #: Wakes the sender; ``None`` if it does not wait. A lock is ten times faster than
         #: :class:`threading.Event`.
-        self._wakeup = threading.Lock() if confirm else None
+        self.wakeup = threading.Lock() if confirm else None
 
-        if self._wakeup is not None:
-            self._wakeup.acquire()
+        if self.wakeup is not None:
+            self.wakeup.acquire()
 
     def copy(self) -> Message:
         """Return a copy that the sender can send again, with the same id and encoded bytes."""
-        confirm = self._wakeup is not None
+        confirm = self.wakeup is not None
         copy = Message(self.route_state, self.data, {}, confirm=confirm)
         copy.attributes, copy.id, copy.body = self.attributes, self.id, self.body
         copy.size, copy.unanswered = self.size, self.unanswered
@@ -240,34 +228,20 @@ class Message:
 
         return self.body
 
-    def wait_until_finished(self, deadline: float, *, unless: Callable[[], bool]) -> bool:
-        """Wait for the result; return False if there is none by ``deadline``.
-
-        Return True at once if the sender does not wait for the result.
-
-        :param deadline: monotonic time.
-        :param unless: called after each wakeup; the wait ends if it returns True.
-        """
-        while self._wakeup is not None and not self.is_finished:
-            if not self.wait_for_wakeup(deadline) or unless():
-                return self.is_finished
-
-        return True
-
     def wait_for_wakeup(self, deadline: float) -> bool:
         """Return True if the sender is woken by ``deadline``.
 
         It is woken when its event is finished, or when it must write the next batch.
         """
-        return self._wakeup is None or self._wakeup.acquire(
+        return self.wakeup is None or self.wakeup.acquire(
             timeout=max(0.0, deadline - time.monotonic())
         )
 
     def wake(self) -> None:
         """Wake the sender if it waits."""
-        if self._wakeup is not None:
+        if self.wakeup is not None:
             try:
-                self._wakeup.release()
+                self.wakeup.release()
             except RuntimeError:
                 return  # it was woken before, and has not run yet
 
@@ -280,7 +254,7 @@ class Message:
         self.may_write = False
         self.is_finished = True
 
-        if self._wakeup is not None:
+        if self.wakeup is not None:
             self.wake()
 
 

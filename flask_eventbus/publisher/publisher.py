@@ -182,10 +182,15 @@ class Publisher:
         return [message for message in sent if message in late or message.error is not None]
 
     def _is_done(self, message: Message, deadline: float) -> bool:
+        """Return True if an event has a result by ``deadline``, or its sender does not wait."""
         if self._stops(message.route_state.is_stream):
             deadline = 0.0
 
-        return message.wait_until_finished(deadline, unless=lambda: self._outage.refuses(message))
+        while message.wakeup is not None and not message.is_finished:
+            if not message.wait_for_wakeup(deadline) or self._outage.refuses(message):
+                return message.is_finished
+
+        return True
 
     def probe(self) -> None:
         """Make the writer thread check at once whether Redis is available; do not wait for it."""
