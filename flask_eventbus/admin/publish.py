@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,84 +55,63 @@ def publish_one(
     :raises PayloadError: a value cannot be encoded.
     :raises PublishError: Redis did not take it, or did not say so within 3 seconds.
     """
-    outgoing = _take_down(node, name, payload, _route(node, name, stream=stream))
-    answer = _exchange(node, outgoing)
-    way = outgoing.route_state.destination
-
-    if way.is_stream:
-        return Receipt(event_id=outgoing.id, key=way.key, entry=answer.decode())
-
-    return Receipt(event_id=outgoing.id, key=way.key, listeners=answer)
-
-
-def _route(node: Node, name: str, *, stream: bool) -> Route:
     route = node.route_for(name)
 
     if stream and route.via != "stream":
         route = Route(name=name, via="stream")
         check_route(node.config, route)
 
-    return route
-
-
-def _take_down(node: Node, name: str, payload: Mapping[str, Any], route: Route) -> Message:
     builder = MessageBuilder(node.config, node.codec, trace=None)
-    outgoing = builder.build(name, payload, route, confirm=False)
-    outgoing.assign_id(secrets.token_hex(6), 1, time.time_ns())
-    outgoing.assign_seq()
-    return outgoing
+    message = builder.build(name, payload, route, confirm=False)
+    message.assign_id(secrets.token_hex(6), 1, time.time_ns())
+    message.assign_seq()
+    answer = _send(node, message)
+    destination = message.route_state.destination
+
+    if destination.is_stream:
+        return Receipt(event_id=message.id, key=destination.key, entry=answer.decode())
+
+    return Receipt(event_id=message.id, key=destination.key, listeners=answer)
 
 
-def _exchange(node: Node, outgoing: Message) -> Any:
+def _send(node: Node, message: Message) -> Any:
+    """Write a message over a connection of its own, and return the answer of Redis."""
     connections = Connections(node.config.url, name=CLIENT_NAME)
-    exchange = PublishConnection(connections, node.config, timeout=TIMEOUT)
+    connection = PublishConnection(connections, node.config, timeout=TIMEOUT)
     deadline = time.monotonic() + TIMEOUT
+    state, in_doubt = f"{message.route_state.name!r} was not published", False
 
     try:
-        with _publish_errors(
-            f"{outgoing.route_state.name!r} was not published", outgoing, connections
-        ):
-            exchange.probe(deadline)
-
-        unknown = f"It is not known whether {outgoing.id} was published"
-
-        with _publish_errors(unknown, outgoing, connections, in_doubt=True):
-            (error,) = exchange.publish(
-                [(outgoing.route_state.destination, outgoing.encoded())], deadline
-            )
-    finally:
-        exchange.close()
-
-    if error is not None:
-        raise _refusal(outgoing, error) from error
-
-    return exchange.answers[0]
-
-
-@contextmanager
-def _publish_errors(
-    what: str, outgoing: Message, connections: Connections, *, in_doubt: bool = False
-) -> Iterator[None]:
-    try:
-        yield
+        connection.probe(deadline)
+        state, in_doubt = f"It is not known whether {message.id} was published", True
+        encoded = (message.route_state.destination, message.encoded())
+        (error,) = connection.publish([encoded], deadline)
     except OUTAGE as outage:
         raise PublishError(
-            f"{what}: Redis at {connections.shown} cannot be used: {trouble_of(outage)}",
-            event_id=outgoing.id,
+            f"{state}: Redis at {connections.shown} cannot be used: {trouble_of(outage)}",
+            event_id=message.id,
             in_doubt=in_doubt,
         ) from outage
+    finally:
+        connection.close()
+
+    if error is not None:
+        raise _refusal(message, error) from error
+
+    return connection.answers[0]
 
 
-def _refusal(outgoing: Message, error: Exception) -> PublishError:
-    name, way = outgoing.route_state.name, outgoing.route_state.destination
+def _refusal(message: Message, error: Exception) -> PublishError:
+    name, destination = message.route_state.name, message.route_state.destination
 
     if isinstance(error, TooFewReplicasError):
-        text = f"{name!r} is stored as the event {outgoing.id}, but {error}."
+        text = f"{name!r} is stored as the event {message.id}, but {error}."
     elif isinstance(error, NoWritesError):
         text = f"{name!r} was not published: Redis takes no writes now: {error}."
     else:
-        advice = remedy(error, {way.key: ADD if way.is_stream else PUBLISH}, grant_the_user)
+        right = ADD if destination.is_stream else PUBLISH
+        advice = remedy(error, {destination.key: right}, grant_the_user)
         text = f"{name!r} was not published: Redis refuses it: {reason_of(error)}. {advice}"
 
     in_doubt = isinstance(error, TooFewReplicasError)
-    return PublishError(text, event_id=outgoing.id, in_doubt=in_doubt)
+    return PublishError(text, event_id=message.id, in_doubt=in_doubt)
