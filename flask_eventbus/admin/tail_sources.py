@@ -18,7 +18,7 @@ from ..event import Event
 from ..logs import get_logger
 from ..routing.options import is_pattern, matches
 from ..text import printable, reason_of
-from ..transport.connection import OUTAGE, milliseconds_of
+from ..transport.connection import milliseconds_of
 from ..transport.connections import Connections
 from ..transport.keys import ChannelKeys, StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
@@ -96,10 +96,7 @@ class ChannelTail:
 
     def wake(self) -> None:
         """End a wait for Redis soon; any thread may call it."""
-        try:
-            self._reader.ping()
-        except OUTAGE as error:
-            logger.debug("The reader wakes by itself: %s", error)
+        self._reader.wake()
 
     def close(self) -> None:
         """Close the connection; only the thread of :meth:`listen` may call it."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
+from threading import Condition
 
 from ..event import Event
 from ..logs import BoundedLog, get_logger
@@ -27,14 +27,17 @@ class ChannelSubscriptions:
     """Subscribes one connection to the channels of a service, and records the answers of Redis.
 
     Any thread may subscribe. The reading thread calls :meth:`note` with the answers.
+
+    :param changed: guards the attributes; notified when one of them changes.
     """
 
-    def __init__(self, *, service: str, keys: ChannelKeys, reader: ChannelReader) -> None:
+    def __init__(
+        self, reader: ChannelReader, *, service: str, keys: ChannelKeys, changed: Condition
+    ) -> None:
+        self._reader = reader
         self._service = service
         self._keys = keys
-        self._reader = reader
-        #: Guards the attributes below; notified when one of them changes.
-        self.changed = threading.Condition()
+        self._changed = changed
         #: The subscriptions of the service, by name or pattern.
         self.wanted: Mapping[str, Subscription] = {}
         #: The signals among them that were asked for, by channel.
@@ -63,27 +66,27 @@ class ChannelSubscriptions:
 
         :raises redis.ConnectionError: if the connection is lost.
         """
-        with self.changed:
+        with self._changed:
             self._open = True
 
         self.ask()
 
     def close(self) -> None:
         """Forget all answers, after the connection was closed."""
-        with self.changed:
+        with self._changed:
             self._open = False
             self._asked.clear()
             self._answered.clear()
             self._confirmed.clear()
             self._patterns = ()
-            self.changed.notify_all()
+            self._changed.notify_all()
 
     def ask(self) -> None:
         """Subscribe to what was added; do nothing without a connection.
 
         :raises redis.ConnectionError: if the connection is lost.
         """
-        with self.changed:
+        with self._changed:
             if not self._open:
                 return
 
@@ -96,7 +99,7 @@ class ChannelSubscriptions:
 
         :raises redis.ConnectionError: if the connection is lost.
         """
-        with self.changed:
+        with self._changed:
             self._asked -= self.refused.keys()
 
         self.ask()
@@ -116,7 +119,7 @@ class ChannelSubscriptions:
 
         name = self._keys.name(frame.subscribed)
 
-        with self.changed:
+        with self._changed:
             if name not in self._asked:
                 return
 
@@ -126,7 +129,7 @@ class ChannelSubscriptions:
                 self._confirm(name)
 
             self._answered.add(name)
-            self.changed.notify_all()
+            self._changed.notify_all()
 
     def match_pattern(self, frame: Frame, name: str) -> Subscription | None:
         """Return the pattern that handles the event ``name`` in a frame, or ``None``.
@@ -204,7 +207,7 @@ class Listener(ReadingThread):
         self._keys = ChannelKeys(context.config.prefix)
         self._reader = ChannelReader(context.connections)
         self._subscriptions = ChannelSubscriptions(
-            service=self._service, keys=self._keys, reader=self._reader
+            self._reader, service=self._service, keys=self._keys, changed=self.changed
         )
         self._decoder = decoder
         self._pool = pool
@@ -242,24 +245,15 @@ class Listener(ReadingThread):
 
         :param timeout: maximum time to wait in seconds; ``None`` to wait without limit.
         """
-        with self._subscriptions.changed:
-            self._subscriptions.changed.wait_for(
-                lambda: self.connected or self.is_stopping, timeout
-            )
+        with self.changed:
+            self.changed.wait_for(lambda: self.connected or self.is_stopping, timeout)
 
         return self.connected
 
     def stop(self) -> None:
         """Tell the thread to stop reading. Events that were read stay queued in the pool."""
         super().stop()
-
-        with self._subscriptions.changed:
-            self._subscriptions.changed.notify_all()
-
-        try:
-            self._reader.ping()
-        except OUTAGE as error:
-            logger.debug("Could not wake the reader with a PING: %s", error)
+        self._reader.wake()
 
     def disown(self) -> None:
         """Mark the thread as stopped; call it in a forked child.

@@ -28,6 +28,10 @@ BATCH = 256
 BATCH_BYTES = 1024 * 1024
 
 
+#: The command whose answer shows that the server is alive.
+_PING = ("PING",)
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """A message from a channel, or the server's answer to a command."""
@@ -75,9 +79,12 @@ class ChannelReader:
         command = "PSUBSCRIBE" if patterns else "SUBSCRIBE"
         self._send([(command, key) for key in keys])
 
-    def ping(self) -> None:
-        """Send a PING. Its answer shows that the server is alive, and wakes the reading thread."""
-        self._send([("PING",)])
+    def wake(self) -> None:
+        """End the current read soon, with the answer to a PING. Any thread may call this."""
+        try:
+            self._send([_PING])
+        except OUTAGE as error:
+            logger.debug("The reading thread ends its wait by itself: %s", error)
 
     def check_role(self) -> None:
         """Check that the server is still a master. Only the reading thread may call this.
@@ -161,7 +168,7 @@ class ChannelReader:
     def _check_alive(self, now: float) -> None:
         if self._pinged is None and now - self._heard >= self._timing.ping_after:
             self._pinged = now
-            self.ping()
+            self._send([_PING])
             self.check_role()
         elif self._pinged is not None and now - self._pinged >= self._timing.ping_timeout:
             raise redis.TimeoutError(f"no answer to a PING within {self._timing.ping_timeout:g} s")

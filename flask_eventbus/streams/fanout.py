@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable
@@ -80,8 +79,6 @@ class Fanout(ReadingThread):
         #: Alarms about damaged streams, by name.
         self._alarms: dict[str, str] = {}
         self._ask_again = 0.0
-        #: Notified when the position of each stream is known, and at the end.
-        self.changed = threading.Condition()
 
     @property
     def ready(self) -> bool:
@@ -102,9 +99,6 @@ class Fanout(ReadingThread):
         """Tell the thread to stop, and interrupt a blocked read."""
         super().stop()
         self._pipe.interrupt()
-
-        with self.changed:
-            self.changed.notify_all()
 
     # -- the reading thread ---------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -68,8 +67,6 @@ class StreamReader(ReadingThread):
         self._reclaimer = reclaimer
         self._pause_after = context.timing.pause_reading_after
         self._block = self._group.pipe.wait_at_most(BLOCK)
-        #: Notified when more streams are read or refused, and when the connection is lost.
-        self.changed = threading.Condition()
         #: True while Redis answers, once the groups were joined.
         self._is_connected = False
         #: True if every subscribed stream could be read after the last join.
@@ -95,9 +92,6 @@ class StreamReader(ReadingThread):
         self._queue.close()
         self._group.pipe.interrupt()
 
-        with self.changed:
-            self.changed.notify_all()
-
     # -- the reading thread ---------------------------------------------------------------
 
     def _finish(self) -> None:
@@ -119,9 +113,6 @@ class StreamReader(ReadingThread):
         # This Redis has no streams. The node still listens to its channels.
         if self._membership.fatal is not None:
             super().stop()
-
-            with self.changed:
-                self.changed.notify_all()
 
     def _step(self) -> None:
         streams, is_new = self._membership.join()

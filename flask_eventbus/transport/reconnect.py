@@ -57,6 +57,8 @@ class ReadingThread:
         self._log = BoundedLog(logger)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
+        #: Notified when the thread gets ready, loses Redis or stops.
+        self.changed = threading.Condition()
 
     @property
     def is_own_thread(self) -> bool:
@@ -86,6 +88,9 @@ class ReadingThread:
     def stop(self) -> None:
         """Tell the thread to end; return immediately."""
         self._stopping.set()
+
+        with self.changed:
+            self.changed.notify_all()
 
     def end(self, deadline: float) -> None:
         """Wait until the thread has ended, or until the deadline.
