@@ -14,6 +14,6 @@ the files in this order:
 
 The ``maintenance`` thread does the rest. It renews the claims of running deliveries, takes due
 retries from the ``retry_queue``, gives up retries of signals that no worker reads any more,
-and claims entries of dead workers with ``reclaim``. ``alarms`` describe streams and groups that
-another program changed.
+and claims entries of dead workers with ``reclaim``. ``alarms`` finds entries that were trimmed
+before they were read, and streams and groups that another program changed.
 """

@@ -20,6 +20,7 @@ from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from .acknowledger import Acknowledger
+from .alarms import Trims
 from .attempts import Attempts
 from .decoder import EntryDecoder, Intake
 from .fanout import Fanout
@@ -28,7 +29,7 @@ from .maintenance import Maintenance
 from .membership import Membership
 from .outcomes import Outcomes, RetryCounts
 from .reader import StreamReader
-from .reclaim import Reclaimer, Trims
+from .reclaim import Reclaimer
 from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)

@@ -19,11 +19,10 @@ from ..transport.connections import Context
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import ReadingThread
 from ..transport.rights import FOLLOW, remedy
-from .alarms import far_ahead
+from .alarms import behind, far_ahead, last_id, passed, report_trimmed, report_trimmed_over
 from .decoder import EntryDecoder
-from .group import Entry, behind, entries_of, last_id, passed
+from .group import Entry, entries_of
 from .membership import Catalogue
-from .reclaim import report_trimmed, report_trimmed_over
 
 logger = get_logger(__name__)
 

@@ -15,6 +15,7 @@ from ..transport.connection import takes_no_writes
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Large, Pipe
 from ..transport.rights import DEAD, GROUP, RETRIES, TRANSACTION, remedy
+from .alarms import Position, as_dict, position_of
 
 logger = get_logger(__name__)
 
@@ -69,24 +70,6 @@ class Pending:
     idle: int
     #: Number of deliveries.
     times: int
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """The position of a group in its stream."""
-
-    #: Id of the last delivered entry.
-    delivered: str
-    #: Ids of the first and the last entry; both are the last generated id if the stream is empty.
-    first: str
-    last: str
-    #: Number of entries that were trimmed before delivery; ``None`` if Redis has no count.
-    trimmed: int | None
-    #: True if the first entry of the stream comes after the last delivered one.
-    is_behind: bool
-    #: Number of entries that the group has passed and that Redis does not count as read. Redis 7.0
-    #: omits entries that were trimmed unread. 0 while the group is behind.
-    miscounted: int = 0
 
 
 class Group:
@@ -189,7 +172,7 @@ class Group:
         if isinstance(groups, Exception):
             return True
 
-        return any(_as_dict(found)["name"] == self._service.encode() for found in groups)
+        return any(as_dict(found)["name"] == self._service.encode() for found in groups)
 
     def _start_argument(self, name: str, start: str, info: Any) -> Command:
         if _is_missing(info):
@@ -198,7 +181,7 @@ class Group:
         if isinstance(info, Exception):
             return (start,)
 
-        stream = _as_dict(info)
+        stream = as_dict(info)
         last = entry_id(stream.get("last-generated-id", b"0-0"))
         # An id instead of "$", so that the group gets entries added in the meantime.
         place = last if start == "$" else entry_id(start)
@@ -471,7 +454,7 @@ class Group:
     def consumers(self, name: str) -> list[tuple[str, int, float]]:
         """Return name, number of pending entries and idle time in seconds of each consumer."""
         answer = self._ask("XINFO", "CONSUMERS", self._keys.stream(name), self._service)
-        found = [_as_dict(item) for item in answer]
+        found = [as_dict(item) for item in answer]
         return [
             (item["name"].decode(errors="replace"), item["pending"], item["idle"] / 1000)
             for item in found
@@ -494,9 +477,9 @@ class Group:
 
                 return None
 
-        for group in map(_as_dict, groups):
+        for group in map(as_dict, groups):
             if bytes(group["name"]) == self._service.encode():
-                return _position(_as_dict(stream), group)
+                return position_of(as_dict(stream), group)
 
         return None
 
@@ -610,37 +593,11 @@ def entries_of(answer: Any, keys: StreamKeys) -> list[Entry]:
     return found
 
 
-def last_id(info: Any) -> str | None:
-    """Return the last generated id from an ``XINFO STREAM`` answer; ``None`` if refused."""
-    if isinstance(info, Exception):
-        return "0-0" if "no such key" in str(info) else None
-
-    return str(_as_dict(info)["last-generated-id"].decode())
-
-
 def lacks_command(reason: Exception) -> bool:
     """Return True if the user may not use a command, or the server does not have it."""
     return isinstance(reason, redis.exceptions.NoPermissionError) or str(reason).startswith(
         ("unknown command", "unknown subcommand")
     )
-
-
-def passed(info: Any, position: str) -> int | None:
-    """Return the number of entries ever added before the next one a reader at ``position`` gets.
-
-    Return ``None`` if the position is inside the stream, or the server does not count.
-    """
-    stream = _as_dict(info)
-    added: int | None = stream.get("entries-added")
-    first = stream["first-entry"]
-
-    if added is None or position == stream["last-generated-id"].decode():
-        return added
-
-    if first is None or behind(position, first[0].decode()):
-        return added - int(stream["length"])
-
-    return None
 
 
 def _is_refusal(answer: Any) -> bool:
@@ -666,60 +623,3 @@ def _fields(flat: Any) -> Fields | None:
         return {flat[0]: flat[1]}
 
     return dict(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _as_dict(flat: Any) -> dict[str, Any]:
-    return {key.decode(): value for key, value in zip(flat[::2], flat[1::2], strict=True)}
-
-
-def _position(stream: Mapping[str, Any], group: Mapping[str, Any]) -> Position:
-    entry = stream.get("first-entry")
-    # fakeredis omits the last id of an empty stream.
-    last = stream.get("last-generated-id", b"0-0").decode()
-    first = entry[0].decode() if entry else last
-    delivered = group["last-delivered-id"].decode()
-    is_behind = behind(delivered, first)
-    return Position(
-        delivered,
-        first,
-        last,
-        _trimmed(stream, group, is_behind),
-        is_behind,
-        0 if is_behind else _miscounted(stream, group, is_at_end=delivered == last),
-    )
-
-
-def _miscounted(stream: Mapping[str, Any], group: Mapping[str, Any], *, is_at_end: bool) -> int:
-    added: int | None = stream.get("entries-added")
-    read: int | None = group.get("entries-read")
-
-    if added is None or read is None:
-        return 0
-
-    passed = added if is_at_end else added - int(stream["length"])
-    return max(0, passed - read)
-
-
-def _trimmed(stream: Mapping[str, Any], group: Mapping[str, Any], is_behind: bool) -> int | None:
-    """Return the number of entries that were trimmed before delivery to the group."""
-    if not is_behind:
-        return 0
-
-    added: int | None = stream.get("entries-added")
-    read: int | None = group.get("entries-read")
-
-    # Redis 6.2 has neither count. A group at the start of the stream has lost nothing yet.
-    if added is None or (read is None and group["last-delivered-id"] == b"0-0"):
-        return 0
-
-    gone = added - int(stream["length"])
-
-    if read is None:
-        return None if gone else 0
-
-    return max(0, gone - read)
-
-
-def behind(id: str, other: str) -> bool:
-    """Return True if the entry ``id`` comes before the entry ``other``."""
-    return entry_id(id) < entry_id(other)

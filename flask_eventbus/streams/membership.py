@@ -17,10 +17,10 @@ from ..transport.connection import milliseconds_of
 from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from ..transport.rights import SEARCH, SINCE, TIME, grant_its_user
-from .alarms import too_many_names
+from .alarms import Trims, too_many_names
 from .decoder import Duplicates, Intake
 from .group import Group, GroupGoneError
-from .reclaim import Reclaimer, Trims
+from .reclaim import Reclaimer
 
 logger = get_logger(__name__)
 

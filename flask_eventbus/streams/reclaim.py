@@ -1,24 +1,23 @@
-"""Claim entries that other workers of the service left, and report entries lost by trimming."""
+"""Claim entries that other workers of the service left."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import redis
 
 from ..codec.entry_ids import entry_id
 from ..event import Event
-from ..logs import BoundedLog, Counters, get_logger
+from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import Delivery
 from ..receivers.workers import MAX_BYTES
 from ..routing.subscriptions import Subscription
-from ..signals import emit, events_trimmed
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
-from .alarms import Alarm, far_ahead, foreign_acknowledgements, impossible_count, past_the_end
+from .alarms import Alarm, Trims, behind, foreign_acknowledgements, impossible_count
 from .decoder import Intake
 from .group import (
     LONG_IDLE,
@@ -27,8 +26,6 @@ from .group import (
     Group,
     GroupGoneError,
     Pending,
-    Position,
-    behind,
 )
 
 logger = get_logger(__name__)
@@ -311,170 +308,4 @@ class Reclaimer:
 def _killed(delivery: Delivery) -> str:
     return (
         f"{delivery.crashes} workers started the event, and each died before its receivers ended."
-    )
-
-
-class Trims:
-    """Detects entries that were trimmed before the group read them.
-
-    Redis 7 counts the entries of a stream and those that a group has read. A pending entry that was
-    trimmed is noticed by the worker that claims it.
-
-    :param group: the consumer group on the connection of the calling thread.
-    """
-
-    def __init__(self, group: Group, *, service: str, counters: Counters) -> None:
-        self._group = group
-        self._service = service
-        self._counters = counters
-        self._log = BoundedLog(logger)
-        #: Monotonic time of the last check.
-        self.checked_at = float("-inf")
-        #: By stream, the position of the group at the last loss, and how many of the entries that
-        #: Redis counts as lost were reported or were no loss.
-        self._known: dict[str, tuple[str, int]] = {}
-        #: Alarms about positions that let this service miss events, by signal.
-        self.alarms: dict[str, str] = {}
-
-    def check(self, names: Iterable[str]) -> None:
-        """Check the positions in streams.
-
-        :raises redis.ConnectionError: Redis is away.
-        """
-        self.checked_at = time.monotonic()
-        names = list(names)
-        self.alarms = {name: self.alarms[name] for name in names if name in self.alarms}
-
-        for name in names:
-            self._check_stream(name)
-
-    def check_before_next_read(self) -> None:
-        """Make a check due. After the next read Redis no longer shows the loss."""
-        self.checked_at = float("-inf")
-
-    def reset(self) -> None:
-        """Forget reported losses after streams were deleted, since Redis counts from zero again."""
-        self._known.clear()
-        self.check_before_next_read()
-
-    def report(self, name: str, count: int | None) -> None:
-        """Report ``count`` lost events; ``None`` if the number is unknown."""
-        if count != 0:
-            report_trimmed(name, count, self._service, self._counters, self._log)
-
-    def _check_stream(self, name: str) -> None:
-        try:
-            position = self._group.position(name)
-        except redis.ResponseError as refusal:
-            self._log.once(
-                f"refused {name}",
-                "Redis does not show %r its position in the stream of %r: %s. Entries that are "
-                "trimmed before they are read are not noticed. %s",
-                self._service,
-                name,
-                refusal,
-                self._group.remedy(name, refusal),
-                extra={"signal": name, "service": self._service},
-            )
-            return
-
-        self._log.over(
-            f"refused {name}",
-            "Redis shows %r its position in the stream of %r again.",
-            self._service,
-            name,
-            extra={"signal": name, "service": self._service},
-        )
-
-        if position is None:
-            return
-
-        self._check_position(name, position)
-
-        lost = self._new_loss(name, position)
-
-        if lost != 0:
-            self.report(name, lost)
-        elif position.trimmed is not None:
-            report_trimmed_over(name, self._service, self._log)
-
-    def _new_loss(self, name: str, position: Position) -> int | None:
-        """Return the lost events that no worker reported; ``None`` if the number is unknown."""
-        delivered = position.delivered
-
-        if not position.is_behind:
-            # No unread entry is missing. Entries that Redis 7.0 still counts were lost earlier.
-            self._known[name] = ("", position.miscounted)
-            return 0
-
-        place, known = self._known.get(name, ("", 0))
-
-        if (place == delivered and position.trimmed in (None, known)) or position.trimmed == 0:
-            # The loss at this position was reported already.
-            return 0
-
-        # Redis 7.0 counts a loss at one position again at every later position.
-        adds_up = position.trimmed is not None and not self._group.counts_trimmed_as_read(name)
-        count = position.trimmed or 0
-        noted: int | None = None
-
-        try:
-            noted = self._group.record_trimmed(name, delivered, count, anywhere=adds_up)
-        except OUTAGE as error:
-            # Another worker may report the loss too. Twice is better than never.
-            logger.debug("Could not record a reported loss in Redis: %s", error)
-
-        self._known[name] = (delivered, count)
-
-        if position.trimmed is None:
-            return None if noted is None else 0
-
-        known = known if adds_up or place == delivered else 0
-        return max(0, count - max(known, noted or 0))
-
-    def _check_position(self, name: str, position: Position) -> None:
-        """Report a group past the end of its stream, and an id far in the future."""
-        delivered, last = entry_id(position.delivered), entry_id(position.last)
-        now = time.time()
-        ahead = far_ahead(name, last, now)
-        alarm = ahead or past_the_end(name, self._service, delivered, last, now)
-        extra = {"signal": name, "service": self._service}
-
-        if alarm is None:
-            self.alarms = {other: self.alarms[other] for other in self.alarms if other != name}
-            over = "The stream of %r and the position of %r in it are in order again."
-            self._log.over(f"alarm {name}", over, name, self._service, extra=extra)
-            return
-
-        if name not in self.alarms:
-            self._log.error(f"alarm {name}", "%s", alarm, extra=extra)
-
-        self.alarms = {**self.alarms, name: str(alarm)}
-
-
-def report_trimmed(
-    name: str, count: int | None, service: str, counters: Counters, log: BoundedLog
-) -> None:
-    """Count, log and signal a loss. ``count`` is ``None`` if the number is unknown."""
-    counters.add("trimmed", count or 1)
-    log.error(
-        f"trimmed {name}",
-        "The stream of %r was trimmed past %s events that %r had not handled. They are lost to it. "
-        "Raise 'maxlen' of the route, or make the receivers faster.",
-        name,
-        "an unknown number of" if count is None else count,
-        service,
-        extra={"signal": name, "service": service},
-    )
-    emit(events_trimmed, service, name=name, count=count)
-
-
-def report_trimmed_over(name: str, service: str, log: BoundedLog) -> None:
-    """Log that no more entries are lost after a reported loss."""
-    log.over(
-        f"trimmed {name}",
-        "The stream of %r is no longer trimmed past events that %r has not handled.",
-        name,
-        service,
-        extra={"signal": name, "service": service},
     )

@@ -22,8 +22,8 @@ from flask_eventbus import Bus, Reject, Retry, current_event
 from flask_eventbus.__main__ import main
 from flask_eventbus.codec.records import DeadLetter
 from flask_eventbus.logs import Counters
+from flask_eventbus.streams.alarms import Trims
 from flask_eventbus.streams.group import Group
-from flask_eventbus.streams.reclaim import Trims
 from flask_eventbus.transport.keys import StreamKeys
 from flask_eventbus.transport.pipe import Pipe
 

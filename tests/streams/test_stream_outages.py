@@ -23,8 +23,8 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.logs import Counters
 from flask_eventbus.routing.subscriptions import read_subscription
 from flask_eventbus.signals import wait_until_sent
+from flask_eventbus.streams.alarms import Trims
 from flask_eventbus.streams.group import Group
-from flask_eventbus.streams.reclaim import Trims
 from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = [
