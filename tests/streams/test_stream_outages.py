@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -218,14 +219,16 @@ def test_events_sent_after_a_pattern_is_ready_are_received(
     make_bus: Make,
     group: Literal[True] | None,
 ) -> None:
-
-    for _ in range(10):
+    def send_and_receive(_: int) -> None:
         store = StreamStore(shared_redis)
         received = received_by(
             make_bus(store.url, "mailer", prefix=store.prefix), "ti*", group=group
         )
         store.add("tick", n=1)
-        wait_until(lambda found=received: found == [1], what="it is received")  # type: ignore[misc]
+        wait_until(lambda: received == [1], what="it is received")
+
+    with ThreadPoolExecutor(5) as pool:
+        assert len(list(pool.map(send_and_receive, range(10)))) == 10
 
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
