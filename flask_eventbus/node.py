@@ -131,7 +131,7 @@ class Node:
         self.listening = False
         #: Held while the node starts or stops. Reentrant, since a signal handler may stop it.
         self._start_stop_lock = threading.RLock()
-        self._sending = Sending(registry, self._host)
+        self._sending = Sending(self._host)
         self._bridges = Bridges(
             registry,
             read_routes(config.publish),

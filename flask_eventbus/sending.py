@@ -16,7 +16,6 @@ from .errors import PublishError
 from .logs import get_logger
 from .publisher.message import Message
 from .publisher.publisher import ClosedError, Publisher
-from .routing.registry import Registry
 from .routing.routes import Route
 from .transport.connections import Context
 
@@ -33,8 +32,7 @@ class Sending:
     in each forked child.
     """
 
-    def __init__(self, registry: Registry, host: Host) -> None:
-        self._registry = registry
+    def __init__(self, host: Host) -> None:
         self.host = host
         #: True once the warning was logged that a test publishes nothing.
         self._test_is_logged = False
@@ -58,7 +56,7 @@ class Sending:
     @property
     def session(self) -> Any:
         """The database session, as given to ``register_session()``; ``None`` if there is none."""
-        registered = self._registry.session
+        registered = self._context.registry.session
 
         if registered is None and self.host.session is not None:
             return self.host.session()
