@@ -98,7 +98,13 @@ class AfterCommit:
             )
             raise
 
-        self._report(unconfirmed)
+        if unconfirmed:
+            logger.error(
+                "Redis did not confirm %d of the events of a committed transaction: %s. Those that "
+                "it did not refuse stay in the buffer.",
+                len(unconfirmed),
+                Whole(", ".join(f"{out.route_state.name} {out.id}" for out in unconfirmed[:SHOWN])),
+            )
 
     def discarded(self, items: list[Message], *, forgotten: bool) -> None:
         """Drop the events of a transaction that was rolled back or closed."""
@@ -145,15 +151,6 @@ class AfterCommit:
             "db.init_app(app) of Flask-SQLAlchemy, register the session with "
             "bus.register_session(session), or remove 'after_commit' and 'outbox' from the route."
         )
-
-    def _report(self, unconfirmed: Sequence[Message]) -> None:
-        if unconfirmed:
-            logger.error(
-                "Redis did not confirm %d of the events of a committed transaction: %s. Those that "
-                "it did not refuse stay in the buffer.",
-                len(unconfirmed),
-                Whole(", ".join(f"{out.route_state.name} {out.id}" for out in unconfirmed[:SHOWN])),
-            )
 
 
 class LateEntries:

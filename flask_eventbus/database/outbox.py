@@ -180,8 +180,11 @@ class Outbox:
 
     def first(self, *, until: int | None = None, without: Collection[str] = ()) -> int | None:
         """Return the row number of the oldest event, except those of the signals ``without``."""
+        wanted = _up_to(until) & ~TABLE.c.name.in_(without)
+
         with self._engine.connect() as connection:
-            return _first(connection, _up_to(until) & ~TABLE.c.name.in_(without))
+            number: int | None = connection.scalar(select(func.min(TABLE.c.number)).where(wanted))
+            return number
 
     @contextmanager
     def take(
@@ -191,21 +194,24 @@ class Outbox:
 
         Events after the first one that another relay has locked are not taken, to keep the order.
         """
+        dialect = self._engine.dialect.name
         wanted = _up_to(until) & ~TABLE.c.name.in_(without)
-
-        with self._connect() as connection, connection.begin():
-            _lock(connection)
-            entries = _oldest(connection, wanted, most)
-            yield Batch(connection, _without_gaps(connection, wanted, entries))
-
-    def _connect(self) -> Connection:
         connection = self._engine.connect()
 
         # At its default level, MySQL also locks the gaps between rows, which blocks senders.
-        if self._engine.dialect.name in SKIPPING:
-            return connection.execution_options(isolation_level="READ COMMITTED")
+        if dialect in SKIPPING:
+            connection = connection.execution_options(isolation_level="READ COMMITTED")
 
-        return connection
+        with connection, connection.begin():
+            # SQLite has a single lock, which any statement that writes takes.
+            if dialect == "sqlite":
+                connection.execute(update(TABLE).values(name="").where(false()))
+
+            entries = _oldest(connection, wanted, most)
+            numbers = select(TABLE.c.number).where(wanted).order_by(TABLE.c.number)
+            pairs = zip(entries, connection.scalars(numbers.limit(len(entries))), strict=False)
+            free = takewhile(lambda pair: pair[0].number == pair[1], pairs)
+            yield Batch(connection, [entry for entry, _ in free])
 
 
 class Batch:
@@ -241,31 +247,11 @@ def _refuse_coroutine(name: str) -> None:
         ) from error
 
 
-def _lock(connection: Connection) -> None:
-    """Lock a SQLite database, whose only lock is taken by any statement that writes."""
-    if connection.dialect.name == "sqlite":
-        connection.execute(update(TABLE).values(name="").where(false()))
-
-
 def _oldest(connection: Connection, wanted: ColumnElement[bool], most: int) -> list[Entry]:
     columns = (TABLE.c[name] for name in Entry.__slots__)
     oldest = select(*columns).where(wanted).order_by(TABLE.c.number).limit(most)
     rows = connection.execute(oldest.with_for_update(skip_locked=True))
     return [Entry(**row) for row in rows.mappings()]
-
-
-def _without_gaps(
-    connection: Connection, wanted: ColumnElement[bool], entries: list[Entry]
-) -> list[Entry]:
-    """Return the entries before the first one that is missing, locked by another relay."""
-    numbers = select(TABLE.c.number).where(wanted).order_by(TABLE.c.number).limit(len(entries))
-    pairs = zip(entries, connection.scalars(numbers), strict=False)
-    return [entry for entry, _ in takewhile(lambda pair: pair[0].number == pair[1], pairs)]
-
-
-def _first(connection: Connection, wanted: ColumnElement[bool]) -> int | None:
-    number: int | None = connection.scalar(select(func.min(TABLE.c.number)).where(wanted))
-    return number
 
 
 def _up_to(until: int | None) -> ColumnElement[bool]:

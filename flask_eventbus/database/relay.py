@@ -168,13 +168,20 @@ class Relay:
 
     def publish_batch(self, stopping: threading.Event, *, until: int | None = None) -> BatchResult:
         """Publish one batch of events, up to the row number ``until``."""
-        self._retry_refused()
+        if self.refused and time.monotonic() > self._refused_until:
+            self.refused = {}
 
         # This read takes no lock, so that polling an empty outbox blocks no sender.
         if self.outbox.first(until=until, without=self.refused) is None:
             return BatchResult.EMPTY
 
-        self._probe(stopping)
+        # Raise an error if Redis is not available, before the database locks any rows.
+        self._connection.probe()
+
+        if self._redis:
+            # Pub/sub keeps no events: let the listeners reconnect first.
+            stopping.wait(self._timing.listeners_return)
+            self._redis.end()
 
         with self.outbox.take(self._batch, until=until, without=self.refused) as batch:
             error = self._publish(batch)
@@ -183,19 +190,6 @@ class Relay:
             raise error
 
         return BatchResult.PUBLISHED if batch.entries else BatchResult.SKIPPED
-
-    def _retry_refused(self) -> None:
-        if self.refused and time.monotonic() > self._refused_until:
-            self.refused = {}
-
-    def _probe(self, stopping: threading.Event) -> None:
-        """Raise an error if Redis is not available, before the database locks any rows."""
-        self._connection.probe()
-
-        if self._redis:
-            # Pub/sub keeps no events: let the listeners reconnect first.
-            stopping.wait(self._timing.listeners_return)
-            self._redis.end()
 
     def _publish(self, batch: Batch) -> Exception | None:
         """Publish a batch, delete the confirmed events, and return the error of an outage."""
@@ -236,27 +230,21 @@ class Relay:
 
         for entry, error in outcomes:
             if isinstance(error, NoWritesError):
-                self._hold(entry, error)
+                # Skip the events of the stream for a while.
+                self._writes.begin(error)
+                self._refused_until = time.monotonic() + WRITE_AGAIN
+                self.refused[entry.name] = str(error)
             elif error is not None and _is_refusal(error):
                 self._refuse(entry, str(error))
             elif error is not None:
-                self._log_replicas(entry, error)
-
-    def _log_replicas(self, entry: Entry, error: Exception) -> None:
-        self._log.warning(
-            f"replicas {entry.name}",
-            "The event %s of %r is stored, but %s.",
-            entry.event_id,
-            entry.name,
-            error,
-            extra={"event_id": entry.event_id, "signal": entry.name},
-        )
-
-    def _hold(self, entry: Entry, error: NoWritesError) -> None:
-        """Skip events of a stream for a while, since Redis accepts no writes."""
-        self._writes.begin(error)
-        self._refused_until = time.monotonic() + WRITE_AGAIN
-        self.refused[entry.name] = str(error)
+                self._log.warning(
+                    f"replicas {entry.name}",
+                    "The event %s of %r is stored, but %s.",
+                    entry.event_id,
+                    entry.name,
+                    error,
+                    extra={"event_id": entry.event_id, "signal": entry.name},
+                )
 
     def _refuse(self, entry: Entry, reason: str) -> None:
         """Skip the events of a signal for a while, to keep their order."""
