@@ -20,7 +20,7 @@ from ..typing import Extractor, Via
 from .bus_signal import Bridge, BusNamespace, BusSignal, Receiver, adopt
 from .options import check_signal_name, is_pattern, matches
 from .routes import Route, read_route
-from .subscriptions import Subscription, read_retries, read_subscription, unite
+from .subscriptions import Subscription, read_subscription, unite
 
 if TYPE_CHECKING:
     from ..node import Node
@@ -70,24 +70,14 @@ class AllReceiverOptions:
         return next(found, DEFAULTS)
 
 
-def read_receiver_options(retries: object, timeout: object, where: str) -> ReceiverOptions:
-    """Check the options of a receiver and return them.
+def _read_timeout(where: str, value: object) -> float | None:
+    if value is None:
+        return None
 
-    :raises ConfigError: a value is wrong.
-    """
-    allowed = None if retries is None else read_retries(f"{where}['retries']", retries)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 86_400:
+        return float(value)
 
-    if timeout is None:
-        return ReceiverOptions(allowed)
-
-    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-
-    if not is_number or not 0 < timeout <= 86_400:  # type: ignore[operator]  # a number by then
-        raise ConfigError(
-            f"{where}['timeout'] is {timeout!r}. Set it to a number of seconds, more than 0."
-        )
-
-    return ReceiverOptions(allowed, float(timeout))  # type: ignore[arg-type]  # a number by then
+    raise ConfigError(f"{where} is {value!r}. Set it to a number of seconds, more than 0.")
 
 
 def is_coroutine_function(receiver: Receiver) -> bool:
@@ -242,15 +232,18 @@ class Registry:
             )
 
         name = signal.name if isinstance(signal, NamedSignal) else signal
+        where = f"on({name!r})"
         options = {"from": from_, "echo": echo, "via": via, "start": start, "group": group}
-        read_subscription(name, {**options, "retries": retries}, f"on({name!r})")
+        found = read_subscription(name, {**options, "retries": retries}, where)
         # The number of retries belongs to this receiver, not to the subscription of the service.
-        subscription = read_subscription(name, options, f"on({name!r})")
-        receiver_options = read_receiver_options(retries, timeout, f"on({name!r})")
+        subscription = replace(found, retries=None)
+        receiver_options = ReceiverOptions(
+            found.retries, _read_timeout(f"{where}['timeout']", timeout)
+        )
         senders = (ANY,) if subscription.sources is None else tuple(sorted(subscription.sources))
 
         def decorate(receiver: F) -> F:
-            receiver_options.check(receiver, f"on({name!r})")
+            receiver_options.check(receiver, where)
 
             with self.lock:
                 self._receiver_options.add(name, receiver, receiver_options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from blinker import NamedSignal
@@ -142,14 +143,6 @@ def unite(first: Subscription, second: Subscription, where: str) -> Subscription
     )
 
 
-def read_retries(key: str, value: Any) -> int:
-    """Read a number of retries.
-
-    :raises ConfigError: ``value`` is not a whole number from 0 to :data:`.MAX_RETRIES`.
-    """
-    return read_whole(key, value, 0, MAX_RETRIES)
-
-
 def _read_start(where: str, value: Any) -> str:
     words = {"new": NEW, "earliest": "0"}
 
@@ -211,7 +204,7 @@ def _read_sources(where: str, value: Any) -> frozenset[str]:
 _READERS: dict[str, Reader] = {
     "from": _read_sources,
     "echo": read_flag,
-    "retries": read_retries,
+    "retries": partial(read_whole, least=0, most=MAX_RETRIES),
     "start": _read_start,
     "group": _read_group,
 }
