@@ -387,7 +387,18 @@ class Values:
         except (ValueError, OverflowError) as error:
             raise UnfitError(f"A set cannot be decoded: {error}") from error
 
-        return _checked_members(members)
+        if type(members) is not tuple:
+            raise UnfitError("A set is not encoded as an array.")
+
+        # Short sets have too few members for many to share a hash.
+        is_long = len(members) > MAX_COLLISIONS
+
+        if is_long and max(Counter(map(hash, members)).values()) > MAX_COLLISIONS:
+            raise UnfitError(
+                f"More than {MAX_COLLISIONS} members of a set share one hash. Send a list."
+            )
+
+        return members
 
 
 def check(payload: Mapping[str, Any]) -> None:
@@ -453,16 +464,12 @@ def _values_in(container: Any, found: list[type]) -> Iterable[Any]:
         return cast(Iterable[Any], container)
 
     for key in container:
+        if not isinstance(key, str):
+            raise UnfitError(f"A key is of type {type(key).__name__}, not text.")
         if type(key) is not str:
-            _check_key(key)
             found.append(type(key))
 
     return container.values()
-
-
-def _check_key(key: Any) -> None:
-    if not isinstance(key, str):
-        raise UnfitError(f"A key is of type {type(key).__name__}, not text.")
 
 
 #: Events up to this size in bytes are not measured value by value if their payload is flat.
@@ -524,22 +531,6 @@ def _unknown_codes(container: Any) -> Iterator[int]:
             yield value.code
         elif type(value) in CONTAINERS:
             yield from _unknown_codes(value)
-
-
-def _checked_members(members: Any) -> tuple[Any, ...]:
-    if type(members) is not tuple:
-        raise UnfitError("A set is not encoded as an array.")
-    if len(members) > MAX_COLLISIONS:
-        _check_hashes(members)
-
-    return members
-
-
-def _check_hashes(members: tuple[Any, ...]) -> None:
-    if max(Counter(map(hash, members)).values()) > MAX_COLLISIONS:
-        raise UnfitError(
-            f"More than {MAX_COLLISIONS} members of a set share one hash. Send a list."
-        )
 
 
 def _is_refused_value(error: Exception) -> bool:

@@ -70,7 +70,8 @@ class Bridges:
 
     def route_for(self, name: str) -> Route | None:
         """Return the route of this name, else the first pattern that matches it."""
-        return self._route_named(name) or self._pattern_for(name)
+        patterns = (route for route in self._patterns if route.covers(name))
+        return self._route_named(name) or next(patterns, None)
 
     def connect_signal(self, signal: NamedSignal) -> None:
         """Connect a signal of the bus, if a route selects it."""
@@ -88,9 +89,6 @@ class Bridges:
 
     def _route_named(self, name: str) -> Route | None:
         return self._configured.get(name) or self._registry.routes.get(name)
-
-    def _pattern_for(self, name: str) -> Route | None:
-        return next((route for route in self._patterns if route.covers(name)), None)
 
     def _bridge(self, signal: Signal, name: str, route: Route) -> None:
         key = (id(signal), name)

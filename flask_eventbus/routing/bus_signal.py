@@ -347,15 +347,14 @@ class BusNamespace(Namespace):
 
             check_signal_name(name, "signal()")
             signal = self[name] = BusSignal(name, doc)
-            self._announce(signal)
+
+            for reference in self._watchers:
+                watcher = reference()
+
+                if watcher is not None:
+                    watcher(signal)
+
             return signal
-
-    def _announce(self, signal: NamedSignal) -> None:
-        for reference in self._watchers:
-            watcher = reference()
-
-            if watcher is not None:
-                watcher(signal)
 
 
 def adopt(signal: Signal) -> SendingSignal:
