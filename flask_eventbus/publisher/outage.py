@@ -54,7 +54,7 @@ class Outage:
         return self.stalled or self.away or self.refusal is not None
 
     def refuses(self, message: Message) -> bool:
-        """Return True if Redis is known not to accept an event, beyond being stalled."""
+        """Return True if Redis is known not to accept an event; a stall does not count."""
         return self.away or (message.route_state.is_stream and self.refusal is not None)
 
     @property
@@ -177,7 +177,7 @@ class Outage:
 
 
 class PublishReport:
-    """Counts and logs what was not published as planned."""
+    """Logs the results of publishing, and counts the events that were refused or lost."""
 
     def __init__(self, *, counters: Counters, service: str) -> None:
         self._counters = counters
