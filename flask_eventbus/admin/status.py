@@ -10,6 +10,7 @@ from typing import Any
 from ..codec.entry_ids import EntryId, entry_id
 from ..streams.alarms import Alarm, far_ahead, foreign_consumers, past_the_end, worker_of
 from ..streams.group import RELEASED
+from ..text import printable
 from ..transport.pipe import CHUNK
 from .streams import StreamAccess, as_texts, by_name
 
@@ -95,6 +96,60 @@ def read_statuses(
         for name, stream in found.items()
         if stream.exists or groups[name]
     ]
+
+
+def excess_of(
+    statuses: Sequence[StreamStatus], *, lag: int | None, dead: int | None
+) -> Iterator[str]:
+    """Yield a sentence for each limit, ``lag`` or ``dead``, that a service exceeds."""
+    for status in statuses:
+        if lag is not None:
+            yield from (printable(str(alarm)) for alarm in status.alarms)
+
+        for group in status.groups:
+            place = f"of '{printable(group.service)}' at {status.name!r}"
+
+            if lag is not None and group.lost:
+                yield loss_of(status.name, group)
+
+            if lag is not None and not group.exists:
+                yield (
+                    f"'{printable(group.service)}' has no group at {status.name!r}, so its lag is "
+                    "unknown. Start the service; if it runs, check whether Redis lost its data."
+                )
+
+            if lag is not None and group.exists:
+                yield from _excess_of_lag(group.lag, status.length, place, lag)
+
+            if dead is not None and group.dead > dead:
+                yield f"The dead letters {place} are {group.dead}, more than {dead}."
+
+            if dead is not None and group.dead_dropped:
+                yield dropped_of(status.name, group)
+
+
+def loss_of(name: str, group: GroupStatus) -> str:
+    """Return the sentence that a service lost events by trimming."""
+    service = printable(group.service)
+    return f"{group.lost} events of {name!r} were trimmed before '{service}' got them."
+
+
+def dropped_of(name: str, group: GroupStatus) -> str:
+    """Return the sentence that dead letters of a service were dropped."""
+    return (
+        f"{group.dead_dropped} dead letters of '{printable(group.service)}' at {name!r} were "
+        "dropped: there were more than EVENTBUS_DEAD_MAXLEN allows."
+    )
+
+
+def _excess_of_lag(lag: int | None, length: int, place: str, most: int) -> Iterator[str]:
+    if lag is not None and lag > most:
+        yield f"The lag {place} is {lag}, more than {most}."
+    elif lag is None and length > most + 1:
+        # The group has read at least one entry, or its lag would be known.
+        yield (
+            f"Redis does not know the lag {place}; it may be up to {length - 1}, more than {most}."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,15 @@ import click
 
 from ..admin.overview import published, subscribed
 from ..admin.server import PATIENCE
-from ..admin.status import ConsumerStatus, GroupStatus, StreamStatus, read_statuses
+from ..admin.status import (
+    ConsumerStatus,
+    GroupStatus,
+    StreamStatus,
+    dropped_of,
+    excess_of,
+    loss_of,
+    read_statuses,
+)
 from ..errors import OperationError
 from ..streams.alarms import too_many_names
 from ..text import printable
@@ -38,11 +46,11 @@ def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
         for group in status.groups:
             if group.lost:
                 yield ""
-                yield _loss_of(status.name, group)
+                yield loss_of(status.name, group)
 
             if group.dead_dropped:
                 yield ""
-                yield _dropped_of(status.name, group)
+                yield dropped_of(status.name, group)
 
     rows = [
         _consumer_row(status.name, group.service, consumer)
@@ -60,58 +68,6 @@ def as_json(statuses: Sequence[StreamStatus], excess: Sequence[str]) -> dict[str
     """Return the statuses as plain values; ``None`` stands for an unknown value."""
     streams = [{**asdict(status), "alarms": [*map(str, status.alarms)]} for status in statuses]
     return {"streams": streams, "exceeded": excess}
-
-
-def excess_of(
-    statuses: Sequence[StreamStatus], *, lag: int | None, dead: int | None
-) -> Iterator[str]:
-    """Yield a sentence for each limit, ``lag`` or ``dead``, that a service exceeds."""
-    for status in statuses:
-        if lag is not None:
-            yield from (printable(str(alarm)) for alarm in status.alarms)
-
-        for group in status.groups:
-            place = f"of '{printable(group.service)}' at {status.name!r}"
-
-            if lag is not None and group.lost:
-                yield _loss_of(status.name, group)
-
-            if lag is not None and not group.exists:
-                yield (
-                    f"'{printable(group.service)}' has no group at {status.name!r}, so its lag is "
-                    "unknown. Start the service; if it runs, check whether Redis lost its data."
-                )
-
-            if lag is not None and group.exists:
-                yield from _excess_of_lag(group.lag, status.length, place, lag)
-
-            if dead is not None and group.dead > dead:
-                yield f"The dead letters {place} are {group.dead}, more than {dead}."
-
-            if dead is not None and group.dead_dropped:
-                yield _dropped_of(status.name, group)
-
-
-def _loss_of(name: str, group: GroupStatus) -> str:
-    service = printable(group.service)
-    return f"{group.lost} events of {name!r} were trimmed before '{service}' got them."
-
-
-def _dropped_of(name: str, group: GroupStatus) -> str:
-    return (
-        f"{group.dead_dropped} dead letters of '{printable(group.service)}' at {name!r} were "
-        "dropped: there were more than EVENTBUS_DEAD_MAXLEN allows."
-    )
-
-
-def _excess_of_lag(lag: int | None, length: int, place: str, most: int) -> Iterator[str]:
-    if lag is not None and lag > most:
-        yield f"The lag {place} is {lag}, more than {most}."
-    elif lag is None and length > most + 1:
-        # The group has read at least one entry, or its lag would be known.
-        yield (
-            f"Redis does not know the lag {place}; it may be up to {length - 1}, more than {most}."
-        )
 
 
 def _group_rows(status: StreamStatus) -> Iterator[tuple[str, ...]]:
