@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from ..codec.codec import Codec
-from ..codec.entry_ids import MAX_PART, EntryId, entry_id, id_text, is_entry_id
+from ..codec.entry_ids import EARLIEST, MAX_PART, EntryId, entry_id, id_text, is_entry_id
 from ..codec.records import BadRecordError, DeadLetter, RetryRecord
 from ..errors import DecodeError, OperationError
 from ..routing.options import is_pattern, matches
@@ -293,10 +293,6 @@ class Retrial:
         """True if an attempt has ended."""
         return self.state not in ("waiting", "running")
 
-    def is_it(self, entry: str, receiver: str) -> bool:
-        """Return True if it is the retry of this receiver for this entry."""
-        return (entry, receiver) == (self.record.entry, self.record.receiver)
-
 
 class Retrials:
     """Puts dead letters of a service back, each for the one receiver that failed."""
@@ -390,18 +386,19 @@ class Retrials:
             for record in (retrial.record, replace(retrial.record, attempts=1, running=True))
         ]
         answers = iter(self._access.run(forms))
-        changed = []
+        changed: dict[str, list[Retrial]] = {}
 
         for retrial, waiting, running in zip(retrials, answers, answers, strict=False):
             if waiting is None and running is None:
-                changed.append(retrial)
+                changed.setdefault(retrial.letter.name, []).append(retrial)
             else:
                 retrial.state = "running" if waiting is None else "waiting"
 
-        for name in {retrial.letter.name for retrial in changed}:
-            self._settle(name, [retrial for retrial in changed if retrial.letter.name == name])
+        for name, of_name in changed.items():
+            self._settle(name, of_name)
 
     def _settle(self, name: str, retrials: Sequence[Retrial]) -> None:
+        """Update the states of a signal's retrials from its retries and new dead letters."""
         first = min((retrial.before for retrial in retrials), key=entry_id)
         # Records become dead letters, never the other way round: in this order none is missed.
         members, entries = self._access.run(
@@ -410,24 +407,26 @@ class Retrials:
                 ("XRANGE", self._dead(name), f"({first}", "+"),
             ]
         )
-        records = list(_records(members))
-        letters = [(entry.decode(), read_letter(as_mapping(fields))) for entry, fields in entries]
+        records = {(each.entry, each.receiver): (each, due) for each, due in _records(members)}
+        letters = {
+            (content.entry, content.receiver): (entry_id(entry), content)
+            for entry, content in ((each[0], read_letter(as_mapping(each[1]))) for each in entries)
+        }
 
         for retrial in retrials:
-            self._take_up(retrial, records)
+            key = retrial.record.entry, retrial.record.receiver
+            record, due = records.get(key, (None, 0.0))
+            added, content = letters.get(key, (EARLIEST, None))
 
-            if retrial.state == "handled":
-                _take_up_letters(retrial, letters)
-
-    def _take_up(self, retrial: Retrial, records: Sequence[tuple[RetryRecord, float]]) -> None:
-        for record, due in records:
-            if retrial.is_it(record.entry, record.receiver):
+            if record is not None:
                 retrial.state = "running" if record.running else "failed"
                 retrial.error = record.error
                 retrial.after = max(0.0, due / 1000 - self._clock())
-                return
-
-        retrial.state = "handled"
+            elif content is not None and added > entry_id(retrial.before):
+                retrial.state = "dead"
+                retrial.error = content.error
+            else:
+                retrial.state = "handled"
 
     def _dead(self, name: str) -> str:
         return self._access.keys.dead(name, self._service)
@@ -476,15 +475,6 @@ def record_of(content: DeadLetter) -> RetryRecord:
         error=content.error,
         traceback=content.traceback,
     )
-
-
-def _take_up_letters(retrial: Retrial, letters: Sequence[tuple[str, DeadLetter]]) -> None:
-    for found, content in letters:
-        is_new = entry_id(found) > entry_id(retrial.before)
-
-        if is_new and retrial.is_it(content.entry, content.receiver):
-            retrial.state = "dead"
-            retrial.error = content.error
 
 
 def _records(members: Sequence[bytes]) -> Iterator[tuple[RetryRecord, float]]:
