@@ -12,7 +12,7 @@ from typing import Any
 from ..event import Event
 from ..node import Node
 from ..routing.options import is_pattern, matches
-from ..routing.subscriptions import subscription_for
+from ..routing.subscriptions import Subscription, subscription_for
 from ..text import did_you_mean
 
 #: Most events to list in a failure message.
@@ -93,25 +93,24 @@ def why_unheard(event: Event, nodes: Sequence[Node]) -> str:
 def hears(node: Node, event: Event) -> bool:
     """Return True if the settings and receivers of a node let the event run a receiver."""
     subscription = subscription_for(event.name, node.subscriptions)
-    subscribed = subscription is not None and subscription.accepts(event.source)
-    reached = node.config.enabled and subscribed and is_reached(node, event)
-    return reached and bool(node.receivers_of(event))
+    return (
+        subscription is not None
+        and node.config.enabled
+        and subscription.accepts(event.source)
+        and _is_reached(node, subscription, event)
+        and bool(node.receivers_of(event))
+    )
 
 
-def is_reached(node: Node, event: Event) -> bool:
+def _is_reached(node: Node, subscription: Subscription, event: Event) -> bool:
     """Return True if a node listens to the channel or the stream of the event."""
-    subscription = subscription_for(event.name, node.subscriptions)
-
-    if subscription is None:
-        return False
-
     if event.via == "channel":
         return subscription.via != "stream"
 
-    return subscription.via != "channel" and not has_no_streams(node)
+    return subscription.via != "channel" and not _has_no_streams(node)
 
 
-def has_no_streams(node: Node) -> bool:
+def _has_no_streams(node: Node) -> bool:
     """Return True if the node's own Redis is a cluster, where streams are not read."""
     return node.config.url.startswith("redis+cluster://")
 
@@ -198,10 +197,10 @@ def _why_not_delivered(node: Node, event: Event) -> str | None:
             "or pass the source= of its receivers."
         )
 
-    if has_no_streams(node) and event.via == "stream":
+    if _has_no_streams(node) and event.via == "stream":
         return f"{service!r} reads no streams: its 'EVENTBUS_URL' names a Redis Cluster."
 
-    if not is_reached(node, event):
+    if not _is_reached(node, subscription, event):
         other = "stream" if event.via == "channel" else "channel"
         return f"{service!r} subscribes to it only via {other!r}: pass via={other!r}."
 
