@@ -199,6 +199,7 @@ def test_late_replies_count_as_an_outage_and_nothing_arrives_twice(
     assert received == list(range(21))
 
 
+@pytest.mark.timing(ping_after=60.0)
 def test_a_message_that_comes_in_two_halves_arrives_whole(
     redis_server: RedisServer, proxy: Proxy, make_bus: Make
 ) -> None:
