@@ -288,7 +288,7 @@ class Acknowledger:
 
     def _pending_query(self, outcome: Outcome) -> Command:
         """Return a command whose answer is empty if the entry or retry is no longer pending."""
-        if not (member := outcome.member):
+        if (member := outcome.member) is None:
             return self._group.pending_command(outcome.name, outcome.entry)
 
         return ("ZSCORE", self._keys.retry(outcome.name, self._config.service), member)
@@ -313,7 +313,7 @@ class Acknowledger:
                 remove = self._remove_pending(outcome)
                 commands += [("MULTI",), *outcome.commands, remove, ("EXEC",)]
                 blocks.append((len(outcome.commands) + 3, [outcome]))
-            elif outcome.member:
+            elif outcome.member is not None:
                 commands.append(self._remove_pending(outcome))
                 blocks.append((1, [outcome]))
             else:
@@ -458,7 +458,7 @@ class Acknowledger:
 
     def _add_pending(self, outcome: Outcome) -> Command:
         """Return the command that reverts :meth:`_remove_pending`."""
-        if member := outcome.member:
+        if (member := outcome.member) is not None:
             key = self._keys.retry(outcome.name, self._config.service)
             until = round((self.clock.now() + self._config.claim_after) * 1000)
             return ("ZADD", key, until, member)
@@ -468,7 +468,7 @@ class Acknowledger:
 
     def _remove_pending(self, outcome: Outcome) -> Command:
         """Return the command that ends an entry (``XACK``) or a retry (``ZREM``)."""
-        if not (member := outcome.member):
+        if (member := outcome.member) is None:
             return self._group.acknowledge_command(outcome.name, [outcome.entry])
 
         return ("ZREM", self._keys.retry(outcome.name, self._config.service), member)

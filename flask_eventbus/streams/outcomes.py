@@ -81,8 +81,9 @@ class Outcome:
     may_be_written: bool = False
     #: True if the acknowledgement succeeded but another command of the transaction failed.
     is_partly_written: bool = False
-    #: The bytes of a retry that became no delivery, since they cannot be decoded.
-    undecodable: bytes = b""
+    #: The bytes of a retry that became no delivery, since they cannot be decoded. Another program
+    #: may have stored none.
+    undecodable: bytes | None = None
 
     @property
     def size(self) -> int:
@@ -92,9 +93,12 @@ class Outcome:
         )
 
     @property
-    def member(self) -> bytes:
-        """The bytes in Redis of the retry that it ends; empty for an entry of the stream."""
-        return self.undecodable or (b"" if self.delivery is None else self.delivery.member)
+    def member(self) -> bytes | None:
+        """The bytes in Redis of the retry that it ends; ``None`` for an entry of the stream."""
+        if self.delivery is None or self.delivery.retry is None:
+            return self.undecodable
+
+        return self.delivery.member
 
 
 class Outcomes:
