@@ -13,14 +13,13 @@ from typing import Any, Self, Unpack
 
 from blinker import Namespace
 
-from .config import Config
+from .config import Config, Timing
 from .ending import call_in_thread, end_by_signal
 from .errors import ConfigError
 from .logs import get_logger
 from .node import FLUSH_AT_EXIT, Health, Node
 from .routing.loading import load_receivers
 from .routing.registry import Registry
-from .timing import Timing
 from .typing import Settings
 
 logger = get_logger(__name__)

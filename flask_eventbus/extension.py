@@ -15,7 +15,7 @@ from blinker import ANY, NamedSignal, Namespace
 from flask import Flask, current_app, has_request_context, request
 
 from .admin.overview import Overview
-from .config import Config
+from .config import Config, Timing
 from .errors import ConfigError
 from .logs import get_logger
 from .node import FLUSH_AT_EXIT, Health, Host, Node
@@ -23,7 +23,6 @@ from .receivers.dispatcher import name_of
 from .routing.loading import load_receivers
 from .routing.registry import Registry
 from .serving import call_when_serving
-from .timing import Timing
 
 logger = get_logger(__name__)
 

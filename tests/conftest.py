@@ -13,8 +13,8 @@ from servers import RedisServer
 from workers import Workers
 
 from flask_eventbus import Bus
+from flask_eventbus.config import Timing
 from flask_eventbus.node import nodes
-from flask_eventbus.timing import Timing
 
 pytest_plugins = ["pytester"]
 

@@ -13,7 +13,7 @@ from flask_eventbus.admin import server, services, streams
 from flask_eventbus.channels import decoder as channel_decoder
 from flask_eventbus.checks import server as checks_server
 from flask_eventbus.codec import codec, records, values
-from flask_eventbus.config import Config
+from flask_eventbus.config import TIMING, Config
 from flask_eventbus.database import after_commit, relay
 from flask_eventbus.publisher import buffer, connection
 from flask_eventbus.receivers import dispatcher, workers
@@ -24,7 +24,6 @@ from flask_eventbus.streams import (
     maintenance,
     outcomes,
 )
-from flask_eventbus.timing import TIMING
 from flask_eventbus.transport import pipe
 
 ROOT = Path(__file__).parent.parent

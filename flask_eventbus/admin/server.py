@@ -10,11 +10,10 @@ from typing import Any, Self
 
 import redis
 
-from ..config import SIGNAL_NAME, Config
+from ..config import SIGNAL_NAME, TIMING, Config
 from ..errors import OperationError
 from ..node import Node
 from ..text import reason_of
-from ..timing import TIMING
 from ..transport.connection import OUTAGE, read_reply
 from ..transport.connections import Connections
 from ..transport.keys import ChannelKeys, StreamKeys

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import redis
 
 from ..codec.codec import Codec
+from ..config import TIMING, Timing
 from ..errors import ConfigError
 from ..event import Event
 from ..text import plain, read_value
-from ..timing import TIMING, Timing
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
 from ..transport.reconnect import Backoff

@@ -6,13 +6,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..config import Timing
 from ..errors import DecodeError
 from ..event import Event
 from ..logs import BoundedLog, get_logger
 from ..receivers.conflicts import SECRET, Conflicts, Finding, compare
 from ..routing.subscriptions import Subscription
 from ..signals import emit, event_rejected, events_missed
-from ..timing import Timing
 from ..transport.connections import Context
 
 logger = get_logger(__name__)

@@ -14,14 +14,13 @@ from ..admin.overview import Overview, subscribed
 from ..admin.server import PATIENCE, Server, processes_of
 from ..admin.status import GroupStatus, StreamStatus, read_statuses
 from ..admin.streams import StreamAccess
-from ..config import Config
+from ..config import TIMING, Config
 from ..errors import ConfigError, OperationError
 from ..node import Node
 from ..publisher.writer import BATCH_BYTES
 from ..routing.options import is_pattern
 from ..streams.alarms import too_many_names
 from ..text import counted, reason_of
-from ..timing import TIMING
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
 from ..transport.keys import StreamKeys

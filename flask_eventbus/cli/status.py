@@ -22,10 +22,10 @@ from ..admin.status import (
     loss_of,
     read_statuses,
 )
+from ..config import TIMING
 from ..errors import OperationError
 from ..streams.alarms import too_many_names
 from ..text import printable
-from ..timing import TIMING
 from .base import Command, Program, json_option, pass_program, reader_is_gone
 from .output import span, table, to_json
 

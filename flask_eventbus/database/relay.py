@@ -12,11 +12,11 @@ from typing import cast
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from ..config import TIMING, Timing
 from ..logs import BoundedLog, get_logger
 from ..publisher.connection import PublishConnection
 from ..publisher.message import Destination, NoWritesError, TooFewReplicasError
 from ..publisher.writer import BATCH_BYTES
-from ..timing import TIMING, Timing
 from ..transport.connection import OUTAGE
 from ..transport.reconnect import Backoff
 from ..typing import Via

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from ..config import TIMING
 from ..coroutines import run_coroutine
 from ..errors import ReceiverError, Reject, Retry
 from ..event import Event, PackedPayload, handling, opened
 from ..logs import BoundedLog, get_logger, text_of
 from ..routing.bus_signal import Receiver
 from ..signals import emit_now, receiver_failed, receiver_succeeded
-from ..timing import TIMING
 from ..transport.connections import Context
 
 logger = get_logger(__name__)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from blinker import ANY, NamedSignal, Namespace, Signal
 
 from ..codec.codec import Codec
+from ..config import TIMING, Timing
 from ..errors import ConfigError
-from ..timing import TIMING, Timing
 from ..typing import Extractor, Via
 from .bus_signal import Bridge, BusNamespace, BusSignal, Receiver, adopt
 from .options import check_signal_name, is_pattern, matches

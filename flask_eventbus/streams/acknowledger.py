@@ -13,10 +13,10 @@ from typing import Any
 import redis
 
 from ..codec.records import DeadLetter
+from ..config import Timing
 from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import Delivery, InFlight
 from ..signals import emit, event_dead_lettered
-from ..timing import Timing
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from ..transport.pipe import Command, RedisClock

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import redis
 
 from ..codec.entry_ids import EntryId, entry_id, id_text
+from ..config import TIMING
 from ..logs import BoundedLog, Counters, get_logger
 from ..signals import emit, events_trimmed
-from ..timing import TIMING
 from ..transport.connection import OUTAGE
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import redis
 
 from ..codec.entry_ids import EntryId, entry_id, id_text
+from ..config import TIMING, Timing
 from ..logs import get_logger
-from ..timing import TIMING, Timing
 from ..transport.connection import takes_no_writes
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Large, Pipe

@@ -18,10 +18,9 @@ from urllib.parse import SplitResult, unquote, urlencode, urlsplit
 
 import redis
 
-from ..config import Config
+from ..config import TIMING, Config, Timing
 from ..errors import ConfigError
 from ..logs import Counters, get_logger
-from ..timing import TIMING, Timing
 from . import embedded
 from .connection import (
     OUTAGE,

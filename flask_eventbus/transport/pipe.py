@@ -13,9 +13,8 @@ import redis
 from hiredis import pack_command
 from redis.connection import DefaultParser
 
-from ..config import Config
+from ..config import Config, Timing
 from ..logs import BoundedLog, get_logger
-from ..timing import Timing
 from .connection import (
     OUTAGE,
     Connection,

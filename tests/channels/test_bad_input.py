@@ -14,10 +14,10 @@ from waiting import wait_until
 from flask_eventbus import Bus, signals
 from flask_eventbus.channels import decoder
 from flask_eventbus.codec.codec import Codec
+from flask_eventbus.config import Timing
 from flask_eventbus.event import Event
 from flask_eventbus.receivers import conflicts as by_id
 from flask_eventbus.signals import wait_until_sent
-from flask_eventbus.timing import Timing
 
 pytestmark = pytest.mark.second_look("waits for events of a real Redis")
 

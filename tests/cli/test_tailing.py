@@ -28,7 +28,7 @@ from flask_eventbus.admin.tail import Filter, Tail
 from flask_eventbus.admin.tail_sources import TailEvent
 from flask_eventbus.cli.output import as_json, as_line
 from flask_eventbus.codec.codec import Codec
-from flask_eventbus.timing import TIMING, Timing
+from flask_eventbus.config import TIMING, Timing
 
 pytestmark = pytest.mark.second_look("kills and restarts Redis servers below a running command")
 

@@ -45,7 +45,7 @@ from flask_eventbus import Bus, ConfigError, EventBus, PayloadError
 from flask_eventbus.__main__ import main
 from flask_eventbus.cli.app import flask_commands
 from flask_eventbus.codec.codec import Codec
-from flask_eventbus.config import Config
+from flask_eventbus.config import TIMING, Config, Timing
 from flask_eventbus.database import outbox
 from flask_eventbus.database.outbox import Entry, Outbox, store
 from flask_eventbus.database.relay import BatchResult, Relay
@@ -54,7 +54,6 @@ from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import Destination, Destinations
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import Isolation
-from flask_eventbus.timing import TIMING, Timing
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.typing import Via
 

@@ -23,6 +23,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, PayloadError, PublishError, node, signals
 from flask_eventbus.codec.codec import Envelope
+from flask_eventbus.config import TIMING, Timing
 from flask_eventbus.event import Event, handling
 from flask_eventbus.publisher import buffer, writer
 from flask_eventbus.publisher.buffer import Buffer
@@ -30,7 +31,6 @@ from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import ChannelDestination, Message, RouteState
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import isolated
-from flask_eventbus.timing import TIMING, Timing
 from flask_eventbus.typing import Publish
 
 pytestmark = [

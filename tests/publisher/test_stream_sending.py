@@ -27,7 +27,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, PayloadError, PublishError, signals
 from flask_eventbus.admin.publish import publish_one
-from flask_eventbus.config import Config
+from flask_eventbus.config import Config, Timing
 from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import (
     ChannelDestination,
@@ -37,7 +37,6 @@ from flask_eventbus.publisher.message import (
     TooFewReplicasError,
 )
 from flask_eventbus.signals import wait_until_sent
-from flask_eventbus.timing import Timing
 from flask_eventbus.transport.connections import Connections
 
 pytestmark = [

@@ -33,11 +33,11 @@ from waiting import wait_until
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError, current_event
 from flask_eventbus.checks.program import check_program
 from flask_eventbus.codec.codec import Codec
+from flask_eventbus.config import TIMING, Timing
 from flask_eventbus.event import Event, handling
 from flask_eventbus.extension import AppSignals
 from flask_eventbus.routing.bus_signal import BusNamespace, BusSignal
 from flask_eventbus.testing import Isolation
-from flask_eventbus.timing import TIMING, Timing
 
 
 class App(Flask):

@@ -13,10 +13,9 @@ from waiting import wait_until
 
 from flask_eventbus import Bus
 from flask_eventbus.codec.codec import Codec
-from flask_eventbus.config import Config
+from flask_eventbus.config import TIMING, Config
 from flask_eventbus.logs import Counters
 from flask_eventbus.streams.decoder import Duplicates
-from flask_eventbus.timing import TIMING
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.pipe import Pipe
 

@@ -18,10 +18,10 @@ from waiting import wait_until
 from flask_eventbus import Bus, Reject, current_event
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
+from flask_eventbus.config import TIMING
 from flask_eventbus.streams import acknowledger, attempts, outcomes
 from flask_eventbus.streams.group import Group
 from flask_eventbus.streams.outcomes import DeadLimit
-from flask_eventbus.timing import TIMING
 from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = [

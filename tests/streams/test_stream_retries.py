@@ -23,9 +23,9 @@ from workers import Workers
 
 from flask_eventbus import Bus, ConfigError, EventBus, Reject, Retry, current_event, signals
 from flask_eventbus.codec.records import RetryRecord
+from flask_eventbus.config import Timing
 from flask_eventbus.receivers import dispatcher
 from flask_eventbus.streams import acknowledger, retry_queue
-from flask_eventbus.timing import Timing
 from flask_eventbus.transport.keys import StreamKeys
 
 pytestmark = pytest.mark.second_look("waits for retries that are due in fractions of a second")

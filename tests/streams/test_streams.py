@@ -16,8 +16,8 @@ from servers import RedisServer, unread
 from waiting import wait_until
 
 from flask_eventbus import Bus, current_event
+from flask_eventbus.config import TIMING
 from flask_eventbus.streams.group import LONG_IDLE, RELEASED, Group
-from flask_eventbus.timing import TIMING
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.keys import StreamKeys
 from flask_eventbus.transport.pipe import Pipe

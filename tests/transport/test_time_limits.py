@@ -23,10 +23,9 @@ from flask_eventbus.admin.server import census
 from flask_eventbus.admin.streams import StreamAccess
 from flask_eventbus.channels.reader import ChannelReader
 from flask_eventbus.checks.server import check_server
-from flask_eventbus.config import Config
+from flask_eventbus.config import TIMING, Config
 from flask_eventbus.errors import OperationError
 from flask_eventbus.publisher import writer
-from flask_eventbus.timing import TIMING
 from flask_eventbus.transport.connection import OUTAGE
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.pipe import Pipe
