@@ -141,10 +141,7 @@ class Attempts:
 
         try:
             with self._acknowledger.lock:
-                if any(
-                    found.id == delivery.entry for found in self._group.own_pending(delivery.name)
-                ):
-                    self._group.release(delivery.name, {delivery.entry: delivery.crashes or 0})
+                self._group.release_own(delivery.name, {delivery.entry: delivery.crashes or 0})
         except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
             # It stays pending, and another worker claims it after EVENTBUS_CLAIM_AFTER.
             logger.debug("Could not release the entry %s: %s", delivery.entry, error)
@@ -156,16 +153,13 @@ class Attempts:
         worker has the delivery, or if Redis did not store the count.
         """
         try:
-            return self._write_start(delivery)
+            if delivery.retry is not None:
+                return self._retries.record_start(delivery, delivery.retry)
+
+            times = (delivery.crashes or 0) + 1
+
+            with self._acknowledger.lock:
+                return self._group.record_start(delivery.name, delivery.entry, times=times)
         except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
             logger.debug("The entry %s is not started: %s", delivery.entry, error)
             return False
-
-    def _write_start(self, delivery: Delivery) -> bool:
-        if delivery.retry is not None:
-            return self._retries.record_start(delivery, delivery.retry)
-
-        times = (delivery.crashes or 0) + 1
-
-        with self._acknowledger.lock:
-            return self._group.record_start(delivery.name, delivery.entry, times=times)

@@ -414,6 +414,11 @@ class Group:
             for start in range(0, len(ids), self._timing.page):
                 self._ask(*head, *ids[start : start + self._timing.page], *tail)
 
+    def release_own(self, name: str, crashes: Mapping[str, int]) -> None:
+        """Release those entries that are still pending for this consumer, see :meth:`release`."""
+        own = {found.id for found in self.own_pending(name)}
+        self.release(name, {id: times for id, times in crashes.items() if id in own})
+
     def leave(self, name: str) -> None:
         """Remove this consumer from the group, unless it has pending entries."""
         if not self.own_pending(name):

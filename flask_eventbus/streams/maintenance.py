@@ -84,7 +84,7 @@ class Maintenance:
         # Monotonic times of the next round of each task.
         self._renew_at = self._reclaim_at = self._released_at = self._consumers_at = 0.0
         self._batch_size = BatchSize(max_bytes=context.config.max_event_bytes, most=MAX_RETRY_BYTES)
-        #: Streams with more due retries than the queue had room for.
+        #: Streams with due retries that were not taken yet.
         self._more_retries: set[str] = set()
 
     @property
@@ -199,7 +199,7 @@ class Maintenance:
 
         if now >= self._released_at:
             self._released_at = now + self._timing.check_released_every * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
-            self._take_released_and_due(names)
+            self._look_for_released_and_due(names)
 
         if now >= self._consumers_at:
             self._consumers_at = now + (
@@ -209,13 +209,13 @@ class Maintenance:
             )
             self._remove_idle(names)
 
-        self._run_due(names)
+        self._take_due_retries(names)
 
         if now >= self._retries.search_at:
             self._retries.give_up_orphans()
 
-    def _take_released_and_due(self, names: Mapping[str, Subscription]) -> None:
-        """Take released entries and due retries of the streams that have any."""
+    def _look_for_released_and_due(self, names: Mapping[str, Subscription]) -> None:
+        """Claim released entries, and note due retries, of the streams that have any."""
         if not names:
             return
 
@@ -233,7 +233,7 @@ class Maintenance:
         released = {name for name, found in zip(names, answers[::2], strict=True) if found}
         due = {name for name, found in zip(names, answers[1::2], strict=True) if found}
         self._reclaimer.reclaim_released({name: names[name] for name in released})
-        self._run_retries({name: names[name] for name in due})
+        self._more_retries |= due
         self._reclaimer.report_granted()
 
     def renew(self) -> None:
@@ -313,11 +313,11 @@ class Maintenance:
                 self._more_retries.add(delivery.name)
 
         for name, counts in crashes.items():
+            self._reclaimer.unfinished.add(name)
+
             try:
                 with self._acknowledger.lock:
-                    own = {found.id for found in self._group.own_pending(name)}
-                    self._reclaimer.unfinished.add(name)
-                    self._group.release(name, {id: counts[id] for id in counts if id in own})
+                    self._group.release_own(name, counts)
             except GroupGoneError as error:
                 logger.debug("Nothing of %r is released: %s", name, error)
             except redis.ResponseError as error:
@@ -375,19 +375,20 @@ class Maintenance:
                 count,
             )
 
-    def _run_due(self, names: Mapping[str, Subscription]) -> None:
-        due, self._more_retries = self._more_retries | self._schedule.take_due(), set()
-        self._run_retries({name: names[name] for name in due if name in names})
+    def _take_due_retries(self, names: Mapping[str, Subscription]) -> None:
+        # Kept until they are taken: Redis may be away in between.
+        self._more_retries |= self._schedule.take_due()
+        self._more_retries &= names.keys()
 
-    def _run_retries(self, names: Mapping[str, Subscription]) -> None:
-        if names:
+        if self._more_retries:
             self._clock.ask()
 
-        for name, subscription in names.items():
+        for name in list(self._more_retries):
             try:
-                if self._take_retries(name, subscription):
-                    self._more_retries.add(name)
+                if not self._take_retries(name, names[name]):
+                    self._more_retries.discard(name)
             except redis.ResponseError as error:
+                self._more_retries.discard(name)
                 self._reclaimer.report_refusal(name, error)
 
     def _take_retries(self, name: str, subscription: Subscription) -> bool:
