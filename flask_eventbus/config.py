@@ -240,7 +240,7 @@ class Config:
         (), "list or mapping", _read_structure, "the signals that this service publishes"
     )
     subscribe: Any = _setting(
-        (), "list or mapping", _read_structure, "signals to subscribe to, beside those of `bus.on`"
+        (), "list or mapping", _read_structure, "signals to subscribe to, besides those of `bus.on`"
     )
     receivers: tuple[str, ...] = _setting(
         (), "list", _read_receivers, "modules and folders of receivers"
