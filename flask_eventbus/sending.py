@@ -41,7 +41,6 @@ class Sending:
     def open(self, context: Context) -> None:
         """Create the parts of one process and one start; events sent from now on go to them."""
         self._context = context
-        self._pid = os.getpid()
         # It may outlive the node, so it must not keep the context, which refers to the registry.
         self.publisher = Publisher(context, trace=self.host.trace, resend=_resending(self))
         self.after_commit = AfterCommit(context, self)
@@ -52,6 +51,8 @@ class Sending:
 
         self._finalizer = weakref.finalize(self, _orphan, self.publisher)
         self._finalizer.atexit = False
+        # Last, so that another thread of a forked child does not use the parts of its parent.
+        self._pid = os.getpid()
 
     @property
     def session(self) -> Any:
