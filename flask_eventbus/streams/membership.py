@@ -51,8 +51,9 @@ class Catalogue:
         self._is_changed = False
         #: The patterns among the subscriptions.
         self._patterns: list[str] = []
-        #: The subscribed streams, and those of them that the service may read.
+        #: The subscribed streams.
         self._streams: dict[str, Subscription] = {}
+        #: The result of :meth:`names`; ``None`` once the streams have changed.
         self._names: dict[str, Subscription] | None = None
         #: Streams that this process does not read, because it has no receiver for them.
         self.without_receiver: frozenset[str] = frozenset()
@@ -244,12 +245,7 @@ class Membership:
     """
 
     def __init__(
-        self,
-        context: Context,
-        *,
-        group: Group,
-        intake: Intake,
-        reclaimer: Reclaimer,
+        self, context: Context, *, group: Group, intake: Intake, reclaimer: Reclaimer
     ) -> None:
         self._config = context.config
         self._timing = context.timing

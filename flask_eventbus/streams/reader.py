@@ -168,7 +168,6 @@ class StreamReader(ReadingThread):
         self.last_heard = time.monotonic()
         self._active_streams = len({entry.name for entry in entries}) or None
         self._batch_size.update(map(Entry.size, entries))
-
         self._has_backlog = len(entries) >= count
 
         if entries:
@@ -176,11 +175,12 @@ class StreamReader(ReadingThread):
 
     def _take_back_released(self, streams: dict[str, Subscription]) -> dict[str, Subscription]:
         """Claim released entries, and return the streams whose new entries may be read."""
-        unfinished = self._reclaimer.unfinished
+        released = self._reclaimer.unfinished
         self._reclaimer.reclaim_all_released(
-            {name: streams[name] for name in streams if name in unfinished}
+            {name: streams[name] for name in streams if name in released}
         )
         # New entries of a stream wait until its released entries are claimed.
+        unfinished = self._reclaimer.unfinished
         return {name: streams[name] for name in streams if name not in unfinished}
 
     def _take(self, entries: Sequence[Entry], streams: Mapping[str, Subscription]) -> None:
