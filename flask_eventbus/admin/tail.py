@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import redis
@@ -146,26 +147,24 @@ class Tail:
             try:
                 source.listen(self._stopping, backoff)
             except redis.AuthenticationError as error:
-                self._put(self._login_error(error))
+                self.put(self._login_error(error))
                 return
             except OUTAGE as error:
                 self._lose(source, error)
             except Exception as error:
                 # Raised again in the thread that iterates over events.
-                self._put(error)
+                self.put(error)
                 return
             finally:
                 source.close()
 
             self._stopping.wait(backoff.next())
 
-    def show(self, events: Sequence[TailEvent]) -> None:
-        """Queue events to be shown; block while the queue is full."""
-        self._put(events)
-
-    def notify(self, notice: str) -> None:
-        """Queue a notice, in order with the events."""
-        self._put(notice)
+    def put(self, item: Sequence[TailEvent] | str | Exception) -> None:
+        """Queue events or a notice to show, or an error to raise; block while it is full."""
+        while not self._stopping.is_set():
+            with suppress(queue.Full):
+                return self._waiting.put(item, timeout=TICK)
 
     def ready(self, via: str) -> None:
         """Record that a transport is connected; show it once all are."""
@@ -194,15 +193,15 @@ class Tail:
         for notice in self._refusals.values():
             if notice not in self._shown:
                 self._shown.add(notice)
-                self._put(notice)
+                self.put(notice)
 
     def _report_ready(self) -> None:
         if not self.connected:
             names = ", ".join(self._names)
-            self._put(f"Listening to {names} on {self._connections.shown}. Press Ctrl-C to stop.")
+            self.put(f"Listening to {names} on {self._connections.shown}. Press Ctrl-C to stop.")
         elif self._lost_since is not None:
             seconds = time.monotonic() - self._lost_since
-            self._put(f"Redis is back after {seconds:.1f} s. {self._missed}")
+            self.put(f"Redis is back after {seconds:.1f} s. {self._missed}")
 
         self.connected = True
         self._lost_since = None
@@ -223,7 +222,7 @@ class Tail:
 
             if self._lost_since is None and not self._stopping.is_set():
                 self._lost_since = time.monotonic()
-                self._put(
+                self.put(
                     f"Redis at {self._connections.shown} is away: {str(error).rstrip('.')}. "
                     "Reconnecting until it is back."
                 )
@@ -235,13 +234,6 @@ class Tail:
         )
         refusal.__cause__ = error
         return refusal
-
-    def _put(self, item: Sequence[TailEvent] | str | Exception) -> None:
-        while not self._stopping.is_set():
-            try:
-                return self._waiting.put(item, timeout=TICK)
-            except queue.Full:
-                continue
 
 
 def _holds(event: Event, key: str, text: str) -> bool:

@@ -113,7 +113,7 @@ class ChannelTail:
         events = [event for frame in frames for event in self._events(frame)]
 
         if events:
-            self._output.show(events)
+            self._output.put(events)
 
     def _events(self, frame: Frame) -> Iterator[TailEvent]:
         if frame.kind not in ("message", "pmessage"):
@@ -128,7 +128,7 @@ class ChannelTail:
         try:
             yield TailEvent(read_event(self._codec, name, frame.body, via=self.via))
         except DecodeError as error:
-            self._output.notify(describe_invalid(f"on the channel of {name!r}", frame.body, error))
+            self._output.put(describe_invalid(f"on the channel of {name!r}", frame.body, error))
 
     def _first_match(self, name: str) -> str | None:
         """Return the subscription that shows the event; Redis delivers it once for each match."""
@@ -286,7 +286,7 @@ class StreamTail:
 
         if name not in self._was_refused:
             self._was_refused.add(name)
-            self._output.notify(
+            self._output.put(
                 f"{self._keys.names!r} has a name that is not valid for a signal. Skipping it: "
                 f"'{printable(name[:128])}'."
             )
@@ -336,14 +336,14 @@ class StreamTail:
             self._positions[name] = entry_id(entries[-1][0])
 
             if events:
-                self._output.show(events)
+                self._output.put(events)
 
     def _events(self, name: str, id: str, fields: dict[bytes, bytes]) -> Iterator[TailEvent]:
         where = f"in the stream of {name!r}, entry {id}"
         body = fields.get(b"event")
 
         if body is None:
-            self._output.notify(
+            self._output.put(
                 f"Not an event {where} (missing_attribute): It has no field 'event'; "
                 f"its fields are {short(list(fields))}."
             )
@@ -352,7 +352,7 @@ class StreamTail:
         try:
             yield TailEvent(read_event(self._codec, name, body, via=self.via), id)
         except DecodeError as error:
-            self._output.notify(describe_invalid(where, body, error))
+            self._output.put(describe_invalid(where, body, error))
 
     def _refuse(self, name: str, reason: Exception) -> None:
         key = self._keys.stream(name)
