@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -285,6 +285,7 @@ class DeadLimit:
     ) -> None:
         self._pipe = pipe
         self._config = config
+        self._most = config.dead_maxlen
         self._keys = keys
         self._counters = counters
         self._lock = lock
@@ -297,51 +298,41 @@ class DeadLimit:
     def enforce(self) -> None:
         """Trim the streams that grew. If Redis is away, the next call does it."""
         with self._lock:
-            dropped = self._trim()
-            self._count(dropped)
+            dropped = self._trim_and_count()
 
         for name, count in dropped.items():
             self._report_dropped(name, count)
 
-    def _trim(self) -> dict[str, int]:
-        """Trim the streams that grew; return the number of dropped dead letters by signal."""
+    def _trim_and_count(self) -> dict[str, int]:
+        """Return the number of dropped dead letters by signal, and add to the counts in Redis."""
+        keys, service = self._keys, self._config.service
+        dropped: dict[str, int] = {}
         names, self.grown = sorted(self.grown), set()
-        keys = [self._keys.dead(name, self._config.service) for name in names]
 
         try:
             answers = self._run(
-                [("XTRIM", key, "MAXLEN", "~", self._config.dead_maxlen) for key in keys]
+                [("XTRIM", keys.dead(name, service), "MAXLEN", "~", self._most) for name in names]
             )
-        except OUTAGE as error:
-            logger.debug("Redis is away; dead letters are trimmed later: %s", error)
-            self.grown.update(names)
-            return {}
-
-        return {name: count for name, count in zip(names, answers, strict=True) if count}
-
-    def _count(self, dropped: Mapping[str, int]) -> None:
-        """Add to the counts in Redis, which ``flask eventbus status`` shows."""
-        self._uncounted.update(dropped)
-
-        names = sorted(self._uncounted)
-        keys = [self._keys.dead_dropped(name, self._config.service) for name in names]
-
-        try:
+            dropped = {name: count for name, count in zip(names, answers, strict=True) if count}
+            self._uncounted.update(dropped)
+            names = sorted(self._uncounted)
             answers = self._run(
                 [
-                    ("INCRBY", key, self._uncounted[name])
-                    for name, key in zip(names, keys, strict=True)
+                    ("INCRBY", keys.dead_dropped(name, service), self._uncounted[name])
+                    for name in names
                 ]
             )
         except OUTAGE as error:
-            logger.debug("Redis is away; dropped dead letters are counted later: %s", error)
+            logger.debug("Redis is away; dead letters are trimmed and counted later: %s", error)
             self.grown.update(names)
-            return
+            return dropped
 
         # A count that Redis refused is added with the next dead letter.
         for name, answer in zip(names, answers, strict=True):
             if answer is not None:
                 del self._uncounted[name]
+
+        return dropped
 
     def _run(self, commands: Sequence[Command]) -> list[Any]:
         """Return the answers to commands. A refusal is logged, and its answer is ``None``."""
@@ -379,7 +370,7 @@ class DeadLimit:
             "%r has more than %d dead letters of %r: the %d oldest were dropped. Retry or drop "
             "dead letters (flask eventbus dead list), or raise 'EVENTBUS_DEAD_MAXLEN'.",
             self._config.service,
-            self._config.dead_maxlen,
+            self._most,
             name,
             count,
         )
