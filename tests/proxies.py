@@ -77,9 +77,9 @@ class Proxy:
             self._start(self._pass, server, client, self.answer())
 
     def _pass(self, source: socket.socket, target: socket.socket, spoil: Spoil) -> None:
-        is_answer = source.getpeername()[1] == self._target
-
         try:
+            is_answer = source.getpeername()[1] == self._target
+
             while (data := source.recv(CHUNK)) and (spoilt := spoil(data)) is not None:
                 if is_answer and self.pause:
                     self._pass_slowly(spoilt, target)
