@@ -217,17 +217,15 @@ class Writer:
             self._ended = True
             self._changed.notify_all()
 
-        if self.thread is not None:
+        thread = self.thread
+
+        if thread is not None:
             # The thread may be waiting for a server that hangs.
-            self._join((time.monotonic() + deadline) / 2)
+            thread.join(timeout=max(0.0, (deadline - time.monotonic()) / 2))
             self._connection.interrupt()
-            self._join(deadline)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
         self._report_lost()
-
-    def _join(self, deadline: float) -> None:
-        if self.thread is not None:
-            self.thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
         """End the copy of the parent's writer; call it in a forked child.
