@@ -24,7 +24,7 @@ from ..transport.connection import OUTAGE, milliseconds_of
 from ..transport.connections import Connections
 from ..transport.keys import StreamKeys
 from ..transport.pipe import SAMPLE, Command, Pipe
-from ..transport.rights import is_missing_right, repair, right_of
+from ..transport.rights import grant_the_user, is_missing_right, repair, right_of
 from ..transport.urls import trouble_of
 
 logger = get_logger(__name__)
@@ -257,8 +257,9 @@ class StreamAccess:
 
         if is_missing_right(refusal):
             return (
-                f"{problem} to this user: {reason_of(refusal)}. Grant it '{right}' and "
-                f"'~{self._prefix}:*' in the ACL, or name another user in 'EVENTBUS_URL'."
+                f"{problem} to this user: {reason_of(refusal)}. "
+                f"{grant_the_user({f'{self._prefix}:*': right})} Or name another user in "
+                "'EVENTBUS_URL'."
             )
 
         return f"{problem}: {reason_of(refusal)}. {repair(refusal, [key])}"

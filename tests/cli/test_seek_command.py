@@ -333,5 +333,5 @@ def test_without_the_right_seek_leaves_the_group_in_place(redis_server: RedisSer
     result = store.run("seek", "paid", "--to", "new", "--yes")
 
     assert result.exit_code == 1
-    assert "Grant it '+xgroup|setid'" in result.output
+    assert "Grant the user in the ACL: '+xgroup|setid ~" in result.output
     assert store.position("paid") == ids[3]

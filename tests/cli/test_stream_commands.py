@@ -428,7 +428,7 @@ def test_the_error_names_a_missing_right(
     assert "does not let this user connect" in outside.output
     assert "Grant it the right to connect in the ACL." in outside.output
     assert "to this user" in result.output
-    assert f"Grant it '{refused}' and '~eb:*' in the ACL" in result.output
+    assert f"Grant the user in the ACL: '{refused} ~eb:*'." in result.output
 
 
 def test_a_wrong_password_is_reported(redis_server: RedisServer) -> None:
