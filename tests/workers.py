@@ -96,11 +96,13 @@ class Workers(Service):
 
     def all_handled(self, service: str = "") -> bool:
         """Whether everything was read and acknowledged, and nothing is to be tried again."""
-        group = self.group(service)
+        if not self.group(service):
+            return False
+
+        # In the order of an event's way: one that goes on in between is found at its next place.
         return (
-            bool(group)
-            and group["pending"] == 0
-            and not self.unread(service)
+            not self.unread(service)
+            and self.group(service).get("pending") == 0
             and not self.redis.zcard(self.keys.retry("work", service or self.name))
         )
 

@@ -136,17 +136,13 @@ class Fanout(ReadingThread):
 
     def _find_positions(self, names: dict[str, Subscription]) -> None:
         for name, subscription in names.items():
-            if name not in self._positions:
-                try:
+            try:
+                if name not in self._positions:
                     self._positions[name] = self._start_of(name, subscription)
-                except redis.ResponseError as error:
-                    self._refuse(name, error)
-
-            elif name in self._unchecked:
-                try:
+                elif name in self._unchecked:
                     self._go_back(name)
-                except redis.ResponseError as error:
-                    self._refuse(name, error)
+            except redis.ResponseError as error:
+                self._refuse(name, error)
 
         with self.changed:
             self._connected = True
