@@ -114,13 +114,7 @@ class Acknowledger:
     :param group: the consumer group on the write connection.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        *,
-        group: Group,
-        in_flight: InFlight,
-    ) -> None:
+    def __init__(self, context: Context, *, group: Group, in_flight: InFlight) -> None:
         self._config = context.config
         self._keys = context.keys
         self._counters = context.counters

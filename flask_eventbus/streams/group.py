@@ -145,26 +145,22 @@ class Group:
 
         From that number Redis counts the entries trimmed before the group first reads.
         """
-        asked = self.pipe.run([("XINFO", "GROUPS", self._keys.stream(name)) for name in starts])
+        places: dict[str, Command] = {name: (start,) for name, start in starts.items()}
+        keys = {name: self._keys.stream(name) for name in starts}
+        asked = self.pipe.run([("XINFO", "GROUPS", key) for key in keys.values()])
         new = [
             name
             for name, groups in zip(starts, asked, strict=True)
             if _is_missing(groups) or not self._is_among(groups)
         ]
-        infos = (
-            self.pipe.run(
-                [("XINFO", "STREAM", self._keys.stream(name)) for name in new], most=SAMPLE
-            )
-            if new
-            else []
-        )
-        places: dict[str, Command] = {name: (start,) for name, start in starts.items()}
-        places.update(
-            {
-                name: self._start_argument(name, starts[name], info)
-                for name, info in zip(new, infos, strict=True)
-            }
-        )
+
+        if new:
+            commands: list[Command] = [("XINFO", "STREAM", keys[name]) for name in new]
+            infos = self.pipe.run(commands, most=SAMPLE)
+
+            for name, info in zip(new, infos, strict=True):
+                places[name] = self._start_argument(name, starts[name], info)
+
         return places
 
     def _is_among(self, groups: Any) -> bool:
