@@ -117,15 +117,20 @@ class Buffer:
 
         They stay in flight until :meth:`finish` or :meth:`put_back`.
         """
-        channels = self.channels.events
-        streams = () if self.streams_paused else self.streams.events
         batch: list[Message] = []
         size = 0
         # Each event joins the batch before it leaves its queue, so that none is lost if a signal
         # handler raises here.
         self.in_flight = batch
 
-        while (channels or streams) and len(batch) < most_events and size < most_bytes:
+        while len(batch) < most_events and size < most_bytes:
+            # Looked up each time: a signal handler that stops the bus replaces the queues.
+            channels = self.channels.events
+            streams = () if self.streams_paused else self.streams.events
+
+            if not (channels or streams):
+                break
+
             head = _oldest(channels, streams)
 
             if head is None:

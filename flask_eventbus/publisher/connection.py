@@ -349,7 +349,7 @@ class PublishConnection:
 
             self._announcing[name] = self._announced[name]
 
-        if isinstance(destination, AgingStreamDestination):
+        if isinstance(destination, AgingStreamDestination) and destination not in self._aging:
             self._aging.add(destination)
 
             if destination.newest is None:

@@ -383,8 +383,10 @@ class Writer:
         with self._lock:
             if failure is None and following.may_write:
                 self._is_sent = True
-                self._user = 0
+                # Wake it while this thread still uses the connection: if a signal handler raises
+                # here, the batch is sent again.
                 following.wake()
+                self._user = 0
             else:
                 self._hand_over(failure)
 

@@ -551,6 +551,26 @@ def test_a_withdrawn_event_does_not_count_as_buffered() -> None:
     assert list(waiting) == [events[2]]
 
 
+def test_a_signal_handler_that_empties_the_buffer_ends_the_taking_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waiting = Buffer(most_events=10)
+    destination = ChannelDestination("tick", "tick")
+    envelope = Envelope("tests", "tick")
+    state = RouteState(route=Route(name="tick"), destination=destination, envelope=envelope)
+    events = [Message(state, b"\x80", {}, confirm=True) for _ in range(3)]
+
+    for number, outgoing in enumerate(events, 1):
+        outgoing.assign_id("node", number, 0)
+        waiting.put(outgoing)
+    cleared: list[Message] = []
+    monkeypatch.setattr(Message, "assign_seq", lambda _: cleared.extend(waiting.clear()))
+
+    assert waiting.take(most_events=10, most_bytes=10_000) == [events[0]]
+    assert cleared == events
+    assert len(waiting) == 0
+
+
 # -- many threads, and the ends of things -------------------------------------------------
 
 

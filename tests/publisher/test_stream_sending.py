@@ -30,6 +30,7 @@ from flask_eventbus.admin.publish import publish_one
 from flask_eventbus.config import Config, Timing
 from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import (
+    AgingStreamDestination,
     ChannelDestination,
     Destination,
     Message,
@@ -163,6 +164,28 @@ def test_a_user_without_the_right_to_time_trims_by_the_ids_of_its_events(
     bus.signal("tick").send("test", n=2)
 
     assert length(redis_server, "eventbus") < 102
+
+
+def test_a_user_without_the_right_to_time_is_refused_once_per_batch(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    with redis_server.client as client:
+        client.acl_setuser(
+            "shop", enabled=True, passwords=["+pw"], keys="*", commands=["+@all", "-time"]
+        )
+    publisher = PublishConnection(
+        Connections(redis_server.url.replace("//", "//shop:pw@"), name="test", timing=Timing()),
+        Config.from_mapping({"EVENTBUS_URL": redis_server.url, "EVENTBUS_SERVICE": "shop"}),
+        timeout=5.0,
+    )
+    tick = AgingStreamDestination("tick", "eventbus:{tick}:stream", age=3_600)
+
+    assert publisher.publish([(tick, b"event")] * 20) == [None] * 20
+    publisher.close()
+
+    with redis_server.client as client:
+        found: Any = client.info("commandstats")
+        assert found["cmdstat_time"]["rejected_calls"] == 1
 
 
 def test_the_name_of_a_stream_is_registered_again_after_a_flush(
@@ -1561,6 +1584,43 @@ def test_a_time_limit_raised_while_a_sender_writes_for_another_is_passed_on(
     bus.signal("tick").send("test", n=2)
 
     assert values(shared_redis, prefix=prefix) == [0, 2]
+
+
+def test_a_sender_that_is_interrupted_as_it_wakes_the_next_one_delays_no_other(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=20)
+    bus.signal("tick").send("test", n=0)
+    wait_until(lambda: not bus.health().buffered, what="it has left")
+    turns, strikes = Turns(monkeypatch), itertools.count()
+    interrupted: list[int] = []
+    wake = Message.wake
+
+    def strike(message: Message) -> None:
+        if threading.current_thread() is first and not next(strikes):
+            raise InterruptionError
+        wake(message)
+
+    def send() -> None:
+        try:
+            bus.signal("tick").send("test", n=1)
+        except InterruptionError:
+            interrupted.append(1)
+
+    first = threading.Thread(target=send)
+    first.start()
+    wait_until(lambda: turns.sent == [1], what="the first batch is sent")
+    second = begin_to_send(bus, 2)
+    monkeypatch.setattr(Message, "wake", strike)
+    turns.may_send.set()
+    turns.may_read.set()
+    first.join()
+    second.join(10)
+
+    assert interrupted == [1]
+    assert not second.is_alive()
+    assert bus.health().publishing
+    assert set(values(shared_redis, prefix=prefix)) == {0, 1, 2}
 
 
 def test_a_forked_child_sends_as_a_separate_node(
