@@ -95,7 +95,8 @@ class InFlight:
                 return False
 
             delivery.started = True
-            self._waiting -= 1
+            # A later delivery may have the same identity, and waits instead.
+            self._waiting -= self._deliveries.get(delivery.identity) is delivery
             self._progressed = now
             return True
 

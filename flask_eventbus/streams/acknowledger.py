@@ -180,6 +180,10 @@ class Acknowledger:
         except OUTAGE as error:
             # The reader loses Redis as well, and logs it.
             logger.debug("Redis is away; %d outcomes are written later: %s", len(self), error)
+        finally:
+            # Not in flush(): the maintenance thread itself waits longer after each failure.
+            if self._handled or self._waiting:
+                self.schedule.within(WRITE_SOON)
 
     def flush(self) -> None:
         """Write the queued outcomes, and refused ones whose next attempt is due.
@@ -214,10 +218,9 @@ class Acknowledger:
         except BaseException:
             self._handled.extendleft(reversed(handled))
             self._queue_again(batch)
-            self.schedule.within(WRITE_SOON)
             raise
 
-        if self._was_refused and not self._refusals:
+        if self._was_refused and not self._refusals and not self._waiting:
             self._log_recovery()
 
     def write_all(self) -> None:

@@ -313,10 +313,10 @@ class Maintenance:
                 self._more_retries.add(delivery.name)
 
         for name, counts in crashes.items():
-            self._reclaimer.unfinished.add(name)
-
             try:
                 with self._acknowledger.lock:
+                    # Under the lock: the reader waits for it before it claims them.
+                    self._reclaimer.unfinished.add(name)
                     self._group.release_own(name, counts)
             except GroupGoneError as error:
                 logger.debug("Nothing of %r is released: %s", name, error)

@@ -47,10 +47,13 @@ class Catalogue:
         self._all: Mapping[str, Subscription] = {}
         #: Those with a group, or those without.
         self.subscribed: dict[str, Subscription] = {}
-        #: True if the subscriptions or the streams found have changed.
+        #: True if the subscriptions have changed since :meth:`_select`.
         self._is_changed = False
-        #: The patterns among the subscriptions.
-        self._patterns: list[str] = []
+        #: Names and patterns that are subscribed, with a group or without one.
+        self._all_names: Set[str] = frozenset()
+        #: The subscriptions of :attr:`subscribed` that are patterns, and those that are names.
+        self._patterns: dict[str, Subscription] = {}
+        self._named: dict[str, Subscription] = {}
         #: The subscribed streams.
         self._streams: dict[str, Subscription] = {}
         #: The result of :meth:`names`; ``None`` once the streams have changed.
@@ -115,22 +118,31 @@ class Catalogue:
         return self._names
 
     def _select(self) -> None:
-        """Select the streams again, after the subscriptions or the streams found have changed."""
+        """Take over the subscriptions, after they have changed."""
         # Cleared first: another thread may subscribe in between.
         self._is_changed = False
         subscribed = self.subscribed
-        self._patterns = [name for name in subscribed if is_pattern(name)]
-        self._streams = {name: found for name, found in subscribed.items() if not is_pattern(name)}
-        self._names = None
-
-        for name in sorted(self._found - self._all.keys()):
-            pattern = next((found for found in self._patterns if matches(found, name)), None)
-
-            if pattern is not None:
-                self._streams[name] = subscribed[pattern]
+        self._all_names = self._all.keys()
+        self._patterns = {name: found for name, found in subscribed.items() if is_pattern(name)}
+        self._named = {name: found for name, found in subscribed.items() if not is_pattern(name)}
+        self._list_streams()
 
         if not self._searched.issuperset(self._patterns):
             self._search_at = 0.0
+
+    def _list_streams(self) -> None:
+        """List the streams again, after the subscriptions or the streams found have changed.
+
+        A pattern that another thread subscribed during a search was not searched for yet.
+        """
+        self._streams = dict(self._named)
+        self._names = None
+
+        for name in sorted(self._found - self._all_names):
+            pattern = next((found for found in self._patterns if matches(found, name)), None)
+
+            if pattern is not None:
+                self._streams[name] = self._patterns[pattern]
 
     def _report(self, new: Set[str], over: Set[str]) -> None:
         for name in sorted(new):
@@ -214,7 +226,7 @@ class Catalogue:
         room = max(0, self._timing.max_names - len(self._found))
         # Known streams stay even if they are not found: Redis may have been flushed.
         self._found |= set(sorted(found - self._found)[:room])
-        self._select()
+        self._list_streams()
 
     def _store_since(self, patterns: list[str]) -> None:
         key = self._keys.since(self._config.service)

@@ -111,7 +111,7 @@ class RetryQueue:
 
     def due_command(self, name: str) -> Command:
         """Return a command whose answer is empty if no retry is due."""
-        return self._find_due(name, most=1)
+        return self._find_due(name, round(self._clock.now() * 1000), most=1)
 
     def give_up_orphans(self) -> None:
         """Give up old retries of signals that no worker reads any more.
@@ -183,39 +183,45 @@ class RetryQueue:
     ) -> tuple[list[T], int]:
         """Lease retries that have been due for ``overdue`` seconds. The caller holds the lock.
 
-        Redis adds to the score of a retry what it lacks to the end of the lease. If two workers
-        add at the same time, only the first one gets the end of its lease as the answer.
+        A transaction sets an older score to the time of the search, and adds what that lacks to
+        the end of the lease. If two workers add at the same time, only the first one gets the end
+        of its lease as the answer.
 
         :param judge: returns what becomes of a member of the sorted set, and its new score, in
             milliseconds since 1970; no score if it stays as it is.
         :return: what becomes of those leased, and the number of retries found.
         """
         key = self._keys.retry(name, self._config.service)
-        found = self._pipe.ask(*self._find_due(name, most=most, overdue=overdue))
+        due_until = round((self._clock.now() - overdue) * 1000)
+        found = self._pipe.ask(*self._find_due(name, due_until, most=most))
         leases: list[tuple[bytes, T | None, int]] = []
         commands: list[Command] = []
 
-        for member, score in zip(found[::2], found[1::2], strict=True):
+        for member in found:
             result, until = judge(member)
 
             if until is not None:
-                # Another program may have set a score such as -inf, and no sum is finite then.
-                missing = until - max(float(score), 0.0)
                 leases.append((member, result, until))
-                commands.append(("ZADD", key, "XX", "INCR", missing, member))
+                # First GT, so that the sum of two leases is not far in the future: a worker that
+                # came second may be lost before it corrects the score.
+                commands += [
+                    ("ZADD", key, "XX", "GT", due_until, member),
+                    ("ZADD", key, "XX", "INCR", until - due_until, member),
+                ]
 
+        answers = self._run([("MULTI",), *commands, ("EXEC",)]) if commands else [[]]
         taken: list[T] = []
         again: list[Command] = []
 
-        for (member, result, until), answer in zip(leases, self._run(commands), strict=True):
+        for (member, result, until), score in zip(leases, _list_of(answers[-1])[1::2], strict=True):
             # Another worker has it, or ended it. Both have added to the score, so it is too high.
-            if answer is not None and abs(float(answer) - until) >= 1:
+            if score is not None and abs(float(score) - until) >= 1:
                 again.append(("ZADD", key, "XX", until, member))
-            elif answer is not None and result is not None:
+            elif score is not None and result is not None:
                 taken.append(result)
 
         self._run(again)
-        return taken, len(found) // 2
+        return taken, len(found)
 
     def _run(self, commands: Sequence[Command]) -> list[Any]:
         """Return the answers to commands, or raise the first error."""
@@ -223,10 +229,9 @@ class RetryQueue:
         _check(answers)
         return answers
 
-    def _find_due(self, name: str, *, most: int, overdue: float = 0.0) -> Command:
+    def _find_due(self, name: str, due_until: int, *, most: int) -> Command:
         key = self._keys.retry(name, self._config.service)
-        due_until = round((self._clock.now() - overdue) * 1000)
-        return ("ZRANGEBYSCORE", key, "-inf", due_until, "WITHSCORES", "LIMIT", 0, most)
+        return ("ZRANGEBYSCORE", key, "-inf", due_until, "LIMIT", 0, most)
 
     def renew(self, delivery: Delivery) -> bool:
         """Extend the lease of a retry. Return False if another worker ended it.

@@ -19,6 +19,8 @@ from flask_eventbus import Bus, Reject, current_event
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.config import TIMING
+from flask_eventbus.receivers.delivery import Delivery, InFlight
+from flask_eventbus.routing.subscriptions import Subscription
 from flask_eventbus.streams import acknowledger, attempts, outcomes
 from flask_eventbus.streams.group import Group
 from flask_eventbus.streams.outcomes import DeadLimit
@@ -55,6 +57,19 @@ def pending(store: StreamStore) -> int:
     """How many entries are pending."""
     found: Any = store.client.xpending(store.keys.stream("tick"), "mailer")
     return int(found["pending"])
+
+
+def delivery_of(store: StreamStore) -> Delivery:
+    """A first attempt that was read and not started."""
+    event = store.event("tick", n=1)
+    return Delivery(
+        name="tick",
+        entry="1700000000000-0",
+        event=event,
+        body=Codec().encode(event),
+        subscription=Subscription(name="tick", via="stream"),
+        claimed_until=time.monotonic() + 60,
+    )
 
 
 # -- what became of an event --------------------------------------------------------------
@@ -279,6 +294,36 @@ def test_retries_beyond_the_free_room_follow_at_once(store: StreamStore, make_bu
     assert sorted(handled) == list(range(30))
 
 
+def test_a_delivery_that_was_queued_twice_does_not_count_as_stalled(store: StreamStore) -> None:
+    # Redis's clock was set forward, so this process leases its own retry again.
+    in_flight, deliveries = InFlight(), [delivery_of(store), delivery_of(store)]
+
+    for delivery in deliveries:
+        in_flight.add([delivery])
+
+    assert [in_flight.start(delivery) for delivery in deliveries] == [True, True]
+    in_flight.remove(deliveries)
+    assert not in_flight
+    assert in_flight.stalled_for == 0.0
+
+
+def test_the_reader_learns_of_released_entries_only_once_it_can_find_them(
+    store: StreamStore, make_bus: Make
+) -> None:
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    listen(bus, lambda sender, n: None)
+    maintenance = bus.node._inbound.consumer._maintenance
+    releasing = threading.Thread(target=maintenance._release, args=[[delivery_of(store)]])
+
+    with maintenance._acknowledger.lock:
+        releasing.start()
+        time.sleep(0.1)
+        assert not maintenance._reclaimer.unfinished
+
+    releasing.join(10)
+    assert not releasing.is_alive()
+
+
 def test_of_two_workers_that_find_a_retry_at_the_same_time_one_runs_it(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,14 +333,14 @@ def test_of_two_workers_that_find_a_retry_at_the_same_time_one_runs_it(
     run = Pipe.run
 
     def lease_together(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
-        if "INCR" not in commands[0]:
+        if not any("INCR" in command for command in commands):
             return run(pipe, commands, **how)
 
         with suppress(threading.BrokenBarrierError):
             both.wait(5)
 
         answers = run(pipe, commands, **how)
-        scores.extend(map(float, answers))
+        scores.extend(map(float, answers[-1][1::2]))
 
         with suppress(threading.BrokenBarrierError):
             both.wait(5)
@@ -317,6 +362,50 @@ def test_of_two_workers_that_find_a_retry_at_the_same_time_one_runs_it(
     assert attempts_seen == [2]
     assert len(scores) == 2
     assert [bus.health().counts.get("released", 0) for bus in buses] == [0, 0]
+
+
+@pytest.mark.parametrize("score", [None, 1.0], ids=["an hour ago", "in 1970"])
+def test_a_retry_is_run_soon_if_both_workers_that_lease_it_at_once_are_lost(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, score: float | None
+) -> None:
+    both = threading.Barrier(2)
+    leased: list[float] = []
+    run = Pipe.run
+
+    def lose_the_answer(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
+        if not any("INCR" in command for command in commands):
+            return run(pipe, commands, **how)
+
+        with suppress(threading.BrokenBarrierError):
+            both.wait(5)
+
+        answers = run(pipe, commands, **how)
+
+        if len(leased) < 2:
+            leased.append(time.time())
+            raise redis.ConnectionError("lost")
+
+        return answers
+
+    handled: list[int] = []
+
+    def receive(sender: str, n: int) -> None:
+        handled.append(n)
+
+    old_retry(store, "tick", hours=1, key=f"{__name__}.{receive.__qualname__}")
+    key = store.keys.retry("tick", "mailer")
+
+    if score is not None:
+        store.client.zadd(key, dict.fromkeys(store.client.zrange(key, 0, -1), score))
+
+    monkeypatch.setattr(Pipe, "run", lose_the_answer)
+
+    for _ in range(2):
+        listen(make_bus(store.url, "mailer", prefix=store.prefix, claim_after=0.5), receive)
+
+    wait_until(lambda: len(leased) == 2, what="both have added to the score")
+    both.abort()
+    wait_until(lambda: handled == [1], what="it is run")
 
 
 @pytest.mark.parametrize("score", ["-inf", "-1e300", "1.5"])

@@ -26,6 +26,7 @@ from flask_eventbus.routing.subscriptions import read_subscription
 from flask_eventbus.signals import wait_until_sent
 from flask_eventbus.streams.alarms import Trims
 from flask_eventbus.streams.group import Group
+from flask_eventbus.streams.maintenance import Maintenance
 from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = [
@@ -229,6 +230,31 @@ def test_events_sent_after_a_pattern_is_ready_are_received(
 
     with ThreadPoolExecutor(5) as pool:
         assert len(list(pool.map(send_and_receive, range(10)))) == 10
+
+
+@pytest.mark.timing(list_streams_every=600.0)
+def test_a_pattern_subscribed_during_a_search_for_another_is_searched_for_at_once(
+    shared_redis: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StreamStore(shared_redis)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    received: list[int] = []
+    ask = Pipe.ask
+
+    def subscribe_meanwhile(pipe: Pipe, *command: Any, **how: Any) -> Any:
+        if command[0] == "SMEMBERS":
+            monkeypatch.setattr(Pipe, "ask", ask)
+            bus.on("ti*", via="stream", start="earliest")(lambda sender, n: received.append(n))
+
+        return ask(pipe, *command, **how)
+
+    bus.on("pa*", via="stream")(lambda sender: None)
+    store.add("tick", n=1)
+    monkeypatch.setattr(Pipe, "ask", subscribe_meanwhile)
+    bus.start()
+    assert bus.ready(10)
+
+    wait_until(lambda: received == [1], what="the stream is found and read")
 
 
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
@@ -495,6 +521,32 @@ def test_an_event_whose_xadd_got_no_reply_reaches_receivers_once(
     assert received == [1, 2, 3]
     assert store.client.xlen(store.keys.stream("tick")) == 4
     assert bus.health().counts["duplicates"] == 1
+
+
+def test_outcomes_that_wait_for_a_redis_that_is_away_are_tried_less_and_less_often(
+    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[float] = []
+    run_round = Maintenance._run_round
+
+    def note(maintenance: Maintenance, now: float) -> None:
+        begun.append(now)
+        run_round(maintenance, now)
+
+    bus = make_bus(redis_server.url, "mailer")
+
+    @bus.on("tick", via="stream")
+    def receive(sender: str, n: int) -> None:
+        redis_server.kill()
+        monkeypatch.setattr(Maintenance, "_run_round", note)
+
+    bus.start()
+    assert bus.ready(10)
+    StreamStore(redis_server, bus.node.config.prefix).add("tick", n=1)
+    wait_until(lambda: begun, what="it is tried again")
+
+    time.sleep(2.0)
+    assert len(begun) < 12
 
 
 @pytest.mark.timing(answer_timeout=1.5)
