@@ -227,6 +227,7 @@ if child == 0:
     sys.exit(0)
 
 assert bus.health().buffered == 5
+report("kept")
 print("the child ended with", ended(child))
 """,
     )
@@ -237,6 +238,7 @@ print("the child ended with", ended(child))
     service.server.hang()
     hung.touch()
     service.wait_for("forked", buffered=1)
+    service.wait_for("kept")
     service.server.resume()
 
     assert program.end() == 0
