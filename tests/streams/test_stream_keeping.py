@@ -23,7 +23,7 @@ from flask_eventbus.receivers.delivery import Delivery, InFlight
 from flask_eventbus.routing.subscriptions import Subscription
 from flask_eventbus.streams import acknowledger, attempts, outcomes
 from flask_eventbus.streams.group import Group
-from flask_eventbus.streams.outcomes import DeadLimit
+from flask_eventbus.streams.outcomes import DeadLimit, Outcome
 from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = [
@@ -292,6 +292,39 @@ def test_retries_beyond_the_free_room_follow_at_once(store: StreamStore, make_bu
 
     wait_until(lambda: len(handled) == 30, timeout=30, what="all of them run")
     assert sorted(handled) == list(range(30))
+
+
+@pytest.mark.timing(resend_after=0.1)
+def test_the_log_says_that_refused_outcomes_were_accepted_once_all_of_them_are(
+    store: StreamStore,
+    make_bus: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # From the end: the first of two is accepted, the second one is refused once more.
+    is_refused = [True, False]
+    run = Pipe.run
+
+    def refuse(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
+        if commands[0][0] == "XACK" and is_refused and is_refused.pop():
+            return [redis.ResponseError("no") for _ in commands]
+
+        return run(pipe, commands, **how)
+
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    listen(bus, lambda sender, n: None)
+    writer = bus.node._inbound.consumer._acknowledger
+    refused = [Outcome("tick", "1-0", delivery=delivery_of(store)) for _ in range(2)]
+    monkeypatch.setattr(acknowledger, "MAX_PER_WRITE", 1)
+    monkeypatch.setattr(Pipe, "run", refuse)
+
+    with writer.lock:
+        writer._keep_refused(refused, redis.ResponseError("no"))
+
+    wait_until(lambda: not len(writer), what="both are accepted")
+    wait_until(lambda: "Redis accepted the outcomes" in caplog.text, what="it is logged")
+    assert is_refused == []
+    assert caplog.text.count("Redis accepted the outcomes") == 1
 
 
 def test_a_delivery_that_was_queued_twice_does_not_count_as_stalled(store: StreamStore) -> None:
