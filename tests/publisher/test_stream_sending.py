@@ -1210,10 +1210,25 @@ class Turns:
         monkeypatch.setattr(PublishConnection, "read", hold_read)
 
 
-def begin_to_send(bus: Bus, n: int) -> threading.Thread:
-    """Send ``n`` in a thread, and return when it is on its way."""
+def begin_to_send(
+    bus: Bus, n: int, errors: dict[int, BaseException | None] | None = None
+) -> threading.Thread:
+    """Send ``n`` in a thread, and return when it is on its way.
+
+    :param errors: gets the error of the send, or ``None``.
+    """
     buffered = bus.health().buffered
-    sending = threading.Thread(target=outcome_of, args=(bus, n))
+    found = {} if errors is None else errors
+
+    def send() -> None:
+        try:
+            bus.signal("tick").send("test", n=n)
+        except (PublishError, ArithmeticError, InterruptionError) as error:
+            found[n] = error
+        else:
+            found[n] = None
+
+    sending = threading.Thread(target=send)
     sending.start()
     wait_until(lambda: bus.health().buffered > buffered, what="it is on its way")
     return sending
@@ -1593,7 +1608,7 @@ def test_a_sender_that_is_interrupted_as_it_wakes_the_next_one_delays_no_other(
     bus.signal("tick").send("test", n=0)
     wait_until(lambda: not bus.health().buffered, what="it has left")
     turns, strikes = Turns(monkeypatch), itertools.count()
-    interrupted: list[int] = []
+    errors: dict[int, BaseException | None] = {}
     wake = Message.wake
 
     def strike(message: Message) -> None:
@@ -1601,15 +1616,7 @@ def test_a_sender_that_is_interrupted_as_it_wakes_the_next_one_delays_no_other(
             raise InterruptionError
         wake(message)
 
-    def send() -> None:
-        try:
-            bus.signal("tick").send("test", n=1)
-        except InterruptionError:
-            interrupted.append(1)
-
-    first = threading.Thread(target=send)
-    first.start()
-    wait_until(lambda: turns.sent == [1], what="the first batch is sent")
+    first = begin_to_send(bus, 1, errors)
     second = begin_to_send(bus, 2)
     monkeypatch.setattr(Message, "wake", strike)
     turns.may_send.set()
@@ -1617,10 +1624,69 @@ def test_a_sender_that_is_interrupted_as_it_wakes_the_next_one_delays_no_other(
     first.join()
     second.join(10)
 
-    assert interrupted == [1]
+    assert isinstance(errors[1], InterruptionError)
     assert not second.is_alive()
     assert bus.health().publishing
     assert set(values(shared_redis, prefix=prefix)) == {0, 1, 2}
+
+
+def test_a_sender_that_is_interrupted_as_it_reports_results_reports_those_of_others(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=20)
+    bus.signal("tick").send("test", n=0)
+    wait_until(lambda: not bus.health().buffered, what="it has left")
+    turns, strikes = Turns(monkeypatch), itertools.count()
+    writer = bus.node._publisher._writer
+    record = writer._record
+
+    def strike(*args: Any) -> None:
+        if not next(strikes):
+            record(*args)
+        else:
+            raise ArithmeticError("what a signal handler raises")
+
+    monkeypatch.setattr(writer, "_record", strike)
+    turns.may_send.set()
+    errors: dict[int, BaseException | None] = {}
+    senders = [begin_to_send(bus, n, errors) for n in (1, 2, 3)]
+    turns.may_read.set()
+
+    for sender in senders:
+        sender.join(10)
+
+    assert not any(sender.is_alive() for sender in senders)
+    assert turns.sent == [1, 2]
+    assert sum(error is None for error in errors.values()) == 2
+    assert sorted(values(shared_redis, prefix=prefix)) == [0, 1, 2, 3]
+
+
+def test_an_event_that_cannot_be_encoded_fails_no_sender_that_sends_it_for_another(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=20)
+    bus.signal("tick").send("test", n=0)
+    wait_until(lambda: not bus.health().buffered, what="it has left")
+    turns = Turns(monkeypatch)
+    turns.may_send.set()
+    errors: dict[int, BaseException | None] = {}
+    encoded = Message.encoded
+
+    def encode(message: Message) -> bytes:
+        if message.number == 3:
+            raise ValueError("it cannot be encoded")
+        return encoded(message)
+
+    monkeypatch.setattr(Message, "encoded", encode)
+    senders = [begin_to_send(bus, n, errors) for n in (1, 2)]
+    turns.may_read.set()
+
+    for sender in senders:
+        sender.join(10)
+
+    assert errors[1] is None
+    assert "it cannot be encoded" in str(errors[2])
+    assert values(shared_redis, prefix=prefix) == [0, 1]
 
 
 def test_a_forked_child_sends_as_a_separate_node(
