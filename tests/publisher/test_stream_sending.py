@@ -37,6 +37,7 @@ from flask_eventbus.publisher.message import (
     StreamDestination,
     TooFewReplicasError,
 )
+from flask_eventbus.publisher.writer import LEAD_BYTES
 from flask_eventbus.signals import wait_until_sent
 from flask_eventbus.transport.connections import Connections
 
@@ -1251,6 +1252,26 @@ def test_events_that_arrive_during_a_write_are_sent_before_their_senders_wake(
     assert turns.sent == [1, 3]
     assert turns.senders == {senders[0]}
     assert sorted(values(shared_redis, prefix=prefix)) == [0, 1, 2, 3, 4]
+
+
+def test_a_sender_leaves_large_events_to_the_writer_thread(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=20)
+    bus.signal("tick").send("test", n=0)
+    wait_until(lambda: not bus.health().buffered, what="it has left")
+    turns = Turns(monkeypatch)
+    turns.may_send.set()
+    first = begin_to_send(bus, 1)
+    bus.node.publish("tick", {"n": "x" * LEAD_BYTES}, confirm=False)
+    second = begin_to_send(bus, 2)
+
+    turns.may_read.set()
+    first.join()
+    second.join()
+
+    assert turns.sent == [1, 2]
+    assert turns.senders == {first, bus.node._publisher._writer.thread}
 
 
 def test_a_sender_that_times_out_leaves_the_reply_to_the_writer_thread(
