@@ -1,4 +1,4 @@
-"""How fast events cross from one process to another over a channel, on this machine.
+"""Measure the speed of channel events from one process to another, on this machine.
 
 Run it on demand, on a machine with nothing else to do::
 

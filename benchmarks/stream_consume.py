@@ -1,4 +1,4 @@
-"""How fast a service handles what waits in a stream, and what it costs when nothing does.
+"""Measure how fast a service handles a backlog, and the load of an idle service.
 
 Run it on demand, on a machine with nothing else to do::
 
@@ -121,7 +121,7 @@ def idle(url: str, seconds: float) -> tuple[float, float]:
 
 
 def commands(client: redis.Redis) -> int:
-    """How many commands Redis has run."""
+    """Return the number of commands that Redis has run."""
     return int(client.info("stats")["total_commands_processed"])
 
 

@@ -1,4 +1,4 @@
-"""How fast confirmed events go into a stream, on this machine.
+"""Measure the speed of confirmed events on a stream, on this machine.
 
 Run it on demand, on a machine with nothing else to do::
 
@@ -85,7 +85,7 @@ def confirmed(url: str, count: int, threads: int = 1) -> float:
 
 
 class LeastPython:
-    """What threads need to share round trips, and nothing else: bytes that are ready, a socket."""
+    """The least code for threads that share round trips: bytes that are ready, and a socket."""
 
     def __init__(self, url: str) -> None:
         host, port = url.removeprefix("redis://").partition("/")[0].split(":")

@@ -1,4 +1,4 @@
-"""How many calls and modules of the package one event passes, from ``send()`` to a receiver.
+"""Count the calls and modules of one event, from ``send()`` to a receiver.
 
 ::
 

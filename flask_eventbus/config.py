@@ -365,7 +365,7 @@ SETTINGS = tuple(f"EVENTBUS_{name.upper()}" for name in _READERS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """How long the parts of a node wait, how often they look, and how much they keep.
+    """Waits, intervals and limits of the parts of a node, which users do not set.
 
     Users do not set these times and sizes. Tests hand in smaller ones.
     """

@@ -57,7 +57,7 @@ LONGEST_STOP = FLUSH_AT_EXIT + STOP_OVERHEAD
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """What a node asks the program around it. A script has no answers of its own."""
+    """Questions that a node asks its program. A script answers none of them."""
 
     #: Returns the context in which receivers run, for example an app context.
     scope: Callable[[], AbstractContextManager[object]] = nullcontext

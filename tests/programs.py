@@ -63,14 +63,14 @@ class Program:
 
     @property
     def address(self) -> str:
-        """Where it serves, once it says so."""
+        """The address of the server, once it has printed it."""
         found: list[str] = wait_until(
             lambda: _ADDRESS.findall(self.output), what="an address is served"
         )
         return found[0]
 
     def get(self, path: str = "/", *, method: str = "GET") -> str:
-        """What its server answers, within five seconds."""
+        """Return the response of its server, within five seconds."""
         return get(self.address + path, method=method)
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -143,7 +143,7 @@ class Service:
         assert self._other.flush(5)
 
     def reports(self, what: str, **facts: Any) -> list[dict[str, Any]]:
-        """What the processes of the service reported."""
+        """Return the reports of the service's processes."""
         lines = self._reports.read_text().splitlines() if self._reports.exists() else []
         found = [json.loads(line) for line in lines]
         return [line for line in found if {"what": what, **facts}.items() <= line.items()]

@@ -44,12 +44,12 @@ class Proxy:
 
     @property
     def url(self) -> str:
-        """Where clients go to."""
+        """The URL for clients."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port of the proxy."""
         port: int = self._listening.getsockname()[1]
         return port
 
@@ -129,13 +129,13 @@ class Impostor:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port of the proxy."""
         port: int = self._listening.getsockname()[1]
         return port
 
     @property
     def url(self) -> str:
-        """Where clients go to."""
+        """The URL for clients."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     def close(self) -> None:

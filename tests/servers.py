@@ -124,7 +124,7 @@ class RedisServer:
             raise
 
     def answers(self) -> bool:
-        """Whether a PING is answered."""
+        """Return True if the server answers a PING."""
         try:
             with self.client as client:
                 return bool(client.ping())

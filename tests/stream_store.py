@@ -128,7 +128,7 @@ class StreamStore:
         return [entry.decode() for entry, _ in found]
 
     def retries(self, name: str, service: str = "mailer") -> list[tuple[RetryRecord, float]]:
-        """What is to be tried again, with when it is due."""
+        """Return the retries, each with its due time."""
         found = self.client.zrange(self.keys.retry(name, service), 0, -1, withscores=True)
         return [(RetryRecord.unpacked(member), due) for member, due in found]
 
@@ -137,7 +137,7 @@ class StreamStore:
         self.client.zadd(self.keys.retry(name, service), {record.packed(): time.time() * 1000})
 
     def position(self, name: str, service: str = "mailer") -> str:
-        """Where a group stands."""
+        """Return the last delivered id of a group."""
         groups = self.client.xinfo_groups(self.keys.stream(name))
         found = {group["name"].decode(): group["last-delivered-id"].decode() for group in groups}
         return str(found[service])

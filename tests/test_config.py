@@ -198,7 +198,7 @@ def test_flask_and_from_env_read_text_alike(
 
 
 def value_of(name: str, found: Mapping[str, Any]) -> Any:
-    """What a setting is read as, from a Flask config or an environment; the error's class else."""
+    """Return the value of a setting, or the class of its error."""
     read = Config.from_mapping if isinstance(found, flask.Config) else Config.from_environ
 
     try:

@@ -1,4 +1,4 @@
-"""What holds over every server: the same behaviours in memory and over a real one."""
+"""Tests that run over every server, in memory and real."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Demo:
 
     @property
     def processes(self) -> dict[int, str]:
-        """What runs on its behalf, itself included: the commands, by process id."""
+        """Return the commands of the demo and of the processes it started, by process id."""
         found = [process for process in PROCESSES.glob("[0-9]*") if self._is_of_it(process)]
         return {int(process.name): _command(process) for process in found}
 
@@ -222,7 +222,7 @@ def _without_measures(line: str) -> str:
 
 
 def _mails_by_worker(demo: Demo) -> list[int]:
-    """How many mails each worker has noted in the mailer's book."""
+    """Return the number of mails of each worker in the mailer's book."""
     with contextlib.closing(sqlite3.connect(demo.folder / "book.db")) as book:
         return [n for (n,) in book.execute("SELECT count(*) FROM mail GROUP BY worker")]
 

@@ -1,4 +1,4 @@
-"""What the Compose stack is made of, as far as it can be tried without an engine."""
+"""Tests of the Compose stack that need no container engine."""
 
 from __future__ import annotations
 

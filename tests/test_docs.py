@@ -1,4 +1,4 @@
-"""What the README and the documentation say is true: every block runs, every name exists."""
+"""Tests of the README and the documentation: every block runs, every name exists."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_the_configuration_page_has_every_setting_with_its_type_default_and_mean
 
 
 def read_default(reported: str) -> object:
-    """What a page says in code, as Python has it; ``None`` if it is a bare word."""
+    """Return the Python value of code on a page; ``None`` if it is a bare word."""
     try:
         return ast.literal_eval(reported.strip("`"))
     except (SyntaxError, ValueError):

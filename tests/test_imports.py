@@ -1,4 +1,4 @@
-"""What is loaded when a program imports the package, and that each module can be imported first."""
+"""Tests of imports: what loads with the package, and that each module can be imported first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the log says: each failure once, within bounds, and nothing that a sender could forge."""
+"""Tests of the log: each failure once, within bounds, and no line that a sender could forge."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def infos(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def failures(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """What was logged of receivers that failed."""
+    """Return the log records of receivers that failed."""
     return [
         record for record in caplog.records if record.name == "flask_eventbus.receivers.dispatcher"
     ]

@@ -217,5 +217,5 @@ def lasting(count: int) -> float:
 
 
 def number(reported: str) -> float:
-    """What a page writes as a word or in digits."""
+    """Return the number that a page writes as a word or in digits."""
     return WORDS[reported] if reported in WORDS else float(reported.replace(",", ""))

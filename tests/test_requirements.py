@@ -19,7 +19,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 
 
 def declared() -> list[Requirement]:
-    """What pyproject.toml asks for, extras included."""
+    """Return the requirements in pyproject.toml, extras included."""
     extras = PROJECT["optional-dependencies"].values()
     return [Requirement(line) for line in sum(extras, PROJECT["dependencies"])]
 

@@ -51,7 +51,7 @@ class Tripwire:
 
     @property
     def touched(self) -> bool:
-        """Whether anybody has connected."""
+        """Return True if a client has connected."""
         try:
             self._socket.accept()[0].close()
         except BlockingIOError:

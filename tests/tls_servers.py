@@ -29,7 +29,7 @@ class Authority:
 
     @property
     def certificate(self) -> Path:
-        """What a peer has to trust."""
+        """The certificate that a peer has to trust."""
         return self._folder / f"{self._name}.crt"
 
     def sign(self, name: str) -> tuple[Path, Path]:

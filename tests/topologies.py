@@ -36,7 +36,7 @@ class Sentinel(RedisServer):
         wait_until(self.answers, what="the Sentinel answers")
 
     def knows_all(self) -> bool:
-        """Whether it has found the replica and the other Sentinels."""
+        """Return True if it has found the replica and the other Sentinels."""
         with self.client as client:
             found = client.sentinel_master(MASTER)
 

@@ -362,7 +362,7 @@ def retries() -> Iterator[tuple[str, RetryRecord]]:
 
 
 def dead_letters() -> Iterator[tuple[str, DeadLetter]]:
-    """What a service gave up."""
+    """Return the dead letters of a service."""
     attributes = event()
     yield (
         "an event that a receiver failed at six times",
@@ -432,7 +432,7 @@ def fields_of(letter: DeadLetter) -> dict[str, Any]:
 
 
 def is_original(name: bytes) -> bool:
-    """Whether a field of a dead letter holds what came, byte by byte."""
+    """Return True if a field of a dead letter equals the bytes that arrived."""
     return name == b"event" or name.startswith(b"entry.")
 
 

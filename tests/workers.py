@@ -95,7 +95,7 @@ class Workers(Service):
         assert self.publisher.flush(20)
 
     def all_handled(self, service: str = "") -> bool:
-        """Whether everything was read and acknowledged, and nothing is to be tried again."""
+        """Return True if all entries are read and acknowledged, and no retry is left."""
         if not self.group(service):
             return False
 
@@ -111,7 +111,7 @@ class Workers(Service):
         wait_until(lambda: self.all_handled(service), timeout=timeout, what="everything is settled")
 
     def done(self, what: str = "done", **facts: Any) -> Counter[int]:
-        """How often each number was reported."""
+        """Return how often each number was reported."""
         return Counter(line["n"] for line in self.reports(what, **facts))
 
     def dead_letters(self, name: str = "work") -> list[dict[str, bytes]]:

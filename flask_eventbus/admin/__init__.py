@@ -1,4 +1,4 @@
-"""What an operator does, as functions without a terminal.
+"""The work of an operator, as functions without a terminal.
 
 A command opens a connection with ``streams`` (streams and their groups) or ``server`` (the server
 itself), and passes it to one of these:

@@ -32,7 +32,7 @@ CLIENT_NAME = "eventbus-publish"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What Redis answered to an event."""
+    """The reply of Redis to an event."""
 
     event_id: str
     #: The channel or the stream.

@@ -150,7 +150,7 @@ def _scan(access: StreamAccess, pattern: str) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What Redis has of a service for one signal."""
+    """The keys of a service for one signal."""
 
     name: str
     #: Its group, and the numbers of its retries and dead letters.

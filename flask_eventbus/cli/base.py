@@ -1,4 +1,4 @@
-"""What all commands share: the program they work on, their options, and how errors end them."""
+"""Shared parts of all commands: their program, their options, and their errors."""
 
 from __future__ import annotations
 

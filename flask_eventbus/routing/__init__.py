@@ -1,4 +1,4 @@
-"""What a program declares: signals, routes, subscriptions and receivers.
+"""The declarations of a program: signals, routes, subscriptions and receivers.
 
 At the start, ``routes`` and ``subscriptions`` read ``EVENTBUS_PUBLISH`` and
 ``EVENTBUS_SUBSCRIBE``, with the ``options`` of each name. ``loading`` imports the modules of

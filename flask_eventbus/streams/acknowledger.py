@@ -41,7 +41,7 @@ _ENTRY = attrgetter("entry")
 
 
 class Schedule:
-    """When the maintenance thread runs its next round. Any thread may bring that forward.
+    """The time of the maintenance thread's next round. Any thread may move it forward.
 
     :param clock: the clock of Redis, by which retries are due.
     """

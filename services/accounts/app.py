@@ -28,7 +28,7 @@ MOST_ID = 2**63 - 1
 
 
 class Base(DeclarativeBase):
-    """What SQLAlchemy asks for."""
+    """The declarative base that SQLAlchemy requires."""
 
 
 db = SQLAlchemy(model_class=Base)
@@ -45,7 +45,7 @@ class User(db.Model):  # type: ignore[name-defined, misc]  # the class is made a
     registered_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
 
     def payload(self) -> dict[str, Any]:
-        """What other services learn of a user."""
+        """Return the payload of ``user_registered``."""
         return {
             "user_id": self.id,
             "email": self.email,
@@ -159,7 +159,7 @@ def start_clock() -> None:
 
 
 def api_call(sender: Flask, response: Response, **extra: Any) -> dict[str, Any] | None:
-    """What other services learn of a finished request; calls of one rule count together."""
+    """Return the payload for a finished request; calls of one rule are counted together."""
     if request.endpoint == "health":
         return None
 

@@ -64,7 +64,7 @@ class Calls:
             self._put(service, rule, milliseconds, at)
 
     def summary(self) -> dict[str, Any]:
-        """What the page shows, of seconds that are over."""
+        """Return the data of the page, for complete seconds."""
         with self._lock:
             now = int(self._clock())
             seconds = [self._seconds.get(at, Second()) for at in range(now - SPAN, now)]

@@ -110,7 +110,7 @@ cache = PriceCache()
 
 @bus.on("price_changed", via="channel")
 def forget_price(sender: object, sku: str, **extra: object) -> None:
-    """Whoever changed it: this worker's own changes come by here as well."""
+    """Drop a price from the cache, after a change by this worker or another one."""
     cache.forget(sku)
 
 
@@ -240,7 +240,7 @@ def start_clock() -> None:
 
 
 def api_call(sender: Flask, response: Response, **extra: object) -> dict[str, Any] | None:
-    """What other services learn of a finished request; nothing of a health check."""
+    """Return the payload for a finished request; ``None`` for a health check."""
     if request.endpoint == "health":
         return None
 

@@ -231,7 +231,7 @@ def start_clock() -> None:
 
 
 def api_call(sender: Flask, response: Response, **extra: Any) -> dict[str, Any] | None:
-    """What other services learn of a finished request; calls of one rule count together."""
+    """Return the payload for a finished request; calls of one rule are counted together."""
     if request.endpoint == "health":
         return None
 

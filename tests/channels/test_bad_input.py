@@ -34,7 +34,7 @@ def consumer(shared_redis: RedisServer, make_bus: Make) -> Bus:
 
 @pytest.fixture
 def received(consumer: Bus) -> list[Any]:
-    """What the consumer hears."""
+    """Return the events that the consumer received."""
     received: list[Any] = []
 
     @consumer.on("tick")

@@ -1,4 +1,4 @@
-"""What arrives on a pub/sub connection is read, whatever becomes of the connection."""
+"""Tests of the reader: it returns all messages that arrived, also if the connection breaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``check`` says of a way to Redis that others can read, or a door that is open to them."""
+"""Tests of ``check`` for connections that others can read, and for open servers."""
 
 from __future__ import annotations
 

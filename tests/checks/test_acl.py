@@ -126,7 +126,7 @@ class GuardedServer(RedisServer):
         wait_until(self.answers, what="the Redis server answers")
 
     def run(self, passwords: dict[str, str]) -> subprocess.Popen[bytes]:
-        """What the container's entry point does, with these passwords in its environment."""
+        """Run the container's entry point with these passwords in its environment."""
         options = ["--port", str(self.port), "--bind", "127.0.0.1"]
         path = f"{self._path}{os.pathsep}{os.environ['PATH']}"
 
@@ -151,7 +151,7 @@ class GuardedServer(RedisServer):
 
     @property
     def log(self) -> str:
-        """What it and its entry point said."""
+        """Return the output of the server and its entry point."""
         return (self._folder / "redis.log").read_text()
 
 
@@ -284,7 +284,7 @@ def test_the_health_check_may_only_ping(server: GuardedServer) -> None:
 
 @pytest.fixture
 def refusals(server: GuardedServer) -> Iterator[Callable[[], list[object]]]:
-    """What the server has refused since the test began; all that earlier ones stored is gone."""
+    """Return the commands that the server refused since the test began."""
     with server.owner() as owner:
         owner.flushall()
         owner.acl_log_reset()
@@ -729,7 +729,7 @@ def test_the_buffers_of_all_clients_together_are_limited(
 
 
 def dropped(server: GuardedServer, what: str) -> int:
-    """How many clients were cut off for a reason, by the server's statistics."""
+    """Return the number of clients that the server disconnected for a reason."""
     with server.owner() as owner:
         if what == "evicted_clients":
             return int(owner.info("stats")[what])

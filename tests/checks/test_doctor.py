@@ -195,7 +195,7 @@ def test_a_receiver_that_requires_an_undeclared_key_is_an_error() -> None:
 
     @signals("user_registered")
     def declare(sender: str, user_id: int, email: str) -> None:
-        """What the signal is declared with."""
+        """Declare the parameters of the signal."""
 
     [finding] = [each for each in check_program(bus.node) if each.level == "error"]
 
@@ -211,7 +211,7 @@ def test_a_receiver_that_does_not_accept_a_declared_key_is_an_error() -> None:
 
     @signals("user_registered")
     def declare(sender: str, user_id: int, email: str) -> None:
-        """What the signal is declared with."""
+        """Declare the parameters of the signal."""
 
     [(level, text)] = bad(check_program(bus.node))
 
@@ -226,7 +226,7 @@ def test_an_open_declaration_lets_receivers_require_more_keys() -> None:
 
     @signals("user_registered")
     def declare(sender: str, user_id: int, **extra: Any) -> None:
-        """What the signal is declared with."""
+        """Declare the parameters of the signal."""
 
     assert bad(check_program(bus.node)) == []
 
@@ -498,7 +498,7 @@ def lasting_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 def version_of(server: RedisServer) -> str:
-    """What a server says it is."""
+    """Return the version that a server reports."""
     facts: Any = server.client.info("server")
     valkey = facts.get("valkey_version")
     return f"Valkey {valkey}" if valkey else f"Redis {facts['redis_version']}"
@@ -1171,7 +1171,7 @@ def test_a_missing_right_to_transactions_is_an_error(
 
 
 def grants_in(findings: list[Finding]) -> list[str]:
-    """What findings say to grant, as an ACL reads it."""
+    """Return the rights that findings name, as ACL rules."""
     grants = [
         grant
         for finding in findings

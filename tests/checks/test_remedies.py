@@ -1,4 +1,4 @@
-"""What the log says to grant is enough: a user gets it letter by letter, and everything works."""
+"""Tests that the rights named in the log suffice: a user with exactly those can do everything."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class User:
 
     @property
     def refusals(self) -> list[str]:
-        """What Redis refused to this user since :meth:`forgive`.
+        """Return the commands that Redis refused to this user since :meth:`forgive`.
 
         But for the notes of the streams' names, which others make as well.
         """

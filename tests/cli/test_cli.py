@@ -330,7 +330,7 @@ def note_stock(sender: str, **payload: Any) -> None:
 
 
 def summary(sender: Any, **payload: Any) -> dict[str, Any]:
-    """What makes payloads."""
+    """Return an empty payload; routes name this function."""
     return {}
 
 

@@ -84,7 +84,7 @@ class RecordingBus:
 
 @pytest.fixture
 def received() -> RecordingBus:
-    """What two receivers hear."""
+    """Return the events of two receivers."""
     return RecordingBus()
 
 

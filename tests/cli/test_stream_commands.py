@@ -71,7 +71,7 @@ def fill(store: StreamStore) -> list[str]:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """What a command printed as JSON."""
+    """Return the JSON output of a command."""
     found: dict[str, Any] = json.loads(result.stdout)
     return found
 

@@ -57,12 +57,12 @@ class Watching:
 
     @property
     def lines(self) -> list[str]:
-        """What it shows so far."""
+        """Return the lines of its output so far."""
         return self._out.read_text().splitlines()
 
     @property
     def output(self) -> list[str]:
-        """What it says of itself so far."""
+        """Return its standard error so far."""
         return self._err.read_text().splitlines()
 
     def wait_until_listening(self) -> None:

@@ -236,7 +236,7 @@ def test_a_registered_type_travels_in_an_event() -> None:
 
 
 def test_a_queued_event_with_a_value_of_a_registered_type_stays_encoded() -> None:
-    """What such a value takes in memory nobody can tell: here a megabyte for a few bytes."""
+    """The memory of such a value is unknown: here a few bytes become a megabyte."""
 
     class Picture:
         def __init__(self, size: int) -> None:
@@ -494,7 +494,7 @@ OUTCOMES = {
 
 
 def assert_event_or_decode_error(body: bytes) -> None:
-    """What is an event can also be sent on."""
+    """Assert that bytes are refused, or are an event that can be encoded again."""
     assert (how := outcome(body)) in OUTCOMES
     assert how != "event" or codec.encode(codec.decode(body))
 

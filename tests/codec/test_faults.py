@@ -291,7 +291,7 @@ def test_a_refused_payload_does_not_affect_the_next_one() -> None:
 
 
 class TimeLimitError(Exception):
-    """What a signal handler raises wherever the program happens to be."""
+    """An error that a signal handler raises at any point of the program."""
 
 
 class Once:

@@ -1,4 +1,4 @@
-"""What is packed comes back equal, and what would not is refused."""
+"""Tests of values: they come back equal, or are refused."""
 
 from __future__ import annotations
 

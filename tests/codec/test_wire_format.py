@@ -206,7 +206,7 @@ def code(language: str, word: str = "") -> str:
 
 @pytest.fixture
 def received(shared_redis: RedisServer, make_bus: Callable[..., Bus]) -> list[Any]:
-    """What a service hears of user_registered."""
+    """Return the payloads of ``user_registered`` that a service received."""
     received: list[Any] = []
     bus = make_bus(shared_redis.url, "mailer")
 

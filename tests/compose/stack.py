@@ -58,7 +58,7 @@ class Stack:
     # -- commands -------------------------------------------------------------------------
 
     def compose(self, *arguments: str, timeout: float = 120) -> str:
-        """What a Compose command says; it has to succeed."""
+        """Return the output of a Compose command, which must succeed."""
         return run(self._compose(arguments), self._environment, timeout=timeout)
 
     def begin(self, *arguments: str) -> subprocess.Popen[bytes]:
@@ -72,11 +72,11 @@ class Stack:
         )
 
     def execute(self, service: str, *command: str, succeeds: bool = True) -> str:
-        """What a command says inside of a container."""
+        """Return the output of a command in a container."""
         return docker("exec", self.container(service), *command, succeeds=succeeds)
 
     def redis(self, user: str, *command: str) -> str:
-        """What Redis answers to one of its users."""
+        """Return the reply of Redis to one of its users."""
         password = self._passwords[f"{user.upper()}_PASSWORD"]
         client = ["redis-cli", "--no-auth-warning", "--user", user, "--pass", password]
         return self.execute("redis", *client, *command, succeeds=False)
@@ -105,7 +105,7 @@ class Stack:
         return [found["State"] for found in self.inspect(service)]
 
     def is_healthy(self) -> bool:
-        """Whether every health check passes."""
+        """Return True if every health check passes."""
         states = {service: self.states(service) for service in SERVICES}
         ended = [name for name in SERVICES if any(map(_has_ended, states[name]))]
         assert not ended, f"{ended} do not run.\n{self.report()}"
@@ -114,7 +114,7 @@ class Stack:
         )
 
     def logs(self, service: str) -> str:
-        """What the containers said, one after the other."""
+        """Return the logs of the containers, one after the other."""
         return "".join(docker("logs", container) for container in self.containers(service))
 
     def report(self) -> str:
@@ -128,11 +128,11 @@ class Stack:
     # -- what the services answer ---------------------------------------------------------
 
     def get(self, service: str, path: str) -> Any:
-        """What a service answers."""
+        """Return the response of a service."""
         return self._ask(service, path, "GET", None)
 
     def send(self, service: str, path: str, *, method: str = "POST", **body: str) -> Any:
-        """What a service answers to a JSON object."""
+        """Return the response of a service to a JSON object."""
         return self._ask(service, path, method, json.dumps(body).encode())
 
     def _ask(self, service: str, path: str, method: str, body: bytes | None) -> Any:
@@ -163,7 +163,7 @@ def _port_of(service: str) -> str:
 
 
 def has_engine() -> bool:
-    """Whether an engine answers: the one that ``DOCKER_HOST`` names, or this machine's."""
+    """Return True if a container engine answers, that of ``DOCKER_HOST`` or of this machine."""
     return shutil.which("docker") is not None and succeeds("docker", "info")
 
 
@@ -188,7 +188,7 @@ def succeeds(*command: str) -> bool:
 
 
 def docker(*arguments: str, succeeds: bool = True) -> str:
-    """What a command of the engine says."""
+    """Return the output of a command of the engine."""
     return run(["docker", *arguments], {}, succeeds=succeeds)
 
 

@@ -63,7 +63,7 @@ def calls_counted(stack: Stack, service: str) -> int:
 
 
 def prices(stack: Stack, *, workers: int = 2) -> dict[int, dict[str, Any]]:
-    """What each worker of the catalog answers, once as many as that have answered."""
+    """Return the answer of each worker of the catalog, once that many have answered."""
     answers: dict[int, dict[str, Any]] = {}
 
     def ask() -> bool:
@@ -125,12 +125,12 @@ def starts(stack: Stack, service: str) -> set[str]:
 
 
 def restarts(stack: Stack) -> set[int]:
-    """How often the engine has brought back what ended by itself."""
+    """Return how often the engine restarted a container."""
     return {each["RestartCount"] for service in SERVICES for each in stack.inspect(service)}
 
 
 def registration_arrives(stack: Stack) -> bool:
-    """Whether all who are to hear of a user do, within a moment."""
+    """Return True if all subscribers receive a registration within a moment."""
     email = register(stack)
     deadline = time.monotonic() + 3
 
@@ -165,7 +165,7 @@ def test_a_thousand_registrations_are_a_thousand_mails_while_redis_and_the_maile
 
 
 def is_settled(stack: Stack) -> bool:
-    """Whether the mailer has no event before it, in hand, to be tried again, or given up."""
+    """Return True if the mailer has no unread, pending, retried or dead event."""
     words = ("--service", "mailer", "status", "--json")
     said = stack.compose("run", "--rm", "ops", *words, timeout=120)
     # What Compose itself says comes before, that it builds an image for example.
@@ -318,7 +318,7 @@ def test_a_stop_lets_a_running_mail_arrive(stack: Stack) -> None:
 
 
 def is_mailing(stack: Stack) -> bool:
-    """Whether a connection from one of the mailer's workers to port 1025 is established."""
+    """Return True if a worker of the mailer is connected to port 1025."""
     tables = [docker("exec", each, "cat", "/proc/net/tcp") for each in stack.containers("mailer")]
     return any(":0401 01 " in table for table in tables)
 

@@ -854,7 +854,7 @@ def test_a_commit_waits_for_confirmation_and_succeeds_without_it(
 
 
 class TimeLimitError(Exception):
-    """What the signal handler of a task queue raises wherever the program happens to be."""
+    """An error that the signal handler of a task queue raises at any point of the program."""
 
 
 def test_a_time_limit_raised_in_a_waiting_commit_is_passed_on_and_no_event_is_lost(

@@ -172,13 +172,13 @@ def relaying(
 
 
 def exchange_with(url: str, prefix: str, timing: Timing = TIMING) -> PublishConnection:
-    """What a relay publishes with."""
+    """Return the connection with which a relay publishes."""
     connections = Connections(url, name="relay", timing=timing)
     return PublishConnection(connections, Config(service="relay", prefix=prefix), timeout=2)
 
 
 def way(prefix: str) -> Callable[[str, Via], Destination]:
-    """How a relay without routes lets events travel."""
+    """Return a function: the destination of an event by name and ``via``, without routes."""
     ways = Destinations(Config(service="relay", prefix=prefix))
     return lambda name, via: ways.find(name, Route(name=name, via=via))
 

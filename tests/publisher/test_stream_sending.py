@@ -704,7 +704,7 @@ NO_WRITES = {
 
 @pytest.fixture
 def changes() -> Iterator[list[str]]:
-    """What the lifecycle signals of publishers told, in order."""
+    """Return the lifecycle signals of publishers, in order."""
     reported: list[str] = []
 
     def lost(sender: str, **extra: object) -> None:
@@ -1538,7 +1538,7 @@ def test_a_signal_handler_that_sends_during_a_confirmed_send_does_not_block(
 
 
 class InterruptionError(BaseException):
-    """What a signal handler raises."""
+    """An error that a signal handler raises."""
 
 
 def send_interrupted(bus: Bus, numbers: Sequence[int], *, step: float) -> list[int]:
@@ -1851,7 +1851,7 @@ def test_an_outbox_event_is_relayed_into_the_stream_of_its_route(
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """What ``python -m flask_eventbus`` says."""
+    """Return the output of ``python -m flask_eventbus``."""
     return subprocess.run(
         [sys.executable, "-m", "flask_eventbus", *arguments],
         capture_output=True,

@@ -233,7 +233,7 @@ def test_an_app_context_that_cannot_be_made_fails_each_receiver(
 
 
 def sources(engine: Engine) -> dict[str, Any]:
-    """What ``register_session()`` takes, each with a session that receivers share."""
+    """The arguments of ``register_session()``, each with a session that receivers share."""
     shared = Session(engine)
     return {
         "a session": shared,

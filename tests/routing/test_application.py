@@ -403,7 +403,7 @@ def test_a_receiver_stays_connected_without_another_reference() -> None:
 
 
 class BrokenError(Exception):
-    """What a view raises."""
+    """An error that a view raises."""
 
 
 FLASKS_OWN = {

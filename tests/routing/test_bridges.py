@@ -1,4 +1,4 @@
-"""What publishing a signal changes for the program that sends it: nothing that it can see."""
+"""Tests that a published signal behaves like any other for the program that sends it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened in which process, one JSON line each in the file that ``REPORTS`` names."""
+"""Reports of processes, one JSON line each, in the file named by ``REPORTS``."""
 
 from __future__ import annotations
 

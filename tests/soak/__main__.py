@@ -200,7 +200,7 @@ def _dead_letter(fields: dict[bytes, bytes]) -> tuple[str, Order]:
 
 
 def print_table(columns: list[Column]) -> None:
-    """What each receiver was to do, and did."""
+    """Print the expected and the actual work of each receiver."""
     print(
         f"{'receiver':24}{'confirmed':>10}{'handled':>9}{'dead':>6}{'missing':>9}"
         f"{'with master':>13}{'again':>7}{'unexplained':>13}"

@@ -1,4 +1,4 @@
-"""Who plays in a soak: signals, services and their workers, publishers."""
+"""The signals, services, workers and publishers of a soak."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _REJECTED = 97
 
 
 def is_rejected(n: int) -> bool:
-    """Whether the flaky receiver gives this event up: it is to be a dead letter."""
+    """Return True if the flaky receiver rejects this event, which then becomes a dead letter."""
     return n % _REJECTED == 0
 
 

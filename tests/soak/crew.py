@@ -42,12 +42,12 @@ class Member:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it ended by itself."""
+        """Return True if it ended by itself."""
         return self._process is not None and self._process.poll() is not None
 
     @property
     def output(self) -> str:
-        """What all its lives wrote to their standard error."""
+        """Return the standard error of all its processes."""
         return self._said.read_text(errors="replace")
 
     @property

@@ -27,7 +27,7 @@ BUFFERED = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What one receiver was to do, and did."""
+    """The events that one receiver had to handle, and those that it handled."""
 
     receiver: str
     confirmed: int
@@ -139,7 +139,7 @@ class Ledger:
             yield _order(first), self._reason(first, second)
 
     def _reason(self, first: Line, second: Line) -> str:
-        """What kept Redis from knowing in time that the first had done it."""
+        """Return the trouble that kept the first acknowledgement from Redis."""
         for trouble in self._troubles:
             if self._concerns(trouble, first, second):
                 return str(trouble["kind"])

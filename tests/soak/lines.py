@@ -1,4 +1,4 @@
-"""What processes note as they go, one line each, in files that outlive a SIGKILL."""
+"""Lines that processes write as they work, in files that survive a SIGKILL."""
 
 from __future__ import annotations
 

@@ -11,19 +11,19 @@ NOTE = "mailer.note"
 
 
 def confirmed(n: int, *, what: str = "confirmed", at: float = 100.0) -> dict[str, Any]:
-    """What a publisher noted of an order."""
+    """Return the line of a publisher about an order."""
     order = {"publisher": "web-7", "n": n, "signal": "order_placed"}
     return {"what": what, "who": "web", "pid": 7, "at": at, "began": at, **order}
 
 
 def handled(n: int, *, receiver: str = NOTE, at: float = 101.0, pid: int = 1) -> dict[str, Any]:
-    """What a worker noted of it."""
+    """Return the line of a worker about an order."""
     order = {"publisher": "web-7", "n": n, "receiver": receiver, "begun": at - 0.01}
     return {"what": "handled", "who": "mailer-1", "pid": pid, "at": at, **order}
 
 
 def trouble(kind: str, *, at: float, victim: int = 0) -> dict[str, Any]:
-    """What was done to the services."""
+    """Return the line of a trouble."""
     return {
         "what": "trouble",
         "who": "x",
@@ -38,7 +38,7 @@ def trouble(kind: str, *, at: float, victim: int = 0) -> dict[str, Any]:
 def column(
     *lines: dict[str, Any], receiver: str = NOTE, dead: list[tuple[str, int]] | None = None
 ) -> Column:
-    """What the ledger says of one receiver."""
+    """Return the column of one receiver in the ledger."""
     given_up = [(name, ("web-7", n)) for name, n in dead or []]
     columns = Ledger(sorted(lines, key=lambda line: line["at"]), given_up).columns()
     return next(found for found in columns if found.receiver == receiver)

@@ -1,4 +1,4 @@
-"""What happens to a soak: processes and Redis are killed, hung and cut off, by the dice."""
+"""Troubles of a soak: processes and Redis are killed, hung and cut off at random."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Redis lets a service do to the streams of others is noticed, and can be mended."""
+"""Tests that damage to the streams of other services is noticed and can be repaired."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def mailer(
 
 
 def errors(bus: Bus) -> list[str]:
-    """What ``check`` complains of, each with its remedy."""
+    """Return the errors of ``check``, each with its remedy."""
     return [f"{each.text} {each.remedy}" for each in check(bus.node) if each.level == "error"]
 
 
@@ -166,7 +166,7 @@ def test_a_process_without_a_group_raises_the_alarm_too(store: StreamStore, make
 
 
 def commands_of_the_page(store: StreamStore) -> list[list[str]]:
-    """What the page says to do, with the key and the ids of the test."""
+    """Return the commands of the page, with the key and the ids of the test."""
     [(first, _)] = store.client.xrange(store.keys.stream("tick"), count=1)
     section = PAGE[PAGE.index("## An id far in the future") :]
     lines = re.findall(r"^\$ (.*)$", section[: section.index("\n## ")], re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What waits in a process has the bound that ``docs/sizing.md`` gives it, in a real process."""
+"""Tests of the memory limits in ``docs/sizing.md``, in real processes."""
 
 from __future__ import annotations
 

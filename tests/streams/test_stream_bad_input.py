@@ -44,7 +44,7 @@ def service(store: StreamStore, make_bus: Make) -> Bus:
 
 @pytest.fixture
 def received(service: Bus) -> list[Any]:
-    """What it hears of ``tick``."""
+    """Return the events of ``tick`` that it received."""
     return received_by(service)
 
 
@@ -68,7 +68,7 @@ def dead_letters(store: StreamStore, name: str = "tick") -> list[DeadLetter]:
 
 
 def is_settled(store: StreamStore, name: str = "tick") -> bool:
-    """Whether nothing is unread or pending."""
+    """Return True if no entry is unread or pending."""
     [group] = store.client.xinfo_groups(store.keys.stream(name))
     last = store.client.xinfo_stream(store.keys.stream(name))["last-generated-id"]
     return bool(group["pending"] == 0 and group["last-delivered-id"] == last)
@@ -237,7 +237,7 @@ def test_redis_cli_can_read_a_dead_letter(
 
 
 def redis_cli(server: RedisServer, *command: str) -> str:
-    """What ``redis-cli`` shows where its output is no terminal."""
+    """Return the output of ``redis-cli`` without a terminal."""
     done = subprocess.run(
         ["redis-cli", "-p", str(server.port), *command], capture_output=True, check=True
     )
@@ -320,7 +320,7 @@ def test_a_retry_packed_differently_by_another_program_is_run_and_removed(
 
 
 def receiver_name(received: list[Any], service: Bus, store: StreamStore) -> str:
-    """What the receiver of ``tick`` is known by."""
+    """Return the name of the receiver of ``tick``."""
     return f"{__name__}.received_by.<locals>.receive"
 
 

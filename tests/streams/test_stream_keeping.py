@@ -1,4 +1,4 @@
-"""What goes on behind receivers of streams: where a mistake would be a quiet loss."""
+"""Tests of the maintenance of streams, where a mistake would lose events."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def dead_letters(store: StreamStore) -> list[DeadLetter]:
 
 
 def pending(store: StreamStore) -> int:
-    """How many entries are pending."""
+    """Return the number of pending entries."""
     found: Any = store.client.xpending(store.keys.stream("tick"), "mailer")
     return int(found["pending"])
 

@@ -439,7 +439,7 @@ class Unwritable:
             self._client.config_set(self._setting, 0)
 
     def is_met_by(self, bus: Bus) -> Callable[[], bool]:
-        """Whether a worker got to know that Redis takes no writes, if it has to."""
+        """Return a condition: a worker has noticed that Redis takes no writes, if it must."""
         # A full Redis lets events be read and acknowledged.
         name = "acked" if self._why == "OOM" else "outcomes_refused"
         return lambda: bus.health().counts.get(name, 0) > 0
@@ -804,7 +804,7 @@ def any_server(
 
 @pytest.fixture
 def trimmed() -> Iterator[list[tuple[str, int | None]]]:
-    """What was told of events that were trimmed."""
+    """Return the reports about trimmed events."""
     reported: list[tuple[str, int | None]] = []
 
     def note(sender: str, name: str, count: int | None) -> None:
@@ -953,7 +953,7 @@ def group_of(store: StreamStore, make_bus: Make, consumer: str = "worker", url: 
 
 
 def trims_of(group: Group) -> tuple[Trims, Counters]:
-    """What a worker finds trimmed, and how it counts it."""
+    """Return the search of a worker for trimmed entries, and the counters it uses."""
     counters = Counters()
     return Trims(group, service="mailer", counters=counters), counters
 

@@ -61,7 +61,7 @@ class Line:
         assert self.publisher.flush(10)
 
     def settled(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return True if no entry or retry is left."""
         key = self.keys.stream("work")
         (group,) = self.redis.xinfo_groups(key)
         name = group["name"].decode()
@@ -72,7 +72,7 @@ class Line:
         wait_until(self.settled, timeout=timeout, what="everything is settled")
 
     def waiting(self) -> list[tuple[bytes, float]]:
-        """What is to be tried again, with the time when it is due, in milliseconds."""
+        """Return the retries, each with its due time in milliseconds."""
         found: Any = self.redis.zrange(self.keys.retry("work", "consumer"), 0, -1, withscores=True)
         return list(found)
 

@@ -1,4 +1,4 @@
-"""What each setting of a stream's hearers does and says when it is wrong; what users may not."""
+"""Tests of the settings of stream subscriptions, of their errors, and of missing rights."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.second_look("pauses and kills workers, and lets their c
 
 
 def once(count: int) -> Counter[int]:
-    """What was done, if everything was done once."""
+    """Return the counts of ``count`` numbers that were handled once each."""
     return Counter(range(count))
 
 
@@ -398,7 +398,7 @@ def take_long(sender, n):
 
 
 def all_leased(workers: Workers, count: int) -> bool:
-    """Whether a worker has so many retries, and none is left to be taken."""
+    """Return True if a worker has leased that many retries, and none is left."""
     retries = workers.keys.retry("work", workers.name)
     due = workers.redis.zcount(retries, "-inf", int(time.time() * 1000))
     return bool(workers.redis.zcard(retries) == count and due == 0)

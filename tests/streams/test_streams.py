@@ -1,4 +1,4 @@
-"""What a service hears over streams: the ways, the order, the threads that carry it."""
+"""Tests of streams: delivery, order and threads."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def listening(bus: Bus) -> Bus:
 
 
 def settled(client: redis.Redis, prefix: str, name: str = "work", group: str = "consumer") -> bool:
-    """Whether a group has handled everything."""
+    """Return True if a group has handled all entries."""
     key = StreamKeys(prefix).stream(name)
 
     groups = [found["name"].decode() for found in client.xinfo_groups(key)]
@@ -349,7 +349,7 @@ def test_a_single_worker_keeps_the_order_behind_a_slow_receiver(
 
 
 def pending_of(client: redis.Redis, prefix: str, consumer: str) -> int:
-    """How many entries a consumer has that are not acknowledged."""
+    """Return the number of pending entries of a consumer."""
     found: Any = client.xpending(StreamKeys(prefix).stream("work"), "consumer")
     shares = {each["name"].decode(): each["pending"] for each in found["consumers"]}
     return int(shares.get(consumer, 0))

@@ -34,7 +34,7 @@ def promote(server: RedisServer) -> None:
 
 
 def times_asked(server: RedisServer) -> int:
-    """How often the server was asked for its role."""
+    """Return how often the server was asked for its role."""
     with server.client as client:
         found = client.info("commandstats").get("cmdstat_role", {"calls": 0})
 

@@ -120,7 +120,7 @@ def test_the_error_for_tls_to_plain_sentinels_gives_the_reason(
 
 
 def loss_of(bus: Bus) -> str:
-    """What a bus tells that is to listen and cannot connect."""
+    """Return the error of a bus that cannot connect to listen."""
     errors: list[str] = []
 
     def note(sender: str, error: Exception) -> None:

@@ -66,7 +66,7 @@ class Cluster:
         return next(node for node in living if is_connected(bus, node))
 
     def is_broken(self) -> bool:
-        """Whether every living node refuses commands with keys."""
+        """Return True if every node that runs refuses commands with keys."""
         living = [node for node in self.nodes if node.answers()]
         return all("cluster_state:fail" in str(ask(node, "CLUSTER", "INFO")) for node in living)
 
@@ -92,7 +92,7 @@ def knows_the_cluster(node: RedisServer) -> bool:
 
 
 def is_connected(bus: Bus, server: RedisServer) -> bool:
-    """Whether a connection of ``bus`` goes to this server."""
+    """Return True if ``bus`` has a connection to this server."""
     health = bus.health()
 
     with server.client as client:

@@ -1,4 +1,4 @@
-"""What the parts of a URL of Redis mean, and what is said about those that are wrong."""
+"""Tests of the parts of Redis URLs, and of the errors about wrong ones."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_quoted_option_is_unquoted(
 
 
 def options_of_connection(url: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a connection is made with that ``url`` leads to."""
+    """Return the options of a connection to ``url``."""
     made: list[Any] = []
 
     def note(connection: Any) -> None:

@@ -62,7 +62,7 @@ def redis_url(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def address(redis_url: str, database: str, tmp_path: Path) -> Iterator[str]:
-    """Where gunicorn serves the service."""
+    """Return the address at which gunicorn serves the service."""
     log = tmp_path / "gunicorn.log"
     command = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--workers", "2"]
     settings = {"FLASK_EVENTBUS_URL": redis_url, "FLASK_SQLALCHEMY_DATABASE_URI": database}

@@ -1,4 +1,4 @@
-"""What accounts answers, stores and publishes."""
+"""Tests of accounts: its answers, its database and its events."""
 
 from __future__ import annotations
 

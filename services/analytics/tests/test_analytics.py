@@ -1,4 +1,4 @@
-"""What the service counts, and what it tells of it."""
+"""Tests of analytics: its counts, and its page."""
 
 from __future__ import annotations
 
@@ -212,6 +212,6 @@ def add(calls: Any, **values: Any) -> None:
 
 
 def only(calls: Any) -> Any:
-    """What is told of the one service."""
+    """Return the counts of the only service."""
     [service] = calls.summary()["services"]
     return service

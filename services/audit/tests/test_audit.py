@@ -1,4 +1,4 @@
-"""What audit writes, and what it outlives."""
+"""Tests of audit: the lines it writes, and the failures it survives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one worker answers, stores, caches and publishes."""
+"""Tests of one worker of catalog: its answers, its store, its cache and its events."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_an_existing_store_keeps_its_prices(client: FlaskClient, database: str) 
 
 
 def connect(*, reconnected: bool = False) -> None:
-    """What the bus tells when everything subscribed is confirmed."""
+    """Emit the signal of the bus that every subscription is confirmed."""
     listener_connected.send("catalog", reconnected=reconnected, seconds=0.0)
 
 

@@ -64,7 +64,7 @@ def make_app(mailer: ModuleType, tmp_path: Path) -> Iterator[Callable[..., Flask
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Where the service writes, as settings."""
+    """Return the settings that name the files of the service."""
     names = {"BOOK_FILE": "book.db", "NEWSLETTER_FILE": "newsletter.db"}
     return {key: str(folder / name) for key, name in names.items()}
 
@@ -256,14 +256,14 @@ class Service:
         wait_until(lambda: self.log.read_text().count(said) == count)
 
     def consumers(self) -> set[int]:
-        """Who got something of the stream in the service's name, by the process id."""
+        """Return the process ids of the workers that got an entry of the stream."""
         with redis.Redis.from_url(self._redis_url) as client:
             found = client.xinfo_consumers("eventbus:{user_registered}:stream", "mailer")
 
         return {int(each["name"].split(b"-")[-2]) for each in found}
 
     def sent_by(self) -> dict[int, int]:
-        """How many mails each worker has noted, by its process id."""
+        """Return the number of mails in the book, by the process id of the worker."""
         with closing(sqlite3.connect(self._book)) as book:
             found = book.execute("SELECT worker, count(*) FROM mail GROUP BY worker").fetchall()
 

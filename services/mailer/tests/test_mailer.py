@@ -1,4 +1,4 @@
-"""What mailer does when it hears of a user."""
+"""Tests of mailer: the reactions to a new user."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_a_worker_killed_while_mailing_loses_and_repeats_no_mail(
 
 
 def pending(redis_url: str) -> int:
-    """How many events are not acknowledged."""
+    """Return the number of events that are not acknowledged."""
     with redis.Redis.from_url(redis_url) as client:
         found = client.xpending("eventbus:{user_registered}:stream", "mailer")
 
