@@ -386,23 +386,33 @@ def test_a_thread_takes_only_a_few_large_events_at_once() -> None:
 
 
 OWN_HANDLER = """
-import signal, sys
+import os, signal, sys, threading, time
 from flask_eventbus import Bus
 
+# A signal handler must not print: it may interrupt another print.
+def say(words):
+    os.write(1, words + b"\\n")
+
 bus = Bus({url!r}, service="consumer", prefix={prefix!r}, grace={grace}, publish=["bye"])
-bus.on("bye", echo=True)(lambda sender, number: print("bye", number, flush=True))
+bus.on("bye", echo=True)(lambda sender, number: say(b"bye"))
 
 def handle(number, frame):
-    print("handler", flush=True)
+    say(b"handler")
     bus.signal("bye").send(number=1)
     {end}
+
+def say_when_it_runs():
+    while signal.getsignal(signal.SIGTERM) is handle:
+        time.sleep(0.01)
+
+    say(b"ready")
 
 signal.signal(signal.SIGTERM, handle)
 bus.start()
 bus.ready(10)
-print("ready", flush=True)
+threading.Thread(target=say_when_it_runs).start()
 bus.run()
-print("ended", flush=True)
+say(b"ended")
 """
 
 
