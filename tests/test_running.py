@@ -24,13 +24,17 @@ pytestmark = pytest.mark.second_look("sends signals to processes as they start a
 Make = Callable[..., Bus]
 
 CONSUMER = """
-import logging, sys, threading, time
+import logging, signal, sys, threading, time
 from flask_eventbus import Bus
 
 logging.basicConfig(level=logging.INFO)
 bus = Bus({url!r}, service="consumer", prefix={prefix!r}, grace={grace})
 
-def watch():
+def watch(before):
+    while signal.getsignal(signal.SIGINT) is before:
+        time.sleep(0.001)
+    print("ready", flush=True)
+
     while bus.health().counts.get("received", 0) < 4:
         time.sleep(0.01)
     print("4 received", flush=True)
@@ -49,8 +53,9 @@ if __name__ == "__main__":
     assert "flask" not in sys.modules
     bus.start()
     bus.ready(10)
-    print("ready", flush=True)
-    threading.Thread(target=watch, daemon=True).start()
+    # A signal that comes before bus.run() has its handlers ends the program.
+    before = signal.getsignal(signal.SIGINT)
+    threading.Thread(target=watch, args=(before,), daemon=True).start()
     bus.run()
     print("ended", flush=True)
 """
