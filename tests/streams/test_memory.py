@@ -39,6 +39,10 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 HEARER = """
 import resource, sys, threading
 from flask_eventbus import Bus
+from flask_eventbus.receivers import workers
+
+# Memory alone limits what is read ahead, however slow the machine is.
+workers.AHEAD = 1_000_000
 
 bus = Bus(sys.argv[1], service="listener", prefix=sys.argv[2])
 hold = threading.Event()
