@@ -159,9 +159,9 @@ def throughput(job: str, url: str, count: int) -> float:
         return count / (told.recv() - start)
 
 
-def latency(job: str, url: str, rate: int, seconds: int) -> tuple[float, float]:
+def latency(job: str, url: str, rate: int, seconds: float) -> tuple[float, float]:
     """Median and 99th percentile, in milliseconds, from ``send()`` to the receiver."""
-    count = rate * seconds
+    count = round(rate * seconds)
 
     def consume(told: Connection) -> None:
         taken: list[float] = []
@@ -240,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5, help="repetitions of each (default 5)")
     parser.add_argument("--count", type=int, default=50_000, help="events per throughput run")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time of a run for the latency")
     arguments = parser.parse_args()
     runs, count = arguments.runs, arguments.count
 
@@ -247,7 +248,7 @@ def main() -> None:
         rows = []
         plain = median(lambda: send_without_bridge(count), runs)
         bridged = median(lambda: send_with_bridge(url, count), runs)
-        paced = median(lambda: send_paced(url, 1_000), runs)
+        paced = median(lambda: send_paced(url, min(count, 1_000)), runs)
         by_hand = median(lambda: publish_by_hand(url, count // 10), runs)
         rows.append(("`send()` to one local receiver, no bridge", f"{plain:.1f} us", ""))
         rows.append(
@@ -258,7 +259,9 @@ def main() -> None:
         rows.append(
             ("events per second, process to process", *(f"{s:,.0f}" for s in speeds.values()))
         )
-        delays = {job: [latency(job, url, 1_000, 3) for _ in range(runs)] for job in JOBS}
+        delays = {
+            job: [latency(job, url, 1_000, arguments.seconds) for _ in range(runs)] for job in JOBS
+        }
 
         for index, name in enumerate(("median", "99th percentile")):
             medians = [statistics.median(d[index] for d in delays[job]) for job in JOBS]

@@ -36,13 +36,13 @@ COUNT = 200
 def fill(client: redis.Redis, count: int) -> None:
     """Write events as the bus does, in batches of a thousand."""
     codec = Codec()
-    seal, data = codec.seal("publisher", "tick"), codec.pack_payload(PAYLOAD)
+    encode, data = codec.envelope("publisher", "tick"), codec.pack_payload(PAYLOAD)
     node = os.urandom(6).hex()
 
     for start in range(0, count, 1_000):
         with client.pipeline(transaction=False) as pipe:
             for number in range(start, min(start + 1_000, count)):
-                body = seal(data, id=f"{node}-{number + 1}", time_ns=time.time_ns())
+                body = encode(data, id=f"{node}-{number + 1}", time_ns=time.time_ns())
                 pipe.xadd(STREAM, {"event": body})
 
             pipe.execute()
@@ -162,9 +162,12 @@ def _nothing(sender: str, **payload: Any) -> None: ...
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--memory", type=int, metavar="EVENTS")
+    parser.add_argument("--count", type=int, default=100_000, help="events in the backlog")
+    parser.add_argument("--rounds", type=int, default=7, help="repetitions")
+    parser.add_argument("--idle", type=float, default=10.0, help="seconds without an event")
+    parser.add_argument(
+        "--memory", type=int, metavar="EVENTS", help="measure the memory of a backlog instead"
+    )
     options = parser.parse_args()
 
     with redis_server() as (url, _):
@@ -175,7 +178,7 @@ def main() -> None:
         pairs = [
             (bare(url, options.count), with_bus(url, options.count)) for _ in range(options.rounds)
         ]
-        rate, share = idle(url, 10)
+        rate, share = idle(url, options.idle)
 
     by_hand = statistics.median(pair[0] for pair in pairs)
     by_bus = statistics.median(pair[1] for pair in pairs)
