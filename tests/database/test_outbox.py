@@ -373,6 +373,9 @@ def test_models_committed_of_flask_sqlalchemy_can_go_into_the_outbox(
         assert db.session.query(Item).count() == 1
     app.test_cli_runner().invoke(flask_commands, ["relay", "--once"])
 
+    with app.app_context():
+        db.engine.dispose()
+
     eventbus.assert_published("models_changed", changes=[["tea", "insert"]])
 
 
