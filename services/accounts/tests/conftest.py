@@ -51,7 +51,7 @@ def client(accounts: ModuleType, database: str, eventbus: Isolation) -> Iterator
 def redis_url(tmp_path: Path) -> Iterator[str]:
     """A real server of this test's own, behind a socket."""
     socket = tmp_path / "redis.sock"
-    words = ["--port", "0", "--unixsocket", socket, "--save", ""]
+    words = ["--port", "0", "--unixsocket", str(socket), "--save", ""]
 
     with subprocess.Popen(
         [find_executable(), *words], cwd=tmp_path, stdout=subprocess.DEVNULL

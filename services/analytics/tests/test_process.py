@@ -32,7 +32,7 @@ class Redis:
         self.url = f"unix://{self._socket}"
 
     def start(self) -> None:
-        words = ["--port", "0", "--unixsocket", self._socket, "--save", ""]
+        words = ["--port", "0", "--unixsocket", str(self._socket), "--save", ""]
         self._process = subprocess.Popen(
             [find_executable(), *words], cwd=self._folder, stdout=subprocess.DEVNULL
         )
