@@ -92,7 +92,7 @@ def test_claims_are_renewed_during_a_slow_receiver_of_event_dead(
     entry, _ = store.add("tick", n=1)
     assert entered.wait(PATIENCE)
     store.add("tick", n=0)
-    wait_until(lambda: gate.reported, what="the alarm is told of the dead letter")
+    wait_until(lambda: gate.reported, what="the dead letter is reported")
 
     for _ in range(3):
         before = claimed_at(store, entry)

@@ -56,7 +56,7 @@ class Watched:
 
     @property
     def url(self) -> str:
-        """As a service is told of it."""
+        """The URL for a service."""
         hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self._sentinels)
         return f"redis+sentinel://{hosts}/{MASTER}/0"
 

@@ -134,6 +134,7 @@ class AfterCommit:
         try:
             transactions.roll_back(self._sending.session)
         except Exception:
+            # The database may be away. The failure of the receiver is still counted and retried.
             logger.exception(
                 "The transaction of a failed receiver of %r could not be rolled back. Its session "
                 "may fail until the program closes it.",

@@ -187,9 +187,9 @@ class RetryQueue:
         the end of the lease. If two workers add at the same time, only the first one gets the end
         of its lease as the answer.
 
-        :param judge: returns what becomes of a member of the sorted set, and its new score, in
-            milliseconds since 1970; no score if it stays as it is.
-        :return: what becomes of those leased, and the number of retries found.
+        :param judge: returns the item to return for a member of the sorted set, and its new score
+            in milliseconds since 1970. Without a score, the member is not leased.
+        :return: the items of the leased members, and the number of members found.
         """
         key = self._keys.retry(name, self._config.service)
         due_until = round((self._clock.now() - overdue) * 1000)

@@ -117,7 +117,7 @@ class GuardedServer(RedisServer):
         return self._client("owner", "any")
 
     def url_of(self, user: str) -> str:
-        """As a service is told of it."""
+        """Return the URL with the password of a user."""
         password = self.passwords[f"{user.upper()}_PASSWORD"]
         return f"redis://{user}:{password}@127.0.0.1:{self.port}/0"
 

@@ -1,4 +1,4 @@
-"""`dead`: finding what a service could not handle, and what becomes of it."""
+"""Tests of `dead`: it lists, shows, retries and deletes dead letters."""
 
 from __future__ import annotations
 

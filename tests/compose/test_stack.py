@@ -113,7 +113,7 @@ def test_a_restart_of_redis_needs_no_other_restart(stack: Stack) -> None:
     stack.compose("restart", "redis")
 
     wait_until(lambda: registration_arrives(stack), timeout=60, what="a user gets a mail again")
-    wait_until(lambda: serves(stack, change_price(stack)), timeout=60, what="prices are told again")
+    wait_until(lambda: serves(stack, change_price(stack)), timeout=60, what="prices arrive again")
     wait_until(stack.is_healthy, timeout=60, what="every container is healthy again")
     assert "reconnected" in [line["what"] for line in audited(stack)]
     assert {service: starts(stack, service) for service in others} == started

@@ -263,7 +263,7 @@ def test_a_full_buffer_drops_counts_and_signals_the_oldest_events(
 
     assert publisher.health().counts["dropped"] == 4
     assert publisher.health().buffered == 5
-    wait_until(lambda: reported.count("events_dropped 1") == 4, what="each drop is told of")
+    wait_until(lambda: reported.count("events_dropped 1") == 4, what="each drop is reported")
     assert caplog.text.count("The buffer is full") == 1
 
 

@@ -513,16 +513,23 @@ def test_listeners_count_dropped_events_as_missed(
     assert len(received) + consumer.health().missed == 102
 
 
-def test_a_withdrawn_event_leaves_the_buffer_without_a_trace() -> None:
-    waiting = Buffer(most_events=10)
+def buffer_of(count: int) -> tuple[Buffer, list[Message]]:
+    """Return a buffer with confirmed channel events, and those events."""
+    buffer = Buffer(most_events=10)
     destination = ChannelDestination("tick", "tick")
     envelope = Envelope("tests", "tick")
     state = RouteState(route=Route(name="tick"), destination=destination, envelope=envelope)
-    events = [Message(state, b"\x80", {}, confirm=True) for _ in range(4)]
+    events = [Message(state, b"\x80", {}, confirm=True) for _ in range(count)]
 
-    for number, outgoing in enumerate(events, 1):
-        outgoing.assign_id("node", number, 0)
-        waiting.put(outgoing)
+    for number, event in enumerate(events, 1):
+        event.assign_id("node", number, 0)
+        buffer.put(event)
+
+    return buffer, events
+
+
+def test_a_withdrawn_event_leaves_the_buffer_without_a_trace() -> None:
+    waiting, events = buffer_of(4)
     assert waiting.take(most_events=2, most_bytes=1_000) == events[:2]
     waiting.put_back()
     events[0].withdrawn = events[2].withdrawn = True
@@ -533,15 +540,7 @@ def test_a_withdrawn_event_leaves_the_buffer_without_a_trace() -> None:
 
 
 def test_a_withdrawn_event_does_not_count_as_buffered() -> None:
-    waiting = Buffer(most_events=10)
-    destination = ChannelDestination("tick", "tick")
-    envelope = Envelope("tests", "tick")
-    state = RouteState(route=Route(name="tick"), destination=destination, envelope=envelope)
-    events = [Message(state, b"\x80", {}, confirm=True) for _ in range(3)]
-
-    for number, outgoing in enumerate(events, 1):
-        outgoing.assign_id("node", number, 0)
-        waiting.put(outgoing)
+    waiting, events = buffer_of(3)
     waiting.take(most_events=1, most_bytes=1_000)
     waiting.withdraw(events[0])
     waiting.withdraw(events[1])
@@ -554,15 +553,7 @@ def test_a_withdrawn_event_does_not_count_as_buffered() -> None:
 def test_a_signal_handler_that_empties_the_buffer_ends_the_taking_of_a_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    waiting = Buffer(most_events=10)
-    destination = ChannelDestination("tick", "tick")
-    envelope = Envelope("tests", "tick")
-    state = RouteState(route=Route(name="tick"), destination=destination, envelope=envelope)
-    events = [Message(state, b"\x80", {}, confirm=True) for _ in range(3)]
-
-    for number, outgoing in enumerate(events, 1):
-        outgoing.assign_id("node", number, 0)
-        waiting.put(outgoing)
+    waiting, events = buffer_of(3)
     cleared: list[Message] = []
     monkeypatch.setattr(Message, "assign_seq", lambda _: cleared.extend(waiting.clear()))
 

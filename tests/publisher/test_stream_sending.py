@@ -851,7 +851,7 @@ def test_a_redis_that_returns_without_accepting_writes_is_signalled_as_one_outag
     take_writes(redis_server, "full")
 
     assert bus.flush(10)
-    wait_until(lambda: changes == ["lost", "restored"], what="who listens is told of the end")
+    wait_until(lambda: changes == ["lost", "restored"], what="the lifecycle signals are sent")
 
 
 def test_events_wait_in_memory_while_redis_is_away_and_arrive_in_order(

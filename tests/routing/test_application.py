@@ -646,7 +646,7 @@ def test_an_own_signal_of_the_app_that_is_not_published_is_reported(
     assert caplog.text.count(reported) == 1
 
 
-#: Where programs keep a signal of the name ``order_shipped``, and what is told of it and advised.
+#: Programs with a signal ``order_shipped`` in different places, the finding and its remedy.
 PLACES = {
     "a namespace": (
         "import blinker\nevents = blinker.Namespace()\nevents.signal('order_shipped')",

@@ -121,8 +121,8 @@ class Ledger:
     def _was_with_master(self, order: Order) -> bool:
         """Return True if no replica is known to have had it when a master was replaced.
 
-        What a publisher confirmed has a replica. What one took into its buffer need not have: it is
-        told of an order that failed while ``send()`` waited, and not of one that left later.
+        A confirmed order is on a replica. An order that stayed in the buffer may not be: ``send()``
+        reports an order that failed while it waited, but not one that left later.
         """
         began = self._taken.get(order)
 

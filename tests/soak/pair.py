@@ -29,7 +29,7 @@ class Pair:
 
     @property
     def url(self) -> str:
-        """As a service is told of it."""
+        """The URL for a service."""
         return self._watched.url
 
     @property

@@ -417,7 +417,7 @@ def test_an_outcome_is_written_again_until_redis_accepts_it(
     store.client.delete(wrong)
     wait_until(
         lambda: len(tries) == 2 if outcome == "retry" else dead_letters(store),
-        what="it is told again",
+        what="it is reported again",
     )
     assert is_settled(store)
 

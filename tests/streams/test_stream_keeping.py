@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -340,21 +340,52 @@ def test_a_delivery_that_was_queued_twice_does_not_count_as_stalled(store: Strea
     assert in_flight.stalled_for == 0.0
 
 
+class WatchedLock:
+    """A lock, and the threads that have asked for it."""
+
+    def __init__(self, lock: AbstractContextManager[bool]) -> None:
+        self._lock = lock
+        self.asked: set[int] = set()
+
+    def __enter__(self) -> bool:
+        self.asked.add(threading.get_ident())
+        return self._lock.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._lock.__exit__(*error)
+
+
+class AddedNames(set[str]):
+    """A set of names that knows which ones were ever added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added: list[str] = []
+
+    def add(self, name: str) -> None:
+        self.added.append(name)
+        super().add(name)
+
+
 def test_the_reader_learns_of_released_entries_only_once_it_can_find_them(
-    store: StreamStore, make_bus: Make
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
     listen(bus, lambda sender, n: None)
     maintenance = bus.node._inbound.consumer._maintenance
+    lock = WatchedLock(maintenance._acknowledger.lock)
+    monkeypatch.setattr(maintenance._acknowledger, "lock", lock)
+    # The reader removes a name as soon as it finds it.
+    names = maintenance._reclaimer.unfinished = AddedNames()
     releasing = threading.Thread(target=maintenance._release, args=[[delivery_of(store)]])
 
-    with maintenance._acknowledger.lock:
+    with lock:
         releasing.start()
-        time.sleep(0.1)
-        assert not maintenance._reclaimer.unfinished
+        wait_until(lambda: releasing.ident in lock.asked, what="it waits for the lock")
+        assert names.added == []
 
     releasing.join(10)
-    assert not releasing.is_alive()
+    assert names.added == ["tick"]
 
 
 def test_of_two_workers_that_find_a_retry_at_the_same_time_one_runs_it(

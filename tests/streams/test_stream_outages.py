@@ -24,9 +24,9 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.logs import Counters
 from flask_eventbus.routing.subscriptions import read_subscription
 from flask_eventbus.signals import wait_until_sent
+from flask_eventbus.streams.acknowledger import WRITE_SOON, Schedule
 from flask_eventbus.streams.alarms import Trims
 from flask_eventbus.streams.group import Group
-from flask_eventbus.streams.maintenance import Maintenance
 from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = [
@@ -526,27 +526,30 @@ def test_an_event_whose_xadd_got_no_reply_reaches_receivers_once(
 def test_outcomes_that_wait_for_a_redis_that_is_away_are_tried_less_and_less_often(
     redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[float] = []
-    run_round = Maintenance._run_round
+    #: The seconds that each wait was to take, and those that it took.
+    waits: list[tuple[float, float]] = []
+    wait = Schedule.wait
 
-    def note(maintenance: Maintenance, now: float) -> None:
-        begun.append(now)
-        run_round(maintenance, now)
+    def note(schedule: Schedule, seconds: float) -> None:
+        start = time.monotonic()
+        wait(schedule, seconds)
+        waits.append((seconds, time.monotonic() - start))
 
     bus = make_bus(redis_server.url, "mailer")
 
     @bus.on("tick", via="stream")
     def receive(sender: str, n: int) -> None:
         redis_server.kill()
-        monkeypatch.setattr(Maintenance, "_run_round", note)
+        monkeypatch.setattr(Schedule, "wait", note)
 
     bus.start()
     assert bus.ready(10)
     StreamStore(redis_server, bus.node.config.prefix).add("tick", n=1)
-    wait_until(lambda: begun, what="it is tried again")
+    wait_until(lambda: len(waits) >= 6, what="it is tried again")
 
-    time.sleep(2.0)
-    assert len(begun) < 12
+    # The worker that queued the outcome cut the first wait short.
+    assert all(took >= seconds for seconds, took in waits[2:])
+    assert max(seconds for seconds, _ in waits) > 2 * WRITE_SOON
 
 
 @pytest.mark.timing(answer_timeout=1.5)

@@ -1,4 +1,4 @@
-"""The testing kit and streams: what went over them, what comes, and what becomes of failures."""
+"""Tests of the testing kit with streams: sent events, delivered events and failures."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """As a service is told of it."""
+        """The URL for a service."""
         return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
 
     def start(self) -> None:
