@@ -213,6 +213,22 @@ PAGES = [
     ROOT / "benchmarks/README.md",
 ]
 
+#: Names on the pages that are no settings of this version, or that Kubernetes sets.
+NO_SETTINGS = {
+    "EVENTBUS_PORT",
+    "EVENTBUS_SERVCE",
+    "EVENTBUS_SERVICE_HOST",
+    "EVENTBUS_SIGNING_KEY",
+    "EVENTBUS_SIGNING_KEY_FALLBACKS",
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_setting_that_a_page_names_exists(page: Path) -> None:
+    named = set(re.findall(r"\bEVENTBUS_[A-Z_]*[A-Z]", page.read_text()))
+
+    assert named <= {*SETTINGS, *NO_SETTINGS}
+
 
 def test_every_name_on_the_architecture_page_exists_where_it_says() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()

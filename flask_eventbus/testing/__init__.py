@@ -48,7 +48,7 @@ from ..node import Node, nodes, on_new_node
 from ..receivers.dispatcher import Failure
 from ..transport import connection
 from ..typing import Via
-from .expectations import Expectation, hears, why_unheard, why_unpublished
+from .expectations import Expectation, receives, why_not_received, why_unpublished
 from .recorder import PATIENCE, GivenUp, Recording, await_health, diverted
 from .retries import FailedAttempt, RetryRehearsal, raise_all
 
@@ -343,8 +343,8 @@ class Isolation:
             return replace(event, via=via)
 
         choices = [replace(event, via=transport) for transport in ("channel", "stream")]
-        heard = [choice for choice in choices if any(hears(node, choice) for node in nodes)]
-        return (heard or choices)[0]
+        subscribed = [choice for choice in choices if any(receives(node, choice) for node in nodes)]
+        return (subscribed or choices)[0]
 
     def _dispatch(self, event: Event, *, retry: bool) -> list[Failure]:
         """Run receivers, and return the failures that are raised in the test."""
@@ -360,7 +360,7 @@ class Isolation:
                 failures = self._rehearsal.run(node, delivery)
                 raised += self._rehearsal.record(node, delivery, failures) if retry else failures
         else:
-            receiving = [node for node in self._under_test() if hears(node, event)]
+            receiving = [node for node in self._under_test() if receives(node, event)]
             _require(receiving, event)
 
             for node in receiving:
@@ -402,4 +402,4 @@ def _require(receiving: Sized, event: Event) -> None:
     __tracebackhide__ = True
 
     if not receiving:
-        raise AssertionError(why_unheard(event, _living()))
+        raise AssertionError(why_not_received(event, _living()))

@@ -77,7 +77,7 @@ def why_unpublished(
     return "\n  ".join([" ".join(sentences), *_nearest(expectation, events)])
 
 
-def why_unheard(event: Event, nodes: Sequence[Node]) -> str:
+def why_not_received(event: Event, nodes: Sequence[Node]) -> str:
     """Return the failure message of a delivery that no receiver gets."""
     reasons = [reason for node in nodes if (reason := _why_not_delivered(node, event)) is not None]
 
@@ -90,7 +90,7 @@ def why_unheard(event: Event, nodes: Sequence[Node]) -> str:
     return " ".join([f"Nothing here receives {event.name!r} from {event.source!r}.", *reasons])
 
 
-def hears(node: Node, event: Event) -> bool:
+def receives(node: Node, event: Event) -> bool:
     """Return True if the settings and receivers of a node let the event run a receiver."""
     subscription = subscription_for(event.name, node.subscriptions)
     return (

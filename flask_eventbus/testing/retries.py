@@ -20,7 +20,7 @@ from ..streams.decoder import EntryDecoder
 from ..streams.group import Entry
 from ..streams.outcomes import Outcomes, RetryCounts
 from ..streams.retry_queue import GONE_AFTER
-from .expectations import hears
+from .expectations import receives
 from .recorder import GivenUp, given_up
 
 #: Identifies the consumer group of a service: Redis URL, prefix and service.
@@ -95,7 +95,7 @@ class RetryRehearsal:
         found: dict[object, tuple[Node, Delivery]] = {}
 
         for node in self._nodes():
-            delivery = _delivery(node, event, entry) if hears(node, event) else None
+            delivery = _delivery(node, event, entry) if receives(node, event) else None
 
             if delivery is not None:
                 found[_group_of(node) if delivery.subscription.group else node] = node, delivery

@@ -321,7 +321,7 @@ def _start(directory: Path, deadline: float) -> None:
     executable = find_executable()
 
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(  # noqa: S603 - the program beside this file, in this Python
+        process = subprocess.Popen(  # noqa: S603 - the program in the folder of this file
             [sys.executable, "-I", "-S", supervisor.__file__, str(directory), executable],
             cwd="/",
             stdin=subprocess.DEVNULL,

@@ -37,7 +37,7 @@ GROUP = (
 READ = "+xread +xrevrange"
 FOLLOW = f"{READ} +xinfo|stream"
 
-#: On what a group keeps beside its stream: retries, dead letters, their counter, known ids.
+#: On the other keys of a group: retries, dead letters, their counter, known ids.
 RETRIES = "+zrangebyscore +zscore +zadd +zrem"
 DEAD = "+xadd +xtrim"
 DROPPED = "+incrby"
