@@ -76,13 +76,14 @@ def measure(url: str, via: str, events: int) -> list[list[tuple[str, str, int]]]
     heard = threading.Semaphore(0)
     consumer = Bus(url, service="consumer", subscribe=["tick"])
     publisher = Bus(url, service="publisher", publish={"tick": via})
+    tick = publisher.signal("tick")
 
     @consumer.on("tick")
     def hear(sender: str, **payload: object) -> None:
         heard.release()
 
     def one() -> None:
-        publisher.signal("tick").send("publisher", **PAYLOAD)
+        tick.send("publisher", **PAYLOAD)
         heard.acquire()
 
     consumer.start()

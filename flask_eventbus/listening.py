@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from .channels.decoder import MessageDecoder
 from .channels.listener import Listener
 from .config import Config
 from .errors import ConfigError
@@ -49,9 +48,7 @@ class Listening:
         self._timing = context.timing
         self._has_streams = not context.config.url.startswith("redis+cluster://")
         self.pool = WorkerThreads(context, dispatcher)
-        self.listener = Listener(
-            context, decoder=MessageDecoder(context, issued=issued), pool=self.pool
-        )
+        self.listener = Listener(context, pool=self.pool, issued=issued)
         self.consumer = Consumer(context, dispatcher=dispatcher, pool=self.pool)
         self.update(subscriptions)
 

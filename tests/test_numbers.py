@@ -10,7 +10,7 @@ import pytest
 
 from flask_eventbus import logs, node
 from flask_eventbus.admin import server, services, streams
-from flask_eventbus.channels import decoder as channel_decoder
+from flask_eventbus.channels import listener
 from flask_eventbus.checks import server as checks_server
 from flask_eventbus.codec import codec, records, values
 from flask_eventbus.config import TIMING, Config
@@ -121,10 +121,10 @@ SENTENCES = [
     (
         "wire-format",
         r"remembers the bytes of the last (\S+) events of each as a hash",
-        channel_decoder.REPEATABLE,
+        listener.REPEATABLE,
     ),
     ("wire-format", r"among the last (\S+) events without `seq`", TIMING.max_remembered),
-    ("wire-format", r"A number more than (\S+) beyond the last", channel_decoder.MAX_MISSED),
+    ("wire-format", r"A number more than (\S+) beyond the last", listener.MAX_MISSED),
     ("stream-subscriptions", r"ids and bytes of the last (\S+) events that", TIMING.max_remembered),
     ("wire-format", r"`traceparent` \| text, 1 to (\S+) bytes", codec.MAX_TRACEPARENT_BYTES),
     ("wire-format", r"`partitionkey` \| text, 1 to (\S+) bytes", codec.MAX_KEY_BYTES),

@@ -1,205 +1,49 @@
-"""Subscribes to channels, and reads their messages in a thread that reconnects."""
+"""Reads the messages of channels in a thread, decodes their events, and queues them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from threading import Condition
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from ..config import Timing
+from ..errors import DecodeError
 from ..event import Event
 from ..logs import BoundedLog, get_logger
+from ..receivers.conflicts import SECRET, Conflicts, Finding, compare
 from ..receivers.workers import WorkerThreads
-from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import Subscription
-from ..signals import emit, listener_connected, listener_lost
-from ..transport.connection import OUTAGE
+from ..signals import emit, event_rejected, events_missed, listener_connected, listener_lost
 from ..transport.connections import Context
 from ..transport.keys import ChannelKeys
 from ..transport.reconnect import ReadingThread
-from ..transport.rights import LISTEN, LISTEN_PATTERN, grant_its_user
-from .decoder import MessageDecoder
-from .reader import ChannelReader, Frame
+from .reader import ChannelReader, ChannelSubscriptions, Frame
 
 logger = get_logger(__name__)
 
+#: Number of events of one route whose hashes are remembered. If a publisher does not know whether
+#: Redis accepted a batch, it sends that batch again: 512 events at most.
+REPEATABLE = 1_024
 
-class ChannelSubscriptions:
-    """Subscribes one connection to the channels of a service, and records the answers of Redis.
+#: Maximum number of events missing before one event. A node that sends 1,000 events a second takes
+#: more than a day for them. A larger gap is forged, and would make the count useless.
+MAX_MISSED = 100_000_000
 
-    Any thread may subscribe. The reading thread calls :meth:`note` with the answers.
-
-    :param changed: guards the attributes; notified when one of them changes.
-    """
-
-    def __init__(
-        self, reader: ChannelReader, *, service: str, keys: ChannelKeys, changed: Condition
-    ) -> None:
-        self._reader = reader
-        self._service = service
-        self._keys = keys
-        self._changed = changed
-        #: The subscriptions of the service, by name or pattern.
-        self.wanted: Mapping[str, Subscription] = {}
-        #: The signals among them that were asked for, by channel.
-        self.names: dict[bytes, str] = {}
-        #: Subscriptions that Redis refuses, with the errors.
-        self.refused: dict[str, str] = {}
-        self._open = False
-        self._asked: set[str] = set()
-        self._answered: set[str] = set()
-        self._confirmed: set[str] = set()
-        #: Confirmed patterns, in the order of the subscriptions.
-        self._patterns: tuple[Subscription, ...] = ()
-
-    @property
-    def all_confirmed(self) -> bool:
-        """True if Redis has confirmed every subscription."""
-        return self._open and _holds(self._confirmed, self.wanted)
-
-    @property
-    def all_answered(self) -> bool:
-        """True if Redis has confirmed or refused every subscription."""
-        return self._open and _holds(self._answered, self.wanted)
-
-    def open(self) -> None:
-        """Subscribe to everything on a new connection.
-
-        :raises redis.ConnectionError: if the connection is lost.
-        """
-        with self._changed:
-            self._open = True
-
-        self.ask()
-
-    def close(self) -> None:
-        """Forget all answers, after the connection was closed."""
-        with self._changed:
-            self._open = False
-            self._asked.clear()
-            self._answered.clear()
-            self._confirmed.clear()
-            self._patterns = ()
-            self._changed.notify_all()
-
-    def ask(self) -> None:
-        """Subscribe to what was added; do nothing without a connection.
-
-        :raises redis.ConnectionError: if the connection is lost.
-        """
-        with self._changed:
-            if not self._open:
-                return
-
-            new = self.wanted.keys() - self._asked
-            self._asked |= new
-            self._request(sorted(new))
-
-    def ask_again(self) -> None:
-        """Subscribe again to what was refused, because the ACL may have changed.
-
-        :raises redis.ConnectionError: if the connection is lost.
-        """
-        with self._changed:
-            self._asked -= self.refused.keys()
-
-        self.ask()
-
-    def refresh(self) -> None:
-        """Subscribe to what was added; ignore a lost connection."""
-        try:
-            self.ask()
-        except OUTAGE as error:
-            # The reading thread notices the loss too, and subscribes to everything again.
-            logger.debug("Subscribing waits for the next connection: %s", error)
-
-    def note(self, frame: Frame) -> None:
-        """Record an answer of Redis."""
-        if frame.kind not in ("subscribe", "psubscribe", "refused"):
-            return
-
-        name = self._keys.name(frame.subscribed)
-
-        with self._changed:
-            if name not in self._asked:
-                return
-
-            if frame.kind == "refused":
-                self._refuse(name, frame.body.decode(errors="replace"))
-            else:
-                self._confirm(name)
-
-            self._answered.add(name)
-            self._changed.notify_all()
-
-    def match_pattern(self, frame: Frame, name: str) -> Subscription | None:
-        """Return the pattern that handles the event ``name`` in a frame, or ``None``.
-
-        Redis delivers a message once for each matching subscription. Only one of these copies is
-        handled: that of the name itself, or else that of the first confirmed pattern.
-        """
-        if name in self._confirmed:
-            return None
-
-        pattern = next((found for found in self._patterns if matches(found.name, name)), None)
-        is_match = pattern and pattern.name == self._keys.name(frame.subscribed)
-        return pattern if is_match else None
-
-    def _request(self, names: Sequence[str]) -> None:
-        channels = {self._keys.key(name): name for name in names if not is_pattern(name)}
-        self.names.update({key.encode(): name for key, name in channels.items()})
-        patterns = [self._keys.key(name) for name in names if is_pattern(name)]
-        self._reader.subscribe(channels, patterns=False)
-        self._reader.subscribe(patterns, patterns=True)
-
-    def _confirm(self, name: str) -> None:
-        self._confirmed.add(name)
-        was_refused = self.refused.pop(name, None)
-
-        if was_refused is not None:
-            logger.warning(
-                "Redis lets %r listen to %r again.",
-                self._service,
-                name,
-                extra={"signal": name, "service": self._service},
-            )
-
-        if is_pattern(name):
-            self._patterns = tuple(
-                found
-                for found in self.wanted.values()
-                if is_pattern(found.name) and found.name in self._confirmed
-            )
-
-    def _refuse(self, name: str, reason: str) -> None:
-        if name in self.refused:
-            return
-
-        self.refused[name] = reason
-        logger.error(
-            "Redis refuses to let %r listen to %r: %s. This service does not receive its events. "
-            "%s",
-            self._service,
-            name,
-            reason,
-            grant_its_user({self._keys.key(name): LISTEN_PATTERN if is_pattern(name) else LISTEN}),
-            extra={"signal": name, "service": self._service},
-        )
-
-
-def _holds(names: set[str], subscriptions: Mapping[str, Subscription]) -> bool:
-    return len(names) >= len(subscriptions) and subscriptions.keys() <= names
+#: Number of bytes of a rejected body that are logged.
+SAMPLE = 64
 
 
 class Listener(ReadingThread):
     """Reads messages in its own thread, queues their events, and reconnects after an outage.
 
-    :param decoder: decodes the messages.
     :param pool: the worker threads that run the receivers.
+    :param issued: returns the number of events that this node has created.
     """
 
     _failed = "The listener failed; it reconnects."
 
-    def __init__(self, context: Context, *, decoder: MessageDecoder, pool: WorkerThreads) -> None:
+    def __init__(self, context: Context, *, pool: WorkerThreads, issued: Callable[[], int]) -> None:
         super().__init__(context, "listener")
         self._log = BoundedLog(logger)
         self._service = context.config.service
@@ -209,7 +53,7 @@ class Listener(ReadingThread):
         self._subscriptions = ChannelSubscriptions(
             self._reader, service=self._service, keys=self._keys, changed=self.changed
         )
-        self._decoder = decoder
+        self._decoder = MessageDecoder(context, issued=issued)
         self._pool = pool
         self._lost_since: float | None = None
         self._was_connected = False
@@ -348,3 +192,203 @@ class Listener(ReadingThread):
             )
 
         emit(listener_connected, self._service, reconnected=reconnected, seconds=seconds)
+
+
+@dataclass(slots=True)
+class _RouteState:
+    """The sequence of one signal's events from one node and source."""
+
+    #: Sequence number of the last event.
+    last: int
+    #: Last number out of sequence: below :attr:`last`, or too far above it. If the next event has
+    #: the number after it, the sequence continues from there.
+    stray: int = -1
+    #: Hashes of the last bodies.
+    bodies: deque[int] = field(default_factory=lambda: deque(maxlen=REPEATABLE))
+
+
+class Sequences:
+    """Tracks the sequence number of each node for each signal, to find missing events.
+
+    A publisher can write any node, source and number into an event. So only an event with the same
+    bytes is a repetition. An event that contradicts another one is reported and not dropped.
+    """
+
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
+        self._routes: OrderedDict[tuple[str, str, str], _RouteState] = OrderedDict()
+        #: Number of hashes of all routes.
+        self._hashes = 0
+        #: The first source of each node.
+        self._sources: OrderedDict[str, str] = OrderedDict()
+        #: Hashes of events without a number, by event id.
+        self._ids: OrderedDict[str, int] = OrderedDict()
+
+    def observe(self, event: Event, node: str, body: bytes) -> int | Finding:
+        """Return the number of events missing directly before this one, or a :class:`.Finding`.
+
+        No event is missing before the first one of a node: this process did not listen before.
+        """
+        digest = hash(SECRET + body)
+        seq = event.seq
+
+        if seq is None:
+            return compare(self._ids, event.id, digest, self._timing.max_remembered) or 0
+
+        key = (node, event.name, event.source)
+        route = self._routes.get(key)
+        found: int | Finding
+
+        if route is None:
+            route = self._routes[key] = _RouteState(seq)
+            found = self._check_source(event)
+        elif 0 <= seq - route.last - 1 <= MAX_MISSED:
+            found = seq - route.last - 1
+            route.last = seq
+            self._routes.move_to_end(key)
+        elif digest in route.bodies:
+            return Finding.REPEATED
+        else:
+            found = _stray(route, seq)
+
+        self._hashes += len(route.bodies) < REPEATABLE
+        route.bodies.append(digest)
+
+        if (
+            self._hashes > self._timing.max_hashes
+            or len(self._routes) > self._timing.max_remembered
+        ):
+            _, forgotten = self._routes.popitem(last=False)
+            self._hashes -= len(forgotten.bodies)
+
+        return found
+
+    def _check_source(self, event: Event) -> int | Finding:
+        """Return a conflict if the node has sent events of another source before."""
+        known = self._sources.setdefault(event.node, event.source)
+
+        if len(self._sources) > self._timing.max_remembered:
+            self._sources.popitem(last=False)
+
+        return 0 if known == event.source else Finding.CONFLICT
+
+
+def _stray(route: _RouteState, seq: int) -> int | Finding:
+    """Handle a number out of sequence, of an event that is no repetition.
+
+    A single one is a conflict and leaves the sequence as it is, so that an old or forged event
+    causes no false gap. Two consecutive ones show that the last number was forged, or that the node
+    restarted its count. The sequence then continues from them.
+    """
+    if seq == route.stray + 1:
+        route.last, route.stray = seq, -1
+        return 0
+
+    route.stray = seq
+    return Finding.CONFLICT
+
+
+class MessageDecoder:
+    """Decodes and checks messages, and selects the events that this node handles.
+
+    :param issued: returns the number of events that this node has created.
+    """
+
+    def __init__(self, context: Context, *, issued: Callable[[], int]) -> None:
+        self._config = context.config
+        self._codec = context.codec
+        self._counters = context.counters
+        self._node = context.node
+        self._issued = issued
+        #: The nodes of this process, whose local receivers ran at ``send()``.
+        self._siblings = context.registry.siblings
+        self._log = BoundedLog(logger)
+        self._sequences = Sequences(context.timing)
+        self._conflicts = Conflicts(context)
+
+    def event(self, name: str, subscription: Subscription, body: bytes) -> tuple[Event, int] | None:
+        """Decode a message from the channel of ``name``.
+
+        :return: the event and its memory use in bytes; ``None`` if this node does not handle it.
+        """
+        try:
+            event, size = self._codec.decode_for_queue(body)
+            node, _, number = event.id.rpartition("-")
+            is_own = node == self._node
+
+            if is_own or event.name != name:
+                self._check(event, name, int(number))
+        except DecodeError as error:
+            self._reject(name, body, error)
+            return None
+
+        found = self._sequences.observe(event, node, body)
+
+        if found is Finding.REPEATED:
+            self._counters.add("duplicates")
+            return None
+
+        if found is Finding.CONFLICT:
+            self._conflicts.report(event)
+        elif found:
+            self._count_missed(event, found)
+
+        if is_own or node in self._siblings:
+            if not subscription.echo:
+                self._counters.add("echoes")
+                return None
+        elif subscription.sources is not None and event.source not in subscription.sources:
+            self._counters.add("filtered")
+            return None
+
+        return event, size
+
+    def _check(self, event: Event, name: str, number: int) -> None:
+        """Check the name of an event, and whether this node sent one that bears its name."""
+        if event.name != name:
+            raise DecodeError(
+                f"The event {event.id} on the channel of {name!r} is named {event.name!r}.",
+                reason="wrong_channel",
+            )
+
+        if event.source != self._config.service or number > self._issued():
+            raise DecodeError(
+                f"The event {event.id} from {event.source!r} has this node's name, but this node "
+                "did not send it.",
+                reason="forged_source",
+            )
+
+    def _reject(self, name: str, body: bytes, error: DecodeError) -> None:
+        self._counters.add("rejected")
+        self._counters.add(f"rejected_{error.reason}")
+        self._log.warning(
+            f"rejected {error.reason}",
+            "Bytes on the channel of %r are rejected (%s): %s They start with %r.",
+            name,
+            error.reason,
+            error,
+            body[:SAMPLE],
+            extra={"signal": name, "service": self._config.service},
+        )
+        emit(event_rejected, self._config.service, name=name, reason=error.reason, error=error)
+
+    def _count_missed(self, event: Event, count: int) -> None:
+        self._counters.add("missed", count)
+        self._log.warning(
+            f"missed {event.name}",
+            "%d events of %r from %r (node %s) never arrived. The next event is %s.",
+            count,
+            event.name,
+            event.source,
+            event.node,
+            event.id,
+            extra={**event.fields, "service": self._config.service},
+        )
+        emit(
+            events_missed,
+            self._config.service,
+            name=event.name,
+            source=event.source,
+            node=event.node,
+            count=count,
+        )

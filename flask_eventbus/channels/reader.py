@@ -1,20 +1,25 @@
-"""A pub/sub connection: subscribes to channels, reads their messages, and sends PING."""
+"""A pub/sub connection, and the subscriptions of a service that it carries."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as short
+from threading import Condition
 from typing import Any
 
 import redis
 
 from ..logs import get_logger
+from ..routing.options import is_pattern, matches
+from ..routing.subscriptions import Subscription
 from ..transport.connection import OUTAGE, Connection, read_reply, refusal_of, set_deadline
 from ..transport.connections import Connections, NotMasterError
+from ..transport.keys import ChannelKeys
+from ..transport.rights import LISTEN, LISTEN_PATTERN, grant_its_user
 
 logger = get_logger(__name__)
 
@@ -216,3 +221,170 @@ class ChannelReader:
 
     def _answered(self) -> bytes:
         return self._asked.popleft() if self._asked else b""
+
+
+class ChannelSubscriptions:
+    """Subscribes one connection to the channels of a service, and records the answers of Redis.
+
+    Any thread may subscribe. The reading thread calls :meth:`note` with the answers.
+
+    :param changed: guards the attributes; notified when one of them changes.
+    """
+
+    def __init__(
+        self, reader: ChannelReader, *, service: str, keys: ChannelKeys, changed: Condition
+    ) -> None:
+        self._reader = reader
+        self._service = service
+        self._keys = keys
+        self._changed = changed
+        #: The subscriptions of the service, by name or pattern.
+        self.wanted: Mapping[str, Subscription] = {}
+        #: The signals among them that were asked for, by channel.
+        self.names: dict[bytes, str] = {}
+        #: Subscriptions that Redis refuses, with the errors.
+        self.refused: dict[str, str] = {}
+        self._open = False
+        self._asked: set[str] = set()
+        self._answered: set[str] = set()
+        self._confirmed: set[str] = set()
+        #: Confirmed patterns, in the order of the subscriptions.
+        self._patterns: tuple[Subscription, ...] = ()
+
+    @property
+    def all_confirmed(self) -> bool:
+        """True if Redis has confirmed every subscription."""
+        return self._open and _holds(self._confirmed, self.wanted)
+
+    @property
+    def all_answered(self) -> bool:
+        """True if Redis has confirmed or refused every subscription."""
+        return self._open and _holds(self._answered, self.wanted)
+
+    def open(self) -> None:
+        """Subscribe to everything on a new connection.
+
+        :raises redis.ConnectionError: if the connection is lost.
+        """
+        with self._changed:
+            self._open = True
+
+        self.ask()
+
+    def close(self) -> None:
+        """Forget all answers, after the connection was closed."""
+        with self._changed:
+            self._open = False
+            self._asked.clear()
+            self._answered.clear()
+            self._confirmed.clear()
+            self._patterns = ()
+            self._changed.notify_all()
+
+    def ask(self) -> None:
+        """Subscribe to what was added; do nothing without a connection.
+
+        :raises redis.ConnectionError: if the connection is lost.
+        """
+        with self._changed:
+            if not self._open:
+                return
+
+            new = self.wanted.keys() - self._asked
+            self._asked |= new
+            self._request(sorted(new))
+
+    def ask_again(self) -> None:
+        """Subscribe again to what was refused, because the ACL may have changed.
+
+        :raises redis.ConnectionError: if the connection is lost.
+        """
+        with self._changed:
+            self._asked -= self.refused.keys()
+
+        self.ask()
+
+    def refresh(self) -> None:
+        """Subscribe to what was added; ignore a lost connection."""
+        try:
+            self.ask()
+        except OUTAGE as error:
+            # The reading thread notices the loss too, and subscribes to everything again.
+            logger.debug("Subscribing waits for the next connection: %s", error)
+
+    def note(self, frame: Frame) -> None:
+        """Record an answer of Redis."""
+        if frame.kind not in ("subscribe", "psubscribe", "refused"):
+            return
+
+        name = self._keys.name(frame.subscribed)
+
+        with self._changed:
+            if name not in self._asked:
+                return
+
+            if frame.kind == "refused":
+                self._refuse(name, frame.body.decode(errors="replace"))
+            else:
+                self._confirm(name)
+
+            self._answered.add(name)
+            self._changed.notify_all()
+
+    def match_pattern(self, frame: Frame, name: str) -> Subscription | None:
+        """Return the pattern that handles the event ``name`` in a frame, or ``None``.
+
+        Redis delivers a message once for each matching subscription. Only one of these copies is
+        handled: that of the name itself, or else that of the first confirmed pattern.
+        """
+        if name in self._confirmed:
+            return None
+
+        pattern = next((found for found in self._patterns if matches(found.name, name)), None)
+        is_match = pattern and pattern.name == self._keys.name(frame.subscribed)
+        return pattern if is_match else None
+
+    def _request(self, names: Sequence[str]) -> None:
+        channels = {self._keys.key(name): name for name in names if not is_pattern(name)}
+        self.names.update({key.encode(): name for key, name in channels.items()})
+        patterns = [self._keys.key(name) for name in names if is_pattern(name)]
+        self._reader.subscribe(channels, patterns=False)
+        self._reader.subscribe(patterns, patterns=True)
+
+    def _confirm(self, name: str) -> None:
+        self._confirmed.add(name)
+        was_refused = self.refused.pop(name, None)
+
+        if was_refused is not None:
+            logger.warning(
+                "Redis lets %r listen to %r again.",
+                self._service,
+                name,
+                extra={"signal": name, "service": self._service},
+            )
+
+        if is_pattern(name):
+            self._patterns = tuple(
+                found
+                for found in self.wanted.values()
+                if is_pattern(found.name) and found.name in self._confirmed
+            )
+
+    def _refuse(self, name: str, reason: str) -> None:
+        if name in self.refused:
+            return
+
+        self.refused[name] = reason
+        logger.error(
+            "Redis refuses to let %r listen to %r: %s. This service does not receive its events. "
+            "%s",
+            self._service,
+            name,
+            reason,
+            grant_its_user({self._keys.key(name): LISTEN_PATTERN if is_pattern(name) else LISTEN}),
+            extra={"signal": name, "service": self._service},
+        )
+
+
+def _holds(names: set[str], subscriptions: Mapping[str, Subscription]) -> bool:
+    return len(names) >= len(subscriptions) and subscriptions.keys() <= names

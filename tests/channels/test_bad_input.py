@@ -12,7 +12,7 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, signals
-from flask_eventbus.channels import decoder
+from flask_eventbus.channels import listener
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.config import Timing
 from flask_eventbus.event import Event
@@ -194,16 +194,16 @@ def test_an_impossibly_high_number_is_a_conflict_and_not_a_loss(
 def test_counting_continues_from_a_jump_that_the_next_number_confirms(
     shared_redis: RedisServer, consumer: Bus, received: list[Any], conflicts: list[str]
 ) -> None:
-    far = 1 + decoder.MAX_MISSED + 2
+    far = 1 + listener.MAX_MISSED + 2
     for seq in (1, far, far + 1, far + 3):
         publish(shared_redis, consumer, packed(id=f"abc-{seq}", seq=seq, data={"n": seq}))
-    near = far + 3 + decoder.MAX_MISSED + 1
+    near = far + 3 + listener.MAX_MISSED + 1
     publish(shared_redis, consumer, packed(id=f"abc-{near}", seq=near, data={"n": near}))
 
     wait_until(lambda: len(received) == 5, what="all events arrive")
     wait_until(lambda: conflicts, what="the conflict is signalled")
     assert conflicts == [f"abc-{far}"]
-    assert consumer.health().missed == 1 + decoder.MAX_MISSED
+    assert consumer.health().missed == 1 + listener.MAX_MISSED
 
 
 def test_a_forged_lower_number_is_received_and_hides_no_gap(
@@ -248,7 +248,7 @@ def test_an_id_forged_in_advance_hides_no_unnumbered_event(
 
 
 def test_the_memory_of_other_nodes_is_bounded() -> None:
-    codec, received = Codec(), decoder.Sequences(Timing(max_remembered=5, max_hashes=20))
+    codec, received = Codec(), listener.Sequences(Timing(max_remembered=5, max_hashes=20))
     bodies = [packed(id=f"n{node}-{n}", seq=n) for node in range(10) for n in range(1, 6)]
     bodies += [packed(id=f"relay{n}-1") for n in range(10)]
     for body in bodies:
@@ -261,7 +261,7 @@ def test_the_memory_of_other_nodes_is_bounded() -> None:
 
 
 def test_a_node_that_sends_often_is_not_forgotten_first() -> None:
-    codec, received = Codec(), decoder.Sequences(Timing(max_remembered=5))
+    codec, received = Codec(), listener.Sequences(Timing(max_remembered=5))
 
     def hear(node: str, seq: int) -> int | by_id.Finding:
         body = packed(id=f"{node}-{seq}", seq=seq)
