@@ -11,8 +11,17 @@ from itertools import groupby
 from typing import Any
 
 from ..codec.codec import Codec
-from ..codec.entry_ids import EARLIEST, MAX_PART, EntryId, entry_id, id_text, is_entry_id
-from ..codec.records import BadRecordError, DeadLetter, RetryRecord
+from ..codec.records import (
+    EARLIEST,
+    MAX_PART,
+    BadRecordError,
+    DeadLetter,
+    EntryId,
+    RetryRecord,
+    entry_id,
+    id_text,
+    is_entry_id,
+)
 from ..errors import DecodeError, OperationError
 from ..routing.options import is_pattern, matches
 from ..text import iso, plain, printable

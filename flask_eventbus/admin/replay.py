@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..codec.codec import Codec
-from ..codec.entry_ids import MAX_PART, EntryId, entry_id, id_text
-from ..codec.records import words_of
+from ..codec.records import MAX_PART, EntryId, entry_id, id_text, words_of
 from ..config import Config
 from ..errors import ConfigError, DecodeError, OperationError
 from ..event import Event

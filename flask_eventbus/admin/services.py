@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..codec.entry_ids import EntryId, entry_id, id_text
+from ..codec.records import EntryId, entry_id, id_text
 from ..errors import OperationError
 from ..streams.group import LONG_IDLE, RELEASED
 from ..text import counted

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..codec.entry_ids import EntryId, entry_id
+from ..codec.records import EntryId, entry_id
 from ..streams.alarms import Alarm, far_ahead, foreign_consumers, past_the_end, worker_of
 from ..streams.group import RELEASED
 from ..text import printable

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import redis
 
-from ..codec.entry_ids import EARLIEST, MAX_PART, EntryId, before_moment, entry_id, id_text
+from ..codec.records import EARLIEST, MAX_PART, EntryId, before_moment, entry_id, id_text
 from ..config import SIGNAL_NAME, Config
 from ..errors import ConfigError, OperationError
 from ..logs import get_logger

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..channels.reader import ChannelReader, Frame
 from ..codec.codec import Codec
-from ..codec.entry_ids import EARLIEST, EntryId, before_moment, entry_id, id_text
+from ..codec.records import EARLIEST, EntryId, before_moment, entry_id, id_text
 from ..config import SIGNAL_NAME
 from ..errors import DecodeError
 from ..event import Event

@@ -22,8 +22,7 @@ from ..admin.dead_letters import (
     read_payload,
     why_not,
 )
-from ..codec.entry_ids import entry_id
-from ..codec.records import REASONS, DeadLetter
+from ..codec.records import REASONS, DeadLetter, entry_id
 from ..text import clock, counted, printable
 from .base import (
     Command,

@@ -10,7 +10,7 @@ from ..admin.replay import Replay, prepare
 from ..admin.services import Move, Seek
 from ..admin.streams import Place
 from ..bus import stop_on_signals
-from ..codec.entry_ids import EARLIEST, MAX_PART, EntryId, entry_id, id_text
+from ..codec.records import EARLIEST, MAX_PART, EntryId, entry_id, id_text
 from ..errors import ConfigError
 from ..text import clock, counted, printable
 from .base import Command, Program, confirm, name_argument, pass_program, read_moment, yes_option

@@ -5,6 +5,5 @@ lacks. If that fails, it finds the value at fault and its path. Its ``Envelope``
 attributes. To receive an event, ``codec`` decodes and checks the attributes, and ``values`` the
 payload.
 
-``records`` encodes and decodes retries and dead letters. ``entry_ids`` parses the ids of stream
-entries.
+``records`` encodes and decodes retries and dead letters, and parses the ids of stream entries.
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 import redis
 
-from ..codec.entry_ids import entry_id
+from ..codec.records import entry_id
 from ..config import Config
 from ..logs import get_logger
 from ..transport.connection import (

@@ -10,7 +10,7 @@ from typing import Any
 
 from blinker import NamedSignal
 
-from ..codec.entry_ids import EARLIEST, EntryId, before_moment, entry_id, id_text
+from ..codec.records import EARLIEST, EntryId, before_moment, entry_id, id_text
 from ..config import MAX_RETRIES, SERVICE_NAME, Reader, read_whole
 from ..errors import ConfigError
 from ..typing import Via

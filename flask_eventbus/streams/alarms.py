@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import redis
 
-from ..codec.entry_ids import EntryId, entry_id, id_text
+from ..codec.records import EntryId, entry_id, id_text
 from ..config import TIMING
 from ..logs import BoundedLog, Counters, get_logger
 from ..signals import emit, events_trimmed

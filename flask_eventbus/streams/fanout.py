@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from ..codec.entry_ids import entry_id
+from ..codec.records import entry_id
 from ..logs import BoundedLog, get_logger
 from ..receivers.conflicts import SECRET, Conflicts, Finding, compare
 from ..receivers.workers import BatchSize, DeliveryQueue

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import redis
 
-from ..codec.entry_ids import EntryId, entry_id, id_text
+from ..codec.records import EntryId, entry_id, id_text
 from ..config import TIMING, Timing
 from ..logs import get_logger
 from ..transport.connection import takes_no_writes

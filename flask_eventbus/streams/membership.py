@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 
 import redis
 
-from ..codec.entry_ids import before_moment, id_text
+from ..codec.records import before_moment, id_text
 from ..config import SIGNAL_NAME
 from ..logs import BoundedLog, get_logger
 from ..routing.options import is_pattern, matches

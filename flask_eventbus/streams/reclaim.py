@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import redis
 
-from ..codec.entry_ids import entry_id
+from ..codec.records import entry_id
 from ..event import Event
 from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import Delivery
