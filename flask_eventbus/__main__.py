@@ -25,6 +25,8 @@ DEFAULT_SERVICE = "cli"
 class BareProgram(Program):
     """A program from options and the environment; it loads receivers only if they are named."""
 
+    command = "python -m flask_eventbus"
+
     def __init__(self, settings: dict[str, str]) -> None:
         self._environ = {**os.environ, **settings}
         self.declares = False

@@ -196,6 +196,16 @@ class Node:
         return self._name
 
     @property
+    def has_app(self) -> bool:
+        """True if the program is a Flask app."""
+        return self._host.app_exists is not None
+
+    @property
+    def command(self) -> str:
+        """What a command line for this program starts with, for hints."""
+        return "flask eventbus" if self.has_app else "python -m flask_eventbus"
+
+    @property
     def session(self) -> Any:
         """The database session, as given to ``register_session()``; ``None`` if there is none."""
         return self._sending.session

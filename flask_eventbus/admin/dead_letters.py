@@ -130,11 +130,17 @@ class Choice:
 
 
 class DeadLetters:
-    """The dead letters of a service, of all signals."""
+    """The dead letters of a service, of all signals.
 
-    def __init__(self, access: StreamAccess, service: str) -> None:
+    :param command: what the command line starts with, for hints: ``flask eventbus``.
+    """
+
+    def __init__(
+        self, access: StreamAccess, service: str, *, command: str = "flask eventbus"
+    ) -> None:
         self.access = access
         self.service = service
+        self.command = command
 
     def find(self, choice: Choice) -> Iterator[Letter]:
         """Yield the dead letters that match, signal by signal, the oldest first.
@@ -179,7 +185,7 @@ class DeadLetters:
 
         if missing:
             sentences = [f"{self.service!r} has no such dead letter: {id!r}." for id in missing]
-            advice = "Nothing was done. To list the dead letters: flask eventbus dead list"
+            advice = f"Nothing was done. To list the dead letters: {self.command} dead list"
             raise OperationError("\n".join([*sentences, advice]))
 
         return found

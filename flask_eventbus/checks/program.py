@@ -69,7 +69,7 @@ def _check_settings(node: Node, overview: Overview) -> Iterator[Finding]:
     if subscribes and not config.listen:
         yield note(
             "'EVENTBUS_LISTEN' is False: processes that serve the app do not listen.",
-            "Run 'flask eventbus run' as well.",
+            f"Run '{node.command} run' as well.",
         )
 
 
@@ -380,7 +380,7 @@ def check_database(node: Node) -> Iterator[Finding]:
     if session is None:
         yield _no_session(waiting)
     elif any(route.outbox for route in waiting):
-        yield from _check_outbox(session)
+        yield from _check_outbox(session, node.command)
 
 
 def _no_session(routes: Sequence[Route]) -> Finding:
@@ -393,7 +393,7 @@ def _no_session(routes: Sequence[Route]) -> Finding:
     )
 
 
-def _check_outbox(session: Any) -> Iterator[Finding]:
+def _check_outbox(session: Any, command: str) -> Iterator[Finding]:
     from ..database.outbox import NAME, TABLE, Outbox  # they need SQLAlchemy, which is optional
     from ..database.relay import DATABASE_OUTAGE, reason_of
     from ..database.transactions import engine_of
@@ -415,25 +415,22 @@ def _check_outbox(session: Any) -> Iterator[Finding]:
 
     try:
         if outbox.is_there():
-            yield from _check_waiting(outbox)
+            yield ok(f"The outbox is in {outbox.shown}.")
+
+            if count := outbox.count():
+                yield note(
+                    f"There {'is' if count == 1 else 'are'} {counted(count, 'event')} in the "
+                    "outbox.",
+                    f"Run a relay to publish them: {command} relay",
+                )
         else:
             yield error(
                 f"{outbox.shown} has no table {NAME!r}: sending events of the outbox fails.",
                 "Create it by a migration, from flask_eventbus.database.outbox.table(metadata), or "
-                "with 'flask eventbus relay --create-table'.",
+                f"with '{command} relay --create-table'.",
             )
     except DATABASE_OUTAGE as failure:
         yield error(
             f"The database {outbox.shown} cannot be used: {reason_of(failure)}.",
             "Correct its URL, or start it.",
-        )
-
-
-def _check_waiting(outbox: Any) -> Iterator[Finding]:
-    yield ok(f"The outbox is in {outbox.shown}.")
-
-    if count := outbox.count():
-        yield note(
-            f"There {'is' if count == 1 else 'are'} {counted(count, 'event')} in the outbox.",
-            "Run a relay to publish them: flask eventbus relay",
         )

@@ -285,18 +285,22 @@ def _check_streams(
         yield from _check_written(node.config, sorted(written), connections.deadline)
 
 
-def _program(config: Config) -> str:
+def _program(node: Node, service: str) -> str:
     """Return the start of a command for a service, with the options it needs without an app."""
+    if node.has_app:
+        return node.command
+
+    config = node.config
     given = Config(service=config.service)
     is_plain = without_secrets(config.url) == config.url
-    words = ["eventbus"]
+    words = [node.command]
 
     if config.url != os.environ.get("EVENTBUS_URL", given.url):
         words += ["--url", shlex.quote(config.url) if is_plain else "URL"]
     if config.prefix != os.environ.get("EVENTBUS_PREFIX", given.prefix):
         words += ["--prefix", config.prefix]
 
-    return " ".join(words).replace("{", "{{").replace("}", "}}") + " --service {}"
+    return " ".join([*words, "--service", service])
 
 
 def _note_cluster(overview: Overview) -> Iterator[Finding]:
@@ -450,11 +454,10 @@ def _check_backlog(node: Node, service: str | None, deadline: float) -> Iterator
         yield error(flood.text, flood.remedy)
 
     yield from _alarms(statuses)
-    program = _program(node.config) if service is None else "flask eventbus"
 
     for status in statuses:
         for group in status.groups:
-            yield from _check_group(status.name, group, program.format(group.service))
+            yield from _check_group(status.name, group, _program(node, group.service))
 
 
 def _check_written(config: Config, names: Collection[str], deadline: float) -> Iterator[Finding]:

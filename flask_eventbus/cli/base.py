@@ -39,6 +39,8 @@ class Program:
     declares = True
     #: True if the service was named; False if the name is the default for publishing.
     names_service = True
+    #: What the command line starts with, for hints.
+    command = "flask eventbus"
 
     @cached_property
     def node(self) -> Node:

@@ -103,7 +103,7 @@ def letter_report(letter: Letter) -> Iterator[str]:
         yield f"    {printable(line)}"
 
 
-def retrial_report(retrial: Retrial, service: str, seconds: float) -> str:
+def retrial_report(retrial: Retrial, kept: DeadLetters, seconds: float) -> str:
     """Return one line about the retry of a dead letter: its outcome so far."""
     error = printable(retrial.error)
     outcome = {
@@ -112,8 +112,8 @@ def retrial_report(retrial: Retrial, service: str, seconds: float) -> str:
         "failed": f"failed again, next attempt in {span(retrial.after)}: {error}",
         "running": f"still running after {seconds:g} s.",
         "waiting": (
-            f"put back, but no worker of {service!r} took it within {seconds:g} s. Start a worker: "
-            "flask eventbus run"
+            f"put back, but no worker of {kept.service!r} took it within {seconds:g} s. Start a "
+            f"worker: {kept.command} run"
         ),
     }[retrial.state]
     return f"{printable(retrial.letter.shown)}: {outcome}"
@@ -244,7 +244,7 @@ def _dead_letters(program: Program) -> Iterator[DeadLetters]:
     service = program.service
 
     with program.streams("dead") as access:
-        yield DeadLetters(access, service)
+        yield DeadLetters(access, service, command=program.command)
 
 
 def _chosen(ids: Sequence[str], of_all: bool, **options: Any) -> Choice:
@@ -413,11 +413,11 @@ def _retry(kept: DeadLetters, letters: Sequence[Letter], wait: float) -> int:
             )
 
     for retrial in retrials.settled(put_back, wait):
-        click.echo(retrial_report(retrial, kept.service, wait))
+        click.echo(retrial_report(retrial, kept, wait))
 
     for retrial in put_back:
         if not retrial.is_settled:
-            click.echo(retrial_report(retrial, kept.service, wait))
+            click.echo(retrial_report(retrial, kept, wait))
 
     return sum(retrial.state == "handled" for retrial in put_back)
 

@@ -99,7 +99,7 @@ def test_the_note_for_listen_false_names_the_command_that_listens() -> None:
 
     [finding] = [each for each in check_program(bus.node) if each.level == "note"]
 
-    assert finding.remedy == "Run 'flask eventbus run' as well."
+    assert finding.remedy == "Run 'python -m flask_eventbus run' as well."
 
 
 def test_a_route_of_flasks_own_signal_needs_no_payload_function() -> None:
@@ -452,7 +452,7 @@ def test_an_outbox_without_its_table_is_an_error_and_waiting_events_are_a_note(
     assert missing.text.endswith(
         "shop.db has no table 'eventbus_outbox': sending events of the outbox fails."
     )
-    assert "'flask eventbus relay --create-table'" in missing.remedy
+    assert "'python -m flask_eventbus relay --create-table'" in missing.remedy
     assert there.level == "ok"
     assert (waiting.level, waiting.text) == ("note", "There is 1 event in the outbox.")
 
@@ -970,21 +970,22 @@ def test_a_backlog_in_a_stream_is_a_note_that_names_the_command(
     bus.on("user_*", via="stream")(receive)
 
     found = [(each.text, each.remedy) for each in check(bus.node) if each.level == "note"]
+    program = f"python -m flask_eventbus --url {lasting_redis.url} --service mailer"
     words = ["--url", lasting_redis.url, "check"]
     of_all = CliRunner().invoke(main, words).output
 
     assert found == [
         (
             "'mailer' has 1 dead letter of 'user_registered'.",
-            "To list them: flask eventbus dead list --signal user_registered",
+            f"To list them: {program} dead list --signal user_registered",
         ),
         (
             "'mailer' retries 1 failed receiver of 'user_registered'.",
-            "To follow them: flask eventbus status",
+            f"To follow them: {program} status",
         ),
         (
             "'mailer' has yet to read 2 events of 'user_registered'.",
-            "To see whether the lag falls: flask eventbus status --watch",
+            f"To see whether the lag falls: {program} status --watch",
         ),
     ]
     assert "note     'audit' has yet to read 3 events of 'user_registered'.\n" in of_all
@@ -1247,6 +1248,22 @@ error    'EVENTBUS_SERVICE' is not set. Set it to this service's name, for examp
 1 error, 0 warnings.
 """
     )
+
+
+def test_hints_of_an_app_name_the_commands_of_flask(lasting_redis: RedisServer) -> None:
+    StreamStore(lasting_redis, "eventbus").give_up("user_registered")
+
+    def create_app() -> Flask:
+        app = Flask("shop")
+        app.config.update(EVENTBUS_SERVICE="mailer", EVENTBUS_URL=lasting_redis.url)
+        app.config.update(EVENTBUS_LISTEN=False)
+        EventBus(app).on("user_registered", via="stream")(receive)
+        return app
+
+    output = check_app(create_app).output
+
+    assert "-> Run 'flask eventbus run' as well.\n" in output
+    assert "-> To list them: flask eventbus dead list --signal user_registered\n" in output
 
 
 def test_an_app_without_a_bus_is_a_finding() -> None:

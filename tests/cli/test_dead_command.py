@@ -31,6 +31,9 @@ from flask_eventbus.streams.outcomes import readable
 
 HOUR = 3_600_000
 
+#: How the commands without an app are called.
+PROGRAM = "python -m flask_eventbus"
+
 SUBCOMMANDS = ("list", "show", "retry", "drop", "purge")
 
 
@@ -465,7 +468,7 @@ def test_a_missing_dead_letter_is_reported_and_nothing_is_done(
     assert result.exit_code == 1
     assert "'mailer' has no such dead letter: '12-0'." in result.stderr
     assert "\x1b" not in result.output
-    assert "Nothing was done. To list the dead letters: flask eventbus dead list" in result.stderr
+    assert f"Nothing was done. To list the dead letters: {PROGRAM} dead list" in result.stderr
     assert store.dead("user_registered") == [found]
 
 
@@ -659,7 +662,7 @@ def test_dead_retry_gives_the_failed_receiver_all_its_attempts(store: StreamStor
     assert result.exit_code == 1
     assert result.output == (
         f"{found} paid mailer.receivers.send_welcome: put back, but no worker of 'mailer' took it "
-        "within 0.2 s. Start a worker: flask eventbus run\n"
+        f"within 0.2 s. Start a worker: {PROGRAM} run\n"
     )
 
 
