@@ -25,9 +25,8 @@ from .logs import Counters, get_logger
 from .publisher.message import check_route
 from .publisher.publisher import Publisher
 from .receivers.dispatcher import Dispatcher
-from .routing.bridges import Bridges
-from .routing.bus_signal import Receiver
-from .routing.registry import Registry
+from .routing.options import Receiver
+from .routing.registry import Bridges, Registry
 from .routing.routes import Route, read_routes
 from .routing.subscriptions import Subscription, merge, read_subscriptions
 from .sending import Sending, orphaned

@@ -14,8 +14,8 @@ from blinker import NamedSignal, Namespace, Signal
 from ..config import Age
 from ..node import Node
 from ..receivers.dispatcher import allowed, name_of
-from ..routing.bus_signal import Bridge, BusNamespace, Receiver, SendingSignal
-from ..routing.options import is_pattern, matches
+from ..routing.bus_signal import Bridge, BusNamespace, SendingSignal
+from ..routing.options import Receiver, is_pattern, matches
 from ..routing.routes import Route
 from ..routing.subscriptions import NEW, Subscription, subscription_for
 

@@ -16,8 +16,7 @@ from ..admin.overview import Connected, Overview, connected_to
 from ..errors import ConfigError
 from ..node import Node
 from ..receivers.dispatcher import name_of, unfit_signature
-from ..routing.bus_signal import Receiver
-from ..routing.options import is_pattern
+from ..routing.options import Receiver, is_pattern
 from ..routing.routes import Route, is_built_in
 from ..routing.subscriptions import Subscription
 from ..text import counted

@@ -17,7 +17,8 @@ from ..coroutines import run_coroutine
 from ..errors import ReceiverError, Reject, Retry
 from ..event import Event, PackedPayload, handling, opened
 from ..logs import BoundedLog, get_logger, text_of
-from ..routing.bus_signal import Receiver
+from ..routing.bus_signal import BusSignal
+from ..routing.options import Receiver
 from ..signals import emit_now, receiver_failed, receiver_succeeded
 from ..transport.connections import Context
 
@@ -53,7 +54,8 @@ class Dispatcher:
         self._service = context.config.service
         self._logs_events = context.config.log_events
         self._counters = context.counters
-        self._receivers = registry.receivers_of
+        self._signals = registry.namespace
+        self._search = registry.receivers_of
         self._timeout = registry.timeout_of
         #: Returns the receivers of a signal, from any source, in the order of their connection.
         self.connected = registry.connected_to
@@ -65,6 +67,12 @@ class Dispatcher:
 
     def has_receivers(self, name: str) -> bool:
         """Return True if this process has a receiver for ``name``, from any source."""
+        signal = self._signals.get(name)
+
+        # Without a search of the registry, which every read of a stream would repeat.
+        if isinstance(signal, BusSignal) and any(list(signal.cached_receivers.values())):
+            return True
+
         return bool(self.connected(name))
 
     def receivers(self, event: Event, *, only: str | None = None) -> Sequence[Receiver]:
@@ -72,7 +80,14 @@ class Dispatcher:
 
         :param only: return the receiver with this name only.
         """
-        found = self._receivers(event.name, event.source)
+        signal = self._signals.get(event.name)
+        found: Sequence[Receiver] | None = None
+
+        # A signal of the bus empties its cache as soon as a receiver connects or disconnects.
+        if isinstance(signal, BusSignal) and not signal.is_muted:
+            found = signal.cached_receivers.get(event.source)
+
+        found = found or self._search(event.name, event.source)
 
         if only is None:
             return found
@@ -90,10 +105,8 @@ class Dispatcher:
         :param only: run the receiver with this name only.
         :param receivers: the result of :meth:`receivers`, if the caller has it already.
         """
-        if only is not None:
+        if only is not None or receivers is None:
             receivers = self.receivers(event, only=only)
-        elif receivers is None:
-            receivers = self._receivers(event.name, event.source)
 
         if not receivers:
             if only is None:

@@ -6,7 +6,7 @@ At the start, ``routes`` and ``subscriptions`` read ``EVENTBUS_PUBLISH`` and
 
 An event that is sent starts at a ``bus_signal``, the signal that ``bus.signal(name)`` returns. It
 calls the local receivers, then its ``Bridge``, which makes the payload and passes it to the
-publisher. ``bridges`` adds one to each signal that a route selects.
+publisher. ``registry`` adds one to each signal that a route selects.
 
 For an event that arrives, ``registry`` returns the receivers.
 """

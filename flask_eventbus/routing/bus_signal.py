@@ -19,12 +19,11 @@ from blinker import ANY, NamedSignal, Namespace, Signal
 from ..coroutines import run_coroutine
 from ..errors import PayloadError
 from ..logs import BoundedLog, get_logger, text_of
-from .options import check_signal_name
+from .options import Receiver, check_signal_name
 from .routes import Route
 
 logger = get_logger(__name__)
 
-Receiver = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: Number of senders whose receivers a signal caches. Their names come from Redis, so it is bounded.

@@ -1,10 +1,12 @@
-"""Read names of signals, patterns and the options that routes and subscriptions share."""
+"""Read names of signals and patterns, and the options of signals and receivers."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
@@ -18,6 +20,8 @@ from ..typing import Via
 _PATTERN = re.compile(r"[\w./*?-]{1,128}")
 
 _VIAS = get_args(Via)
+
+Receiver = Callable[..., Any]
 
 
 def check_signal_name(name: object, where: str) -> str:
@@ -143,3 +147,70 @@ def read_flag(where: str, value: Any) -> bool:
 
 def shown(entry: Any) -> Any:
     return entry.name if isinstance(entry, NamedSignal) else entry
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverOptions:
+    """The options of one receiver; ``None`` for the defaults of its subscription."""
+
+    #: Number of retries after a failure.
+    retries: int | None = None
+    #: Seconds after which a coroutine is cancelled.
+    timeout: float | None = None
+
+    def check(self, receiver: Receiver, where: str) -> None:
+        """Check that the receiver can be cancelled if it has a timeout.
+
+        :raises ConfigError: it has a timeout and is not a coroutine function.
+        """
+        if self.timeout is not None and not is_coroutine_function(receiver):
+            raise ConfigError(
+                f"{where}: {receiver!r} has a timeout, and Python cannot interrupt a function that "
+                "is not 'async def'. Write it as 'async def', or remove the timeout and set one in "
+                "the call that blocks, for example requests.get(..., timeout=5)."
+            )
+
+
+DEFAULTS = ReceiverOptions()
+
+
+class AllReceiverOptions:
+    """The options of all receivers of a bus, by the name or pattern of their connection."""
+
+    def __init__(self) -> None:
+        self._by_receiver: dict[object, list[tuple[str, Receiver, ReceiverOptions]]] = {}
+
+    def add(self, name: str, receiver: Receiver, options: ReceiverOptions) -> None:
+        """Store the options with which a receiver was connected to ``name``."""
+        if options != DEFAULTS:
+            known = self._by_receiver.setdefault(_identity(receiver), [])
+            known.append((name, receiver, options))
+
+    def find(self, name: str, receiver: Receiver) -> ReceiverOptions:
+        """Return the options of a receiver for events of ``name``; the latest, if several match."""
+        known = self._by_receiver.get(_identity(receiver), ())
+        found = (options for pattern, _, options in reversed(known) if matches(pattern, name))
+        return next(found, DEFAULTS)
+
+
+def read_timeout(where: str, value: object) -> float | None:
+    if value is None:
+        return None
+
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 86_400:
+        return float(value)
+
+    raise ConfigError(f"{where} is {value!r}. Set it to a number of seconds, more than 0.")
+
+
+def is_coroutine_function(receiver: Receiver) -> bool:
+    """Return True if a call of ``receiver`` returns a coroutine."""
+    call = getattr(receiver, "__call__", None)  # noqa: B004 - the method itself is inspected
+    return inspect.iscoroutinefunction(receiver) or inspect.iscoroutinefunction(call)
+
+
+def _identity(receiver: Receiver) -> object:
+    """Return a key that is equal for each access to the same bound method."""
+    owner = getattr(receiver, "__self__", None)
+    function = getattr(receiver, "__func__", None)
+    return id(receiver) if owner is None or function is None else (id(owner), id(function))

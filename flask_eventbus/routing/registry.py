@@ -1,13 +1,13 @@
-"""The registry of a bus: the signals, routes, subscriptions and receivers declared in code."""
+"""The signals, routes, subscriptions and receivers declared in code, and the bridges for them."""
 
 from __future__ import annotations
 
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -17,81 +17,21 @@ from ..codec.codec import Codec
 from ..config import TIMING, Timing
 from ..errors import ConfigError
 from ..typing import Extractor, Via
-from .bus_signal import Bridge, BusNamespace, BusSignal, Receiver, adopt
-from .options import check_signal_name, is_pattern, matches
+from .bus_signal import Bridge, BusNamespace, BusSignal, adopt
+from .options import (
+    AllReceiverOptions,
+    Receiver,
+    ReceiverOptions,
+    check_signal_name,
+    is_pattern,
+    matches,
+    read_timeout,
+)
 from .routes import Route, read_route
 from .subscriptions import Subscription, read_subscription, unite
 
 if TYPE_CHECKING:
     from ..node import Node
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiverOptions:
-    """The options of one receiver; ``None`` for the defaults of its subscription."""
-
-    #: Number of retries after a failure.
-    retries: int | None = None
-    #: Seconds after which a coroutine is cancelled.
-    timeout: float | None = None
-
-    def check(self, receiver: Receiver, where: str) -> None:
-        """Check that the receiver can be cancelled if it has a timeout.
-
-        :raises ConfigError: it has a timeout and is not a coroutine function.
-        """
-        if self.timeout is not None and not is_coroutine_function(receiver):
-            raise ConfigError(
-                f"{where}: {receiver!r} has a timeout, and Python cannot interrupt a function that "
-                "is not 'async def'. Write it as 'async def', or remove the timeout and set one in "
-                "the call that blocks, for example requests.get(..., timeout=5)."
-            )
-
-
-DEFAULTS = ReceiverOptions()
-
-
-class AllReceiverOptions:
-    """The options of all receivers of a bus, by the name or pattern of their connection."""
-
-    def __init__(self) -> None:
-        self._by_receiver: dict[object, list[tuple[str, Receiver, ReceiverOptions]]] = {}
-
-    def add(self, name: str, receiver: Receiver, options: ReceiverOptions) -> None:
-        """Store the options with which a receiver was connected to ``name``."""
-        if options != DEFAULTS:
-            known = self._by_receiver.setdefault(_identity(receiver), [])
-            known.append((name, receiver, options))
-
-    def find(self, name: str, receiver: Receiver) -> ReceiverOptions:
-        """Return the options of a receiver for events of ``name``; the latest, if several match."""
-        known = self._by_receiver.get(_identity(receiver), ())
-        found = (options for pattern, _, options in reversed(known) if matches(pattern, name))
-        return next(found, DEFAULTS)
-
-
-def _read_timeout(where: str, value: object) -> float | None:
-    if value is None:
-        return None
-
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 86_400:
-        return float(value)
-
-    raise ConfigError(f"{where} is {value!r}. Set it to a number of seconds, more than 0.")
-
-
-def is_coroutine_function(receiver: Receiver) -> bool:
-    """Return True if a call of ``receiver`` returns a coroutine."""
-    call = getattr(receiver, "__call__", None)  # noqa: B004 - the method itself is inspected
-    return inspect.iscoroutinefunction(receiver) or inspect.iscoroutinefunction(call)
-
-
-def _identity(receiver: Receiver) -> object:
-    """Return a key that is equal for each access to the same bound method."""
-    owner = getattr(receiver, "__self__", None)
-    function = getattr(receiver, "__func__", None)
-    return id(receiver) if owner is None or function is None else (id(owner), id(function))
-
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -238,7 +178,7 @@ class Registry:
         # The number of retries belongs to this receiver, not to the subscription of the service.
         subscription = replace(found, retries=None)
         receiver_options = ReceiverOptions(
-            found.retries, _read_timeout(f"{where}['timeout']", timeout)
+            found.retries, read_timeout(f"{where}['timeout']", timeout)
         )
         senders = (ANY,) if subscription.sources is None else tuple(sorted(subscription.sources))
 
@@ -354,7 +294,7 @@ class Registry:
             return []
 
         if isinstance(signal, BusSignal):
-            return signal.cached_receivers.get(source) or signal.local_receivers(source)
+            return signal.local_receivers(source)
 
         return [r for r in signal.receivers_for(source) if not isinstance(r, Bridge)]
 
@@ -471,3 +411,94 @@ def _connect(signal: NamedSignal, receiver: Receiver, senders: tuple[Any, ...]) 
 
     for sender in senders:
         signal.connect(receiver, sender=sender, weak=False)
+
+
+class Bridges:
+    """Connects a bridge to each signal that a route selects, present and future.
+
+    :param configured: the routes of the settings; they override those declared in code.
+    :param publish: publishes one emission, given its name, payload and route.
+    :param owns: returns True if emissions of this sender belong to this node; ``None`` if all do.
+    :param check: raises :exc:`.ConfigError` for a route that the server cannot serve.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        configured: Mapping[str, Route],
+        publish: Callable[[str, Mapping[str, Any], Route], None],
+        publish_async: Callable[[str, Mapping[str, Any], Route], Awaitable[None]],
+        owns: Callable[[Any], bool] | None,
+        check: Callable[[Route], None],
+    ) -> None:
+        self._registry = registry
+        self._configured = configured
+        self._publish = publish
+        self._publish_async = publish_async
+        self._owns = owns
+        self._check = check
+        #: Bridges by id of the signal and name. The signals are kept too, so that ids stay unique.
+        self._bridges: dict[tuple[int, str], tuple[Signal, Bridge]] = {}
+        #: The routes that are patterns, those of the settings first.
+        self._patterns: list[Route] = []
+
+    @property
+    def routes(self) -> dict[str, Route]:
+        """All routes by name; those of the settings override those declared in code."""
+        return {**self._registry.routes, **self._configured}
+
+    def connect_all(self) -> None:
+        """Connect the signals of all routes."""
+        for name in self.routes:
+            self.connect(name)
+
+    def connect(self, name: str) -> None:
+        """Connect the signals that the route ``name`` selects."""
+        route = self._route_named(name)
+
+        if route is None:
+            return
+
+        self._check(route)
+
+        if route.signal is not None:
+            self._bridge(route.signal, name, route)
+        elif is_pattern(name):
+            self._connect_pattern()
+        else:
+            self._bridge(self._registry.make(name), name, route)
+
+    def route_for(self, name: str) -> Route | None:
+        """Return the route of this name, else the first pattern that matches it."""
+        patterns = (route for route in self._patterns if route.covers(name))
+        return self._route_named(name) or next(patterns, None)
+
+    def connect_signal(self, signal: NamedSignal) -> None:
+        """Connect a signal of the bus, if a route selects it."""
+        route = self.route_for(signal.name)
+
+        if route is not None and route.signal is None:
+            self._bridge(signal, signal.name, route)
+
+    def _connect_pattern(self) -> None:
+        both = (self._configured, self._registry.routes)
+        self._patterns = [r for routes in both for r in routes.values() if is_pattern(r.name)]
+
+        for signal in list(self._registry.namespace.values()):
+            self.connect_signal(signal)
+
+    def _route_named(self, name: str) -> Route | None:
+        return self._configured.get(name) or self._registry.routes.get(name)
+
+    def _bridge(self, signal: Signal, name: str, route: Route) -> None:
+        key = (id(signal), name)
+
+        if key in self._bridges:
+            self._bridges[key][1].route = route
+            return
+
+        bridge = Bridge(name, route, self._publish, self._publish_async, self._owns)
+        self._bridges[key] = (signal, bridge)
+
+        # Signals hold bridges weakly: they are freed together with the app.
+        adopt(signal).add_bridge(bridge)

@@ -18,7 +18,7 @@ from ..event import Event, opened
 from ..logs import BoundedLog, Counters, get_logger, traceback_of
 from ..receivers.delivery import Delivery
 from ..receivers.dispatcher import Dispatcher, Failure, FailureLog, allowed, judge
-from ..routing.bus_signal import Receiver
+from ..routing.options import Receiver
 from ..routing.subscriptions import Subscription
 from ..signals import emit, events_dropped
 from ..text import plain
