@@ -169,10 +169,11 @@ class WorkerThreads:
         """Return True if the calling thread is a worker thread."""
         return threading.current_thread() in self._threads
 
-    def start(self, handle: Callable[[Sequence[Delivery]], None]) -> None:
+    def start(self, handle: Callable[[Sequence[Delivery]], float]) -> None:
         """Start the threads unless they were started before.
 
-        :param handle: runs the receivers of stream deliveries and acknowledges them.
+        :param handle: runs the receivers of stream deliveries and acknowledges them; returns the
+            seconds that the receivers took.
         """
         if self._threads:
             return
@@ -262,7 +263,7 @@ class WorkerThreads:
             left,
         )
 
-    def _run(self, number: int, handle: Callable[[Sequence[Delivery]], None]) -> None:
+    def _run(self, number: int, handle: Callable[[Sequence[Delivery]], float]) -> None:
         alone = self._config.concurrency == 1
 
         with kept_loop():
@@ -309,18 +310,18 @@ class WorkerThreads:
                 self._work.wait()
 
     def _handle_all(
-        self, deliveries: Sequence[Delivery], handle: Callable[[Sequence[Delivery]], None]
+        self, deliveries: Sequence[Delivery], handle: Callable[[Sequence[Delivery]], float]
     ) -> None:
-        start = time.monotonic()
+        seconds = 0.0
 
         try:
-            handle(deliveries)
+            seconds = handle(deliveries)
         except Exception:
             # A defect must not end the thread. Entries that are not acknowledged stay pending.
             self._counters.add("handling_failed")
             logger.exception("%d stream events were not handled.", len(deliveries))
         finally:
-            self.queue.done(deliveries, time.monotonic() - start)
+            self.queue.done(deliveries, seconds)
 
     def _dispatch(self, events: Sequence[Event]) -> None:
         for position, event in enumerate(events, start=1):
@@ -355,7 +356,7 @@ READ_BYTES = 16 * 1024 * 1024
 #: Memory use in bytes above which a thread takes no more deliveries at once.
 PICK_BYTES = 4 * 1024 * 1024
 
-#: Assumed duration of one delivery in seconds, until the first was handled.
+#: Assumed seconds that the receivers of one delivery take, until the first was handled.
 GUESS = 0.02
 
 
@@ -418,7 +419,7 @@ class DeliveryQueue:
         self._taken = 0
         #: Approximate memory use of all deliveries, in bytes.
         self.memory = 0
-        #: Approximate duration of one delivery, in seconds.
+        #: Approximate seconds that the receivers of one delivery take.
         self._pace = GUESS
         self._closed = False
         #: Number of threads that handle deliveries.
@@ -499,7 +500,7 @@ class DeliveryQueue:
         return picked
 
     def done(self, deliveries: Sequence[Delivery], seconds: float) -> None:
-        """Report that deliveries are handled, and how many seconds that took."""
+        """Report that deliveries are handled, and how many seconds their receivers took."""
         count = len(deliveries)
 
         with self._rest:

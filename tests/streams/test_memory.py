@@ -39,12 +39,14 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 HEARER = """
 import resource, sys, threading
 from flask_eventbus import Bus
+from flask_eventbus.config import Timing
 from flask_eventbus.receivers import workers
 
 # Memory alone limits what is read ahead, however slow the machine is.
 workers.AHEAD = 1_000_000
+timing = Timing(pause_reading_after=600.0, release_after=600.0)
 
-bus = Bus(sys.argv[1], service="listener", prefix=sys.argv[2])
+bus = Bus(sys.argv[1], service="listener", prefix=sys.argv[2], _timing=timing)
 hold = threading.Event()
 handled = 0
 

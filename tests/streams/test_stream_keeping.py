@@ -195,13 +195,13 @@ def test_an_internal_error_stops_no_receiver_thread(
     runs: list[object] = []
     run = attempts.Attempts.run
 
-    def stumble_once(self: attempts.Attempts, deliveries: Any) -> None:
+    def stumble_once(self: attempts.Attempts, deliveries: Any) -> float:
         runs.append(deliveries)
 
         if len(runs) == 1:
             raise RuntimeError("a defect")
 
-        run(self, deliveries)
+        return run(self, deliveries)
 
     monkeypatch.setattr(attempts.Attempts, "run", stumble_once)
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
@@ -325,6 +325,42 @@ def test_the_log_says_that_refused_outcomes_were_accepted_once_all_of_them_are(
     wait_until(lambda: "Redis accepted the outcomes" in caplog.text, what="it is logged")
     assert is_refused == []
     assert caplog.text.count("Redis accepted the outcomes") == 1
+
+
+@pytest.mark.parametrize("attempts", [[1], [1, 2]], ids=["first", "retry"])
+def test_a_slow_answer_of_redis_does_not_make_the_process_read_less_ahead(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, attempts: list[int]
+) -> None:
+    tries: list[int] = []
+    slow: list[object] = []
+    run = Pipe.run
+
+    def answer_slowly(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
+        words = [command[0] for command in commands]
+
+        # The start of a retry is written before its receiver runs, and the outcome after it.
+        if words == ["XACK"] or "ZADD" in words:
+            slow.append(commands)
+            time.sleep(0.3)
+
+        return run(pipe, commands, **how)
+
+    def receive(sender: str, n: int) -> None:
+        tries.append(current_event.attempt)
+
+        if current_event.attempt < attempts[-1]:
+            raise ValueError
+
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    listen(bus, receive)
+    before = bus.node._inbound.pool.queue.room
+    monkeypatch.setattr(Pipe, "run", answer_slowly)
+    store.add("tick", n=1)
+
+    wait_until(lambda: tries == attempts, what="the receiver has run")
+    wait_until(lambda: not bus.health().lag, what="the outcome is written")
+    assert len(slow) >= len(attempts)
+    assert bus.node._inbound.pool.queue.room >= before
 
 
 def test_a_delivery_that_was_queued_twice_does_not_count_as_stalled(store: StreamStore) -> None:
