@@ -22,7 +22,7 @@ from ..routing.routes import Route
 from ..text import reason_of
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
-from ..transport.rights import ADD, PUBLISH, grant_the_user, remedy
+from ..transport.keys import ADD, PUBLISH, grant_the_user, remedy
 from ..transport.urls import trouble_of
 from .server import TIMEOUT
 

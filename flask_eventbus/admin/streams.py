@@ -22,9 +22,8 @@ from ..logs import get_logger
 from ..text import printable, reason_of, seconds_of
 from ..transport.connection import OUTAGE, milliseconds_of
 from ..transport.connections import Connections
-from ..transport.keys import StreamKeys
+from ..transport.keys import StreamKeys, grant_the_user, is_missing_right, repair, right_of
 from ..transport.pipe import SAMPLE, Command, Pipe
-from ..transport.rights import grant_the_user, is_missing_right, repair, right_of
 from ..transport.urls import trouble_of
 
 logger = get_logger(__name__)

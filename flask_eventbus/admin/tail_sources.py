@@ -20,10 +20,18 @@ from ..routing.options import is_pattern, matches
 from ..text import printable, reason_of
 from ..transport.connection import milliseconds_of
 from ..transport.connections import Connections
-from ..transport.keys import ChannelKeys, StreamKeys
+from ..transport.keys import (
+    LISTEN,
+    LISTEN_PATTERN,
+    READ,
+    SEARCH,
+    ChannelKeys,
+    StreamKeys,
+    grant_the_user,
+    remedy,
+)
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import Backoff
-from ..transport.rights import LISTEN, LISTEN_PATTERN, READ, SEARCH, grant_the_user, remedy
 
 if TYPE_CHECKING:
     from .tail import Tail

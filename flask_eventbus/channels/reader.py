@@ -18,8 +18,7 @@ from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import Subscription
 from ..transport.connection import OUTAGE, Connection, read_reply, refusal_of, set_deadline
 from ..transport.connections import Connections, NotMasterError
-from ..transport.keys import ChannelKeys
-from ..transport.rights import LISTEN, LISTEN_PATTERN, grant_its_user
+from ..transport.keys import LISTEN, LISTEN_PATTERN, ChannelKeys, grant_its_user
 
 logger = get_logger(__name__)
 

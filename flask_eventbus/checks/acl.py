@@ -20,12 +20,11 @@ from ..node import Node
 from ..routing.options import is_pattern
 from ..routing.subscriptions import Subscription
 from ..text import reason_of
-from ..transport import rights
+from ..transport import keys as rights
 from ..transport.connection import set_deadline, timed_connection
 from ..transport.connections import Connections
-from ..transport.keys import ChannelKeys, StreamKeys
+from ..transport.keys import ChannelKeys, StreamKeys, is_missing_right, repair, right_of
 from ..transport.pipe import Command
-from ..transport.rights import is_missing_right, repair, right_of
 from .findings import Finding, error, listed, note, ok, warning
 
 #: Commands without which a worker still reads, and does not maintain the group.

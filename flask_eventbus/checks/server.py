@@ -23,8 +23,7 @@ from ..streams.alarms import too_many_names
 from ..text import counted, reason_of
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
-from ..transport.keys import StreamKeys
-from ..transport.rights import grant_the_user
+from ..transport.keys import StreamKeys, grant_the_user
 from ..transport.urls import AdvisedError, without_secrets
 from .acl import check_access, check_listening, check_publishing, check_stream_rights
 from .findings import Finding, error, listed, note, ok, warning

@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import PublishError
 from ..logs import BoundedLog, Counters, Whole, get_logger
 from ..signals import emit, events_dropped, publisher_lost, publisher_restored
+from ..transport.keys import ADD, PUBLISH, grant_its_user, is_missing_right
 from ..transport.reconnect import Backoff
-from ..transport.rights import ADD, PUBLISH, grant_its_user, is_missing_right
 from .message import Message, TooFewReplicasError
 
 logger = get_logger(__name__)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from typing import Any, get_args
 
 from blinker import NamedSignal, Signal
@@ -58,18 +59,13 @@ def load(where: str, path: str) -> Any:
     module_name, _, attribute = path.partition(":")
 
     try:
-        found: Any = importlib.import_module(module_name)
-
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        return attrgetter(attribute)(importlib.import_module(module_name))
     except Exception as error:
         # Any error that the module raises on import is a fault of this setting.
         raise ConfigError(
             f"{where}: {path!r} cannot be imported: {type(error).__name__}: {error}. Write "
             "'package.module:name' of an object that can be imported."
         ) from error
-
-    return found
 
 
 def entries_of(value: Any, where: str) -> Iterable[tuple[Any, Any]]:

@@ -18,8 +18,8 @@ from ..receivers.workers import DeliveryQueue
 from ..routing.subscriptions import Subscription
 from ..signals import emit, event_rejected
 from ..transport.connections import Context
+from ..transport.keys import SEEN, TRANSACTION, remedy
 from ..transport.pipe import SAMPLE, Command, Large, Pipe
-from ..transport.rights import SEEN, TRANSACTION, remedy
 from .acknowledger import Acknowledger
 from .group import Entry, Fields
 from .outcomes import Outcome, Outcomes

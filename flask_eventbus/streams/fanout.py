@@ -16,9 +16,9 @@ from ..receivers.conflicts import SECRET, Conflicts, Finding, compare
 from ..receivers.workers import BatchSize, DeliveryQueue
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.connections import Context
+from ..transport.keys import FOLLOW, remedy
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import ReadingThread
-from ..transport.rights import FOLLOW, remedy
 from .alarms import behind, far_ahead, last_id, passed, report_trimmed, report_trimmed_over
 from .decoder import EntryDecoder
 from .group import Entry, entries_of

@@ -12,9 +12,8 @@ from ..codec.records import EntryId, entry_id, id_text
 from ..config import TIMING, Timing
 from ..logs import get_logger
 from ..transport.connection import takes_no_writes
-from ..transport.keys import StreamKeys
+from ..transport.keys import DEAD, GROUP, RETRIES, TRANSACTION, StreamKeys, remedy
 from ..transport.pipe import SAMPLE, Command, Large, Pipe
-from ..transport.rights import DEAD, GROUP, RETRIES, TRANSACTION, remedy
 from .alarms import Position, as_dict, position_of
 
 logger = get_logger(__name__)

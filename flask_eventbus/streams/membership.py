@@ -15,8 +15,8 @@ from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.connection import milliseconds_of
 from ..transport.connections import Context
+from ..transport.keys import SEARCH, SINCE, TIME, grant_its_user
 from ..transport.pipe import Pipe
-from ..transport.rights import SEARCH, SINCE, TIME, grant_its_user
 from .alarms import Trims, too_many_names
 from .decoder import Duplicates, Intake
 from .group import Group, GroupGoneError

@@ -24,9 +24,8 @@ from ..signals import emit, events_dropped
 from ..text import plain
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
-from ..transport.keys import StreamKeys
+from ..transport.keys import StreamKeys, remedy, right_of
 from ..transport.pipe import Command, Pipe
-from ..transport.rights import remedy, right_of
 from .group import Entry
 
 logger = get_logger(__name__)

@@ -22,8 +22,8 @@ from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import Delivery
 from ..routing.subscriptions import Subscription
 from ..transport.connections import Context
+from ..transport.keys import SEARCH, grant_its_user
 from ..transport.pipe import Command, Pipe
-from ..transport.rights import SEARCH, grant_its_user
 from .acknowledger import Acknowledger
 from .outcomes import Outcome, Outcomes
 

@@ -5,12 +5,12 @@ A command passes through the files in this order:
 1. ``urls`` parses ``EVENTBUS_URL`` and explains why a connection failed.
 2. ``connections`` opens a connection to a single server, to the master that Sentinels name, or
    to a node of a cluster, and rejects a replica. For ``embedded://``, ``embedded`` first starts a
-   development server, and ``supervisor`` ends it after its last user.
+   development server, which ends after its last user.
 3. ``connection`` makes a redis-py connection that keeps a deadline, and names its errors.
-4. ``keys`` builds the key names that the command uses.
+4. ``keys`` builds the key names that the command uses, and names the rights that it needs and the
+   remedy if Redis refuses it.
 5. ``pipe`` sends a batch of commands and reads their replies. It keeps the time of the Redis
    server as well.
 
-``rights`` names the rights that commands need, and the remedy if Redis refuses one.
 ``reconnect`` runs the threads that read, and connects again after an outage.
 """

@@ -1,14 +1,19 @@
 """Start a Redis server for development, shared by all processes of one user on one machine.
 
-Each process that uses the server holds a shared lock on the server's lease file. The first one
-starts :mod:`.supervisor`, which runs the server and ends it after its last user. The locks are
+Each process that uses the server holds a shared lock on the file ``lease`` in the server's
+directory. The kernel releases the lock when the process ends, even if it is killed. The locks are
 ``flock`` locks, which a forked child inherits with the open file. The child therefore closes its
 copies, and takes a lock of its own when it connects.
+
+The first process starts a supervisor in the background, the parent of the server. The supervisor
+waits for the exclusive lock. Once it has the lock, the server has no users left: the supervisor
+ends the server and removes the directory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -17,10 +22,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -29,8 +36,6 @@ from typing import TypeVar
 
 from ..ending import after_fork, notice_fork
 from ..errors import ConfigError
-from . import supervisor
-from .supervisor import READY, answers, is_at, lock, remove_unless_used
 
 #: Seconds that :func:`join` waits for the server to answer.
 START_TIMEOUT = 10.0
@@ -41,7 +46,22 @@ OLDEST_VERSION = (6, 2)
 #: Longest path of a socket in bytes that every system accepts (macOS; Linux accepts 107).
 SOCKET_PATH_BYTES = 103
 
+#: Seconds to wait for the answer to a PING before the server counts as hanging.
+PING_TIMEOUT = 1.0
+
+#: Written to the standard output of the supervisor once the server answers.
+_READY = b"ready"
+
+#: The program of the supervisor. It runs without the site-packages, so that it starts fast.
+_SUPERVISOR = """
+import sys
+sys.path.append(sys.argv[1])
+from flask_eventbus.transport.embedded import supervise
+supervise(sys.argv[2], sys.argv[3])
+"""
+
 _POLL_SECONDS = 0.01
+_PR_SET_PDEATHSIG = 1
 _SERVERS = ("redis-server", "valkey-server")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 _VERSION = re.compile(r"\bv=(\d+)\.(\d+)")
@@ -87,7 +107,7 @@ def leave(name: str = "default") -> None:
     lease = _leases.pop(directory, None)
 
     if lease is not None:
-        remove_unless_used(directory, lease)
+        _remove_unless_used(directory, lease)
         _unlock(lease)
 
 
@@ -215,7 +235,7 @@ def _holds_lease(directory: Path) -> bool:
     if held is None:
         return False
 
-    if is_at(held, directory / "lease"):
+    if _is_at(held, directory / "lease"):
         return True
 
     # The directory was deleted by hand, so no other process can find that server.
@@ -226,11 +246,11 @@ def _holds_lease(directory: Path) -> bool:
 
 
 def _ensure_server(directory: Path, deadline: float) -> None:
-    if answers(directory):
+    if _answers(directory):
         return
 
     with _start_lock(directory, deadline):
-        if not answers(directory):
+        if not _answers(directory):
             _start(directory, deadline)
 
 
@@ -274,7 +294,7 @@ def _take_lease(directory: Path) -> int | None:
     except FileNotFoundError:
         return None
 
-    if lock(lease, fcntl.LOCK_SH) and is_at(lease, directory / "lease"):
+    if _lock(lease, fcntl.LOCK_SH) and _is_at(lease, directory / "lease"):
         return lease
 
     os.close(lease)
@@ -291,12 +311,70 @@ def _start_lock(directory: Path, deadline: float) -> Iterator[None]:
     start_lock = os.open(directory / "turn", os.O_RDWR | os.O_CREAT, 0o600)
 
     try:
-        if not _poll(lambda: lock(start_lock, fcntl.LOCK_EX) or None, deadline):
+        if not _poll(lambda: _lock(start_lock, fcntl.LOCK_EX) or None, deadline):
             raise ConfigError(_too_late(directory))
 
         yield
     finally:
         _unlock(start_lock)
+
+
+def _answers(directory: Path) -> bool:
+    """Return True if a server runs in the directory.
+
+    A server that hangs counts as running, because its clients have deadlines of their own.
+    """
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PING_TIMEOUT)
+
+        try:
+            client.connect(str(directory / "socket"))
+            client.sendall(b"PING\r\n")
+            return client.recv(64) != b""
+        except (TimeoutError, BlockingIOError):
+            return True
+        except (FileNotFoundError, ConnectionError):
+            return False
+
+
+def _lock(file: int, kind: int) -> bool:
+    """Lock a file and return True, or return False if it is locked.
+
+    It never waits in the kernel, which would block all greenlets of gevent.
+    """
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+
+    return True
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Return True if the open file is still at the path, neither removed nor replaced."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_unless_used(directory: Path, lease: int) -> None:
+    """Remove the directory if no other process holds its lease.
+
+    :param lease: open lease file of the directory.
+    """
+    if not _lock(lease, fcntl.LOCK_EX) or not _is_at(lease, directory / "lease"):
+        return
+
+    for file in directory.iterdir():
+        if file.name != "lease":
+            file.unlink()
+
+    # Last: once the lease is gone, another process may start a new server in the directory.
+    (directory / "lease").unlink()
+
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def _unlock(file: int) -> None:
@@ -319,10 +397,11 @@ def _start(directory: Path, deadline: float) -> None:
     :raises ConfigError: the server does not start in time.
     """
     executable = find_executable()
+    program = [sys.executable, "-I", "-S", "-c", _SUPERVISOR, str(Path(__file__).parents[2])]
 
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(  # noqa: S603 - the program in the folder of this file
-            [sys.executable, "-I", "-S", supervisor.__file__, str(directory), executable],
+        process = subprocess.Popen(  # noqa: S603 - the program is part of this file
+            [*program, str(directory), executable],
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -343,7 +422,7 @@ def _is_ready(process: subprocess.Popen[bytes], deadline: float) -> bool:
             os.killpg(process.pid, signal.SIGKILL)
             return False
 
-    return said == READY
+    return said == _READY
 
 
 def _did_not_start(directory: Path, executable: str) -> str:
@@ -361,3 +440,75 @@ def _too_late(directory: Path) -> str:
         f"Another process is starting or ending the embedded server in '{directory}', and did not "
         f"finish within {START_TIMEOUT:.0f} seconds. End that process, or {_ELSEWHERE}."
     )
+
+
+def supervise(path: str, executable: str) -> None:
+    """Run the server in a child process until it ends, or until no process holds the lease.
+
+    :param path: the directory of the server.
+    """
+    # The process that started the server need not wait for the child.
+    if os.fork():
+        return
+
+    directory = Path(path)
+    lease = os.open(directory / "lease", os.O_RDWR)
+    server = _run(directory, executable)
+    threading.Thread(target=_end_when_unused, args=(lease, server), daemon=True).start()
+
+    if _wait_until_answering(server, directory):
+        _report_ready()
+
+    server.wait()
+    _remove_unless_used(directory, lease)
+
+
+def _run(directory: Path, executable: str) -> subprocess.Popen[bytes]:
+    options = {
+        "port": "0",
+        "unixsocket": str(directory / "socket"),
+        "unixsocketperm": "700",
+        "dir": str(directory),
+        "save": "",
+        "appendonly": "no",
+        "daemonize": "no",
+        "loglevel": "warning",
+    }
+    command = [executable, *(word for key in options for word in (f"--{key}", options[key]))]
+
+    return subprocess.Popen(  # noqa: S603 - the server that the user's PATH or wheel offers
+        command, stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=_die_with_parent()
+    )
+
+
+def _die_with_parent() -> Callable[[], object] | None:
+    """Return a function that makes a child process die with this one; ``None`` except on Linux."""
+    if sys.platform != "linux":
+        return None
+
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_when_unused(lease: int, server: subprocess.Popen[bytes]) -> None:
+    fcntl.flock(lease, fcntl.LOCK_EX)
+    # The server saves nothing to disk, so it can be killed.
+    server.kill()
+
+
+def _wait_until_answering(server: subprocess.Popen[bytes], directory: Path) -> bool:
+    while server.poll() is None:
+        if _answers(directory):
+            return True
+
+        time.sleep(_POLL_SECONDS)
+
+    return False
+
+
+def _report_ready() -> None:
+    # The process that started the supervisor may be gone, while others use the server.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(sys.stdout.fileno(), _READY)
+
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

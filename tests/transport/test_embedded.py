@@ -21,7 +21,7 @@ import redis
 from waiting import wait_until
 
 from flask_eventbus.errors import ConfigError
-from flask_eventbus.transport import embedded, supervisor
+from flask_eventbus.transport import embedded
 
 pytestmark = pytest.mark.second_look("starts and kills servers that several processes share")
 
@@ -263,7 +263,7 @@ def test_a_killed_server_is_restarted_by_the_next_join() -> None:
 
 
 def test_a_server_that_hangs_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "PING_TIMEOUT", 0.1)
+    monkeypatch.setattr(embedded, "PING_TIMEOUT", 0.1)
     url = embedded.join()
     pid = server_pid(url)
 
