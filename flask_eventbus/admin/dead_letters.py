@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -23,12 +23,22 @@ from ..codec.records import (
     is_entry_id,
 )
 from ..errors import DecodeError, OperationError
+from ..logs import get_logger
 from ..routing.options import is_pattern, matches
+from ..streams.alarms import Alarm
 from ..text import iso, plain, printable
 from .streams import PAGE, TIMEOUT, StreamAccess, as_mapping
 
+logger = get_logger(__name__)
+
 #: Most digits read of a number of attempts, which another program may have written.
 _DIGITS = 9
+
+#: Seconds between reads of the outcomes.
+LOOK = 0.1
+
+#: Most tries to put a dead letter back while others are added meanwhile.
+MAX_TRIES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +85,6 @@ class Letter:
                 for field, value in content.fields.items()
             },
         }
-
-    def is_in(self, bounds: tuple[EntryId, EntryId]) -> bool:
-        """Return True if its id is between the two bounds, both included."""
-        return bounds[0] <= entry_id(self.id) <= bounds[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +135,30 @@ class Choice:
         )
 
 
+@dataclass(slots=True, eq=False)
+class Retrial:
+    """A dead letter that was put back."""
+
+    letter: Letter
+    record: RetryRecord
+    #: Id of the signal's last dead letter at that time; later ones are new.
+    before: str
+    #: ``waiting`` for a worker, ``running``, ``failed`` (with a retry), ``dead`` again, or
+    #: ``handled``.
+    state: str = "waiting"
+    #: Error of the last attempt.
+    error: str = ""
+    #: Seconds until its next attempt.
+    after: float = 0.0
+
+    @property
+    def is_settled(self) -> bool:
+        """True if an attempt has ended."""
+        return self.state not in ("waiting", "running")
+
+
 class DeadLetters:
-    """The dead letters of a service, of all signals.
+    """The dead letters of a service, of all signals; it can put each back for its receiver.
 
     :param command: what the command line starts with, for hints: ``flask eventbus``.
     """
@@ -149,20 +177,19 @@ class DeadLetters:
 
         :raises OperationError: Redis is not available.
         """
-        names = choice.names(self.access.names())
+        names = self._filled(choice.names(self.access.names()))
         named = self._named(names, choice.ids)
-
-        if choice.ids and {letter.id for letter in named}.issuperset(choice.ids):
-            bounds = choice.bounds(self.access.now())
-            yield from (letter for letter in named if choice.fits(letter) and letter.is_in(bounds))
-            return
-
-        counts = self.access.run([("XLEN", self.key(name)) for name in names])
         first, last = choice.bounds(self.access.now())
 
-        for name, count in zip(names, counts, strict=True):
-            if count:
-                yield from filter(choice.fits, self._all(name, first, last))
+        if choice.ids and {letter.id for letter in named}.issuperset(choice.ids):
+            found = filter(choice.fits, named)
+            yield from (letter for letter in found if first <= entry_id(letter.id) <= last)
+            return
+
+        for name in names:
+            for page in self.access.pages(self.key(name), first, last):
+                letters = (_letter(name, id_text(id), fields) for id, fields in page)
+                yield from filter(choice.fits, letters)
 
     def select(self, choice: Choice) -> list[Letter]:
         """Return the dead letters that match, if each id belongs to exactly one.
@@ -222,6 +249,69 @@ class DeadLetters:
         """Return the key of a signal's dead letters."""
         return self.access.keys.dead(name, self.service)
 
+    def put_back(self, letter: Letter) -> Retrial | None:
+        """Schedule a dead letter as a retry due now, with all attempts; ``None`` if it is gone.
+
+        :raises OperationError: Redis cannot be asked, or refuses.
+        """
+        dead, retry = self.key(letter.name), self._retry_key(letter.name)
+
+        for _ in range(MAX_TRIES):
+            _, found, last, _ = self.access.run(
+                [
+                    ("WATCH", dead),
+                    ("XRANGE", dead, letter.id, letter.id),
+                    ("XREVRANGE", dead, "+", "-", "COUNT", 1),
+                    # Redis does not roll back: a refusal of this key must show before the
+                    # transaction.
+                    ("ZSCORE", retry, letter.id),
+                ]
+            )
+
+            if not found:
+                self.access.ask("UNWATCH")
+                return None
+
+            record, due = record_of(letter.content), int(time.time() * 1000)
+            move = [("ZADD", retry, due, record.packed()), ("XDEL", dead, letter.id)]
+
+            if self.access.together(move) is not None:
+                return Retrial(letter, record, last[0][0].decode())
+
+        raise OperationError(
+            f"{letter.shown} was not put back: dead letters of {letter.name!r} are added too fast. "
+            "Try again when fewer events fail."
+        )
+
+    def settled(self, retrials: Sequence[Retrial], seconds: float) -> Iterator[Retrial]:
+        """Yield each as soon as an attempt at it has ended, until ``seconds`` have passed.
+
+        The last read may take :data:`.TIMEOUT` seconds longer.
+
+        :raises OperationError: Redis cannot be asked.
+        """
+        ends = time.monotonic() + seconds
+        left = list(retrials)
+
+        while left and time.monotonic() < ends:
+            time.sleep(LOOK)
+
+            with self.access.until(ends + TIMEOUT):
+                self._look(left)
+
+            yield from (retrial for retrial in left if retrial.is_settled)
+            left = [retrial for retrial in left if not retrial.is_settled]
+
+    def _filled(self, names: Sequence[str]) -> list[str]:
+        """Return the signals that have dead letters; log a warning of a key of another type."""
+        foreign: dict[str, Alarm] = {}
+        counts = self.access.run([("XLEN", self.key(name)) for name in names], foreign=foreign)
+
+        for alarm in foreign.values():
+            logger.warning("%s", alarm)
+
+        return [name for name, count in zip(names, counts, strict=True) if count]
+
     def _named(self, names: Sequence[str], ids: Iterable[str]) -> list[Letter]:
         """Return the dead letters with these ids of their own, signal by signal."""
         found = {id_text(entry_id(id)) for id in ids if is_entry_id(id)}
@@ -233,16 +323,70 @@ class DeadLetters:
             answers = self.access.run([("XRANGE", self.key(name), id, id) for name, id in page])
 
             for (name, id), entries in zip(page, answers, strict=True):
-                letters += [
-                    Letter(name=name, id=id, content=read_letter(as_mapping(fields)))
-                    for _, fields in entries or []
-                ]
+                letters += [_letter(name, id, as_mapping(fields)) for _, fields in entries]
 
         return letters
 
-    def _all(self, name: str, first: EntryId, last: EntryId) -> Iterator[Letter]:
-        for found, fields in self.access.entries(self.key(name), first, last):
-            yield Letter(name=name, id=id_text(found), content=read_letter(fields))
+    def _look(self, retrials: Sequence[Retrial]) -> None:
+        """Update the states of retrials.
+
+        An unchanged record is waiting, and a record with the mark of a worker is running. For all
+        others, the retries and new dead letters of the signal are read.
+        """
+        forms = [
+            ("ZSCORE", self._retry_key(retrial.letter.name), record.packed())
+            for retrial in retrials
+            for record in (retrial.record, replace(retrial.record, attempts=1, running=True))
+        ]
+        answers = iter(self.access.run(forms))
+        changed: dict[str, list[Retrial]] = {}
+
+        for retrial, waiting, running in zip(retrials, answers, answers, strict=False):
+            if waiting is None and running is None:
+                changed.setdefault(retrial.letter.name, []).append(retrial)
+            else:
+                retrial.state = "running" if waiting is None else "waiting"
+
+        for name, of_name in changed.items():
+            self._settle(name, of_name)
+
+    def _settle(self, name: str, retrials: Sequence[Retrial]) -> None:
+        """Update the states of a signal's retrials from its retries and new dead letters."""
+        first = min((retrial.before for retrial in retrials), key=entry_id)
+        # Records become dead letters, never the other way round: in this order none is missed.
+        members, entries = self.access.run(
+            [
+                ("ZRANGE", self._retry_key(name), 0, -1, "WITHSCORES"),
+                ("XRANGE", self.key(name), f"({first}", "+"),
+            ]
+        )
+        records = {(each.entry, each.receiver): (each, due) for each, due in _records(members)}
+        letters = {
+            (content.entry, content.receiver): (entry_id(entry), content)
+            for entry, content in ((each[0], read_letter(as_mapping(each[1]))) for each in entries)
+        }
+
+        for retrial in retrials:
+            key = retrial.record.entry, retrial.record.receiver
+            record, due = records.get(key, (None, 0.0))
+            added, content = letters.get(key, (EARLIEST, None))
+
+            if record is not None:
+                retrial.state = "running" if record.running else "failed"
+                retrial.error = record.error
+                retrial.after = max(0.0, due / 1000 - time.time())
+            elif content is not None and added > entry_id(retrial.before):
+                retrial.state = "dead"
+                retrial.error = content.error
+            else:
+                retrial.state = "handled"
+
+    def _retry_key(self, name: str) -> str:
+        return self.access.keys.retry(name, self.service)
+
+
+def _letter(name: str, id: str, fields: Mapping[bytes, bytes]) -> Letter:
+    return Letter(name=name, id=id, content=read_letter(fields))
 
 
 def _payload(content: DeadLetter, codec: Codec) -> tuple[object, str | None]:
@@ -278,176 +422,6 @@ def read_letter(fields: Mapping[bytes, bytes]) -> DeadLetter:
 def is_called(receiver: str, names: Iterable[str]) -> bool:
     """Return True if a name is the receiver's full name or its last parts: ``send_welcome``."""
     return any(receiver == name or receiver.endswith(f".{name}") for name in names)
-
-
-#: Seconds between reads of the outcomes.
-LOOK = 0.1
-
-#: Most tries to put a dead letter back while others are added meanwhile.
-MAX_TRIES = 100
-
-
-@dataclass(slots=True, eq=False)
-class Retrial:
-    """A dead letter that was put back."""
-
-    letter: Letter
-    record: RetryRecord
-    #: Id of the signal's last dead letter at that time; later ones are new.
-    before: str
-    #: ``waiting`` for a worker, ``running``, ``failed`` (with a retry), ``dead`` again, or
-    #: ``handled``.
-    state: str = "waiting"
-    #: Error of the last attempt.
-    error: str = ""
-    #: Seconds until its next attempt.
-    after: float = 0.0
-
-    @property
-    def is_settled(self) -> bool:
-        """True if an attempt has ended."""
-        return self.state not in ("waiting", "running")
-
-
-class Retrials:
-    """Puts dead letters of a service back, each for the one receiver that failed."""
-
-    def __init__(
-        self, access: StreamAccess, service: str, *, clock: Callable[[], float] = time.time
-    ) -> None:
-        self._access = access
-        self._service = service
-        self._clock = clock
-
-    def put_back(self, letter: Letter) -> Retrial | None:
-        """Schedule a dead letter as a retry due now, with all attempts; ``None`` if it is gone.
-
-        :raises OperationError: Redis cannot be asked, or refuses.
-        """
-        for _ in range(MAX_TRIES):
-            before = self._watched(letter)
-
-            if before is None:
-                return None
-
-            retrial = Retrial(letter, record_of(letter.content), before)
-
-            if self._moved(retrial):
-                return retrial
-
-        raise OperationError(
-            f"{letter.shown} was not put back: dead letters of {letter.name!r} are added too fast. "
-            "Try again when fewer events fail."
-        )
-
-    def settled(self, retrials: Sequence[Retrial], seconds: float) -> Iterator[Retrial]:
-        """Yield each as soon as an attempt at it has ended, until ``seconds`` have passed.
-
-        The last read may take :data:`.TIMEOUT` seconds longer.
-
-        :raises OperationError: Redis cannot be asked.
-        """
-        ends = time.monotonic() + seconds
-        left = list(retrials)
-
-        while left and time.monotonic() < ends:
-            time.sleep(LOOK)
-
-            with self._access.until(ends + TIMEOUT):
-                self._look(left)
-
-            yield from (retrial for retrial in left if retrial.is_settled)
-            left = [retrial for retrial in left if not retrial.is_settled]
-
-    def _watched(self, letter: Letter) -> str | None:
-        """Watch the dead letters of the signal; return the id of the last one, ``None`` if gone."""
-        key = self._dead(letter.name)
-        _, found, last, _ = self._access.run(
-            [
-                ("WATCH", key),
-                ("XRANGE", key, letter.id, letter.id),
-                ("XREVRANGE", key, "+", "-", "COUNT", 1),
-                # Redis does not roll back: a refusal of this key must show before the transaction.
-                ("ZSCORE", self._retry(letter.name), letter.id),
-            ]
-        )
-
-        if found:
-            before: str = last[0][0].decode()
-            return before
-
-        self._access.ask("UNWATCH")
-        return None
-
-    def _moved(self, retrial: Retrial) -> bool:
-        name, due = retrial.letter.name, int(self._clock() * 1000)
-        answers = self._access.together(
-            [
-                ("ZADD", self._retry(name), due, retrial.record.packed()),
-                ("XDEL", self._dead(name), retrial.letter.id),
-            ]
-        )
-        return answers is not None
-
-    def _look(self, retrials: Sequence[Retrial]) -> None:
-        """Update the states of retrials.
-
-        An unchanged record is waiting, and a record with the mark of a worker is running. For all
-        others, the retries and new dead letters of the signal are read.
-        """
-        forms = [
-            ("ZSCORE", self._retry(retrial.letter.name), record.packed())
-            for retrial in retrials
-            for record in (retrial.record, replace(retrial.record, attempts=1, running=True))
-        ]
-        answers = iter(self._access.run(forms))
-        changed: dict[str, list[Retrial]] = {}
-
-        for retrial, waiting, running in zip(retrials, answers, answers, strict=False):
-            if waiting is None and running is None:
-                changed.setdefault(retrial.letter.name, []).append(retrial)
-            else:
-                retrial.state = "running" if waiting is None else "waiting"
-
-        for name, of_name in changed.items():
-            self._settle(name, of_name)
-
-    def _settle(self, name: str, retrials: Sequence[Retrial]) -> None:
-        """Update the states of a signal's retrials from its retries and new dead letters."""
-        first = min((retrial.before for retrial in retrials), key=entry_id)
-        # Records become dead letters, never the other way round: in this order none is missed.
-        members, entries = self._access.run(
-            [
-                ("ZRANGE", self._retry(name), 0, -1, "WITHSCORES"),
-                ("XRANGE", self._dead(name), f"({first}", "+"),
-            ]
-        )
-        records = {(each.entry, each.receiver): (each, due) for each, due in _records(members)}
-        letters = {
-            (content.entry, content.receiver): (entry_id(entry), content)
-            for entry, content in ((each[0], read_letter(as_mapping(each[1]))) for each in entries)
-        }
-
-        for retrial in retrials:
-            key = retrial.record.entry, retrial.record.receiver
-            record, due = records.get(key, (None, 0.0))
-            added, content = letters.get(key, (EARLIEST, None))
-
-            if record is not None:
-                retrial.state = "running" if record.running else "failed"
-                retrial.error = record.error
-                retrial.after = max(0.0, due / 1000 - self._clock())
-            elif content is not None and added > entry_id(retrial.before):
-                retrial.state = "dead"
-                retrial.error = content.error
-            else:
-                retrial.state = "handled"
-
-    def _dead(self, name: str) -> str:
-        return self._access.keys.dead(name, self._service)
-
-    def _retry(self, name: str) -> str:
-        return self._access.keys.retry(name, self._service)
 
 
 def why_not(letter: Letter) -> str:

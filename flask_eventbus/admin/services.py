@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from ..codec.records import EntryId, entry_id, id_text
 from ..errors import OperationError
+from ..streams.alarms import Alarm
 from ..streams.group import LONG_IDLE, RELEASED
 from ..text import counted
-from ..transport.pipe import Command
+from ..transport.pipe import SAMPLE, Command
 from .status import GroupStatus, read_statuses
-from .streams import Place, StreamAccess
+from .streams import PAGE, Place, StreamAccess
 
 #: Seconds of idleness after which a consumer counts as gone; workers send a command at least
 #: every 150 seconds.
@@ -20,9 +21,6 @@ GONE = 300.0
 
 #: ``COUNT`` of each ``SCAN``.
 SCAN = 1_000
-
-#: Pending entries that are listed, and claimed, in one command.
-PAGE = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,83 +41,66 @@ class Move:
     entries_read: int | None
 
 
-class Seek:
-    """Plans and makes the moves of one service."""
+def plan_move(access: StreamAccess, service: str, name: str, place: Place | None) -> Move:
+    """Return the move of a service to a place in a stream, without making it.
 
-    def __init__(self, access: StreamAccess, service: str) -> None:
-        self._access = access
-        self._service = service
+    :param place: ``None`` for the end of the stream.
+    :raises OperationError: there is no such group or place, or Redis cannot be asked.
+    """
+    group = access.groups_of(name).get(service)
+    stream = access.stream_of(name)
 
-    def plan(self, name: str, place: Place | None) -> Move:
-        """Return the move to a place, without making it.
-
-        :param place: ``None`` for the end of the stream.
-        :raises OperationError: there is no such group or place, or Redis cannot be asked.
-        """
-        group = self._access.groups_of(name).get(self._service)
-        stream = self._access.stream_of(name)
-
-        if group is None or not stream:
-            raise OperationError(
-                f"{self._service!r} has no group at the stream of {name!r}, so there is nothing to "
-                "move. The service creates it when it first listens, at the place that 'start' of "
-                "its subscription sets."
-            )
-
-        here, last = entry_id(group["last-delivered-id"]), entry_id(stream["last-generated-id"])
-        target = last if place is None else _target(place, last, self._access.now())
-        behind_here, behind_target = self._count(name, here, target, last)
-        added = stream.get("entries-added")
-        return Move(
-            name=name,
-            service=self._service,
-            here=here,
-            target=target,
-            skipped=max(0, behind_here - behind_target),
-            repeated=max(0, behind_target - behind_here),
-            pending=group["pending"],
-            entries_read=None if added is None else max(0, added - behind_target),
+    if group is None or not stream:
+        raise OperationError(
+            f"{service!r} has no group at the stream of {name!r}, so there is nothing to move. The "
+            "service creates it when it first listens, at the place that 'start' of its "
+            "subscription sets."
         )
 
-    def make(self, move: Move) -> None:
-        """Move the group, and delete its known ids, so that repeated events are not duplicates.
+    here, last = entry_id(group["last-delivered-id"]), entry_id(stream["last-generated-id"])
+    target = last if place is None else _target(place, last, access.now())
+    pages = access.pages(access.keys.stream(name), min(here, target), last, most=SAMPLE)
+    ids = [found for page in pages for found, _ in page]
+    behind_here, behind_target = (sum(found > each for found in ids) for each in (here, target))
+    added = stream.get("entries-added")
+    return Move(
+        name=name,
+        service=service,
+        here=here,
+        target=target,
+        skipped=max(0, behind_here - behind_target),
+        repeated=max(0, behind_target - behind_here),
+        pending=group["pending"],
+        entries_read=None if added is None else max(0, added - behind_target),
+    )
 
-        A group that has passed the target meanwhile is not moved back.
 
-        :raises OperationError: the group is gone, or Redis cannot be asked.
-        """
-        if move.target >= move.here and self._position(move.name) >= move.target:
-            return
+def make_move(access: StreamAccess, move: Move) -> None:
+    """Move the group, and delete its known ids, so that repeated events are not duplicates.
 
-        key = self._access.keys.stream(move.name)
-        target: Command = ("XGROUP", "SETID", key, self._service, id_text(move.target))
-        count = () if move.entries_read is None else ("ENTRIESREAD", move.entries_read)
-        # Workers keep reading: events may be repeated even if the plan says none are.
-        seen = list(self._seen(move.name))
-        forget: list[Command] = [("DEL", *seen)] if seen else []
-        answers = self._access.together([(*target, *count), *forget])
+    A group that has passed the target meanwhile is not moved back.
 
-        if not answers or answers[0] is None:
-            raise OperationError(
-                f"The group of {self._service!r} at the stream of {move.name!r} no longer exists: "
-                "nothing was moved."
-            )
+    :raises OperationError: the group is gone, or Redis cannot be asked.
+    """
+    group = access.groups_of(move.name).get(move.service)
 
-    def _position(self, name: str) -> EntryId:
-        group = self._access.groups_of(name).get(self._service)
-        return (0, 0) if group is None else entry_id(group["last-delivered-id"])
+    if group and move.here <= move.target <= entry_id(group["last-delivered-id"]):
+        return
 
-    def _count(self, name: str, here: EntryId, target: EntryId, last: EntryId) -> tuple[int, int]:
-        """Return the number of entries after ``here`` and after ``target``."""
-        first = min(here, target)
-        key = self._access.keys.stream(name)
-        ids = list(self._access.ids(key, first, last))
-        return sum(found > here for found in ids), sum(found > target for found in ids)
+    key = access.keys.stream(move.name)
+    target: Command = ("XGROUP", "SETID", key, move.service, id_text(move.target))
+    count = () if move.entries_read is None else ("ENTRIESREAD", move.entries_read)
+    # Workers keep reading: events may be repeated even if the plan says none are.
+    pattern = access.keys.seen(move.name, move.service, 0).removesuffix("0") + "*"
+    seen = list(_scan(access, pattern))
+    forget: list[Command] = [("DEL", *seen)] if seen else []
+    answers = access.together([(*target, *count), *forget])
 
-    def _seen(self, name: str) -> Iterator[bytes]:
-        """Yield the keys that hold the ids of events which the service got lately."""
-        pattern = self._access.keys.seen(name, self._service, 0).removesuffix("0") + "*"
-        yield from _scan(self._access, pattern)
+    if not answers or answers[0] is None:
+        raise OperationError(
+            f"The group of {move.service!r} at the stream of {move.name!r} no longer exists: "
+            "nothing was moved."
+        )
 
 
 def _target(place: Place, last: EntryId, now: int) -> EntryId:
@@ -167,112 +148,114 @@ class Holding:
         ]
 
 
-class Services:
-    """Removes and renames services whose workers are stopped."""
+def find_holdings(access: StreamAccess, service: str) -> tuple[list[Holding], dict[str, Alarm]]:
+    """Return what Redis has of a service, signal by signal, and the keys that cannot be read.
 
-    def __init__(self, access: StreamAccess) -> None:
-        self._access = access
+    Another program stores a value of another type in these keys, which no holding includes.
 
-    def holdings(self, service: str) -> list[Holding]:
-        """Return what Redis has of a service, signal by signal.
+    :raises OperationError: Redis cannot be asked.
+    """
+    keys = _keys_of(access, service)
+    names = sorted({*access.names(), *keys})
+    statuses = read_statuses(access, {name: [service] for name in names})
+    unreadable = {key: each for status in statuses for key, each in status.unreadable.items()}
+    holdings = [
+        Holding(status.name, group, sorted(keys.get(status.name, set()) - unreadable.keys()))
+        for status in statuses
+        for group in status.groups
+    ]
+    return holdings, unreadable
 
-        :raises OperationError: Redis cannot be asked.
-        """
-        keys = self._keys_of(service)
-        names = sorted({*self._access.names(), *keys})
-        found = read_statuses(self._access, {name: [service] for name in names})
-        return [
-            Holding(status.name, group, sorted(keys.get(status.name, ())))
-            for status in found
-            for group in status.groups
-        ]
 
-    def known(self) -> list[str]:
-        """Return the services that have a group at a stream.
+def known_services(access: StreamAccess) -> list[str]:
+    """Return the services that have a group at a stream.
 
-        :raises OperationError: Redis cannot be asked.
-        """
-        groups = (self._access.groups_of(name) for name in self._access.names())
-        return sorted({service for found in groups for service in found})
+    :raises OperationError: Redis cannot be asked.
+    """
+    groups = (access.groups_of(name, foreign={}) for name in access.names())
+    return sorted({service for found in groups for service in found})
 
-    def forget(self, service: str, holdings: Iterable[Holding]) -> None:
-        """Remove the groups, retries and dead letters of a service.
 
-        :raises OperationError: Redis cannot be asked, or refuses.
-        """
-        for holding in holdings:
-            stream = self._access.keys.stream(holding.name)
-            commands: list[Command] = [("DEL", key) for key in holding.keys]
+def forget(access: StreamAccess, service: str, holdings: Iterable[Holding]) -> None:
+    """Remove the groups, retries and dead letters of a service.
 
-            if holding.status.exists:
-                commands.append(("XGROUP", "DESTROY", stream, service))
+    :raises OperationError: Redis cannot be asked, or refuses.
+    """
+    for holding in holdings:
+        commands: list[Command] = [("DEL", key) for key in holding.keys]
 
-            self._access.together(commands)
+        if holding.status.exists:
+            commands.append(("XGROUP", "DESTROY", access.keys.stream(holding.name), service))
 
-        self._access.run([("DEL", self._access.keys.since(service))])
+        access.together(commands)
 
-    def rename(self, old: str, new: str, holdings: Iterable[Holding]) -> None:
-        """Rename a service, in one transaction for each signal.
+    access.run([("DEL", access.keys.since(service))])
 
-        :raises OperationError: Redis cannot be asked, or refuses.
-        """
-        for holding in holdings:
-            commands = list(self._move_group(holding.name, old, new))
-            commands += [("RENAMENX", key, _renamed(key, old, new)) for key in holding.keys]
-            self._access.together(commands)
 
-        since = self._access.keys.since
-        self._access.run([("RENAMENX", since(old), since(new))])
+def rename(access: StreamAccess, old: str, new: str, holdings: Iterable[Holding]) -> None:
+    """Rename a service, in one transaction for each signal.
 
-    def _move_group(self, name: str, old: str, new: str) -> Iterator[Command]:
-        """Yield the commands that move a group, with its pending entries, to a new name."""
-        stream = self._access.keys.stream(name)
-        group = self._access.groups_of(name).get(old)
+    :raises OperationError: Redis cannot be asked, or refuses.
+    """
+    for holding in holdings:
+        commands = list(_move_group(access, holding, old, new))
+        commands += [("RENAMENX", key, _renamed(key, old, new)) for key in holding.keys]
+        access.together(commands)
 
-        if group is None:
+    access.run([("RENAMENX", access.keys.since(old), access.keys.since(new))])
+
+
+def _move_group(access: StreamAccess, holding: Holding, old: str, new: str) -> Iterator[Command]:
+    """Yield the commands that move a group, with its pending entries, to a new name."""
+    stream = access.keys.stream(holding.name)
+    group = access.groups_of(holding.name, foreign={}).get(old)
+
+    if group is None:
+        return
+
+    read = group.get("entries-read")
+    count: Command = () if read is None else ("ENTRIESREAD", read)
+    yield ("XGROUP", "CREATE", stream, new, group["last-delivered-id"].decode(), *count)
+    claim: Command = ("XCLAIM", stream, new, RELEASED, 0)
+
+    for times, ids in _pending(access, stream, old):
+        yield (*claim, *ids, "IDLE", LONG_IDLE, "RETRYCOUNT", times, "FORCE", "JUSTID")
+
+    yield ("XGROUP", "DESTROY", stream, old)
+
+
+def _pending(access: StreamAccess, stream: str, service: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield delivery counts, each with a page of ids of pending entries that have it."""
+    start = "-"
+
+    while True:
+        page = access.ask("XPENDING", stream, service, start, "+", PAGE) or []
+
+        for times in sorted({each[3] for each in page}):
+            yield times, [each[0].decode() for each in page if each[3] == times]
+
+        if len(page) < PAGE:
             return
 
-        read = group.get("entries-read")
-        count: Command = () if read is None else ("ENTRIESREAD", read)
-        yield ("XGROUP", "CREATE", stream, new, group["last-delivered-id"].decode(), *count)
-        claim: Command = ("XCLAIM", stream, new, RELEASED, 0)
+        start = f"({page[-1][0].decode()}"
 
-        for times, ids in self._pending(stream, old):
-            yield (*claim, *ids, "IDLE", LONG_IDLE, "RETRYCOUNT", times, "FORCE", "JUSTID")
 
-        yield ("XGROUP", "DESTROY", stream, old)
+def _keys_of(access: StreamAccess, service: str) -> dict[str, set[str]]:
+    """Return the keys of a service, by signal: of retries, dead letters and known ids."""
+    start = access.keys.stream("").removesuffix("}:stream")
+    own = re.compile(
+        rf"{re.escape(start)}([^}}]*)}}:(?:(?:retry|dead):{re.escape(service)}"
+        rf"|dead:{re.escape(service)}:dropped|seen:{re.escape(service)}:(?:\d+|trimmed|tampered))"
+    )
+    found: dict[str, set[str]] = {}
 
-    def _pending(self, stream: str, service: str) -> Iterator[tuple[int, list[str]]]:
-        """Yield delivery counts, each with a page of ids of pending entries that have it."""
-        start = "-"
+    for raw in _scan(access, f"{start}*}}:*:{service}*"):
+        key = raw.decode(errors="replace")
 
-        while True:
-            page = self._access.ask("XPENDING", stream, service, start, "+", PAGE) or []
+        if match := own.fullmatch(key):
+            found.setdefault(match[1], set()).add(key)
 
-            for times in sorted({each[3] for each in page}):
-                yield times, [each[0].decode() for each in page if each[3] == times]
-
-            if len(page) < PAGE:
-                return
-
-            start = f"({page[-1][0].decode()}"
-
-    def _keys_of(self, service: str) -> dict[str, set[str]]:
-        """Return the keys of a service, by signal: of retries, dead letters and known ids."""
-        start = self._access.keys.stream("").removesuffix("}:stream")
-        own = re.compile(
-            rf"{re.escape(start)}([^}}]*)}}:(?:(?:retry|dead):{re.escape(service)}"
-            rf"|dead:{re.escape(service)}:dropped|seen:{re.escape(service)}:(?:\d+|trimmed|tampered))"
-        )
-        found: dict[str, set[str]] = {}
-
-        for raw in _scan(self._access, f"{start}*}}:*:{service}*"):
-            key = raw.decode(errors="replace")
-
-            if match := own.fullmatch(key):
-                found.setdefault(match[1], set()).add(key)
-
-        return found
+    return found
 
 
 def refuse_running(service: str, holdings: Iterable[Holding]) -> None:

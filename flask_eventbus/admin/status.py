@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..codec.records import EntryId, entry_id
 from ..streams.alarms import Alarm, far_ahead, foreign_consumers, past_the_end, worker_of
 from ..streams.group import RELEASED
 from ..text import printable
-from ..transport.pipe import CHUNK
+from ..transport.pipe import CHUNK, Command
 from .streams import StreamAccess, as_texts, by_name
 
 
@@ -63,6 +63,8 @@ class StreamStatus:
     groups: Sequence[GroupStatus]
     #: What somebody did to it, or to these services' places in it.
     alarms: Sequence[Alarm] = ()
+    #: Its keys that hold a value of another type, which another program has stored.
+    unreadable: Mapping[str, Alarm] = field(default_factory=dict)
 
 
 def read_statuses(
@@ -73,18 +75,9 @@ def read_statuses(
     :param services: the services to read for each signal; ``None`` for all that have a group.
     :raises OperationError: Redis is not available.
     """
-    found = _streams(access, services)
-    wanted = [
-        (name, service)
-        for name, stream in found.items()
-        for service in (sorted(stream.groups) if services[name] is None else services[name] or ())
-    ]
-    groups: dict[str, list[GroupStatus]] = {name: [] for name in found}
-
-    for name, group in _groups(access, found, wanted):
-        if group.exists or group.retries or group.dead or group.dead_dropped:
-            groups[name].append(group)
-
+    foreign: dict[str, Alarm] = {}
+    streams = _streams(access, services, foreign)
+    groups = _groups(access, streams, services, foreign)
     noted = _noted(access, groups)
     return [
         StreamStatus(
@@ -92,9 +85,11 @@ def read_statuses(
             length=stream.length,
             groups=groups[name],
             alarms=[*_alarms(name, stream, groups[name]), *noted.get(name, ())],
+            unreadable=unreadable,
         )
-        for name, stream in found.items()
-        if stream.exists or groups[name]
+        for name, stream in streams.items()
+        for unreadable in [_of_signal(access, name, foreign)]
+        if stream.exists or groups[name] or unreadable
     ]
 
 
@@ -103,25 +98,18 @@ def excess_of(
 ) -> Iterator[str]:
     """Yield a sentence for each limit, ``lag`` or ``dead``, that a service exceeds."""
     for status in statuses:
+        if lag is not None or dead is not None:
+            yield from (printable(str(alarm)) for alarm in status.unreadable.values())
+
         if lag is not None:
             yield from (printable(str(alarm)) for alarm in status.alarms)
 
         for group in status.groups:
-            place = f"of '{printable(group.service)}' at {status.name!r}"
-
-            if lag is not None and group.lost:
-                yield loss_of(status.name, group)
-
-            if lag is not None and not group.exists:
-                yield (
-                    f"'{printable(group.service)}' has no group at {status.name!r}, so its lag is "
-                    "unknown. Start the service; if it runs, check whether Redis lost its data."
-                )
-
-            if lag is not None and group.exists:
-                yield from _excess_of_lag(group.lag, status.length, place, lag)
+            if lag is not None:
+                yield from _excess_of_lag(status, group, lag)
 
             if dead is not None and group.dead > dead:
+                place = _place(status, group)
                 yield f"The dead letters {place} are {group.dead}, more than {dead}."
 
             if dead is not None and group.dead_dropped:
@@ -142,14 +130,27 @@ def dropped_of(name: str, group: GroupStatus) -> str:
     )
 
 
-def _excess_of_lag(lag: int | None, length: int, place: str, most: int) -> Iterator[str]:
-    if lag is not None and lag > most:
-        yield f"The lag {place} is {lag}, more than {most}."
-    elif lag is None and length > most + 1:
+def _excess_of_lag(status: StreamStatus, group: GroupStatus, most: int) -> Iterator[str]:
+    if group.lost:
+        yield loss_of(status.name, group)
+
+    if not group.exists:
+        yield (
+            f"'{printable(group.service)}' has no group at {status.name!r}, so its lag is "
+            "unknown. Start the service; if it runs, check whether Redis lost its data."
+        )
+    elif group.lag is not None and group.lag > most:
+        yield f"The lag {_place(status, group)} is {group.lag}, more than {most}."
+    elif group.lag is None and status.length > most + 1:
         # The group has read at least one entry, or its lag would be known.
         yield (
-            f"Redis does not know the lag {place}; it may be up to {length - 1}, more than {most}."
+            f"Redis does not know the lag {_place(status, group)}; it may be up to "
+            f"{status.length - 1}, more than {most}."
         )
+
+
+def _place(status: StreamStatus, group: GroupStatus) -> str:
+    return f"of '{printable(group.service)}' at {status.name!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,37 +165,30 @@ class _Stream:
     exists: bool
 
 
-def _streams(access: StreamAccess, names: Mapping[str, Any]) -> dict[str, _Stream]:
-    keys = [access.keys.stream(name) for name in names]
-    answers = iter(
-        access.run(
-            [
-                command
-                for key in keys
-                for command in (
-                    ("XLEN", key),
-                    ("XRANGE", key, "-", "+", "COUNT", 1),
-                    ("XREVRANGE", key, "+", "-", "COUNT", 1),
-                    ("XINFO", "STREAM", key),
-                    ("XINFO", "GROUPS", key),
-                )
-            ],
-            most=CHUNK,
-        )
-    )
+def _streams(
+    access: StreamAccess, names: Iterable[str], foreign: dict[str, Alarm]
+) -> dict[str, _Stream]:
+    commands = [
+        ("XINFO", part, access.keys.stream(name)) for name in names for part in ("STREAM", "GROUPS")
+    ]
+    answers = iter(access.run(commands, most=CHUNK, foreign=foreign))
     return {
         name: _Stream(
-            length,
-            _id_in(first),
-            _id_in(last),
-            entry_id(as_texts(stream or ()).get("last-generated-id", b"0-0")),
+            found.get("length", 0),
+            _id_in(found.get("first-entry")),
+            _id_in(found.get("last-entry")),
+            entry_id(found.get("last-generated-id", b"0-0")),
             by_name(groups),
             groups is not None,
         )
-        for name, (length, first, last, stream, groups) in zip(
-            names, zip(*[answers] * 5, strict=True), strict=True
-        )
+        for name, stream, groups in zip(names, answers, answers, strict=True)
+        for found in [as_texts(stream or ())]
     }
+
+
+def _of_signal(access: StreamAccess, name: str, foreign: Mapping[str, Alarm]) -> dict[str, Alarm]:
+    start = access.keys.stream(name).removesuffix("stream")
+    return {key: alarm for key, alarm in foreign.items() if key.startswith(start)}
 
 
 def _noted(
@@ -237,54 +231,56 @@ def _alarms(name: str, stream: _Stream, groups: Sequence[GroupStatus]) -> Iterat
 
 
 def _groups(
-    access: StreamAccess, streams: Mapping[str, _Stream], wanted: Sequence[tuple[str, str]]
-) -> Iterator[tuple[str, GroupStatus]]:
-    answers = iter(
-        access.run([command for each in wanted for command in _questions(access, streams, *each)])
-    )
+    access: StreamAccess,
+    streams: Mapping[str, _Stream],
+    services: Mapping[str, Sequence[str] | None],
+    foreign: dict[str, Alarm],
+) -> dict[str, list[GroupStatus]]:
+    """Return the services with a group, retries or dead letters, by the name of the stream."""
+    wanted = [
+        (name, service)
+        for name, stream in streams.items()
+        for service in (sorted(stream.groups) if services[name] is None else services[name] or ())
+    ]
+    commands = [command for each in wanted for command in _questions(access, *each)]
+    answers = iter(access.run(commands, foreign=foreign))
+    found: dict[str, list[GroupStatus]] = {name: [] for name in streams}
 
-    for name, service in wanted:
+    for (name, service), (retries, dead, dropped, pending, consumers) in zip(
+        wanted, zip(*[answers] * 5, strict=True), strict=True
+    ):
         stream = streams[name]
         group = stream.groups.get(service)
         status = GroupStatus(
             service=service,
             exists=group is not None,
-            lag=None,
-            lost=0,
-            pending=0,
-            oldest_pending_seconds=None,
-            retries=next(answers),
-            dead=next(answers),
-            dead_dropped=_number_in(next(answers)),
+            lag=lag_of(group, stream.length, stream.first, stream.last) if group else None,
+            lost=lost_of(group, stream.length, stream.first) if group else 0,
+            pending=group["pending"] if group else 0,
+            oldest_pending_seconds=_age(pending),
+            retries=retries or 0,
+            dead=dead or 0,
+            dead_dropped=_number_in(dropped),
+            consumers=[consumer_of(*each) for each in sorted(by_name(consumers).items())],
         )
+        is_foreign = access.keys.dead_dropped(name, service) in foreign
 
-        if group is not None:
-            status = replace(
-                status,
-                lag=lag_of(group, stream.length, stream.first, stream.last),
-                lost=lost_of(group, stream.length, stream.first),
-                pending=group["pending"],
-                oldest_pending_seconds=_age(next(answers)),
-                consumers=[
-                    consumer_of(consumer, facts)
-                    for consumer, facts in sorted(by_name(next(answers)).items())
-                ],
-            )
+        # A key of another type has no number of retries or dead letters.
+        if status.exists or retries != 0 or dead != 0 or status.dead_dropped or is_foreign:
+            found[name].append(status)
 
-        yield name, status
+    return found
 
 
-def _questions(
-    access: StreamAccess, streams: Mapping[str, _Stream], name: str, service: str
-) -> Iterator[tuple[str | int, ...]]:
-    key = access.keys.stream(name)
-    yield "ZCARD", access.keys.retry(name, service)
-    yield "XLEN", access.keys.dead(name, service)
-    yield "GET", access.keys.dead_dropped(name, service)
-
-    if service in streams[name].groups:
-        yield "XPENDING", key, service, "-", "+", 1
-        yield "XINFO", "CONSUMERS", key, service
+def _questions(access: StreamAccess, name: str, service: str) -> list[Command]:
+    keys = access.keys
+    return [
+        ("ZCARD", keys.retry(name, service)),
+        ("XLEN", keys.dead(name, service)),
+        ("GET", keys.dead_dropped(name, service)),
+        ("XPENDING", keys.stream(name), service, "-", "+", 1),
+        ("XINFO", "CONSUMERS", keys.stream(name), service),
+    ]
 
 
 def lag_of(
@@ -343,11 +339,11 @@ def _number_in(text: bytes | None) -> int:
     return int(text) if text and text.isdigit() else 0
 
 
-def _id_in(entries: Sequence[Any]) -> EntryId | None:
-    return entry_id(entries[0][0]) if entries else None
+def _id_in(entry: Sequence[Any] | None) -> EntryId | None:
+    return entry_id(entry[0]) if entry else None
 
 
-def _age(pending: Sequence[Any], *, clock: Callable[[], float] = time.time) -> float | None:
-    oldest = _id_in(pending)
+def _age(pending: Sequence[Any] | None) -> float | None:
+    """Return the age in seconds of the entry in the answer to ``XPENDING``."""
     # A clock that is ahead may have chosen the id.
-    return None if oldest is None else max(0.0, clock() - oldest[0] / 1000)
+    return max(0.0, time.time() - entry_id(pending[0][0])[0] / 1000) if pending else None

@@ -19,6 +19,7 @@ from ..codec.records import EARLIEST, MAX_PART, EntryId, before_moment, entry_id
 from ..config import SIGNAL_NAME, Config
 from ..errors import ConfigError, OperationError
 from ..logs import get_logger
+from ..streams.alarms import Alarm
 from ..text import printable, reason_of, seconds_of
 from ..transport.connection import OUTAGE, milliseconds_of
 from ..transport.connections import Connections
@@ -76,20 +77,23 @@ class StreamAccess:
         """
         return self.run([command], most=most)[0]
 
-    def run(self, commands: Sequence[Command], *, most: int | None = None) -> list[Any]:
+    def run(
+        self,
+        commands: Sequence[Command],
+        *,
+        most: int | None = None,
+        foreign: dict[str, Alarm] | None = None,
+    ) -> list[Any]:
         """Return the answers to commands, in one round trip; ``None`` if a key or group is missing.
 
         :param most: as :meth:`.Pipe.run` takes it.
+        :param foreign: gets each key whose value is of another type, and what to do about it; the
+            answers for these keys are ``None``. Without it, such a key is an error.
         :raises OperationError: Redis is away, or refuses one of them.
         """
-        if not commands:
-            return []
-
-        with self._operation_errors():
-            answers = self._pipe.run(commands, most=most)
-
+        answers = self._answers(commands, most)
         return [
-            self._checked(command, answer)
+            self._checked(command, answer, foreign)
             for command, answer in zip(commands, answers, strict=True)
         ]
 
@@ -98,9 +102,7 @@ class StreamAccess:
 
         :raises OperationError: Redis is away.
         """
-        with self._operation_errors():
-            answers = self._pipe.run(commands) if commands else []
-
+        answers = self._answers(commands)
         return [None if isinstance(answer, Exception) else answer for answer in answers]
 
     def together(self, commands: Sequence[Command]) -> list[Any] | None:
@@ -123,13 +125,8 @@ class StreamAccess:
 
         :raises OperationError: Redis is away.
         """
-        with self._operation_errors():
-            (answer,) = self._pipe.run([("TIME",)])
-
-        if isinstance(answer, Exception):
-            return int(time.time() * 1000)
-
-        return milliseconds_of(answer)
+        (answer,) = self.try_to_run([("TIME",)])
+        return int(time.time() * 1000) if answer is None else milliseconds_of(answer)
 
     @contextmanager
     def until(self, deadline: float) -> Iterator[None]:
@@ -177,22 +174,6 @@ class StreamAccess:
 
             start = f"({found[-1][0].decode()}"
 
-    def entries(self, key: str, first: EntryId, last: EntryId) -> Iterator[Entry]:
-        """Yield the entries of a stream from one id to another, both included.
-
-        :raises OperationError: Redis cannot be asked.
-        """
-        for page in self.pages(key, first, last):
-            yield from page
-
-    def ids(self, key: str, first: EntryId, last: EntryId) -> Iterator[EntryId]:
-        """Yield the ids of the entries from one id to another, both included.
-
-        :raises OperationError: Redis cannot be asked.
-        """
-        for page in self.pages(key, first, last, most=SAMPLE):
-            yield from (found for found, _ in page)
-
     def stream_of(self, name: str) -> dict[str, Any]:
         """Return ``XINFO STREAM`` of a signal's stream; an empty mapping if there is none.
 
@@ -201,12 +182,16 @@ class StreamAccess:
         found = self.ask("XINFO", "STREAM", self.keys.stream(name), most=SAMPLE)
         return {} if found is None else as_texts(found)
 
-    def groups_of(self, name: str) -> dict[str, dict[str, Any]]:
+    def groups_of(
+        self, name: str, *, foreign: dict[str, Alarm] | None = None
+    ) -> dict[str, dict[str, Any]]:
         """Return ``XINFO GROUPS`` of a signal's stream, by the name of the group.
 
+        :param foreign: as :meth:`run` takes it.
         :raises OperationError: Redis cannot be asked.
         """
-        return by_name(self.ask("XINFO", "GROUPS", self.keys.stream(name)))
+        command = ("XINFO", "GROUPS", self.keys.stream(name))
+        return by_name(self.run([command], foreign=foreign)[0])
 
     def close(self) -> None:
         """Close the connection."""
@@ -218,10 +203,13 @@ class StreamAccess:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @contextmanager
-    def _operation_errors(self) -> Iterator[None]:
+    def _answers(self, commands: Sequence[Command], most: int | None = None) -> list[Any]:
+        """Return the answers of Redis, errors among them.
+
+        :raises OperationError: Redis is away.
+        """
         try:
-            yield
+            return self._pipe.run(commands, most=most) if commands else []
         except redis.AuthenticationError as error:
             raise OperationError(
                 f"Redis at {self._connections.shown} does not let this user in: "
@@ -238,7 +226,9 @@ class StreamAccess:
                 f"Redis at {self._connections.shown} cannot be used: {printable(trouble_of(error))}"
             ) from error
 
-    def _checked(self, command: Command, answer: Any) -> Any:
+    def _checked(
+        self, command: Command, answer: Any, foreign: dict[str, Alarm] | None = None
+    ) -> Any:
         if not isinstance(answer, Exception):
             return answer
 
@@ -246,22 +236,25 @@ class StreamAccess:
         if "no such key" in str(answer).lower() or str(answer).startswith("NOGROUP"):
             return None
 
-        raise OperationError(self._refused(command, answer)) from answer
-
-    def _refused(self, command: Command, refusal: Exception) -> str:
         right = right_of(command)
         name = right[1:].replace("|", " ").upper()
         key = " ".join(_as_text(word) for word in command[len(name.split()) :][:1])
         problem = f"Redis refuses {name} of '{printable(key)}'"
 
-        if is_missing_right(refusal):
-            return (
-                f"{problem} to this user: {reason_of(refusal)}. "
+        if is_missing_right(answer):
+            raise OperationError(
+                f"{problem} to this user: {reason_of(answer)}. "
                 f"{grant_the_user({f'{self._prefix}:*': right})} Or name another user in "
                 "'EVENTBUS_URL'."
-            )
+            ) from answer
 
-        return f"{problem}: {reason_of(refusal)}. {repair(refusal, [key])}"
+        alarm = Alarm(f"{problem}: {reason_of(answer)}.", repair(answer, [key]))
+
+        if foreign is None or "WRONGTYPE" not in str(answer):
+            raise OperationError(str(alarm)) from answer
+
+        foreign.setdefault(key, alarm)
+        return None
 
 
 def by_name(found: Any) -> dict[str, dict[str, Any]]:

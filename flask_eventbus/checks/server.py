@@ -474,7 +474,7 @@ def _check_written(config: Config, names: Collection[str], deadline: float) -> I
 
 def _alarms(statuses: Iterable[StreamStatus]) -> Iterator[Finding]:
     for status in statuses:
-        for alarm in status.alarms:
+        for alarm in (*status.unreadable.values(), *status.alarms):
             yield error(alarm.text, alarm.remedy)
 
 

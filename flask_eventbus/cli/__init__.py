@@ -7,7 +7,7 @@ A command passes through the files in this order:
 2. ``base`` holds that program, the base classes, which turn errors into one line and an exit code,
    and the options and arguments that commands share.
 3. ``commands`` has ``run``, ``tail``, ``publish``, ``routes`` and ``check``, and lists the other
-   commands, which have files of their own: ``relay``, ``status``, ``dead``, ``services``, and
+   commands, which have files of their own: ``relay``, ``dead``, ``status`` with ``services``, and
    ``replay`` with ``seek``.
 4. ``output`` formats events, tables and findings.
 

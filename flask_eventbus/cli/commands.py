@@ -36,8 +36,7 @@ from .dead import dead
 from .output import as_json, as_line, findings_report, live_report, routes_report, to_json
 from .relay import relay
 from .replay import replay, seek
-from .services import services
-from .status import status
+from .status import services, status
 
 
 @click.command(

@@ -18,7 +18,6 @@ from ..admin.dead_letters import (
     DeadLetters,
     Letter,
     Retrial,
-    Retrials,
     read_payload,
     why_not,
 )
@@ -399,20 +398,19 @@ def retry(
 
 def _retry(kept: DeadLetters, letters: Sequence[Letter], wait: float) -> int:
     """Put dead letters back, print the outcome of each, and return how many were handled."""
-    retrials = Retrials(kept.access, kept.service)
     put_back = []
 
     for letter in letters:
         if reason := why_not(letter):
             click.echo(f"{printable(letter.shown)}: cannot be retried, {reason}")
-        elif retrial := retrials.put_back(letter):
+        elif retrial := kept.put_back(letter):
             put_back.append(retrial)
         else:
             click.echo(
                 f"{printable(letter.shown)}: no longer exists; it was retried or deleted meanwhile."
             )
 
-    for retrial in retrials.settled(put_back, wait):
+    for retrial in kept.settled(put_back, wait):
         click.echo(retrial_report(retrial, kept, wait))
 
     for retrial in put_back:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import click
 
 from ..admin.replay import Replay, prepare
-from ..admin.services import Move, Seek
+from ..admin.services import Move, make_move, plan_move
 from ..admin.streams import Place
 from ..bus import stop_on_signals
 from ..codec.records import EARLIEST, MAX_PART, EntryId, entry_id, id_text
@@ -180,15 +180,14 @@ def seek(program: Program, name: str, place: Place | None, yes: bool) -> None:
     service = program.service
 
     with program.streams("seek") as access:
-        seeker = Seek(access, service)
-        move = seeker.plan(name, place)
+        move = plan_move(access, service, name, place)
         click.echo("\n".join(_lines(move)))
 
         if move.here == move.target:
             return
 
         confirm(f"Move {service!r}?", yes)
-        seeker.make(move)
+        make_move(access, move)
 
     click.echo(f"Moved {service!r} to {_shown(move.target)}.")
 

@@ -1,4 +1,4 @@
-"""The command ``status``."""
+"""The command ``status``, and ``services forget`` and ``services rename``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ import click
 
 from ..admin.overview import published, subscribed
 from ..admin.server import PATIENCE
+from ..admin.services import (
+    Holding,
+    find_holdings,
+    known_services,
+    refuse_running,
+)
+from ..admin.services import forget as forget_service
+from ..admin.services import rename as rename_service
 from ..admin.status import (
     ConsumerStatus,
     GroupStatus,
@@ -22,14 +30,25 @@ from ..admin.status import (
     loss_of,
     read_statuses,
 )
-from ..config import TIMING
+from ..admin.streams import StreamAccess
+from ..config import SERVICE_NAME, TIMING
 from ..errors import OperationError
-from ..streams.alarms import too_many_names
+from ..streams.alarms import Alarm, too_many_names
 from ..text import printable
-from .base import Command, Program, json_option, pass_program, reader_is_gone
+from .base import (
+    Command,
+    Group,
+    Program,
+    confirm,
+    json_option,
+    pass_program,
+    reader_is_gone,
+    yes_option,
+)
 from .output import span, table, to_json
 
 _GROUPS = ("Stream", "Events", "Service", "Lag", "Pending", "Oldest", "Retries", "Dead")
+_HOLDINGS = ("Stream", "Group", "Lag", "Pending", "Retries", "Dead")
 _CONSUMERS = ("Service", "Stream", "Host", "Pid", "Node", "Pending", "Idle")
 
 
@@ -39,7 +58,7 @@ def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
     yield from table(_GROUPS, rows, names=(0, 2))
 
     for status in statuses:
-        for alarm in status.alarms:
+        for alarm in (*status.unreadable.values(), *status.alarms):
             yield ""
             yield printable(str(alarm))
 
@@ -66,7 +85,14 @@ def status_report(statuses: Sequence[StreamStatus]) -> Iterator[str]:
 
 def as_json(statuses: Sequence[StreamStatus], excess: Sequence[str]) -> dict[str, Any]:
     """Return the statuses as plain values; ``None`` stands for an unknown value."""
-    streams = [{**asdict(status), "alarms": [*map(str, status.alarms)]} for status in statuses]
+    streams = [
+        {
+            **asdict(status),
+            "alarms": [*map(str, status.alarms)],
+            "unreadable": [*map(str, status.unreadable.values())],
+        }
+        for status in statuses
+    ]
     return {"streams": streams, "exceeded": excess}
 
 
@@ -237,7 +263,7 @@ class _Report:
 
         if not self.of_all and not self.program.declares:
             # Without an app, only its groups tell which streams are the service's.
-            statuses = [status for status in statuses if status.groups]
+            statuses = [status for status in statuses if status.groups or status.unreadable]
 
         excess = list(excess_of(statuses, lag=self.max_lag, dead=self.max_dead))
 
@@ -278,4 +304,144 @@ class _Report:
         return (
             f"The service {config.service!r} has no stream under the prefix {config.prefix!r} "
             "yet. To show all services, pass --all."
+        )
+
+
+def _read_service(ctx: click.Context, param: click.Parameter, name: str) -> str:
+    if SERVICE_NAME.fullmatch(name):
+        return name
+
+    raise click.BadParameter(
+        f"{name!r} is not a valid name of a service. Use letters, digits, '_', '-' and '.', at "
+        "most 64."
+    )
+
+
+@click.group(
+    cls=Group,
+    short_help="Remove or rename a service that no longer runs.",
+    epilog="""Examples:
+
+    \b
+      flask eventbus services forget old_mailer --dry-run
+      flask eventbus services rename mailer notifier
+
+    Exit codes: 0 if it was done; 1 if it was not, with the reason on stderr; 2 for a wrong
+    argument.""",
+)
+def services() -> None:
+    """Remove or rename a service's groups, retries and dead letters in Redis."""
+
+
+@services.command(
+    cls=Command,
+    short_help="Remove a service's groups, retries and dead letters.",
+    epilog="""Exit codes: 0 if it was removed, and with --dry-run; 1 if it was not, since you
+    answered no, its workers run, Redis has nothing of it, or Redis is not available; 2 for a
+    wrong argument.""",
+)
+@click.argument("name", metavar="NAME", callback=_read_service)
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
+@yes_option
+@pass_program
+def forget(program: Program, name: str, dry_run: bool, yes: bool) -> None:
+    """Remove the service NAME from all streams, after showing what is removed and asking.
+
+    The command deletes its groups, retries, dead letters and known ids. The streams and their
+    events stay. Stop the service's workers first.
+    """
+    with program.streams("services") as access:
+        holdings, _ = _shown(access, name)
+
+        if dry_run:
+            return
+
+        refuse_running(name, holdings)
+        confirm("Remove all of this for good?", yes)
+        forget_service(access, name, holdings)
+
+    click.echo(f"Removed {name!r} from Redis.")
+
+
+@services.command(
+    cls=Command,
+    short_help="Move a service's groups, retries and dead letters to another name.",
+    epilog="""Exit codes: 0 if it was renamed, and with --dry-run; 1 if it was not, since you
+    answered no, workers of either name run, NEW has a group or dead letters already, Redis has
+    nothing of OLD, or Redis is not available; 2 for a wrong argument.""",
+)
+@click.argument("old", metavar="OLD", callback=_read_service)
+@click.argument("new", metavar="NEW", callback=_read_service)
+@click.option("--dry-run", is_flag=True, help="Only show what would be moved.")
+@yes_option
+@pass_program
+def rename(program: Program, old: str, new: str, dry_run: bool, yes: bool) -> None:
+    """Rename the service OLD to NEW, after showing what is moved and asking.
+
+    NEW continues where OLD stopped: it gets OLD's groups at the same places, its pending events,
+    retries, dead letters and known ids. Stop OLD's workers first, and start NEW's workers
+    afterwards.
+    """
+    if old == new:
+        raise click.UsageError("OLD and NEW are the same name.")
+
+    with program.streams("services") as access:
+        holdings, unreadable = _shown(access, old)
+        taken, others = find_holdings(access, new)
+
+        if foreign := sorted(others.keys() - unreadable.keys()):
+            # A key of OLD cannot be moved there.
+            raise click.ClickException(printable(str(others[foreign[0]])))
+
+        _refuse_both(new, holdings, taken)
+
+        if dry_run:
+            return
+
+        refuse_running(old, holdings)
+        refuse_running(new, taken)
+        confirm(f"Move all of this to {new!r}?", yes)
+        rename_service(access, old, new, holdings)
+
+    click.echo(
+        f"Renamed {old!r} to {new!r}. Start its workers with 'EVENTBUS_SERVICE' set to {new!r}."
+    )
+
+
+def _shown(access: StreamAccess, service: str) -> tuple[list[Holding], dict[str, Alarm]]:
+    """Print what Redis has of a service; return it, and the keys that cannot be read.
+
+    :raises click.ClickException: Redis has nothing of it.
+    """
+    holdings, unreadable = find_holdings(access, service)
+
+    if not holdings:
+        known = ", ".join(map(repr, known_services(access))) or "none"
+        raise click.ClickException(
+            f"Redis has nothing of {service!r}. Services with a group at a stream: {known}."
+        )
+
+    rows = [_holding_row(holding.name, holding.status) for holding in holdings]
+    click.echo("\n".join(table(_HOLDINGS, rows, names=(0,))))
+
+    for alarm in unreadable.values():
+        click.echo(f"\nLeft as it is: {printable(str(alarm))}")
+
+    return holdings, unreadable
+
+
+def _holding_row(name: str, group: GroupStatus) -> tuple[str, ...]:
+    lag = "?" if group.exists and group.lag is None else f"{group.lag or 0}"
+    exists = "yes" if group.exists else "no"
+    return name, exists, lag, f"{group.pending}", f"{group.retries}", f"{group.dead}"
+
+
+def _refuse_both(new: str, old: Sequence[Holding], taken: Sequence[Holding]) -> None:
+    names = sorted({holding.name for holding in old} & {holding.name for holding in taken})
+
+    if names:
+        raise click.ClickException(
+            f"{new!r} has groups, retries or dead letters of {', '.join(map(repr, names))} "
+            f"already, and two services cannot be merged. If {new!r} may lose them, run first: "
+            f"services forget {new}"
         )

@@ -1003,6 +1003,23 @@ def test_a_backlog_in_a_stream_is_a_note_that_names_the_command(
     assert f"eventbus --url URL {command}" in CliRunner().invoke(main, words).output
 
 
+def test_a_key_of_another_type_is_an_error_and_the_rest_is_checked(
+    lasting_redis: RedisServer, make_bus: Make
+) -> None:
+    store = StreamStore(lasting_redis, "eventbus")
+    store.give_up("user_registered")
+    key = store.keys.retry("user_registered", "mailer")
+    store.client.set(key, "mine")
+    bus = make_bus(lasting_redis.url, "mailer")
+    bus.on("user_*", via="stream")(receive)
+
+    found = check(bus.node)
+
+    remedies = [each.remedy for each in found if each.level == "error"]
+    assert f"Another program stores a different type under '{key}'." in " ".join(remedies)
+    assert "'mailer' has 1 dead letter of 'user_registered'." in [each.text for each in found]
+
+
 def a_retry(store: StreamStore, entry: str) -> RetryRecord:
     """A receiver that is to be tried again."""
     return RetryRecord(

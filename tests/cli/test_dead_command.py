@@ -20,7 +20,7 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus, EventBus
-from flask_eventbus.admin.dead_letters import Choice, DeadLetters, Letter, Retrials
+from flask_eventbus.admin.dead_letters import Choice, DeadLetters, Letter
 from flask_eventbus.admin.streams import StreamAccess
 from flask_eventbus.cli.app import flask_commands
 from flask_eventbus.cli.output import as_json
@@ -751,6 +751,23 @@ def test_a_letter_that_cannot_be_retried_is_kept(store: StreamStore) -> None:
     assert store.dead("user_registered") == [id]
 
 
+@pytest.mark.parametrize("words", [("list",), ("show", "{id}"), ("drop", "--all", "--yes")])
+def test_dead_letters_of_another_type_are_named_and_the_rest_is_found(
+    store: StreamStore, words: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    id, _ = store.give_up("paid")
+    key = store.keys.dead("aaa", "mailer")
+    store.add("aaa")
+    store.client.set(key, "mine")
+
+    result = store.run("dead", *(word.format(id=id) for word in words))
+
+    assert result.exit_code == 0, result.output
+    assert "send_welcome" in result.output or "Deleted 1 dead letter." in result.output
+    assert f"Another program stores a different type under '{key}'." in caplog.text
+    assert store.client.get(key) == b"mine"
+
+
 def test_two_concurrent_retries_of_the_same_letters_queue_each_once(store: StreamStore) -> None:
     for number in range(20):
         store.give_up("paid", receiver=f"mailer.number_{number}")
@@ -761,10 +778,10 @@ def test_two_concurrent_retries_of_the_same_letters_queue_each_once(store: Strea
 
     def retry() -> None:
         with StreamAccess(config, name="tests") as access:
-            letters = list(DeadLetters(access, "mailer").find(Choice()))
-            retrials = Retrials(access, "mailer")
+            kept = DeadLetters(access, "mailer")
+            letters = list(kept.find(Choice()))
             both.wait(10)
-            put_back.extend(found.id for found in letters if retrials.put_back(found))
+            put_back.extend(found.id for found in letters if kept.put_back(found))
 
     threads = [threading.Thread(target=retry) for _ in range(2)]
 

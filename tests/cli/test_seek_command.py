@@ -14,7 +14,7 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus, EventBus
-from flask_eventbus.admin.services import Seek
+from flask_eventbus.admin.services import make_move, plan_move
 from flask_eventbus.admin.streams import StreamAccess
 from flask_eventbus.cli.app import flask_commands
 from flask_eventbus.config import Config
@@ -170,11 +170,10 @@ def test_a_group_that_has_passed_the_position_is_not_moved_back(store: StreamSto
     config = Config(service="mailer", url=store.url, prefix=store.prefix)
 
     with StreamAccess(config, name="tests") as access:
-        seek = Seek(access, "mailer")
-        move = seek.plan("paid", None)
+        move = plan_move(access, "mailer", "paid", None)
         later, _ = store.add("paid", n=2)
         store.read("paid", 2)
-        seek.make(move)
+        make_move(access, move)
 
     assert store.position("paid") == later
 

@@ -228,3 +228,50 @@ def test_two_services_are_not_merged(store: StreamStore) -> None:
 )
 def test_a_usage_error_of_services_exits_with_2(store: StreamStore, words: tuple[str, ...]) -> None:
     assert store.run("services", *words).exit_code == 2
+
+
+@pytest.mark.parametrize("words", [("forget", "mailer"), ("rename", "mailer", "notifier")], ids=str)
+@pytest.mark.usefixtures("_nobody_runs")
+def test_a_key_of_another_type_is_named_and_left_as_it_is(
+    store: StreamStore, words: tuple[str, ...]
+) -> None:
+    fill(store)
+    key, tick = store.keys.retry("paid", "mailer"), store.keys.stream("tick")
+    store.client.delete(key, tick)
+    store.client.set(key, "mine")
+    store.client.set(tick, "mine")
+
+    result = store.run("services", *words, "--yes")
+
+    assert result.exit_code == 0, result.output
+    assert f"Another program stores a different type under '{key}'." in result.output
+    assert f"Another program stores a different type under '{tick}'." in result.output
+    assert store.client.get(key) == store.client.get(tick) == b"mine"
+    assert not any(map(store.client.exists, keys_of(store, "mailer") - {key}))
+    groups = {group["name"] for group in store.client.xinfo_groups(store.keys.stream("paid"))}
+    assert groups == {b"audit", *[word.encode() for word in words[2:]]}
+
+
+@pytest.mark.usefixtures("_nobody_runs")
+def test_a_service_is_not_renamed_over_a_key_of_another_type(store: StreamStore) -> None:
+    fill(store)
+    key = store.keys.retry("paid", "notifier")
+    store.client.set(key, "mine")
+    before = state(store)
+
+    result = store.run("services", "rename", "mailer", "notifier", "--yes")
+
+    assert result.exit_code == 1
+    assert f"Another program stores a different type under '{key}'." in result.output
+    assert state(store) == before
+
+
+def test_the_list_of_known_services_leaves_out_a_key_of_another_type(store: StreamStore) -> None:
+    fill(store)
+    store.client.delete(store.keys.stream("tick"))
+    store.client.set(store.keys.stream("tick"), "mine")
+
+    result = store.run("services", "forget", "nobody")
+
+    assert result.exit_code == 1
+    assert "Services with a group at a stream: 'audit', 'mailer'." in result.output

@@ -451,6 +451,42 @@ def test_a_key_of_another_type_is_reported(store: StreamStore) -> None:
     assert f"'{store.keys.names}'" in result.output
 
 
+@pytest.mark.parametrize("kind", ["stream", "retry", "dead", "dropped"])
+@pytest.mark.parametrize("words", [("status",), ("status", "--all")], ids=" ".join)
+def test_one_key_of_another_type_is_named_and_the_rest_is_shown(
+    store: StreamStore, words: tuple[str, ...], kind: str
+) -> None:
+    keys = store.keys
+    store.add("fine")
+    store.group("fine")
+    store.add("paid")
+    store.group("paid")
+    key = {
+        "stream": keys.stream("paid"),
+        "retry": keys.retry("paid", "mailer"),
+        "dead": keys.dead("paid", "mailer"),
+        "dropped": keys.dead_dropped("paid", "mailer"),
+    }[kind]
+    store.client.delete(key)
+    store.client.sadd(key, "mine")
+
+    shown = store.run(*words)
+    limited = store.run(*words, "--max-dead", "0")
+    as_json = store.run(*words, "--json")
+
+    assert shown.exit_code == 0, shown.output
+    assert "fine" in shown.output
+    assert f"Another program stores a different type under '{key}'." in shown.output
+    assert shown.output.count("WRONGTYPE") == 1
+    # A key that cannot be read must not pass as one without dead letters.
+    assert limited.exit_code == 1
+    assert key in limited.stderr
+    streams = {stream["name"]: stream for stream in json.loads(as_json.output)["streams"]}
+    assert key in streams["paid"]["unreadable"][0]
+    assert streams["fine"]["unreadable"] == []
+    assert streams["fine"]["groups"][0]["lag"] == 1
+
+
 @pytest.mark.parametrize(
     "words",
     [["status"], ["dead", "list"], ["seek", "paid", "--to", "new"]],

@@ -17,7 +17,7 @@ from stream_store import StreamStore
 
 from flask_eventbus import Bus, PublishError
 from flask_eventbus.__main__ import main
-from flask_eventbus.admin.dead_letters import Choice, DeadLetters, Retrials
+from flask_eventbus.admin.dead_letters import Choice, DeadLetters
 from flask_eventbus.admin.publish import publish_one
 from flask_eventbus.admin.server import census
 from flask_eventbus.admin.streams import StreamAccess
@@ -324,8 +324,8 @@ def test_dead_retry_watches_for_its_wait_when_replies_trickle(
     config = Config(service="mailer", url=slow.url, prefix=store.prefix)
 
     with StreamAccess(config, name="tests") as access:
-        retrials = Retrials(access, "mailer")
-        (letter,) = DeadLetters(access, "mailer").find(Choice())
+        retrials = DeadLetters(access, "mailer")
+        (letter,) = retrials.find(Choice())
         retrial = retrials.put_back(letter)
         assert retrial is not None
         slow.pause, slow.dribbles = 0.2, True
