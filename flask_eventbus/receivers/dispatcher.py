@@ -67,12 +67,6 @@ class Dispatcher:
 
     def has_receivers(self, name: str) -> bool:
         """Return True if this process has a receiver for ``name``, from any source."""
-        signal = self._signals.get(name)
-
-        # Without a search of the registry, which every read of a stream would repeat.
-        if isinstance(signal, BusSignal) and any(list(signal.cached_receivers.values())):
-            return True
-
         return bool(self.connected(name))
 
     def receivers(self, event: Event, *, only: str | None = None) -> Sequence[Receiver]:

@@ -11,6 +11,7 @@ import redis
 from ..codec.records import before_moment, id_text
 from ..config import SIGNAL_NAME
 from ..logs import BoundedLog, get_logger
+from ..routing.bus_signal import BusSignal
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.connection import milliseconds_of
@@ -42,7 +43,7 @@ class Catalogue:
         self._timing = context.timing
         self._keys = context.keys
         self._grouped = grouped
-        self._receivers = context.registry.connected_to
+        self._registry = context.registry
         #: All subscriptions of the service to streams, by name or pattern.
         self._all: Mapping[str, Subscription] = {}
         #: Those with a group, or those without.
@@ -104,7 +105,7 @@ class Catalogue:
         if self._patterns and time.monotonic() >= self._search_at:
             self._search()
 
-        without = {name for name in self._streams if not self._receivers(name)}
+        without = {name for name in self._streams if not self._is_received(name)}
 
         if self._names is None or without != self.without_receiver:
             self._report(without - self.without_receiver, self.without_receiver - without)
@@ -116,6 +117,16 @@ class Catalogue:
             }
 
         return self._names
+
+    def _is_received(self, name: str) -> bool:
+        """Return True if this process has a receiver for the events of a stream."""
+        signal = self._registry.namespace.get(name)
+
+        # Asked at each read, so it asks the signal first.
+        if isinstance(signal, BusSignal) and signal.surely_has_receivers:
+            return True
+
+        return bool(self._registry.connected_to(name))
 
     def _select(self) -> None:
         """Take over the subscriptions, after they have changed."""
