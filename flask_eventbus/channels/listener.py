@@ -11,7 +11,7 @@ from ..config import Timing
 from ..errors import DecodeError
 from ..event import Event
 from ..logs import BoundedLog, get_logger
-from ..receivers.conflicts import SECRET, Conflicts, Finding, compare
+from ..receivers.dispatcher import SECRET, Conflicts, Finding, compare
 from ..receivers.workers import WorkerThreads
 from ..routing.subscriptions import Subscription
 from ..signals import emit, event_rejected, events_missed, listener_connected, listener_lost

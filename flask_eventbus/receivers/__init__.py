@@ -3,7 +3,5 @@
 1. ``workers`` queues the events and runs the worker threads that take them. ``delivery`` is a
    stream event with its state in this process.
 2. ``dispatcher`` calls each receiver of an event in its own scope. It decides if a failed one runs
-   again, and logs the failure.
-
-``conflicts`` finds and reports events that contradict each other.
+   again, and logs the failure. It also reports events that contradict each other.
 """

@@ -1,15 +1,18 @@
-"""Runs the receivers of an event, each in its own scope."""
+"""Runs the receivers of an event, each in its own scope, and reports events that conflict."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import random
+import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import Enum, auto
 from typing import Any
 
 from ..config import TIMING
@@ -19,7 +22,7 @@ from ..event import Event, PackedPayload, handling, opened
 from ..logs import BoundedLog, get_logger, text_of
 from ..routing.bus_signal import BusSignal
 from ..routing.options import Receiver
-from ..signals import emit_now, receiver_failed, receiver_succeeded
+from ..signals import emit, emit_now, event_conflict, receiver_failed, receiver_succeeded
 from ..transport.connections import Context
 
 logger = get_logger(__name__)
@@ -464,3 +467,67 @@ class FailureLog:
 
 def _moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+#: Prefix of each body before it is hashed, so that no publisher can construct equal hashes. It
+#: differs in each process.
+SECRET = secrets.token_bytes(16)
+
+
+class Finding(Enum):
+    """The result of comparing an event with the earlier ones."""
+
+    #: An event with the same bytes came before.
+    REPEATED = auto()
+    #: The id, the node or the number contradicts another event: one of the two is forged.
+    CONFLICT = auto()
+
+
+def compare(known: OrderedDict[str, int], id: str, digest: int, most: int) -> Finding | None:
+    """Compare an event with the one of the same id in ``known``, and store it there.
+
+    Return ``None`` if ``known`` has no event with this id.
+
+    :param digest: ``hash(SECRET + body)`` of the event's bytes.
+    :param most: maximum number of ids in ``known``; the oldest is dropped first.
+    """
+    before = known.get(id)
+
+    if before == digest:
+        return Finding.REPEATED
+
+    known[id] = digest
+
+    if len(known) > most:
+        known.popitem(last=False)
+
+    return None if before is None else Finding.CONFLICT
+
+
+class Conflicts:
+    """Counts and logs events that contradict each other, and sends ``event_conflict``.
+
+    They are delivered, because either may be genuine.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._service = context.config.service
+        self._counters = context.counters
+        self._log = BoundedLog(logger)
+
+    def report(self, event: Event) -> None:
+        """Report an event that contradicts another one by its id, node or number."""
+        self._counters.add("conflicts")
+        self._log.error(
+            f"conflict {event.name}",
+            "The event %s of %r, which says it is from %r, contradicts another one. The same id or "
+            "number came with other bytes, or its number is impossibly high, or its node belongs "
+            "to another service. One of the two is forged. Both are delivered. Check in the ACL "
+            "which users may publish %r.",
+            event.id,
+            event.name,
+            event.source,
+            event.name,
+            extra={**event.fields, "service": self._service},
+        )
+        emit(event_conflict, self._service, name=event.name, event=event)

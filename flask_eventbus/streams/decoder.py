@@ -12,8 +12,8 @@ from ..codec.records import MAX_ERROR_CHARS, DeadLetter
 from ..errors import DecodeError
 from ..event import Event
 from ..logs import BoundedLog, get_logger
-from ..receivers.conflicts import Conflicts
 from ..receivers.delivery import Delivery, InFlight
+from ..receivers.dispatcher import Conflicts
 from ..receivers.workers import DeliveryQueue
 from ..routing.subscriptions import Subscription
 from ..signals import emit, event_rejected

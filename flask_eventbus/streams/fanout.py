@@ -12,7 +12,7 @@ import redis
 
 from ..codec.records import entry_id
 from ..logs import BoundedLog, get_logger
-from ..receivers.conflicts import SECRET, Conflicts, Finding, compare
+from ..receivers.dispatcher import SECRET, Conflicts, Finding, compare
 from ..receivers.workers import BatchSize, DeliveryQueue
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.connections import Context

@@ -16,7 +16,7 @@ from flask_eventbus.channels import listener
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.config import Timing
 from flask_eventbus.event import Event
-from flask_eventbus.receivers import conflicts as by_id
+from flask_eventbus.receivers.dispatcher import Finding
 from flask_eventbus.signals import wait_until_sent
 
 pytestmark = pytest.mark.second_look("waits for events of a real Redis")
@@ -263,7 +263,7 @@ def test_the_memory_of_other_nodes_is_bounded() -> None:
 def test_a_node_that_sends_often_is_not_forgotten_first() -> None:
     codec, received = Codec(), listener.Sequences(Timing(max_remembered=5))
 
-    def hear(node: str, seq: int) -> int | by_id.Finding:
+    def hear(node: str, seq: int) -> int | Finding:
         body = packed(id=f"{node}-{seq}", seq=seq)
         event = codec.decode(body)
         return received.observe(event, event.node, body)
