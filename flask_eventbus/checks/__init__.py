@@ -1,6 +1,7 @@
 """The checks behind ``flask eventbus check``, without a terminal.
 
-``doctor`` runs all checks in this order; each yields findings, which ``findings`` defines:
+``check`` in ``server`` runs all checks in this order; each yields findings, which ``findings``
+defines:
 
 1. ``program`` checks settings, routes, subscriptions and receivers, and the database session and
    the outbox table of routes that wait for a commit. It does not connect to Redis.

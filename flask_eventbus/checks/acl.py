@@ -6,6 +6,7 @@ import ipaddress
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
@@ -24,11 +25,13 @@ from ..transport import keys as rights
 from ..transport.connection import set_deadline, timed_connection
 from ..transport.connections import Connections
 from ..transport.keys import ChannelKeys, StreamKeys, is_missing_right, repair, right_of
-from ..transport.pipe import Command
 from .findings import Finding, error, listed, note, ok, warning
 
 #: Commands without which a worker still reads, and does not maintain the group.
 _SPARED = ("+xinfo", "+xpending")
+
+#: The needs that Redis refuses, each with its error.
+Refusals = dict["Need", redis.ResponseError]
 
 #: Words of errors that show that the user has the right: the ACL let the command pass, and an
 #: argument that is invalid on purpose was refused.
@@ -67,7 +70,7 @@ class Need:
     service: str = ""
 
     @property
-    def trial(self) -> Command:
+    def trial(self) -> tuple[str, ...]:
         """The command that shows whether the user has the right."""
         key = f"{self.keys[:-1]}0" if self.keys.endswith("*") else self.keys
         words = {"KEY": key, "SERVICE": self.service}
@@ -77,14 +80,6 @@ class Need:
     def shown(self) -> str:
         """The command as shown to users: ``XADD``, ``XINFO STREAM``."""
         return self.right[1:].replace("|", " ").upper()
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A command that a service needs, and the error with which Redis refuses it."""
-
-    need: Need
-    reason: redis.ResponseError
 
 
 def check_stream_rights(open_server: Callable[[], Server], node: Node) -> Iterator[Finding]:
@@ -137,38 +132,27 @@ def _check_read(
     server: Server, config: Config, subscriptions: list[Subscription]
 ) -> Iterator[Finding]:
     keys = StreamKeys(config.prefix)
-    left = [found for found in subscriptions if not _is_kept_out(server, found, keys, config)]
+    left = []
 
     for subscription in subscriptions:
-        if subscription not in left:
-            yield _kept_out(subscription, keys, config)
+        name = subscription.name
+        create = Need("+xgroup|create", keys.stream(name), config.service)
+        uses_both = subscription.via is None and subscription.group
+
+        # A service that may not create the group listens to the channel only.
+        if uses_both and any(map(is_missing_right, _refusals(server, [create]).values())):
+            needs = [*_needs_of(subscription, keys, config), *map(Need, rights.TRANSACTION.split())]
+            grant = rights.grant_the_user(_by_keys(needs))
+            yield warning(
+                f"It does not let this user read the stream of {name!r}, so the service receives "
+                "only the events of its channel.",
+                f"Set via='channel' in the subscription, or {grant[0].lower()}{grant[1:]}",
+            )
+        else:
+            left.append(subscription)
 
     if left:
         yield from _check_inside(server, config, left)
-
-
-def _is_kept_out(
-    server: Server, subscription: Subscription, keys: StreamKeys, config: Config
-) -> bool:
-    """Return True if the service listens to the channel only, since it may not create a group."""
-    if subscription.via is not None or not subscription.group:
-        return False
-
-    key = keys.stream(subscription.name)
-    # The start is invalid on purpose, so that no group is created.
-    made = Need("+xgroup|create", key, config.service)
-    return any(is_missing_right(refusal.reason) for refusal in _refusals(server, [made]))
-
-
-def _kept_out(subscription: Subscription, keys: StreamKeys, config: Config) -> Finding:
-    name = subscription.name
-    needs = [*_needs_of(subscription, keys, config), *map(Need, rights.TRANSACTION.split())]
-    grant = rights.grant_the_user(_by_keys(needs))
-    return warning(
-        f"It does not let this user read the stream of {name!r}, so the service receives "
-        "only the events of its channel.",
-        f"Set via='channel' in the subscription, or {grant[0].lower()}{grant[1:]}",
-    )
 
 
 def _check_inside(
@@ -180,7 +164,7 @@ def _check_inside(
     begins = _refusals(server, [Need("+multi")])
 
     if any(each.group for each in subscriptions) and (found or begins):
-        yield _finding("It does not let this user acknowledge events of streams", found + begins)
+        yield _finding("It does not let this user acknowledge events of streams", found | begins)
 
     if begins:
         yield note(
@@ -203,7 +187,7 @@ def _check_each(
         found = _refusals(server, _needs_of(subscription, keys, config))
         reader = f"as the group {config.service!r}" if subscription.group else "in each process"
 
-        if found and all(refusal.need.right.startswith(_SPARED) for refusal in found):
+        if found and all(need.right.startswith(_SPARED) for need in found):
             yield warning(
                 f"It lets this user read the stream of {subscription.name!r} {reader}, and not "
                 f"maintain its group: {_why(found)}. The service does not notice events that dead "
@@ -241,48 +225,48 @@ def _needs_of(subscription: Subscription, keys: StreamKeys, config: Config) -> l
     return [Need(right, key, service) for each, key in needed for right in each.split()]
 
 
-def _refusals(server: Server, needs: Iterable[Need]) -> list[Refusal]:
+def _refusals(server: Server, needs: Iterable[Need]) -> Refusals:
+    """Try the command of each need in one round trip, and return those that Redis refuses."""
     needs = list(needs)
-    answers = server.ask_all([tuple(map(str, need.trial)) for need in needs])
-    return [
-        Refusal(need, answer)
+    answers = server.ask_all([need.trial for need in needs])
+    return {
+        need: answer
         for need, answer in zip(needs, answers, strict=True)
         if isinstance(answer, redis.ResponseError)
         and not any(words in str(answer) for words in _HARMLESS)
-    ]
+    }
 
 
-def _finding(text: str, found: list[Refusal]) -> Finding:
+def _finding(text: str, found: Refusals) -> Finding:
     return error(f"{text}: {_why(found)}.", _remedy(found))
 
 
-def _remedy(found: list[Refusal]) -> str:
-    missing = [refusal.need for refusal in found if is_missing_right(refusal.reason)]
-    unknown = [refusal for refusal in found if "unknown command" in str(refusal.reason)]
+def _remedy(found: Refusals) -> str:
+    missing = [need for need, reason in found.items() if is_missing_right(reason)]
+    unknown = [need for need, reason in found.items() if "unknown command" in str(reason)]
 
     if missing and not unknown:
         return rights.grant_the_user(_by_keys(missing))
 
-    first = (unknown or found)[0]
-    return repair(first.reason, [first.need.keys])
+    first = next(iter(unknown or found))
+    return repair(found[first], [first.keys])
 
 
-def _why(found: list[Refusal]) -> str:
+def _why(found: Refusals) -> str:
     """Return the first error that is not a missing right; otherwise the missing rights."""
-    first = next((refusal for refusal in found if not is_missing_right(refusal.reason)), None)
+    for need, reason in found.items():
+        if not is_missing_right(reason):
+            return f"{need.shown}: {reason_of(reason)}"
 
-    if first is not None:
-        return f"{first.need.shown}: {reason_of(first.reason)}"
-
-    return "no right to " + ", ".join(dict.fromkeys(refusal.need.shown for refusal in found))
+    return "no right to " + ", ".join(dict.fromkeys(need.shown for need in found))
 
 
 def _by_keys(needs: Iterable[Need]) -> dict[str, str]:
     """Return the rights for each pattern of keys."""
-    found: dict[str, dict[str, None]] = {}
+    found: dict[str, list[str]] = {}
 
-    for need in needs:
-        found.setdefault(need.keys, {})[need.right] = None
+    for need in dict.fromkeys(needs):
+        found.setdefault(need.keys, []).append(need.right)
 
     return {keys: " ".join(found[keys]) for keys in found}
 
@@ -305,19 +289,15 @@ def check_publishing(connections: Connections, node: Node) -> Iterator[Finding]:
             )
             return
 
-        refusals = list(_try_channels(server, node, names))
+        keys = [ChannelKeys(node.config.prefix).key(name) for name in names]
+        answers = server.ask_all([("PUBLISH", key, "") for key in keys])
+        refusals = [
+            _refused("publish", name, {key: rights.PUBLISH}, answer)
+            for name, key, answer in zip(names, keys, answers, strict=True)
+            if isinstance(answer, redis.ResponseError)
+        ]
 
     yield from refusals or [ok(f"It lets this user publish {listed(names)}.")]
-
-
-def _try_channels(server: Server, node: Node, names: list[str]) -> Iterator[Finding]:
-    keys = ChannelKeys(node.config.prefix)
-
-    for name in names:
-        try:
-            server.ask("PUBLISH", keys.key(name), b"")
-        except redis.ResponseError as refusal:
-            yield _refused("publish", name, {keys.key(name): rights.PUBLISH}, refusal)
 
 
 def check_listening(connections: Connections, node: Node) -> Iterator[Finding]:
@@ -328,28 +308,26 @@ def check_listening(connections: Connections, node: Node) -> Iterator[Finding]:
     if not names:
         return
 
+    refusals = []
     reader = ChannelReader(connections)
     reader.connect()
 
-    try:
-        refusals = [
-            _refused("listen to", name, {keys.key(name): right}, refusal)
-            for name in names
-            if (right := rights.LISTEN_PATTERN if is_pattern(name) else rights.LISTEN)
-            and (refusal := _refusal(reader, keys.key(name), is_pattern(name)))
-        ]
-    finally:
-        reader.close()
+    with closing(reader):
+        for name in names:
+            right = rights.LISTEN_PATTERN if is_pattern(name) else rights.LISTEN
+
+            if refusal := _refusal(reader, keys.key(name), patterns=is_pattern(name)):
+                refusals.append(_refused("listen to", name, {keys.key(name): right}, refusal))
 
     yield from refusals or [ok(f"It lets this user listen to {listed(names)}.")]
 
 
-def _refusal(reader: ChannelReader, key: str, is_pattern: bool) -> str | None:
+def _refusal(reader: ChannelReader, key: str, *, patterns: bool) -> str | None:
     """Return why Redis refuses a subscription; ``None`` if it does not.
 
     :raises redis.TimeoutError: Redis does not answer.
     """
-    reader.subscribe([key], patterns=is_pattern)
+    reader.subscribe([key], patterns=patterns)
 
     # Events may arrive before the answer.
     while frames := reader.read():
@@ -449,11 +427,8 @@ def is_loopback(host: str) -> bool:
 def is_open(url: str, deadline: float) -> bool:
     """Return True if the server gives all rights to users without a password."""
     parts = urlsplit(url)
-    query = "&".join(
-        option
-        for option in parts.query.split("&")
-        if option.partition("=")[0] not in ("username", "password")
-    )
+    options = parts.query.split("&")
+    query = "&".join(each for each in options if not each.startswith(("username=", "password=")))
     nobody = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
     connection = timed_connection(nobody, TIMEOUT)
     set_deadline(connection, min(deadline, time.monotonic() + TIMEOUT))

@@ -15,15 +15,12 @@ from blinker import NamedSignal
 from ..admin.overview import Connected, Overview, connected_to
 from ..errors import ConfigError
 from ..node import Node
-from ..receivers.dispatcher import name_of, unfit_signature
+from ..receivers.dispatcher import name_of, signature_of, unfit_signature
 from ..routing.options import Receiver, is_pattern
-from ..routing.routes import Route, is_built_in
+from ..routing.routes import is_built_in
 from ..routing.subscriptions import Subscription
 from ..text import counted
 from .findings import Finding, error, listed, note, ok, warning
-
-#: What happens to events of a channel that have no receiver.
-_SKIPPED = "its events are skipped"
 
 #: Names of a first parameter that expect the sender; names with a leading underscore do, too.
 _SENDERS = frozenset({"sender", "source", "service", "origin", "app", "publisher"})
@@ -37,9 +34,7 @@ def check_program(node: Node) -> Iterator[Finding]:
     yield from _check_settings(node, overview)
     yield from _check_routes(overview)
 
-    for subscription in overview.subscriptions:
-        yield from _check_subscription(overview, subscription)
-
+    yield from _check_subscriptions(overview)
     yield from _check_receivers(node, overview)
 
 
@@ -48,7 +43,7 @@ def _check_settings(node: Node, overview: Overview) -> Iterator[Finding]:
     publishes, subscribes = len(overview.routes), len(overview.subscriptions)
 
     if publishes or subscribes:
-        names = "1 name" if publishes == 1 else f"{publishes} names"
+        names = counted(publishes, "name")
         yield ok(
             f"The service {config.service!r} publishes {names} and subscribes to {subscribes}."
         )
@@ -83,27 +78,25 @@ def _check_routes(overview: Overview) -> Iterator[Finding]:
                 "Create the signals with bus.signal(name) when the program starts, or correct the "
                 "pattern.",
             )
-        elif route.signal is not None and route.signal not in overview.signals:
-            yield from _check_foreign(route)
+        elif route.signal is None or route.signal in overview.signals:
+            continue
+        elif is_built_in(route.payload):
+            yield ok(f"The route {route.name!r} publishes plain values of a signal of Flask's.")
+        elif route.payload is None:
+            yield note(
+                f"The route {route.name!r} publishes a signal of another package unchanged: its "
+                "send() fails if the signal has an argument that cannot be encoded.",
+                "Give the route a payload= function that returns plain values.",
+            )
 
 
-def _check_foreign(route: Route) -> Iterator[Finding]:
-    """Check the route of a signal of Flask or of another package."""
-    if is_built_in(route.payload):
-        yield ok(f"The route {route.name!r} publishes plain values of a signal of Flask's.")
-    elif route.payload is None:
-        yield note(
-            f"The route {route.name!r} publishes a signal of another package unchanged: its send() "
-            "fails if the signal has an argument that cannot be encoded.",
-            "Give the route a payload= function that returns plain values.",
-        )
+def _check_subscriptions(overview: Overview) -> Iterator[Finding]:
+    for subscription in overview.subscriptions:
+        if overview.receivers_of(subscription):
+            continue
 
-
-def _check_subscription(overview: Overview, subscription: Subscription) -> Iterator[Finding]:
-    name = subscription.name
-
-    if not overview.receivers_of(subscription):
-        what = "its stream is not read" if overview.reads_stream(subscription) else _SKIPPED
+        name, is_read = subscription.name, overview.reads_stream(subscription)
+        what = "its stream is not read" if is_read else "its events are skipped"
         yield error(
             f"Nothing here receives {name!r}, which is subscribed: {what}.",
             f"Connect a receiver with @bus.on({name!r}), name its module in "
@@ -113,24 +106,20 @@ def _check_subscription(overview: Overview, subscription: Subscription) -> Itera
 
 
 def _check_receivers(node: Node, overview: Overview) -> Iterator[Finding]:
-    parameters = node.registry.parameters
-
     for signal in overview.signals:
         connected = connected_to(signal)
 
         for each in connected:
-            yield from _check_hold(signal, each)
+            if each.weak and not _is_in_a_module(each.receiver):
+                yield warning(
+                    f"{each.name} is connected to {signal.name!r} weakly: Python deletes it as "
+                    "soon as nothing else refers to it.",
+                    f"Connect it with @bus.on({signal.name!r}), or with "
+                    "connect(receiver, weak=False).",
+                )
 
-        yield from _check_signatures(signal, connected, parameters.get(signal.name))
-
-
-def _check_hold(signal: NamedSignal, connected: Connected) -> Iterator[Finding]:
-    if connected.weak and not _is_in_a_module(connected.receiver):
-        yield warning(
-            f"{connected.name} is connected to {signal.name!r} weakly: Python deletes it as soon "
-            "as nothing else refers to it.",
-            f"Connect it with @bus.on({signal.name!r}), or with connect(receiver, weak=False).",
-        )
+        declared = node.registry.parameters.get(signal.name)
+        yield from _check_signatures(signal, connected, declared)
 
 
 def _is_in_a_module(receiver: Any) -> bool:
@@ -172,15 +161,15 @@ def _check_signatures(
     needs = []
 
     for each in connected:
-        fault = _fault_of(each.receiver, declared)
+        unfit = unfit_signature(each.receiver, () if declared is None else declared.parameters)
+        signature = signature_of(each.receiver)
 
-        if fault is not None:
-            yield fault
-
-        is_unfit = fault is not None and fault.level == "error"
-
-        if not is_unfit and (need := _needs_of(each.receiver)) is not None:
-            needs.append(need)
+        if unfit is not None:
+            reason, remedy = unfit
+            yield error(f"{each.name} fails at every event: {reason}.", f"{remedy}.")
+        elif signature is not None:
+            yield from _check_sender(each.name, signature)
+            needs.append(_needs_of(each.receiver, signature))
 
     if declared is None:
         yield from _check_together(signal, needs)
@@ -188,51 +177,33 @@ def _check_signatures(
         yield from _check_declared(signal, needs, declared)
 
 
-def _fault_of(receiver: Receiver, declared: inspect.Signature | None) -> Finding | None:
-    """Return the reason why the receiver fails at every event, or may fail."""
-    keys = () if declared is None else declared.parameters
-    unfit = unfit_signature(receiver, keys)
+def _check_sender(name: str, signature: inspect.Signature) -> Iterator[Finding]:
+    """Check that the first parameter of a receiver has the name of a sender."""
+    first = next(iter(signature.parameters.values()))
 
-    if unfit is not None:
-        reason, remedy = unfit
-        return error(f"{name_of(receiver)} fails at every event: {reason}.", f"{remedy}.")
-
-    signature = _signature(receiver)
-    first = next(iter(signature.parameters.values()), None) if signature is not None else None
-
-    if first is None or first.kind is not first.POSITIONAL_OR_KEYWORD or _is_sender(first.name):
-        return None
-
-    return note(
-        f"The first parameter of {name_of(receiver)} is {first.name!r}, and it gets the sender. "
-        "Events whose payload has that key fail.",
-        "Rename the parameter to 'sender', or add 'sender' before it.",
-    )
+    if (
+        first.kind is first.POSITIONAL_OR_KEYWORD
+        and first.name not in _SENDERS
+        and not first.name.startswith("_")
+    ):
+        yield note(
+            f"The first parameter of {name} is {first.name!r}, and it gets the sender. Events "
+            "whose payload has that key fail.",
+            "Rename the parameter to 'sender', or add 'sender' before it.",
+        )
 
 
-def _is_sender(name: str) -> bool:
-    return name in _SENDERS or name.startswith("_")
-
-
-def _needs_of(receiver: Receiver) -> _Needs | None:
-    signature = _signature(receiver)
-
-    if signature is None:
-        return None
-
+def _needs_of(receiver: Receiver, signature: inspect.Signature) -> _Needs:
     parameters = list(signature.parameters.values())
-    named = [parameter for parameter in _without_sender(parameters) if parameter.kind in _NAMED]
+    takes_all = parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+    without_sender = parameters if takes_all else parameters[1:]
+    named = [parameter for parameter in without_sender if parameter.kind in _NAMED]
     return _Needs(
         receiver,
         frozenset(each.name for each in named if each.default is each.empty),
         frozenset(each.name for each in named),
         any(each.kind is each.VAR_KEYWORD for each in parameters),
     )
-
-
-def _without_sender(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
-    takes_all = parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
-    return parameters if takes_all else parameters[1:]
 
 
 def _check_declared(
@@ -274,14 +245,6 @@ def _check_together(signal: NamedSignal, needs: list[_Needs]) -> Iterator[Findin
                     f"the second needs {listed(clash)}, which the first does not take.",
                     f"Add **extra to the parameters of {closed.name}.",
                 )
-
-
-def _signature(receiver: Receiver) -> inspect.Signature | None:
-    try:
-        return inspect.signature(receiver)
-    except (TypeError, ValueError):
-        # Some callables written in C have no signature.
-        return None
 
 
 def check_retries(node: Node) -> Iterator[Finding]:
@@ -377,19 +340,15 @@ def check_database(node: Node) -> Iterator[Finding]:
     session = node.session
 
     if session is None:
-        yield _no_session(waiting)
+        names = listed(sorted(route.name for route in waiting))
+        yield error(
+            f"{names} {'waits' if len(waiting) == 1 else 'wait'} for a database commit, and there "
+            "is no database session: sending fails.",
+            "Call db.init_app(app) of Flask-SQLAlchemy, register the session with "
+            "bus.register_session(session), or remove 'after_commit' and 'outbox' from the route.",
+        )
     elif any(route.outbox for route in waiting):
         yield from _check_outbox(session, node.command)
-
-
-def _no_session(routes: Sequence[Route]) -> Finding:
-    names = listed(sorted(route.name for route in routes))
-    return error(
-        f"{names} {'waits' if len(routes) == 1 else 'wait'} for a database commit, and there is no "
-        "database session: sending fails.",
-        "Call db.init_app(app) of Flask-SQLAlchemy, register the session with "
-        "bus.register_session(session), or remove 'after_commit' and 'outbox' from the route.",
-    )
 
 
 def _check_outbox(session: Any, command: str) -> Iterator[Finding]:

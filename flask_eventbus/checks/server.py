@@ -1,4 +1,7 @@
-"""Check a server: its version, its settings, and the lag, retries and dead letters there."""
+"""Check a server: its version, its settings, and the lag, retries and dead letters there.
+
+``check`` runs all checks, those of the program included.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from ..transport.keys import StreamKeys, grant_the_user
 from ..transport.urls import AdvisedError, without_secrets
 from .acl import check_access, check_listening, check_publishing, check_stream_rights
 from .findings import Finding, error, listed, note, ok, warning
+from .program import check_database, check_program, check_retries
 
 #: Name of the connection in ``CLIENT LIST``; it does not count as a listener.
 CLIENT_NAME = "eventbus-check"
@@ -41,6 +45,25 @@ MAX_SKEW = 5.0
 #: events of the largest size, and at least so many bytes.
 LEAST_BEHIND = 8
 LEAST_BUFFER = 8 * 1024 * 1024
+
+
+def check(node: Node, *, program: bool = True) -> list[Finding]:
+    """Return the findings about a node's program, database and server.
+
+    Nothing is published, no receiver runs, and the service does not start to listen.
+
+    :param program: True if the node has routes and receivers to check. If False, only the server
+        and the listeners of all services are checked.
+    """
+    if not program:
+        return list(check_server(node, service=None))
+
+    return [
+        *check_program(node),
+        *check_retries(node),
+        *check_database(node),
+        *check_server(node, service=node.config.service),
+    ]
 
 
 def check_server(node: Node, *, service: str | None) -> Iterator[Finding]:
@@ -174,7 +197,9 @@ def check_version(server: Server) -> Iterator[Finding]:
 
     version = found.get("redis_version", "")
 
-    if _numbers(version) < OLDEST:
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+
+    if numbers < OLDEST:
         yield error(
             f"It is Redis {version or 'of an unknown version'}, older than 6.2.",
             "Upgrade it to Redis 6.2 or later, or to Valkey.",
@@ -242,7 +267,7 @@ def check_listeners(server: Server, node: Node, service: str | None) -> Iterator
 
     :raises redis.ResponseError: this user has no right to ask.
     """
-    if service is not None and _wants_channels(node):
+    if service is not None and all(found.via is not None for found in node.subscriptions.values()):
         return
 
     # This program does not know what the receivers of other services do.
@@ -259,11 +284,6 @@ def check_listeners(server: Server, node: Node, service: str | None) -> Iterator
             )
 
 
-def _wants_channels(node: Node) -> bool:
-    """Return True if every subscription that uses a channel sets ``via``."""
-    return all(found.via is not None for found in node.subscriptions.values())
-
-
 def _check_streams(
     connections: Connections, node: Node, service: str | None, streams: set[str]
 ) -> Iterator[Finding]:
@@ -271,7 +291,14 @@ def _check_streams(
     overview = Overview(node)
 
     if not overview.has_streams:
-        yield from _note_cluster(overview)
+        names = [found.name for found in overview.subscriptions if found.via is None]
+
+        if names:
+            yield note(
+                f"In a Redis Cluster there are no streams yet: {listed(names)} "
+                f"{'uses' if len(names) == 1 else 'use'} only channels."
+            )
+
         return
 
     yield from check_stream_rights(lambda: Server(connections), node)
@@ -300,21 +327,6 @@ def _program(node: Node, service: str) -> str:
         words += ["--prefix", config.prefix]
 
     return " ".join([*words, "--service", service])
-
-
-def _note_cluster(overview: Overview) -> Iterator[Finding]:
-    names = [found.name for found in overview.subscriptions if found.via is None]
-
-    if names:
-        yield note(
-            f"In a Redis Cluster there are no streams yet: {listed(names)} "
-            f"{'uses' if len(names) == 1 else 'use'} only channels."
-        )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = version.split(".")[:2]
-    return tuple(int(part) for part in parts if part.isdecimal())
 
 
 #: Names that a finding shows at most.

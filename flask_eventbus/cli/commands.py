@@ -15,8 +15,8 @@ from ..admin.server import census
 from ..admin.tail import Filter, Tail
 from ..admin.tail_sources import TailEvent
 from ..bus import run_until_signal
-from ..checks.doctor import check as check_node
 from ..checks.findings import Finding
+from ..checks.server import check as check_node
 from ..errors import ConfigError
 from ..text import counted
 from .base import (

@@ -284,7 +284,7 @@ def unfit_signature(receiver: Receiver, payload: Iterable[str] = ()) -> tuple[st
 
     Return ``None`` if it can, or if its signature is unknown.
     """
-    signature = _signature_of(receiver)
+    signature = signature_of(receiver)
 
     if signature is None:
         return None
@@ -315,7 +315,7 @@ def unfit_signature(receiver: Receiver, payload: Iterable[str] = ()) -> tuple[st
 
 def misfit_of(receiver: Receiver, payload: Iterable[str]) -> str | None:
     """Return why ``receiver`` cannot be called with the keys of ``payload``, or ``None``."""
-    signature = _signature_of(receiver)
+    signature = signature_of(receiver)
 
     if signature is None:
         return None
@@ -328,7 +328,8 @@ def misfit_of(receiver: Receiver, payload: Iterable[str]) -> str | None:
     return None
 
 
-def _signature_of(receiver: Receiver) -> inspect.Signature | None:
+def signature_of(receiver: Receiver) -> inspect.Signature | None:
+    """Return the signature of a receiver; ``None`` if it is unknown."""
     try:
         return inspect.signature(receiver)
     except Exception:

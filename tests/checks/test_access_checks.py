@@ -13,7 +13,7 @@ from tls_servers import Authority, TlsServer
 from flask_eventbus import Bus
 from flask_eventbus.__main__ import main
 from flask_eventbus.checks.acl import check_access, check_transport, hosts_of, is_loopback
-from flask_eventbus.checks.doctor import check
+from flask_eventbus.checks.server import check
 
 pytestmark = pytest.mark.second_look("starts a Redis server for each test")
 

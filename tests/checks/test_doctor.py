@@ -24,9 +24,9 @@ from waiting import wait_until
 from flask_eventbus import Bus, EventBus, current_event
 from flask_eventbus.__main__ import main
 from flask_eventbus.admin.server import Server
-from flask_eventbus.checks.doctor import Finding, check
+from flask_eventbus.checks.findings import Finding
 from flask_eventbus.checks.program import check_database, check_program, check_retries
-from flask_eventbus.checks.server import check_clock, check_eviction, check_version
+from flask_eventbus.checks.server import check, check_clock, check_eviction, check_version
 from flask_eventbus.cli.app import flask_commands
 from flask_eventbus.codec.records import RetryRecord
 from flask_eventbus.database import outbox
@@ -455,6 +455,20 @@ def test_an_outbox_without_its_table_is_an_error_and_waiting_events_are_a_note(
     assert "'python -m flask_eventbus relay --create-table'" in missing.remedy
     assert there.level == "ok"
     assert (waiting.level, waiting.text) == ("note", "There is 1 event in the outbox.")
+
+
+def test_a_receiver_whose_signature_cannot_be_read_passes_the_check() -> None:
+    class Odd:
+        @property
+        def __signature__(self) -> Any:
+            raise LookupError("no signature")
+
+        def __call__(self, sender: str, **payload: Any) -> None: ...
+
+    bus = program_of()
+    bus.on("user_registered")(Odd())
+
+    assert [each.level for each in check_program(bus.node)] == ["ok"]
 
 
 def test_an_unusable_database_is_an_error(tmp_path: Path) -> None:

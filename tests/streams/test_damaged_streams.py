@@ -15,7 +15,7 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError
-from flask_eventbus.checks.doctor import check
+from flask_eventbus.checks.server import check
 
 pytestmark = [
     pytest.mark.second_look("waits for checks that run several times a second"),

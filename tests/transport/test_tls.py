@@ -16,7 +16,7 @@ from topologies import Sentinel
 from waiting import wait_until
 
 from flask_eventbus import Bus, PublishError
-from flask_eventbus.checks.doctor import check
+from flask_eventbus.checks.server import check
 from flask_eventbus.signals import listener_connected, listener_lost
 from flask_eventbus.transport.connections import Connections
 
