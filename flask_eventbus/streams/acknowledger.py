@@ -138,13 +138,7 @@ class Acknowledger:
         )
         #: Told when the maintenance thread has outcomes to write, or a retry to take.
         self.schedule = Schedule(self.clock, context.timing)
-        self._limit = DeadLimit(
-            group.pipe,
-            config=self._config,
-            keys=self._keys,
-            counters=self._counters,
-            lock=self.lock,
-        )
+        self._limit = DeadLimit(group.pipe, context, lock=self.lock)
 
     def __len__(self) -> int:
         return len(self._handled) + len(self._waiting) + len(self._refusals)

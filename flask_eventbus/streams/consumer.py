@@ -27,7 +27,7 @@ from .fanout import Fanout
 from .group import Group, GroupGoneError
 from .maintenance import Maintenance
 from .membership import Membership
-from .outcomes import Outcomes, RetryCounts
+from .outcomes import Outcomes
 from .reader import StreamReader
 from .reclaim import Reclaimer
 from .retry_queue import RetryQueue
@@ -58,24 +58,18 @@ class Consumer:
         self._was_connected = False
         self._is_stopping = False
         self.name = f"{socket.gethostname()}-{os.getpid()}-{context.node}"
-        counts = RetryCounts(context, dispatcher)
         decoder = EntryDecoder(context)
         self._in_flight = InFlight()
-        intake, reclaimer = self._create_write_side(context, decoder, counts)
+        intake, reclaimer = self._create_write_side(context, decoder)
         self._create_read_side(context, decoder, intake, reclaimer)
 
     def _create_write_side(
-        self, context: Context, decoder: EntryDecoder, counts: RetryCounts
+        self, context: Context, decoder: EntryDecoder
     ) -> tuple[Intake, Reclaimer]:
         """Create what handles entries: outcomes, retries and claims, over one connection."""
         self._group = self._group_on(context, WRITE_TIMEOUT)
         self._acknowledger = Acknowledger(context, group=self._group, in_flight=self._in_flight)
-        outcomes = Outcomes(
-            context,
-            retries_of=counts.after,
-            failures=self._dispatcher.failures,
-            now=self._acknowledger.clock.now,
-        )
+        outcomes = Outcomes(context, self._dispatcher, now=self._acknowledger.clock.now)
         intake = Intake(
             decoder=decoder,
             in_flight=self._in_flight,
@@ -86,10 +80,9 @@ class Consumer:
         self._retries = RetryQueue(
             self._group.pipe,
             context,
+            dispatcher=self._dispatcher,
             outcomes=outcomes,
             acknowledger=self._acknowledger,
-            knows=lambda event, name: bool(self._dispatcher.receivers(event, only=name)),
-            retries_of=counts.of_receiver,
             receives=self._receives,
         )
         self.attempts = Attempts(
@@ -104,7 +97,6 @@ class Consumer:
             group=self._group,
             intake=intake,
             trims=Trims(self._group, service=self._config.service, counters=context.counters),
-            retries_of=counts.of_event,
         )
         return intake, reclaimer
 

@@ -363,6 +363,6 @@ class Intake:
         if not (found.skipped or found.dead or others):
             return
 
-        outcomes = [self.outcomes.skipped(entry) for entry in found.skipped]
-        outcomes += [self.outcomes.rejected(entry, letter) for entry, letter in found.dead]
+        outcomes = [Outcome(entry.name, entry.id) for entry in found.skipped]
+        outcomes += [self.outcomes.dead(entry.name, letter) for entry, letter in found.dead]
         self.acknowledger.write([*outcomes, *others])

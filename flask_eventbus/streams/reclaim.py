@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import redis
 
 from ..codec.records import entry_id
-from ..event import Event
 from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import Delivery
 from ..receivers.workers import MAX_BYTES
@@ -41,7 +40,6 @@ class Reclaimer:
     """Claims entries that were released, or that are idle for ``EVENTBUS_CLAIM_AFTER`` seconds.
 
     :param group: the consumer group on the write connection.
-    :param retries_of: returns how many crashes of workers an event may cause before it is given up.
     """
 
     def __init__(
@@ -51,7 +49,6 @@ class Reclaimer:
         group: Group,
         intake: Intake,
         trims: Trims,
-        retries_of: Callable[[Subscription, Event], int],
     ) -> None:
         self._config = context.config
         self._counters = context.counters
@@ -63,7 +60,6 @@ class Reclaimer:
         self._acknowledger = intake.acknowledger
         self._clock = intake.acknowledger.clock
         self._trims = trims
-        self._retries_of = retries_of
         self._log = BoundedLog(logger)
         #: Monotonic time of the last refusal, by signal.
         self._refused_at: dict[str, float] = {}
@@ -260,7 +256,7 @@ class Reclaimer:
 
         for delivery in deliveries:
             count = times[delivery.entry]
-            most = max(1, self._retries_of(subscription, delivery.event))
+            most = max(1, self._intake.outcomes.most_retries(subscription, delivery.event))
 
             if not self._is_possible_count(delivery.entry, count, most):
                 alarm = impossible_count(delivery.name, self._config.service, delivery.entry, count)

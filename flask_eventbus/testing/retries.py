@@ -18,7 +18,7 @@ from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import emit_now, event_dead_lettered
 from ..streams.decoder import EntryDecoder
 from ..streams.group import Entry
-from ..streams.outcomes import Outcomes, RetryCounts
+from ..streams.outcomes import Outcomes
 from ..streams.retry_queue import GONE_AFTER
 from .expectations import receives
 from .recorder import GivenUp, given_up
@@ -198,14 +198,9 @@ class RetryRehearsal:
 
     def _outcomes(self, node: Node) -> Outcomes:
         """Return what decides between a retry and a dead letter, by the clock of the rehearsal."""
-        counts = RetryCounts(node.context, node.dispatcher)
         timing = replace(node.context.timing, retry_jitter=0.0)
-        return Outcomes(
-            replace(node.context, timing=timing),
-            retries_of=counts.after,
-            failures=node.dispatcher.failures,
-            now=lambda: self._began + self._now,
-        )
+        context = replace(node.context, timing=timing)
+        return Outcomes(context, node.dispatcher, now=lambda: self._began + self._now)
 
     def _note(self, node: Node, delivery: Delivery, failure: Failure, after: float | None) -> None:
         self.failures.append(

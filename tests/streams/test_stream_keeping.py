@@ -807,13 +807,7 @@ def test_dead_letters_are_trimmed_and_counted_after_an_outage_in_the_middle(
         return run(commands, **how)
 
     monkeypatch.setattr(pipe, "run", run_or_fail)
-    limit = DeadLimit(
-        pipe,
-        config=bus.node.config,
-        keys=store.keys,
-        counters=bus.node.counters,
-        lock=nullcontext(),
-    )
+    limit = DeadLimit(pipe, bus.node.context, lock=nullcontext())
     limit.grown.add("tick")
     limit.enforce()
     limit.enforce()
