@@ -8,6 +8,6 @@ itself), and passes it to one of these:
 - ``dead_letters`` finds, deletes and retries dead letters.
 - ``replay`` runs receivers again from a place in a stream, which ``streams`` parses.
 - ``services`` moves a service to a place in a stream, and removes or renames it.
-- ``tail`` shows live events, which ``tail_sources`` reads from channels and streams.
+- ``tail`` shows live events of channels and streams.
 - ``publish`` publishes one event and waits for the answer.
 """

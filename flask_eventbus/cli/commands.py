@@ -12,8 +12,7 @@ import click
 from ..admin.overview import Overview
 from ..admin.publish import publish_one
 from ..admin.server import census
-from ..admin.tail import Filter, Tail
-from ..admin.tail_sources import TailEvent
+from ..admin.tail import Filter, Tail, TailEvent
 from ..bus import run_until_signal
 from ..checks.findings import Finding
 from ..checks.server import check as check_node

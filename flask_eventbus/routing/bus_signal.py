@@ -296,11 +296,6 @@ class BusSignal(SendingSignal, NamedSignal):
         super()._clear_state()
         self.cached_receivers = {}
 
-    @property
-    def surely_has_receivers(self) -> bool:
-        """Return True if receivers are connected, and none of them may vanish without notice."""
-        return bool(self.receivers) and not self._has_weak
-
     def local_receivers(self, sender: str) -> list[Receiver]:
         """Return the receivers for events of a service, and cache them."""
         # connect() in another thread replaces the cache; then this entry goes to the old one.

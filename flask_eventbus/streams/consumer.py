@@ -160,7 +160,7 @@ class Consumer:
     def refused(self) -> dict[str, str]:
         """Reasons why Redis refuses a stream, by signal, unless a channel carries it too."""
         subscriptions = self._subscriptions
-        refused = {**self._membership.refused, **self._fanout.refused}
+        refused = {**self._membership.catalogue.refused, **self._fanout.catalogue.refused}
 
         if self.fatal is not None:
             refused = dict.fromkeys(subscriptions, str(self.fatal))
@@ -309,7 +309,7 @@ class Consumer:
                     self._retries.release(delivery)
 
             # Refused streams were reported already.
-            for name in self._membership.known - self._membership.refused.keys():
+            for name in self._membership.known - self._membership.catalogue.refused.keys():
                 self._release(name)
 
     def _release(self, name: str) -> None:

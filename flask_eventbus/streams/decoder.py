@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b, sha256
 
 from ..codec.records import MAX_ERROR_CHARS, DeadLetter
@@ -31,6 +33,9 @@ MAX_FIELDS = 8
 
 #: Size in bytes of the digest of an event that was received.
 DIGEST_BYTES = 8
+
+#: Number of keys of hashes with received events that are kept, so that each is built once.
+KEPT_KEYS = 1_024
 
 
 @dataclass(slots=True)
@@ -75,34 +80,25 @@ class EntryDecoder:
                 found.skipped.append(entry)
                 continue
 
-            subscription = subscription_of[entry.name]
-
             try:
-                event, body, memory = self._event(entry, entry.fields)
+                delivery = self._delivery(
+                    entry, entry.fields, subscription_of[entry.name], claimed_until
+                )
             except DecodeError as error:
                 found.dead.append((entry, self._reject(entry, entry.fields, error)))
                 continue
 
-            if not self._accepts(event, subscription):
+            if self._accepts(delivery.event, delivery.subscription):
+                found.deliveries.append(delivery)
+            else:
                 found.skipped.append(entry)
-                continue
-
-            found.deliveries.append(
-                Delivery(
-                    name=entry.name,
-                    entry=entry.id,
-                    event=event,
-                    body=body,
-                    memory=memory,
-                    subscription=subscription,
-                    claimed_until=claimed_until,
-                )
-            )
 
         return found
 
-    def _event(self, entry: Entry, fields: Fields) -> tuple[Event, bytes, int]:
-        """Return the event of an entry, its bytes, and its memory use in bytes.
+    def _delivery(
+        self, entry: Entry, fields: Fields, subscription: Subscription, claimed_until: float
+    ) -> Delivery:
+        """Return the delivery of an entry.
 
         :raises DecodeError: the entry is no valid event.
         """
@@ -125,7 +121,15 @@ class EntryDecoder:
                 reason="wrong_channel",
             )
 
-        return event, body, memory
+        return Delivery(
+            name=entry.name,
+            entry=entry.id,
+            event=event,
+            body=body,
+            memory=memory,
+            subscription=subscription,
+            claimed_until=claimed_until,
+        )
 
     def _accepts(self, event: Event, subscription: Subscription) -> bool:
         # In a group, any process of the service may have emitted the event and run its receivers.
@@ -202,9 +206,10 @@ class Duplicates:
 
     def __init__(self, pipe: Pipe, context: Context) -> None:
         self._pipe = pipe
-        self._config = context.config
-        self._timing = context.timing
-        self._keys = context.keys
+        self._service = context.config.service
+        self._window = context.config.duplicate_window
+        self._ask_again_after = context.timing.ask_command_again_after
+        self._key = lru_cache(KEPT_KEYS)(context.keys.seen)
         self._log = BoundedLog(logger)
         self._conflicts = Conflicts(context)
         #: Monotonic time until which Redis is not asked, because it refused.
@@ -215,31 +220,28 @@ class Duplicates:
 
         :raises redis.ConnectionError: Redis is unreachable.
         """
-        window = self._config.duplicate_window
-
-        if not window or not deliveries or time.monotonic() < self._refused_until:
+        if not self._window or not deliveries or time.monotonic() < self._refused_until:
             return []
 
-        # By key of a hash, its deliveries, and the id and digest of each, one after the other.
-        hashes: dict[str, tuple[list[Delivery], list[str | bytes]]] = {}
+        # The deliveries of each hash, by its key, each with its digest.
+        hashes: defaultdict[str, list[tuple[Delivery, bytes]]] = defaultdict(list)
 
         for delivery in deliveries:
-            event = delivery.event
-            number = int(event.time.timestamp() // window)
-            key = self._keys.seen(delivery.name, self._config.service, number)
-            found, pairs = hashes.setdefault(key, ([], []))
-            found.append(delivery)
-            pairs += (event.id, blake2b(delivery.body, digest_size=DIGEST_BYTES).digest())
+            number = int(delivery.event.time.timestamp() // self._window)
+            digest = blake2b(delivery.body, digest_size=DIGEST_BYTES).digest()
+            hashes[self._key(delivery.name, self._service, number)].append((delivery, digest))
 
         commands: list[Command] = []
 
-        for key, (_, pairs) in hashes.items():
+        for key, found in hashes.items():
+            ids = [delivery.event.id for delivery, _ in found]
+            pairs = [part for delivery, digest in found for part in (delivery.event.id, digest)]
             # A transaction, so that of two workers with one copy each, exactly one finds it new.
             commands += [
                 ("MULTI",),
-                ("HMGET", key, *pairs[::2]),
+                ("HMGET", key, *ids),
                 ("HSET", key, *pairs),
-                ("EXPIRE", key, max(1, int(window * 2))),
+                ("EXPIRE", key, max(1, int(self._window * 2))),
                 ("EXEC",),
             ]
 
@@ -247,8 +249,8 @@ class Duplicates:
         was_refused, self._refused_until = self._refused_until, 0.0
         duplicates: list[Delivery] = []
 
-        for place, (found, pairs) in enumerate(hashes.values()):
-            duplicates += self._duplicates(found, pairs, answers[place * 5 : place * 5 + 5])
+        for place, found in enumerate(hashes.values()):
+            duplicates += self._duplicates(found, answers[place * 5 : place * 5 + 5])
 
         if was_refused and not self._refused_until:
             self._log.over("refused", "Redis stores the ids of received events again.")
@@ -262,14 +264,12 @@ class Duplicates:
 
         :raises redis.ConnectionError: Redis is unreachable.
         """
-        window = self._config.duplicate_window
-
-        if not window:
+        if not self._window:
             return
 
-        now = int(time.time() // window)
+        now = int(time.time() // self._window)
         # A hash lives for two windows; the clocks of publishers may differ by one more.
-        keys = [self._keys.seen(name, self._config.service, now + n) for n in range(-3, 2)]
+        keys = [self._key(name, self._service, now + n) for n in range(-3, 2)]
         answers = self._pipe.run([("EXPIRE", key, 0) for key in keys])
 
         for refusal in (answer for answer in answers if isinstance(answer, Exception)):
@@ -279,36 +279,32 @@ class Duplicates:
                 "last %g s are not delivered again. %s",
                 name,
                 refusal,
-                window,
+                self._window,
                 remedy(refusal, {self._pattern(name): "+expire"}),
             )
 
     def _duplicates(
-        self,
-        deliveries: Sequence[Delivery],
-        pairs: Sequence[str | bytes],
-        answers: Sequence[object],
+        self, found: Sequence[tuple[Delivery, bytes]], answers: Sequence[object]
     ) -> list[Delivery]:
         """Return the duplicates among the deliveries of a hash, and report conflicts."""
         result = answers[-1]
 
         if not isinstance(result, list) or isinstance(result[0], Exception):
             reason = next((a for a in answers if isinstance(a, Exception)), result)
-            self._pause(deliveries[0].name, reason)
+            self._pause(found[0][0].name, reason)
             return []
 
-        ids, stored = pairs[::2], result[0]
+        # One batch may contain both copies.
+        known = {
+            delivery.event.id: digest
+            for (delivery, _), digest in zip(found, result[0], strict=True)
+            if digest is not None
+        }
         duplicates: list[Delivery] = []
 
-        if not any(stored) and len(set(ids)) == len(ids):
-            return duplicates
-
-        # One batch may contain both copies.
-        known = {id: digest for id, digest in zip(ids, stored, strict=True) if digest is not None}
-
-        for delivery, id, digest in zip(deliveries, ids, pairs[1::2], strict=True):
-            before = known.get(id)
-            known[id] = digest
+        for delivery, digest in found:
+            before = known.get(delivery.event.id)
+            known[delivery.event.id] = digest
 
             if before == digest:
                 duplicates.append(delivery)
@@ -319,10 +315,10 @@ class Duplicates:
 
     def _pattern(self, name: str) -> str:
         """Return the key pattern of a signal's hashes, as an ACL has it."""
-        return self._keys.seen(name, self._config.service, 0)[:-1] + "*"
+        return self._key(name, self._service, 0)[:-1] + "*"
 
     def _pause(self, name: str, reason: object) -> None:
-        self._refused_until = time.monotonic() + self._timing.ask_command_again_after
+        self._refused_until = time.monotonic() + self._ask_again_after
         self._log.once(
             "refused",
             "Redis refuses to store the ids of received events (%s). An event that a publisher "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterable
-from functools import partial
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import redis
@@ -16,7 +16,7 @@ from ..receivers.dispatcher import SECRET, Conflicts, Finding, compare
 from ..receivers.workers import BatchSize, DeliveryQueue
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.connections import Context
-from ..transport.keys import FOLLOW, remedy
+from ..transport.keys import FOLLOW, StreamKeys, remedy
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import ReadingThread
 from .alarms import behind, far_ahead, last_id, passed, report_trimmed, report_trimmed_over
@@ -34,6 +34,19 @@ REMEMBERED = 10_000
 
 #: Number of entries that one command returns in the search for the last common entry.
 LOOK_BACK = 16
+
+
+@dataclass(slots=True)
+class _Place:
+    """How far a stream was read."""
+
+    #: Id of the last entry read, and those of the last entries.
+    last: str
+    ids: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    #: Number of entries ever added up to the last one read; ``None`` if the server does not count.
+    passed: int | None = None
+    #: False after the connection was lost: the present server may lack some of the entries.
+    is_checked: bool = True
 
 
 class Fanout(ReadingThread):
@@ -59,40 +72,27 @@ class Fanout(ReadingThread):
         #: Hashes of the last events, by event id, to find conflicts.
         self._known: OrderedDict[str, int] = OrderedDict()
         self._block = pipe.wait_at_most(BLOCK)
-        #: Id of the last entry read, by stream.
-        self._positions: dict[str, str] = {}
-        #: Ids of the last entries read, by stream.
-        self._read_ids: dict[str, deque[str]] = defaultdict(partial(deque, maxlen=REMEMBERED))
-        #: Number of entries ever added up to the position, for the streams whose server counts.
-        self._passed: dict[str, int] = {}
-        #: Streams that were read over an earlier connection. This server may lack some entries.
-        self._unchecked: set[str] = set()
+        #: How far each stream was read, and the streams to read.
+        self._places: dict[str, _Place] = {}
+        self._names: dict[str, Subscription] = {}
         self._connected = False
         self._looked = 0.0
         self._max_bytes = config.max_event_bytes
         self._batch_size = BatchSize(max_bytes=config.max_event_bytes)
         #: True if the next read must not keep values above the maximum event size.
         self._limits_size = True
-        #: Streams that Redis refuses, with the errors.
-        self.refused: dict[str, str] = {}
         #: Alarms about damaged streams, by name.
         self._alarms: dict[str, str] = {}
-        self._ask_again = 0.0
 
     @property
     def ready(self) -> bool:
         """Return True if Redis answers, and each subscribed stream has a position or is refused."""
-        subscribed = self.catalogue.subscribed
-        return self.lives and self._connected and subscribed.keys() <= self._answered
+        return self.lives and self._connected and self.catalogue.is_complete(self._places.keys())
 
     @property
     def alarms(self) -> dict[str, str]:
         """Alarms about streams whose events do not arrive, by stream or pattern."""
         return {**self.catalogue.alarms, **self._alarms}
-
-    @property
-    def _answered(self) -> set[str]:
-        return self._positions.keys() | self.refused.keys() | self.catalogue.patterns
 
     def stop(self) -> None:
         """Tell the thread to stop, and interrupt a blocked read."""
@@ -109,89 +109,93 @@ class Fanout(ReadingThread):
         self._pipe.close()
 
     def _connect(self) -> None:
-        self._unchecked = set(self._positions)
+        self.catalogue.due_at = 0.0
         self._limits_size = True
 
-    def _step(self) -> None:
-        names = self._allowed()
-        self._find_positions(names)
-        readable = self._positions.keys() - self.catalogue.without_receiver
-        names = {name: names[name] for name in names if name in readable}
+        for place in self._places.values():
+            place.is_checked = False
 
-        if not names:
+    def _step(self) -> None:
+        if time.monotonic() >= self.catalogue.due_at:
+            self._names = self._readable(self.catalogue.names())
+
+            with self.changed:
+                self._connected = True
+                self.changed.notify_all()
+
+        if not self._names:
             self.pause(self._block)
         elif self._queue.wait_for_room(self._block):
-            self._read(names)
+            self._look_for_flush(self._names)
+            self._read()
 
         self._backoff.tries = 0
 
-    def _allowed(self) -> dict[str, Subscription]:
-        names = self.catalogue.names()
+    def _readable(self, names: Mapping[str, Subscription]) -> dict[str, Subscription]:
+        """Return the streams to read, after finding the position in each that is new."""
+        skips_refused = time.monotonic() <= self.catalogue.ask_again_at
+        readable: dict[str, Subscription] = {}
 
-        if self.refused and time.monotonic() > self._ask_again:
-            self._ask_again = time.monotonic() + self._timing.ask_stream_again_after
-            return names
-
-        return {name: names[name] for name in names if name not in self.refused}
-
-    def _find_positions(self, names: dict[str, Subscription]) -> None:
         for name, subscription in names.items():
+            if skips_refused and name in self.catalogue.refused:
+                continue
+
             try:
-                if name not in self._positions:
-                    self._positions[name] = self._start_of(name, subscription)
-                elif name in self._unchecked:
-                    self._go_back(name)
+                if name not in self._places:
+                    self._places[name] = self._start_of(name, subscription)
+                elif not self._places[name].is_checked:
+                    self._go_back(name, self._places[name])
             except redis.ResponseError as error:
                 self._refuse(name, error)
+                continue
 
-        with self.changed:
-            self._connected = True
-            self.changed.notify_all()
+            if name not in self.catalogue.without_receiver:
+                readable[name] = subscription
 
-    def _start_of(self, name: str, subscription: Subscription) -> str:
+        return readable
+
+    def _start_of(self, name: str, subscription: Subscription) -> _Place:
         start = self.catalogue.start_of(name, subscription)
-        # An id instead of "$", which would skip the entries added between two reads.
-        return self._last(name) if start == NEW else start
 
-    def _last(self, name: str) -> str:
-        command: Command = ("XINFO", "STREAM", self._keys.stream(name))
-        info = self._pipe.run([command], most=SAMPLE)[0]
+        if start != NEW:
+            return _Place(start)
+
+        # An id instead of "$", which would skip the entries added between two reads.
+        info = self._info(name)
         last = last_id(info)
 
         if last is None:
             head: Command = ("XREVRANGE", self._keys.stream(name), "+", "-")
             found = self._pipe.ask(*head, "COUNT", 1, most=SAMPLE)
-            return str(found[0][0].decode()) if found else "0-0"
+            return _Place(found[0][0].decode() if found else "0-0")
 
         # From this count on, entries that are trimmed before they are read are reported.
-        count = 0 if isinstance(info, Exception) else passed(info, last)
+        return _Place(last, passed=0 if isinstance(info, Exception) else passed(info, last))
 
-        if count is not None:
-            self._passed[name] = count
+    def _info(self, name: str) -> Any:
+        """Return the answer to ``XINFO STREAM``, or the error of Redis."""
+        command: Command = ("XINFO", "STREAM", self._keys.stream(name))
+        return self._pipe.run([command], most=SAMPLE)[0]
 
-        return last
-
-    def _go_back(self, name: str) -> None:
+    def _go_back(self, name: str, place: _Place) -> None:
         """Move the position back to the last entry that was read and that this server has.
 
         A promoted replica may lack the last entries of the old master, and so may a server that
         restarted without the end of its log. Its next entries may then have smaller ids.
         """
-        position, common = self._positions[name], self._last_common(name)
-        self._unchecked.discard(name)
+        position, common = place.last, self._last_common(name, place)
+        place.is_checked = True
 
         if common == position:
             return
 
-        read = self._read_ids[name]
         lost = 0
 
-        while read and entry_id(read[-1]) > entry_id(common):
-            read.pop()
+        while place.ids and behind(common, place.ids[-1]):
+            place.ids.pop()
             lost += 1
 
-        self._positions[name] = common
-        self._passed.pop(name, None)
+        place.last, place.passed = common, None
         self._log.warning(
             f"lost {name}",
             "Redis has lost the last %d entries of the stream of %r that this process has read, up "
@@ -204,17 +208,15 @@ class Fanout(ReadingThread):
             extra={"signal": name, "service": self._service},
         )
 
-    def _last_common(self, name: str) -> str:
-        position, read = self._positions[name], self._read_ids[name]
+    def _last_common(self, name: str, place: _Place) -> str:
+        if not place.ids:
+            return place.last
 
-        if not read:
-            return position
-
-        known = {*read}
-        end, count, has_unread = position, 1, False
+        known, first = {*place.ids}, place.ids[0]
+        end, count, has_unread = place.last, 1, False
 
         while found := self._pipe.ask(
-            *("XREVRANGE", self._keys.stream(name), end, read[0], "COUNT", count), most=SAMPLE
+            *("XREVRANGE", self._keys.stream(name), end, first, "COUNT", count), most=SAMPLE
         ):
             for id, _ in found:
                 if id.decode() in known:
@@ -223,73 +225,55 @@ class Fanout(ReadingThread):
             has_unread = True
             end, count = f"({found[-1][0].decode()}", LOOK_BACK
 
-        return read[0] if has_unread else position
+        return first if has_unread else place.last
 
-    def _read(self, names: dict[str, Subscription]) -> None:
-        self._look_for_flush(names)
-
-        try:
-            self._take(self._entries(names, self._block), names)
-        except redis.ResponseError as error:
-            logger.debug("Redis refuses to read one of the streams: %s", error)
-            self._find_refused(names)
-
-    def _find_refused(self, names: dict[str, Subscription]) -> None:
-        """Read the streams one at a time, to find those that Redis refuses."""
-        for name, subscription in names.items():
-            try:
-                self._take(self._entries([name], 0), {name: subscription})
-            except redis.ResponseError as error:
-                self._refuse(name, error)
-
-    def _entries(self, names: Collection[str], block: float) -> list[Entry]:
+    def _read(self) -> None:
+        names = self._names
         count = self._batch_size.count(
             room=self._queue.room, memory=self._queue.memory, streams=len(names)
         )
-        keys = [self._keys.stream(name) for name in names]
-        ids = [self._positions[name] for name in names]
-        wait = ("BLOCK", int(block * 1000)) if block else ()
-        # The last answer may have been lost because it was too large; this one is the same.
-        most = self._max_bytes if self._limits_size else None
-        answer = self._pipe.ask("XREAD", "COUNT", count, *wait, "STREAMS", *keys, *ids, most=most)
+        entries, refusals = read_after(
+            self._pipe,
+            self._keys,
+            {name: self._places[name].last for name in names},
+            count=count,
+            block=self._block,
+            # The last answer may have been lost because it was too large; this one is the same.
+            most=self._max_bytes if self._limits_size else None,
+        )
         self._limits_size = False
-        return entries_of(answer, self._keys)
 
-    def _take(self, entries: list[Entry], names: dict[str, Subscription]) -> None:
-        if self.refused:
-            granted = self.refused.keys() & names
-            self.refused = {name: self.refused[name] for name in self.refused.keys() - names}
+        for name, refusal in refusals.items():
+            self._refuse(name, refusal)
 
-            for name in granted:
-                self._log.over(
-                    f"refused {name}",
-                    "Redis lets %r read the stream of %r again.",
-                    self._service,
-                    name,
-                    extra={"signal": name, "service": self._service},
-                )
+        self._names = {name: names[name] for name in names if name not in refusals}
 
+        for name in self.catalogue.refused.keys() & self._names.keys():
+            self.catalogue.grant(name)
+
+        self._take(entries, names)
+
+    def _take(self, entries: list[Entry], names: Mapping[str, Subscription]) -> None:
         self._batch_size.update(map(Entry.size, entries))
         found = self._decoder.decode(entries, names)
 
         for delivery in found.deliveries:
             event, digest = delivery.event, hash(SECRET + delivery.body)
+            most = self._timing.max_remembered
 
-            if (
-                compare(self._known, event.id, digest, self._timing.max_remembered)
-                is Finding.CONFLICT
-            ):
+            if compare(self._known, event.id, digest, most) is Finding.CONFLICT:
                 self._conflicts.report(event)
 
         self._counters.add("received", len(found.deliveries))
         self._queue.put(found.deliveries)
 
         for entry in entries:
-            self._positions[entry.name] = entry.id
-            self._read_ids[entry.name].append(entry.id)
+            place = self._places[entry.name]
+            place.last = entry.id
+            place.ids.append(entry.id)
 
-            if entry.name in self._passed:
-                self._passed[entry.name] += 1
+            if place.passed is not None:
+                place.passed += 1
 
     def _look_for_flush(self, names: Iterable[str]) -> None:
         """Start at the first entry if a stream was created again, with smaller ids."""
@@ -299,29 +283,27 @@ class Fanout(ReadingThread):
         self._looked = time.monotonic()
 
         for name in names:
-            command: Command = ("XINFO", "STREAM", self._keys.stream(name))
-            info = self._pipe.run([command], most=SAMPLE)[0]
+            info = self._info(name)
             last = self._last_of(name, info)
 
             if last is None:
                 continue
 
             self._check_last(name, last)
+            place = self._places[name]
 
-            if behind(last, self._positions[name]):
-                self._positions[name] = "0-0"
-                self._read_ids[name].clear()
-                self._passed.pop(name, None)
+            if behind(last, place.last):
+                self._places[name] = _Place("0-0")
             elif not isinstance(info, Exception):
-                self._look_for_trims(name, passed(info, self._positions[name]))
+                self._look_for_trims(name, place, passed(info, place.last))
 
-    def _look_for_trims(self, name: str, count: int | None) -> None:
+    def _look_for_trims(self, name: str, place: _Place, count: int | None) -> None:
         """Report entries that were trimmed between the last one read and the next one."""
         if count is None:
             return
 
-        lost = count - self._passed.get(name, count)
-        self._passed[name] = count
+        lost = 0 if place.passed is None else count - place.passed
+        place.passed = count
 
         if lost > 0:
             report_trimmed(name, lost, self._service, self._counters, self._log)
@@ -370,18 +352,44 @@ class Fanout(ReadingThread):
         self._alarms = {**others, name: str(alarm)}
 
     def _refuse(self, name: str, reason: Exception) -> None:
-        self._ask_again = time.monotonic() + self._timing.ask_stream_again_after
+        advice = remedy(reason, {self._keys.stream(name): FOLLOW})
+        self.catalogue.refuse(name, reason, advice)
 
-        if self.refused.get(name) == str(reason):
-            return
 
-        self.refused = {**self.refused, name: str(reason)}
-        self._log.error(
-            f"refused {name}",
-            "Redis refuses to let %r read the stream of %r: %s. %s",
-            self._service,
-            name,
-            reason,
-            remedy(reason, {self._keys.stream(name): FOLLOW}),
-            extra={"signal": name, "service": self._service},
-        )
+def read_after(
+    pipe: Pipe,
+    keys: StreamKeys,
+    positions: Mapping[str, str],
+    *,
+    count: int,
+    block: float,
+    most: int | None = None,
+) -> tuple[list[Entry], dict[str, Exception]]:
+    """Read streams without a group; also return the error of each that Redis refuses.
+
+    :param positions: the id after which to read each stream, by its name.
+    :param count: maximum number of entries of each stream.
+    :param block: maximum time to wait for an entry, in seconds.
+    :param most: see :meth:`.Pipe.run`.
+    """
+
+    def read(names: Iterable[str], *wait: str | int) -> list[Entry]:
+        ids = [positions[name] for name in names]
+        head: Command = ("XREAD", "COUNT", count, *wait, "STREAMS")
+        return entries_of(pipe.ask(*head, *map(keys.stream, names), *ids, most=most), keys.name)
+
+    try:
+        return read(positions, "BLOCK", int(block * 1000)), {}
+    except redis.ResponseError as error:
+        logger.debug("Redis refuses to read one of the streams: %s", error)
+
+    entries: list[Entry] = []
+    refusals: dict[str, Exception] = {}
+
+    for name in positions:
+        try:
+            entries += read([name])
+        except redis.ResponseError as error:
+            refusals[name] = error
+
+    return entries, refusals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import redis
@@ -95,6 +96,9 @@ class Group:
         self.pipe = pipe
         self.unlisted = set() if unlisted is None else unlisted
         self._keys = keys
+        #: The key of a stream by its name, and the name by its key. Each is worked out once.
+        self._key = cache(keys.stream)
+        self._name_of = cache(keys.name)
         self._service = service
         self._consumer = consumer
         self._max_bytes = max_bytes
@@ -116,22 +120,22 @@ class Group:
         places = self._start_arguments(starts)
         refusals = self._create(places)
         # Redis 6.2 does not support ENTRIESREAD.
-        again = {name: places[name][:1] for name in refusals if len(places[name]) > 1}
-        refusals.update(self._create(again) if any(refusals[name] for name in again) else {})
-        return refusals
+        again = {name: places[name][:1] for name in starts if refusals[name] and places[name][1:]}
+        return {**refusals, **self._create(again)} if again else refusals
 
     def _create(self, places: Mapping[str, Command]) -> dict[str, Exception | None]:
         """Create the group on each stream, at an id and with the options after it."""
         commands: list[Command] = []
 
         for name, (id, *options) in places.items():
-            key = self._keys.stream(name)
-            create: Command = ("XGROUP", "CREATE", key, self._service, id, "MKSTREAM", *options)
-            commands.append(create)
-            commands.append(("SADD", self._keys.names, name))
-            # Before Redis 7.2, only reading an entry would create the consumer, and `status` would
-            # not show it.
-            commands.append(("XGROUP", "CREATECONSUMER", key, self._service, self._consumer))
+            key = self._key(name)
+            commands += [
+                ("XGROUP", "CREATE", key, self._service, id, "MKSTREAM", *options),
+                ("SADD", self._keys.names, name),
+                # Before Redis 7.2, only reading an entry would create the consumer, and `status`
+                # would not show it.
+                ("XGROUP", "CREATECONSUMER", key, self._service, self._consumer),
+            ]
 
         answers = self.pipe.run(commands)
         return {
@@ -145,16 +149,11 @@ class Group:
         From that number Redis counts the entries trimmed before the group first reads.
         """
         places: dict[str, Command] = {name: (start,) for name, start in starts.items()}
-        keys = {name: self._keys.stream(name) for name in starts}
-        asked = self.pipe.run([("XINFO", "GROUPS", key) for key in keys.values()])
-        new = [
-            name
-            for name, groups in zip(starts, asked, strict=True)
-            if _is_missing(groups) or not self._is_among(groups)
-        ]
+        asked = self.pipe.run([("XINFO", "GROUPS", self._key(name)) for name in starts])
+        new = [name for name, groups in zip(starts, asked, strict=True) if self._is_new(groups)]
 
         if new:
-            commands: list[Command] = [("XINFO", "STREAM", keys[name]) for name in new]
+            commands: list[Command] = [("XINFO", "STREAM", self._key(name)) for name in new]
             infos = self.pipe.run(commands, most=SAMPLE)
 
             for name, info in zip(new, infos, strict=True):
@@ -162,12 +161,12 @@ class Group:
 
         return places
 
-    def _is_among(self, groups: Any) -> bool:
-        """Return True if ``groups`` contains this group, or Redis refused to list them."""
+    def _is_new(self, groups: Any) -> bool:
+        """Return True if a stream has no such group; False if Redis refused to list its groups."""
         if isinstance(groups, Exception):
-            return True
+            return _is_missing(groups)
 
-        return any(as_dict(found)["name"] == self._service.encode() for found in groups)
+        return all(as_dict(found)["name"] != self._service.encode() for found in groups)
 
     def _start_argument(self, name: str, start: str, info: Any) -> Command:
         if _is_missing(info):
@@ -207,7 +206,7 @@ class Group:
         count, start = 0, place
 
         while count <= self._timing.max_counted:
-            head: Command = ("XRANGE", self._keys.stream(name), f"({id_text(start)}", "+")
+            head: Command = ("XRANGE", self._key(name), f"({id_text(start)}", "+")
             (page,) = self._run([(*head, "COUNT", self._timing.page)], most=SAMPLE)
             count += len(page)
 
@@ -225,11 +224,11 @@ class Group:
         :raises GroupGoneError: if a stream or its group does not exist.
         :raises redis.ResponseError: if Redis refuses the command.
         """
-        keys = map(self._keys.stream, names)
         head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", count)
         wait = ("BLOCK", int(block * 1000)) if block else ()
-        command: Command = (*head, *wait, "STREAMS", *keys, *[">"] * len(names))
-        return entries_of(self._ask(*command), self._keys)
+        keys = map(self._key, names)
+        answer = self._ask(*head, *wait, "STREAMS", *keys, *[">"] * len(names))
+        return entries_of(answer, self._name_of)
 
     def try_to_read(self, name: str) -> None:
         """Check that this consumer may read a stream, without reading an entry.
@@ -239,7 +238,7 @@ class Group:
         """
         # Reads this consumer's pending entries after the last possible id: there are none.
         head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", 1)
-        self._ask(*head, "STREAMS", self._keys.stream(name), LAST_ID)
+        self._ask(*head, "STREAMS", self._key(name), LAST_ID)
 
     def pending(
         self, name: str, *, idle: float = 0.0, consumer: str = "", most: int | None = None
@@ -260,7 +259,19 @@ class Group:
             if not lacks_command(error):
                 raise
 
-            self._note_unlisted(name, error)
+            if name not in self.unlisted:
+                self.unlisted.add(name)
+                logger.warning(
+                    "Redis does not let %r list the pending events of %r: %s. Events of a worker "
+                    "that stopped, died or lost its connection wait until the list is available. "
+                    "%s",
+                    self._service,
+                    name,
+                    error,
+                    remedy(error, {self._key(name): "+xpending"}),
+                    extra={"signal": name, "service": self._service},
+                )
+
             return []
 
         if name in self.unlisted:
@@ -274,31 +285,13 @@ class Group:
 
         return found
 
-    def _note_unlisted(self, name: str, error: Exception) -> None:
-        if name in self.unlisted:
-            return
-
-        self.unlisted.add(name)
-        logger.warning(
-            "Redis does not let %r list the pending events of %r: %s. Events of a worker that "
-            "stopped, died or lost its connection wait until the list is available. %s",
-            self._service,
-            name,
-            error,
-            remedy(error, {self._keys.stream(name): "+xpending"}),
-            extra={"signal": name, "service": self._service},
-        )
-
     def _pending(self, name: str, idle: float, consumer: str, most: int | None) -> list[Pending]:
         found: list[Pending] = []
         start = "-"
 
         while True:
-            head: Command = ("XPENDING", self._keys.stream(name), self._service)
-            page = self._ask(
-                *(*head, "IDLE", int(idle * 1000), start, "+", self._timing.page),
-                *([consumer] if consumer else []),
-            )
+            head: Command = ("XPENDING", self._key(name), self._service, "IDLE", int(idle * 1000))
+            page = self._ask(*head, start, "+", self._timing.page, *filter(None, [consumer]))
             found += [
                 Pending(id.decode(), owner.decode(errors="replace"), idle_ms, times)
                 for id, owner, idle_ms, times in page
@@ -321,7 +314,7 @@ class Group:
                 "in the stream and are read within seconds once Redis accepts writes again."
             )
 
-        return remedy(reason, {self._keys.stream(name): GROUP})
+        return remedy(reason, {self._key(name): GROUP})
 
     def worker_remedy(self, name: str, reason: Exception) -> str:
         """Return one sentence that tells what to do if Redis refuses a worker after a read."""
@@ -341,7 +334,7 @@ class Group:
         Values above the maximum event size are not kept in memory. An entry that is too large would
         kill this worker, and then each worker that takes the entry over.
         """
-        key = self._keys.stream(name)
+        key = self._key(name)
         answers: list[Any] = []
         # Redis disconnects a client whose answers exceed its output buffer. The next call after a
         # lost answer looks up one entry at a time.
@@ -360,11 +353,21 @@ class Group:
     def claim(self, name: str, pending: Sequence[Pending], *, idle: float) -> set[str]:
         """Claim entries that are still idle, and return the ids of those that were claimed.
 
-        The delivery counts stay as they are, because no receiver has started yet.
-
+        :param pending: the entries, each with its new delivery count in ``times``. The count of an
+            entry stays as it is until a receiver starts.
         :param idle: minimum idle time in seconds.
         """
-        return self._claim(name, pending, idle=idle, times=lambda found: found.times)
+        counts: dict[int, list[str]] = {}
+
+        for found in pending:
+            counts.setdefault(found.times, []).append(found.id)
+
+        head = ("XCLAIM", self._key(name), self._service, self._consumer)
+        commands: list[Command] = [
+            (*head, int(idle * 1000), *ids, "RETRYCOUNT", count, "JUSTID")
+            for count, ids in counts.items()
+        ]
+        return {id.decode() for answer in self._run(commands) for id in answer if id}
 
     def record_start(self, name: str, id: str, *, times: int) -> bool:
         """Record in Redis that the receivers of an entry start.
@@ -373,13 +376,12 @@ class Group:
 
         :param times: the new delivery count.
         """
-        head: Command = ("XPENDING", self._keys.stream(name), self._service)
+        head: Command = ("XPENDING", self._key(name), self._service)
 
         if not self._ask(*head, id, id, 1, self._consumer):
             return False
 
-        mine = [Pending(id, self._consumer, 0, times)]
-        return bool(self._claim(name, mine, idle=0.0, times=lambda found: times))
+        return bool(self.claim(name, [Pending(id, self._consumer, 0, times)], idle=0.0))
 
     def renew(self, name: str, ids: Sequence[str]) -> set[str]:
         """Renew the claim on this consumer's entries, and return the ids it still owns."""
@@ -387,11 +389,11 @@ class Group:
 
         if name in self.unlisted:
             # Without the list, the owners and the counts are unknown; JUSTID keeps the counts.
-            head = ("XCLAIM", self._keys.stream(name), self._service, self._consumer)
+            head = ("XCLAIM", self._key(name), self._service, self._consumer)
             return {id.decode() for id in self._ask(*head, 0, *ids, "JUSTID") if id}
 
         mine = [owned[id] for id in ids if id in owned]
-        self._claim(name, mine, idle=0.0, times=lambda found: found.times)
+        self.claim(name, mine, idle=0.0)
         return {found.id for found in mine}
 
     def release(self, name: str, crashes: Mapping[str, int], *options: str) -> None:
@@ -400,7 +402,7 @@ class Group:
         :param crashes: by entry id, the number of workers that started the entry and died.
         :param options: ``"FORCE"`` for entries that are not pending for any consumer.
         """
-        head: Command = ("XCLAIM", self._keys.stream(name), self._service, RELEASED, 0)
+        head: Command = ("XCLAIM", self._key(name), self._service, RELEASED, 0)
 
         for times in set(crashes.values()):
             ids = [id for id, count in crashes.items() if count == times]
@@ -429,7 +431,7 @@ class Group:
         if name in self.unlisted:
             return 0
 
-        key = self._keys.stream(name)
+        key = self._key(name)
         answers = self._run(
             [
                 ("MULTI",),
@@ -439,11 +441,8 @@ class Group:
             ]
         )[-1]
 
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise _group_error(answer) from answer
-
-        lost = {id.decode(): times if times > 1 else 0 for id, _, _, times in answers[0]}
+        pending, _ = _checked(answers)
+        lost = {id.decode(): times if times > 1 else 0 for id, _, _, times in pending}
         self.release(name, lost, "FORCE")
         return len(lost)
 
@@ -453,7 +452,7 @@ class Group:
 
     def consumers(self, name: str) -> list[tuple[str, int, float]]:
         """Return name, number of pending entries and idle time in seconds of each consumer."""
-        answer = self._ask("XINFO", "CONSUMERS", self._keys.stream(name), self._service)
+        answer = self._ask("XINFO", "CONSUMERS", self._key(name), self._service)
         found = [as_dict(item) for item in answer]
         return [
             (item["name"].decode(errors="replace"), item["pending"], item["idle"] / 1000)
@@ -465,7 +464,7 @@ class Group:
 
         :raises redis.ResponseError: if the user may not use ``XINFO``, or Redis does not have it.
         """
-        key = self._keys.stream(name)
+        key = self._key(name)
         # XINFO STREAM returns the first and the last entry with all fields.
         commands: list[Command] = [("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)]
         stream, groups = self.pipe.run(commands, most=self._max_bytes)
@@ -488,7 +487,7 @@ class Group:
 
         These versions also report the ``inactive`` time of a consumer.
         """
-        key = self._keys.stream(name)
+        key = self._key(name)
         consumers = self.pipe.run([("XINFO", "CONSUMERS", key, self._service)])[0]
         return isinstance(consumers, list) and any(b"inactive" in found for found in consumers)
 
@@ -523,74 +522,50 @@ class Group:
 
     def pending_command(self, name: str, id: str) -> Command:
         """Return the command whose answer is empty if an entry is not pending."""
-        return ("XPENDING", self._keys.stream(name), self._service, id, id, 1)
+        return ("XPENDING", self._key(name), self._service, id, id, 1)
 
     def released_command(self, name: str) -> Command:
         """Return the command whose answer is empty if the group has no released entry."""
-        return ("XPENDING", self._keys.stream(name), self._service, "-", "+", 1, RELEASED)
+        return ("XPENDING", self._key(name), self._service, "-", "+", 1, RELEASED)
 
     def acknowledge_command(self, name: str, ids: Iterable[str]) -> Command:
         """Return the command that acknowledges entries."""
-        return ("XACK", self._keys.stream(name), self._service, *ids)
+        return ("XACK", self._key(name), self._service, *ids)
 
     def restore_command(self, name: str, id: str, *, times: int) -> Command:
         """Return the command that makes an acknowledged entry pending for this consumer again.
 
         :param times: the delivery count to set.
         """
-        head: Command = ("XCLAIM", self._keys.stream(name), self._service, self._consumer)
+        head: Command = ("XCLAIM", self._key(name), self._service, self._consumer)
         return (*head, 0, id, "RETRYCOUNT", times, "FORCE", "JUSTID")
 
-    def _claim(
-        self,
-        name: str,
-        pending: Sequence[Pending],
-        *,
-        idle: float,
-        times: Callable[[Pending], int],
-    ) -> set[str]:
-        """Claim entries, with one command for all that get the same delivery count."""
-        counts: dict[int, list[str]] = {}
-
-        for found in pending:
-            counts.setdefault(times(found), []).append(found.id)
-
-        head = ("XCLAIM", self._keys.stream(name), self._service, self._consumer)
-        commands: list[Command] = [
-            (*head, int(idle * 1000), *ids, "RETRYCOUNT", count, "JUSTID")
-            for count, ids in counts.items()
-        ]
-        return {id.decode() for answer in self._run(commands) for id in answer if id}
-
     def _run(self, commands: Sequence[Command], *, most: int | None = None) -> list[Any]:
-        answers = self.pipe.run(commands, most=most) if commands else []
-
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise _group_error(answer) from answer
-
-        return answers
+        return _checked(self.pipe.run(commands, most=most)) if commands else []
 
     def _ask(self, *command: str | bytes | int | float) -> Any:
-        (answer,) = self.pipe.run([command])
+        return self._run([command])[0]
 
+
+def _checked(answers: list[Any]) -> list[Any]:
+    """Return the answers; raise the first error among them."""
+    for answer in answers:
         if isinstance(answer, Exception):
             raise _group_error(answer) from answer
 
-        return answer
+    return answers
 
 
-def entries_of(answer: Any, keys: StreamKeys) -> list[Entry]:
-    """Return the entries in an answer to ``XREAD`` or ``XREADGROUP``."""
-    found: list[Entry] = []
+def entries_of(answer: Any, name_of: Callable[[bytes], str]) -> list[Entry]:
+    """Return the entries in an answer to ``XREAD`` or ``XREADGROUP``.
 
-    for key, entries in answer or ():
-        name = keys.name(key.decode())
-
-        for id, fields in entries:
-            found.append(Entry(name, id.decode(), _fields(fields)))
-
-    return found
+    :param name_of: returns the name of the stream with a key.
+    """
+    return [
+        Entry(name_of(key), id.decode(), _fields(fields))
+        for key, entries in answer or ()
+        for id, fields in entries
+    ]
 
 
 def lacks_command(reason: Exception) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 
 import redis
 
 from ..codec.records import before_moment, id_text
 from ..config import SIGNAL_NAME
 from ..logs import BoundedLog, get_logger
-from ..routing.bus_signal import BusSignal
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import NEW, Subscription
 from ..transport.connection import milliseconds_of
@@ -28,9 +27,12 @@ logger = get_logger(__name__)
 #: Maximum number of digits of a stored time in milliseconds.
 MAX_DIGITS = 15
 
+#: Seconds between two checks whether the subscribed streams and their receivers have changed.
+CHECK_EVERY = 1.0
+
 
 class Catalogue:
-    """Finds the streams of the subscriptions, and the id at which to start each.
+    """Finds the streams of the subscriptions, the id at which to start each, and the refused ones.
 
     Only the reading thread may call its methods, except :meth:`update`.
 
@@ -39,26 +41,23 @@ class Catalogue:
 
     def __init__(self, pipe: Pipe, context: Context, *, grouped: bool) -> None:
         self._pipe = pipe
-        self._config = context.config
-        self._timing = context.timing
+        self._service = context.config.service
+        self._timing = timing = context.timing
         self._keys = context.keys
         self._grouped = grouped
-        self._registry = context.registry
+        self._receivers = context.registry.connected_to
         #: All subscriptions of the service to streams, by name or pattern.
         self._all: Mapping[str, Subscription] = {}
         #: Those with a group, or those without.
         self.subscribed: dict[str, Subscription] = {}
-        #: True if the subscriptions have changed since :meth:`_select`.
-        self._is_changed = False
-        #: Names and patterns that are subscribed, with a group or without one.
-        self._all_names: Set[str] = frozenset()
-        #: The subscriptions of :attr:`subscribed` that are patterns, and those that are names.
-        self._patterns: dict[str, Subscription] = {}
-        self._named: dict[str, Subscription] = {}
-        #: The subscribed streams.
-        self._streams: dict[str, Subscription] = {}
-        #: The result of :meth:`names`; ``None`` once the streams have changed.
-        self._names: dict[str, Subscription] | None = None
+        #: Monotonic time at which to call :meth:`names` again.
+        self.due_at = 0.0
+        self._check_every = min(
+            pipe.wait_at_most(CHECK_EVERY),
+            timing.list_streams_every,
+            timing.list_many_streams_every,
+            timing.ask_stream_again_after,
+        )
         #: Streams that this process does not read, because it has no receiver for them.
         self.without_receiver: frozenset[str] = frozenset()
         #: The alarm that the patterns match too many streams; ``None`` if they do not.
@@ -71,11 +70,10 @@ class Catalogue:
         self._log = BoundedLog(logger)
         #: Time at which the service first subscribed to each pattern, in milliseconds since 1970.
         self._since: dict[str, int] = {}
-
-    @property
-    def patterns(self) -> Set[str]:
-        """The patterns whose first subscription time is known."""
-        return self._since.keys()
+        #: Streams that Redis refuses, with the errors.
+        self.refused: dict[str, str] = {}
+        #: Monotonic time after which refused streams are read again.
+        self.ask_again_at = 0.0
 
     @property
     def alarms(self) -> dict[str, str]:
@@ -83,13 +81,17 @@ class Catalogue:
         alarm = self.alarm
         return {} if alarm is None else dict.fromkeys(self._searched, alarm)
 
+    def is_complete(self, read: Set[str]) -> bool:
+        """Return True if each subscription is a known pattern, or a stream read or refused."""
+        return self.subscribed.keys() <= read | self.refused.keys() | self._since.keys()
+
     def update(self, subscriptions: Mapping[str, Subscription]) -> None:
         """Use these subscriptions to streams from now on; any thread may call it."""
         self._all = subscriptions
         self.subscribed = {
             name: found for name, found in subscriptions.items() if found.group is self._grouped
         }
-        self._is_changed = True
+        self.due_at = 0.0
 
     def names(self) -> dict[str, Subscription]:
         """Return the subscribed streams, each with its subscription.
@@ -99,61 +101,32 @@ class Catalogue:
 
         :raises redis.ConnectionError: Redis is unreachable.
         """
-        if self._is_changed:
-            self._select()
-
-        if self._patterns and time.monotonic() >= self._search_at:
-            self._search()
-
-        without = {name for name in self._streams if not self._is_received(name)}
-
-        if self._names is None or without != self.without_receiver:
-            self._report(without - self.without_receiver, self.without_receiver - without)
-            self.without_receiver = frozenset(without)
-            self._names = {
-                name: found
-                for name, found in self._streams.items()
-                if name not in without or found.name == name
-            }
-
-        return self._names
-
-    def _is_received(self, name: str) -> bool:
-        """Return True if this process has a receiver for the events of a stream."""
-        signal = self._registry.namespace.get(name)
-
-        # Asked at each read, so it asks the signal first.
-        if isinstance(signal, BusSignal) and signal.surely_has_receivers:
-            return True
-
-        return bool(self._registry.connected_to(name))
-
-    def _select(self) -> None:
-        """Take over the subscriptions, after they have changed."""
-        # Cleared first: another thread may subscribe in between.
-        self._is_changed = False
+        # Set first: another thread may subscribe in between, and sets it to 0.
+        self.due_at = time.monotonic() + self._check_every
         subscribed = self.subscribed
-        self._all_names = self._all.keys()
-        self._patterns = {name: found for name, found in subscribed.items() if is_pattern(name)}
-        self._named = {name: found for name, found in subscribed.items() if not is_pattern(name)}
-        self._list_streams()
+        patterns = {name: found for name, found in subscribed.items() if is_pattern(name)}
 
-        if not self._searched.issuperset(self._patterns):
-            self._search_at = 0.0
+        if patterns and (
+            time.monotonic() >= self._search_at or not self._searched.issuperset(patterns)
+        ):
+            self._search(patterns)
 
-    def _list_streams(self) -> None:
-        """List the streams again, after the subscriptions or the streams found have changed.
+        streams = {name: found for name, found in subscribed.items() if not is_pattern(name)}
 
-        A pattern that another thread subscribed during a search was not searched for yet.
-        """
-        self._streams = dict(self._named)
-        self._names = None
-
-        for name in sorted(self._found - self._all_names):
-            pattern = next((found for found in self._patterns if matches(found, name)), None)
+        for name in sorted(self._found - self._all.keys()):
+            pattern = next((found for found in patterns if matches(found, name)), None)
 
             if pattern is not None:
-                self._streams[name] = self._patterns[pattern]
+                streams[name] = patterns[pattern]
+
+        without = frozenset(name for name in streams if not self._receivers(name))
+        self._report(without - self.without_receiver, self.without_receiver - without)
+        self.without_receiver = without
+        return {
+            name: found
+            for name, found in streams.items()
+            if name not in without or found.name == name
+        }
 
     def _report(self, new: Set[str], over: Set[str]) -> None:
         for name in sorted(new):
@@ -164,13 +137,46 @@ class Catalogue:
                 "add its module to 'EVENTBUS_RECEIVERS', or remove the name from "
                 "'EVENTBUS_SUBSCRIBE'.",
                 name,
-                self._config.service,
+                self._service,
                 name,
             )
 
         for name in sorted(over):
             text = "%r has a receiver here now, or is no longer subscribed."
             self._log.over(f"without {name}", text, name)
+
+    def refuse(
+        self, name: str, reason: Exception, advice: str, *, level: int = logging.ERROR
+    ) -> None:
+        """Note that Redis refuses a stream, and log each refusal once."""
+        self.ask_again_at = time.monotonic() + self._timing.ask_stream_again_after
+
+        if self.refused.get(name) == str(reason):
+            return
+
+        self.refused = {**self.refused, name: str(reason)}
+        write = self._log.error if level == logging.ERROR else self._log.warning
+        write(
+            f"refused {name}",
+            "Redis refuses to let %r read the stream of %r: %s. %s",
+            self._service,
+            name,
+            reason,
+            advice,
+            extra={"signal": name, "service": self._service},
+        )
+
+    def grant(self, name: str) -> None:
+        """Note that Redis lets this process read a stream; log it after a refusal."""
+        if name in self.refused:
+            self.refused = {known: self.refused[known] for known in self.refused if known != name}
+            self._log.over(
+                f"refused {name}",
+                "Redis lets %r read the stream of %r again.",
+                self._service,
+                name,
+                extra={"signal": name, "service": self._service},
+            )
 
     def start_of(self, name: str, subscription: Subscription) -> str:
         """Return the id at which a new group of a stream starts."""
@@ -180,9 +186,8 @@ class Catalogue:
 
         return subscription.start
 
-    def _search(self) -> None:
+    def _search(self, patterns: Collection[str]) -> None:
         """Search for streams that match the patterns. If Redis refuses, log it and go on."""
-        patterns = self._patterns
         self._searched = set(patterns)
 
         try:
@@ -199,7 +204,7 @@ class Catalogue:
                 grant_its_user(
                     {
                         self._keys.names: SEARCH,
-                        self._keys.since(self._config.service): SINCE,
+                        self._keys.since(self._service): SINCE,
                         "": TIME,
                     }
                 ),
@@ -208,13 +213,8 @@ class Catalogue:
         else:
             self._log.over("refused", "Redis lists the streams for %s again.", ", ".join(patterns))
             known = {name.decode(errors="replace") for name in names}
-            self._add(
-                {
-                    name
-                    for name in known
-                    if SIGNAL_NAME.fullmatch(name) and any(matches(each, name) for each in patterns)
-                }
-            )
+            valid = filter(SIGNAL_NAME.fullmatch, known)
+            self._add({name for name in valid if any(matches(each, name) for each in patterns)})
 
         timing = self._timing
         self._search_at = time.monotonic() + (
@@ -237,10 +237,9 @@ class Catalogue:
         room = max(0, self._timing.max_names - len(self._found))
         # Known streams stay even if they are not found: Redis may have been flushed.
         self._found |= set(sorted(found - self._found)[:room])
-        self._list_streams()
 
     def _store_since(self, patterns: list[str]) -> None:
-        key = self._keys.since(self._config.service)
+        key = self._keys.since(self._service)
 
         for pattern in patterns:
             now = milliseconds_of(self._pipe.ask("TIME"))
@@ -271,7 +270,6 @@ class Membership:
         self, context: Context, *, group: Group, intake: Intake, reclaimer: Reclaimer
     ) -> None:
         self._config = context.config
-        self._timing = context.timing
         self._counters = context.counters
         self.group = group
         self.catalogue = Catalogue(group.pipe, context, grouped=True)
@@ -280,16 +278,10 @@ class Membership:
         self._intake = intake
         self._acknowledger = intake.acknowledger
         self._reclaimer = reclaimer
-        self._log = BoundedLog(logger)
         #: The subscriptions whose streams are read, by name.
         self.joined: dict[str, Subscription] = {}
-        #: Streams that Redis refuses, with the errors.
-        self.refused: dict[str, str] = {}
-        self._ask_again = 0.0
         #: Streams with a group that this process does not read, because it has no receiver.
         self._unread: frozenset[str] = frozenset()
-        #: The refusals that were logged, by stream, so that each is logged once.
-        self._logged: dict[str, str] = {}
         #: Streams whose group this process has joined or created before. If the group is gone, a
         #: new one starts at the first entry.
         self.known: set[str] = set()
@@ -304,8 +296,7 @@ class Membership:
     @property
     def is_complete(self) -> bool:
         """Return True if each subscribed stream is read or refused."""
-        answered = self.joined.keys() | self.refused.keys() | self.catalogue.patterns | self._unread
-        return self.catalogue.subscribed.keys() <= answered
+        return self.catalogue.is_complete(self.joined.keys() | self._unread)
 
     def join(self) -> tuple[dict[str, Subscription], bool]:
         """Join the groups of streams that are new, and create missing groups.
@@ -322,8 +313,8 @@ class Membership:
 
         known = self.joined.keys() | self._unread
 
-        if time.monotonic() <= self._ask_again:
-            known |= self.refused.keys()
+        if time.monotonic() <= self.catalogue.ask_again_at:
+            known |= self.catalogue.refused.keys()
 
         is_new = not subscribed.keys() <= known
 
@@ -336,10 +327,10 @@ class Membership:
         return {name: self.joined[name] for name in subscribed if name in self.joined}, is_new
 
     def reset(self) -> None:
-        """Forget the groups and the refusals, after the connection was lost."""
+        """Forget the groups, and try refused streams again, after the connection was lost."""
         self.joined = {}
         self._unread = frozenset()
-        self.refused = {}
+        self.catalogue.due_at = self.catalogue.ask_again_at = 0.0
 
     def leave_all(self, error: GroupGoneError) -> None:
         """Leave all groups after one was deleted; :meth:`join` creates missing groups again."""
@@ -359,35 +350,22 @@ class Membership:
                 self.duplicates.forget(name)
 
         self.joined = {}
+        self.catalogue.due_at = 0.0
 
     def refuse(self, name: str, subscription: Subscription, reason: Exception) -> None:
         """Leave the group of a stream that Redis refuses, and log the refusal once."""
         self.end_without_streams(reason)
-        self.joined = {known: sub for known, sub in self.joined.items() if known != name}
-        self._ask_again = time.monotonic() + self._timing.ask_stream_again_after
-        self.refused = {**self.refused, name: str(reason)}
+        self.joined = {known: self.joined[known] for known in self.joined if known != name}
+        self.catalogue.due_at = 0.0
+        advice = self.group.remedy(name, reason)
 
-        if self._logged.get(name) == str(reason):
-            return
-
-        self._logged[name] = str(reason)
-
-        write: Callable[..., None] = self._log.error
-        effect, alternative = "This service gets no events from it.", ""
-
-        if subscription.via != "stream":
-            write, effect = self._log.warning, "The service listens to the channel only."
-            alternative = " Or subscribe with 'via': 'channel'."
-
-        write(
-            f"refused {name}",
-            f"Redis refuses to let %r read the stream of %r: %s. {effect} %s{alternative}",
-            self._config.service,
-            name,
-            reason,
-            self.group.remedy(name, reason),
-            extra={"signal": name, "service": self._config.service},
-        )
+        if subscription.via == "stream":
+            advice = f"This service gets no events from it. {advice}"
+            self.catalogue.refuse(name, reason, advice)
+        else:
+            effect = "The service listens to the channel only."
+            advice = f"{effect} {advice} Or subscribe with 'via': 'channel'."
+            self.catalogue.refuse(name, reason, advice, level=logging.WARNING)
 
     def end_without_streams(self, error: Exception) -> None:
         """Set :attr:`fatal` if the error says that this server has no streams.
@@ -408,7 +386,11 @@ class Membership:
         raise redis.ConnectionError(str(error)) from error
 
     def _join_new(self, subscribed: dict[str, Subscription], new: Sequence[str]) -> None:
-        starts = {name: self._start_of(name, subscribed[name]) for name in new}
+        # The position of a deleted group is lost, so the new one starts at the first entry.
+        starts = {
+            name: "0" if name in self.known else self.catalogue.start_of(name, subscribed[name])
+            for name in new
+        }
         self.trims.check_before_next_read()
         refusals = self.group.join(starts)
         joined = dict(self.joined)
@@ -421,6 +403,7 @@ class Membership:
                 # If the group is deleted before it is read, all entries of the stream are unread.
                 if refusal is None:
                     self.known.add(name)
+                    self.catalogue.grant(name)
 
                 continue
 
@@ -430,24 +413,13 @@ class Membership:
 
             if refusal is None:
                 joined[name] = subscribed[name]
-                self._note_granted(name)
-                self.refused = {
-                    other: self.refused[other] for other in self.refused if other != name
-                }
-            elif not isinstance(refusal, GroupGoneError):
+                self.catalogue.grant(name)
+            elif isinstance(refusal, GroupGoneError):
+                self.catalogue.due_at = 0.0
+            else:
                 self.refuse(name, subscribed[name], refusal)
 
         self.joined = joined
-
-    def _note_granted(self, name: str) -> None:
-        if self._logged.pop(name, None) is not None:
-            self._log.over(
-                f"refused {name}",
-                "Redis lets %r read the stream of %r again.",
-                self._config.service,
-                name,
-                extra={"signal": name, "service": self._config.service},
-            )
 
     def _recover(self, name: str, subscription: Subscription) -> Exception | None:
         """Take this consumer's pending entries and the released ones; return a refusal."""
@@ -464,10 +436,6 @@ class Membership:
             return refusal
 
         return None
-
-    def _start_of(self, name: str, subscription: Subscription) -> str:
-        # The position of a deleted group is lost, so the new one starts at the first entry.
-        return "0" if name in self.known else self.catalogue.start_of(name, subscription)
 
     def _recover_pending(self, name: str, subscription: Subscription) -> None:
         """Take the entries that Redis sent to this consumer in a lost answer."""

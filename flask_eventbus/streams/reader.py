@@ -67,6 +67,8 @@ class StreamReader(ReadingThread):
         self._reclaimer = reclaimer
         self._pause_after = context.timing.pause_reading_after
         self._block = self._group.pipe.wait_at_most(BLOCK)
+        #: The streams to read.
+        self._streams: dict[str, Subscription] = {}
         #: True while Redis answers, once the groups were joined.
         self._is_connected = False
         #: True if every subscribed stream could be read after the last join.
@@ -115,21 +117,33 @@ class StreamReader(ReadingThread):
             super().stop()
 
     def _step(self) -> None:
-        streams, is_new = self._membership.join()
+        if time.monotonic() >= self._membership.catalogue.due_at:
+            self._join()
 
-        # A pattern that was refused before may be granted now, without a new stream.
-        if is_new or not self._is_connected or (not self._was_ready and self.ready):
-            self._note_joined()
-
-        if not streams or self._is_overloaded():
+        if not self._streams or self._is_overloaded():
             self.pause(self._block)
         elif room := self._queue.wait_for_room(self._block):
-            self._read(streams, room)
+            self._read(self._streams, room)
         else:
             # Entries added now may be trimmed before they are read.
             self._has_backlog = True
 
         self._backoff.tries = 0
+
+    def _join(self) -> None:
+        """Join new groups, and tell the consumer once each subscribed stream is read or refused."""
+        self._streams, is_new = self._membership.join()
+
+        # A pattern that was refused before may be granted now, without a new stream.
+        if is_new or not self._is_connected or (not self._was_ready and self.ready):
+            with self.changed:
+                self._is_connected = True
+                self.changed.notify_all()
+
+            self._was_ready = self.ready
+
+            if self._was_ready:
+                self._consumer.on_ready()
 
     def _is_overloaded(self) -> bool:
         """Return True if too many outcomes wait to be written to Redis."""
@@ -197,18 +211,6 @@ class StreamReader(ReadingThread):
         # The maintenance thread then looks whether a receiver has started.
         self._acknowledger.schedule.within(self._pause_after)
         self._intake.end(found)
-
-    # -- the groups -----------------------------------------------------------------------
-
-    def _note_joined(self) -> None:
-        with self.changed:
-            self._is_connected = True
-            self.changed.notify_all()
-
-        self._was_ready = self.ready
-
-        if self._was_ready:
-            self._consumer.on_ready()
 
     def _find_refused(self, streams: dict[str, Subscription], error: redis.ResponseError) -> None:
         """Read the streams one at a time, to find those that Redis refuses."""

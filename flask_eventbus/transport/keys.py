@@ -75,9 +75,9 @@ class StreamKeys:
         """Key of a hash: the last foreign change to the entries of a service, as an alarm."""
         return f"{self._start}{name}}}:seen:{service}:tampered"
 
-    def name(self, key: str) -> str:
+    def name(self, key: bytes) -> str:
         """Return the name of the signal that a stream belongs to."""
-        return key[self._cut]
+        return key.decode()[self._cut]
 
 
 #: To publish to a channel, and to listen to one by name or by pattern.

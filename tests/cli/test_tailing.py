@@ -24,8 +24,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, ConfigError, Event
 from flask_eventbus.__main__ import main
-from flask_eventbus.admin.tail import Filter, Tail
-from flask_eventbus.admin.tail_sources import TailEvent
+from flask_eventbus.admin.tail import Filter, Tail, TailEvent
 from flask_eventbus.cli.output import as_json, as_line
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.config import TIMING, Timing
