@@ -204,9 +204,10 @@ class RetryQueue:
         for (member, result, until), score in zip(
             leases, self._execute(commands)[1::2], strict=True
         ):
-            # Another worker has it, or ended it. Both have added to the score, so it is too high.
             if score is not None and abs(float(score) - until) >= 1:
-                again.append(("ZADD", key, "XX", until, member))
+                # Another worker has it. Both have added to the score, so set what that one set.
+                first = min(round(float(score)) - (until - due_until), self._lease_until())
+                again.append(("ZADD", key, "XX", first, member))
             elif score is not None and result is not None:
                 taken.append(result)
 

@@ -464,6 +464,35 @@ def test_of_two_workers_that_find_a_retry_at_the_same_time_one_runs_it(
     assert [bus.health().counts.get("released", 0) for bus in buses] == [0, 0]
 
 
+@pytest.mark.timing(check_released_every=0.1)
+def test_a_retry_is_run_soon_if_a_worker_without_the_receiver_postpones_it_at_the_same_time(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = store.keys.retry("tick", "mailer")
+    postponed: list[bytes] = []
+    attempts_seen: list[int] = []
+    run = Pipe.run
+
+    def postpone_before(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
+        if not postponed and any("INCR" in command for command in commands):
+            postponed.extend(store.client.zrange(key, 0, -1))
+            soon = round(time.time() * 1000) + 200
+            store.client.zadd(key, dict.fromkeys(postponed, soon), xx=True)
+
+        return run(pipe, commands, **how)
+
+    def receive(sender: str, n: int) -> None:
+        attempts_seen.append(current_event.attempt)
+
+    monkeypatch.setattr(Pipe, "run", postpone_before)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=60)
+    listen(bus, receive)
+    old_retry(store, "tick", hours=0.1, key=f"{__name__}.{receive.__qualname__}")
+
+    wait_until(lambda: attempts_seen == [2], timeout=20, what="it is run")
+    assert postponed
+
+
 @pytest.mark.parametrize("score", [None, 1.0], ids=["an hour ago", "in 1970"])
 def test_a_retry_is_run_soon_if_both_workers_that_lease_it_at_once_are_lost(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch, score: float | None
