@@ -11,7 +11,7 @@ from functools import partial
 from reprlib import repr as short
 from typing import Any, Final, NoReturn, TypeVar, cast
 
-from msgpack import ExtType, packb
+from msgpack import packb
 
 from ..config import SERVICE_NAME, SIGNAL_NAME
 from ..errors import ConfigError, DecodeError, PayloadError
@@ -23,10 +23,8 @@ from .values import (
     PLAIN,
     UnfitError,
     Values,
-    check,
     memory_of,
     survey,
-    unknown_type,
 )
 
 #: The version of the wire format.
@@ -65,94 +63,6 @@ def _text(value: str) -> bytes:
     return cast(bytes, packb(value))
 
 
-_ID = _text("id")
-_DATA = _text("data")
-_CORRELATIONID = _text("correlationid")
-_CAUSATIONID = _text("causationid")
-_HOPS = _text("hops")
-_TRACEPARENT = _text("traceparent")
-_PARTITIONKEY = _text("partitionkey")
-
-
-class Envelope:
-    """Encodes the events of one service and signal; the attributes they share are encoded once."""
-
-    __slots__ = ("_heads", "_least", "overhead")
-
-    def __init__(self, source: str, name: str) -> None:
-        shared = packb({"specversion": SPECVERSION, "source": source, "type": name})[1:] + _ID
-
-        # The first bytes of an event with 0, 1, ... 6 optional attributes.
-        self._heads = tuple(bytes([0x86 + optional]) + shared for optional in range(7))
-
-        #: Largest size of an event without its payload, in bytes.
-        self.overhead: int = len(self._heads[0]) + _MAX_BYTES_AFTER_HEAD
-        #: Smallest size of an event without its payload, but with the longest id, in bytes.
-        self._least = len(self._heads[0]) + PACKED_ID_BYTES + _TIMESTAMP_64.size + len(_DATA)
-
-    def __call__(
-        self,
-        data: bytes,
-        *,
-        id: str,
-        time_ns: int,
-        seq: int | None = None,
-        correlation_id: str | None = None,
-        causation_id: str | None = None,
-        hops: int = 0,
-        traceparent: str | None = None,
-        key: str | None = None,
-    ) -> bytes:
-        """Encode an event.
-
-        :param data: the encoded payload, from :meth:`.Codec.pack_payload`.
-        :param time_ns: nanoseconds since 1970, as from :func:`time.time_ns`.
-        :raises PayloadError: the key is too long.
-        """
-        optional: list[bytes] = []
-
-        if seq is not None:
-            optional.append(_COUNT(b"\xa3seq\xcf", seq))
-        if correlation_id is not None:
-            optional.append(_CORRELATIONID + _text(correlation_id))
-        if causation_id is not None:
-            optional.append(_CAUSATIONID + _text(causation_id))
-        if hops:
-            optional.append(_HOPS + packb(hops))
-        if traceparent is not None:
-            optional.append(_TRACEPARENT + _text(traceparent))
-        if key:
-            optional.append(_PARTITIONKEY + _key(key))
-
-        head = self._heads[len(optional)]
-        seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
-
-        # A msgpack timestamp has 64 bits, or 96 bits before 1970 and from 2514.
-        if seconds >> 34:
-            time = _TIMESTAMP_96.pack(b"\xa4time\xc7\x0c\xff", nanoseconds, seconds)
-        else:
-            time = _TIMESTAMP_64.pack(b"\xa4time\xd7\xff", nanoseconds << 34 | seconds)
-
-        return b"".join((head, _text(id), time, _DATA, data, *optional))
-
-    def most_bytes(self, data: bytes, attributes: Mapping[str, Any], *, numbered: bool) -> int:
-        """Return the size in bytes of an event without an id; only the id may make it shorter.
-
-        :param attributes: the optional attributes.
-        :param numbered: True if the event will have a ``seq``.
-        """
-        size = self._least + len(data)
-
-        if numbered:
-            size += _SEQ_BYTES
-
-        for name, value in attributes.items():
-            if value:
-                size += _NAME_BYTES[name] + packed_bytes(value)
-
-        return size
-
-
 def packed_bytes(value: str | int) -> int:
     """Return the encoded size of a string or a small number, in bytes."""
     if isinstance(value, int):
@@ -180,30 +90,98 @@ def _key(key: str) -> bytes:
     return packed
 
 
+_ID = _text("id")
+_DATA = _text("data")
 _SEQ_BYTES = len(_COUNT(b"\xa3seq\xcf", MAX_SEQ))
 
-#: Encoded size of the names of optional attributes, in bytes.
-_NAME_BYTES = {
-    "correlation_id": len(_CORRELATIONID),
-    "causation_id": len(_CAUSATIONID),
-    "hops": len(_HOPS),
-    "traceparent": len(_TRACEPARENT),
-    "key": len(_PARTITIONKEY),
+#: The optional attributes besides ``seq``, in the order in which they are written. Each has its
+#: encoded name, the function that encodes its value, and the largest size of that in bytes.
+_OPTIONAL: dict[str, tuple[bytes, Callable[[Any], bytes], int]] = {
+    "correlation_id": (_text("correlationid"), _text, 2 + MAX_ID_BYTES),
+    "causation_id": (_text("causationid"), _text, 2 + MAX_ID_BYTES),
+    "hops": (_text("hops"), packb, len(packb(MAX_HOPS))),
+    "traceparent": (_text("traceparent"), _text, 2 + MAX_TRACEPARENT_BYTES),
+    "key": (_text("partitionkey"), _key, 3 + MAX_KEY_BYTES),
 }
 
-_MAX_BYTES_AFTER_HEAD = sum(
-    (
-        PACKED_ID_BYTES,
-        _TIMESTAMP_96.size,
-        len(_DATA),
-        _SEQ_BYTES,
-        len(_CORRELATIONID) + 2 + MAX_ID_BYTES,
-        len(_CAUSATIONID) + 2 + MAX_ID_BYTES,
-        len(_HOPS) + len(packb(MAX_HOPS)),
-        len(_TRACEPARENT) + 2 + MAX_TRACEPARENT_BYTES,
-        len(_PARTITIONKEY) + 3 + MAX_KEY_BYTES,
-    )
+_MAX_BYTES_AFTER_HEAD = (
+    PACKED_ID_BYTES
+    + _TIMESTAMP_96.size
+    + len(_DATA)
+    + _SEQ_BYTES
+    + sum(len(name) + most for name, _, most in _OPTIONAL.values())
 )
+
+
+class Envelope:
+    """Encodes the events of one service and signal; the attributes they share are encoded once."""
+
+    __slots__ = ("_heads", "_least", "overhead")
+
+    def __init__(self, source: str, name: str) -> None:
+        shared = packb({"specversion": SPECVERSION, "source": source, "type": name})[1:] + _ID
+
+        # The first bytes of an event with 0, 1, ... 6 optional attributes.
+        self._heads = tuple(bytes([0x86 + optional]) + shared for optional in range(7))
+
+        #: Largest size of an event without its payload, in bytes.
+        self.overhead: int = len(self._heads[0]) + _MAX_BYTES_AFTER_HEAD
+        #: Smallest size of an event without its payload, but with the longest id, in bytes.
+        self._least = len(self._heads[0]) + PACKED_ID_BYTES + _TIMESTAMP_64.size + len(_DATA)
+
+    def __call__(
+        self,
+        data: bytes,
+        *,
+        id: str,
+        time_ns: int,
+        seq: int | None = None,
+        **attributes: Any,
+    ) -> bytes:
+        """Encode an event.
+
+        :param data: the encoded payload, from :meth:`.Codec.pack_payload`.
+        :param time_ns: nanoseconds since 1970, as from :func:`time.time_ns`.
+        :param attributes: the optional attributes; 0 and ``None`` stand for none.
+        :raises PayloadError: the key is too long.
+        """
+        optional: list[bytes] = []
+
+        if seq is not None:
+            optional.append(_COUNT(b"\xa3seq\xcf", seq))
+
+        if attributes:
+            for name, (packed_name, pack, _) in _OPTIONAL.items():
+                if value := attributes.get(name):
+                    optional.append(packed_name + pack(value))
+
+        head = self._heads[len(optional)]
+        seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
+
+        # A msgpack timestamp has 64 bits, or 96 bits before 1970 and from 2514.
+        if seconds >> 34:
+            time = _TIMESTAMP_96.pack(b"\xa4time\xc7\x0c\xff", nanoseconds, seconds)
+        else:
+            time = _TIMESTAMP_64.pack(b"\xa4time\xd7\xff", nanoseconds << 34 | seconds)
+
+        return b"".join((head, _text(id), time, _DATA, data, *optional))
+
+    def most_bytes(self, data: bytes, attributes: Mapping[str, Any], *, numbered: bool) -> int:
+        """Return the size in bytes of an event without an id; only the id may make it shorter.
+
+        :param attributes: the optional attributes.
+        :param numbered: True if the event will have a ``seq``.
+        """
+        size = self._least + len(data)
+
+        if numbered:
+            size += _SEQ_BYTES
+
+        for name, value in attributes.items():
+            if value:
+                size += len(_OPTIONAL[name][0]) + packed_bytes(value)
+
+        return size
 
 
 __all__ = ["Codec", "Envelope"]
@@ -352,9 +330,6 @@ class Codec:
 
         try:
             found = survey(event.payload)
-
-            if ExtType in found:
-                raise unknown_type(event.payload)
         except UnfitError as error:
             raise DecodeError(
                 f"The payload cannot be decoded: {error}", reason="bad_payload"
@@ -387,7 +362,7 @@ class Codec:
 
         if not survey(payload) <= PLAIN:
             # Check it as its readers will: a converted value may break a rule.
-            check(self._values.unpack(data))
+            survey(self._values.unpack(data))
 
         return data
 
@@ -403,9 +378,13 @@ class Codec:
             if type(error) is not type(first):
                 raise
 
-            raise PayloadError(_find_fault(self._values, payload, first)) from first
+            fault = _find_fault(self._values, "payload", payload, ())
+            raise PayloadError(fault or f"payload: {_describe(payload, first)}") from first
 
-        raise _cause_of(first)
+        while isinstance(first, UnfitError) and isinstance(first.__cause__, Exception):
+            first = first.__cause__
+
+        raise first
 
 
 class _PendingEvent:
@@ -492,16 +471,6 @@ def _bad(attribute: str, value: Any) -> DecodeError:
     return DecodeError(f"Its {attribute!r} is not valid: {short(value)}.", reason="bad_attribute")
 
 
-def _cause_of(error: Exception) -> Exception:
-    """Return the cause of an :class:`UnfitError`, or the error itself if it has none."""
-    cause = error.__cause__
-    return (
-        _cause_of(cause)
-        if isinstance(error, UnfitError) and isinstance(cause, Exception)
-        else error
-    )
-
-
 def _as_dict(payload: Any) -> dict[str, Any]:
     if not isinstance(payload, Mapping):
         raise PayloadError(
@@ -512,82 +481,76 @@ def _as_dict(payload: Any) -> dict[str, Any]:
     return dict(payload)
 
 
-def _find_fault(values: Values, payload: dict[Any, Any], error: Exception) -> str:
+def _find_fault(values: Values, path: str, value: Any, above: tuple[int, ...]) -> str | None:
     """Return the path of the first value that cannot be encoded, the reason and the remedy.
 
-    :param error: the error of the encoding, used if no single value is at fault.
+    Return ``None`` if no single value is at fault.
+
+    :param above: the ids of the containers that hold the value.
     """
-    faults = _faults(values, "payload", payload, ())
-    return next(faults, f"payload: {_describe(payload, error)}")
-
-
-def _faults(values: Values, path: str, value: Any, above: tuple[int, ...]) -> Iterator[str]:
     if id(value) in above:
-        yield f"{path}: {_kind(value)} contains itself. Send an id instead of the reference."
-        return
+        return f"{path}: {_kind(value)} contains itself. Send an id instead of the reference."
 
     try:
         plain = values.to_plain(value)
     except Exception as error:
-        yield f"{path}: {_describe(value, error)}"
-        return
+        return f"{path}: {_describe(value, error)}"
 
     if type(plain) in CONTAINERS:
-        yield from _container_faults(values, path, plain, (*above, id(value)))
-    else:
-        yield from _packing_faults(values, path, plain)
+        above = (*above, id(value))
+        fault = _container_fault(plain, len(above))
+
+        if fault:
+            return f"{path}{fault}"
+
+        for step, inner in _steps(plain):
+            if found := _find_fault(values, path + step, inner, above):
+                return found
+
+        if not isinstance(plain, set | frozenset):
+            return None
+
+    try:
+        survey({"value": values.unpack(values.pack(plain))})
+    except Exception as error:
+        return f"{path}: {_describe(plain, error)}"
+
+    return None
 
 
-def _container_faults(
-    values: Values, path: str, container: Any, above: tuple[int, ...]
-) -> Iterator[str]:
-    if len(above) > MAX_DEPTH:
-        yield f"{path}: nested deeper than {MAX_DEPTH} levels. Send a flatter payload."
-        return
+def _container_fault(container: Any, depth: int) -> str | None:
+    """Return what is wrong with a container itself, or with one of its keys."""
+    if depth > MAX_DEPTH:
+        return f": nested deeper than {MAX_DEPTH} levels. Send a flatter payload."
+
     if len(container) > MAX_ITEMS:
-        yield (
-            f"{path}: {len(container)} items, and a {_kind(container)} can have {MAX_ITEMS}. "
+        return (
+            f": {len(container)} items, and a {_kind(container)} can have {MAX_ITEMS}. "
             "Send them in several events, or a reference to them."
         )
-        return
 
-    if isinstance(container, dict):
-        yield from _key_faults(path, container)
-    for step, inner in _steps(container):
-        yield from _faults(values, path + step, inner, above)
-    if isinstance(container, set | frozenset):
-        yield from _packing_faults(values, path, container)
-
-
-def _key_faults(path: str, container: dict[Any, Any]) -> Iterator[str]:
-    for key in container:
+    for key in container if isinstance(container, dict) else ():
         if not isinstance(key, str):
-            yield (
-                f"{path}: the key {short(key)} is of type {_kind(key)}, and keys must be strings. "
+            return (
+                f": the key {short(key)} is of type {_kind(key)}, and keys must be strings. "
                 "Convert it with str()."
             )
-        elif not _is_unicode(key):
-            yield f"{path}: the key {short(key)} {_SURROGATE}"
+
+        if not _is_unicode(key):
+            return f": the key {short(key)} {_SURROGATE}"
+
+    return None
 
 
 def _steps(container: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each value in a container, with the step from the container to it."""
     if isinstance(container, dict):
-        return ((_key_step(key), value) for key, value in container.items())
-    if isinstance(container, set | frozenset):
-        return (("[member]", value) for value in container)
-
-    return ((f"[{index}]", value) for index, value in enumerate(container))
-
-
-def _key_step(key: Any) -> str:
-    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{short(key)}]"
-
-
-def _packing_faults(values: Values, path: str, value: Any) -> Iterator[str]:
-    try:
-        check({"value": values.unpack(values.pack(value))})
-    except Exception as error:
-        yield f"{path}: {_describe(value, error)}"
+        for key, value in container.items():
+            yield f".{key}" if key.isidentifier() else f"[{short(key)}]", value
+    elif isinstance(container, set | frozenset):
+        yield from (("[member]", value) for value in container)
+    else:
+        yield from ((f"[{index}]", value) for index, value in enumerate(container))
 
 
 _SURROGATE = (

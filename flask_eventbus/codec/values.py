@@ -89,25 +89,8 @@ def _pack_duration(value: timedelta) -> ExtType:
     return ext(EXTENSIONS[timedelta], packed)
 
 
-def _unpack_duration(data: bytes) -> timedelta:
-    days, seconds, microseconds = _DURATION.unpack(data)
-    return timedelta(days, seconds, microseconds)
-
-
 def _pack_text(code: int, to_text: Callable[[Any], str], value: Any) -> ExtType:
     return ext(code, to_text(value).encode())
-
-
-def _unpack_text(from_text: Callable[[str], Any], data: bytes) -> Any:
-    return from_text(data.decode())
-
-
-def _pack_uuid(value: UUID) -> ExtType:
-    return ext(EXTENSIONS[UUID], value.bytes)
-
-
-def _unpack_uuid(data: bytes) -> UUID:
-    return UUID(bytes=bytes(data))
 
 
 def dataclass_fields(value: Any) -> dict[str, Any]:
@@ -189,17 +172,17 @@ CONVERTERS: dict[type, Callable[[Any], Any]] = {
     time: partial(_pack_zoned, EXTENSIONS[time], time.isoformat),
     timedelta: _pack_duration,
     Decimal: partial(_pack_text, EXTENSIONS[Decimal], Decimal.__str__),
-    UUID: _pack_uuid,
+    UUID: lambda value: ext(EXTENSIONS[UUID], value.bytes),
 }
 
 #: Functions that decode the value of each ext code.
 UNPACKERS: dict[int, Callable[[bytes], Any]] = {
-    EXTENSIONS[datetime]: partial(_unpack_text, datetime.fromisoformat),
-    EXTENSIONS[date]: partial(_unpack_text, date.fromisoformat),
-    EXTENSIONS[time]: partial(_unpack_text, time.fromisoformat),
-    EXTENSIONS[timedelta]: _unpack_duration,
-    EXTENSIONS[Decimal]: partial(_unpack_text, Decimal),
-    EXTENSIONS[UUID]: _unpack_uuid,
+    EXTENSIONS[datetime]: lambda data: datetime.fromisoformat(data.decode()),
+    EXTENSIONS[date]: lambda data: date.fromisoformat(data.decode()),
+    EXTENSIONS[time]: lambda data: time.fromisoformat(data.decode()),
+    EXTENSIONS[timedelta]: lambda data: timedelta(*_DURATION.unpack(data)),
+    EXTENSIONS[Decimal]: lambda data: Decimal(data.decode()),
+    EXTENSIONS[UUID]: lambda data: UUID(bytes=bytes(data)),
     EXTENSIONS[int]: _unpack_integer,
 }
 
@@ -364,15 +347,6 @@ class Values:
         if nesting == MAX_SET_NESTING:
             raise UnfitError(f"More than {MAX_SET_NESTING} sets are nested. Send lists.")
 
-        try:
-            members = self._unpack_members(nesting, data)
-            return kind(members)
-        except TypeError as error:
-            raise UnfitError(
-                f"A set has a member that is not hashable: {error}. Send a list."
-            ) from error
-
-    def _unpack_members(self, nesting: int, data: bytes) -> tuple[Any, ...]:
         most = min(len(data), MAX_ITEMS)
 
         try:
@@ -390,40 +364,27 @@ class Values:
         if type(members) is not tuple:
             raise UnfitError("A set is not encoded as an array.")
 
-        # Short sets have too few members for many to share a hash.
-        is_long = len(members) > MAX_COLLISIONS
+        try:
+            # Short sets have too few members for many to share a hash.
+            is_long = len(members) > MAX_COLLISIONS
 
-        if is_long and max(Counter(map(hash, members)).values()) > MAX_COLLISIONS:
+            if is_long and max(Counter(map(hash, members)).values()) > MAX_COLLISIONS:
+                raise UnfitError(
+                    f"More than {MAX_COLLISIONS} members of a set share one hash. Send a list."
+                )
+
+            return kind(members)
+        except TypeError as error:
             raise UnfitError(
-                f"More than {MAX_COLLISIONS} members of a set share one hash. Send a list."
-            )
-
-        return members
-
-
-def check(payload: Mapping[str, Any]) -> None:
-    """Check a decoded payload.
-
-    :raises UnfitError: it breaks a rule of the wire format.
-    """
-    if ExtType in survey(payload):
-        raise unknown_type(payload)
-
-
-def unknown_type(payload: Mapping[str, Any]) -> UnfitError:
-    """Return the error of a payload that holds ext types which no type is registered for."""
-    codes = sorted(set(_unknown_codes(payload)))
-    return UnfitError(
-        f"It holds ext type {codes[0]}, unknown here. "
-        "Register the type with bus.register_type() in this service too."
-    )
+                f"A set has a member that is not hashable: {error}. Send a list."
+            ) from error
 
 
 def survey(payload: Mapping[str, Any]) -> set[type]:
     """Return the non-scalar types in a payload; the set is empty for a flat payload.
 
-    :raises UnfitError: it is nested too deeply, a map has a key that is not a string, or it has
-        too many items.
+    :raises UnfitError: it is nested too deeply, a map has a key that is not a string, it has too
+        many items, or it holds an ext type that no type is registered for.
     """
     # Most payloads are flat: check them without a loop.
     if (
@@ -435,7 +396,15 @@ def survey(payload: Mapping[str, Any]) -> set[type]:
 
     found: list[type] = []
     _survey(payload, MAX_DEPTH, found)
-    return set(found)
+    types = set(found)
+
+    if ExtType in types:
+        raise UnfitError(
+            f"It holds ext type {min(_unknown_codes(payload))}, unknown here. "
+            "Register the type with bus.register_type() in this service too."
+        )
+
+    return types
 
 
 def _survey(container: Any, levels: int, found: list[type]) -> None:
