@@ -18,18 +18,18 @@ from blinker import NamedSignal
 from . import logs
 from .codec.codec import Codec
 from .config import Config
+from .database.after_commit import AfterCommit
 from .ending import after_fork, catch_sigterm, notice_fork, process_ends, stop_with_pools
 from .event import Event
 from .listening import Listening, check_subscription
 from .logs import Counters, get_logger
 from .publisher.message import check_route
-from .publisher.publisher import Publisher
+from .publisher.publisher import Publisher, Sending, orphaned
 from .receivers.dispatcher import Dispatcher
 from .routing.options import Receiver
 from .routing.registry import Bridges, Registry
 from .routing.routes import Route, read_routes
 from .routing.subscriptions import Subscription, merge, read_subscriptions
-from .sending import Sending, orphaned
 from .signals import wait_until_sent
 from .transport.connections import Connections, Context
 
@@ -130,7 +130,7 @@ class Node:
         self.listening = False
         #: Held while the node starts or stops. Reentrant, since a signal handler may stop it.
         self._start_stop_lock = threading.RLock()
-        self._sending = Sending(self._host)
+        self._sending = Sending(trace=self._host.trace, under_test=self._host.under_test)
         self._bridges = Bridges(
             registry,
             read_routes(config.publish),
@@ -167,10 +167,13 @@ class Node:
             node=self._name,
             app_exists=self._host.app_exists,
         )
-        self._sending.open(context)
+        self._after_commit = AfterCommit(
+            context, self._sending, find_session=self._host.session, scope=self._host.scope
+        )
+        self._sending.open(context, hold=self._after_commit.hold)
         self._publisher = publisher = self._sending.publisher
         self.dispatcher = Dispatcher(
-            context, scope=self._host.scope, undo=self._sending.after_commit.roll_back
+            context, scope=self._host.scope, undo=self._after_commit.roll_back
         )
         self._inbound = Listening(
             context,
@@ -207,7 +210,7 @@ class Node:
     @property
     def session(self) -> Any:
         """The database session, as given to ``register_session()``; ``None`` if there is none."""
-        return self._sending.session
+        return self._after_commit.session
 
     def signal_created(self, signal: NamedSignal) -> None:
         """Connect a new signal of the bus, if a route selects it."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
+from ..ending import notice_fork
 from ..errors import ConfigError
 from ..logs import BoundedLog, Whole, get_logger
 from ..publisher.message import Message
+from ..publisher.publisher import Sending
 from ..routing.routes import Route
 from ..transport.connections import Context
 
 if TYPE_CHECKING:
-    from ..sending import Sending
     from .outbox import Entry
 
 logger = get_logger(__name__)
@@ -25,15 +28,49 @@ SHOWN = 100
 class AfterCommit:
     """Holds or stores the events that a node sends in database transactions.
 
-    :param sending: the sending half of the node, which prepares and publishes the events.
+    :param sending: prepares and publishes the events.
+    :param find_session: returns the database session if the program registered none; may be
+        ``None``.
+    :param scope: returns the context in which an event without a transaction is stored.
     """
 
-    def __init__(self, context: Context, sending: Sending) -> None:
+    def __init__(
+        self,
+        context: Context,
+        sending: Sending,
+        *,
+        find_session: Callable[[], Any] | None,
+        scope: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self._context = context
         self._counters = context.counters
         self._service = context.config.service
         self._sending = sending
+        self._find_session = find_session
+        self._scope = scope
         self._log = BoundedLog(logger)
-        self._late_owner = LateEntries(context, sending)
+        self._late_owner = LateEntries(context, self._store_alone)
+
+    @property
+    def session(self) -> Any:
+        """The database session, as given to ``register_session()``; ``None`` if there is none."""
+        registered = self._context.registry.session
+
+        if registered is None and self._find_session is not None:
+            return self._find_session()
+
+        return registered
+
+    def hold(self, name: str, payload: Mapping[str, Any], route: Route) -> bool:
+        """Store an event, or hold it until the commit, as its route says.
+
+        Return False if it must be published at once, because there is no transaction.
+        """
+        if route.outbox:
+            self.store(name, payload, route)
+            return True
+
+        return self.take(name, payload, route)
 
     def take(self, name: str, payload: Mapping[str, Any], route: Route) -> bool:
         """Hold an event until the current transaction commits; return False if there is none.
@@ -63,7 +100,7 @@ class AfterCommit:
         :raises PayloadError: a value cannot be encoded.
         :raises sqlalchemy.exc.DBAPIError: the database refuses the row.
         """
-        from .outbox import Entry, store, store_alone  # they need SQLAlchemy, which is optional
+        from .outbox import Entry, store  # they need SQLAlchemy, which is optional
         from .transactions import begun, hold, is_committed
 
         session = begun(self._source(name))
@@ -77,10 +114,15 @@ class AfterCommit:
         if session is not None:
             store(session, entry)
         else:
-            with self._sending.host.scope():
-                store_alone(self._source(name), entry)
+            self._store_alone(entry)
 
         self._counters.add("stored")
+
+    def _store_alone(self, entry: Entry) -> None:
+        from .outbox import store_alone  # it needs SQLAlchemy, which is optional
+
+        with self._scope():
+            store_alone(self._source(entry.name), entry)
 
     def committed(self, items: list[Message]) -> None:
         """Publish the events of a committed transaction; log those that Redis did not confirm.
@@ -88,7 +130,7 @@ class AfterCommit:
         An interruption, such as a time limit that a signal handler raises, is raised again.
         """
         try:
-            unconfirmed = self._sending.publish_committed(items)
+            unconfirmed = self.publish(items)
         except BaseException:
             logger.exception(
                 "Publishing the %d events of a committed transaction was interrupted: %s. Events "
@@ -105,6 +147,21 @@ class AfterCommit:
                 len(unconfirmed),
                 Whole(", ".join(f"{out.route_state.name} {out.id}" for out in unconfirmed[:SHOWN])),
             )
+
+    def publish(self, messages: Sequence[Message]) -> list[Message]:
+        """Publish events after a commit, and return those that Redis did not confirm in time."""
+        notice_fork()
+        deadline = time.monotonic() + self._context.config.timeout
+
+        if self._sending.must_not_publish():
+            return []
+
+        # If one is interrupted, for example by a time limit, the others still reach the buffer.
+        with ExitStack() as stack:
+            for message in reversed(messages):
+                stack.callback(self._sending.publish_pending, message, deadline)
+
+        return self._sending.publisher.wait_for_confirmations(messages, deadline)
 
     def discarded(self, items: list[Message], *, forgotten: bool) -> None:
         """Drop the events of a transaction that was rolled back or closed."""
@@ -132,7 +189,7 @@ class AfterCommit:
             return
 
         try:
-            transactions.roll_back(self._sending.session)
+            transactions.roll_back(self.session)
         except Exception:
             # The database may be away. The failure of the receiver is still counted and retried.
             logger.exception(
@@ -142,7 +199,7 @@ class AfterCommit:
             )
 
     def _source(self, name: str) -> Any:
-        source = self._sending.session
+        source = self.session
 
         if source is not None:
             return source
@@ -157,9 +214,9 @@ class AfterCommit:
 class LateEntries:
     """Stores outbox entries that were sent after a commit, when that commit has ended."""
 
-    def __init__(self, context: Context, sending: Sending) -> None:
+    def __init__(self, context: Context, store: Callable[[Entry], None]) -> None:
         self._counters = context.counters
-        self._sending = sending
+        self._store = store
         self._warned: set[str] = set()
 
     def committed(self, items: list[Entry]) -> None:
@@ -183,12 +240,6 @@ class LateEntries:
     def discarded(self, items: list[Entry], *, forgotten: bool) -> None:
         """Drop entries sent after a savepoint whose transaction was rolled back."""
         self._counters.add("discarded", len(items))
-
-    def _store(self, entry: Entry) -> None:
-        from .outbox import store_alone  # it needs SQLAlchemy, which is optional
-
-        with self._sending.host.scope():
-            store_alone(self._sending.session, entry)
 
     def _warn(self, name: str) -> None:
         if name not in self._warned:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..coroutines import in_thread
+from ..ending import notice_fork
 from ..errors import PublishError
 from ..logs import get_logger
 from ..routing.routes import Route
@@ -24,6 +28,168 @@ logger = get_logger(__name__)
 
 class ClosedError(Exception):
     """The publisher is closed; send the event with the node's new publisher."""
+
+
+class Sending:
+    """The sending half of a node: publishes its events with the current publisher.
+
+    It lives as long as its node. :meth:`open` gives it a publisher at each start of the node, and
+    in each forked child.
+
+    :param trace: see :class:`Publisher`.
+    :param under_test: returns True while the program is under test; ``None`` if it never is.
+    """
+
+    def __init__(
+        self, *, trace: Callable[[], str | None] | None, under_test: Callable[[], bool] | None
+    ) -> None:
+        self._trace = trace
+        self._under_test = under_test
+        #: True once the warning was logged that a test publishes nothing.
+        self._test_is_logged = False
+        self._finalizer: weakref.finalize[..., Sending] | None = None
+
+    def open(
+        self, context: Context, *, hold: Callable[[str, Mapping[str, Any], Route], bool]
+    ) -> None:
+        """Create the publisher of one process and one start; events sent from now on go to it.
+
+        :param hold: keeps an event for a database transaction, or returns False.
+        """
+        self._config, self._connections = context.config, context.connections
+        self._hold = hold
+        # It may outlive the node, so it must not keep the context, which refers to the registry.
+        self.publisher = Publisher(context, trace=self._trace, resend=_resending(self))
+
+        # The publisher writes its buffer and ends once the node is garbage collected.
+        if self._finalizer is not None:
+            self._finalizer.detach()
+
+        self._finalizer = weakref.finalize(self, _orphan, self.publisher)
+        self._finalizer.atexit = False
+        # Last, so that another thread of a forked child does not use the parts of its parent.
+        self._pid = os.getpid()
+
+    def emit(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
+        """Publish one emission of a signal, as its route says."""
+        if os.getpid() != self._pid:
+            notice_fork()
+
+        if not ((route.outbox or route.after_commit) and self._hold(name, payload, route)):
+            self.publish(name, payload, route, confirm=route.confirm)
+
+    async def emit_async(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
+        """Publish one emission as :meth:`emit` does, without blocking the event loop."""
+        notice_fork()
+
+        # A database session belongs to the thread of the event loop.
+        if (route.outbox or route.after_commit) and self._hold(name, payload, route):
+            return None
+
+        if self.must_not_publish() or not self.publisher.may_wait(route):
+            self.publish(name, payload, route, confirm=route.confirm)
+            return None
+
+        # Encode the payload now: other tasks may change it while this one waits.
+        message = self.publisher.prepare(name, payload, route)
+        return await in_thread(
+            lambda: self.resend(message),
+            failed=lambda error: logger.error(
+                "A task that sent an event of %r was cancelled, and publishing it failed later: %s",
+                name,
+                error,
+            ),
+        )
+
+    def publish(self, name: str, payload: Mapping[str, Any], route: Route, *, confirm: bool) -> str:
+        """Publish an event and return its id.
+
+        :param confirm: True to wait until Redis has the event.
+        """
+        if self._under_test is not None and self.must_not_publish():
+            # Encode it, so that a payload that cannot be encoded still raises.
+            return self.publisher.encode(name, payload, route).id
+
+        while True:
+            try:
+                return self.publisher.publish(name, payload, route, confirm=confirm)
+            except ClosedError:
+                logger.debug("%r was sent during a stop; the next publisher takes it.", name)
+
+    def resend(self, message: Message) -> None:
+        """Publish an unconfirmed event again, with the same id and bytes.
+
+        :raises PublishError: Redis did not confirm it this time either.
+        """
+        notice_fork()
+
+        while True:
+            try:
+                return self.publisher.resend(message)
+            except ClosedError:
+                logger.debug("%r is sent again during a stop.", message.route_state.name)
+
+    def publish_pending(self, message: Message, deadline: float) -> None:
+        """Publish an event that waited for a commit; see :meth:`Publisher.publish_pending`."""
+        while True:
+            try:
+                return self.publisher.publish_pending(message, deadline)
+            except ClosedError:
+                logger.debug(
+                    "%r left during a stop; the next publisher takes it.", message.route_state.name
+                )
+            except PublishError as error:
+                # The buffer has no room for this event, but may have room for the next.
+                return message.finish(error)
+
+    def must_not_publish(self) -> bool:
+        """Return True in a test that must not publish; log a warning the first time."""
+        config, connections = self._config, self._connections
+
+        if self._under_test is None or config.publish_in_tests or connections.in_memory:
+            return False
+
+        if not self._under_test():
+            return False
+
+        if not self._test_is_logged:
+            self._test_is_logged = True
+            logger.warning(
+                "The app of %r is under test (TESTING): its events are not published to %s. Use "
+                "the fixture 'eventbus', or set 'EVENTBUS_PUBLISH_IN_TESTS' to True.",
+                config.service,
+                connections.shown,
+            )
+
+        return True
+
+
+def _resending(sending: Sending) -> Callable[[Message], None]:
+    """Return a function that publishes an event again, and holds ``sending`` weakly."""
+    reference = weakref.ref(sending)
+
+    def resend(message: Message) -> None:
+        found = reference()
+
+        if found is None:
+            raise RuntimeError(f"The bus that sent the event {message.id} no longer exists.")
+
+        found.resend(message)
+
+    return resend
+
+
+#: Publishers of garbage collected nodes that still have buffered events.
+orphaned: set[Publisher] = set()
+
+
+def _orphan(publisher: Publisher) -> None:
+    """Let the publisher of a garbage collected node write its buffered events."""
+    publisher.leave()
+    orphaned.difference_update([other for other in list(orphaned) if not other.buffered])
+
+    if publisher.buffered:
+        orphaned.add(publisher)
 
 
 class Publisher:

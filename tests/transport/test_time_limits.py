@@ -241,7 +241,7 @@ def test_a_commit_waits_once_for_room_for_all_its_events(slow: Proxy, make_bus: 
     slow.pause = PAUSE
 
     with ends_within(2 * PAUSE):
-        node._sending.publish_committed(drafts)
+        node._after_commit.publish(drafts)
 
 
 def test_a_commit_that_waits_for_confirmations_ends_as_soon_as_redis_refuses(
@@ -255,7 +255,7 @@ def test_a_commit_that_waits_for_confirmations_ends_as_soon_as_redis_refuses(
     redis_server.kill()
 
     with ends_within(10):
-        assert node._sending.publish_committed(drafts) == drafts
+        assert node._after_commit.publish(drafts) == drafts
 
 
 def test_the_publish_command_waits_three_seconds_for_all_replies(
