@@ -21,8 +21,8 @@ eventbus:``. Events take the same path as in production, down to their bytes; on
 fakeredis.
 
 A published event passes ``recorder``, which reads what the services write to the server in
-memory; ``expectations`` compares it with the assertion of the test. A delivered event runs the
-receivers in the thread of the test; ``retries`` plays their retries and dead letters.
+memory, and compares it with the assertion of the test. A delivered event runs the receivers in
+the thread of the test; ``retries`` plays their retries and dead letters.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from __future__ import annotations
 import gc
 import itertools
 import secrets
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
+from time import monotonic, sleep
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,11 +47,24 @@ from ..errors import ConfigError, DecodeError
 from ..event import Event
 from ..node import Node, nodes, on_new_node
 from ..receivers.dispatcher import Failure
-from ..transport import connection
+from ..signals import wait_until_sent
+from ..transport import connection, connections
 from ..typing import Via
-from .expectations import Expectation, receives, why_not_received, why_unpublished
-from .recorder import PATIENCE, GivenUp, Recording, await_health, diverted
+from .recorder import (
+    Expectation,
+    GivenUp,
+    Recording,
+    receives,
+    why_not_received,
+    why_unpublished,
+)
 from .retries import FailedAttempt, RetryRehearsal, raise_all
+
+#: Seconds to wait for events sent earlier, which go to the node's own server.
+LEAVE = 1.0
+
+#: Seconds to wait for the threads of nodes, which usually take a millisecond.
+PATIENCE = 5.0
 
 
 def check_attributes(event: Event) -> None:
@@ -65,11 +79,11 @@ def check_attributes(event: Event) -> None:
         ) from error
 
 
-def check_via(via: str, method: str) -> None:
-    """Raise :exc:`TypeError` if ``via`` is not the name of a transport."""
+def check_via(via: str | None, method: str) -> None:
+    """Raise :exc:`TypeError` if ``via`` is neither the name of a transport nor ``None``."""
     __tracebackhide__ = True
 
-    if via not in ("channel", "stream"):
+    if via not in (None, "channel", "stream"):
         raise TypeError(
             f"{method}() got via={via!r}: pass 'channel' or 'stream'. Pass a payload key of this "
             "name in payload={...}."
@@ -126,6 +140,57 @@ def isolated() -> Iterator[Isolation]:
             isolation.close()
 
 
+@contextmanager
+def diverted(url: str) -> Iterator[None]:
+    """Connect all nodes, present and future, to the server at ``url`` until the block ends.
+
+    Nodes that listen continue to listen there, and on their own server after the block.
+    """
+    before = connections.diversion
+    listening = [node for node in nodes if node.listening]
+    _divert(url, listening)
+
+    try:
+        yield
+    finally:
+        _divert(before, listening)
+        connection.memory_servers.pop(url, None)
+
+
+def _divert(url: str | None, listening: Iterable[Node]) -> None:
+    # Events sent so far still go to the earlier server.
+    _stop_all()
+    connections.diversion = url
+    # Another thread may have started a node with the earlier URL in between.
+    _stop_all()
+
+    for node in listening:
+        node.start()
+
+
+def _stop_all() -> None:
+    for node in list(nodes):
+        node.stop(flush=LEAVE)
+
+
+def await_health(watched: Iterable[Node], *, available: bool) -> None:
+    """Make nodes probe Redis, and wait until their health shows whether it is available."""
+    for node in watched:
+        node.ask()
+
+    deadline = monotonic() + PATIENCE
+
+    while any(node.health().publishing is not available for node in watched):
+        if monotonic() > deadline:
+            raise RuntimeError(
+                f"The buses did not notice the state of Redis within {PATIENCE:g} s."
+            )
+
+        sleep(0.001)
+
+    wait_until_sent()
+
+
 class Isolation:
     """The fixture ``eventbus``: returns published events, and delivers events to receivers."""
 
@@ -134,9 +199,8 @@ class Isolation:
         self._recording = Recording(url)
         self._rehearsal = RetryRehearsal(self._under_test)
         self._event_numbers = itertools.count(1)
-        #: Known nodes, with numbers in the order in which they were found.
-        self._nodes: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
-        self._numbers = itertools.count()
+        #: Known nodes, in the order in which they were found.
+        self._nodes: WeakKeyDictionary[Node, None] = WeakKeyDictionary()
         #: Number of nodes after the last garbage collection; collect again if there are more.
         self._collect_above = 1
 
@@ -149,7 +213,8 @@ class Isolation:
         :param name: the signal, its name, or a pattern such as ``"order_*"``.
         :param via: ``"channel"`` or ``"stream"``; both by default.
         """
-        expected = _expectation("published", name_of(name), {}, via=via)
+        check_via(via, "published")
+        expected = Expectation(name=name_of(name), payload={}, via=via)
         return [event for event in self._read() if expected.is_met_by(event)]
 
     def assert_published(
@@ -174,8 +239,9 @@ class Isolation:
         :param payload: keys with the name of a parameter, for example ``times``.
         """
         __tracebackhide__ = True
+        check_via(via, "assert_published")
         values = {**(payload or {}), **keys}
-        expected = _expectation("assert_published", name_of(name), values, exact=exact, via=via)
+        expected = Expectation(name=name_of(name), payload=values, exact=exact, via=via)
         events = self._read()
         found = [event for event in events if expected.is_met_by(event)]
 
@@ -311,7 +377,7 @@ class Isolation:
 
     def add_node(self, node: Node) -> None:
         """Add a node: read its events, and deliver events to it."""
-        self._nodes[node] = next(self._numbers)
+        self._nodes[node] = None
         self._recording.learn(node)
 
         if not self._server.connected:
@@ -338,8 +404,9 @@ class Isolation:
         """Return the event with its transport: ``via``, or one that a node listens to."""
         __tracebackhide__ = True
 
+        check_via(via, "deliver")
+
         if via is not None:
-            check_via(via, "deliver")
             return replace(event, via=via)
 
         choices = [replace(event, via=transport) for transport in ("channel", "stream")]
@@ -349,57 +416,34 @@ class Isolation:
     def _dispatch(self, event: Event, *, retry: bool) -> list[Failure]:
         """Run receivers, and return the failures that are raised in the test."""
         __tracebackhide__ = True
-
         raised: list[Failure] = []
+        on_stream = self._rehearsal.deliveries(event) if event.via == "stream" else []
+        on_channel = [
+            node for node in self._under_test() if event.via == "channel" and receives(node, event)
+        ]
 
-        if event.via == "stream":
-            deliveries = self._rehearsal.deliveries(event)
-            _require(deliveries, event)
+        if not on_stream and not on_channel:
+            raise AssertionError(why_not_received(event, _living()))
 
-            for node, delivery in deliveries:
-                failures = self._rehearsal.run(node, delivery)
-                raised += self._rehearsal.record(node, delivery, failures) if retry else failures
-        else:
-            receiving = [node for node in self._under_test() if receives(node, event)]
-            _require(receiving, event)
+        for node, delivery in on_stream:
+            failures = self._rehearsal.run(node, delivery)
+            raised += self._rehearsal.record(node, delivery, failures) if retry else failures
 
-            for node in receiving:
-                received = node.codec.decode(node.codec.encode(event))
-                raised += node.dispatcher.dispatch_once(received)
+        for node in on_channel:
+            received = node.codec.decode(node.codec.encode(event))
+            raised += node.dispatcher.dispatch_once(received)
 
         return raised
 
     def _under_test(self) -> list[Node]:
+        """Return the nodes in the order in which they were found."""
         if len(nodes) > self._collect_above:
             self._collect_above = len(_living())
 
-        return sorted(nodes, key=lambda node: self._nodes.get(node, -1))
+        return [node for node in self._nodes if node in nodes]
 
 
 def _living() -> list[Node]:
     """Return the nodes in use, after a garbage collection of those of earlier tests."""
     gc.collect()
     return list(nodes)
-
-
-def _expectation(
-    method: str,
-    name: str,
-    payload: Mapping[str, Any],
-    *,
-    exact: bool = False,
-    via: Via | None,
-) -> Expectation:
-    __tracebackhide__ = True
-
-    if via is not None:
-        check_via(via, method)
-
-    return Expectation(name=name, payload=payload, exact=exact, via=via)
-
-
-def _require(receiving: Sized, event: Event) -> None:
-    __tracebackhide__ = True
-
-    if not receiving:
-        raise AssertionError(why_not_received(event, _living()))

@@ -18,10 +18,9 @@ from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import emit_now, event_dead_lettered
 from ..streams.decoder import EntryDecoder
 from ..streams.group import Entry
-from ..streams.outcomes import Outcomes
+from ..streams.outcomes import Outcome, Outcomes
 from ..streams.retry_queue import GONE_AFTER
-from .expectations import receives
-from .recorder import GivenUp, given_up
+from .recorder import GivenUp, given_up, receives
 
 #: Identifies the consumer group of a service: Redis URL, prefix and service.
 GroupKey = tuple[str, str, str]
@@ -172,46 +171,49 @@ class RetryRehearsal:
         heappush(self._queue, (self._now + seconds, next(self._numbers), waiting))
 
     def _record_failure(self, node: Node, delivery: Delivery, failure: Failure) -> None:
-        if not delivery.subscription.group:
-            # Without a group there are no retries and no dead letters.
-            node.dispatcher.failures.final(delivery.event, failure)
-            self._note(node, delivery, failure, None)
-            return
+        service, event, outcome = node.config.service, delivery.event, None
 
-        outcome = self._outcomes(node).of(delivery, [failure])
-        after = round(outcome.due[0] - self._began - self._now, 6) if outcome.due else None
-        self._note(node, delivery, failure, after)
+        if delivery.subscription.group:
+            outcome = self._outcome(node, delivery, failure)
+        else:
+            # Without a group there are no retries and no dead letters.
+            node.dispatcher.failures.final(event, failure)
+
+        due = outcome.due if outcome is not None else ()
+        after = round(due[0] - self._began - self._now, 6) if due else None
+        self.failures.append(
+            FailedAttempt(
+                service=service,
+                receiver=failure.name,
+                event=event,
+                error=failure.error,
+                after=after,
+            )
+        )
+
+        if outcome is None:
+            return
 
         if after is not None:
             # The member that ZADD adds.
             record: Any = outcome.commands[0][-1]
             waiting = Waiting(
                 group=_group_of(node),
-                event=delivery.event,
+                event=event,
                 record=record,
                 postpone=node.config.claim_after,
             )
             self._schedule(waiting, after)
 
         for letter in outcome.letters:
-            self._give_up(given_up(node.config.service, letter, delivery.event), delivery.event)
+            self._give_up(given_up(service, letter, event), event)
 
-    def _outcomes(self, node: Node) -> Outcomes:
-        """Return what decides between a retry and a dead letter, by the clock of the rehearsal."""
+    def _outcome(self, node: Node, delivery: Delivery, failure: Failure) -> Outcome:
+        """Decide between a retry and a dead letter, by the clock of the rehearsal."""
         timing = replace(node.context.timing, retry_jitter=0.0)
         context = replace(node.context, timing=timing)
-        return Outcomes(context, node.dispatcher, now=lambda: self._began + self._now)
-
-    def _note(self, node: Node, delivery: Delivery, failure: Failure, after: float | None) -> None:
-        self.failures.append(
-            FailedAttempt(
-                service=node.config.service,
-                receiver=failure.name,
-                event=delivery.event,
-                error=failure.error,
-                after=after,
-            )
-        )
+        outcomes = Outcomes(context, node.dispatcher, now=lambda: self._began + self._now)
+        return outcomes.of(delivery, [failure])
 
     def _give_up(self, letter: GivenUp, event: Event) -> None:
         self.given_up.append(letter)
