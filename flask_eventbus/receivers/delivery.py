@@ -126,14 +126,6 @@ class InFlight:
                     self.memory -= delivery.memory
                     self._waiting -= not delivery.started
 
-    def first_attempts(self, name: str) -> list[Delivery]:
-        """Return the first attempts of a stream."""
-        return [found for found in self.all() if found.name == name and found.retry is None]
-
-    def retries(self) -> list[Delivery]:
-        """Return the retries of all streams."""
-        return [found for found in self.all() if found.retry is not None]
-
     def missing(self, name: str, entries: Collection[str]) -> list[str]:
         """Return those ids of ``entries`` whose first attempt is not in flight."""
         with self._lock:

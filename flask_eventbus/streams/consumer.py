@@ -8,15 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-import redis
-
 from ..logs import BoundedLog, get_logger
 from ..receivers.delivery import InFlight
 from ..receivers.dispatcher import Dispatcher
 from ..receivers.workers import WorkerThreads
 from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import emit, listener_connected, listener_lost
-from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from .acknowledger import Acknowledger
@@ -24,7 +21,7 @@ from .alarms import Trims
 from .attempts import Attempts
 from .decoder import EntryDecoder, Intake
 from .fanout import Fanout
-from .group import Group, GroupGoneError
+from .group import Group
 from .maintenance import Maintenance
 from .membership import Membership
 from .outcomes import Outcomes
@@ -36,9 +33,6 @@ logger = get_logger(__name__)
 
 #: Seconds that Redis may take to answer a write of outcomes.
 WRITE_TIMEOUT = 2.0
-
-#: Seconds after a deadline in which the maintenance thread may log the events it left pending.
-REPORT_TIME = 0.2
 
 
 class Consumer:
@@ -115,7 +109,6 @@ class Consumer:
             intake=intake,
             retries=self._retries,
             reclaimer=reclaimer,
-            release=self._end_maintenance,
         )
         self._reader = StreamReader(
             context,
@@ -252,9 +245,7 @@ class Consumer:
 
     def end(self, deadline: float) -> None:
         """Wait until all entries are released, or until the deadline."""
-        # The thread itself reports a Redis that is away, shortly after the deadline.
-        if not self._maintenance.end(deadline + REPORT_TIME) and self._in_flight:
-            self._report_pending("it does not answer")
+        self._maintenance.end(deadline)
 
     def end_with_app(self) -> None:
         """Stop everything after the app is gone, without :meth:`stop_reading`."""
@@ -270,25 +261,6 @@ class Consumer:
         self._is_stopping = True
         self.attempts.stop()
 
-    def _end_maintenance(self) -> None:
-        """Write outcomes and release entries, in the maintenance thread at its end."""
-        try:
-            self._release_all()
-        except OUTAGE as error:
-            if self._in_flight:
-                self._report_pending(error)
-        finally:
-            self._acknowledger.close()
-
-    def _report_pending(self, reason: object) -> None:
-        logger.error(
-            "Redis is away (%s): %d events that were read stay pending. Another worker claims them "
-            "after %g s, and those already handled are delivered again.",
-            reason,
-            len(self._in_flight),
-            self._config.claim_after,
-        )
-
     def disown(self) -> None:
         """Stop in a forked child. Its entries and connections are the parent's."""
         self._is_stopping = True
@@ -296,46 +268,6 @@ class Consumer:
         self._reader.disown()
         self._maintenance.disown()
         self._fanout.disown()
-
-    def _release_all(self) -> None:
-        if not self._membership.known:
-            return
-
-        self._acknowledger.write_all()
-
-        with self._acknowledger.lock:
-            for delivery in self._in_flight.retries():
-                if not delivery.started:
-                    self._retries.release(delivery)
-
-            # Refused streams were reported already.
-            for name in self._membership.known - self._membership.catalogue.refused.keys():
-                self._release(name)
-
-    def _release(self, name: str) -> None:
-        started = {found.entry for found in self._in_flight.first_attempts(name) if found.started}
-        crashes = {
-            found.entry: found.crashes or 0 for found in self._in_flight.first_attempts(name)
-        }
-
-        try:
-            own = [found for found in self._group.own_pending(name) if found.id not in started]
-            # An entry that was read once and is not in flight did not arrive, so it did not crash.
-            lost = {found.id: found.times if found.times > 1 else 0 for found in own}
-            self._group.release(name, {id: crashes.get(id, times) for id, times in lost.items()})
-            self._group.leave(name)
-        except GroupGoneError as error:
-            logger.debug("Nothing of %r is released: %s", name, error)
-        except redis.ResponseError as error:
-            logger.error(
-                "Redis refuses to release the entries of %r: %s. Another worker claims them after "
-                "%g s. %s",
-                name,
-                error,
-                self._config.claim_after,
-                self._group.worker_remedy(name, error),
-                extra={"signal": name, "service": self._config.service},
-            )
 
     def on_lost(self, error: Exception) -> None:
         if self._lost_since is not None:

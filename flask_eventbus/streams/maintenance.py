@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import redis
 
@@ -43,12 +43,16 @@ MAX_RETRY_BYTES = 4 * 1024 * 1024
 #: Most seconds between two attempts while Redis is away.
 MAX_BACKOFF = 2.0
 
+#: Seconds after a deadline in which the thread may log the events it left pending.
+REPORT_TIME = 0.2
+
 
 class Maintenance:
     """Renews the claims of this process, and takes entries and retries that other workers left.
 
+    At its end, the thread writes the outcomes and releases the entries that have not started.
+
     :param group: the consumer group on the write connection.
-    :param release: called in the thread at its end, to write outcomes and release the rest.
     """
 
     def __init__(
@@ -60,14 +64,12 @@ class Maintenance:
         intake: Intake,
         retries: RetryQueue,
         reclaimer: Reclaimer,
-        release: Callable[[], None],
     ) -> None:
         self._config = context.config
         self._counters = context.counters
         self._timing = context.timing
         self._node = context.node
         self._membership = membership
-        self._release_all = release
         self._group = group
         self._in_flight = intake.in_flight
         self._queue = intake.queue
@@ -110,13 +112,16 @@ class Maintenance:
         self._stopping = True
         self._schedule.within(0.0)
 
-    def end(self, deadline: float) -> bool:
-        """Wait for the end of the thread. Return False if it still runs at the deadline."""
+    def end(self, deadline: float) -> None:
+        """Wait until the thread has released all entries, or until the deadline."""
         if self._thread is None:
-            return True
+            return
 
-        self._thread.join(timeout=max(0.0, deadline - time.monotonic()))
-        return not self._thread.is_alive()
+        # The thread itself reports a Redis that is away, shortly after the deadline.
+        self._thread.join(timeout=max(0.0, deadline + REPORT_TIME - time.monotonic()))
+
+        if self._thread.is_alive():
+            self._report_pending("it does not answer")
 
     def disown(self) -> None:
         """Stop in a forked child, where the thread does not run."""
@@ -150,8 +155,15 @@ class Maintenance:
             if not self._stopping:
                 self._schedule.wait(pause)
 
-        if not self._is_disowned:
+        if self._is_disowned:
+            return
+
+        try:
             self._release_all()
+        except OUTAGE as error:
+            self._report_pending(error)
+        finally:
+            self._acknowledger.close()
 
     def _pause(self) -> float:
         """Return the seconds until the next round, if no other thread asks for an earlier one."""
@@ -161,16 +173,16 @@ class Maintenance:
 
         if self._draining:
             times.append(now + DRAINING_PAUSE)
-            return max(0.001, min(times) - now)
+        else:
+            times += [self._reclaim_at, self._released_at, self._consumers_at]
+            times.append(self._retries.search_at)
 
-        times += [self._reclaim_at, self._released_at, self._consumers_at, self._retries.search_at]
+            if self._reclaimer.has_more or self._more_retries:
+                times.append(soon)
 
-        if self._reclaimer.has_more or self._more_retries:
-            times.append(soon)
-
-        if self._in_flight:
-            left = self._timing.pause_reading_after - self._in_flight.stalled_for
-            times.append(max(soon, now + left))
+            if self._in_flight:
+                left = self._timing.pause_reading_after - self._in_flight.stalled_for
+                times.append(max(soon, now + left))
 
         return max(0.001, min(times) - now)
 
@@ -247,41 +259,31 @@ class Maintenance:
         for delivery in self._in_flight.all():
             if delivery.retry is None:
                 by_name.setdefault(delivery.name, []).append(delivery)
-            else:
-                self._renew_retry(delivery, claimed_until)
+                continue
+
+            with self._reclaimer.reporting(delivery.name):
+                if self._retries.renew(delivery):
+                    delivery.claimed_until = claimed_until
 
         for name, deliveries in by_name.items():
-            self._renew(name, deliveries, claimed_until)
-
-    def _renew_retry(self, delivery: Delivery, claimed_until: float) -> None:
-        try:
-            if self._retries.renew(delivery):
-                delivery.claimed_until = claimed_until
-        except redis.ResponseError as error:
-            self._reclaimer.report_refusal(delivery.name, error)
+            # If the group is gone, they run nevertheless.
+            with self._reclaimer.reporting(name), self._acknowledger.lock:
+                self._renew(name, deliveries, claimed_until)
 
     def _renew(self, name: str, deliveries: Sequence[Delivery], claimed_until: float) -> None:
-        try:
-            with self._acknowledger.lock:
-                kept = self._group.renew(name, [delivery.entry for delivery in deliveries])
-                now = time.monotonic()
-                # No longer pending, although this process did not acknowledge them. An entry that
-                # was claimed may be acknowledged by the worker that had it, after a long pause.
-                lost = [
-                    delivery
-                    for delivery in deliveries
-                    if delivery.entry not in kept
-                    and not delivery.started
-                    and delivery.crashes is None
-                    and now < delivery.claimed_until
-                ]
-                kept |= self._reclaimer.restore(name, lost)
-        except GroupGoneError:
-            # They run nevertheless. A new group delivers them again.
-            return
-        except redis.ResponseError as error:
-            self._reclaimer.report_refusal(name, error)
-            return
+        kept = self._group.renew(name, [delivery.entry for delivery in deliveries])
+        now = time.monotonic()
+        # No longer pending, although this process did not acknowledge them. An entry that was
+        # claimed may be acknowledged by the worker that had it, after a long pause.
+        lost = [
+            delivery
+            for delivery in deliveries
+            if delivery.entry not in kept
+            and not delivery.started
+            and delivery.crashes is None
+            and now < delivery.claimed_until
+        ]
+        kept |= self._reclaimer.restore(name, lost)
 
         for delivery in deliveries:
             if delivery.entry in kept:
@@ -313,31 +315,18 @@ class Maintenance:
                 self._more_retries.add(delivery.name)
 
         for name, counts in crashes.items():
-            try:
-                with self._acknowledger.lock:
-                    # Under the lock: the reader waits for it before it claims them.
-                    self._reclaimer.unfinished.add(name)
-                    self._group.release_own(name, counts)
-            except GroupGoneError as error:
-                logger.debug("Nothing of %r is released: %s", name, error)
-            except redis.ResponseError as error:
-                self._reclaimer.report_refusal(name, error)
+            with self._reclaimer.reporting(name), self._acknowledger.lock:
+                # Under the lock: the reader waits for it before it claims them.
+                self._reclaimer.unfinished.add(name)
+                self._group.release_own(name, counts)
 
-    def _remove_idle(self, names: Mapping[str, Subscription]) -> None:
+    def _remove_idle(self, names: Iterable[str]) -> None:
+        """Remove consumers of workers that died long ago, and report those of other programs."""
         for name in names:
             try:
                 with self._acknowledger.lock:
                     self._group.report_alive(name)
-                    consumers = self._group.consumers(name)
-                    self._report_foreign(name, [found for found, _, _ in consumers])
-
-                    for consumer, pending, idle in consumers:
-                        if (
-                            not pending
-                            and idle > self._timing.idle_consumer_after
-                            and consumer != RELEASED
-                        ):
-                            self._remove(name, consumer)
+                    self._check_consumers(name)
             except GroupGoneError as error:
                 logger.debug("The consumers of %r are gone: %s", name, error)
             except redis.ResponseError as error:
@@ -357,23 +346,25 @@ class Maintenance:
             else:
                 self._log.over(f"idle {name}", "Idle consumers of %r are removed again.", name)
 
-    def _report_foreign(self, name: str, consumers: Sequence[str]) -> None:
-        others = [found for found in consumers if found != RELEASED]
+    def _check_consumers(self, name: str) -> None:
+        consumers = [found for found in self._group.consumers(name) if found[0] != RELEASED]
+        names = [consumer for consumer, _, _ in consumers]
 
-        if alarm := foreign_consumers(name, self._config.service, others):
+        if alarm := foreign_consumers(name, self._config.service, names):
             self._reclaimer.report(name, alarm)
 
-    def _remove(self, name: str, consumer: str) -> None:
-        count = self._group.remove(name, consumer)
+        for consumer, pending, idle in consumers:
+            if pending or idle <= self._timing.idle_consumer_after:
+                continue
 
-        if count:
-            logger.warning(
-                "The idle consumer %s of %r was removed while it read %d events. Other workers get "
-                "them.",
-                consumer,
-                name,
-                count,
-            )
+            if count := self._group.remove(name, consumer):
+                logger.warning(
+                    "The idle consumer %s of %r was removed while it read %d events. Other workers "
+                    "get them.",
+                    consumer,
+                    name,
+                    count,
+                )
 
     def _take_due_retries(self, names: Mapping[str, Subscription]) -> None:
         # Kept until they are taken: Redis may be away in between.
@@ -384,12 +375,13 @@ class Maintenance:
             self._clock.ask()
 
         for name in list(self._more_retries):
-            try:
-                if not self._take_retries(name, names[name]):
-                    self._more_retries.discard(name)
-            except redis.ResponseError as error:
+            has_more = False
+
+            with self._reclaimer.reporting(name):
+                has_more = self._take_retries(name, names[name])
+
+            if not has_more:
                 self._more_retries.discard(name)
-                self._reclaimer.report_refusal(name, error)
 
     def _take_retries(self, name: str, subscription: Subscription) -> bool:
         """Take due retries of a stream. Return True if more are due."""
@@ -409,3 +401,58 @@ class Maintenance:
                 return more
 
         return True
+
+    def _release_all(self) -> None:
+        """Write outcomes, and release entries and retries that have not started."""
+        if not self._membership.known:
+            return
+
+        self._acknowledger.write_all()
+
+        with self._acknowledger.lock:
+            for delivery in self._in_flight.all():
+                if delivery.retry is not None and not delivery.started:
+                    self._retries.release(delivery)
+
+            # Refused streams were reported already.
+            for name in self._membership.known - self._membership.catalogue.refused.keys():
+                self._release_stream(name)
+
+    def _release_stream(self, name: str) -> None:
+        read = [found for found in self._in_flight.all() if found.name == name]
+        first = {found.entry: found for found in read if found.retry is None}
+        crashes: dict[str, int] = {}
+
+        try:
+            for found in self._group.own_pending(name):
+                # An entry read once and not in flight did not arrive, so it did not crash.
+                times = found.times if found.times > 1 else 0
+                delivery = first.get(found.id)
+
+                if delivery is None or not delivery.started:
+                    crashes[found.id] = times if delivery is None else delivery.crashes or 0
+
+            self._group.release(name, crashes)
+            self._group.leave(name)
+        except GroupGoneError as error:
+            logger.debug("Nothing of %r is released: %s", name, error)
+        except redis.ResponseError as error:
+            logger.error(
+                "Redis refuses to release the entries of %r: %s. Another worker claims them after "
+                "%g s. %s",
+                name,
+                error,
+                self._config.claim_after,
+                self._group.worker_remedy(name, error),
+                extra={"signal": name, "service": self._config.service},
+            )
+
+    def _report_pending(self, reason: object) -> None:
+        if self._in_flight:
+            logger.error(
+                "Redis is away (%s): %d events that were read stay pending. Another worker claims "
+                "them after %g s, and those already handled are delivered again.",
+                reason,
+                len(self._in_flight),
+                self._config.claim_after,
+            )

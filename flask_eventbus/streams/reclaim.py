@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import redis
@@ -143,19 +144,28 @@ class Reclaimer:
         except (redis.ResponseError, *OUTAGE) as error:
             logger.debug("The alarm is not stored in Redis: %s", error)
 
-    def report_refusal(self, name: str, error: Exception) -> None:
-        """Log once that Redis refuses a command that the maintenance of a stream needs."""
-        self._refused_at[name] = time.monotonic()
-        self._log.once(
-            f"refused {name}",
-            "Redis refuses to let this worker maintain the stream of %r: %s. Its retries and the "
-            "entries that other workers left wait. %s",
-            name,
-            error,
-            self._group.worker_remedy(name, error),
-            level=logging.ERROR,
-            extra={"signal": name, "service": self._config.service},
-        )
+    @contextmanager
+    def reporting(self, name: str) -> Iterator[None]:
+        """Log once if Redis refuses a command that the maintenance of a stream needs.
+
+        If the group is gone, the reader creates it again, and all entries are delivered again.
+        """
+        try:
+            yield
+        except GroupGoneError as error:
+            logger.debug("The group of %r is gone: %s", name, error)
+        except redis.ResponseError as error:
+            self._refused_at[name] = time.monotonic()
+            self._log.once(
+                f"refused {name}",
+                "Redis refuses to let this worker maintain the stream of %r: %s. Its retries and "
+                "the entries that other workers left wait. %s",
+                name,
+                error,
+                self._group.worker_remedy(name, error),
+                level=logging.ERROR,
+                extra={"signal": name, "service": self._config.service},
+            )
 
     def report_granted(self) -> None:
         """Log of each stream without a recent refusal that Redis allows its maintenance again."""
@@ -180,15 +190,9 @@ class Reclaimer:
         room: int | None = None,
     ) -> None:
         for name, subscription in names.items():
-            try:
-                with self._acknowledger.lock:
-                    most = max(0, self._queue.room) if room is None else room
-                    self._claim(name, subscription, idle, consumer, most)
-            except GroupGoneError as error:
-                # The reader creates it again.
-                logger.debug("Nothing is claimed of %r: %s", name, error)
-            except redis.ResponseError as error:
-                self.report_refusal(name, error)
+            with self.reporting(name), self._acknowledger.lock:
+                most = max(0, self._queue.room) if room is None else room
+                self._claim(name, subscription, idle, consumer, most)
 
     def _claim(
         self, name: str, subscription: Subscription, idle: float, consumer: str, room: int
