@@ -12,8 +12,8 @@ import click
 
 from . import __version__
 from .bus import Bus
+from .cli.app import COMMANDS
 from .cli.base import Group, Program
-from .cli.commands import COMMANDS
 from .config import Config
 from .node import Node
 from .routing.registry import Registry

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import logging
 import math
 import os
@@ -13,17 +12,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from reprlib import repr as short
 from typing import Any
 
 import click
 
-from ..admin.streams import Place, StreamAccess, read_age, read_place
+from ..admin.streams import StreamAccess
 from ..errors import ConfigError, EventBusError
 from ..node import Node
 from ..routing.options import check_signal_name
 from ..routing.subscriptions import read_subscription
-from ..text import read_value
 
 #: Errors of a write to stdout when the disk is full or broken; a closed pipe is not among them.
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -87,7 +84,38 @@ class Program:
         return StreamAccess(self.node.config, name=f"eventbus-{name}", deadline=deadline)
 
 
-class _Orderly(click.Command):
+class AppProgram(Program):
+    """The app that ``flask`` loads; the command runs in its app context."""
+
+    def __init__(self, context: click.Context) -> None:
+        # The commands without an app do not load Flask.
+        from flask.cli import ScriptInfo
+
+        self._context = context
+        self._info = context.ensure_object(ScriptInfo)
+
+    def load(self) -> Node:
+        """Load the app, push its context and return its node.
+
+        :raises ConfigError: the app's settings are wrong, or it has no event bus.
+        """
+        from flask import current_app
+
+        if not current_app:
+            self._context.with_resource(self._info.load_app().app_context())
+
+        node = current_app.extensions.get("eventbus")
+
+        if isinstance(node, Node):
+            return node
+
+        raise ConfigError(
+            f"The app {current_app.name!r} has no event bus. Call bus.init_app(app) where the app "
+            "is created."
+        )
+
+
+class Command(click.Command):
     """A command that reports an error in one line, and ends quietly on Ctrl-C or a closed pipe."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
@@ -101,12 +129,10 @@ class _Orderly(click.Command):
             return super().invoke(ctx)
 
 
-class Command(_Orderly):
-    """A command of the bus."""
-
-
-class Group(_Orderly, click.Group):
+class Group(Command, click.Group):
     """A group of commands of the bus."""
+
+    command_class = Command
 
 
 @contextmanager
@@ -173,115 +199,35 @@ def _forget_output() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def read_name(ctx: click.Context, param: click.Parameter, name: str) -> str:
-    """Return a signal's name.
+def parsed(read: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Return a callback that parses what was given for an option or an argument with ``read``.
 
-    :raises click.BadParameter: the name is not valid.
+    A ``ValueError`` or a :exc:`.ConfigError` of ``read`` is reported as an error in the argument.
     """
-    with _bad_parameter():
-        return check_signal_name(name, "NAME")
+
+    def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        try:
+            return None if value is None else read(value)
+        except (ConfigError, ValueError) as error:
+            raise click.BadParameter(str(error).removeprefix("NAME: ")) from error
+
+    return callback
 
 
-def read_names(
-    ctx: click.Context, param: click.Parameter, names: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Return names and patterns of signals, without duplicates; ``*`` if none is given.
+def read_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names and patterns of signals, without duplicates.
 
-    :raises click.BadParameter: a name is not valid.
+    :raises ConfigError: a name is not valid.
     """
-    with _bad_parameter():
-        for name in names:
-            read_subscription(name, None, "NAME")
+    for name in names:
+        read_subscription(name, None, "NAME")
 
-    return tuple(dict.fromkeys(names)) or ("*",)
-
-
-def read_moment(ctx: click.Context, param: click.Parameter, text: str | None) -> Place | None:
-    """Return a place in a stream: an entry, a time or an age.
-
-    :raises click.BadParameter: the text is none of these.
-    """
-    with _bad_parameter():
-        return None if text is None else read_place(text)
+    return tuple(dict.fromkeys(names))
 
 
-def read_span(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
-    """Return an age such as ``7d`` in milliseconds.
-
-    :raises click.BadParameter: the text is not an age.
-    """
-    with _bad_parameter():
-        return None if text is None else read_age(text)
-
-
-@contextmanager
-def _bad_parameter() -> Iterator[None]:
-    try:
-        yield
-    except (ConfigError, ValueError) as error:
-        raise click.BadParameter(str(error).removeprefix("NAME: ")) from error
-
-
-def read_pairs(
-    ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]
-) -> tuple[tuple[str, str], ...]:
-    """Return each ``KEY=VALUE`` as a key and the text after ``=``.
-
-    :raises click.BadParameter: a text has no key or no ``=``.
-    """
-    return tuple(_pair(text) for text in texts)
-
-
-def read_payload(ctx: click.Context, param: click.Parameter, text: str | None) -> dict[str, Any]:
-    """Return a JSON object; ``-`` reads it from stdin.
-
-    :raises click.BadParameter: the text is not a JSON object.
-    """
-    if text is None:
-        return {}
-
-    if text == "-":
-        text = sys.stdin.read()
-
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise click.BadParameter(f"{short(text)} is not JSON: {error}.") from error
-
-    if isinstance(value, dict):
-        return value
-
-    raise click.BadParameter(
-        f"{short(text)} is not a JSON object. Write for example '{{\"a\": 1}}'."
-    )
-
-
-def values_of(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """Return the payload that pairs of keys and texts stand for.
-
-    :raises click.UsageError: a key is given twice.
-    """
-    values: dict[str, Any] = {}
-
-    for key, text in pairs:
-        if key in values:
-            raise click.UsageError(f"{key!r} is given twice. Write one list: '{key}=[1, 2]'.")
-
-        values[key] = read_value(text)
-
-    return values
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-
-    if key and equals:
-        return key, value
-
-    raise click.BadParameter(f"{text!r} is not KEY=VALUE. Write for example 'user_id=7'.")
-
-
-name_argument = click.argument("name", metavar="NAME", callback=read_name)
+name_argument = click.argument(
+    "name", metavar="NAME", callback=parsed(lambda name: check_signal_name(name, "NAME"))
+)
 yes_option = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 

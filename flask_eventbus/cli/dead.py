@@ -7,9 +7,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import wraps
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -21,20 +21,22 @@ from ..admin.dead_letters import (
     read_payload,
     why_not,
 )
+from ..admin.streams import read_age
 from ..codec.records import REASONS, DeadLetter, entry_id
 from ..text import clock, counted, printable
 from .base import (
-    Command,
     Group,
     Program,
     confirm,
     json_option,
+    parsed,
     pass_program,
     read_names,
-    read_span,
     yes_option,
 )
 from .output import span, to_json
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 #: What each reason means.
 _REASONS = {
@@ -187,94 +189,91 @@ def dead() -> None:
     """
 
 
-def _filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that select dead letters."""
-    for option in reversed(
-        (
-            click.option(
-                "--signal",
-                "signals",
-                multiple=True,
-                metavar="NAME",
-                callback=_read_signals,
-                help="Only of this signal, or of a pattern such as 'order_*'.",
-            ),
-            click.option(
-                "--receiver",
-                "receivers",
-                multiple=True,
-                metavar="NAME",
-                help="Only of this receiver: 'mailer.receivers.send_welcome' or 'send_welcome'.",
-            ),
-            click.option(
-                "--reason",
-                "reasons",
-                multiple=True,
-                type=click.Choice(REASONS),
-                help="Only with this reason.",
-            ),
-            click.option(
-                "--older-than",
-                metavar="AGE",
-                callback=read_span,
-                help="Only older than AGE, for example '7d', '12h' or '30m'.",
-            ),
-            click.option(
-                "--newer-than",
-                metavar="AGE",
-                callback=read_span,
-                help="Only newer than AGE.",
-            ),
-        )
-    ):
-        function = option(function)
-
-    return function
-
-
-def _read_signals(
-    ctx: click.Context, param: click.Parameter, names: tuple[str, ...]
-) -> tuple[str, ...]:
-    return read_names(ctx, param, names) if names else ()
-
-
-@contextmanager
-def _dead_letters(program: Program) -> Iterator[DeadLetters]:
-    service = program.service
-
-    with program.streams("dead") as access:
-        yield DeadLetters(access, service, command=program.command)
-
-
-def _chosen(ids: Sequence[str], of_all: bool, **options: Any) -> Choice:
-    """Return which dead letters the arguments select.
-
-    :raises click.UsageError: the arguments select nothing, or combine --all with a filter.
-    """
-    choice = Choice(ids=ids, **options)
-
-    if of_all and choice:
-        raise click.UsageError(
-            "--all cannot be combined with ids or filters. Remove --all, or the others."
-        )
-
-    if not of_all and not choice:
-        raise click.UsageError(
-            "No dead letters selected. Pass ids, a filter such as --signal, or --all."
-        )
-
-    return choice
-
-
+_FILTERS = {
+    "signals": click.option(
+        "--signal",
+        "signals",
+        multiple=True,
+        metavar="NAME",
+        callback=parsed(read_names),
+        help="Only of this signal, or of a pattern such as 'order_*'.",
+    ),
+    "receivers": click.option(
+        "--receiver",
+        "receivers",
+        multiple=True,
+        metavar="NAME",
+        help="Only of this receiver: 'mailer.receivers.send_welcome' or 'send_welcome'.",
+    ),
+    "reasons": click.option(
+        "--reason",
+        "reasons",
+        multiple=True,
+        type=click.Choice(REASONS),
+        help="Only with this reason.",
+    ),
+    "older_than": click.option(
+        "--older-than",
+        metavar="AGE",
+        callback=parsed(read_age),
+        help="Only older than AGE, for example '7d', '12h' or '30m'.",
+    ),
+    "newer_than": click.option(
+        "--newer-than", metavar="AGE", callback=parsed(read_age), help="Only newer than AGE."
+    ),
+}
+_ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
 _all_option = click.option(
     "--all", "of_all", is_flag=True, help="Select all dead letters of this service."
 )
-_ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
+
+
+def _selects(*selectors: _Decorator) -> _Decorator:
+    """Add options that select dead letters to a command.
+
+    The command gets the dead letters of the service, and the filter that the options stand for.
+
+    :param selectors: options besides the filters. With ``--all``, one of them must be given.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(
+            program: Program,
+            /,
+            ids: Sequence[str] = (),
+            of_all: bool | None = None,
+            **options: Any,
+        ) -> None:
+            choice = Choice(ids=ids, **{name: options.pop(name) for name in _FILTERS})
+
+            if of_all and choice:
+                raise click.UsageError(
+                    "--all cannot be combined with ids or filters. Remove --all, or the others."
+                )
+
+            if of_all is False and not choice:
+                raise click.UsageError(
+                    "No dead letters selected. Pass ids, a filter such as --signal, or --all."
+                )
+
+            service = program.service
+
+            with program.streams("dead") as access:
+                function(DeadLetters(access, service, command=program.command), choice, **options)
+
+        command: Any = pass_program(run)
+
+        for option in reversed((*_FILTERS.values(), *selectors)):
+            command = option(command)
+
+        return cast(Callable[..., Any], command)
+
+    return decorate
 
 
 @dead.command(
     "list",
-    cls=Command,
     short_help="List dead letters.",
     epilog="""Examples:
 
@@ -287,40 +286,30 @@ _ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
     Exit codes: 0, also if there is none; 1 if Redis is not available; 2 for a wrong
     argument.""",
 )
-@_ids_argument
-@_filter_options
+@_selects(_ids_argument)
 @click.option(
     "--limit", type=click.IntRange(1), metavar="N", help="Read and show only the first N."
 )
 @json_option("Print each dead letter as one JSON object per line, in full.")
 @pass_program
 def list_(
-    program: Program,
-    /,
-    ids: tuple[str, ...],
-    limit: int | None,
-    in_json: bool,
-    **options: Any,
+    program: Program, kept: DeadLetters, choice: Choice, limit: int | None, in_json: bool
 ) -> None:
     """List dead letters, the oldest of each signal first.
 
     ID is the id of a dead letter or of an event.
     """
-    with _dead_letters(program) as kept:
-        choice = Choice(ids=ids, **options)
-        letters = kept.find(choice)
+    letters = kept.find(choice)
 
-        if in_json:
-            for letter in islice(letters, limit):
-                found = letter.as_json(kept.service, program.node.codec)
-                click.echo(to_json(found))
-        else:
-            for line in list_report(letters, kept.service, choice, limit):
-                click.echo(line)
+    if in_json:
+        for letter in islice(letters, limit):
+            click.echo(to_json(letter.as_json(kept.service, program.node.codec)))
+    else:
+        for line in list_report(letters, kept.service, choice, limit):
+            click.echo(line)
 
 
 @dead.command(
-    cls=Command,
     short_help="Show dead letters in full.",
     epilog="""Examples:
 
@@ -332,26 +321,17 @@ def list_(
     Exit codes: 0; 1 if an ID was not found, or Redis is not available; 2 for a wrong
     argument.""",
 )
-@_ids_argument
-@_filter_options
-@_all_option
-@pass_program
-def show(program: Program, /, ids: tuple[str, ...], of_all: bool, **options: Any) -> None:
+@_selects(_ids_argument, _all_option)
+def show(kept: DeadLetters, choice: Choice) -> None:
     """Show dead letters in full: the payload, the error, and the traceback.
 
     ID is the id of a dead letter or of an event. Control characters are escaped.
     """
-    choice = _chosen(ids, of_all, **options)
-
-    with _dead_letters(program) as kept:
-        letters = kept.select(choice)
-
-    shown = "\n\n".join("\n".join(letter_report(letter)) for letter in letters)
+    shown = "\n\n".join("\n".join(letter_report(letter)) for letter in kept.select(choice))
     click.echo(shown or nothing(kept.service, choice))
 
 
 @dead.command(
-    cls=Command,
     short_help="Run the receivers that failed again.",
     epilog="""Examples:
 
@@ -363,9 +343,7 @@ def show(program: Program, /, ids: tuple[str, ...], of_all: bool, **options: Any
     Exit codes: 0 if all were handled within --wait; 1 if not, or Redis is not available;
     2 for a wrong argument.""",
 )
-@_ids_argument
-@_filter_options
-@_all_option
+@_selects(_ids_argument, _all_option)
 @click.option(
     "--wait",
     type=click.FloatRange(min=0, max=86_400),
@@ -374,30 +352,13 @@ def show(program: Program, /, ids: tuple[str, ...], of_all: bool, **options: Any
     metavar="S",
     help="Seconds to wait for the outcomes.",
 )
-@pass_program
-def retry(
-    program: Program, /, ids: tuple[str, ...], of_all: bool, wait: float, **options: Any
-) -> None:
+def retry(kept: DeadLetters, choice: Choice, wait: float) -> None:
     """Put dead letters back, each for the one receiver that failed.
 
     A worker of the service runs the receiver, with all its retries again. This command runs no
     receiver: it waits, and prints the outcome of each dead letter.
     """
-    choice = _chosen(ids, of_all, **options)
-
-    with _dead_letters(program) as kept:
-        letters = kept.select(choice)
-
-        if not letters:
-            click.echo(nothing(kept.service, choice))
-            return
-
-        if _retry(kept, letters, wait) < len(letters):
-            raise click.exceptions.Exit(1)
-
-
-def _retry(kept: DeadLetters, letters: Sequence[Letter], wait: float) -> int:
-    """Put dead letters back, print the outcome of each, and return how many were handled."""
+    letters = kept.select(choice)
     put_back = []
 
     for letter in letters:
@@ -417,11 +378,14 @@ def _retry(kept: DeadLetters, letters: Sequence[Letter], wait: float) -> int:
         if not retrial.is_settled:
             click.echo(retrial_report(retrial, kept, wait))
 
-    return sum(retrial.state == "handled" for retrial in put_back)
+    if not letters:
+        click.echo(nothing(kept.service, choice))
+
+    if sum(retrial.state == "handled" for retrial in put_back) < len(letters):
+        raise click.exceptions.Exit(1)
 
 
 @dead.command(
-    cls=Command,
     short_help="Delete selected dead letters.",
     epilog="""Examples:
 
@@ -432,26 +396,17 @@ def _retry(kept: DeadLetters, letters: Sequence[Letter], wait: float) -> int:
     Exit codes: 0 if they were deleted, or there was none; 1 if an ID was not found, you
     answered no, or Redis is not available; 2 for a wrong argument.""",
 )
-@_ids_argument
-@_filter_options
-@_all_option
+@_selects(_ids_argument, _all_option)
 @yes_option
-@pass_program
-def drop(
-    program: Program, /, ids: tuple[str, ...], of_all: bool, yes: bool, **options: Any
-) -> None:
+def drop(kept: DeadLetters, choice: Choice, yes: bool) -> None:
     """Delete dead letters for good, after asking.
 
     ID is the id of a dead letter or of an event.
     """
-    choice = _chosen(ids, of_all, **options)
-
-    with _dead_letters(program) as kept:
-        _drop(kept, choice, yes)
+    _drop(kept, choice, yes)
 
 
 @dead.command(
-    cls=Command,
     short_help="Delete old dead letters, or all.",
     epilog="""Examples:
 
@@ -463,22 +418,18 @@ def drop(
     Exit codes: 0 if they were deleted, or there was none; 1 if you answered no, or Redis
     is not available; 2 for a wrong argument.""",
 )
-@_filter_options
+@_selects()
 @yes_option
-@pass_program
-def purge(program: Program, /, yes: bool, **options: Any) -> None:
+def purge(kept: DeadLetters, choice: Choice, yes: bool) -> None:
     """Delete all dead letters of this service that match the options, after asking.
 
     Without an option, all are deleted, and 'status' counts dropped dead letters from zero
     again. Deleted dead letters cannot be restored.
     """
-    choice = Choice(**options)
+    _drop(kept, choice, yes)
 
-    with _dead_letters(program) as kept:
-        _drop(kept, choice, yes)
-
-        if not choice:
-            kept.forget_dropped()
+    if not choice:
+        kept.forget_dropped()
 
 
 def _drop(kept: DeadLetters, choice: Choice, yes: bool) -> None:

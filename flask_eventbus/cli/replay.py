@@ -8,12 +8,12 @@ import click
 
 from ..admin.replay import Replay, prepare
 from ..admin.services import Move, make_move, plan_move
-from ..admin.streams import Place
+from ..admin.streams import Place, read_place
 from ..bus import stop_on_signals
 from ..codec.records import EARLIEST, MAX_PART, EntryId, entry_id, id_text
 from ..errors import ConfigError
 from ..text import clock, counted, printable
-from .base import Command, Program, confirm, name_argument, pass_program, read_moment, yes_option
+from .base import Command, Program, confirm, name_argument, parsed, pass_program, yes_option
 
 
 @click.command(
@@ -39,14 +39,14 @@ from .base import Command, Program, confirm, name_argument, pass_program, read_m
     "first",
     required=True,
     metavar="PLACE",
-    callback=read_moment,
+    callback=parsed(read_place),
     help="First event to replay.",
 )
 @click.option(
     "--to",
     "last",
     metavar="PLACE",
-    callback=read_moment,
+    callback=parsed(read_place),
     help="Last event to replay; by default the newest one when the command starts.",
 )
 @click.option(
@@ -137,10 +137,6 @@ def _sum(work: Replay, dry: bool) -> str:
     return f"Read {counted(work.read, 'event')} of {work.name!r}: {', '.join(parts)}."
 
 
-def _read_target(ctx: click.Context, param: click.Parameter, text: str) -> Place | None:
-    return None if text == "new" else read_moment(ctx, param, text)
-
-
 @click.command(
     cls=Command,
     short_help="Move a service to another place in a stream.",
@@ -165,7 +161,7 @@ def _read_target(ctx: click.Context, param: click.Parameter, text: str) -> Place
     "place",
     required=True,
     metavar="PLACE",
-    callback=_read_target,
+    callback=parsed(lambda text: None if text == "new" else read_place(text)),
     help="Where the service continues.",
 )
 @yes_option

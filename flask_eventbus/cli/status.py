@@ -41,6 +41,7 @@ from .base import (
     Program,
     confirm,
     json_option,
+    parsed,
     pass_program,
     reader_is_gone,
     yes_option,
@@ -307,11 +308,11 @@ class _Report:
         )
 
 
-def _read_service(ctx: click.Context, param: click.Parameter, name: str) -> str:
+def _read_service(name: str) -> str:
     if SERVICE_NAME.fullmatch(name):
         return name
 
-    raise click.BadParameter(
+    raise ValueError(
         f"{name!r} is not a valid name of a service. Use letters, digits, '_', '-' and '.', at "
         "most 64."
     )
@@ -334,13 +335,12 @@ def services() -> None:
 
 
 @services.command(
-    cls=Command,
     short_help="Remove a service's groups, retries and dead letters.",
     epilog="""Exit codes: 0 if it was removed, and with --dry-run; 1 if it was not, since you
     answered no, its workers run, Redis has nothing of it, or Redis is not available; 2 for a
     wrong argument.""",
 )
-@click.argument("name", metavar="NAME", callback=_read_service)
+@click.argument("name", metavar="NAME", callback=parsed(_read_service))
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @yes_option
 @pass_program
@@ -364,14 +364,13 @@ def forget(program: Program, name: str, dry_run: bool, yes: bool) -> None:
 
 
 @services.command(
-    cls=Command,
     short_help="Move a service's groups, retries and dead letters to another name.",
     epilog="""Exit codes: 0 if it was renamed, and with --dry-run; 1 if it was not, since you
     answered no, workers of either name run, NEW has a group or dead letters already, Redis has
     nothing of OLD, or Redis is not available; 2 for a wrong argument.""",
 )
-@click.argument("old", metavar="OLD", callback=_read_service)
-@click.argument("new", metavar="NEW", callback=_read_service)
+@click.argument("old", metavar="OLD", callback=parsed(_read_service))
+@click.argument("new", metavar="NEW", callback=parsed(_read_service))
 @click.option("--dry-run", is_flag=True, help="Only show what would be moved.")
 @yes_option
 @pass_program

@@ -28,8 +28,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, EventBus, __version__, current_event
 from flask_eventbus.__main__ import main
-from flask_eventbus.cli.app import flask_commands
-from flask_eventbus.cli.commands import COMMANDS
+from flask_eventbus.cli.app import COMMANDS, flask_commands
 from flask_eventbus.routing.registry import Registry
 from flask_eventbus.text import read_value
 
@@ -876,7 +875,7 @@ except SystemExit:
     )
 
     loaded = outcome.stdout.partition("loaded")[2].split()
-    assert "flask_eventbus.cli.commands" in loaded
+    assert "flask_eventbus.cli.app" in loaded
     assert {name.partition(".")[0] for name in loaded}.isdisjoint({"flask", "werkzeug"})
 
 
