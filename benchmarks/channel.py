@@ -217,7 +217,7 @@ def redis_server() -> Any:
         port = probe.getsockname()[1]
         probe.close()
         command = [executable, "--port", str(port), "--save", "", "--dir", folder]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: S603 - our own
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         client = redis.Redis(port=port)
 
         while True:

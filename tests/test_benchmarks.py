@@ -18,6 +18,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("channel.py --runs 1 --count 100 --seconds 0.1", r"\d ms"),
         ("stream_send.py --runs 1 --count 10", r"16 threads \| [\d.]+ \|"),
         ("stream_consume.py --count 100 --rounds 1 --idle 0.1", r"bus: +[\d,]+ events/s"),
+        (
+            "bench.py channel stream 100/s requests imports --rounds 1 --count 200",
+            r"flask-eventbus",
+        ),
         ("way.py --events 1", r"stream: \d+ calls in \d+ modules"),
     ],
 )
