@@ -15,7 +15,7 @@ from flask_eventbus import Bus
 BUFFER = 1_000_000
 
 
-def publish(url: str, route: object) -> tuple[Send, Callable[[], Any]]:
+def publish(url: str, route: Any) -> tuple[Send, Callable[[], Any]]:
     bus = Bus(url, service="publisher", publish={"tick": route}, buffer_size=BUFFER)
     signal = bus.signal("tick")
     return lambda **payload: signal.send("publisher", **payload), lambda: bus.flush(120)

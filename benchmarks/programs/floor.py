@@ -66,7 +66,7 @@ class Writer:
                 self.wakeup.clear()
 
             self.idle.clear()
-            commands = []
+            commands: list[bytes] = []
 
             while queue and len(commands) < BATCH:
                 body = msgpack.packb(queue.popleft())
