@@ -204,51 +204,32 @@ class BoundedLog:
         #: Kinds of states that were logged and have not ended.
         self._open_states: set[str] = set()
 
-    def info(
-        self, kind: str, text: str, *args: object, extra: Mapping[str, object] | None = None
-    ) -> None:
-        """Log ``text`` at level INFO, unless the limit of its kind is reached."""
-        self._write(logging.INFO, kind, text, *args, extra=extra)
+    def info(self, kind: str, text: str, *args: object, **fields: Any) -> None:
+        """Log ``text`` at level INFO, unless the limit of its kind is reached.
 
-    def warning(
-        self, kind: str, text: str, *args: object, extra: Mapping[str, object] | None = None
-    ) -> None:
-        """Log ``text`` as a warning, unless the limit of its kind is reached.
-
-        :param extra: fields of the record, see :meth:`.Logger.log`.
+        :param fields: ``exc_info`` and ``extra`` of :meth:`.Logger.log`.
         """
-        self._write(logging.WARNING, kind, text, *args, extra=extra)
+        self._write(logging.INFO, kind, text, *args, **fields)
 
-    def error(
-        self,
-        kind: str,
-        text: str,
-        *args: object,
-        exc_info: BaseException | None = None,
-        extra: Mapping[str, object] | None = None,
-    ) -> None:
+    def warning(self, kind: str, text: str, *args: object, **fields: Any) -> None:
+        """Log ``text`` as a warning, unless the limit of its kind is reached."""
+        self._write(logging.WARNING, kind, text, *args, **fields)
+
+    def error(self, kind: str, text: str, *args: object, **fields: Any) -> None:
         """Log ``text`` as an error, unless the limit of its kind is reached."""
-        self._write(logging.ERROR, kind, text, *args, exc_info=exc_info, extra=extra)
+        self._write(logging.ERROR, kind, text, *args, **fields)
 
     def once(
-        self,
-        kind: str,
-        text: str,
-        *args: object,
-        level: int = logging.WARNING,
-        extra: Mapping[str, object] | None = None,
+        self, kind: str, text: str, *args: object, level: int = logging.WARNING, **fields: Any
     ) -> None:
         """Log the start of a state, and not again before :meth:`over` was called."""
-        if kind not in self._open_states:
-            self._write(level, kind, text, *args, extra=extra)
+        self._write(level, kind, text, *args, is_state=True, **fields)
 
-    def over(
-        self, kind: str, text: str, *args: object, extra: Mapping[str, object] | None = None
-    ) -> None:
+    def over(self, kind: str, text: str, *args: object, **fields: Any) -> None:
         """Log the end of a state as a warning, if its start was logged."""
         if kind in self._open_states:
             self._open_states.discard(kind)
-            self._write(logging.WARNING, f"end of {kind}", text, *args, extra=extra)
+            self._write(logging.WARNING, f"end of {kind}", text, *args, **fields)
 
     def _write(
         self,
@@ -256,35 +237,37 @@ class BoundedLog:
         kind: str,
         text: str,
         *args: object,
-        exc_info: BaseException | None = None,
-        extra: Mapping[str, object] | None = None,
+        is_state: bool = False,
+        **fields: Any,
     ) -> None:
-        left_out = self._admit(kind)
-
-        if left_out is None:
-            return
-
-        if len(self._open_states) < KINDS:
-            self._open_states.add(kind)
+        left_out = self._admit(kind, is_state)
 
         if left_out:
             text += f" ({left_out} more like this were counted and not logged)"
 
-        self._logger.log(level, text, *args, exc_info=exc_info, extra=extra, stacklevel=3)
+        if left_out is not None:
+            self._logger.log(level, text, *args, stacklevel=3, **fields)
 
-    def _admit(self, kind: str) -> int | None:
-        """Return the number of lines left out before this one, or ``None`` to leave it out too."""
+    def _admit(self, kind: str, is_state: bool) -> int | None:
+        """Return the number of lines left out before this one, or ``None`` to leave it out too.
+
+        :param is_state: True to leave it out if the state is open already.
+        """
         now = time.monotonic()
 
         with self._lock:
-            if kind not in self._windows and len(self._windows) >= KINDS:
-                kind = "others"
+            if is_state and kind in self._open_states:
+                return None
 
-            start, lines = self._windows.get(kind, (now, 0))
+            key = kind if kind in self._windows or len(self._windows) < KINDS else "others"
+            start, lines = self._windows.get(key, (now, 0))
+            is_new = now - start >= 60
+            self._windows[key] = (now, 1) if is_new else (start, lines + 1)
 
-            if now - start >= 60:
-                self._windows[kind] = (now, 1)
-                return max(0, lines - LINES_PER_MINUTE)
+            if lines >= LINES_PER_MINUTE and not is_new:
+                return None
 
-            self._windows[kind] = (start, lines + 1)
-            return 0 if lines < LINES_PER_MINUTE else None
+            if len(self._open_states) < KINDS:
+                self._open_states.add(kind)
+
+            return max(0, lines - LINES_PER_MINUTE) if is_new else 0

@@ -108,7 +108,7 @@ class ChannelReader:
 
             set_deadline(self._aside, time.monotonic() + self._timing.tick)
             self._aside.send_command("ROLE")
-            self._connections.role.check(read_reply(self._aside))
+            self._connections.check_role(read_reply(self._aside))
         except NotMasterError:
             raise
         except OUTAGE as error:

@@ -117,7 +117,7 @@ def _unreachable(connections: Connections, failure: Exception) -> Finding:
 
 
 def _check_role(connections: Connections) -> Iterator[Finding]:
-    refusal = connections.role.refusal
+    refusal = connections.role_refusal
 
     if refusal is not None:
         yield warning(

@@ -306,7 +306,7 @@ class PublishConnection:
         The reply to ROLE is read first, so that a batch sent to a replica does not count as
         published.
         """
-        if time.monotonic() >= self._ask_role_at and self._connections.role.refusal is None:
+        if time.monotonic() >= self._ask_role_at and self._connections.asks_role:
             self._ask_role_at = self._connections.next_role_check()
             self._awaits_role = True
             data = _ROLE + data
@@ -334,7 +334,7 @@ class PublishConnection:
             raise
 
     def _check_role(self, connection: Connection) -> None:
-        self._connections.role.check(read_reply(connection, disconnect_on_error=False))
+        self._connections.check_role(read_reply(connection, disconnect_on_error=False))
         self._awaits_role = False
 
     def _add_stream(

@@ -241,16 +241,18 @@ def timed_connection(url: str, timeout: float) -> Connection:
     options = _options(timeout)
 
     if url.startswith("memory://"):
-        return _memory_connection(url, options)
+        pool = fakeredis_module().FakeRedis(server=memory_server(url)).connection_pool
+        pool.connection_class = _memory_class(pool.connection_class)
+    else:
+        pool = redis.ConnectionPool.from_url(url)
 
-    pool = redis.ConnectionPool.from_url(url)
+        if pool.connection_class is redis.UnixDomainSocketConnection:
+            # A Unix socket does not accept TCP options.
+            options = {key: options[key] for key in options if key not in _TCP_OPTIONS}
 
-    if pool.connection_class is redis.UnixDomainSocketConnection:
-        # A Unix socket does not accept TCP options.
-        options = {key: options[key] for key in options if key not in _TCP_OPTIONS}
+        pool.connection_class = _timed(pool.connection_class)
 
     pool.connection_kwargs.update(options)
-    pool.connection_class = _timed(pool.connection_class)
     return cast(Connection, pool.make_connection())
 
 
@@ -363,13 +365,6 @@ def memory_server(url: str) -> Any:
     """
     server = memory_servers.get(url)
     return server or memory_servers.setdefault(url, fakeredis_module().FakeServer())
-
-
-def _memory_connection(url: str, options: dict[str, Any]) -> Connection:
-    pool = fakeredis_module().FakeRedis(server=memory_server(url)).connection_pool
-    pool.connection_kwargs.update(options)
-    pool.connection_class = _memory_class(pool.connection_class)
-    return cast(Connection, pool.make_connection())
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import redis
 
 from ..config import TIMING, Config, Timing
 from ..errors import ConfigError
-from ..logs import Counters, get_logger
+from ..logs import BoundedLog, Counters, get_logger
 from . import embedded
 from .connection import (
     OUTAGE,
@@ -66,52 +66,6 @@ class NotMasterError(redis.ConnectionError):
     """The server is a replica or a Sentinel, so events must not be written or read there."""
 
 
-class Role:
-    """Checks the replies to ROLE, and stops sending ROLE once a server refuses it.
-
-    The check is needed because a replica accepts PUBLISH without an error, but delivers the event
-    to its own subscribers only.
-    """
-
-    def __init__(self) -> None:
-        #: The error reply to ROLE; ``None`` if no server refused it.
-        self.refusal: redis.ResponseError | None = None
-        self._lock = threading.Lock()
-
-    def check(self, answer: Any) -> None:
-        """Check a reply to ROLE; an error reply turns later checks off.
-
-        :raises NotMasterError: the server is a replica or a Sentinel.
-        """
-        if isinstance(answer, redis.ResponseError):
-            self._give_up(answer)
-            return
-
-        kind = answer[0].decode(errors="replace")
-
-        if kind == "sentinel":
-            raise NotMasterError(
-                "The server is a Sentinel, not a master. Start 'EVENTBUS_URL' with "
-                "'redis+sentinel://', and end it with the name of the master: "
-                "'redis+sentinel://host:26379/mymaster/0'"
-            )
-
-        if kind != "master":
-            host, port = answer[1].decode(errors="replace"), answer[2]
-            raise NotMasterError(f"The server is a replica of {host}:{port}, not a master")
-
-    def _give_up(self, refusal: redis.ResponseError) -> None:
-        with self._lock:
-            first, self.refusal = self.refusal is None, refusal
-
-        if first:
-            logger.warning(
-                "Redis does not answer ROLE (%s). A master that becomes a replica is detected only "
-                "when it refuses a write. Grant '+role' to this user in the ACL.",
-                str(refusal).rstrip("."),
-            )
-
-
 class Connections:
     """Opens connections to the Redis server of a URL.
 
@@ -128,14 +82,15 @@ class Connections:
         self._url = url
         self._name = name
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
-        #: Shared by all connections: if Redis refuses ROLE to one of them, none sends it again.
-        self.role = Role()
+        #: The error reply to ROLE; ``None`` if no server refused it. None of the connections sends
+        #: it again.
+        self.role_refusal: redis.ResponseError | None = None
         #: The times of these connections.
         self.timing = timing
+        self._log = BoundedLog(logger)
         self._disowned = False
         #: True once a server has refused ``CLIENT SETNAME``; it is not sent again.
         self._naming_refused = False
-        self._naming_lock = threading.Lock()
         self._has_connected = False
         #: True while a thread asks the Sentinels for the current master.
         self._is_following = False
@@ -150,7 +105,6 @@ class Connections:
         :raises redis.ConnectionError: Redis is unreachable, rejects the user, or is a replica.
         :raises redis.TimeoutError: the deadline of the connections has passed.
         """
-        error: Exception | None = None
         within = min(timeout if within is None else within, self.deadline - time.monotonic())
         deadline = time.monotonic() + within
 
@@ -161,6 +115,7 @@ class Connections:
             raise redis.ConnectionError("The connections of the parent process cannot be reused.")
 
         candidates = self._candidates(within)
+        error: Exception
 
         for number, url in enumerate(candidates):
             # Divide the time, so that one server that hangs does not use it all.
@@ -186,7 +141,7 @@ class Connections:
                 self._follow_master()
                 return connection
 
-        raise error or redis.ConnectionError(f"{self.shown} names no host.")
+        raise error
 
     def disown(self) -> None:
         """Close the child's copies of the parent's sockets; call it in a forked child.
@@ -202,14 +157,44 @@ class Connections:
     @property
     def asks_role(self) -> bool:
         """Return True if the server must be a master, and answers ROLE."""
-        return self.role.refusal is None and self._has_master
+        # A cluster has no single master: any of its nodes accepts PUBLISH and SUBSCRIBE.
+        has_master = not self._target.startswith(("memory://", "redis+cluster://"))
+        return self.role_refusal is None and has_master
 
     def next_role_check(self) -> float:
-        """Return the monotonic time at which a connection that asks now must send ROLE again.
-
-        It need not once :attr:`Role.refusal` is set.
-        """
+        """Return the monotonic time at which a connection that asks now must send ROLE again."""
         return time.monotonic() + self.timing.ask_role_every if self.asks_role else math.inf
+
+    def check_role(self, answer: Any) -> None:
+        """Check a reply to ROLE; an error reply turns later checks off.
+
+        The check is needed because a replica accepts PUBLISH without an error, but delivers the
+        event to its own subscribers only.
+
+        :raises NotMasterError: the server is a replica or a Sentinel.
+        """
+        if isinstance(answer, redis.ResponseError):
+            self.role_refusal = answer
+            self._log.once(
+                "role",
+                "Redis does not answer ROLE (%s). A master that becomes a replica is detected only "
+                "when it refuses a write. Grant '+role' to this user in the ACL.",
+                str(answer).rstrip("."),
+            )
+            return
+
+        kind = answer[0].decode(errors="replace")
+
+        if kind == "sentinel":
+            raise NotMasterError(
+                "The server is a Sentinel, not a master. Start 'EVENTBUS_URL' with "
+                "'redis+sentinel://', and end it with the name of the master: "
+                "'redis+sentinel://host:26379/mymaster/0'"
+            )
+
+        if kind != "master":
+            host, port = answer[1].decode(errors="replace"), answer[2]
+            raise NotMasterError(f"The server is a replica of {host}:{port}, not a master")
 
     @property
     def in_memory(self) -> bool:
@@ -217,7 +202,7 @@ class Connections:
 
         A wait for it cannot be interrupted.
         """
-        return (diversion or self._url).startswith("memory://")
+        return self._target.startswith("memory://")
 
     @property
     def shown(self) -> str:
@@ -225,12 +210,8 @@ class Connections:
         return without_secrets(self._url)
 
     @property
-    def _has_master(self) -> bool:
-        """True if the server must be a master; False for fakeredis and for a cluster.
-
-        Any node of a cluster accepts PUBLISH and SUBSCRIBE.
-        """
-        return not (diversion or self._url).startswith(("memory://", "redis+cluster://"))
+    def _target(self) -> str:
+        return diversion or self._url
 
     def _connect(self, connection: Connection) -> None:
         try:
@@ -239,7 +220,7 @@ class Connections:
 
             if self.asks_role:
                 connection.send_command("ROLE")
-                self.role.check(read_reply(connection))
+                self.check_role(read_reply(connection))
         except BaseException:
             # redis-py leaves the socket open if the handshake ends with an unusual error.
             connection.disconnect()
@@ -256,13 +237,13 @@ class Connections:
 
         # Redis quotes CLIENT when it refuses the command; a program that is not Redis does not.
         if isinstance(answer, redis.ResponseError) and "client" in str(answer).lower():
-            with self._naming_lock:
-                first, self._naming_refused = not self._naming_refused, True
+            self._naming_refused = True
 
             # Only nodes are looked up by name, not commands such as "eventbus-status".
-            if first and self._name.startswith("eventbus:"):
+            if self._name.startswith("eventbus:"):
                 is_unknown = str(answer).startswith("unknown command")
-                logger.warning(
+                self._log.once(
+                    "name",
                     "Redis does not let %r name its connections (%s), so 'routes' and 'check' "
                     "cannot see that this process listens. %s",
                     self._name,
@@ -326,10 +307,7 @@ class Connections:
         return [self._url]
 
     def _candidates(self, timeout: float) -> list[str]:
-        if diversion is not None:
-            return [diversion]
-
-        parts = urlsplit(self._url)
+        parts = urlsplit(self._target)
 
         if parts.scheme == "embedded":
             return [_join_embedded(parts)]
@@ -340,7 +318,7 @@ class Connections:
         if parts.scheme == "redis+cluster":
             return _cluster_nodes(parts)
 
-        return [self._url]
+        return [self._target]
 
     def _unreadable(self, error: Exception) -> ConfigError:
         # The text of the error may quote a part of the password, or an option that holds one.
@@ -353,7 +331,7 @@ class Connections:
 
     def _follow_master(self) -> None:
         """With Sentinels, start a thread that closes connections to a former master."""
-        if diversion is not None or not urlsplit(self._url).scheme.endswith("+sentinel"):
+        if not urlsplit(self._target).scheme.endswith("+sentinel"):
             return
 
         with self._follow_lock:

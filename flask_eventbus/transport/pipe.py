@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from hashlib import sha256
 from typing import Any, BinaryIO, cast
 
@@ -141,8 +142,7 @@ class Pipe:
             commands, or is no longer a master.
         """
         connection = self._connection or self._open()
-        role = self._connections.role
-        asks_role = time.monotonic() >= self._ask_role_at and role.refusal is None
+        asks_role = time.monotonic() >= self._ask_role_at and self._connections.asks_role
         answers: list[Any] = []
 
         # Without one, the timeout of the connection holds from its first command on.
@@ -153,14 +153,17 @@ class Pipe:
             packed = b"".join(map(_packed, commands))
             packed = _ROLE + packed if asks_role else packed
             connection.send_packed_command([packed], check_health=False)
-            read = read_reply if most is None else _limited_reader(connection, most)
+            read: Callable[[], Any] = partial(read_reply, connection)
+
+            if most is not None and (wire := wire_of(connection)):
+                read = partial(_read, wire, most)
 
             if asks_role:
-                role.check(read(connection))
+                self._connections.check_role(read())
                 self._ask_role_at = self._connections.next_role_check()
 
             if most is not None:
-                return [read(connection) for _ in commands]
+                return [read() for _ in commands]
 
             for _ in commands:
                 try:
@@ -331,18 +334,10 @@ class RedisClock:
         )
 
 
-def _limited_reader(connection: Connection, most: int) -> Callable[[Connection], Any]:
-    """Return a variant of :func:`.read_reply` that reads longer values as :class:`Large`."""
-    wire = wire_of(connection)
-
-    if wire is None:
-        return read_reply
-
-    def read(_: Connection) -> Any:
-        answer = _next_answer(wire, most)
-        return refusal_of(answer) if isinstance(answer, redis.ResponseError) else answer
-
-    return read
+def _read(wire: BinaryIO, most: int) -> Any:
+    """Return the next reply as :func:`.read_reply` does, but longer values as :class:`Large`."""
+    answer = _next_answer(wire, most)
+    return refusal_of(answer) if isinstance(answer, redis.ResponseError) else answer
 
 
 def _next_answer(wire: BinaryIO, most: int) -> Any:
