@@ -17,6 +17,8 @@ from ..routing.routes import Route
 from ..transport.connections import Context
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from .outbox import Entry
 
 logger = get_logger(__name__)
@@ -44,7 +46,6 @@ class AfterCommit:
     ) -> None:
         self._context = context
         self._counters = context.counters
-        self._service = context.config.service
         self._sending = sending
         self._find_session = find_session
         self._scope = scope
@@ -65,45 +66,37 @@ class AfterCommit:
         """Store an event, or hold it until the commit, as its route says.
 
         Return False if it must be published at once, because there is no transaction.
-        """
-        if route.outbox:
-            self.store(name, payload, route)
-            return True
 
-        return self.take(name, payload, route)
-
-    def take(self, name: str, payload: Mapping[str, Any], route: Route) -> bool:
-        """Hold an event until the current transaction commits; return False if there is none.
-
-        :raises ConfigError: there is no session.
+        :raises ConfigError: there is no session, or it is an asynchronous one that cannot be
+            used from here.
         :raises PayloadError: a value cannot be encoded.
         :raises PublishError: Redis is known to be away and the policy is ``"raise"``.
+        :raises sqlalchemy.exc.DBAPIError: the database refuses the row of the outbox.
         """
         from .transactions import begun, hold  # they need SQLAlchemy, which is optional
 
         session = begun(self._source(name))
 
-        if session is None:
+        if route.outbox:
+            self._store(session, name, payload, route)
+        elif session is None:
             return False
+        else:
+            hold(session, self._sending.publisher.prepare_pending(name, payload, route), self)
 
-        hold(session, self._sending.publisher.prepare_pending(name, payload, route), self)
         return True
 
-    def store(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
+    def _store(
+        self, session: Session | None, name: str, payload: Mapping[str, Any], route: Route
+    ) -> None:
         """Write an event to the outbox, in the current transaction or in one of its own.
 
         It gets one of its own if there is no transaction, and if it is sent after the commit,
         since a session accepts no statement in ``after_commit``.
-
-        :raises ConfigError: there is no session, or it is an asynchronous one that cannot be
-            used from here.
-        :raises PayloadError: a value cannot be encoded.
-        :raises sqlalchemy.exc.DBAPIError: the database refuses the row.
         """
         from .outbox import Entry, store  # they need SQLAlchemy, which is optional
-        from .transactions import begun, hold, is_committed
+        from .transactions import hold, is_committed
 
-        session = begun(self._source(name))
         message = self._sending.publisher.encode(name, payload, route)
         entry = Entry(event_id=message.id, name=name, via=route.via, event=message.encoded())
 
@@ -195,7 +188,7 @@ class AfterCommit:
             logger.exception(
                 "The transaction of a failed receiver of %r could not be rolled back. Its session "
                 "may fail until the program closes it.",
-                self._service,
+                self._context.config.service,
             )
 
     def _source(self, name: str) -> Any:
@@ -222,7 +215,7 @@ class LateEntries:
     def committed(self, items: list[Entry]) -> None:
         """Store each entry in a transaction of its own; log errors, since the commit is done."""
         for entry in items:
-            self._warn(entry.name)
+            self._warn_once(entry.name)
 
             try:
                 self._store(entry)
@@ -241,7 +234,7 @@ class LateEntries:
         """Drop entries sent after a savepoint whose transaction was rolled back."""
         self._counters.add("discarded", len(items))
 
-    def _warn(self, name: str) -> None:
+    def _warn_once(self, name: str) -> None:
         if name not in self._warned:
             self._warned.add(name)
             logger.warning(

@@ -25,6 +25,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Select,
     String,
     Table,
     delete,
@@ -112,13 +113,8 @@ def store(session: Session, entry: Entry) -> None:
     :raises ConfigError: the session is asynchronous and cannot be used outside of ``run_sync()``.
     :raises sqlalchemy.exc.DBAPIError: the database refuses the row.
     """
-    values = {
-        "event_id": entry.event_id,
-        "name": entry.name,
-        "via": entry.via,
-        "created": datetime.now(UTC),
-        "event": entry.event,
-    }
+    names = ("event_id", "name", "via", "event")
+    values = {name: getattr(entry, name) for name in names} | {"created": datetime.now(UTC)}
 
     if session.get_bind(clause=TABLE).dialect.is_async:
         _refuse_coroutine(entry.name)
@@ -169,21 +165,20 @@ class Outbox:
 
     def count(self, until: int | None = None) -> int:
         """Return the number of events in the outbox, up to the row number ``until``."""
-        with self._engine.connect() as connection:
-            return connection.scalar(select(func.count()).where(_up_to(until))) or 0
+        return self._number(select(func.count()).where(_up_to(until))) or 0
 
     def last(self) -> int | None:
         """Return the row number of the newest event."""
-        with self._engine.connect() as connection:
-            number: int | None = connection.scalar(select(func.max(TABLE.c.number)))
-            return number
+        return self._number(select(func.max(TABLE.c.number)))
 
     def first(self, *, until: int | None = None, without: Collection[str] = ()) -> int | None:
         """Return the row number of the oldest event, except those of the signals ``without``."""
         wanted = _up_to(until) & ~TABLE.c.name.in_(without)
+        return self._number(select(func.min(TABLE.c.number)).where(wanted))
 
+    def _number(self, statement: Select[Any]) -> int | None:
         with self._engine.connect() as connection:
-            number: int | None = connection.scalar(select(func.min(TABLE.c.number)).where(wanted))
+            number: int | None = connection.scalar(statement)
             return number
 
     @contextmanager

@@ -193,28 +193,27 @@ class Relay:
 
     def _publish(self, batch: Batch) -> Exception | None:
         """Publish a batch, delete the confirmed events, and return the error of an outage."""
-        for entries in _portions(self._publishable(batch.entries)):
+        publishable = [entry for entry in batch.entries if entry.via in VIAS]
+
+        for entry in batch.entries:
+            if entry.via not in VIAS:
+                # A newer version of the program wrote it.
+                self._refuse(entry, f"this relay is too old to publish via {entry.via!r}")
+
+        for entries in _portions(publishable):
+            writes = [
+                (self._destination(entry.name, cast(Via, entry.via)), entry.event)
+                for entry in entries
+            ]
+
             try:
-                errors = self._connection.publish(
-                    [
-                        (self._destination(entry.name, cast(Via, entry.via)), entry.event)
-                        for entry in entries
-                    ]
-                )
+                errors = self._connection.publish(writes)
             except OUTAGE as error:
                 return error
 
             self._record(batch, entries, errors)
 
         return None
-
-    def _publishable(self, entries: Sequence[Entry]) -> Iterator[Entry]:
-        for entry in entries:
-            if entry.via in VIAS:
-                yield entry
-            else:
-                # A newer version of the program wrote it.
-                self._refuse(entry, f"this relay is too old to publish via {entry.via!r}")
 
     def _record(
         self, batch: Batch, entries: Sequence[Entry], errors: Sequence[Exception | None]

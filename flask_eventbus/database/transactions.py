@@ -128,7 +128,7 @@ def begun(source: Any) -> Session | None:
     :param source: a session in any form that :func:`check` accepts.
     """
     session = _current(source)
-    return session if session is not None and session.in_transaction() else None
+    return session if _is_going_on(session) else None
 
 
 def roll_back(source: Any) -> None:
