@@ -24,7 +24,7 @@ from ..transport.connection import (
 )
 from ..transport.connections import Connections
 from ..transport.keys import StreamKeys
-from .message import AgingStreamDestination, Destination, NoWritesError, TooFewReplicasError, pack
+from .message import Destination, NoWritesError, StreamDestination, TooFewReplicasError, pack
 
 logger = get_logger(__name__)
 
@@ -63,12 +63,8 @@ class PublishConnection:
         self._replicas_ms = math.ceil(min(config.timeout * REPLICAS_SHARE, MAX_WAIT) * 1_000)
         self._connection: Connection | None = None
         #: ``SADD`` commands that register the stream of a signal, keyed by signal. They are sent
-        #: with each batch, since Redis may have been flushed.
-        self._announced: dict[str, bytes] = {}
-        #: Signals whose stream this user has no right to register.
-        self._not_allowed: set[str] = set()
-        #: Destinations of the batch that are trimmed by age.
-        self._aging: set[AgingStreamDestination] = set()
+        #: with each batch, since Redis may have been flushed. ``None``: this user has no right.
+        self._announced: dict[str, bytes | None] = {}
         self._compare_at = 0.0
         self._is_skewed = False
         #: Monotonic time at which to send ROLE again.
@@ -161,11 +157,10 @@ class PublishConnection:
         self._replies = []
         self._announcing = {}
         self._replicas = 0
-        self._aging.clear()
         commands = []
 
         for destination, body in batch:
-            if destination.is_stream:
+            if isinstance(destination, StreamDestination):
                 self._add_stream(connection, destination, deadline)
 
             commands.append(destination.command(body))
@@ -232,21 +227,25 @@ class PublishConnection:
         outcomes: list[Exception | None] = [None] * len(self.answers)
         newest: bytes | None = None
 
-        for index, answer in enumerate(self.answers):
+        for index, (answer, event) in enumerate(zip(self.answers, self._batch, strict=True)):
+            destination = event[0]
+
             if isinstance(answer, Exception):
                 outcomes[index] = _error(answer)
-            elif isinstance(answer, bytes):
+            elif isinstance(destination, StreamDestination):
                 newest = answer
+
+                if destination.age_ms is not None:
+                    destination.newest = entry_id(answer)[0]
+
+                if destination.replicas:
+                    outcomes[index] = _verdict(destination.replicas, self._replies[-1])
 
         for name, answer in zip(self._announcing, self._replies, strict=False):
             if isinstance(answer, redis.exceptions.NoPermissionError):
-                self._stop_announcing(name, answer)
-
-        if self._replicas:
-            self._judge(outcomes, self._replies[-1])
-
-        if self._aging:
-            self._note_ages()
+                # Not an error: the services that read the stream register it as well.
+                self._announced[name] = None
+                logger.debug("This user cannot register the stream of %r: %s", name, answer)
 
         if newest is not None and time.monotonic() > self._compare_at:
             self._compare_clocks(newest)
@@ -271,7 +270,6 @@ class PublishConnection:
         left = max(deadline - time.monotonic(), LEAST)
         self._connection = self._connections.open(timeout=self.timeout, within=left)
         self._announced.clear()
-        self._not_allowed.clear()
         self._ask_role_at = self._connections.next_role_check()
         self._awaits_role = False
 
@@ -281,7 +279,7 @@ class PublishConnection:
         if connection is None:
             raise redis.ConnectionError(_CLOSED)
 
-        names = sorted(self._announced)
+        names = sorted(name for name, command in self._announced.items() if command)
         commands = [_PING]
 
         if names:
@@ -338,47 +336,33 @@ class PublishConnection:
         self._awaits_role = False
 
     def _add_stream(
-        self, connection: Connection, destination: Destination, deadline: float
+        self, connection: Connection, destination: StreamDestination, deadline: float
     ) -> None:
         name = destination.name
         self._stream = destination.key
 
-        if name not in self._announcing and name not in self._not_allowed:
-            if name not in self._announced:
-                self._announced[name] = pack("SADD", self._names, name)
+        if name not in self._announced:
+            self._announced[name] = pack("SADD", self._names, name)
 
-            self._announcing[name] = self._announced[name]
+        if command := self._announced[name]:
+            self._announcing[name] = command
 
-        if isinstance(destination, AgingStreamDestination) and destination not in self._aging:
-            self._aging.add(destination)
-
-            if destination.newest is None:
-                destination.newest = self._time(connection, deadline)
+        if destination.age_ms is not None and destination.newest is None:
+            destination.newest = self._time(connection, deadline)
 
         if destination.replicas > self._replicas:
             self._replicas = destination.replicas
 
-    def _stop_announcing(self, name: str, error: Exception) -> None:
-        # Not an error: the services that read the stream register it as well.
-        self._announced.pop(name, None)
-        self._not_allowed.add(name)
-        logger.debug("This user cannot register the stream of %r: %s", name, error)
-
-    def _time(self, connection: Connection, deadline: float) -> int | None:
-        """Return Redis's time in milliseconds; ``None`` if this user may not ask for it."""
+    def _time(self, connection: Connection, deadline: float) -> int:
+        """Return Redis's time in milliseconds; 0 if this user may not ask for it."""
         [answer] = self._ask(connection, pack("TIME"), 1, deadline)
 
         if isinstance(answer, Exception):
             # The entry id of the first event has the time as well.
             logger.debug("Redis refused TIME: %s", answer)
-            return None
+            return 0
 
         return milliseconds_of(answer)
-
-    def _note_ages(self) -> None:
-        for (destination, _), answer in zip(self._batch, self.answers, strict=False):
-            if isinstance(destination, AgingStreamDestination) and isinstance(answer, bytes):
-                destination.newest = entry_id(answer)[0]
 
     def _compare_clocks(self, newest: bytes) -> None:
         """Log a warning if the clock of this machine differs from that of Redis.
@@ -398,11 +382,6 @@ class PublishConnection:
             )
         elif was_skewed and not self._is_skewed:
             logger.warning("This machine's clock agrees with Redis's again.")
-
-    def _judge(self, outcomes: list[Exception | None], count: Any) -> None:
-        for index, (destination, _) in enumerate(self._batch):
-            if outcomes[index] is None and destination.replicas:
-                outcomes[index] = _verdict(destination.replicas, count)
 
 
 def _error(answer: Exception) -> Exception:

@@ -48,55 +48,45 @@ class ChannelDestination:
 
 
 class StreamDestination:
-    """A stream that is trimmed by its length.
+    """A stream, which Redis trims by length or by age whenever it adds an event.
 
-    :param maxlen: approximate number of entries that the stream keeps.
+    :param maxlen: approximate number of entries that the stream keeps, or their age. The clock of
+        Redis measures the age: the clock of this machine may be wrong, and could trim entries that
+        are not read yet.
     :param replicas: number of replicas that must confirm an event.
     """
 
     is_stream = True
 
-    def __init__(self, name: str, key: str, *, maxlen: int, replicas: int = 0) -> None:
+    def __init__(self, name: str, key: str, *, maxlen: int | Age, replicas: int = 0) -> None:
         self.name = name
         self.key = key
         self.replicas = replicas
-        self._head = pack_start(8, "XADD", key, "MAXLEN", "~", str(maxlen)) + _FIELD
-
-    def command(self, body: bytes) -> bytes:
-        """Return ``XADD key MAXLEN ~ n * event body``."""
-        return b"%b$%d\r\n%b\r\n" % (self._head, len(body), body)
-
-
-class AgingStreamDestination:
-    """A stream that is trimmed by the age of its entries, measured with the clock of Redis.
-
-    The clock of this machine may be wrong, and could trim entries that are not read yet.
-
-    :param age: seconds for which the stream keeps an entry.
-    :param replicas: number of replicas that must confirm an event.
-    """
-
-    is_stream = True
-
-    def __init__(self, name: str, key: str, *, age: int, replicas: int = 0) -> None:
-        self.name = name
-        self.key = key
-        self.replicas = replicas
-        self._age_ms = age * 1_000
-        #: Time of Redis in milliseconds since 1970, from ``TIME`` or the newest entry id; ``None``
-        #: while unknown, and then nothing is trimmed.
+        #: Milliseconds for which the stream keeps an entry; ``None`` if its length is limited.
+        self.age_ms: int | None = None
+        #: Time of Redis in milliseconds since 1970, from ``TIME`` or the newest entry id. ``None``
+        #: before it was asked for, 0 if Redis refused to tell it; then nothing is trimmed.
         self.newest: int | None = None
-        self._head = pack_start(8, "XADD", key, "MINID", "~")
+
+        if isinstance(maxlen, Age):
+            self.age_ms = maxlen.seconds * 1_000
+            self._head = pack_start(8, "XADD", key, "MINID", "~")
+        else:
+            self._head = pack_start(8, "XADD", key, "MAXLEN", "~", str(maxlen)) + _FIELD
 
     def command(self, body: bytes) -> bytes:
-        """Return ``XADD key MINID ~ ms * event body``."""
-        oldest = b"%d" % max(0, (self.newest or 0) - self._age_ms)
-        start = b"%b$%d\r\n%b\r\n" % (self._head, len(oldest), oldest)
-        return b"%b%b$%d\r\n%b\r\n" % (start, _FIELD, len(body), body)
+        """Return ``XADD key MAXLEN ~ n * event body``, or ``MINID ~ ms`` for an age."""
+        head = self._head
+
+        if self.age_ms is not None:
+            oldest = b"%d" % max(0, (self.newest or 0) - self.age_ms)
+            head = b"%b$%d\r\n%b\r\n%b" % (head, len(oldest), oldest, _FIELD)
+
+        return b"%b$%d\r\n%b\r\n" % (head, len(body), body)
 
 
 #: Where an event is published to; it builds the Redis command for it.
-Destination = ChannelDestination | StreamDestination | AgingStreamDestination
+Destination = ChannelDestination | StreamDestination
 
 
 def pack_start(count: int, *words: str) -> bytes:
@@ -274,9 +264,6 @@ class Destinations:
         key = self._streams.stream(name)
         kept = self._config.maxlen if route.maxlen is None else route.maxlen
         replicas = self._config.replicas if route.replicas is None else route.replicas
-
-        if isinstance(kept, Age):
-            return AgingStreamDestination(name, key, age=kept.seconds, replicas=replicas)
 
         return StreamDestination(name, key, maxlen=kept, replicas=replicas)
 

@@ -27,10 +27,9 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, PayloadError, PublishError, signals
 from flask_eventbus.admin.publish import publish_one
-from flask_eventbus.config import Config, Timing
+from flask_eventbus.config import Age, Config, Timing
 from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import (
-    AgingStreamDestination,
     ChannelDestination,
     Destination,
     Message,
@@ -179,7 +178,7 @@ def test_a_user_without_the_right_to_time_is_refused_once_per_batch(
         Config.from_mapping({"EVENTBUS_URL": redis_server.url, "EVENTBUS_SERVICE": "shop"}),
         timeout=5.0,
     )
-    tick = AgingStreamDestination("tick", "eventbus:{tick}:stream", age=3_600)
+    tick = StreamDestination("tick", "eventbus:{tick}:stream", maxlen=Age(3_600))
 
     assert publisher.publish([(tick, b"event")] * 20) == [None] * 20
     publisher.close()
