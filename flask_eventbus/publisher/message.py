@@ -182,7 +182,7 @@ class Message:
 
     def copy(self) -> Message:
         """Return a copy that the sender can send again, with the same id and encoded bytes."""
-        confirm = self.wakeup is not None
+        confirm = self.route_state.route.confirm
         copy = Message(self.route_state, self.data, {}, confirm=confirm)
         copy.attributes, copy.id, copy.body = self.attributes, self.id, self.body
         copy.size, copy.unanswered = self.size, self.unanswered

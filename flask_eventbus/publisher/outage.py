@@ -53,6 +53,10 @@ class Outage:
         """Return True if any events, of channels or of streams, cannot be published now."""
         return self.stalled or self.away or self.refusal is not None
 
+    def stops(self, is_stream: bool) -> bool:
+        """Return True if stream events, or channel events, cannot be published now."""
+        return self.stalled or self.away or (is_stream and self.refusal is not None)
+
     def refuses(self, message: Message) -> bool:
         """Return True if Redis is known not to accept an event; a stall does not count."""
         return self.away or (message.route_state.is_stream and self.refusal is not None)
@@ -251,6 +255,39 @@ class PublishReport:
             extra=self._fields(message),
         )
         return False
+
+
+_RESEND = (
+    "Call resend() of this error: it sends the event with the same id, so that each service "
+    "handles it once."
+)
+
+
+def unconfirmed(message: Message, reason: str) -> str:
+    """Return the text of an error: the event was not confirmed while its sender waited."""
+    which = f"The event {message.id}" if message.id else "An event"
+    text = f"{which} of {message.route_state.name!r} was not confirmed by Redis: {reason}."
+
+    if message.unanswered:
+        return f"{text} Redis may have it. {_RESEND}"
+
+    return (
+        f"{text} Redis does not have it. Send it again when Redis is back, or set "
+        "'EVENTBUS_ON_OUTAGE' to 'buffer' to keep events in memory."
+    )
+
+
+def unpublished(message: Message, error: Exception) -> str:
+    """Return the text of an error: Redis refused the event, or too few replicas have it."""
+    which = f"The event {message.id} of {message.route_state.name!r}"
+
+    if isinstance(error, TooFewReplicasError):
+        return f"{which} is stored, but {error}. {_RESEND}"
+
+    if message.unanswered:
+        return f"{which} was not confirmed: {error}. Redis may have it. {_RESEND}"
+
+    return f"{which} was not published: {error}"
 
 
 def _remedy(message: Message, error: Exception) -> str:

@@ -20,7 +20,7 @@ from ..signals import emit, events_dropped
 from ..transport.connections import Context
 from .buffer import Buffer
 from .message import Message, MessageBuilder, TooFewReplicasError
-from .outage import Outage
+from .outage import Outage, unconfirmed, unpublished
 from .writer import Writer
 
 logger = get_logger(__name__)
@@ -91,7 +91,7 @@ class Sending:
             return None
 
         # Encode the payload now: other tasks may change it while this one waits.
-        message = self.publisher.prepare(name, payload, route)
+        message = self.publisher.build(name, payload, route, confirm=route.confirm)
         return await in_thread(
             lambda: self.resend(message),
             failed=lambda error: logger.error(
@@ -111,8 +111,12 @@ class Sending:
             return self.publisher.encode(name, payload, route).id
 
         while True:
+            publisher = self.publisher
+            message = publisher.build(name, payload, route, confirm=confirm)
+
             try:
-                return self.publisher.publish(name, payload, route, confirm=confirm)
+                publisher.publish(message)
+                return message.id
             except ClosedError:
                 logger.debug("%r was sent during a stop; the next publisher takes it.", name)
 
@@ -213,6 +217,7 @@ class Publisher:
         self._resend = resend
         self._node = context.node
         self._builder = MessageBuilder(config, context.codec, trace=trace)
+        self.build = self._builder.build
         self._numbers = itertools.count(1)
         #: Highest event number that has been assigned.
         self.issued = 0
@@ -233,27 +238,19 @@ class Publisher:
         """Number of events in the buffer, those in flight included."""
         return len(self._buffer)
 
-    def publish(self, name: str, payload: Mapping[str, Any], route: Route, *, confirm: bool) -> str:
-        """Publish an event and return its id.
+    def publish(self, message: Message) -> None:
+        """Publish an event of :attr:`build`; wait until Redis has it, if it is to be confirmed.
 
-        :param confirm: True to wait until Redis has the event.
-        :raises PayloadError: a value cannot be encoded, or the event is too large.
-        :raises HopLimitError: the chain of causes is too long.
         :raises PublishError: Redis is away and the policy is ``"raise"``; or the event must be
             confirmed, and Redis refused it or too few replicas have it; or it is a stream event,
             and the buffer is full.
         :raises ClosedError: the publisher is closed.
         """
         # A signal handler that interrupts a waiting send in this thread must not wait itself.
-        waits = confirm and not self._is_busy_here
-        message = self._builder.build(name, payload, route, confirm=waits)
-
-        if waits:
+        if message.wakeup is not None and not self._is_busy_here:
             self._publish_confirmed(message)
         else:
             self._accept(message, time.monotonic() + self._config.timeout)
-
-        return message.id
 
     def resend(self, message: Message) -> None:
         """Publish an unconfirmed event again, with the same id and the same encoded bytes.
@@ -261,28 +258,12 @@ class Publisher:
         :raises PublishError: the event was not confirmed again.
         :raises ClosedError: the publisher is closed.
         """
-        message = message.copy()
-        message.route_state = self._builder.route_state(
-            message.route_state.name, message.route_state.route
-        )
-
-        if message.route_state.route.confirm and not self._is_busy_here:
-            self._publish_confirmed(message)
-        else:
-            self._accept(message, time.monotonic() + self._config.timeout)
+        self.publish(self._adopt(message.copy()))
 
     def may_wait(self, route: Route) -> bool:
         """Return True if sending an event of a route may block, for Redis or for buffer space."""
         waits = route.confirm or self._buffer.is_full(self._config.max_event_bytes)
-        return waits and not self._stops(route.via == "stream")
-
-    def prepare(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
-        """Prepare an event with its current payload, for :meth:`resend` in any thread.
-
-        :raises PayloadError: a value cannot be encoded, or the event is too large.
-        :raises HopLimitError: the chain of causes is too long.
-        """
-        return self._builder.build(name, payload, route, confirm=route.confirm)
+        return waits and not self._outage.stops(route.via == "stream")
 
     def prepare_pending(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
         """Prepare an event that waits for a commit; publish it with :meth:`publish_pending`.
@@ -291,7 +272,7 @@ class Publisher:
         :raises HopLimitError: the chain of causes is too long.
         :raises PublishError: Redis is away and the policy is ``"raise"``.
         """
-        message = self._builder.build(name, payload, route, confirm=route.confirm)
+        message = self.build(name, payload, route, confirm=route.confirm)
         self._refuse_in_outage(message)
         message.promise(time.time_ns())
         return message
@@ -304,7 +285,7 @@ class Publisher:
         :raises PayloadError: a value cannot be encoded, or the event is too large.
         :raises HopLimitError: the chain of causes is too long.
         """
-        message = self._builder.build(name, payload, route, confirm=False)
+        message = self.build(name, payload, route, confirm=False)
 
         with self._buffer.lock:
             self._assign_id(message)
@@ -319,10 +300,13 @@ class Publisher:
         :raises PublishError: it is a stream event, and the buffer is full.
         :raises ClosedError: the publisher is closed.
         """
-        message.route_state = self._builder.route_state(
-            message.route_state.name, message.route_state.route
-        )
-        self._accept(message, deadline)
+        self._accept(self._adopt(message), deadline)
+
+    def _adopt(self, message: Message) -> Message:
+        """Let an event of the node's former publisher count among those of this one."""
+        state = message.route_state
+        message.route_state = self._builder.route_state(state.name, state.route)
+        return message
 
     def wait_for_confirmations(self, sent: Sequence[Message], deadline: float) -> list[Message]:
         """Wait for the confirmations of events; return the unconfirmed ones.
@@ -342,14 +326,14 @@ class Publisher:
         finally:
             self._writer.senders.difference_update(sent)
 
-        if any(not self._stops(message.route_state.is_stream) for message in late):
+        if any(not self._outage.stops(message.route_state.is_stream) for message in late):
             self._stall_since(departures)
 
         return [message for message in sent if message in late or message.error is not None]
 
     def _is_done(self, message: Message, deadline: float) -> bool:
         """Return True if an event has a result by ``deadline``, or its sender does not wait."""
-        if self._stops(message.route_state.is_stream):
+        if self._outage.stops(message.route_state.is_stream):
             deadline = 0.0
 
         while message.wakeup is not None and not message.is_finished:
@@ -409,7 +393,7 @@ class Publisher:
             self._report_dropped(dropped)
 
         if self._writer.thread is None:
-            is_away = self._stops(message.route_state.is_stream)
+            is_away = self._outage.stops(message.route_state.is_stream)
             self._writer.write_here(0.0 if is_away else time.monotonic() + self._config.timeout)
 
     def _put(self, message: Message, deadline: float) -> int:
@@ -433,16 +417,11 @@ class Publisher:
 
         return dropped
 
-    def _stops(self, is_stream: bool) -> bool:
-        """Return True if stream events, or channel events, cannot be published now."""
-        outage = self._outage
-        return outage.stalled or outage.away or (is_stream and outage.refusal is not None)
-
     def _refuse_in_outage(self, message: Message) -> None:
         if (
             self._config.on_outage == "raise"
             and not message.promised
-            and self._stops(message.route_state.is_stream)
+            and self._outage.stops(message.route_state.is_stream)
         ):
             raise self._refusal(message)
 
@@ -510,7 +489,7 @@ class Publisher:
         emit(events_dropped, self._config.service, where="buffer", count=count)
 
     def _room_comes(self, message: Message, deadline: float) -> bool:
-        is_away = self._stops(message.route_state.is_stream)
+        is_away = self._outage.stops(message.route_state.is_stream)
 
         if is_away or self._writer.is_this_thread:
             return False
@@ -530,8 +509,8 @@ class Publisher:
         return threading.get_ident() in self._senders or self._writer.is_this_thread
 
     def _publish_confirmed(self, message: Message) -> None:
-        patience = 0.0 if self._stops(message.route_state.is_stream) else self._config.timeout
-        deadline = time.monotonic() + patience
+        is_away = self._outage.stops(message.route_state.is_stream)
+        deadline = time.monotonic() + (0.0 if is_away else self._config.timeout)
         departures = self._buffer.departures
         this = threading.get_ident()
 
@@ -559,7 +538,7 @@ class Publisher:
         if not has_result:
             self._give_up(message, departures)
         elif message.error is not None:
-            raise self._failure(message, message.error) from message.error
+            raise self._error(message, unpublished(message, message.error)) from message.error
 
     def _give_up(self, message: Message, departures: int) -> None:
         """End the wait of a sender.
@@ -593,54 +572,24 @@ class Publisher:
 
     def _refusal(self, message: Message) -> PublishError:
         reason = str(self._outage.error or f"no answer within {self._config.timeout} s").rstrip(".")
-        which = f"The event {message.id}" if message.id else "An event"
-        text = f"{which} of {message.route_state.name!r} was not confirmed by Redis: {reason}."
-
-        if message.unanswered:
-            text += f" Redis may have it. {_RESEND}"
-        else:
-            text += (
-                " Redis does not have it. Send it again when Redis is back, or set "
-                "'EVENTBUS_ON_OUTAGE' to 'buffer' to keep events in memory."
-            )
-
-        return self._error(text, message, in_doubt=message.unanswered > 0)
+        return self._error(message, unconfirmed(message, reason))
 
     def _no_room(self, message: Message) -> PublishError:
         reason = self._outage.error or "Redis does not answer"
-        text = (
+        return self._error(
+            message,
             f"The event {message.id} of {message.route_state.name!r} was not accepted: {reason}, "
             f"and the buffer is full with {len(self._buffer)} stream events, which are never "
-            "dropped. Send it again when Redis is back, or raise 'EVENTBUS_BUFFER_SIZE'."
+            "dropped. Send it again when Redis is back, or raise 'EVENTBUS_BUFFER_SIZE'.",
         )
-        return self._error(text, message, in_doubt=message.unanswered > 0)
 
-    def _failure(self, message: Message, error: Exception) -> PublishError:
-        which = f"The event {message.id} of {message.route_state.name!r}"
-        is_stored = isinstance(error, TooFewReplicasError)
-        in_doubt = is_stored or message.unanswered > 0
-
-        if is_stored:
-            text = f"{which} is stored, but {error}. {_RESEND}"
-        elif in_doubt:
-            text = f"{which} was not confirmed: {error}. Redis may have it. {_RESEND}"
-        else:
-            text = f"{which} was not published: {error}"
-
-        return self._error(text, message, in_doubt=in_doubt)
-
-    def _error(self, text: str, message: Message, *, in_doubt: bool) -> PublishError:
+    def _error(self, message: Message, text: str) -> PublishError:
         # An event that waits for a commit belongs to its transaction, so it has no resend().
         is_pending = message.route_state.route.after_commit and not message.id
+        is_stored = isinstance(message.error, TooFewReplicasError)
         return PublishError(
             text,
             event_id=message.id or None,
-            in_doubt=in_doubt,
+            in_doubt=is_stored or message.unanswered > 0,
             resend=None if is_pending else functools.partial(self._resend, message),
         )
-
-
-_RESEND = (
-    "Call resend() of this error: it sends the event with the same id, so that each service "
-    "handles it once."
-)

@@ -28,7 +28,12 @@ from flask_eventbus.event import Event, handling
 from flask_eventbus.publisher import buffer, writer
 from flask_eventbus.publisher.buffer import Buffer
 from flask_eventbus.publisher.connection import PublishConnection
-from flask_eventbus.publisher.message import ChannelDestination, Message, RouteState
+from flask_eventbus.publisher.message import (
+    ChannelDestination,
+    Message,
+    RouteState,
+    StreamDestination,
+)
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import isolated
 from flask_eventbus.typing import Publish
@@ -526,6 +531,16 @@ def buffer_of(count: int) -> tuple[Buffer, list[Message]]:
         buffer.put(event)
 
     return buffer, events
+
+
+def test_an_event_that_a_signal_handler_sent_unconfirmed_is_confirmed_when_sent_again() -> None:
+    destination = StreamDestination("tick", "tick", maxlen=10)
+    route = Route(name="tick", via="stream", confirm=True)
+    envelope = Envelope("tests", "tick")
+    state = RouteState(route=route, destination=destination, envelope=envelope)
+    event = Message(state, b"\x80", {}, confirm=False)
+
+    assert not event.copy().wait_for_wakeup(deadline=0.0)
 
 
 def test_a_withdrawn_event_leaves_the_buffer_without_a_trace() -> None:
