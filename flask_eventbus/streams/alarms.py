@@ -149,8 +149,7 @@ class Position:
 
     #: Id of the last delivered entry.
     delivered: str
-    #: Ids of the first and the last entry; both are the last generated id if the stream is empty.
-    first: str
+    #: The last generated id of the stream.
     last: str
     #: Number of entries that were trimmed before delivery; ``None`` if Redis has no count.
     trimmed: int | None
@@ -158,56 +157,35 @@ class Position:
     is_behind: bool
     #: Number of entries that the group has passed and that Redis does not count as read. Redis 7.0
     #: omits entries that were trimmed unread. 0 while the group is behind.
-    miscounted: int = 0
+    miscounted: int
 
 
 def position_of(stream: Mapping[str, Any], group: Mapping[str, Any]) -> Position:
     """Return the position of a group from what ``XINFO`` says of the stream and the group."""
-    entry = stream.get("first-entry")
+    first = stream.get("first-entry")
     # fakeredis omits the last id of an empty stream.
     last = stream.get("last-generated-id", b"0-0").decode()
-    first = entry[0].decode() if entry else last
     delivered = group["last-delivered-id"].decode()
-    is_behind = behind(delivered, first)
-    return Position(
-        delivered,
-        first,
-        last,
-        _trimmed(stream, group, is_behind),
-        is_behind,
-        0 if is_behind else _miscounted(stream, group, is_at_end=delivered == last),
-    )
-
-
-def _miscounted(stream: Mapping[str, Any], group: Mapping[str, Any], *, is_at_end: bool) -> int:
+    is_behind = behind(delivered, first[0].decode() if first else last)
     added: int | None = stream.get("entries-added")
     read: int | None = group.get("entries-read")
+    trimmed: int | None = 0
+    miscounted = 0
 
-    if added is None or read is None:
-        return 0
+    # Redis 6.2 has neither count.
+    if added is not None:
+        gone = added - int(stream["length"])
 
-    passed = added if is_at_end else added - int(stream["length"])
-    return max(0, passed - read)
+        if not is_behind:
+            passed = added if delivered == last else gone
+            miscounted = 0 if read is None else max(0, passed - read)
+        elif read is not None:
+            trimmed = max(0, gone - read)
+        elif gone and delivered != "0-0":
+            # A group at the start of the stream has lost nothing yet.
+            trimmed = None
 
-
-def _trimmed(stream: Mapping[str, Any], group: Mapping[str, Any], is_behind: bool) -> int | None:
-    """Return the number of entries that were trimmed before delivery to the group."""
-    if not is_behind:
-        return 0
-
-    added: int | None = stream.get("entries-added")
-    read: int | None = group.get("entries-read")
-
-    # Redis 6.2 has neither count. A group at the start of the stream has lost nothing yet.
-    if added is None or (read is None and group["last-delivered-id"] == b"0-0"):
-        return 0
-
-    gone = added - int(stream["length"])
-
-    if read is None:
-        return None if gone else 0
-
-    return max(0, gone - read)
+    return Position(delivered, last, trimmed, is_behind, miscounted)
 
 
 def last_id(info: Any) -> str | None:
@@ -295,6 +273,8 @@ class Trims:
             report_trimmed(name, count, self._service, self._counters, self._log)
 
     def _check_stream(self, name: str) -> None:
+        extra = {"signal": name, "service": self._service}
+
         try:
             position = self._group.position(name)
         except redis.ResponseError as refusal:
@@ -306,17 +286,12 @@ class Trims:
                 name,
                 refusal,
                 self._group.remedy(name, refusal),
-                extra={"signal": name, "service": self._service},
+                extra=extra,
             )
             return
 
-        self._log.over(
-            f"refused {name}",
-            "Redis shows %r its position in the stream of %r again.",
-            self._service,
-            name,
-            extra={"signal": name, "service": self._service},
-        )
+        text = "Redis shows %r its position in the stream of %r again."
+        self._log.over(f"refused {name}", text, self._service, name, extra=extra)
 
         if position is None:
             return
@@ -403,10 +378,6 @@ def report_trimmed(
 
 def report_trimmed_over(name: str, service: str, log: BoundedLog) -> None:
     """Log that no more entries are lost after a reported loss."""
-    log.over(
-        f"trimmed {name}",
-        "The stream of %r is no longer trimmed past events that %r has not handled.",
-        name,
-        service,
-        extra={"signal": name, "service": service},
-    )
+    text = "The stream of %r is no longer trimmed past events that %r has not handled."
+    extra = {"signal": name, "service": service}
+    log.over(f"trimmed {name}", text, name, service, extra=extra)

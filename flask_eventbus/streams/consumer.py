@@ -17,7 +17,6 @@ from ..signals import emit, listener_connected, listener_lost
 from ..transport.connections import Context
 from ..transport.pipe import Pipe
 from .acknowledger import Acknowledger
-from .alarms import Trims
 from .attempts import Attempts
 from .decoder import EntryDecoder, Intake
 from .fanout import Fanout
@@ -52,21 +51,18 @@ class Consumer:
         self._was_connected = False
         self._is_stopping = False
         self.name = f"{socket.gethostname()}-{os.getpid()}-{context.node}"
-        decoder = EntryDecoder(context)
-        self._in_flight = InFlight()
-        intake, reclaimer = self._create_write_side(context, decoder)
-        self._create_read_side(context, decoder, intake, reclaimer)
+        self._create_write_side(context)
+        self._create_read_side(context)
 
-    def _create_write_side(
-        self, context: Context, decoder: EntryDecoder
-    ) -> tuple[Intake, Reclaimer]:
+    def _create_write_side(self, context: Context) -> None:
         """Create what handles entries: outcomes, retries and claims, over one connection."""
+        in_flight = InFlight()
         self._group = self._group_on(context, WRITE_TIMEOUT)
-        self._acknowledger = Acknowledger(context, group=self._group, in_flight=self._in_flight)
+        self._acknowledger = Acknowledger(context, group=self._group, in_flight=in_flight)
         outcomes = Outcomes(context, self._dispatcher, now=self._acknowledger.clock.now)
-        intake = Intake(
-            decoder=decoder,
-            in_flight=self._in_flight,
+        self._intake = Intake(
+            decoder=EntryDecoder(context),
+            in_flight=in_flight,
             queue=self._pool.queue,
             outcomes=outcomes,
             acknowledger=self._acknowledger,
@@ -83,24 +79,16 @@ class Consumer:
             context,
             dispatcher=self._dispatcher,
             group=self._group,
-            intake=intake,
+            intake=self._intake,
             retries=self._retries,
         )
-        reclaimer = Reclaimer(
-            context,
-            group=self._group,
-            intake=intake,
-            trims=Trims(self._group, service=self._config.service, counters=context.counters),
-        )
-        return intake, reclaimer
+        self._reclaimer = Reclaimer(context, group=self._group, intake=self._intake)
 
-    def _create_read_side(
-        self, context: Context, decoder: EntryDecoder, intake: Intake, reclaimer: Reclaimer
-    ) -> None:
+    def _create_read_side(self, context: Context) -> None:
         """Create what reads streams, with the group and without one: a connection for each."""
-        group = self._group_on(
-            context, context.timing.answer_timeout, unlisted=self._group.unlisted
-        )
+        intake, reclaimer = self._intake, self._reclaimer
+        answer_timeout = context.timing.answer_timeout
+        group = self._group_on(context, answer_timeout, unlisted=self._group.unlisted)
         self._membership = Membership(context, group=group, intake=intake, reclaimer=reclaimer)
         self._maintenance = Maintenance(
             context,
@@ -117,7 +105,7 @@ class Consumer:
             intake=intake,
             reclaimer=reclaimer,
         )
-        self._fanout = Fanout(context, decoder=decoder, queue=self._pool.queue)
+        self._fanout = Fanout(context, decoder=intake.decoder, queue=intake.queue)
 
     def _group_on(
         self, context: Context, timeout: float, unlisted: set[str] | None = None

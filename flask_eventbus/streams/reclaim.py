@@ -17,7 +17,7 @@ from ..receivers.workers import MAX_BYTES
 from ..routing.subscriptions import Subscription
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
-from .alarms import Alarm, Trims, behind, foreign_acknowledgements, impossible_count
+from .alarms import Alarm, behind, foreign_acknowledgements, impossible_count, report_trimmed
 from .decoder import Intake
 from .group import (
     LONG_IDLE,
@@ -49,7 +49,6 @@ class Reclaimer:
         *,
         group: Group,
         intake: Intake,
-        trims: Trims,
     ) -> None:
         self._config = context.config
         self._counters = context.counters
@@ -60,7 +59,6 @@ class Reclaimer:
         self._queue = intake.queue
         self._acknowledger = intake.acknowledger
         self._clock = intake.acknowledger.clock
-        self._trims = trims
         self._log = BoundedLog(logger)
         #: Monotonic time of the last refusal, by signal.
         self._refused_at: dict[str, float] = {}
@@ -84,14 +82,14 @@ class Reclaimer:
         :raises redis.ConnectionError: Redis is away.
         """
         self.has_more = False
-        self._claim_all(names, idle=self._config.claim_after, consumer="")
+        self._claim_all(names)
 
     def reclaim_released(self, names: Mapping[str, Subscription]) -> None:
         """Claim released entries, as far as the queue has room.
 
         :raises redis.ConnectionError: Redis is away.
         """
-        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED)
+        self._claim_all(names, RELEASED)
 
     def reclaim_all_released(self, names: Mapping[str, Subscription]) -> None:
         """Claim all released entries that fit into memory. The reader calls it before it reads.
@@ -102,7 +100,7 @@ class Reclaimer:
         :raises redis.ConnectionError: Redis is away.
         """
         self.unfinished -= names.keys()
-        self._claim_all(names, idle=LONG_IDLE / 1000, consumer=RELEASED, room=MAX_RELEASED)
+        self._claim_all(names, RELEASED, room=MAX_RELEASED)
 
     def restore(self, name: str, deliveries: Sequence[Delivery]) -> set[str]:
         """Make entries pending again that another program acknowledged before they were started.
@@ -182,21 +180,15 @@ class Reclaimer:
             )
 
     def _claim_all(
-        self,
-        names: Mapping[str, Subscription],
-        *,
-        idle: float,
-        consumer: str,
-        room: int | None = None,
+        self, names: Mapping[str, Subscription], consumer: str = "", *, room: int | None = None
     ) -> None:
         for name, subscription in names.items():
             with self.reporting(name), self._acknowledger.lock:
                 most = max(0, self._queue.room) if room is None else room
-                self._claim(name, subscription, idle, consumer, most)
+                self._claim(name, subscription, consumer, most)
 
-    def _claim(
-        self, name: str, subscription: Subscription, idle: float, consumer: str, room: int
-    ) -> None:
+    def _claim(self, name: str, subscription: Subscription, consumer: str, room: int) -> None:
+        idle = LONG_IDLE / 1000 if consumer == RELEASED else self._config.claim_after
         # Deliveries in flight are idle as well if they could not be renewed in time.
         most = room + len(self._in_flight) + 1
         pending = self._group.pending(name, idle=idle, consumer=consumer, most=most)
@@ -204,8 +196,12 @@ class Reclaimer:
         stale = [found for found in pending if found.id in missing]
 
         # Released entries have no owner, whatever the clock says.
-        if stale and consumer != RELEASED and not self._is_clock_steady():
-            return
+        if stale and consumer != RELEASED:
+            self._clock.ask()
+
+            # Idle times are wrong after Redis's clock was set.
+            if not self._clock.is_steady:
+                return
 
         self.has_more = self.has_more or len(stale) > room
         stale = stale[:room]
@@ -221,36 +217,38 @@ class Reclaimer:
 
             self._reclaim(name, subscription, stale[start : start + LOOK_UP_COUNT], idle)
 
-    def _is_clock_steady(self) -> bool:
-        """Return True if idle times are right, because Redis's clock was not set lately."""
-        self._clock.ask()
-        return self._clock.is_steady
-
     def _reclaim(
         self, name: str, subscription: Subscription, stale: Sequence[Pending], idle: float
     ) -> None:
+        extra = {"signal": name, "service": self._config.service}
         entries = {
             entry.id: entry for entry in self._group.look_up(name, [found.id for found in stale])
         }
         present = [found for found in stale if entries[found.id].fields is not None]
-        gone = [entries[found.id] for found in stale if entries[found.id].fields is None]
+        gone = [id for id, entry in entries.items() if entry.fields is None]
         mine = self._group.claim(name, present, idle=idle)
         times = {found.id: found.times for found in present}
         decoded = self._intake.decoder.decode(
             [entries[id] for id in times if id in mine], {name: subscription}
         )
 
-        if gone:
-            self._acknowledge_trimmed(name, [entry.id for entry in gone])
+        # They were trimmed while pending. Only the worker that acknowledges them reports the loss.
+        if gone and (lost := self._group.pipe.ask(*self._group.acknowledge_command(name, gone))):
+            report_trimmed(name, int(lost), self._config.service, self._counters, self._log)
 
         given_up = self._count_crashes(decoded.deliveries, times, subscription)
-        self._queue_deliveries(
-            [delivery for delivery in decoded.deliveries if delivery not in given_up], name
-        )
-        outcomes = self._intake.outcomes
-        self._intake.end(
-            decoded, [outcomes.give_up(found, "killed", _killed(found)) for found in given_up]
-        )
+        taken = [delivery for delivery in decoded.deliveries if delivery not in given_up]
+        self._counters.add("claimed", len(taken))
+
+        if taken:
+            text = "Reclaimed %d events of %r that another worker left."
+            logger.info(text, len(taken), name, extra=extra)
+
+        self._intake.add(taken)
+        text = "%s workers started the event, and each died before its receivers ended."
+        give_up = self._intake.outcomes.give_up
+        outcomes = [give_up(found, "killed", text % found.crashes) for found in given_up]
+        self._intake.end(decoded, outcomes)
 
     def _count_crashes(
         self, deliveries: Sequence[Delivery], times: Mapping[str, int], subscription: Subscription
@@ -285,27 +283,3 @@ class Reclaimer:
         # The next worker claims an entry after that many seconds of silence.
         is_too_young = 0 <= age < (count - 1) * self._config.claim_after
         return count <= most + 1 and not is_too_young
-
-    def _queue_deliveries(self, taken: Sequence[Delivery], name: str) -> None:
-        self._counters.add("claimed", len(taken))
-
-        if taken:
-            logger.info(
-                "Reclaimed %d events of %r that another worker left.",
-                len(taken),
-                name,
-                extra={"signal": name, "service": self._config.service},
-            )
-
-        self._intake.add(taken)
-
-    def _acknowledge_trimmed(self, name: str, ids: Sequence[str]) -> None:
-        """Acknowledge entries that were trimmed while pending. Only one worker reports the loss."""
-        answer = self._group.pipe.ask(*self._group.acknowledge_command(name, ids))
-        self._trims.report(name, int(answer))
-
-
-def _killed(delivery: Delivery) -> str:
-    return (
-        f"{delivery.crashes} workers started the event, and each died before its receivers ended."
-    )
