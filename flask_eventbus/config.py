@@ -276,6 +276,11 @@ class Config:
     log_events: bool = _flag(False, "whether each event is logged")
     publish_in_tests: bool = _flag(False, "whether an app with `TESTING` publishes")
 
+    @property
+    def has_streams(self) -> bool:
+        """False if the server is a cluster, which has no streams yet."""
+        return not self.url.startswith("redis+cluster://")
+
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
         """Read the keys of ``mapping``, such as a Flask config, that begin with ``EVENTBUS_``.

@@ -88,12 +88,6 @@ class AppSignal:
 
     def _declare(self, receiver: F) -> F:
         signature = inspect.signature(receiver)
-        self._check(receiver, signature)
-        declared = self._registry.parameters.setdefault(self.name, _without_sender(signature))
-        self._check_fits(receiver, signature, declared)
-        return self.connect(receiver)
-
-    def _check(self, receiver: Callable[..., Any], signature: inspect.Signature) -> None:
         parameters = list(signature.parameters.values())
 
         if not parameters or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
@@ -110,12 +104,8 @@ class AppSignal:
                     "the payload. Give each value a parameter of its own."
                 )
 
-    def _check_fits(
-        self,
-        receiver: Callable[..., Any],
-        signature: inspect.Signature,
-        declared: inspect.Signature,
-    ) -> None:
+        own = inspect.Signature(parameters[1:])
+        declared = self._registry.parameters.setdefault(self.name, own)
         names = [
             parameter.name
             for parameter in declared.parameters.values()
@@ -130,11 +120,19 @@ class AppSignal:
                 f"declared with {declared}: {error}. Give it the same parameters, or add **extra."
             ) from error
 
+        return self.connect(receiver)
+
     def _named(self, args: tuple[Any, ...], payload: dict[str, Any]) -> dict[str, Any]:
         declared = self._registry.parameters.get(self.name)
 
+        if declared is None and args:
+            raise TypeError(
+                f"{self.name} was sent {len(args)} positional values, but its parameters were "
+                f"never declared. Name the values, or declare them with @app.signal({self.name!r})."
+            )
+
         if declared is None:
-            return self._undeclared(args, payload)
+            return payload
 
         try:
             bound = declared.bind(*args, **payload)
@@ -142,16 +140,13 @@ class AppSignal:
             raise TypeError(f"{self.name}{declared}: {error}") from None
 
         bound.apply_defaults()
-        return _flat(bound)
+        named = {**bound.arguments}
 
-    def _undeclared(self, args: tuple[Any, ...], payload: dict[str, Any]) -> dict[str, Any]:
-        if args:
-            raise TypeError(
-                f"{self.name} was sent {len(args)} positional values, but its parameters were "
-                f"never declared. Name the values, or declare them with @app.signal({self.name!r})."
-            )
+        for name, parameter in declared.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                named.update(named.pop(name))
 
-        return payload
+        return named
 
 
 class AppSignals:
@@ -186,24 +181,6 @@ class AppSignals:
 
         name = subject.__name__.removeprefix("signal_")
         return AppSignal(self._registry, name)(subject)
-
-
-def _without_sender(signature: inspect.Signature) -> inspect.Signature:
-    parameters = list(signature.parameters.values())[1:]
-    return inspect.Signature(parameters)
-
-
-def _flat(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Return the bound values by name, with those of ``**extra`` merged in."""
-    payload: dict[str, Any] = {}
-
-    for name, value in bound.arguments.items():
-        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            payload.update(value)
-        else:
-            payload[name] = value
-
-    return payload
 
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -310,29 +287,24 @@ class EventBus(Registry):
         """
         app = app or (current_app if current_app else None)
 
-        if app is not None:
-            return self._node_of(app)
+        if app is None:
+            apps = self._live_apps()
 
-        apps = self._live_apps()
+            if len(apps) != 1:
+                raise RuntimeError(
+                    f"This event bus serves {len(apps)} apps and none of them is the current one. "
+                    "Pass the app, or work inside 'with app.app_context():'."
+                )
 
-        if len(apps) == 1:
-            return self._node_of(apps[0])
+            app = apps[0]
 
-        raise RuntimeError(
-            f"This event bus serves {len(apps)} apps and none of them is the current one. Pass "
-            "the app, or work inside 'with app.app_context():'."
-        )
+        if _real(app) not in self._apps:
+            raise RuntimeError(
+                f"The app {app.name!r} does not use this event bus. Call bus.init_app(app) first."
+            )
 
-    def _node_of(self, app: Flask) -> Node:
-        app = _real(app)
-
-        if app in self._apps:
-            node: Node = app.extensions["eventbus"]
-            return node
-
-        raise RuntimeError(
-            f"The app {app.name!r} does not use this event bus. Call bus.init_app(app) first."
-        )
+        node: Node = app.extensions["eventbus"]
+        return node
 
     def _node(self, app: Flask) -> Node:
         reference = weakref.ref(app)
@@ -346,12 +318,14 @@ class EventBus(Registry):
             return app.app_context()
 
         def owns(sender: Any) -> bool:
-            sending_app = self._app_of(sender)
+            # The app that sends: the sender itself, or the current app.
+            sending_app = sender if isinstance(sender, Flask) else current_app
 
-            if sending_app is None:
-                return self._is_only_app() and reference() is not None
+            if sending_app:
+                return _real(sending_app) is reference()
 
-            return sending_app is reference()
+            self._require_only_app()
+            return reference() is not None
 
         def under_test() -> bool:
             app = reference()
@@ -378,7 +352,7 @@ class EventBus(Registry):
 
         return list(self._apps)
 
-    def _is_only_app(self) -> bool:
+    def _require_only_app(self) -> None:
         count = len(self._live_apps())
 
         if count > 1:
@@ -387,18 +361,6 @@ class EventBus(Registry):
                 "of them is the current one. Send it from the app, as in "
                 "'signal.send(app, ...)', or inside 'with app.app_context():'."
             )
-
-        return True
-
-    def _app_of(self, sender: Any) -> Flask | None:
-        """Return the app that sends: the sender itself, or the current app."""
-        if isinstance(sender, Flask):
-            return _real(sender)
-
-        if current_app:
-            return _real(current_app)
-
-        return None
 
 
 class _UnpublishedWarning:

@@ -22,7 +22,7 @@ def check_subscription(config: Config, subscription: Subscription) -> None:
     """
     needs_stream = subscription.via == "stream" or not subscription.group
 
-    if needs_stream and config.url.startswith("redis+cluster://"):
+    if needs_stream and not config.has_streams:
         raise ConfigError(
             f"The subscription to {subscription.name!r} needs a stream, and 'EVENTBUS_URL' is a "
             "cluster, for which there are no streams yet. Subscribe with 'via': 'channel', or use "
@@ -46,7 +46,7 @@ class Listening:
         issued: Callable[[], int],
     ) -> None:
         self._timing = context.timing
-        self._has_streams = not context.config.url.startswith("redis+cluster://")
+        self._has_streams = context.config.has_streams
         self.pool = WorkerThreads(context, dispatcher)
         self.listener = Listener(context, pool=self.pool, issued=issued)
         self.consumer = Consumer(context, dispatcher=dispatcher, pool=self.pool)
@@ -81,26 +81,6 @@ class Listening:
     def refused(self) -> dict[str, str]:
         """The subscriptions that Redis refuses, each with the reason."""
         return {**self.consumer.refused, **self.listener.refused}
-
-    @property
-    def without_receiver(self) -> frozenset[str]:
-        """The streams that are not read, because this process has no receiver for them."""
-        return self.consumer.without_receiver
-
-    @property
-    def alarms(self) -> dict[str, str]:
-        """Faults that keep this service from a stream's events, each with its remedy, by stream."""
-        return self.consumer.alarms
-
-    @property
-    def fatal(self) -> Exception | None:
-        """The error if this Redis cannot serve streams at all; ``None`` otherwise."""
-        return self.consumer.fatal
-
-    @property
-    def lag(self) -> int:
-        """Number of events that were read and are not handled yet."""
-        return len(self.pool)
 
     @property
     def last_heard(self) -> float | None:
@@ -146,19 +126,12 @@ class Listening:
         self.pool.finish(deadline)
 
     def release(self, deadline: float) -> None:
-        """Start to release unhandled events for other workers; :meth:`end` waits for it.
+        """Start to release unhandled events for other workers; the end of the consumer waits.
 
         :param deadline: monotonic time.
         """
         self.pool.end(deadline)
         self.consumer.release(deadline)
-
-    def end(self, deadline: float) -> None:
-        """Wait until unhandled events are released.
-
-        :param deadline: monotonic time.
-        """
-        self.consumer.end(deadline)
 
     def disown(self) -> None:
         """Discard the threads and connections of the parent in a forked child."""

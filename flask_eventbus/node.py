@@ -352,7 +352,7 @@ class Node:
     @property
     def fatal(self) -> Exception | None:
         """The error if this Redis cannot serve streams at all; ``None`` otherwise."""
-        return self._inbound.fatal
+        return self._inbound.consumer.fatal
 
     def health(self) -> Health:
         """Return the state of this node."""
@@ -365,12 +365,12 @@ class Node:
             connected=self._inbound.connected,
             publishing=self._publisher.connected,
             last_heard=None if heard is None else time.monotonic() - heard,
-            lag=self._inbound.lag,
+            lag=len(self._inbound.pool),
             buffered=self._publisher.buffered,
             missed=self.counters.get("missed"),
             refused=self._inbound.refused,
-            without_receiver=self._inbound.without_receiver,
-            alarms=self._inbound.alarms,
+            without_receiver=self._inbound.consumer.without_receiver,
+            alarms=self._inbound.consumer.alarms,
             counts=self.counters.all(),
         )
 
@@ -464,7 +464,7 @@ def _stop_together(
             node._inbound.release(release_by)
 
         for node in stopping:
-            node._inbound.end(release_by)
+            node._inbound.consumer.end(release_by)
 
         flush_by = time.monotonic() + flush
 

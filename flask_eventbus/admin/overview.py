@@ -57,7 +57,7 @@ class Overview:
     @property
     def has_streams(self) -> bool:
         """False if the node uses a Redis Cluster, where streams are not supported."""
-        return not self._node.config.url.startswith("redis+cluster://")
+        return self._node.config.has_streams
 
     def reads_stream(self, subscription: Subscription) -> bool:
         """Return True if the node reads a stream for a subscription."""

@@ -212,7 +212,7 @@ def census(node: Node) -> dict[str, Any]:
 
 def _streams(server: Server, config: Config) -> dict[str, Any] | None:
     """Return the streams and their groups; ``None`` if this user has no right to."""
-    if config.url.startswith("redis+cluster://"):
+    if not config.has_streams:
         return {}
 
     try:

@@ -420,7 +420,7 @@ def check_route(config: Config, route: Route) -> None:
 
     :raises ConfigError: the route uses a stream, and the server is a cluster.
     """
-    if route.via == "stream" and config.url.startswith("redis+cluster://"):
+    if route.via == "stream" and not config.has_streams:
         raise ConfigError(
             f"The route of {route.name!r} asks for via 'stream', and 'EVENTBUS_URL' is a cluster, "
             "which does not support streams yet. Use via 'channel', or a single Redis: "

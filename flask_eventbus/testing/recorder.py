@@ -236,12 +236,7 @@ def _is_reached(node: Node, subscription: Subscription, event: Event) -> bool:
     if event.via == "channel":
         return subscription.via != "stream"
 
-    return subscription.via != "channel" and not _has_no_streams(node)
-
-
-def _has_no_streams(node: Node) -> bool:
-    """Return True if the node's own Redis is a cluster, where streams are not read."""
-    return node.config.url.startswith("redis+cluster://")
+    return subscription.via != "channel" and node.config.has_streams
 
 
 def _fits(expected: Any, actual: Any) -> bool:
@@ -326,7 +321,7 @@ def _why_not_delivered(node: Node, event: Event) -> str | None:
             "or pass the source= of its receivers."
         )
 
-    if _has_no_streams(node) and event.via == "stream":
+    if event.via == "stream" and not node.config.has_streams:
         return f"{service!r} reads no streams: its 'EVENTBUS_URL' names a Redis Cluster."
 
     if not _is_reached(node, subscription, event):
