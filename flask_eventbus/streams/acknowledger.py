@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from operator import attrgetter
 from typing import Any
 
@@ -15,7 +16,7 @@ import redis
 from ..codec.records import DeadLetter
 from ..config import Timing
 from ..logs import BoundedLog, get_logger
-from ..receivers.delivery import Delivery, InFlight
+from ..receivers.delivery import InFlight
 from ..signals import emit, event_dead_lettered
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
@@ -37,7 +38,7 @@ WRITE_SOON = 0.05
 #: Number of times a second that the maintenance thread looks for due retries.
 LOOKS_PER_SECOND = 10
 
-_ENTRY = attrgetter("entry")
+_ENTRY, _DELIVERY = attrgetter("entry"), attrgetter("delivery")
 
 
 class Schedule:
@@ -123,14 +124,10 @@ class Acknowledger:
         self._in_flight = in_flight
         self._log = BoundedLog(logger)
         self._waiting: deque[Outcome] = deque()
-        #: First attempts without a failure. They need an acknowledgement only.
-        self._handled: deque[Delivery] = deque()
-        #: Outcomes that Redis refused, each with the monotonic time of its next attempt.
-        self._refusals: deque[tuple[float, Outcome]] = deque()
-        #: Monotonic time at which the first of them is due.
+        #: Outcomes that Redis refused.
+        self._refused: list[Outcome] = []
+        #: Monotonic time at which they are written again; infinite once Redis accepted them all.
         self._resend_at = math.inf
-        #: True from a refusal until the log says that no refused outcome is left.
-        self._was_refused = False
         #: Held by the thread that uses the write connection.
         self.lock = threading.RLock()
         self.clock = RedisClock(
@@ -141,25 +138,20 @@ class Acknowledger:
         self._limit = DeadLimit(group.pipe, context, lock=self.lock)
 
     def __len__(self) -> int:
-        return len(self._handled) + len(self._waiting) + len(self._refusals)
+        return len(self._waiting) + len(self._refused)
 
     @property
     def memory(self) -> int:
         """Bytes of the commands of unwritten outcomes. Their deliveries are not counted."""
-        if not self._waiting and not self._refusals:
+        if not self._waiting and not self._refused:
             return 0
 
-        refused = [outcome for _, outcome in list(self._refusals)]
-        return sum(outcome.size for outcome in [*self._waiting, *refused])
+        return sum(_size_of(each) for each in [*self._waiting, *self._refused] if each.commands)
 
     @property
     def due_at(self) -> float:
         """Monotonic time at which the first outcome can be written; infinite if none waits."""
-        return 0.0 if self._handled or self._waiting else self._resend_at
-
-    def acknowledge(self, delivery: Delivery) -> None:
-        """Queue the acknowledgement of a first attempt without a failure, for :meth:`flush`."""
-        self._handled.append(delivery)
+        return 0.0 if self._waiting else self._resend_at
 
     def add(self, outcome: Outcome) -> None:
         """Queue an outcome for :meth:`flush`."""
@@ -176,46 +168,20 @@ class Acknowledger:
             logger.debug("Redis is away; %d outcomes are written later: %s", len(self), error)
         finally:
             # Not in flush(): the maintenance thread itself waits longer after each failure.
-            if self._handled or self._waiting:
+            if self._waiting:
                 self.schedule.within(WRITE_SOON)
 
     def flush(self) -> None:
-        """Write the queued outcomes, and refused ones whose next attempt is due.
+        """Write the queued outcomes, and refused ones if it is time to.
 
         :raises redis.ConnectionError: Redis is away.
         """
-        while self._handled or self._waiting or self._resend_at <= time.monotonic():
+        while self._waiting or self._resend_at <= time.monotonic():
             with self.lock:
                 self._write_batch()
 
         if self._limit.grown:
             self._limit.enforce()
-
-    def _write_batch(self) -> None:
-        """Write the oldest queued outcomes, in one round trip."""
-        if self._refusals:
-            self._queue_due_refusals()
-
-        handled: list[Delivery] = []
-
-        # Other threads may add more meanwhile.
-        while self._handled and len(handled) < MAX_PER_WRITE:
-            handled.append(self._handled.popleft())
-
-        batch = _pop_batch(self._waiting) if self._waiting else []
-
-        try:
-            if batch:
-                batch = self._without_written(batch)
-
-            self._send(handled, batch)
-        except BaseException:
-            self._handled.extendleft(reversed(handled))
-            self._queue_again(batch)
-            raise
-
-        if self._was_refused and not self._refusals and not self._waiting:
-            self._log_recovery()
 
     def write_all(self) -> None:
         """Write the queued outcomes, and all refused ones without waiting for their time.
@@ -223,154 +189,143 @@ class Acknowledger:
         :raises redis.ConnectionError: Redis is away.
         """
         with self.lock:
-            self._waiting.extend(outcome for _, outcome in self._refusals)
-            self._refusals.clear()
-            self._resend_at = math.inf
+            self._resend_at = 0.0
 
         self.flush()
 
-    def close(self) -> None:
-        """Close the write connection."""
-        with self.lock:
-            self._group.pipe.close()
+    def _write_batch(self) -> None:
+        """Write the oldest queued outcomes, in one round trip."""
+        if self._resend_at <= time.monotonic():
+            self._waiting.extend(self._refused)
+            self._refused.clear()
+            self._resend_at = time.monotonic() + self._timing.resend_after
 
-    def _log_recovery(self) -> None:
-        """Log once that Redis accepted all outcomes it had refused."""
-        self._was_refused = False
-        self._log.over(
-            "refused",
-            "Redis accepted the outcomes of all events of %r that it had rejected.",
-            self._config.service,
-            extra={"service": self._config.service},
-        )
+        batch: list[Outcome] = []
+        unsure: list[Outcome] = []
+        room = MAX_BYTES_PER_WRITE
 
-    def _queue_due_refusals(self) -> None:
-        now = time.monotonic()
+        # Other threads may add more meanwhile.
+        while self._waiting and len(batch) < MAX_PER_WRITE and room > 0:
+            outcome = self._waiting.popleft()
+            batch.append(outcome)
 
-        while self._refusals and self._refusals[0][0] <= now:
-            self._waiting.append(self._refusals.popleft()[1])
+            if outcome.commands:
+                room -= _size_of(outcome)
 
-        self._resend_at = self._refusals[0][0] if self._refusals else math.inf
+            if outcome.may_be_written:
+                unsure.append(outcome)
 
-    def _queue_again(self, batch: Sequence[Outcome]) -> None:
-        for outcome in batch:
-            outcome.may_be_written = bool(outcome.commands) and not outcome.is_partly_written
+        try:
+            if unsure:
+                self._finish_written(unsure, batch)
 
-        self._waiting.extendleft(reversed(batch))
+            if batch:
+                self._send(batch)
+        except BaseException:
+            for outcome in batch:
+                outcome.may_be_written = bool(outcome.commands) and not outcome.is_partly_written
 
-    def _without_written(self, batch: list[Outcome]) -> list[Outcome]:
-        """Return the outcomes still to write; finish those that an earlier write stored.
+            self._waiting.extendleft(reversed(batch))
+            raise
+
+        if self._resend_at < math.inf and not self._refused and not self._waiting:
+            self._resend_at = math.inf
+            self._log.over(
+                "refused",
+                "Redis accepted the outcomes of all events of %r that it had rejected.",
+                self._config.service,
+                extra={"service": self._config.service},
+            )
+
+    def _finish_written(self, unsure: Sequence[Outcome], batch: list[Outcome]) -> None:
+        """Finish the outcomes that an earlier write stored, and remove them from the batch.
 
         The connection may have been lost between a write and its answer.
         """
-        unsure = [outcome for outcome in batch if outcome.may_be_written]
-
-        if not unsure:
-            return batch
-
         answers = self._group.pipe.run([self._pending_query(outcome) for outcome in unsure])
 
         for outcome, answer in zip(unsure, answers, strict=True):
             if answer is None or answer == []:
                 batch.remove(outcome)
-                self._finish([outcome], answer)
-
-        return batch
+                self._finish([outcome], [answer])
 
     def _pending_query(self, outcome: Outcome) -> Command:
         """Return a command whose answer is empty if the entry or retry is no longer pending."""
-        if (member := outcome.member) is None:
+        if (member := _member_of(outcome)) is None:
             return self._group.pending_command(outcome.name, outcome.entry)
 
         return ("ZSCORE", self._keys.retry(outcome.name, self._config.service), member)
 
-    def _send(self, handled: Sequence[Delivery], batch: Sequence[Outcome]) -> None:
-        by_name: dict[str, list[Delivery]] = {}
-
-        for delivery in handled:
-            by_name.setdefault(delivery.name, []).append(delivery)
-
-        commands: list[Command] = []
-
-        for name, found in by_name.items():
-            commands.append(self._group.acknowledge_command(name, map(_ENTRY, found)))
-
-        # The outcomes of each block of commands, with the number of its answers.
-        blocks: list[tuple[int, list[Outcome]]] = []
+    def _send(self, batch: Sequence[Outcome]) -> None:
         acknowledged: dict[str, list[Outcome]] = {}
+        # Outcomes that share commands, each with the number of its commands.
+        blocks: list[tuple[list[Outcome], int]] = []
+        commands: list[Command] = []
+        transactions: list[Outcome] = []
 
         for outcome in batch:
-            if outcome.commands:
-                remove = self._remove_pending(outcome)
-                commands += [("MULTI",), *outcome.commands, remove, ("EXEC",)]
-                blocks.append((len(outcome.commands) + 3, [outcome]))
-            elif outcome.member is not None:
-                commands.append(self._remove_pending(outcome))
-                blocks.append((1, [outcome]))
+            if outcome.commands or _member_of(outcome) is not None:
+                transactions.append(outcome)
             else:
                 acknowledged.setdefault(outcome.name, []).append(outcome)
 
         for name, outcomes in acknowledged.items():
             commands.append(self._group.acknowledge_command(name, map(_ENTRY, outcomes)))
-            blocks.append((1, outcomes))
+            blocks.append((outcomes, 1))
 
-        answers = self._group.pipe.run(commands) if commands else []
+        for outcome in transactions:
+            own: list[Command] = [self._remove_pending(outcome)]
 
-        for found, answer in zip(by_name.values(), answers, strict=False):
-            if isinstance(answer, Exception):
-                refused = [Outcome(each.name, each.entry, delivery=each) for each in found]
-                self._keep_refused(refused, answer)
-            else:
-                self._in_flight.remove(found)
-                self._counters.add("acked", len(found))
+            if outcome.commands:
+                own = [("MULTI",), *outcome.commands, *own, ("EXEC",)]
 
-        done = len(by_name)
+            commands += own
+            blocks.append(([outcome], len(own)))
 
-        for count, outcomes in blocks:
-            own = answers[done : done + count]
-            done += count
-            # The refused command of a transaction names the reason; the answer to EXEC does not.
-            refusal = next((answer for answer in own if isinstance(answer, Exception)), None)
-            self._finish(outcomes, refusal or own[-1])
+        answers = iter(self._group.pipe.run(commands))
 
-    def _finish(self, outcomes: Sequence[Outcome], answer: Any) -> None:
+        for outcomes, count in blocks:
+            self._finish(outcomes, list(islice(answers, count)))
+
+    def _finish(self, outcomes: Sequence[Outcome], answers: Sequence[Any]) -> None:
         """Forget outcomes that Redis accepted, and keep those that it refused.
 
-        :param answer: of ``XACK`` or ``ZREM``, or the list of answers of a transaction.
+        :param answers: the answer to ``XACK`` or ``ZREM``, or those to a transaction.
         """
-        answers = answer if isinstance(answer, list) else [answer]
-        refusal = next((found for found in answers if isinstance(found, Exception)), None)
+        results = answers[-1] if isinstance(answers[-1], list) else []
 
-        if refusal is not None:
-            if isinstance(answer, list):
-                self._keep_failed_commands(outcomes[0], answer)
+        # The refused command of a transaction names the reason; the answer to EXEC does not.
+        for answer in (*answers, *results):
+            if isinstance(answer, Exception):
+                if results:
+                    self._keep_failed_commands(outcomes[0], results)
 
-            self._keep_refused(outcomes, refusal)
-            return
+                self._keep_refused(outcomes, answer)
+                return
 
-        done = [outcome.delivery for outcome in outcomes if outcome.delivery is not None]
-        self._in_flight.remove(done)
+        self._in_flight.remove(filter(None, map(_DELIVERY, outcomes)))
         self._counters.add("acked", len(outcomes))
 
         for outcome in outcomes:
             if outcome.due or outcome.letters:
                 self._announce(outcome)
 
-    def _keep_failed_commands(self, outcome: Outcome, answers: Sequence[Any]) -> None:
-        """Keep only the commands of a transaction that failed. Redis executed the others."""
+    def _keep_failed_commands(self, outcome: Outcome, results: Sequence[Any]) -> None:
+        """Keep only the commands of a transaction that failed. Redis executed the others.
+
+        If it acknowledged the entry or the retry, make that pending again, so that the outcome
+        outlives this process.
+        """
         outcome.commands = [
             command
-            for command, answer in zip(outcome.commands, answers, strict=False)
-            if isinstance(answer, Exception)
+            for command, result in zip(outcome.commands, results, strict=False)
+            if isinstance(result, Exception)
         ]
+        outcome.is_partly_written = not isinstance(results[-1], Exception)
 
-        outcome.is_partly_written = not isinstance(answers[-1], Exception)
+        if not outcome.is_partly_written:
+            return
 
-        if outcome.is_partly_written:
-            self._restore_pending(outcome)
-
-    def _restore_pending(self, outcome: Outcome) -> None:
-        """Make the entry or retry pending again, so that its outcome outlives this process."""
         try:
             self._group.pipe.ask(*self._add_pending(outcome))
         except (redis.ResponseError, *OUTAGE) as error:
@@ -383,13 +338,10 @@ class Acknowledger:
 
         An outcome without a delivery is dropped: its entry stays pending and is claimed again.
         """
-        again = time.monotonic() + self._timing.resend_after
-        kept = [
+        self._refused += [
             found for found in outcomes if found.delivery is not None or found.is_partly_written
         ]
-        self._refusals.extend((again, outcome) for outcome in kept)
-        self._resend_at = self._refusals[0][0] if self._refusals else math.inf
-        self._was_refused = True
+        self._resend_at = min(self._resend_at, time.monotonic() + self._timing.resend_after)
         self.schedule.within(self._timing.resend_after)
         self._counters.add("outcomes_refused", len(outcomes))
         self._log.error(
@@ -449,7 +401,7 @@ class Acknowledger:
 
     def _add_pending(self, outcome: Outcome) -> Command:
         """Return the command that reverts :meth:`_remove_pending`."""
-        if (member := outcome.member) is not None:
+        if (member := _member_of(outcome)) is not None:
             key = self._keys.retry(outcome.name, self._config.service)
             until = round((self.clock.now() + self._config.claim_after) * 1000)
             return ("ZADD", key, until, member)
@@ -459,19 +411,22 @@ class Acknowledger:
 
     def _remove_pending(self, outcome: Outcome) -> Command:
         """Return the command that ends an entry (``XACK``) or a retry (``ZREM``)."""
-        if (member := outcome.member) is None:
+        if (member := _member_of(outcome)) is None:
             return self._group.acknowledge_command(outcome.name, [outcome.entry])
 
         return ("ZREM", self._keys.retry(outcome.name, self._config.service), member)
 
 
-def _pop_batch(waiting: deque[Outcome]) -> list[Outcome]:
-    """Remove and return the oldest outcomes that one round trip may carry."""
-    batch: list[Outcome] = []
-    room = MAX_BYTES_PER_WRITE
+def _size_of(outcome: Outcome) -> int:
+    """Return the bytes of the commands. A retry and a dead letter each hold the event."""
+    return sum(
+        len(part) for command in outcome.commands for part in command if isinstance(part, bytes)
+    )
 
-    while waiting and len(batch) < MAX_PER_WRITE and room > 0:
-        batch.append(waiting.popleft())
-        room -= batch[-1].size
 
-    return batch
+def _member_of(outcome: Outcome) -> bytes | None:
+    """Return the bytes in Redis of the retry that ends; ``None`` for an entry of the stream."""
+    if outcome.delivery is None or outcome.delivery.retry is None:
+        return outcome.undecodable
+
+    return outcome.delivery.member

@@ -15,6 +15,7 @@ from ..transport.connections import Context
 from .acknowledger import WRITE_SOON
 from .decoder import Intake
 from .group import Group, GroupGoneError
+from .outcomes import Outcome
 from .retry_queue import RetryQueue
 
 logger = get_logger(__name__)
@@ -128,7 +129,7 @@ class Attempts:
         elif failures or record is not None:
             self._add_outcome(delivery, failures or ())
         else:
-            self._acknowledger.acknowledge(delivery)
+            self._acknowledger.add(Outcome(delivery.name, delivery.entry, delivery))
 
         return seconds
 

@@ -163,7 +163,8 @@ class Maintenance:
         except OUTAGE as error:
             self._report_pending(error)
         finally:
-            self._acknowledger.close()
+            with self._acknowledger.lock:
+                self._group.pipe.close()
 
     def _pause(self) -> float:
         """Return the seconds until the next round, if no other thread asks for an earlier one."""

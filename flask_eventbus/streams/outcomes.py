@@ -54,21 +54,6 @@ class Outcome:
     #: True if the acknowledgement succeeded but another command of the transaction failed.
     is_partly_written: bool = False
 
-    @property
-    def size(self) -> int:
-        """Bytes of the commands. A retry and a dead letter each hold the event."""
-        return sum(
-            len(part) for command in self.commands for part in command if isinstance(part, bytes)
-        )
-
-    @property
-    def member(self) -> bytes | None:
-        """The bytes in Redis of the retry that it ends; ``None`` for an entry of the stream."""
-        if self.delivery is None or self.delivery.retry is None:
-            return self.undecodable
-
-        return self.delivery.member
-
 
 class Outcomes:
     """Makes the outcome of a delivery from the failures of its receivers.
