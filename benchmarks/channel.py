@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -32,7 +33,7 @@ from blinker import Namespace
 from flask_eventbus import Bus
 
 #: A small event, such as most are.
-PAYLOAD = {"user_id": 7, "email": "ada@example.com", "name": "Ada Lovelace"}
+PAYLOAD: dict[str, Any] = {"user_id": 7, "email": "ada@example.com", "name": "Ada Lovelace"}
 
 CHANNEL = "benchmark"
 Report = Callable[[Any], None]
@@ -156,7 +157,8 @@ def throughput(job: str, url: str, count: int) -> float:
             publish(**PAYLOAD)
 
         flush()
-        return count / (told.recv() - start)
+        end: float = told.recv()
+        return count / (end - start)
 
 
 def latency(job: str, url: str, rate: int, seconds: float) -> tuple[float, float]:
@@ -245,7 +247,7 @@ def main() -> None:
     runs, count = arguments.runs, arguments.count
 
     with redis_server() as (url, version):
-        rows = []
+        rows: list[tuple[str, ...]] = []
         plain = median(lambda: send_without_bridge(count), runs)
         bridged = median(lambda: send_with_bridge(url, count), runs)
         paced = median(lambda: send_paced(url, min(count, 1_000)), runs)
@@ -255,7 +257,7 @@ def main() -> None:
             ("`send()` with the bridge, in a tight loop", f"{bridged:.1f} us", f"{by_hand:.1f} us")
         )
         rows.append(("`send()` with the bridge, 1 ms apart", f"{paced:.1f} us", ""))
-        speeds = {job: median(lambda job=job: throughput(job, url, count), runs) for job in JOBS}
+        speeds = {job: median(partial(throughput, job, url, count), runs) for job in JOBS}
         rows.append(
             ("events per second, process to process", *(f"{s:,.0f}" for s in speeds.values()))
         )

@@ -27,6 +27,7 @@ from channel import PAYLOAD, redis_server
 
 import flask_eventbus
 from flask_eventbus import Bus
+from flask_eventbus.typing import Via
 
 PACKAGE = str(Path(flask_eventbus.__file__).parent)
 
@@ -69,7 +70,7 @@ class Calls:
             self.found.append((module, code.co_qualname, threading.get_ident()))
 
 
-def measure(url: str, via: str, events: int) -> list[list[tuple[str, str, int]]]:
+def measure(url: str, via: Via, events: int) -> list[list[tuple[str, str, int]]]:
     """Return the calls of each event of a signal that goes by ``via``."""
     calls = Calls()
     calls.install()
@@ -98,7 +99,7 @@ def measure(url: str, via: str, events: int) -> list[list[tuple[str, str, int]]]
     return found
 
 
-def show(via: str, found: list[list[tuple[str, str, int]]], functions: int) -> None:
+def show(via: Via, found: list[list[tuple[str, str, int]]], functions: int) -> None:
     """Print the medians of a way, and its functions by the number of their calls."""
     calls = median(len(event) for event in found)
     modules = Counter(module for event in found for module in {call[0] for call in event})
@@ -118,8 +119,10 @@ def main() -> None:
     parser.add_argument("--functions", type=int, default=0, help="functions to list")
     options = parser.parse_args()
 
+    ways: tuple[Via, ...] = ("channel", "stream")
+
     with redis_server() as (url, _):
-        for via in ("channel", "stream"):
+        for via in ways:
             show(via, measure(url, via, options.events), options.functions)
 
 
