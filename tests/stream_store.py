@@ -58,6 +58,21 @@ class StreamStore:
         event = self.event(name, source=source, **payload)
         return self.add_fields(name, {b"event": Codec().encode(event)}, id=id), event
 
+    def add_together(self, name: str, *payloads: Mapping[str, Any]) -> list[str]:
+        """Add events in one transaction; the ids of their entries.
+
+        A worker reads all of them before it looks whether its receivers are slow, however slow the
+        machine is.
+        """
+        self.client.sadd(self.keys.names, name)
+
+        with self.client.pipeline(transaction=True) as together:
+            for payload in payloads:
+                body = Codec().encode(self.event(name, **payload))
+                together.xadd(self.keys.stream(name), {b"event": body})
+
+            return [entry.decode() for entry in together.execute()]
+
     def add_fields(self, name: str, fields: Mapping[bytes, bytes], *, id: str = "*") -> str:
         """Add an entry with any fields."""
         self.client.sadd(self.keys.names, name)

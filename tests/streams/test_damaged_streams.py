@@ -293,7 +293,7 @@ def test_queued_events_are_handled_although_somebody_acknowledged_them(
 
     bus.start()
     assert bus.ready(10)
-    entries = [store.add("tick", number=number)[0] for number in range(5)]
+    entries = store.add_together("tick", *({"number": number} for number in range(5)))
     key = store.keys.stream("tick")
     wait_until(lambda: store.client.xpending(key, "mailer")["pending"] == 5, what="all are read")
 
@@ -361,7 +361,7 @@ def test_an_impossible_delivery_count_raises_an_alarm(
     head = ("XCLAIM", store.keys.stream("tick"), "mailer", "web-1-4711-3f2a9c1b2d3e", 0)
     store.client.execute_command(*head, *ids, "IDLE", 10**9, "RETRYCOUNT", count)
 
-    bus, received = mailer(store, make_bus, claim_after=4)
+    bus, received = mailer(store, make_bus, claim_after=2)
 
     wait_until(lambda: received == [1], what="it is handled")
     text = f"counts as delivered {count} times, which workers of 'mailer' cannot have done"

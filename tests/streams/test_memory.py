@@ -205,14 +205,7 @@ def test_large_retries_are_read_within_the_memory_limit_and_kept_once(
 ) -> None:
     process = listener(store.prefix, "stream")
 
-    # Together, so that one slow round trip does not look like a slow receiver.
-    with store.client.pipeline(transaction=True) as together:
-        for number in range(1_000):
-            small = Codec().encode(store.event("tick", n=number))
-            together.xadd(store.keys.stream("tick"), {"event": small})
-
-        together.execute()
-
+    store.add_together("tick", *({"n": number} for number in range(1_000)))
     wait_until(lambda: process.measures()[1] == 1_000, timeout=60, what="the small ones are run")
     body = Codec().encode(store.event("tick", large="x" * 1_000_000))
     record = RetryRecord(

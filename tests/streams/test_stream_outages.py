@@ -482,7 +482,7 @@ def test_a_worker_handles_each_event_once_while_redis_refuses_writes(
 
     bus.start()
     assert bus.ready(10)
-    added = [store.add("tick", n=n)[0] for n in range(10)]
+    added = store.add_together("tick", *({"n": n} for n in range(10)))
     wait_until(lambda: store.position("tick") == added[-1], what="they are read")
 
     unwritable.begin()
