@@ -834,6 +834,7 @@ def test_a_missing_right_keeps_the_letter(
     assert store.dead("paid") == [found]
 
 
+@pytest.mark.timing(check_released_every=0.2)
 def test_a_worker_runs_only_the_failed_receiver_of_a_retried_letter(
     store: StreamStore, make_bus: Callable[..., Bus]
 ) -> None:

@@ -484,7 +484,6 @@ def test_a_refused_renewal_does_not_stop_other_renewals(workers: Workers) -> Non
 def test_a_retry_slower_than_the_claim_time_runs_once(workers: Workers) -> None:
     # Each looks often for what the other may have left.
     slow = """
-from flask_eventbus.config import Timing
 bus = Bus.from_env(_timing=Timing(check_released_every=0.2))
 
 @bus.on("work")
@@ -543,6 +542,8 @@ def test_thousands_of_stale_entries_are_claimed_quickly(workers: Workers) -> Non
 TAKEN_WITHIN = 10.0
 
 MANY_STREAMS = """
+bus = Bus.from_env()
+
 @bus.on("work", via="stream")
 def work(sender, n):
     report("begun", n=n, attempt=current_event.attempt)

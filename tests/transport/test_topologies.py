@@ -15,7 +15,10 @@ from waiting import wait_until
 
 from flask_eventbus import Bus
 
-pytestmark = pytest.mark.second_look("waits for Sentinel and Cluster to elect another master")
+pytestmark = [
+    pytest.mark.second_look("waits for Sentinel and Cluster to elect another master"),
+    pytest.mark.timing(ping_after=1.0),
+]
 
 MakeBus = Callable[..., Bus]
 
