@@ -19,25 +19,39 @@ from flask_eventbus.node import nodes
 
 pytest_plugins = ["pytester"]
 
-#: The files that take longest, each in one process: they start first, so that none ends last.
-LONGEST = {
-    "test_damaged_streams.py",
-    "test_demo.py",
-    "test_mailer.py",
-    "test_memory.py",
-    "test_outbox.py",
-    "test_receiving.py",
-    "test_requirements.py",
-    "test_sending.py",
+#: What a test would only wait for, shorter than in a service. Its marks set others.
+SHORT = {"list_streams_every": 0.2, "check_released_every": 1.0}
+
+#: The files that take longest, the longest first: they start in this order, so that none ends last.
+LONGEST = [
     "test_serving.py",
-    "test_stack.py",
-    "test_stream_ending.py",
     "test_stream_outages.py",
-    "test_stream_settings.py",
+    "test_demo.py",
+    "test_stream_claims.py",
+    "test_topologies.py",
     "test_stream_workers.py",
+    "test_stream_ending.py",
+    "test_running.py",
+    "test_stream_settings.py",
+    "test_damaged_streams.py",
+    "test_outbox.py",
+    "test_stream_bad_input.py",
+    "test_memory.py",
+    "test_sending.py",
+    "test_attacks.py",
+    "test_tailing.py",
+    "test_time_limits.py",
+    "test_contract.py",
+    "test_stream_sending.py",
+    "test_receiving.py",
     "test_testing_kit.py",
+    "test_fork.py",
+    "test_wire_format.py",
+    "test_mailer.py",
+    "test_stack.py",
+    "test_requirements.py",
     "test_types.py",
-}
+]
 
 # Without cached bytecode each program that a test starts would compile all it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -49,7 +63,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the longest files start first."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 def pytest_collection_finish() -> None:
@@ -88,8 +103,11 @@ def workers(tmp_path: Path, shared_redis: RedisServer) -> Iterator[Workers]:
 @pytest.fixture
 def timing(request: pytest.FixtureRequest) -> Timing:
     """The times and sizes that ``@pytest.mark.timing`` sets, on the test or on its module."""
-    marks = list(request.node.iter_markers("timing"))
-    values = {name: value for mark in reversed(marks) for name, value in mark.kwargs.items()}
+    values: dict[str, Any] = dict(SHORT)
+
+    for mark in reversed(list(request.node.iter_markers("timing"))):
+        values |= mark.kwargs
+
     return Timing(**values)
 
 

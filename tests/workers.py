@@ -38,6 +38,20 @@ def count(sender, n):
     report("done", n=n, attempt=current_event.attempt)
 """
 
+#: A receiver that ends when the test releases it.
+HOLDING = """
+@bus.on("work")
+def hold(sender, n):
+    report("begun", n=n, attempt=current_event.attempt)
+    wait_until_released("RELEASE")
+    report("done", n=n, attempt=current_event.attempt)
+"""
+
+
+def once(count: int) -> Counter[int]:
+    """Return the counts of ``count`` numbers that were handled once each."""
+    return Counter(range(count))
+
 
 class Workers(Service):
     """A service whose workers read the stream of ``work``, and a publisher beside it.

@@ -13,20 +13,12 @@ import pytest
 from programs import Program
 from servers import RedisServer
 from waiting import wait_until
-from workers import COUNTING, Workers
+from workers import COUNTING, HOLDING, Workers
 
 from flask_eventbus import Bus
 from flask_eventbus.node import LONGEST_STOP
 
 pytestmark = pytest.mark.second_look("sends signals to workers as they handle events")
-
-HOLDING = """
-@bus.on("work")
-def hold(sender, n):
-    report("begun", n=n)
-    wait_until_released("RELEASE")
-    report("done", n=n)
-"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
