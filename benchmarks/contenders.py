@@ -72,7 +72,7 @@ def prepare(peer: str) -> str:
     if not stamp.is_file() or stamp.read_text() != requirements.read_text():
         print(f"Installing {peer} into {folder.relative_to(ROOT)}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        pip = [folder / "bin" / "pip", "--quiet", "--disable-pip-version-check"]
+        pip = [str(folder / "bin" / "pip"), "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "--requirement", requirements], check=True)
         stamp.write_text(requirements.read_text())
 
