@@ -335,6 +335,33 @@ def colliding() -> dict[str, msgpack.ExtType]:
     return {"tags": msgpack.ExtType(7, packed(members))}
 
 
+def messages() -> Iterator[tuple[str, bytes, list[dict[str, Any]]]]:
+    """Messages of a channel: their events, or the reasons with which a reader rejects parts."""
+    first, second = event(seq=1), event(id="9f3ac2d1b07e-13", seq=2)
+    both = [{"event": described(first)}, {"event": described(second)}]
+    bodies = encode(first), encode(second)
+    yield "one event", bodies[0], both[:1]
+    yield "two events, one directly after the other", b"".join(bodies), both
+    yield (
+        "a map that is no event, between two events",
+        packed({"specversion": "2.0"}).join(bodies),
+        [both[0], {"reason": "version"}, both[1]],
+    )
+    yield (
+        "an event, and one cut short",
+        bodies[0] + bodies[1][:-1],
+        [both[0], {"reason": "not_msgpack"}],
+    )
+    yield (
+        "an event, a byte that msgpack never uses, and an event that is lost with it",
+        b"\xc1".join(bodies),
+        [both[0], {"reason": "not_msgpack"}],
+    )
+    yield "an event and nil", bodies[0] + b"\xc0", [both[0], {"reason": "not_a_map"}]
+    yield "an event and text", bodies[0] + b"hello", [both[0], {"reason": "not_msgpack"}]
+    yield "nothing", b"", [{"reason": "not_msgpack"}]
+
+
 #: The keys of the vectors of streams.
 KEYS = StreamKeys("eventbus")
 
@@ -447,6 +474,10 @@ def made() -> list[dict[str, Any]]:
         vectors.append({"what": what, "hex": bytes_.hex(), "event": described(attributes)})
     for reason, what, body_ in refused():
         vectors.append({"what": what, **in_hex(body_), "reason": reason})
+
+    for what, message, parts in messages():
+        key = f"eventbus:{{{MINIMAL['type']}}}:channel"
+        vectors.append({"what": what, "key": key, "hex": message.hex(), "message": parts})
 
     return [*vectors, *streams()]
 

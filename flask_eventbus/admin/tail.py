@@ -14,7 +14,7 @@ from typing import Any
 import redis
 
 from ..channels.reader import ChannelReader, Frame
-from ..codec.codec import Codec
+from ..codec.codec import Codec, split_message
 from ..codec.records import before_moment, id_text
 from ..config import SIGNAL_NAME, TIMING, Timing
 from ..errors import ConfigError, DecodeError
@@ -342,7 +342,11 @@ class ChannelSource:
             return ()
 
         where = f"on the channel of {name!r}"
-        return self._tail.decode(name, frame.body, where, via=self.via)
+        return [
+            event
+            for body in split_message(frame.body)
+            for event in self._tail.decode(name, body, where, via=self.via)
+        ]
 
     def _note(self, frame: Frame) -> None:
         if frame.kind == "refused" and frame.subscribed != b"PING":

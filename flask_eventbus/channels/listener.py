@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..codec.codec import split_message
 from ..config import Timing
 from ..errors import DecodeError
 from ..event import Event
@@ -159,10 +160,11 @@ class Listener(ReadingThread):
                     continue
 
                 if subscription is not None:
-                    found = self._decoder.event(name, subscription, frame.body)
+                    for body in split_message(frame.body):
+                        found = self._decoder.event(name, subscription, body)
 
-                    if found is not None:
-                        batch.append(found)
+                        if found is not None:
+                            batch.append(found)
         finally:
             if batch:
                 self._pool.put(batch)
@@ -307,7 +309,7 @@ class MessageDecoder:
         self._conflicts = Conflicts(context)
 
     def event(self, name: str, subscription: Subscription, body: bytes) -> tuple[Event, int] | None:
-        """Decode a message from the channel of ``name``.
+        """Decode an event from the channel of ``name``.
 
         :return: the event and its memory use in bytes; ``None`` if this node does not handle it.
         """

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from reprlib import repr as short
 from typing import Any, Final, NoReturn, TypeVar, cast
 
-from msgpack import packb
+from msgpack import Unpacker, packb
 
 from ..config import SERVICE_NAME, SIGNAL_NAME
 from ..errors import ConfigError, DecodeError, PayloadError
@@ -29,6 +29,9 @@ from .values import (
 
 #: The version of the wire format.
 SPECVERSION: Final = "1.0"
+#: Largest size in bytes of a channel's message with several events, and their largest number.
+MESSAGE_BYTES = 64 * 1024
+MESSAGE_EVENTS = 256
 #: A valid id of an event: the name of its node and a sequence number.
 EVENT_ID = re.compile(r"[\w.-]{1,64}-\d{1,20}", re.ASCII)
 #: Largest size of an id, in bytes.
@@ -385,6 +388,40 @@ class Codec:
             first = first.__cause__
 
         raise first
+
+
+def split_message(message: bytes) -> Sequence[bytes]:
+    """Return the bytes of each event in a message of a channel.
+
+    The last item is the rest of the message if no event can be found in it: it is not msgpack, or
+    does not begin with a map. A message above :data:`MESSAGE_BYTES` has one event.
+    """
+    if len(message) > MESSAGE_BYTES:
+        return (message,)
+
+    unpacker = Unpacker(max_buffer_size=len(message))
+    unpacker.feed(message)
+    bodies = []
+    start = 0
+
+    try:
+        while start < len(message) and message[start] in _MAP_STARTS:
+            unpacker.skip()
+            end = unpacker.tell()
+            bodies.append(message[start:end])
+            start = end
+    except Exception:
+        # msgpack raises several. The codec names the fault when it decodes the rest.
+        bodies.append(message[start:])
+    else:
+        if start < len(message) or not bodies:
+            bodies.append(message[start:])
+
+    return bodies
+
+
+#: The first bytes of a msgpack map.
+_MAP_STARTS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
 
 
 class _PendingEvent:

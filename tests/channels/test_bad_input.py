@@ -13,7 +13,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, signals
 from flask_eventbus.channels import listener
-from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.codec import MESSAGE_BYTES, Codec, split_message
 from flask_eventbus.config import Timing
 from flask_eventbus.event import Event
 from flask_eventbus.receivers.dispatcher import Finding
@@ -68,6 +68,8 @@ def publish(server: RedisServer, bus: Bus, body: bytes, name: str = "tick") -> N
         pytest.param(reason, body, id=f"{reason}-{number}")
         for reason, bodies in BAD.items()
         for number, body in enumerate(bodies, start=1)
+        # On a channel these are an event, and a part that is none.
+        if body[:-1] not in split_message(body)
     ],
 )
 def test_undecodable_bytes_are_counted_and_logged_and_the_next_event_arrives(
@@ -90,6 +92,42 @@ def test_undecodable_bytes_are_counted_and_logged_and_the_next_event_arrives(
     assert counts["rejected"] == counts[f"rejected_{reason}"] == 1
     assert f"({reason})" in caplog.text
     assert len(caplog.text) < 2_000  # a sample, not the whole
+
+
+def test_events_of_one_message_arrive_in_order_and_a_bad_one_among_them_is_rejected_alone(
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], rejected: list[str]
+) -> None:
+    good = [packed(id=f"foreign-{n}", data={"n": n}, seq=n) for n in range(1, 4)]
+
+    publish(shared_redis, consumer, b"".join((*good[:2], packed(source=7), good[2], b"\xc1")))
+
+    wait_until(lambda: len(received) == 3, what="the good events arrive")
+    assert received == [("elsewhere", 1), ("elsewhere", 2), ("elsewhere", 3)]
+    wait_until(wait_until_sent, what="all receivers have run")
+    assert rejected == ["bad_attribute", "not_msgpack"]
+    assert "missed" not in consumer.health().counts
+
+
+def test_a_gap_between_events_of_one_message_is_counted(
+    shared_redis: RedisServer, consumer: Bus, received: list[Any]
+) -> None:
+    message = b"".join(packed(id=f"foreign-{n}", data={"n": n}, seq=n) for n in (1, 2, 7))
+
+    publish(shared_redis, consumer, message)
+
+    wait_until(lambda: len(received) == 3, what="the events arrive")
+    assert consumer.health().counts["missed"] == 4
+
+
+def test_a_message_above_the_limit_for_several_events_is_rejected_whole(
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], rejected: list[str]
+) -> None:
+    publish(shared_redis, consumer, packed() * (MESSAGE_BYTES // len(packed()) + 1))
+    publish(shared_redis, consumer, packed(id="foreign-2"))
+
+    wait_until(lambda: received, what="the good event arrives")
+    wait_until(wait_until_sent, what="all receivers have run")
+    assert (received, rejected) == ([("elsewhere", 1)], ["not_msgpack"])
 
 
 def test_a_flood_of_undecodable_bytes_is_logged_ten_times_a_minute(

@@ -21,7 +21,7 @@ from waiting import wait_until
 from flask_eventbus import Bus, Reject, current_event
 from flask_eventbus.__main__ import main
 from flask_eventbus.codec import values
-from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.codec import Codec, split_message
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.errors import DecodeError
 
@@ -37,6 +37,7 @@ EVENTS = [vector for vector in VECTORS if "event" in vector]
 REFUSED = [vector for vector in VECTORS if "reason" in vector]
 RETRIES = [vector for vector in VECTORS if "retry" in vector]
 DEAD = [vector for vector in VECTORS if "dead" in vector]
+MESSAGES = [vector for vector in VECTORS if "message" in vector]
 
 codec = Codec()
 
@@ -67,6 +68,20 @@ def test_an_invalid_vector_is_refused_with_the_reason_it_names(vector: dict[str,
         codec.decode(wire_vectors.body_of(vector))
 
     assert caught.value.reason == vector["reason"]
+
+
+@pytest.mark.parametrize("vector", MESSAGES, ids=what)
+def test_a_message_vector_is_split_into_its_events(vector: dict[str, Any]) -> None:
+    bodies = split_message(wire_vectors.body_of(vector))
+
+    for body, part in zip(bodies, vector["message"], strict=True):
+        if "event" in part:
+            assert codec.decode(body) == wire_vectors.event_of(wire_vectors.meaning(part["event"]))
+        else:
+            with pytest.raises(DecodeError) as caught:
+                codec.decode(body)
+
+            assert caught.value.reason == part["reason"]
 
 
 def test_the_vector_file_is_up_to_date() -> None:
@@ -293,6 +308,32 @@ def consumer(redis_server: RedisServer, tmp_path: Path) -> Iterator[Path]:
     process.kill()
     process.wait()
     assert still_runs, log.read_text()
+
+
+def test_the_example_listener_prints_every_event_of_a_message(
+    shared_redis: RedisServer,
+) -> None:
+    [vector] = [vector for vector in MESSAGES if vector["what"].startswith("two events")]
+    key = "eventbus:{user_registered}:channel"
+    subscribers = "PUBSUB", "NUMSUB", key
+    client: Any = shared_redis.client
+    before = client.execute_command(*subscribers)[1]
+
+    with subprocess.Popen(
+        [sys.executable, "-c", code("python", "pubsub.listen")],
+        env={**os.environ, "REDIS_URL": shared_redis.url},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_until(
+            lambda: client.execute_command(*subscribers)[1] > before, what="the program listens"
+        )
+        client.publish(key, wire_vectors.body_of(vector))
+        assert process.stdout is not None
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        process.kill()
+
+    assert [line.split()[1] for line in lines] == ["9f3ac2d1b07e-12", "9f3ac2d1b07e-13"]
 
 
 KEY = "eventbus:{user_registered}:stream"
