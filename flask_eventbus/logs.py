@@ -21,12 +21,8 @@ MAX_TEXT_CHARS = 2_000
 MAX_TRACEBACK_CHARS = 4_000
 
 
-def _no_service() -> str | None:
-    return None
-
-
 #: Returns the service of this process, for records without one.
-find_service: Callable[[], str | None] = _no_service
+find_service: Callable[[], str | None] = lambda: None  # noqa: E731 - it is replaced
 
 
 class Whole(str):

@@ -6,7 +6,8 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
-from importlib.metadata import EntryPoint, entry_points
+from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,25 +32,18 @@ def load_receivers(bus: Registry, names: Iterable[str], *, root: Path) -> None:
     names = list(names)
     excluded = {name[1:] for name in names if name.startswith("-")}
 
-    for point in _plug_ins(excluded):
-        what = f"The plug-in {point.name!r} ({point.value})"
-        _load_once(what, bus, point.load)
+    for point in () if "*" in excluded else entry_points(group=GROUP):
+        if point.name not in excluded:
+            _load_once(f"The plug-in {point.name!r} ({point.value})", bus, point.load)
 
     for name in names:
         if not name.startswith("-"):
             _load_named(name, bus, root)
 
 
-def _plug_ins(excluded: set[str]) -> list[EntryPoint]:
-    if "*" in excluded:
-        return []
-
-    return [point for point in entry_points(group=GROUP) if point.name not in excluded]
-
-
 def _load_named(name: str, bus: Registry, root: Path) -> None:
     if "/" not in name:
-        _load_once(f"{name!r}, named in 'EVENTBUS_RECEIVERS',", bus, lambda: _import(name))
+        _load_once(f"{name!r}, named in 'EVENTBUS_RECEIVERS',", bus, partial(_import, name))
         return
 
     folder = root / name
@@ -61,11 +55,8 @@ def _load_named(name: str, bus: Registry, root: Path) -> None:
         )
 
     for path in sorted(folder.glob("[!_]*.py")):
-        _load_once(f"{path}, in a folder of 'EVENTBUS_RECEIVERS',", bus, _file_loader(path))
-
-
-def _file_loader(path: Path) -> Callable[[], ModuleType]:
-    return lambda: _import_file(path)
+        load = partial(_import_file, path)
+        _load_once(f"{path}, in a folder of 'EVENTBUS_RECEIVERS',", bus, load)
 
 
 def _load_once(what: str, bus: Registry, load: Callable[[], Any]) -> None:
@@ -73,7 +64,11 @@ def _load_once(what: str, bus: Registry, load: Callable[[], Any]) -> None:
         return
 
     try:
-        _register(load(), bus)
+        found = load()
+        register = getattr(found, "register", None) if isinstance(found, ModuleType) else found
+
+        if callable(register):
+            register(bus)
     except ConfigError:
         raise
     except Exception as error:
@@ -83,13 +78,6 @@ def _load_once(what: str, bus: Registry, load: Callable[[], Any]) -> None:
         ) from error
 
     bus.loaded.add(what)
-
-
-def _register(found: Any, bus: Registry) -> None:
-    register = getattr(found, "register", None) if isinstance(found, ModuleType) else found
-
-    if callable(register):
-        register(bus)
 
 
 def _import(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -149,27 +150,20 @@ def _read_start(where: str, value: Any) -> str:
     if isinstance(value, datetime) and value.tzinfo is not None:
         return _place(before_moment(int(value.timestamp() * 1000)))
 
-    if isinstance(value, str) and value in words:
-        return words[value]
+    if isinstance(value, str):
+        if value in words:
+            return words[value]
 
-    if isinstance(value, str) and (found := _read_id(value)) is not None:
-        return found
+        with suppress(ValueError):
+            # Without its second part, an id is a moment: the group starts with its first entry.
+            found = entry_id(value)
+            return _place(found if "-" in value else before_moment(found[0]))
 
     raise ConfigError(
         f"{where} is {value!r}. Set it to 'new', 'earliest', the id of an entry such as "
         "'1700000000000-0', or an aware datetime. It is used only when the service subscribes for "
         "the first time."
     )
-
-
-def _read_id(value: str) -> str | None:
-    """Return the start after an entry id, or before a millisecond; ``None`` if it is neither."""
-    try:
-        found = entry_id(value)
-    except ValueError:
-        return None
-
-    return _place(found if "-" in value else before_moment(found[0]))
 
 
 def _place(found: EntryId) -> str:

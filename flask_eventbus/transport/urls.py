@@ -25,6 +25,14 @@ _OBJECTS = re.compile(
     r"|maint.*|orig_.*"
 )
 
+#: The TLS variant of each scheme, or its variant without TLS.
+_OTHERS = {
+    "redis": "rediss",
+    "rediss": "redis",
+    "redis+sentinel": "rediss+sentinel",
+    "rediss+sentinel": "redis+sentinel",
+}
+
 _CLASSES: dict[str, type] = {
     "unix": redis.UnixDomainSocketConnection,
     "rediss": redis.SSLConnection,
@@ -153,23 +161,19 @@ def options_of(url: str) -> Iterator[tuple[str, str]]:
     is_sure = not shown.endswith("://***")
 
     for name, text in parse_qsl(parts.query, keep_blank_values=True):
-        problem = _problem_with(name, parts.scheme) if is_sure else _unsure_about(name, parts)
+        problem = _problem_with(name, parts.scheme)
+
+        if problem and not is_sure:
+            problem = (
+                "one of its options does not exist. Write '&' and '@' in a password as '%26' and "
+                "'%40', and see docs/configuration.md for the options."
+            )
 
         if problem:
             raise ConfigError(f"'EVENTBUS_URL' is {shown!r}: {problem}")
 
         is_sure = is_sure and "password" not in name
         yield name, text
-
-
-def _unsure_about(name: str, parts: SplitResult) -> str | None:
-    if _problem_with(name, parts.scheme) is None:
-        return None
-
-    return (
-        "one of its options does not exist. Write '&' and '@' in a password as '%26' and '%40', "
-        "and see docs/configuration.md for the options."
-    )
 
 
 def _problem_with(name: str, scheme: str) -> str | None:
@@ -182,7 +186,8 @@ def _problem_with(name: str, scheme: str) -> str | None:
         return f"its option {name!r} belongs to 'redis+sentinel://'. Remove it."
 
     if name in _known("rediss"):
-        remedy = f"Start the URL with '{_other(scheme)}://'" if _other(scheme) else "Remove it"
+        other = _OTHERS.get(scheme)
+        remedy = f"Start the URL with '{other}://'" if other else "Remove it"
         return f"its option {name!r} belongs to TLS, which '{scheme}://' does not use. {remedy}."
 
     close = difflib.get_close_matches(name.lower().replace("-", "_"), sorted(known), n=1)
@@ -197,12 +202,6 @@ def _known(scheme: str) -> set[str]:
     names = {name for maker in makers for name in inspect.signature(maker).parameters}
     extra = SENTINEL_OPTIONS if scheme.endswith("+sentinel") else ()
     return {name for name in names if not _OBJECTS.fullmatch(name)} | set(extra)
-
-
-def _other(scheme: str) -> str | None:
-    """Return the TLS variant of a scheme, or the variant without TLS; ``None`` if none exists."""
-    pairs = {"redis": "rediss", "redis+sentinel": "rediss+sentinel"}
-    return (pairs | {tls: plain for plain, tls in pairs.items()}).get(scheme)
 
 
 def explain(error: Exception, url: str, *, is_first: bool) -> Exception:
@@ -224,7 +223,7 @@ def explain(error: Exception, url: str, *, is_first: bool) -> Exception:
 
 def _advice(error: Exception, cause: BaseException | None, url: str, is_first: bool) -> str | None:
     is_tls = url.startswith("rediss")
-    other = _other(urlsplit(url).scheme)
+    other = _OTHERS.get(urlsplit(url).scheme)
 
     if isinstance(cause, ssl.SSLCertVerificationError):
         return _about_certificate(cause, url)
@@ -235,7 +234,9 @@ def _advice(error: Exception, cause: BaseException | None, url: str, is_first: b
     if not is_first:
         return None
 
-    if is_tls and (getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER" or _timed_out(cause)):
+    timed_out = isinstance(cause, TimeoutError) and "handshake" in str(cause)
+
+    if is_tls and (getattr(cause, "reason", "") == "WRONG_VERSION_NUMBER" or timed_out):
         return f"If the port does not speak TLS, start 'EVENTBUS_URL' with '{other}://'."
 
     is_closed = isinstance(cause, ConnectionResetError) or "closed by server" in str(error)
@@ -327,7 +328,3 @@ def _about_files(url: str) -> str | None:
             return f"Correct the path of {name!r} in 'EVENTBUS_URL': {text!r} does not exist."
 
     return None
-
-
-def _timed_out(cause: BaseException | None) -> bool:
-    return isinstance(cause, TimeoutError) and "handshake" in str(cause)
