@@ -1,7 +1,7 @@
 """The work of an operator, as functions without a terminal.
 
-A command opens a connection with ``streams`` (streams and their groups) or ``server`` (the server
-itself), and passes it to one of these:
+A command opens a connection with ``streams`` (streams and their groups), and passes it to one of
+these:
 
 - ``overview`` lists the routes, subscriptions and receivers of a program, without Redis.
 - ``status`` reads lag, pending events, retries and dead letters of each service.
@@ -9,5 +9,5 @@ itself), and passes it to one of these:
 - ``replay`` runs receivers again from a place in a stream, which ``streams`` parses.
 - ``services`` moves a service to a place in a stream, and removes or renames it.
 - ``tail`` shows live events of channels and streams.
-- ``publish`` publishes one event and waits for the answer.
+- ``server`` asks the server about itself, and publishes one event to it.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,12 @@ class Overview:
         names = {route.name for route in routes} - namespace.requested
 
         for name, (where, remedy) in sorted(_strangers(names).items()):
-            yield _stranger_text(name, where), remedy
+            problem = (
+                f"The route {name!r} publishes the bus's own signal, which no code has asked for "
+                f"with bus.signal({name!r}). {where} is another signal of that name: what it sends "
+                "is not published."
+            )
+            yield problem, remedy
 
     def published_names(self, *, via: str) -> list[str]:
         """Return the names that this program publishes over ``via``, with patterns resolved."""
@@ -135,7 +140,10 @@ class Overview:
             "publishes": [self._route_as_json(route) for route in self.routes],
             "subscribes": [self._subscription_as_json(found) for found in self.subscriptions],
             "local": [
-                {"name": signal.name, "receivers": _names(connected_to(signal))}
+                {
+                    "name": signal.name,
+                    "receivers": sorted(each.name for each in connected_to(signal)),
+                }
                 for signal in self.local
             ],
         }
@@ -182,28 +190,22 @@ class Overview:
 
     def _subscription_as_json(self, subscription: Subscription) -> dict[str, Any]:
         sources, reads = subscription.sources, self.reads_stream(subscription)
+        uses = {"channel": subscription.via != "stream", "stream": reads}
         return {
             "name": subscription.name,
-            "via": self._transports_of(subscription),
+            "via": [via for via, is_used in uses.items() if is_used],
             "from": None if sources is None else sorted(sources),
             "echo": subscription.echo,
             "start": _START.get(subscription.start, subscription.start) if reads else None,
             "group": self._node.config.service if reads and subscription.group else None,
             "receivers": [
-                self._receiver_as_json(subscription, each)
+                {
+                    "name": each.name,
+                    "retries": self.retries_of(subscription, each.receiver),
+                    "timeout": self.timeout_of(subscription, each.receiver),
+                }
                 for each in sorted(self.receivers_of(subscription), key=lambda each: each.name)
             ],
-        }
-
-    def _transports_of(self, subscription: Subscription) -> list[str]:
-        channel = ["channel"] if subscription.via != "stream" else []
-        return [*channel, *(["stream"] if self.reads_stream(subscription) else [])]
-
-    def _receiver_as_json(self, subscription: Subscription, found: Connected) -> dict[str, Any]:
-        return {
-            "name": found.name,
-            "retries": self.retries_of(subscription, found.receiver),
-            "timeout": self.timeout_of(subscription, found.receiver),
         }
 
 
@@ -287,44 +289,24 @@ def _living(names: Set[str]) -> set[str]:
     return look()
 
 
-def _stranger_text(name: str, where: str) -> str:
-    """Describe the problem of a route whose signal was never requested."""
-    return (
-        f"The route {name!r} publishes the bus's own signal, which no code has asked for with "
-        f"bus.signal({name!r}). {where} is another signal of that name: what "
-        "it sends is not published."
-    )
-
-
 def connected_to(signal: Signal) -> list[Connected]:
     """Return the receivers of a signal, without the bridge that publishes it."""
-    return [
-        connected
-        for connected in _all_connected(signal)
-        if not isinstance(connected.receiver, Bridge)
-    ]
+    found = []
+
+    # blinker has no public API that tells weak receivers from strong ones.
+    for held in list(signal.receivers.values()):
+        is_weak = isinstance(held, weakref.ref)
+        receiver = held() if is_weak else held
+
+        if receiver is not None and not isinstance(receiver, Bridge):
+            found.append(Connected(receiver, is_weak))
+
+    return found
 
 
 def name_of_signal(signal: Signal) -> str:
     """Return the name of a signal; its ``repr()`` if it has no name."""
     return signal.name if isinstance(signal, NamedSignal) else repr(signal)
-
-
-def _all_connected(signal: Signal) -> Iterator[Connected]:
-    # blinker has no public API that tells weak receivers from strong ones.
-    for reference in list(signal.receivers.values()):
-        if not isinstance(reference, weakref.ref):
-            yield Connected(reference)
-        elif (receiver := _alive(reference)) is not None:
-            yield Connected(receiver, weak=True)
-
-
-def _alive(reference: weakref.ref[Callable[..., Any]]) -> Callable[..., Any] | None:
-    return reference()
-
-
-def _names(connected: list[Connected]) -> list[str]:
-    return sorted(each.name for each in connected)
 
 
 def subscribed(node: Node, names: Iterable[str]) -> set[str]:

@@ -7,13 +7,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..codec.codec import Codec
 from ..codec.records import MAX_PART, EntryId, entry_id, id_text, words_of
-from ..config import Config
 from ..errors import ConfigError, DecodeError, OperationError
 from ..event import Event
 from ..node import Node
-from ..receivers.dispatcher import Dispatcher, Failure, name_of
+from ..receivers.dispatcher import name_of
 from ..routing.subscriptions import Subscription, subscription_for
 from ..text import printable
 from .dead_letters import is_called
@@ -41,9 +39,7 @@ class Replay:
     :param only: the name of the only receiver to run; ``None`` for all.
     """
 
-    config: Config
-    codec: Codec
-    dispatcher: Dispatcher
+    node: Node
     subscription: Subscription
     name: str
     receivers: Sequence[str]
@@ -133,7 +129,7 @@ class Replay:
     def _events(
         self, access: StreamAccess, first: EntryId, last: EntryId
     ) -> Iterator[tuple[str, Event | DecodeError]]:
-        key, most = access.keys.stream(self.name), self.config.max_event_bytes
+        key, most = access.keys.stream(self.name), self.node.config.max_event_bytes
 
         for page in access.pages(key, first, last, most=most):
             # Receivers may run for so long that the server would close an idle connection.
@@ -147,7 +143,7 @@ class Replay:
             return DecodeError("It has no field 'event'.", reason="missing_attribute")
 
         try:
-            event = self.codec.decode(entry[1][b"event"], via="stream")
+            event = self.node.codec.decode(entry[1][b"event"], via="stream")
         except DecodeError as error:
             return error
 
@@ -165,22 +161,19 @@ class Replay:
         elif not self._is_for_here(event):
             self.others += 1
         else:
-            failures = () if dry else self.dispatcher.dispatch_once(event, only=self.only)
-            self._note(entry, event, failures)
+            failures = () if dry else self.node.dispatcher.dispatch_once(event, only=self.only)
+            self.handled += not failures
+
+            for failure in failures:
+                failed = Failed(event.id, entry, words_of(failure.error))
+                self.failed.setdefault(failure.name or name_of(failure.receiver), []).append(failed)
 
     def _is_for_here(self, event: Event) -> bool:
-        is_own = event.source == self.config.service
+        is_own = event.source == self.node.config.service
         is_taken = self.subscription.accepts(event.source) and (
             self.subscription.echo or not is_own
         )
-        return is_taken and bool(self.dispatcher.receivers(event, only=self.only))
-
-    def _note(self, entry: str, event: Event, failures: Sequence[Failure]) -> None:
-        self.handled += not failures
-
-        for failure in failures:
-            failed = Failed(event.id, entry, words_of(failure.error))
-            self.failed.setdefault(failure.name or name_of(failure.receiver), []).append(failed)
+        return is_taken and bool(self.node.dispatcher.receivers(event, only=self.only))
 
 
 def prepare(node: Node, name: str, receiver: str | None) -> Replay:
@@ -215,9 +208,7 @@ def prepare(node: Node, name: str, receiver: str | None) -> Replay:
         )
 
     return Replay(
-        config=node.config,
-        codec=node.codec,
-        dispatcher=node.dispatcher,
+        node=node,
         subscription=subscription,
         name=name,
         receivers=found,

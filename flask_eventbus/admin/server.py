@@ -1,22 +1,32 @@
-"""Query a server about itself: settings, listeners, channels and streams."""
+"""Ask a server about itself, such as its settings and listeners, and publish one event to it."""
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import redis
 
-from ..config import SIGNAL_NAME, TIMING, Config
-from ..errors import OperationError
+from ..config import SIGNAL_NAME, TIMING
+from ..errors import OperationError, PublishError
 from ..node import Node
+from ..publisher.connection import PublishConnection
+from ..publisher.message import (
+    Message,
+    MessageBuilder,
+    NoWritesError,
+    TooFewReplicasError,
+    check_route,
+)
+from ..routing.routes import Route
 from ..text import reason_of
 from ..transport.connection import OUTAGE, read_reply
 from ..transport.connections import Connections
-from ..transport.keys import ChannelKeys, StreamKeys
+from ..transport.keys import ADD, PUBLISH, ChannelKeys, StreamKeys, grant_the_user, remedy
 from ..transport.urls import trouble_of
 
 #: Seconds a server has to answer each question.
@@ -42,16 +52,6 @@ class Listening:
     patterns: int
     #: True if it reads streams.
     streams: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StreamFacts:
-    """The length and the groups of a signal's stream."""
-
-    #: Number of events in it.
-    events: int
-    #: Services that have a group there.
-    groups: Sequence[str]
 
 
 class Server:
@@ -115,8 +115,8 @@ class Server:
             if int(count)
         }
 
-    def streams(self, keys: StreamKeys) -> dict[str, StreamFacts]:
-        """Return the streams by the names of their signals.
+    def streams(self, keys: StreamKeys) -> dict[str, dict[str, Any]]:
+        """Return the number of events and the groups of each stream, by the names of the signals.
 
         :raises redis.ResponseError: this user has no right to ask.
         """
@@ -125,7 +125,7 @@ class Server:
         lengths = self.ask_all([("XLEN", keys.stream(name)) for name in names])
         groups = self.ask_all([("XINFO", "GROUPS", keys.stream(name)) for name in names])
         return {
-            name: StreamFacts(events=_checked(length), groups=_groups(answer))
+            name: {"events": _checked(length), "groups": _groups(answer)}
             for name, length, answer in zip(names, lengths, groups, strict=True)
             # Another program may have written to the key.
             if "WRONGTYPE" not in str(length)
@@ -180,24 +180,21 @@ def _text(answer: bytes) -> str:
     return answer.decode(errors="replace")
 
 
-#: What ``CLIENT LIST`` shows.
-CLIENT_NAME = "eventbus-routes"
-
-
 def census(node: Node) -> dict[str, Any]:
     """Return the channels, streams and services of the node's prefix, for `routes`.
 
     :raises OperationError: Redis cannot be asked.
     """
     deadline = time.monotonic() + PATIENCE
-    connections = Connections(node.config.url, name=CLIENT_NAME, deadline=deadline)
+    connections = Connections(node.config.url, name="eventbus-routes", deadline=deadline)
 
     try:
         with Server(connections) as server:
+            keys, has_streams = StreamKeys(node.config.prefix), node.config.has_streams
             return {
                 "channels": server.channels(ChannelKeys(node.config.prefix)),
-                "streams": _streams(server, node.config),
-                "services": _services(server),
+                "streams": _granted(lambda: server.streams(keys)) if has_streams else {},
+                "services": _granted(lambda: processes_of(server.listening())),
             }
     except OUTAGE as error:
         raise OperationError(
@@ -210,22 +207,96 @@ def census(node: Node) -> dict[str, Any]:
         ) from error
 
 
-def _streams(server: Server, config: Config) -> dict[str, Any] | None:
-    """Return the streams and their groups; ``None`` if this user has no right to."""
-    if not config.has_streams:
-        return {}
-
+def _granted(ask: Callable[[], Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return an answer, ordered by name; ``None`` if this user has no right to ask."""
     try:
-        found = server.streams(StreamKeys(config.prefix))
+        return dict(sorted(ask().items()))
     except redis.ResponseError:
         return None
 
-    return {name: asdict(facts) for name, facts in found.items()}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """The reply of Redis to an event."""
+
+    event_id: str
+    #: The channel or the stream.
+    key: str
+    #: Number of listeners of a channel that got it; in a cluster, those of one node.
+    listeners: int = 0
+    #: The id of its entry in a stream.
+    entry: str | None = None
 
 
-def _services(server: Server) -> dict[str, int] | None:
-    """Return the number of processes of each service; ``None`` if this user has no right to."""
+def publish_one(
+    node: Node, name: str, payload: Mapping[str, Any], *, stream: bool = False
+) -> Receipt:
+    """Publish an event as the node's service, from a node id of its own, and wait for the answer.
+
+    The event takes the node's route for the name.
+
+    :param stream: True to publish to the stream, even if the route says otherwise.
+    :raises ConfigError: the event cannot go to a stream at this URL.
+    :raises PayloadError: a value cannot be encoded.
+    :raises PublishError: Redis did not take it, or did not say so within 3 seconds.
+    """
+    route = node.route_for(name)
+
+    if stream and route.via != "stream":
+        route = Route(name=name, via="stream")
+        check_route(node.config, route)
+
+    builder = MessageBuilder(node.config, node.codec, trace=None)
+    message = builder.build(name, payload, route, confirm=False)
+    message.assign_id(secrets.token_hex(6), 1, time.time_ns())
+    message.assign_seq()
+    answer = _send(node, message)
+    destination = message.route_state.destination
+
+    if destination.is_stream:
+        return Receipt(event_id=message.id, key=destination.key, entry=answer.decode())
+
+    return Receipt(event_id=message.id, key=destination.key, listeners=answer)
+
+
+def _send(node: Node, message: Message) -> Any:
+    """Write a message over a connection of its own, and return the answer of Redis."""
+    connections = Connections(node.config.url, name="eventbus-publish")
+    connection = PublishConnection(connections, node.config, timeout=TIMEOUT)
+    deadline = time.monotonic() + TIMEOUT
+    state, in_doubt = f"{message.route_state.name!r} was not published", False
+
     try:
-        return dict(sorted(processes_of(server.listening()).items()))
-    except redis.ResponseError:
-        return None
+        connection.probe(deadline)
+        state, in_doubt = f"It is not known whether {message.id} was published", True
+        encoded = (message.route_state.destination, message.encoded())
+        (error,) = connection.publish([encoded], deadline)
+    except OUTAGE as outage:
+        raise PublishError(
+            f"{state}: Redis at {connections.shown} cannot be used: {trouble_of(outage)}",
+            event_id=message.id,
+            in_doubt=in_doubt,
+        ) from outage
+    finally:
+        connection.close()
+
+    if error is not None:
+        raise _refusal(message, error) from error
+
+    return connection.answers[0]
+
+
+def _refusal(message: Message, error: Exception) -> PublishError:
+    name, destination = message.route_state.name, message.route_state.destination
+
+    if isinstance(error, TooFewReplicasError):
+        text = f"{name!r} is stored as the event {message.id}, but {error}."
+    elif isinstance(error, NoWritesError):
+        text = f"{name!r} was not published: Redis takes no writes now: {error}."
+    else:
+        right = ADD if destination.is_stream else PUBLISH
+        advice = remedy(error, {destination.key: right}, grant_the_user)
+        text = f"{name!r} was not published: Redis refuses it: {reason_of(error)}. {advice}"
+
+    in_doubt = isinstance(error, TooFewReplicasError)
+    return PublishError(text, event_id=message.id, in_doubt=in_doubt)

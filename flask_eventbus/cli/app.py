@@ -13,8 +13,7 @@ from typing import Any
 import click
 
 from ..admin.overview import Overview
-from ..admin.publish import publish_one
-from ..admin.server import census
+from ..admin.server import census, publish_one
 from ..admin.tail import Filter, Tail, TailEvent
 from ..bus import run_until_signal
 from ..checks.findings import Finding

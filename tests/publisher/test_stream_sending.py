@@ -26,7 +26,7 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, PayloadError, PublishError, signals
-from flask_eventbus.admin.publish import publish_one
+from flask_eventbus.admin.server import publish_one
 from flask_eventbus.config import Age, Config, Timing
 from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import (

@@ -18,8 +18,7 @@ from stream_store import StreamStore
 from flask_eventbus import Bus, PublishError
 from flask_eventbus.__main__ import main
 from flask_eventbus.admin.dead_letters import Choice, DeadLetters
-from flask_eventbus.admin.publish import publish_one
-from flask_eventbus.admin.server import census
+from flask_eventbus.admin.server import census, publish_one
 from flask_eventbus.admin.streams import StreamAccess
 from flask_eventbus.channels.reader import ChannelReader
 from flask_eventbus.checks.server import check_server
@@ -261,7 +260,7 @@ def test_a_commit_that_waits_for_confirmations_ends_as_soon_as_redis_refuses(
 def test_the_publish_command_waits_three_seconds_for_all_replies(
     slow: Proxy, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flask_eventbus.admin.publish.TIMEOUT", 1.0)
+    monkeypatch.setattr("flask_eventbus.admin.server.TIMEOUT", 1.0)
     node = make_bus(slow.url, prefix="time-limits", publish=["tick"]).node
     slow.pause = 0.3
 
