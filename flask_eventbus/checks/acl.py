@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -82,31 +82,35 @@ class Need:
         return self.right[1:].replace("|", " ").upper()
 
 
-def check_stream_rights(open_server: Callable[[], Server], node: Node) -> Iterator[Finding]:
-    """Check the rights that the routes and subscriptions of a node need, without any effect.
-
-    :param open_server: opens a connection; each is closed in the middle of a transaction.
-    """
+def check_stream_rights(connections: Connections, node: Node) -> Iterator[Finding]:
+    """Check the rights that the routes and subscriptions of a node need, without any effect."""
     overview = Overview(node)
     published = overview.published_names(via="stream")
     read = [found for found in overview.subscriptions if overview.reads_stream(found)]
 
+    # Each connection is closed in the middle of a transaction.
     if published:
-        with open_server() as server:
+        with Server(connections) as server:
             yield from _check_published(server, node, published)
 
     if read:
-        with open_server() as server:
+        with Server(connections) as server:
             yield from _check_read(server, node.config, read)
 
 
 def _check_published(server: Server, node: Node, names: Iterable[str]) -> Iterator[Finding]:
     keys = StreamKeys(node.config.prefix)
-    refused = [
-        _finding(f"It does not let this user add to the stream of {name!r}", found)
-        for name in names
-        if (found := _refusals(server, _needs_of_publisher(node, keys, name)))
-    ]
+    refused = []
+
+    for name in names:
+        replicas = node.route_for(name).replicas
+        waits = node.config.replicas if replicas is None else replicas
+        needs = [Need(rights.ADD, keys.stream(name)), *([Need(rights.WAIT)] if waits else [])]
+
+        if found := _refusals(server, needs):
+            text = f"It does not let this user add to the stream of {name!r}"
+            refused.append(_finding(text, found))
+
     yield from refused or [ok(f"It lets this user add to the streams of {listed(names)}.")]
 
     if _refusals(server, [Need("+multi")]):
@@ -118,14 +122,6 @@ def _check_published(server: Server, node: Node, names: Iterable[str]) -> Iterat
             "'status' do not find them until another publisher has registered them.",
             _remedy(found),
         )
-
-
-def _needs_of_publisher(node: Node, keys: StreamKeys, name: str) -> Iterator[Need]:
-    replicas = node.route_for(name).replicas
-    yield Need(rights.ADD, keys.stream(name))
-
-    if node.config.replicas if replicas is None else replicas:
-        yield Need(rights.WAIT)
 
 
 def _check_read(
@@ -173,61 +169,55 @@ def _check_inside(
         )
         return
 
-    names = [found.name for found in subscriptions]
-    refused = list(_check_each(server, config, subscriptions))
-    yield from refused or [ok(f"It lets this user read the streams of {listed(names)}.")]
-
-
-def _check_each(
-    server: Server, config: Config, subscriptions: list[Subscription]
-) -> Iterator[Finding]:
-    keys = StreamKeys(config.prefix)
+    refused = []
 
     for subscription in subscriptions:
-        found = _refusals(server, _needs_of(subscription, keys, config))
         reader = f"as the group {config.service!r}" if subscription.group else "in each process"
+        what = f"read the stream of {subscription.name!r} {reader}"
+        refusals = _refusals(server, _needs_of(subscription, StreamKeys(config.prefix), config))
 
-        if found and all(need.right.startswith(_SPARED) for need in found):
-            yield warning(
-                f"It lets this user read the stream of {subscription.name!r} {reader}, and not "
-                f"maintain its group: {_why(found)}. The service does not notice events that dead "
-                "workers left, or that were trimmed.",
-                _remedy(found),
+        if refusals and all(need.right.startswith(_SPARED) for need in refusals):
+            refused.append(
+                warning(
+                    f"It lets this user {what}, and not maintain its group: {_why(refusals)}. The "
+                    "service does not notice events that dead workers left, or that were trimmed.",
+                    _remedy(refusals),
+                )
             )
-        elif found:
-            text = f"It does not let this user read the stream of {subscription.name!r} {reader}"
-            yield _finding(text, found)
+        elif refusals:
+            refused.append(_finding(f"It does not let this user {what}", refusals))
+
+    names = listed(found.name for found in subscriptions)
+    yield from refused or [ok(f"It lets this user read the streams of {names}.")]
 
 
 def _needs_of(subscription: Subscription, keys: StreamKeys, config: Config) -> list[Need]:
     """Return the rights that a service needs to read a stream, all but those to transactions."""
     name, service = subscription.name, config.service
-    needed: list[tuple[str, str]] = []
-
-    if is_pattern(name):
-        needed += [(rights.SEARCH, keys.names), (rights.TIME, "")]
-        needed.append((rights.SINCE, keys.since(service)))
+    search = [(rights.SEARCH, keys.names), (rights.TIME, "")]
+    needed = [*search, (rights.SINCE, keys.since(service))] if is_pattern(name) else []
 
     if not subscription.group:
         needed.append((rights.FOLLOW, keys.stream(name)))
     else:
         needed += [(rights.GROUP, keys.stream(name)), (rights.REGISTER, keys.names)]
         # Finds retries of signals that the service no longer subscribes to.
-        needed += [(rights.SEARCH, keys.names), (rights.TIME, "")]
+        needed += search
 
         if config.duplicate_window:
             needed.append((rights.SEEN, keys.seen(name, service, 0)[:-1] + "*"))
 
-        needed += [(rights.RETRIES, keys.retry(name, service))]
-        needed += [(rights.DEAD, keys.dead(name, service))]
-        needed += [(rights.DROPPED, keys.dead_dropped(name, service))]
+        needed += [
+            (rights.RETRIES, keys.retry(name, service)),
+            (rights.DEAD, keys.dead(name, service)),
+            (rights.DROPPED, keys.dead_dropped(name, service)),
+        ]
 
     return [Need(right, key, service) for each, key in needed for right in each.split()]
 
 
-def _refusals(server: Server, needs: Iterable[Need]) -> Refusals:
+def _refusals(server: Server, needs: Sequence[Need]) -> Refusals:
     """Try the command of each need in one round trip, and return those that Redis refuses."""
-    needs = list(needs)
     answers = server.ask_all([need.trial for need in needs])
     return {
         need: answer

@@ -301,7 +301,7 @@ def _check_streams(
 
         return
 
-    yield from check_stream_rights(lambda: Server(connections), node)
+    yield from check_stream_rights(connections, node)
 
     if streams:
         yield from _check_backlog(node, service, connections.deadline)

@@ -68,50 +68,38 @@ class Held:
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Owner, SessionTransaction, Any]] = []
-        self._committed: SessionTransaction | None = None
-        self._rolled_back = False
+        #: The transaction that the database committed last; :meth:`end` is called next.
+        self.committed: SessionTransaction | None = None
+        #: True once the database rolled back the outermost transaction.
+        self.rolled_back = False
 
     def add(self, item: Any, owner: Owner, transaction: SessionTransaction) -> None:
         """Hold ``item`` until ``transaction`` ends."""
         self._waiting.append((owner, transaction, item))
-
-    def commit(self, transaction: SessionTransaction) -> None:
-        """Record that the database committed ``transaction``; :meth:`end` is called next."""
-        self._committed = transaction
-
-    def is_committed(self, transaction: SessionTransaction | None) -> bool:
-        """Return True between the commit of ``transaction`` and its end."""
-        return transaction is not None and transaction is self._committed
-
-    def roll_back(self) -> None:
-        """Record that the database rolled back the outermost transaction."""
-        self._rolled_back = True
 
     def end(self, transaction: SessionTransaction) -> None:
         """Release the items of ``transaction`` to their owners.
 
         Items of a committed savepoint move to the transaction around it.
         """
-        if transaction is not self._committed:
+        if transaction is not self.committed:
             self._discard(transaction)
-        elif transaction.parent is not None:
-            self._move(transaction, _boundary(transaction.parent))
-        else:
+        elif transaction.parent is None:
             self._release()
+        else:
+            around = _boundary(transaction.parent)
+            self._waiting = [
+                (owner, around if held is transaction else held, item)
+                for owner, held, item in self._waiting
+            ]
 
     def _discard(self, transaction: SessionTransaction) -> None:
         gone = [entry for entry in self._waiting if entry[1] is transaction]
         self._waiting = [entry for entry in self._waiting if entry[1] is not transaction]
-        forgotten = transaction.parent is None and not self._rolled_back
+        forgotten = transaction.parent is None and not self.rolled_back
 
         for owner, items in _by_owner(gone):
             owner.discarded(items, forgotten=forgotten)
-
-    def _move(self, transaction: SessionTransaction, around: SessionTransaction) -> None:
-        self._waiting = [
-            (owner, around if held is transaction else held, item)
-            for owner, held, item in self._waiting
-        ]
 
     def _release(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -199,7 +187,8 @@ def is_committed(session: Session) -> bool:
     This is so while SQLAlchemy calls the ``after_commit`` listeners.
     """
     held: Held | None = session.info.get(KEY)
-    return held is not None and held.is_committed(_innermost(session))
+    transaction = _innermost(session)
+    return held is not None and transaction is not None and held.committed is transaction
 
 
 def check(source: Any) -> None:
@@ -308,14 +297,14 @@ def _note_commit(session: Session) -> None:
 
     # Even without items: another after_commit listener may still send an event.
     if transaction is not None:
-        _held(session).commit(transaction)
+        _held(session).committed = transaction
 
 
 def _note_rollback(session: Session) -> None:
     held = session.info.get(KEY)
 
     if held is not None and session.get_nested_transaction() is None:
-        held.roll_back()
+        held.rolled_back = True
 
 
 def _note_end(session: Session, transaction: SessionTransaction) -> None:
