@@ -16,6 +16,7 @@ from ..receivers.dispatcher import SECRET, Conflicts, Finding, compare
 from ..receivers.workers import WorkerThreads
 from ..routing.subscriptions import Subscription
 from ..signals import emit, event_rejected, events_missed, listener_connected, listener_lost
+from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from ..transport.keys import ChannelKeys
 from ..transport.reconnect import ReadingThread
@@ -83,7 +84,12 @@ class Listener(ReadingThread):
     def start(self) -> None:
         """Start the thread unless it was started before, and subscribe to what was added."""
         super().start()
-        self._subscriptions.refresh()
+
+        try:
+            self._subscriptions.ask()
+        except OUTAGE as error:
+            # The reading thread notices the loss too, and subscribes to everything again.
+            logger.debug("Subscribing waits for the next connection: %s", error)
 
     def ready(self, timeout: float | None) -> bool:
         """Wait until Redis has confirmed every subscription; return False if it has not.

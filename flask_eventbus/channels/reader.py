@@ -303,14 +303,6 @@ class ChannelSubscriptions:
 
         self.ask()
 
-    def refresh(self) -> None:
-        """Subscribe to what was added; ignore a lost connection."""
-        try:
-            self.ask()
-        except OUTAGE as error:
-            # The reading thread notices the loss too, and subscribes to everything again.
-            logger.debug("Subscribing waits for the next connection: %s", error)
-
     def note(self, frame: Frame) -> None:
         """Record an answer of Redis."""
         if frame.kind not in ("subscribe", "psubscribe", "refused"):

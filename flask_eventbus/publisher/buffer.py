@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 
 from .message import Message
 
@@ -50,7 +51,7 @@ class Buffer:
 
     def __iter__(self) -> Iterator[Message]:
         waiting = [*self.channels.events, *self.streams.events]
-        return iter([*self.in_flight, *sorted(waiting, key=_number)])
+        return iter([*self.in_flight, *sorted(waiting, key=attrgetter("number"))])
 
     @property
     def bytes(self) -> int:
@@ -71,9 +72,15 @@ class Buffer:
         """Return True if an event of ``size`` bytes may not fit."""
         return len(self) + 1 >= self._most_events or self.bytes + size > self._most_bytes
 
-    def has_room(self, message: Message) -> bool:
-        """Return True if an event fits; an event of any size fits into an empty buffer."""
-        queued, size, in_flight = len(self.channels.events), self.channels.bytes, 0
+    def has_room(self, message: Message, *, drops_channels: bool = False) -> bool:
+        """Return True if an event fits; an event of any size fits into an empty buffer.
+
+        :param drops_channels: True if all channel events would be dropped for it.
+        """
+        queued = size = in_flight = 0
+
+        if not drops_channels:
+            queued, size = len(self.channels.events), self.channels.bytes
 
         if not self.streams_paused or message.route_state.is_stream:
             queued += len(self.streams.events)
@@ -89,22 +96,12 @@ class Buffer:
         queue.events.append(message)
         queue.bytes += message.size
 
-    def can_make_room(self, message: Message) -> bool:
-        """Return True if an event fits after all channel events have been dropped."""
-        if self.streams_paused and not message.route_state.is_stream:
-            return True
-
-        kept = self.streams
-        count = len(kept.events) + len(self.in_flight)
-        fits = count < self._most_events and kept.bytes + message.size <= self._most_bytes
-        return fits or not kept.events
-
     def drop_oldest(self) -> Message | None:
         """Remove and return the oldest queued channel event; ``None`` if there is none.
 
         The event gets a ``seq``, so that listeners detect the gap.
         """
-        while oldest := self.channels.first():
+        while oldest := _oldest(self.channels.events, ()):
             # False if a signal handler has dropped it in the meantime.
             if self.channels.remove(oldest):
                 oldest.assign_seq()
@@ -112,10 +109,14 @@ class Buffer:
 
         return None
 
-    def take(self, most_events: int, most_bytes: int) -> Sequence[Message]:
+    def take(
+        self, most_events: int, most_bytes: int, *, tries_stream: bool = False
+    ) -> Sequence[Message]:
         """Move the next events from their queues to :attr:`in_flight`, and return them.
 
         They stay in flight until :meth:`finish` or :meth:`put_back`.
+
+        :param tries_stream: True to take stream events alone, although streams may be paused.
         """
         batch: list[Message] = []
         size = 0
@@ -125,8 +126,8 @@ class Buffer:
 
         while len(batch) < most_events and size < most_bytes:
             # Looked up each time: a signal handler that stops the bus replaces the queues.
-            channels = self.channels.events
-            streams = () if self.streams_paused else self.streams.events
+            channels = () if tries_stream else self.channels.events
+            streams = self.streams.events if tries_stream or not self.streams_paused else ()
 
             if not (channels or streams):
                 break
@@ -172,19 +173,6 @@ class Buffer:
 
             if self._queue_of(message).remove(message) and self._waiting:
                 self.changed.notify_all()
-
-    def take_stream_event(self) -> Sequence[Message]:
-        """Move the first stream event to :attr:`in_flight`, although streams are paused."""
-        batch: list[Message] = []
-        self.in_flight = batch
-
-        while not batch and (first := self.streams.first()):
-            batch.append(first)
-
-            if not self.streams.remove(first) or first.withdrawn:
-                batch.pop()
-
-        return batch
 
     def put_back(self, left: Sequence[Message] | None = None) -> None:
         """End the batch in flight; put it back at the front of the queues.
@@ -260,13 +248,6 @@ class MessageQueue:
         self.events: deque[Message] = deque()
         self.bytes = 0
 
-    def first(self) -> Message | None:
-        """Return the oldest event; ``None`` if the queue is empty."""
-        try:
-            return self.events[0]
-        except IndexError:
-            return None
-
     def push(self, message: Message) -> None:
         """Put an event back at the front."""
         self.events.appendleft(message)
@@ -292,7 +273,3 @@ def _oldest(channels: Sequence[Message], streams: Sequence[Message]) -> Message 
         return (channels or streams)[0]
     except IndexError:
         return None
-
-
-def _number(message: Message) -> int:
-    return message.number

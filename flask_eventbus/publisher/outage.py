@@ -36,10 +36,10 @@ class Outage:
         #: Monotonic time at which Redis was lost.
         self._since = 0.0
         self._away_error: Exception | None = None
-        #: Monotonic time at which Redis first refused a write; ``None`` while it accepts writes.
-        self._refusing_since: float | None = None
         #: Why Redis accepts no writes; ``None`` while it does.
         self.refusal: Exception | None = None
+        #: Monotonic time at which Redis first refused a write.
+        self._refusing_since = 0.0
         self._backoff = Backoff(most=max_backoff)
         #: Monotonic time of the next attempt to write while Redis accepts no writes.
         self.write_again_at = float("inf")
@@ -76,11 +76,10 @@ class Outage:
         if self.away:
             return
 
-        was_known = self.refusal is not None
         self._since, self.away = time.monotonic(), True
         self._log.warning("lost", "Redis is away (%s); %d events wait for it.", error, buffered)
 
-        if not was_known:
+        if self.refusal is None:
             emit(publisher_lost, self._service, error=error, buffered=buffered)
 
     def end(self, buffered: int) -> None:
@@ -96,13 +95,8 @@ class Outage:
             return
 
         self.away, self._away_error = False, None
-        seconds = time.monotonic() - self._since
-        self._log.warning(
-            "restored",
-            "Redis is back after %.1f s; %d events that waited are being sent.",
-            seconds,
-            buffered,
-        )
+        text = "Redis is back after %.1f s; %d events that waited are being sent."
+        self._log.warning("restored", text, time.monotonic() - self._since, buffered)
         self._tell_restored(self._since, buffered)
 
     def refuse_writes(self, error: Exception, buffered: int) -> None:
@@ -111,24 +105,17 @@ class Outage:
         :param error: the error reply.
         :param buffered: number of events that wait.
         """
-        was_known = self.away or self.refusal is not None
-        self.refusal = error
+        was_refusing, self.refusal = self.refusal is not None, error
         self.write_again_at = time.monotonic() + self._backoff.next()
 
-        if self._refusing_since is not None:
+        if was_refusing:
             return
 
         self._refusing_since = time.monotonic()
-        self.pending_lines.append(
-            (
-                "refusing",
-                "Redis takes no writes (%s); %d events wait. Channel events are still published.",
-                error,
-                buffered,
-            )
-        )
+        text = "Redis takes no writes (%s); %d events wait. Channel events are still published."
+        self.pending_lines.append(("refusing", text, error, buffered))
 
-        if not was_known:
+        if not self.away:
             emit(publisher_lost, self._service, error=error, buffered=buffered)
 
     def take_writes(self, buffered: int) -> None:
@@ -136,21 +123,16 @@ class Outage:
 
         :param buffered: number of events that wait.
         """
-        if self._refusing_since is None:
+        if self.refusal is None:
             return
 
-        since, self._refusing_since, self.refusal = self._refusing_since, None, None
+        self.refusal = None
         self.write_again_at = float("inf")
         self._backoff.tries = 0
-        self.pending_lines.append(
-            (
-                "accepting",
-                "Redis takes writes again after %.1f s; %d events that waited are being sent.",
-                time.monotonic() - since,
-                buffered,
-            )
-        )
-        self._tell_restored(since, buffered)
+        text = "Redis takes writes again after %.1f s; %d events that waited are being sent."
+        seconds = time.monotonic() - self._refusing_since
+        self.pending_lines.append(("accepting", text, seconds, buffered))
+        self._tell_restored(self._refusing_since, buffered)
 
     def log_changes(self) -> None:
         """Log the changes that :meth:`refuse_writes` and :meth:`take_writes` recorded.
@@ -171,7 +153,7 @@ class Outage:
         self.write_again_at = min(self.write_again_at, time.monotonic())
 
     def _tell_restored(self, since: float, buffered: int) -> None:
-        if not self.away and self._refusing_since is None:
+        if not self.away and self.refusal is None:
             seconds = time.monotonic() - since
             emit(publisher_restored, self._service, seconds=seconds, buffered=buffered)
 

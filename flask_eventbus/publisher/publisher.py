@@ -457,7 +457,7 @@ class Publisher:
         self._refuse_in_outage(message)
         self._assign_id(message)
 
-        if not self._buffer.can_make_room(message):
+        if not self._buffer.has_room(message, drops_channels=True):
             if message.route_state.is_stream:
                 raise self._no_room(message)
 

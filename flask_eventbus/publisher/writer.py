@@ -553,7 +553,7 @@ class Writer:
                 return ()
 
             if time.monotonic() >= self._outage.write_again_at:
-                return self._buffer.take_stream_event()
+                return self._buffer.take(1, BATCH_BYTES, tries_stream=True)
 
             return self._buffer.take(self._batch_events, BATCH_BYTES)
 

@@ -88,10 +88,8 @@ class Bridge:
             if found is not None:
                 self._publish(self.name, found, self.route)
         except Exception as error:
-            if program_error is None or not self._is_foreign:
+            if not self._is_logged(error, program_error):
                 raise
-
-            self._log_unpublished(program_error, error)
 
     async def publish(self, sender: Any, /, **payload: Any) -> None:
         """Publish one emission as :meth:`__call__` does, without blocking the event loop."""
@@ -103,16 +101,16 @@ class Bridge:
             if found is not None:
                 await self._publish_async(self.name, found, self.route)
         except Exception as error:
-            if program_error is None or not self._is_foreign:
+            if not self._is_logged(error, program_error):
                 raise
 
-            self._log_unpublished(program_error, error)
+    def _is_logged(self, error: Exception, program_error: BaseException | None) -> bool:
+        """Log an error, unless it must be raised: see :meth:`__call__`."""
+        is_own = self.route.signal is None or isinstance(self.route.signal, BusSignal)
 
-    @property
-    def _is_foreign(self) -> bool:
-        return self.route.signal is not None and not isinstance(self.route.signal, BusSignal)
+        if program_error is None or is_own:
+            return False
 
-    def _log_unpublished(self, program_error: BaseException, error: Exception) -> None:
         self._log.error(
             "not published",
             "%r was sent while %s was being handled, and was not published: %s: %s",
@@ -122,6 +120,7 @@ class Bridge:
             text_of(error),
             exc_info=error,
         )
+        return True
 
     def _extract(self, sender: Any, payload: dict[str, Any]) -> Mapping[str, Any] | None:
         """Return the payload; ``None`` if this node does not publish the emission."""
