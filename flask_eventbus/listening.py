@@ -90,7 +90,7 @@ class Listening:
 
     def start(self) -> None:
         """Start the threads that the current subscriptions need."""
-        self.pool.start(self.consumer.attempts.run)
+        self.pool.start(self.consumer.run)
 
         if self._on_channels:
             self.listener.start()

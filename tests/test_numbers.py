@@ -18,7 +18,7 @@ from flask_eventbus.database import after_commit, relay
 from flask_eventbus.publisher import buffer, connection
 from flask_eventbus.receivers import dispatcher, workers
 from flask_eventbus.streams import (
-    attempts,
+    consumer,
     decoder,
     fanout,
     maintenance,
@@ -47,7 +47,7 @@ SENTENCES = [
     ("commands", r"Redis has (\S+) seconds to begin each answer", streams.TIMEOUT),
     ("commands", r"update of `status` wait (\S+) seconds at most in total", server.PATIENCE),
     ("commands", r"dead retry --wait S` takes at most (\S+) seconds longer", streams.TIMEOUT),
-    ("streams", r"done in the last (\S+) milliseconds may not be", attempts.WRITE_EVERY * 1_000),
+    ("streams", r"done in the last (\S+) milliseconds may not be", consumer.WRITE_EVERY * 1_000),
     ("streams", r"failed receiver after (\S+) second, then 2, 4, 8", TIMING.first_retry),
     ("streams", r"and so on up to (\S+) minutes\. A", dispatcher.MAX_DELAY / 60),
     ("streams", r"but not beyond (\S+) minutes", dispatcher.MAX_DELAY / 60),

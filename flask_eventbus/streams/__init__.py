@@ -7,7 +7,7 @@ the files in this order:
 2. ``reader`` reads new entries of the group. ``fanout`` reads the streams of subscriptions without
    a group, where every process gets each event. ``group`` has the Redis commands.
 3. ``decoder`` makes a delivery of each entry, finds events published twice, and queues the others.
-4. ``attempts`` runs the receivers of a delivery, in a worker thread.
+4. ``consumer`` runs the receivers of a delivery, in a worker thread.
 5. ``outcomes`` decides: acknowledge the entry, retry a failed receiver, or add a dead letter. It
    trims the dead letters.
 6. ``acknowledger`` writes outcomes to Redis in batches.

@@ -6,24 +6,26 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+import redis
 
 from ..logs import BoundedLog, get_logger
-from ..receivers.delivery import InFlight
-from ..receivers.dispatcher import Dispatcher
+from ..receivers.delivery import Delivery, InFlight
+from ..receivers.dispatcher import Dispatcher, Failure
 from ..receivers.workers import WorkerThreads
 from ..routing.subscriptions import Subscription, subscription_for
 from ..signals import emit, listener_connected, listener_lost
+from ..transport.connection import OUTAGE
 from ..transport.connections import Context
 from ..transport.pipe import Pipe
-from .acknowledger import Acknowledger
-from .attempts import Attempts
+from .acknowledger import WRITE_SOON, Acknowledger
 from .decoder import EntryDecoder, Intake
 from .fanout import Fanout
-from .group import Group
+from .group import Group, GroupGoneError
 from .maintenance import Maintenance
 from .membership import Membership
-from .outcomes import Outcomes
+from .outcomes import Outcome, Outcomes
 from .reader import StreamReader
 from .reclaim import Reclaimer
 from .retry_queue import RetryQueue
@@ -32,6 +34,10 @@ logger = get_logger(__name__)
 
 #: Seconds that Redis may take to answer a write of outcomes.
 WRITE_TIMEOUT = 2.0
+
+#: Seconds after which finished deliveries are written to Redis. Short receivers share a round
+#: trip; the outcome of a long one is stored before the next starts.
+WRITE_EVERY = 0.005
 
 
 class Consumer:
@@ -42,6 +48,7 @@ class Consumer:
 
     def __init__(self, context: Context, *, dispatcher: Dispatcher, pool: WorkerThreads) -> None:
         self._config = context.config
+        self._counters = context.counters
         self._dispatcher = dispatcher
         self._pool = pool
         self._subscriptions: Mapping[str, Subscription] = {}
@@ -50,37 +57,31 @@ class Consumer:
         self._lost_since: float | None = None
         self._was_connected = False
         self._is_stopping = False
+        self._is_disowned = False
         self.name = f"{socket.gethostname()}-{os.getpid()}-{context.node}"
         self._create_write_side(context)
         self._create_read_side(context)
 
     def _create_write_side(self, context: Context) -> None:
         """Create what handles entries: outcomes, retries and claims, over one connection."""
-        in_flight = InFlight()
+        self._in_flight = InFlight()
         self._group = self._group_on(context, WRITE_TIMEOUT)
-        self._acknowledger = Acknowledger(context, group=self._group, in_flight=in_flight)
-        outcomes = Outcomes(context, self._dispatcher, now=self._acknowledger.clock.now)
+        self._acknowledger = Acknowledger(context, group=self._group, in_flight=self._in_flight)
+        self._outcomes = Outcomes(context, self._dispatcher, now=self._acknowledger.clock.now)
         self._intake = Intake(
             decoder=EntryDecoder(context),
-            in_flight=in_flight,
+            in_flight=self._in_flight,
             queue=self._pool.queue,
-            outcomes=outcomes,
+            outcomes=self._outcomes,
             acknowledger=self._acknowledger,
         )
         self._retries = RetryQueue(
             self._group.pipe,
             context,
             dispatcher=self._dispatcher,
-            outcomes=outcomes,
+            outcomes=self._outcomes,
             acknowledger=self._acknowledger,
             receives=self._receives,
-        )
-        self.attempts = Attempts(
-            context,
-            dispatcher=self._dispatcher,
-            group=self._group,
-            intake=self._intake,
-            retries=self._retries,
         )
         self._reclaimer = Reclaimer(context, group=self._group, intake=self._intake)
 
@@ -215,7 +216,7 @@ class Consumer:
 
     def stop_reading(self) -> None:
         """Stop reading and reclaiming entries, and start no further delivery."""
-        self._stop_starting()
+        self._is_stopping = True
         self._maintenance.stop()
         self._reader.stop()
         self._fanout.stop()
@@ -237,7 +238,7 @@ class Consumer:
 
     def end_with_app(self) -> None:
         """Stop everything after the app is gone, without :meth:`stop_reading`."""
-        self._stop_starting()
+        self._is_stopping = True
         self._maintenance.stop()
         self._fanout.stop()
         self._pool.queue.close()
@@ -245,14 +246,9 @@ class Consumer:
         self._pool.close()
         self._maintenance.finish(time.monotonic() + WRITE_TIMEOUT)
 
-    def _stop_starting(self) -> None:
-        self._is_stopping = True
-        self.attempts.stop()
-
     def disown(self) -> None:
         """Stop in a forked child. Its entries and connections are the parent's."""
-        self._is_stopping = True
-        self.attempts.disown()
+        self._is_stopping = self._is_disowned = True
         self._reader.disown()
         self._maintenance.disown()
         self._fanout.disown()
@@ -290,6 +286,124 @@ class Consumer:
 
         if lost_since is not None or not reconnected:
             emit(listener_connected, self._config.service, reconnected=reconnected, seconds=seconds)
+
+    def run(self, deliveries: Sequence[Delivery]) -> float:
+        """Run the receivers of deliveries, in order, and write the outcomes.
+
+        :return: the seconds that the receivers took, without the writes to Redis.
+        """
+        seconds = 0.0
+        due = time.monotonic() + WRITE_EVERY
+
+        for number, delivery in enumerate(deliveries):
+            if self._is_stopping:
+                break
+
+            try:
+                seconds += self._attempt(delivery)
+            except BaseException:
+                # They stay pending, and are claimed again as from a worker that died.
+                self._in_flight.remove(deliveries[number:])
+                raise
+
+            if self._is_disowned:
+                return seconds
+
+            if time.monotonic() > due:
+                self._acknowledger.write()
+                due = time.monotonic() + WRITE_EVERY
+            elif number + 1 < len(deliveries):
+                # The next receiver may take long.
+                self._acknowledger.schedule.within(WRITE_SOON)
+
+        self._acknowledger.write()
+        return seconds
+
+    def _attempt(self, delivery: Delivery) -> float:
+        """Run the receivers of a delivery, and return the seconds that they took."""
+        if not delivery.subscription.group:
+            start = time.monotonic()
+            self._dispatcher.dispatch_once(delivery.event)
+            return time.monotonic() - start
+
+        receivers = None
+
+        if delivery.retry is None:
+            receivers = self._dispatcher.receivers(delivery.event)
+
+            # The connected receivers may accept other services only.
+            if not receivers and not self._dispatcher.has_receivers(delivery.name):
+                self._release(delivery)
+                return 0.0
+
+        is_first = delivery.retry is None and delivery.crashes is None
+
+        # False if the claim expired, or if another worker took the entry or the retry.
+        if not (self._in_flight.start(delivery) and (is_first or self._record_start(delivery))):
+            self._in_flight.remove([delivery])
+            self._counters.add("released")
+            return 0.0
+
+        record = delivery.retry
+        only = None if record is None else record.receiver
+        start = time.monotonic()
+        failures = self._dispatcher.dispatch(delivery.event, only=only, receivers=receivers)
+        seconds = time.monotonic() - start
+
+        # Queued at once: the next receiver may take long, or end the process.
+        if self._is_disowned:
+            pass
+        elif record is not None and failures is None:
+            self._acknowledger.add(self._retries.postponed(delivery, record))
+        elif failures:
+            self._add_outcome(delivery, failures)
+        else:
+            self._acknowledger.add(Outcome(delivery.name, delivery.entry, delivery))
+
+        return seconds
+
+    def _add_outcome(self, delivery: Delivery, failures: Sequence[Failure]) -> None:
+        try:
+            self._acknowledger.add(self._outcomes.of(delivery, failures))
+        except Exception:
+            # It stays pending, and is claimed again as from a worker that died.
+            self._counters.add("handling_failed")
+            logger.exception(
+                "Could not record the outcome of the event %s; it will be delivered again.",
+                delivery.event.id,
+                extra=delivery.event.fields,
+            )
+            self._in_flight.remove([delivery])
+
+    def _release(self, delivery: Delivery) -> None:
+        """Release an entry whose receivers were disconnected after it was read."""
+        self._in_flight.remove([delivery])
+        self._counters.add("released")
+
+        try:
+            with self._acknowledger.lock:
+                self._group.release_own(delivery.name, {delivery.entry: delivery.crashes or 0})
+        except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
+            # It stays pending, and another worker claims it after EVENTBUS_CLAIM_AFTER.
+            logger.debug("Could not release the entry %s: %s", delivery.entry, error)
+
+    def _record_start(self, delivery: Delivery) -> bool:
+        """Count the start of a retry, or of an entry that ended a worker, in Redis.
+
+        The count shows other workers if this process dies as well. Return False if another
+        worker has the delivery, or if Redis did not store the count.
+        """
+        try:
+            if delivery.retry is not None:
+                return self._retries.record_start(delivery, delivery.retry)
+
+            times = (delivery.crashes or 0) + 1
+
+            with self._acknowledger.lock:
+                return self._group.record_start(delivery.name, delivery.entry, times=times)
+        except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
+            logger.debug("The entry %s is not started: %s", delivery.entry, error)
+            return False
 
 
 def _wait_for(

@@ -21,7 +21,7 @@ from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.config import TIMING
 from flask_eventbus.receivers.delivery import Delivery, InFlight
 from flask_eventbus.routing.subscriptions import Subscription
-from flask_eventbus.streams import acknowledger, attempts, outcomes
+from flask_eventbus.streams import acknowledger, consumer, outcomes
 from flask_eventbus.streams.group import Group
 from flask_eventbus.streams.outcomes import DeadLimit, Outcome
 from flask_eventbus.transport.pipe import Command, Pipe
@@ -133,7 +133,7 @@ def test_an_outcome_is_written_while_the_next_receiver_runs(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The worker thread itself writes at the end of the batch only.
-    monkeypatch.setattr(attempts, "WRITE_EVERY", 600.0)
+    monkeypatch.setattr(consumer, "WRITE_EVERY", 600.0)
     started: list[int] = []
     gates = {0: threading.Event(), 2: threading.Event()}
 
@@ -193,9 +193,9 @@ def test_an_internal_error_stops_no_receiver_thread(
 ) -> None:
     received: list[int] = []
     runs: list[object] = []
-    run = attempts.Attempts.run
+    run = consumer.Consumer.run
 
-    def stumble_once(self: attempts.Attempts, deliveries: Any) -> float:
+    def stumble_once(self: consumer.Consumer, deliveries: Any) -> float:
         runs.append(deliveries)
 
         if len(runs) == 1:
@@ -203,7 +203,7 @@ def test_an_internal_error_stops_no_receiver_thread(
 
         return run(self, deliveries)
 
-    monkeypatch.setattr(attempts.Attempts, "run", stumble_once)
+    monkeypatch.setattr(consumer.Consumer, "run", stumble_once)
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
     listen(bus, lambda sender, n: received.append(n))
     store.add("tick", n=1)
