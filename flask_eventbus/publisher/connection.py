@@ -18,12 +18,12 @@ from ..transport.connection import (
     milliseconds_of,
     read_reply,
     set_deadline,
-    shut_down,
     takes_no_writes,
     why_no_writes,
 )
 from ..transport.connections import Connections
 from ..transport.keys import StreamKeys
+from ..transport.pipe import OwnConnection
 from .message import Destination, NoWritesError, StreamDestination, TooFewReplicasError, pack
 
 logger = get_logger(__name__)
@@ -45,7 +45,7 @@ _ROLE = pack("ROLE")
 _CLOSED = "The connection was closed."
 
 
-class PublishConnection:
+class PublishConnection(OwnConnection):
     """Publishes batches of events over its own connection.
 
     It is used by one thread at a time. One thread may send a batch, and another may read the
@@ -56,19 +56,15 @@ class PublishConnection:
     """
 
     def __init__(self, connections: Connections, config: Config, *, timeout: float) -> None:
-        self._connections = connections
-        self.timeout = timeout
+        super().__init__(connections, timeout=timeout)
         #: Redis key of the set of signals that have a stream.
         self._names = StreamKeys(config.prefix).names
         self._replicas_ms = math.ceil(min(config.timeout * REPLICAS_SHARE, MAX_WAIT) * 1_000)
-        self._connection: Connection | None = None
         #: ``SADD`` commands that register the stream of a signal, keyed by signal. They are sent
         #: with each batch, since Redis may have been flushed. ``None``: this user has no right.
         self._announced: dict[str, bytes | None] = {}
         self._compare_at = 0.0
         self._is_skewed = False
-        #: Monotonic time at which to send ROLE again.
-        self._ask_role_at = 0.0
         #: True while the reply to ROLE has not been read; it precedes those to the events.
         self._awaits_role = False
         #: The current round trip: these ``SADD`` commands, then the batch, then ``WAIT`` if
@@ -85,11 +81,6 @@ class PublishConnection:
         self.answers: list[Any] = []
         #: Key of the stream last written to; :meth:`probe` tries to write there.
         self._stream = ""
-
-    @property
-    def is_open(self) -> bool:
-        """Return True if a connection is open; the server may have closed it unnoticed."""
-        return self._connection is not None
 
     def publish(
         self, batch: Sequence[tuple[Destination, bytes]], deadline: float | None = None
@@ -138,7 +129,7 @@ class PublishConnection:
         deadline = end if deadline is None else min(end, deadline)
 
         if self._connection is None:
-            self._open(deadline)
+            self._open(max(deadline - time.monotonic(), LEAST))
 
         return deadline
 
@@ -252,26 +243,11 @@ class PublishConnection:
 
         return outcomes
 
-    def interrupt(self) -> None:
-        """Abort the current wait for Redis with a connection error; call it from any thread."""
-        connection = self._connection
-
-        if connection is not None:
-            shut_down(connection)
-
-    def close(self) -> None:
-        """Close the connection; the next batch opens another."""
-        connection, self._connection = self._connection, None
-
-        if connection is not None:
-            connection.disconnect()
-
-    def _open(self, deadline: float) -> None:
-        left = max(deadline - time.monotonic(), LEAST)
-        self._connection = self._connections.open(timeout=self.timeout, within=left)
+    def _open(self, within: float) -> Connection:
+        connection = super()._open(within)
         self._announced.clear()
-        self._ask_role_at = self._connections.next_role_check()
         self._awaits_role = False
+        return connection
 
     def _ping(self, deadline: float) -> NoWritesError | None:
         connection = self._connection

@@ -341,7 +341,10 @@ class Connections:
             self._is_following = True
 
         threading.Thread(
-            target=_follow, args=(weakref.ref(self),), name="eventbus-sentinel", daemon=True
+            target=_follow,
+            args=(weakref.ref(self), self.sentinels()),
+            name="eventbus-sentinel",
+            daemon=True,
         ).start()
 
     def leave_old_master(self, sentinels: list[Connection]) -> bool:
@@ -437,11 +440,7 @@ class Connections:
         return node_url(parts, host, port, f"/{database or 0}")
 
 
-def _follow(reference: weakref.ref[Connections]) -> None:
-    connections = reference()
-    sentinels = [] if connections is None else connections.sentinels()
-    del connections
-
+def _follow(reference: weakref.ref[Connections], sentinels: list[Connection]) -> None:
     while True:
         time.sleep(FOLLOW)
         connections = reference()

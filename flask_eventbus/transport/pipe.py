@@ -85,17 +85,16 @@ class Large:
         return self._sample
 
 
-class Pipe:
-    """Sends batches of commands over its own connection; used by one thread at a time.
+class OwnConnection:
+    """A connection of its own, used by one thread at a time, and opened again after an error.
 
     :param timeout: longest wait for Redis, in seconds.
     """
 
     def __init__(self, connections: Connections, *, timeout: float) -> None:
         self._connections = connections
-        self._timeout = timeout
+        self.timeout = timeout
         self._connection: Connection | None = None
-        self._deadline = connections.deadline
         #: Monotonic time at which to send ROLE again, to confirm that the server is a master.
         self._ask_role_at = 0.0
 
@@ -103,6 +102,35 @@ class Pipe:
     def is_open(self) -> bool:
         """Return True if a connection is open; the server may have closed it unnoticed."""
         return self._connection is not None
+
+    def interrupt(self) -> None:
+        """Abort the current wait for Redis with a connection error; call it from any thread."""
+        connection = self._connection
+
+        if connection is not None:
+            shut_down(connection)
+
+    def close(self) -> None:
+        """Close the connection; the next batch opens another."""
+        connection, self._connection = self._connection, None
+
+        if connection is not None:
+            connection.disconnect()
+
+    def _open(self, within: float) -> Connection:
+        """Open a connection within some seconds."""
+        connection = self._connections.open(timeout=self.timeout, within=within)
+        self._ask_role_at = self._connections.next_role_check()
+        self._connection = connection
+        return connection
+
+
+class Pipe(OwnConnection):
+    """Sends batches of commands over its own connection."""
+
+    def __init__(self, connections: Connections, *, timeout: float) -> None:
+        super().__init__(connections, timeout=timeout)
+        self._deadline = connections.deadline
 
     @property
     def deadline(self) -> float:
@@ -141,7 +169,13 @@ class Pipe:
         :raises redis.ConnectionError: Redis is unavailable, sends a temporary error to one of the
             commands, or is no longer a master.
         """
-        connection = self._connection or self._open()
+        connection = self._connection
+
+        if connection is None:
+            connection = self._open(min(self.timeout, self._deadline - time.monotonic()))
+            # Another thread may have set the deadline meanwhile.
+            set_deadline(connection, self._deadline)
+
         asks_role = time.monotonic() >= self._ask_role_at and self._connections.asks_role
         answers: list[Any] = []
 
@@ -176,32 +210,9 @@ class Pipe:
             self.close()
             raise
 
-    def _open(self) -> Connection:
-        left = self._deadline - time.monotonic()
-        connection = self._connections.open(timeout=self._timeout, within=min(self._timeout, left))
-        self._ask_role_at = self._connections.next_role_check()
-        self._connection = connection
-        # Another thread may have set the deadline meanwhile.
-        set_deadline(connection, self._deadline)
-        return connection
-
     def wait_at_most(self, seconds: float) -> float:
         """Return the seconds that a blocking command may take, ``seconds`` at most."""
         return min(seconds, WAIT_IN_MEMORY) if self._connections.in_memory else seconds
-
-    def interrupt(self) -> None:
-        """Abort the current wait for Redis with a connection error; call it from any thread."""
-        connection = self._connection
-
-        if connection is not None:
-            shut_down(connection)
-
-    def close(self) -> None:
-        """Close the connection; the next batch opens another."""
-        connection, self._connection = self._connection, None
-
-        if connection is not None:
-            connection.disconnect()
 
 
 class RedisClock:
