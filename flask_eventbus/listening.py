@@ -126,7 +126,7 @@ class Listening:
         self.pool.finish(deadline)
 
     def release(self, deadline: float) -> None:
-        """Start to release unhandled events for other workers; the end of the consumer waits.
+        """Start to release unhandled events for other workers; ``consumer.end`` waits for it.
 
         :param deadline: monotonic time.
         """

@@ -13,6 +13,7 @@ from typing import Any
 from blinker import NamedSignal
 
 from ..admin.overview import Connected, Overview, connected_to
+from ..database.after_commit import NO_SESSION
 from ..errors import ConfigError
 from ..node import Node
 from ..receivers.dispatcher import name_of, signature_of, unfit_signature
@@ -344,8 +345,7 @@ def check_database(node: Node) -> Iterator[Finding]:
         yield error(
             f"{names} {'waits' if len(waiting) == 1 else 'wait'} for a database commit, and there "
             "is no database session: sending fails.",
-            "Call db.init_app(app) of Flask-SQLAlchemy, register the session with "
-            "bus.register_session(session), or remove 'after_commit' and 'outbox' from the route.",
+            NO_SESSION,
         )
     elif any(route.outbox for route in waiting):
         yield from _check_outbox(session, node.command)

@@ -27,7 +27,7 @@ from ..text import counted, reason_of
 from ..transport.connection import OUTAGE
 from ..transport.connections import Connections
 from ..transport.keys import StreamKeys, grant_the_user
-from ..transport.urls import AdvisedError, without_secrets
+from ..transport.urls import reason_and_remedy, without_secrets
 from .acl import check_access, check_listening, check_publishing, check_stream_rights
 from .findings import Finding, error, listed, note, ok, warning
 from .program import check_database, check_program, check_retries
@@ -95,25 +95,10 @@ def check_server(node: Node, *, service: str | None) -> Iterator[Finding]:
         yield from check_listening(connections, node)
         yield from _check_streams(connections, node, service, streams)
     except OUTAGE as failure:
-        yield _unreachable(connections, failure)
+        reason, remedy = reason_and_remedy(failure)
+        yield error(f"The server at {connections.shown} cannot be used: {reason}.", remedy)
     except ConfigError as failure:
         yield error(str(failure), "Correct 'EVENTBUS_URL'.")
-
-
-def _unreachable(connections: Connections, failure: Exception) -> Finding:
-    problem = f"The server at {connections.shown} cannot be used"
-    text = f"{problem}: {reason_of(failure)}."
-
-    if isinstance(failure, AdvisedError):
-        return error(f"{problem}: {failure.reason}.", failure.advice)
-
-    if isinstance(failure, redis.AuthenticationError):
-        return error(text, "Correct the user and the password in 'EVENTBUS_URL'.")
-
-    if isinstance(failure, redis.TimeoutError | TimeoutError):
-        return error(text, "Check that the server is not blocked and no firewall drops packets.")
-
-    return error(text, "Start it there, or correct 'EVENTBUS_URL'.")
 
 
 def _check_role(connections: Connections) -> Iterator[Finding]:

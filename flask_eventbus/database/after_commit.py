@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+#: How to give the program a database session, or to do without.
+NO_SESSION = (
+    "Call db.init_app(app) of Flask-SQLAlchemy, register the session with "
+    "bus.register_session(session), or remove 'after_commit' and 'outbox' from the route."
+)
+
 #: Most ids to log of one transaction, which may have many events.
 SHOWN = 100
 
@@ -198,9 +204,7 @@ class AfterCommit:
             return source
 
         raise ConfigError(
-            f"Events of {name!r} wait for a commit, but there is no database session. Call "
-            "db.init_app(app) of Flask-SQLAlchemy, register the session with "
-            "bus.register_session(session), or remove 'after_commit' and 'outbox' from the route."
+            f"Events of {name!r} wait for a commit, but there is no database session. {NO_SESSION}"
         )
 
 

@@ -13,6 +13,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 import redis
 
 from ..errors import ConfigError
+from ..text import reason_of
 
 #: Options used for Sentinels only. TLS options are used for Sentinels and the master, all other
 #: options for the master only.
@@ -292,15 +293,23 @@ def unknown_master(name: str, address: str) -> AdvisedError:
 
 def trouble_of(error: Exception) -> str:
     """Return why a server cannot be used, and the remedy, as sentences."""
-    reason = " ".join(str(error).split()).rstrip(".")
+    reason, remedy = reason_and_remedy(error)
+    return f"{reason}. {remedy}"
 
+
+def reason_and_remedy(error: Exception) -> tuple[str, str]:
+    """Return why a server cannot be used, without a full stop, and the remedy."""
     if isinstance(error, AdvisedError):
-        return f"{reason}."
+        return reason_of(error.reason), error.advice
+
+    if isinstance(error, redis.AuthenticationError):
+        return reason_of(error), "Correct the user and the password in 'EVENTBUS_URL'."
 
     if isinstance(error, redis.TimeoutError | TimeoutError):
-        return f"{reason}. Check that the server is not blocked and no firewall drops packets."
+        remedy = "Check that the server is not blocked and no firewall drops packets."
+        return reason_of(error), remedy
 
-    return f"{reason}. Start it there, or correct 'EVENTBUS_URL'."
+    return reason_of(error), "Start it there, or correct 'EVENTBUS_URL'."
 
 
 def _about_certificate(error: ssl.SSLCertVerificationError, url: str) -> str:

@@ -441,6 +441,18 @@ def test_a_wrong_password_is_reported(redis_server: RedisServer) -> None:
     assert "Correct the user and the password in 'EVENTBUS_URL'." in result.output
 
 
+@pytest.mark.parametrize(
+    "words", [["routes"], ["publish", "price_changed"]], ids=["routes", "publish"]
+)
+def test_a_wrong_password_has_its_remedy(redis_server: RedisServer, words: list[str]) -> None:
+    url = redis_server.url.replace("127", "ada:pw@127", 1)
+
+    result = CliRunner().invoke(main, ["--url", url, *words])
+
+    assert result.exit_code == 1
+    assert "Correct the user and the password in 'EVENTBUS_URL'." in result.output
+
+
 def test_a_key_of_another_type_is_reported(store: StreamStore) -> None:
     store.client.set(store.keys.names, "mine")
 
