@@ -78,7 +78,9 @@ class Wire:
 
     def _read(self) -> int:
         while found := self._pubsub.get_message():
-            self._seen.append(msgpack.unpackb(found["data"], timestamp=3))
+            unpacker = msgpack.Unpacker(timestamp=3)
+            unpacker.feed(found["data"])
+            self._seen += unpacker
 
         return len(self._seen)
 

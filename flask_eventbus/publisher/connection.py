@@ -9,6 +9,7 @@ from typing import Any
 
 import redis
 
+from ..codec.codec import MESSAGE_BYTES, MESSAGE_EVENTS
 from ..codec.records import entry_id
 from ..config import Config
 from ..logs import get_logger
@@ -70,7 +71,7 @@ class PublishConnection(OwnConnection):
         #: The current round trip: these ``SADD`` commands, then the batch, then ``WAIT`` if
         #: replicas must confirm it.
         self._announcing: dict[str, bytes] = {}
-        self._batch: Sequence[tuple[Destination, bytes]] = ()
+        self._writes: Sequence[tuple[Destination, Sequence[bytes]]] = ()
         self._replicas = 0
         #: Deadline of the round trip for the socket.
         self._deadline = 0.0
@@ -144,17 +145,17 @@ class PublishConnection(OwnConnection):
         if connection is None:
             raise redis.ConnectionError(_CLOSED)
 
-        self._batch = batch
+        self._writes = _grouped(batch)
         self._replies = []
         self._announcing = {}
         self._replicas = 0
         commands = []
 
-        for destination, body in batch:
+        for destination, bodies in self._writes:
             if isinstance(destination, StreamDestination):
                 self._add_stream(connection, destination, deadline)
 
-            commands.append(destination.command(body))
+            commands.append(destination.command(b"".join(bodies)))
 
         if self._announcing:
             commands[:0] = self._announcing.values()
@@ -178,7 +179,7 @@ class PublishConnection(OwnConnection):
             raise redis.ConnectionError(_CLOSED)
 
         replies = self._replies
-        count = len(self._announcing) + len(self._batch) + bool(self._replicas)
+        count = len(self._announcing) + len(self._writes) + bool(self._replicas)
 
         try:
             if deadline != self._deadline:
@@ -213,16 +214,17 @@ class PublishConnection(OwnConnection):
 
     def outcomes(self) -> list[Exception | None]:
         """Return the result of each event, after :meth:`read` has returned True."""
-        first = len(self._announcing)
-        self.answers = self._replies[first : first + len(self._batch)]
-        outcomes: list[Exception | None] = [None] * len(self.answers)
+        outcomes: list[Exception | None] = []
+        self.answers = []
         newest: bytes | None = None
 
-        for index, (answer, event) in enumerate(zip(self.answers, self._batch, strict=True)):
-            destination = event[0]
+        for (destination, bodies), answer in zip(
+            self._writes, self._replies[len(self._announcing) :], strict=False
+        ):
+            outcome: Exception | None = None
 
             if isinstance(answer, Exception):
-                outcomes[index] = _error(answer)
+                outcome = _error(answer)
             elif isinstance(destination, StreamDestination):
                 newest = answer
 
@@ -230,7 +232,10 @@ class PublishConnection(OwnConnection):
                     destination.newest = entry_id(answer)[0]
 
                 if destination.replicas:
-                    outcomes[index] = _verdict(destination.replicas, self._replies[-1])
+                    outcome = _verdict(destination.replicas, self._replies[-1])
+
+            self.answers += [answer] * len(bodies)
+            outcomes += [outcome] * len(bodies)
 
         for name, answer in zip(self._announcing, self._replies, strict=False):
             if isinstance(answer, redis.exceptions.NoPermissionError):
@@ -358,6 +363,32 @@ class PublishConnection(OwnConnection):
             )
         elif was_skewed and not self._is_skewed:
             logger.warning("This machine's clock agrees with Redis's again.")
+
+
+def _grouped(
+    batch: Sequence[tuple[Destination, bytes]],
+) -> Sequence[tuple[Destination, Sequence[bytes]]]:
+    """Return a batch with the events of each channel together that follow one another.
+
+    They share a message, so that Redis and each listener handle one message for all of them.
+    """
+    writes: list[tuple[Destination, list[bytes]]] = []
+    last: Destination | None = None
+    room = events = 0
+
+    for destination, body in batch:
+        room -= len(body)
+        events += 1
+
+        if destination is last and room >= 0 and events <= MESSAGE_EVENTS:
+            writes[-1][1].append(body)
+            continue
+
+        writes.append((destination, [body]))
+        last = None if isinstance(destination, StreamDestination) else destination
+        room, events = MESSAGE_BYTES - len(body), 1
+
+    return writes
 
 
 def _error(answer: Exception) -> Exception:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgpack
 
-from ..codec.codec import Codec
+from ..codec.codec import Codec, split_message
 from ..codec.records import DeadLetter
 from ..event import Event
 from ..node import Node
@@ -102,10 +102,11 @@ class Recording:
         self._pipe.close()
 
     def _channels(self) -> list[Event]:
-        found = []
+        found: list[Event] = []
 
         while self._connection.can_read(0):
-            found.append(self._event(self._connection.read_response()[-1], via="channel"))
+            message = self._connection.read_response()[-1]
+            found += [self._event(body, via="channel") for body in split_message(message)]
 
         return found
 

@@ -44,7 +44,7 @@ from waiting import wait_until
 from flask_eventbus import Bus, ConfigError, EventBus, PayloadError
 from flask_eventbus.__main__ import main
 from flask_eventbus.cli.app import flask_commands
-from flask_eventbus.codec.codec import Codec
+from flask_eventbus.codec.codec import Codec, split_message
 from flask_eventbus.config import TIMING, Config, Timing
 from flask_eventbus.database import outbox
 from flask_eventbus.database.outbox import Entry, Outbox, store
@@ -137,7 +137,7 @@ class ChannelListener:
     def events(self) -> list[Event]:
         """All that was published so far."""
         while (message := self._channel.get_message(timeout=0.02)) is not None:
-            self._events.append(self._codec.decode(message["data"]))
+            self._events += map(self._codec.decode, split_message(message["data"]))
 
         return list(self._events)
 

@@ -22,7 +22,7 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, PayloadError, PublishError, node, signals
-from flask_eventbus.codec.codec import Envelope
+from flask_eventbus.codec.codec import Envelope, split_message
 from flask_eventbus.config import TIMING, Timing
 from flask_eventbus.event import Event, handling
 from flask_eventbus.publisher import buffer, writer
@@ -824,3 +824,87 @@ def test_an_event_sent_at_the_very_end_of_a_process_arrives(
 
     assert outcome.stderr == ""
     wait_until(lambda: sorted(received) == numbers, what=f"all events arrive, of {received}")
+
+
+# -- events that share a message ----------------------------------------------------------
+
+
+@pytest.fixture
+def messages(
+    shared_redis: RedisServer, prefix: str
+) -> Iterator[Callable[[], list[tuple[str, int]]]]:
+    """Return the messages on the wire so far: the signal, and the number of events."""
+    pubsub = shared_redis.client.pubsub(ignore_subscribe_messages=True)
+    pubsub.psubscribe(f"{prefix}:*")
+    found: list[tuple[str, int]] = []
+
+    def read() -> list[tuple[str, int]]:
+        while message := pubsub.get_message(timeout=0.05):
+            name = message["channel"].decode().partition("{")[2].partition("}")[0]
+            found.append((name, len(split_message(message["data"]))))
+
+        return found
+
+    read()
+    yield read
+    pubsub.close()
+
+
+def publish_together(bus: Bus, *events: tuple[str, dict[str, Any]]) -> None:
+    """Send events while the writer cannot write, so that all of them wait."""
+    with bus.node._publisher._buffer.lock:
+        for name, payload in events:
+            bus.signal(name).send("tests", **payload)
+
+    assert bus.flush(10)
+
+
+def test_events_that_wait_share_a_message_and_signals_keep_their_order(
+    shared_redis: RedisServer,
+    make_bus: Make,
+    prefix: str,
+    messages: Callable[[], list[tuple[str, int]]],
+) -> None:
+    bus = make_bus(shared_redis.url, publish=["a", "b"], prefix=prefix)
+    received: list[Any] = []
+    listener = make_bus(shared_redis.url, "listener", prefix=prefix)
+
+    for name in ("a", "b"):
+        listener.on(name)(lambda sender, n, name=name: received.append((name, n)))
+
+    listener.start()
+    assert listener.ready(10)
+    names = ["a", "a", "a", "b", "b", "a"]
+
+    publish_together(bus, *((name, {"n": n}) for n, name in enumerate(names)))
+
+    wait_until(lambda: len(received) == 6, what="the events arrive")
+    assert received == [(name, n) for n, name in enumerate(names)]
+    assert messages() == [("a", 3), ("b", 2), ("a", 1)]
+
+
+def test_a_message_has_at_most_256_events_and_64_kib(
+    shared_redis: RedisServer,
+    make_bus: Make,
+    prefix: str,
+    messages: Callable[[], list[tuple[str, int]]],
+) -> None:
+    bus = make_bus(shared_redis.url, publish=["a"], prefix=prefix)
+    large, larger = {"text": "x" * 30_000}, {"text": "x" * 100_000}
+
+    publish_together(bus, *[("a", {"n": n}) for n in range(300)])
+    publish_together(bus, ("a", large), ("a", large), ("a", large), ("a", larger), ("a", {"n": 1}))
+
+    wait_until(lambda: sum(count for _, count in messages()) == 305, what="the events arrive")
+    assert [count for _, count in messages()] == [256, 44, 2, 1, 1, 1]
+
+
+def test_events_of_a_message_that_redis_refuses_fail_one_by_one(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    redis_server.client.execute_command("ACL", "SETUSER", "default", "-publish")
+    bus = make_bus(redis_server.url, publish=["a"])
+
+    publish_together(bus, *[("a", {"n": n}) for n in range(3)])
+
+    wait_until(lambda: bus.health().counts.get("refused") == 3, what="three events are refused")
