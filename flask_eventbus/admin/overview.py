@@ -54,14 +54,9 @@ class Overview:
         """Subscriptions, ordered by name."""
         return [found for _, found in sorted(self._node.subscriptions.items())]
 
-    @property
-    def has_streams(self) -> bool:
-        """False if the node uses a Redis Cluster, where streams are not supported."""
-        return self._node.config.has_streams
-
     def reads_stream(self, subscription: Subscription) -> bool:
         """Return True if the node reads a stream for a subscription."""
-        return self.has_streams and subscription.via != "channel"
+        return self._node.config.has_streams and subscription.via != "channel"
 
     @property
     def signals(self) -> list[NamedSignal]:
@@ -161,10 +156,6 @@ class Overview:
         asked = self._registry.retries_of(subscription.name, receiver)
         return allowed(subscription.retries, asked, self._node.config.retries)
 
-    def timeout_of(self, subscription: Subscription, receiver: Receiver) -> float | None:
-        """Return the time limit of a receiver in seconds; ``None`` if it has no limit."""
-        return self._registry.timeout_of(subscription.name, receiver)
-
     def _route_as_json(self, route: Route) -> dict[str, Any]:
         return {
             "name": route.name,
@@ -202,7 +193,7 @@ class Overview:
                 {
                     "name": each.name,
                     "retries": self.retries_of(subscription, each.receiver),
-                    "timeout": self.timeout_of(subscription, each.receiver),
+                    "timeout": self._registry.timeout_of(subscription.name, each.receiver),
                 }
                 for each in sorted(self.receivers_of(subscription), key=lambda each: each.name)
             ],

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from reprlib import repr as short
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import redis
 
@@ -59,7 +58,7 @@ class StreamAccess:
     """
 
     def __init__(self, config: Config, *, name: str, deadline: float = math.inf) -> None:
-        if urlsplit(config.url).scheme == "redis+cluster":
+        if not config.has_streams:
             raise ConfigError(
                 "'EVENTBUS_URL' names a Redis Cluster, and this version has no streams there. "
                 "Set it to a single server, or to one behind Sentinel."

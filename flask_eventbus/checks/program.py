@@ -302,7 +302,7 @@ def _check_timeouts(
     claim_after = node.config.claim_after
 
     for each in overview.receivers_of(subscription):
-        timeout = overview.timeout_of(subscription, each.receiver)
+        timeout = node.registry.timeout_of(subscription.name, each.receiver)
 
         if timeout is not None and timeout > claim_after:
             yield warning(

@@ -116,7 +116,7 @@ def _streams(server: Server, node: Node, service: str | None) -> set[str]:
     """Return the signals whose streams the service uses, or all services if it is ``None``."""
     overview = Overview(node)
 
-    if not overview.has_streams:
+    if not node.config.has_streams:
         return set()
 
     if service is not None:
@@ -275,7 +275,7 @@ def _check_streams(
     """Check the rights of this user for streams, and their lag, retries and dead letters."""
     overview = Overview(node)
 
-    if not overview.has_streams:
+    if not node.config.has_streams:
         names = [found.name for found in overview.subscriptions if found.via is None]
 
         if names:

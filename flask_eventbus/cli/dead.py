@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
@@ -34,7 +32,7 @@ from .base import (
     read_names,
     yes_option,
 )
-from .output import span, to_json
+from .output import cut, span, terminal_width, to_json
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -69,7 +67,8 @@ def list_report(
             return
 
         yield click.style(_where(letter), bold=True)
-        yield _fitted(f"  {printable(letter.content.reason)}: {printable(letter.content.error)}")
+        line = f"  {printable(letter.content.reason)}: {printable(letter.content.error)}"
+        yield cut(line, terminal_width())
 
     count = next(counts)
     yield f"{counted(count, 'dead letter')}." if count else nothing(service, choice)
@@ -95,7 +94,7 @@ def letter_report(letter: Letter) -> Iterator[str]:
     for field, value in content.fields.items():
         if field != b"event" or not content.payload:
             # As a bytes literal: an undecodable value cannot be shown as text.
-            yield f"  {_bytes(field):<10} {_bytes(value)}"
+            yield f"  {repr(field)[2:-1]:<10} {repr(value)[2:-1]}"
 
     if content.traceback:
         yield "  traceback"
@@ -126,12 +125,6 @@ def _where(letter: Letter) -> str:
     return f"{letter.id}  {letter.name}  {receiver}  {span(age)} ago"
 
 
-def _fitted(line: str) -> str:
-    """Cut the line to the width of the terminal, if there is one."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else len(line)
-    return line if len(line) <= width else f"{line[: width - 3]}..."
-
-
 def _joined(by: str, *parts: str) -> str:
     return by.join(part for part in parts if part)
 
@@ -160,10 +153,6 @@ def _marked(text: str) -> str:
         return f"{text} ... (cut; see 'dead list --json')"
 
     return text
-
-
-def _bytes(value: bytes) -> str:
-    return repr(value)[2:-1]
 
 
 @click.group(

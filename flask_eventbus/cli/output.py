@@ -31,7 +31,7 @@ def as_line(event: Event) -> str:
     """
     payload = " ".join(f"{_word(key)}={_short(value)}" for key, value in event.payload.items())
     line = f"{_clock(event.time)} {event.via:7} {event.name} {event.source} {event.id}"
-    return f"{line} {_cut(payload, MAX_PAYLOAD_CHARS)}" if payload else line
+    return f"{line} {cut(payload, MAX_PAYLOAD_CHARS)}" if payload else line
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -75,21 +75,27 @@ def _clock(moment: datetime) -> str:
 
 def _short(value: Any) -> str:
     value = plain(value)
-    return _word(value) if isinstance(value, str) else _cut(_as_json_text(value), MAX_VALUE_CHARS)
+    return _word(value) if isinstance(value, str) else cut(_as_json_text(value), MAX_VALUE_CHARS)
 
 
 def _word(text: str) -> str:
     """Return the text as one would type it in a command: unquoted if it stays text."""
     bare = _PLAIN_WORD.fullmatch(text) and isinstance(read_value(text), str)
-    return _cut(text if bare else _as_json_text(text), MAX_VALUE_CHARS)
+    return cut(text if bare else _as_json_text(text), MAX_VALUE_CHARS)
 
 
 def _as_json_text(value: Any) -> str:
     return printable(json.dumps(value, ensure_ascii=False))
 
 
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def cut(text: str, most: int | None) -> str:
+    """Return a text with its end cut off if it is longer than ``most``; ``None`` for no limit."""
+    return text if most is None or len(text) <= most else f"{text[: most - 3]}..."
+
+
+def terminal_width() -> int | None:
+    """Return the number of columns of the terminal; ``None`` if stdout is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 #: Names in a table are not cut below this number of characters.
@@ -107,16 +113,15 @@ def table(
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     least = [max(len(head), LEAST_OF_A_NAME) for head in heads]
 
-    if sys.stdout.isatty():
-        most = shutil.get_terminal_size().columns - 2 * (len(widths) - 1)
+    width = terminal_width()
 
-        while sum(widths) > most:
-            longest = max(names, key=lambda column: widths[column] - least[column])
+    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+        longest = max(names, key=lambda column: widths[column] - least[column])
 
-            if widths[longest] <= least[longest]:
-                break
+        if widths[longest] <= least[longest]:
+            break
 
-            widths[longest] -= 1
+        widths[longest] -= 1
 
     for line in (heads, *rows):
         cells = [
@@ -325,10 +330,10 @@ def findings_report(findings: Sequence[Finding]) -> Iterator[str]:
 
 def _wrapped(text: str, indent: int) -> str:
     """Wrap the text at the width of the terminal; return it unchanged if there is none."""
-    if not sys.stdout.isatty():
+    width = terminal_width()
+
+    if width is None:
         return text
 
-    width = shutil.get_terminal_size().columns - indent
-    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
-    margin = "\n" + " " * indent
-    return margin.join(lines)
+    lines = textwrap.wrap(text, width - indent, break_long_words=False, break_on_hyphens=False)
+    return ("\n" + " " * indent).join(lines)

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -160,42 +160,32 @@ def _outbox(engine: Engine, *, create_table: bool) -> Outbox:
 @contextmanager
 def _engine(node: Node, database: str | None) -> Iterator[Engine]:
     """The engine of a URL, else of the node's session, else of the environment's URL."""
+    from ..database.outbox import TABLE  # it needs SQLAlchemy, which is optional
+    from ..database.transactions import connect, engine_of
+
     session = node.session
     url = database or (os.environ.get("DATABASE_URL") if session is None else None)
 
-    if url is not None:
-        from ..database.transactions import connect  # it needs SQLAlchemy, which is optional
-
-        engine = connect(url)
-
-        try:
-            yield _refuse_async(engine)
-        finally:
-            engine.dispose()
-    elif session is not None:
-        yield _refuse_async(_engine_of(session))
-    else:
+    if url is None and session is None:
         raise ConfigError(
             "No database given. Pass --database URL, register a session with "
             "bus.register_session(session), or call db.init_app(app) of Flask-SQLAlchemy."
         )
 
+    engine = engine_of(session, TABLE) if url is None else connect(url)
 
-def _engine_of(session: Any) -> Engine:
-    from ..database.outbox import TABLE  # it needs SQLAlchemy, which is optional
-    from ..database.transactions import engine_of
+    try:
+        if engine.dialect.is_async:
+            raise ConfigError(
+                f"{engine.url.drivername!r} is an asynchronous driver; the relay needs a "
+                "synchronous one. Pass --database URL with such a driver."
+            )
 
-    return engine_of(session, TABLE)
-
-
-def _refuse_async(engine: Engine) -> Engine:
-    if engine.dialect.is_async:
-        raise ConfigError(
-            f"{engine.url.drivername!r} is an asynchronous driver; the relay needs a synchronous "
-            "one. Pass --database URL with such a driver."
-        )
-
-    return engine
+        yield engine
+    finally:
+        # The program's own session may still need its engine.
+        if url is not None:
+            engine.dispose()
 
 
 @contextmanager

@@ -13,12 +13,7 @@ import click
 
 from ..admin.overview import published, subscribed
 from ..admin.server import PATIENCE
-from ..admin.services import (
-    Holding,
-    find_holdings,
-    known_services,
-    refuse_running,
-)
+from ..admin.services import Holding, find_holdings, known_services, refuse_running
 from ..admin.services import forget as forget_service
 from ..admin.services import rename as rename_service
 from ..admin.status import (
@@ -236,11 +231,8 @@ class _Report:
                 self._print_update(str(error), is_error=True)
             else:
                 warnings = [click.style(sentence, fg="red") for sentence in excess]
-                self._print_update(
-                    to_json(as_json(statuses, excess))
-                    if self.in_json
-                    else "\n".join([self._as_text(statuses), *warnings])
-                )
+                text = "\n".join([self._as_text(statuses), *warnings])
+                self._print_update(to_json(as_json(statuses, excess)) if self.in_json else text)
 
             time.sleep(interval)
 
@@ -285,13 +277,13 @@ class _Report:
         if self.of_all:
             return dict.fromkeys(sorted({*names, *own}))
 
-        service = node.config.service
+        service = [node.config.service]
 
         if not self.program.declares:
-            return dict.fromkeys(names, (service,))
+            return dict.fromkeys(names, service)
 
-        others = published(node, names) - own
-        return {name: [] if name in others else [service] for name in sorted(own | others)}
+        both = sorted(own | published(node, names))
+        return {name: service if name in own else [] for name in both}
 
     def _as_text(self, statuses: Sequence[StreamStatus]) -> str:
         if statuses:
