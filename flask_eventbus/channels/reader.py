@@ -253,12 +253,12 @@ class ChannelSubscriptions:
     @property
     def all_confirmed(self) -> bool:
         """True if Redis has confirmed every subscription."""
-        return self._open and _holds(self._confirmed, self.wanted)
+        return self._open and self.wanted.keys() <= self._confirmed
 
     @property
     def all_answered(self) -> bool:
         """True if Redis has confirmed or refused every subscription."""
-        return self._open and _holds(self._answered, self.wanted)
+        return self._open and self.wanted.keys() <= self._answered
 
     def open(self) -> None:
         """Subscribe to everything on a new connection.
@@ -375,7 +375,3 @@ class ChannelSubscriptions:
             grant_its_user({self._keys.key(name): LISTEN_PATTERN if is_pattern(name) else LISTEN}),
             extra={"signal": name, "service": self._service},
         )
-
-
-def _holds(names: set[str], subscriptions: Mapping[str, Subscription]) -> bool:
-    return len(names) >= len(subscriptions) and subscriptions.keys() <= names

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import PublishError
-from ..logs import BoundedLog, Counters, Whole, get_logger
+from ..logs import BoundedLog, Whole, get_logger
 from ..signals import emit, events_dropped, publisher_lost, publisher_restored
+from ..transport.connections import Context
 from ..transport.keys import ADD, PUBLISH, grant_its_user, is_missing_right
 from ..transport.reconnect import Backoff
-from .message import Message, TooFewReplicasError
+from .buffer import Buffer
+from .message import Message, NoWritesError, TooFewReplicasError
 
 logger = get_logger(__name__)
 
@@ -163,14 +165,45 @@ class Outage:
 
 
 class PublishReport:
-    """Logs the results of publishing, and counts the events that were refused or lost."""
+    """Records the result of each event, and logs and counts those that were refused or lost."""
 
-    def __init__(self, *, counters: Counters, service: str) -> None:
-        self._counters = counters
-        self._service = service
+    def __init__(self, context: Context, outage: Outage) -> None:
+        self._counters = context.counters
+        self._service = context.config.service
+        self._log_events = context.config.log_events
+        self._outage = outage
         self._log = BoundedLog(logger)
 
-    def log_published(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
+    def record(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
+        """Record the result of each event of a batch, and wake its sender.
+
+        Events that Redis may accept later are skipped, because they are still queued.
+        """
+        published = 0
+
+        for message, error in zip(batch, outcomes, strict=True):
+            if error is None:
+                published += 1
+            elif isinstance(error, NoWritesError):
+                continue
+            else:
+                # Redis answered this attempt; earlier ones may still be unanswered.
+                message.unanswered -= 1
+                published += self._note(message, error)
+
+            message.finish(error)
+
+        self._counters.add("published", published)
+
+        if self._log_events:
+            self._log_published(batch, outcomes)
+
+        if self._outage.pending_lines:
+            self._outage.log_changes()
+
+    def _log_published(
+        self, batch: Sequence[Message], outcomes: Sequence[Exception | None]
+    ) -> None:
         """Log each published event of a batch, for ``EVENTBUS_LOG_EVENTS``."""
         for message, error in zip(batch, outcomes, strict=True):
             if error is None or isinstance(error, TooFewReplicasError):
@@ -184,6 +217,21 @@ class PublishReport:
     def report_defect(self, error: Exception) -> None:
         """Log an unexpected error of the writer."""
         self._log.error("failed", "The writer failed.", exc_info=error)
+
+    def report_dropped(self, count: int, buffer: Buffer) -> None:
+        """Count, log and signal that ``count`` channel events were dropped."""
+        self._counters.add("dropped", count)
+
+        if not self._outage.overflowed:
+            self._outage.overflowed = True
+            logger.error(
+                "The buffer is full with %d events of %d bytes. The oldest channel events are "
+                "dropped until Redis accepts events again; health() counts them.",
+                len(buffer),
+                buffer.bytes,
+            )
+
+        emit(events_dropped, self._service, where="buffer", count=count)
 
     def report_lost(self, left: Sequence[Message], reason: object) -> None:
         """Count the events left in the buffer as dropped, log their ids and wake their senders."""
@@ -213,7 +261,7 @@ class PublishReport:
             "service": self._service,
         }
 
-    def note(self, message: Message, error: Exception) -> bool:
+    def _note(self, message: Message, error: Exception) -> bool:
         """Log the error of an event; count it as refused, and return False, unless it is stored."""
         if isinstance(error, TooFewReplicasError):
             self._log.warning(

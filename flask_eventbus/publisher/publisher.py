@@ -16,11 +16,10 @@ from ..ending import notice_fork
 from ..errors import PublishError
 from ..logs import get_logger
 from ..routing.routes import Route
-from ..signals import emit, events_dropped
 from ..transport.connections import Context
 from .buffer import Buffer
 from .message import Message, MessageBuilder, TooFewReplicasError
-from .outage import Outage, unconfirmed, unpublished
+from .outage import Outage, PublishReport, unconfirmed, unpublished
 from .writer import Writer
 
 logger = get_logger(__name__)
@@ -213,7 +212,6 @@ class Publisher:
         resend: Callable[[Message], None],
     ) -> None:
         self._config = config = context.config
-        self._counters = context.counters
         self._resend = resend
         self._node = context.node
         self._builder = MessageBuilder(config, context.codec, trace=trace)
@@ -223,7 +221,10 @@ class Publisher:
         self.issued = 0
         self._buffer = Buffer(most_events=config.buffer_size)
         self._outage = Outage(config.service, context.timing.max_writer_backoff)
-        self._writer = Writer(context, buffer=self._buffer, outage=self._outage)
+        self._report = PublishReport(context, self._outage)
+        self._writer = Writer(
+            context, buffer=self._buffer, outage=self._outage, report=self._report
+        )
         self._closed = False
         #: Ids of the threads that currently wait for a confirmation.
         self._senders: set[int] = set()
@@ -390,7 +391,7 @@ class Publisher:
             self._writer.wake()
 
         if dropped:
-            self._report_dropped(dropped)
+            self._report.report_dropped(dropped, self._buffer)
 
         if self._writer.thread is None:
             is_away = self._outage.stops(message.route_state.is_stream)
@@ -473,21 +474,6 @@ class Publisher:
 
         return dropped
 
-    def _report_dropped(self, count: int) -> None:
-        """Count, log and signal that ``count`` channel events were dropped."""
-        self._counters.add("dropped", count)
-
-        if not self._outage.overflowed:
-            self._outage.overflowed = True
-            logger.error(
-                "The buffer is full with %d events of %d bytes. The oldest channel events are "
-                "dropped until Redis accepts events again; health() counts them.",
-                len(self._buffer),
-                self._buffer.bytes,
-            )
-
-        emit(events_dropped, self._config.service, where="buffer", count=count)
-
     def _room_comes(self, message: Message, deadline: float) -> bool:
         is_away = self._outage.stops(message.route_state.is_stream)
 
@@ -525,7 +511,7 @@ class Publisher:
                 leads = self._writer.enlist(message)
 
             if dropped:
-                self._report_dropped(dropped)
+                self._report.report_dropped(dropped, self._buffer)
 
             has_result = self._writer.finish(message, deadline, leads=leads)
         except BaseException:

@@ -55,17 +55,16 @@ class Writer:
     :param buffer: the events; its lock guards the state of the writer as well.
     """
 
-    def __init__(self, context: Context, *, buffer: Buffer, outage: Outage) -> None:
-        config, timing = context.config, context.timing
-        self._timing = timing
+    def __init__(
+        self, context: Context, *, buffer: Buffer, outage: Outage, report: PublishReport
+    ) -> None:
+        self._timing = timing = context.timing
         self._connection = PublishConnection(
-            context.connections, config, timeout=timing.write_timeout
+            context.connections, context.config, timeout=timing.write_timeout
         )
         self._buffer = buffer
         self._outage = outage
-        self._counters = context.counters
-        self._log_events = config.log_events
-        self._report = PublishReport(counters=context.counters, service=config.service)
+        self._report = report
         self._node = context.node
         self._changed = buffer.changed
         self._lock = buffer.lock
@@ -333,7 +332,7 @@ class Writer:
                 self.wake_senders()
         finally:
             try:
-                self._record(batch, outcomes)
+                self._report.record(batch, outcomes)
             except BaseException:
                 # A signal handler has interrupted this sender; the others still need the result.
                 for message, error in zip(batch, outcomes, strict=True):
@@ -468,33 +467,6 @@ class Writer:
             self._buffer.streams_paused = is_paused
             # The wait of the writer thread and the buffer space of senders depend on it.
             self._changed.notify_all()
-
-    def _record(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
-        """Record the result of each event of a batch, and wake its sender.
-
-        Events that Redis may accept later are skipped, because they are still queued.
-        """
-        published = 0
-
-        for message, error in zip(batch, outcomes, strict=True):
-            if error is None:
-                published += 1
-            elif isinstance(error, NoWritesError):
-                continue
-            else:
-                # Redis answered this attempt; earlier ones may still be unanswered.
-                message.unanswered -= 1
-                published += self._report.note(message, error)
-
-            message.finish(error)
-
-        self._counters.add("published", published)
-
-        if self._log_events:
-            self._report.log_published(batch, outcomes)
-
-        if self._outage.pending_lines:
-            self._outage.log_changes()
 
     def wake_senders(self) -> None:
         """Wake all senders that wait for a confirmation, so that they notice the outage."""
@@ -679,7 +651,7 @@ class Writer:
         if has_held:
             self.wake_senders()
 
-        self._record(batch, outcomes)
+        self._report.record(batch, outcomes)
 
     def _report_lost(self) -> None:
         reason = self._outage.error or "the time to flush was over"
