@@ -81,7 +81,7 @@ def test_a_health_file_of_an_earlier_process_does_not_count(
 
 
 def test_the_stop_grace_period_of_the_stack_exceeds_the_shutdown_time() -> None:
-    # What test_a_process_ends_within_the_documented_time_while_redis_hangs measures.
+    # What test_processes_end_within_the_documented_time_while_redis_hangs measures.
     drain = Config(service="any").grace + LONGEST_STOP
     gunicorn = runpy.run_path(str(DEPLOY / "gunicorn.conf.py"))
     graces = [int(seconds) for seconds in re.findall(r"stop_grace_period: (\d+)s", COMPOSE)]
