@@ -3,9 +3,10 @@
 ``consumer`` puts the parts together, and starts and stops their threads. An event passes through
 the files in this order:
 
-1. ``membership`` finds the streams that the service subscribes to and joins their ``group``.
-2. ``reader`` reads new entries of the group. ``fanout`` reads the streams of subscriptions without
-   a group, where every process gets each event. ``group`` has the Redis commands.
+1. ``catalogue`` finds the streams that the service subscribes to.
+2. ``reader`` joins their groups and reads new entries. ``fanout`` reads the streams of
+   subscriptions without a group, where every process gets each event. ``group`` has the Redis
+   commands.
 3. ``decoder`` makes a delivery of each entry, finds events published twice, and queues the others.
 4. ``consumer`` runs the receivers of a delivery, in a worker thread.
 5. ``outcomes`` decides: acknowledge the entry, retry a failed receiver, or add a dead letter. It

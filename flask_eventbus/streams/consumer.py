@@ -24,7 +24,6 @@ from .decoder import EntryDecoder, Intake
 from .fanout import Fanout
 from .group import Group, GroupGoneError
 from .maintenance import Maintenance
-from .membership import Membership
 from .outcomes import Outcome, Outcomes
 from .reader import StreamReader
 from .reclaim import Reclaimer
@@ -87,23 +86,18 @@ class Consumer:
 
     def _create_read_side(self, context: Context) -> None:
         """Create what reads streams, with the group and without one: a connection for each."""
-        intake, reclaimer = self._intake, self._reclaimer
         answer_timeout = context.timing.answer_timeout
         group = self._group_on(context, answer_timeout, unlisted=self._group.unlisted)
-        self._membership = Membership(context, group=group, intake=intake, reclaimer=reclaimer)
+        intake, reclaimer = self._intake, self._reclaimer
+        self._reader = StreamReader(
+            context, consumer=self, group=group, intake=intake, reclaimer=reclaimer
+        )
         self._maintenance = Maintenance(
             context,
-            membership=self._membership,
+            reader=self._reader,
             group=self._group,
             intake=intake,
             retries=self._retries,
-            reclaimer=reclaimer,
-        )
-        self._reader = StreamReader(
-            context,
-            consumer=self,
-            membership=self._membership,
-            intake=intake,
             reclaimer=reclaimer,
         )
         self._fanout = Fanout(context, decoder=intake.decoder, queue=intake.queue)
@@ -142,7 +136,7 @@ class Consumer:
     def refused(self) -> dict[str, str]:
         """Reasons why Redis refuses a stream, by signal, unless a channel carries it too."""
         subscriptions = self._subscriptions
-        refused = {**self._membership.catalogue.refused, **self._fanout.catalogue.refused}
+        refused = {**self._reader.catalogue.refused, **self._fanout.catalogue.refused}
 
         if self.fatal is not None:
             refused = dict.fromkeys(subscriptions, str(self.fatal))
@@ -156,12 +150,12 @@ class Consumer:
     @property
     def without_receiver(self) -> frozenset[str]:
         """Streams that are not read because this process has no receiver for them."""
-        return self._membership.catalogue.without_receiver | self._fanout.catalogue.without_receiver
+        return self._reader.catalogue.without_receiver | self._fanout.catalogue.without_receiver
 
     @property
     def alarms(self) -> dict[str, str]:
         """Alarms about streams that another program changed, by signal."""
-        return {**self._membership.alarms, **self._fanout.alarms}
+        return {**self._reader.alarms, **self._fanout.alarms}
 
     @property
     def last_heard(self) -> float | None:
@@ -171,13 +165,11 @@ class Consumer:
     @property
     def fatal(self) -> Exception | None:
         """The reason why this Redis can never serve streams; ``None`` if it can."""
-        return self._membership.fatal
+        return self._reader.fatal
 
     @property
     def _groups_ready(self) -> bool:
-        return not self._membership.catalogue.subscribed or (
-            self._reader.ready and not self.refused
-        )
+        return not self._reader.catalogue.subscribed or (self._reader.ready and not self.refused)
 
     @property
     def _fanout_ready(self) -> bool:
@@ -194,12 +186,12 @@ class Consumer:
         """
         self._subscriptions = subscriptions
         self._is_alone = alone
-        self._membership.catalogue.update(subscriptions)
+        self._reader.catalogue.update(subscriptions)
         self._fanout.catalogue.update(subscriptions)
 
     def start(self) -> None:
         """Start the threads that the present subscriptions need."""
-        if self._membership.catalogue.subscribed:
+        if self._reader.catalogue.subscribed:
             self._reader.start()
             self._maintenance.start()
 
@@ -272,7 +264,7 @@ class Consumer:
         self._maintenance.wake()
 
         if not reconnected:
-            logger.info("Reading the streams of %s.", ", ".join(sorted(self._membership.joined)))
+            logger.info("Reading the streams of %s.", ", ".join(sorted(self._reader.joined)))
 
         if not self._is_alone:
             return

@@ -49,8 +49,6 @@ class DecodedEntries:
     skipped: list[Entry] = field(default_factory=list)
     #: Entries that are not valid events, with their dead letters.
     dead: list[tuple[Entry, DeadLetter]] = field(default_factory=list)
-    #: Number of entries that were trimmed before they were read.
-    trimmed: int = 0
 
 
 class EntryDecoder:
@@ -76,7 +74,6 @@ class EntryDecoder:
 
         for entry in entries:
             if entry.fields is None:
-                found.trimmed += 1
                 found.skipped.append(entry)
                 continue
 

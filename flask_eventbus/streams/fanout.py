@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +21,9 @@ from ..transport.keys import FOLLOW, StreamKeys, remedy
 from ..transport.pipe import SAMPLE, Command, Pipe
 from ..transport.reconnect import ReadingThread
 from .alarms import behind, far_ahead, last_id, passed, report_trimmed, report_trimmed_over
+from .catalogue import Catalogue
 from .decoder import EntryDecoder
-from .group import Entry, entries_of
-from .membership import Catalogue
+from .group import Entry, entries_of, read_each
 
 logger = get_logger(__name__)
 
@@ -126,7 +127,12 @@ class Fanout(ReadingThread):
         if not self._names:
             self.pause(self._block)
         elif self._queue.wait_for_room(self._block):
-            self._look_for_flush(self._names)
+            if time.monotonic() - self._looked >= self._timing.check_flushed_every:
+                self._looked = time.monotonic()
+
+                for name in self._names:
+                    self._check_stream(name, self._places[name])
+
             self._read()
 
         self._backoff.tries = 0
@@ -275,27 +281,34 @@ class Fanout(ReadingThread):
             if place.passed is not None:
                 place.passed += 1
 
-    def _look_for_flush(self, names: Iterable[str]) -> None:
-        """Start at the first entry if a stream was created again, with smaller ids."""
-        if time.monotonic() - self._looked < self._timing.check_flushed_every:
+    def _check_stream(self, name: str, place: _Place) -> None:
+        """Report damage, and start at the first entry if a stream was created again."""
+        info = self._info(name)
+        last = last_id(info)
+        extra = {"signal": name, "service": self._service}
+
+        if last is None:
+            self._log.once(
+                f"last id {name}",
+                "Redis refuses to tell %r the last id of the stream of %r: %s. If Redis loses its "
+                "data, this process does not notice, and it gets no new events. %s",
+                self._service,
+                name,
+                info,
+                remedy(info, {self._keys.stream(name): "+xinfo|stream"}),
+                extra=extra,
+            )
             return
 
-        self._looked = time.monotonic()
+        text = "Redis tells %r the last id of the stream of %r again."
+        self._log.over(f"last id {name}", text, self._service, name, extra=extra)
+        self._check_last(name, last)
 
-        for name in names:
-            info = self._info(name)
-            last = self._last_of(name, info)
-
-            if last is None:
-                continue
-
-            self._check_last(name, last)
-            place = self._places[name]
-
-            if behind(last, place.last):
-                self._places[name] = _Place("0-0")
-            elif not isinstance(info, Exception):
-                self._look_for_trims(name, place, passed(info, place.last))
+        # The ids of a stream that was created again are smaller.
+        if behind(last, place.last):
+            self._places[name] = _Place("0-0")
+        elif not isinstance(info, Exception):
+            self._look_for_trims(name, place, passed(info, place.last))
 
     def _look_for_trims(self, name: str, place: _Place, count: int | None) -> None:
         """Report entries that were trimmed between the last one read and the next one."""
@@ -310,46 +323,20 @@ class Fanout(ReadingThread):
         else:
             report_trimmed_over(name, self._service, self._log)
 
-    def _last_of(self, name: str, answer: Any) -> str | None:
-        """Return the last generated id of a stream; ``None`` if Redis refuses to report it."""
-        key = self._keys.stream(name)
-        last = last_id(answer)
-        extra = {"signal": name, "service": self._service}
-
-        if last is None:
-            self._log.once(
-                f"last id {name}",
-                "Redis refuses to tell %r the last id of the stream of %r: %s. If Redis loses its "
-                "data, this process does not notice, and it gets no new events. %s",
-                self._service,
-                name,
-                answer,
-                remedy(answer, {key: "+xinfo|stream"}),
-                extra=extra,
-            )
-        else:
-            text = "Redis tells %r the last id of the stream of %r again."
-            self._log.over(f"last id {name}", text, self._service, name, extra=extra)
-
-        return last
-
     def _check_last(self, name: str, last: str) -> None:
         """Report a last id far in the future, after which no entry can be added."""
         alarm = far_ahead(name, entry_id(last), time.time())
+        alarms = {other: self._alarms[other] for other in self._alarms if other != name}
         extra = {"signal": name, "service": self._service}
-        others = {other: self._alarms[other] for other in self._alarms if other != name}
 
         if alarm is None:
-            self._alarms = others
-            self._log.over(
-                f"alarm {name}", "The stream of %r is in order again.", name, extra=extra
-            )
-            return
+            text = "The stream of %r is in order again."
+            self._log.over(f"alarm {name}", text, name, extra=extra)
+        else:
+            self._log.once(f"alarm {name}", "%s", alarm, level=logging.ERROR, extra=extra)
+            alarms[name] = str(alarm)
 
-        if name not in self._alarms:
-            self._log.error(f"alarm {name}", "%s", alarm, extra=extra)
-
-        self._alarms = {**others, name: str(alarm)}
+        self._alarms = alarms
 
     def _refuse(self, name: str, reason: Exception) -> None:
         advice = remedy(reason, {self._keys.stream(name): FOLLOW})
@@ -373,23 +360,10 @@ def read_after(
     :param most: see :meth:`.Pipe.run`.
     """
 
-    def read(names: Iterable[str], *wait: str | int) -> list[Entry]:
+    def read(names: Sequence[str], *, block: float) -> list[Entry]:
+        wait = ("BLOCK", int(block * 1000)) if block else ()
         ids = [positions[name] for name in names]
-        head: Command = ("XREAD", "COUNT", count, *wait, "STREAMS")
-        return entries_of(pipe.ask(*head, *map(keys.stream, names), *ids, most=most), keys.name)
+        command: Command = ("XREAD", "COUNT", count, *wait, "STREAMS", *map(keys.stream, names))
+        return entries_of(pipe.ask(*command, *ids, most=most), keys.name)
 
-    try:
-        return read(positions, "BLOCK", int(block * 1000)), {}
-    except redis.ResponseError as error:
-        logger.debug("Redis refuses to read one of the streams: %s", error)
-
-    entries: list[Entry] = []
-    refusals: dict[str, Exception] = {}
-
-    for name in positions:
-        try:
-            entries += read([name])
-        except redis.ResponseError as error:
-            refusals[name] = error
-
-    return entries, refusals
+    return read_each(list(positions), read, block=block)

@@ -568,6 +568,31 @@ def entries_of(answer: Any, name_of: Callable[[bytes], str]) -> list[Entry]:
     ]
 
 
+def read_each(
+    names: Sequence[str], read: Callable[..., list[Entry]], *, block: float
+) -> tuple[list[Entry], dict[str, Exception]]:
+    """Read streams together, or one by one if Redis refuses one of them.
+
+    :param read: reads the streams with these names, and waits up to ``block`` seconds.
+    :return: the entries, and by name the errors of the streams that Redis refuses.
+    """
+    try:
+        return read(names, block=block), {}
+    except redis.ResponseError as error:
+        logger.debug("Redis refuses to read one of the streams: %s", error)
+
+    entries: list[Entry] = []
+    refusals: dict[str, Exception] = {}
+
+    for name in names:
+        try:
+            entries += read([name], block=0)
+        except redis.ResponseError as error:
+            refusals[name] = error
+
+    return entries, refusals
+
+
 def lacks_command(reason: Exception) -> bool:
     """Return True if the user may not use a command, or the server does not have it."""
     return isinstance(reason, redis.exceptions.NoPermissionError) or str(reason).startswith(

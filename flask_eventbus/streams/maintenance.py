@@ -19,7 +19,7 @@ from ..transport.reconnect import Backoff
 from .alarms import foreign_consumers
 from .decoder import Intake
 from .group import RELEASED, Group, GroupGoneError
-from .membership import Membership
+from .reader import StreamReader
 from .reclaim import Reclaimer
 from .retry_queue import RetryQueue
 
@@ -59,7 +59,7 @@ class Maintenance:
         self,
         context: Context,
         *,
-        membership: Membership,
+        reader: StreamReader,
         group: Group,
         intake: Intake,
         retries: RetryQueue,
@@ -69,7 +69,7 @@ class Maintenance:
         self._counters = context.counters
         self._timing = context.timing
         self._node = context.node
-        self._membership = membership
+        self._reader = reader
         self._group = group
         self._in_flight = intake.in_flight
         self._queue = intake.queue
@@ -188,7 +188,7 @@ class Maintenance:
         return max(0.001, min(times) - now)
 
     def _run_round(self, now: float) -> None:
-        names = dict(self._membership.joined)
+        names = dict(self._reader.joined)
 
         self._acknowledger.flush()
 
@@ -405,7 +405,7 @@ class Maintenance:
 
     def _release_all(self) -> None:
         """Write outcomes, and release entries and retries that have not started."""
-        if not self._membership.known:
+        if not self._reader.known:
             return
 
         self._acknowledger.write_all()
@@ -416,7 +416,7 @@ class Maintenance:
                     self._retries.release(delivery)
 
             # Refused streams were reported already.
-            for name in self._membership.known - self._membership.catalogue.refused.keys():
+            for name in self._reader.known - self._reader.catalogue.refused.keys():
                 self._release_stream(name)
 
     def _release_stream(self, name: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import redis
@@ -13,9 +15,10 @@ from ..receivers.workers import MAX_BYTES, BatchSize
 from ..routing.subscriptions import Subscription
 from ..transport.connections import Context
 from ..transport.reconnect import ReadingThread
-from .decoder import Intake
-from .group import Entry, GroupGoneError
-from .membership import Membership
+from .alarms import Trims
+from .catalogue import Catalogue
+from .decoder import Duplicates, Intake
+from .group import Entry, Group, GroupGoneError, read_each
 from .reclaim import Reclaimer
 
 if TYPE_CHECKING:
@@ -35,8 +38,20 @@ MAX_UNWRITTEN = 1_000
 CHECK_BACKLOG_EVERY = 1.0
 
 
+#: Number of entries that one step looks up.
+COUNT = 64
+
+#: Errors of a server without streams.
+_UNKNOWN = tuple(
+    f"unknown command {quote}{command}" for quote in "'`" for command in ("XREADGROUP", "XGROUP")
+)
+
+
 class StreamReader(ReadingThread):
-    """Reads streams in its own thread, and reconnects after an outage.
+    """Joins the group on each subscribed stream, and reads the streams.
+
+    It creates missing groups. When it joins a group, it also takes the entries that Redis sent to
+    this consumer in a lost answer, and the entries that other workers released.
 
     :param consumer: learns when the connection is lost, when every subscribed stream can be read,
         and when the thread ends without :meth:`stop`.
@@ -49,26 +64,33 @@ class StreamReader(ReadingThread):
         context: Context,
         *,
         consumer: Consumer,
-        membership: Membership,
+        group: Group,
         intake: Intake,
         reclaimer: Reclaimer,
     ) -> None:
         super().__init__(context, "streams")
+        self._service = context.config.service
+        self._timing = context.timing
         self._consumer = consumer
-        self._membership = membership
-        self._group = membership.group
-        self._duplicates = membership.duplicates
-        self._trims = membership.trims
+        self._group = group
+        self.catalogue = Catalogue(group.pipe, context, grouped=True)
+        self._duplicates = Duplicates(group.pipe, context)
+        self._trims = Trims(group, service=self._service, counters=self._counters)
         self._intake = intake
-        self._decoder = intake.decoder
         self._in_flight = intake.in_flight
         self._queue = intake.queue
         self._acknowledger = intake.acknowledger
         self._reclaimer = reclaimer
-        self._pause_after = context.timing.pause_reading_after
-        self._block = self._group.pipe.wait_at_most(BLOCK)
-        #: The streams to read.
-        self._streams: dict[str, Subscription] = {}
+        self._block = group.pipe.wait_at_most(BLOCK)
+        #: The streams that are read, each with its subscription.
+        self.joined: dict[str, Subscription] = {}
+        #: Streams with a group that this process does not read, because it has no receiver.
+        self._unread: frozenset[str] = frozenset()
+        #: Streams whose group this process has joined or created before. If the group is gone, a
+        #: new one starts at the first entry.
+        self.known: set[str] = set()
+        #: The error of a server that has no streams; reading ends for good.
+        self.fatal: Exception | None = None
         #: True while Redis answers, once the groups were joined.
         self._is_connected = False
         #: True if every subscribed stream could be read after the last join.
@@ -80,21 +102,24 @@ class StreamReader(ReadingThread):
         self._active_streams: int | None = None
         #: True if the last read left entries unread.
         self._has_backlog = False
-        self._timing = context.timing
         self._batch_size = BatchSize(max_bytes=context.config.max_event_bytes)
 
     @property
     def ready(self) -> bool:
         """Return True if Redis answers, and each subscribed stream is read or refused."""
-        return self.lives and self._is_connected and self._membership.is_complete
+        read = self.joined.keys() | self._unread
+        return self.lives and self._is_connected and self.catalogue.is_complete(read)
+
+    @property
+    def alarms(self) -> dict[str, str]:
+        """Alarms about streams whose events do not arrive, by stream or pattern."""
+        return {**self.catalogue.alarms, **self._reclaimer.alarms, **self._trims.alarms}
 
     def stop(self) -> None:
         """Tell the thread to stop, and interrupt a blocked read."""
         super().stop()
         self._queue.close()
         self._group.pipe.interrupt()
-
-    # -- the reading thread ---------------------------------------------------------------
 
     def _finish(self) -> None:
         self._consumer.end_with_app()
@@ -107,55 +132,43 @@ class StreamReader(ReadingThread):
             self._is_connected = False
             # The answer may have been too large: the next read asks for fewer entries.
             self._batch_size.update(())
-            self._membership.reset()
+            self.joined = {}
+            self._unread = frozenset()
+            self.catalogue.due_at = self.catalogue.ask_again_at = 0.0
 
         if not self.is_stopping:
             self._consumer.on_lost(error)
 
         # This Redis has no streams. The node still listens to its channels.
-        if self._membership.fatal is not None:
+        if self.fatal is not None:
             super().stop()
 
     def _step(self) -> None:
-        if time.monotonic() >= self._membership.catalogue.due_at:
+        if time.monotonic() >= self.catalogue.due_at:
             self._join()
 
-        if not self._streams or self._is_overloaded():
+        if not self.joined or self._is_overloaded():
             self.pause(self._block)
         elif room := self._queue.wait_for_room(self._block):
-            self._read(self._streams, room)
+            self._read(room)
         else:
             # Entries added now may be trimmed before they are read.
             self._has_backlog = True
 
         self._backoff.tries = 0
 
-    def _join(self) -> None:
-        """Join new groups, and tell the consumer once each subscribed stream is read or refused."""
-        self._streams, is_new = self._membership.join()
-
-        # A pattern that was refused before may be granted now, without a new stream.
-        if is_new or not self._is_connected or (not self._was_ready and self.ready):
-            with self.changed:
-                self._is_connected = True
-                self.changed.notify_all()
-
-            self._was_ready = self.ready
-
-            if self._was_ready:
-                self._consumer.on_ready()
-
     def _is_overloaded(self) -> bool:
         """Return True if too many outcomes wait to be written to Redis."""
         unwritten = self._in_flight.memory - self._queue.memory + self._acknowledger.memory
         return len(self._acknowledger) > MAX_UNWRITTEN or unwritten > MAX_BYTES
 
-    def _read(self, streams: dict[str, Subscription], room: int) -> None:
-        try:
-            checks_every = (
-                CHECK_BACKLOG_EVERY if self._has_backlog else self._timing.check_trimmed_every
-            )
+    def _read(self, room: int) -> None:
+        streams = self.joined
+        checks_every = (
+            CHECK_BACKLOG_EVERY if self._has_backlog else self._timing.check_trimmed_every
+        )
 
+        try:
             if time.monotonic() - self._trims.checked_at >= checks_every:
                 self._trims.check(streams)
 
@@ -171,12 +184,10 @@ class StreamReader(ReadingThread):
                 memory=max(self._in_flight.memory, self._queue.memory) + self._acknowledger.memory,
                 streams=self._active_streams or len(streams),
             )
-            entries = self._group.read(list(streams), count=count, block=self._block)
+            read = partial(self._group.read, count=count)
+            entries, refusals = read_each(list(streams), read, block=self._block)
         except GroupGoneError as error:
-            self._membership.leave_all(error)
-            return
-        except redis.ResponseError as error:
-            self._find_refused(streams, error)
+            self._leave_all(error)
             return
 
         self.last_heard = time.monotonic()
@@ -186,6 +197,9 @@ class StreamReader(ReadingThread):
 
         if entries:
             self._take(entries, streams)
+
+        for name, refusal in refusals.items():
+            self._refuse(name, streams[name], refusal)
 
     def _take_back_released(self, streams: dict[str, Subscription]) -> dict[str, Subscription]:
         """Claim released entries, and return the streams whose new entries may be read."""
@@ -198,7 +212,7 @@ class StreamReader(ReadingThread):
         return {name: streams[name] for name in streams if name not in unfinished}
 
     def _take(self, entries: Sequence[Entry], streams: Mapping[str, Subscription]) -> None:
-        found = self._decoder.decode(entries, streams)
+        found = self._intake.decoder.decode(entries, streams)
         duplicates = set(self._duplicates.find(found.deliveries))
 
         if duplicates:
@@ -209,20 +223,156 @@ class StreamReader(ReadingThread):
         self._counters.add("received", len(found.deliveries))
         self._intake.add(found.deliveries)
         # The maintenance thread then looks whether a receiver has started.
-        self._acknowledger.schedule.within(self._pause_after)
+        self._acknowledger.schedule.within(self._timing.pause_reading_after)
         self._intake.end(found)
 
-    def _find_refused(self, streams: dict[str, Subscription], error: redis.ResponseError) -> None:
-        """Read the streams one at a time, to find those that Redis refuses."""
-        self._membership.end_without_streams(error)
+    # -- the groups -----------------------------------------------------------------------
 
-        for name, subscription in streams.items():
-            try:
-                entries = self._group.read([name], count=1, block=0)
-            except GroupGoneError as gone:
-                self._membership.leave_all(gone)
-                return
-            except redis.ResponseError as refusal:
-                self._membership.refuse(name, subscription, refusal)
+    def _join(self) -> None:
+        """Join the groups of new streams, and tell the consumer once all are read or refused."""
+        subscribed = self.catalogue.names()
+        without = self.catalogue.without_receiver
+        self._unread &= without
+        self.joined = {
+            name: found
+            for name, found in subscribed.items()
+            if name in self.joined and name not in without
+        }
+        known = self.joined.keys() | self._unread
+
+        if time.monotonic() <= self.catalogue.ask_again_at:
+            known |= self.catalogue.refused.keys()
+
+        if new := [name for name in subscribed if name not in known]:
+            self._join_new(subscribed, new)
+
+        # A pattern that was refused before may be granted now, without a new stream.
+        if new or not self._is_connected or (not self._was_ready and self.ready):
+            with self.changed:
+                self._is_connected = True
+                self.changed.notify_all()
+
+            self._was_ready = self.ready
+
+            if self._was_ready:
+                self._consumer.on_ready()
+
+    def _join_new(self, subscribed: dict[str, Subscription], new: Sequence[str]) -> None:
+        # The position of a deleted group is lost, so the new one starts at the first entry.
+        starts = {
+            name: "0" if name in self.known else self.catalogue.start_of(name, subscribed[name])
+            for name in new
+        }
+        self._trims.check_before_next_read()
+        refusals = self._group.join(starts)
+        joined = dict(self.joined)
+        without = self.catalogue.without_receiver
+        # Their groups exist, so that events wait until some process connects a receiver.
+        self._unread |= without & refusals.keys()
+
+        for name, refusal in refusals.items():
+            if name in without:
+                # If the group is deleted before it is read, all entries of the stream are unread.
+                if refusal is None:
+                    self.known.add(name)
+                    self.catalogue.grant(name)
+
+                continue
+
+            obstacle = self._recover(name, subscribed[name])
+            # If reading works, the group exists, and a refused XGROUP CREATE does not matter.
+            refusal = obstacle and (refusal or obstacle)
+
+            if refusal is None:
+                joined[name] = subscribed[name]
+                self.catalogue.grant(name)
+            elif isinstance(refusal, GroupGoneError):
+                self.catalogue.due_at = 0.0
             else:
-                self._take(entries, streams)
+                self._refuse(name, subscribed[name], refusal)
+
+        self.joined = joined
+
+    def _recover(self, name: str, subscription: Subscription) -> Exception | None:
+        """Take this consumer's pending entries and the released ones; return a refusal."""
+        try:
+            self._group.try_to_read(name)
+            self.known.add(name)
+
+            # Under the lock, so that no entry is acknowledged or claimed in between.
+            with self._acknowledger.lock:
+                self._recover_pending(name, subscription)
+
+            self._reclaimer.reclaim_all_released({name: subscription})
+        except (GroupGoneError, redis.ResponseError) as refusal:
+            return refusal
+
+        return None
+
+    def _recover_pending(self, name: str, subscription: Subscription) -> None:
+        """Take the entries that Redis sent to this consumer in a lost answer."""
+        lost = self._in_flight.missing(name, [found.id for found in self._group.own_pending(name)])
+
+        for start in range(0, len(lost), COUNT):
+            entries = self._group.look_up(name, lost[start : start + COUNT])
+            found = self._intake.decoder.decode(entries, {name: subscription})
+            self._trims.report(name, sum(entry.fields is None for entry in entries))
+            # These entries are handled in any case. Store them, so that a copy is a duplicate.
+            self._duplicates.find(found.deliveries)
+            self._intake.add(found.deliveries)
+            self._intake.end(found)
+
+    def _leave_all(self, error: GroupGoneError) -> None:
+        """Leave all groups after one was deleted; :meth:`_join` creates missing groups again."""
+        logger.warning(
+            "A stream or the group of %r is gone (%s). A new group is created at the first entry "
+            "of the stream. Redis was flushed, or restarted without its data, or the group was "
+            "deleted.",
+            self._service,
+            error,
+            extra={"service": self._service},
+        )
+        self._counters.add("groups_lost")
+        self._trims.reset()
+
+        for name in self.joined:
+            if self._is_gone(name):
+                self._duplicates.forget(name)
+
+        self.joined = {}
+        self.catalogue.due_at = 0.0
+
+    def _is_gone(self, name: str) -> bool:
+        try:
+            return self._group.position(name) is None
+        except redis.ResponseError as error:
+            logger.debug("Redis refuses to report the group of %r: %s", name, error)
+            return True
+
+    def _refuse(self, name: str, subscription: Subscription, reason: Exception) -> None:
+        """Leave the group of a stream that Redis refuses, and log the refusal once.
+
+        :raises redis.ConnectionError: this server has no streams; see :attr:`fatal`.
+        """
+        # redis-py removes "ERR" from the text. 'rename-command' may have removed other commands.
+        if str(reason).startswith(_UNKNOWN):
+            self.fatal = reason
+            logger.critical(
+                "This Redis has no streams (%s), so %r cannot read any. Use Redis 6.2 or later, or "
+                "Valkey.",
+                reason,
+                self._service,
+            )
+            raise redis.ConnectionError(str(reason)) from reason
+
+        self.joined = {known: self.joined[known] for known in self.joined if known != name}
+        self.catalogue.due_at = 0.0
+        advice = self._group.remedy(name, reason)
+
+        if subscription.via == "stream":
+            advice = f"This service gets no events from it. {advice}"
+            self.catalogue.refuse(name, reason, advice)
+        else:
+            effect = "The service listens to the channel only."
+            advice = f"{effect} {advice} Or subscribe with 'via': 'channel'."
+            self.catalogue.refuse(name, reason, advice, level=logging.WARNING)
