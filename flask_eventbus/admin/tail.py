@@ -69,6 +69,12 @@ COUNT = 100
 #: Seconds between two searches for streams that match a pattern.
 SEARCH_INTERVAL = 1.0
 
+#: What is missed while Redis is away, without streams and with them.
+MISSED = (
+    "Events sent in that time are missed.",
+    "Channel events sent in that time are missed; streams continue where they stopped.",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class TailEvent:
@@ -141,7 +147,7 @@ class Tail:
         :param seconds: seconds after which to end; never by default.
         :raises ConfigError: Redis refuses this user, or a signal over every transport.
         """
-        ends = None if seconds is None else time.monotonic() + seconds
+        ends = float("inf") if seconds is None else time.monotonic() + seconds
         threads = [
             threading.Thread(target=self._run, args=[source], daemon=True)
             for source in self._sources
@@ -151,7 +157,7 @@ class Tail:
             thread.start()
 
         try:
-            while (left := _left(ends)) > 0:
+            while (left := ends - time.monotonic()) > 0:
                 yield self._next(min(TICK, left))
         finally:
             self._stop(threads)
@@ -187,7 +193,12 @@ class Tail:
             try:
                 source.listen(backoff)
             except redis.AuthenticationError as error:
-                self.put(self._login_error(error))
+                refusal = ConfigError(
+                    f"Redis at {self.connections.shown} does not let this user in: {error}. "
+                    "Correct the user and the password in 'EVENTBUS_URL'."
+                )
+                refusal.__cause__ = error
+                self.put(refusal)
                 return
             except OUTAGE as error:
                 self._lose(source, error)
@@ -261,17 +272,10 @@ class Tail:
             self.put(f"Listening to {names} on {self.connections.shown}. Press Ctrl-C to stop.")
         elif self._lost_since is not None:
             seconds = time.monotonic() - self._lost_since
-            self.put(f"Redis is back after {seconds:.1f} s. {self._missed}")
+            self.put(f"Redis is back after {seconds:.1f} s. {MISSED[len(self._sources) > 1]}")
 
         self.connected = True
         self._lost_since = None
-
-    @property
-    def _missed(self) -> str:
-        if len(self._sources) == 1:
-            return "Events sent in that time are missed."
-
-        return "Channel events sent in that time are missed; streams continue where they stopped."
 
     def _lose(self, source: ChannelSource | StreamSource, error: Exception) -> None:
         with self._lock:
@@ -286,14 +290,6 @@ class Tail:
                     f"Redis at {self.connections.shown} is away: {str(error).rstrip('.')}. "
                     "Reconnecting until it is back."
                 )
-
-    def _login_error(self, error: Exception) -> ConfigError:
-        refusal = ConfigError(
-            f"Redis at {self.connections.shown} does not let this user in: {error}. "
-            "Correct the user and the password in 'EVENTBUS_URL'."
-        )
-        refusal.__cause__ = error
-        return refusal
 
 
 class ChannelSource:
@@ -551,7 +547,3 @@ def _holds(event: Event, key: str, text: str) -> bool:
 
     value = event.payload[key]
     return bool(value == read_value(text)) or plain(value) == text
-
-
-def _left(ends: float | None) -> float:
-    return float("inf") if ends is None else ends - time.monotonic()

@@ -126,20 +126,18 @@ class Catalogue:
         }
 
     def _report(self, new: Set[str], over: Set[str]) -> None:
+        text = (
+            "Nothing here receives %r, so this process of %r does not read its stream. The events "
+            "wait for a process with a receiver. Connect one with @bus.on(%r), add its module to "
+            "'EVENTBUS_RECEIVERS', or remove the name from 'EVENTBUS_SUBSCRIBE'."
+        )
+
         for name in sorted(new):
-            self._log.error(
-                f"without {name}",
-                "Nothing here receives %r, so this process of %r does not read its stream. The "
-                "events wait for a process with a receiver. Connect one with @bus.on(%r), "
-                "add its module to 'EVENTBUS_RECEIVERS', or remove the name from "
-                "'EVENTBUS_SUBSCRIBE'.",
-                name,
-                self._service,
-                name,
-            )
+            self._log.error(f"without {name}", text, name, self._service, name)
+
+        text = "%r has a receiver here now, or is no longer subscribed."
 
         for name in sorted(over):
-            text = "%r has a receiver here now, or is no longer subscribed."
             self._log.over(f"without {name}", text, name)
 
     def refuse(
@@ -153,27 +151,17 @@ class Catalogue:
 
         self.refused = {**self.refused, name: str(reason)}
         write = self._log.error if level == logging.ERROR else self._log.warning
-        write(
-            f"refused {name}",
-            "Redis refuses to let %r read the stream of %r: %s. %s",
-            self._service,
-            name,
-            reason,
-            advice,
-            extra={"signal": name, "service": self._service},
-        )
+        text = "Redis refuses to let %r read the stream of %r: %s. %s"
+        extra = {"signal": name, "service": self._service}
+        write(f"refused {name}", text, self._service, name, reason, advice, extra=extra)
 
     def grant(self, name: str) -> None:
         """Note that Redis lets this process read a stream; log it after a refusal."""
         if name in self.refused:
             self.refused = {known: self.refused[known] for known in self.refused if known != name}
-            self._log.over(
-                f"refused {name}",
-                "Redis lets %r read the stream of %r again.",
-                self._service,
-                name,
-                extra={"signal": name, "service": self._service},
-            )
+            text = "Redis lets %r read the stream of %r again."
+            extra = {"signal": name, "service": self._service}
+            self._log.over(f"refused {name}", text, self._service, name, extra=extra)
 
     def start_of(self, name: str, subscription: Subscription) -> str:
         """Return the id at which a new group of a stream starts."""
@@ -192,21 +180,14 @@ class Catalogue:
             names = self._pipe.ask("SMEMBERS", self._keys.names)
         except redis.ResponseError as error:
             # Streams subscribed by name do not depend on the search.
-            self._log.once(
-                "refused",
+            text = (
                 "Redis refuses to list the streams for %s: %s. Patterns do not find new streams. "
-                "%s Delete these keys if another program wrote them.",
-                ", ".join(patterns),
-                error,
-                grant_its_user(
-                    {
-                        self._keys.names: SEARCH,
-                        self._keys.since(self._service): SINCE,
-                        "": TIME,
-                    }
-                ),
-                level=logging.ERROR,
+                "%s Delete these keys if another program wrote them."
             )
+            since = self._keys.since(self._service)
+            advice = grant_its_user({self._keys.names: SEARCH, since: SINCE, "": TIME})
+            shown = ", ".join(patterns)
+            self._log.once("refused", text, shown, error, advice, level=logging.ERROR)
         else:
             self._log.over("refused", "Redis lists the streams for %s again.", ", ".join(patterns))
             known = {name.decode(errors="replace") for name in names}

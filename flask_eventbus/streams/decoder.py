@@ -148,27 +148,18 @@ class EntryDecoder:
         self._counters.add("rejected")
         self._counters.add(f"rejected_{error.reason}")
         sample = bytes(fields.get(b"event", b""))[:SAMPLE]
-        self._log.warning(
-            f"rejected {error.reason}",
-            "The entry %s in the stream of %r is rejected (%s): %s It starts with %r.",
-            entry.id,
-            entry.name,
-            error.reason,
-            error,
-            sample,
-            extra={"signal": entry.name, "service": self._config.service},
-        )
+        text = "The entry %s in the stream of %r is rejected (%s): %s It starts with %r."
+        about = (entry.id, entry.name, error.reason, error, sample)
+        extra = {"signal": entry.name, "service": self._config.service}
+        self._log.warning(f"rejected {error.reason}", text, *about, extra=extra)
         emit(
             event_rejected, self._config.service, name=entry.name, reason=error.reason, error=error
         )
+        stored = self._stored_fields(entry.size(), fields)
+        shown = f"{error.reason}: {error}"[:MAX_ERROR_CHARS]
         now = round(time.time() * 1000)
         return DeadLetter(
-            reason="undecodable",
-            entry=entry.id,
-            fields=self._stored_fields(entry.size(), fields),
-            error=f"{error.reason}: {error}"[:MAX_ERROR_CHARS],
-            first=now,
-            last=now,
+            reason="undecodable", entry=entry.id, fields=stored, error=shown, first=now, last=now
         )
 
     def _stored_fields(self, size: int, fields: Fields) -> dict[bytes, bytes]:
@@ -270,15 +261,12 @@ class Duplicates:
         answers = self._pipe.run([("EXPIRE", key, 0) for key in keys])
 
         for refusal in (answer for answer in answers if isinstance(answer, Exception)):
-            self._log.warning(
-                "kept",
+            text = (
                 "Redis refuses to delete the ids of received events of %r (%s). The events of the "
-                "last %g s are not delivered again. %s",
-                name,
-                refusal,
-                self._window,
-                remedy(refusal, {self._pattern(name): "+expire"}),
+                "last %g s are not delivered again. %s"
             )
+            advice = remedy(refusal, {self._pattern(name): "+expire"})
+            self._log.warning("kept", text, name, refusal, self._window, advice)
 
     def _duplicates(
         self, found: Sequence[tuple[Delivery, bytes]], answers: Sequence[object]
@@ -316,13 +304,12 @@ class Duplicates:
 
     def _pause(self, name: str, reason: object) -> None:
         self._refused_until = time.monotonic() + self._ask_again_after
-        self._log.once(
-            "refused",
+        text = (
             "Redis refuses to store the ids of received events (%s). An event that a publisher "
-            "sends twice is handled twice. %s Or set 'EVENTBUS_DUPLICATE_WINDOW' to 0.",
-            reason,
-            remedy(reason, {self._pattern(name): f"{SEEN} {TRANSACTION}"}),
+            "sends twice is handled twice. %s Or set 'EVENTBUS_DUPLICATE_WINDOW' to 0."
         )
+        advice = remedy(reason, {self._pattern(name): f"{SEEN} {TRANSACTION}"})
+        self._log.once("refused", text, reason, advice)
 
 
 class Intake:

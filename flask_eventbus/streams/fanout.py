@@ -202,17 +202,13 @@ class Fanout(ReadingThread):
             lost += 1
 
         place.last, place.passed = common, None
-        self._log.warning(
-            f"lost {name}",
+        text = (
             "Redis has lost the last %d entries of the stream of %r that this process has read, up "
-            "to %s: its master was replaced, or it restarted. %r continues after %s.",
-            lost,
-            name,
-            position,
-            self._service,
-            common,
-            extra={"signal": name, "service": self._service},
+            "to %s: its master was replaced, or it restarted. %r continues after %s."
         )
+        about = (lost, name, position, self._service, common)
+        extra = {"signal": name, "service": self._service}
+        self._log.warning(f"lost {name}", text, *about, extra=extra)
 
     def _last_common(self, name: str, place: _Place) -> str:
         if not place.ids:
@@ -288,16 +284,13 @@ class Fanout(ReadingThread):
         extra = {"signal": name, "service": self._service}
 
         if last is None:
-            self._log.once(
-                f"last id {name}",
+            text = (
                 "Redis refuses to tell %r the last id of the stream of %r: %s. If Redis loses its "
-                "data, this process does not notice, and it gets no new events. %s",
-                self._service,
-                name,
-                info,
-                remedy(info, {self._keys.stream(name): "+xinfo|stream"}),
-                extra=extra,
+                "data, this process does not notice, and it gets no new events. %s"
             )
+            advice = remedy(info, {self._keys.stream(name): "+xinfo|stream"})
+            about = (self._service, name, info, advice)
+            self._log.once(f"last id {name}", text, *about, extra=extra)
             return
 
         text = "Redis tells %r the last id of the stream of %r again."

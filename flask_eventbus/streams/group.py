@@ -109,14 +109,11 @@ class Group:
     def join(self, starts: Mapping[str, str]) -> dict[str, Exception | None]:
         """Create the group on each stream that has none.
 
-        :param starts: the id at which a new group starts, by signal. An existing group keeps its
-            position.
+        :param starts: the id at which a new group starts, by signal; not empty. An existing group
+            keeps its position.
         :return: by signal, the error if Redis refused, or ``None`` if the group exists now.
         :raises redis.ConnectionError: Redis is unreachable.
         """
-        if not starts:
-            return {}
-
         places = self._start_arguments(starts)
         refusals = self._create(places)
         # Redis 6.2 does not support ENTRIESREAD.
@@ -253,6 +250,8 @@ class Group:
         :param most: stop once this many entries are found.
         :raises GroupGoneError: if the stream or its group does not exist.
         """
+        extra = {"signal": name, "service": self._service}
+
         try:
             found = self._pending(name, idle, consumer, most)
         except redis.ResponseError as error:
@@ -261,27 +260,19 @@ class Group:
 
             if name not in self.unlisted:
                 self.unlisted.add(name)
-                logger.warning(
+                text = (
                     "Redis does not let %r list the pending events of %r: %s. Events of a worker "
-                    "that stopped, died or lost its connection wait until the list is available. "
-                    "%s",
-                    self._service,
-                    name,
-                    error,
-                    remedy(error, {self._key(name): "+xpending"}),
-                    extra={"signal": name, "service": self._service},
+                    "that stopped, died or lost its connection wait until the list is available. %s"
                 )
+                advice = remedy(error, {self._key(name): "+xpending"})
+                logger.warning(text, self._service, name, error, advice, extra=extra)
 
             return []
 
         if name in self.unlisted:
             self.unlisted.discard(name)
-            logger.warning(
-                "Redis lets %r list the pending events of %r again.",
-                self._service,
-                name,
-                extra={"signal": name, "service": self._service},
-            )
+            text = "Redis lets %r list the pending events of %r again."
+            logger.warning(text, self._service, name, extra=extra)
 
         return found
 

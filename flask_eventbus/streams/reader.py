@@ -324,14 +324,12 @@ class StreamReader(ReadingThread):
 
     def _leave_all(self, error: GroupGoneError) -> None:
         """Leave all groups after one was deleted; :meth:`_join` creates missing groups again."""
-        logger.warning(
+        text = (
             "A stream or the group of %r is gone (%s). A new group is created at the first entry "
             "of the stream. Redis was flushed, or restarted without its data, or the group was "
-            "deleted.",
-            self._service,
-            error,
-            extra={"service": self._service},
+            "deleted."
         )
+        logger.warning(text, self._service, error, extra={"service": self._service})
         self._counters.add("groups_lost")
         self._trims.reset()
 
@@ -357,12 +355,11 @@ class StreamReader(ReadingThread):
         # redis-py removes "ERR" from the text. 'rename-command' may have removed other commands.
         if str(reason).startswith(_UNKNOWN):
             self.fatal = reason
-            logger.critical(
+            text = (
                 "This Redis has no streams (%s), so %r cannot read any. Use Redis 6.2 or later, or "
-                "Valkey.",
-                reason,
-                self._service,
+                "Valkey."
             )
+            logger.critical(text, reason, self._service)
             raise redis.ConnectionError(str(reason)) from reason
 
         self.joined = {known: self.joined[known] for known in self.joined if known != name}
