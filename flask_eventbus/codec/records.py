@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Self
 
 import msgpack
 
@@ -213,7 +213,11 @@ class DeadLetter:
             source=text("source"),
             payload=text("payload"),
             traceback=text("traceback"),
-            fields=_original(fields),
+            fields={
+                field.removeprefix(b"entry."): content
+                for field, content in fields.items()
+                if field == b"event" or field.startswith(b"entry.")
+            },
         )
 
 
@@ -230,18 +234,6 @@ def words_of(error: BaseException) -> str:
 def escape_surrogates(text: str) -> str:
     """Escape lone surrogates, which file names in another encoding contain."""
     return text.encode(errors="backslashreplace").decode()
-
-
-def _original(fields: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    found: dict[Any, bytes] = {}
-
-    for field, content in fields.items():
-        if field == b"event":
-            found[field] = content
-        elif field.startswith(b"entry."):
-            found[field.removeprefix(b"entry.")] = content
-
-    return found
 
 
 def _moment(milliseconds: int) -> str:

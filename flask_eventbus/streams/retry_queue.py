@@ -143,16 +143,17 @@ class RetryQueue:
 
     def _give_up_orphans_of(self, name: str) -> None:
         subscription = Subscription(name=name, via="stream")
-        count = MAX_PER_STEP
 
-        while count >= MAX_PER_STEP:
+        while True:
             with self._lock:
                 given_up, _ = self._lease_due(
                     name, subscription, self._judge_orphan, most=MAX_PER_STEP, overdue=OVERDUE
                 )
 
             self._acknowledger.write(given_up)
-            count = len(given_up)
+
+            if len(given_up) < MAX_PER_STEP:
+                return
 
     def _lease_due(
         self,
