@@ -7,7 +7,6 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from reprlib import repr as short
 from typing import Any, Final, NoReturn, TypeVar, cast
 
@@ -187,8 +186,6 @@ class Envelope:
         return size
 
 
-__all__ = ["Codec", "Envelope"]
-
 T = TypeVar("T")
 
 #: Bytes of memory that an event takes besides its payload.
@@ -288,11 +285,7 @@ class Codec:
             id=event.id,
             time_ns=(event.time - _EPOCH) // _MICROSECOND * 1000,
             seq=event.seq,
-            correlation_id=event.correlation_id,
-            causation_id=event.causation_id,
-            hops=event.hops,
-            traceparent=event.traceparent,
-            key=event.key,
+            **{name: getattr(event, name) for name in _OPTIONAL},
         )
 
     def check_size(self, size: int) -> None:
@@ -351,14 +344,11 @@ class Codec:
         size = memory_of(event.payload, found=found, packed=len(body))
 
         if size > MAX_DECODED:
-            packed = PackedPayload(partial(self._payload, body))
+            packed = PackedPayload(lambda: self.decode(body).payload)
             return replace(event, payload=packed), EVENT_MEMORY + len(body)
 
         # A stream event keeps its bytes too: a retry or a dead letter stores them.
         return event, EVENT_MEMORY + size + (len(body) if via == "stream" else 0)
-
-    def _payload(self, body: bytes) -> Mapping[str, Any]:
-        return self.decode(body).payload
 
     def _packed(self, payload: dict[str, Any]) -> bytes:
         data = self._values.pack(payload)

@@ -263,8 +263,13 @@ class Connections:
             for url in examples:
                 timed_connection(without_options(url), 1.0)
         except (ValueError, TypeError, redis.RedisError) as error:
-            # Drop the cause: it may quote a part of a password.
-            raise self._unreadable(error) from None
+            # The error may quote a part of the password, or an option that holds one.
+            reason = str(error) if self.shown == self._url else "it is not a valid URL"
+            raise ConfigError(
+                f"'EVENTBUS_URL' is {self.shown!r}: {reason}. Write it as "
+                "'redis://user:password@host:6379/0', and '#', '/', '?', '@' and '%' of a password "
+                "as '%23', '%2F', '%3F', '%40' and '%25'."
+            ) from None
 
         if examples:
             check_database(self._url)
@@ -319,15 +324,6 @@ class Connections:
             return _cluster_nodes(parts)
 
         return [self._target]
-
-    def _unreadable(self, error: Exception) -> ConfigError:
-        # The text of the error may quote a part of the password, or an option that holds one.
-        reason = str(error) if self.shown == self._url else "it is not a valid URL"
-        return ConfigError(
-            f"'EVENTBUS_URL' is {self.shown!r}: {reason}. Write it as "
-            "'redis://user:password@host:6379/0', and '#', '/', '?', '@' and '%' of a password "
-            "as '%23', '%2F', '%3F', '%40' and '%25'."
-        )
 
     def _follow_master(self) -> None:
         """With Sentinels, start a thread that closes connections to a former master."""

@@ -92,7 +92,11 @@ def join(name: str = "default") -> str:
     _hold_lease(directory, deadline)
 
     try:
-        _ensure_server(directory, deadline)
+        if not _answers(directory):
+            with _start_lock(directory, deadline):
+                # Another process may have started it meanwhile.
+                if not _answers(directory):
+                    _start(directory, deadline)
     except ConfigError:
         leave(name)
         raise
@@ -213,8 +217,15 @@ def _recent(executable: str) -> str:
 
 
 def _hold_lease(directory: Path, deadline: float) -> None:
-    if _holds_lease(directory):
-        return
+    held = _leases.get(directory)
+
+    if held is not None:
+        if _is_at(held, directory / "lease"):
+            return
+
+        # The directory was deleted by hand, so no other process can find that server.
+        if _leases.pop(directory, None) is not None:
+            _unlock(held)
 
     lease = _poll(lambda: _take_lease(directory), deadline)
 
@@ -224,31 +235,6 @@ def _hold_lease(directory: Path, deadline: float) -> None:
     if _leases.setdefault(directory, lease) != lease:
         # Another thread of this process has taken the lease in the meantime.
         os.close(lease)
-
-
-def _holds_lease(directory: Path) -> bool:
-    held = _leases.get(directory)
-
-    if held is None:
-        return False
-
-    if _is_at(held, directory / "lease"):
-        return True
-
-    # The directory was deleted by hand, so no other process can find that server.
-    if _leases.pop(directory, None) is not None:
-        _unlock(held)
-
-    return False
-
-
-def _ensure_server(directory: Path, deadline: float) -> None:
-    if _answers(directory):
-        return
-
-    with _start_lock(directory, deadline):
-        if not _answers(directory):
-            _start(directory, deadline)
 
 
 def _make_private(root: Path) -> None:
