@@ -288,6 +288,7 @@ def test_raise_fails_the_send_while_redis_is_known_to_be_away(
     assert locally == [0, 1]  # the local receivers run whatever Redis does
 
 
+@pytest.mark.timing(write_timeout=20.0)
 def test_a_send_makes_no_round_trip(redis_server: RedisServer, make_bus: Make) -> None:
     publisher = make_bus(redis_server.url, publish=["tick"])
     publisher.signal("tick").send("test", n=0)
@@ -298,8 +299,8 @@ def test_a_send_makes_no_round_trip(redis_server: RedisServer, make_bus: Make) -
     for n in range(1, 1_000):
         publisher.signal("tick").send("test", n=n)
 
-    # One round trip would not end before the server goes on.
-    assert time.monotonic() - began < 2
+    # One round trip would not end before its time is over.
+    assert time.monotonic() - began < 15
     assert publisher.health().buffered == 999
     redis_server.resume()
     assert publisher.flush(10)

@@ -930,17 +930,17 @@ def test_only_the_first_send_waits_for_a_server_that_hangs(
 
 def test_a_send_fails_with_the_policy_raise(redis_server: RedisServer, make_bus: Make) -> None:
     publish = {"tick": "stream"}
-    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=0.3)
+    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=1.0)
     bus.signal("tick").send("test", n=0)
     redis_server.hang()
 
-    with pytest.raises(PublishError, match=r"no answer within 0\.3 s"):
+    with pytest.raises(PublishError, match=r"no answer within 1\.0 s"):
         bus.signal("tick").send("test", n=1)
     began = time.monotonic()
     with pytest.raises(PublishError, match="Send it again when Redis is back"):
         bus.signal("tick").send("test", n=2)
 
-    assert time.monotonic() - began < 0.3
+    assert time.monotonic() - began < 1.0
     redis_server.resume()
     wait_until(lambda: bus.health().publishing, what="Redis is found")
     bus.signal("tick").send("test", n=3)
