@@ -520,14 +520,14 @@ def test_thousands_of_signals_can_be_declared_and_received(url: str, make_bus: M
     publisher = make_bus(url, "publisher", publish=["tick_*"])
     consumer = make_bus(url, "consumer", subscribe=["tock_*"])
     received: list[str] = []
-    began = time.monotonic()
+    began = time.thread_time()
 
     for n in range(2_000):
         publisher.signal(f"tick_{n}")
         publisher.publishes(f"tack_{n}")
         consumer.on(f"tick_{n}")(lambda sender: received.append(current_event.name))
-    # Half a second, where nothing else runs.
-    assert time.monotonic() - began < 15
+    # Half a second of a processor, whatever else runs on it.
+    assert time.thread_time() - began < 15
 
     consumer.start()
     assert consumer.ready(60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import json
 import os
@@ -221,6 +222,8 @@ def run(server: SmtpServer) -> Iterator[SmtpServer]:
     server.start()
     yield server
     server.stop()
+    # What it left open is reported here, and not in a later test.
+    gc.collect()
 
 
 class Service:
