@@ -75,7 +75,7 @@ class Listening:
     def connected(self) -> bool:
         """True if Redis has confirmed every subscription on a live connection."""
         channels_connected = not self._on_channels or self.listener.connected
-        return channels_connected and (not self._on_streams or self.consumer.connected)
+        return channels_connected and self.consumer.connected
 
     @property
     def refused(self) -> dict[str, str]:
@@ -110,7 +110,7 @@ class Listening:
             return False
 
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return not self._on_streams or self.consumer.ready(left)
+        return self.consumer.ready(left)
 
     def stop_reading(self) -> None:
         """Stop reading, and return at once."""

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 from ..config import TIMING
@@ -255,10 +256,7 @@ def explain(receiver: Receiver, event: Event, error: BaseException) -> BaseExcep
 
     Return every other error unchanged.
     """
-    if not isinstance(error, TypeError):
-        return error
-
-    misfit = misfit_of(receiver, event.payload)
+    misfit = misfit_of(receiver, event.payload) if isinstance(error, TypeError) else None
 
     if misfit is None:
         return error
@@ -416,11 +414,7 @@ class FailureLog:
         else:
             text = "After a receiver%s, at the event %s of %r from %r, a teardown failed: %s"
 
-        self._log.error(
-            *self._line(event, failure, text),
-            exc_info=failure.error,
-            extra=self._fields(event, failure),
-        )
+        self._write(partial(self._log.error, exc_info=failure.error), event, failure, text)
 
     def judged(
         self,
@@ -436,34 +430,32 @@ class FailureLog:
         :param due: time of the retry, in seconds since 1970.
         :param is_known: True if the attempt before had the same traceback; it is not logged again.
         """
-        fields = self._fields(event, failure)
-        text = "The receiver %s {} %s of %r from %r, attempt {}, {}: %s"
         again = f"and is tried again in {verdict.after:.1f} s, at {_moment(due)}"
         dead = f"now a dead letter of {self._service!r}"
+        log: Callable[..., None]
 
         if verdict.reason == "rejected":
-            line = text.format("rejects the event", event.attempt, dead)
-            self._log.warning(*self._line(event, failure, line), extra=fields)
+            log, text, follows = self._log.warning, "rejects the event", dead
         elif isinstance(failure.error, Retry) and verdict.reason is None:
-            line = text.format("asks for another attempt at the event", event.attempt, again)
-            self._log.info(*self._line(event, failure, line), extra=fields)
+            log, text, follows = self._log.info, "asks for another attempt at the event", again
         else:
-            follows = again if verdict.reason is None else f"the last, {dead}"
-            line = text.format("failed at the event", event.attempt, follows)
-            self._log.error(
-                *self._line(event, failure, line),
-                exc_info=None if is_known else failure.error,
-                extra=fields,
-            )
+            log = partial(self._log.error, exc_info=None if is_known else failure.error)
+            text, follows = "failed at the event", f"the last, {dead}" if verdict.reason else again
 
-    def _line(self, event: Event, failure: Failure, text: str) -> tuple[str, str, *tuple[str, ...]]:
-        """Return the arguments for :class:`.BoundedLog`: the kind, the text, and its arguments."""
-        kind = f"{text[:20]} {failure.name} {event.name}"
-        said = f"{type(failure.error).__name__}: {text_of(failure.error)}"
-        return kind, text, failure.name, event.id, event.name, event.source, said
+        text = f"The receiver %s {text} %s of %r from %r, attempt {event.attempt}, {follows}: %s"
+        self._write(log, event, failure, text)
 
-    def _fields(self, event: Event, failure: Failure) -> dict[str, object]:
-        return {**event.fields, "service": self._service, "receiver": failure.name}
+    def _write(self, log: Callable[..., None], event: Event, failure: Failure, text: str) -> None:
+        log(
+            f"{text[:20]} {failure.name} {event.name}",
+            text,
+            failure.name,
+            event.id,
+            event.name,
+            event.source,
+            f"{type(failure.error).__name__}: {text_of(failure.error)}",
+            extra={**event.fields, "service": self._service, "receiver": failure.name},
+        )
 
 
 def _moment(seconds: float) -> str:

@@ -342,21 +342,21 @@ class Trims:
     def _check_position(self, name: str, position: Position) -> None:
         """Report a group past the end of its stream, and an id far in the future."""
         delivered, last = entry_id(position.delivered), entry_id(position.last)
-        now = time.time()
-        ahead = far_ahead(name, last, now)
-        alarm = ahead or past_the_end(name, self._service, delivered, last, now)
-        extra = {"signal": name, "service": self._service}
+        now, service = time.time(), self._service
+        alarm = far_ahead(name, last, now) or past_the_end(name, service, delivered, last, now)
+        alarms = {other: text for other, text in self.alarms.items() if other != name}
+        extra = {"signal": name, "service": service}
 
         if alarm is None:
-            self.alarms = {other: self.alarms[other] for other in self.alarms if other != name}
             over = "The stream of %r and the position of %r in it are in order again."
-            self._log.over(f"alarm {name}", over, name, self._service, extra=extra)
-            return
+            self._log.over(f"alarm {name}", over, name, service, extra=extra)
+        else:
+            alarms[name] = str(alarm)
 
-        if name not in self.alarms:
-            self._log.error(f"alarm {name}", "%s", alarm, extra=extra)
+            if name not in self.alarms:
+                self._log.error(f"alarm {name}", "%s", alarm, extra=extra)
 
-        self.alarms = {**self.alarms, name: str(alarm)}
+        self.alarms = alarms
 
 
 def report_trimmed(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import redis
 
@@ -130,7 +129,7 @@ class Consumer:
     @property
     def connected(self) -> bool:
         """Return True if every subscribed stream is read."""
-        return self._groups_ready and self._fanout_ready
+        return self._is_read(self._reader) and self._is_read(self._fanout)
 
     @property
     def refused(self) -> dict[str, str]:
@@ -167,17 +166,8 @@ class Consumer:
         """The reason why this Redis can never serve streams; ``None`` if it can."""
         return self._reader.fatal
 
-    @property
-    def _groups_ready(self) -> bool:
-        return not self._reader.catalogue.subscribed or (self._reader.ready and not self.refused)
-
-    @property
-    def _fanout_ready(self) -> bool:
-        return not self._fanout.catalogue.subscribed or (self._fanout.ready and not self.refused)
-
-    @property
-    def _is_ending(self) -> bool:
-        return self._is_stopping or self.fatal is not None
+    def _is_read(self, thread: StreamReader | Fanout) -> bool:
+        return not thread.catalogue.subscribed or (thread.ready and not self.refused)
 
     def update(self, subscriptions: Mapping[str, Subscription], *, alone: bool) -> None:
         """Use these subscriptions to streams from now on; :meth:`start` starts their threads.
@@ -202,9 +192,16 @@ class Consumer:
         """Wait until every subscribed stream is read. Return False after ``timeout`` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
 
-        _wait_for(self._reader.changed, lambda: self._groups_ready or self._is_ending, deadline)
-        _wait_for(self._fanout.changed, lambda: self._fanout_ready or self._is_ending, deadline)
+        self._wait_for(self._reader, deadline)
+        self._wait_for(self._fanout, deadline)
         return self.connected
+
+    def _wait_for(self, thread: StreamReader | Fanout, deadline: float | None) -> None:
+        with thread.changed:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            thread.changed.wait_for(
+                lambda: self._is_read(thread) or self._is_stopping or self.fatal is not None, left
+            )
 
     def stop_reading(self) -> None:
         """Stop reading and reclaiming entries, and start no further delivery."""
@@ -396,11 +393,3 @@ class Consumer:
         except (GroupGoneError, redis.ResponseError, *OUTAGE) as error:
             logger.debug("The entry %s is not started: %s", delivery.entry, error)
             return False
-
-
-def _wait_for(
-    changed: threading.Condition, condition: Callable[[], bool], deadline: float | None
-) -> None:
-    with changed:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        changed.wait_for(condition, left)
