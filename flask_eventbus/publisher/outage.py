@@ -14,7 +14,7 @@ from ..transport.connections import Context
 from ..transport.keys import ADD, PUBLISH, grant_its_user, is_missing_right
 from ..transport.reconnect import Backoff
 from .buffer import Buffer
-from .message import Message, NoWritesError, TooFewReplicasError
+from .message import Message, TooFewReplicasError
 
 logger = get_logger(__name__)
 
@@ -54,10 +54,6 @@ class Outage:
     def known(self) -> bool:
         """Return True if any events, of channels or of streams, cannot be published now."""
         return self.stalled or self.away or self.refusal is not None
-
-    def stops(self, is_stream: bool) -> bool:
-        """Return True if stream events, or channel events, cannot be published now."""
-        return self.stalled or self.away or (is_stream and self.refusal is not None)
 
     def refuses(self, message: Message) -> bool:
         """Return True if Redis is known not to accept an event; a stall does not count."""
@@ -165,45 +161,15 @@ class Outage:
 
 
 class PublishReport:
-    """Records the result of each event, and logs and counts those that were refused or lost."""
+    """Logs the results of publishing, and counts the events that were refused or lost."""
 
     def __init__(self, context: Context, outage: Outage) -> None:
         self._counters = context.counters
         self._service = context.config.service
-        self._log_events = context.config.log_events
         self._outage = outage
         self._log = BoundedLog(logger)
 
-    def record(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
-        """Record the result of each event of a batch, and wake its sender.
-
-        Events that Redis may accept later are skipped, because they are still queued.
-        """
-        published = 0
-
-        for message, error in zip(batch, outcomes, strict=True):
-            if error is None:
-                published += 1
-            elif isinstance(error, NoWritesError):
-                continue
-            else:
-                # Redis answered this attempt; earlier ones may still be unanswered.
-                message.unanswered -= 1
-                published += self._note(message, error)
-
-            message.finish(error)
-
-        self._counters.add("published", published)
-
-        if self._log_events:
-            self._log_published(batch, outcomes)
-
-        if self._outage.pending_lines:
-            self._outage.log_changes()
-
-    def _log_published(
-        self, batch: Sequence[Message], outcomes: Sequence[Exception | None]
-    ) -> None:
+    def log_published(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
         """Log each published event of a batch, for ``EVENTBUS_LOG_EVENTS``."""
         for message, error in zip(batch, outcomes, strict=True):
             if error is None or isinstance(error, TooFewReplicasError):
@@ -261,7 +227,7 @@ class PublishReport:
             "service": self._service,
         }
 
-    def _note(self, message: Message, error: Exception) -> bool:
+    def note(self, message: Message, error: Exception) -> bool:
         """Log the error of an event; count it as refused, and return False, unless it is stored."""
         if isinstance(error, TooFewReplicasError):
             self._log.warning(

@@ -264,7 +264,7 @@ class Publisher:
     def may_wait(self, route: Route) -> bool:
         """Return True if sending an event of a route may block, for Redis or for buffer space."""
         waits = route.confirm or self._buffer.is_full(self._config.max_event_bytes)
-        return waits and not self._outage.stops(route.via == "stream")
+        return waits and not self._stops(route.via == "stream")
 
     def prepare_pending(self, name: str, payload: Mapping[str, Any], route: Route) -> Message:
         """Prepare an event that waits for a commit; publish it with :meth:`publish_pending`.
@@ -327,14 +327,14 @@ class Publisher:
         finally:
             self._writer.senders.difference_update(sent)
 
-        if any(not self._outage.stops(message.route_state.is_stream) for message in late):
+        if any(not self._stops(message.route_state.is_stream) for message in late):
             self._stall_since(departures)
 
         return [message for message in sent if message in late or message.error is not None]
 
     def _is_done(self, message: Message, deadline: float) -> bool:
         """Return True if an event has a result by ``deadline``, or its sender does not wait."""
-        if self._outage.stops(message.route_state.is_stream):
+        if self._stops(message.route_state.is_stream):
             deadline = 0.0
 
         while message.wakeup is not None and not message.is_finished:
@@ -394,7 +394,7 @@ class Publisher:
             self._report.report_dropped(dropped, self._buffer)
 
         if self._writer.thread is None:
-            is_away = self._outage.stops(message.route_state.is_stream)
+            is_away = self._stops(message.route_state.is_stream)
             self._writer.write_here(0.0 if is_away else time.monotonic() + self._config.timeout)
 
     def _put(self, message: Message, deadline: float) -> int:
@@ -418,11 +418,16 @@ class Publisher:
 
         return dropped
 
+    def _stops(self, is_stream: bool) -> bool:
+        """Return True if stream events, or channel events, cannot be published now."""
+        outage = self._outage
+        return outage.stalled or outage.away or (is_stream and outage.refusal is not None)
+
     def _refuse_in_outage(self, message: Message) -> None:
         if (
             self._config.on_outage == "raise"
             and not message.promised
-            and self._outage.stops(message.route_state.is_stream)
+            and self._stops(message.route_state.is_stream)
         ):
             raise self._refusal(message)
 
@@ -475,7 +480,7 @@ class Publisher:
         return dropped
 
     def _room_comes(self, message: Message, deadline: float) -> bool:
-        is_away = self._outage.stops(message.route_state.is_stream)
+        is_away = self._stops(message.route_state.is_stream)
 
         if is_away or self._writer.is_this_thread:
             return False
@@ -495,7 +500,7 @@ class Publisher:
         return threading.get_ident() in self._senders or self._writer.is_this_thread
 
     def _publish_confirmed(self, message: Message) -> None:
-        is_away = self._outage.stops(message.route_state.is_stream)
+        is_away = self._stops(message.route_state.is_stream)
         deadline = time.monotonic() + (0.0 if is_away else self._config.timeout)
         departures = self._buffer.departures
         this = threading.get_ident()

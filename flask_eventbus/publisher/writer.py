@@ -64,6 +64,8 @@ class Writer:
         )
         self._buffer = buffer
         self._outage = outage
+        self._counters = context.counters
+        self._log_events = context.config.log_events
         self._report = report
         self._node = context.node
         self._changed = buffer.changed
@@ -332,7 +334,7 @@ class Writer:
                 self.wake_senders()
         finally:
             try:
-                self._report.record(batch, outcomes)
+                self._record(batch, outcomes)
             except BaseException:
                 # A signal handler has interrupted this sender; the others still need the result.
                 for message, error in zip(batch, outcomes, strict=True):
@@ -467,6 +469,33 @@ class Writer:
             self._buffer.streams_paused = is_paused
             # The wait of the writer thread and the buffer space of senders depend on it.
             self._changed.notify_all()
+
+    def _record(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
+        """Record the result of each event of a batch, and wake its sender.
+
+        Events that Redis may accept later are skipped, because they are still queued.
+        """
+        published = 0
+
+        for message, error in zip(batch, outcomes, strict=True):
+            if error is None:
+                published += 1
+            elif isinstance(error, NoWritesError):
+                continue
+            else:
+                # Redis answered this attempt; earlier ones may still be unanswered.
+                message.unanswered -= 1
+                published += self._report.note(message, error)
+
+            message.finish(error)
+
+        self._counters.add("published", published)
+
+        if self._log_events:
+            self._report.log_published(batch, outcomes)
+
+        if self._outage.pending_lines:
+            self._outage.log_changes()
 
     def wake_senders(self) -> None:
         """Wake all senders that wait for a confirmation, so that they notice the outage."""
@@ -651,7 +680,7 @@ class Writer:
         if has_held:
             self.wake_senders()
 
-        self._report.record(batch, outcomes)
+        self._record(batch, outcomes)
 
     def _report_lost(self) -> None:
         reason = self._outage.error or "the time to flush was over"
