@@ -333,16 +333,12 @@ class Intake:
         self.outcomes = outcomes
         self.acknowledger = acknowledger
 
-    def add(self, deliveries: Sequence[Delivery]) -> None:
-        """Queue deliveries for the worker threads."""
-        self.in_flight.add(deliveries)
-        self.queue.put(deliveries)
+    def take(self, found: DecodedEntries, others: Sequence[Outcome] = ()) -> None:
+        """Queue the deliveries; write the outcomes of the other entries, and other outcomes."""
+        self.in_flight.add(found.deliveries)
+        self.queue.put(found.deliveries)
 
-    def end(self, found: DecodedEntries, others: Sequence[Outcome] = ()) -> None:
-        """Write the outcomes of entries that became no delivery, and other outcomes."""
-        if not (found.skipped or found.dead or others):
-            return
-
-        outcomes = [Outcome(entry.name, entry.id) for entry in found.skipped]
-        outcomes += [self.outcomes.dead(entry.name, letter) for entry, letter in found.dead]
-        self.acknowledger.write([*outcomes, *others])
+        if found.skipped or found.dead or others:
+            outcomes = [Outcome(entry.name, entry.id) for entry in found.skipped]
+            outcomes += [self.outcomes.dead(entry.name, letter) for entry, letter in found.dead]
+            self.acknowledger.write([*outcomes, *others])

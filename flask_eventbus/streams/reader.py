@@ -221,10 +221,9 @@ class StreamReader(ReadingThread):
             found.skipped += [Entry(each.name, each.entry, None) for each in duplicates]
 
         self._counters.add("received", len(found.deliveries))
-        self._intake.add(found.deliveries)
+        self._intake.take(found)
         # The maintenance thread then looks whether a receiver has started.
         self._acknowledger.schedule.within(self._timing.pause_reading_after)
-        self._intake.end(found)
 
     # -- the groups -----------------------------------------------------------------------
 
@@ -319,8 +318,7 @@ class StreamReader(ReadingThread):
             self._trims.report(name, sum(entry.fields is None for entry in entries))
             # These entries are handled in any case. Store them, so that a copy is a duplicate.
             self._duplicates.find(found.deliveries)
-            self._intake.add(found.deliveries)
-            self._intake.end(found)
+            self._intake.take(found)
 
     def _leave_all(self, error: GroupGoneError) -> None:
         """Leave all groups after one was deleted; :meth:`_join` creates missing groups again."""

@@ -238,17 +238,17 @@ class Reclaimer:
 
         given_up = self._count_crashes(decoded.deliveries, times, subscription)
         taken = [delivery for delivery in decoded.deliveries if delivery not in given_up]
+        decoded.deliveries = taken
         self._counters.add("claimed", len(taken))
 
         if taken:
             text = "Reclaimed %d events of %r that another worker left."
             logger.info(text, len(taken), name, extra=extra)
 
-        self._intake.add(taken)
         text = "%s workers started the event, and each died before its receivers ended."
         give_up = self._intake.outcomes.give_up
         outcomes = [give_up(found, "killed", text % found.crashes) for found in given_up]
-        self._intake.end(decoded, outcomes)
+        self._intake.take(decoded, outcomes)
 
     def _count_crashes(
         self, deliveries: Sequence[Delivery], times: Mapping[str, int], subscription: Subscription
