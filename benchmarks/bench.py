@@ -28,7 +28,7 @@ import redis
 from contenders import BUS, BY_HAND, CHANNELS, FLOOR, PEERS, STREAMS, Contender, prepare
 from measure import FailedError, Result, Server, exchange, redis_server
 from own import growth, imports, requests
-from report import markdown
+from report import chart, markdown
 
 Figures = dict[str, dict[str, Any]]
 
@@ -39,7 +39,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of each (default 5)")
     parser.add_argument("--count", type=int, default=100_000, help="events of a run")
     parser.add_argument("--seconds", type=float, default=3.0, help="time of a run at a rate")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="write the figures to this file, and a chart of the peers beside it",
+    )
     options = parser.parse_args()
 
     if wrong := set(options.subjects) - SUBJECTS.keys():
@@ -56,6 +60,9 @@ def main() -> None:
 
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+        if "peers" in found:
+            options.json.with_suffix(".svg").write_text(chart(found["peers"]))
 
     print(markdown(found))
 

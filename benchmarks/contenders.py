@@ -79,5 +79,5 @@ def prepare(peer: str) -> str:
     return next(
         line.partition("==")[2]
         for line in requirements.read_text().splitlines()
-        if line.lower().startswith(f"{peer}==")
+        if line.lower().replace("_", "-").startswith(f"{peer}==")
     )

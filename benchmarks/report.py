@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 #: Figures of a run: heading, and digits after the point.
@@ -62,3 +63,48 @@ def cell(figure: dict[str, float], digits: int) -> str:
     """Return a figure and its ratio."""
     ratio = next((value for name, value in figure.items() if name.startswith("of_")), 1.0)
     return f"{figure['median']:,.{digits}f} ({ratio:.2f})"
+
+
+#: Pixels of the chart.
+WIDTH, ROW, LABEL = 720, 26, 190
+
+STYLE = """
+  text { font: 13px system-ui, sans-serif; fill: #1f2328 }
+  .value { font-variant-numeric: tabular-nums }
+  .own { fill: #0b7285 }
+  .other { fill: #adb5bd }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6edf3 }
+    .own { fill: #3bc9db }
+    .other { fill: #495057 }
+  }
+"""
+
+
+def chart(figures: dict[str, dict[str, Any]]) -> str:
+    """Return an SVG with a bar for each program: events a second, the fastest first.
+
+    The scale is logarithmic: the slowest program is a thousand times slower than the fastest.
+    """
+    rates = {name: each["rate"]["median"] for name, each in figures.items() if "rate" in each}
+    ordered = sorted(rates.items(), key=lambda item: -item[1])
+    room = WIDTH - LABEL - 80
+    most = math.log10(ordered[0][1])
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" '
+        f'height="{ROW * len(ordered) + 30}" role="img" aria-label="Events a second">',
+        f"<style>{STYLE}</style>",
+        f'<text x="{LABEL}" y="16">events a second, process to process (logarithmic)</text>',
+    ]
+
+    for number, (name, rate) in enumerate(ordered):
+        y = 30 + number * ROW
+        wide = max(2, room * math.log10(max(rate, 1)) / most)
+        kind = "own" if name.startswith("flask-eventbus") else "other"
+        lines += [
+            f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{name}</text>',
+            f'<rect class="{kind}" x="{LABEL}" y="{y + 2}" width="{wide:.0f}" height="18" rx="2"/>',
+            f'<text class="value" x="{LABEL + wide + 6:.0f}" y="{y + 15}">{rate:,.0f}</text>',
+        ]
+
+    return "\n".join([*lines, "</svg>", ""])
