@@ -28,7 +28,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def test_a_benchmark_prints_its_figures(command: str, figure: str) -> None:
     name, *options = command.split()
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / name, *options], capture_output=True, text=True, timeout=60
+        [sys.executable, BENCHMARKS / name, *options], capture_output=True, text=True, timeout=110
     )
 
     assert done.returncode == 0, done.stderr
