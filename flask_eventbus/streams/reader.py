@@ -246,11 +246,14 @@ class StreamReader(ReadingThread):
             self._join_new(subscribed, new)
 
         # A pattern that was refused before may be granted now, without a new stream.
-        if new or not self._is_connected or (not self._was_ready and self.ready):
-            with self.changed:
-                self._is_connected = True
-                self.changed.notify_all()
+        is_news = new or not self._is_connected or (not self._was_ready and self.ready)
 
+        # Always: a pattern without streams is ready once it was looked at; ready() waits for that.
+        with self.changed:
+            self._is_connected = True
+            self.changed.notify_all()
+
+        if is_news:
             self._was_ready = self.ready
 
             if self._was_ready:

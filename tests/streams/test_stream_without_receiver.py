@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -153,3 +154,19 @@ def test_a_worker_without_a_receiver_leaves_no_consumer_behind(
     bus.stop()
 
     assert store.client.xinfo_consumers(store.keys.stream("tick"), "mailer") == []
+
+
+def test_a_bus_is_ready_as_soon_as_a_pattern_that_is_added_was_looked_at(
+    shared_redis: RedisServer, make_bus: Callable[..., Bus]
+) -> None:
+    bus = make_bus(shared_redis.url, "mailer", prefix="ready-with-patterns")
+    bus.on("tick", via="stream")(lambda sender: None)
+    bus.start()
+    assert bus.ready(10)
+
+    for number in range(4):
+        bus.on(f"o{number}*", via="stream")(lambda sender: None)
+        began = time.monotonic()
+        assert bus.ready(40)
+        # Its time would be over by then if nothing woke it.
+        assert time.monotonic() - began < 30
