@@ -27,7 +27,7 @@ from typing import Any
 import redis
 from contenders import BUS, BY_HAND, CHANNELS, FLOOR, PEERS, STREAMS, Contender, prepare
 from measure import FailedError, Result, Server, exchange, redis_server
-from own import growth, imports, requests
+from own import backlog, growth, imports, requests, services, threads
 from report import chart, markdown
 
 Figures = dict[str, dict[str, Any]]
@@ -43,6 +43,9 @@ def main() -> None:
         "--json",
         type=Path,
         help="write the figures to this file, and a chart of the peers beside it",
+    )
+    parser.add_argument(
+        "--against", type=Path, help="fail if a ratio is half of that in this file, or less"
     )
     options = parser.parse_args()
 
@@ -65,6 +68,31 @@ def main() -> None:
             options.json.with_suffix(".svg").write_text(chart(found["peers"]))
 
     print(markdown(found))
+
+    if options.against:
+        lost = losses(found, json.loads(options.against.read_text()))
+        print("\n".join(lost) or "No ratio has fallen to half of the recorded one.")
+        sys.exit(1 if lost else 0)
+
+
+def losses(found: dict[str, Figures], recorded: dict[str, Figures]) -> list[str]:
+    """Return a line for each rate whose ratio to the floor is half of the recorded one or less.
+
+    Only ratios of the same run are compared, since the machine is another one.
+    """
+    lines = []
+
+    for subject, figures in found.items():
+        for name, each in figures.items() if subject != "machine" else ():
+            before = recorded.get(subject, {}).get(name, {})
+
+            if name.startswith(BUS.name) and "rate" in each and "rate" in before:
+                now, then = each["rate"]["of_floor"], before["rate"]["of_floor"]
+
+                if now <= then / 2:
+                    lines.append(f"{subject}, {name}: {now:.2f} of the floor, was {then:.2f}.")
+
+    return lines
 
 
 def machine(server: Server, rounds: int) -> dict[str, Any]:
@@ -134,6 +162,9 @@ SUBJECTS: dict[str, Callable[[Server, argparse.Namespace], Figures]] = {
     "1000/s": paced(1_000),
     "fanout": fanout,
     "growth": growth,
+    "threads": threads,
+    "services": services,
+    "backlog": backlog,
     "requests": requests,
     "imports": imports,
     "peers": peers,

@@ -1,4 +1,4 @@
-"""Figures that only the bus has: growth with the number of streams, requests, imports."""
+"""Figures that only the bus has: growth, threads, requests, imports."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
 from contenders import BUS, Contender
 from flask import Flask
-from measure import Server, exchange
+from measure import Result, Server, exchange
 
-from flask_eventbus import EventBus
+from flask_eventbus import Bus, EventBus
 
 #: Ways of ``programs/bus.py``: what a consumer subscribes to, besides the signal that is sent.
 GROWTH = ("among-1", "among-1000", "among-5000", "patterns-1000")
@@ -47,6 +48,101 @@ def growth(server: Server, options: argparse.Namespace) -> dict[str, dict[str, A
         }
         for way, pairs in found.items()
     }
+
+
+#: Threads that send at the same time.
+THREADS = (1, 4, 8)
+
+
+def threads(server: Server, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Microseconds of CPU of a channel event, in the sending threads and the writer thread."""
+    found: dict[int, list[float]] = {count: [] for count in THREADS}
+    bus = Bus(server.url, service="threads", publish=["tick"], buffer_size=1_000_000)
+    signal = bus.signal("tick")
+
+    for _ in range(options.rounds):
+        for count, each in found.items():
+            events = max(100, options.count // 2) // count
+
+            def send(events: int = events) -> None:
+                for number in range(events):
+                    signal.send("threads", user_id=number, email="ada@example.com")
+
+            senders = [threading.Thread(target=send) for _ in range(count)]
+            cpu = time.process_time()
+
+            for sender in senders:
+                sender.start()
+            for sender in senders:
+                sender.join()
+
+            bus.flush(120)
+            each.append((time.process_time() - cpu) / (events * count) * 1e6)
+
+    bus.stop()
+    return {
+        f"{count} threads": {
+            "publish": {
+                "median": statistics.median(each),
+                "of_one": statistics.median(a / b for a, b in zip(each, found[1], strict=True)),
+            }
+        }
+        for count, each in found.items()
+    }
+
+
+def services(server: Server, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """CPU of a consumer for a stream event, with one service and with 32 that get it as well."""
+    contender = Contender("services", "bus.py", "services")
+    count = max(100, options.count // 20)
+    found: dict[int, list[Result]] = {1: [], 32: []}
+
+    for _ in range(options.rounds):
+        for receivers, each in found.items():
+            each.append(exchange(server, contender, count, receivers=receivers, warm=100))
+
+    return {
+        f"{receivers} services": {
+            name: {
+                "median": statistics.median(getattr(one, name) for one in each),
+                "of_one": statistics.median(
+                    getattr(a, name) / getattr(b, name) for a, b in zip(each, found[1], strict=True)
+                ),
+            }
+            for name in ("receive", "redis")
+        }
+        for receivers, each in found.items()
+    }
+
+
+def backlog(server: Server, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Milliseconds from the start of a consumer to its first event, of those that wait."""
+    names = [f"signal{number}" for number in range(1_000)]
+    taken = []
+
+    for _ in range(options.rounds):
+        server.client.flushall()
+        publish: Any = {name: {"via": "stream", "confirm": False} for name in names}
+
+        with Bus(server.url, service="publisher", publish=publish) as full:
+            for number in range(max(1_000, options.count // 5)):
+                full.signal(names[number % len(names)]).send("publisher", n=number)
+
+            full.flush(120)
+
+        first = threading.Event()
+        bus = Bus(server.url, service="consumer")
+
+        for name in names:
+            bus.on(name, start="earliest", via="stream")(lambda sender, n, first=first: first.set())
+
+        start = time.perf_counter()
+        bus.start()
+        first.wait(60)
+        taken.append((time.perf_counter() - start) * 1e3)
+        bus.stop()
+
+    return {"1,000 streams": {"first": {"median": statistics.median(taken)}}}
 
 
 def requests(server: Server, options: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ COLUMNS = {
     "send": ("send(), us", 1),
     "p50": ("p50, ms", 2),
     "p99": ("p99, ms", 2),
+    "first": ("first event, ms", 0),
     "request": ("request, us", 1),
     "import": ("import, ms", 1),
 }
@@ -61,8 +62,8 @@ def table(subject: str, figures: dict[str, dict[str, Any]]) -> list[str]:
 
 def cell(figure: dict[str, float], digits: int) -> str:
     """Return a figure and its ratio."""
-    ratio = next((value for name, value in figure.items() if name.startswith("of_")), 1.0)
-    return f"{figure['median']:,.{digits}f} ({ratio:.2f})"
+    ratio = next((f" ({figure[name]:.2f})" for name in figure if name.startswith("of_")), "")
+    return f"{figure['median']:,.{digits}f}{ratio}"
 
 
 #: Pixels of the chart.

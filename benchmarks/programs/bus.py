@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -33,8 +34,13 @@ def publish_confirmed(url: str) -> tuple[Send, Callable[[], Any]]:
     return publish(url, "stream")
 
 
-def receive(url: str, receive: Callable[..., None], ready: Callable[[], None]) -> None:
-    bus = Bus(url, service="consumer")
+def receive(
+    url: str,
+    receive: Callable[..., None],
+    ready: Callable[[], None],
+    service: str = "consumer",
+) -> None:
+    bus = Bus(url, service=service)
 
     @bus.on("tick")
     def tick(sender: str, **payload: Any) -> None:
@@ -102,6 +108,7 @@ if __name__ == "__main__":
             "flask": publish_channel,
             "stream": publish_stream,
             "confirmed": publish_confirmed,
+            "services": publish_stream,
             **dict.fromkeys(AMONG, publish_stream),
         },
         {
@@ -109,6 +116,7 @@ if __name__ == "__main__":
             "flask": receive_in_flask,
             "stream": receive,
             "confirmed": receive,
+            "services": partial(receive, service=f"consumer-{os.getpid()}"),
             **{way: partial(receive_among, *sizes) for way, sizes in AMONG.items()},
         },
     )

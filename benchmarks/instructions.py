@@ -1,0 +1,97 @@
+"""Count the instructions of the processor for an event, with valgrind.
+
+Run it on demand; the count is the same whatever else the machine does::
+
+    .venv/bin/python benchmarks/instructions.py
+
+It encodes events, and decodes and dispatches them, in processes of their own: with few events and
+with more, so that the difference is what an event takes. valgrind is a package of Debian.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PAYLOAD = {
+    "user_id": 7,
+    "email": "ada.lovelace@example.com",
+    "name": "Ada Lovelace",
+    "plan": "yearly",
+    "source": "newsletter",
+}
+
+#: Events of the two runs of a job.
+FEW, MORE = 100, 400
+
+
+def encode(count: int) -> None:
+    """Encode events as a publisher does: the payload, and the envelope around it."""
+    from flask_eventbus.codec.codec import Codec
+
+    codec = Codec()
+    envelope = codec.envelope("publisher", "tick")
+
+    for number in range(count):
+        data = codec.pack_payload(PAYLOAD)
+        envelope(data, id=f"9f3ac2d1b07e-{number}", time_ns=time.time_ns(), seq=number + 1)
+
+
+def decode(count: int) -> None:
+    """Decode events as a listener does, and run a receiver for each."""
+    from flask_eventbus import Bus
+    from flask_eventbus.codec.codec import Codec
+
+    bus = Bus("redis://localhost", service="consumer")
+    bus.on("tick")(lambda sender, **payload: None)
+    codec = Codec()
+    data = codec.pack_payload(PAYLOAD)
+    body = codec.envelope("publisher", "tick")(data, id="9f3ac2d1b07e-1", time_ns=1, seq=1)
+    dispatch: Callable[[Any], Any] = bus.node.dispatcher.dispatch_once
+
+    for _ in range(count):
+        dispatch(codec.decode_for_queue(body)[0])
+
+
+JOBS = {"encode": encode, "decode and dispatch": decode}
+
+
+def main() -> None:
+    valgrind = shutil.which("valgrind")
+
+    if valgrind is None:
+        sys.exit("There is no valgrind on PATH. Install it and run this again.")
+
+    for name in JOBS:
+        taken = (instructions(valgrind, name, MORE) - instructions(valgrind, name, FEW)) / (
+            MORE - FEW
+        )
+        print(f"{name}: {taken:,.0f} instructions an event", flush=True)
+
+
+def instructions(valgrind: str, name: str, count: int) -> int:
+    """Return the instructions of a process that does a job ``count`` times."""
+    tool = [valgrind, "--tool=callgrind", "--callgrind-out-file=/dev/null"]
+    command = [*tool, sys.executable, str(Path(__file__)), name, str(count)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={"PYTHONHASHSEED": "0"}
+    )
+    found = re.search(r"Collected : (\d+)", done.stderr)
+
+    if found is None:
+        sys.exit(f"valgrind printed no count: {done.stderr[-500:]}")
+
+    return int(found[1])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        JOBS[sys.argv[1]](int(sys.argv[2]))
+    else:
+        main()
