@@ -384,18 +384,23 @@ def split_message(message: bytes) -> Sequence[bytes]:
     """Return the bytes of each event in a message of a channel.
 
     The last item is the rest of the message if no event can be found in it: it is not msgpack, or
-    does not begin with a map. A message above :data:`MESSAGE_BYTES` has one event.
+    does not begin with a map. The bytes after :data:`MESSAGE_EVENTS` - 1 events are one item too,
+    and a message above :data:`MESSAGE_BYTES` has one event.
     """
     if len(message) > MESSAGE_BYTES:
         return (message,)
 
     unpacker = Unpacker(max_buffer_size=len(message))
     unpacker.feed(message)
-    bodies = []
+    bodies: list[bytes] = []
     start = 0
 
     try:
-        while start < len(message) and message[start] in _MAP_STARTS:
+        while (
+            start < len(message)
+            and message[start] in _MAP_STARTS
+            and len(bodies) < MESSAGE_EVENTS - 1
+        ):
             unpacker.skip()
             end = unpacker.tell()
             bodies.append(message[start:end])

@@ -13,7 +13,7 @@ from waiting import wait_until
 
 from flask_eventbus import Bus, signals
 from flask_eventbus.channels import listener
-from flask_eventbus.codec.codec import MESSAGE_BYTES, Codec, split_message
+from flask_eventbus.codec.codec import MESSAGE_BYTES, MESSAGE_EVENTS, Codec, split_message
 from flask_eventbus.config import Timing
 from flask_eventbus.event import Event
 from flask_eventbus.receivers.dispatcher import Finding
@@ -128,6 +128,27 @@ def test_a_message_above_the_limit_for_several_events_is_rejected_whole(
     wait_until(lambda: received, what="the good event arrives")
     wait_until(wait_until_sent, what="all receivers have run")
     assert (received, rejected) == ([("elsewhere", 1)], ["not_msgpack"])
+
+
+def test_a_message_of_empty_maps_is_rejected_in_no_more_parts_than_a_message_has_events(
+    shared_redis: RedisServer, consumer: Bus, received: list[Any], rejected: list[str]
+) -> None:
+    publish(shared_redis, consumer, b"\x80" * MESSAGE_BYTES)
+    publish(shared_redis, consumer, packed(id="foreign-2"))
+
+    wait_until(lambda: received, what="the good event arrives")
+    wait_until(wait_until_sent, what="all receivers have run")
+    assert rejected == ["missing_attribute"] * (MESSAGE_EVENTS - 1) + ["not_msgpack"]
+
+
+@pytest.mark.parametrize("count", [MESSAGE_EVENTS, MESSAGE_EVENTS + 1])
+def test_a_message_has_at_most_256_events(count: int) -> None:
+    body = packed()
+
+    bodies = split_message(body * count)
+
+    rest = body * (count - MESSAGE_EVENTS + 1)
+    assert bodies == [*[body] * (MESSAGE_EVENTS - 1), rest]
 
 
 def test_a_flood_of_undecodable_bytes_is_logged_ten_times_a_minute(
