@@ -381,10 +381,27 @@ class Values:
 
 
 def survey(payload: Mapping[str, Any]) -> set[type]:
+    """Return the non-scalar types in a decoded payload, as :func:`types_in` does.
+
+    :raises UnfitError: it breaks a rule of :func:`types_in`, or it holds an ext type that no type
+        is registered for.
+    """
+    types = types_in(payload)
+
+    if ExtType in types:
+        raise UnfitError(
+            f"It holds ext type {min(_unknown_codes(payload))}, unknown here. "
+            "Register the type with bus.register_type() in this service too."
+        )
+
+    return types
+
+
+def types_in(payload: Mapping[str, Any]) -> set[type]:
     """Return the non-scalar types in a payload; the set is empty for a flat payload.
 
-    :raises UnfitError: it is nested too deeply, a map has a key that is not a string, it has too
-        many items, or it holds an ext type that no type is registered for.
+    :raises UnfitError: it is nested too deeply, a map has a key that is not a string, or it has
+        too many items.
     """
     # Most payloads are flat: check them without a loop.
     if (
@@ -396,15 +413,7 @@ def survey(payload: Mapping[str, Any]) -> set[type]:
 
     found: list[type] = []
     _survey(payload, MAX_DEPTH, found)
-    types = set(found)
-
-    if ExtType in types:
-        raise UnfitError(
-            f"It holds ext type {min(_unknown_codes(payload))}, unknown here. "
-            "Register the type with bus.register_type() in this service too."
-        )
-
-    return types
+    return set(found)
 
 
 def _survey(container: Any, levels: int, found: list[type]) -> None:

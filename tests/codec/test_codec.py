@@ -235,6 +235,21 @@ def test_a_registered_type_travels_in_an_event() -> None:
         assert either.decode(either.encode(event)) == event
 
 
+def test_an_encoded_value_of_a_registered_type_is_sent_as_it_is() -> None:
+    with_complex = Codec()
+    with_complex.register_type(
+        40, complex, pack=lambda z: str(z).encode(), unpack=lambda data: complex(data.decode())
+    )
+    encoded = replace(EVENT, payload={"z": msgpack.ExtType(40, b"(1+2j)")})
+
+    assert with_complex.decode(with_complex.encode(encoded)).payload == {"z": 1 + 2j}
+
+
+def test_an_encoded_value_of_an_unknown_type_is_refused() -> None:
+    with pytest.raises(PayloadError, match="payload: It holds ext type 41, unknown here"):
+        codec.encode(replace(EVENT, payload={"z": msgpack.ExtType(41, b"?")}))
+
+
 def test_a_queued_event_with_a_value_of_a_registered_type_stays_encoded() -> None:
     """The memory of such a value is unknown: here a few bytes become a megabyte."""
 
