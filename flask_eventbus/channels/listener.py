@@ -35,6 +35,10 @@ MAX_MISSED = 100_000_000
 #: Number of bytes of a rejected body that are logged.
 SAMPLE = 64
 
+#: Number of decoded events that are queued at once. The worker threads run them while the rest of
+#: the read, which may have more events than the queue holds, is decoded.
+QUEUED_AT_ONCE = 256
+
 
 class Listener(ReadingThread):
     """Reads messages in its own thread, queues their events, and reconnects after an outage.
@@ -171,10 +175,17 @@ class Listener(ReadingThread):
 
                         if found is not None:
                             batch.append(found)
+
+                if len(batch) >= QUEUED_AT_ONCE:
+                    self._queue(batch)
+                    batch = []
         finally:
-            if batch:
-                self._pool.put(batch)
-                self._counters.add("received", len(batch))
+            self._queue(batch)
+
+    def _queue(self, batch: Sequence[tuple[Event, int]]) -> None:
+        if batch:
+            self._pool.put(batch)
+            self._counters.add("received", len(batch))
 
     def _note(self, frame: Frame) -> None:
         self._subscriptions.note(frame)
