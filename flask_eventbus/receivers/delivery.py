@@ -13,7 +13,7 @@ from ..event import Event
 from ..routing.subscriptions import Subscription
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False)
 class Delivery:
     """A stream entry, or one retry of it, read by this process and not yet acknowledged."""
 
@@ -25,10 +25,10 @@ class Delivery:
     #: The encoded event, as it was read.
     body: bytes
     subscription: Subscription
-    #: Approximate memory use in bytes.
-    memory: int = 0
     #: Monotonic time at which the claim expires; renewed while the delivery is in flight.
     claimed_until: float
+    #: Approximate memory use in bytes.
+    memory: int = 0
     #: Number of workers that started this entry and died; ``None`` if none started it.
     crashes: int | None = None
     #: The retry to run; ``None`` for a first attempt.
@@ -86,11 +86,12 @@ class InFlight:
         """Seconds since the last delivery started while others wait; 0 if none waits."""
         return time.monotonic() - self._progressed if self._waiting else 0.0
 
-    def start(self, delivery: Delivery) -> bool:
-        """Mark a delivery as started; return False if its claim has expired."""
-        with self._lock:
-            now = time.monotonic()
+    def start(self, delivery: Delivery, now: float) -> bool:
+        """Mark a delivery as started; return False if its claim has expired.
 
+        :param now: the present monotonic time.
+        """
+        with self._lock:
             if now > delivery.claimed_until:
                 return False
 

@@ -16,7 +16,7 @@ import redis
 from ..codec.records import DeadLetter
 from ..config import Timing
 from ..logs import BoundedLog, get_logger
-from ..receivers.delivery import InFlight
+from ..receivers.delivery import Delivery, InFlight
 from ..signals import emit, event_dead_lettered
 from ..transport.connection import OUTAGE
 from ..transport.connections import Context
@@ -123,6 +123,9 @@ class Acknowledger:
         self._group = group
         self._in_flight = in_flight
         self._log = BoundedLog(logger)
+        #: Deliveries of stream entries that are handled. An :class:`.Outcome` of each would hold no
+        #: more.
+        self._handled: deque[Delivery] = deque()
         self._waiting: deque[Outcome] = deque()
         #: Outcomes that Redis refused.
         self._refused: list[Outcome] = []
@@ -138,7 +141,7 @@ class Acknowledger:
         self._limit = DeadLimit(group.pipe, context, lock=self.lock)
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._refused)
+        return len(self._handled) + len(self._waiting) + len(self._refused)
 
     @property
     def memory(self) -> int:
@@ -151,7 +154,11 @@ class Acknowledger:
     @property
     def due_at(self) -> float:
         """Monotonic time at which the first outcome can be written; infinite if none waits."""
-        return 0.0 if self._waiting else self._resend_at
+        return 0.0 if self._handled or self._waiting else self._resend_at
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        """Queue the acknowledgement of an entry for :meth:`flush`."""
+        self._handled.append(delivery)
 
     def add(self, outcome: Outcome) -> None:
         """Queue an outcome for :meth:`flush`."""
@@ -168,7 +175,7 @@ class Acknowledger:
             logger.debug("Redis is away; %d outcomes are written later: %s", len(self), error)
         finally:
             # Not in flush(): the maintenance thread itself waits longer after each failure.
-            if self._waiting:
+            if self._handled or self._waiting:
                 self.schedule.within(WRITE_SOON)
 
     def flush(self) -> None:
@@ -176,7 +183,7 @@ class Acknowledger:
 
         :raises redis.ConnectionError: Redis is away.
         """
-        while self._waiting or self._resend_at <= time.monotonic():
+        while self._handled or self._waiting or self._resend_at <= time.monotonic():
             with self.lock:
                 self._write_batch()
 
@@ -215,17 +222,21 @@ class Acknowledger:
             if outcome.may_be_written:
                 unsure.append(outcome)
 
+        most = min(MAX_PER_WRITE - len(batch), len(self._handled))
+        handled = [self._handled.popleft() for _ in range(most)]
+
         try:
             if unsure:
                 self._finish_written(unsure, batch)
 
-            if batch:
-                self._send(batch)
+            if batch or handled:
+                self._send(batch, handled)
         except BaseException:
             for outcome in batch:
                 outcome.may_be_written = bool(outcome.commands) and not outcome.is_partly_written
 
             self._waiting.extendleft(reversed(batch))
+            self._handled.extendleft(reversed(handled))
             raise
 
         if self._resend_at < math.inf and not self._refused and not self._waiting:
@@ -256,12 +267,19 @@ class Acknowledger:
 
         return ("ZSCORE", self._keys.retry(outcome.name, self._config.service), member)
 
-    def _send(self, batch: Sequence[Outcome]) -> None:
+    def _send(self, batch: Sequence[Outcome], handled: Sequence[Delivery]) -> None:
+        handled_of: dict[str, list[Delivery]] = {}
         acknowledged: dict[str, list[Outcome]] = {}
         # Outcomes that share commands, each with the number of its commands.
         blocks: list[tuple[list[Outcome], int]] = []
         commands: list[Command] = []
         transactions: list[Outcome] = []
+
+        for delivery in handled:
+            handled_of.setdefault(delivery.name, []).append(delivery)
+
+        for name, deliveries in handled_of.items():
+            commands.append(self._group.acknowledge_command(name, map(_ENTRY, deliveries)))
 
         for outcome in batch:
             if outcome.commands or _member_of(outcome) is not None:
@@ -284,8 +302,21 @@ class Acknowledger:
 
         answers = iter(self._group.pipe.run(commands))
 
+        for deliveries in handled_of.values():
+            self._finish_handled(deliveries, next(answers))
+
         for outcomes, count in blocks:
             self._finish(outcomes, list(islice(answers, count)))
+
+    def _finish_handled(self, deliveries: Sequence[Delivery], answer: Any) -> None:
+        """Forget deliveries of one stream, or keep them if Redis refused ``XACK``."""
+        if isinstance(answer, Exception):
+            outcomes = [Outcome(each.name, each.entry, each) for each in deliveries]
+            self._keep_refused(outcomes, answer)
+            return
+
+        self._in_flight.remove(deliveries)
+        self._counters.add("acked", len(deliveries))
 
     def _finish(self, outcomes: Sequence[Outcome], answers: Sequence[Any]) -> None:
         """Forget outcomes that Redis accepted, and keep those that it refused.

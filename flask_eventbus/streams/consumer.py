@@ -282,25 +282,30 @@ class Consumer:
         :return: the seconds that the receivers took, without the writes to Redis.
         """
         seconds = 0.0
-        due = time.monotonic() + WRITE_EVERY
+        now = time.monotonic()
+        due = now + WRITE_EVERY
 
         for number, delivery in enumerate(deliveries):
             if self._is_stopping:
                 break
 
             try:
-                seconds += self._attempt(delivery)
+                started = self._attempt(delivery, now)
             except BaseException:
                 # They stay pending, and are claimed again as from a worker that died.
                 self._in_flight.remove(deliveries[number:])
                 raise
 
+            now = time.monotonic()
+            seconds += now - started
+
             if self._is_disowned:
                 return seconds
 
-            if time.monotonic() > due:
+            if now > due:
                 self._acknowledger.write()
-                due = time.monotonic() + WRITE_EVERY
+                now = time.monotonic()
+                due = now + WRITE_EVERY
             elif number + 1 < len(deliveries):
                 # The next receiver may take long.
                 self._acknowledger.schedule.within(WRITE_SOON)
@@ -308,12 +313,14 @@ class Consumer:
         self._acknowledger.write()
         return seconds
 
-    def _attempt(self, delivery: Delivery) -> float:
-        """Run the receivers of a delivery, and return the seconds that they took."""
+    def _attempt(self, delivery: Delivery, now: float) -> float:
+        """Run the receivers of a delivery, and return the monotonic time at which they started.
+
+        :param now: the present monotonic time.
+        """
         if not delivery.subscription.group:
-            start = time.monotonic()
             self._dispatcher.dispatch_once(delivery.event)
-            return time.monotonic() - start
+            return now
 
         receivers = None
 
@@ -323,21 +330,23 @@ class Consumer:
             # The connected receivers may accept other services only.
             if not receivers and not self._dispatcher.has_receivers(delivery.name):
                 self._release(delivery)
-                return 0.0
+                return time.monotonic()
 
         is_first = delivery.retry is None and delivery.crashes is None
 
         # False if the claim expired, or if another worker took the entry or the retry.
-        if not (self._in_flight.start(delivery) and (is_first or self._record_start(delivery))):
+        if not (
+            self._in_flight.start(delivery, now) and (is_first or self._record_start(delivery))
+        ):
             self._in_flight.remove([delivery])
             self._counters.add("released")
-            return 0.0
+            return time.monotonic()
 
+        started = now if is_first else time.monotonic()
+        # Its start may have replaced the record.
         record = delivery.retry
         only = None if record is None else record.receiver
-        start = time.monotonic()
         failures = self._dispatcher.dispatch(delivery.event, only=only, receivers=receivers)
-        seconds = time.monotonic() - start
 
         # Queued at once: the next receiver may take long, or end the process.
         if self._is_disowned:
@@ -346,10 +355,12 @@ class Consumer:
             self._acknowledger.add(self._retries.postponed(delivery, record))
         elif failures:
             self._add_outcome(delivery, failures)
+        elif record is None:
+            self._acknowledger.acknowledge(delivery)
         else:
             self._acknowledger.add(Outcome(delivery.name, delivery.entry, delivery))
 
-        return seconds
+        return started
 
     def _add_outcome(self, delivery: Delivery, failures: Sequence[Failure]) -> None:
         try:

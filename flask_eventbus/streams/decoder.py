@@ -7,8 +7,10 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
 from hashlib import blake2b, sha256
+from operator import attrgetter
 
 from ..codec.records import MAX_ERROR_CHARS, DeadLetter
 from ..errors import DecodeError
@@ -118,15 +120,8 @@ class EntryDecoder:
                 reason="wrong_channel",
             )
 
-        return Delivery(
-            name=entry.name,
-            entry=entry.id,
-            event=event,
-            body=body,
-            memory=memory,
-            subscription=subscription,
-            claimed_until=claimed_until,
-        )
+        # Arguments by position: by name, they take twice the time.
+        return Delivery(entry.name, entry.id, event, body, subscription, claimed_until, memory)
 
     def _accepts(self, event: Event, subscription: Subscription) -> bool:
         # In a group, any process of the service may have emitted the event and run its receivers.
@@ -211,19 +206,15 @@ class Duplicates:
         if not self._window or not deliveries or time.monotonic() < self._refused_until:
             return []
 
-        # The deliveries of each hash, by its key, each with its digest.
-        hashes: defaultdict[str, list[tuple[Delivery, bytes]]] = defaultdict(list)
-
-        for delivery in deliveries:
-            number = int(delivery.event.time.timestamp() // self._window)
-            digest = blake2b(delivery.body, digest_size=DIGEST_BYTES).digest()
-            hashes[self._key(delivery.name, self._service, number)].append((delivery, digest))
-
+        hashes = self._by_hash(deliveries)
+        digests_of: list[list[bytes]] = []
         commands: list[Command] = []
 
         for key, found in hashes.items():
-            ids = [delivery.event.id for delivery, _ in found]
-            pairs = [part for delivery, digest in found for part in (delivery.event.id, digest)]
+            ids = [delivery.event.id for delivery in found]
+            digests = [blake2b(each.body, digest_size=DIGEST_BYTES).digest() for each in found]
+            digests_of.append(digests)
+            pairs = [part for pair in zip(ids, digests, strict=True) for part in pair]
             # A transaction, so that of two workers with one copy each, exactly one finds it new.
             commands += [
                 ("MULTI",),
@@ -238,7 +229,8 @@ class Duplicates:
         duplicates: list[Delivery] = []
 
         for place, found in enumerate(hashes.values()):
-            duplicates += self._duplicates(found, answers[place * 5 : place * 5 + 5])
+            own = answers[place * 5 : place * 5 + 5]
+            duplicates += self._duplicates(found, digests_of[place], own)
 
         if was_refused and not self._refused_until:
             self._log.over("refused", "Redis stores the ids of received events again.")
@@ -268,28 +260,53 @@ class Duplicates:
             advice = remedy(refusal, {self._pattern(name): "+expire"})
             self._log.warning("kept", text, name, refusal, self._window, advice)
 
+    def _by_hash(self, deliveries: Sequence[Delivery]) -> Mapping[str, Sequence[Delivery]]:
+        """Return the deliveries of each hash, by its key."""
+        hashes: defaultdict[str, list[Delivery]] = defaultdict(list)
+
+        for name, group in itertools.groupby(deliveries, attrgetter("name")):
+            found = list(group)
+            times = [delivery.event.time for delivery in found]
+            first, last = self._number(min(times)), self._number(max(times))
+
+            # Most batches lie in one window.
+            if first == last:
+                hashes[self._key(name, self._service, first)] += found
+                continue
+
+            for delivery, moment in zip(found, times, strict=True):
+                hashes[self._key(name, self._service, self._number(moment))].append(delivery)
+
+        return hashes
+
+    def _number(self, moment: datetime) -> int:
+        """Return the number of the window in which a time lies."""
+        return int(moment.timestamp() // self._window)
+
     def _duplicates(
-        self, found: Sequence[tuple[Delivery, bytes]], answers: Sequence[object]
+        self, found: Sequence[Delivery], digests: Sequence[bytes], answers: Sequence[object]
     ) -> list[Delivery]:
         """Return the duplicates among the deliveries of a hash, and report conflicts."""
         result = answers[-1]
 
         if not isinstance(result, list) or isinstance(result[0], Exception):
             reason = next((a for a in answers if isinstance(a, Exception)), result)
-            self._pause(found[0][0].name, reason)
+            self._pause(found[0].name, reason)
             return []
 
+        ids = [delivery.event.id for delivery in found]
+        stored = result[0]
+
         # One batch may contain both copies.
-        known = {
-            delivery.event.id: digest
-            for (delivery, _), digest in zip(found, result[0], strict=True)
-            if digest is not None
-        }
+        if stored.count(None) == len(ids) == len(set(ids)):
+            return []
+
+        known = {id: before for id, before in zip(ids, stored, strict=True) if before is not None}
         duplicates: list[Delivery] = []
 
-        for delivery, digest in found:
-            before = known.get(delivery.event.id)
-            known[delivery.event.id] = digest
+        for delivery, id, digest in zip(found, ids, digests, strict=True):
+            before = known.get(id)
+            known[id] = digest
 
             if before == digest:
                 duplicates.append(delivery)

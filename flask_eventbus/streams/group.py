@@ -56,8 +56,12 @@ class Entry(NamedTuple):
 
     def size(self) -> int:
         """Return the size of the fields in bytes."""
-        fields = self.fields or {}
-        return sum(map(len, fields)) + sum(map(len, fields.values()))
+        size = 0
+
+        for name, value in (self.fields or {}).items():
+            size += len(name) + len(value)
+
+        return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -552,11 +556,13 @@ def entries_of(answer: Any, name_of: Callable[[bytes], str]) -> list[Entry]:
 
     :param name_of: returns the name of the stream with a key.
     """
-    return [
-        Entry(name_of(key), id.decode(), _fields(fields))
-        for key, entries in answer or ()
-        for id, fields in entries
-    ]
+    found: list[Entry] = []
+
+    for key, entries in answer or ():
+        name = name_of(key)
+        found += [Entry(name, id.decode(), _fields(fields)) for id, fields in entries]
+
+    return found
 
 
 def read_each(

@@ -370,7 +370,7 @@ def test_a_delivery_that_was_queued_twice_does_not_count_as_stalled(store: Strea
     for delivery in deliveries:
         in_flight.add([delivery])
 
-    assert [in_flight.start(delivery) for delivery in deliveries] == [True, True]
+    assert [in_flight.start(delivery, time.monotonic()) for delivery in deliveries] == [True, True]
     in_flight.remove(deliveries)
     assert not in_flight
     assert in_flight.stalled_for == 0.0
