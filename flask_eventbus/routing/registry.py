@@ -81,6 +81,8 @@ class Registry:
         self.subscriptions: dict[str, Subscription] = {}
         #: Receivers of patterns, with the services whose events they receive.
         self._patterns: list[tuple[str, Receiver, tuple[Any, ...]]] = []
+        #: The receivers that :meth:`receivers_of_pattern` found, and among how many of all.
+        self._matching: dict[str, tuple[int, list[Receiver]]] = {}
         #: The names of the signals that the receivers of patterns and the nodes know.
         self._known: set[str] = set()
         self._receiver_options = AllReceiverOptions()
@@ -328,7 +330,18 @@ class Registry:
 
     def receivers_of_pattern(self, pattern: str) -> list[Receiver]:
         """Return the receivers whose pattern matches all names that ``pattern`` matches."""
-        return [receiver for known, receiver, _ in self._patterns if matches(known, pattern)]
+        count, found = self._matching.get(pattern, (0, []))
+
+        # A node asks for each stream of its patterns every second.
+        if count != len(self._patterns):
+            if len(self._matching) >= self.timing.max_remembered:
+                self._matching.clear()
+
+            patterns = list(self._patterns)
+            found = [receiver for known, receiver, _ in patterns if matches(known, pattern)]
+            self._matching[pattern] = (len(patterns), found)
+
+        return list(found)
 
     def watch(self, node: Node) -> None:
         """Notify ``node`` of later declarations; it is held by a weak reference."""

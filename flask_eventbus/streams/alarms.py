@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import redis
-
 from ..codec.records import EntryId, entry_id, id_text
 from ..config import TIMING
 from ..logs import BoundedLog, Counters, get_logger
@@ -255,8 +253,8 @@ class Trims:
         names = list(names)
         self.alarms = {name: self.alarms[name] for name in names if name in self.alarms}
 
-        for name in names:
-            self._check_stream(name)
+        for name, position in self._group.positions(names).items():
+            self._check_stream(name, position)
 
     def check_before_next_read(self) -> None:
         """Make a check due. After the next read Redis no longer shows the loss."""
@@ -272,20 +270,18 @@ class Trims:
         if count != 0:
             report_trimmed(name, count, self._service, self._counters, self._log)
 
-    def _check_stream(self, name: str) -> None:
+    def _check_stream(self, name: str, position: Position | Exception | None) -> None:
         extra = {"signal": name, "service": self._service}
 
-        try:
-            position = self._group.position(name)
-        except redis.ResponseError as refusal:
+        if isinstance(position, Exception):
             self._log.once(
                 f"refused {name}",
                 "Redis does not show %r its position in the stream of %r: %s. Entries that are "
                 "trimmed before they are read are not noticed. %s",
                 self._service,
                 name,
-                refusal,
-                self._group.remedy(name, refusal),
+                position,
+                self._group.remedy(name, position),
                 extra=extra,
             )
             return

@@ -64,6 +64,12 @@ class Catalogue:
         #: Monotonic time of the next search, and the patterns of the last one.
         self._search_at = 0.0
         self._searched: set[str] = set()
+        #: The names that the last search with these patterns listed; ``None`` if there was none, or
+        #: if they are too many to keep.
+        self._listed: frozenset[bytes] | None = None
+        self._patterns: tuple[str, ...] = ()
+        #: The first of these patterns that matches a stream, by the name of the stream.
+        self._pattern_of: dict[str, str] = {}
         self._log = BoundedLog(logger)
         #: Time at which the service first subscribed to each pattern, in milliseconds since 1970.
         self._since: dict[str, int] = {}
@@ -103,6 +109,11 @@ class Catalogue:
         subscribed = self.subscribed
         patterns = {name: found for name, found in subscribed.items() if is_pattern(name)}
 
+        if tuple(patterns) != self._patterns:
+            self._patterns = tuple(patterns)
+            self._pattern_of = {}
+            self._listed = None
+
         if patterns and (
             time.monotonic() >= self._search_at or not self._searched.issuperset(patterns)
         ):
@@ -111,9 +122,10 @@ class Catalogue:
         streams = {name: found for name, found in subscribed.items() if not is_pattern(name)}
 
         for name in sorted(self._found - self._all.keys()):
-            pattern = next((found for found in patterns if matches(found, name)), None)
+            pattern = self._first_match(name)
 
             if pattern is not None:
+                self._pattern_of[name] = pattern
                 streams[name] = patterns[pattern]
 
         without = frozenset(name for name in streams if not self._receivers(name))
@@ -190,14 +202,28 @@ class Catalogue:
             self._log.once("refused", text, shown, error, advice, level=logging.ERROR)
         else:
             self._log.over("refused", "Redis lists the streams for %s again.", ", ".join(patterns))
-            known = {name.decode(errors="replace") for name in names}
-            valid = filter(SIGNAL_NAME.fullmatch, known)
-            self._add({name for name in valid if any(matches(each, name) for each in patterns)})
+            self._add_matching(frozenset(names))
 
         timing = self._timing
         self._search_at = time.monotonic() + (
             timing.list_streams_every if self.alarm is None else timing.list_many_streams_every
         )
+
+    def _add_matching(self, listed: frozenset[bytes]) -> None:
+        """Add the streams among all names that match the patterns."""
+        # Almost every search lists what the last one listed.
+        if listed == self._listed:
+            return
+
+        names = {name.decode(errors="replace") for name in listed}
+        valid = filter(SIGNAL_NAME.fullmatch, names)
+        self._add({name for name in valid if self._first_match(name) is not None})
+        self._listed = listed if len(listed) <= self._timing.max_remembered else None
+
+    def _first_match(self, name: str) -> str | None:
+        """Return the first pattern that matches ``name``."""
+        known = self._pattern_of.get(name)
+        return known or next((each for each in self._patterns if matches(each, name)), None)
 
     def _add(self, found: set[str]) -> None:
         """Add streams to those that are read, up to the limit; known streams stay."""

@@ -459,17 +459,35 @@ class Group:
 
         :raises redis.ResponseError: if the user may not use ``XINFO``, or Redis does not have it.
         """
-        key = self._key(name)
-        # XINFO STREAM returns the first and the last entry with all fields.
-        commands: list[Command] = [("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)]
-        stream, groups = self.pipe.run(commands, most=self._max_bytes)
+        position = self.positions([name])[name]
 
+        if isinstance(position, Exception):
+            raise position
+
+        return position
+
+    def positions(self, names: Sequence[str]) -> dict[str, Position | Exception | None]:
+        """Return the result of :meth:`position` for each stream, or its error."""
+        found: dict[str, Position | Exception | None] = {}
+
+        # XINFO STREAM returns the first and the last entry with all fields.
+        for start in range(0, len(names), LOOK_UP):
+            page = names[start : start + LOOK_UP]
+            commands: list[Command] = [
+                ("XINFO", part, self._key(name)) for name in page for part in ("STREAM", "GROUPS")
+            ]
+            answers = self.pipe.run(commands, most=self._max_bytes)
+            pairs = zip(answers[::2], answers[1::2], strict=True)
+            found.update(
+                {name: self._position_in(*pair) for name, pair in zip(page, pairs, strict=True)}
+            )
+
+        return found
+
+    def _position_in(self, stream: Any, groups: Any) -> Position | Exception | None:
         for answer in (stream, groups):
             if isinstance(answer, Exception):
-                if lacks_command(answer):
-                    raise answer
-
-                return None
+                return answer if lacks_command(answer) else None
 
         for group in map(as_dict, groups):
             if bytes(group["name"]) == self._service.encode():
@@ -518,6 +536,11 @@ class Group:
     def pending_command(self, name: str, id: str) -> Command:
         """Return the command whose answer is empty if an entry is not pending."""
         return ("XPENDING", self._key(name), self._service, id, id, 1)
+
+    def idle_command(self, name: str, idle: float) -> Command:
+        """Return the command whose answer is empty if no entry is idle for ``idle`` seconds."""
+        head: Command = ("XPENDING", self._key(name), self._service)
+        return (*head, "IDLE", int(idle * 1000), "-", "+", 1)
 
     def released_command(self, name: str) -> Command:
         """Return the command whose answer is empty if the group has no released entry."""

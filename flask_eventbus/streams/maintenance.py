@@ -233,20 +233,30 @@ class Maintenance:
             return
 
         self._clock.ask()
-        queries = [
-            command
-            for name in names
-            for command in (self._group.released_command(name), self._retries.due_command(name))
-        ]
+        every, page = list(names), self._timing.page
+        released: dict[str, Subscription] = {}
 
-        with self._acknowledger.lock:
-            answers = self._group.pipe.run(queries)
+        # Outcomes are written between two pages.
+        for start in range(0, len(every), page):
+            asked = every[start : start + page]
+            queries = [
+                command
+                for name in asked
+                for command in (self._group.released_command(name), self._retries.due_command(name))
+            ]
 
-        # A refusal counts as found: the call that takes the entries reports it.
-        released = {name for name, found in zip(names, answers[::2], strict=True) if found}
-        due = {name for name, found in zip(names, answers[1::2], strict=True) if found}
-        self._reclaimer.reclaim_released({name: names[name] for name in released})
-        self._more_retries |= due
+            with self._acknowledger.lock:
+                answers = self._group.pipe.run(queries)
+
+            # A refusal counts as found: the call that takes the entries reports it.
+            for name, found, due in zip(asked, answers[::2], answers[1::2], strict=True):
+                if found:
+                    released[name] = names[name]
+
+                if due:
+                    self._more_retries.add(name)
+
+        self._reclaimer.reclaim_released(released)
         self._reclaimer.report_granted()
 
     def renew(self) -> None:

@@ -82,7 +82,25 @@ class Reclaimer:
         :raises redis.ConnectionError: Redis is away.
         """
         self.has_more = False
-        self._claim_all(names)
+        self._claim_all(self._with_idle_entries(names))
+
+    def _with_idle_entries(self, names: Mapping[str, Subscription]) -> dict[str, Subscription]:
+        """Return the streams with entries that are idle; one round trip asks for many streams."""
+        found: dict[str, Subscription] = {}
+        idle, every, page = self._config.claim_after, list(names), self._timing.page
+
+        for start in range(0, len(every), page):
+            asked = every[start : start + page]
+            queries = [self._group.idle_command(name, idle) for name in asked]
+
+            with self._acknowledger.lock:
+                answers = self._group.pipe.run(queries)
+
+            # A refusal counts as found: the call that claims the entries reports it.
+            pairs = zip(asked, answers, strict=True)
+            found.update({name: names[name] for name, answer in pairs if answer})
+
+        return found
 
     def reclaim_released(self, names: Mapping[str, Subscription]) -> None:
         """Claim released entries, as far as the queue has room.

@@ -1073,3 +1073,16 @@ def test_async_receivers_leave_no_event_loop_behind_in_short_lived_threads() -> 
     thread.join()
 
     assert [loop.is_closed() for loop in loops] == [True]
+
+
+def test_receivers_of_a_pattern_include_those_that_connect_later() -> None:
+    bus = Bus("memory://application", service="accounts")
+
+    def first(sender: Any, **payload: Any) -> None: ...
+    def second(sender: Any, **payload: Any) -> None: ...
+
+    bus.on("orders/*")(first)
+    assert bus.receivers_of_pattern("orders/paid") == [first]
+
+    bus.on("orders/p*")(second)
+    assert bus.receivers_of_pattern("orders/paid") == [first, second]
