@@ -185,8 +185,6 @@ class Catalogue:
 
     def _search(self, patterns: Collection[str]) -> None:
         """Search for streams that match the patterns. If Redis refuses, log it and go on."""
-        self._searched = set(patterns)
-
         try:
             self._store_since([name for name in patterns if name not in self._since])
             names = self._pipe.ask("SMEMBERS", self._keys.names)
@@ -204,7 +202,8 @@ class Catalogue:
             self._log.over("refused", "Redis lists the streams for %s again.", ", ".join(patterns))
             self._add_matching(frozenset(names))
 
-        timing = self._timing
+        # Not if the connection was lost: the next call searches again.
+        timing, self._searched = self._timing, set(patterns)
         self._search_at = time.monotonic() + (
             timing.list_streams_every if self.alarm is None else timing.list_many_streams_every
         )

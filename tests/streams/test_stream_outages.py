@@ -257,6 +257,30 @@ def test_a_pattern_subscribed_during_a_search_for_another_is_searched_for_at_onc
     wait_until(lambda: received == [1], what="the stream is found and read")
 
 
+@pytest.mark.timing(list_streams_every=600.0)
+def test_a_pattern_whose_search_lost_the_connection_is_searched_for_at_once(
+    shared_redis: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StreamStore(shared_redis)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix)
+    received_by(bus, "pa*")
+    store.add("tick", n=1)
+    ask = Pipe.ask
+
+    def lose_the_connection(pipe: Pipe, *command: Any, **how: Any) -> Any:
+        if command[0] == "SMEMBERS":
+            monkeypatch.setattr(Pipe, "ask", ask)
+            raise redis.ConnectionError("Connection reset by peer")
+
+        return ask(pipe, *command, **how)
+
+    monkeypatch.setattr(Pipe, "ask", lose_the_connection)
+
+    received = received_by(bus, "ti*", start="earliest")
+
+    wait_until(lambda: received == [1], what="the stream is found and read")
+
+
 @pytest.mark.parametrize("group", [True, None], ids=["group", "no group"])
 def test_a_subscriber_of_a_pattern_notices_that_redis_is_away(
     redis_server: RedisServer, make_bus: Make, group: Literal[True] | None
