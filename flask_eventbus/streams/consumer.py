@@ -377,6 +377,8 @@ class Consumer:
 
     def _release(self, delivery: Delivery) -> None:
         """Release an entry whose receivers were disconnected after it was read."""
+        # The reader looks for receivers once a second, and would read on until then.
+        self._reader.catalogue.due_at = 0.0
         self._in_flight.remove([delivery])
         self._counters.add("released")
 

@@ -13,6 +13,7 @@ from stream_store import StreamStore
 from waiting import wait_until
 
 from flask_eventbus import Bus
+from flask_eventbus.streams import catalogue
 
 pytestmark = pytest.mark.second_look("waits for entries that workers release and take")
 
@@ -115,6 +116,29 @@ def test_entries_whose_receiver_was_disconnected_are_released(
     wait_until(lambda: len(received) == 5, what="another worker handles the rest")
     assert received == [0, 1, 2, 3, 4]
     wait_until(lambda: not pending(store), what="all are acknowledged")
+
+
+@pytest.mark.timing(
+    list_streams_every=600.0, list_many_streams_every=600.0, ask_stream_again_after=600.0
+)
+def test_a_stream_is_left_once_one_of_its_events_finds_no_receiver(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "CHECK_EVERY", 600.0)
+    received: list[int] = []
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, concurrency=1)
+
+    def receive(sender: str, n: int) -> None:
+        received.append(n)
+        bus.signal("tick").disconnect(receive)
+
+    bus.on("tick", via="stream")(receive)
+    bus.start()
+    assert bus.ready(10)
+    store.add_together("tick", {"n": 1}, {"n": 2})
+
+    wait_until(lambda: bus.health().without_receiver == {"tick"}, what="the stream is left")
+    assert received == [1]
 
 
 def test_a_receiver_of_some_services_acknowledges_events_of_others(
