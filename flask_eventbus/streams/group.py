@@ -364,6 +364,17 @@ class Group:
         ]
         return {id.decode() for answer in self._run(commands) for id in answer if id}
 
+    def claim_each(self, name: str, pending: Sequence[Pending]) -> set[str]:
+        """Claim entries that no one has claimed since they were listed; return their ids."""
+        head = ("XCLAIM", self._key(name), self._service, self._consumer)
+        answers = self._run(
+            [
+                (*head, found.idle, found.id, "RETRYCOUNT", found.times, "JUSTID")
+                for found in pending
+            ]
+        )
+        return {id.decode() for answer in answers for id in answer if id}
+
     def record_start(self, name: str, id: str, *, times: int) -> bool:
         """Record in Redis that the receivers of an entry start.
 

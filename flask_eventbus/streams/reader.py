@@ -313,10 +313,19 @@ class StreamReader(ReadingThread):
 
     def _recover_pending(self, name: str, subscription: Subscription) -> None:
         """Take the entries that Redis sent to this consumer in a lost answer."""
-        lost = self._in_flight.missing(name, [found.id for found in self._group.own_pending(name)])
+        own = {found.id: found for found in self._group.own_pending(name)}
+        lost = self._in_flight.missing(name, own)
 
         for start in range(0, len(lost), COUNT):
             entries = self._group.look_up(name, lost[start : start + COUNT])
+            present = [own[entry.id] for entry in entries if entry.fields is not None]
+            kept = {found.id for found in present}
+
+            # After a long outage other workers claim entries as well; one of the claims succeeds.
+            with self._reclaimer.reporting(name):
+                kept = self._group.claim_each(name, present)
+
+            entries = [each for each in entries if each.fields is None or each.id in kept]
             found = self._intake.decoder.decode(entries, {name: subscription})
             self._trims.report(name, sum(entry.fields is None for entry in entries))
             # These entries are handled in any case. Store them, so that a copy is a duplicate.

@@ -396,6 +396,65 @@ def lose(shared_redis: RedisServer) -> Iterator[Callable[..., tuple[Loss, str]]]
 Lose = Callable[..., tuple[Loss, str]]
 
 
+def lose_an_old_answer(store: StreamStore) -> None:
+    """Add an event, and let the only consumer read it long ago, without getting the answer."""
+    key = store.keys.stream("tick")
+    [consumer] = store.client.xinfo_consumers(key, "mailer")
+    entry = f"{round(time.time() * 1000)}-0"
+    body = Codec().encode(store.event("tick", n=1))
+
+    with store.client.pipeline(transaction=True) as together:
+        together.xadd(key, {b"event": body}, id=entry)
+        together.xreadgroup("mailer", consumer["name"], {key: ">"})
+        together.xclaim(key, "mailer", consumer["name"], 0, [entry], idle=100_000, justid=True)
+        together.execute()
+
+
+def test_entries_of_a_lost_answer_are_claimed_again_before_they_are_handled(
+    redis_server: RedisServer, make_bus: Make
+) -> None:
+    store = StreamStore(redis_server)
+    idle: list[int] = []
+    bus = make_bus(redis_server.url, "mailer", prefix=store.prefix, claim_after=60)
+
+    @bus.on("tick", via="stream")
+    def receive(sender: str, n: int) -> None:
+        [found] = store.client.xpending_range(store.keys.stream("tick"), "mailer", "-", "+", 1)
+        idle.append(found["time_since_delivered"])
+
+    bus.start()
+    assert bus.ready(10)
+    lose_an_old_answer(store)
+
+    store.client.client_kill_filter(_type="normal", skipme=True)
+
+    wait_until(lambda: idle, what="the event is handled")
+    assert max(idle) < 60_000
+
+
+def test_an_entry_of_a_lost_answer_that_another_worker_claims_is_left_to_it(
+    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StreamStore(redis_server)
+    received = received_by(make_bus(redis_server.url, "mailer", prefix=store.prefix))
+    lose_an_old_answer(store)
+    look_up = Group.look_up
+    claimed: list[Sequence[str]] = []
+
+    def claim_meanwhile(group: Group, name: str, ids: Sequence[str]) -> list[Any]:
+        claimed.append(ids)
+        store.client.xclaim(store.keys.stream(name), "mailer", "other-1-abc", 60_000, list(ids))
+        return look_up(group, name, ids)
+
+    monkeypatch.setattr(Group, "look_up", claim_meanwhile)
+    store.client.client_kill_filter(_type="normal", skipme=True)
+    wait_until(lambda: claimed, what="the entry is looked up")
+    store.add("tick", n=2)
+
+    wait_until(lambda: 2 in received, what="a later event is handled")
+    assert received == [2]
+
+
 def test_a_worker_that_starts_while_redis_is_full_reads_the_backlog(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
