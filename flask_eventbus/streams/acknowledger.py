@@ -325,6 +325,10 @@ class Acknowledger:
         """
         results = answers[-1] if isinstance(answers[-1], list) else []
 
+        if answers[1:] and isinstance(answers[0], Exception):
+            # Redis refused MULTI, and ran the commands after it one by one.
+            answers = results = list(answers[1:-1])
+
         # The refused command of a transaction names the reason; the answer to EXEC does not.
         for answer in (*answers, *results):
             if isinstance(answer, Exception):

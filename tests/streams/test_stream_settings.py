@@ -525,6 +525,25 @@ def test_a_forbidden_stream_is_logged_with_the_remedy_and_read_once_granted(
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.timing(resend_after=0.05)
+def test_a_dead_letter_is_written_once_if_redis_refuses_transactions(
+    store: StreamStore, guard: Guard, make_bus: Make
+) -> None:
+    guard.allow("-multi")
+    bus = make_bus(guard.url, "mailer", prefix=store.prefix)
+
+    @bus.on("tick", via="stream", start="earliest")
+    def reject(sender: str, n: int) -> None:
+        raise Reject
+
+    store.add("tick", n=1)
+    bus.start()
+
+    wait_until(lambda: bus.health().counts.get("dead_lettered"), what="it is a dead letter")
+    assert len(store.dead("tick")) == 1
+    assert bus.health().counts.get("outcomes_refused", 0) == 0
+
+
 @pytest.mark.parametrize("command", ["xreadgroup", "xgroup|create"])
 def test_a_missing_required_command_is_logged(
     store: StreamStore,
