@@ -22,6 +22,7 @@ from .values import (
     PLAIN,
     UnfitError,
     Values,
+    is_flat,
     memory_of,
     survey,
     types_in,
@@ -49,8 +50,9 @@ MAX_SEQ = 2**64 - 1
 PACKED_ID_BYTES = 2 + MAX_ID_BYTES
 
 _FIXSTR = tuple(bytes([0xA0 | length]) for length in range(32))
-_TIMESTAMP_64 = struct.Struct(">7sQ")
-_TIMESTAMP_96 = struct.Struct(">8sIq")
+#: The attribute ``time`` and the name of the next one, ``data``.
+_TIMESTAMP_64 = struct.Struct(">7sQ5s")
+_TIMESTAMP_96 = struct.Struct(">8sIq5s")
 _COUNT = struct.Struct(">5sQ").pack
 
 
@@ -66,7 +68,16 @@ def _text(value: str) -> bytes:
     return cast(bytes, packb(value))
 
 
-def packed_bytes(value: str | int) -> int:
+def attributes_bytes(attributes: Mapping[str, Any]) -> int:
+    """Return the encoded size of optional attributes besides ``seq``, in bytes."""
+    return sum(
+        len(_OPTIONAL[name][0]) + _packed_bytes(value)
+        for name, value in attributes.items()
+        if value
+    )
+
+
+def _packed_bytes(value: str | int) -> int:
     """Return the encoded size of a string or a small number, in bytes."""
     if isinstance(value, int):
         return len(packb(value))
@@ -95,7 +106,8 @@ def _key(key: str) -> bytes:
 
 _ID = _text("id")
 _DATA = _text("data")
-_SEQ_BYTES = len(_COUNT(b"\xa3seq\xcf", MAX_SEQ))
+#: Size of an encoded ``seq``, in bytes.
+SEQ_BYTES = len(_COUNT(b"\xa3seq\xcf", MAX_SEQ))
 
 #: The optional attributes besides ``seq``, in the order in which they are written. Each has its
 #: encoded name, the function that encodes its value, and the largest size of that in bytes.
@@ -110,8 +122,7 @@ _OPTIONAL: dict[str, tuple[bytes, Callable[[Any], bytes], int]] = {
 _MAX_BYTES_AFTER_HEAD = (
     PACKED_ID_BYTES
     + _TIMESTAMP_96.size
-    + len(_DATA)
-    + _SEQ_BYTES
+    + SEQ_BYTES
     + sum(len(name) + most for name, _, most in _OPTIONAL.values())
 )
 
@@ -119,7 +130,7 @@ _MAX_BYTES_AFTER_HEAD = (
 class Envelope:
     """Encodes the events of one service and signal; the attributes they share are encoded once."""
 
-    __slots__ = ("_heads", "_least", "overhead")
+    __slots__ = ("_heads", "least", "overhead")
 
     def __init__(self, source: str, name: str) -> None:
         shared = packb({"specversion": SPECVERSION, "source": source, "type": name})[1:] + _ID
@@ -130,7 +141,7 @@ class Envelope:
         #: Largest size of an event without its payload, in bytes.
         self.overhead: int = len(self._heads[0]) + _MAX_BYTES_AFTER_HEAD
         #: Smallest size of an event without its payload, but with the longest id, in bytes.
-        self._least = len(self._heads[0]) + PACKED_ID_BYTES + _TIMESTAMP_64.size + len(_DATA)
+        self.least: int = len(self._heads[0]) + PACKED_ID_BYTES + _TIMESTAMP_64.size
 
     def __call__(
         self,
@@ -141,6 +152,12 @@ class Envelope:
         seq: int | None = None,
         **attributes: Any,
     ) -> bytes:
+        """Encode an event; see :meth:`encode`."""
+        return self.encode(data, id, time_ns, seq, attributes)
+
+    def encode(
+        self, data: bytes, id: str, time_ns: int, seq: int | None, attributes: Mapping[str, Any]
+    ) -> bytes:
         """Encode an event.
 
         :param data: the encoded payload, from :meth:`.Codec.pack_payload`.
@@ -148,6 +165,14 @@ class Envelope:
         :param attributes: the optional attributes; 0 and ``None`` stand for none.
         :raises PayloadError: the key is too long.
         """
+        seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
+
+        # A msgpack timestamp has 64 bits, or 96 bits before 1970 and from 2514.
+        if seconds >> 34:
+            time = _TIMESTAMP_96.pack(b"\xa4time\xc7\x0c\xff", nanoseconds, seconds, _DATA)
+        else:
+            time = _TIMESTAMP_64.pack(b"\xa4time\xd7\xff", nanoseconds << 34 | seconds, _DATA)
+
         optional: list[bytes] = []
 
         if seq is not None:
@@ -158,33 +183,7 @@ class Envelope:
                 if value := attributes.get(name):
                     optional.append(packed_name + pack(value))
 
-        head = self._heads[len(optional)]
-        seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
-
-        # A msgpack timestamp has 64 bits, or 96 bits before 1970 and from 2514.
-        if seconds >> 34:
-            time = _TIMESTAMP_96.pack(b"\xa4time\xc7\x0c\xff", nanoseconds, seconds)
-        else:
-            time = _TIMESTAMP_64.pack(b"\xa4time\xd7\xff", nanoseconds << 34 | seconds)
-
-        return b"".join((head, _text(id), time, _DATA, data, *optional))
-
-    def most_bytes(self, data: bytes, attributes: Mapping[str, Any], *, numbered: bool) -> int:
-        """Return the size in bytes of an event without an id; only the id may make it shorter.
-
-        :param attributes: the optional attributes.
-        :param numbered: True if the event will have a ``seq``.
-        """
-        size = self._least + len(data)
-
-        if numbered:
-            size += _SEQ_BYTES
-
-        for name, value in attributes.items():
-            if value:
-                size += len(_OPTIONAL[name][0]) + packed_bytes(value)
-
-        return size
+        return b"".join((self._heads[len(optional)], _text(id), time, data, *optional))
 
 
 T = TypeVar("T")
@@ -354,7 +353,7 @@ class Codec:
     def _packed(self, payload: dict[str, Any]) -> bytes:
         data = self._values.pack(payload)
 
-        if not types_in(payload) <= PLAIN:
+        if not is_flat(payload) and not types_in(payload) <= PLAIN:
             # Check it as its readers will: a converted value may break a rule.
             survey(self._values.unpack(data))
 

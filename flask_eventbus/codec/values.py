@@ -213,7 +213,6 @@ _SCALARS = frozenset(
 )
 #: The types that need no conversion.
 PLAIN = CONTAINERS | _SCALARS | {bytearray, memoryview}
-_TEXT = frozenset({str})
 
 
 class Values:
@@ -380,6 +379,15 @@ class Values:
             ) from error
 
 
+def is_flat(payload: Mapping[str, Any]) -> bool:
+    """Return True if all values of a payload are scalars; most payloads are flat."""
+    for key, value in payload.items():
+        if type(value) not in _SCALARS or type(key) is not str:
+            return False
+
+    return len(payload) <= MAX_ITEMS
+
+
 def survey(payload: Mapping[str, Any]) -> set[type]:
     """Return the non-scalar types in a decoded payload, as :func:`types_in` does.
 
@@ -403,12 +411,7 @@ def types_in(payload: Mapping[str, Any]) -> set[type]:
     :raises UnfitError: it is nested too deeply, a map has a key that is not a string, or it has
         too many items.
     """
-    # Most payloads are flat: check them without a loop.
-    if (
-        len(payload) <= MAX_ITEMS
-        and _TEXT.issuperset(map(type, payload))
-        and _SCALARS.issuperset(map(type, payload.values()))
-    ):
+    if is_flat(payload):
         return set()
 
     found: list[type] = []

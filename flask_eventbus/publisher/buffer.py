@@ -77,6 +77,14 @@ class Buffer:
 
         :param drops_channels: True if all channel events would be dropped for it.
         """
+        # This counts all events, so an event that fits here fits in any case.
+        if (
+            len(self.channels.events) + len(self.streams.events) + len(self.in_flight)
+            < self._most_events
+            and self.channels.bytes + self.streams.bytes + message.size <= self._most_bytes
+        ):
+            return True
+
         queued = size = in_flight = 0
 
         if not drops_channels:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from reprlib import repr as short
 from typing import Any
 
-from ..codec.codec import PACKED_ID_BYTES, Codec, Envelope, packed_bytes
+from ..codec.codec import MAX_ID_BYTES, SEQ_BYTES, Codec, Envelope, attributes_bytes
 from ..config import Age, Config
 from ..errors import ConfigError, HopLimitError, PayloadError
 from ..event import Event, handling
@@ -108,10 +108,14 @@ def _word(word: str) -> bytes:
 _FIELD = _word("*") + _word("event")
 
 
+#: The optional attributes of most events.
+_NO_ATTRIBUTES: Mapping[str, Any] = {}
+
+
 class RouteState:
     """Data shared by all events of one signal and route from one node, and their counter."""
 
-    __slots__ = ("destination", "envelope", "is_stream", "name", "numbers", "route")
+    __slots__ = ("destination", "envelope", "is_stream", "name", "numbers", "overhead", "route")
 
     def __init__(self, *, route: Route, destination: Destination, envelope: Envelope) -> None:
         self.name = destination.name
@@ -119,6 +123,8 @@ class RouteState:
         self.destination = destination
         self.envelope = envelope
         self.is_stream = destination.is_stream
+        #: Size in bytes of an event without payload and optional attributes, with the longest id.
+        self.overhead = envelope.least + (0 if destination.is_stream else SEQ_BYTES)
         #: Values of ``seq``, from 1; used for channel events only.
         self.numbers = itertools.count(1)
 
@@ -127,7 +133,7 @@ class Message:
     """An event that waits to be written; the thread that writes it also encodes it.
 
     :param data: the packed payload.
-    :param attributes: attributes of the event, such as ``key`` and ``traceparent``.
+    :param attributes: optional attributes of the event, such as ``key`` and ``traceparent``.
     :param confirm: True if the sender waits for the result.
     """
 
@@ -142,25 +148,29 @@ class Message:
         "number",
         "promised",
         "route_state",
+        "seq",
         "size",
+        "time_ns",
         "unanswered",
         "wakeup",
         "withdrawn",
     )
 
     def __init__(
-        self, route_state: RouteState, data: bytes, attributes: dict[str, Any], *, confirm: bool
+        self, route_state: RouteState, data: bytes, attributes: Mapping[str, Any], confirm: bool
     ) -> None:
         self.route_state = route_state
         self.data = data
         self.attributes = attributes
         #: Upper bound of the encoded size in bytes; refined once the event has an id.
-        self.size = route_state.envelope.most_bytes(
-            data, attributes, numbered=not route_state.is_stream
-        )
+        self.size = route_state.overhead + len(data)
         #: Position among all events of the node, from 1; 0 until it is assigned.
         self.number = 0
         self.id = ""
+        #: Time of the event in nanoseconds since 1970; 0 until it is assigned.
+        self.time_ns = 0
+        #: Position among the channel events of its route, from 1; ``None`` until it is assigned.
+        self.seq: int | None = None
         self.body: bytes | None = None
         #: True once the event has left the buffer, successfully or with :attr:`error`.
         self.is_finished = False
@@ -175,16 +185,21 @@ class Message:
         self.may_write = False
         #: Wakes the sender; ``None`` if it does not wait. A lock is ten times faster than
         #: :class:`threading.Event`.
-        self.wakeup = threading.Lock() if confirm else None
+        self.wakeup: threading.Lock | None = None
 
-        if self.wakeup is not None:
+        if attributes:
+            self.size += attributes_bytes(attributes)
+
+        if confirm:
+            self.wakeup = threading.Lock()
             self.wakeup.acquire()
 
     def copy(self) -> Message:
         """Return a copy that the sender can send again, with the same id and encoded bytes."""
         confirm = self.route_state.route.confirm
-        copy = Message(self.route_state, self.data, {}, confirm=confirm)
-        copy.attributes, copy.id, copy.body = self.attributes, self.id, self.body
+        copy = Message(self.route_state, self.data, self.attributes, confirm)
+        copy.id, copy.body = self.id, self.body
+        copy.time_ns, copy.seq = self.time_ns, self.seq
         copy.size, copy.unanswered = self.size, self.unanswered
         return copy
 
@@ -194,27 +209,30 @@ class Message:
         :param time_ns: nanoseconds since 1970, unless the event has a time already.
         """
         self.number = number
-        self.id = self.attributes["id"] = f"{node}-{number}"
-        self.size -= PACKED_ID_BYTES - packed_bytes(self.id)
-        self.attributes.setdefault("time_ns", time_ns)
+        self.id = id = f"{node}-{number}"
+        # The length of a string is encoded in two bytes, or in one if it is below 32.
+        self.size -= MAX_ID_BYTES - len(id) + (len(id) < 32)
+        self.time_ns = self.time_ns or time_ns
 
     def promise(self, time_ns: int) -> None:
         """Set the time of the event, and mark it as accepted from its sender.
 
         :param time_ns: nanoseconds since 1970.
         """
-        self.attributes["time_ns"] = time_ns
+        self.time_ns = time_ns
         self.promised = True
 
     def assign_seq(self) -> None:
         """Set ``seq``, the position among the channel events of its route, unless it is set."""
-        if not self.route_state.is_stream and "seq" not in self.attributes:
-            self.attributes["seq"] = next(self.route_state.numbers)
+        if self.seq is None and not self.route_state.is_stream:
+            self.seq = next(self.route_state.numbers)
 
     def encoded(self) -> bytes:
         """Return the encoded event; encode it at the first call only."""
         if self.body is None:
-            self.body = self.route_state.envelope(self.data, **self.attributes)
+            self.body = self.route_state.envelope.encode(
+                self.data, self.id, self.time_ns, self.seq, self.attributes
+            )
 
         return self.body
 
@@ -283,6 +301,7 @@ class MessageBuilder:
         self._config = config
         self._codec = codec
         self._trace = trace
+        self._max_bytes = config.max_event_bytes
         self._destinations = Destinations(config)
         self._route_states: dict[tuple[str, str], RouteState] = {}
 
@@ -301,14 +320,15 @@ class MessageBuilder:
         data = self._codec.pack_payload(payload)
 
         if route.key is not None:
-            attributes["key"] = _partition(route_state, route.key, payload)
+            key = _partition(route_state, route.key, payload)
+            attributes = {**attributes, "key": key}
 
-        message = Message(route_state, data, attributes, confirm=confirm)
+        message = Message(route_state, data, attributes, confirm)
 
-        if message.size > self._config.max_event_bytes:
+        if message.size > self._max_bytes:
             raise PayloadError(
                 f"An event of {name!r} would have up to {message.size:,} bytes, more than the "
-                f"{self._config.max_event_bytes:,} of 'EVENTBUS_MAX_EVENT_BYTES'. Send less, for "
+                f"{self._max_bytes:,} of 'EVENTBUS_MAX_EVENT_BYTES'. Send less, for "
                 "example a reference to where the data is, or raise the limit in every service."
             )
 
@@ -337,7 +357,8 @@ class MessageBuilder:
             envelope=self._codec.envelope(self._config.service, name),
         )
 
-    def _causes(self, name: str) -> dict[str, Any]:
+    def _causes(self, name: str) -> Mapping[str, Any]:
+        """Return the attributes that say what an event was sent in: a trace, another event."""
         span = _current_span() if "opentelemetry.trace" in sys.modules else None
         cause = handling.get()
         traceparent = span or (cause.traceparent if cause else None)
@@ -346,7 +367,7 @@ class MessageBuilder:
             traceparent = self._trace()
 
         if cause is None:
-            return {"traceparent": traceparent}
+            return _NO_ATTRIBUTES if traceparent is None else {"traceparent": traceparent}
 
         hops = cause.hops + 1
 

@@ -226,6 +226,8 @@ class Publisher:
             context, buffer=self._buffer, outage=self._outage, report=self._report
         )
         self._closed = False
+        #: True if ``send()`` raises during an outage.
+        self._raises = config.on_outage == "raise"
         #: Ids of the threads that currently wait for a confirmation.
         self._senders: set[int] = set()
 
@@ -251,7 +253,7 @@ class Publisher:
         if message.wakeup is not None and not self._is_busy_here:
             self._publish_confirmed(message)
         else:
-            self._accept(message, time.monotonic() + self._config.timeout)
+            self._accept(message)
 
     def resend(self, message: Message) -> None:
         """Publish an unconfirmed event again, with the same id and the same encoded bytes.
@@ -385,24 +387,33 @@ class Publisher:
         """Return True if the calling thread currently writes."""
         return self._writer.is_this_thread
 
-    def _accept(self, message: Message, deadline: float) -> None:
+    def _accept(self, message: Message, deadline: float | None = None) -> None:
+        """Add an event to the buffer, and wake the writer thread.
+
+        :param deadline: monotonic time until which to wait for buffer space; ``None`` for the
+            timeout of the settings.
+        """
+        writer = self._writer
+
         with self._buffer.lock:
             dropped = self._put(message, deadline)
-            self._writer.wake()
+
+            if writer.thread_waits or writer.thread is None:
+                writer.wake()
 
         if dropped:
             self._report.report_dropped(dropped, self._buffer)
 
-        if self._writer.thread is None:
+        if writer.thread is None:
             is_away = self._stops(message.route_state.is_stream)
-            self._writer.write_here(0.0 if is_away else time.monotonic() + self._config.timeout)
+            writer.write_here(0.0 if is_away else time.monotonic() + self._config.timeout)
 
-    def _put(self, message: Message, deadline: float) -> int:
+    def _put(self, message: Message, deadline: float | None) -> int:
         """Add an event to the buffer; return the number of events dropped for it.
 
-        :param deadline: monotonic time until which to wait for buffer space.
+        :param deadline: see :meth:`_accept`.
         """
-        if self._config.on_outage == "raise":
+        if self._raises:
             self._refuse_in_outage(message)
 
         if self._closed:
@@ -424,11 +435,7 @@ class Publisher:
         return outage.stalled or outage.away or (is_stream and outage.refusal is not None)
 
     def _refuse_in_outage(self, message: Message) -> None:
-        if (
-            self._config.on_outage == "raise"
-            and not message.promised
-            and self._stops(message.route_state.is_stream)
-        ):
+        if self._raises and not message.promised and self._stops(message.route_state.is_stream):
             raise self._refusal(message)
 
     def _assign_id(self, message: Message) -> None:
@@ -444,7 +451,7 @@ class Publisher:
         if number > self.issued:
             self.issued = number
 
-    def _make_room(self, message: Message, deadline: float) -> int:
+    def _make_room(self, message: Message, deadline: float | None) -> int:
         """Wait for buffer space while Redis is available; else drop the oldest channel events.
 
         If only stream events are queued, a channel event is itself dropped, and a stream event is
@@ -479,14 +486,18 @@ class Publisher:
 
         return dropped
 
-    def _room_comes(self, message: Message, deadline: float) -> bool:
+    def _room_comes(self, message: Message, deadline: float | None) -> bool:
         is_away = self._stops(message.route_state.is_stream)
 
         if is_away or self._writer.is_this_thread:
             return False
 
         departures = self._buffer.departures
-        left = max(0.0, deadline - time.monotonic())
+        left = self._config.timeout
+
+        if deadline is not None:
+            left = max(0.0, deadline - time.monotonic())
+
         in_time = self._buffer.wait_for_room(message, left)
 
         if not in_time:
@@ -542,7 +553,7 @@ class Publisher:
         else:
             self._stall_since(departures)
 
-        if self._config.on_outage == "raise":
+        if self._raises:
             self._buffer.withdraw(message)
             raise self._refusal(message)
 

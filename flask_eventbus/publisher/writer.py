@@ -86,7 +86,7 @@ class Writer:
         #: The error of the batch that was handed over; ``None`` if only replies are missing.
         self._failure: Exception | None = None
         #: True while the writer thread waits for work.
-        self._thread_waits = False
+        self.thread_waits = False
         self._batch_events = timing.batch_events
         #: True to check Redis now, without waiting for the next attempt.
         self._probing = False
@@ -111,8 +111,8 @@ class Writer:
         """
         if self.thread is None:
             self._start()
-        elif self._thread_waits and self._owner is None:
-            self._thread_waits = False
+        elif self.thread_waits and self._owner is None:
+            self.thread_waits = False
             self._changed.notify_all()
 
     def probe(self) -> None:
@@ -420,7 +420,7 @@ class Writer:
         self._wake_thread()
 
     def _wake_thread(self) -> None:
-        self._thread_waits = False
+        self.thread_waits = False
         self._changed.notify_all()
 
     def _note_success(self, batch: Sequence[Message]) -> None:
@@ -532,7 +532,7 @@ class Writer:
 
             while not (self._is_handed_over or (self._owner is None and self._has_work)):
                 # Set before each wait, since a sender may have done the work of the last wakeup.
-                self._thread_waits = True
+                self.thread_waits = True
                 left = self._outage.write_again_at - time.monotonic()
                 was_woken = self._changed.wait(left if 0 < left < most else most)
 
@@ -541,7 +541,7 @@ class Writer:
 
             self._user = threading.get_ident()
             self._owner = threading.current_thread()
-            self._thread_waits = self._probing = False
+            self.thread_waits = self._probing = False
 
             if self._is_handed_over:
                 return self._buffer.in_flight

@@ -524,7 +524,7 @@ def buffer_of(count: int) -> tuple[Buffer, list[Message]]:
     destination = ChannelDestination("tick", "tick")
     envelope = Envelope("tests", "tick")
     state = RouteState(route=Route(name="tick"), destination=destination, envelope=envelope)
-    events = [Message(state, b"\x80", {}, confirm=True) for _ in range(count)]
+    events = [Message(state, b"\x80", {}, True) for _ in range(count)]
 
     for number, event in enumerate(events, 1):
         event.assign_id("node", number, 0)
@@ -538,7 +538,7 @@ def test_an_event_that_a_signal_handler_sent_unconfirmed_is_confirmed_when_sent_
     route = Route(name="tick", via="stream", confirm=True)
     envelope = Envelope("tests", "tick")
     state = RouteState(route=route, destination=destination, envelope=envelope)
-    event = Message(state, b"\x80", {}, confirm=False)
+    event = Message(state, b"\x80", {}, False)
 
     assert not event.copy().wait_for_wakeup(deadline=0.0)
 
@@ -550,7 +550,7 @@ def test_a_withdrawn_event_leaves_the_buffer_without_a_trace() -> None:
     events[0].withdrawn = events[2].withdrawn = True
 
     assert waiting.take(most_events=10, most_bytes=10_000) == [events[1], events[3]]
-    assert [events[n].attributes.get("seq") for n in range(4)] == [1, 2, None, 3]
+    assert [events[n].seq for n in range(4)] == [1, 2, None, 3]
     assert waiting.bytes == 0
 
 
