@@ -58,8 +58,8 @@ LONGEST_STOP = FLUSH_AT_EXIT + STOP_OVERHEAD
 class Host:
     """Questions that a node asks its program. A script answers none of them."""
 
-    #: Returns the context in which receivers run, for example an app context.
-    scope: Callable[[], AbstractContextManager[object]] = nullcontext
+    #: Returns the context in which receivers run, for example an app context; ``None`` for none.
+    scope: Callable[[], AbstractContextManager[object]] | None = None
     #: Returns True if emissions of this sender belong to the node; ``None`` if all do.
     owns: Callable[[Any], bool] | None = None
     #: Returns the current W3C trace context, or ``None``; ``None`` in a program without requests.
@@ -168,7 +168,10 @@ class Node:
             app_exists=self._host.app_exists,
         )
         self._after_commit = AfterCommit(
-            context, self._sending, find_session=self._host.session, scope=self._host.scope
+            context,
+            self._sending,
+            find_session=self._host.session,
+            scope=self._host.scope or nullcontext,
         )
         self._sending.open(context, hold=self._after_commit.hold)
         self._publisher = publisher = self._sending.publisher

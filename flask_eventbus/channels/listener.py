@@ -7,7 +7,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..codec.codec import split_message
 from ..config import Timing
 from ..errors import DecodeError
 from ..event import Event
@@ -170,11 +169,7 @@ class Listener(ReadingThread):
                     continue
 
                 if subscription is not None:
-                    for body in split_message(frame.body):
-                        found = self._decoder.event(name, subscription, body)
-
-                        if found is not None:
-                            batch.append(found)
+                    self._decoder.decode(name, subscription, frame.body, batch)
 
                 if len(batch) >= QUEUED_AT_ONCE:
                     self._queue(batch)
@@ -270,15 +265,18 @@ class Sequences:
         else:
             found = _stray(route, seq)
 
-        self._hashes += len(route.bodies) < REPEATABLE
+        is_full = len(route.bodies) == REPEATABLE
         route.bodies.append(digest)
 
-        if (
-            self._hashes > self._timing.max_hashes
-            or len(self._routes) > self._timing.max_remembered
-        ):
-            _, forgotten = self._routes.popitem(last=False)
-            self._hashes -= len(forgotten.bodies)
+        if not is_full:
+            self._hashes += 1
+
+            if (
+                self._hashes > self._timing.max_hashes
+                or len(self._routes) > self._timing.max_remembered
+            ):
+                _, forgotten = self._routes.popitem(last=False)
+                self._hashes -= len(forgotten.bodies)
 
         return found
 
@@ -325,42 +323,55 @@ class MessageDecoder:
         self._sequences = Sequences(context.timing)
         self._conflicts = Conflicts(context)
 
-    def event(self, name: str, subscription: Subscription, body: bytes) -> tuple[Event, int] | None:
-        """Decode an event from the channel of ``name``.
+    def decode(
+        self,
+        name: str,
+        subscription: Subscription,
+        message: bytes,
+        batch: list[tuple[Event, int]],
+    ) -> None:
+        """Decode the events in a message from the channel of ``name``.
 
-        :return: the event and its memory use in bytes; ``None`` if this node does not handle it.
+        Append those that this node handles to ``batch``, each with its memory use in bytes.
         """
-        try:
-            event, size = self._codec.decode_for_queue(body)
+        own, siblings, observe = self._node, self._siblings, self._sequences.observe
+
+        for body, event, size in self._codec.decode_message(message):
+            if isinstance(event, DecodeError):
+                self._reject(name, body, event)
+                continue
+
             node, _, number = event.id.rpartition("-")
-            is_own = node == self._node
+            is_own = node == own
 
             if is_own or event.name != name:
-                self._check(event, name, int(number))
-        except DecodeError as error:
-            self._reject(name, body, error)
-            return None
+                try:
+                    self._check(event, name, int(number))
+                except DecodeError as error:
+                    self._reject(name, body, error)
+                    continue
 
-        found = self._sequences.observe(event, node, body)
+            found = observe(event, node, body)
 
-        if found is Finding.REPEATED:
-            self._counters.add("duplicates")
-            return None
+            if found:
+                if found is Finding.REPEATED:
+                    self._counters.add("duplicates")
+                    continue
 
-        if found is Finding.CONFLICT:
-            self._conflicts.report(event)
-        elif found:
-            self._count_missed(event, found)
+                if found is Finding.CONFLICT:
+                    self._conflicts.report(event)
+                else:
+                    self._count_missed(event, found)
 
-        if is_own or node in self._siblings:
-            if not subscription.echo:
-                self._counters.add("echoes")
-                return None
-        elif subscription.sources is not None and event.source not in subscription.sources:
-            self._counters.add("filtered")
-            return None
+            if is_own or node in siblings:
+                if not subscription.echo:
+                    self._counters.add("echoes")
+                    continue
+            elif subscription.sources is not None and event.source not in subscription.sources:
+                self._counters.add("filtered")
+                continue
 
-        return event, size
+            batch.append((event, size))
 
     def _check(self, event: Event, name: str, number: int) -> None:
         """Check the name of an event, and whether this node sent one that bears its name."""

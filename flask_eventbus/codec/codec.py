@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache, partial
 from reprlib import repr as short
 from typing import Any, Final, NoReturn, TypeVar, cast
 
@@ -191,6 +192,9 @@ T = TypeVar("T")
 #: Bytes of memory that an event takes besides its payload.
 EVENT_MEMORY = 800
 
+#: Number of pairs of source and name that are known to be valid.
+MAX_KNOWN = 1024
+
 #: Payloads that take more bytes of memory than this are kept encoded until a receiver runs.
 MAX_DECODED = 256 * 1024
 
@@ -307,31 +311,19 @@ class Codec:
             ``too_large``, ``not_msgpack``, ``not_a_map``, ``version``, ``missing_attribute``,
             ``bad_attribute`` or ``bad_payload``.
         """
-        return self._decode(body, via)[0]
+        return _read(self._unpack(body), via)[0]
 
-    def _decode(self, body: bytes, via: str) -> tuple[Event, set[type]]:
-        """Decode an event; return it with the result of :func:`survey` for its payload."""
+    def _unpack(self, body: bytes) -> Any:
         if len(body) > self._max_bytes:
             self.check_size(len(body))
 
         try:
-            attributes = self._values.unpack(body)
+            return self._values.unpack(body)
         except UnfitError as error:
             raise DecodeError(f"It cannot be decoded: {error}", reason="bad_payload") from error
         except Exception as error:
             message = f"It is not msgpack: {type(error).__name__}: {error}"
             raise DecodeError(message, reason="not_msgpack") from error
-
-        event = _read(attributes, via)
-
-        try:
-            found = survey(event.payload)
-        except UnfitError as error:
-            raise DecodeError(
-                f"The payload cannot be decoded: {error}", reason="bad_payload"
-            ) from error
-
-        return event, found
 
     def decode_for_queue(self, body: bytes, *, via: str = "channel") -> tuple[Event, int]:
         """Decode an event that waits in a queue; return it with its memory in bytes.
@@ -340,15 +332,70 @@ class Codec:
 
         :raises DecodeError: the bytes are not an event.
         """
-        event, found = self._decode(body, via)
+        return self._for_queue(self._unpack(body), body, via)
+
+    def decode_message(self, message: bytes) -> Iterator[tuple[bytes, Event | DecodeError, int]]:
+        """Yield the bytes of each event in a channel's message, the event, and its memory in bytes.
+
+        For bytes that are not an event, yield the error instead of the event.
+        """
+        start = number = 0
+
+        # One unpacker decodes the events and finds their ends, so that no byte is read twice.
+        if len(message) <= MESSAGE_BYTES:
+            unpacker = self._values.unpacker(message)
+
+            while (
+                start < len(message)
+                and message[start] in _MAP_STARTS
+                and number < MESSAGE_EVENTS - 1
+            ):
+                try:
+                    attributes = unpacker.unpack()
+                except Exception:
+                    # The events from here on are decoded one by one below, which names the fault.
+                    break
+
+                end = unpacker.tell()
+                body = message[start:end]
+                start = end
+                number += 1
+
+                try:
+                    if len(body) > self._max_bytes:
+                        self.check_size(len(body))
+
+                    event, size = self._for_queue(attributes, body, "channel")
+                except DecodeError as error:
+                    yield body, error, 0
+                else:
+                    yield body, event, size
+
+        if start and start == len(message):
+            return
+
+        for body in split_message(message[start:], most=MESSAGE_EVENTS - number):
+            try:
+                event, size = self.decode_for_queue(body)
+            except DecodeError as error:
+                yield body, error, 0
+            else:
+                yield body, event, size
+
+    def _for_queue(self, attributes: Any, body: bytes, via: str) -> tuple[Event, int]:
+        """Return the event with these attributes, and its memory in bytes."""
+        event, found = _read(attributes, via)
         size = memory_of(event.payload, found=found, packed=len(body))
 
         if size > MAX_DECODED:
-            packed = PackedPayload(lambda: self.decode(body).payload)
+            packed = PackedPayload(partial(self._payload_of, body))
             return replace(event, payload=packed), EVENT_MEMORY + len(body)
 
         # A stream event keeps its bytes too: a retry or a dead letter stores them.
         return event, EVENT_MEMORY + size + (len(body) if via == "stream" else 0)
+
+    def _payload_of(self, body: bytes) -> Mapping[str, Any]:
+        return self.decode(body).payload
 
     def _packed(self, payload: dict[str, Any]) -> bytes:
         data = self._values.pack(payload)
@@ -380,12 +427,13 @@ class Codec:
         raise first
 
 
-def split_message(message: bytes) -> Sequence[bytes]:
+def split_message(message: bytes, *, most: int = MESSAGE_EVENTS) -> Sequence[bytes]:
     """Return the bytes of each event in a message of a channel.
 
     The last item is the rest of the message if no event can be found in it: it is not msgpack, or
-    does not begin with a map. The bytes after :data:`MESSAGE_EVENTS` - 1 events are one item too,
-    and a message above :data:`MESSAGE_BYTES` has one event.
+    does not begin with a map. A message above :data:`MESSAGE_BYTES` has one event.
+
+    :param most: maximum number of items; the last one has all bytes after the others.
     """
     if len(message) > MESSAGE_BYTES:
         return (message,)
@@ -396,11 +444,7 @@ def split_message(message: bytes) -> Sequence[bytes]:
     start = 0
 
     try:
-        while (
-            start < len(message)
-            and message[start] in _MAP_STARTS
-            and len(bodies) < MESSAGE_EVENTS - 1
-        ):
+        while start < len(message) and message[start] in _MAP_STARTS and len(bodies) < most - 1:
             unpacker.skip()
             end = unpacker.tell()
             bodies.append(message[start:end])
@@ -419,13 +463,17 @@ def split_message(message: bytes) -> Sequence[bytes]:
 _MAP_STARTS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
 
 
+_NO_TYPES: frozenset[type] = frozenset()
+
+
 class _PendingEvent:
     """An event that is not frozen yet. Filling it takes a sixth of the time of ``Event()``."""
 
     __slots__ = Event.__slots__
 
 
-def _read(attributes: Any, via: str) -> Event:
+def _read(attributes: Any, via: str) -> tuple[Event, Set[type]]:
+    """Return the event with these attributes, and the result of :func:`survey` for its payload."""
     if type(attributes) is not dict:
         raise DecodeError(f"It is not a map: {short(attributes)}.", reason="not_a_map")
     if attributes.get("specversion") != SPECVERSION:
@@ -434,8 +482,8 @@ def _read(attributes: Any, via: str) -> Event:
     pending: Any = _PendingEvent()
 
     try:
-        pending.source = source = attributes["source"]
-        pending.name = name = attributes["type"]
+        source = attributes["source"]
+        name = attributes["type"]
         pending.id = id = attributes["id"]
         pending.time = time = attributes["time"]
         pending.payload = payload = attributes["data"]
@@ -453,10 +501,13 @@ def _read(attributes: Any, via: str) -> Event:
     pending.attempt = 1
     pending.replayed = False
 
-    if type(source) is not str or not SERVICE_NAME.fullmatch(source):
+    if type(source) is not str:
         raise _bad("source", source)
-    if type(name) is not str or not SIGNAL_NAME.fullmatch(name):
+    if type(name) is not str:
         raise _bad("type", name)
+
+    pending.source, pending.name = _check_names(source, name)
+
     if type(id) is not str or not EVENT_ID.fullmatch(id):
         raise _bad("id", id)
     if type(time) is not datetime or time.tzinfo is not UTC:
@@ -478,9 +529,35 @@ def _read(attributes: Any, via: str) -> Event:
     if "sender" in payload:
         raise DecodeError("The payload has a key 'sender'.", reason="bad_payload")
 
+    found: Set[type] = _NO_TYPES
+
+    if not is_flat(payload):
+        try:
+            found = survey(payload)
+        except UnfitError as error:
+            raise DecodeError(
+                f"The payload cannot be decoded: {error}", reason="bad_payload"
+            ) from error
+
     pending.__class__ = Event
-    event: Event = pending
-    return event
+    return pending, found
+
+
+@lru_cache(maxsize=MAX_KNOWN)
+def _check_names(source: str, name: str) -> tuple[str, str]:
+    """Check the source and the name of an event.
+
+    The result for the last ones is known, because most events repeat them. Their events then share
+    two strings, too.
+
+    :raises DecodeError: one of them is not valid.
+    """
+    if not SERVICE_NAME.fullmatch(source):
+        raise _bad("source", source)
+    if not SIGNAL_NAME.fullmatch(name):
+        raise _bad("type", name)
+
+    return source, name
 
 
 def _wrong_version(attributes: dict[Any, Any]) -> DecodeError:

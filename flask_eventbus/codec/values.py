@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -20,7 +20,7 @@ from types import NoneType
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
-from msgpack import ExtType, Packer, StackError, unpackb
+from msgpack import ExtType, Packer, StackError, Unpacker, unpackb
 
 from ..errors import ConfigError
 
@@ -289,6 +289,15 @@ class Values:
                 raise UnfitError(str(error) or "It is nested too deeply.") from error
             raise
 
+    def unpacker(self, data: bytes) -> Unpacker:
+        """Return an unpacker that decodes one value of ``data`` after the other.
+
+        Its errors have another text than those of :meth:`unpack`.
+        """
+        unpacker = Unpacker(ext_hook=self._hooks[0], timestamp=3, max_buffer_size=len(data))
+        unpacker.feed(data)
+        return unpacker
+
     def to_plain(self, value: Any) -> Any:
         """Return a value that msgpack can encode; a plain value is returned unchanged."""
         return value if type(value) in PLAIN else self._to_plain(value)
@@ -465,7 +474,7 @@ MAX_TEXT_MEMORY = 4
 UNKNOWN = 2**62
 
 
-def memory_of(payload: Mapping[str, Any], *, found: set[type], packed: int) -> int:
+def memory_of(payload: Mapping[str, Any], *, found: Set[type], packed: int) -> int:
     """Return the approximate memory of a payload in bytes.
 
     It is :data:`UNKNOWN` with a value of a registered type, which may refer to anything.

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, auto
@@ -39,11 +39,15 @@ class Failure:
     name: str = ""
 
 
+#: The scope of receivers that need none. Any number of threads may be in it.
+_NO_SCOPE: AbstractContextManager[object] = nullcontext()
+
+
 class Dispatcher:
     """Calls the receivers of an event one by one; a failure does not stop the next receiver.
 
     :param scope: returns the context manager in which a receiver runs; in Flask, a new app context.
-        Exceptions of the receiver pass through it.
+        Exceptions of the receiver pass through it. ``None`` if receivers need none.
     :param undo: called in the scope of a receiver that failed; must not raise.
     """
 
@@ -51,7 +55,7 @@ class Dispatcher:
         self,
         context: Context,
         *,
-        scope: Callable[[], AbstractContextManager[object]],
+        scope: Callable[[], AbstractContextManager[object]] | None,
         undo: Callable[[], None],
     ) -> None:
         registry = context.registry
@@ -139,12 +143,13 @@ class Dispatcher:
 
     def _run(self, receiver: Receiver, event: Event, failures: list[Failure]) -> None:
         """Run one receiver in its scope, and append its failures."""
-        start = time.monotonic()
+        is_timed = self._logs_events or receiver_succeeded.receivers
+        start = time.monotonic() if is_timed else 0.0
         has_started = False
         raised: BaseException | None = None
 
         try:
-            with self._scope():
+            with _NO_SCOPE if self._scope is None else self._scope():
                 has_started = True
 
                 try:
@@ -168,7 +173,7 @@ class Dispatcher:
         if raised is not None:
             name = self._name(event.name, receiver)
             failures.append(self._failed(receiver, name, event, raised))
-        elif self._logs_events or receiver_succeeded.receivers:
+        elif is_timed:
             self._succeeded(receiver, event, time.monotonic() - start)
 
     def _succeeded(self, receiver: Receiver, event: Event, seconds: float) -> None:

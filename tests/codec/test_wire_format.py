@@ -84,6 +84,29 @@ def test_a_message_vector_is_split_into_its_events(vector: dict[str, Any]) -> No
             assert caught.value.reason == part["reason"]
 
 
+@pytest.mark.parametrize(("before", "max_bytes"), [(1, 1024 * 1024), (1, 100), (300, 1024 * 1024)])
+@pytest.mark.parametrize("vector", [*MESSAGES, *EVENTS, *REFUSED], ids=what)
+def test_a_message_is_decoded_as_its_parts_are(
+    vector: dict[str, Any], before: int, max_bytes: int
+) -> None:
+    limited = codec.limited(max_bytes)
+    good = wire_vectors.body_of(EVENTS[0])
+    message = good * before + wire_vectors.body_of(vector) + good
+
+    def decoded_alone(body: bytes) -> tuple[Any, int]:
+        try:
+            return limited.decode_for_queue(body)
+        except DecodeError as error:
+            return (error.reason, str(error)), 0
+
+    found = [
+        (body, (event.reason, str(event)) if isinstance(event, DecodeError) else event, memory)
+        for body, event, memory in limited.decode_message(message)
+    ]
+
+    assert repr(found) == repr([(body, *decoded_alone(body)) for body in split_message(message)])
+
+
 def test_the_vector_file_is_up_to_date() -> None:
     assert wire_vectors.FILE.read_text() == wire_vectors.text_of(wire_vectors.made())
 
