@@ -174,15 +174,16 @@ class Envelope:
         else:
             time = _TIMESTAMP_64.pack(b"\xa4time\xd7\xff", nanoseconds << 34 | seconds, _DATA)
 
-        optional: list[bytes] = []
+        number = b"" if seq is None else _COUNT(b"\xa3seq\xcf", seq)
 
-        if seq is not None:
-            optional.append(_COUNT(b"\xa3seq\xcf", seq))
+        if not attributes:
+            return b"".join((self._heads[seq is not None], _text(id), time, data, number))
 
-        if attributes:
-            for name, (packed_name, pack, _) in _OPTIONAL.items():
-                if value := attributes.get(name):
-                    optional.append(packed_name + pack(value))
+        optional = [number] if number else []
+
+        for name, (packed_name, pack, _) in _OPTIONAL.items():
+            if value := attributes.get(name):
+                optional.append(packed_name + pack(value))
 
         return b"".join((self._heads[len(optional)], _text(id), time, data, *optional))
 

@@ -109,7 +109,12 @@ class Buffer:
 
         The event gets a ``seq``, so that listeners detect the gap.
         """
-        while oldest := _oldest(self.channels.events, ()):
+        while self.channels.events:
+            try:
+                oldest = self.channels.events[0]
+            except IndexError:
+                return None  # a signal handler has just dropped it
+
             # False if a signal handler has dropped it in the meantime.
             if self.channels.remove(oldest):
                 oldest.assign_seq()
@@ -134,20 +139,18 @@ class Buffer:
 
         while len(batch) < most_events and size < most_bytes:
             # Looked up each time: a signal handler that stops the bus replaces the queues.
-            channels = () if tries_stream else self.channels.events
-            streams = self.streams.events if tries_stream or not self.streams_paused else ()
+            queue = self._next_queue(tries_stream)
 
-            if not (channels or streams):
+            if queue is None:
                 break
 
-            head = _oldest(channels, streams)
-
-            if head is None:
+            try:
+                head = queue.events[0]
+            except IndexError:
+                # A signal handler has just dropped it.
                 continue
 
             batch.append(head)
-            is_stream = head.route_state.is_stream
-            queue = self.streams if is_stream else self.channels
 
             # A signal handler may have dropped it in the meantime.
             if not queue.remove(head) or head.withdrawn:
@@ -156,10 +159,28 @@ class Buffer:
 
             size += head.size
 
-            if not is_stream:
+            if head.seq is None:
                 head.assign_seq()
 
         return batch
+
+    def _next_queue(self, tries_stream: bool) -> MessageQueue | None:
+        """Return the queue with the next event for :meth:`take`; ``None`` if there is none."""
+        channels, streams = self.channels, self.streams
+
+        if not streams.events or (self.streams_paused and not tries_stream):
+            return channels if channels.events and not tries_stream else None
+
+        if not channels.events or tries_stream:
+            return streams
+
+        try:
+            is_older = channels.events[0].number < streams.events[0].number
+        except IndexError:
+            # A signal handler has just dropped one of the two; take() looks again.
+            return channels
+
+        return channels if is_older else streams
 
     def mark_sent(self) -> Sequence[Message]:
         """Mark the batch in flight as sent, and return it without withdrawn events."""
@@ -270,14 +291,3 @@ class MessageQueue:
 
         self.bytes -= message.size
         return True
-
-
-def _oldest(channels: Sequence[Message], streams: Sequence[Message]) -> Message | None:
-    """Return the oldest of some events; ``None`` if a signal handler has just dropped it."""
-    try:
-        if channels and streams:
-            return channels[0] if channels[0].number < streams[0].number else streams[0]
-
-        return (channels or streams)[0]
-    except IndexError:
-        return None

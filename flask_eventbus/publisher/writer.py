@@ -302,11 +302,7 @@ class Writer:
     def _send(self, deadline: float) -> Sequence[Message]:
         """Send the batch in flight, and return it."""
         batch = self._buffer.mark_sent()
-        events = []
-
-        for message in batch:
-            events.append((message.route_state.destination, message.encoded()))
-
+        events = [(message.route_state.destination, message.encoded()) for message in batch]
         self._connection.send(events, deadline)
         return batch
 
@@ -480,6 +476,10 @@ class Writer:
         for message, error in zip(batch, outcomes, strict=True):
             if error is None:
                 published += 1
+
+                # Without a waiting sender nobody asks for the result.
+                if message.wakeup is None:
+                    continue
             elif isinstance(error, NoWritesError):
                 continue
             else:
