@@ -96,9 +96,10 @@ class Reclaimer:
             with self._acknowledger.lock:
                 answers = self._group.pipe.run(queries)
 
-            # A refusal counts as found: the call that claims the entries reports it.
-            pairs = zip(asked, answers, strict=True)
-            found.update({name: names[name] for name, answer in pairs if answer})
+            # A refusal counts as found: the call that claims the entries reports it, and its end.
+            for name, answer in zip(asked, answers, strict=True):
+                if answer or name in self._group.unlisted:
+                    found[name] = names[name]
 
         return found
 

@@ -713,6 +713,21 @@ def test_the_rights_logged_for_a_missing_xpending_are_sufficient(
     )
 
 
+def test_an_idle_worker_notices_that_it_may_list_pending_events_again(
+    store: StreamStore, guard: Guard, make_bus: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    listen(make_bus(guard.url, "mailer", prefix=store.prefix, claim_after=1), via="stream")
+    guard.allow("-xpending")
+    wait_until(lambda: lines_of(caplog, "xpending"), what="the refusal is reported")
+
+    guard.allow("+xpending")
+
+    wait_until(
+        lambda: "lets 'mailer' list the pending events of 'tick' again" in caplog.text,
+        what="the end is reported",
+    )
+
+
 def test_a_slow_event_of_a_worker_without_xpending_is_not_reclaimed(
     store: StreamStore, guard: Guard, make_bus: Make
 ) -> None:
