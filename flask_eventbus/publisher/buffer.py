@@ -59,6 +59,12 @@ class Buffer:
         return self.channels.bytes + self.streams.bytes
 
     @property
+    def is_locked_here(self) -> bool:
+        """Return True if the calling thread holds the lock, as below a signal handler."""
+        # The condition asks its lock for this too; there is no public name for it.
+        return bool(self.lock._is_owned())  # type: ignore[attr-defined]
+
+    @property
     def is_empty(self) -> bool:
         """Return True if both queues are empty, paused streams included."""
         return not (self.channels.events or self.streams.events)

@@ -249,7 +249,7 @@ class Publisher:
             and the buffer is full.
         :raises ClosedError: the publisher is closed.
         """
-        # A signal handler that interrupts a waiting send in this thread must not wait itself.
+        # A signal handler that interrupts another send in this thread must not wait itself.
         if message.wakeup is not None and not self._is_busy_here:
             self._publish_confirmed(message)
         else:
@@ -318,7 +318,7 @@ class Publisher:
 
         :param deadline: monotonic time.
         """
-        if self._writer.is_this_thread:
+        if self._is_busy_here:
             return []
 
         departures = self._buffer.departures
@@ -507,8 +507,12 @@ class Publisher:
 
     @property
     def _is_busy_here(self) -> bool:
-        """Return True if the calling thread already waits for a confirmation, or writes."""
-        return threading.get_ident() in self._senders or self._writer.is_this_thread
+        """Return True if the calling thread must not wait for a confirmation.
+
+        It waits for one already, writes, or holds the lock that other threads need to write.
+        """
+        this = threading.get_ident()
+        return this in self._senders or self._writer.is_this_thread or self._buffer.is_locked_here
 
     def _publish_confirmed(self, message: Message) -> None:
         is_away = self._stops(message.route_state.is_stream)

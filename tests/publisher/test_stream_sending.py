@@ -1536,6 +1536,25 @@ def test_a_signal_handler_that_sends_during_a_confirmed_send_does_not_block(
     assert sorted(n for n in found if n < 0) == sorted(handled)
 
 
+def test_a_confirmed_send_does_not_wait_if_its_thread_holds_the_lock_of_the_buffer(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    """A signal handler or a finalizer may run at any point of another send in its thread."""
+    publish = {"tick": {"via": "stream"}}
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=publish, on_outage="raise", timeout=1)
+    publisher = bus.node._publisher
+
+    with publisher._buffer.lock:
+        bus.signal("tick").send("handler", n=1)
+        pending = publisher.prepare_pending("tick", {"n": 2}, bus.node.route_for("tick"))
+        publisher.publish_pending(pending, time.monotonic() + 1)
+
+        assert publisher.wait_for_confirmations([pending], time.monotonic() + 1) == []
+
+    assert bus.flush(10)
+    assert values(shared_redis, prefix=prefix) == [1, 2]
+
+
 class InterruptionError(BaseException):
     """An error that a signal handler raises."""
 
