@@ -244,7 +244,10 @@ class Codec:
             )
 
         try:
-            data = self._packed(plain)
+            data = self._values.pack(plain)
+
+            if not is_flat(plain):
+                self._check(plain, data)
         except Exception as error:
             failure = error
         else:
@@ -398,14 +401,14 @@ class Codec:
     def _payload_of(self, body: bytes) -> Mapping[str, Any]:
         return self.decode(body).payload
 
-    def _packed(self, payload: dict[str, Any]) -> bytes:
-        data = self._values.pack(payload)
+    def _check(self, payload: dict[str, Any], data: bytes) -> None:
+        """Check a payload and its encoded form.
 
-        if not is_flat(payload) and not types_in(payload) <= PLAIN:
+        :raises UnfitError: it breaks a rule of the wire format.
+        """
+        if not types_in(payload) <= PLAIN:
             # Check it as its readers will: a converted value may break a rule.
             survey(self._values.unpack(data))
-
-        return data
 
     def _raise_fault(self, payload: dict[str, Any], first: Exception) -> NoReturn:
         """Raise the error of a payload that cannot be encoded.
@@ -414,7 +417,7 @@ class Codec:
         fault: encoding succeeds at the second try, and the error is raised unchanged.
         """
         try:
-            self._packed(payload)
+            self._check(payload, self._values.pack(payload))
         except Exception as error:
             if type(error) is not type(first):
                 raise

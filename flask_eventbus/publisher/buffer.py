@@ -145,9 +145,17 @@ class Buffer:
 
         while len(batch) < most_events and size < most_bytes:
             # Looked up each time: a signal handler that stops the bus replaces the queues.
-            queue = self._next_queue(tries_stream)
+            channels, streams = self.channels, self.streams
+            takes_channel = channels.events and not tries_stream
+            takes_stream = streams.events and (tries_stream or not self.streams_paused)
 
-            if queue is None:
+            if takes_channel and takes_stream:
+                queue = _older(channels, streams)
+            elif takes_channel:
+                queue = channels
+            elif takes_stream:
+                queue = streams
+            else:
                 break
 
             try:
@@ -165,28 +173,10 @@ class Buffer:
 
             size += head.size
 
-            if head.seq is None:
+            if queue is not streams:
                 head.assign_seq()
 
         return batch
-
-    def _next_queue(self, tries_stream: bool) -> MessageQueue | None:
-        """Return the queue with the next event for :meth:`take`; ``None`` if there is none."""
-        channels, streams = self.channels, self.streams
-
-        if not streams.events or (self.streams_paused and not tries_stream):
-            return channels if channels.events and not tries_stream else None
-
-        if not channels.events or tries_stream:
-            return streams
-
-        try:
-            is_older = channels.events[0].number < streams.events[0].number
-        except IndexError:
-            # A signal handler has just dropped one of the two; take() looks again.
-            return channels
-
-        return channels if is_older else streams
 
     def mark_sent(self) -> Sequence[Message]:
         """Mark the batch in flight as sent, and return it without withdrawn events."""
@@ -297,3 +287,14 @@ class MessageQueue:
 
         self.bytes -= message.size
         return True
+
+
+def _older(channels: MessageQueue, streams: MessageQueue) -> MessageQueue:
+    """Return the queue whose first event was sent earlier; both have events."""
+    try:
+        is_older = channels.events[0].number < streams.events[0].number
+    except IndexError:
+        # A signal handler has just dropped one of the two; take() looks again.
+        return channels
+
+    return channels if is_older else streams

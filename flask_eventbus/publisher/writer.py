@@ -302,7 +302,11 @@ class Writer:
     def _send(self, deadline: float) -> Sequence[Message]:
         """Send the batch in flight, and return it."""
         batch = self._buffer.mark_sent()
-        events = [(message.route_state.destination, message.encoded()) for message in batch]
+        events = []
+
+        for message in batch:
+            events.append((message.route_state.destination, message.encoded()))
+
         self._connection.send(events, deadline)
         return batch
 
