@@ -14,10 +14,10 @@ from typing import Any, Self, Unpack
 from blinker import Namespace
 
 from .config import Config, Timing
-from .ending import call_in_thread, end_by_signal
+from .ending import FLUSH_AT_EXIT, call_in_thread, end_by_signal
 from .errors import ConfigError
 from .logs import get_logger
-from .node import FLUSH_AT_EXIT, Health, Node
+from .node import Health, Node
 from .routing.loading import load_receivers
 from .routing.registry import Registry
 from .typing import Settings

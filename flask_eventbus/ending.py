@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import logging  # noqa: F401 - it registers its lock first; see below
 import os
 import signal
 import sys
@@ -11,6 +12,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
+
+#: Seconds to wait for Redis to take the buffered events when a process ends.
+FLUSH_AT_EXIT = 5.0
+
+#: Held while a part of the package is imported late, and during a fork. A child could never import
+#: a module that another thread of its parent was importing when it forked.
+importing = threading.RLock()
+
+# A fork takes the locks in the reverse order of registration: this one before that of logging,
+# which a module needs for its logger while it is imported.
+os.register_at_fork(
+    before=importing.acquire,
+    after_in_parent=importing.release,
+    after_in_child=importing.release,
+)
 
 _steps: list[Callable[[], None]] = []
 #: The process id for which the steps ran, or are running in the thread that holds the lock.

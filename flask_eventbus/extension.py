@@ -9,20 +9,20 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from blinker import ANY, NamedSignal, Namespace
 from flask import Flask, current_app, has_request_context, request
 
-from .admin.overview import Overview
 from .config import Config, Timing
+from .ending import FLUSH_AT_EXIT, importing
 from .errors import ConfigError
 from .logs import get_logger
-from .node import FLUSH_AT_EXIT, Health, Host, Node
-from .receivers.dispatcher import name_of
-from .routing.loading import load_receivers
+from .routing.options import name_of
 from .routing.registry import Registry
-from .serving import call_when_serving
+
+if TYPE_CHECKING:
+    from .node import Health, Host, Node
 
 logger = get_logger(__name__)
 
@@ -229,7 +229,13 @@ class EventBus(Registry):
                 f"The app {app.name!r} has an event bus already. Call init_app() once per app."
             )
 
-        node = self._node(app)
+        # Imported here, because a module that defines the bus may be imported without an app.
+        with importing:
+            from .node import Node
+            from .routing.loading import load_receivers
+            from .serving import call_when_serving
+
+        node = Node(Config.from_mapping(app.config), self, host=self._host(app))
         app.extensions["eventbus"] = node
         app.signal = self.app_signal  # type: ignore[attr-defined]  # Flask declares no such attribute
         self._apps.add(app)
@@ -306,7 +312,9 @@ class EventBus(Registry):
         node: Node = app.extensions["eventbus"]
         return node
 
-    def _node(self, app: Flask) -> Node:
+    def _host(self, app: Flask) -> Host:
+        from .node import Host  # as in init_app()
+
         reference = weakref.ref(app)
 
         def scope() -> AbstractContextManager[object]:
@@ -335,7 +343,7 @@ class EventBus(Registry):
             app = reference()
             return None if app is None else _session_of(app)
 
-        host = Host(
+        return Host(
             scope=scope,
             owns=owns,
             trace=_traceparent,
@@ -343,7 +351,6 @@ class EventBus(Registry):
             under_test=under_test,
             session=session,
         )
-        return Node(Config.from_mapping(app.config), self, host=host)
 
     def _live_apps(self) -> list[Flask]:
         """Return the apps in use, without those that are only waiting for garbage collection."""
@@ -381,6 +388,10 @@ class _UnpublishedWarning:
             return
 
         self._has_run = True
+
+        # Imported here, because a process that serves no request does not look for such signals.
+        with importing:
+            from .admin.overview import Overview
 
         for found in Overview(node).strangers():
             logger.warning("%s %s", *found)

@@ -6,28 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 
 from .channels.listener import Listener
-from .config import Config
-from .errors import ConfigError
 from .receivers.dispatcher import Dispatcher
 from .receivers.workers import WorkerThreads
 from .routing.subscriptions import Subscription
 from .streams.consumer import Consumer
 from .transport.connections import Context
-
-
-def check_subscription(config: Config, subscription: Subscription) -> None:
-    """Check that the server of the settings can serve a subscription.
-
-    :raises ConfigError: the subscription needs a stream, and the server is a cluster.
-    """
-    needs_stream = subscription.via == "stream" or not subscription.group
-
-    if needs_stream and not config.has_streams:
-        raise ConfigError(
-            f"The subscription to {subscription.name!r} needs a stream, and 'EVENTBUS_URL' is a "
-            "cluster, for which there are no streams yet. Subscribe with 'via': 'channel', or use "
-            "one Redis: 'redis://' or 'redis+sentinel://'."
-        )
 
 
 class Listening:

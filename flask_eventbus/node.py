@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blinker import NamedSignal
 
@@ -19,24 +19,36 @@ from . import logs
 from .codec.codec import Codec
 from .config import Config
 from .database.after_commit import AfterCommit
-from .ending import after_fork, catch_sigterm, notice_fork, process_ends, stop_with_pools
+from .ending import (
+    FLUSH_AT_EXIT,
+    after_fork,
+    catch_sigterm,
+    importing,
+    notice_fork,
+    process_ends,
+    stop_with_pools,
+)
 from .event import Event
-from .listening import Listening, check_subscription
 from .logs import Counters, get_logger
 from .publisher.message import check_route
 from .publisher.publisher import Publisher, Sending, orphaned
-from .receivers.dispatcher import Dispatcher
 from .routing.options import Receiver
 from .routing.registry import Bridges, Registry
 from .routing.routes import Route, read_routes
-from .routing.subscriptions import Subscription, merge, read_subscriptions
+from .routing.subscriptions import (
+    Subscription,
+    check_subscription,
+    merge,
+    read_subscriptions,
+)
 from .signals import wait_until_sent
 from .transport.connections import Connections, Context
 
-logger = get_logger(__name__)
+if TYPE_CHECKING:
+    from .listening import Listening
+    from .receivers.dispatcher import Dispatcher
 
-#: Seconds to wait for Redis to take the buffered events when a process ends.
-FLUSH_AT_EXIT = 5.0
+logger = get_logger(__name__)
 
 #: Longest time of a stop in seconds, beyond ``EVENTBUS_GRACE`` and the flush, even if Redis hangs.
 #: :data:`RELEASE` of it is for releasing unhandled events, :data:`WRITER_END` for the writer
@@ -128,8 +140,7 @@ class Node:
         #: The subscriptions of this service by name.
         self.subscriptions: Mapping[str, Subscription] = {}
         self.listening = False
-        #: Held while the node starts or stops. Reentrant, since a signal handler may stop it.
-        self._start_stop_lock = threading.RLock()
+        self._create_locks()
         self._sending = Sending(trace=self._host.trace, under_test=self._host.under_test)
         self._bridges = Bridges(
             registry,
@@ -147,9 +158,14 @@ class Node:
         for callback in list(on_new_node):
             callback(self)
 
+    def _create_locks(self) -> None:
+        #: Held while the node starts or stops. Reentrant, since a signal handler may stop it.
+        self._start_stop_lock = threading.RLock()
+        #: Held while the receiving half is created, changed or started.
+        self._listen_lock = threading.RLock()
+
     def _create_parts(self) -> None:
         """Create all parts that belong to one process and one start."""
-        self._listen_lock = threading.RLock()
         self._name = secrets.token_hex(6)
         self.registry.siblings.add(self, self._name)
         self.connections = Connections(
@@ -174,16 +190,44 @@ class Node:
             scope=self._host.scope or nullcontext,
         )
         self._sending.open(context, hold=self._after_commit.hold)
-        self._publisher = publisher = self._sending.publisher
-        self.dispatcher = Dispatcher(
-            context, scope=self._host.scope, undo=self._after_commit.roll_back
-        )
-        self._inbound = Listening(
-            context,
-            dispatcher=self.dispatcher,
-            subscriptions=self.subscriptions,
-            issued=lambda: publisher.issued,
-        )
+        self._publisher = self._sending.publisher
+        #: The receiving half: what runs receivers, and what listens; ``None`` before it is needed.
+        self._dispatcher: Dispatcher | None = None
+        self._listening: Listening | None = None
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """Runs the receivers of an event; it is created at the first access."""
+        with self._listen_lock:
+            if self._dispatcher is None:
+                # Imported here, because a process that only publishes runs no receivers.
+                with importing:
+                    from .receivers.dispatcher import Dispatcher
+
+                self._dispatcher = Dispatcher(
+                    self.context, scope=self._host.scope, undo=self._after_commit.roll_back
+                )
+
+            return self._dispatcher
+
+    @property
+    def _inbound(self) -> Listening:
+        """The listening half; it is created at the first access."""
+        with self._listen_lock:
+            if self._listening is None:
+                # Imported here, because a process that only publishes does not listen.
+                with importing:
+                    from .listening import Listening
+
+                publisher = self._publisher
+                self._listening = Listening(
+                    self.context,
+                    dispatcher=self.dispatcher,
+                    subscriptions=self.subscriptions,
+                    issued=lambda: publisher.issued,
+                )
+
+            return self._listening
 
     @property
     def routes(self) -> dict[str, Route]:
@@ -239,8 +283,11 @@ class Node:
             self._listen()
 
     def _set_subscriptions(self, subscriptions: Mapping[str, Subscription]) -> None:
-        self.subscriptions = subscriptions
-        self._inbound.update(subscriptions)
+        with self._listen_lock:
+            self.subscriptions = subscriptions
+
+            if self._listening is not None:
+                self._listening.update(subscriptions)
 
     def _apply_declarations(self) -> None:
         with self.registry.lock:
@@ -343,52 +390,62 @@ class Node:
         Events sent from now on go to the new publisher, so the old one gets none that it would not
         write.
         """
-        publisher = self._publisher
-        self._create_parts()
+        with self._listen_lock:
+            publisher = self._publisher
+            self._create_parts()
+
         return publisher
 
     @property
     def may_stop_here(self) -> bool:
         """False in threads of the node: a stop waits for their end, so it would deadlock."""
-        return not (self._inbound.is_own_thread or self._publisher.is_writing_thread)
+        listening = self._listening
+        listens_here = listening is not None and listening.is_own_thread
+        return not (listens_here or self._publisher.is_writing_thread)
 
     @property
     def fatal(self) -> Exception | None:
         """The error if this Redis cannot serve streams at all; ``None`` otherwise."""
-        return self._inbound.consumer.fatal
+        return None if self._listening is None else self._listening.consumer.fatal
 
     def health(self) -> Health:
         """Return the state of this node."""
         notice_fork()
-        heard = self._inbound.last_heard
+        listening = self._listening
+        heard = None if listening is None else listening.last_heard
         return Health(
             service=self.config.service,
             node=self._name,
             listening=self.listening and bool(self.subscriptions),
-            connected=self._inbound.connected,
+            connected=not self.subscriptions if listening is None else listening.connected,
             publishing=self._publisher.connected,
             last_heard=None if heard is None else time.monotonic() - heard,
-            lag=len(self._inbound.pool),
+            lag=0 if listening is None else len(listening.pool),
             buffered=self._publisher.buffered,
             missed=self.counters.get("missed"),
-            refused=self._inbound.refused,
-            without_receiver=self._inbound.consumer.without_receiver,
-            alarms=self._inbound.consumer.alarms,
+            refused={} if listening is None else listening.refused,
+            without_receiver=(
+                frozenset() if listening is None else listening.consumer.without_receiver
+            ),
+            alarms={} if listening is None else listening.consumer.alarms,
             counts=self.counters.all(),
         )
 
     def recreate_unused(self) -> None:
         """Create all parts again if they are unused, with the locks of patched threads (gevent)."""
         if not self.listening and not self._publisher.issued:
-            self._start_stop_lock = threading.RLock()
+            self._create_locks()
             self._create_parts()
 
     def _after_fork(self) -> None:
         """Reset the node in a forked child: use nothing of the parent, start nothing."""
         self.listening = False
-        self._start_stop_lock = threading.RLock()
+        self._create_locks()
         self.registry.reset_lock()
-        self._inbound.disown()
+
+        if self._listening is not None:
+            self._listening.disown()
+
         self._publisher.disown()
         self.connections.disown()
         self.counters = Counters()
@@ -399,7 +456,11 @@ class Node:
             return
 
         with self._listen_lock:
-            self._inbound.start()
+            inbound = self._inbound
+
+            # A signal handler may have stopped the node during the import.
+            if self.listening:
+                inbound.start()
 
 
 #: The nodes of this process.
@@ -456,18 +517,26 @@ def _stop_together(
 
         for node in stopping:
             node.listening = False
-            node._inbound.stop_reading()
 
-        for node in stopping:
-            node._inbound.finish(started + node.config.grace)
+        halves = [
+            (node._listening, started + node.config.grace)
+            for node in stopping
+            if node._listening is not None
+        ]
+
+        for half, _ in halves:
+            half.stop_reading()
+
+        for half, finish_by in halves:
+            half.finish(finish_by)
 
         release_by = time.monotonic() + RELEASE
 
-        for node in stopping:
-            node._inbound.release(release_by)
+        for half, _ in halves:
+            half.release(release_by)
 
-        for node in stopping:
-            node._inbound.consumer.end(release_by)
+        for half, _ in halves:
+            half.consumer.end(release_by)
 
         flush_by = time.monotonic() + flush
 

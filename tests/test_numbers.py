@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flask_eventbus import logs, node
+from flask_eventbus import ending, logs, node
 from flask_eventbus.admin import server, services, streams
 from flask_eventbus.channels import listener
 from flask_eventbus.checks import server as checks_server
@@ -70,9 +70,9 @@ SENTENCES = [
     ("configuration", r"or more than (\S+) MiB of them", buffer.MAX_BYTES / MIB),
     ("configuration", r"A stop takes at most (\S+) seconds longer", node.LONGEST_STOP),
     ("configuration", r"The replicas have (\S+) of `EVENTBUS_TIMEOUT`", connection.REPLICAS_SHARE),
-    ("serving", r"publishes the buffered events, for (\S+) seconds", node.FLUSH_AT_EXIT),
-    ("serving", r"events, which takes (\S+) seconds at most", node.FLUSH_AT_EXIT),
-    ("deploying", r"(\S+) s for what is still to be published", node.FLUSH_AT_EXIT),
+    ("serving", r"publishes the buffered events, for (\S+) seconds", ending.FLUSH_AT_EXIT),
+    ("serving", r"events, which takes (\S+) seconds at most", ending.FLUSH_AT_EXIT),
+    ("deploying", r"(\S+) s for what is still to be published", ending.FLUSH_AT_EXIT),
     ("deploying", r"for receivers that run and (\S+) s more, at most", node.LONGEST_STOP),
     ("deploying", r"and (\S+) s to hand back what was read", node.STOP_OVERHEAD),
     ("sizing", r"while receivers are slow \| (\S+) \|", workers.MAX_EVENTS),
@@ -85,7 +85,7 @@ SENTENCES = [
         TIMING.ping_after + TIMING.ping_timeout,
     ),
     ("what-happens-when", r"It asks every (\S+) seconds, so `health\(\)`", TIMING.ping_after),
-    ("what-happens-when", r"It waits (\S+) seconds, then logs the ids", node.FLUSH_AT_EXIT),
+    ("what-happens-when", r"It waits (\S+) seconds, then logs the ids", ending.FLUSH_AT_EXIT),
     ("what-happens-when", r"sign of life after (\S+) seconds of silence", TIMING.ping_after),
     ("what-happens-when", r"and connects anew after (\S+) more", TIMING.ping_timeout),
     ("what-happens-to-streams", r"after 1 s, 2 s, up to (\S+) minutes", dispatcher.MAX_DELAY / 60),

@@ -13,11 +13,10 @@ from blinker import NamedSignal, Namespace, Signal
 
 from ..config import Age
 from ..node import Node
-from ..receivers.dispatcher import allowed, name_of
 from ..routing.bus_signal import Bridge, BusNamespace, SendingSignal
-from ..routing.options import Receiver, is_pattern, matches
+from ..routing.options import Receiver, is_pattern, matches, name_of
 from ..routing.routes import Route
-from ..routing.subscriptions import NEW, Subscription, subscription_for
+from ..routing.subscriptions import NEW, Subscription, allowed, subscription_for
 
 #: Names of the start of a stream in settings, by the value in a subscription.
 _START = {NEW: "new", "0": "earliest"}

@@ -11,7 +11,7 @@ from ..codec.records import MAX_PART, EntryId, entry_id, id_text, words_of
 from ..errors import ConfigError, DecodeError, OperationError
 from ..event import Event
 from ..node import Node
-from ..receivers.dispatcher import name_of
+from ..routing.options import name_of
 from ..routing.subscriptions import Subscription, subscription_for
 from ..text import printable
 from .dead_letters import is_called

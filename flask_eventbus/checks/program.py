@@ -16,8 +16,8 @@ from ..admin.overview import Connected, Overview, connected_to
 from ..database.after_commit import NO_SESSION
 from ..errors import ConfigError
 from ..node import Node
-from ..receivers.dispatcher import name_of, signature_of, unfit_signature
-from ..routing.options import Receiver, is_pattern
+from ..receivers.dispatcher import signature_of, unfit_signature
+from ..routing.options import Receiver, is_pattern, name_of
 from ..routing.routes import is_built_in
 from ..routing.subscriptions import Subscription
 from ..text import counted

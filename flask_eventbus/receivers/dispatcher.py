@@ -22,7 +22,7 @@ from ..errors import ReceiverError, Reject, Retry
 from ..event import Event, PackedPayload, handling, opened
 from ..logs import BoundedLog, get_logger, text_of
 from ..routing.bus_signal import BusSignal
-from ..routing.options import Receiver
+from ..routing.options import Receiver, name_of
 from ..signals import emit, emit_now, event_conflict, receiver_failed, receiver_succeeded
 from ..transport.connections import Context
 
@@ -226,18 +226,6 @@ class Dispatcher:
         )
 
 
-def name_of(receiver: object) -> str:
-    """Return the name of a receiver for logs: ``module.qualname``."""
-    try:
-        function = inspect.unwrap(receiver) if callable(receiver) else receiver
-        function = getattr(function, "__func__", function)
-        name = getattr(function, "__qualname__", None)
-        return f"{function.__module__}.{name}" if name else repr(receiver)
-    except Exception:
-        # A receiver may be any object, and its attributes may raise.
-        return object.__repr__(receiver)
-
-
 async def _in_time(coroutine: Coroutine[Any, Any, Any], seconds: float) -> None:
     """Await a receiver, and cancel it after ``seconds``.
 
@@ -352,15 +340,6 @@ class Verdict:
     reason: str | None = None
     #: Delay of the retry in seconds.
     after: float = 0.0
-
-
-def allowed(subscription: int | None, receiver: int | None, default: int) -> int:
-    """Return the number of retries of a receiver.
-
-    The subscription's number takes precedence over the receiver's, and that over the default.
-    """
-    asked = receiver if subscription is None else subscription
-    return default if asked is None else asked
 
 
 def judge(

@@ -189,6 +189,18 @@ class AllReceiverOptions:
         return next(found, DEFAULTS)
 
 
+def name_of(receiver: object) -> str:
+    """Return the name of a receiver for logs: ``module.qualname``."""
+    try:
+        function = inspect.unwrap(receiver) if callable(receiver) else receiver
+        function = getattr(function, "__func__", function)
+        name = getattr(function, "__qualname__", None)
+        return f"{function.__module__}.{name}" if name else repr(receiver)
+    except Exception:
+        # A receiver may be any object, and its attributes may raise.
+        return object.__repr__(receiver)
+
+
 def read_timeout(where: str, value: object) -> float | None:
     if value is None:
         return None

@@ -12,7 +12,7 @@ from typing import Any
 from blinker import NamedSignal
 
 from ..codec.records import EARLIEST, EntryId, before_moment, entry_id, id_text
-from ..config import MAX_RETRIES, SERVICE_NAME, Reader, read_whole
+from ..config import MAX_RETRIES, SERVICE_NAME, Config, Reader, read_whole
 from ..errors import ConfigError
 from ..typing import Via
 from .options import (
@@ -50,6 +50,21 @@ class Subscription:
     def accepts(self, source: str) -> bool:
         """Return True if events of the service ``source`` are received."""
         return self.sources is None or source in self.sources
+
+
+def check_subscription(config: Config, subscription: Subscription) -> None:
+    """Check that the server of the settings can serve a subscription.
+
+    :raises ConfigError: the subscription needs a stream, and the server is a cluster.
+    """
+    needs_stream = subscription.via == "stream" or not subscription.group
+
+    if needs_stream and not config.has_streams:
+        raise ConfigError(
+            f"The subscription to {subscription.name!r} needs a stream, and 'EVENTBUS_URL' is a "
+            "cluster, for which there are no streams yet. Subscribe with 'via': 'channel', or use "
+            "one Redis: 'redis://' or 'redis+sentinel://'."
+        )
 
 
 def subscription_for(name: str, subscriptions: Mapping[str, Subscription]) -> Subscription | None:
@@ -122,6 +137,15 @@ def merge(declared: Subscription, configured: Subscription | None) -> Subscripti
         start=declared.start if configured.start == NEW else configured.start,
         group=configured.group and declared.group,
     )
+
+
+def allowed(subscription: int | None, receiver: int | None, default: int) -> int:
+    """Return the number of retries of a receiver.
+
+    The subscription's number takes precedence over the receiver's, and that over the default.
+    """
+    asked = receiver if subscription is None else subscription
+    return default if asked is None else asked
 
 
 def unite(first: Subscription, second: Subscription, where: str) -> Subscription:

@@ -16,9 +16,9 @@ from ..codec.records import DeadLetter, RetryRecord, words_of
 from ..event import Event, opened
 from ..logs import BoundedLog, get_logger, traceback_of
 from ..receivers.delivery import Delivery
-from ..receivers.dispatcher import Dispatcher, Failure, allowed, judge
+from ..receivers.dispatcher import Dispatcher, Failure, judge
 from ..routing.options import Receiver
-from ..routing.subscriptions import Subscription
+from ..routing.subscriptions import Subscription, allowed
 from ..signals import emit, events_dropped
 from ..text import plain
 from ..transport.connection import OUTAGE

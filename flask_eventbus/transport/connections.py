@@ -21,7 +21,6 @@ import redis
 from ..config import TIMING, Config, Timing
 from ..errors import ConfigError
 from ..logs import BoundedLog, Counters, get_logger
-from . import embedded
 from .connection import (
     OUTAGE,
     TOO_LATE,
@@ -297,6 +296,8 @@ class Connections:
             return []
 
         if parts.scheme == "embedded":
+            from . import embedded  # it loads ctypes, which no other URL needs
+
             embedded.directory_of(parts.netloc or "default")
             return []
 
@@ -455,6 +456,8 @@ def _join_embedded(parts: SplitResult) -> str:
 
     :raises redis.ConnectionError: the server cannot start.
     """
+    from . import embedded  # loaded already, when the URL was checked
+
     try:
         return embedded.join(parts.netloc or "default")
     except ConfigError as error:

@@ -21,7 +21,7 @@ import pytest
 from servers import RedisServer
 from waiting import wait_until
 
-from flask_eventbus import Bus, PayloadError, PublishError, node, signals
+from flask_eventbus import Bus, PayloadError, PublishError, ending, signals
 from flask_eventbus.codec.codec import Envelope, split_message
 from flask_eventbus.config import TIMING, Timing
 from flask_eventbus.event import Event, handling
@@ -356,8 +356,8 @@ def test_a_full_buffer_keeps_the_newest_channel_events_and_every_stream_event() 
 
 
 def test_an_ending_program_waits_five_seconds_for_redis_and_an_idle_one_pings_as_often() -> None:
-    assert inspect.signature(Bus.stop).parameters["flush"].default == node.FLUSH_AT_EXIT
-    assert node.FLUSH_AT_EXIT == 5.0
+    assert inspect.signature(Bus.stop).parameters["flush"].default == ending.FLUSH_AT_EXIT
+    assert ending.FLUSH_AT_EXIT == 5.0
     assert TIMING.ping_after == 5.0
 
 
