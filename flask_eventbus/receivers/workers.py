@@ -459,19 +459,27 @@ class DeliveryQueue:
             if self._closed:
                 return
 
+            if self._width == 1:
+                self._line.extend(deliveries)
+            else:
+                for delivery in deliveries:
+                    self._line_of(delivery).append(delivery)
+
             for delivery in deliveries:
-                line = self._line
-
-                if delivery.event.key is not None and self._width > 1:
-                    name = f"{delivery.name}\0{delivery.event.key}"
-                    line = self._own[crc32(name.encode(errors="replace")) % self._width]
-
-                line.append(delivery)
                 self.memory += delivery.memory
 
             self.waiting += len(deliveries)
             # Wake all threads: the keys decide which of them has work.
             self._work.notify_all()
+
+    def _line_of(self, delivery: Delivery) -> deque[Delivery]:
+        key = delivery.event.key
+
+        if key is None:
+            return self._line
+
+        name = f"{delivery.name}\0{key}"
+        return self._own[crc32(name.encode(errors="replace")) % self._width]
 
     def pick(self, number: int, most: int) -> list[Delivery]:
         """Remove and return deliveries for thread ``number``. Pass them to :meth:`done` later.

@@ -282,6 +282,8 @@ class Consumer:
         :return: the seconds that the receivers took, without the writes to Redis.
         """
         seconds = 0.0
+        last = deliveries[-1]
+        within = self._acknowledger.schedule.within
         now = time.monotonic()
         due = now + WRITE_EVERY
 
@@ -306,9 +308,9 @@ class Consumer:
                 self._acknowledger.write()
                 now = time.monotonic()
                 due = now + WRITE_EVERY
-            elif number + 1 < len(deliveries):
+            elif delivery is not last:
                 # The next receiver may take long.
-                self._acknowledger.schedule.within(WRITE_SOON)
+                within(WRITE_SOON)
 
         self._acknowledger.write()
         return seconds

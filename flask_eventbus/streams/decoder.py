@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from hashlib import blake2b, sha256
+from itertools import chain, groupby, islice
 from operator import attrgetter
 
 from ..codec.records import MAX_ERROR_CHARS, DeadLetter
@@ -39,6 +39,8 @@ DIGEST_BYTES = 8
 #: Number of keys of hashes with received events that are kept, so that each is built once.
 KEPT_KEYS = 1_024
 
+_NAME, _ID, _TIME = attrgetter("name"), attrgetter("event.id"), attrgetter("event.time")
+
 
 @dataclass(slots=True)
 class DecodedEntries:
@@ -58,6 +60,7 @@ class EntryDecoder:
 
     def __init__(self, context: Context) -> None:
         self._config = context.config
+        self._service = context.config.service
         self._codec = context.codec
         self._counters = context.counters
         #: The nodes of this process, whose local receivers ran at ``send()``.
@@ -75,57 +78,53 @@ class EntryDecoder:
         claimed_until = time.monotonic() + self._config.claim_after
 
         for entry in entries:
-            if entry.fields is None:
+            name, id, fields = entry
+
+            if fields is None:
                 found.skipped.append(entry)
                 continue
 
+            subscription = subscription_of[name]
+
             try:
-                delivery = self._delivery(
-                    entry, entry.fields, subscription_of[entry.name], claimed_until
-                )
+                body = self._body(id, fields)
+                event, memory = self._codec.decode_for_queue(body, via="stream")
+
+                if event.name != name:
+                    raise _misplaced(event, name)
             except DecodeError as error:
-                found.dead.append((entry, self._reject(entry, entry.fields, error)))
+                found.dead.append((entry, self._reject(entry, fields, error)))
                 continue
 
-            if self._accepts(delivery.event, delivery.subscription):
+            # Arguments by position: by name, they take twice the time.
+            delivery = Delivery(name, id, event, body, subscription, claimed_until, memory)
+
+            if self._accepts(event, subscription):
                 found.deliveries.append(delivery)
             else:
                 found.skipped.append(entry)
 
         return found
 
-    def _delivery(
-        self, entry: Entry, fields: Fields, subscription: Subscription, claimed_until: float
-    ) -> Delivery:
-        """Return the delivery of an entry.
+    def _body(self, id: str, fields: Fields) -> bytes:
+        """Return the encoded event of an entry.
 
-        :raises DecodeError: the entry is no valid event.
+        :raises DecodeError: there is none, or it is too large.
         """
         body = fields.get(b"event")
 
+        if type(body) is bytes:
+            return body
+
         if body is None:
-            raise DecodeError(
-                f"The entry {entry.id} has no field 'event'.", reason="missing_attribute"
-            )
+            raise DecodeError(f"The entry {id} has no field 'event'.", reason="missing_attribute")
 
-        if isinstance(body, Large):
-            self._codec.check_size(len(body))
-
-        body = bytes(body)
-        event, memory = self._codec.decode_for_queue(body, via="stream")
-
-        if event.name != entry.name:
-            raise DecodeError(
-                f"The event {event.id} in the stream of {entry.name!r} is named {event.name!r}.",
-                reason="wrong_channel",
-            )
-
-        # Arguments by position: by name, they take twice the time.
-        return Delivery(entry.name, entry.id, event, body, subscription, claimed_until, memory)
+        self._codec.check_size(len(body))
+        return bytes(body)
 
     def _accepts(self, event: Event, subscription: Subscription) -> bool:
         # In a group, any process of the service may have emitted the event and run its receivers.
-        is_ours = subscription.group and event.source == self._config.service
+        is_ours = subscription.group and event.source == self._service
 
         if is_ours or event.id.rpartition("-")[0] in self._siblings:
             if not subscription.echo:
@@ -168,7 +167,7 @@ class EntryDecoder:
 
         samples: dict[bytes, bytes] = {}
 
-        for name, value in itertools.islice(fields.items(), MAX_FIELDS):
+        for name, value in islice(fields.items(), MAX_FIELDS):
             prefix = bytes(name)[:SAMPLE]
             digest = value.sha256 if isinstance(value, Large) else sha256(value).hexdigest()
             samples[prefix + b".sample"] = bytes(value)[:SAMPLE]
@@ -176,6 +175,13 @@ class EntryDecoder:
             samples[prefix + b".sha256"] = digest.encode()
 
         return samples
+
+
+def _misplaced(event: Event, name: str) -> DecodeError:
+    return DecodeError(
+        f"The event {event.id} in the stream of {name!r} is named {event.name!r}.",
+        reason="wrong_channel",
+    )
 
 
 class Duplicates:
@@ -211,10 +217,10 @@ class Duplicates:
         commands: list[Command] = []
 
         for key, found in hashes.items():
-            ids = [delivery.event.id for delivery in found]
+            ids = list(map(_ID, found))
             digests = [blake2b(each.body, digest_size=DIGEST_BYTES).digest() for each in found]
             digests_of.append(digests)
-            pairs = [part for pair in zip(ids, digests, strict=True) for part in pair]
+            pairs: Iterable[str | bytes] = chain.from_iterable(zip(ids, digests, strict=True))
             # A transaction, so that of two workers with one copy each, exactly one finds it new.
             commands += [
                 ("MULTI",),
@@ -264,13 +270,13 @@ class Duplicates:
         """Return the deliveries of each hash, by its key."""
         hashes: defaultdict[str, list[Delivery]] = defaultdict(list)
 
-        for name, group in itertools.groupby(deliveries, attrgetter("name")):
+        for name, group in groupby(deliveries, _NAME):
             found = list(group)
-            times = [delivery.event.time for delivery in found]
-            first, last = self._number(min(times)), self._number(max(times))
+            times = list(map(_TIME, found))
+            first = self._number(min(times))
 
             # Most batches lie in one window.
-            if first == last:
+            if max(times).timestamp() // self._window == first:
                 hashes[self._key(name, self._service, first)] += found
                 continue
 
@@ -294,7 +300,7 @@ class Duplicates:
             self._pause(found[0].name, reason)
             return []
 
-        ids = [delivery.event.id for delivery in found]
+        ids = list(map(_ID, found))
         stored = result[0]
 
         # One batch may contain both copies.
