@@ -16,7 +16,14 @@ import redis
 from ..logs import get_logger
 from ..routing.options import is_pattern, matches
 from ..routing.subscriptions import Subscription
-from ..transport.connection import OUTAGE, Connection, read_reply, refusal_of, set_deadline
+from ..transport.connection import (
+    OUTAGE,
+    Connection,
+    has_buffered,
+    read_reply,
+    refusal_of,
+    set_deadline,
+)
 from ..transport.connections import Connections, NotMasterError
 from ..transport.keys import LISTEN, LISTEN_PATTERN, ChannelKeys, grant_its_user
 
@@ -137,7 +144,8 @@ class ChannelReader:
 
         try:
             while len(frames) < BATCH and size < BATCH_BYTES:
-                if frames and not connection.can_read(0):
+                # Without a system call: the events that are here already need not wait for it.
+                if frames and not has_buffered(connection):
                     break
 
                 frames.append(self._frame(connection))

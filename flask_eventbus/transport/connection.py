@@ -160,6 +160,15 @@ def refusal_of(error: redis.ResponseError) -> Exception:
     return type(error)(text) if quotes else error
 
 
+def has_buffered(connection: Any) -> bool:
+    """Return True if the next reply, or a part of it, was already read from the socket.
+
+    Without hiredis, ask the socket too.
+    """
+    reader = getattr(connection._parser, "_reader", None)
+    return bool(connection.can_read(0) if reader is None else reader.has_data())
+
+
 def milliseconds_of(answer: Sequence[bytes]) -> int:
     """Return a reply to ``TIME`` as milliseconds since 1970."""
     seconds, microseconds = answer
