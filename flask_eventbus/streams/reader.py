@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import redis
@@ -18,7 +20,7 @@ from ..transport.reconnect import ReadingThread
 from .alarms import Trims
 from .catalogue import Catalogue
 from .decoder import Duplicates, Intake
-from .group import Entry, Group, GroupGoneError, read_each
+from .group import Entry, Group, GroupGoneError, Pending, read_each
 from .reclaim import Reclaimer
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class StreamReader(ReadingThread):
     ) -> None:
         super().__init__(context, "streams")
         self._service = context.config.service
+        self._claim_after = context.config.claim_after
         self._timing = context.timing
         self._consumer = consumer
         self._group = group
@@ -185,7 +188,11 @@ class StreamReader(ReadingThread):
                 streams=self._active_streams or len(streams),
             )
             read = partial(self._group.read, count=count)
+            begin = time.monotonic()
             entries, refusals = read_each(list(streams), read, block=self._block)
+
+            if time.monotonic() - begin > self._block + self._claim_after / 2:
+                entries = self._claim_late(entries)
         except GroupGoneError as error:
             self._leave_all(error)
             return
@@ -200,6 +207,19 @@ class StreamReader(ReadingThread):
 
         for name, refusal in refusals.items():
             self._refuse(name, streams[name], refusal)
+
+    def _claim_late(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Return the entries that are still this consumer's, after the process was suspended."""
+        found: list[Entry] = []
+
+        for name, group in groupby(entries, attrgetter("name")):
+            read = list(group)
+            own = {pending.id: pending for pending in self._group.own_pending(name)}
+            # Without the list, nobody can claim them.
+            is_listed = name not in self._group.unlisted
+            found += self._claim_again(name, read, own) if is_listed else read
+
+        return found
 
     def _take_back_released(self, streams: dict[str, Subscription]) -> dict[str, Subscription]:
         """Claim released entries, and return the streams whose new entries may be read."""
@@ -318,19 +338,27 @@ class StreamReader(ReadingThread):
 
         for start in range(0, len(lost), COUNT):
             entries = self._group.look_up(name, lost[start : start + COUNT])
-            present = [own[entry.id] for entry in entries if entry.fields is not None]
-            kept = {found.id for found in present}
-
-            # After a long outage other workers claim entries as well; one of the claims succeeds.
-            with self._reclaimer.reporting(name):
-                kept = self._group.claim_each(name, present)
-
-            entries = [each for each in entries if each.fields is None or each.id in kept]
+            entries = self._claim_again(name, entries, own)
             found = self._intake.decoder.decode(entries, {name: subscription})
             self._trims.report(name, sum(entry.fields is None for entry in entries))
             # These entries are handled in any case. Store them, so that a copy is a duplicate.
             self._duplicates.find(found.deliveries)
             self._intake.take(found)
+
+    def _claim_again(
+        self, name: str, entries: Sequence[Entry], own: Mapping[str, Pending]
+    ) -> list[Entry]:
+        """Return the entries that no other worker claims, after a time in which it could.
+
+        :param own: the pending entries of this consumer, by their ids.
+        """
+        present = [own[each.id] for each in entries if each.fields is not None and each.id in own]
+        kept = {found.id for found in present}
+
+        with self._reclaimer.reporting(name):
+            kept = self._group.claim_each(name, present)
+
+        return [each for each in entries if each.fields is None or each.id in kept]
 
     def _leave_all(self, error: GroupGoneError) -> None:
         """Leave all groups after one was deleted; :meth:`_join` creates missing groups again."""

@@ -6,6 +6,7 @@ import signal
 import time
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from waiting import wait_until
@@ -15,6 +16,12 @@ pytestmark = pytest.mark.second_look("pauses and kills workers, and lets their c
 
 
 # -- slow receivers, many entries ---------------------------------------------------------
+
+
+def blocked(workers: Workers) -> list[str]:
+    """Return the commands in which clients wait."""
+    found: Any = workers.redis.client_list()
+    return [client["cmd"] for client in found if "b" in client["flags"]]
 
 
 def test_a_receiver_slower_than_the_claim_time_runs_once(workers: Workers) -> None:
@@ -90,6 +97,25 @@ def test_a_retry_does_not_wait_behind_a_long_receiver_if_another_worker_is_free(
     workers.release.touch()
     workers.wait_until_handled()
     assert workers.done() == once(1)
+
+
+def test_an_event_that_reached_a_paused_worker_runs_in_the_other_worker_only(
+    workers: Workers,
+) -> None:
+    paused = workers.worker()
+    wait_until(lambda: "xreadgroup" in blocked(workers), what="the worker waits for events")
+    paused.send_signal(signal.SIGSTOP)
+    workers.send(1)
+    other = workers.worker()
+    workers.wait_until_handled()
+    other.send_signal(signal.SIGTERM)
+    assert other.end() == 0
+
+    paused.send_signal(signal.SIGCONT)
+    workers.send(2)
+
+    workers.wait_for("done", n=2)
+    assert workers.done() == Counter([1, 2])
 
 
 def test_a_worker_that_was_paused_releases_nothing_that_another_has_handled(
@@ -189,7 +215,7 @@ def test_thousands_of_stale_entries_are_claimed_quickly(workers: Workers) -> Non
 
     workers.worker(COUNTING)
 
-    workers.wait_until_handled(timeout=20)
+    workers.wait_until_handled(timeout=60)
     assert workers.done() == once(5_000)
 
 
