@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import threading
 import time
 import weakref
@@ -66,13 +65,10 @@ class Sending:
 
         self._finalizer = weakref.finalize(self, _orphan, self.publisher)
         self._finalizer.atexit = False
-        # Last, so that another thread of a forked child does not use the parts of its parent.
-        self._pid = os.getpid()
 
     def emit(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
         """Publish one emission of a signal, as its route says."""
-        if os.getpid() != self._pid:
-            notice_fork()
+        notice_fork()
 
         if not ((route.outbox or route.after_commit) and self._hold(name, payload, route)):
             self.publish(name, payload, route, confirm=route.confirm)

@@ -518,6 +518,26 @@ def test_listeners_count_dropped_events_as_missed(
     assert len(received) + consumer.health().missed == 102
 
 
+@pytest.mark.skipif(ending._page is None, reason="the kernel does not mark the memory of a child")
+def test_send_does_not_ask_the_kernel_for_the_process_id(
+    make_bus: Make, shared_redis: RedisServer, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
+    tick = bus.signal("tick")
+    tick.send("test", n=1)
+    this, asked = threading.get_ident(), []
+    getpid = os.getpid
+
+    def ask() -> int:
+        asked.append(threading.get_ident())
+        return getpid()
+
+    monkeypatch.setattr(os, "getpid", ask)
+    tick.send("test", n=2)
+
+    assert this not in asked
+
+
 def buffer_of(count: int) -> tuple[Buffer, list[Message]]:
     """Return a buffer with confirmed channel events, and those events."""
     buffer = Buffer(most_events=10)
