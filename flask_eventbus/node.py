@@ -252,7 +252,7 @@ class Node:
     @property
     def command(self) -> str:
         """What a command line for this program starts with, for hints."""
-        return "flask eventbus" if self.has_app else "python -m flask_eventbus"
+        return self.context.command
 
     @property
     def session(self) -> Any:

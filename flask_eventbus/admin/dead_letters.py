@@ -424,16 +424,19 @@ def is_called(receiver: str, names: Iterable[str]) -> bool:
     return any(receiver == name or receiver.endswith(f".{name}") for name in names)
 
 
-def why_not(letter: Letter) -> str:
-    """Return why a dead letter cannot be put back, with the remedy; empty if it can."""
+def why_not(letter: Letter, command: str) -> str:
+    """Return why a dead letter cannot be put back, with the remedy; empty if it can.
+
+    :param command: what the command line starts with, as in :class:`DeadLetters`.
+    """
     content = letter.content
+    replay = f"{command} replay {letter.name} --from {content.entry} --to {content.entry}"
 
     if b"event" not in content.fields:
         if b"event.sha256" in content.fields:
             return (
                 "its entry is larger than EVENTBUS_MAX_EVENT_BYTES, so only a sample was kept. "
-                "Raise that setting and replay the entry while the stream has it: "
-                f"flask eventbus replay {letter.name} --from {content.entry} --to {content.entry}"
+                f"Raise that setting and replay the entry while the stream has it: {replay}"
             )
 
         return "it has no event. Drop it."
@@ -441,8 +444,7 @@ def why_not(letter: Letter) -> str:
     if content.event_id and not content.receiver and content.entry:
         return (
             "its worker died, and it is not known in which receiver. Replay it for all "
-            f"receivers: flask eventbus replay {letter.name} --from {content.entry} --to "
-            f"{content.entry}"
+            f"receivers: {replay}"
         )
 
     if not content.receiver or not content.entry:

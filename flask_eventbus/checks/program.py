@@ -348,10 +348,10 @@ def check_database(node: Node) -> Iterator[Finding]:
             NO_SESSION,
         )
     elif any(route.outbox for route in waiting):
-        yield from _check_outbox(session, node.command)
+        yield from _check_outbox(session, node.context.relay)
 
 
-def _check_outbox(session: Any, command: str) -> Iterator[Finding]:
+def _check_outbox(session: Any, relay: str) -> Iterator[Finding]:
     from ..database.outbox import NAME, TABLE, Outbox  # they need SQLAlchemy, which is optional
     from ..database.relay import DATABASE_OUTAGE, reason_of
     from ..database.transactions import engine_of
@@ -379,13 +379,13 @@ def _check_outbox(session: Any, command: str) -> Iterator[Finding]:
                 yield note(
                     f"There {'is' if count == 1 else 'are'} {counted(count, 'event')} in the "
                     "outbox.",
-                    f"Run a relay to publish them: {command} relay",
+                    f"Run a relay to publish them: {relay}",
                 )
         else:
             yield error(
                 f"{outbox.shown} has no table {NAME!r}: sending events of the outbox fails.",
                 "Create it by a migration, from flask_eventbus.database.outbox.table(metadata), or "
-                f"with '{command} relay --create-table'.",
+                f"with '{relay} --create-table'.",
             )
     except DATABASE_OUTAGE as failure:
         yield error(

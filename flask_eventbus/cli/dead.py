@@ -351,7 +351,7 @@ def retry(kept: DeadLetters, choice: Choice, wait: float) -> None:
     put_back = []
 
     for letter in letters:
-        if reason := why_not(letter):
+        if reason := why_not(letter, kept.command):
             click.echo(f"{printable(letter.shown)}: cannot be retried, {reason}")
         elif retrial := kept.put_back(letter):
             put_back.append(retrial)

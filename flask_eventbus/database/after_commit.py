@@ -111,7 +111,7 @@ class AfterCommit:
             return
 
         if session is not None:
-            store(session, entry)
+            store(session, entry, self._context.relay)
         else:
             self._store_alone(entry)
 
@@ -121,7 +121,7 @@ class AfterCommit:
         from .outbox import store_alone  # it needs SQLAlchemy, which is optional
 
         with self._scope():
-            store_alone(self._source(entry.name), entry)
+            store_alone(self._source(entry.name), entry, self._context.relay)
 
     def committed(self, items: list[Message]) -> None:
         """Publish the events of a committed transaction; log those that Redis did not confirm.

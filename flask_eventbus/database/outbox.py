@@ -107,9 +107,10 @@ def create(engine: Engine) -> None:
         connection.execute(CreateTable(TABLE, if_not_exists=True))
 
 
-def store(session: Session, entry: Entry) -> None:
+def store(session: Session, entry: Entry, relay: str) -> None:
     """Write an event to the outbox, in the current transaction of ``session``.
 
+    :param relay: the command that can create the table, for the hint.
     :raises ConfigError: the session is asynchronous and cannot be used outside of ``run_sync()``.
     :raises sqlalchemy.exc.DBAPIError: the database refuses the row.
     """
@@ -124,8 +125,7 @@ def store(session: Session, entry: Entry) -> None:
     except DBAPIError as error:
         error.add_note(
             f"flask_eventbus writes to {NAME!r}. If the table is missing, create it by a migration "
-            "from flask_eventbus.database.outbox.table(metadata), or run 'flask eventbus relay "
-            "--create-table'."
+            f"from flask_eventbus.database.outbox.table(metadata), or run '{relay} --create-table'."
         )
         raise
     except InvalidRequestError as error:
@@ -137,15 +137,16 @@ def store(session: Session, entry: Entry) -> None:
         raise
 
 
-def store_alone(source: Any, entry: Entry) -> None:
+def store_alone(source: Any, entry: Entry, relay: str) -> None:
     """Write an event to the outbox, in a transaction of its own.
 
     :param source: a session in any form that ``register_session()`` takes; its database has the
         outbox.
+    :param relay: see :func:`store`.
     :raises ConfigError: ``source`` returns no session here, or its driver is asynchronous.
     """
     with Session(engine_of(source, TABLE)) as session, session.begin():
-        store(session, entry)
+        store(session, entry, relay)
 
 
 class Outbox:

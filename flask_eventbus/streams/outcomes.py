@@ -224,6 +224,7 @@ class DeadLimit:
         self._pipe = pipe
         self._service = context.config.service
         self._most = context.config.dead_maxlen
+        self._command = context.command
         self._keys = context.keys
         self._counters = context.counters
         self._lock = lock
@@ -304,10 +305,11 @@ class DeadLimit:
         self._log.error(
             f"dropped {name}",
             "%r has more than %d dead letters of %r: the %d oldest were dropped. Retry or drop "
-            "dead letters (flask eventbus dead list), or raise 'EVENTBUS_DEAD_MAXLEN'.",
+            "dead letters (%s dead list), or raise 'EVENTBUS_DEAD_MAXLEN'.",
             self._service,
             self._most,
             name,
             count,
+            self._command,
         )
         emit(events_dropped, self._service, where="dead", count=count)

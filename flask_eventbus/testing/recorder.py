@@ -279,8 +279,16 @@ def _why_nothing(name: str, nodes: Sequence[Node]) -> list[str]:
 def _why_waiting(name: str, nodes: Sequence[Node]) -> list[str]:
     found = [route for node in nodes for route in node.routes.values() if matches(route.name, name)]
 
-    if any(route.outbox for route in found):
-        return [f"{name!r} is stored in the outbox: run 'flask eventbus relay --once' first."]
+    stored = {
+        node.context.relay
+        for node in nodes
+        for route in node.routes.values()
+        if route.outbox and matches(route.name, name)
+    }
+
+    if stored:
+        relay = min(stored)
+        return [f"{name!r} is stored in the outbox: run '{relay} --once' first."]
 
     if any(route.after_commit for route in found):
         return [f"{name!r} is published after the commit of its transaction: commit first."]

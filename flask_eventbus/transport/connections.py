@@ -492,6 +492,16 @@ class Context:
     app_exists: Callable[[], bool] | None
 
     @property
+    def command(self) -> str:
+        """What a command line for this program starts with, for hints."""
+        return "python -m flask_eventbus" if self.app_exists is None else "flask eventbus"
+
+    @property
+    def relay(self) -> str:
+        """The command that publishes the outbox; only an app's knows the database."""
+        return f"{self.command} relay" + (" --database URL" if self.app_exists is None else "")
+
+    @property
     def keys(self) -> StreamKeys:
         """The Redis keys of streams under the node's prefix."""
         return StreamKeys(self.config.prefix)

@@ -452,9 +452,11 @@ def test_an_outbox_without_its_table_is_an_error_and_waiting_events_are_a_note(
     assert missing.text.endswith(
         "shop.db has no table 'eventbus_outbox': sending events of the outbox fails."
     )
-    assert "'python -m flask_eventbus relay --create-table'" in missing.remedy
+    relay = "python -m flask_eventbus relay --database URL"
+    assert f"'{relay} --create-table'" in missing.remedy
     assert there.level == "ok"
     assert (waiting.level, waiting.text) == ("note", "There is 1 event in the outbox.")
+    assert waiting.remedy == f"Run a relay to publish them: {relay}"
 
 
 def test_a_receiver_whose_signature_cannot_be_read_passes_the_check() -> None:

@@ -736,7 +736,8 @@ def test_dead_retry_names_the_replay_command_for_an_event_that_killed_its_worker
     result = store.run("dead", "retry", "--all")
 
     assert result.exit_code == 1
-    assert "flask eventbus replay paid --from 1763848800000-7 --to 1763848800000-7" in result.output
+    place = "1763848800000-7"
+    assert f"{PROGRAM} replay paid --from {place} --to {place}" in result.output
     assert store.dead("paid") == [id]
 
 

@@ -214,7 +214,7 @@ def fill(
                 via=via,
                 event=seal(body, **made),  # type: ignore[arg-type]  # the same
             )
-            store(session, entry)
+            store(session, entry, "relay")
 
 
 # -- into the outbox --------------------------------------------------------------------------
@@ -448,7 +448,7 @@ def test_a_missing_outbox_table_fails_at_send_with_the_remedy(
         bus.signal("user_added").send(id=1)
 
     [note] = caught.value.__notes__
-    assert "relay --create-table" in note
+    assert "'python -m flask_eventbus relay --database URL --create-table'" in note
 
 
 def test_sending_into_the_outbox_works_while_redis_is_away(
@@ -730,7 +730,7 @@ def test_an_event_of_a_newer_version_is_left_to_a_newer_relay(
     listener: ChannelListener,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    store(session, Entry(event_id="a-1", name="order_paid", via="pigeon", event=b""))
+    store(session, Entry(event_id="a-1", name="order_paid", via="pigeon", event=b""), "relay")
     session.commit()
 
     assert relay.publish_batch(threading.Event()) is BatchResult.PUBLISHED
@@ -1283,7 +1283,7 @@ def test_relay_once_exits_with_0_only_if_everything_was_published(
 
 
 def test_relay_once_names_refused_events(shop: Shop, engine: Engine, session: Session) -> None:
-    store(session, Entry(event_id="a-1", name="order_paid", via="pigeon", event=b""))
+    store(session, Entry(event_id="a-1", name="order_paid", via="pigeon", event=b""), "relay")
     session.commit()
     fill(engine, 2)
 
@@ -1404,7 +1404,9 @@ def test_the_testing_kit_records_relayed_events(tmp_path: Path, eventbus: Isolat
     bus.signal("user_added").send(app, id=2)
     eventbus.assert_not_published()
 
-    with pytest.raises(AssertionError, match="'user_added' is stored in the outbox: run"):
+    stored = "'user_added' is stored in the outbox: run 'flask eventbus relay --once' first."
+
+    with pytest.raises(AssertionError, match=stored):
         eventbus.assert_published("user_added")
 
     done = app.test_cli_runner().invoke(flask_commands, ["relay", "--once"])

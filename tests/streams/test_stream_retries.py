@@ -437,6 +437,7 @@ def test_dead_letters_over_their_limit_are_dropped_counted_logged_and_shown(
     assert sum(facts["count"] for facts in reported) == dropped
     assert {facts["where"] for facts in reported} == {"dead"}
     assert "'consumer' has more than 5 dead letters of 'work'" in caplog.text
+    assert "(python -m flask_eventbus dead list)" in caplog.text
     sentence = f"{dropped} dead letters of 'consumer' at 'work' were dropped"
     assert sentence in store.run("status", service="consumer").output
     alarm = store.run("status", "--max-dead", "1000", service="consumer")

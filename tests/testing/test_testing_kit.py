@@ -1342,3 +1342,14 @@ def test_the_failure_messages_on_the_page_are_the_real_ones(pytester: pytest.Pyt
     for block in blocks("text"):
         for line in block.splitlines():
             assert line.strip() in said
+
+
+def test_an_event_in_the_outbox_of_a_script_is_explained_with_its_command(
+    eventbus: Isolation,
+) -> None:
+    bus = Bus("redis://localhost:6379/0", service="shop", publish={"paid": {"outbox": True}})
+
+    with bus, pytest.raises(AssertionError) as caught:
+        eventbus.assert_published("paid")
+
+    assert "'python -m flask_eventbus relay --database URL --once'" in str(caught.value)
