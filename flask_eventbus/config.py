@@ -368,7 +368,8 @@ _READERS: dict[str, Reader] = {found.name: found.metadata["read"] for found in f
 SETTINGS = tuple(f"EVENTBUS_{name.upper()}" for name in _READERS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Nothing compares or shows it; for so many fields, the methods would be slow to generate.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Timing:
     """Waits, intervals and limits of the parts of a node, which users do not set.
 
