@@ -236,8 +236,8 @@ class Trims:
         self._service = service
         self._counters = counters
         self._log = BoundedLog(logger)
-        #: Monotonic time of the last check.
-        self.checked_at = float("-inf")
+        #: Monotonic time of the last check of all streams, and of the last check of any.
+        self.checked_at = self.checked_part_at = float("-inf")
         #: By stream, the position of the group at the last loss, and how many of the entries that
         #: Redis counts as lost were reported or were no loss.
         self._known: dict[str, tuple[str, int]] = {}
@@ -252,8 +252,16 @@ class Trims:
         self.checked_at = time.monotonic()
         names = list(names)
         self.alarms = {name: self.alarms[name] for name in names if name in self.alarms}
+        self.check_part(names)
 
-        for name, position in self._group.positions(names).items():
+    def check_part(self, names: Iterable[str]) -> None:
+        """Check the positions in some of the streams.
+
+        :raises redis.ConnectionError: Redis is away.
+        """
+        self.checked_part_at = time.monotonic()
+
+        for name, position in self._group.positions(list(names)).items():
             self._check_stream(name, position)
 
     def check_before_next_read(self) -> None:

@@ -84,12 +84,19 @@ class Consumer:
         self._reclaimer = Reclaimer(context, group=self._group, intake=self._intake)
 
     def _create_read_side(self, context: Context) -> None:
-        """Create what reads streams, with the group and without one: a connection for each."""
+        """Create what reads streams, with the group and without one, each over connections."""
         answer_timeout = context.timing.answer_timeout
-        group = self._group_on(context, answer_timeout, unlisted=self._group.unlisted)
+        group, busy, silent = (
+            self._group_on(context, answer_timeout, unlisted=self._group.unlisted) for _ in range(3)
+        )
         intake, reclaimer = self._intake, self._reclaimer
         self._reader = StreamReader(
-            context, consumer=self, group=group, intake=intake, reclaimer=reclaimer
+            context,
+            consumer=self,
+            group=group,
+            many=(busy, silent),
+            intake=intake,
+            reclaimer=reclaimer,
         )
         self._maintenance = Maintenance(
             context,

@@ -225,11 +225,22 @@ class Group:
         :raises GroupGoneError: if a stream or its group does not exist.
         :raises redis.ResponseError: if Redis refuses the command.
         """
+        answer = self._ask(*self._read_command(names, count, block))
+        return entries_of(answer, self._name_of)
+
+    def send_read(self, names: Sequence[str], *, count: int, block: float) -> None:
+        """Send the command of :meth:`read`; :meth:`receive_read` returns its result."""
+        self.pipe.send(self._read_command(names, count, block))
+
+    def receive_read(self) -> list[Entry]:
+        """Return the result of :meth:`read` after :meth:`send_read`."""
+        (answer,) = _checked([self.pipe.receive()])
+        return entries_of(answer, self._name_of)
+
+    def _read_command(self, names: Sequence[str], count: int, block: float) -> Command:
         head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", count)
         wait = ("BLOCK", int(block * 1000)) if block else ()
-        keys = map(self._key, names)
-        answer = self._ask(*head, *wait, "STREAMS", *keys, *[">"] * len(names))
-        return entries_of(answer, self._name_of)
+        return (*head, *wait, "STREAMS", *map(self._key, names), *[">"] * len(names))
 
     def try_to_read(self, name: str) -> None:
         """Check that this consumer may read a stream, without reading an entry.
@@ -237,9 +248,12 @@ class Group:
         :raises GroupGoneError: if the stream or its group does not exist.
         :raises redis.ResponseError: if Redis refuses the command.
         """
+        self._run([self._empty_read(name)])
+
+    def _empty_read(self, name: str) -> Command:
         # Reads this consumer's pending entries after the last possible id: there are none.
         head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", 1)
-        self._ask(*head, "STREAMS", self._key(name), LAST_ID)
+        return (*head, "STREAMS", self._key(name), LAST_ID)
 
     def pending(
         self, name: str, *, idle: float = 0.0, consumer: str = "", most: int | None = None
@@ -452,18 +466,32 @@ class Group:
         self.release(name, lost, "FORCE")
         return len(lost)
 
-    def report_alive(self, name: str) -> None:
-        """Reset the idle time of this consumer; before Redis 7.2, a blocked read does not."""
-        self.try_to_read(name)
+    def report_alive(
+        self, names: Sequence[str]
+    ) -> dict[str, list[tuple[str, int, float]] | Exception]:
+        """Reset the idle time of this consumer, and return the consumers of each group.
 
-    def consumers(self, name: str) -> list[tuple[str, int, float]]:
-        """Return name, number of pending entries and idle time in seconds of each consumer."""
-        answer = self._ask("XINFO", "CONSUMERS", self._key(name), self._service)
-        found = [as_dict(item) for item in answer]
-        return [
-            (item["name"].decode(errors="replace"), item["pending"], item["idle"] / 1000)
-            for item in found
+        Before Redis 7.2, a read that finds no entry does not reset the idle time.
+
+        :return: name, number of pending entries and idle time in seconds of each consumer, or an
+            error, by signal.
+        """
+        commands = [
+            command
+            for name in names
+            for command in (
+                self._empty_read(name),
+                ("XINFO", "CONSUMERS", self._key(name), self._service),
+            )
         ]
+        answers = self.pipe.run(commands)
+        found: dict[str, list[tuple[str, int, float]] | Exception] = {}
+
+        for name, *pair in zip(names, answers[::2], answers[1::2], strict=True):
+            errors = [_group_error(answer) for answer in pair if isinstance(answer, Exception)]
+            found[name] = errors[0] if errors else list(map(_consumer_in, pair[1]))
+
+        return found
 
     def position(self, name: str) -> Position | None:
         """Return the position of the group; ``None`` if the stream or the group does not exist.
@@ -585,6 +613,11 @@ def _checked(answers: list[Any]) -> list[Any]:
     return answers
 
 
+def _consumer_in(answer: Any) -> tuple[str, int, float]:
+    item = as_dict(answer)
+    return item["name"].decode(errors="replace"), item["pending"], item["idle"] / 1000
+
+
 def entries_of(answer: Any, name_of: Callable[[bytes], str]) -> list[Entry]:
     """Return the entries in an answer to ``XREAD`` or ``XREADGROUP``.
 
@@ -612,6 +645,13 @@ def read_each(
     except redis.ResponseError as error:
         logger.debug("Redis refuses to read one of the streams: %s", error)
 
+    return read_one_by_one(names, read)
+
+
+def read_one_by_one(
+    names: Sequence[str], read: Callable[..., list[Entry]]
+) -> tuple[list[Entry], dict[str, Exception]]:
+    """Read each stream by itself without waiting; see :func:`read_each`."""
     entries: list[Entry] = []
     refusals: dict[str, Exception] = {}
 

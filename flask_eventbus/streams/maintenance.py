@@ -333,32 +333,45 @@ class Maintenance:
 
     def _remove_idle(self, names: Iterable[str]) -> None:
         """Remove consumers of workers that died long ago, and report those of other programs."""
-        for name in names:
-            try:
-                with self._acknowledger.lock:
-                    self._group.report_alive(name)
-                    self._check_consumers(name)
-            except GroupGoneError as error:
-                logger.debug("The consumers of %r are gone: %s", name, error)
-            except redis.ResponseError as error:
-                # The reader reports a Redis that takes no writes.
-                if takes_no_writes(error):
-                    logger.debug("Idle consumers of %r are not removed: %s", name, error)
-                    continue
+        every, page = list(names), self._timing.page
 
-                self._log.once(
-                    f"idle {name}",
-                    "Redis does not let this worker remove idle consumers of %r: %s. They stay in "
-                    "the group. %s",
-                    name,
-                    error,
-                    self._group.remedy(name, error),
-                )
-            else:
-                self._log.over(f"idle {name}", "Idle consumers of %r are removed again.", name)
+        for start in range(0, len(every), page):
+            with self._acknowledger.lock:
+                found = self._group.report_alive(every[start : start + page])
 
-    def _check_consumers(self, name: str) -> None:
-        consumers = [found for found in self._group.consumers(name) if found[0] != RELEASED]
+            for name, consumers in found.items():
+                self._remove_idle_of(name, consumers)
+
+    def _remove_idle_of(
+        self, name: str, consumers: list[tuple[str, int, float]] | Exception
+    ) -> None:
+        try:
+            if isinstance(consumers, Exception):
+                raise consumers
+
+            with self._acknowledger.lock:
+                self._check_consumers(name, consumers)
+        except GroupGoneError as error:
+            logger.debug("The consumers of %r are gone: %s", name, error)
+        except redis.ResponseError as error:
+            # The reader reports a Redis that takes no writes.
+            if takes_no_writes(error):
+                logger.debug("Idle consumers of %r are not removed: %s", name, error)
+                return
+
+            self._log.once(
+                f"idle {name}",
+                "Redis does not let this worker remove idle consumers of %r: %s. They stay in "
+                "the group. %s",
+                name,
+                error,
+                self._group.remedy(name, error),
+            )
+        else:
+            self._log.over(f"idle {name}", "Idle consumers of %r are removed again.", name)
+
+    def _check_consumers(self, name: str, found: Sequence[tuple[str, int, float]]) -> None:
+        consumers = [consumer for consumer in found if consumer[0] != RELEASED]
         names = [consumer for consumer, _, _ in consumers]
 
         if alarm := foreign_consumers(name, self._config.service, names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from .catalogue import Catalogue
 from .decoder import Duplicates, Intake
 from .group import Entry, Group, GroupGoneError, Pending, read_each
 from .reclaim import Reclaimer
+from .split import FEW, SplitRead
 
 if TYPE_CHECKING:
     from .consumer import Consumer
@@ -67,6 +69,7 @@ class StreamReader(ReadingThread):
         *,
         consumer: Consumer,
         group: Group,
+        many: tuple[Group, Group],
         intake: Intake,
         reclaimer: Reclaimer,
     ) -> None:
@@ -85,6 +88,11 @@ class StreamReader(ReadingThread):
         self._acknowledger = intake.acknowledger
         self._reclaimer = reclaimer
         self._block = group.pipe.wait_at_most(BLOCK)
+        self._split = SplitRead(*many, block=self._block)
+        #: The streams that were read at the start of the present round of this read.
+        self._round: dict[str, Subscription] = {}
+        #: A fakeredis server has no sockets that the split read could wait for.
+        self._most_together = sys.maxsize if context.connections.in_memory else FEW
         #: The streams that are read, each with its subscription.
         self.joined: dict[str, Subscription] = {}
         #: Streams with a group that this process does not read, because it has no receiver.
@@ -123,12 +131,14 @@ class StreamReader(ReadingThread):
         super().stop()
         self._queue.close()
         self._group.pipe.interrupt()
+        self._split.interrupt()
 
     def _finish(self) -> None:
         self._consumer.end_with_app()
 
     def _disconnect(self) -> None:
         self._group.pipe.close()
+        self._split.close()
 
     def _lose(self, error: Exception) -> None:
         with self.changed:
@@ -147,16 +157,19 @@ class StreamReader(ReadingThread):
             super().stop()
 
     def _step(self) -> None:
-        if time.monotonic() >= self.catalogue.due_at:
+        # Joining takes the entries of lost answers, and those of a read that waits are not lost.
+        if time.monotonic() >= self.catalogue.due_at and not self._split.is_waiting:
             self._join()
 
         if not self.joined or self._is_overloaded():
             self.pause(self._block)
+            self._finish_read()
         elif room := self._queue.wait_for_room(self._block):
             self._read(room)
         else:
             # Entries added now may be trimmed before they are read.
             self._has_backlog = True
+            self._finish_read()
 
         self._backoff.tries = 0
 
@@ -167,46 +180,86 @@ class StreamReader(ReadingThread):
 
     def _read(self, room: int) -> None:
         streams = self.joined
-        checks_every = (
-            CHECK_BACKLOG_EVERY if self._has_backlog else self._timing.check_trimmed_every
-        )
 
         try:
-            if time.monotonic() - self._trims.checked_at >= checks_every:
-                self._trims.check(streams)
+            self._check_trims(streams)
 
             if self._reclaimer.unfinished:
                 streams = self._take_back_released(streams)
 
-                if not streams:
-                    return
+            if self._split.is_waiting or len(streams) > self._most_together:
+                # A read of the round may name streams that are no longer read when it is answered.
+                self._round = self._round if self._split.is_waiting else self.joined
+                entries, refusals = self._split.read(streams, partial(self._count, room))
+                streams, latest = self._round, self._split.ends_at
+                self._has_backlog = False
+            elif not streams:
+                return
+            else:
+                # COUNT applies to each stream.
+                count = self._count(room, self._active_streams or len(streams))
+                read = partial(self._group.read, count=count)
+                latest = time.monotonic() + self._block
+                entries, refusals = read_each(list(streams), read, block=self._block)
+                self._active_streams = len({entry.name for entry in entries}) or None
+                self._has_backlog = len(entries) >= count
 
-            # COUNT applies to each stream.
-            count = self._batch_size.count(
-                room=room,
-                memory=max(self._in_flight.memory, self._queue.memory) + self._acknowledger.memory,
-                streams=self._active_streams or len(streams),
-            )
-            read = partial(self._group.read, count=count)
-            begin = time.monotonic()
-            entries, refusals = read_each(list(streams), read, block=self._block)
-
-            if time.monotonic() - begin > self._block + self._claim_after / 2:
-                entries = self._claim_late(entries)
+            entries = self._without_claimed(entries, latest)
         except GroupGoneError as error:
             self._leave_all(error)
             return
 
+        self._take_answer(entries, refusals, streams)
+
+    def _check_trims(self, streams: Mapping[str, Subscription]) -> None:
+        """Look for trimmed entries, more often in streams with unread ones."""
+        now = time.monotonic()
+        every = CHECK_BACKLOG_EVERY if self._has_backlog else self._timing.check_trimmed_every
+
+        if now - self._trims.checked_at >= every:
+            self._trims.check(streams)
+        elif now - self._trims.checked_part_at >= CHECK_BACKLOG_EVERY:
+            self._trims.check_part(name for name in self._split.unfinished if name in streams)
+
+    def _count(self, room: int, streams: int) -> int:
+        """Return the number of entries to read from each of so many streams."""
+        memory = max(self._in_flight.memory, self._queue.memory) + self._acknowledger.memory
+        return self._batch_size.count(room=room, memory=memory, streams=streams)
+
+    def _finish_read(self) -> None:
+        """Take the entries of the reads that Redis has not answered yet, and send no other."""
+        if not self._split.is_waiting:
+            return
+
+        try:
+            entries, refusals = self._split.finish()
+            entries = self._without_claimed(entries, self._split.ends_at)
+            self._take_answer(entries, refusals, self._round)
+        except GroupGoneError as error:
+            self._leave_all(error)
+
+    def _take_answer(
+        self,
+        entries: Sequence[Entry],
+        refusals: Mapping[str, Exception],
+        streams: Mapping[str, Subscription],
+    ) -> None:
         self.last_heard = time.monotonic()
-        self._active_streams = len({entry.name for entry in entries}) or None
         self._batch_size.update(map(Entry.size, entries))
-        self._has_backlog = len(entries) >= count
 
         if entries:
             self._take(entries, streams)
 
         for name, refusal in refusals.items():
             self._refuse(name, streams[name], refusal)
+
+    def _without_claimed(self, entries: list[Entry], latest: float) -> list[Entry]:
+        """Return the entries without those that another worker may have claimed.
+
+        :param latest: monotonic time by which Redis has answered, unless the process was suspended.
+        """
+        is_late = time.monotonic() - latest > self._claim_after / 2
+        return self._claim_late(entries) if is_late else entries
 
     def _claim_late(self, entries: Sequence[Entry]) -> list[Entry]:
         """Return the entries that are still this consumer's, after the process was suspended."""
@@ -370,6 +423,7 @@ class StreamReader(ReadingThread):
         logger.warning(text, self._service, error, extra={"service": self._service})
         self._counters.add("groups_lost")
         self._trims.reset()
+        self._split.discard()
 
         for name in self.joined:
             if self._is_gone(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import selectors
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -55,6 +56,12 @@ Command = tuple[str | bytes | int | float, ...]
 _packed = cast(Callable[[Command], bytes], pack_command)
 
 _ROLE = _packed(("ROLE",))
+_CLOSED = "The connection was closed."
+
+#: Waits for any of a few sockets. select() cannot wait for descriptors above 1023.
+_Selector: type[selectors.BaseSelector] = getattr(
+    selectors, "PollSelector", selectors.SelectSelector
+)
 
 
 class Large:
@@ -210,9 +217,67 @@ class Pipe(OwnConnection):
             self.close()
             raise
 
+    def send(self, command: Command) -> None:
+        """Send a command whose reply may take long; :meth:`receive` returns the reply.
+
+        :raises redis.ConnectionError: Redis is unavailable, or is no longer a master.
+        """
+        # Alone: ROLE and the command may be answered together, and then no byte follows for which
+        # wait_for_replies() could wait.
+        if not self.is_open or time.monotonic() >= self._ask_role_at:
+            self.run([])
+
+        try:
+            self._connected().send_packed_command([_packed(command)], check_health=False)
+        except BaseException:
+            self.close()
+            raise
+
+    def receive(self) -> Any:
+        """Return the reply to the command of :meth:`send`; an error reply is a value.
+
+        :raises redis.ConnectionError: Redis is unavailable, or sends a temporary error.
+        """
+        try:
+            return read_reply(self._connected())
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """Return the descriptor of the connection's socket.
+
+        :raises redis.ConnectionError: the connection is closed.
+        """
+        sock = getattr(self._connected(), "_sock", None)
+
+        if sock is None:
+            raise redis.ConnectionError(_CLOSED)
+
+        return int(sock.fileno())
+
+    def _connected(self) -> Connection:
+        if self._connection is None:
+            raise redis.ConnectionError(_CLOSED)
+
+        return self._connection
+
     def wait_at_most(self, seconds: float) -> float:
         """Return the seconds that a blocking command may take, ``seconds`` at most."""
         return min(seconds, WAIT_IN_MEMORY) if self._connections.in_memory else seconds
+
+
+def wait_for_replies(pipes: Sequence[Pipe], timeout: float) -> list[Pipe]:
+    """Wait until a reply to a command of :meth:`Pipe.send` arrives, or a connection is lost.
+
+    :param timeout: seconds after which the result is empty.
+    :return: the pipes whose :meth:`Pipe.receive` does not wait.
+    """
+    with _Selector() as selector:
+        for pipe in pipes:
+            selector.register(pipe.fileno(), selectors.EVENT_READ, pipe)
+
+        return [key.data for key, _ in selector.select(timeout)]
 
 
 class RedisClock:

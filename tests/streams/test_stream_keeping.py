@@ -695,12 +695,12 @@ def test_an_entry_delivered_to_a_consumer_during_its_removal_is_handled(
 ) -> None:
     received: list[int] = []
     late = "host-1-late"
-    look = Group.consumers
+    look = Group.report_alive
 
-    def look_too_early(group: Group, name: str) -> list[tuple[str, int, float]]:
-        found = look(group, name)
+    def look_too_early(group: Group, names: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = look(group, names)
 
-        if any(consumer == late and idle > 0.2 for consumer, _, idle in found):
+        if any(consumer == late and idle > 0.2 for consumer, _, idle in found["tick"]):
             # The worker that was silent reads, after the look and before the removal.
             store.client.xadd(store.keys.stream("tick"), {"event": body})
             read.extend(store.read("tick", 1, consumer=late))
@@ -718,7 +718,7 @@ def test_an_entry_delivered_to_a_consumer_during_its_removal_is_handled(
     bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=60)
     # It reads nothing by itself: what it hears, it takes over.
     monkeypatch.setattr(Group, "read", read_nothing)
-    monkeypatch.setattr(Group, "consumers", look_too_early)
+    monkeypatch.setattr(Group, "report_alive", look_too_early)
     listen(bus, lambda sender, n: received.append(n))
 
     wait_until(lambda: read, what="the entry is given to the consumer")
@@ -750,16 +750,13 @@ def test_a_worker_of_many_streams_reads_no_further_ahead_than_a_worker_of_one(
     store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[tuple[int, int]] = []
-    run = Pipe.run
+    send = Pipe.send
 
-    def note(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
-        for command in commands:
-            if command[0] == "XREADGROUP" and "BLOCK" in command:
-                reads.append((int(command[command.index("COUNT") + 1]), command.count(">")))
+    def note(pipe: Pipe, command: Command) -> None:
+        reads.append((int(command[command.index("COUNT") + 1]), command.count(">")))
+        send(pipe, command)
 
-        return run(pipe, commands, **how)
-
-    monkeypatch.setattr(Pipe, "run", note)
+    monkeypatch.setattr(Pipe, "send", note)
     received: list[int] = []
     bus = make_bus(store.url, "mailer", prefix=store.prefix)
 
