@@ -41,25 +41,25 @@ def _page_of_this_process() -> mmap.mmap | None:
     if sys.platform != "linux":
         return None
 
-    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    found = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     try:
-        page.madvise(_WIPE_ON_FORK)
+        found.madvise(_WIPE_ON_FORK)
     except OSError:
         return None
 
     try:
         # An emulator that accepts any advice follows none.
-        page.madvise(-1)
+        found.madvise(-1)
     except OSError:
-        page[0] = 1
-        return page
+        found[0] = 1
+        return found
 
     return None
 
 
 #: See :func:`_page_of_this_process`.
-_page = _page_of_this_process()
+page = _page_of_this_process()
 
 _steps: list[Callable[[], None]] = []
 #: The process id for which the steps ran, or are running in the thread that holds the lock.
@@ -81,7 +81,7 @@ def notice_fork() -> None:
 
     It makes a system call only if the kernel does not mark the memory of a child.
     """
-    if (_page is None or not _page[0]) and os.getpid() != _process:
+    if (page is None or not page[0]) and os.getpid() != _process:
         _run_steps()
 
 
@@ -101,8 +101,8 @@ def _run_steps() -> None:
 
         _process = this
 
-        if _page is not None:
-            _page[0] = 1
+        if page is not None:
+            page[0] = 1
 
         _locks.clear()
 

@@ -153,7 +153,7 @@ print("the child ended with", ended(child))
         "pass",
         "called.send(number=0); assert bus.flush(5)",
         # As on a system whose kernel does not mark the memory of a child.
-        "from flask_eventbus import ending; ending._page = None",
+        "from flask_eventbus import ending; ending.page = None",
     ],
     ids=["unused", "used", "unmarked"],
 )

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .. import ending
 from ..coroutines import in_thread
 from ..ending import notice_fork
 from ..errors import PublishError
@@ -68,7 +69,9 @@ class Sending:
 
     def emit(self, name: str, payload: Mapping[str, Any], route: Route) -> None:
         """Publish one emission of a signal, as its route says."""
-        notice_fork()
+        # The check of notice_fork(), without its call.
+        if ending.page is None or not ending.page[0]:
+            notice_fork()
 
         if not ((route.outbox or route.after_commit) and self._hold(name, payload, route)):
             self.publish(name, payload, route, confirm=route.confirm)

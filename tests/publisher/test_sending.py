@@ -518,7 +518,7 @@ def test_listeners_count_dropped_events_as_missed(
     assert len(received) + consumer.health().missed == 102
 
 
-@pytest.mark.skipif(ending._page is None, reason="the kernel does not mark the memory of a child")
+@pytest.mark.skipif(ending.page is None, reason="the kernel does not mark the memory of a child")
 def test_send_does_not_ask_the_kernel_for_the_process_id(
     make_bus: Make, shared_redis: RedisServer, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
