@@ -89,7 +89,8 @@ class StreamReader(ReadingThread):
         self._reclaimer = reclaimer
         self._block = group.pipe.wait_at_most(BLOCK)
         self._split = SplitRead(*many, block=self._block)
-        #: The streams that were read at the start of the present round of this read.
+        #: The streams that were read at the start of the present round of this read; empty if there
+        #: is none.
         self._round: dict[str, Subscription] = {}
         #: A fakeredis server has no sockets that the split read could wait for.
         self._most_together = sys.maxsize if context.connections.in_memory else FEW
@@ -139,6 +140,7 @@ class StreamReader(ReadingThread):
     def _disconnect(self) -> None:
         self._group.pipe.close()
         self._split.close()
+        self._round = {}
 
     def _lose(self, error: Exception) -> None:
         with self.changed:
@@ -158,7 +160,7 @@ class StreamReader(ReadingThread):
 
     def _step(self) -> None:
         # Joining takes the entries of lost answers, and those of a read that waits are not lost.
-        if time.monotonic() >= self.catalogue.due_at and not self._split.is_waiting:
+        if time.monotonic() >= self.catalogue.due_at and not self._round:
             self._join()
 
         if not self.joined or self._is_overloaded():
@@ -187,11 +189,12 @@ class StreamReader(ReadingThread):
             if self._reclaimer.unfinished:
                 streams = self._take_back_released(streams)
 
-            if self._split.is_waiting or len(streams) > self._most_together:
+            if self._round or len(streams) > self._most_together:
                 # A read of the round may name streams that are no longer read when it is answered.
-                self._round = self._round if self._split.is_waiting else self.joined
+                self._round = self._round or self.joined
                 entries, refusals = self._split.read(streams, partial(self._count, room))
                 streams, latest = self._round, self._split.ends_at
+                self._round = self._round if self._split.is_waiting else {}
                 self._has_backlog = False
             elif not streams:
                 return
@@ -204,7 +207,10 @@ class StreamReader(ReadingThread):
                 self._active_streams = len({entry.name for entry in entries}) or None
                 self._has_backlog = len(entries) >= count
 
-            entries = self._without_claimed(entries, latest)
+            # Another worker may have claimed them while this process was suspended.
+            if time.monotonic() - latest > self._claim_after / 2:
+                entries = self._claim_late(entries)
+
         except GroupGoneError as error:
             self._leave_all(error)
             return
@@ -228,13 +234,17 @@ class StreamReader(ReadingThread):
 
     def _finish_read(self) -> None:
         """Take the entries of the reads that Redis has not answered yet, and send no other."""
-        if not self._split.is_waiting:
+        if not self._round:
             return
 
         try:
             entries, refusals = self._split.finish()
-            entries = self._without_claimed(entries, self._split.ends_at)
-            self._take_answer(entries, refusals, self._round)
+
+            if time.monotonic() - self._split.ends_at > self._claim_after / 2:
+                entries = self._claim_late(entries)
+
+            streams, self._round = self._round, {}
+            self._take_answer(entries, refusals, streams)
         except GroupGoneError as error:
             self._leave_all(error)
 
@@ -252,14 +262,6 @@ class StreamReader(ReadingThread):
 
         for name, refusal in refusals.items():
             self._refuse(name, streams[name], refusal)
-
-    def _without_claimed(self, entries: list[Entry], latest: float) -> list[Entry]:
-        """Return the entries without those that another worker may have claimed.
-
-        :param latest: monotonic time by which Redis has answered, unless the process was suspended.
-        """
-        is_late = time.monotonic() - latest > self._claim_after / 2
-        return self._claim_late(entries) if is_late else entries
 
     def _claim_late(self, entries: Sequence[Entry]) -> list[Entry]:
         """Return the entries that are still this consumer's, after the process was suspended."""
@@ -424,6 +426,7 @@ class StreamReader(ReadingThread):
         self._counters.add("groups_lost")
         self._trims.reset()
         self._split.discard()
+        self._round = {}
 
         for name in self.joined:
             if self._is_gone(name):
