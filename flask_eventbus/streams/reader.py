@@ -34,6 +34,9 @@ logger = get_logger(__name__)
 #: answer counts as lost.
 BLOCK = 1.0
 
+#: Share of ``EVENTBUS_CLAIM_AFTER`` after which an entry counts as claimable: clocks differ.
+CLAIMABLE = 0.9
+
 #: Number of unacknowledged outcomes above which reading pauses, while Redis rejects them. Their
 #: memory is limited as well, to that of the events read ahead.
 MAX_UNWRITTEN = 1_000
@@ -75,7 +78,6 @@ class StreamReader(ReadingThread):
     ) -> None:
         super().__init__(context, "streams")
         self._service = context.config.service
-        self._claim_after = context.config.claim_after
         self._timing = context.timing
         self._consumer = consumer
         self._group = group
@@ -88,6 +90,11 @@ class StreamReader(ReadingThread):
         self._acknowledger = intake.acknowledger
         self._reclaimer = reclaimer
         self._block = group.pipe.wait_at_most(BLOCK)
+        claim_after = context.config.claim_after
+        #: Seconds after the end of a read's wait after which another worker may have claimed its
+        #: entries, because this process was suspended. Redis may have delivered them when the wait
+        #: began, so this is negative if a wait is longer than the time until they are claimed.
+        self._late = min(claim_after / 2, CLAIMABLE * claim_after - self._block)
         self._split = SplitRead(*many, block=self._block)
         #: The streams that were read at the start of the present round of this read; empty if there
         #: is none.
@@ -208,7 +215,7 @@ class StreamReader(ReadingThread):
                 self._has_backlog = len(entries) >= count
 
             # Another worker may have claimed them while this process was suspended.
-            if time.monotonic() - latest > self._claim_after / 2:
+            if time.monotonic() - latest > self._late:
                 entries = self._claim_late(entries)
 
         except GroupGoneError as error:
@@ -240,7 +247,7 @@ class StreamReader(ReadingThread):
         try:
             entries, refusals = self._split.finish()
 
-            if time.monotonic() - self._split.ends_at > self._claim_after / 2:
+            if time.monotonic() - self._split.ends_at > self._late:
                 entries = self._claim_late(entries)
 
             streams, self._round = self._round, {}
