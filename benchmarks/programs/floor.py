@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -53,8 +54,8 @@ class Writer:
             self.wakeup.set()
 
     def flush(self) -> None:
-        while self.queue or not self.idle.wait(0.001):
-            pass
+        while self.queue or not self.idle.is_set():
+            time.sleep(0.002)
 
     def _run(self) -> None:
         queue, head, reader = self.queue, self._head, hiredis.Reader()
