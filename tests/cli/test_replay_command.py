@@ -502,7 +502,7 @@ def test_the_replay_command_that_dead_retry_prints_replays_an_oversized_event(
     worker.stop()
 
     refused = store.run("dead", "retry", "--all")
-    words = refused.output.partition("flask eventbus replay paid ")[2].split()[:4]
+    words = refused.output.partition("flask_eventbus replay paid ")[2].split()[:4]
     low = replay(make_app(received.bus), *words)
     high = replay(make_app(received.bus, EVENTBUS_MAX_EVENT_BYTES=4_000_000), *words)
 
