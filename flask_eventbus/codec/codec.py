@@ -533,18 +533,22 @@ def _read(attributes: Any, via: str) -> tuple[Event, Set[type]]:
     if "sender" in payload:
         raise DecodeError("The payload has a key 'sender'.", reason="bad_payload")
 
-    found: Set[type] = _NO_TYPES
-
-    if not is_flat(payload):
-        try:
-            found = survey(payload)
-        except UnfitError as error:
-            raise DecodeError(
-                f"The payload cannot be decoded: {error}", reason="bad_payload"
-            ) from error
-
+    found = _NO_TYPES if is_flat(payload) else _survey(payload)
     pending.__class__ = Event
     return pending, found
+
+
+def _survey(payload: dict[str, Any]) -> Set[type]:
+    """Return the result of :func:`survey` for a payload.
+
+    :raises DecodeError: it breaks a rule of the wire format.
+    """
+    try:
+        return survey(payload)
+    except UnfitError as error:
+        raise DecodeError(
+            f"The payload cannot be decoded: {error}", reason="bad_payload"
+        ) from error
 
 
 @lru_cache(maxsize=MAX_KNOWN)
