@@ -88,6 +88,8 @@ def measure(url: str, via: Via, events: int) -> list[list[tuple[str, str, int]]]
         heard.acquire()
 
     consumer.start()
+    # An event of a channel reaches only those that listen already.
+    consumer.ready(30)
 
     for _ in range(WARM_UP):
         one()

@@ -328,16 +328,17 @@ def test_processes_end_within_the_documented_time_while_redis_hangs(
     for process in processes.values():
         process.send_signal(signal.SIGTERM)
 
-    for process in processes.values():
-        process.end(timeout=60)
+    try:
+        for process in processes.values():
+            process.end(timeout=60)
 
-        assert time.monotonic() - began < 1 + LONGEST_STOP + BUSY
-        assert "were not published before the end" in process.output
+            assert time.monotonic() - began < 1 + LONGEST_STOP + BUSY
+            assert "were not published before the end" in process.output
+    finally:
+        redis_server.resume()
 
-    redis_server.resume()
-
-    for service in services.values():
-        service.finish()
+        for service in services.values():
+            service.finish()
 
 
 # -- a Redis that has no streams ----------------------------------------------------------
