@@ -15,11 +15,7 @@ import json
 import multiprocessing
 import os
 import platform
-import shutil
-import socket
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -29,6 +25,7 @@ from typing import Any
 
 import redis
 from blinker import Namespace
+from measure import redis_server
 
 from flask_eventbus import Bus
 
@@ -207,33 +204,6 @@ def consumer(consume: Callable[[Connection], None]) -> Any:
 # -- the report -----------------------------------------------------------------------------
 
 
-@contextmanager
-def redis_server() -> Any:
-    executable = shutil.which("redis-server") or shutil.which("valkey-server")
-
-    if executable is None:
-        raise SystemExit("There is no redis-server on PATH. Install one and run this again.")
-
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        command = [executable, "--port", str(port), "--save", "", "--dir", folder]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        client = redis.Redis(port=port)
-
-        while True:
-            try:
-                client.ping()
-                break
-            except redis.ConnectionError:
-                time.sleep(0.05)
-
-        yield f"redis://127.0.0.1:{port}/0", client.info("server")["redis_version"]
-        process.terminate()
-        process.wait()
-
-
 def median(measure: Callable[[], float], runs: int) -> float:
     return statistics.median(measure() for _ in range(runs))
 
@@ -246,7 +216,8 @@ def main() -> None:
     arguments = parser.parse_args()
     runs, count = arguments.runs, arguments.count
 
-    with redis_server() as (url, version):
+    with redis_server() as server:
+        url, version = server.url, server.version
         rows: list[tuple[str, ...]] = []
         plain = median(lambda: send_without_bridge(count), runs)
         bridged = median(lambda: send_with_bridge(url, count), runs)

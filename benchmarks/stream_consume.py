@@ -22,7 +22,8 @@ import time
 from typing import Any
 
 import redis
-from channel import PAYLOAD, redis_server
+from channel import PAYLOAD
+from measure import redis_server
 
 from flask_eventbus import Bus
 from flask_eventbus.codec.codec import Codec
@@ -171,7 +172,9 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    with redis_server() as (url, _):
+    with redis_server() as server:
+        url = server.url
+
         if options.memory:
             memory(url, options.memory)
             return

@@ -25,7 +25,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import redis
-from channel import PAYLOAD, median, microseconds, redis_server
+from channel import PAYLOAD, median, microseconds
+from measure import redis_server
 
 from flask_eventbus import Bus
 from flask_eventbus.publisher.message import StreamDestination
@@ -246,7 +247,8 @@ def main() -> None:
     arguments = parser.parse_args()
     runs, count = arguments.runs, arguments.count
 
-    with redis_server() as (url, version):
+    with redis_server() as server:
+        url, version = server.url, server.version
         rows = []
         bare = median(lambda: on_a_connection(url, count), runs)
         client = median(lambda: by_the_client(url, count), runs)

@@ -23,7 +23,8 @@ from statistics import median
 from types import FrameType
 from typing import Any
 
-from channel import PAYLOAD, redis_server
+from channel import PAYLOAD
+from measure import redis_server
 
 import flask_eventbus
 from flask_eventbus import Bus
@@ -123,9 +124,9 @@ def main() -> None:
 
     ways: tuple[Via, ...] = ("channel", "stream")
 
-    with redis_server() as (url, _):
+    with redis_server() as server:
         for via in ways:
-            show(via, measure(url, via, options.events), options.functions)
+            show(via, measure(server.url, via, options.events), options.functions)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from reprlib import repr as short
 from typing import Any, Final, NoReturn, TypeVar, cast
 
 from msgpack import Unpacker, packb
+from msgpack.exceptions import UnpackException
 
 from ..config import SERVICE_NAME, SIGNAL_NAME
 from ..errors import ConfigError, DecodeError, PayloadError
@@ -453,8 +454,8 @@ def split_message(message: bytes, *, most: int = MESSAGE_EVENTS) -> Sequence[byt
             end = unpacker.tell()
             bodies.append(message[start:end])
             start = end
-    except Exception:
-        # msgpack raises several. The codec names the fault when it decodes the rest.
+    except (UnpackException, ValueError):
+        # The codec names the fault when it decodes the rest.
         bodies.append(message[start:])
     else:
         if start < len(message) or not bodies:
