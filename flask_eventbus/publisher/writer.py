@@ -334,13 +334,11 @@ class Writer:
                 self.wake_senders()
         finally:
             try:
-                self._record(batch, outcomes)
+                self._count(batch, outcomes)
+                self._wake(batch, outcomes)
             except BaseException:
                 # A signal handler has interrupted this sender; the others still need the result.
-                for message, error in zip(batch, outcomes, strict=True):
-                    if not isinstance(error, NoWritesError):
-                        message.finish(error)
-
+                self._wake(batch, outcomes)
                 raise
 
     def _pass_on(self) -> Message | None:
@@ -470,33 +468,36 @@ class Writer:
             # The wait of the writer thread and the buffer space of senders depend on it.
             self._changed.notify_all()
 
-    def _record(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
-        """Record the result of each event of a batch, and wake its sender.
+    def _count(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
+        """Count and log the results of a batch; then its senders may return.
 
         Events that Redis may accept later are skipped, because they are still queued.
         """
-        published = 0
+        published = len(batch)
 
-        for message, error in zip(batch, outcomes, strict=True):
-            if error is None:
-                published += 1
-
-                # Without a waiting sender nobody asks for the result.
-                if message.wakeup is None:
-                    continue
-            elif isinstance(error, NoWritesError):
-                continue
-            else:
-                # Redis answered this attempt; earlier ones may still be unanswered.
-                message.unanswered -= 1
-                published += self._report.note(message, error)
-
-            message.finish(error)
+        if any(outcomes):
+            for message, error in zip(batch, outcomes, strict=True):
+                if isinstance(error, NoWritesError):
+                    published -= 1
+                elif error is not None:
+                    # Redis answered this attempt; earlier ones may still be unanswered.
+                    message.unanswered -= 1
+                    published -= not self._report.note(message, error)
 
         self._counters.add("published", published)
 
         if self._log_events:
             self._report.log_published(batch, outcomes)
+
+    def _wake(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
+        """Give each sender of a batch its result, unless Redis may accept the event later."""
+        for message, error in zip(batch, outcomes, strict=True):
+            # Without a waiting sender nobody asks for the result of a published event.
+            if error is None and message.wakeup is None:
+                continue
+
+            if not isinstance(error, NoWritesError):
+                message.finish(error)
 
         if self._outage.pending_lines:
             self._outage.log_changes()
@@ -678,13 +679,16 @@ class Writer:
 
     def _finish(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
         """End a batch, release the connection, and then wake the senders, which may write."""
+        # flush() returns once the batch has ended.
+        self._count(batch, outcomes)
+
         with self._lock:
             has_held = self._end_batch(batch, outcomes)
 
         if has_held:
             self.wake_senders()
 
-        self._record(batch, outcomes)
+        self._wake(batch, outcomes)
 
     def _report_lost(self) -> None:
         reason = self._outage.error or "the time to flush was over"

@@ -1677,15 +1677,15 @@ def test_a_sender_that_is_interrupted_as_it_reports_results_reports_those_of_oth
     wait_until(lambda: not bus.health().buffered, what="it has left")
     turns, strikes = Turns(monkeypatch), itertools.count()
     writer = bus.node._publisher._writer
-    record = writer._record
+    count = writer._count
 
     def strike(*args: Any) -> None:
         if not next(strikes):
-            record(*args)
+            count(*args)
         else:
             raise ArithmeticError("what a signal handler raises")
 
-    monkeypatch.setattr(writer, "_record", strike)
+    monkeypatch.setattr(writer, "_count", strike)
     turns.may_send.set()
     errors: dict[int, BaseException | None] = {}
     senders = [begin_to_send(bus, n, errors) for n in (1, 2, 3)]
