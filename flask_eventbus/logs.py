@@ -164,6 +164,15 @@ LINES_PER_MINUTE = 10
 KINDS = 1_000
 
 
+class Tally:
+    """A part of a counter that one thread adds to, without a lock."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class Counters:
     """Named counters that only grow."""
 
@@ -171,6 +180,16 @@ class Counters:
         # Reentrant: a signal handler may interrupt the thread that holds the lock.
         self._lock = threading.RLock()
         self._counts: defaultdict[str, int] = defaultdict(int)
+        self._tallies: list[tuple[str, Tally]] = []
+
+    def tally(self, name: str) -> Tally:
+        """Return a part of the counter ``name``, for the calling thread alone to add to."""
+        tally = Tally()
+
+        with self._lock:
+            self._tallies.append((name, tally))
+
+        return tally
 
     def add(self, name: str, count: int = 1) -> None:
         """Add ``count`` to the counter ``name``."""
@@ -179,12 +198,19 @@ class Counters:
 
     def get(self, name: str) -> int:
         """Return the counter ``name``; 0 if nothing was counted."""
-        return self._counts.get(name, 0)
+        return self.all().get(name, 0)
 
     def all(self) -> dict[str, int]:
         """Return a copy of all counters."""
         with self._lock:
-            return dict(self._counts)
+            counts = self._counts.copy()
+
+            for name, tally in self._tallies:
+                # A counter appears once something was counted.
+                if tally.count:
+                    counts[name] += tally.count
+
+        return dict(counts)
 
 
 class BoundedLog:

@@ -260,7 +260,7 @@ def test_slow_receivers_are_logged_and_so_is_their_recovery(
     bus.start()
     assert bus.ready(10)
     event = Event(name="tick", source="shop", id="abc-1", time=datetime.now(UTC), payload={})
-    bus.node._inbound.pool.put([(event, 1)] * (MAX_EVENTS + 1))
+    bus.node._inbound.pool.put([event] * (MAX_EVENTS + 1), [1] * (MAX_EVENTS + 1))
     may_go_on.set()
 
     wait_until(lambda: "Receivers have caught up" in caplog.text, what="the end is logged")

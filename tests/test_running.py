@@ -375,9 +375,9 @@ def test_the_event_queue_is_bounded_in_bytes_too() -> None:
     queue = EventQueue(changed, changed, most_events=100, most_bytes=1_000)
     event: Any = object()
 
-    assert queue.put([(event, 400), (event, 400)]) == 0
-    assert queue.put([(event, 400)]) == 1
-    assert queue.put([(event, 5_000)]) == 2  # one that is larger than all stays alone
+    assert queue.put([event] * 2, [400] * 2) == 0
+    assert queue.put([event], [400]) == 1
+    assert queue.put([event], [5_000]) == 2  # one that is larger than all stays alone
     assert len(queue) == 1
 
 
@@ -385,7 +385,7 @@ def test_a_thread_takes_only_a_few_large_events_at_once() -> None:
     changed = threading.Condition()
     queue = EventQueue(changed, changed)
     event: Any = object()
-    queue.put([(event, 400_000)] * 64)
+    queue.put([event] * 64, [400_000] * 64)
 
     assert len(queue.pick()) == 3
 

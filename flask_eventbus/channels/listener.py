@@ -153,7 +153,8 @@ class Listener(ReadingThread):
     def _accept(self, frames: Sequence[Frame]) -> None:
         """Queue the events of frames, and note the answers of Redis."""
         subscriptions = self._subscriptions
-        batch: list[tuple[Event, int]] = []
+        events: list[Event] = []
+        sizes: list[int] = []
         self.last_heard = time.monotonic()
 
         try:
@@ -169,18 +170,18 @@ class Listener(ReadingThread):
                     continue
 
                 if subscription is not None:
-                    self._decoder.decode(name, subscription, frame.body, batch)
+                    self._decoder.decode(name, subscription, frame.body, events, sizes)
 
-                if len(batch) >= QUEUED_AT_ONCE:
-                    self._queue(batch)
-                    batch = []
+                if len(events) >= QUEUED_AT_ONCE:
+                    self._queue(events, sizes)
+                    events, sizes = [], []
         finally:
-            self._queue(batch)
+            self._queue(events, sizes)
 
-    def _queue(self, batch: Sequence[tuple[Event, int]]) -> None:
-        if batch:
-            self._pool.put(batch)
-            self._counters.add("received", len(batch))
+    def _queue(self, events: Sequence[Event], sizes: Sequence[int]) -> None:
+        if events:
+            self._counters.add("received", len(events))
+            self._pool.put(events, sizes)
 
     def _note(self, frame: Frame) -> None:
         self._subscriptions.note(frame)
@@ -237,6 +238,22 @@ class Sequences:
         self._sources: OrderedDict[str, str] = OrderedDict()
         #: Hashes of events without a number, by event id.
         self._ids: OrderedDict[str, int] = OrderedDict()
+        #: The route of the last observed event; ``None`` if unknown.
+        self._latest: _RouteState | None = None
+
+    def follow(self, event: Event, body: bytes) -> bool:
+        """Return True and note an event if it is the next one after the last observed event.
+
+        :param event: an event of the same node, name and source.
+        """
+        route = self._latest
+
+        if route is None or event.seq != route.last + 1:
+            return False
+
+        route.last += 1
+        self._remember(route, hash(SECRET + body))
+        return True
 
     def observe(self, event: Event, node: str, body: bytes) -> int | Finding:
         """Return the number of events missing directly before this one, or a :class:`.Finding`.
@@ -245,6 +262,7 @@ class Sequences:
         """
         digest = hash(SECRET + body)
         seq = event.seq
+        self._latest = None
 
         if seq is None:
             return compare(self._ids, event.id, digest, self._timing.max_remembered) or 0
@@ -265,20 +283,29 @@ class Sequences:
         else:
             found = _stray(route, seq)
 
+        self._latest = route
+        self._remember(route, digest)
+        return found
+
+    def _remember(self, route: _RouteState, digest: int) -> None:
+        """Remember the hash of an event; forget a route if there are too many hashes or routes."""
         is_full = len(route.bodies) == REPEATABLE
         route.bodies.append(digest)
 
-        if not is_full:
-            self._hashes += 1
+        if is_full:
+            return
 
-            if (
-                self._hashes > self._timing.max_hashes
-                or len(self._routes) > self._timing.max_remembered
-            ):
-                _, forgotten = self._routes.popitem(last=False)
-                self._hashes -= len(forgotten.bodies)
+        self._hashes += 1
 
-        return found
+        if (
+            self._hashes > self._timing.max_hashes
+            or len(self._routes) > self._timing.max_remembered
+        ):
+            _, forgotten = self._routes.popitem(last=False)
+            self._hashes -= len(forgotten.bodies)
+
+            if forgotten is self._latest:
+                self._latest = None
 
     def _check_source(self, event: Event) -> int | Finding:
         """Return a conflict if the node has sent events of another source before."""
@@ -328,19 +355,30 @@ class MessageDecoder:
         name: str,
         subscription: Subscription,
         message: bytes,
-        batch: list[tuple[Event, int]],
+        events: list[Event],
+        sizes: list[int],
     ) -> None:
         """Decode the events in a message from the channel of ``name``.
 
-        Append those that this node handles to ``batch``, each with its memory use in bytes.
+        Append those that this node handles to ``events``, and the memory use of each in bytes to
+        ``sizes``.
         """
-        own, siblings, observe = self._node, self._siblings, self._sequences.observe
+        own, siblings, sequences = self._node, self._siblings, self._sequences
+        # True if the event before was appended, and is not from this process.
+        was_appended = False
 
-        for body, event, size in self._codec.decode_message(message):
+        for body, event, size, is_like_last in self._codec.decode_message(message):
             if isinstance(event, DecodeError):
                 self._reject(name, body, event)
                 continue
 
+            # The checks of the event before hold for this one too.
+            if is_like_last and was_appended and sequences.follow(event, body):
+                events.append(event)
+                sizes.append(size)
+                continue
+
+            was_appended = False
             node, _, number = event.id.rpartition("-")
             is_own = node == own
 
@@ -351,7 +389,7 @@ class MessageDecoder:
                     self._reject(name, body, error)
                     continue
 
-            found = observe(event, node, body)
+            found = sequences.observe(event, node, body)
 
             if found:
                 if found is Finding.REPEATED:
@@ -370,8 +408,11 @@ class MessageDecoder:
             elif subscription.sources is not None and event.source not in subscription.sources:
                 self._counters.add("filtered")
                 continue
+            else:
+                was_appended = True
 
-            batch.append((event, size))
+            events.append(event)
+            sizes.append(size)
 
     def _check(self, event: Event, name: str, number: int) -> None:
         """Check the name of an event, and whether this node sent one that bears its name."""

@@ -20,7 +20,7 @@ from ..config import TIMING
 from ..coroutines import run_coroutine
 from ..errors import ReceiverError, Reject, Retry
 from ..event import Event, PackedPayload, handling, opened
-from ..logs import BoundedLog, get_logger, text_of
+from ..logs import BoundedLog, Tally, get_logger, text_of
 from ..routing.bus_signal import BusSignal
 from ..routing.options import Receiver, name_of
 from ..signals import emit, emit_now, event_conflict, receiver_failed, receiver_succeeded
@@ -116,16 +116,10 @@ class Dispatcher:
 
             return None
 
-        failures: list[Failure] = []
-
-        if type(event.payload) is PackedPayload:
-            event = opened(event)
-
-        token = handling.set(event)
+        token = handling.set(None)
 
         try:
-            for receiver in receivers:
-                self._run(receiver, event, failures)
+            failures = self._run(receivers, event)
         finally:
             handling.reset(token)
 
@@ -141,7 +135,76 @@ class Dispatcher:
 
         return failures
 
-    def _run(self, receiver: Receiver, event: Event, failures: list[Failure]) -> None:
+    def dispatch_all(self, events: Iterable[Event], handled: Tally) -> None:
+        """Run the receivers of events one after another, and log the failures as final.
+
+        :param handled: counts the events that had a receiver.
+        """
+        token = handling.set(None)
+
+        try:
+            for event in events:
+                try:
+                    receivers = self.receivers(event)
+                    failures = self._run(receivers, event) if receivers else ()
+                    handled.count += bool(receivers)
+
+                    if failures or not receivers:
+                        handling.set(None)
+                        self._report(event, failures)
+                except Exception:
+                    logger.exception(
+                        "The event %s of %r was not dispatched.",
+                        event.id,
+                        event.name,
+                        extra=event.fields,
+                    )
+        finally:
+            handling.reset(token)
+
+    def _report(self, event: Event, failures: Sequence[Failure]) -> None:
+        """Log the failures as final; without any, log that the event had no receiver."""
+        if not failures:
+            self._skip(event)
+
+        for failure in failures:
+            self.failures.final(event, failure)
+
+    def _run(self, receivers: Iterable[Receiver], event: Event) -> Sequence[Failure]:
+        """Run receivers with ``event`` as the current event, and return the failures.
+
+        The caller resets :data:`.handling`.
+        """
+        if type(event.payload) is PackedPayload:
+            event = opened(event)
+
+        failures: list[Failure] = []
+        is_plain = self._scope is None and not self._logs_events
+        handling.set(event)
+
+        for receiver in receivers:
+            if not is_plain or receiver_succeeded.receivers:
+                self._run_in_scope(receiver, event, failures)
+                continue
+
+            try:
+                if (result := receiver(event.source, **event.payload)) is not None:
+                    self._await(result, receiver, event)
+            except BaseException as error:
+                self._undo()
+                failures.append(
+                    self._failed(receiver, self._name(event.name, receiver), event, error)
+                )
+
+        return failures
+
+    def _await(self, result: object, receiver: Receiver, event: Event) -> None:
+        """Run what an asynchronous receiver has returned."""
+        if inspect.iscoroutine(result):
+            timeout = self._timeout(event.name, receiver)
+            run_coroutine(result if timeout is None else _in_time(result, timeout))
+
+    def _run_in_scope(self, receiver: Receiver, event: Event, failures: list[Failure]) -> None:
         """Run one receiver in its scope, and append its failures."""
         is_timed = self._logs_events or receiver_succeeded.receivers
         start = time.monotonic() if is_timed else 0.0
@@ -153,11 +216,8 @@ class Dispatcher:
                 has_started = True
 
                 try:
-                    result = receiver(event.source, **event.payload)
-
-                    if result is not None and inspect.iscoroutine(result):
-                        timeout = self._timeout(event.name, receiver)
-                        run_coroutine(result if timeout is None else _in_time(result, timeout))
+                    if (result := receiver(event.source, **event.payload)) is not None:
+                        self._await(result, receiver, event)
                 except BaseException as error:
                     # Also SystemExit: a receiver must not end the process.
                     raised = error

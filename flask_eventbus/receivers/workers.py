@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from zlib import crc32
 
 from ..coroutines import kept_loop
@@ -52,8 +52,10 @@ class EventQueue:
         self._most_bytes = most_bytes
         self._work = work
         self._rest = rest
-        #: The events that wait, each with its memory use in bytes.
-        self.waiting: deque[tuple[Event, int]] = deque()
+        #: The events that wait.
+        self.waiting: deque[Event] = deque()
+        #: The memory use of each of them, in bytes.
+        self._sizes: deque[int] = deque()
         self._bytes = 0
         self._taken = 0
         #: True if the worker threads should end once the queue is empty.
@@ -62,22 +64,26 @@ class EventQueue:
     def __len__(self) -> int:
         return len(self.waiting) + self._taken
 
-    def put(self, batch: Sequence[tuple[Event, int]]) -> int:
-        """Add events, each with its memory use in bytes; return how many were dropped."""
+    def put(self, events: Sequence[Event], sizes: Sequence[int]) -> int:
+        """Add events; return how many were dropped.
+
+        :param sizes: the memory use of each event, in bytes.
+        """
         dropped = 0
 
         with self._work:
-            for event in batch:
-                self.waiting.append(event)
-                self._bytes += event[1]
+            self.waiting.extend(events)
+            self._sizes.extend(sizes)
+            self._bytes += sum(sizes)
 
             while len(self.waiting) > self._most_events or (
                 self._bytes > self._most_bytes and len(self.waiting) > 1
             ):
-                self._bytes -= self.waiting.popleft()[1]
+                self.waiting.popleft()
+                self._bytes -= self._sizes.popleft()
                 dropped += 1
 
-            self._work.notify(len(batch))
+            self._work.notify(len(events))
 
         return dropped
 
@@ -92,9 +98,8 @@ class EventQueue:
         room = BATCH_BYTES
 
         while self.waiting and len(picked) < most and room > 0:
-            event, size = self.waiting.popleft()
-            picked.append(event)
-            room -= size
+            picked.append(self.waiting.popleft())
+            room -= self._sizes.popleft()
 
         self._bytes -= BATCH_BYTES - room
         self._taken += len(picked)
@@ -125,6 +130,7 @@ class EventQueue:
         with self._work:
             count = len(self.waiting)
             self.waiting.clear()
+            self._sizes.clear()
             self._bytes = 0
 
         return count
@@ -186,9 +192,12 @@ class WorkerThreads:
             thread.start()
             self._threads.append(thread)
 
-    def put(self, batch: Sequence[tuple[Event, int]]) -> None:
-        """Queue channel events, each with its memory use in bytes."""
-        dropped = self._event_queue.put(batch)
+    def put(self, events: Sequence[Event], sizes: Sequence[int]) -> None:
+        """Queue channel events.
+
+        :param sizes: the memory use of each event, in bytes.
+        """
+        dropped = self._event_queue.put(events, sizes)
 
         if not dropped:
             return
@@ -265,6 +274,7 @@ class WorkerThreads:
 
     def _run(self, number: int, handle: Callable[[Sequence[Delivery]], float]) -> None:
         alone = self._config.concurrency == 1
+        handled = self._counters.tally("handled")
 
         with kept_loop():
             while True:
@@ -273,7 +283,7 @@ class WorkerThreads:
                 if deliveries:
                     self._handle_all(deliveries, handle)
                 elif events:
-                    self._dispatch(events)
+                    self._dispatcher.dispatch_all(self._to_run(events), handled)
 
                     if self._event_queue.done(len(events)) and self._is_dropping:
                         self._is_dropping = False
@@ -323,23 +333,15 @@ class WorkerThreads:
         finally:
             self.queue.done(deliveries, seconds)
 
-    def _dispatch(self, events: Sequence[Event]) -> None:
-        for position, event in enumerate(events, start=1):
+    def _to_run(self, events: Sequence[Event]) -> Iterator[Event]:
+        """Yield events, until the threads are forced to end."""
+        for left, event in zip(range(len(events) - 1, -1, -1), events, strict=True):
             if self._forced:
                 return
 
             # With several threads, each takes one event at a time.
-            self._not_started = len(events) - position
-
-            try:
-                self._dispatcher.dispatch_once(event)
-            except Exception:
-                logger.exception(
-                    "The event %s of %r was not dispatched.",
-                    event.id,
-                    event.name,
-                    extra=event.fields,
-                )
+            self._not_started = left
+            yield event
 
 
 #: Seconds of work that a process reads ahead. Other workers could do this work meanwhile.

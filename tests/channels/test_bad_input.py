@@ -319,6 +319,19 @@ def test_the_memory_of_other_nodes_is_bounded() -> None:
     assert len(received._ids) == len(received._sources) == 5
 
 
+def test_an_event_without_a_number_does_not_continue_the_sequence_of_another_node() -> None:
+    codec, received = Codec(), listener.Sequences(Timing())
+    bodies = [packed(id="steady-1", seq=1), packed(id="other-1"), packed(id="other-2", seq=2)]
+    events = [codec.decode(body) for body in bodies]
+
+    for event, body in zip(events[:2], bodies, strict=False):
+        received.observe(event, event.node, body)
+
+    assert not received.follow(events[2], bodies[2])
+    body = packed(id="steady-2", seq=2)
+    assert received.observe(codec.decode(body), "steady", body) == 0
+
+
 def test_a_node_that_sends_often_is_not_forgotten_first() -> None:
     codec, received = Codec(), listener.Sequences(Timing(max_remembered=5))
 

@@ -101,7 +101,7 @@ def test_a_message_is_decoded_as_its_parts_are(
 
     found = [
         (body, (event.reason, str(event)) if isinstance(event, DecodeError) else event, memory)
-        for body, event, memory in limited.decode_message(message)
+        for body, event, memory, _ in limited.decode_message(message)
     ]
 
     assert repr(found) == repr([(body, *decoded_alone(body)) for body in split_message(message)])
