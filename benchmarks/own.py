@@ -1,4 +1,4 @@
-"""Figures that only the bus has: growth, threads, requests, imports."""
+"""Figures that only the bus has: growth, threads, retries, requests, imports."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from contenders import BUS, Contender
 from flask import Flask
-from measure import Result, Server, exchange
+from measure import PATIENCE, Program, Result, Server, exchange
 
 from flask_eventbus import Bus, EventBus
 
@@ -22,6 +24,9 @@ GROWTH = ("among-1", "among-1000", "among-5000", "patterns-1000")
 
 #: Events a second.
 RATE = 50
+
+#: What ``programs/bus.py`` has in Redis.
+STREAM, RETRIES = "eventbus:{tick}:stream", "eventbus:{tick}:retry:consumer"
 
 
 def growth(server: Server, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -113,6 +118,67 @@ def services(server: Server, options: argparse.Namespace) -> dict[str, dict[str,
         }
         for receivers, each in found.items()
     }
+
+
+def retries(server: Server, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """CPU of all workers of a service, and of Redis, for an event that fails once."""
+    found: dict[int, list[tuple[float, float]]] = {1: [], 8: []}
+    count = max(800, options.count // 20)
+
+    for _ in range(options.rounds):
+        for workers, each in found.items():
+            each.append(retry(server, workers, count))
+
+    return {
+        f"{workers} workers": {
+            name: {
+                "median": statistics.median(pair[index] for pair in each),
+                "of_one": statistics.median(
+                    a[index] / b[index] for a, b in zip(each, found[1], strict=True)
+                ),
+            }
+            for index, name in enumerate(("receive", "redis"))
+        }
+        for workers, each in found.items()
+    }
+
+
+def retry(server: Server, workers: int, count: int) -> tuple[float, float]:
+    """Microseconds of CPU of the workers and of Redis for an event that fails once."""
+    server.client.flushall()
+    contender = Contender("retries", "bus.py", "retries")
+    route: Any = {"via": "stream", "confirm": False}
+
+    with ExitStack() as stack:
+        publisher = stack.enter_context(
+            Bus(server.url, service="publisher", publish={"tick": route}, buffer_size=1_000_000)
+        )
+        listening = [Program(contender, "receive", server.url, "0") for _ in range(workers)]
+
+        for program in listening:
+            stack.callback(program.end)
+            stack.callback(program.end_after(PATIENCE).cancel)
+            program.read()
+
+        before, work = cpu_of(listening), server.cpu()
+
+        for number in range(count):
+            publisher.signal("tick").send("publisher", n=number)
+
+        publisher.flush(120)
+
+        while server.client.xpending(STREAM, "consumer")["pending"] or server.client.zcard(RETRIES):
+            time.sleep(0.05)
+
+        return (cpu_of(listening) - before) / count * 1e6, (server.cpu() - work) / count * 1e6
+
+
+def cpu_of(programs: Sequence[Program]) -> float:
+    """Seconds of CPU that programs have used."""
+    for program in programs:
+        program.go()
+
+    return sum(float(program.read()["cpu"]) for program in programs)
 
 
 def backlog(server: Server, options: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from _program import Send, run
+from _program import Send, report, run
 
-from flask_eventbus import Bus
+from flask_eventbus import Bus, Retry, current_event
 
 #: More than a run sends, so that a publisher which is faster than Redis loses nothing.
 BUFFER = 1_000_000
@@ -98,6 +100,23 @@ def receive_in_flask(url: str, receive: Callable[..., None], ready: Callable[[],
     threading.Event().wait()
 
 
+def receive_retries(url: str, receive: Callable[..., None], ready: Callable[[], None]) -> None:
+    """Fail at the first attempt of each event; report the CPU so far for each line of input."""
+    bus = Bus(url, service="consumer")
+
+    @bus.on("tick", via="stream")
+    def tick(sender: str, **payload: Any) -> None:
+        if current_event.attempt == 1:
+            raise Retry(after=0)
+
+    bus.start()
+    bus.ready(30)
+    ready()
+
+    while sys.stdin.readline():
+        report(cpu=time.process_time())
+
+
 AMONG = {"among-1": (1, 0), "among-1000": (1000, 0), "among-5000": (5000, 0)}
 AMONG["patterns-1000"] = (1000, 100)
 
@@ -108,6 +127,7 @@ if __name__ == "__main__":
             "flask": publish_channel,
             "stream": publish_stream,
             "confirmed": publish_confirmed,
+            "retries": publish_stream,
             "services": publish_stream,
             **dict.fromkeys(AMONG, publish_stream),
         },
@@ -116,6 +136,7 @@ if __name__ == "__main__":
             "flask": receive_in_flask,
             "stream": receive,
             "confirmed": receive,
+            "retries": receive_retries,
             "services": partial(receive, service=f"consumer-{os.getpid()}"),
             **{way: partial(receive_among, *sizes) for way, sizes in AMONG.items()},
         },

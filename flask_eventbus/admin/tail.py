@@ -498,7 +498,7 @@ class StreamSource:
 
     def _events(self, entry: Entry) -> Iterable[TailEvent]:
         where = f"in the stream of {entry.name!r}, entry {entry.id}"
-        fields = entry.fields or {}
+        fields = entry.by_name()
 
         if b"event" in fields:
             body = bytes(fields[b"event"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
-from hashlib import sha256
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from operator import attrgetter
 
 from ..codec.records import RetryRecord
 from ..event import Event
 from ..routing.subscriptions import Subscription
+
+_MEMORY = attrgetter("memory")
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +30,9 @@ class Delivery:
     subscription: Subscription
     #: Monotonic time at which the claim expires; renewed while the delivery is in flight.
     claimed_until: float
+    #: Signal, entry, and a hash of the retry; that is empty for a first attempt. :class:`InFlight`
+    #: holds one delivery for each identity.
+    identity: tuple[str, str, bytes]
     #: Approximate memory use in bytes.
     memory: int = 0
     #: Number of workers that started this entry and died; ``None`` if none started it.
@@ -37,12 +43,6 @@ class Delivery:
     stored_member: bytes = b""
     #: True once the receivers have started.
     started: bool = False
-    #: Signal, entry and retry. :class:`InFlight` holds one delivery for each identity.
-    identity: tuple[str, str, bytes] = field(init=False)
-
-    def __post_init__(self) -> None:
-        digest = b"" if self.retry is None else sha256(self.member).digest()
-        self.identity = (self.name, self.entry, digest)
 
     @property
     def member(self) -> bytes:
@@ -61,25 +61,32 @@ class InFlight:
         self._deliveries: dict[tuple[str, str, bytes], Delivery] = {}
         #: Approximate memory use of all deliveries, in bytes.
         self.memory = 0
-        #: Number of deliveries that have not started.
-        self._waiting = 0
+        #: Deliveries that have not started. Whoever removes one may start it, or release it; no
+        #: lock is needed for that.
+        self._waiting: set[Delivery] = set()
         #: Monotonic time at which the last delivery started, or the first began to wait.
         self._progressed = 0.0
 
     def __len__(self) -> int:
         return len(self._deliveries)
 
-    def add(self, deliveries: Iterable[Delivery]) -> None:
+    def add(self, deliveries: Collection[Delivery]) -> None:
         """Add deliveries that were read."""
         with self._lock:
+            known = self._deliveries
+
             if not self._waiting:
                 self._progressed = time.monotonic()
 
             for delivery in deliveries:
-                before = self._deliveries.get(delivery.identity)
-                self._waiting += before is None or before.started
-                self.memory += delivery.memory - (0 if before is None else before.memory)
-                self._deliveries[delivery.identity] = delivery
+                before = known.setdefault(delivery.identity, delivery)
+
+                if before is not delivery:
+                    known[delivery.identity] = delivery
+                    self.memory -= before.memory
+
+            self.memory += sum(map(_MEMORY, deliveries))
+            self._waiting.update(deliveries)
 
     @property
     def stalled_for(self) -> float:
@@ -87,45 +94,47 @@ class InFlight:
         return time.monotonic() - self._progressed if self._waiting else 0.0
 
     def start(self, delivery: Delivery, now: float) -> bool:
-        """Mark a delivery as started; return False if its claim has expired.
+        """Mark a delivery as started; return False if its claim has expired, or was released.
 
         :param now: the present monotonic time.
         """
-        with self._lock:
-            if now > delivery.claimed_until:
-                return False
+        if now > delivery.claimed_until:
+            return False
 
-            delivery.started = True
-            # A later delivery may have the same identity, and waits instead.
-            self._waiting -= self._deliveries.get(delivery.identity) is delivery
-            self._progressed = now
-            return True
+        try:
+            self._waiting.remove(delivery)
+        except KeyError:
+            return False
+
+        delivery.started = True
+        self._progressed = now
+        return True
 
     def release_waiting(self) -> list[Delivery]:
-        """Remove and return the deliveries that have not started.
+        """Remove and return the deliveries that have not started; :meth:`start` refuses them."""
+        waiting: list[Delivery] = []
 
-        Their claims expire at once, so that :meth:`start` returns False for them.
-        """
-        with self._lock:
-            waiting = [found for found in self._deliveries.values() if not found.started]
+        with suppress(KeyError):
+            while True:
+                waiting.append(self._waiting.pop())
 
-            for delivery in waiting:
-                delivery.claimed_until = 0.0
+        self.remove(waiting)
+        return waiting
 
-            self.remove(waiting)
-            return waiting
-
-    def remove(self, deliveries: Iterable[Delivery]) -> None:
+    def remove(self, deliveries: Collection[Delivery]) -> None:
         """Remove deliveries that were acknowledged, or that another worker has claimed."""
         with self._lock:
             known = self._deliveries
+            self._waiting.difference_update(deliveries)
 
             for delivery in deliveries:
-                # A later delivery may have the same identity.
-                if known.get(delivery.identity) is delivery:
-                    del known[delivery.identity]
+                found = known.pop(delivery.identity, None)
+
+                if found is delivery:
                     self.memory -= delivery.memory
-                    self._waiting -= not delivery.started
+                elif found is not None:
+                    # A later delivery has the same identity.
+                    known[delivery.identity] = found
 
     def missing(self, name: str, entries: Collection[str]) -> list[str]:
         """Return those ids of ``entries`` whose first attempt is not in flight."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any
 
@@ -38,7 +38,7 @@ WRITE_SOON = 0.05
 #: Number of times a second that the maintenance thread looks for due retries.
 LOOKS_PER_SECOND = 10
 
-_ENTRY, _DELIVERY = attrgetter("entry"), attrgetter("delivery")
+_NAME, _ENTRY = attrgetter("name"), attrgetter("entry")
 
 
 class Schedule:
@@ -51,8 +51,8 @@ class Schedule:
         self._clock = clock
         self._expect_within = timing.expect_within
         self._changed = threading.Condition()
-        #: Monotonic time at which the thread wakes up; a time asked for while it runs a round.
-        self._next = math.inf
+        #: Monotonic time at which the thread wakes up, or a time asked for while it runs a round.
+        self.next = math.inf
         #: Streams with retries that will be due, by the time to look for them: seconds since 1970
         #: multiplied by :data:`LOOKS_PER_SECOND`.
         self._due: dict[int, set[str]] = {}
@@ -62,9 +62,9 @@ class Schedule:
         at = time.monotonic() + seconds
 
         # Most calls ask for a round that is planned already, so they need no lock.
-        if at < self._next:
+        if at < self.next:
             with self._changed:
-                self._next = min(at, self._next)
+                self.next = min(at, self.next)
                 self._changed.notify_all()
 
     def expect(self, name: str, due: float) -> None:
@@ -95,12 +95,12 @@ class Schedule:
         with self._changed:
             first = min(self._due, default=None)
             left = seconds if first is None else min(seconds, first / LOOKS_PER_SECOND - now)
-            self._next = min(self._next, time.monotonic() + left)
+            self.next = min(self.next, time.monotonic() + left)
 
-            while (left := self._next - time.monotonic()) > 0:
+            while (left := self.next - time.monotonic()) > 0:
                 self._changed.wait(left)
 
-            self._next = math.inf
+            self.next = math.inf
 
     def disown(self) -> None:
         """Forget the lock in a forked child. Another thread may have held it."""
@@ -123,9 +123,9 @@ class Acknowledger:
         self._group = group
         self._in_flight = in_flight
         self._log = BoundedLog(logger)
-        #: Deliveries of stream entries that are handled. An :class:`.Outcome` of each would hold no
-        #: more.
-        self._handled: deque[Delivery] = deque()
+        #: Deliveries of stream entries that are handled, for :meth:`flush` to acknowledge. An
+        #: :class:`.Outcome` of each would hold no more.
+        self.handled: deque[Delivery] = deque()
         self._waiting: deque[Outcome] = deque()
         #: Outcomes that Redis refused.
         self._refused: list[Outcome] = []
@@ -141,7 +141,7 @@ class Acknowledger:
         self._limit = DeadLimit(group.pipe, context, lock=self.lock)
 
     def __len__(self) -> int:
-        return len(self._handled) + len(self._waiting) + len(self._refused)
+        return len(self.handled) + len(self._waiting) + len(self._refused)
 
     @property
     def memory(self) -> int:
@@ -154,11 +154,7 @@ class Acknowledger:
     @property
     def due_at(self) -> float:
         """Monotonic time at which the first outcome can be written; infinite if none waits."""
-        return 0.0 if self._handled or self._waiting else self._resend_at
-
-    def acknowledge(self, delivery: Delivery) -> None:
-        """Queue the acknowledgement of an entry for :meth:`flush`."""
-        self._handled.append(delivery)
+        return 0.0 if self.handled or self._waiting else self._resend_at
 
     def add(self, outcome: Outcome) -> None:
         """Queue an outcome for :meth:`flush`."""
@@ -175,7 +171,7 @@ class Acknowledger:
             logger.debug("Redis is away; %d outcomes are written later: %s", len(self), error)
         finally:
             # Not in flush(): the maintenance thread itself waits longer after each failure.
-            if self._handled or self._waiting:
+            if self.handled or self._waiting:
                 self.schedule.within(WRITE_SOON)
 
     def flush(self) -> None:
@@ -183,7 +179,7 @@ class Acknowledger:
 
         :raises redis.ConnectionError: Redis is away.
         """
-        while self._handled or self._waiting or self._resend_at <= time.monotonic():
+        while self.handled or self._waiting or self._resend_at <= time.monotonic():
             with self.lock:
                 self._write_batch()
 
@@ -222,8 +218,8 @@ class Acknowledger:
             if outcome.may_be_written:
                 unsure.append(outcome)
 
-        most = min(MAX_PER_WRITE - len(batch), len(self._handled))
-        handled = [self._handled.popleft() for _ in range(most)]
+        most = min(MAX_PER_WRITE - len(batch), len(self.handled))
+        handled = [self.handled.popleft() for _ in range(most)]
 
         try:
             if unsure:
@@ -236,7 +232,7 @@ class Acknowledger:
                 outcome.may_be_written = bool(outcome.commands) and not outcome.is_partly_written
 
             self._waiting.extendleft(reversed(batch))
-            self._handled.extendleft(reversed(handled))
+            self.handled.extendleft(reversed(handled))
             raise
 
         if self._resend_at < math.inf and not self._refused and not self._waiting:
@@ -275,8 +271,8 @@ class Acknowledger:
         commands: list[Command] = []
         transactions: list[Outcome] = []
 
-        for delivery in handled:
-            handled_of.setdefault(delivery.name, []).append(delivery)
+        for name, group in groupby(handled, _NAME):
+            handled_of.setdefault(name, []).extend(group)
 
         for name, deliveries in handled_of.items():
             commands.append(self._group.acknowledge_command(name, map(_ENTRY, deliveries)))
@@ -338,7 +334,7 @@ class Acknowledger:
                 self._keep_refused(outcomes, answer)
                 return
 
-        self._in_flight.remove(filter(None, map(_DELIVERY, outcomes)))
+        self._in_flight.remove([each.delivery for each in outcomes if each.delivery])
         self._counters.add("acked", len(outcomes))
 
         for outcome in outcomes:

@@ -56,6 +56,8 @@ class Consumer:
         self._was_connected = False
         self._is_stopping = False
         self._is_disowned = False
+        #: Monotonic time after which the next thread that has run a receiver writes outcomes.
+        self._write_at = 0.0
         self.name = f"{socket.gethostname()}-{os.getpid()}-{context.node}"
         self._create_write_side(context)
         self._create_read_side(context)
@@ -290,9 +292,10 @@ class Consumer:
         """
         seconds = 0.0
         last = deliveries[-1]
-        within = self._acknowledger.schedule.within
+        queue, schedule = self._pool.queue, self._acknowledger.schedule
         now = time.monotonic()
-        due = now + WRITE_EVERY
+        # Short receivers of all threads share a write.
+        self._write_at = now + WRITE_EVERY if now > self._write_at else self._write_at
 
         for number, delivery in enumerate(deliveries):
             if self._is_stopping:
@@ -311,15 +314,21 @@ class Consumer:
             if self._is_disowned:
                 return seconds
 
-            if now > due:
+            if (
+                now > self._write_at
+                or now - started > WRITE_EVERY
+                or (delivery is last and not queue.waiting)
+            ):
                 self._acknowledger.write()
                 now = time.monotonic()
-                due = now + WRITE_EVERY
-            elif delivery is not last:
+                self._write_at = now + WRITE_EVERY
+            elif now + WRITE_SOON < schedule.next:
                 # The next receiver may take long.
-                within(WRITE_SOON)
+                schedule.within(WRITE_SOON)
 
-        self._acknowledger.write()
+        if self._is_stopping:
+            self._acknowledger.write()
+
         return seconds
 
     def _attempt(self, delivery: Delivery, now: float) -> float:
@@ -365,7 +374,7 @@ class Consumer:
         elif failures:
             self._add_outcome(delivery, failures)
         elif record is None:
-            self._acknowledger.acknowledge(delivery)
+            self._acknowledger.handled.append(delivery)
         else:
             self._acknowledger.add(Outcome(delivery.name, delivery.entry, delivery))
 

@@ -39,8 +39,9 @@ MAX_PENDING = 10_000
 REPORT_KEPT = 24 * 60 * 60
 
 
-#: The fields of an entry. A name or value that is too large to read is a :class:`.Large`.
-Fields = Mapping[bytes | Large, bytes | Large]
+#: Names and values of an entry's fields in turn, as Redis returns them. A name or value that is too
+#: large to read is a :class:`.Large`.
+Fields = Sequence[bytes | Large]
 
 
 class GroupGoneError(Exception):
@@ -56,12 +57,14 @@ class Entry(NamedTuple):
 
     def size(self) -> int:
         """Return the size of the fields in bytes."""
-        size = 0
+        fields = self.fields or ()
+        # Almost every entry has one field.
+        return len(fields[0]) + len(fields[1]) if len(fields) == 2 else sum(map(len, fields))
 
-        for name, value in (self.fields or {}).items():
-            size += len(name) + len(value)
-
-        return size
+    def by_name(self) -> dict[bytes | Large, bytes | Large]:
+        """Return the value of each field by its name."""
+        fields = self.fields or ()
+        return dict(zip(fields[::2], fields[1::2], strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +358,7 @@ class Group:
 
         self._page = LOOK_UP
         return [
-            Entry(name, id, _fields(answer[0][1]) if answer else None)
+            Entry(name, id, answer[0][1] if answer else None)
             for id, answer in zip(ids, answers, strict=True)
         ]
 
@@ -627,7 +630,7 @@ def entries_of(answer: Any, name_of: Callable[[bytes], str]) -> list[Entry]:
 
     for key, entries in answer or ():
         name = name_of(key)
-        found += [Entry(name, id.decode(), _fields(fields)) for id, fields in entries]
+        found += [Entry(name, id.decode(), fields) for id, fields in entries]
 
     return found
 
@@ -684,13 +687,3 @@ def _group_error(error: Exception) -> Exception:
     # redis-py removes "ERR" from the text.
     gone = ("NOGROUP", "UNBLOCKED", "no such key", "The XGROUP subcommand requires the key")
     return GroupGoneError(str(error)) if str(error).startswith(gone) else error
-
-
-def _fields(flat: Any) -> Fields | None:
-    if flat is None:
-        return None
-
-    if len(flat) == 2:
-        return {flat[0]: flat[1]}
-
-    return dict(zip(flat[::2], flat[1::2], strict=True))

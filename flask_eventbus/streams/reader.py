@@ -41,6 +41,11 @@ CLAIMABLE = 0.9
 #: memory is limited as well, to that of the events read ahead.
 MAX_UNWRITTEN = 1_000
 
+#: Entries of several answers that are looked up among duplicates, and queued, together; and the
+#: bytes after which no further answer is read.
+TOGETHER = 256
+TOGETHER_BYTES = 1024 * 1024
+
 #: Seconds between two checks for trimmed entries while the last read left entries unread.
 CHECK_BACKLOG_EVERY = 1.0
 
@@ -200,19 +205,15 @@ class StreamReader(ReadingThread):
                 # A read of the round may name streams that are no longer read when it is answered.
                 self._round = self._round or self.joined
                 entries, refusals = self._split.read(streams, partial(self._count, room))
+                self._batch_size.update(map(Entry.size, entries))
                 streams, latest = self._round, self._split.ends_at
                 self._round = self._round if self._split.is_waiting else {}
                 self._has_backlog = False
             elif not streams:
                 return
             else:
-                # COUNT applies to each stream.
-                count = self._count(room, self._active_streams or len(streams))
-                read = partial(self._group.read, count=count)
                 latest = time.monotonic() + self._block
-                entries, refusals = read_each(list(streams), read, block=self._block)
-                self._active_streams = len({entry.name for entry in entries}) or None
-                self._has_backlog = len(entries) >= count
+                entries, refusals = self._read_together(list(streams), room)
 
             # Another worker may have claimed them while this process was suspended.
             if time.monotonic() - latest > self._late:
@@ -223,6 +224,38 @@ class StreamReader(ReadingThread):
             return
 
         self._take_answer(entries, refusals, streams)
+
+    def _read_together(
+        self, names: Sequence[str], room: int
+    ) -> tuple[list[Entry], dict[str, Exception]]:
+        """Read streams. Read on while answers are full, so that small entries share what follows.
+
+        The entries that arrived before a lost answer are pending, and so is that answer.
+
+        :raises redis.ConnectionError: Redis is unreachable.
+        :raises GroupGoneError: a stream or its group does not exist.
+        """
+        entries: list[Entry] = []
+        refusals: dict[str, Exception] = {}
+        block, size = self._block, 0
+        self._has_backlog = True
+
+        while self._has_backlog and not refusals:
+            # COUNT applies to each stream.
+            count = self._count(room - len(entries), self._active_streams or len(names))
+            read = partial(self._group.read, count=count)
+            answer, refusals = read_each(names, read, block=block)
+            self._active_streams = len({entry.name for entry in answer}) or None
+            self._has_backlog = len(answer) >= count
+            sizes = list(map(Entry.size, answer))
+            self._batch_size.update(sizes)
+            entries += answer
+            block, size = 0, size + sum(sizes)
+
+            if len(entries) + len(answer) > min(room, TOGETHER) or size > TOGETHER_BYTES:
+                break
+
+        return entries, refusals
 
     def _check_trims(self, streams: Mapping[str, Subscription]) -> None:
         """Look for trimmed entries, more often in streams with unread ones."""
@@ -246,6 +279,7 @@ class StreamReader(ReadingThread):
 
         try:
             entries, refusals = self._split.finish()
+            self._batch_size.update(map(Entry.size, entries))
 
             if time.monotonic() - self._split.ends_at > self._late:
                 entries = self._claim_late(entries)
@@ -262,7 +296,6 @@ class StreamReader(ReadingThread):
         streams: Mapping[str, Subscription],
     ) -> None:
         self.last_heard = time.monotonic()
-        self._batch_size.update(map(Entry.size, entries))
 
         if entries:
             self._take(entries, streams)

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -362,6 +363,7 @@ class RetryQueue:
             body=record.event,
             subscription=subscription,
             claimed_until=time.monotonic() + self._config.claim_after,
+            identity=(name, record.entry, sha256(member).digest()),
             retry=record,
             stored_member=stored_member,
             memory=memory + len(stored_member),

@@ -259,7 +259,7 @@ def _subscription(node: Node, event: Event) -> Subscription:
 def _delivery(node: Node, event: Event, entry: str) -> Delivery | None:
     """Decode an event as a node does; return None if the node skips it."""
     decoder = EntryDecoder(node.context)
-    new = Entry(event.name, entry, {b"event": node.codec.encode(event)})
+    new = Entry(event.name, entry, (b"event", node.codec.encode(event)))
     found = decoder.decode([new], {event.name: _subscription(node, event)})
     return next(iter(found.deliveries), None)
 
@@ -274,5 +274,6 @@ def _again(node: Node, record: RetryRecord) -> Delivery:
         body=record.event,
         subscription=_subscription(node, event),
         claimed_until=0.0,
+        identity=(event.name, record.entry, record.receiver.encode()),
         retry=running,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import pytest
@@ -15,6 +15,8 @@ from flask_eventbus import Bus
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.config import TIMING, Config
 from flask_eventbus.logs import Counters
+from flask_eventbus.receivers.delivery import Delivery
+from flask_eventbus.receivers.workers import DeliveryQueue
 from flask_eventbus.streams.decoder import Duplicates
 from flask_eventbus.transport.connections import Connections
 from flask_eventbus.transport.pipe import Pipe
@@ -56,6 +58,28 @@ def test_two_copies_of_an_event_in_one_batch_are_handled_once(
     wait_until(lambda: bus.health().counts.get("duplicates") == 3, what="the copies are dropped")
     wait_until(lambda: len(handled) == 3, what="the events are handled")
     assert handled == [0, 1, 2]
+
+
+def test_events_of_several_answers_are_looked_up_together(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up: list[int] = []
+    find = Duplicates.find
+
+    def note(duplicates: Duplicates, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        looked_up.append(len(deliveries))
+        return find(duplicates, deliveries)
+
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, concurrency=1)
+    # However slow this machine is, the receiver counts as a fast one.
+    monkeypatch.setattr(DeliveryQueue, "room", 1_000)
+    monkeypatch.setattr(Duplicates, "find", note)
+    handled = listen(bus)
+    store.add_together("tick", *({"n": n} for n in range(200)))
+
+    wait_until(lambda: len(handled) == 200, what="the events are handled")
+    assert handled == list(range(200))
+    assert looked_up == [200]
 
 
 def test_the_ids_of_events_expire_two_windows_after_the_last_one(

@@ -20,6 +20,7 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.config import TIMING
 from flask_eventbus.receivers.delivery import Delivery, InFlight
+from flask_eventbus.receivers.workers import DeliveryQueue
 from flask_eventbus.routing.subscriptions import Subscription
 from flask_eventbus.streams import acknowledger, consumer, outcomes
 from flask_eventbus.streams.group import Group
@@ -69,6 +70,7 @@ def delivery_of(store: StreamStore) -> Delivery:
         body=Codec().encode(event),
         subscription=Subscription(name="tick", via="stream"),
         claimed_until=time.monotonic() + 60,
+        identity=("tick", "1700000000000-0", b""),
     )
 
 
@@ -151,13 +153,38 @@ def test_an_outcome_is_written_while_the_next_receiver_runs(
     last, _ = [store.add("tick", n=n) for n in (1, 2)][-1]
     wait_until(lambda: store.position("tick") == last, what="two more are read")
     schedule = bus.node._inbound.consumer._acknowledger.schedule
-    wait_until(lambda: 5 < schedule._next - time.monotonic() < 600, what="maintenance sleeps")
+    wait_until(lambda: 5 < schedule.next - time.monotonic() < 600, what="maintenance sleeps")
     gates[0].set()
 
     wait_until(lambda: started == [0, 1, 2], what="the last one runs")
     wait_until(lambda: pending(store) == 1, what="the others are acknowledged")
     gates[2].set()
     wait_until(lambda: pending(store) == 0, what="all are acknowledged")
+
+
+def test_short_receivers_of_several_threads_share_a_write(
+    store: StreamStore, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes: list[int] = []
+    run = Pipe.run
+
+    def note(pipe: Pipe, commands: Sequence[Command], **how: Any) -> list[Any]:
+        writes.extend(len(command) - 3 for command in commands if command[0] == "XACK")
+        return run(pipe, commands, **how)
+
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, concurrency=4)
+    bus.on("tick", via="stream")(lambda sender, n: None)
+    # However slow this machine is, no receiver counts as a long one.
+    monkeypatch.setattr(DeliveryQueue, "room", 1_000)
+    bus.start()
+    assert bus.ready(10)
+    monkeypatch.setattr(consumer, "WRITE_EVERY", 1_000.0)
+    monkeypatch.setattr(consumer, "WRITE_SOON", 1_000.0)
+    monkeypatch.setattr(Pipe, "run", note)
+    store.add_together("tick", *({"n": n} for n in range(60)))
+
+    wait_until(lambda: sum(writes) == 60, what="all events are acknowledged")
+    assert len(writes) < 30
 
 
 def test_an_event_whose_outcome_cannot_be_determined_is_delivered_again(
@@ -361,6 +388,15 @@ def test_a_slow_answer_of_redis_does_not_make_the_process_read_less_ahead(
     wait_until(lambda: not bus.health().lag, what="the outcome is written")
     assert len(slow) >= len(attempts)
     assert bus.node._inbound.pool.queue.room >= before
+
+
+def test_a_delivery_that_was_released_does_not_start(store: StreamStore) -> None:
+    in_flight, delivery = InFlight(), delivery_of(store)
+    in_flight.add([delivery])
+
+    assert in_flight.release_waiting() == [delivery]
+    assert not in_flight.start(delivery, time.monotonic())
+    assert not in_flight
 
 
 def test_a_delivery_that_was_queued_twice_does_not_count_as_stalled(store: StreamStore) -> None:

@@ -22,11 +22,12 @@ from waiting import wait_until
 from flask_eventbus import Bus, PublishError, Reject, signals
 from flask_eventbus.codec.codec import Codec
 from flask_eventbus.logs import Counters
+from flask_eventbus.receivers.workers import DeliveryQueue
 from flask_eventbus.routing.subscriptions import read_subscription
 from flask_eventbus.signals import wait_until_sent
 from flask_eventbus.streams.acknowledger import WRITE_SOON, Schedule
 from flask_eventbus.streams.alarms import Trims
-from flask_eventbus.streams.group import Group
+from flask_eventbus.streams.group import Entry, Group
 from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = [
@@ -430,6 +431,36 @@ def test_entries_of_a_lost_answer_are_claimed_again_before_they_are_handled(
 
     wait_until(lambda: idle, what="the event is handled")
     assert max(idle) < 60_000
+
+
+def test_an_answer_that_is_lost_after_others_loses_no_event(
+    redis_server: RedisServer, make_bus: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StreamStore(redis_server)
+    # However slow this machine is, the receiver counts as a fast one.
+    monkeypatch.setattr(DeliveryQueue, "room", 1_000)
+    received = received_by(make_bus(redis_server.url, "mailer", prefix=store.prefix))
+    read = Group.read
+    sizes: list[int] = []
+
+    def lose_the_second_answer(group: Group, names: Sequence[str], **how: Any) -> list[Entry]:
+        found = read(group, names, **how)
+
+        if found:
+            sizes.append(len(found))
+
+        if len(sizes) == 2 and found:
+            raise redis.ConnectionError("lost")
+
+        return found
+
+    monkeypatch.setattr(Group, "read", lose_the_second_answer)
+    store.add_together("tick", *({"n": n} for n in range(300)))
+
+    wait_until(lambda: len(received) == 300, what="all events are handled")
+    assert sorted(received) == list(range(300))
+    key = store.keys.stream("tick")
+    wait_until(lambda: not store.client.xpending(key, "mailer")["pending"], what="none is pending")
 
 
 def test_an_entry_of_a_lost_answer_that_another_worker_claims_is_left_to_it(
