@@ -113,14 +113,18 @@ def timing(request: pytest.FixtureRequest) -> Timing:
 
 @pytest.fixture
 def make_bus(timing: Timing) -> Iterator[Callable[..., Bus]]:
-    """Make buses that are stopped when the test ends."""
+    """Make buses that are stopped when the test ends.
+
+    Their ``send()`` waits longer than that of a service, so that it returns confirmed on a machine
+    that is busy. A test of that time sets it.
+    """
     buses: list[Bus] = []
     timing_of_test = timing
 
     def make(
         url: str, service: str = "tests", *, timing: Timing = timing_of_test, **settings: Any
     ) -> Bus:
-        bus = Bus(url, service=service, _timing=timing, **settings)
+        bus = Bus(url, service=service, _timing=timing, **{"timeout": 10.0, **settings})
         buses.append(bus)
         return bus
 
@@ -132,9 +136,9 @@ def make_bus(timing: Timing) -> Iterator[Callable[..., Bus]]:
 
 @pytest.fixture(autouse=True)
 def _forget_nodes() -> Iterator[None]:
-    """Let no bus of a test, which a blocked receiver may keep alive, take part in the next ones."""
+    """Let no bus of another test take part: a blocked receiver or a module may keep it alive."""
     before = set(nodes)
+    nodes.clear()
     yield
-
-    for node in set(nodes) - before:
-        nodes.discard(node)
+    nodes.clear()
+    nodes.update(before)

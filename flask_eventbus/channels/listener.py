@@ -180,6 +180,7 @@ class Listener(ReadingThread):
 
     def _queue(self, events: Sequence[Event], sizes: Sequence[int]) -> None:
         if events:
+            # Before a receiver runs, which may look at the count.
             self._counters.add("received", len(events))
             self._pool.put(events, sizes)
 

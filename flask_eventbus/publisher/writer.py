@@ -81,6 +81,8 @@ class Writer:
         self._user = 0
         #: True once another sender has sent the batch in flight on behalf of the owner.
         self._is_sent = False
+        #: The batch whose replies are read. It leaves the buffer if a stop gives it up meanwhile.
+        self._sent: Sequence[Message] = ()
         #: True if the writer thread must continue with a batch that a sender started.
         self._is_handed_over = False
         #: The error of the batch that was handed over; ``None`` if only replies are missing.
@@ -220,7 +222,8 @@ class Writer:
 
         thread = self.thread
 
-        if thread is not None:
+        # A signal handler may find a thread that is not started yet: it ends by itself.
+        if thread is not None and thread.is_alive():
             # The thread may be waiting for a server that hangs.
             thread.join(timeout=max(0.0, (deadline - time.monotonic()) / 2))
             self._connection.interrupt()
@@ -250,6 +253,12 @@ class Writer:
             # The process is ending, or has reached its limit of threads.
             logger.debug("The writer thread cannot be started: %s", error)
             self.thread = None
+        except BaseException:
+            # A signal handler has interrupted the start: the next event starts a thread again.
+            if not self.thread.is_alive():
+                self.thread = None
+
+            raise
 
     @property
     def _may_lead(self) -> bool:
@@ -284,12 +293,11 @@ class Writer:
 
         :param deadline: monotonic time at which the writer thread takes over.
         """
-        batch = self._buffer.in_flight
-
         try:
             if not self._is_sent:
-                batch = self._send(self._connection.connect(deadline))
+                self._send(self._connection.connect(deadline))
 
+            batch = self._sent
             is_complete = self._connection.read(deadline)
         except OUTAGE as error:
             self._hand_over(error)
@@ -299,16 +307,15 @@ class Writer:
             else:
                 self._hand_over(None)
 
-    def _send(self, deadline: float) -> Sequence[Message]:
-        """Send the batch in flight, and return it."""
-        batch = self._buffer.mark_sent()
+    def _send(self, deadline: float) -> None:
+        """Send the batch in flight."""
+        self._sent = batch = self._buffer.mark_sent()
         events = []
 
         for message in batch:
             events.append((message.route_state.destination, message.encoded()))
 
         self._connection.send(events, deadline)
-        return batch
 
     def _conclude(self, batch: Sequence[Message], deadline: float) -> None:
         """Send the next batch for another sender, then report the results of a batch.
@@ -412,6 +419,7 @@ class Writer:
         self._owner = None
         self._user = 0
         self._is_sent = False
+        self._sent = ()
 
     def _release_to_thread(self) -> None:
         self._release()
@@ -608,10 +616,10 @@ class Writer:
                     self._pause(self._timing.listeners_return)
 
             self._note_success(batch)
-            self._finish(self._buffer.in_flight, outcomes)
+            self._finish(self._sent, outcomes)
 
     def _publish(self, batch: Sequence[Message]) -> Sequence[Exception | None]:
-        """Return the result of each event of a batch; of an empty one, check Redis.
+        """Return the result of each event that was sent; of an empty batch, check Redis.
 
         :raises redis.ConnectionError: this thread, or the sender that started the batch, met an
             outage.

@@ -134,3 +134,23 @@ def test_the_events_of_a_long_read_reach_the_workers_in_small_batches(
     assert [number for batch in batches for number in batch] == numbers
     assert max(map(len, batches)) < QUEUED_AT_ONCE + MESSAGE_EVENTS
     assert bus.health().counts["received"] == len(numbers)
+
+
+def test_events_are_counted_as_received_before_their_receivers_can_run(
+    make_bus: Callable[..., Bus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(f"memory://{time.time_ns()}", "consumer")
+    bus.on("tick")(print)
+    bus.start()
+    assert bus.ready(10)
+    counts: list[int] = []
+    monkeypatch.setattr(
+        bus.node._inbound.pool,
+        "put",
+        lambda events, sizes: counts.append(bus.health().counts.get("received", 0)),
+    )
+    channel = b"eventbus:{tick}:channel"
+
+    bus.node._inbound.listener._accept([Frame("message", channel, channel, event(1))])
+
+    assert counts == [1]

@@ -833,7 +833,7 @@ def test_a_commit_waits_for_confirmation_and_succeeds_without_it(
         redis_server.url,
         publish={"user_added": {"after_commit": True, "confirm": True}},
         on_outage=policy,
-        timeout=0.2,
+        timeout=1.0,
     )
     bus.register_session(session)
     bus.signal("user_added").send(id=0)

@@ -504,7 +504,9 @@ def test_listeners_count_dropped_events_as_missed(
 ) -> None:
     consumer = make_bus(redis_server.url, "consumer")
     received = received_by(consumer)
-    publisher = make_bus(redis_server.url, "publisher", publish=["tick"], buffer_size=10)
+    publisher = make_bus(
+        redis_server.url, "publisher", publish=["tick"], buffer_size=10, timeout=0.5
+    )
     publisher.signal("tick").send("test", n=0)
     wait_until(lambda: received == [0], what="the first event arrives")
     redis_server.hang()
@@ -756,8 +758,7 @@ def test_a_thread_that_can_be_started_later_writes_from_then_on(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
-    # So short that the sender's own time to write is over before the thread comes.
-    bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"], timeout=0.05)
+    bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"], timeout=1.0)
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -765,14 +766,67 @@ def test_a_thread_that_can_be_started_later_writes_from_then_on(
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     bus.signal("tick").send("test", n=0)
+    sent = time.monotonic()
     monkeypatch.setattr(threading.Thread, "start", start)
     wait_until(lambda: received == [0], what="the event of no thread arrives")
+    wait_until(lambda: time.monotonic() > sent + 1.0, what="the sender's time to write is over")
 
     for n in range(1, 4):
         bus.signal("tick").send("test", n=n)
         assert bus.flush(10)
 
     wait_until(lambda: received == [0, 1, 2, 3], what="the thread's events arrive")
+
+
+@pytest.mark.parametrize("when", ["before it runs", "once it runs"])
+def test_a_signal_handler_that_raises_while_the_writer_thread_starts_loses_no_event(
+    shared_redis: RedisServer,
+    make_bus: Make,
+    prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
+    start = threading.Thread.start
+
+    def strike(thread: threading.Thread) -> None:
+        if when == "once it runs":
+            start(thread)
+
+        raise ArithmeticError("what a signal handler raises")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", strike)
+        with pytest.raises(ArithmeticError, match="what a signal handler raises"):
+            bus.signal("tick").send("test", n=0)
+    bus.signal("tick").send("test", n=1)
+
+    wait_until(lambda: received == [0, 1], what="both events arrive")
+    names = [thread.name for thread in threading.enumerate()]
+    assert names.count(f"eventbus-writer-{bus.node.name}") == 1
+
+
+def test_a_signal_handler_can_stop_the_bus_while_the_writer_thread_starts(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=["tick"])
+    start = threading.Thread.start
+    stopped = []
+
+    def interrupted(thread: threading.Thread) -> None:
+        monkeypatch.undo()
+        bus.stop(flush=0)
+        stopped.append(True)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    bus.signal("tick").send("test", n=0)
+
+    assert stopped
+    assert bus.health().counts["dropped"] == 1
+    bus.signal("tick").send("test", n=1)
+    assert bus.flush(10)
 
 
 def test_events_lost_at_interpreter_exit_are_logged_with_their_ids(

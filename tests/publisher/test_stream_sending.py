@@ -36,7 +36,7 @@ from flask_eventbus.publisher.message import (
     StreamDestination,
     TooFewReplicasError,
 )
-from flask_eventbus.publisher.writer import LEAD_BYTES
+from flask_eventbus.publisher.writer import LEAD_BYTES, Writer
 from flask_eventbus.signals import wait_until_sent
 from flask_eventbus.transport.connections import Connections
 
@@ -908,7 +908,7 @@ def test_a_confirmed_send_fails_as_soon_as_the_connection_is_refused(
 def test_only_the_first_send_waits_for_a_server_that_hangs(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
-    bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=0.3)
+    bus = make_bus(redis_server.url, publish={"tick": "stream"}, timeout=1.0)
     for n in range(3):
         bus.signal("tick").send("test", n=n)
     redis_server.hang()
@@ -920,7 +920,7 @@ def test_only_the_first_send_waits_for_a_server_that_hangs(
         bus.signal("tick").send("test", n=n)
     all_held = time.monotonic() - began
 
-    assert 0.2 < held < 0.3 + SLACK
+    assert 0.9 < held < 1.0 + SLACK
     assert all_held - held < SLACK
     redis_server.resume()
     assert bus.flush(20)
@@ -930,17 +930,17 @@ def test_only_the_first_send_waits_for_a_server_that_hangs(
 
 def test_a_send_fails_with_the_policy_raise(redis_server: RedisServer, make_bus: Make) -> None:
     publish = {"tick": "stream"}
-    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=1.0)
+    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=2.0)
     bus.signal("tick").send("test", n=0)
     redis_server.hang()
 
-    with pytest.raises(PublishError, match=r"no answer within 1\.0 s"):
+    with pytest.raises(PublishError, match=r"no answer within 2\.0 s"):
         bus.signal("tick").send("test", n=1)
     began = time.monotonic()
     with pytest.raises(PublishError, match="Send it again when Redis is back"):
         bus.signal("tick").send("test", n=2)
 
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 2.0
     redis_server.resume()
     wait_until(lambda: bus.health().publishing, what="Redis is found")
     bus.signal("tick").send("test", n=3)
@@ -957,7 +957,7 @@ def test_an_event_in_doubt_that_is_sent_again_from_its_error_is_handled_once(
     consumer.start()
     assert consumer.ready(10)
     publish = {"tick": "stream"}
-    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=0.3)
+    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=1.0)
     bus.signal("tick").send("test", n=0)
     redis_server.hang()
 
@@ -1070,7 +1070,7 @@ def test_a_coroutine_that_sends_gets_the_errors_of_send(
     redis_server: RedisServer, make_bus: Make
 ) -> None:
     publish = {"tick": "stream"}
-    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=0.3)
+    bus = make_bus(redis_server.url, publish=publish, on_outage="raise", timeout=1.0)
     bus.signal("tick").send("test", n=0)
 
     async def main() -> None:
@@ -1251,6 +1251,55 @@ def test_events_that_arrive_during_a_write_are_sent_before_their_senders_wake(
     assert turns.sent == [1, 3]
     assert turns.senders == {senders[0]}
     assert sorted(values(shared_redis, prefix=prefix)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("who", ["the writer thread", "a sender"])
+def test_a_batch_that_is_answered_after_a_stop_gave_it_up_is_counted_and_raises_nothing(
+    shared_redis: RedisServer,
+    make_bus: Make,
+    prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    who: str,
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish={"tick": "stream"}, timeout=20)
+    bus.signal("tick").send("test", n=0)
+    wait_until(lambda: not bus.health().buffered, what="it has left")
+    turns = Turns(monkeypatch)
+    turns.may_send.set()
+    errors: dict[int, BaseException | None] = {}
+    publish, lead = Writer._publish, Writer._lead
+
+    # As stop() does when its time is over, while another thread writes.
+    def published(self: Writer, batch: Any) -> Any:
+        found = publish(self, batch)
+        self._buffer.clear()
+        return found
+
+    def led(self: Writer, deadline: float) -> None:
+        if self._is_sent:
+            self._buffer.clear()
+
+        lead(self, deadline)
+
+    monkeypatch.setattr(Writer, "_publish", published)
+    monkeypatch.setattr(Writer, "_lead", led)
+
+    if who == "the writer thread":
+        turns.may_read.set()
+        bus.node.publish("tick", {"n": 1}, confirm=False)
+    else:
+        senders = [begin_to_send(bus, n, errors) for n in (1, 2)]
+        turns.may_read.set()
+
+        for sender in senders:
+            sender.join()
+
+        assert errors == {1: None, 2: None}
+
+    published_count = 2 if who == "the writer thread" else 3
+    wait_until(lambda: bus.health().counts["published"] == published_count, what="all are counted")
+    bus.signal("tick").send("test", n=3)
+    assert values(shared_redis, prefix=prefix)[-1] == 3
 
 
 def test_a_sender_leaves_large_events_to_the_writer_thread(

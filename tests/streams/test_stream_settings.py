@@ -400,12 +400,13 @@ def test_entries_of_a_silent_worker_are_reclaimed_after_the_claim_time_and_not_b
 ) -> None:
     store.group("tick")
     store.add("tick", n=1)
-    store.read("tick", 1, consumer="dead")
     began = time.monotonic()
+    store.read("tick", 1, consumer="dead")
     received = listen(make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1.5))
 
     wait_until(lambda: received == [1], what="it is taken over")
-    assert 1.3 < time.monotonic() - began < 1.5 * 1.5 + 0.5
+    # A claim time, and half of one until a look; the rest is this machine's.
+    assert 1.4 < time.monotonic() - began < 1.5 * 1.5 + 5
 
 
 @pytest.mark.parametrize("value", [0, -1, "soon", 90_000, True, float("nan")])
@@ -562,7 +563,7 @@ def test_a_missing_required_command_is_logged(
     assert not bus.ready(0)
 
     assert command.partition("|")[0] in bus.health().refused["tick"]
-    assert f"+{command}" in caplog.text
+    wait_until(lambda: f"+{command}" in caplog.text, what="it is logged")
     assert "Traceback" not in caplog.text
     guard.allow(f"+{command}")
     wait_until(lambda: received == [1], what="it is read once it may be")

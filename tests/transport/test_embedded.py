@@ -213,8 +213,8 @@ def test_the_server_and_its_directory_are_removed_with_the_last_process_even_by_
     assert server_pid(url) == pid
 
     last.kill()
-    wait_until(lambda: not is_alive(pid), timeout=2, what="the server is gone")
-    wait_until(lambda: not list_servers(home), timeout=2, what="its directory is gone")
+    wait_until(lambda: not is_alive(pid), what="the server is gone")
+    wait_until(lambda: not list_servers(home), what="its directory is gone")
 
 
 def test_the_server_ends_with_a_clean_exit_and_prints_nothing(home: Path, run: Run) -> None:
@@ -224,8 +224,8 @@ def test_the_server_ends_with_a_clean_exit_and_prints_nothing(home: Path, run: R
     said, complained = process.communicate("")
 
     assert (process.returncode, said, complained) == (0, "", "")
-    wait_until(lambda: not is_alive(pid), timeout=2, what="the server is gone")
-    wait_until(lambda: not list_servers(home), timeout=2, what="its directory is gone")
+    wait_until(lambda: not is_alive(pid), what="the server is gone")
+    wait_until(lambda: not list_servers(home), what="its directory is gone")
 
 
 def test_joining_twice_counts_once(home: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_forked_child_that_never_joined_does_not_keep_the_server(home: Path, r
 
     parent.kill()
 
-    wait_until(lambda: not is_alive(pid), timeout=2, what="the server is gone")
+    wait_until(lambda: not is_alive(pid), what="the server is gone")
     assert is_alive(child)
 
 
@@ -310,7 +310,7 @@ def test_a_forked_child_that_joins_counts_as_a_process(home: Path, run: Run) -> 
     assert server_pid(url) == pid
 
     os.kill(child, signal.SIGKILL)
-    wait_until(lambda: not is_alive(pid), timeout=2, what="the server is gone")
+    wait_until(lambda: not is_alive(pid), what="the server is gone")
 
 
 def test_a_child_forked_while_joined_does_not_hold_the_lease_of_its_parent(
@@ -334,7 +334,7 @@ def test_leaving_works_despite_copies_of_the_lease(home: Path) -> None:
 
     embedded.leave()
 
-    wait_until(lambda: not is_alive(pid), timeout=2, what="the server is gone")
+    wait_until(lambda: not is_alive(pid), what="the server is gone")
     for copy in copies:
         os.close(copy)
 

@@ -90,7 +90,8 @@ def test_an_idle_publisher_notices_that_its_server_became_a_replica(
 def test_a_batch_accepted_by_a_replica_is_published_again_at_the_master(
     redis_server: RedisServer, make_bus: MakeBus
 ) -> None:
-    publisher = make_bus(redis_server.url, "shop", publish={"tick": {"confirm": True}})
+    publish = {"tick": {"confirm": True}}
+    publisher = make_bus(redis_server.url, "shop", publish=publish, timeout=2.0)
     publisher.signal("tick").send(number=0)
     demote(redis_server)
 
