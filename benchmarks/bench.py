@@ -27,7 +27,7 @@ from typing import Any
 import redis
 from contenders import BUS, BY_HAND, CHANNELS, FLOOR, PEERS, STREAMS, Contender, prepare
 from measure import FailedError, Result, Server, exchange, redis_server
-from own import backlog, growth, imports, requests, retries, services, threads
+from own import backlog, contexts, growth, imports, requests, retries, services, threads
 from report import chart, markdown
 
 Figures = dict[str, dict[str, Any]]
@@ -166,6 +166,7 @@ SUBJECTS: dict[str, Callable[[Server, argparse.Namespace], Figures]] = {
     "services": services,
     "retries": retries,
     "backlog": backlog,
+    "contexts": contexts,
     "requests": requests,
     "imports": imports,
     "peers": peers,

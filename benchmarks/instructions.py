@@ -15,17 +15,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-PAYLOAD = {
-    "user_id": 7,
-    "email": "ada.lovelace@example.com",
-    "name": "Ada Lovelace",
-    "plan": "yearly",
-    "source": "newsletter",
-}
+from programs._program import PAYLOAD
 
 #: Events of the two runs of a job.
 FEW, MORE = 100, 400
@@ -44,19 +36,28 @@ def encode(count: int) -> None:
 
 
 def decode(count: int) -> None:
-    """Decode events as a listener does, and run a receiver for each."""
-    from flask_eventbus import Bus
+    """Decode the events of shared messages as a listener does, and run a receiver for each."""
+    from flask_eventbus import Bus, DecodeError
     from flask_eventbus.codec.codec import Codec
 
     bus = Bus("redis://localhost", service="consumer")
     bus.on("tick")(lambda sender, **payload: None)
+    dispatcher, handled = bus.node.dispatcher, bus.node.counters.tally("handled")
     codec = Codec()
+    envelope = codec.envelope("publisher", "tick")
     data = codec.pack_payload(PAYLOAD)
-    body = codec.envelope("publisher", "tick")(data, id="9f3ac2d1b07e-1", time_ns=1, seq=1)
-    dispatch: Callable[[Any], Any] = bus.node.dispatcher.dispatch_once
+    message = b"".join(
+        envelope(data, id=f"9f3ac2d1b07e-{number}", time_ns=1, seq=number)
+        for number in range(1, FEW + 1)
+    )
 
-    for _ in range(count):
-        dispatch(codec.decode_for_queue(body)[0])
+    for _ in range(count // FEW):
+        found = [event for _, event, _, _ in codec.decode_message(message)]
+        dispatcher.dispatch_all(
+            (event for event in found if not isinstance(event, DecodeError)), handled
+        )
+
+    assert handled.count == count
 
 
 JOBS = {"encode": encode, "decode and dispatch": decode}

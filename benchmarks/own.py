@@ -1,4 +1,4 @@
-"""Figures that only the bus has: growth, threads, retries, requests, imports."""
+"""Figures that only the bus has: growth, threads, retries, contexts, requests, imports."""
 
 from __future__ import annotations
 
@@ -249,6 +249,23 @@ def requests(server: Server, options: argparse.Namespace) -> dict[str, dict[str,
         path: {"request": {"median": value, "of_plain": value / medians["/plain"]}}
         for path, value in medians.items()
     }
+
+
+def contexts(server: Server, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Microseconds of CPU of an empty app context of Flask, as a receiver in Flask gets one."""
+    app = Flask("contexts")
+    taken = []
+
+    for _ in range(options.rounds):
+        cpu = time.thread_time()
+
+        for _ in range(options.count):
+            with app.app_context():
+                pass
+
+        taken.append((time.thread_time() - cpu) / options.count * 1e6)
+
+    return {"app context": {"context": {"median": statistics.median(taken)}}}
 
 
 IMPORTS = {

@@ -15,6 +15,7 @@ COLUMNS = {
     "p50": ("p50, ms", 2),
     "p99": ("p99, ms", 2),
     "first": ("first event, ms", 0),
+    "context": ("context, us", 1),
     "request": ("request, us", 1),
     "import": ("import, ms", 1),
 }
