@@ -275,10 +275,11 @@ def locks_of(thing, seen):
 
     seen.add(id(thing))
 
-    for part in vars(thing).values():
+    for name, part in vars(thing).items():
         if hasattr(part, "__dict__") and type(part).__module__.startswith("flask_eventbus"):
             yield from locks_of(part, seen)
-        elif hasattr(part, "acquire"):
+        # The writer thread is woken by a lock that is held all the time.
+        elif hasattr(part, "acquire") and name != "_wakeup":
             yield part
 
 def hold():

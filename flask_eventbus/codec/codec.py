@@ -177,10 +177,12 @@ class Envelope:
         else:
             time = _TIMESTAMP_64.pack(b"\xa4time\xd7\xff", nanoseconds << 34 | seconds, _DATA)
 
+        raw = id.encode()
+        packed_id = _FIXSTR[len(raw)] + raw if len(raw) < 32 else _text(id)
         number = b"" if seq is None else _COUNT(b"\xa3seq\xcf", seq)
 
         if not attributes:
-            return b"".join((self._heads[seq is not None], _text(id), time, data, number))
+            return b"".join((self._heads[seq is not None], packed_id, time, data, number))
 
         optional = [number] if number else []
 
@@ -188,7 +190,7 @@ class Envelope:
             if value := attributes.get(name):
                 optional.append(packed_name + pack(value))
 
-        return b"".join((self._heads[len(optional)], _text(id), time, data, *optional))
+        return b"".join((self._heads[len(optional)], packed_id, time, data, *optional))
 
 
 T = TypeVar("T")

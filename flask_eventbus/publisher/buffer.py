@@ -12,6 +12,13 @@ from .message import Message
 #: Size limit of the buffer in bytes. ``EVENTBUS_BUFFER_SIZE`` limits the number of events.
 MAX_BYTES = 64 * 1024 * 1024
 
+#: Largest number of events in a queue whose bytes are not counted yet, and largest size of each.
+UNCOUNTED_EVENTS = 1_000
+UNCOUNTED_BYTES = 4 * 1024
+
+#: Places that are kept free for threads that add an event at the same moment without the lock.
+SPARE_PLACES = 100
+
 
 class Buffer:
     """Holds the events of a node until they are written, in the order in which they were sent.
@@ -19,6 +26,12 @@ class Buffer:
     Channel events and stream events have a queue each, so that the oldest channel event is found
     fast. The limits apply to both queues together. While streams are paused, the limits apply to
     channel events alone.
+
+    While there is much room, senders add events without the lock. Otherwise many threads would wait
+    for it in turn at each event, and each wait costs two switches between threads. The bytes of
+    these events are counted later, under the lock. The queues are therefore nearly, but not
+    exactly, in the order of the numbers of events: two threads that send at the same moment may add
+    their events in the other order.
 
     A signal handler or a finalizer may send an event while its own thread holds the lock. The lock
     is therefore reentrant, and each statement leaves the buffer in a valid state. An event gets its
@@ -31,7 +44,7 @@ class Buffer:
     def __init__(self, *, most_events: int, most_bytes: int = MAX_BYTES) -> None:
         self._most_events = most_events
         self._most_bytes = most_bytes
-        #: Guards the queues, and the state of the writer.
+        #: Guards the queues, and the state of the writer; :meth:`put` alone does without it.
         self.lock = threading.RLock()
         #: Condition on :attr:`lock`; notified when events have left, and by the writer.
         self.changed = threading.Condition(self.lock)
@@ -43,6 +56,8 @@ class Buffer:
         self.in_flight: Sequence[Message] = ()
         #: Number of threads that wait for events to leave.
         self._waiting = 0
+        #: Number of uncounted events that fit into each queue in any case.
+        self._free = 0
         #: Number of batches that have left. If it grows during a wait, Redis is slow but present.
         self.departures = 0
 
@@ -56,7 +71,9 @@ class Buffer:
     @property
     def bytes(self) -> int:
         """Size in bytes of the events that are not in flight."""
-        return self.channels.bytes + self.streams.bytes
+        channels, streams = self.channels, self.streams
+        uncounted = sum(channels.uncounted) + sum(streams.uncounted)
+        return channels.counted + streams.counted + uncounted
 
     @property
     def is_locked_here(self) -> bool:
@@ -71,18 +88,30 @@ class Buffer:
 
     def next_sender(self) -> Message | None:
         """Return the first event whose blocked sender may be woken to write the next batch."""
-        waiting = self.channels.events if self.streams_paused else self
+        waiting = [*self.channels.events] if self.streams_paused else self
         return next((message for message in waiting if message.may_write), None)
 
     def is_full(self, size: int) -> bool:
         """Return True if an event of ``size`` bytes may not fit."""
         return len(self) + 1 >= self._most_events or self.bytes + size > self._most_bytes
 
+    def has_much_room(self, message: Message) -> bool:
+        """Return True if an event fits in any case, also if other threads add events meanwhile.
+
+        Such an event can be added without the lock.
+        """
+        queue = self.streams if message.route_state.is_stream else self.channels
+        return len(queue.uncounted) < self._free and message.size <= UNCOUNTED_BYTES
+
     def has_room(self, message: Message, *, drops_channels: bool = False) -> bool:
         """Return True if an event fits; an event of any size fits into an empty buffer.
 
+        The caller holds the lock.
+
         :param drops_channels: True if all channel events would be dropped for it.
         """
+        self._count()
+
         # This counts all events, so an event that fits here fits in any case.
         if (
             len(self.channels.events) + len(self.streams.events) + len(self.in_flight)
@@ -105,10 +134,37 @@ class Buffer:
         return fits or not queued
 
     def put(self, message: Message) -> None:
-        """Append an event without checking the limits."""
+        """Append an event without checking the limits, with the lock or without it."""
         queue = self.streams if message.route_state.is_stream else self.channels
         queue.events.append(message)
-        queue.bytes += message.size
+        queue.uncounted.append(message.size)
+
+    def take_back(self, message: Message) -> bool:
+        """Remove an event without the lock; return False if it is no longer in its queue."""
+        queue = self._queue_of(message)
+
+        try:
+            queue.events.remove(message)
+        except ValueError:
+            return False
+
+        queue.uncounted.append(-message.size)
+        return True
+
+    def _count(self) -> None:
+        """Count the bytes of the events that were added, and how many more fit in any case."""
+        events = len(self.in_flight)
+        size = 2 * UNCOUNTED_EVENTS * UNCOUNTED_BYTES
+
+        for queue in (self.channels, self.streams):
+            if queue.uncounted:
+                queue.count()
+
+            events += len(queue.events)
+            size += queue.counted
+
+        places = self._most_events - events - SPARE_PLACES
+        self._free = min(places // 2, UNCOUNTED_EVENTS) if size <= self._most_bytes else 0
 
     def drop_oldest(self) -> Message | None:
         """Remove and return the oldest queued channel event; ``None`` if there is none.
@@ -138,14 +194,14 @@ class Buffer:
         :param tries_stream: True to take stream events alone, although streams may be paused.
         """
         batch: list[Message] = []
+        channels, streams = self.channels, self.streams
         size = 0
         # Each event joins the batch before it leaves its queue, so that none is lost if a signal
         # handler raises here.
         self.in_flight = batch
+        self._count()
 
         while len(batch) < most_events and size < most_bytes:
-            # Looked up each time: a signal handler that stops the bus replaces the queues.
-            channels, streams = self.channels, self.streams
             takes_channel = channels.events and not tries_stream
             takes_stream = streams.events and (tries_stream or not self.streams_paused)
 
@@ -231,12 +287,11 @@ class Buffer:
     def clear(self) -> list[Message]:
         """Remove and return all events, the batch in flight included."""
         with self.changed:
-            left = list(self)
-            self.channels = MessageQueue()
-            self.streams = MessageQueue()
+            left = list(self.in_flight)
+            queued = self.channels.clear() + self.streams.clear()
             self.finish()
 
-        return left
+        return left + sorted(queued, key=attrgetter("number"))
 
     def wait_for_room(self, message: Message, timeout: float) -> bool:
         """Return True if an event fits within ``timeout`` seconds."""
@@ -265,18 +320,39 @@ class Buffer:
 
 
 class MessageQueue:
-    """A queue of channel events or of stream events, and their size in bytes."""
+    """A queue of channel events or of stream events, and their size in bytes.
 
-    __slots__ = ("bytes", "events")
+    Only events are added without the lock of the buffer. The bytes are the sum of those counted and
+    those uncounted; it does not matter in which order events are counted and removed.
+    """
+
+    __slots__ = ("counted", "events", "uncounted")
 
     def __init__(self) -> None:
         self.events: deque[Message] = deque()
-        self.bytes = 0
+        self.counted = 0
+        #: The sizes of events that are not counted yet.
+        self.uncounted: deque[int] = deque()
+
+    @property
+    def bytes(self) -> int:
+        """Size of the events in bytes."""
+        return self.counted + sum(self.uncounted)
+
+    def count(self) -> None:
+        """Count the bytes of the events that were added."""
+        while self.uncounted:
+            try:
+                size = self.uncounted.popleft()
+            except IndexError:
+                return  # a signal handler has counted it
+
+            self.counted += size
 
     def push(self, message: Message) -> None:
         """Put an event back at the front."""
         self.events.appendleft(message)
-        self.bytes += message.size
+        self.counted += message.size
 
     def remove(self, message: Message) -> bool:
         """Remove an event; return False if it is no longer in the queue."""
@@ -285,8 +361,25 @@ class MessageQueue:
         except ValueError:
             return False
 
-        self.bytes -= message.size
+        self.counted -= message.size
         return True
+
+    def clear(self) -> list[Message]:
+        """Remove and return all events."""
+        removed: list[Message] = []
+
+        while self.events:
+            try:
+                head = self.events[0]
+            except IndexError:
+                break  # a signal handler has removed it
+
+            removed.append(head)
+
+            if not self.remove(head):
+                removed.pop()
+
+        return removed
 
 
 def _older(channels: MessageQueue, streams: MessageQueue) -> MessageQueue:

@@ -204,11 +204,15 @@ class Message:
         return copy
 
     def assign_id(self, node: str, number: int, time_ns: int) -> None:
-        """Set the id ``NODE-NUMBER``, which the event keeps when it is sent again.
+        """Set the number, and the id ``NODE-NUMBER`` unless the event is sent again.
 
         :param time_ns: nanoseconds since 1970, unless the event has a time already.
         """
         self.number = number
+
+        if self.id:
+            return
+
         self.id = id = f"{node}-{number}"
         # The length of a string is encoded in two bytes, or in one if it is below 32.
         self.size -= MAX_ID_BYTES - len(id) + (len(id) < 32)
@@ -315,8 +319,20 @@ class MessageBuilder:
             large.
         :raises HopLimitError: the chain of causes is too long.
         """
-        route_state = self.route_state(name, route)
-        attributes = self._causes(name)
+        route_state = self._route_states.get((name, route.via))
+
+        if route_state is None or route_state.route is not route:
+            route_state = self.route_state(name, route)
+
+        attributes = _NO_ATTRIBUTES
+
+        if (
+            self._trace is not None
+            or handling.get() is not None
+            or "opentelemetry.trace" in sys.modules
+        ):
+            attributes = self._causes(name)
+
         data = self._codec.pack_payload(payload)
 
         if route.key is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from operator import length_hint
 from typing import Any
 
 from .. import ending
@@ -215,9 +216,8 @@ class Publisher:
         self._node = context.node
         self._builder = MessageBuilder(config, context.codec, trace=trace)
         self.build = self._builder.build
-        self._numbers = itertools.count(1)
-        #: Highest event number that has been assigned.
-        self.issued = 0
+        #: The numbers of the next events; several threads may take one at the same moment.
+        self._numbers = iter(range(1, sys.maxsize))
         self._buffer = Buffer(most_events=config.buffer_size)
         self._outage = Outage(config.service, context.timing.max_writer_backoff)
         self._report = PublishReport(context, self._outage)
@@ -236,6 +236,11 @@ class Publisher:
         return not self._outage.known
 
     @property
+    def issued(self) -> int:
+        """Highest event number that has been assigned."""
+        return sys.maxsize - 1 - length_hint(self._numbers)
+
+    @property
     def buffered(self) -> int:
         """Number of events in the buffer, those in flight included."""
         return len(self._buffer)
@@ -248,11 +253,14 @@ class Publisher:
             and the buffer is full.
         :raises ClosedError: the publisher is closed.
         """
-        # A signal handler that interrupts another send in this thread must not wait itself.
-        if message.wakeup is not None and not self._is_busy_here:
-            self._publish_confirmed(message)
-        else:
+        if message.wakeup is None:
+            if not self._add(message):
+                self._accept(message)
+        elif self._is_busy_here:
+            # A signal handler that interrupts another send in this thread must not wait itself.
             self._accept(message)
+        else:
+            self._publish_confirmed(message)
 
     def resend(self, message: Message) -> None:
         """Publish an unconfirmed event again, with the same id and the same encoded bytes.
@@ -288,10 +296,7 @@ class Publisher:
         :raises HopLimitError: the chain of causes is too long.
         """
         message = self.build(name, payload, route, confirm=False)
-
-        with self._buffer.lock:
-            self._assign_id(message)
-
+        message.assign_id(self._node, next(self._numbers), time.time_ns())
         message.encoded()
         return message
 
@@ -386,6 +391,38 @@ class Publisher:
         """Return True if the calling thread currently writes."""
         return self._writer.is_this_thread
 
+    def _add(self, message: Message) -> bool:
+        """Add an event to the buffer without its lock, and wake the writer thread.
+
+        Return False and do nothing if the event may not fit, or without a writer thread.
+
+        :raises ClosedError: the publisher is closed.
+        """
+        buffer, writer = self._buffer, self._writer
+
+        if writer.thread is None or not buffer.has_much_room(message):
+            return False
+
+        if self._raises:
+            self._refuse_in_outage(message)
+
+        message.assign_id(self._node, next(self._numbers), time.time_ns())
+        buffer.put(message)
+
+        # Only now: if the publisher is closed later, close() finds the event.
+        if self._closed and buffer.take_back(message):
+            raise ClosedError
+
+        if writer.thread_waits:
+            # A sender that uses the connection looks at the queues when it is done.
+            if writer.owner is None:
+                writer.wake_thread()
+        elif writer.thread is None:
+            # The thread could not be started after all.
+            self._write_here(message)
+
+        return True
+
     def _accept(self, message: Message, deadline: float | None = None) -> None:
         """Add an event to the buffer, and wake the writer thread.
 
@@ -404,8 +441,12 @@ class Publisher:
             self._report.report_dropped(dropped, self._buffer)
 
         if writer.thread is None:
-            is_away = self._stops(message.route_state.is_stream)
-            writer.write_here(0.0 if is_away else time.monotonic() + self._config.timeout)
+            self._write_here(message)
+
+    def _write_here(self, message: Message) -> None:
+        """Write the buffered events in the calling thread, because there is no writer thread."""
+        is_away = self._stops(message.route_state.is_stream)
+        self._writer.write_here(0.0 if is_away else time.monotonic() + self._config.timeout)
 
     def _put(self, message: Message, deadline: float | None) -> int:
         """Add an event to the buffer; return the number of events dropped for it.
@@ -418,13 +459,15 @@ class Publisher:
         if self._closed:
             raise ClosedError
 
-        dropped = 0 if self._buffer.has_room(message) else self._make_room(message, deadline)
+        buffer = self._buffer
+        has_room = buffer.has_much_room(message) or buffer.has_room(message)
+        dropped = 0 if has_room else self._make_room(message, deadline)
 
         if not message.number:
-            self._assign_id(message)
+            message.assign_id(self._node, next(self._numbers), time.time_ns())
 
         if not message.is_finished:
-            self._buffer.put(message)
+            buffer.put(message)
 
         return dropped
 
@@ -436,19 +479,6 @@ class Publisher:
     def _refuse_in_outage(self, message: Message) -> None:
         if self._raises and not message.promised and self._stops(message.route_state.is_stream):
             raise self._refusal(message)
-
-    def _assign_id(self, message: Message) -> None:
-        number = next(self._numbers)
-
-        if message.id:
-            # The event is sent again, and keeps its id.
-            message.number = number
-        else:
-            message.assign_id(self._node, number, time.time_ns())
-
-        # A signal handler may have sent another event since next().
-        if number > self.issued:
-            self.issued = number
 
     def _make_room(self, message: Message, deadline: float | None) -> int:
         """Wait for buffer space while Redis is available; else drop the oldest channel events.
@@ -467,7 +497,7 @@ class Publisher:
             return 0
 
         self._refuse_in_outage(message)
-        self._assign_id(message)
+        message.assign_id(self._node, next(self._numbers), time.time_ns())
 
         if not self._buffer.has_room(message, drops_channels=True):
             if message.route_state.is_stream:
@@ -570,10 +600,9 @@ class Publisher:
         with self._buffer.lock:
             if self._buffer.departures == departures:
                 self._outage.stalled = True
-                self._buffer.changed.notify_all()
-            else:
-                # The next batch may have been assigned to this sender.
-                self._writer.wake()
+
+            # The next batch may have been assigned to this sender.
+            self._writer.wake()
 
     def _refusal(self, message: Message) -> PublishError:
         reason = str(self._outage.error or f"no answer within {self._config.timeout} s").rstrip(".")

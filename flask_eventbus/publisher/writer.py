@@ -75,8 +75,9 @@ class Writer:
         #: The events whose senders wait for a confirmation.
         self.senders: set[Message] = set()
         #: Who may use the connection: the writer thread, or the sender of this event; ``None`` if
-        #: it is free.
-        self._owner: Message | threading.Thread | None = None
+        #: it is free. Whoever frees it then looks at the queues, or wakes the writer thread: a
+        #: sender that adds an event without the lock wakes nobody while the connection is in use.
+        self.owner: Message | threading.Thread | None = None
         #: Id of the thread that uses the connection; 0 if none does.
         self._user = 0
         #: True once another sender has sent the batch in flight on behalf of the owner.
@@ -87,8 +88,12 @@ class Writer:
         self._is_handed_over = False
         #: The error of the batch that was handed over; ``None`` if only replies are missing.
         self._failure: Exception | None = None
-        #: True while the writer thread waits for work.
+        #: True while the writer thread waits for work, or is about to wait.
         self.thread_waits = False
+        #: Wakes the writer thread. A lock is faster than a condition, and whoever wakes the thread
+        #: needs no other lock, which the thread would then wait for.
+        self._wakeup = threading.Lock()
+        self._wakeup.acquire()
         self._batch_events = timing.batch_events
         #: True to check Redis now, without waiting for the next attempt.
         self._probing = False
@@ -113,15 +118,26 @@ class Writer:
         """
         if self.thread is None:
             self._start()
-        elif self.thread_waits and self._owner is None:
-            self.thread_waits = False
-            self._changed.notify_all()
+        elif self.thread_waits and self.owner is None:
+            self.wake_thread()
+
+    def wake_thread(self) -> None:
+        """Wake the writer thread; it needs no lock."""
+        self.thread_waits = False
+
+        try:
+            self._wakeup.release()
+        except RuntimeError:
+            return  # it was woken before, and has not run yet
 
     def probe(self) -> None:
         """Make the writer thread check at once whether Redis is available."""
         self._probing = True
-        self.wake()
-        self._changed.notify_all()
+
+        if self.thread is None:
+            self._start()
+        else:
+            self.wake_thread()
 
     def enlist(self, message: Message) -> bool:
         """Return True if the sender of a buffered event must write now: see :meth:`finish`.
@@ -129,7 +145,7 @@ class Writer:
         Return False and wake the writer thread if another thread writes already, or if Redis may
         be away. The caller holds the lock.
         """
-        if self._is_sent and self._owner is message:
+        if self._is_sent and self.owner is message:
             self._user = threading.get_ident()
             return True
 
@@ -165,12 +181,12 @@ class Writer:
                     leads = self.enlist(message)
 
         # A sender that owns the connection here was to write for others: its own event is dropped.
-        if self._owner is message or not message.is_finished:
+        if self.owner is message or not message.is_finished:
             with self._lock:
                 message.may_write = False
 
                 # A thread that is sending on its behalf checks ``may_write`` afterwards.
-                if self._is_sent and self._owner is message:
+                if self._is_sent and self.owner is message:
                     self._hand_over(None)
 
         return message.is_finished
@@ -180,12 +196,12 @@ class Writer:
         with self._lock:
             message.may_write = False
 
-            if self._owner is None:
+            if self.owner is None:
                 self._release_to_thread()
             elif self._user == threading.get_ident():
                 # This thread may have been sending on behalf of another sender.
                 self._send_again()
-            elif self._is_sent and self._owner is message:
+            elif self._is_sent and self.owner is message:
                 self._hand_over(None)
 
     def write_here(self, deadline: float) -> None:
@@ -207,19 +223,16 @@ class Writer:
 
     def leave(self) -> None:
         """End once the buffered events are written, or after :data:`LEAVE` seconds."""
-        with self._changed:
-            self._leave_by = time.monotonic() + LEAVE
-            self._changed.notify_all()
+        self._leave_by = time.monotonic() + LEAVE
+        self.wake_thread()
 
     def end(self, deadline: float) -> None:
         """End now; log the ids of events that could not be written.
 
         :param deadline: monotonic time until which to wait for the thread.
         """
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
+        self._ended = True
+        self.wake_thread()
         thread = self.thread
 
         # A signal handler may find a thread that is not started yet: it ends by itself.
@@ -265,13 +278,13 @@ class Writer:
         """Return True if a sender may write: the writer thread is there and has nothing to do."""
         buffer = self._buffer
         return (
-            self._owner is None
+            self.owner is None
             and self.thread is not None
             and not self._probing
             and not self._ended
             and self._leave_by is None
             and self._connection.is_open
-            and buffer.channels.bytes + buffer.streams.bytes <= LEAD_BYTES
+            and buffer.bytes <= LEAD_BYTES
             and not self._outage.stalled
             and not self._outage.away
         )
@@ -280,12 +293,13 @@ class Writer:
         """Take a batch for the sender of an event; return False if no event can be written."""
         # Set this first: an interrupted sender with a batch in flight is recognized by it.
         self._user = threading.get_ident()
-        self._owner = message
+        self.owner = message
 
         if self._buffer.take(self._batch_events, BATCH_BYTES):
             return True
 
-        self._release()
+        # An event may have been added meanwhile, by a sender that saw the connection in use.
+        self._release_to_thread()
         return False
 
     def _lead(self, deadline: float) -> None:
@@ -412,22 +426,18 @@ class Writer:
             self._is_handed_over = True
             self._failure = error
             self._user = 0
-            self._owner = self.thread
-            self._wake_thread()
+            self.owner = self.thread
+            self.wake_thread()
 
     def _release(self) -> None:
-        self._owner = None
+        self.owner = None
         self._user = 0
         self._is_sent = False
         self._sent = ()
 
     def _release_to_thread(self) -> None:
         self._release()
-        self._wake_thread()
-
-    def _wake_thread(self) -> None:
-        self.thread_waits = False
-        self._changed.notify_all()
+        self.wake_thread()
 
     def _note_success(self, batch: Sequence[Message]) -> None:
         """End an outage, and let the batches grow."""
@@ -474,6 +484,7 @@ class Writer:
         if is_paused != self._buffer.streams_paused:
             self._buffer.streams_paused = is_paused
             # The wait of the writer thread and the buffer space of senders depend on it.
+            self.wake_thread()
             self._changed.notify_all()
 
     def _count(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
@@ -528,6 +539,9 @@ class Writer:
                 if self._user == threading.get_ident():
                     self._release()
 
+            # If a sender writes because there was no writer thread, the thread may wait as well.
+            self.wake_thread()
+
         if self._leave_by is not None:
             self._report_lost()
 
@@ -538,38 +552,44 @@ class Writer:
         writes, the wait is no longer than until the next attempt.
         """
         most = self._timing.ping_after
+        is_due = False
 
-        with self._changed:
-            if self._user == threading.get_ident():
-                self._release()
+        while True:
+            with self._lock:
+                if self._user == threading.get_ident():
+                    self._release()
 
-            while not (self._is_handed_over or (self._owner is None and self._has_work)):
-                # Set before each wait, since a sender may have done the work of the last wakeup.
+                # Set before the look at the queues: a sender that adds an event without the lock
+                # looks at it afterwards.
                 self.thread_waits = True
+
+                if self._is_handed_over or (self.owner is None and (is_due or self._has_work)):
+                    return self._next_batch()
+
                 left = self._outage.write_again_at - time.monotonic()
-                was_woken = self._changed.wait(left if 0 < left < most else most)
 
-                if not was_woken and self._owner is None:
-                    break
+            is_due = not self._wakeup.acquire(timeout=left if 0 < left < most else most)
 
-            self._user = threading.get_ident()
-            self._owner = threading.current_thread()
-            self.thread_waits = self._probing = False
+    def _next_batch(self) -> Sequence[Message] | None:
+        """Take the connection, and return what :meth:`_take` does. The caller holds the lock."""
+        self._user = threading.get_ident()
+        self.owner = threading.current_thread()
+        self.thread_waits = self._probing = False
 
-            if self._is_handed_over:
-                return self._buffer.in_flight
+        if self._is_handed_over:
+            return self._buffer.in_flight
 
-            if self._should_end:
-                return None
+        if self._should_end:
+            return None
 
-            # After an outage, check Redis first, so that listeners can reconnect before events.
-            if self._outage.away:
-                return ()
+        # After an outage, check Redis first, so that listeners can reconnect before events.
+        if self._outage.away:
+            return ()
 
-            if time.monotonic() >= self._outage.write_again_at:
-                return self._buffer.take(1, BATCH_BYTES, tries_stream=True)
+        if time.monotonic() >= self._outage.write_again_at:
+            return self._buffer.take(1, BATCH_BYTES, tries_stream=True)
 
-            return self._buffer.take(self._batch_events, BATCH_BYTES)
+        return self._buffer.take(self._batch_events, BATCH_BYTES)
 
     @property
     def _has_work(self) -> bool:
@@ -675,15 +695,15 @@ class Writer:
         self._finish(batch, [error] * len(batch))
 
     def _pause(self, seconds: float) -> None:
-        now = time.monotonic()
-        end = now + seconds
-        deadline = end if self._leave_by is None else min(end, self._leave_by)
+        deadline = time.monotonic() + seconds
 
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._should_end or self._probing or time.monotonic() >= deadline,
-                timeout=max(0.0, deadline - now),
-            )
+        while not (self._should_end or self._probing):
+            end = deadline if self._leave_by is None else min(deadline, self._leave_by)
+            left = end - time.monotonic()
+
+            # The wakeup may be an old one: then wait again.
+            if left <= 0 or not self._wakeup.acquire(timeout=left):
+                return
 
     def _finish(self, batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> None:
         """End a batch, release the connection, and then wake the senders, which may write."""

@@ -35,6 +35,7 @@ from flask_eventbus.publisher.message import (
     RouteState,
     StreamDestination,
 )
+from flask_eventbus.publisher.writer import Writer
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import isolated
 from flask_eventbus.typing import Publish
@@ -542,9 +543,11 @@ def test_send_does_not_ask_the_kernel_for_the_process_id(
     assert this not in asked
 
 
-def buffer_of(count: int) -> tuple[Buffer, list[Message]]:
+def buffer_of(
+    count: int, *, most_events: int = 10, most_bytes: int = buffer.MAX_BYTES
+) -> tuple[Buffer, list[Message]]:
     """Return a buffer with confirmed channel events, and those events."""
-    buffer = Buffer(most_events=10)
+    waiting = Buffer(most_events=most_events, most_bytes=most_bytes)
     destination = ChannelDestination("tick", "tick")
     envelope = Envelope("tests", "tick")
     state = RouteState(route=Route(name="tick"), destination=destination, envelope=envelope)
@@ -552,9 +555,9 @@ def buffer_of(count: int) -> tuple[Buffer, list[Message]]:
 
     for number, event in enumerate(events, 1):
         event.assign_id("node", number, 0)
-        buffer.put(event)
+        waiting.put(event)
 
-    return buffer, events
+    return waiting, events
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -638,6 +641,186 @@ def test_a_signal_handler_that_empties_the_buffer_ends_the_taking_of_a_batch(
 
 
 # -- many threads, and the ends of things -------------------------------------------------
+
+
+def test_a_send_does_not_wait_for_a_thread_that_holds_the_lock_of_the_buffer(
+    shared_redis: RedisServer, make_bus: Make, prefix: str
+) -> None:
+    publish: Publish = {"tick": "channel", "soft": {"via": "stream", "confirm": False}}
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=publish)
+    bus.signal("tick").send("tests", n=0)
+    assert bus.flush(10)
+
+    def send() -> None:
+        bus.signal("tick").send("tests", n=1)
+        bus.signal("soft").send("tests", n=2)
+
+    with bus.node._publisher._buffer.lock:
+        sender = threading.Thread(target=send)
+        sender.start()
+        sender.join(10)
+
+        assert not sender.is_alive()
+        assert bus.health().buffered == 2
+
+    assert bus.flush(10)
+    assert bus.health().counts["published"] == 3
+
+
+def test_threads_that_send_at_the_same_moment_fill_the_buffer_up_to_its_limit(
+    make_bus: Make,
+) -> None:
+    bus = make_bus("redis://127.0.0.1:1/0", publish=["tick"], buffer_size=500)
+    bus.signal("tick").send("tests")
+    wait_until(lambda: not bus.health().publishing, what="the outage is known")
+
+    def send() -> None:
+        for _ in range(1_000):
+            bus.signal("tick").send("tests")
+
+    senders = [threading.Thread(target=send) for _ in range(8)]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join()
+
+    waiting = bus.node._publisher._buffer
+    assert bus.health().buffered == 500
+    assert bus.health().counts["dropped"] == 7_501
+    assert waiting.bytes == sum(event.size for event in waiting)
+
+
+@pytest.mark.parametrize(
+    ("size", "limits"),
+    [(5_000, {"most_events": 10_000}), (100, {"most_events": 100}), (100, {"most_bytes": 4_000})],
+    ids=["a large event", "few places", "few bytes"],
+)
+def test_an_event_needs_the_lock_unless_it_is_small_and_there_is_much_room(
+    size: int, limits: dict[str, int]
+) -> None:
+    waiting, [event] = buffer_of(1, **{"most_events": 10_000, **limits})
+    event.size = 100
+    assert waiting.has_room(event)
+    assert waiting.has_much_room(event) is (size == 5_000)
+
+    event.size = size
+    assert not waiting.has_much_room(event)
+
+
+def test_at_most_a_thousand_events_of_a_queue_are_uncounted() -> None:
+    waiting, [event] = buffer_of(1, most_events=1_000_000)
+    assert waiting.has_room(event)
+    count = 0
+
+    while waiting.has_much_room(event):
+        waiting.put(event)
+        count += 1
+
+    assert count == 1_000
+    assert waiting.bytes == 1_001 * event.size
+    # Under the lock they are counted, and there is room for more.
+    assert waiting.has_room(event)
+    assert waiting.has_much_room(event)
+    assert waiting.bytes == 1_001 * event.size
+
+
+def test_an_event_added_while_the_writer_thread_looks_for_work_is_written_at_once(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing = Timing(ping_after=1_000.0)
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=["tick"], timing=timing)
+    bus.signal("tick").send("tests", n=0)
+    assert bus.flush(10)
+    running = bus.node._publisher._writer
+    wait_until(lambda: running.thread_waits, what="the writer thread waits")
+    has_work: Any = Writer._has_work
+    late: list[bool] = []
+
+    def look(self: Writer) -> bool:
+        found = bool(has_work.fget(self))
+
+        if not found and not late:
+            late.append(True)
+            sender = threading.Thread(target=bus.signal("tick").send, args=["tests"])
+            sender.start()
+            sender.join()
+
+        return found
+
+    monkeypatch.setattr(Writer, "_has_work", property(look))
+    bus.signal("tick").send("tests", n=1)
+    wait_until(lambda: late, what="an event is added after the look")
+
+    assert bus.flush(10)
+    assert bus.health().counts["published"] == 3
+
+
+def test_an_event_added_while_the_bus_stops_is_sent_by_the_next_publisher(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=["tick"])
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    bus.signal("tick").send("tests", n=0)
+    assert bus.flush(10)
+    put = Buffer.put
+
+    def stop_first(self: Buffer, message: Message) -> None:
+        monkeypatch.setattr(Buffer, "put", put)
+        bus.stop()
+        put(self, message)
+
+    monkeypatch.setattr(Buffer, "put", stop_first)
+    former = bus.node._publisher
+    bus.signal("tick").send("tests", n=1)
+
+    assert bus.node._publisher is not former
+    assert former.buffered == 0
+    assert former._buffer.bytes == 0
+    assert bus.flush(10)
+    wait_until(lambda: len(received) == 2, what="both events arrive")
+    assert received == [0, 1]
+
+
+def test_a_flush_waits_for_events_that_were_added_out_of_their_order() -> None:
+    waiting, events = buffer_of(0)
+    extra = buffer_of(3)[1]
+
+    for event in (extra[2], extra[0], extra[1]):
+        waiting.put(event)
+
+    for left in (3, 2, 1):
+        assert not waiting.wait_until_left(3, timeout=0.0)
+        assert len(waiting) == left
+        waiting.take(1, 1_000)
+        assert not waiting.wait_until_left(3, timeout=0.0)
+        waiting.finish()
+
+    assert events == []
+    assert waiting.wait_until_left(3, timeout=0.0)
+
+
+def test_a_writer_thread_that_cannot_start_leaves_no_event_to_nobody(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=["tick"])
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    bus.signal("tick").send("tests", n=0)
+    assert bus.flush(10)
+    put = Buffer.put
+    running = bus.node._publisher._writer
+    thread = running.thread
+
+    def lose_thread(self: Buffer, message: Message) -> None:
+        # As if another sender, which holds the lock, has tried to start the thread in vain.
+        running.thread, running.thread_waits = None, False
+        put(self, message)
+
+    monkeypatch.setattr(Buffer, "put", lose_thread)
+    bus.signal("tick").send("tests", n=1)
+    monkeypatch.undo()
+
+    wait_until(lambda: len(received) == 2, what="both events arrive")
+    running.thread = thread
 
 
 def test_a_bus_is_started_and_stopped_by_many_threads_while_others_send(
