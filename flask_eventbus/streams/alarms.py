@@ -236,8 +236,9 @@ class Trims:
         self._service = service
         self._counters = counters
         self._log = BoundedLog(logger)
-        #: Monotonic time of the last check of all streams, and of the last check of any.
-        self.checked_at = self.checked_part_at = float("-inf")
+        #: Monotonic time of the last check of all streams, and of the last check of any. Each
+        #: stream is checked when its group is joined as well.
+        self.checked_at = self.checked_part_at = time.monotonic()
         #: By stream, the position of the group at the last loss, and how many of the entries that
         #: Redis counts as lost were reported or were no loss.
         self._known: dict[str, tuple[str, int]] = {}
@@ -264,14 +265,9 @@ class Trims:
         for name, position in self._group.positions(list(names)).items():
             self._check_stream(name, position)
 
-    def check_before_next_read(self) -> None:
-        """Make a check due. After the next read Redis no longer shows the loss."""
-        self.checked_at = float("-inf")
-
     def reset(self) -> None:
         """Forget reported losses after streams were deleted, since Redis counts from zero again."""
         self._known.clear()
-        self.check_before_next_read()
 
     def report(self, name: str, count: int | None) -> None:
         """Report ``count`` lost events; ``None`` if the number is unknown."""

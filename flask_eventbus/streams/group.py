@@ -258,6 +258,29 @@ class Group:
         head: Command = ("XREADGROUP", "GROUP", self._service, self._consumer, "COUNT", 1)
         return (*head, "STREAMS", self._key(name), LAST_ID)
 
+    def to_recover(self, names: Sequence[str]) -> set[str]:
+        """Return the streams with entries to take when this consumer joins their groups.
+
+        These are its own pending entries, of a lost answer, and the released ones. One round trip
+        asks for all streams.
+        """
+        commands: list[Command] = []
+
+        for name in names:
+            own = ("XPENDING", self._key(name), self._service, "-", "+", 1, self._consumer)
+            commands += [self._empty_read(name), own, self.released_command(name)]
+
+        answers = self.pipe.run(commands) if commands else []
+        # A refusal counts as found: the call that takes the entries reports it, and its end.
+        found = {
+            name
+            for name, read, own, released in zip(
+                names, answers[::3], answers[1::3], answers[2::3], strict=True
+            )
+            if isinstance(read, Exception) or own or released
+        }
+        return found | self.unlisted.intersection(names)
+
     def pending(
         self, name: str, *, idle: float = 0.0, consumer: str = "", most: int | None = None
     ) -> list[Pending]:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,9 @@ CHECK_BACKLOG_EVERY = 1.0
 
 #: Number of entries that one step looks up.
 COUNT = 64
+
+#: Number of groups that one step joins. Their events are read before the next groups are joined.
+JOINED_AT_ONCE = 64
 
 #: Errors of a server without streams.
 _UNKNOWN = tuple(
@@ -108,6 +111,10 @@ class StreamReader(ReadingThread):
         self._most_together = sys.maxsize if context.connections.in_memory else FEW
         #: The streams that are read, each with its subscription.
         self.joined: dict[str, Subscription] = {}
+        #: The streams whose groups the next steps join.
+        self._unjoined: dict[str, Subscription] = {}
+        #: True if the last search found streams to join.
+        self._has_news = False
         #: Streams with a group that this process does not read, because it has no receiver.
         self._unread: frozenset[str] = frozenset()
         #: Streams whose group this process has joined or created before. If the group is gone, a
@@ -160,6 +167,7 @@ class StreamReader(ReadingThread):
             # The answer may have been too large: the next read asks for fewer entries.
             self._batch_size.update(())
             self.joined = {}
+            self._unjoined = {}
             self._unread = frozenset()
             self.catalogue.due_at = self.catalogue.ask_again_at = 0.0
 
@@ -172,8 +180,12 @@ class StreamReader(ReadingThread):
 
     def _step(self) -> None:
         # Joining takes the entries of lost answers, and those of a read that waits are not lost.
-        if time.monotonic() >= self.catalogue.due_at and not self._round:
+        if self._unjoined or (time.monotonic() >= self.catalogue.due_at and not self._round):
             self._join()
+
+        # Joining the other groups waits neither for slow receivers nor for an entry.
+        if self._unjoined:
+            return
 
         if not self.joined or self._is_overloaded():
             self.pause(self._block)
@@ -215,15 +227,9 @@ class StreamReader(ReadingThread):
                 latest = time.monotonic() + self._block
                 entries, refusals = self._read_together(list(streams), room)
 
-            # Another worker may have claimed them while this process was suspended.
-            if time.monotonic() - latest > self._late:
-                entries = self._claim_late(entries)
-
+            self._take_answer(entries, refusals, streams, latest=latest)
         except GroupGoneError as error:
             self._leave_all(error)
-            return
-
-        self._take_answer(entries, refusals, streams)
 
     def _read_together(
         self, names: Sequence[str], room: int
@@ -280,12 +286,8 @@ class StreamReader(ReadingThread):
         try:
             entries, refusals = self._split.finish()
             self._batch_size.update(map(Entry.size, entries))
-
-            if time.monotonic() - self._split.ends_at > self._late:
-                entries = self._claim_late(entries)
-
             streams, self._round = self._round, {}
-            self._take_answer(entries, refusals, streams)
+            self._take_answer(entries, refusals, streams, latest=self._split.ends_at)
         except GroupGoneError as error:
             self._leave_all(error)
 
@@ -294,7 +296,17 @@ class StreamReader(ReadingThread):
         entries: Sequence[Entry],
         refusals: Mapping[str, Exception],
         streams: Mapping[str, Subscription],
+        *,
+        latest: float,
     ) -> None:
+        """Take the entries of a read, and leave the streams that Redis refuses.
+
+        :param latest: monotonic time at which the wait of the read ended at the latest.
+        """
+        # Another worker may have claimed them while this process was suspended.
+        if time.monotonic() - latest > self._late:
+            entries = self._claim_late(entries)
+
         self.last_heard = time.monotonic()
 
         if entries:
@@ -344,6 +356,31 @@ class StreamReader(ReadingThread):
 
     def _join(self) -> None:
         """Join the groups of new streams, and tell the consumer once all are read or refused."""
+        if not self._unjoined:
+            self._find_unjoined()
+
+        if self._unjoined:
+            self._join_some()
+
+        if self._unjoined:
+            return
+
+        # A pattern that was refused before may be granted now, without a new stream.
+        is_news = self._has_news or not self._is_connected or (not self._was_ready and self.ready)
+
+        # Always: a pattern without streams is ready once it was looked at; ready() waits for that.
+        with self.changed:
+            self._is_connected = True
+            self.changed.notify_all()
+
+        if is_news:
+            self._was_ready = self.ready
+
+            if self._was_ready:
+                self._consumer.on_ready()
+
+    def _find_unjoined(self) -> None:
+        """Find the new streams to join, and stop reading those that are no longer subscribed."""
         subscribed = self.catalogue.names()
         without = self.catalogue.without_receiver
         self._unread &= without
@@ -357,35 +394,47 @@ class StreamReader(ReadingThread):
         if time.monotonic() <= self.catalogue.ask_again_at:
             known |= self.catalogue.refused.keys()
 
-        if new := [name for name in subscribed if name not in known]:
-            self._join_new(subscribed, new)
+        self._unjoined = {name: found for name, found in subscribed.items() if name not in known}
+        self._has_news = bool(self._unjoined)
 
-        # A pattern that was refused before may be granted now, without a new stream.
-        is_news = new or not self._is_connected or (not self._was_ready and self.ready)
+    def _join_some(self) -> None:
+        """Join the groups of some streams, and read these if more are left to join.
 
-        # Always: a pattern without streams is ready once it was looked at; ready() waits for that.
-        with self.changed:
-            self._is_connected = True
-            self.changed.notify_all()
+        So the first events wait neither until all groups are joined nor until all are read.
+        """
+        names = list(islice(self._unjoined, JOINED_AT_ONCE))
+        joined = self._join_new({name: self._unjoined.pop(name) for name in names})
+        # After the next read Redis no longer shows what was trimmed before it.
+        self._trims.check_part(joined)
+        self.joined = {**self.joined, **joined}
+        room = self._queue.room
+        streams = {name: joined[name] for name in joined if name not in self._reclaimer.unfinished}
 
-        if is_news:
-            self._was_ready = self.ready
+        if not self._unjoined or not streams or room <= 0 or self._is_overloaded():
+            return
 
-            if self._was_ready:
-                self._consumer.on_ready()
+        try:
+            read = partial(self._group.read, count=self._count(room, len(streams)))
+            latest = time.monotonic()
+            entries, refusals = read_each(list(streams), read, block=0)
+            self._batch_size.update(map(Entry.size, entries))
+            self._take_answer(entries, refusals, streams, latest=latest)
+        except GroupGoneError as error:
+            self._leave_all(error)
 
-    def _join_new(self, subscribed: dict[str, Subscription], new: Sequence[str]) -> None:
+    def _join_new(self, new: Mapping[str, Subscription]) -> dict[str, Subscription]:
+        """Join the groups of streams, and return the streams that may be read."""
         # The position of a deleted group is lost, so the new one starts at the first entry.
         starts = {
-            name: "0" if name in self.known else self.catalogue.start_of(name, subscribed[name])
-            for name in new
+            name: "0" if name in self.known else self.catalogue.start_of(name, found)
+            for name, found in new.items()
         }
-        self._trims.check_before_next_read()
         refusals = self._group.join(starts)
-        joined = dict(self.joined)
+        joined: dict[str, Subscription] = {}
         without = self.catalogue.without_receiver
         # Their groups exist, so that events wait until some process connects a receiver.
         self._unread |= without & refusals.keys()
+        to_recover = self._group.to_recover([name for name in new if name not in without])
 
         for name, refusal in refusals.items():
             if name in without:
@@ -396,19 +445,20 @@ class StreamReader(ReadingThread):
 
                 continue
 
-            obstacle = self._recover(name, subscribed[name])
+            obstacle = self._recover(name, new[name]) if name in to_recover else None
             # If reading works, the group exists, and a refused XGROUP CREATE does not matter.
             refusal = obstacle and (refusal or obstacle)
 
             if refusal is None:
-                joined[name] = subscribed[name]
+                joined[name] = new[name]
+                self.known.add(name)
                 self.catalogue.grant(name)
             elif isinstance(refusal, GroupGoneError):
                 self.catalogue.due_at = 0.0
             else:
-                self._refuse(name, subscribed[name], refusal)
+                self._refuse(name, new[name], refusal)
 
-        self.joined = joined
+        return joined
 
     def _recover(self, name: str, subscription: Subscription) -> Exception | None:
         """Take this consumer's pending entries and the released ones; return a refusal."""
@@ -473,6 +523,7 @@ class StreamReader(ReadingThread):
                 self._duplicates.forget(name)
 
         self.joined = {}
+        self._unjoined = {}
         self.catalogue.due_at = 0.0
 
     def _is_gone(self, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,12 @@ Make = Callable[..., Bus]
 NAMES = [f"work/{number}" for number in range(split.FEW * 2)]
 
 _numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a worker join the groups in several steps."""
+    monkeypatch.setattr(reader, "JOINED_AT_ONCE", 8)
 
 
 @pytest.fixture
@@ -49,6 +56,11 @@ class Received(defaultdict[str, list[Any]]):
         @bus.on(name, via="stream", **options)
         def receive(sender: str, n: Any) -> None:
             self[name].append(n)
+
+
+def connect_all(bus: Bus, receive: Callable[..., object], **options: Any) -> None:
+    for name in NAMES:
+        bus.on(name, via="stream", **options)(receive)
 
 
 def all_acknowledged(store: StreamStore) -> bool:
@@ -203,9 +215,7 @@ def test_entries_that_arrive_while_receivers_are_slow_stay_in_order(
         time.sleep(0.01)
         order.append(n)
 
-    for name in NAMES:
-        bus.on(name, via="stream")(slow)
-
+    connect_all(bus, slow)
     bus.start()
     assert bus.ready(20)
 
@@ -228,3 +238,87 @@ def test_a_stop_leaves_no_entry_of_a_read_that_waits(make: Make, store: StreamSt
     again = Received(make())
 
     wait_until(lambda: again == {NAMES[0]: [2], NAMES[9]: [3]}, what="the events after the stop")
+
+
+def test_the_first_events_do_not_wait_until_all_groups_are_joined(
+    make: Make, store: StreamStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join = Group.join
+    received: list[str] = []
+    first, gave_up = threading.Event(), threading.Event()
+
+    def join_others_later(group: Group, starts: dict[str, str]) -> Any:
+        if NAMES[0] not in starts and not first.wait(10):
+            gave_up.set()
+
+        return join(group, starts)
+
+    def receive(sender: str, n: int) -> None:
+        received.append(NAMES[n])
+        first.set()
+
+    monkeypatch.setattr(Group, "join", join_others_later)
+    for number, name in enumerate(NAMES):
+        store.add(name, n=number)
+
+    bus = make()
+    connect_all(bus, receive, start="earliest")
+    bus.start()
+
+    wait_until(lambda: len(received) >= len(NAMES), what="the events of all streams", timeout=30)
+    assert not gave_up.is_set()
+    assert sorted(received) == sorted(NAMES)
+
+
+def test_a_slow_receiver_does_not_delay_the_joining_of_other_groups(
+    make: Make, store: StreamStore
+) -> None:
+    over = threading.Event()
+    bus = make(concurrency=1)
+    for name in NAMES[:4]:
+        store.add(name, n=1)
+
+    connect_all(bus, lambda sender, n: over.wait(30), start="earliest")
+    bus.start()
+
+    try:
+        assert bus.ready(10)
+    finally:
+        over.set()
+
+
+def test_a_worker_that_joins_many_groups_takes_the_released_entries_first(
+    make: Make, store: StreamStore
+) -> None:
+    may_end = threading.Event()
+    received: dict[int, list[int]] = defaultdict(list)
+
+    def receive(sender: str, stream: int, n: int) -> None:
+        may_end.wait(30)
+        received[stream].append(n)
+
+    for n in range(3):
+        for stream, name in enumerate(NAMES):
+            store.add(name, stream=stream, n=n)
+
+    first = make(concurrency=1)
+    connect_all(first, receive, start="earliest")
+    first.start()
+    assert first.ready(10)
+    wait_until(
+        lambda: store.client.xpending(store.keys.stream(NAMES[0]), "mailer")["pending"],
+        what="the worker has read entries",
+    )
+    stopping = threading.Thread(target=first.stop)
+    stopping.start()
+    may_end.set()
+    stopping.join()
+
+    second = make(concurrency=1)
+    connect_all(second, receive, start="earliest")
+    second.start()
+
+    wait_until(
+        lambda: sum(map(len, received.values())) >= 3 * len(NAMES), what="all events", timeout=20
+    )
+    assert list(received.values()) == [[0, 1, 2]] * len(NAMES)

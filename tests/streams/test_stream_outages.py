@@ -1076,8 +1076,6 @@ def trims_of(group: Group) -> tuple[Trims, Counters]:
 
 
 def look(watch: Trims) -> None:
-    """Look at once."""
-    watch.check_before_next_read()
     watch.check(["tick"])
 
 
