@@ -326,6 +326,10 @@ class EventBus(Registry):
             return app.app_context()
 
         def owns(sender: Any) -> bool:
+            # Most senders are the app itself; for them, this one comparison is enough.
+            if sender is not None and sender is reference():
+                return True
+
             # The app that sends: the sender itself, or the current app.
             sending_app = sender if isinstance(sender, Flask) else current_app
 
@@ -416,5 +420,6 @@ def _traceparent() -> str | None:
     if not has_request_context():
         return None
 
-    value = request.headers.get("traceparent", "")
-    return value if _TRACEPARENT.fullmatch(value) else None
+    # The header, without the layers of request.headers.
+    value: str = request.environ.get("HTTP_TRACEPARENT", "")
+    return value if value and _TRACEPARENT.fullmatch(value) else None

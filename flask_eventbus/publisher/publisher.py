@@ -105,7 +105,8 @@ class Sending:
 
         :param confirm: True to wait until Redis has the event.
         """
-        if self._under_test is not None and self.must_not_publish():
+        # The second check of must_not_publish(), without its call.
+        if self._under_test is not None and self._under_test() and self.must_not_publish():
             # Encode it, so that a payload that cannot be encoded still raises.
             return self.publisher.encode(name, payload, route).id
 
@@ -149,10 +150,10 @@ class Sending:
         """Return True in a test that must not publish; log a warning the first time."""
         config, connections = self._config, self._connections
 
-        if self._under_test is None or config.publish_in_tests or connections.in_memory:
+        if self._under_test is None or not self._under_test():
             return False
 
-        if not self._under_test():
+        if config.publish_in_tests or connections.in_memory:
             return False
 
         if not self._test_is_logged:
@@ -253,14 +254,29 @@ class Publisher:
             and the buffer is full.
         :raises ClosedError: the publisher is closed.
         """
-        if message.wakeup is None:
-            if not self._add(message):
-                self._accept(message)
-        elif self._is_busy_here:
-            # A signal handler that interrupts another send in this thread must not wait itself.
-            self._accept(message)
-        else:
-            self._publish_confirmed(message)
+        buffer, writer = self._buffer, self._writer
+
+        if message.wakeup is not None or writer.thread is None or not buffer.has_much_room(message):
+            self._publish_with_lock(message)
+            return
+
+        if self._raises:
+            self._refuse_in_outage(message)
+
+        message.assign_id(self._node, next(self._numbers), time.time_ns())
+        buffer.put(message)
+
+        # Only now: if the publisher is closed later, close() finds the event.
+        if self._closed and buffer.take_back(message):
+            raise ClosedError
+
+        if writer.thread_waits:
+            # A sender that uses the connection looks at the queues when it is done.
+            if writer.owner is None:
+                writer.wake_thread()
+        elif writer.thread is None:
+            # The thread could not be started after all.
+            self._write_here(message)
 
     def resend(self, message: Message) -> None:
         """Publish an unconfirmed event again, with the same id and the same encoded bytes.
@@ -391,37 +407,12 @@ class Publisher:
         """Return True if the calling thread currently writes."""
         return self._writer.is_this_thread
 
-    def _add(self, message: Message) -> bool:
-        """Add an event to the buffer without its lock, and wake the writer thread.
-
-        Return False and do nothing if the event may not fit, or without a writer thread.
-
-        :raises ClosedError: the publisher is closed.
-        """
-        buffer, writer = self._buffer, self._writer
-
-        if writer.thread is None or not buffer.has_much_room(message):
-            return False
-
-        if self._raises:
-            self._refuse_in_outage(message)
-
-        message.assign_id(self._node, next(self._numbers), time.time_ns())
-        buffer.put(message)
-
-        # Only now: if the publisher is closed later, close() finds the event.
-        if self._closed and buffer.take_back(message):
-            raise ClosedError
-
-        if writer.thread_waits:
-            # A sender that uses the connection looks at the queues when it is done.
-            if writer.owner is None:
-                writer.wake_thread()
-        elif writer.thread is None:
-            # The thread could not be started after all.
-            self._write_here(message)
-
-        return True
+    def _publish_with_lock(self, message: Message) -> None:
+        # A signal handler that interrupts another send in this thread must not wait itself.
+        if message.wakeup is None or self._is_busy_here:
+            self._accept(message)
+        else:
+            self._publish_confirmed(message)
 
     def _accept(self, message: Message, deadline: float | None = None) -> None:
         """Add an event to the buffer, and wake the writer thread.
