@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -187,9 +186,13 @@ def end_by_signal(number: int, frame: FrameType | None) -> None:
     """
     signal.signal(number, _exit if _is_first() else signal.SIG_DFL)
 
-    # Python cannot start threads while it exits; atexit stops the buses then.
-    with suppress(RuntimeError):
+    try:
         call_in_thread(_stop_and_end, number)
+    except RuntimeError:
+        # Python cannot start threads while it exits; atexit stops the buses then. If the process
+        # has reached its limit of threads, let it exit now.
+        if threading.main_thread().is_alive():
+            raise SystemExit(128 + number) from None
 
 
 def call_in_thread(function: Callable[..., None], *args: Any) -> None:

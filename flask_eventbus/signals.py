@@ -202,6 +202,12 @@ class LifecycleThread:
             # The process is ending, or it has reached its limit of threads.
             logger.debug("Cannot start the thread for lifecycle signals: %s", error)
             self._thread = None
+        except BaseException:
+            # A signal handler has interrupted the start: the next signal starts a thread again.
+            if not self._thread.is_alive():
+                self._thread = None
+
+            raise
 
         return self._thread is not None
 

@@ -197,6 +197,28 @@ def test_a_lifecycle_receiver_that_raises_does_not_stop_the_others() -> None:
         signals.events_trimmed.disconnect(receiver)
 
 
+def test_a_signal_handler_that_raises_while_the_lifecycle_thread_starts_keeps_no_signal_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(signals, "_thread", None)
+    reported: list[str] = []
+
+    def strike(thread: threading.Thread) -> None:
+        raise ArithmeticError("what a signal handler raises")
+
+    def note(sender: str, name: str, **values: Any) -> None:
+        reported.append(name)
+
+    with signals.events_trimmed.connected_to(note):
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", strike)
+            with pytest.raises(ArithmeticError, match="what a signal handler raises"):
+                emit(signals.events_trimmed, "tests", name="tick", count=1)
+        emit(signals.events_trimmed, "tests", name="tock", count=1)
+
+        wait_until(lambda: reported == ["tick", "tock"], what="both signals are sent")
+
+
 def test_a_lifecycle_receiver_that_causes_its_own_signal_does_not_loop(
     redis_server: RedisServer, make_bus: Make
 ) -> None:

@@ -458,6 +458,26 @@ def test_sigterm_logs_the_ids_a_script_could_not_publish(start: Callable[..., Pr
     assert any("1 events were not published before the end" in line for line in program.lines)
 
 
+def test_sigterm_ends_a_process_that_has_reached_its_limit_of_threads(
+    start: Callable[..., Program],
+) -> None:
+    limit = """
+import _thread
+
+def refuse(*arguments):
+    raise RuntimeError("can't start new thread")
+
+_thread.start_new_thread = refuse
+"""
+    program = start(PUBLISHER.replace('print("sent"', f'{limit}\nprint("sent"'))
+    program.wait_for("sent")
+
+    program.process.send_signal(signal.SIGTERM)
+
+    assert program.end() == 128 + signal.SIGTERM
+    assert any("1 events were not published before the end" in line for line in program.lines)
+
+
 LATE = """
 import os, threading, time
 from flask_eventbus import Bus
