@@ -409,11 +409,12 @@ class Registry:
 
     def _signal_created(self, signal: NamedSignal) -> None:
         with self.lock:
-            self._known.add(signal.name)
-
             for pattern, receiver, senders in self._patterns:
                 if matches(pattern, signal.name):
                     _connect(signal, receiver, senders)
+
+            # Now: until then, threads with an event of this name wait for the lock.
+            self._known.add(signal.name)
 
             for node in list(self._nodes):
                 node.signal_created(signal)

@@ -268,6 +268,37 @@ def test_receivers_can_be_disconnected_while_events_arrive(
     assert "failed" not in consumer.health().counts
 
 
+def test_an_event_that_comes_while_its_name_is_declared_reaches_the_receivers_of_patterns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bus = Bus("memory://declared", service="consumer")
+
+    @bus.on("ti*")
+    def receive(sender: str, n: int) -> None: ...
+
+    found: list[list[Any]] = []
+    threads: list[threading.Thread] = []
+    connect = BusSignal.connect
+
+    def connect_late(signal: BusSignal, receiver: Any, *args: Any, **options: Any) -> Any:
+        if not threads:
+            threads.append(
+                threading.Thread(target=lambda: found.append(bus.receivers_of("tick", "shop")))
+            )
+            threads[0].start()
+            # It may wait until the receivers are connected.
+            threads[0].join(0.2)
+
+        return connect(signal, receiver, *args, **options)
+
+    monkeypatch.setattr(BusSignal, "connect", connect_late)
+    bus.signal("tick")
+
+    threads[0].join()
+
+    assert found == [[receive]]
+
+
 def test_receivers_connected_and_disconnected_between_events_take_effect_at_once(
     consumer: Bus, send: Callable[..., None]
 ) -> None:

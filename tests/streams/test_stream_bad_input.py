@@ -384,7 +384,7 @@ def test_a_retry_queue_of_a_wrong_type_stops_no_other_signal(
     store.add("tick", n=1)
 
     wait_until(lambda: tries == [1, 2], what="the receiver of the other signal is tried again")
-    assert "'tack'" in caplog.text
+    wait_until(lambda: "'tack'" in caplog.text, what="the wrong type is reported")
     assert "WRONGTYPE" in caplog.text
 
 

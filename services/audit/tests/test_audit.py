@@ -149,7 +149,7 @@ def test_after_a_pause_only_stream_events_are_written(
         wait_until(lambda: len(trail.lines("event")) == 2)
 
         first.terminate()
-        assert first.wait(timeout=10) == 0
+        assert first.wait(timeout=30) == 0
         registered.send(user_id=2)
         changed.send(sku="B2")
         assert bus.flush(5)
@@ -180,7 +180,7 @@ def test_sigterm_ends_the_service_with_code_0_and_a_last_line(
 ) -> None:
     process.terminate()
 
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=30) == 0
     assert trail.lines()[-1]["what"] == "stopped"
 
 

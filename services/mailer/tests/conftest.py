@@ -105,7 +105,7 @@ class Sink:
             return
 
         self._process.terminate()
-        self._process.communicate(timeout=10)
+        self._process.communicate(timeout=30)
         assert self._process.returncode == 0
         self._process = None
 
