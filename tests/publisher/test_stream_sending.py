@@ -48,7 +48,7 @@ pytestmark = [
 Make = Callable[..., Bus]
 
 #: Seconds that a slow machine may take beyond what a caller is held.
-SLACK = 1.0
+SLACK = 2.0
 
 
 @pytest.fixture
