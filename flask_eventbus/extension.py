@@ -341,7 +341,8 @@ class EventBus(Registry):
 
         def under_test() -> bool:
             app = reference()
-            return app is not None and app.testing
+            # As app.testing, without its descriptor.
+            return app is not None and bool(app.config["TESTING"])
 
         def session() -> Any:
             app = reference()
@@ -420,6 +421,7 @@ def _traceparent() -> str | None:
     if not has_request_context():
         return None
 
-    # The header, without the layers of request.headers.
-    value: str = request.environ.get("HTTP_TRACEPARENT", "")
+    # The header, without the layers of the proxy and of request.headers.
+    environ = request._get_current_object().environ  # type: ignore[attr-defined]  # a proxy
+    value: str = environ.get("HTTP_TRACEPARENT", "")
     return value if value and _TRACEPARENT.fullmatch(value) else None
