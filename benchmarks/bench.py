@@ -29,6 +29,7 @@ from contenders import BUS, BY_HAND, CHANNELS, FLOOR, PEERS, STREAMS, Contender,
 from measure import FailedError, Result, Server, exchange, redis_server
 from own import backlog, contexts, growth, imports, requests, retries, services, threads
 from report import chart, markdown
+from steps import steps
 
 Figures = dict[str, dict[str, Any]]
 
@@ -167,6 +168,7 @@ SUBJECTS: dict[str, Callable[[Server, argparse.Namespace], Figures]] = {
     "retries": retries,
     "backlog": backlog,
     "contexts": contexts,
+    "steps": steps,
     "requests": requests,
     "imports": imports,
     "peers": peers,

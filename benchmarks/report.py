@@ -16,6 +16,7 @@ COLUMNS = {
     "p99": ("p99, ms", 2),
     "first": ("first event, ms", 0),
     "context": ("context, us", 1),
+    "step": ("CPU, us", 1),
     "request": ("request, us", 1),
     "import": ("import, ms", 1),
 }
