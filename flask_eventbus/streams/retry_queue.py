@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import redis
 
@@ -29,8 +29,6 @@ from .acknowledger import Acknowledger
 from .outcomes import Outcome, Outcomes
 
 logger = get_logger(__name__)
-
-T = TypeVar("T")
 
 #: Seconds since the last attempt after which a retry without a receiver is given up. A
 #: deployment may take as long.
@@ -83,15 +81,32 @@ class RetryQueue:
     def take(
         self, name: str, subscription: Subscription, *, most: int
     ) -> tuple[list[Delivery], list[Outcome], bool]:
-        """Lease retries that are due.
+        """Lease retries that are due. The caller holds the lock.
+
+        A worker decodes only what it has leased, so that many workers cost little more than one.
 
         :return: the retries to run, the outcomes of those given up, and True if more are due.
         :raises redis.ConnectionError: Redis is away.
         """
-        taken, count = self._lease_due(name, subscription, self._judge, most=most)
-        deliveries = [found for found in taken if isinstance(found, Delivery)]
-        given_up = [found for found in taken if isinstance(found, Outcome)]
-        return deliveries, given_up, count >= most
+        due_until, until = round(self._clock.now() * 1000), self._lease_until()
+        found = self._pipe.ask(*self._find_due(name, due_until, most=most))
+        leased, later = self._lease(name, found, due_until, until)
+        deliveries: list[Delivery] = []
+        given_up: list[Outcome] = []
+
+        for member in leased:
+            stored = self._decode(name, subscription, member)
+            result = stored if isinstance(stored, Outcome) else self._judge(*stored)
+
+            if isinstance(result, Delivery):
+                deliveries.append(result)
+            elif result is not None:
+                given_up.append(result)
+            else:
+                later.append(("ZADD", self._key(name), "XX", self._postponed_until(), member))
+
+        self._run(later)
+        return deliveries, given_up, len(found) >= most
 
     def due_command(self, name: str) -> Command:
         """Return a command whose answer is empty if no retry is due."""
@@ -147,74 +162,65 @@ class RetryQueue:
 
         while True:
             with self._lock:
-                given_up, _ = self._lease_due(
-                    name, subscription, self._judge_orphan, most=MAX_PER_STEP, overdue=OVERDUE
-                )
+                given_up = self._lease_orphans(name, subscription)
 
             self._acknowledger.write(given_up)
 
             if len(given_up) < MAX_PER_STEP:
                 return
 
-    def _lease_due(
-        self,
-        name: str,
-        subscription: Subscription,
-        judge: Callable[[Delivery, RetryRecord], tuple[T | None, int | None]],
-        *,
-        most: int,
-        overdue: float = 0.0,
-    ) -> tuple[list[T | Outcome], int]:
-        """Lease retries that have been due for ``overdue`` seconds. The caller holds the lock.
+    def _lease_orphans(self, name: str, subscription: Subscription) -> list[Outcome]:
+        """Lease overdue retries that are to be given up. The caller holds the lock."""
+        due_until, until = round((self._clock.now() - OVERDUE) * 1000), self._lease_until()
+        found = self._pipe.ask(*self._find_due(name, due_until, most=MAX_PER_STEP))
+        outcomes: dict[bytes, Outcome] = {}
+
+        for member in found:
+            stored = self._decode(name, subscription, member)
+            outcome = stored if isinstance(stored, Outcome) else self._judge_orphan(*stored)
+
+            if outcome is not None:
+                outcomes[member] = outcome
+
+        leased, later = self._lease(name, list(outcomes), due_until, until)
+        self._run(later)
+        return [outcomes[member] for member in leased]
+
+    def _lease(
+        self, name: str, members: Sequence[bytes], due_until: int, until: int
+    ) -> tuple[list[bytes], list[Command]]:
+        """Lease retries that are due.
 
         A transaction sets an older score to the time of the search, and adds what that lacks to
         the end of the lease. If two workers add at the same time, only the first one gets the end
         of its lease as the answer.
 
-        :param judge: returns the item to return for a retry, and the new score of the retry in
-            milliseconds since 1970. Without a score, the retry is not leased.
-        :return: the items of the leased retries, and the number of retries found.
+        :param due_until: the time of the search, in milliseconds since 1970.
+        :param until: the end of the lease.
+        :return: the retries that this worker has leased, and commands for the others, to be run.
         """
         key = self._key(name)
-        due_until = round((self._clock.now() - overdue) * 1000)
-        found = self._pipe.ask(*self._find_due(name, due_until, most=most))
-        leases: list[tuple[bytes, T | Outcome | None, int]] = []
         commands: list[Command] = []
+        leased: list[bytes] = []
+        later: list[Command] = []
 
-        for member in found:
-            stored = self._decode(name, subscription, member)
-            result: T | Outcome | None
-            until: int | None
+        for member in members:
+            # First GT, so that the sum of two leases is not far in the future: a worker that came
+            # second may be lost before it corrects the score.
+            commands += [
+                ("ZADD", key, "XX", "GT", due_until, member),
+                ("ZADD", key, "XX", "INCR", until - due_until, member),
+            ]
 
-            if isinstance(stored, Outcome):
-                result, until = stored, self._lease_until()
-            else:
-                result, until = judge(*stored)
-
-            if until is not None:
-                leases.append((member, result, until))
-                # First GT, so that the sum of two leases is not far in the future: a worker that
-                # came second may be lost before it corrects the score.
-                commands += [
-                    ("ZADD", key, "XX", "GT", due_until, member),
-                    ("ZADD", key, "XX", "INCR", until - due_until, member),
-                ]
-
-        taken: list[T | Outcome] = []
-        again: list[Command] = []
-
-        for (member, result, until), score in zip(
-            leases, self._execute(commands)[1::2], strict=True
-        ):
+        for member, score in zip(members, self._execute(commands)[1::2], strict=True):
             if score is not None and abs(float(score) - until) >= 1:
                 # Another worker has it. Both have added to the score, so set what that one set.
                 first = min(round(float(score)) - (until - due_until), self._lease_until())
-                again.append(("ZADD", key, "XX", first, member))
-            elif score is not None and result is not None:
-                taken.append(result)
+                later.append(("ZADD", key, "XX", first, member))
+            elif score is not None:
+                leased.append(member)
 
-        self._run(again)
-        return taken, len(found)
+        return leased, later
 
     def _key(self, name: str) -> str:
         return self._keys.retry(name, self._config.service)
@@ -296,41 +302,36 @@ class RetryQueue:
             # XX: another worker may have started or ended it.
             self._pipe.run([("ZADD", key, "XX", round(self._clock.now() * 1000), delivery.member)])
 
-    def _judge(
-        self, delivery: Delivery, record: RetryRecord
-    ) -> tuple[Delivery | Outcome | None, int]:
-        """Return a due retry to run or the outcome of one given up, and the score that it gets."""
+    def _judge(self, delivery: Delivery, record: RetryRecord) -> Delivery | Outcome | None:
+        """Return a leased retry to run, the outcome of one given up, or ``None`` to postpone it."""
         # Redis's clock was set, so the lease may have expired although its worker runs.
         if record.running and not self._clock.is_steady:
-            return None, self._postponed_until()
+            return None
 
         receivers = self._dispatcher.receivers(delivery.event, only=record.receiver)
 
         if not receivers:
             # Another worker may have the receiver.
-            outcome, until = self._judge_orphan(delivery, record)
-            return outcome, until or self._postponed_until()
+            return self._judge_orphan(delivery, record)
 
         retries = self._outcomes.retries(delivery.subscription, delivery.name, receivers[0])
 
         if record.running and record.attempts > retries:
             text = f"{record.attempts} attempts were made; the worker died in the last one."
-            return self._outcomes.give_up(delivery, "killed", text), self._lease_until()
+            return self._outcomes.give_up(delivery, "killed", text)
 
-        return delivery, self._lease_until()
+        return delivery
 
-    def _judge_orphan(
-        self, delivery: Delivery, record: RetryRecord
-    ) -> tuple[Outcome | None, int | None]:
+    def _judge_orphan(self, delivery: Delivery, record: RetryRecord) -> Outcome | None:
         """Return the outcome of a retry without a receiver; ``None`` if it is not old."""
         if abs(self._clock.now() - record.last / 1000) <= GONE_AFTER:
-            return None, None
+            return None
 
         text = (
             f"No worker of {self._config.service!r} has the receiver {record.receiver!r}, and its "
             f"last attempt was over an hour ago. Its last error: {record.error}"
         )
-        return self._outcomes.give_up(delivery, "gone", text), self._lease_until()
+        return self._outcomes.give_up(delivery, "gone", text)
 
     def _decode(
         self, name: str, subscription: Subscription, member: bytes

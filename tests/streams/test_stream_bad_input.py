@@ -23,6 +23,7 @@ from flask_eventbus.codec.codec import Codec
 from flask_eventbus.codec.records import DeadLetter, RetryRecord
 from flask_eventbus.event import Event
 from flask_eventbus.streams.group import Group
+from flask_eventbus.streams.retry_queue import RetryQueue
 from flask_eventbus.transport.pipe import Command, Pipe
 
 pytestmark = pytest.mark.timing(first_retry=0.1, check_released_every=0.2, resend_after=0.2)
@@ -341,6 +342,38 @@ def test_an_edited_due_time_harms_no_other_retry(
         wait_until(lambda: "edited" in received, what="the edited one is tried again")
 
     assert ("edited" in received) == (score == "-inf")
+
+
+def test_a_worker_decodes_no_retry_that_another_one_leased_first(
+    store: StreamStore, service: Bus, received: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver = receiver_name(received, service, store)
+    key = store.keys.retry("tick", "mailer")
+    lease, unpacked = RetryQueue._lease, RetryRecord.unpacked
+    half_a_lease = round(service.node.config.claim_after * 500)
+    others: list[float] = []
+    decoded: list[bytes] = []
+
+    def lease_second(queue: RetryQueue, name: str, members: Sequence[bytes], *times: int) -> Any:
+        for member in members:
+            store.client.zadd(key, {member: times[0]}, xx=True, gt=True)
+            others.append(store.client.zincrby(key, half_a_lease, member))
+
+        return lease(queue, name, members, *times)
+
+    def note(member: bytes) -> RetryRecord:
+        decoded.append(member)
+        return unpacked(member)
+
+    monkeypatch.setattr(RetryQueue, "_lease", lease_second)
+    monkeypatch.setattr(RetryRecord, "unpacked", note)
+    store.client.zadd(key, {record_of(store, receiver, n="other").packed(): 1})
+
+    wait_until(lambda: others, what="the other worker leases it first")
+    next_event_arrives(store, received)
+    wait_until(lambda: len(others) > 1, what="it is due again when that lease ends")
+    assert not decoded
+    assert "other" not in received
 
 
 # -- keys that hold something else --------------------------------------------------------
