@@ -34,6 +34,10 @@ logger = get_logger(__name__)
 #: answer counts as lost.
 BLOCK = 1.0
 
+#: Longest time in seconds that a read of silent streams blocks. Redis may be busy for the rest of
+#: the five seconds.
+BLOCK_SILENT = 3.0
+
 #: Share of ``EVENTBUS_CLAIM_AFTER`` after which an entry counts as claimable: clocks differ.
 CLAIMABLE = 0.9
 
@@ -99,11 +103,12 @@ class StreamReader(ReadingThread):
         self._reclaimer = reclaimer
         self._block = group.pipe.wait_at_most(BLOCK)
         claim_after = context.config.claim_after
+        longest = group.pipe.wait_at_most(max(BLOCK, min(BLOCK_SILENT, claim_after / 4)))
         #: Seconds after the end of a read's wait after which another worker may have claimed its
         #: entries, because this process was suspended. Redis may have delivered them when the wait
         #: began, so this is negative if a wait is longer than the time until they are claimed.
-        self._late = min(claim_after / 2, CLAIMABLE * claim_after - self._block)
-        self._split = SplitRead(*many, block=self._block)
+        self._late = min(claim_after / 2, CLAIMABLE * claim_after - longest)
+        self._split = SplitRead(*many, block=self._block, longest=longest)
         #: The streams that were read at the start of the present round of this read; empty if there
         #: is none.
         self._round: dict[str, Subscription] = {}
@@ -179,8 +184,7 @@ class StreamReader(ReadingThread):
             super().stop()
 
     def _step(self) -> None:
-        # Joining takes the entries of lost answers, and those of a read that waits are not lost.
-        if self._unjoined or (time.monotonic() >= self.catalogue.due_at and not self._round):
+        if self._unjoined or time.monotonic() >= self.catalogue.due_at:
             self._join()
 
         # Joining the other groups waits neither for slow receivers nor for an entry.
@@ -214,20 +218,13 @@ class StreamReader(ReadingThread):
                 streams = self._take_back_released(streams)
 
             if self._round or len(streams) > self._most_together:
-                # A read of the round may name streams that are no longer read when it is answered.
                 self._round = self._round or self.joined
-                entries, refusals = self._split.read(streams, partial(self._count, room))
-                self._batch_size.update(map(Entry.size, entries))
-                streams, latest = self._round, self._split.ends_at
-                self._round = self._round if self._split.is_waiting else {}
+                self._take_split(self._split.read(streams, partial(self._count, room)))
                 self._has_backlog = False
-            elif not streams:
-                return
-            else:
+            elif streams:
                 latest = time.monotonic() + self._block
                 entries, refusals = self._read_together(list(streams), room)
-
-            self._take_answer(entries, refusals, streams, latest=latest)
+                self._take_answer(entries, refusals, streams, latest=latest)
         except GroupGoneError as error:
             self._leave_all(error)
 
@@ -279,17 +276,26 @@ class StreamReader(ReadingThread):
         return self._batch_size.count(room=room, memory=memory, streams=streams)
 
     def _finish_read(self) -> None:
-        """Take the entries of the reads that Redis has not answered yet, and send no other."""
+        """Take the entries of the reads that Redis has answered, and send no other."""
         if not self._round:
             return
 
         try:
-            entries, refusals = self._split.finish()
-            self._batch_size.update(map(Entry.size, entries))
-            streams, self._round = self._round, {}
-            self._take_answer(entries, refusals, streams, latest=self._split.ends_at)
+            self._take_split(self._split.finish())
         except GroupGoneError as error:
             self._leave_all(error)
+
+    def _take_split(self, answer: tuple[list[Entry], dict[str, Exception]] | None) -> None:
+        """Take an answer of the split read, if there is one."""
+        if answer is None:
+            return
+
+        entries, refusals = answer
+        self._batch_size.update(map(Entry.size, entries))
+        # A read may name streams that are no longer read when it is answered.
+        streams = self._round
+        self._round = self._round if self._split.is_waiting else {}
+        self._take_answer(entries, refusals, streams, latest=self._split.ends_at)
 
     def _take_answer(
         self,
@@ -394,6 +400,8 @@ class StreamReader(ReadingThread):
         if time.monotonic() <= self.catalogue.ask_again_at:
             known |= self.catalogue.refused.keys()
 
+        # Joining takes the entries of lost answers, and those of a read that waits are not lost.
+        known |= self._round.keys()
         self._unjoined = {name: found for name, found in subscribed.items() if name not in known}
         self._has_news = bool(self._unjoined)
 
@@ -407,6 +415,11 @@ class StreamReader(ReadingThread):
         # After the next read Redis no longer shows what was trimmed before it.
         self._trims.check_part(joined)
         self.joined = {**self.joined, **joined}
+
+        if self._round:
+            self._round = {**self._round, **joined}
+            self._split.add(joined)
+
         room = self._queue.room
         streams = {name: joined[name] for name in joined if name not in self._reclaimer.unfinished}
 

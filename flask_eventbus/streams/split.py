@@ -10,6 +10,7 @@ from functools import partial
 import redis
 
 from ..logs import get_logger
+from ..transport.connection import TOO_LATE
 from ..transport.pipe import wait_for_replies
 from .group import Entry, Group, GroupGoneError, read_one_by_one
 
@@ -29,22 +30,26 @@ class SplitRead:
     """Reads many streams, so that an entry does not cost time for each stream without one.
 
     Each read names its streams, and Redis and this process handle all of these names again for
-    each answer. So the streams are divided for a round of up to ``block`` seconds: one read waits
+    each answer. So the streams are divided for a round of up to ``longest`` seconds: one read waits
     for the busy streams, and is sent again after each answer; another waits for the silent ones.
     In a round, no stream changes sides: if both reads waited for a stream, its entries could
-    arrive in the wrong order. Both reads end with the round.
+    arrive in the wrong order. Both reads end with the round. Once a silent stream gets an entry,
+    the round ends within ``block`` seconds.
 
     Only the reading thread may call its methods, except :meth:`interrupt`.
 
     :param busy: the consumer group on the connection that reads busy streams.
     :param silent: the consumer group on the connection that reads the others.
-    :param block: seconds of a round.
+    :param block: seconds that the read of the busy streams waits.
+    :param longest: seconds of a round in which no silent stream gets an entry.
     """
 
-    def __init__(self, busy: Group, silent: Group, *, block: float) -> None:
+    def __init__(self, busy: Group, silent: Group, *, block: float, longest: float) -> None:
         self._busy, self._silent = self._halves = (_Half(busy), _Half(silent))
         self._block = block
-        self._timeout = busy.pipe.timeout
+        self._longest = longest
+        #: Seconds after the end of a round after which its answers count as lost.
+        self._patience = max(0.0, busy.pipe.timeout - longest)
         #: Monotonic time at which the round ends, and the streams that are busy in it.
         self.ends_at = 0.0
         self._busy_names: list[str] = []
@@ -60,29 +65,32 @@ class SplitRead:
 
     def read(
         self, streams: Collection[str], count: Callable[[int], int]
-    ) -> tuple[list[Entry], dict[str, Exception]]:
-        """Wait until one of the reads is answered, and return its entries.
+    ) -> tuple[list[Entry], dict[str, Exception]] | None:
+        """Wait up to ``block`` seconds until one of the reads is answered, and return its entries.
 
         :param streams: names of the streams to read. A read that waits already may name others.
         :param count: returns how many entries to read from each of so many streams.
-        :return: the entries, and by name the errors of the streams that Redis refuses.
+        :return: the entries, and by name the errors of the streams that Redis refuses; ``None``
+            without an answer.
         :raises GroupGoneError: if a stream or its group does not exist. Call :meth:`discard`.
         """
         if not self.is_waiting:
             self._begin(streams)
 
         self._send(streams, count)
-        waiting = {half.group.pipe: half for half in self._halves if half.names}
-        # Without an answer in time, receiving one of them raises an error.
-        answered = wait_for_replies(list(waiting), self._timeout) or waiting
-        return self._receive([waiting[pipe] for pipe in answered])
+        return self._take_answers(self._block)
 
-    def finish(self) -> tuple[list[Entry], dict[str, Exception]]:
-        """Return the entries of the reads that wait, once the round has ended.
+    def add(self, streams: Collection[str]) -> None:
+        """Read streams that are new in this round with the busy ones."""
+        self._busy_names += streams
 
+    def finish(self) -> tuple[list[Entry], dict[str, Exception]] | None:
+        """Return the entries of the reads that were answered, and send no other.
+
+        :return: as :meth:`read` does.
         :raises GroupGoneError: if a stream or its group does not exist. Call :meth:`discard`.
         """
-        return self._receive([half for half in self._halves if half.names])
+        return self._take_answers(0.0)
 
     def discard(self) -> None:
         """End the round without its entries: they are pending, and joining the groups finds them.
@@ -109,7 +117,7 @@ class SplitRead:
 
     def _begin(self, streams: Collection[str]) -> None:
         now = time.monotonic()
-        self.ends_at = now + self._block
+        self.ends_at = now + self._longest
         self._entry_at = {
             name: at
             for name, at in self._entry_at.items()
@@ -125,11 +133,24 @@ class SplitRead:
             return
 
         if not self._busy.names:
-            self._busy.send([name for name in self._busy_names if name in streams], count, left)
+            names = [name for name in self._busy_names if name in streams]
+            self._busy.send(names, count, min(left, self._block))
 
         if not self._silent.names:
             busy = set(self._busy_names)
             self._silent.send([name for name in streams if name not in busy], count, left)
+
+    def _take_answers(self, timeout: float) -> tuple[list[Entry], dict[str, Exception]] | None:
+        waiting = {half.group.pipe: half for half in self._halves if half.names}
+        answered = wait_for_replies(list(waiting), timeout)
+
+        if not answered:
+            if time.monotonic() > self.ends_at + self._patience:
+                raise redis.TimeoutError(TOO_LATE)
+
+            return None
+
+        return self._receive([waiting[pipe] for pipe in answered])
 
     def _receive(self, halves: Sequence[_Half]) -> tuple[list[Entry], dict[str, Exception]]:
         entries: list[Entry] = []
@@ -143,6 +164,10 @@ class SplitRead:
             counts = Counter(entry.name for entry in found)
             self._entry_at |= dict.fromkeys(counts, time.monotonic())
             self.unfinished |= {name for name, count in counts.items() if count >= half.count}
+
+            # So that these streams change sides.
+            if found and half is self._silent:
+                self.ends_at = min(self.ends_at, time.monotonic() + self._block)
 
         return entries, refusals
 

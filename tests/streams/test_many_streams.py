@@ -123,17 +123,57 @@ def test_a_silent_stream_is_read_before_the_end_of_a_round_while_another_is_busy
     assert sorted(delays)[len(delays) // 2] < 2.0
 
 
-def test_an_event_of_a_busy_stream_costs_no_read_of_the_silent_ones(
-    make: Make, store: StreamStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of streams of each read that was sent."""
     send_read = Group.send_read
-    reads: list[int] = []
+    found: list[int] = []
 
     def count_names(group: Group, names: Sequence[str], **options: Any) -> None:
-        reads.append(len(names))
+        found.append(len(names))
         send_read(group, names, **options)
 
     monkeypatch.setattr(Group, "send_read", count_names)
+    return found
+
+
+def test_a_new_stream_is_read_while_the_read_of_the_silent_ones_waits(
+    make: Make, store: StreamStore, monkeypatch: pytest.MonkeyPatch, reads: list[int]
+) -> None:
+    monkeypatch.setattr(reader, "BLOCK_SILENT", 60.0)
+    bus = make(claim_after=240)
+    Received(bus)
+    wait_until(lambda: reads == [len(NAMES)], what="the read of the silent streams")
+    added: list[int] = []
+
+    @bus.on("added", via="stream")
+    def receive(sender: str, n: int) -> None:
+        added.append(n)
+
+    assert bus.ready(20)
+    for n in range(3):
+        store.add("added", n=n)
+
+    wait_until(lambda: added == [0, 1, 2], what="the events of the new stream")
+    assert reads[0] == len(NAMES)
+    assert set(reads[1:]) == {1}
+
+
+def test_a_silent_stream_that_gets_an_event_is_read_with_the_busy_ones_soon(
+    make: Make, store: StreamStore, monkeypatch: pytest.MonkeyPatch, reads: list[int]
+) -> None:
+    monkeypatch.setattr(reader, "BLOCK_SILENT", 60.0)
+    received = Received(make(claim_after=240))
+    store.add(NAMES[3], n=0)
+    wait_until(lambda: received[NAMES[3]] == [0], what="the first event")
+
+    wait_until(lambda: 1 in reads, what="a read of the busy stream alone", timeout=20)
+    assert reads.index(1) <= 3
+
+
+def test_an_event_of_a_busy_stream_costs_no_read_of_the_silent_ones(
+    make: Make, store: StreamStore, reads: list[int]
+) -> None:
     received = Received(make())
     store.add(NAMES[0], n=0)
     wait_until(lambda: received[NAMES[0]] == [0], what="the stream is busy")
