@@ -44,7 +44,7 @@ class Buffer:
     def __init__(self, *, most_events: int, most_bytes: int = MAX_BYTES) -> None:
         self._most_events = most_events
         self._most_bytes = most_bytes
-        #: Guards the queues, and the state of the writer; :meth:`put` alone does without it.
+        #: Guards the state of the writer, and the queues; events are also added without it.
         self.lock = threading.RLock()
         #: Condition on :attr:`lock`; notified when events have left, and by the writer.
         self.changed = threading.Condition(self.lock)
@@ -140,7 +140,10 @@ class Buffer:
         queue.uncounted.append(message.size)
 
     def take_back(self, message: Message) -> bool:
-        """Remove an event without the lock; return False if it is no longer in its queue."""
+        """Remove an event that was just added; return False if it is no longer in its queue.
+
+        It needs the lock only if threads wait for events to leave.
+        """
         queue = self._queue_of(message)
 
         try:
@@ -149,10 +152,17 @@ class Buffer:
             return False
 
         queue.uncounted.append(-message.size)
+
+        if self._waiting:
+            with self.changed:
+                self.changed.notify_all()
+
         return True
 
     def _count(self) -> None:
         """Count the bytes of the events that were added, and how many more fit in any case."""
+        # Until the room is known, other threads add no event without the lock.
+        self._free = 0
         events = len(self.in_flight)
         size = 2 * UNCOUNTED_EVENTS * UNCOUNTED_BYTES
 

@@ -27,7 +27,7 @@ from flask_eventbus.config import TIMING, Timing
 from flask_eventbus.event import Event, handling
 from flask_eventbus.logs import Counters
 from flask_eventbus.publisher import buffer, writer
-from flask_eventbus.publisher.buffer import Buffer
+from flask_eventbus.publisher.buffer import Buffer, MessageQueue
 from flask_eventbus.publisher.connection import PublishConnection
 from flask_eventbus.publisher.message import (
     ChannelDestination,
@@ -722,6 +722,39 @@ def test_at_most_a_thousand_events_of_a_queue_are_uncounted() -> None:
     assert waiting.has_room(event)
     assert waiting.has_much_room(event)
     assert waiting.bytes == 1_001 * event.size
+
+
+def test_no_event_is_added_without_the_lock_while_the_room_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waiting, [event] = buffer_of(1, most_events=10_000)
+    assert waiting.has_room(event)
+    count, found = MessageQueue.count, []
+
+    def look(queue: MessageQueue) -> None:
+        count(queue)
+        found.append(waiting.has_much_room(event))
+
+    waiting.put(event)
+    monkeypatch.setattr(MessageQueue, "count", look)
+    assert waiting.has_room(event)
+
+    assert found == [False]
+    assert waiting.has_much_room(event)
+
+
+def test_a_flush_ends_once_the_last_event_is_taken_back_for_the_next_publisher() -> None:
+    waiting, [event] = buffer_of(1)
+    left: list[bool] = []
+    flushing = threading.Thread(target=lambda: left.append(waiting.wait_until_left(1, 60)))
+    flushing.start()
+    wait_until(lambda: waiting._waiting, what="the flush waits")
+    assert waiting.take_back(event)
+    flushing.join(30)
+
+    assert left == [True]
+    assert not waiting.take_back(event)
+    assert waiting.bytes == 0
 
 
 def test_an_event_added_while_the_writer_thread_looks_for_work_is_written_at_once(
