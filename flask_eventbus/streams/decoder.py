@@ -76,9 +76,10 @@ class EntryDecoder:
         """
         found = DecodedEntries()
         claimed_until = time.monotonic() + self._config.claim_after
-        decode = self._codec.decode_for_queue
-        # Most events are none of this process, which their ids tell fastest.
-        own_ids = tuple(f"{node}-" for node in list(self._siblings))
+        decode = self._codec.decode_next
+        last: Event | None = None
+        prefix = ""
+        was_accepted = False
 
         for entry in entries:
             name, id, fields = entry
@@ -92,7 +93,7 @@ class EntryDecoder:
             try:
                 body = fields[1] if len(fields) == 2 and fields[0] == b"event" else None
                 body = body if type(body) is bytes else self._body(entry)
-                event, memory = decode(body, via="stream")
+                event, memory, is_like_last = decode(body, last, prefix)
 
                 if event.name != name:
                     raise _misplaced(event, name)
@@ -100,13 +101,13 @@ class EntryDecoder:
                 found.dead.append((entry, self._reject(entry, error)))
                 continue
 
-            is_accepted = (
-                event.source != self._service
-                and subscription.sources is None
-                and not event.id.startswith(own_ids)
-            ) or self._accepts(event, subscription)
+            # An event with the node, source and name of the last one is accepted like that.
+            if not is_like_last:
+                last, prefix = event, event.id[: event.id.rfind("-") + 1]
+                was_accepted = False
 
-            if is_accepted:
+            if was_accepted or self._accepts(event, subscription):
+                was_accepted = True
                 # Arguments by position: by name, they take twice the time.
                 found.deliveries.append(
                     Delivery(

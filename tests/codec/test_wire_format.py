@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wire_vectors
+from bad_events import BAD, packed
 from click.testing import CliRunner, Result
 from servers import RedisServer, require
 from waiting import wait_until
@@ -105,6 +107,32 @@ def test_a_message_is_decoded_as_its_parts_are(
     ]
 
     assert repr(found) == repr([(body, *decoded_alone(body)) for body in split_message(message)])
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_stream_event_after_a_like_one_is_checked_as_strictly(reason: str) -> None:
+    def decoded(decode: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        try:
+            return decode()[:2]
+        except DecodeError as error:
+            return error.reason, str(error)
+
+    last = codec.decode(packed(), via="stream")
+
+    for body in BAD[reason]:
+        alone = decoded(partial(codec.decode_for_queue, body, via="stream"))
+        assert repr(decoded(partial(codec.decode_next, body, last, "foreign-"))) == repr(alone)
+
+
+def test_a_stream_event_after_a_like_one_is_the_same_event_as_alone() -> None:
+    last = codec.decode(packed(), via="stream")
+
+    for changes in ({}, {"id": "foreign-2"}, {"id": "other-1"}, {"hops": 2}, {"data": {"n": [1]}}):
+        body = packed(**changes)
+        *found, is_like_last = codec.decode_next(body, last, "foreign-")
+
+        assert tuple(found) == codec.decode_for_queue(body, via="stream")
+        assert is_like_last == (changes in ({}, {"id": "foreign-2"}))
 
 
 def test_the_vector_file_is_up_to_date() -> None:
