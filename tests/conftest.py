@@ -16,6 +16,7 @@ from workers import Workers
 from flask_eventbus import Bus
 from flask_eventbus.config import Timing
 from flask_eventbus.node import nodes
+from flask_eventbus.transport import timed_connection
 
 pytest_plugins = ["pytester"]
 
@@ -89,6 +90,21 @@ def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture
+def public_api() -> Iterator[None]:
+    """The connections use the public API of redis-py alone."""
+
+    def lack() -> None:
+        raise AttributeError("read_from_socket")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timed_connection, "_try_private_names", lack)
+        timed_connection.reason_for_public_api.cache_clear()
+        yield
+
+    timed_connection.reason_for_public_api.cache_clear()
 
 
 @pytest.fixture

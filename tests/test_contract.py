@@ -30,11 +30,14 @@ Make = Callable[..., Bus]
 _numbers = itertools.count()
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "public API"])
 def url(request: pytest.FixtureRequest) -> str:
-    """A server: fakeredis, or a real one."""
+    """A server: fakeredis, or a real one, also with the public API of redis-py alone."""
     if request.param == "memory":
         return f"memory://contract-{next(_numbers)}"
+
+    if request.param == "public API":
+        request.getfixturevalue("public_api")
 
     server: RedisServer = request.getfixturevalue("shared_redis")
     return server.url

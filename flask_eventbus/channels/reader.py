@@ -19,10 +19,8 @@ from ..routing.subscriptions import Subscription
 from ..transport.connection import (
     OUTAGE,
     Connection,
-    has_buffered,
     read_reply,
     refusal_of,
-    set_deadline,
 )
 from ..transport.connections import Connections, NotMasterError
 from ..transport.keys import LISTEN, LISTEN_PATTERN, ChannelKeys, grant_its_user
@@ -113,7 +111,7 @@ class ChannelReader:
                 self._aside = self._connections.open(timeout=self._timing.tick)
                 return
 
-            set_deadline(self._aside, time.monotonic() + self._timing.tick)
+            self._aside.set_deadline(time.monotonic() + self._timing.tick)
             self._aside.send_command("ROLE")
             self._connections.check_role(read_reply(self._aside))
         except NotMasterError:
@@ -145,7 +143,7 @@ class ChannelReader:
         try:
             while len(frames) < BATCH and size < BATCH_BYTES:
                 # Without a system call: the events that are here already need not wait for it.
-                if frames and not has_buffered(connection):
+                if frames and not connection.has_buffered():
                     break
 
                 frames.append(self._frame(connection))

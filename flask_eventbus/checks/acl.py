@@ -22,7 +22,7 @@ from ..routing.options import is_pattern
 from ..routing.subscriptions import Subscription
 from ..text import reason_of
 from ..transport import keys as rights
-from ..transport.connection import set_deadline, timed_connection
+from ..transport.connection import make_connection
 from ..transport.connections import Connections
 from ..transport.keys import ChannelKeys, StreamKeys, is_missing_right, repair, right_of
 from .findings import Finding, error, listed, note, ok, warning
@@ -420,8 +420,8 @@ def is_open(url: str, deadline: float) -> bool:
     options = parts.query.split("&")
     query = "&".join(each for each in options if not each.startswith(("username=", "password=")))
     nobody = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
-    connection = timed_connection(nobody, TIMEOUT)
-    set_deadline(connection, min(deadline, time.monotonic() + TIMEOUT))
+    connection = make_connection(nobody, TIMEOUT)
+    connection.set_deadline(min(deadline, time.monotonic() + TIMEOUT))
 
     try:
         connection.connect()

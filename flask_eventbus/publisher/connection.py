@@ -14,17 +14,17 @@ from ..codec.records import entry_id
 from ..config import Config
 from ..logs import get_logger
 from ..transport.connection import (
-    LEAST,
     Connection,
     milliseconds_of,
     read_reply,
-    set_deadline,
+    refusal_of,
     takes_no_writes,
     why_no_writes,
 )
 from ..transport.connections import Connections
 from ..transport.keys import StreamKeys
 from ..transport.pipe import OwnConnection
+from ..transport.timed_connection import CLOSED, LEAST
 from .message import Destination, NoWritesError, StreamDestination, TooFewReplicasError, pack
 
 logger = get_logger(__name__)
@@ -43,7 +43,6 @@ COMPARE_AGAIN = 60.0
 
 _PING = pack("PING")
 _ROLE = pack("ROLE")
-_CLOSED = "The connection was closed."
 
 
 class PublishConnection(OwnConnection):
@@ -143,7 +142,7 @@ class PublishConnection(OwnConnection):
         connection = self._connection
 
         if connection is None:
-            raise redis.ConnectionError(_CLOSED)
+            raise redis.ConnectionError(CLOSED)
 
         self._writes = _grouped(batch)
         self._replies = []
@@ -176,7 +175,7 @@ class PublishConnection(OwnConnection):
         connection = self._connection
 
         if connection is None:
-            raise redis.ConnectionError(_CLOSED)
+            raise redis.ConnectionError(CLOSED)
 
         replies = self._replies
         count = len(self._announcing) + len(self._writes) + bool(self._replicas)
@@ -184,13 +183,16 @@ class PublishConnection(OwnConnection):
         try:
             if deadline != self._deadline:
                 self._deadline = deadline
-                set_deadline(connection, deadline)
+                connection.set_deadline(deadline)
 
             if self._awaits_role:
                 self._check_role(connection)
 
             while len(replies) < count:
-                replies.append(read_reply(connection, disconnect_on_error=False))
+                try:
+                    replies.append(connection.read_response(disconnect_on_error=False))
+                except redis.ResponseError as error:
+                    replies.append(refusal_of(error))
         except redis.TimeoutError:
             return False
         except BaseException:
@@ -258,7 +260,7 @@ class PublishConnection(OwnConnection):
         connection = self._connection
 
         if connection is None:
-            raise redis.ConnectionError(_CLOSED)
+            raise redis.ConnectionError(CLOSED)
 
         names = sorted(name for name, command in self._announced.items() if command)
         commands = [_PING]
@@ -291,7 +293,7 @@ class PublishConnection(OwnConnection):
             data = _ROLE + data
 
         self._deadline = deadline
-        set_deadline(connection, deadline)
+        connection.set_deadline(deadline)
 
         try:
             connection.send_packed_command([data], check_health=False)

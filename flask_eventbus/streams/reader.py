@@ -112,8 +112,8 @@ class StreamReader(ReadingThread):
         #: The streams that were read at the start of the present round of this read; empty if there
         #: is none.
         self._round: dict[str, Subscription] = {}
-        #: A fakeredis server has no sockets that the split read could wait for.
-        self._most_together = sys.maxsize if context.connections.in_memory else FEW
+        #: The split read waits for several sockets, which a fakeredis server does not have.
+        self._most_together = FEW if context.connections.has_descriptors else sys.maxsize
         #: The streams that are read, each with its subscription.
         self.joined: dict[str, Subscription] = {}
         #: The streams whose groups the next steps join.

@@ -10,8 +10,8 @@ from functools import partial
 import redis
 
 from ..logs import get_logger
-from ..transport.connection import TOO_LATE
 from ..transport.pipe import wait_for_replies
+from ..transport.timed_connection import TOO_LATE
 from .group import Entry, Group, GroupGoneError, read_one_by_one
 
 logger = get_logger(__name__)

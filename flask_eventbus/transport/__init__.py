@@ -6,7 +6,8 @@ A command passes through the files in this order:
 2. ``connections`` opens a connection to a single server, to the master that Sentinels name, or
    to a node of a cluster, and rejects a replica. For ``embedded://``, ``embedded`` first starts a
    development server, which ends after its last user.
-3. ``connection`` makes a redis-py connection that keeps a deadline, and names its errors.
+3. ``connection`` makes a redis-py connection, and names its errors. ``timed_connection`` gives it a
+   deadline; it has all that goes below redis-py's public API, and a class without it.
 4. ``keys`` builds the key names that the command uses, and names the rights that it needs and the
    remedy if Redis refuses it.
 5. ``pipe`` sends a batch of commands and reads their replies. It keeps the time of the Redis

@@ -23,16 +23,14 @@ from ..errors import ConfigError
 from ..logs import BoundedLog, Counters, get_logger
 from .connection import (
     OUTAGE,
-    TOO_LATE,
     Connection,
     end_with_socket,
     fakeredis_module,
+    make_connection,
     read_reply,
-    set_deadline,
-    shut_down,
-    timed_connection,
 )
 from .keys import StreamKeys
+from .timed_connection import TOO_LATE, reason_for_public_api
 from .urls import (
     SENTINEL_OPTIONS,
     AdvisedError,
@@ -119,13 +117,13 @@ class Connections:
         for number, url in enumerate(candidates):
             # Divide the time, so that one server that hangs does not use it all.
             share = max(0.0, deadline - time.monotonic()) / (len(candidates) - number)
-            connection = timed_connection(url, timeout)
+            connection = make_connection(url, timeout)
 
             if not url.startswith("memory://"):
                 self._opened.add(connection)
 
             try:
-                set_deadline(connection, time.monotonic() + share)
+                connection.set_deadline(time.monotonic() + share)
                 self._connect(connection)
             except OUTAGE as failure:
                 error = explain(failure, self._url, is_first=not self._has_connected)
@@ -135,7 +133,7 @@ class Connections:
                 error.__cause__ = refusal
             else:
                 self._has_connected = True
-                set_deadline(connection, self.deadline)
+                connection.set_deadline(self.deadline)
                 end_with_socket(connection)
                 self._follow_master()
                 return connection
@@ -204,6 +202,11 @@ class Connections:
         return self._target.startswith("memory://")
 
     @property
+    def has_descriptors(self) -> bool:
+        """Return True if a thread can wait for several connections at once."""
+        return not self.in_memory and reason_for_public_api() is None
+
+    @property
     def shown(self) -> str:
         """The URL without password and options, for logs and reports."""
         return without_secrets(self._url)
@@ -260,7 +263,7 @@ class Connections:
             examples = self._examples(urlsplit(self._url))
 
             for url in examples:
-                timed_connection(without_options(url), 1.0)
+                make_connection(without_options(url), 1.0)
         except (ValueError, TypeError, redis.RedisError) as error:
             # The error may quote a part of the password, or an option that holds one.
             reason = str(error) if self.shown == self._url else "it is not a valid URL"
@@ -282,7 +285,7 @@ class Connections:
         """
         for name, text in options_of(self._url):
             try:
-                timed_connection(f"{example}?{urlencode({name: text})}", 1.0)
+                make_connection(f"{example}?{urlencode({name: text})}", 1.0)
             except (ValueError, TypeError, redis.RedisError):
                 if name not in SENTINEL_OPTIONS:
                     raise ConfigError(
@@ -350,7 +353,7 @@ class Connections:
         Return False if no connection is open; the caller then stops.
         """
         with self._follow_lock:
-            opened = [item for item in list(self._opened) if getattr(item, "_sock", None)]
+            opened = [item for item in list(self._opened) if item.is_open]
 
             if not opened or self._disowned:
                 self._is_following = False
@@ -364,7 +367,7 @@ class Connections:
 
         for connection in opened:
             if (getattr(connection, "host", None), getattr(connection, "port", None)) != address:
-                shut_down(connection)
+                connection.shut_down()
 
         return True
 
@@ -372,7 +375,7 @@ class Connections:
         """Return a connection, not open yet, to each Sentinel of the URL."""
         parts = urlsplit(self._url)
         hosts = hosts_of(parts, 26379)
-        return [timed_connection(sentinel_url(parts, *each), FOLLOW) for each in hosts]
+        return [make_connection(sentinel_url(parts, *each), FOLLOW) for each in hosts]
 
     def _master(self, timeout: float) -> str:
         sentinels = self.sentinels()
@@ -397,7 +400,7 @@ class Connections:
 
         for sentinel in list(sentinels):
             try:
-                set_deadline(sentinel, min(self.deadline, time.monotonic() + seconds))
+                sentinel.set_deadline(min(self.deadline, time.monotonic() + seconds))
                 sentinel.connect()
                 sentinel.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name)
                 address = sentinel.read_response()

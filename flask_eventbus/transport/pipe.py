@@ -13,7 +13,6 @@ from typing import Any, BinaryIO, cast
 
 import redis
 from hiredis import pack_command
-from redis.connection import DefaultParser
 
 from ..config import Config, Timing
 from ..logs import BoundedLog, get_logger
@@ -22,11 +21,9 @@ from .connection import (
     Connection,
     read_reply,
     refusal_of,
-    set_deadline,
-    shut_down,
-    wire_of,
 )
 from .connections import Connections
+from .timed_connection import CLOSED, parse_error
 
 logger = get_logger(__name__)
 
@@ -56,7 +53,6 @@ Command = tuple[str | bytes | int | float, ...]
 _packed = cast(Callable[[Command], bytes], pack_command)
 
 _ROLE = _packed(("ROLE",))
-_CLOSED = "The connection was closed."
 
 #: Waits for any of a few sockets. select() cannot wait for descriptors above 1023.
 _Selector: type[selectors.BaseSelector] = getattr(
@@ -115,7 +111,7 @@ class OwnConnection:
         connection = self._connection
 
         if connection is not None:
-            shut_down(connection)
+            connection.shut_down()
 
     def close(self) -> None:
         """Close the connection; the next batch opens another."""
@@ -150,7 +146,7 @@ class Pipe(OwnConnection):
         connection = self._connection
 
         if connection is not None:
-            set_deadline(connection, deadline)
+            connection.set_deadline(deadline)
 
     def ask(self, *command: str | bytes | int | float, most: int | None = None) -> Any:
         """Return the reply to one command; see :meth:`run`.
@@ -181,14 +177,14 @@ class Pipe(OwnConnection):
         if connection is None:
             connection = self._open(min(self.timeout, self._deadline - time.monotonic()))
             # Another thread may have set the deadline meanwhile.
-            set_deadline(connection, self._deadline)
+            connection.set_deadline(self._deadline)
 
         asks_role = time.monotonic() >= self._ask_role_at and self._connections.asks_role
         answers: list[Any] = []
 
         # Without one, the timeout of the connection holds from its first command on.
         if self._deadline < math.inf:
-            set_deadline(connection, self._deadline)
+            connection.set_deadline(self._deadline)
 
         try:
             packed = b"".join(map(_packed, commands))
@@ -196,7 +192,7 @@ class Pipe(OwnConnection):
             connection.send_packed_command([packed], check_health=False)
             read: Callable[[], Any] = partial(read_reply, connection)
 
-            if most is not None and (wire := wire_of(connection)):
+            if most is not None and (wire := connection.received_bytes()):
                 read = partial(_read, wire, most)
 
             if asks_role:
@@ -249,16 +245,11 @@ class Pipe(OwnConnection):
 
         :raises redis.ConnectionError: the connection is closed.
         """
-        sock = getattr(self._connected(), "_sock", None)
-
-        if sock is None:
-            raise redis.ConnectionError(_CLOSED)
-
-        return int(sock.fileno())
+        return self._connected().fileno()
 
     def _connected(self) -> Connection:
         if self._connection is None:
-            raise redis.ConnectionError(_CLOSED)
+            raise redis.ConnectionError(CLOSED)
 
         return self._connection
 
@@ -467,8 +458,7 @@ def _next_items(wire: BinaryIO, count: int, most: int) -> list[Any]:
 
 
 def _error(text: bytes) -> Exception:
-    parse: Callable[[str], Exception] = DefaultParser.parse_error
-    error = parse(text.decode(errors="replace"))
+    error = parse_error(text.decode(errors="replace"))
 
     # redis-py maps temporary errors to ConnectionError, and raises them too.
     if isinstance(error, redis.ConnectionError):
