@@ -47,6 +47,10 @@ class Catalogue:
         self._all: Mapping[str, Subscription] = {}
         #: Those with a group, or those without.
         self.subscribed: dict[str, Subscription] = {}
+        #: The subscriptions that were divided last into patterns and names, and the two parts.
+        self._divided: Mapping[str, Subscription] = {}
+        self._by_pattern: dict[str, Subscription] = {}
+        self._by_name: dict[str, Subscription] = {}
         #: Monotonic time at which to call :meth:`names` again.
         self.due_at = 0.0
         self._check_every = min(
@@ -107,7 +111,16 @@ class Catalogue:
         # Set first: another thread may subscribe in between, and sets it to 0.
         self.due_at = time.monotonic() + self._check_every
         subscribed = self.subscribed
-        patterns = {name: found for name, found in subscribed.items() if is_pattern(name)}
+
+        if subscribed is not self._divided:
+            self._divided = subscribed
+            names = [name for name in subscribed if not is_pattern(name)]
+            self._by_name = {name: subscribed[name] for name in names}
+            self._by_pattern = {
+                name: subscribed[name] for name in subscribed if name not in self._by_name
+            }
+
+        patterns, streams = self._by_pattern, dict(self._by_name)
 
         if tuple(patterns) != self._patterns:
             self._patterns = tuple(patterns)
@@ -119,8 +132,6 @@ class Catalogue:
         ):
             self._search(patterns)
 
-        streams = {name: found for name, found in subscribed.items() if not is_pattern(name)}
-
         for name in sorted(self._found - self._all.keys()):
             pattern = self._first_match(name)
 
@@ -131,6 +142,10 @@ class Catalogue:
         without = frozenset(name for name in streams if not self._receivers(name))
         self._report(without - self.without_receiver, self.without_receiver - without)
         self.without_receiver = without
+
+        if not without:
+            return streams
+
         return {
             name: found
             for name, found in streams.items()

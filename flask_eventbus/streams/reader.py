@@ -390,6 +390,12 @@ class StreamReader(ReadingThread):
         subscribed = self.catalogue.names()
         without = self.catalogue.without_receiver
         self._unread &= without
+        self._has_news = False
+
+        # As in almost every search.
+        if subscribed == self.joined and not without:
+            return
+
         self.joined = {
             name: found
             for name, found in subscribed.items()
