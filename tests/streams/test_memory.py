@@ -237,8 +237,8 @@ def test_large_retries_are_read_within_the_memory_limit_and_kept_once(
     # A lease sends a megabyte to Redis several times.
     wait_until(is_settled, timeout=180, what="no more are leased")
 
-    # 64 MiB of them.
-    assert counts[-1] < 80
+    # 64 MiB of them, and those of a few answers that a busy machine may lose: 120 without a limit.
+    assert counts[-1] < 100
     assert process.measures()[0] < MAX_RETRIES_MIB
 
 

@@ -215,7 +215,7 @@ def test_an_unreachable_sentinel_does_not_delay_the_start(
     begin = time.monotonic()
     Pair(make_bus, watched.url).go_on()
 
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10
 
 
 def test_an_event_reaches_listeners_at_every_cluster_node_once(
