@@ -327,10 +327,15 @@ class StreamReader(ReadingThread):
 
         for name, group in groupby(entries, attrgetter("name")):
             read = list(group)
-            own = {pending.id: pending for pending in self._group.own_pending(name)}
-            # Without the list, nobody can claim them.
-            is_listed = name not in self._group.unlisted
-            found += self._claim_again(name, read, own) if is_listed else read
+
+            # Under the lock, so that the maintenance thread does not claim them in between.
+            with self._acknowledger.lock:
+                own = {pending.id: pending for pending in self._group.own_pending(name)}
+                missing = set(self._in_flight.missing(name, [entry.id for entry in read]))
+                read = [entry for entry in read if entry.id in missing]
+                # Without the list, nobody can claim them.
+                is_listed = name not in self._group.unlisted
+                found += self._claim_again(name, read, own) if is_listed else read
 
         return found
 

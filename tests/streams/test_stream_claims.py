@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from servers import RedisServer
+from stream_store import StreamStore
 from waiting import wait_until
 from workers import COUNTING, HOLDING, Workers, once
+
+from flask_eventbus import Bus
+from flask_eventbus.routing.subscriptions import Subscription
+from flask_eventbus.streams.group import Entry
+from flask_eventbus.streams.reader import StreamReader
 
 pytestmark = pytest.mark.second_look("pauses and kills workers, and lets their claims expire")
 
@@ -116,6 +125,49 @@ def test_an_event_that_reached_a_paused_worker_runs_in_the_other_worker_only(
 
     workers.wait_for("done", n=2)
     assert workers.done() == Counter([1, 2])
+
+
+def test_events_that_a_paused_worker_claims_before_their_answer_is_read_run_once(
+    shared_redis: RedisServer, make_bus: Callable[..., Bus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StreamStore(shared_redis)
+    bus = make_bus(store.url, "mailer", prefix=store.prefix, claim_after=1.0, concurrency=1)
+    take = StreamReader._take_answer
+    was_taken = threading.Event()
+    handled: list[int] = []
+
+    def take_late(
+        reader: StreamReader,
+        entries: Sequence[Entry],
+        refusals: Mapping[str, Exception],
+        streams: Mapping[str, Subscription],
+        *,
+        latest: float,
+    ) -> None:
+        # After the pause, the maintenance thread may run before the reader.
+        if entries:
+            wait_until(lambda: bus.health().counts.get("claimed"), what="they are claimed")
+
+        take(reader, entries, refusals, streams, latest=latest)
+
+        if entries:
+            was_taken.set()
+
+    @bus.on("tick", via="stream", start="earliest")
+    def handle(sender: object, n: int) -> None:
+        was_taken.wait(30)
+        handled.append(n)
+
+    monkeypatch.setattr(StreamReader, "_take_answer", take_late)
+    bus.start()
+    assert bus.ready(10)
+    store.add_together("tick", {"n": 0}, {"n": 1}, {"n": 2})
+    assert was_taken.wait(30)
+    # It waits behind all the others.
+    store.add("tick", n=3)
+
+    wait_until(lambda: 3 in handled, what="the last event is handled")
+    assert handled == [0, 1, 2, 3]
 
 
 def test_a_worker_that_was_paused_releases_nothing_that_another_has_handled(
