@@ -176,6 +176,8 @@ class Dispatcher:
         The caller resets :data:`.handling`.
         """
         if type(event.payload) is PackedPayload:
+            # The application decodes its types, which belongs to no event before.
+            handling.set(None)
             event = opened(event)
 
         failures: list[Failure] = []

@@ -243,6 +243,45 @@ def test_a_receiver_may_declare_connect_and_send(
     assert "failed" not in consumer.health().counts
 
 
+class Point:
+    """A type of the application."""
+
+
+def test_a_type_of_the_application_is_decoded_outside_of_events(url: str, make_bus: Make) -> None:
+    consumer, publisher = make_bus(url, "consumer"), make_bus(url, "publisher", publish=["*"])
+    began, release = threading.Event(), threading.Event()
+    received: list[int] = []
+    seen: set[bool] = set()
+
+    def unpack(data: bytes) -> Point:
+        seen.add(bool(current_event))
+        return Point()
+
+    for bus in (consumer, publisher):
+        bus.register_type(40, Point, pack=lambda point: b"", unpack=unpack)
+
+    @consumer.on("tick")
+    def receive(sender: str, n: int, point: Point | None = None) -> None:
+        began.set()
+        release.wait(30)
+        received.append(n)
+
+    consumer.start()
+    assert consumer.ready(10)
+    tick = publisher.signal("tick")
+    tick.send("test", n=0)
+    assert began.wait(10)
+
+    # They wait together.
+    tick.send("test", n=1)
+    tick.send("test", n=2, point=Point())
+    wait_until(lambda: consumer.health().counts.get("received") == 3)
+    release.set()
+
+    wait_until(lambda: received == [0, 1, 2], what="the events are handled")
+    assert seen == {False}
+
+
 def test_receivers_can_be_disconnected_while_events_arrive(
     consumer: Bus, send: Callable[..., None]
 ) -> None:
