@@ -23,9 +23,11 @@ import inspect
 import io
 import math
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from traceback import walk_tb
 from typing import Any, BinaryIO, cast
 
 import redis
@@ -208,7 +210,17 @@ class TimedConnection(_Base):  # type: ignore[misc]  # redis-py has no types
 
     def _wrap_socket_with_ssl(self, sock: Any) -> Any:
         self._parser.limit(sock)
-        return super()._wrap_socket_with_ssl(sock)
+
+        try:
+            return super()._wrap_socket_with_ssl(sock)
+        except OSError as error:
+            # Python leaves the socket open if the server resets the connection before the
+            # handshake. Only the frames of the error still have that socket.
+            for frame, _ in walk_tb(error.__traceback__):
+                if isinstance(wrapped := frame.f_locals.get("self"), ssl.SSLSocket):
+                    wrapped.close()
+
+            raise
 
 
 class _Wire(io.RawIOBase):

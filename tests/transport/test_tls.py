@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import select
 import shutil
+import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -19,6 +24,7 @@ from flask_eventbus import Bus, PublishError
 from flask_eventbus.checks.server import check
 from flask_eventbus.signals import listener_connected, listener_lost
 from flask_eventbus.transport.connections import Connections
+from flask_eventbus.transport.timed_connection import TimedConnection, class_for
 
 pytestmark = pytest.mark.second_look("starts and restarts TLS servers")
 
@@ -271,3 +277,23 @@ def test_a_listener_over_tls_reconnects_after_a_restart(
     publisher.signal("order_paid").send(number=1)
 
     wait_until(lambda: received == [1], what="the event arrives")
+
+
+def test_the_socket_of_a_connection_that_is_reset_before_its_handshake_is_closed() -> None:
+    connection: Any = class_for(redis.SSLConnection)(socket_timeout=5.0)
+    assert isinstance(connection, TimedConnection)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+        # So that its end is a reset.
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        theirs.close()
+        select.select([ours], [], [], 10)
+
+        with pytest.raises(OSError, match=r"not connected|reset"):
+            connection._wrap_socket_with_ssl(ours)
+
+    # A socket that is left open makes the collection warn, which fails the test.
+    gc.collect()
+    assert ours.fileno() == -1
