@@ -512,6 +512,7 @@ class StreamReader(ReadingThread):
             self._trims.report(name, sum(entry.fields is None for entry in entries))
             # These entries are handled in any case. Store them, so that a copy is a duplicate.
             self._duplicates.find(found.deliveries)
+            self._counters.add("received", len(found.deliveries))
             self._intake.take(found)
 
     def _claim_again(

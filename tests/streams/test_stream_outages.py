@@ -439,7 +439,8 @@ def test_an_answer_that_is_lost_after_others_loses_no_event(
     store = StreamStore(redis_server)
     # However slow this machine is, the receiver counts as a fast one.
     monkeypatch.setattr(DeliveryQueue, "room", 1_000)
-    received = received_by(make_bus(redis_server.url, "mailer", prefix=store.prefix))
+    bus = make_bus(redis_server.url, "mailer", prefix=store.prefix)
+    received = received_by(bus)
     read = Group.read
     sizes: list[int] = []
 
@@ -459,6 +460,7 @@ def test_an_answer_that_is_lost_after_others_loses_no_event(
 
     wait_until(lambda: len(received) == 300, what="all events are handled")
     assert sorted(received) == list(range(300))
+    assert bus.health().counts["received"] == 300
     key = store.keys.stream("tick")
     wait_until(lambda: not store.client.xpending(key, "mailer")["pending"], what="none is pending")
 
