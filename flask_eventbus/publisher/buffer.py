@@ -140,24 +140,18 @@ class Buffer:
         queue.uncounted.append(message.size)
 
     def take_back(self, message: Message) -> bool:
-        """Remove an event that was just added; return False if it is no longer in its queue.
+        """Remove an event that was added after the end; return False if it has left its queue.
 
-        It needs the lock only if threads wait for events to leave.
+        It is then accepted: it leaves with its batch, or has left.
         """
-        queue = self._queue_of(message)
+        with self.changed:
+            is_removed = self._queue_of(message).remove(message)
+            message.promised = not is_removed
 
-        try:
-            queue.events.remove(message)
-        except ValueError:
-            return False
-
-        queue.uncounted.append(-message.size)
-
-        if self._waiting:
-            with self.changed:
+            if is_removed and self._waiting:
                 self.changed.notify_all()
 
-        return True
+            return is_removed
 
     def _count(self) -> None:
         """Count the bytes of the events that were added, and how many more fit in any case."""
@@ -294,12 +288,23 @@ class Buffer:
             if self._waiting:
                 self.changed.notify_all()
 
-    def clear(self) -> list[Message]:
-        """Remove and return all events, the batch in flight included."""
+    def clear(self, *, flushed: bool = False) -> list[Message]:
+        """Remove and return all events, the batch in flight included.
+
+        :param flushed: True if all events sent before the end have left. Those that were added
+            since are left to their senders, which :meth:`take_back` them, unless they could not.
+        """
         with self.changed:
             left = list(self.in_flight)
             queued = self.channels.clear() + self.streams.clear()
             self.finish()
+
+            if flushed:
+                for message in queued:
+                    if not message.promised:
+                        self.put(message)
+
+                queued = [message for message in queued if message.promised]
 
         return left + sorted(queued, key=attrgetter("number"))
 

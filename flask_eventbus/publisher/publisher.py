@@ -388,10 +388,12 @@ class Publisher:
         with self._buffer.lock:
             self._closed = True
 
+        flushed = False
+
         try:
-            self.flush(max(0.0, flush_by - time.monotonic()))
+            flushed = self.flush(max(0.0, flush_by - time.monotonic()))
         finally:
-            self._writer.end(end_by)
+            self._writer.end(end_by, flushed=flushed)
 
     def leave(self) -> None:
         """Let the writer thread write the buffered events and then end; do not wait for it."""

@@ -226,10 +226,11 @@ class Writer:
         self._leave_by = time.monotonic() + LEAVE
         self.wake_thread()
 
-    def end(self, deadline: float) -> None:
+    def end(self, deadline: float, *, flushed: bool) -> None:
         """End now; log the ids of events that could not be written.
 
         :param deadline: monotonic time until which to wait for the thread.
+        :param flushed: see :meth:`.Buffer.clear`.
         """
         self._ended = True
         self.wake_thread()
@@ -242,7 +243,7 @@ class Writer:
             self._connection.interrupt()
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
-        self._report_lost()
+        self._report_lost(flushed=flushed)
 
     def disown(self) -> None:
         """End the copy of the parent's writer; call it in a forked child.
@@ -542,7 +543,8 @@ class Writer:
             # If a sender writes because there was no writer thread, the thread may wait as well.
             self.wake_thread()
 
-        if self._leave_by is not None:
+        # Before that time the buffer was empty. An event that was added since is not lost.
+        if self._leave_by is not None and (self._ended or time.monotonic() >= self._leave_by):
             self._report_lost()
 
     def _take(self) -> Sequence[Message] | None:
@@ -718,9 +720,9 @@ class Writer:
 
         self._wake(batch, outcomes)
 
-    def _report_lost(self) -> None:
+    def _report_lost(self, *, flushed: bool = False) -> None:
         reason = self._outage.error or "the time to flush was over"
-        self._report.report_lost(self._buffer.clear(), reason)
+        self._report.report_lost(self._buffer.clear(flushed=flushed), reason)
 
 
 def _has_write(batch: Sequence[Message], outcomes: Sequence[Exception | None]) -> bool:

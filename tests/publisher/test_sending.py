@@ -814,6 +814,74 @@ def test_an_event_added_while_the_bus_stops_is_sent_by_the_next_publisher(
     assert received == [0, 1]
 
 
+def test_a_stop_leaves_an_event_to_its_sender_that_is_about_to_take_it_back(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = make_bus(shared_redis.url, prefix=prefix, publish=["tick"])
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    bus.signal("tick").send("tests", n=0)
+    assert bus.flush(10)
+    put, end = Buffer.put, Writer.end
+    closed, added, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def put_late(self: Buffer, message: Message) -> None:
+        monkeypatch.setattr(Buffer, "put", put)
+        assert closed.wait(20)
+        put(self, message)
+        added.set()
+        assert ended.wait(20)
+
+    def end_late(self: Writer, *args: Any, **options: Any) -> None:
+        monkeypatch.setattr(Writer, "end", end)
+        closed.set()
+        assert added.wait(20)
+        end(self, *args, **options)
+
+    monkeypatch.setattr(Buffer, "put", put_late)
+    monkeypatch.setattr(Writer, "end", end_late)
+    sender = threading.Thread(target=lambda: bus.signal("tick").send("tests", n=1))
+    sender.start()
+    bus.stop()
+    ended.set()
+    sender.join(20)
+
+    assert bus.flush(10)
+    wait_until(lambda: len(received) == 2, what="both events arrive")
+    assert received == [0, 1]
+    assert "dropped" not in bus.health().counts
+
+
+def test_an_event_added_while_another_thread_ends_writing_is_not_lost(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
+    start, close = threading.Thread.start, PublishConnection.close
+    late: list[bool] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("eventbus-writer"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def close_late(self: PublishConnection) -> None:
+        close(self)
+
+        if not late:
+            late.append(True)
+            sender = threading.Thread(target=lambda: bus.signal("tick").send("test", n=1))
+            sender.start()
+            sender.join()
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(PublishConnection, "close", close_late)
+    bus.signal("tick").send("test", n=0)
+
+    assert bus.health().buffered == 0
+    assert "dropped" not in bus.health().counts
+    wait_until(lambda: received == [0, 1], what="both events arrive")
+
+
 def test_a_flush_waits_for_events_that_were_added_out_of_their_order() -> None:
     waiting, events = buffer_of(0)
     extra = buffer_of(3)[1]
