@@ -377,6 +377,11 @@ bus.start()
 called.send(number=1)
 assert bus.ready(5) and bus.flush(5)
 
+# The child cannot close a socket that another thread is just opening: wait for the connections of
+# the writer, the listener, the reader of streams, and the maintenance thread.
+opened = bus.node.connections._opened
+wait_until(lambda: sum(each._sock is not None for each in list(opened)) == 4, what="all are open")
+
 if os.fork() == 0:
     report("forked")
 

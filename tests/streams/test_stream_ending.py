@@ -299,8 +299,9 @@ for each in buses:
 
 report("ready")
 
+# Not signal.pause(): Linux may hand SIGTERM to another thread, which does not wake this one.
 while True:
-    signal.pause()
+    time.sleep(0.1)
 """
 
 
