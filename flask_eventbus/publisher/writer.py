@@ -540,6 +540,14 @@ class Writer:
                 if self._user == threading.get_ident():
                     self._release()
 
+                if self.thread is threading.current_thread():
+                    # It may have ended by the deadline of a sender that wrote because there was no
+                    # thread. The next event starts another one, or one that was added meanwhile.
+                    self.thread = None
+
+                    if not (self._ended or self._leave_by is not None or self._buffer.is_empty):
+                        self._start()
+
             # If a sender writes because there was no writer thread, the thread may wait as well.
             self.wake_thread()
 

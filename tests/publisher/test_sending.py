@@ -1062,6 +1062,51 @@ def test_a_thread_that_can_be_started_later_writes_from_then_on(
     wait_until(lambda: received == [0, 1, 2, 3], what="the thread's events arrive")
 
 
+def test_a_thread_that_starts_while_a_sender_writes_does_not_end_with_that_sender(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
+    writer = bus.node._publisher._writer
+    start, connect, wake = threading.Thread.start, writer._connection.connect, writer.wake_thread
+    writes, goes_on = threading.Event(), threading.Event()
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("eventbus-writer"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def wait_and_connect(*args: Any) -> float:
+        writes.set()
+        goes_on.wait(10)
+        return connect(*args)
+
+    def wake_and_wait() -> None:
+        thread = writer.thread
+        wake()
+        # The sender has written everything: the thread looks for work before the sender returns.
+        if threading.current_thread() is sender and writer.owner is None and thread is not None:
+            looks.set()
+            thread.join(0.5)
+
+    looks = threading.Event()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(writer._connection, "connect", wait_and_connect)
+    sender = threading.Thread(target=bus.signal("tick").send, args=("test",), kwargs={"n": 0})
+    sender.start()
+    assert writes.wait(10)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(writer, "wake_thread", wake_and_wait)
+    bus.signal("tick").send("test", n=1)
+    goes_on.set()
+    sender.join(20)
+    assert looks.is_set()
+    monkeypatch.undo()
+    bus.signal("tick").send("test", n=2)
+
+    wait_until(lambda: received == [0, 1, 2], what="all events arrive")
+
+
 @pytest.mark.parametrize("when", ["before it runs", "once it runs"])
 def test_a_signal_handler_that_raises_while_the_writer_thread_starts_loses_no_event(
     shared_redis: RedisServer,
