@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+
+#: The payload that every program sends. They run by themselves, in environments of their own.
+PAYLOAD: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks/programs/_program.py"))["PAYLOAD"]
 
 #: Virtual environments of the peers; each has its own.
 CACHE = ROOT / ".cache" / "benchmarks"

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from programs._program import PAYLOAD
+from contenders import PAYLOAD
 
 #: Events of the two runs of a job, and of a message.
 FEW, MORE, SHARED = 1_000, 5_000, 100

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from contenders import PAYLOAD
 from measure import Server
-from programs._program import PAYLOAD
 
 from flask_eventbus import Bus
 from flask_eventbus.codec.codec import Codec
@@ -19,8 +19,6 @@ from flask_eventbus.routing.subscriptions import Subscription
 
 #: Events of a message, and messages of a round.
 EVENTS, MESSAGES = 100, 100
-
-SENT: dict[str, Any] = dict(PAYLOAD)
 
 
 def steps(server: Server, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -51,12 +49,12 @@ def sending(server: Server) -> dict[str, float]:
 
     with Bus(server.url, service="publisher", publish=["tick"], buffer_size=1_000_000) as bus:
         signal = bus.signal("tick")
-        signal.send("publisher", **SENT)
+        signal.send("publisher", **PAYLOAD)
         bus.flush(60)
 
         def send() -> None:
             for _ in numbers:
-                signal.send("publisher", **SENT)
+                signal.send("publisher", **PAYLOAD)
 
         all_threads = time.process_time()
         sender = cpu(send)

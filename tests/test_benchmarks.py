@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("stream_send.py --runs 1 --count 10", r"16 threads \| [\d.]+ \|"),
         ("stream_consume.py --count 100 --rounds 1 --idle 0.1", r"bus: +[\d,]+ events/s"),
         (
-            "bench.py channel stream 100/s threads requests imports --rounds 1 --count 200",
+            "bench.py channel stream 100/s threads steps requests imports --rounds 1 --count 200",
             r"flask-eventbus",
         ),
         ("way.py --events 1", r"stream: \d+ calls in \d+ modules"),
