@@ -364,7 +364,7 @@ class MessageDecoder:
         Append those that this node handles to ``events``, and the memory use of each in bytes to
         ``sizes``.
         """
-        own, siblings, sequences = self._node, self._siblings, self._sequences
+        own, siblings, follow = self._node, self._siblings, self._sequences.follow
         # True if the event before was appended, and is not from this process.
         was_appended = False
 
@@ -373,47 +373,62 @@ class MessageDecoder:
                 self._reject(name, body, event)
                 continue
 
-            # The checks of the event before hold for this one too.
-            if is_like_last and was_appended and sequences.follow(event, body):
-                events.append(event)
-                sizes.append(size)
-                continue
+            # The checks of the event before hold for an event like it, too.
+            if not (is_like_last and was_appended and follow(event, body)):
+                node = event.id.rpartition("-")[0]
+                is_local = node == own or node in siblings
+                is_accepted = self._accepts(event, body, name, subscription, node, is_local)
+                was_appended = is_accepted and not is_local
 
-            was_appended = False
-            node, _, number = event.id.rpartition("-")
-            is_own = node == own
-
-            if is_own or event.name != name:
-                try:
-                    self._check(event, name, int(number))
-                except DecodeError as error:
-                    self._reject(name, body, error)
+                if not is_accepted:
                     continue
-
-            found = sequences.observe(event, node, body)
-
-            if found:
-                if found is Finding.REPEATED:
-                    self._counters.add("duplicates")
-                    continue
-
-                if found is Finding.CONFLICT:
-                    self._conflicts.report(event)
-                else:
-                    self._count_missed(event, found)
-
-            if is_own or node in siblings:
-                if not subscription.echo:
-                    self._counters.add("echoes")
-                    continue
-            elif subscription.sources is not None and event.source not in subscription.sources:
-                self._counters.add("filtered")
-                continue
-            else:
-                was_appended = True
 
             events.append(event)
             sizes.append(size)
+
+    def _accepts(
+        self,
+        event: Event,
+        body: bytes,
+        name: str,
+        subscription: Subscription,
+        node: str,
+        is_local: bool,
+    ) -> bool:
+        """Return True if this node handles an event; count and report why it does not.
+
+        :param name: name of the signal whose channel has the event.
+        :param is_local: True if a node of this process has sent it.
+        """
+        if node == self._node or event.name != name:
+            try:
+                self._check(event, name, int(event.id[len(node) + 1 :]))
+            except DecodeError as error:
+                self._reject(name, body, error)
+                return False
+
+        found = self._sequences.observe(event, node, body)
+
+        if found is Finding.REPEATED:
+            self._counters.add("duplicates")
+            return False
+
+        if found is Finding.CONFLICT:
+            self._conflicts.report(event)
+        elif found:
+            self._count_missed(event, found)
+
+        if is_local and not subscription.echo:
+            self._counters.add("echoes")
+            return False
+
+        sources = subscription.sources
+
+        if not (is_local or sources is None or event.source in sources):
+            self._counters.add("filtered")
+            return False
+
+        return True
 
     def _check(self, event: Event, name: str, number: int) -> None:
         """Check the name of an event, and whether this node sent one that bears its name."""

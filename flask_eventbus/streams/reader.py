@@ -109,8 +109,7 @@ class StreamReader(ReadingThread):
         #: began, so this is negative if a wait is longer than the time until they are claimed.
         self._late = min(claim_after / 2, CLAIMABLE * claim_after - longest)
         self._split = SplitRead(*many, block=self._block, longest=longest)
-        #: The streams that were read at the start of the present round of this read; empty if there
-        #: is none.
+        #: The streams read since the start of this round of the split read; empty between rounds.
         self._round: dict[str, Subscription] = {}
         #: The split read waits for several sockets, which a fakeredis server does not have.
         self._most_together = FEW if context.connections.has_descriptors else sys.maxsize
