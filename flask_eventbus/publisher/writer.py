@@ -104,6 +104,8 @@ class Writer:
         self._leave_by: float | None = None
         #: Held by the sender that writes because there is no writer thread.
         self._here = threading.Lock()
+        #: Id of that sender's thread; 0 without one.
+        self._here_user = 0
 
     @property
     def is_this_thread(self) -> bool:
@@ -207,18 +209,29 @@ class Writer:
     def write_here(self, deadline: float) -> None:
         """Write all buffered events in the calling thread, because there is no writer thread.
 
-        Return at once if another sender does so already.
+        Return at once if another sender does so already. At the end of the process, wait for that
+        sender: its thread may be stopped for good before it comes to the events of others.
 
         :param deadline: monotonic time at which to give up.
         """
-        while not self._buffer.is_empty and self._here.acquire(blocking=False):
+        this = threading.get_ident()
+
+        while not self._buffer.is_empty:
+            waits = process_ends.is_set() and self._here_user != this
+            left = max(0.0, deadline - time.monotonic()) if waits else 0.0
+
+            if not self._here.acquire(timeout=left):
+                return
+
             leave_by, self._leave_by = self._leave_by, deadline
+            self._here_user = this
 
             try:
                 self._run()
             finally:
                 # The next event may start a writer thread, which must not end by this deadline.
                 self._leave_by = leave_by
+                self._here_user = 0
                 self._here.release()
 
     def leave(self) -> None:

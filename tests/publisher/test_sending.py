@@ -22,7 +22,7 @@ from servers import RedisServer
 from waiting import wait_until
 
 from flask_eventbus import Bus, PayloadError, PublishError, ending, signals
-from flask_eventbus.codec.codec import Envelope, split_message
+from flask_eventbus.codec.codec import Codec, Envelope, split_message
 from flask_eventbus.config import TIMING, Timing
 from flask_eventbus.event import Event, handling
 from flask_eventbus.logs import Counters
@@ -38,6 +38,7 @@ from flask_eventbus.publisher.message import (
 from flask_eventbus.publisher.writer import Writer
 from flask_eventbus.routing.routes import Route
 from flask_eventbus.testing import isolated
+from flask_eventbus.transport.keys import StreamKeys
 from flask_eventbus.typing import Publish
 
 pytestmark = [
@@ -1062,6 +1063,65 @@ def test_a_thread_that_can_be_started_later_writes_from_then_on(
     wait_until(lambda: received == [0, 1, 2, 3], what="the thread's events arrive")
 
 
+def test_at_the_end_of_a_process_a_send_returns_once_its_event_is_written(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads may be stopped for good then, also one that writes the events of others."""
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"])
+    connection = bus.node._publisher._writer._connection
+    connect, writes, goes_on = connection.connect, threading.Event(), threading.Event()
+    ends = threading.Event()
+    ends.set()
+    left: list[int] = []
+
+    def wait_and_connect(*args: Any) -> float:
+        writes.set()
+        goes_on.wait(10)
+        return connect(*args)
+
+    def send_second() -> None:
+        bus.signal("tick").send("test", n=1)
+        left.append(bus.health().buffered)
+
+    monkeypatch.setattr(writer, "process_ends", ends)
+    monkeypatch.setattr(connection, "connect", wait_and_connect)
+    first = threading.Thread(target=bus.signal("tick").send, args=("test",), kwargs={"n": 0})
+    first.start()
+    assert writes.wait(10)
+    second = threading.Thread(target=send_second)
+    second.start()
+    wait_until(lambda: bus.health().buffered == 2, what="the second event is buffered")
+    goes_on.set()
+    first.join(10)
+    second.join(10)
+
+    assert left == [0]
+    wait_until(lambda: received == [0, 1], what="both events arrive")
+
+
+def test_at_the_end_of_a_process_a_send_within_a_send_does_not_wait_for_itself(
+    shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = received_by(make_bus(shared_redis.url, "consumer", prefix=prefix))
+    bus = make_bus(shared_redis.url, "publisher", prefix=prefix, publish=["tick"], timeout=60)
+    connection = bus.node._publisher._writer._connection
+    connect = connection.connect
+    ends = threading.Event()
+    ends.set()
+
+    def send_and_connect(*args: Any) -> float:
+        monkeypatch.setattr(connection, "connect", connect)
+        bus.signal("tick").send("finalizer", n=1)
+        return connect(*args)
+
+    monkeypatch.setattr(writer, "process_ends", ends)
+    monkeypatch.setattr(connection, "connect", send_and_connect)
+    bus.signal("tick").send("test", n=0)
+
+    wait_until(lambda: sorted(received) == [0, 1], what="both events arrive", timeout=20)
+
+
 def test_a_thread_that_starts_while_a_sender_writes_does_not_end_with_that_sender(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1265,6 +1325,47 @@ def test_an_event_sent_at_the_very_end_of_a_process_arrives(
 
     assert outcome.stderr == ""
     wait_until(lambda: sorted(received) == numbers, what=f"all events arrive, of {received}")
+
+
+DAEMONS = """
+import os
+import sys
+import threading
+import time
+from flask_eventbus import Bus
+
+bus = Bus(
+    {url!r}, service="cron", prefix={prefix!r}, timeout=20,
+    publish={{"tick": {{"via": "stream", "confirm": False}}}},
+)
+tick = bus.signal("tick")
+
+def go_on(thread):
+    for n in range(2_000):
+        tick.send("daemon", n=f"{{thread}}-{{n}}")
+        # Known to the test once send() has returned.
+        os.write(1, f"{{thread}}-{{n}}\\n".encode())
+
+for thread in range(8):
+    threading.Thread(target=go_on, args=(thread,), daemon=True).start()
+
+time.sleep(0.05)
+"""
+
+
+def test_no_event_of_a_daemon_thread_is_lost_silently_at_the_end_of_a_process(
+    shared_redis: RedisServer, prefix: str
+) -> None:
+    program = DAEMONS.format(url=shared_redis.url, prefix=prefix)
+
+    outcome = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+
+    found: Any = shared_redis.client.xrange(StreamKeys(prefix).stream("tick"))
+    stored = {Codec().decode(fields[b"event"], via="stream").payload["n"] for _, fields in found}
+    assert outcome.stderr == ""
+    assert set(outcome.stdout.split()) <= stored
 
 
 # -- events that share a message ----------------------------------------------------------
