@@ -144,6 +144,8 @@ class SmtpServer(Controller):
         self.mails: list[tuple[int, str | None]] = []
         self._sessions: list[Session] = []
         self._transports: list[asyncio.BaseTransport] = []
+        #: The transports of all connections, also of those on which no mail came.
+        self._opened: list[asyncio.BaseTransport] = []
         super().__init__(self, hostname="localhost", port=free_port(), **self._security())
 
     def hang_up(self) -> None:
@@ -152,6 +154,31 @@ class SmtpServer(Controller):
             self.loop.call_soon_threadsafe(transport.close)
 
         wait_until(lambda: all(transport.is_closing() for transport in self._transports))
+
+    def factory(self) -> SMTP:
+        server: SMTP = super().factory()  # type: ignore[no-untyped-call]
+        connection_made = server.connection_made
+
+        def note(transport: asyncio.BaseTransport) -> None:
+            self._opened.append(transport)
+            connection_made(transport)
+
+        server.connection_made = note  # type: ignore[method-assign]
+        return server
+
+    def stop(self, no_assert: bool = False) -> None:
+        """Close what clients and aiosmtpd left open, and end the server."""
+
+        async def close() -> None:
+            for transport in self._opened:
+                transport.abort()  # type: ignore[attr-defined]
+
+            # They are closed in the next rounds of the loop.
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(close(), self.loop).result(10)
+        super().stop(no_assert)
 
     async def handle_MAIL(  # noqa: N802 - aiosmtpd's name
         self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]

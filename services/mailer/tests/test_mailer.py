@@ -188,8 +188,6 @@ def test_mail_is_encrypted_and_authenticated_if_the_settings_say_so(
     assert secure_smtp_server.mails == [(1, "mailer")]
 
 
-# aiosmtpd leaves its end of a connection open on which no encryption came about.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_untrusted_smtp_server_gets_no_password(
     make_app: Callable[..., Flask], eventbus: Isolation, secure_smtp_server: Any
 ) -> None:
