@@ -75,8 +75,8 @@ class Writer:
         #: The events whose senders wait for a confirmation.
         self.senders: set[Message] = set()
         #: Who may use the connection: the writer thread, or the sender of this event; ``None`` if
-        #: it is free. Whoever frees it then looks at the queues, or wakes the writer thread: a
-        #: sender that adds an event without the lock wakes nobody while the connection is in use.
+        #: it is free. The thread that frees it looks at the queues, or wakes the writer thread: a
+        #: sender that adds an event without the lock wakes no thread while the connection is used.
         self.owner: Message | threading.Thread | None = None
         #: Id of the thread that uses the connection; 0 if none does.
         self._user = 0
@@ -90,8 +90,8 @@ class Writer:
         self._failure: Exception | None = None
         #: True while the writer thread waits for work, or is about to wait.
         self.thread_waits = False
-        #: Wakes the writer thread. A lock is faster than a condition, and whoever wakes the thread
-        #: needs no other lock, which the thread would then wait for.
+        #: Wakes the writer thread. A lock is faster than a condition. A sender releases it without
+        #: holding another lock, so the woken thread does not wait for that sender.
         self._wakeup = threading.Lock()
         self._wakeup.acquire()
         self._batch_events = timing.batch_events

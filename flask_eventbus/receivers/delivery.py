@@ -61,8 +61,8 @@ class InFlight:
         self._deliveries: dict[tuple[str, str, bytes], Delivery] = {}
         #: Approximate memory use of all deliveries, in bytes.
         self.memory = 0
-        #: Deliveries that have not started. Whoever removes one may start it, or release it; no
-        #: lock is needed for that.
+        #: Deliveries that have not started. The thread that removes one may start or release it.
+        #: A set removes an item without a lock.
         self._waiting: set[Delivery] = set()
         #: Monotonic time at which the last delivery started, or the first began to wait.
         self._progressed = 0.0

@@ -186,7 +186,7 @@ class StreamReader(ReadingThread):
         if self._unjoined or time.monotonic() >= self.catalogue.due_at:
             self._join()
 
-        # Joining the other groups waits neither for slow receivers nor for an entry.
+        # Join the other groups at once: do not wait for slow receivers or for an entry.
         if self._unjoined:
             return
 
@@ -418,7 +418,7 @@ class StreamReader(ReadingThread):
     def _join_some(self) -> None:
         """Join the groups of some streams, and read these if more are left to join.
 
-        So the first events wait neither until all groups are joined nor until all are read.
+        The first events are handled before all groups are joined and all streams are read.
         """
         names = list(islice(self._unjoined, JOINED_AT_ONCE))
         joined = self._join_new({name: self._unjoined.pop(name) for name in names})

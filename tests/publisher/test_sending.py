@@ -901,7 +901,7 @@ def test_a_flush_waits_for_events_that_were_added_out_of_their_order() -> None:
     assert waiting.wait_until_left(3, timeout=0.0)
 
 
-def test_a_writer_thread_that_cannot_start_leaves_no_event_to_nobody(
+def test_an_event_is_written_if_the_writer_thread_cannot_start_again(
     shared_redis: RedisServer, make_bus: Make, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bus = make_bus(shared_redis.url, prefix=prefix, publish=["tick"])
